@@ -1,0 +1,160 @@
+"""ModelConfig: the only source of shapes. Families are files beside this one: flags and sizes on shared blocks."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmctl.config import Config
+
+SHARED = {"decode", "heads", "hf", "layers", "transformer", "attention", "calls"}
+"""Files of this folder that are not families."""
+
+
+class ModelConfig(Config):
+    """Sizes and flags of one Transformer; what pruning left of a model is written here too."""
+
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
+
+    preset: str = ""
+    """Family and size to start from, such as llama-tiny; every other field overrides it."""
+    family: str = "llama"
+    """Name map and default flags; a file in `llmctl/model`."""
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """Which stacks there are."""
+
+    vocab_size: int = Field(4096, ge=2)
+    """Rows of the embedding table; set by the tokenizer when a model is trained from scratch."""
+    d_model: int = Field(128, ge=1)
+    """Width of the residual stream."""
+    layers: int = Field(2, ge=1)
+    """Layers of the decoder, or of the encoder where there is no decoder."""
+    encoder_layers: int = Field(0, ge=0)
+    """Layers of the encoder beside a decoder."""
+    heads: int = Field(4, ge=1)
+    """Query heads a layer."""
+    kv_heads: int = Field(4, ge=1)
+    """Key and value heads a layer; fewer than `heads` is grouped-query attention."""
+    head_dim: int = Field(32, ge=1)
+    """Width of a head."""
+    d_ff: int = Field(512, ge=1)
+    """Neurons of a feed-forward layer."""
+    max_seq_len: int = Field(2048, ge=2)
+    """Longest sequence, in tokens."""
+
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm or LayerNorm."""
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """Normalize before each sublayer, after its residual sum, or before and after it."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the variance."""
+    norm_plus_one: bool = False
+    """RMSNorm scales by 1 + weight."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    """Nonlinearity of the feed-forward layer."""
+    gated: bool = True
+    """Gated feed-forward layer (SwiGLU, GeGLU)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values."""
+    out_bias: bool = False
+    """Bias on the attention output."""
+    mlp_bias: bool = False
+    """Biases in the feed-forward layer."""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head."""
+    attn_scale: float = Field(0.0, ge=0)
+    """Factor on attention scores; 0 takes head_dim ** -0.5."""
+    attn_softcap: float = Field(0.0, ge=0)
+    """Soft cap on attention scores; 0 is none."""
+    final_softcap: float = Field(0.0, ge=0)
+    """Soft cap on logits; 0 is none."""
+    window: int = Field(0, ge=0)
+    """Tokens a local layer looks back, itself included; 0 sees all."""
+    window_every: int = Field(1, ge=1)
+    """Of this many layers the last is global and the others local; 1 makes every layer local."""
+
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
+    """How order is told."""
+    position_offset: int = Field(0, ge=0)
+    """Rows of the learned position table before position 0."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rope_local_theta: float = Field(0.0, ge=0)
+    """Base of the rotary frequencies in local layers; 0 takes rope_theta."""
+    rope_scaling: dict[str, Any] = {}
+    """Scaling of the rotary frequencies, in the words of the Hugging Face config; empty is none."""
+    relative_buckets: int = Field(32, ge=2)
+    """Buckets of the relative position bias."""
+    relative_max_distance: int = Field(128, ge=2)
+    """Distance from which on all relative positions share a bucket."""
+
+    tied: bool = True
+    """The output projection is the embedding table."""
+    embed_scale: float = Field(1.0, gt=0)
+    """Factor on token embeddings."""
+    logit_scale: float = Field(1.0, gt=0)
+    """Factor on the hidden state before the output projection."""
+    embed_norm: bool = False
+    """Normalize the sum of the embeddings."""
+    token_types: int = Field(0, ge=0)
+    """Rows of the segment-type table; 0 is none."""
+    head_transform: bool = False
+    """Dense layer, activation and norm before the output projection, and a bias on it (BERT)."""
+    pooler: bool = False
+    """Dense layer with tanh on the first token."""
+
+    head: Literal["lm", "classify", "regress", "tokens", "span", "embed"] = "lm"
+    """What the model answers with."""
+    labels: int = Field(0, ge=0)
+    """Classes of a classification head."""
+    pooling: Literal["last", "mean", "first"] = "last"
+    """How a sequence becomes one vector: last real token, mean, or first token."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on embeddings and sublayer outputs while training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {**defaults(given.get("preset", ""), given.get("family", "")), **given}
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        if (self.architecture == "encoder_decoder") != (self.encoder_layers > 0):
+            raise ValueError("encoder_layers belongs to the encoder_decoder architecture, which needs it")
+        if self.head in ("classify", "tokens") and self.labels < 2:
+            raise ValueError(f"head {self.head!r} needs labels >= 2")
+        return self
+
+
+def families() -> list[str]:
+    """Every family, from the file names."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED)
+
+
+def presets() -> list[str]:
+    """Every preset, as family-size."""
+    return [f"{f}-{size}" for f in families() for size in importlib.import_module(f"{__name__}.{f}").SIZES]
+
+
+def defaults(preset: str, family: str) -> dict[str, Any]:
+    """Flags and sizes that a preset, or a family alone, stands for."""
+    if preset and preset not in presets():
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(presets())}")
+    size = ""
+    if preset:
+        family, size = next((f, preset[len(f) + 1 :]) for f in families() if preset.startswith(f + "-"))
+    if not family:
+        return {}
+    if family not in families():
+        raise ValueError(f"unknown family {family!r}; known: {', '.join(families())}")
+    module = importlib.import_module(f"{__name__}.{family}")
+    return {"family": family, **module.FLAGS, **(module.SIZES[size] if size else {})}

@@ -1,0 +1,62 @@
+"""What a stage is: a frozen config and one function `run(config, parent, ctx) -> Path`, one file a stage."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from llmctl.config import Config
+from llmctl.settings import MeshConfig
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class StageConfig(Config):
+    """What every stage has."""
+
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform"})
+
+    kind: str
+    """Which stage this is; the name of its file in `llmctl/stages`."""
+    name: str = ""
+    """Name of the artifact, and its folder in the run; the kind by default."""
+    parent: str = Field("", alias="from")
+    """The artifact to start from: a stage's name in a recipe, a folder on the command line. The stage before by default."""
+    seed: int = 0
+    """Seed of everything random."""
+    platform: Literal["", "cpu", "gpu", "tpu"] = ""
+    """The platform this must run on; its absence is an error. Empty takes what JAX finds."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are laid out."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is told besides its config."""
+
+    out: Path
+    """The artifact's final folder; appears whole or not at all."""
+    work: Path
+    """Scratch folder of this stage (checkpoints, log); survives an interruption, removed on success."""
+    key: str
+    """Content key: equal keys mean equal results."""
+    siblings: dict[str, Path] = field(default_factory=dict)
+    """Artifacts of the same run by name, in order (what `eval` measures, what `distill` calls its teacher)."""
+
+
+def kinds() -> list[str]:
+    """Every stage's kind, from the file names."""
+    order = ("pretrain", "finetune", "prune", "quantize", "distill", "eval")
+    found = {m.name for m in pkgutil.iter_modules(__path__)}
+    return [k for k in order if k in found] + sorted(found - set(order))
+
+
+def load(kind: str) -> ModuleType:
+    """The stage's module: `Config` (a StageConfig) and `run`. Imports no JAX."""
+    return importlib.import_module(f"llmctl.stages.{kind}")
