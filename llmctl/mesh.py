@@ -1,0 +1,143 @@
+"""The device mesh and the one table that decides sharding: logical axis name -> mesh axes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llmctl import weights
+from llmctl.errors import RequestError
+from llmctl.settings import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "seq": (),
+    # Parameters: the fsdp axis splits the width of the residual stream, the tensor axis what a layer fans out to.
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    # The input table has axes of its own: a gather over a table split on both is what XLA rematerializes in full.
+    "vocab_in": ("tensor",),
+    "embed_in": ("fsdp",),
+    "layers": (),
+    "norm": (),
+    "labels": (),
+    # Activations: the residual stream is whole on every device of a tensor group.
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+}
+
+_current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices (axes `AXES`, type Auto).
+
+    Raises RequestError where the axes do not multiply to the number of devices. One CPU is left to itself: with every
+    axis at its default, the CPU platform gets one device, for fake devices only split the same cores.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if devices[0].platform == "cpu" and config == MeshConfig() and jax.process_count() == 1:
+        devices = devices[:1]
+    known = math.prod(s for s in sizes if s > 0)
+    if sizes.count(-1) > 1 or 0 in sizes:
+        raise RequestError(f"mesh: one axis at most may be -1 and none 0, got {_show(sizes)}")
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise RequestError(
+            f"mesh: {_show(sizes)} does not fit {len(devices)} {devices[0].platform} devices; "
+            "change [mesh] so that the axes multiply to that number (-1 takes what is left)"
+        )
+    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _show(sizes: Sequence[int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[Mesh]:
+    """Makes `mesh` the one that `constrain` refers to while a computation is traced."""
+    token = _current.set(mesh)
+    try:
+        yield mesh
+    finally:
+        _current.reset(token)
+
+
+def spec(names: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    """Logical axis names -> PartitionSpec; mesh axes of size 1 are left out, and none is used twice."""
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for name in names:
+        axes = tuple(a for a in (RULES[name] if name else ()) if mesh.shape[a] > 1 and a not in used)
+        used.update(axes)
+        entries.append(axes or None)
+    return PartitionSpec(*entries)
+
+
+def sharding(names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
+    """Logical axis names -> NamedSharding on `mesh`."""
+    return NamedSharding(mesh, spec(names, mesh))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation to the rules of its logical axes; does nothing outside `use` or on one device."""
+    mesh = _current.get()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding(names, mesh))
+
+
+def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The sharding of every array in `params` (arrays or abstract), given the logical axes of each weight.
+
+    The parts of a Quantized or LowRank weight follow the weight: a dimension that a part does not have at full length
+    (a scale's single row, a rank) is left whole. Raises RequestError where an axis does not divide.
+    """
+    flat_axes = weights.flatten(axes)
+    flat: dict[str, Any] = {}
+    for path, w in weights.flatten(params).items():
+        if path not in flat_axes:
+            raise RequestError(f"{path}: no sharding rule names this parameter; is the artifact of another model?")
+
+        def one(part: Any, path: str = path, shape: tuple[int, ...] = w.shape) -> NamedSharding:
+            names = [n if part.shape[i] == shape[i] else None for i, n in enumerate(flat_axes[path])]
+            _check_divides(path, part.shape, names, mesh)
+            return sharding(names, mesh)
+
+        flat[path] = jax.tree.map(one, w)
+    return weights.unflatten(flat)
+
+
+def _check_divides(path: str, shape: tuple[int, ...], names: Sequence[str | None], mesh: Mesh) -> None:
+    for size, name in zip(shape, names, strict=True):
+        axes = [a for a in (RULES[name] if name else ()) if mesh.shape[a] > 1]
+        ways = math.prod(mesh.shape[a] for a in axes)
+        if size % ways:
+            raise RequestError(f"{path}: {name} of size {size} is not divisible by the mesh's {' x '.join(axes)} = {ways}")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """The sharding of a batch array [B, ...]."""
+    return sharding(["batch"] + [None] * (ndim - 1), mesh)

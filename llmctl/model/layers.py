@@ -1,0 +1,154 @@
+"""The blocks every family is made of: dense layers, norms, feed-forward, rotary positions, dropout.
+
+Shapes: B batch, T sequence, D model width, F feed-forward neurons, K head width, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmctl import weights
+from llmctl.mesh import constrain
+from llmctl.model import ModelConfig
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Dense(nn.Module):
+    """x [..., I] @ kernel [I, O] + bias [O]. Its input can be tapped (collection "taps") for calibration."""
+
+    features: int
+    axes: tuple[str, str]
+    bias: bool
+    dtype: Any
+    scale: float = 1.0
+    """Factor on the standard deviation (fan in) of the initial kernel."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow("taps", "x", x.reshape(-1, x.shape[-1]), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        y = weights.matmul(x, kernel, self.dtype)
+        if self.bias:
+            b = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)), (self.features,))
+            y = y + b.astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last axis, computed in float32."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg, width = self.config, x.shape[-1]
+        x32 = x.astype(jnp.float32)
+        start = nn.initializers.zeros if cfg.norm_plus_one else nn.initializers.ones
+        scale = self.param("scale", nn.with_logical_partitioning(start, ("norm",)), (width,)).astype(jnp.float32)
+        scale = 1.0 + scale if cfg.norm_plus_one else scale
+        if cfg.norm == "rms":
+            y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + cfg.norm_eps) * scale
+        else:
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (width,))
+            centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+            y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + cfg.norm_eps) * scale
+            y = y + bias.astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) where the config is gated (arXiv:2002.05202)."""
+
+    config: ModelConfig
+    dtype: Any
+    layers: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        cfg = self.config
+        act = ACTIVATIONS[cfg.activation]
+
+        def dense(name: str, features: int, axes: tuple[str, str], scale: float = 1.0) -> Dense:
+            return Dense(features, axes, cfg.mlp_bias, self.dtype, scale, name=name)
+
+        h_BTF = dense("up", cfg.d_ff, ("embed", "mlp"))(x_BTD)
+        h_BTF = act(dense("gate", cfg.d_ff, ("embed", "mlp"))(x_BTD)) * h_BTF if cfg.gated else act(h_BTF)
+        h_BTF = constrain(h_BTF, "batch", "seq", "act_mlp")
+        return dense("down", cfg.d_model, ("mlp", "embed"), residual_scale(self.layers))(h_BTF)
+
+
+def residual_scale(layers: int) -> float:
+    """Initial scale of what is added to the residual stream, so that its variance does not grow with depth (GPT-2)."""
+    return 1.0 / math.sqrt(2 * layers)
+
+
+class Dropout(nn.Module):
+    """Inverted dropout; the key comes from the "dropout" stream."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
+        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+
+
+def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, K/2] of the rotary angles (RoPE, arXiv:2104.09864), scaled as `rope_scaling` says."""
+    half = cfg.head_dim // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency, magnitude = _scale_frequencies(frequency, cfg)
+    angle_BTk = positions_BT.astype(jnp.float32)[..., None] * frequency
+    return jnp.cos(angle_BTk) * magnitude, jnp.sin(angle_BTk) * magnitude
+
+
+def _scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
+    """Longer contexts by stretched frequencies: linear, llama3 (by wavelength) and yarn (arXiv:2309.00071)."""
+    scaling = cfg.rope_scaling
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not scaling or kind == "default":
+        return frequency, 1.0
+    factor = float(scaling["factor"])
+    if kind == "linear":
+        return frequency / factor, 1.0
+    original = float(scaling.get("original_max_position_embeddings", cfg.max_seq_len))
+    if kind == "llama3":
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        turns = original * frequency / (2 * math.pi)
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return frequency * (keep + (1 - keep) / factor), 1.0
+    if kind == "yarn":
+        half, theta = frequency.shape[0], cfg.rope_theta
+
+        def dimension(turns: float) -> float:
+            return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+        low = max(math.floor(dimension(float(scaling.get("beta_fast", 32)))), 0)
+        high = min(math.ceil(dimension(float(scaling.get("beta_slow", 1)))), 2 * half - 1)
+        ramp = jnp.clip((jnp.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
+        magnitude = float(scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0)
+        return frequency / factor * ramp + frequency * (1 - ramp), magnitude
+    raise ValueError(f"rope_scaling of type {kind!r} is not known; known: linear, llama3, yarn")
+
+
+def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the halves of each head (the "rotate half" convention of Hugging Face weights)."""
+    cos, sin = (t[:, :, None, :] for t in table)
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
