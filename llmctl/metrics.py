@@ -1,0 +1,203 @@
+"""How a run reports itself: `log.jsonl` always, a progress bar for people, TensorBoard and W&B where asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmctl.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+LOG = "log.jsonl"
+SHORT = {"learning_rate": "lr", "tokens_per_second": "tok/s", "examples_per_second": "ex/s", "gradient_norm": "gnorm"}
+"""Names as the progress line shows them."""
+
+
+class Reporter:
+    """One stage's log. A context manager; every `log` call is one line of `<work_dir>/log.jsonl`, flushed at once.
+
+    A resumed run passes the step it goes on from as `start`: lines of later steps, which the interrupted run wrote and the
+    resumed one will write again, are dropped, so that the log holds every step once.
+
+    On a terminal a bar shows step, metrics, elapsed and remaining time; elsewhere a plain line appears at most every
+    `every` seconds, and at the last step. Both go to stderr: stdout belongs to results.
+
+    Args:
+      work_dir: folder of the log; made if need be.
+      total_steps: steps of the whole run, those before `start` included.
+      title: what the bar is called, usually the stage's name.
+      tensorboard: also write events into `<work_dir>/tensorboard`.
+      start: the step resumed from; 0 starts afresh.
+      wandb: a Weights & Biases project to log to as well (extra `wandb`); empty does not.
+      writes: whether this process writes and shows anything (process 0 of a multi-host run).
+      console: where people read; stderr by default.
+
+    Raises:
+      RequestError: W&B is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        work_dir: Path | str,
+        total_steps: int,
+        title: str,
+        tensorboard: bool = True,
+        *,
+        start: int = 0,
+        wandb: str = "",
+        writes: bool = True,
+        every: float = 10.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.work_dir, self.total, self.title, self.start = Path(work_dir), total_steps, title, start
+        self.writes, self.every, self.clock = writes, every, clock
+        self.console = console or Console(stderr=True)
+        self._tensorboard, self._wandb = tensorboard, wandb
+        self._file: TextIO | None = None
+        self._events: Any = None
+        self._run: Any = None
+        self._bar: Progress | None = None
+        self._shown = -math.inf
+        self._began = 0.0
+        self._latest: dict[str, float] = {}
+
+    def __enter__(self) -> Reporter:
+        self._began = self.clock()
+        if not self.writes:
+            return self
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        log = self.work_dir / LOG
+        _forget_after(log, self.start)
+        self._file = log.open("a", encoding="utf-8")
+        if self._tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self.work_dir / "tensorboard"), purge_step=self.start + 1)
+        if self._wandb:
+            self._run = _wandb_run(self._wandb, self.title, self.work_dir)
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=False,
+            )
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, metrics="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        for writer in (self._file, self._events):
+            if writer:
+                writer.close()
+        if self._run:
+            self._run.finish(exit_code=0 if kind is None else 1)
+        self._bar = self._file = self._events = self._run = None
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one line for `step` (the number of steps done) and moves the bar there.
+
+        Args:
+          step: optimizer steps finished.
+          metrics: scalars by name: numbers, or anything `float` takes (arrays of no dimension). A value that is not finite
+            is written as null, because JSON has no NaN.
+        """
+        values = {name: _number(value) for name, value in metrics.items()}
+        self._latest.update({k: v for k, v in values.items() if isinstance(v, (int, float))})
+        if not self.writes:
+            return
+        if self._file is None:
+            raise RuntimeError("Reporter.log outside of `with Reporter(...)`")
+        line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **line}) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        if self._run:
+            self._run.log(values, step=step)
+        self._show(step)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar without a log line, for the steps between two lines."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """One line for people, above the bar."""
+        if self.writes:
+            self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, step: int) -> None:
+        text = "  ".join(f"{SHORT.get(name, name)} {_brief(value)}" for name, value in self._latest.items())
+        if self._bar:
+            self._bar.update(self._task, completed=step, metrics=text)
+            return
+        now = self.clock()
+        if now - self._shown >= self.every or step >= self.total:
+            self._shown = now
+            done = step - self.start
+            left = (now - self._began) / done * (self.total - step) if done > 0 else math.nan
+            eta = f"  ETA {_duration(left)}" if step < self.total and math.isfinite(left) else ""
+            self.say(f"step {step}/{self.total}  {text}{eta}")
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a killed process left half-written."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and line.endswith("\n") and entry.get("step", 0) <= step and step > 0:
+            kept.append(line)
+    beside = log.with_name(log.name + ".new")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, log)
+
+
+def _wandb_run(project: str, title: str, work_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise RequestError("W&B logging needs the package wandb: pip install 'llmctl[wandb]'") from None
+    return wandb.init(project=project, name=title, dir=str(work_dir), resume="allow")
+
+
+def _number(value: Any) -> int | float:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else float(value)
+
+
+def _brief(value: float) -> str:
+    """Four digits that a person can compare from line to line: 12,345  3.142  1.0e-05."""
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    if value and math.isfinite(value) and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
