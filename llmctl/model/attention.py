@@ -1,0 +1,162 @@
+"""Attention: grouped-query, self or cross, and what its layers share (masks, rotary tables, position bias).
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K head width, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmctl.mesh import constrain
+from llmctl.model import ModelConfig
+from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
+
+MASKED = -1e30
+"""Score of a pair that may not attend; finite, so that a row with nothing to see (padding) stays finite."""
+
+
+class Shared(NamedTuple):
+    """What all layers of a stack read; `local_*` serve layers with a window. Absent parts are None."""
+
+    mask_BTS: jax.Array
+    local_mask_BTS: jax.Array | None = None
+    rotary: tuple[jax.Array, jax.Array] | None = None
+    local_rotary: tuple[jax.Array, jax.Array] | None = None
+    bias_HTS: jax.Array | None = None
+    memory_BSD: jax.Array | None = None
+    memory_mask_BTS: jax.Array | None = None
+
+
+def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    """[B, T, S]: same document, and no padding (segment 0)."""
+    return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
+
+
+def share(cfg: ModelConfig, segments_BT: jax.Array, positions_BT: jax.Array, *, causal: bool) -> Shared:
+    """Masks and rotary tables of a self-attention stack."""
+    mask = visible(segments_BT, segments_BT)
+    local = None
+    T = segments_BT.shape[1]
+    distance_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+    if causal:
+        mask &= distance_TS >= 0
+    if cfg.window:
+        local = mask & (distance_TS < cfg.window) & (distance_TS > -cfg.window)
+    rotary = local_rotary = None
+    if cfg.positions == "rope":
+        rotary = rotary_table(positions_BT, cfg, cfg.rope_theta)
+        if cfg.rope_local_theta:
+            unscaled = cfg.model_copy(update={"rope_scaling": {}})
+            local_rotary = rotary_table(positions_BT, unscaled, cfg.rope_local_theta)
+    return Shared(mask, local, rotary, local_rotary)
+
+
+def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
+    """[L] bool: which layers see a window only; of every `window_every` the last is global."""
+    if not cfg.window:
+        return jnp.zeros(layers, bool)
+    if cfg.window_every == 1:
+        return jnp.ones(layers, bool)
+    return (jnp.arange(layers) + 1) % cfg.window_every != 0
+
+
+def attend(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None, cfg: ModelConfig
+) -> jax.Array:
+    """Softmax attention in plain XLA, scores and softmax in float32 -> [B, T, H, K].
+
+    The query heads of one key head are folded into its rows, so both products are batched matrix products over (B, G).
+    """
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    R = H // G
+    scale = cfg.attn_scale or K**-0.5
+    q_BGNK = q_BTHK.reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4).reshape(B, G, R * T, K)
+    k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bgnk,bgsk->bgns", q_BGNK * jnp.asarray(scale, q_BTHK.dtype), k_BGSK, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, G, R, T, -1)
+    if cfg.attn_softcap:
+        scores = cfg.attn_softcap * jnp.tanh(scores / cfg.attn_softcap)
+    if bias_HTS is not None:
+        scores = scores + bias_HTS.reshape(1, G, R, T, -1)
+    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
+    weights_BGRTS = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
+    y_BGNK = jnp.einsum("bgns,bgsk->bgnk", weights_BGRTS.reshape(B, G, R * T, -1), v_BGSK)
+    return y_BGNK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+class Attention(nn.Module):
+    """Self-attention, or attention to `shared.memory_BSD` where `cross`."""
+
+    config: ModelConfig
+    dtype: Any
+    layers: int
+    cross: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, shared: Shared, local: jax.Array) -> jax.Array:
+        cfg = self.config
+        K, H, G = cfg.head_dim, cfg.heads, cfg.kv_heads
+        source_BSD = shared.memory_BSD if self.cross else x_BTD
+        q = self._heads("q", x_BTD, H, "heads")
+        k = self._heads("k", source_BSD, G, "kv_heads")
+        v = self._heads("v", source_BSD, G, "kv_heads")
+        if cfg.qk_norm:
+            q, k = Norm(cfg, self.dtype, name="q_norm")(q), Norm(cfg, self.dtype, name="k_norm")(k)
+        if not self.cross and shared.rotary is not None:
+            table = _pick(local, shared.local_rotary, shared.rotary)
+            q, k = rotate(q, table), rotate(k, table)
+        mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
+        y = attend(q, k, v, mask, None if self.cross else shared.bias_HTS, cfg)
+        y = constrain(y, "batch", "seq", "act_heads", None).reshape(*x_BTD.shape[:2], H * K)
+        out = Dense(cfg.d_model, ("heads", "embed"), cfg.out_bias, self.dtype, residual_scale(self.layers), name="o")
+        return out(y)
+
+    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        cfg = self.config
+        y = Dense(heads * cfg.head_dim, ("embed", axis), cfg.qkv_bias, self.dtype, name=name)(x)
+        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
+        return constrain(y, "batch", "seq", "act_heads", None)
+
+
+def _pick(local: jax.Array, when_local: Any, otherwise: Any) -> Any:
+    if when_local is None:
+        return otherwise
+    return jax.tree.map(partial(jnp.where, local), when_local, otherwise)
+
+
+class RelativeBias(nn.Module):
+    """T5's learned bias by bucketed distance, shared by all layers of a stack (arXiv:1910.10683) -> [H, T, S]."""
+
+    config: ModelConfig
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, T: int, S: int) -> jax.Array:
+        cfg = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm", "heads"))
+        table = self.param("table", init, (cfg.relative_buckets, cfg.heads))
+        distance_TS = jnp.arange(S)[None, :] - jnp.arange(T)[:, None]
+        buckets = relative_bucket(distance_TS, cfg.relative_buckets, cfg.relative_max_distance, self.bidirectional)
+        return jnp.transpose(table.astype(jnp.float32)[buckets], (2, 0, 1))
+
+
+def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:
+    """Bucket of each key-minus-query distance: exact when near, logarithmic when far."""
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))

@@ -1,0 +1,149 @@
+"""The model as functions of a config and a plain parameter tree; nothing outside `llmctl/model` sees a Flax module.
+
+Tree: `embed`, `encoder` and/or `decoder` (`blocks`, `norm`), `lm_head` (untied or transformed), `head` (task heads).
+Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmctl import weights
+from llmctl.model import ModelConfig
+from llmctl.model.attention import Shared, local_layers
+from llmctl.model.heads import TaskHead
+from llmctl.model.transformer import Batch, Block, LMHead, Transformer
+
+Params = dict[str, Any]
+
+
+class Carry(NamedTuple):
+    """Between two blocks of a walk: the residual stream and what the layers share."""
+
+    x_BTD: jax.Array
+    shared: Shared
+
+
+def example_batch(cfg: ModelConfig, batch: int = 1, length: int = 2) -> Batch:
+    """Zeros in the shape of a batch, for tracing."""
+    zeros = jnp.zeros((batch, length), jnp.int32)
+    names = ["tokens", "positions", "segments"]
+    names += [f"encoder_{n}" for n in names] if cfg.encoder_layers else []
+    return dict.fromkeys(names, zeros)
+
+
+def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
+    batch = example_batch(cfg)
+    body_key, lm_key, head_key = jax.random.split(key, 3)
+    params = dict(Transformer(cfg).init(body_key, batch, mutable=["params"])["params"])
+    x = jnp.zeros((1, 2, cfg.d_model))
+    if cfg.head == "lm":
+        table = nn.meta.unbox(params["embed"]["tokens"]) if cfg.tied else None
+        lm = LMHead(cfg, jnp.float32).init(lm_key, x, table, mutable=["params"]).get("params", {})
+        params |= {"lm_head": lm} if lm else {}
+    else:
+        head = TaskHead(cfg, jnp.float32).init(head_key, x, batch["segments"], mutable=["params"]).get("params", {})
+        params |= {"head": head} if head else {}
+    return params
+
+
+def init(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters."""
+    return nn.meta.unbox(_boxed_init(cfg, key))
+
+
+def abstract(cfg: ModelConfig) -> Params:
+    """Shapes and types of the parameters; nothing is computed."""
+    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+
+
+def axes(cfg: ModelConfig) -> Params:
+    """The logical axes of every parameter: a tuple of names for `llmctl.mesh.RULES`."""
+    boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def hidden(
+    cfg: ModelConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    train: bool = False,
+    rng: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> jax.Array:
+    """Final hidden states [B, T, D]. `rng` is needed where `train` and the config has dropout."""
+    body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
+    rngs = {} if rng is None else {"dropout": rng}
+    return Transformer(cfg, dtype, remat, train).apply({"params": body}, batch, rngs=rngs)
+
+
+def head_params(cfg: ModelConfig, params: Params) -> Params:
+    """The part of the tree that `lm_logits` reads."""
+    table = {"embed": {"tokens": params["embed"]["tokens"]}} if cfg.tied else {}
+    return table | ({"lm_head": params["lm_head"]} if "lm_head" in params else {})
+
+
+def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Hidden states [..., D] -> logits [..., V], float32."""
+    table = params["embed"]["tokens"] if cfg.tied else None
+    return LMHead(cfg, dtype).apply({"params": params.get("lm_head", {})}, x, table)
+
+
+def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
+    """The task head's answer, float32: [B, C], [B], [B, T, C], [B, T, 2] or [B, D]."""
+    return TaskHead(cfg, dtype).apply({"params": params.get("head", {})}, x_BTD, batch["segments"])
+
+
+# --- the same network block by block, for calibration ----------------------------------------------------------------
+
+
+def stacks(cfg: ModelConfig) -> list[str]:
+    """Names of the stacks, in the order they run."""
+    return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
+
+
+def depth(cfg: ModelConfig, stack: str) -> int:
+    """Layers of a stack."""
+    return cfg.encoder_layers if stack == "encoder" and cfg.encoder_layers else cfg.layers
+
+
+def embed(cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32) -> Carry:
+    """What enters the first block of the stack that reads `tokens` (`memory_BSD`: the encoder's output)."""
+    model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
+    return Carry(*model.apply({"params": body}, batch, memory_BSD, method="start"))
+
+
+def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> Carry:
+    """What enters the first block of the encoder of an encoder-decoder."""
+    model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
+    return Carry(*model.apply({"params": body}, batch, method="start_encoder"))
+
+
+def layer_params(params: Params, stack: str, layer: int) -> Params:
+    """One layer's slice of the stacked parameters."""
+    return jax.tree.map(lambda x: x[layer], params[stack]["blocks"])
+
+
+def block(
+    cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int | jax.Array = 0, *, taps: bool = False, dtype: Any = jnp.float32
+) -> tuple[Carry, dict[str, jax.Array]]:
+    """One layer. With `taps`, also the input [N, I] of each of its matrices, by path ("attn/q", "mlp/down", …)."""
+    cross = stack == "decoder" and cfg.encoder_layers > 0
+    layers = depth(cfg, stack)
+    module = Block(cfg, dtype, layers, cross)
+    local = local_layers(cfg, layers)[index]
+    (x, _), state = module.apply({"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else [])
+    tapped = weights.flatten(state.get("taps", {}))
+    return carry._replace(x_BTD=x), {path.removesuffix("/x"): value for path, value in tapped.items()}
+
+
+def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
+    """The stack's final hidden states [B, T, D]."""
+    body = {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
+    return Transformer(cfg, dtype).apply({"params": body}, carry.x_BTD, stack, method="finish")

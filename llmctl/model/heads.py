@@ -1,0 +1,47 @@
+"""Task heads on any stack: how hidden states become an answer.
+
+Shapes: B batch, T sequence, D model width, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmctl.model import ModelConfig
+from llmctl.model.layers import Dense
+
+
+def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str) -> jax.Array:
+    """One vector a sequence [B, D]: the last real token's, the mean over real tokens, or the first token's."""
+    real_BT = segments_BT > 0
+    if pooling == "first":
+        return x_BTD[:, 0]
+    if pooling == "last":
+        last_B = jnp.max(jnp.where(real_BT, jnp.arange(real_BT.shape[1]), 0), axis=1)
+        return jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+    total = jnp.sum(jnp.where(real_BT[..., None], x_BTD, 0), axis=1, dtype=jnp.float32)
+    return (total / jnp.maximum(real_BT.sum(axis=1), 1)[:, None]).astype(x_BTD.dtype)
+
+
+class TaskHead(nn.Module):
+    """Answers in float32: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] (unit length)."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        cfg = self.config
+        x = x_BTD if cfg.head in ("tokens", "span") else pool(x_BTD, segments_BT, cfg.pooling)
+        if cfg.head == "embed":
+            x = x.astype(jnp.float32)
+            return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        if cfg.pooler and cfg.head in ("classify", "regress"):
+            x = jnp.tanh(Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="pooler")(x))
+        width = {"regress": 1, "span": 2}.get(cfg.head, cfg.labels)
+        y = Dense(width, ("embed", "labels"), True, self.dtype, name="out")(x).astype(jnp.float32)
+        return y[..., 0] if cfg.head == "regress" else y

@@ -1,0 +1,210 @@
+"""The Transformer of every family: stacks of scanned blocks over embeddings. Family flags live in ModelConfig.
+
+Shapes: B batch, T sequence, D model width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmctl import weights
+from llmctl.mesh import constrain
+from llmctl.model import ModelConfig
+from llmctl.model.attention import Attention, RelativeBias, Shared, local_layers, share, visible
+from llmctl.model.layers import ACTIVATIONS, Dense, Dropout, FeedForward, Norm
+
+Batch = dict[str, jax.Array]
+
+REMAT = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """One layer: attention (and cross-attention) and feed-forward, each with residual and norms."""
+
+    config: ModelConfig
+    dtype: Any
+    layers: int
+    cross: bool = False
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, shared: Shared, local: jax.Array) -> tuple[jax.Array, None]:
+        cfg = self.config
+        attn = Attention(cfg, self.dtype, self.layers, name="attn")
+        x_BTD = self._residual("attn", x_BTD, lambda x: attn(x, shared, local))
+        if self.cross:
+            cross = Attention(cfg, self.dtype, self.layers, cross=True, name="cross")
+            x_BTD = self._residual("cross", x_BTD, lambda x: cross(x, shared, local))
+        x_BTD = self._residual("mlp", x_BTD, FeedForward(cfg, self.dtype, self.layers, name="mlp"))
+        return constrain(x_BTD, "batch", "seq", "act_embed"), None
+
+    def _residual(self, name: str, x: jax.Array, sublayer: Any) -> jax.Array:
+        cfg = self.config
+
+        def norm(suffix: str) -> Norm:
+            return Norm(cfg, self.dtype, name=f"{name}_{suffix}")
+
+        y = sublayer(x if cfg.norm_position == "post" else norm("norm")(x))
+        if cfg.norm_position == "sandwich":
+            y = norm("post_norm")(y)
+        x = x + Dropout(cfg.dropout, name=f"{name}_dropout")(y, self.train)
+        return norm("norm")(x) if cfg.norm_position == "post" else x
+
+
+class Stack(nn.Module):
+    """L blocks as one scan, whose parameters are stacked on axis 0; compile time does not grow with L."""
+
+    config: ModelConfig
+    layers: int
+    causal: bool
+    dtype: Any
+    remat: str = "none"
+    train: bool = False
+    cross: bool = False
+
+    def setup(self) -> None:
+        cfg = self.config
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0),
+            length=self.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.blocks = scanned(cfg, self.dtype, self.layers, self.cross, self.train)
+        if cfg.positions == "relative":
+            self.relative_bias = RelativeBias(cfg, not self.causal)
+        if cfg.norm_position != "post":
+            self.norm = Norm(cfg, self.dtype)
+
+    def share(self, segments_BT: jax.Array, positions_BT: jax.Array) -> Shared:
+        """What the layers share, computed once."""
+        shared = share(self.config, segments_BT, positions_BT, causal=self.causal)
+        T = segments_BT.shape[1]
+        return shared._replace(bias_HTS=self.relative_bias(T, T)) if self.config.positions == "relative" else shared
+
+    def __call__(self, x_BTD: jax.Array, shared: Shared) -> jax.Array:
+        x_BTD, _ = self.blocks(x_BTD, shared, local_layers(self.config, self.layers))
+        return self.finish(x_BTD)
+
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """The final norm, where the family has one."""
+        return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)
+
+
+class Embed(nn.Module):
+    """Token, position and segment-type embeddings -> [B, T, D]."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, train: bool) -> jax.Array:
+        cfg = self.config
+
+        def table(name: str, rows: int, axis: str | None) -> Any:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed_in"))
+            return self.param(name, init, (rows, cfg.d_model))
+
+        x = weights.take(table("tokens", cfg.vocab_size, "vocab_in"), tokens_BT, self.dtype)
+        x = x * jnp.asarray(cfg.embed_scale, self.dtype)
+        if cfg.positions == "learned":
+            rows = table("positions", cfg.max_seq_len + cfg.position_offset, None)
+            x = x + weights.take(rows, positions_BT + cfg.position_offset, self.dtype)
+        if cfg.positions == "sinusoidal":
+            x = x + sinusoids(positions_BT, cfg.d_model).astype(self.dtype)
+        if cfg.token_types:
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x = x + weights.take(table("types", cfg.token_types, None), types_BT, self.dtype)
+        if cfg.embed_norm:
+            x = Norm(cfg, self.dtype, name="norm")(x)
+        x = Dropout(cfg.dropout, name="dropout")(x, train)
+        return constrain(x, "batch", "seq", "act_embed")
+
+
+def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+    """Fixed sine and cosine positions (arXiv:1706.03762, section 3.5), interleaved -> [B, T, D]."""
+    rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = positions_BT.astype(jnp.float32)[..., None] * rate
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions_BT.shape, -1)[..., :width]
+
+
+class LMHead(nn.Module):
+    """Hidden states [..., D] -> logits [..., V] in float32, tied or not; BERT transforms them first."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: weights.Weight | None) -> jax.Array:
+        cfg = self.config
+        if cfg.head_transform:
+            x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
+            x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.activation](x))
+        x = x * jnp.asarray(cfg.logit_scale, x.dtype)
+        if cfg.tied:
+            logits = weights.transpose_matmul(x, cast(weights.Weight, table), self.dtype)
+        else:
+            init = nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, "fan_in", "normal"), ("embed", "vocab"))
+            logits = weights.matmul(x, self.param("kernel", init, (cfg.d_model, cfg.vocab_size)), self.dtype)
+        logits = logits.astype(jnp.float32)
+        if cfg.head_transform:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+            logits = logits + self.param("bias", bias_init, (cfg.vocab_size,)).astype(jnp.float32)
+        if cfg.final_softcap:
+            logits = cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
+        return logits
+
+
+class Transformer(nn.Module):
+    """Embeddings, an encoder and/or a decoder stack. Heads are beside it (`llmctl.model.heads`)."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    train: bool = False
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.embed = Embed(cfg, self.dtype)
+        common = {"dtype": self.dtype, "remat": self.remat, "train": self.train}
+        if cfg.architecture != "decoder":
+            self.encoder = Stack(cfg, cfg.encoder_layers or cfg.layers, causal=False, **common)
+        if cfg.architecture != "encoder":
+            self.decoder = Stack(cfg, cfg.layers, causal=True, cross=cfg.encoder_layers > 0, **common)
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """Final hidden states [B, T, D] of the (last) stack."""
+        if self.config.architecture == "encoder":
+            return self.encoder(*self.start(batch))
+        memory = self.encoder(*self.start_encoder(batch)) if self.config.encoder_layers else None
+        return self.decoder(*self.start(batch, memory))
+
+    def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
+        """Embeddings and shared masks of the stack that reads `tokens`."""
+        stack = self.encoder if self.config.architecture == "encoder" else self.decoder
+        x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), self.train)
+        shared = stack.share(batch["segments"], batch["positions"])
+        if memory_BSD is not None:
+            mask = visible(batch["segments"], batch["encoder_segments"])
+            shared = shared._replace(memory_BSD=memory_BSD, memory_mask_BTS=mask)
+        return x, shared
+
+    def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
+        """Embeddings and shared masks of the encoder beside a decoder."""
+        x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, self.train)
+        return x, self.encoder.share(batch["encoder_segments"], batch["encoder_positions"])
+
+    def finish(self, x_BTD: jax.Array, stack: str) -> jax.Array:
+        """The final norm of the named stack."""
+        return getattr(self, stack).finish(x_BTD)
