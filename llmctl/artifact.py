@@ -1,0 +1,301 @@
+"""Artifacts: what stages read and write. A folder with `manifest.json`, `params/` (Orbax) and the tokenizer.
+
+An artifact appears whole or not at all: it is written beside its place and renamed. Its manifest names every array, so
+it is restored with explicit types and shardings onto any mesh, and its digest is checked whenever it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmctl.errors import LlmctlError, RequestError, WorkError
+from llmctl.model import ModelConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+FORMAT = 1
+"""Version of the layout; a reader refuses a later one."""
+
+
+class Parent(BaseModel):
+    """Where an artifact came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    digest: str
+
+
+class Manifest(BaseModel):
+    """Everything about an artifact but its arrays. JAX is not needed to read it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: int
+    name: str
+    stage: str
+    key: str
+    family: str
+    model: ModelConfig
+    labels: list[str] = []
+    """Names of the classes, where the head has classes."""
+    parameters: int
+    bytes: int
+    """Size of `params/` on disk."""
+    sparsity: float
+    """Share of zeros among the matrices' entries."""
+    bits: float
+    """Stored bits a parameter, scales included."""
+    digest: str
+    """SHA-256 over names, types, shapes and values of all arrays."""
+    parent: Parent | None = None
+    tokenizer: str = ""
+    """Digest of the tokenizer."""
+    config: dict[str, Any] = {}
+    """The resolved config of the stage."""
+    metrics: dict[str, Any] = {}
+    weights: dict[str, dict[str, Any]] = {}
+    """Type of each weight, as `llmctl.weights.describe` gives it."""
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact."""
+
+    path: Path
+    manifest: Manifest
+    params: dict[str, Any]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The config that the parameters have the shapes of."""
+        return self.manifest.model
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder of the tokenizer."""
+        return self.path / "tokenizer"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the artifact at `path`. Raises RequestError where there is none that can be read."""
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise RequestError(f"{path}: not an artifact (it has no manifest.json); name a folder that a stage wrote")
+    try:
+        content = json.loads(file.read_text())
+        version = content["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise RequestError(f"{path}: artifact format {version} is later than this llmctl reads ({FORMAT}); upgrade llmctl")
+        return Manifest.model_validate(content)
+    except (ValueError, KeyError, TypeError) as e:
+        reason = f"{e.errors()[0]['loc']}: {e.errors()[0]['msg']}" if isinstance(e, ValidationError) else str(e)
+        raise RequestError(f"{file}: damaged manifest ({_one_line(reason)}); run the stage that made it again") from e
+
+
+def load(path: Path, mesh: Mesh | None = None) -> Artifact:
+    """Manifest and parameters, sharded over `mesh` by the rules (all on the default mesh where None).
+
+    Raises RequestError where the folder is no artifact, or is damaged, or does not fit the mesh.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    from llmctl import mesh as meshes
+    from llmctl import weights
+    from llmctl.model import calls
+    from llmctl.settings import MeshConfig
+
+    path = Path(path)
+    manifest = read_manifest(path)
+    if not manifest.weights:
+        raise RequestError(f"{path}: holds no model (stage {manifest.stage!r}); name an artifact with parameters")
+    mesh = mesh or meshes.make(MeshConfig())
+    stored = {
+        name: {part: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype)) for part, (dtype, shape) in record["parts"].items()}
+        for name, record in manifest.weights.items()
+    }
+    nodes = {name: weights.assemble(manifest.weights[name], arrays) for name, arrays in stored.items()}
+    _check_shapes(path, nodes, weights.flatten(calls.abstract(manifest.model)))
+    shardings = weights.flatten(meshes.shard_params(calls.axes(manifest.model), weights.unflatten(nodes), mesh))
+    target = {
+        name: {
+            part: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+            for (part, a), s in zip(stored[name].items(), weights.parts(shardings[name]).values(), strict=True)
+        }
+        for name in stored
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore((path / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in target.items()}))
+    except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
+        raise RequestError(f"{path}/params: damaged ({_one_line(str(e))}); run the stage that made it again") from e
+    arrays = {name: _lookup(tree, name) for name in stored}
+    arrays = {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
+    if digest(arrays) != manifest.digest:
+        raise RequestError(f"{path}/params: damaged (digest differs from the manifest's); run the stage that made it again")
+    params = {name: weights.assemble(manifest.weights[name], arrays[name]) for name in stored}
+    return Artifact(path, manifest, weights.unflatten(params))
+
+
+def _plain(parts: dict[str, Any]) -> Any:
+    return parts[""] if "" in parts else parts
+
+
+def _lookup(tree: Any, path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The arrays are those of the config: no more, no fewer, of the same shapes."""
+    odd = sorted(stored.keys() ^ expected.keys())
+    odd += [k for k in stored.keys() & expected.keys() if tuple(stored[k].shape) != tuple(expected[k].shape)]
+    if odd:
+        raise RequestError(f"{path}: parameters contradict the model config at {', '.join(odd[:4])}; the artifact is damaged")
+
+
+def digest(arrays: dict[str, dict[str, Any]]) -> str:
+    """SHA-256 over the arrays, one at a time on the host: {name: {part: array}} -> hex."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        for part, a in sorted(arrays[name].items()):
+            host = multihost_utils.process_allgather(a, tiled=True) if jax.process_count() > 1 else a
+            host = np.ascontiguousarray(np.asarray(host))
+            total.update(f"{name}:{part}:{host.dtype}:{host.shape}\n".encode())
+            total.update(host.tobytes())
+    return total.hexdigest()
+
+
+def measure(params: dict[str, Any]) -> dict[str, Any]:
+    """Counted from the arrays: {"parameters", "sparsity", "bits"}."""
+    import jax.numpy as jnp
+
+    from llmctl import weights
+
+    stored_bits = zeros = entries = 0
+    for name, w in weights.flatten(params).items():
+        for part, a in weights.parts(w).items():
+            stored_bits += a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
+            if part in ("", "qvalue", "base", "base.qvalue") and name.endswith("kernel"):
+                zeros += int(jnp.sum(a == 0))
+                entries += a.size
+    parameters = weights.count(params)
+    return {"parameters": parameters, "sparsity": zeros / max(entries, 1), "bits": stored_bits / parameters}
+
+
+def save(
+    out: Path,
+    params: dict[str, Any],
+    model: ModelConfig,
+    *,
+    stage: str,
+    key: str,
+    config: dict[str, Any],
+    name: str = "",
+    parent: Manifest | None = None,
+    labels: list[str] | None = None,
+    metrics: dict[str, Any] | None = None,
+    tokenizer_dir: Path | None = None,
+    log: Path | None = None,
+) -> Manifest:
+    """Writes the artifact `out` atomically and returns its manifest. A full disk is a WorkError and leaves nothing behind."""
+    import orbax.checkpoint as ocp
+
+    from llmctl import weights
+    from llmctl.data import tokenizer as tokenizers
+
+    out = Path(out)
+    flat = weights.flatten(params)
+    arrays = {path: weights.parts(w) for path, w in flat.items()}
+    with writing(out) as draft:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((draft / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in arrays.items()}))
+            checkpointer.wait_until_finished()
+        if tokenizer_dir:
+            shutil.copytree(tokenizer_dir, draft / "tokenizer")
+        if log and log.exists():
+            shutil.copy(log, draft / "log.jsonl")
+        manifest = Manifest(
+            format=FORMAT,
+            name=name or out.name,
+            stage=stage,
+            key=key,
+            family=model.family,
+            model=model,
+            labels=labels or [],
+            bytes=sum(f.stat().st_size for f in (draft / "params").rglob("*") if f.is_file()),
+            digest=digest(arrays),
+            parent=Parent(name=parent.name, digest=parent.digest) if parent else None,
+            tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
+            config=config,
+            metrics=metrics or {},
+            weights={path: weights.describe(w) for path, w in flat.items()},
+            versions=versions(),
+            **measure(params),
+        )
+        (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+    return manifest
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A draft folder that becomes `out` when the block ends well, and vanishes when it does not."""
+    out = Path(out)
+    draft = out.parent / f".{out.name}.draft"
+    old = out.parent / f".{out.name}.old"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in (draft, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        draft.mkdir()
+        yield draft
+        if out.exists():
+            out.rename(old)
+        os.rename(draft, out)
+        shutil.rmtree(old, ignore_errors=True)
+    except LlmctlError:
+        raise
+    except Exception as e:
+        if disk_is_full(e):
+            raise WorkError(f"{out}: the disk is full; nothing was written there, free some space and run the same command") from e
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def disk_is_full(e: BaseException | None) -> bool:
+    """True where an error, or what caused it, is about space (TensorStore reports it in words)."""
+    while e is not None:
+        if (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(e):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def versions() -> dict[str, str]:
+    """What made the artifact."""
+    return {p: metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "qwix")}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -1,0 +1,189 @@
+"""Losses over a vocabulary, computed in chunks of the sequence so that [B, T, V] never exists.
+
+`chunked` runs a loss over pieces of the sequence and, where a gradient is wanted, takes it piece by piece in the same
+pass: three matrix products for the output projection instead of the four that rematerializing costs.
+
+Shapes: B batch, T sequence, c tokens a chunk, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_BYTES = 32 * 2**20
+"""Float32 logits of one chunk, about; large enough for full-speed products, small enough to stay near the cores."""
+
+Tree = Any
+ChunkLoss = Callable[[Tree, Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
+"""(head params, constants, x [B, c, D], aligned [B, c, ...]) -> (sum of losses, tree of sums)."""
+
+Project = Callable[[Tree, jax.Array], jax.Array]
+"""(head params, x [..., D]) -> logits [..., V]."""
+
+
+def chunk_length(batch: int, length: int, vocab: int) -> int:
+    """Tokens a chunk and sequence: the largest divisor of `length` whose logits stay within CHUNK_BYTES."""
+    most = max(1, CHUNK_BYTES // (4 * batch * vocab))
+    return max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
+
+
+def _split(tree: Tree, chunk: int) -> Tree:
+    """[B, T, ...] -> [T / c, B, c, ...]."""
+    return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1), tree)
+
+
+def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tree]]:
+    """The leaves that have gradients, and the way to put others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    def rebuild(new: list[jax.Array]) -> Tree:
+        out = list(leaves)
+        for i, leaf in zip(places, new, strict=True):
+            out[i] = leaf
+        return jax.tree.unflatten(treedef, out)
+
+    return [leaves[i] for i in places], rebuild
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunked(fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
+    """Sums `fn` over chunks of `chunk` tokens. Differentiable in `head` and `x_BTD`; the sums beside the loss are not."""
+
+    def body(carry: Tree, piece: Tree) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, carry, fn(head, constants, *piece)), None
+
+    pieces = (_split(x_BTD, chunk), _split(aligned, chunk))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces)))
+    return jax.lax.scan(body, zero, pieces)[0]
+
+
+def _forward(fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree) -> tuple[Tree, Tree]:
+    floats, rebuild = _floats(head)
+
+    def body(carry: Tree, piece: Tree) -> tuple[Tree, jax.Array]:
+        x, rest = piece
+
+        def loss(floats: list[jax.Array], x: jax.Array) -> tuple[jax.Array, Tree]:
+            return fn(rebuild(floats), constants, x, rest)
+
+        total, pull, sums = jax.vjp(loss, floats, x, has_aux=True)
+        d_floats, d_x = pull(jnp.ones_like(total))
+        d_floats = [d.astype(jnp.float32) for d in d_floats]
+        return jax.tree.map(jnp.add, carry, ((total, sums), d_floats)), d_x
+
+    pieces = (_split(x_BTD, chunk), _split(aligned, chunk))
+    shapes = jax.eval_shape(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), [jnp.zeros(f.shape, jnp.float32) for f in floats]
+    (out, d_floats), d_x = jax.lax.scan(body, start, pieces)
+    d_x = d_x.swapaxes(0, 1).reshape(x_BTD.shape)
+    d_floats = [d.astype(f.dtype) for d, f in zip(d_floats, floats, strict=True)]
+    return out, (d_floats, d_x, head)
+
+
+def _backward(fn: ChunkLoss, chunk: int, saved: Tree, cotangent: Tree) -> Tree:
+    d_floats, d_x, head = saved
+    scale = cotangent[0]
+    leaves, treedef = jax.tree.flatten(head)
+    rest = iter(d_floats)
+    # Integer leaves (a quantized head) have no gradient: None says so.
+    d_head = [next(rest) * scale.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else None for leaf in leaves]
+    return jax.tree.unflatten(treedef, d_head), None, d_x * scale.astype(d_x.dtype), None
+
+
+chunked.defvjp(_forward, _backward)
+
+
+def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log p(target), log of the partition sum) for logits [..., V] and targets [...].
+
+    The target is picked by comparison, not by a gather, so that a vocabulary split over devices stays split.
+    """
+    partition = jax.nn.logsumexp(logits_V, axis=-1)
+    hit = jnp.arange(logits_V.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(hit, logits_V, 0.0), axis=-1) - partition, partition
+
+
+def cross_entropy(
+    project: Project,
+    head: Tree,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    vocab: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of token cross-entropies (nats), and the sums {"nll", "correct", "weight"} over the batch.
+
+    `label_smoothing` mixes in the uniform distribution (arXiv:1512.00567); `z_loss` adds z_loss * log(Z)^2 a token
+    (arXiv:2204.02311). Neither is part of "nll".
+    """
+
+    def fn(head: Tree, _: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
+        targets, weights = aligned
+        logits = project(head, x)
+        log_p, partition = target_log_probability(logits, targets)
+        loss = -log_p
+        if label_smoothing:
+            loss = (1 - label_smoothing) * loss + label_smoothing * (partition - jnp.mean(logits, axis=-1))
+        if z_loss:
+            loss = loss + z_loss * jnp.square(partition)
+        correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+        sums = {"nll": jnp.sum(-log_p * weights), "correct": jnp.sum(correct), "weight": jnp.sum(weights)}
+        return jnp.sum(loss * weights), sums
+
+    chunk = chunk_length(x_BTD.shape[0], x_BTD.shape[1], vocab)
+    return chunked(fn, chunk, head, (), x_BTD, (targets_BT, weights_BT))
+
+
+def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:
+    """Negative log-likelihood (nats) of every target [B, T]; for evaluation."""
+    chunk = chunk_length(x_BTD.shape[0], x_BTD.shape[1], vocab)
+
+    def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
+        x, targets = piece
+        return None, -target_log_probability(project(head, x), targets)[0]
+
+    nll = jax.lax.scan(body, None, _split((x_BTD, targets_BT), chunk))[1]
+    return nll.swapaxes(0, 1).reshape(targets_BT.shape)
+
+
+def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -> jax.Array:
+    """KL(teacher || student) of logits [..., V] softened by `temperature`, times its square (arXiv:1503.02531) -> [...]."""
+    log_t = jax.nn.log_softmax(teacher_V / temperature, axis=-1)
+    log_s = jax.nn.log_softmax(student_V / temperature, axis=-1)
+    return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
+
+
+def distillation(
+    project: Project,
+    head: Tree,
+    x_BTD: jax.Array,
+    teacher_project: Project,
+    teacher_head: Tree,
+    teacher_x_BTE: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    vocab: int,
+    temperature: float,
+    hard: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(1 - hard) * softened KL to the teacher + hard * cross-entropy, weighted sums as in `cross_entropy`, plus "kl"."""
+
+    def fn(head: Tree, teacher_head: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
+        teacher_x, targets, weights = aligned
+        logits = project(head, x)
+        kl = divergence(teacher_project(teacher_head, teacher_x), logits, temperature)
+        nll = -target_log_probability(logits, targets)[0]
+        correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+        sums = {"nll": nll * weights, "kl": kl * weights, "correct": correct, "weight": weights}
+        return jnp.sum(((1 - hard) * kl + hard * nll) * weights), jax.tree.map(jnp.sum, sums)
+
+    chunk = chunk_length(x_BTD.shape[0], x_BTD.shape[1], vocab)
+    return chunked(fn, chunk, head, teacher_head, x_BTD, (teacher_x_BTE, targets_BT, weights_BT))
