@@ -1,0 +1,121 @@
+"""Perplexity under a protocol that is part of the number: split, context, stride, and what is counted.
+
+Every document is scored alone: nothing of another document is its context, its first token is conditioned on the
+prefix token (BOS), its end is not scored. Each target is scored exactly once whatever the stride (see `windows`).
+Perplexity a token compares models of one tokenizer; a word (white-space separated, of the raw text) or a byte
+compares across tokenizers, as every model must predict the same text.
+
+Shapes: N rows, B batch, T context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl import losses
+from llmctl.evaluate import windows
+from llmctl.model import ModelConfig, calls
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a perplexity was measured on, and how."""
+
+    split: str
+    documents: int
+    context: int
+    stride: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.split} split, {self.documents} documents each alone, context {self.context}, stride {self.stride}, "
+            f"every token once, {self.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The units of the raw text."""
+
+    tokens: int
+    words: int
+    bytes: int
+
+
+def count(texts: Sequence[str], tokens: int) -> Counts:
+    """Words are separated by white space; bytes are those of UTF-8."""
+    return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
+
+
+def metrics(nll: float, counts: Counts) -> dict[str, float]:
+    """From the summed negative log-likelihood (nats) to every unit; infinite where exp overflows."""
+
+    def exponential(x: float) -> float:
+        return math.exp(x) if x < 700 else math.inf
+
+    return {
+        "perplexity": exponential(nll / max(1, counts.tokens)),
+        "word_perplexity": exponential(nll / max(1, counts.words)),
+        "byte_perplexity": exponential(nll / max(1, counts.bytes)),
+        "bits_per_byte": nll / math.log(2) / max(1, counts.bytes),
+        "nll": nll / max(1, counts.tokens),
+        "tokens": counts.tokens,
+        "words": counts.words,
+        "bytes": counts.bytes,
+    }
+
+
+def row_nll(model: ModelConfig, dtype: str) -> Any:
+    """Compiled (params, batch) -> summed NLL [B] (nats) of the weighted targets. Logits exist a chunk at a time."""
+
+    def step(params: calls.Params, batch: dict[str, jax.Array]) -> jax.Array:
+        x_BTD = calls.hidden(model, params, batch, dtype=dtype)
+
+        def project(head: calls.Params, x: jax.Array) -> jax.Array:
+            return calls.lm_logits(model, head, x, dtype)
+
+        nll_BT = losses.token_nll(project, calls.head_params(model, params), x_BTD, batch["targets"], model.vocab_size)
+        return jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0), axis=1)
+
+    return jax.jit(step)
+
+
+def batches(rows: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows in batches of one shape; the last is filled up with padding, which scores nothing."""
+    total = len(next(iter(rows.values())))
+    for start in range(0, total, batch_size):
+        batch = {name: value[start : start + batch_size] for name, value in rows.items()}
+        missing = batch_size - len(batch["tokens"])
+        yield {name: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for name, v in batch.items()}
+
+
+def total_nll(
+    model: ModelConfig,
+    params: calls.Params,
+    documents: Sequence[Sequence[int]],
+    prefix: int | None,
+    *,
+    context: int,
+    stride: int,
+    batch_size: int,
+    dtype: str = "float32",
+    place: Any = None,
+) -> tuple[float, int]:
+    """(summed NLL in nats, tokens scored) of tokenized documents. `place` puts a host batch on the devices.
+
+    The sum over rows is taken in float64 on the host.
+    """
+    rows = windows.rows(documents, prefix, context, stride)
+    step = row_nll(model, dtype)
+    total = 0.0
+    for batch in batches(rows, batch_size):
+        total += float(np.sum(np.asarray(step(params, place(batch) if place else batch)), dtype=np.float64))
+    return total, int(rows["weights"].sum(dtype=np.float64))

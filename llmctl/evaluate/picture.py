@@ -1,0 +1,98 @@
+"""The trade-off of a chain as a picture: how good every artifact is against the bytes it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmctl.evaluate import report
+
+_INK, _QUIET, _LINE, _POINT = "#1b1f24", "#6e7781", "#d0d7de", "#0b6bcb"
+
+
+def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
+    """Writes a PNG of accuracy (with its 95 % interval), or perplexity, against bytes; False if no artifact has either.
+
+    Needs matplotlib (the `demo` extra); ImportError otherwise.
+    """
+    records = [r for r in report.lines(results) if r.get("bytes")]
+    metric = next((m for m in ("accuracy", "perplexity") if any(m in r for r in records)), None)
+    if metric is None:
+        return False
+    # The object interface needs no global state and no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [r for r in records if metric in r]
+    sized = [r for r in records if metric in r and r.get("examples_per_second")] if metric == "accuracy" else []
+    figure = Figure(figsize=(10.5 if sized else 6.5, 4.4), dpi=160, layout="constrained")
+    axes = figure.subplots(1, 2 if sized else 1, squeeze=False)[0]
+    _draw(axes[0], records, "bytes", metric)
+    if sized:
+        _draw(axes[1], sized, "examples_per_second", metric)
+        axes[1].set_ylabel("")
+    FigureCanvasAgg(figure).print_png(path)
+    return True
+
+
+def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: str) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+
+    xs, ys = [r[x] for r in records], [r[metric] for r in records]
+    ax.plot(xs, ys, color=_LINE, linewidth=1.2, zorder=1)  # the order of the chain
+    if metric == "accuracy":
+        down = [r[metric] - r["accuracy_low"] for r in records]
+        up = [r["accuracy_high"] - r[metric] for r in records]
+        ax.errorbar(xs, ys, yerr=[down, up], fmt="none", ecolor=_QUIET, elinewidth=1, capsize=3, zorder=2)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    ax.scatter(xs, ys, s=46, color=_POINT, edgecolor="white", linewidth=1, zorder=3)
+    ax.set_xscale("log")
+    ax.margins(x=0.18, y=0.16)
+    middle = (min(xs) * max(xs)) ** 0.5
+    for at, record in enumerate(records):
+        above, left = at % 2 == 0, record[x] > middle  # labels grow inwards, neighbours in the chain to different sides
+        ax.annotate(
+            record["artifact"],
+            (record[x], record[metric]),
+            xytext=(-6 if left else 6, 6 if above else -6),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="bottom" if above else "top",
+            fontsize=9,
+            color=_INK,
+        )
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    low, high = min(xs), max(xs)
+    if high < 20 * low:  # within about a decade the powers of ten alone would leave the axis bare
+        ax.set_xticks(_ticks(low, high))
+    label = "bytes of weights on disk" if x == "bytes" else "examples a second"
+    ax.set_xlabel(f"{label} (log scale)", color=_QUIET)
+    ax.set_ylabel("held-out accuracy (95 % interval)" if metric == "accuracy" else "perplexity", color=_QUIET)
+    ax.grid(axis="y", color=_LINE, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(_LINE)
+    ax.tick_params(colors=_QUIET, labelsize=9)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """The 1-2-5 numbers from just below `low` to just above `high`."""
+    out, power = [], 1.0
+    while power * 10 <= low:
+        power *= 10
+    while power <= high * 2:
+        out += [m * power for m in (1.0, 2.0, 5.0) if low / 2 <= m * power <= high * 2]
+        power *= 10
+    return out
+
+
+def _short(value: float) -> str:
+    """1200 -> 1.2k, 3.5e6 -> 3.5M."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
