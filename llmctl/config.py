@@ -1,8 +1,27 @@
-"""Frozen, strict configuration classes: the one place where a setting has its name, type, default and meaning."""
+"""Frozen, strict configuration classes: the one place where a setting has its name, type, default and meaning.
 
-from typing import ClassVar
+TOML in, frozen models out. Whatever is wrong ends as one line that names the file, the path inside it as `--set` would
+write it, the problem, and the word that was probably meant.
+"""
 
-from pydantic import BaseModel, ConfigDict
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import tomllib
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmctl.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
@@ -14,3 +33,174 @@ class Config(BaseModel):
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
     """Fields that cannot change the result (mesh, logging); left out of a stage's key."""
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The TOML file as a dict.
+
+    Raises:
+      RequestError: there is no such file, it cannot be read, or it is not TOML (with the line).
+    """
+    file = Path(path)
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = [str(p) for p in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+        raise RequestError(f"{path}: no such file{hint(str(file), there)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise RequestError(f"{path}: not valid TOML: {e}") from None
+    except OSError as e:
+        raise RequestError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) -> C:
+    """`values` as a `cls`: types as TOML gave them (no "3" for 3, no true for 1), and no key that `cls` does not have.
+
+    Args:
+      cls: the settings class.
+      values: nested dicts and lists, as read from TOML.
+      place: from the dotted path inside `values` (empty for the whole) to what an error starts with, such as
+        `demo.toml: stage.2.train.steps (prune)` or `--train.steps`.
+
+    Raises:
+      RequestError: one line with the first problem: the place, what was expected, a near match.
+    """
+    try:
+        # The JSON mode is the strict one that still takes a list for a tuple and a string for a path.
+        return cls.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        # A misspelt key often causes a second error elsewhere: name the key.
+        first = next((x for x in errors if x["type"] == "extra_forbidden"), errors[0])
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        place_of_first = place(".".join(str(part) for part in first["loc"]))
+        raise RequestError(f"{place_of_first}: {_explain(cls, first)}{more}") from None
+
+
+def parse_value(text: str) -> Any:
+    """`text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"); what is not one is a string."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if set(parsed) == {"value"} else text
+
+
+def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
+    """Sets `values[path[0]][path[1]]… = value`, making tables on the way.
+
+    Raises:
+      RequestError: something on the way is not a table.
+    """
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RequestError(f"{'.'.join(path)}: {part} is a value, not a table")
+    values[path[-1]] = value
+
+
+def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
+    """`above` over `below`. Tables that are settings classes of `cls` merge key by key; any other table is a value."""
+    out = copy.deepcopy(below)
+    for key, value in above.items():
+        inner = section(cls, key)
+        if inner and isinstance(value, dict) and isinstance(out.get(key), dict):
+            out[key] = merge(out[key], value, inner)
+        else:
+            out[key] = copy.deepcopy(value)
+    return out
+
+
+def field_names(cls: type[Config]) -> list[str]:
+    """The keys of `cls` as people write them (`from`, not `parent`)."""
+    return [f.alias or name for name, f in cls.model_fields.items()]
+
+
+def section(cls: type[Config], key: str) -> type[Config] | None:
+    """The settings class behind `key` of `cls`, if it is one (also where it may be absent: `Section | None`)."""
+    for name, field in cls.model_fields.items():
+        if key in (name, field.alias):
+            return _config_in(field.annotation)
+    return None
+
+
+def hint(word: str, known: list[str]) -> str:
+    """`, did you mean …?` where a known word is near; else nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def keyed(value: Any) -> Any:
+    """`value` (a Config, or anything inside one) as JSON data, without the fields that cannot change a result."""
+    if isinstance(value, Config):
+        return {k: keyed(getattr(value, k)) for k in type(value).model_fields if k not in value.unkeyed}
+    if isinstance(value, dict):
+        return {str(k): keyed(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [keyed(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(keyed(v) for v in value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _config_in(annotation: Any) -> type[Config] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((c for a in get_args(annotation) if (c := _config_in(a))), None)
+    return None
+
+
+def _class_at(cls: type[Config], path: tuple[Any, ...]) -> type[Config] | None:
+    """The settings class that the inside of `path` belongs to; list indices and the like are stepped over."""
+    at: type[Config] | None = cls
+    for part in path:
+        if not isinstance(part, str) or at is None:
+            continue
+        found = next((f.annotation for n, f in at.model_fields.items() if part in (n, f.alias)), None)
+        if found is None:
+            continue  # the name of a union's branch
+        at = _config_in(found) or next((c for a in get_args(found) if (c := _config_in(a))), None)
+    return at
+
+
+def _explain(cls: type[Config], error: Any) -> str:
+    loc, kind, given, ctx = error["loc"], error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        at = _class_at(cls, loc[:-1])
+        known = field_names(at) if at else []
+        return f"unknown key{hint(str(loc[-1]), known) or (': known are ' + ', '.join(known) if known else '')}"
+    if kind == "missing":
+        return "is required"
+    if kind == "value_error":
+        return str(ctx.get("error", error["msg"]))
+    if kind == "literal_error":
+        at, allowed = _class_at(cls, loc[:-1]), []
+        field = next((f for n, f in (at or cls).model_fields.items() if loc[-1] in (n, f.alias)), None)
+        if field and get_origin(field.annotation) is Literal:
+            allowed = [a for a in get_args(field.annotation) if isinstance(a, str)]
+        return f"must be {ctx['expected']}, got {_shown(given)}{hint(str(given), allowed)}"
+    expected = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "string_type": "a string",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "tuple_type": "a list",
+        "dict_type": "a table",
+        "model_type": "a table",
+        "path_type": "a path",
+        "greater_than": f"> {ctx.get('gt')}",
+        "greater_than_equal": f">= {ctx.get('ge')}",
+        "less_than": f"< {ctx.get('lt')}",
+        "less_than_equal": f"<= {ctx.get('le')}",
+    }.get(kind)
+    if expected:
+        return f"must be {expected}, got {_shown(given)}"
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

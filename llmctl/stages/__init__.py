@@ -21,6 +21,13 @@ class StageConfig(Config):
     """What every stage has."""
 
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform"})
+    starts: ClassVar[bool] = False
+    """Starts from nothing unless `from` is given (pretrain)."""
+    produces: ClassVar[bool] = True
+    """Leaves a model that later stages start from by default (eval does not)."""
+    artifact_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that name further artifacts (a str, or a list of them: empty means every one before). They come in
+    `Context.siblings` under those names, and their keys are part of this stage's key."""
 
     kind: str
     """Which stage this is; the name of its file in `llmctl/stages`."""

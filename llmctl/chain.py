@@ -1,0 +1,234 @@
+"""Runs a recipe's steps: what is done already is skipped, what was interrupted goes on, what changed is done again."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl import artifact, devices, stages
+from llmctl.config import Config, hint, keyed
+from llmctl.errors import LlmctlError, RequestError, WorkError
+from llmctl.recipe import MANIFEST, out_name
+from llmctl.stages import Context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from llmctl.recipe import Recipe, Step
+
+WORK = ".work"
+"""Folder of a run where stages keep what they need while they work."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step with its key, and whether its artifact is there already."""
+
+    step: Step
+    key: str
+    why: str
+    """Why it has to run, for people; empty when the artifact is up to date."""
+
+
+def run(recipe: Recipe, only: Sequence[str] = (), say: Callable[[str], None] = print) -> list[str]:
+    """Runs the steps that are not done.
+
+    Args:
+      recipe: resolved steps.
+      only: names of the steps to run; what they start from must be there and up to date. Empty runs all.
+      say: is told one line a step.
+
+    Returns:
+      The names of the steps that ran.
+
+    Raises:
+      RequestError: a name in `only` is unknown, an input is missing, another process is at work in the same place.
+      WorkError, Interrupted: whatever a stage raises.
+    """
+    names = [s.name for s in recipe.steps]
+    for name in only:
+        if name not in names:
+            raise RequestError(f"--only {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
+    tasks = plan(recipe)
+    wanted = [t for t in tasks if not only or t.step.name in only]
+    _inputs_are_there(tasks, wanted, bool(only))
+    due = [t for t in wanted if t.why]
+    one = len(recipe.steps) == 1
+    with lock(recipe.run / WORK / "run.lock", shared=one):
+        if due:
+            devices.settle((t.step.config.platform for t in due), say)
+        for i, task in enumerate(wanted, 1):
+            name = task.step.name
+            with lock(recipe.run / WORK / f"{name}.lock") if one else contextlib.nullcontext():
+                if not task.why or _manifest_key(task.step.out) == task.key:
+                    say(f"[{i}/{len(wanted)}] {name}: up to date, skipped")
+                    continue
+                source = f" from {out_name(task.step.parent)}" if task.step.parent else ""
+                say(f"[{i}/{len(wanted)}] {name}{source}: {task.why}")
+                _do(recipe, task, say)
+    return [t.step.name for t in due]
+
+
+def plan(recipe: Recipe) -> list[Task]:
+    """Every step with its key and whether it is due, from the recipe and what lies on the disk; runs nothing.
+
+    Raises:
+      RequestError: an input file or a folder that is started from is missing or damaged.
+    """
+    keys: dict[str, str] = {}
+    tasks: list[Task] = []
+    for step in recipe.steps:
+        parent = _key_of(step.parent, keys) if step.parent else None
+        others = [[n, _key_of(a, keys)] for n, a in step.others.items()]
+        keys[step.name] = key(step.config, parent, others)
+        tasks.append(Task(step, keys[step.name], _why(step, keys[step.name], {t.step.name for t in tasks if t.why})))
+    return tasks
+
+
+def key(config: stages.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
+    """The content key of a stage's result: equal keys mean equal results.
+
+    sha256 over the canonical JSON of the config without its unkeyed fields, the keys of all artifacts it reads, the content
+    of its input files, and the version of the artifact format.
+
+    Raises:
+      RequestError: an input file is missing.
+    """
+    settings = {k: v for k, v in keyed(config).items() if k not in config.artifact_fields}
+    files = [_content(str(path)) for path in inputs(config)]
+    what = {"format": artifact.FORMAT, "config": settings, "parent": parent, "others": list(others), "files": files}
+    text = json.dumps(what, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inputs(config: Any) -> list[Any]:
+    """The files that a config reads, those of its sections included: each settings class may have `inputs()`."""
+    if isinstance(config, (list, tuple)):
+        return [path for part in config for path in inputs(part)]
+    if not isinstance(config, Config):
+        return []
+    found = getattr(config, "inputs", None)
+    own = list(found()) if callable(found) else []
+    return own + [path for name in type(config).model_fields for path in inputs(getattr(config, name))]
+
+
+@contextlib.contextmanager
+def lock(path: Path, shared: bool = False) -> Iterator[None]:
+    """Holds `path` for this process; the kernel lets go of it however the process ends.
+
+    Raises:
+      RequestError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip()
+            raise RequestError(f"{path.parent.parent}: another llmctl{f' (process {who})' if who else ''} is at work there") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
+    step = task.step
+    if step.out.exists() and not (step.out / MANIFEST).exists() and (not step.out.is_dir() or any(step.out.iterdir())):
+        raise RequestError(f"{step.out}: is there already and is not an artifact; move it away, or choose another folder")
+    work = recipe.run / WORK / step.name
+    note = work / "key"
+    if work.exists() and (not note.exists() or note.read_text() != task.key):
+        say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    note.write_text(task.key)
+
+    def folder(of: str | Path) -> Path:
+        return of if isinstance(of, Path) else recipe.run / of
+
+    siblings = {name: folder(of) for name, of in step.others.items()}
+    parent = folder(step.parent) if step.parent else None
+    stages.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
+    if _manifest_key(step.out) != task.key:
+        raise WorkError(f"{step.name}: the stage ended without leaving its artifact in {step.out}")
+    shutil.rmtree(work)
+
+
+def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None:
+    """With `--only`, what a wanted step reads was made before, from the same recipe."""
+    by_name = {t.step.name: t for t in tasks}
+    coming = {t.step.name for t in wanted}
+    for task in wanted if some else ():
+        for needed in (task.step.parent, *task.step.others.values()):
+            if not isinstance(needed, str) or needed in coming:
+                continue
+            if by_name[needed].why:
+                raise RequestError(f"{task.step.name}: needs {needed}, which is not up to date ({by_name[needed].why}); run it as well")
+
+
+def _why(step: Step, key: str, due: set[str]) -> str:
+    """One clause: why the step has to run; empty when its artifact has this key."""
+    if not (step.out / MANIFEST).exists():
+        return "new"
+    try:
+        manifest = artifact.read_manifest(step.out)
+    except LlmctlError:
+        return "the artifact that is there cannot be read"
+    if manifest.key == key:
+        return ""
+    before, now = _leaves(manifest.config), _leaves(keyed(step.config))
+    changed = [f"{k} {before[k]} → {v}" for k, v in now.items() if k in before and before[k] != v]
+    if changed:
+        return "changed: " + ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    above = [a for a in (step.parent, *step.others.values()) if isinstance(a, str) and a in due]
+    return f"{above[0]} is made anew" if above else "its input changed"
+
+
+def _leaves(values: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(values, dict):
+        return {k: v for name, value in values.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: json.dumps(values)}
+
+
+def _key_of(of: str | Path, keys: dict[str, str]) -> str:
+    if isinstance(of, str):
+        return keys[of]
+    manifest = artifact.read_manifest(of)
+    return f"{manifest.key}:{manifest.digest}"
+
+
+def _manifest_key(folder: Path) -> str:
+    return artifact.read_manifest(folder).key if (folder / MANIFEST).exists() else ""
+
+
+_seen: dict[tuple[str, int, int], str] = {}
+
+
+def _content(path: str) -> str:
+    """sha256 of a file's content; once a process, as several stages read the same files."""
+    file: Any = Path(path)
+    if "://" in path:
+        from etils import epath
+
+        file = epath.Path(path)
+    try:
+        stat = file.stat()
+        mark = (path, stat.length, stat.mtime) if "://" in path else (path, stat.st_size, stat.st_mtime_ns)
+        if mark not in _seen:
+            digest = hashlib.sha256()
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+            _seen[mark] = digest.hexdigest()
+    except OSError as e:
+        raise RequestError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return _seen[mark]

@@ -1,0 +1,41 @@
+"""`llmctl show`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmctl import console
+from llmctl import show as shown
+from llmctl.errors import RequestError
+from llmctl.recipe import MANIFEST
+
+
+def show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or the folder of a run.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show an artifact, or a whole run as a table in lineage order."""
+    if not path.is_dir():
+        raise RequestError(f"{path}: no such folder")
+    if not (path / MANIFEST).exists():
+        found = shown.run(path)
+        if json:
+            console.result(found)
+        else:
+            console.show(shown.table(found["artifacts"], str(path)))
+        return
+    found = shown.one(path)
+    if json:
+        console.result(found)
+        return
+    console.show(shown.table([found], str(path)))
+    for key in ("format", "digest", "key", "parent", "labels", "metrics", "model", "config", "versions"):
+        if found.get(key):
+            console.show(f"[bold]{key}[/bold] {_plain(found[key])}")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{k}={_plain(v)}" for k, v in value.items()).replace("[", r"\[")
+    return str(value).replace("[", r"\[")

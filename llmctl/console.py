@@ -1,0 +1,51 @@
+"""Where commands speak: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def say(text: str) -> None:
+    """One line to people, on stderr."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def result(value: Any) -> None:
+    """One JSON object on stdout, and nothing else there. Values that JSON does not have (NaN) become null."""
+    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+
+def show(renderable: Any) -> None:
+    """A table or a text for people, on stdout. Off a terminal it is as wide as it needs to be: nothing is cut."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=400)
+    console.print(renderable, highlight=False)
+
+
+@contextlib.contextmanager
+def folder(path: Path | None) -> Iterator[Path]:
+    """`path`, or a temporary folder for a result that is only printed."""
+    if path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as temporary:
+        yield Path(temporary) / "result"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

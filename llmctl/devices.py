@@ -1,0 +1,62 @@
+"""Which devices JAX may use. Nothing here imports JAX before the platform is settled, and nothing falls back in silence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmctl.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+"""What JAX_PLATFORMS says for each platform of ours. The CPU stays beside an accelerator, for what is built on the host."""
+
+
+def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: None) -> str:
+    """Makes JAX use the platform that is asked for, and starts it.
+
+    Args:
+      platforms: what the stages of a run name (cpu, gpu, tpu; empty for no wish).
+      say: told, in one line, when an accelerator is plugged in that JAX does not use.
+
+    Returns:
+      The platform in use.
+
+    Raises:
+      RequestError: two platforms are named, or the one that is named is not there.
+    """
+    named = sorted({p for p in platforms if p})
+    if len(named) > 1:
+        raise RequestError(f"one run uses one platform, and its stages name {' and '.join(named)}; split the run")
+    wanted = named[0] if named else ""
+    if wanted and "jax" not in sys.modules:
+        os.environ.setdefault("JAX_PLATFORMS", BACKENDS[wanted])
+    import jax
+
+    try:
+        found = jax.default_backend()
+    except RuntimeError as e:
+        text = str(e).splitlines()[0]
+        raise RequestError(f"platform {wanted or os.environ.get('JAX_PLATFORMS', '')!r}: JAX finds none here: {text}") from None
+    if wanted and found != wanted:
+        forced = os.environ.get("JAX_PLATFORMS", "")
+        why = f" (JAX_PLATFORMS={forced})" if forced and wanted not in BACKENDS.get(forced, "") else ""
+        raise RequestError(f"platform {wanted!r} is asked for and JAX finds only {found!r}{why}; try llmctl doctor")
+    if not wanted and found == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+        for extra in sorted(plugged()):
+            say(f"this machine has a {extra} that JAX does not use: install llmctl[{extra}], or say platform = 'cpu'")
+    return found
+
+
+def plugged() -> set[str]:
+    """Accelerators that the machine has, by the extra that drives them (cuda, tpu), from the device files alone."""
+    found = set()
+    if Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists():
+        found.add("cuda")
+    if any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev").glob("accel/accel[0-9]*")):
+        found.add("tpu")
+    return found

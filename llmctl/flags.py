@@ -1,0 +1,160 @@
+"""A stage's command, made from its config class: every field is a flag with its default and its docstring."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from rich.markup import escape
+
+from llmctl import chain, console, recipe, stages
+from llmctl import show as shown
+from llmctl.config import Config, parse_value, section
+from llmctl.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pydantic.fields import FieldInfo
+
+HIDDEN = ("kind",)
+"""Fields that the command itself decides."""
+
+
+def command(kind: str) -> Callable[..., None]:
+    """`llmctl KIND --from A --out B …`: the function that typer makes the command from."""
+    module = stages.load(kind)
+    cls: type[stages.StageConfig] = module.Config
+    fields = list(_fields(cls))
+
+    def run_stage(**given: Any) -> None:
+        out, recipe_file, sets, json = (given.pop(k) for k in ("out", "recipe_file", "sets", "json"))
+        flags: dict[str, Any] = {}
+        for path, field in fields:
+            if (value := given[_variable(path)]) is not None:
+                at = flags
+                for part in path[:-1]:
+                    at = at.setdefault(part, {})
+                at[path[-1]] = _parsed(field, value)
+        if not out and cls.produces:
+            raise RequestError(f"llmctl {kind}: --out: say where the artifact goes")
+        with console.folder(out) as folder:
+            chosen = recipe.single(kind, flags, folder, recipe_file, sets or ())
+            chain.run(chosen, say=console.say)
+            _report(chosen.steps[0], json)
+
+    first = [
+        _parameter("out", Path, "--out", metavar="DIR", help="Folder of the new artifact."),
+        _parameter("recipe_file", Path, "--recipe", metavar="FILE", help="Start from a recipe's shared settings and its stage of this kind."),
+        _parameter("sets", list[str], "--set", metavar="KEY=VALUE", help="Override a setting, such as train.steps=10; below a flag."),
+    ]
+    last = inspect.Parameter(
+        "json", inspect.Parameter.KEYWORD_ONLY, default=False,
+        annotation=Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")],
+    )  # fmt: skip
+    made = [_flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
+    parameters = sorted([*first, *made], key=lambda p: p.name not in ("parent", "from", "out")) + [last]
+    run_stage.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run_stage.__annotations__ = {p.name: p.annotation for p in parameters}
+    run_stage.__doc__ = summary(module)
+    return run_stage
+
+
+def summary(module: types.ModuleType) -> str:
+    """What the stage does: the docstring of its config class, or of its file."""
+    return escape(inspect.cleandoc(module.Config.__doc__ or module.__doc__ or ""))
+
+
+def _report(step: recipe.Step, json: bool) -> None:
+    results = shown.results(step.out)
+    if results and json:
+        console.result(results[0] if len(results) == 1 else {"results": results})
+    elif results:
+        for r in results:
+            console.show(f"{r['artifact']}: {r['task']} ({r['protocol']})".replace("[", r"\["))
+            console.show("  ".join(f"{k}={v:.6g}" for k, v in r["metrics"].items() if isinstance(v, (int, float))))
+    elif json:
+        console.result(shown.one(step.out))
+    else:
+        console.show(shown.table([shown.one(step.out)], str(step.out)))
+
+
+def _fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    for name, field in cls.model_fields.items():
+        key = field.alias or name
+        if not above and key in HIDDEN:
+            continue
+        inner = section(cls, key)
+        if inner:
+            yield from _fields(inner, (*above, key))
+        else:
+            yield (*above, key), field
+
+
+def _defaults(cls: type[Config], fields: list[tuple[tuple[str, ...], FieldInfo]]) -> Iterator[Any]:
+    """What each flag is when nobody says anything: from the stage's own default sections, not from the section's class."""
+    tops = {f.alias or n: f.get_default(call_default_factory=True) for n, f in cls.model_fields.items()}
+    for path, field in fields:
+        at: Any = tops[path[0]]
+        for part in path[1:]:
+            at = getattr(at, _attribute(type(at), part)) if isinstance(at, Config) else None
+        yield field.default if at is None and len(path) > 1 else at
+
+
+def _attribute(cls: type[Config], key: str) -> str:
+    return next(n for n, f in cls.model_fields.items() if key in (n, f.alias))
+
+
+def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Parameter:
+    name = ".".join(path).replace("_", "-")
+    kind = _base(field.annotation)
+    text = field.description or ""
+    if default not in ("", None, [], {}) and not field.is_required():
+        text += f" [default: {_text(default)}]"
+    panel = {"rich_help_panel": path[0]} if len(path) > 1 else {}
+    if kind is bool:
+        return _parameter(_variable(path), bool, f"--{name}/--no-{name}", help=escape(text), **panel)
+    return _parameter(_variable(path), str, f"--{name}", metavar=_metavar(field.annotation), help=escape(text), **panel)
+
+
+def _parameter(variable: str, kind: Any, flag: str, **option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, typer.Option(flag, show_default=False, **option)]
+    return inspect.Parameter(variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _variable(path: tuple[str, ...]) -> str:
+    return "__".join("parent" if p == "from" else p for p in path)
+
+
+def _parsed(field: FieldInfo, value: Any) -> Any:
+    """What TOML would have given for the text of a flag: text stays text where the field wants text."""
+    kind = _base(field.annotation)
+    if not isinstance(value, str) or kind is str or get_origin(kind) is Literal:
+        return value
+    if get_origin(kind) is list and not value.lstrip().startswith("["):
+        texts = [part.strip() for part in value.split(",") if part.strip()]
+        return texts if get_args(kind) == (str,) else [parse_value(t) for t in texts]
+    return parse_value(value)
+
+
+def _base(annotation: Any) -> Any:
+    """The type without `| None`."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [a for a in get_args(annotation) if a is not type(None)]
+        return parts[0] if len(parts) == 1 else annotation
+    return annotation
+
+
+def _metavar(annotation: Any) -> str:
+    kind = _base(annotation)
+    if get_origin(kind) is Literal:
+        return "|".join(str(a) for a in get_args(kind) if a != "")
+    names = {int: "INT", float: "FLOAT", str: "TEXT", list: "LIST", tuple: "LIST", dict: "TABLE"}
+    return names.get(get_origin(kind) or kind, "VALUE")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,279 @@
+"""A recipe: shared settings and an ordered list of stages, wholly resolved and validated before anything runs.
+
+Precedence, lowest first: a field's default, a shared setting at the top of the recipe, the stage's own table, `--set`,
+a stage command's flag.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl import stages
+from llmctl.config import Config, assign, field_names, hint, merge, parse_value, read_toml, section, validate
+from llmctl.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from llmctl.stages import StageConfig
+
+OWN = ("kind", "name", "from", "parent")
+"""What a stage says for itself alone; everything else may be shared."""
+
+MANIFEST = "manifest.json"
+"""The file that makes a folder an artifact."""
+
+RUNS = Path("runs")
+"""Where runs go unless they are told."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One resolved stage. An artifact that it names is an earlier step of the recipe (str) or a folder (Path)."""
+
+    config: StageConfig
+    out: Path
+    parent: str | Path | None
+    others: dict[str, str | Path] = field(default_factory=dict)
+    """Artifacts beside the parent, by the name that the config uses: what is measured, the teacher."""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A chain of steps and the folder that their artifacts go to."""
+
+    name: str
+    run: Path
+    steps: tuple[Step, ...]
+
+
+def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = ()) -> Recipe:
+    """The recipe in a TOML file.
+
+    Args:
+      path: the file.
+      run: folder of the run; the recipe's `run`, or `runs/<name>`, by default.
+      sets: assignments such as `stage.2.sparsity=0.6`, `stage.prune.sparsity=0.6` (stages by place from 0, name or kind)
+        or `data.path=x.csv` (shared). Values are TOML; what is not TOML is a string.
+
+    Raises:
+      RequestError: anything about it is wrong.
+    """
+    doc = read_toml(path)
+    for text in sets:
+        _set(doc, text)
+    tables, names = _stages(doc, str(path))
+    own = {k: doc.pop(k, "") for k in ("name", "run", "stage")}
+    for key in ("name", "run"):
+        if not isinstance(own[key], str):
+            raise RequestError(f"{path}: {key}: must be a string")
+    name = own["name"] or Path(path).stem
+    folder = Path(run or own["run"] or RUNS / name)
+
+    used: set[str] = set()
+    classes = [stages.load(t["kind"]).Config for t in tables]
+    shared = [_fitting(cls, doc, used) for cls in classes]
+    _no_strays(doc, used, classes, str(path))
+
+    steps: list[Step] = []
+    for i, (table, cls) in enumerate(zip(tables, classes, strict=True)):
+        values = {**merge(shared[i], table, cls), "name": names[i]}
+        config = validate(cls, values, _place(str(path), i, table, shared[i]))
+        steps.append(_linked(config, steps, folder / names[i], f"{path}: stage.{i} ({names[i]})"))
+    return Recipe(name, folder, tuple(steps))
+
+
+def single(
+    kind: str,
+    flags: dict[str, Any],
+    out: str | Path,
+    recipe: str | Path | None = None,
+    sets: Iterable[str] = (),
+) -> Recipe:
+    """A recipe of one stage: what `llmctl prune --from A --out B --sparsity 0.5` means.
+
+    Args:
+      kind: the stage.
+      flags: nested settings from the command line, `from` among them.
+      out: the artifact's folder; its parent is the run's folder.
+      recipe: a TOML recipe to start from: its shared settings, and those of its stage of this kind (several: the one whose
+        name `flags` gives).
+      sets: assignments inside the stage, such as `train.steps=10`.
+
+    Raises:
+      RequestError: anything about it is wrong.
+    """
+    cls = stages.load(kind).Config
+    values: dict[str, Any] = {}
+    if recipe:
+        doc = read_toml(recipe)
+        tables, names = _stages(doc, str(recipe))
+        doc.pop("stage")
+        mine = [t for t, n in zip(tables, names, strict=True) if t["kind"] == kind and flags.get("name", n) == n]
+        if len(mine) > 1:
+            raise RequestError(f"{recipe}: has {len(mine)} {kind} stages, say which with --name")
+        values = merge(_fitting(cls, doc, set()), mine[0] if mine else {}, cls)
+        values.pop("from", None)
+    for text in sets:
+        path, value = _assignment(text)
+        assign(values, path, value)
+    out = Path(out)
+    values = {**merge(values, flags, cls), "kind": kind, "name": flags.get("name") or out.name}
+
+    def place(path: str) -> str:
+        return f"--{path.replace('_', '-')}" if path else f"llmctl {kind}"
+
+    return Recipe(out.name, out.parent, (_linked(validate(cls, values, place), [], out, f"llmctl {kind}"),))
+
+
+def _set(doc: dict[str, Any], text: str) -> None:
+    path, value = _assignment(text)
+    if path[0] != "stage":
+        assign(doc, path, value)
+        return
+    tables = doc.get("stage", [])
+    if len(path) < 3 or not isinstance(tables, list):
+        raise RequestError(f"--set {text}: say which stage and which key, such as stage.0.train.steps=10")
+    known = [str(t.get("name") or t.get("kind")) for t in tables if isinstance(t, dict)]
+    which = path[1]
+    at = int(which) if which.isdigit() else known.index(which) if which in known else -1
+    if not 0 <= at < len(tables):
+        raise RequestError(f"--set {text}: no stage {which}{hint(which, known)}; there are 0 to {len(tables) - 1}: {', '.join(known)}")
+    assign(tables[at], path[2:], value)
+
+
+def _assignment(text: str) -> tuple[list[str], Any]:
+    path, equals, value = text.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise RequestError(f"--set {text}: must look like stage.2.sparsity=0.6")
+    return parts, parse_value(value.strip())
+
+
+def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The `[[stage]]` tables, their kinds known and their names unique."""
+    tables = doc.get("stage")
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+        raise RequestError(f"{file}: a recipe needs stages, each a table [[stage]] with its kind")
+    names: list[str] = []
+    for i, table in enumerate(tables):
+        kind = table.get("kind")
+        if kind is None:
+            raise RequestError(f"{file}: stage.{i}.kind: is required; one of {', '.join(stages.kinds())}")
+        if kind not in stages.kinds():
+            raise RequestError(f"{file}: stage.{i}.kind: no stage {kind!r}{hint(str(kind), stages.kinds())}; there are {', '.join(stages.kinds())}")
+        name = table.get("name", kind)
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise RequestError(f"{file}: stage.{i}.name: must be letters, digits, '.', '-', '_', got {name!r}")
+        if name in names:
+            raise RequestError(f"{file}: stage.{i}.name: {name!r} is stage.{names.index(name)} already; give each stage a name of its own")
+        names.append(name)
+    return tables, names
+
+
+def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:
+    """The part of the shared settings that `cls` has; the paths of what was taken are added to `used`."""
+    out: dict[str, Any] = {}
+    for key, value in shared.items():
+        if key not in field_names(cls) or (not prefix and key in OWN):
+            continue
+        inner = section(cls, key)
+        if inner and isinstance(value, dict):
+            used.add(prefix + key)
+            out[key] = _fitting(inner, value, used, f"{prefix}{key}.")
+        else:
+            used.update(_paths({key: value}, prefix))
+            out[key] = copy.deepcopy(value)
+    return out
+
+
+def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
+    out = []
+    for key, value in values.items():
+        out.append(prefix + key)
+        if isinstance(value, dict):
+            out += _paths(value, f"{prefix}{key}.")
+    return out
+
+
+def _no_strays(shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], file: str) -> None:
+    """Every shared setting reaches at least one stage, or it is a mistake."""
+    for path in _paths(shared):
+        if path in used:
+            continue
+        above, _, key = path.rpartition(".")
+        known: set[str] = {"name", "run", "stage"} if not above else set()
+        for cls in classes:
+            at: type[Config] | None = cls
+            for part in above.split(".") if above else []:
+                at = section(at, part) if at else None
+            known |= set(field_names(at)) if at else set()
+        raise RequestError(f"{file}: {path}: unknown key, no stage of this recipe has it{hint(key, sorted(known))}")
+
+
+def _place(file: str, index: int, table: dict[str, Any], shared: dict[str, Any]) -> Callable[[str], str]:
+    label = f"({table.get('name', table['kind'])})"
+
+    def place(path: str) -> str:
+        if path and _holds(shared, path) and not _holds(table, path):
+            return f"{file}: {path}"
+        return f"{file}: stage.{index}{'.' + path if path else ''} {label}"
+
+    return place
+
+
+def _holds(values: Any, path: str) -> bool:
+    for part in path.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return isinstance(values, list)
+        values = values[part]
+    return True
+
+
+def _linked(config: StageConfig, before: list[Step], out: Path, where: str) -> Step:
+    """The step with every artifact that it names found: among the steps before it, or as a folder."""
+    models = [s.name for s in before if s.config.produces]
+    if config.parent:
+        parent = _find(config.parent, models, f"{where}: from")
+    elif config.starts:
+        parent = None
+    elif models:
+        parent = models[-1]
+    elif not before and where.startswith("llmctl "):
+        raise RequestError(f"{where}: --from: say which artifact to start from")
+    else:
+        raise RequestError(f"{where}: from: there is no model before this stage to start from")
+    others: dict[str, str | Path] = {}
+    for key in config.artifact_fields:
+        named = getattr(config, key)
+        if isinstance(named, str):
+            named = [named] if named else []
+        elif not named:  # an empty list stands for everything there is
+            others |= {m: m for m in models} or ({out_name(parent): parent} if parent else {})
+        others |= {n: _find(n, models, f"{where}: {key}") for n in named}
+    return Step(config, out, parent, others)
+
+
+def out_name(artifact: str | Path) -> str:
+    """What an artifact is called: a step's name, or its folder's."""
+    return artifact if isinstance(artifact, str) else artifact.resolve().name
+
+
+def _find(name: str, models: list[str], where: str) -> str | Path:
+    if name in models:
+        return name
+    folder = Path(name)
+    if (folder / MANIFEST).is_file():
+        return folder
+    if folder.is_dir():
+        raise RequestError(f"{where}: {name} is not an artifact: it has no manifest.json")
+    known = f"; before it there are {', '.join(models)}" if models else ""
+    raise RequestError(f"{where}: no artifact {name!r}{hint(name, models)}{known}")

@@ -1,0 +1,136 @@
+"""What lies in a run: its artifacts in lineage order, each with what was measured on exactly its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from llmctl import artifact
+from llmctl.errors import RequestError
+from llmctl.recipe import MANIFEST
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+RESULTS = "results.json"
+"""Written by eval beside its manifest: a list of {artifact, digest, task, protocol, metrics}."""
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Everything in a run's folder.
+
+    Returns:
+      {"artifacts": [...], "reports": [...]}: models in lineage order (parents before children, older before newer), each
+      with its manifest's metrics and the results of every report that scored its digest; and the reports.
+
+    Raises:
+      RequestError: no artifact is there, or one is damaged.
+    """
+    found = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda p: (p.stat().st_mtime_ns, p.parent.name))
+    if not found:
+        raise RequestError(f"{folder}: neither an artifact nor a run: there is no {MANIFEST} in it or one below")
+    manifests = [(p.parent, artifact.read_manifest(p.parent)) for p in found]
+    reports = [r for path, _ in manifests for r in results(path)]
+    models = [entry(m, reports) for _, m in manifests if m.weights]
+    return {"artifacts": _lineage(models), "reports": reports}
+
+
+def one(folder: Path) -> dict[str, Any]:
+    """One artifact: what `run` says of it, and the rest of its manifest.
+
+    Raises:
+      RequestError: it is not an artifact, or damaged.
+    """
+    manifest = artifact.read_manifest(folder)
+    beside = [r for p in sorted(folder.parent.glob(f"*/{RESULTS}")) for r in results(p.parent)]
+    return {**json.loads(manifest.model_dump_json()), **entry(manifest, beside)}
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """What an eval wrote into its artifact; nothing where it wrote none.
+
+    Raises:
+      RequestError: the file is damaged.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        return []
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return [{k: r[k] for k in ("artifact", "digest", "task", "protocol", "metrics")} for r in found]
+    except (ValueError, KeyError, TypeError) as e:
+        raise RequestError(f"{file}: damaged ({e}); run eval again") from None
+
+
+def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The line of an artifact: its manifest's figures and the metrics of the reports that scored the same weights.
+
+    Where two tasks have a metric of one name, the later is called `task/metric`.
+    """
+    metrics, owner = dict(manifest.metrics), dict.fromkeys(manifest.metrics, "")
+    for report in reports:
+        if report["digest"] != manifest.digest:
+            continue
+        for name, value in report["metrics"].items():
+            taken = owner.get(name, "") not in ("", report["task"])
+            metrics[f"{report['task']}/{name}" if taken else name] = value
+            if not taken:
+                owner[name] = report["task"]
+    parent = manifest.parent
+    return {
+        "name": manifest.name,
+        "stage": manifest.stage,
+        "family": manifest.family,
+        "parameters": manifest.parameters,
+        "bytes": manifest.bytes,
+        "sparsity": manifest.sparsity,
+        "bits": manifest.bits,
+        "digest": manifest.digest,
+        "parent": parent.model_dump() if parent else None,
+        "metrics": metrics,
+    }
+
+
+def table(entries: list[dict[str, Any]], title: str) -> Table:
+    """The closing table of a run: one line an artifact, a column for every scalar metric that any of them has."""
+    names = list(dict.fromkeys(k for e in entries for k, v in e["metrics"].items() if isinstance(v, (int, float))))
+    out = Table(title=title, title_justify="left", header_style="bold")
+    for column in ("artifact", "stage", "from"):
+        out.add_column(column, overflow="fold")
+    for column in ("parameters", "bytes", "sparsity", "bits", *names):
+        out.add_column(column.replace("_", " "), justify="right", overflow="fold")
+    for e in entries:
+        fixed = (e["name"], e["stage"], e["parent"]["name"] if e["parent"] else "")
+        figures = (f"{e['parameters']:,}", size(e["bytes"]), f"{e['sparsity']:.1%}", f"{e['bits']:.3g}")
+        out.add_row(*fixed, *figures, *(_figure(e["metrics"].get(n)) for n in names))
+    return out
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: 812 B, 3.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _figure(value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parents before children; among those that could come next, the order given (oldest first)."""
+    out: list[dict[str, Any]] = []
+    waiting = list(entries)
+    while waiting:
+        missing = {e["name"] for e in waiting}
+        ready = next((e for e in waiting if not e["parent"] or e["parent"]["name"] not in missing - {e["name"]}), waiting[0])
+        waiting.remove(ready)
+        out.append(ready)
+    return out
