@@ -1,0 +1,119 @@
+"""What people write about their data: where it lies, which columns count, how it is split, how it becomes tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llmctl.config import Config
+
+Split = Literal["train", "validation", "test"]
+
+TEXT_COLUMNS = ("text", "pair", "prompt", "completion")
+"""Canonical columns that hold text; the one other canonical column is `label`."""
+
+Scalar = str | bool | int | float
+
+
+class SourceConfig(Config):
+    """One place that rows come from, and how its columns map to ours."""
+
+    source: Literal["text", "jsonl", "csv", "parquet"] = "text"
+    """What kind of files there are."""
+    path: str = ""
+    """File, glob (`reviews/*.csv`) or a file inside an installed package (`pkg:NAME/path`); local or `gs://` alike."""
+    columns: dict[str, str] = {}
+    """Our column = their column, such as {text = "review"}; empty takes text, pair, prompt, completion, label."""
+    filter: dict[str, Scalar | list[Scalar]] = {}
+    """Keeps the rows whose column (their name) has this value, or one of these values."""
+    replace: dict[str, str] = {}
+    """Substrings replaced in every text column, in this order."""
+    documents: Literal["file", "line", "paragraph"] = "file"
+    """Source text: what one document is. Paragraphs are separated by blank lines."""
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    """Source csv: the character between fields."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this source in a mixture, relative to the other weights."""
+
+    def inputs(self) -> list[str]:
+        """Files that are read; their content belongs to a stage's key.
+
+        Raises:
+            RequestError: a path that leads to no file.
+        """
+        if not self.path:
+            return []
+        from llmctl.data.paths import resolve
+
+        return [str(path) for path in resolve(self.path)]
+
+
+class DataConfig(SourceConfig):
+    """The data of a stage: one source or a mixture, its labels, its splits."""
+
+    mixture: list[SourceConfig] = []
+    """Several sources instead of the one above, each with a weight."""
+    classes: list[str] = []
+    """Label values in the order of their class indices. Empty takes the distinct values, sorted."""
+    label_type: Literal["class", "number"] = "class"
+    """Labels are classes, or numbers for regression."""
+    validation: float = Field(0.02, ge=0, lt=1)
+    """Fraction of the texts held out for validation."""
+    test: float = Field(0.1, ge=0, lt=1)
+    """Fraction of the texts held out for the final measurement; no stage trains on it."""
+    dedup: bool = True
+    """Drop repeated texts (up to case, Unicode form and white space) before splitting."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation ({self.validation}) + test ({self.test}) leave nothing to train on")
+        if self.mixture and self.path:
+            raise ValueError("path and mixture exclude each other: move the path into a [[data.mixture]] entry")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes are listed twice: {self.classes}")
+        return self
+
+    def parts(self) -> list[SourceConfig]:
+        """The sources, one or many."""
+        return list(self.mixture) or [self]
+
+    def inputs(self) -> list[str]:
+        """Files that are read, over all sources.
+
+        Raises:
+            RequestError: a path that leads to no file.
+        """
+        return [path for part in self.mixture for path in part.inputs()] if self.mixture else super().inputs()
+
+
+class TokenizerConfig(Config):
+    """How text becomes token ids: trained on the corpus, or given."""
+
+    kind: Literal["unigram", "bpe"] = "unigram"
+    """Algorithm of the tokenizer that is trained (SentencePiece, arXiv:1808.06226, with byte fallback)."""
+    path: str = ""
+    """Take this tokenizer (SentencePiece model or a folder with one) instead of training."""
+    vocab_size: int = Field(4096, ge=264)
+    """Tokens, the special ones and 256 bytes included."""
+    sample: int = Field(10_000_000, ge=1000)
+    """Characters of the corpus to train on at most, drawn as whole documents by a fixed hash."""
+    normalize: Literal["identity", "nfkc", "nfkc_lowercase"] = "identity"
+    """Text form before tokenization; identity decodes to exactly the text that was encoded."""
+    sentinels: int = Field(0, ge=0, le=1000)
+    """Extra ids `<extra_id_0>` and on, for span corruption."""
+    bos: bool = True
+    """Documents and prompts begin with a begin-of-sequence token."""
+
+    def inputs(self) -> list[str]:
+        """Files of the given tokenizer; their content belongs to a stage's key.
+
+        Raises:
+            RequestError: a path that leads nowhere.
+        """
+        if not self.path:
+            return []
+        from llmctl.data.paths import files_below
+
+        return [str(path) for path in files_below(self.path)]

@@ -1,0 +1,61 @@
+"""What every kind of tokenizer can do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+DESCRIPTOR = "llmctl_tokenizer.json"
+"""Beside the model file in an artifact: kind, digest and options."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Ids of special tokens never come from text, and decode to nothing."""
+
+    kind: ClassVar[str]
+    file: ClassVar[str]
+    """Name of the model file in a folder."""
+    vocab_size: int
+    pad_id: int
+    unk_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int | None
+    sentinel_ids: tuple[int, ...]
+    """`<extra_id_0>` and on."""
+    add_bos: bool
+    """Documents and prompts begin with `bos_id`."""
+    model: bytes
+    """Content of the model file."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin and end of sequence."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special ones, and ids beyond the vocabulary, are left out."""
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text that the model is to continue."""
+        return [self.bos_id] * self.add_bos + self.encode(text)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the model file."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Writes the model file and its descriptor into folder `path`."""
+        path.mkdir(parents=True, exist_ok=True)
+        (path / self.file).write_bytes(self.model)
+        described = {"kind": self.kind, "file": self.file, "digest": self.digest, "bos": self.add_bos}
+        (path / DESCRIPTOR).write_text(json.dumps(described, indent=2) + "\n")

@@ -1,0 +1,120 @@
+"""Corpus: the tokens of many documents as one flat array, on disk as two plain .npy files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.errors import RequestError
+
+CHUNK = 1024
+"""Documents tokenized at a time: enough for all cores, few enough for Python lists of ids."""
+
+
+class Documents(Protocol):
+    """Documents of tokens, wherever they lie: all that packing needs."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64."""
+        ...
+
+    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
+        """Token at `offset` of each `doc`, int32 [N]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """D documents; document d is `tokens[starts[d]:starts[d + 1]]`, without begin and end of sequence."""
+
+    tokens: np.ndarray
+    """[N] uint16 where the vocabulary allows, else uint32."""
+    starts: np.ndarray
+    """int64 [D + 1], first 0, last the number of tokens."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, d: int) -> np.ndarray:
+        return self.tokens[self.starts[d] : self.starts[d + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        return np.diff(self.starts)
+
+    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
+        """Token at `offset` of each `doc`, int32 [N]."""
+        return self.tokens[self.starts[doc_N] + offset_N].astype(np.int32)
+
+    def save(self, folder: Path, tokenizer: str, texts: str) -> None:
+        """Writes the arrays; `tokenizer` and `texts` are the digests that `load` will ask for.
+
+        The description comes last and by renaming, so an interrupted write is never taken for a whole one.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "corpus.json").unlink(missing_ok=True)
+        np.save(folder / "tokens.npy", self.tokens, allow_pickle=False)
+        np.save(folder / "starts.npy", self.starts, allow_pickle=False)
+        described = {"tokenizer": tokenizer, "texts": texts, "documents": len(self), "tokens": len(self.tokens)}
+        (folder / "corpus.tmp").write_text(json.dumps(described) + "\n")
+        (folder / "corpus.tmp").replace(folder / "corpus.json")
+
+    @staticmethod
+    def load(folder: Path, tokenizer: str, texts: str) -> Corpus | None:
+        """The corpus saved under these digests, memory-mapped; None if there is none, or another."""
+        try:
+            described = json.loads((folder / "corpus.json").read_text())
+            if (described["tokenizer"], described["texts"]) != (tokenizer, texts):
+                return None
+            tokens_N = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+            starts_D1 = np.load(folder / "starts.npy", allow_pickle=False)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        whole = len(starts_D1) == described["documents"] + 1 and len(tokens_N) == starts_D1[-1] == described["tokens"]
+        return Corpus(tokens_N, starts_D1) if whole else None
+
+
+def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
+    """Encodes every text, in order.
+
+    Raises:
+        RequestError: no text at all.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    chunks, lengths = [], []
+    for batch in _batched(texts):
+        encoded = tokenizer.encode_batch(batch)
+        lengths.extend(map(len, encoded))
+        chunks.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype, sum(map(len, encoded))))
+    if not lengths:
+        raise RequestError("no text to tokenize")
+    return Corpus(np.concatenate(chunks), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+
+def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer) -> Corpus:
+    """`tokenize(texts)`, kept in `folder` under the digests of texts and tokenizer.
+
+    Raises:
+        RequestError: no text at all.
+    """
+    if (corpus := Corpus.load(folder, tokenizer.digest, digest)) is None:
+        tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)
+        corpus = Corpus.load(folder, tokenizer.digest, digest)
+        assert corpus is not None, folder
+    return corpus
+
+
+def _batched(texts: Iterable[str]) -> Iterable[tuple[str, ...]]:
+    # itertools.batched is younger than Python 3.11
+    it = iter(texts)
+    while batch := tuple(itertools.islice(it, CHUNK)):
+        yield batch

@@ -1,0 +1,148 @@
+"""Rows of labelled examples and of prompt-completion pairs: one example a row, padded to T tokens.
+
+Legend: B rows, T tokens a row, N examples.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal
+
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.corpus import Corpus, tokenize
+from llmctl.data.objectives import Batch
+from llmctl.data.order import permutation
+from llmctl.data.splits import Examples
+from llmctl.errors import RequestError
+
+Truncate = Literal["tail", "head_tail"]
+
+
+class _ExampleRows:
+    """One example a row; `rows[i]` for any i >= 0, each epoch in its own order (in order with `shuffle=False`)."""
+
+    def __init__(self, count: int, seed: int, shuffle: bool):
+        self._count, self._seed, self._shuffle = count, seed, shuffle
+        self._lock = threading.Lock()
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Batch:
+        if i < 0:
+            raise IndexError(i)
+        return {name: values[0] for name, values in self.batch(np.array([i])).items()}
+
+    def batch(self, rows_B: np.ndarray) -> Batch:
+        """Rows `rows_B` (any numbers >= 0) as arrays with leading [B]; the same as stacking `self[i]`."""
+        if not self._shuffle:
+            return self._build(rows_B % self._count)
+        epoch_B = rows_B // self._count
+        example_B = np.empty_like(rows_B)
+        for epoch in np.unique(epoch_B):
+            here_B = epoch_B == epoch
+            example_B[here_B] = self._order(int(epoch))[rows_B[here_B] % self._count]
+        return self._build(example_B)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._orders:
+                while len(self._orders) > 1:  # two: a batch may straddle epochs
+                    del self._orders[next(iter(self._orders))]
+                self._orders[epoch] = permutation(self._count, self._seed, epoch)
+            return self._orders[epoch]
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        raise NotImplementedError
+
+
+class ClassificationRows(_ExampleRows):
+    """tokens, segments, positions [B, T] and label [B] (int32 class, or float32 number).
+
+    A row is `bos` (where the tokenizer adds it), the text, `eos`, padding. Texts too long keep their first T tokens
+    (`tail` is cut) or their first and last halves (`head_tail`); `bos` and `eos` always stay.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        truncate: Truncate = "tail",
+        seed: int = 0,
+        shuffle: bool = True,
+        corpus: Corpus | None = None,
+    ):
+        """`corpus`: the texts already tokenized (`corpus.cached`), in the order of `examples`.
+
+        Raises:
+            RequestError: the examples have no text or no label.
+        """
+        if examples.labels is None:
+            raise RequestError('the data has no column "label"; map one in data.columns')
+        super().__init__(len(examples), seed, shuffle)
+        self.classes = examples.classes
+        self._labels_N = examples.labels
+        self._tokenizer, self._seq_len, self._truncate = tokenizer, seq_len, truncate
+        self._corpus = tokenize(examples.texts(), tokenizer) if corpus is None else corpus
+        if len(self._corpus) != len(examples):
+            raise ValueError(f"{len(self._corpus)} tokenized texts for {len(examples)} examples")
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        tokens_BT = np.full((len(example_B), self._seq_len), self._tokenizer.pad_id, np.int32)
+        segments_BT = np.zeros_like(tokens_BT)
+        for b, example in enumerate(example_B):
+            row = self._wrapped(self._corpus[int(example)])
+            tokens_BT[b, : len(row)] = row
+            segments_BT[b, : len(row)] = 1
+        positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
+        label_B = self._labels_N[example_B]
+        return {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT, "label": label_B}
+
+    def _wrapped(self, text: np.ndarray) -> np.ndarray:
+        tokenizer = self._tokenizer
+        room = self._seq_len - tokenizer.add_bos - 1
+        if len(text) > room:
+            head = room if self._truncate == "tail" else room - room // 2
+            text = np.concatenate([text[:head], text[len(text) - (room - head) :]])
+        return np.concatenate([[tokenizer.bos_id] * tokenizer.add_bos, text, [tokenizer.eos_id]])
+
+
+class CompletionRows(_ExampleRows):
+    """Language-model rows of prompt + completion, with loss on the completion and its `eos` alone.
+
+    Prompt and completion are tokenized apart, as they are when the model generates. Pairs too long lose the beginning
+    of the prompt first (`bos` stays), then the end of the completion.
+    """
+
+    def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
+        """Raises RequestError if the examples have no prompt or no completion."""
+        super().__init__(len(examples), seed, shuffle)
+        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._prompts = tokenize(examples.texts("prompt"), tokenizer)
+        self._completions = tokenize(examples.texts("completion"), tokenizer)
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        shape = (len(example_B), self._seq_len)
+        pad, eos = self._tokenizer.pad_id, self._tokenizer.eos_id
+        tokens_BT, targets_BT = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
+        segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        bos = [self._tokenizer.bos_id] * self._tokenizer.add_bos
+        for b, example in enumerate(map(int, example_B)):
+            # the model reads all but the last token, so a row holds one token more than its inputs
+            completion = np.append(self._completions[example], eos)[: self._seq_len - len(bos)]
+            room = self._seq_len + 1 - len(bos) - len(completion)
+            prompt = self._prompts[example]
+            prompt = np.concatenate([bos, prompt[max(len(prompt) - room, 0) :]]).astype(np.int32)
+            whole = np.concatenate([prompt, completion])
+            n = len(whole) - 1
+            tokens_BT[b, :n], targets_BT[b, :n] = whole[:-1], whole[1:]
+            segments_BT[b, :n] = 1
+            weights_BT[b, max(len(prompt) - 1, 0) : n] = 1
+        positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
+        return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT, "segments": segments_BT,
+                "positions": positions_BT}  # fmt: skip

@@ -1,0 +1,84 @@
+"""From what a person writes (`a/*.csv`, `pkg:NAME/file`, `gs://…`) to paths that exist."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from etils import epath
+
+from llmctl.errors import RequestError
+
+GLOB = re.compile(r"[*?\[]")
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" or nothing."""
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def resolve(spec: str) -> list[epath.Path]:
+    """The files that `spec` names, sorted.
+
+    Raises:
+        RequestError: nothing there, a folder, or a package that is not installed.
+    """
+    path = _inside_package(spec) if spec.startswith("pkg:") else epath.Path(spec).expanduser()
+    if GLOB.search(str(path)):
+        found = sorted(p for p in _glob(path) if p.is_file())
+        if not found:
+            raise RequestError(f"no file matches {spec!r}")
+        return found
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise RequestError(f"no such file: {spec!r}{did_you_mean(path.name, siblings)}")
+    if path.is_dir():
+        raise RequestError(f"{spec!r} is a folder; name its files with a glob such as {spec.rstrip('/') + '/*'!r}")
+    return [path]
+
+
+def files_below(spec: str) -> list[epath.Path]:
+    """`spec` itself if it is a file (or glob), else every file of the folder, sorted.
+
+    Raises:
+        RequestError: nothing there.
+    """
+    path = folder(spec)
+    return sorted(p for p in path.glob("**/*") if p.is_file()) if path.is_dir() else resolve(spec)
+
+
+def folder(spec: str) -> epath.Path:
+    """The path of `spec`, which may be a folder, inside a package or not; existence is the caller's question.
+
+    Raises:
+        RequestError: a package that is not installed.
+    """
+    return _inside_package(spec) if spec.startswith("pkg:") else epath.Path(spec).expanduser()
+
+
+def _glob(path: epath.Path) -> Iterable[epath.Path]:
+    parts = path.parts
+    first = next(i for i, part in enumerate(parts) if GLOB.search(part))
+    base = epath.Path(*parts[:first]) if first else epath.Path(".")
+    return base.glob(str(PurePosixPath(*parts[first:]))) if base.is_dir() else []
+
+
+def _inside_package(spec: str) -> epath.Path:
+    """`pkg:NAME/path`: found without importing NAME, which may be slow or have side effects."""
+    name, _, inner = spec.removeprefix("pkg:").partition("/")
+    if not name.isidentifier() or not inner:
+        raise RequestError(f"{spec!r} should read pkg:NAME/path/of/file, NAME an installed Python package")
+    found = importlib.util.find_spec(name)
+    if found is None:
+        raise RequestError(
+            f"{spec!r}: the Python package {name!r} is not installed (try: pip install {name.replace('_', '-')})"
+        )
+    for place in found.submodule_search_locations or []:
+        path = epath.Path(place) / inner
+        if path.exists() or GLOB.search(inner):
+            return path
+    raise RequestError(f"{spec!r}: the Python package {name!r} has no file {inner!r}")

@@ -1,0 +1,124 @@
+"""SentencePiece tokenizers, unigram and BPE (arXiv:1808.06226), with bytes for what no piece covers."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import sentencepiece as spm
+
+from llmctl.data import TokenizerConfig
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.order import permutation
+from llmctl.errors import RequestError
+
+MASK = "<mask>"
+SENTINEL = "<extra_id_{}>"
+THREADS = 4
+"""Training sums over threads in a fixed order: the same number on every machine gives the same model."""
+SENTENCE = 2000
+"""Characters a training sentence; the trainer drops sentences beyond a limit, so longer texts are cut at a space."""
+NORMALIZE = {"identity": "identity", "nfkc": "nmt_nfkc", "nfkc_lowercase": "nmt_nfkc_cf"}
+
+
+class SentencePieces(Tokenizer):
+    """A SentencePiece model; ids of special tokens are read from it."""
+
+    kind: ClassVar[str] = "sentencepiece"
+    file: ClassVar[str] = "tokenizer.model"
+
+    def __init__(self, model: bytes, add_bos: bool = True):
+        """Raises ValueError on bytes that are no SentencePiece model."""
+        try:
+            self._sp = spm.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError("not a SentencePiece model") from None
+        self.model, self.add_bos = model, add_bos and self._sp.bos_id() >= 0
+        self.vocab_size = self._sp.vocab_size()
+        self.unk_id, self.bos_id, self.eos_id = self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id()
+        if self.eos_id < 0:
+            raise ValueError("it has no end-of-sequence token")
+        # foreign models may lack a padding token; weights and segments hide padding, so any id serves
+        self.pad_id = max(self._sp.pad_id(), 0)
+        self.mask_id = self._special(MASK)
+        sentinels = (self._special(SENTINEL.format(k)) for k in range(self.vocab_size))
+        self.sentinel_ids = tuple(iter(lambda: next(sentinels), None))
+
+    def _special(self, piece: str) -> int | None:
+        i = self._sp.piece_to_id(piece)
+        return None if i == self.unk_id else i
+
+    def encode(self, text: str) -> list[int]:  # noqa: D102
+        return self._sp.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
+        return self._sp.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
+
+    def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
+        return self._sp.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i != self.unk_id])
+
+
+def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
+    """Trains on at most `cfg.sample` characters; deterministic.
+
+    Raises:
+        RequestError: the vocabulary is larger than the corpus supports, or smaller than bytes and characters need.
+    """
+    sample = _sample(list(texts), cfg.sample)
+    if not sample:
+        raise RequestError("no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(sample), model_writer=model, model_type=cfg.kind, vocab_size=cfg.vocab_size,
+            pad_id=0, unk_id=1, bos_id=2, eos_id=3,
+            # control symbols: text that spells <mask> is not the mask
+            control_symbols=[MASK, *(SENTINEL.format(k) for k in range(cfg.sentinels))],
+            byte_fallback=True, character_coverage=0.9995, normalization_rule_name=NORMALIZE[cfg.normalize],
+            remove_extra_whitespaces=False, split_digits=True, num_threads=THREADS, shuffle_input_sentence=False,
+            max_sentence_length=16 * SENTENCE, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise RequestError(_explained(str(error), cfg)) from None
+    return SentencePieces(model.getvalue(), cfg.bos)
+
+
+def _explained(error: str, cfg: TokenizerConfig) -> str:
+    if most := re.search(r"set it to a value <= (\d+)", error):
+        return (
+            f"tokenizer.vocab_size = {cfg.vocab_size} is larger than the corpus supports; "
+            f"the largest possible is {most[1]}"
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"tokenizer.vocab_size = {cfg.vocab_size} is too small for the bytes and characters of the corpus; "
+            f"it needs more than {least[1]}"
+        )
+    return f"the tokenizer cannot be trained: {error.splitlines()[0]}"
+
+
+def _sample(texts: list[str], budget: int) -> list[str]:
+    """Whole texts in a fixed pseudo-random order until `budget` characters, the last one cut."""
+    if sum(map(len, texts)) <= budget:
+        return [t for t in texts if t.strip()]
+    order = permutation(len(texts), 0, 0)
+    ends = np.cumsum([len(texts[i]) for i in order])
+    last = int(np.searchsorted(ends, budget))
+    chosen = [texts[i] for i in order[: last + 1]]
+    chosen[-1] = chosen[-1][: len(chosen[-1]) - int(ends[last] - budget)]
+    return [t for t in chosen if t.strip()]
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        while len(text) > SENTENCE:
+            cut = text.rfind(" ", 1, SENTENCE)
+            cut = cut if cut > 0 else SENTENCE
+            yield text[:cut]
+            text = text[cut:]
+        if text.strip():
+            yield text
