@@ -133,7 +133,9 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             who = file.read().strip()
-            raise RequestError(f"{path.parent.parent}: another llmctl{f' (process {who})' if who else ''} is at work there") from None
+            raise RequestError(
+                f"{path.parent.parent}: another llmctl{f' (process {who})' if who else ''} is at work there"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -143,7 +145,9 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
 def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     step = task.step
     if step.out.exists() and not (step.out / MANIFEST).exists() and (not step.out.is_dir() or any(step.out.iterdir())):
-        raise RequestError(f"{step.out}: is there already and is not an artifact; move it away, or choose another folder")
+        raise RequestError(
+            f"{step.out}: is there already and is not an artifact; move it away, or choose another folder"
+        )
     work = recipe.run / WORK / step.name
     note = work / "key"
     if work.exists() and (not note.exists() or note.read_text() != task.key):
@@ -172,7 +176,9 @@ def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None
             if not isinstance(needed, str) or needed in coming:
                 continue
             if by_name[needed].why:
-                raise RequestError(f"{task.step.name}: needs {needed}, which is not up to date ({by_name[needed].why}); run it as well")
+                raise RequestError(
+                    f"{task.step.name}: needs {needed}, which is not up to date ({by_name[needed].why}); run it as well"
+                )
 
 
 def _why(step: Step, key: str, due: set[str]) -> str:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import importlib
 import logging
 import os
 import signal
 import sys
 import traceback
 import warnings
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.markup import escape
 
-from llmctl import __version__, commands, flags, stages
-from llmctl.config import hint
+from llmctl import __version__, menu
 from llmctl.errors import Interrupted, LlmctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_LEVEL": "2"}
 """What keeps the C++ libraries below us from talking."""
 
 
-def app() -> typer.Typer:
-    """The command line with every command that there is."""
+def app(chosen: str = "") -> typer.Typer:
+    """The command line with every command that there is; only the chosen one is imported, the others are names in a list."""
     made = typer.Typer(
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
@@ -38,19 +42,33 @@ def app() -> typer.Typer:
     def llmctl(
         version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     ) -> None:
-        """From raw text to a small, fast, measured language model."""
+        """From raw text to a small, fast, measured language model.
+
+        Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted (the same command goes on).
+        """
         if version:
             typer.echo(f"llmctl {__version__}")
-            raise typer.Exit
 
-    names = commands.names()
-    for name in [n for n in names if n == "run"]:
-        made.command(name)(commands.load(name))
-    for kind in stages.kinds():
-        made.command(kind, rich_help_panel="Stages")(flags.command(kind))
-    for name in [n for n in names if n != "run"]:
-        made.command(name)(commands.load(name))
+    kinds = menu.stages()
+    for name in sorted([*menu.commands(), *kinds], key=_rank):
+        panel = "Stages" if name in kinds else "Commands"
+        if name == chosen:
+            made.command(name, rich_help_panel=panel)(_function(name, name in kinds))
+        else:
+            made.command(name, rich_help_panel=panel, help=escape(menu.summary(name)))(lambda: None)
     return made
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return (menu.ORDER.index(name) if name in menu.ORDER else len(menu.ORDER), name)
+
+
+def _function(name: str, stage: bool) -> Callable[..., Any]:
+    if stage:
+        from llmctl import flags
+
+        return flags.command(name)
+    return getattr(importlib.import_module(menu.module(name)), menu.symbol(name))
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -62,7 +80,8 @@ def run(argv: list[str]) -> int:
     """Runs one command; its exit code. Whatever went wrong is one line on stderr."""
     _be_quiet()
     try:
-        return app()(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
+        chosen = next((word for word in argv if not word.startswith("-")), "")
+        return app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
     except BaseException as e:
         code, line = ending(e)
         if os.environ.get("LLMCTL_DEBUG") == "1":
@@ -83,15 +102,18 @@ def ending(e: BaseException) -> tuple[int, str]:
         where = f" ({e.filename})" if e.filename else ""
         return 1, f"disk full{where}: the previous checkpoint is intact; free some space and run the same command"
     if callable(complain := getattr(e, "format_message", None)):  # how typer says that the request was wrong
-        return 2, f"{complain()}{_near(e)}"
+        return 2, f"{getattr(e, 'message', None) or complain()}{_near(e)}"
     return 1, f"{type(e).__name__}: {e} (LLMCTL_DEBUG=1 shows where)"
 
 
 def _near(e: Any) -> str:
     wrong = getattr(e, "option_name", "")
-    if not wrong or not getattr(e, "ctx", None) or getattr(e, "possibilities", None):
+    if not wrong or not getattr(e, "ctx", None):
         return ""
-    return hint(wrong, [o for p in e.ctx.command.params for o in (*p.opts, *p.secondary_opts)])
+    near = difflib.get_close_matches(
+        wrong, [o for p in e.ctx.command.params for o in (*p.opts, *p.secondary_opts)], n=1
+    )
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def _be_quiet() -> None:

@@ -33,20 +33,20 @@ def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: N
     if len(named) > 1:
         raise RequestError(f"one run uses one platform, and its stages name {' and '.join(named)}; split the run")
     wanted = named[0] if named else ""
-    if wanted and "jax" not in sys.modules:
-        os.environ.setdefault("JAX_PLATFORMS", BACKENDS[wanted])
+    forced = os.environ.get("JAX_PLATFORMS", "")
+    if wanted and not forced and "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = BACKENDS[wanted]
     import jax
 
     try:
         found = jax.default_backend()
     except RuntimeError as e:
         text = str(e).splitlines()[0]
-        raise RequestError(f"platform {wanted or os.environ.get('JAX_PLATFORMS', '')!r}: JAX finds none here: {text}") from None
+        raise RequestError(f"platform {wanted or forced!r}: JAX finds none here: {text}") from None
     if wanted and found != wanted:
-        forced = os.environ.get("JAX_PLATFORMS", "")
-        why = f" (JAX_PLATFORMS={forced})" if forced and wanted not in BACKENDS.get(forced, "") else ""
+        why = f", for JAX_PLATFORMS={forced} is set" if forced else ""
         raise RequestError(f"platform {wanted!r} is asked for and JAX finds only {found!r}{why}; try llmctl doctor")
-    if not wanted and found == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+    if not wanted and found == "cpu" and not forced:
         for extra in sorted(plugged()):
             say(f"this machine has a {extra} that JAX does not use: install llmctl[{extra}], or say platform = 'cpu'")
     return found

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from rich.markup import escape
 
-from llmctl import chain, console, recipe, stages
-from llmctl import show as shown
+from llmctl import stages
 from llmctl.config import Config, parse_value, section
 from llmctl.errors import RequestError
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pydantic.fields import FieldInfo
+
+    from llmctl.recipe import Step
 
 HIDDEN = ("kind",)
 """Fields that the command itself decides."""
@@ -31,6 +32,8 @@ def command(kind: str) -> Callable[..., None]:
     fields = list(_fields(cls))
 
     def run_stage(**given: Any) -> None:
+        from llmctl import chain, console, recipe
+
         out, recipe_file, sets, json = (given.pop(k) for k in ("out", "recipe_file", "sets", "json"))
         flags: dict[str, Any] = {}
         for path, field in fields:
@@ -48,8 +51,20 @@ def command(kind: str) -> Callable[..., None]:
 
     first = [
         _parameter("out", Path, "--out", metavar="DIR", help="Folder of the new artifact."),
-        _parameter("recipe_file", Path, "--recipe", metavar="FILE", help="Start from a recipe's shared settings and its stage of this kind."),
-        _parameter("sets", list[str], "--set", metavar="KEY=VALUE", help="Override a setting, such as train.steps=10; below a flag."),
+        _parameter(
+            "recipe_file",
+            Path,
+            "--recipe",
+            metavar="FILE",
+            help="Start from a recipe's shared settings and its stage of this kind.",
+        ),
+        _parameter(
+            "sets",
+            list[str],
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a setting, such as train.steps=10; below a flag.",
+        ),
     ]
     last = inspect.Parameter(
         "json", inspect.Parameter.KEYWORD_ONLY, default=False,
@@ -68,7 +83,10 @@ def summary(module: types.ModuleType) -> str:
     return escape(inspect.cleandoc(module.Config.__doc__ or module.__doc__ or ""))
 
 
-def _report(step: recipe.Step, json: bool) -> None:
+def _report(step: Step, json: bool) -> None:
+    from llmctl import console
+    from llmctl import show as shown
+
     results = shown.results(step.out)
     if results and json:
         console.result(results[0] if len(results) == 1 else {"results": results})

@@ -146,7 +146,9 @@ def _set(doc: dict[str, Any], text: str) -> None:
     which = path[1]
     at = int(which) if which.isdigit() else known.index(which) if which in known else -1
     if not 0 <= at < len(tables):
-        raise RequestError(f"--set {text}: no stage {which}{hint(which, known)}; there are 0 to {len(tables) - 1}: {', '.join(known)}")
+        raise RequestError(
+            f"--set {text}: no stage {which}{hint(which, known)}; there are 0 to {len(tables) - 1}: {', '.join(known)}"
+        )
     assign(tables[at], path[2:], value)
 
 
@@ -169,12 +171,16 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
         if kind is None:
             raise RequestError(f"{file}: stage.{i}.kind: is required; one of {', '.join(stages.kinds())}")
         if kind not in stages.kinds():
-            raise RequestError(f"{file}: stage.{i}.kind: no stage {kind!r}{hint(str(kind), stages.kinds())}; there are {', '.join(stages.kinds())}")
+            raise RequestError(
+                f"{file}: stage.{i}.kind: no stage {kind!r}{hint(str(kind), stages.kinds())}; there are {', '.join(stages.kinds())}"
+            )
         name = table.get("name", kind)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise RequestError(f"{file}: stage.{i}.name: must be letters, digits, '.', '-', '_', got {name!r}")
         if name in names:
-            raise RequestError(f"{file}: stage.{i}.name: {name!r} is stage.{names.index(name)} already; give each stage a name of its own")
+            raise RequestError(
+                f"{file}: stage.{i}.name: {name!r} is stage.{names.index(name)} already; give each stage a name of its own"
+            )
         names.append(name)
     return tables, names
 

@@ -130,7 +130,9 @@ def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     waiting = list(entries)
     while waiting:
         missing = {e["name"] for e in waiting}
-        ready = next((e for e in waiting if not e["parent"] or e["parent"]["name"] not in missing - {e["name"]}), waiting[0])
+        ready = next(
+            (e for e in waiting if not e["parent"] or e["parent"]["name"] not in missing - {e["name"]}), waiting[0]
+        )
         waiting.remove(ready)
         out.append(ready)
     return out

@@ -5,25 +5,29 @@ from typing import Annotated
 
 import typer
 
-from llmctl import chain, console, recipe
-from llmctl import show as shown
-
 
 def run(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")],
     folder: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="Folder of the artifacts; runs/<recipe's name> by default.")
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Folder of the artifacts; runs/<recipe's name> by default."),
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: stage.2.sparsity=0.6 (from 0), data.path=x.csv."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a setting: stage.2.sparsity=0.6 (from 0), data.path=x.csv."
+        ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE", help="Run this stage alone (repeatable); its inputs must be up to date.")
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Run this stage alone (repeatable); its inputs must be up to date."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the closing table as one JSON object.")] = False,
 ) -> None:
     """Run a recipe: every stage that is not done yet, then a table of all artifacts."""
+    from llmctl import chain, console, recipe
+    from llmctl import show as shown
+
     chosen = recipe.read(recipe_file, folder, sets or ())
     chain.run(chosen, only or (), console.say)
     found = shown.run(chosen.run)

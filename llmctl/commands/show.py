@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from llmctl import console
-from llmctl import show as shown
-from llmctl.errors import RequestError
-from llmctl.recipe import MANIFEST
-
 
 def show(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or the folder of a run.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show an artifact, or a whole run as a table in lineage order."""
+    from llmctl import console
+    from llmctl import show as shown
+    from llmctl.errors import RequestError
+    from llmctl.recipe import MANIFEST
+
     if not path.is_dir():
         raise RequestError(f"{path}: no such folder")
     if not (path / MANIFEST).exists():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from llmctl import menu
 from llmctl.config import Config
 from llmctl.settings import MeshConfig
 
@@ -59,9 +59,7 @@ class Context:
 
 def kinds() -> list[str]:
     """Every stage's kind, from the file names."""
-    order = ("pretrain", "finetune", "prune", "quantize", "distill", "eval")
-    found = {m.name for m in pkgutil.iter_modules(__path__)}
-    return [k for k in order if k in found] + sorted(found - set(order))
+    return menu.stages()
 
 
 def load(kind: str) -> ModuleType:

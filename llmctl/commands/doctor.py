@@ -1,0 +1,25 @@
+"""`llmctl doctor`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    recipe_file: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="Also check that this machine can run a recipe.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what this machine has: devices, versions, memory, disk; and whether a recipe can run on it."""
+    from llmctl import console, recipe
+    from llmctl import doctor as doctors
+
+    chosen = recipe.read(recipe_file) if recipe_file else None
+    platforms = [step.config.platform for step in chosen.steps] if chosen else []
+    found = doctors.examine(platforms, chosen.run if chosen else Path())
+    if json:
+        console.result(found)
+    else:
+        console.show(doctors.table(found))

