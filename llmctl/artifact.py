@@ -100,7 +100,9 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(file.read_text())
         version = content["format"]
         if isinstance(version, int) and version > FORMAT:
-            raise RequestError(f"{path}: artifact format {version} is later than this llmctl reads ({FORMAT}); upgrade llmctl")
+            raise RequestError(
+                f"{path}: artifact format {version} is later than this llmctl reads ({FORMAT}); upgrade llmctl"
+            )
         return Manifest.model_validate(content)
     except (ValueError, KeyError, TypeError) as e:
         reason = f"{e.errors()[0]['loc']}: {e.errors()[0]['msg']}" if isinstance(e, ValidationError) else str(e)
@@ -126,7 +128,10 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
         raise RequestError(f"{path}: holds no model (stage {manifest.stage!r}); name an artifact with parameters")
     mesh = mesh or meshes.make(MeshConfig())
     stored = {
-        name: {part: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype)) for part, (dtype, shape) in record["parts"].items()}
+        name: {
+            part: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
+            for part, (dtype, shape) in record["parts"].items()
+        }
         for name, record in manifest.weights.items()
     }
     nodes = {name: weights.assemble(manifest.weights[name], arrays) for name, arrays in stored.items()}
@@ -141,13 +146,17 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
     }
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore((path / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in target.items()}))
+            tree = checkpointer.restore(
+                (path / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in target.items()})
+            )
     except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
         raise RequestError(f"{path}/params: damaged ({_one_line(str(e))}); run the stage that made it again") from e
     arrays = {name: _lookup(tree, name) for name in stored}
     arrays = {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
     if digest(arrays) != manifest.digest:
-        raise RequestError(f"{path}/params: damaged (digest differs from the manifest's); run the stage that made it again")
+        raise RequestError(
+            f"{path}/params: damaged (digest differs from the manifest's); run the stage that made it again"
+        )
     params = {name: weights.assemble(manifest.weights[name], arrays[name]) for name in stored}
     return Artifact(path, manifest, weights.unflatten(params))
 
@@ -167,7 +176,9 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
     odd = sorted(stored.keys() ^ expected.keys())
     odd += [k for k in stored.keys() & expected.keys() if tuple(stored[k].shape) != tuple(expected[k].shape)]
     if odd:
-        raise RequestError(f"{path}: parameters contradict the model config at {', '.join(odd[:4])}; the artifact is damaged")
+        raise RequestError(
+            f"{path}: parameters contradict the model config at {', '.join(odd[:4])}; the artifact is damaged"
+        )
 
 
 def digest(arrays: dict[str, dict[str, Any]]) -> str:
@@ -195,7 +206,9 @@ def measure(params: dict[str, Any]) -> dict[str, Any]:
     stored_bits = zeros = entries = 0
     for name, w in weights.flatten(params).items():
         for part, a in weights.parts(w).items():
-            stored_bits += a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
+            stored_bits += (
+                a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
+            )
             if part in ("", "qvalue", "base", "base.qvalue") and name.endswith("kernel"):
                 zeros += int(jnp.sum(a == 0))
                 entries += a.size
@@ -229,7 +242,9 @@ def save(
     arrays = {path: weights.parts(w) for path, w in flat.items()}
     with writing(out) as draft:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((draft / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in arrays.items()}))
+            checkpointer.save(
+                (draft / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in arrays.items()})
+            )
             checkpointer.wait_until_finished()
         if tokenizer_dir:
             shutil.copytree(tokenizer_dir, draft / "tokenizer")
@@ -241,7 +256,7 @@ def save(
             stage=stage,
             key=key,
             family=model.family,
-            model=model,
+            model=model.model_copy(update={"preset": ""}),
             labels=labels or [],
             bytes=sum(f.stat().st_size for f in (draft / "params").rglob("*") if f.is_file()),
             digest=digest(arrays),
@@ -277,7 +292,9 @@ def writing(out: Path) -> Iterator[Path]:
         raise
     except Exception as e:
         if disk_is_full(e):
-            raise WorkError(f"{out}: the disk is full; nothing was written there, free some space and run the same command") from e
+            raise WorkError(
+                f"{out}: the disk is full; nothing was written there, free some space and run the same command"
+            ) from e
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -52,18 +52,25 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked(fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
+def chunked(
+    fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
+) -> tuple[jax.Array, Tree]:
     """Sums `fn` over chunks of `chunk` tokens. Differentiable in `head` and `x_BTD`; the sums beside the loss are not."""
 
     def body(carry: Tree, piece: Tree) -> tuple[Tree, None]:
         return jax.tree.map(jnp.add, carry, fn(head, constants, *piece)), None
 
     pieces = (_split(x_BTD, chunk), _split(aligned, chunk))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces)))
+    zero = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces)),
+    )
     return jax.lax.scan(body, zero, pieces)[0]
 
 
-def _forward(fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree) -> tuple[Tree, Tree]:
+def _forward(
+    fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
+) -> tuple[Tree, Tree]:
     floats, rebuild = _floats(head)
 
     def body(carry: Tree, piece: Tree) -> tuple[Tree, jax.Array]:
@@ -79,7 +86,10 @@ def _forward(fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.
 
     pieces = (_split(x_BTD, chunk), _split(aligned, chunk))
     shapes = jax.eval_shape(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces))
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), [jnp.zeros(f.shape, jnp.float32) for f in floats]
+    start = (
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+        [jnp.zeros(f.shape, jnp.float32) for f in floats],
+    )
     (out, d_floats), d_x = jax.lax.scan(body, start, pieces)
     d_x = d_x.swapaxes(0, 1).reshape(x_BTD.shape)
     d_floats = [d.astype(f.dtype) for d, f in zip(d_floats, floats, strict=True)]
@@ -92,7 +102,9 @@ def _backward(fn: ChunkLoss, chunk: int, saved: Tree, cotangent: Tree) -> Tree:
     leaves, treedef = jax.tree.flatten(head)
     rest = iter(d_floats)
     # Integer leaves (a quantized head) have no gradient: None says so.
-    d_head = [next(rest) * scale.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else None for leaf in leaves]
+    d_head = [
+        next(rest) * scale.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else None for leaf in leaves
+    ]
     return jax.tree.unflatten(treedef, d_head), None, d_x * scale.astype(d_x.dtype), None
 
 

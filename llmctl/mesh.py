@@ -130,7 +130,9 @@ def _check_divides(path: str, shape: tuple[int, ...], names: Sequence[str | None
         axes = [a for a in (RULES[name] if name else ()) if mesh.shape[a] > 1]
         ways = math.prod(mesh.shape[a] for a in axes)
         if size % ways:
-            raise RequestError(f"{path}: {name} of size {size} is not divisible by the mesh's {' x '.join(axes)} = {ways}")
+            raise RequestError(
+                f"{path}: {name} of size {size} is not divisible by the mesh's {' x '.join(axes)} = {ways}"
+            )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -141,3 +143,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """The sharding of a batch array [B, ...]."""
     return sharding(["batch"] + [None] * (ndim - 1), mesh)
+
+
+def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Host rows -> device arrays, split over the batch."""
+    return jax.device_put(batch, {k: batch_sharding(mesh, a.ndim) for k, a in batch.items()})

@@ -80,7 +80,9 @@ def _quantized_matmul(x_NI: jax.Array, w: Quantized, dtype: Any) -> jax.Array:
     if w.activations:
         # One scale a token; grouped weights need the same groups on the activation.
         groups = w.array.scale.shape[0]
-        x = qwix.quantize(x_NI, w.activations, channelwise_axes=[0], tiled_axes={1: x_NI.shape[1] // groups} if groups > 1 else None)
+        x = qwix.quantize(
+            x_NI, w.activations, channelwise_axes=[0], tiled_axes={1: x_NI.shape[1] // groups} if groups > 1 else None
+        )
         return qwix.dot_general(x, w.array, (((1,), (0,)), ((), ()))).astype(dtype)
     if w.array.scale.shape[0] == 1:  # per output channel: scaling the product is cheaper than scaling the weight
         return jnp.matmul(x_NI, w.array.qvalue.astype(dtype)) * w.array.scale.astype(dtype)
@@ -99,8 +101,14 @@ def take(table: Weight, ids: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(table, Quantized):
         q_ND = jnp.take(table.array.qvalue, ids, axis=0)
         scale = table.array.scale
-        scale_NG = jnp.take(scale, ids, axis=0) if scale.shape[0] > 1 else jnp.broadcast_to(scale[0], (*ids.shape, scale.shape[1]))
-        return (q_ND.astype(dtype) * jnp.repeat(scale_NG.astype(dtype), q_ND.shape[-1] // scale_NG.shape[-1], axis=-1)).astype(dtype)
+        scale_NG = (
+            jnp.take(scale, ids, axis=0)
+            if scale.shape[0] > 1
+            else jnp.broadcast_to(scale[0], (*ids.shape, scale.shape[1]))
+        )
+        return (
+            q_ND.astype(dtype) * jnp.repeat(scale_NG.astype(dtype), q_ND.shape[-1] // scale_NG.shape[-1], axis=-1)
+        ).astype(dtype)
     if isinstance(table, LowRank):
         rows = take(table.base, ids, dtype)
         return rows + table.scale * jnp.matmul(take(table.a, ids, dtype), table.b.astype(dtype))
@@ -195,3 +203,24 @@ def merge_low_rank(params: dict[str, Any]) -> dict[str, Any]:
         return dense(w, w.base.dtype) if isinstance(w, LowRank) else w
 
     return cast(dict[str, Any], jax.tree.map(merged, params, is_leaf=is_weight))
+
+
+# --- what is trained and what is not ------------------------------------------------------------------------------------
+
+
+def name_of(path: str, part: str) -> str:
+    """The name of one array: the weight's path, and for a node its part."""
+    return f"{path}:{part}" if part else path
+
+
+def arrays(params: dict[str, Any]) -> dict[str, Any]:
+    """Every array by name, a flat dictionary that optimizers and checkpoints understand."""
+    return {name_of(path, part): a for path, w in flatten(params).items() for part, a in parts(w).items()}
+
+
+def rebuild(template: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `arrays`: the nodes of `template` (a parameter tree, abstract or not) around other arrays."""
+    flat = {}
+    for path, w in flatten(template).items():
+        flat[path] = assemble(describe(w), {part: named[name_of(path, part)] for part in parts(w)})
+    return unflatten(flat)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llmctl.config import Config
 
-SHARED = {"decode", "heads", "hf", "layers", "transformer", "attention", "calls"}
+SHARED = {"decode", "heads", "hf", "layers", "transformer", "attention", "calls", "loss"}
 """Files of this folder that are not families."""
 
 
@@ -18,6 +18,7 @@ class ModelConfig(Config):
     """Sizes and flags of one Transformer; what pruning left of a model is written here too."""
 
     unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
+    deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
     preset: str = ""
     """Family and size to start from, such as llama-tiny; every other field overrides it."""

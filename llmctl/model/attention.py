@@ -67,7 +67,12 @@ def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
 
 
 def attend(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None, cfg: ModelConfig
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask_BTS: jax.Array,
+    bias_HTS: jax.Array | None,
+    cfg: ModelConfig,
 ) -> jax.Array:
     """Softmax attention in plain XLA, scores and softmax in float32 -> [B, T, H, K].
 
@@ -79,7 +84,9 @@ def attend(
     scale = cfg.attn_scale or K**-0.5
     q_BGNK = q_BTHK.reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4).reshape(B, G, R * T, K)
     k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bgnk,bgsk->bgns", q_BGNK * jnp.asarray(scale, q_BTHK.dtype), k_BGSK, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bgnk,bgsk->bgns", q_BGNK * jnp.asarray(scale, q_BTHK.dtype), k_BGSK, preferred_element_type=jnp.float32
+    )
     scores = scores.reshape(B, G, R, T, -1)
     if cfg.attn_softcap:
         scores = cfg.attn_softcap * jnp.tanh(scores / cfg.attn_softcap)

@@ -113,7 +113,9 @@ def depth(cfg: ModelConfig, stack: str) -> int:
     return cfg.encoder_layers if stack == "encoder" and cfg.encoder_layers else cfg.layers
 
 
-def embed(cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32) -> Carry:
+def embed(
+    cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32
+) -> Carry:
     """What enters the first block of the stack that reads `tokens` (`memory_BSD`: the encoder's output)."""
     model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
     return Carry(*model.apply({"params": body}, batch, memory_BSD, method="start"))
@@ -131,7 +133,14 @@ def layer_params(params: Params, stack: str, layer: int) -> Params:
 
 
 def block(
-    cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int | jax.Array = 0, *, taps: bool = False, dtype: Any = jnp.float32
+    cfg: ModelConfig,
+    stack: str,
+    layer: Params,
+    carry: Carry,
+    index: int | jax.Array = 0,
+    *,
+    taps: bool = False,
+    dtype: Any = jnp.float32,
 ) -> tuple[Carry, dict[str, jax.Array]]:
     """One layer. With `taps`, also the input [N, I] of each of its matrices, by path ("attn/q", "mlp/down", …)."""
     cross = stack == "decoder" and cfg.encoder_layers > 0

@@ -42,7 +42,9 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         y = weights.matmul(x, kernel, self.dtype)
         if self.bias:
-            b = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)), (self.features,))
+            b = self.param(
+                "bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)), (self.features,)
+            )
             y = y + b.astype(self.dtype)
         return y
 

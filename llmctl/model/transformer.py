@@ -109,7 +109,9 @@ class Embed(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, train: bool
+    ) -> jax.Array:
         cfg = self.config
 
         def table(name: str, rows: int, axis: str | None) -> Any:
@@ -155,7 +157,9 @@ class LMHead(nn.Module):
         if cfg.tied:
             logits = weights.transpose_matmul(x, cast(weights.Weight, table), self.dtype)
         else:
-            init = nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, "fan_in", "normal"), ("embed", "vocab"))
+            init = nn.with_logical_partitioning(
+                nn.initializers.variance_scaling(1.0, "fan_in", "normal"), ("embed", "vocab")
+            )
             logits = weights.matmul(x, self.param("kernel", init, (cfg.d_model, cfg.vocab_size)), self.dtype)
         logits = logits.astype(jnp.float32)
         if cfg.head_transform:

@@ -1,0 +1,93 @@
+"""Checkpoints of a running stage: asynchronous Orbax saves, the newest intact one on resume, the best one beside them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from llmctl.artifact import disk_is_full
+from llmctl.errors import WorkError
+
+
+class Checkpoints:
+    """The training state of one stage under `folder`; a context manager that waits for saves under way.
+
+    A save that the disk has no room for is a WorkError that names the checkpoint which is intact.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.say = folder.absolute(), keep, say
+        self._latest = self._open(self.folder / "steps", keep)
+        self._best = self._open(self.folder / "best", 1)
+
+    @staticmethod
+    def _open(folder: Path, keep: int) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for manager in (self._latest, self._best):
+            try:
+                manager.close()
+            except Exception as e:
+                if kind is None:
+                    raise self._explain(e) from e
+
+    def _explain(self, e: Exception) -> Exception:
+        intact = max(ocp.utils.checkpoint_steps(self.folder / "steps"), default=None)
+        left = (
+            f"the checkpoint of step {intact} is intact" if intact is not None else "no checkpoint was written before"
+        )
+        if disk_is_full(e):
+            return WorkError(f"{self.folder}: the disk is full; {left}, free some space and run the same command")
+        return WorkError(f"{self.folder}: a checkpoint could not be written ({' '.join(str(e).split())[:160]}); {left}")
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, wait: bool = False) -> None:
+        """Writes state and JSON meta of `step` in the background; `wait` returns once they are on disk."""
+        self._save(self._latest, step, state, meta, wait)
+
+    def save_best(self, step: int, named: Any) -> None:
+        """Keeps these parameters as the best so far, instead of those before."""
+        self._save(self._best, step, named, {"step": step}, False)
+
+    def _save(self, manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any], wait: bool) -> None:
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            manager.save(step, args=args, force=True)
+            if wait:
+                manager.wait_until_finished()
+        except Exception as e:
+            raise self._explain(e) from e
+
+    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest intact checkpoint as (state, meta), onto the shardings of `abstract`; None where there is none.
+
+        A damaged one is named and set aside.
+        """
+        for step in sorted(self._latest.all_steps(), reverse=True):
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+                found = self._latest.restore(step, args=args)
+                return found["state"], found["meta"]
+            except Exception as e:  # whatever Orbax and TensorStore raise for a damaged file
+                self.say(
+                    f"checkpoint of step {step} is damaged ({' '.join(str(e).split())[:100]}); going on from one before it"
+                )
+                shutil.rmtree(self.folder / "steps" / str(step), ignore_errors=True)
+                self._latest.reload()
+        return None
+
+    def restore_best(self, abstract: Any) -> Any:
+        """The best parameters."""
+        self._best.wait_until_finished()
+        step = self._best.latest_step()
+        return self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]

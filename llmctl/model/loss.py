@@ -1,0 +1,80 @@
+"""What a model is trained on and judged by: (params, batch) -> (sum of losses, sums by metric name, and "weight").
+
+A metric is its sum divided by the sum of "weight"; so means over batches, microbatches and devices are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl import losses
+from llmctl.model import ModelConfig, calls
+from llmctl.model.transformer import Batch
+
+Sums = dict[str, jax.Array]
+Loss = Callable[..., tuple[jax.Array, Sums]]
+"""loss(params, batch, key=None): with a dropout key it is a training loss, without one an evaluation."""
+
+
+def loss_of(cfg: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "none") -> Loss:
+    """The loss of the config's head: next-token (or masked-token) cross-entropy, or classification."""
+    answer = {"lm": _lm, "classify": _classify}.get(cfg.head)
+    if answer is None:
+        raise ValueError(f"no loss for head {cfg.head!r}")
+
+    def loss(params: dict[str, Any], batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
+        x_BTD = calls.hidden(cfg, params, batch, train=key is not None, rng=key, dtype=dtype, remat=remat)
+        return answer(cfg, params, x_BTD, batch, dtype)
+
+    return loss
+
+
+def project(cfg: ModelConfig, dtype: Any) -> losses.Project:
+    """(head params, hidden states) -> logits, for the chunked losses."""
+    return lambda head, x: calls.lm_logits(cfg, head, x, dtype)
+
+
+def _lm(cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any) -> tuple[jax.Array, Sums]:
+    head = calls.head_params(cfg, params)
+    total, sums = losses.cross_entropy(
+        project(cfg, dtype), head, x_BTD, batch["targets"], batch["weights"], cfg.vocab_size
+    )
+    return total, {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
+
+
+def _classify(
+    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any
+) -> tuple[jax.Array, Sums]:
+    logits_BC = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    return class_sums(logits_BC, batch["label"], row_weight(batch))
+
+
+def row_weight(batch: Batch) -> jax.Array:
+    """[B]: 1 for an example, 0 for a row that only fills the batch."""
+    return batch["row_weight"] if "row_weight" in batch else jnp.ones(batch["label"].shape, jnp.float32)
+
+
+def class_sums(logits_BC: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
+    """Cross-entropy (nats) of class logits."""
+    nll_B = -losses.target_log_probability(logits_BC, label_B)[0]
+    hit_B = jnp.argmax(logits_BC, axis=-1) == label_B
+    sums = {"loss": jnp.sum(nll_B * weight_B), "accuracy": jnp.sum(hit_B * weight_B), "weight": jnp.sum(weight_B)}
+    return sums["loss"], sums
+
+
+def soft_class_sums(
+    teacher_BC: jax.Array,
+    logits_BC: jax.Array,
+    label_B: jax.Array,
+    weight_B: jax.Array,
+    temperature: float,
+    hard: float,
+) -> tuple[jax.Array, Sums]:
+    """(1 - hard) * softened KL to the teacher's logits + hard * cross-entropy; the sums also hold "kl"."""
+    nll, sums = class_sums(logits_BC, label_B, weight_B)
+    kl = jnp.sum(losses.divergence(teacher_BC, logits_BC, temperature) * weight_B)
+    return (1 - hard) * kl + hard * nll, sums | {"kl": kl}

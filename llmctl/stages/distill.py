@@ -1,0 +1,157 @@
+"""`distill`: a teacher's outputs into a smaller student (arXiv:1503.02531), for language models and classifiers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llmctl.config import keyed
+from llmctl.data import DataConfig, Truncate
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
+from llmctl.settings import OptimConfig, TrainConfig
+from llmctl.stages import Context, StageConfig
+
+if TYPE_CHECKING:
+    from llmctl.artifact import Artifact
+    from llmctl.model.loss import Loss
+
+
+class Config(StageConfig):
+    """Trains a student to give the teacher's answers: a pruned artifact (`from`), or a new network (`model`)."""
+
+    artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    kind: Literal["distill"] = "distill"
+    teacher: str = ""
+    """The artifact to learn from; its head decides the task."""
+    model: ModelConfig | None = None
+    """A student from scratch with these sizes, instead of the artifact in `from`."""
+    data: DataConfig = DataConfig()
+    """Examples, as in finetune."""
+    temperature: float = Field(2.0, gt=0)
+    """Softens both distributions."""
+    hard: float = Field(0.1, ge=0, le=1)
+    """Weight of the cross-entropy with the labels; the rest is the divergence from the teacher."""
+    truncate: Truncate = "tail"
+    """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in the student."""
+    train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
+    """Length of the run and its batches."""
+    optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
+    """Optimizer and schedule."""
+
+
+def run(config: Config, parent: Path | None, ctx: Context) -> None:
+    """Trains and leaves the student in `ctx.out`."""
+    import jax.numpy as jnp
+
+    from llmctl import artifact, mesh, train
+    from llmctl.data import splits, tokenizer
+    from llmctl.data.tasks import task_rows
+    from llmctl.model.loss import loss_of
+    from llmctl.validation import Validation
+
+    devices = mesh.make(config.mesh)
+    if not config.teacher:
+        raise RequestError("distill: no teacher; name an artifact with `teacher` (--teacher)")
+    teacher = artifact.load(next(iter(ctx.siblings.values())), devices)
+    student = artifact.load(parent, devices) if parent and config.model is None else None
+    model = _student_model(config, teacher, student)
+    tokens = tokenizer.load(teacher.tokenizer_dir)
+    examples = splits.load(config.data)
+    if teacher.manifest.labels and list(examples.classes) != teacher.manifest.labels:
+        raise RequestError(f"data: classes {list(examples.classes)} are not the teacher's {teacher.manifest.labels}")
+
+    def rows(split: str, shuffle: bool) -> Any:
+        return task_rows(
+            model.head, examples[split], tokens, config.train.seq_len,
+            seed=config.seed, shuffle=shuffle, truncate=config.truncate,
+        )  # fmt: skip
+
+    dtype = jnp.dtype(config.train.dtype)
+    held_out = Validation(
+        loss_of(model, dtype=dtype),
+        rows("validation", False),
+        config.train.batch_size,
+        config.train.eval_batches,
+        devices,
+    )
+    classify = model.head == "classify"
+    job = train.Job(
+        params=student.params if student else train.initialize(model, config.seed, devices),
+        loss=_loss(config, model.model_copy(update={"dropout": config.dropout}), teacher.model, dtype),
+        constants=(teacher.params,),
+        rows=rows("train", True),
+        validate=held_out,
+        metric="accuracy" if classify else "loss",
+        maximize=classify,
+        keep_best=True,
+        holds_zeros=train.pruned(student),
+    )
+    params, metrics = train.fit(job, config.train, config.optim, devices, ctx, config.seed, config.name or config.kind)
+    origin = student or teacher
+    artifact.save(
+        ctx.out,
+        params,
+        model,
+        stage=config.kind,
+        key=ctx.key,
+        config=keyed(config),
+        parent=origin.manifest,
+        labels=teacher.manifest.labels,
+        metrics=metrics | {"teacher": teacher.manifest.digest},
+        tokenizer_dir=teacher.tokenizer_dir,
+        log=ctx.work / "log.jsonl",
+    )
+
+
+def _student_model(config: Config, teacher: Artifact, student: Artifact | None) -> ModelConfig:
+    """The student's network; it must read the teacher's tokens and answer in its form."""
+    from llmctl import weights
+
+    like = teacher.model
+    if student is None:
+        if config.model is None:
+            raise RequestError("distill: no student; name an artifact with `from`, or sizes with `model`")
+        answer = {"head": like.head, "labels": like.labels, "pooling": like.pooling, "vocab_size": like.vocab_size}
+        return ModelConfig.model_validate({**config.model.model_dump(), **answer})
+    if (student.model.head, student.model.labels) != (like.head, like.labels):
+        raise RequestError(
+            f"{student.path}: answers as {student.model.head!r}, the teacher as {like.head!r}; they must agree"
+        )
+    if student.manifest.tokenizer != teacher.manifest.tokenizer:
+        raise RequestError(f"{student.path}: has another tokenizer than the teacher {teacher.path}")
+    if any(not hasattr(w, "at") for w in weights.flatten(student.params).values()):
+        raise RequestError(
+            f"{student.path}: has quantized or low-rank weights; distill before quantizing, after merging"
+        )
+    return student.model
+
+
+def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype: Any) -> Loss:
+    """(student params, batch, key, teacher params) -> the mixed loss and its sums."""
+    import jax
+
+    from llmctl import losses
+    from llmctl.model import calls
+    from llmctl.model.loss import project, row_weight, soft_class_sums
+
+    def loss(params: Any, batch: Any, key: Any, teacher: Any) -> Any:
+        taught = jax.lax.stop_gradient(calls.hidden(teacher_model, teacher, batch, dtype=dtype))
+        x = calls.hidden(model, params, batch, train=True, rng=key, dtype=dtype, remat=config.train.remat)
+        if model.head == "classify":
+            soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
+            logits = calls.outputs(model, params, x, batch, dtype)
+            return soft_class_sums(soft, logits, batch["label"], row_weight(batch), config.temperature, config.hard)
+        total, sums = losses.distillation(
+            project(model, dtype), calls.head_params(model, params), x,
+            project(teacher_model, dtype), calls.head_params(teacher_model, teacher), taught,
+            batch["targets"], batch["weights"], model.vocab_size, config.temperature, config.hard,
+        )  # fmt: skip
+        return total, {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
+
+    return loss

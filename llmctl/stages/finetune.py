@@ -1,0 +1,180 @@
+"""`finetune`: a pretrained model to a task, in full, above frozen layers, or through LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from llmctl.config import Config as Settings
+from llmctl.config import keyed
+from llmctl.data import DataConfig, Truncate
+from llmctl.errors import RequestError
+from llmctl.settings import OptimConfig, TrainConfig
+from llmctl.stages import Context, StageConfig
+
+if TYPE_CHECKING:
+    from llmctl.artifact import Artifact
+    from llmctl.model import ModelConfig
+
+
+class LoraConfig(Settings):
+    """Low-rank pairs beside frozen matrices."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of each pair."""
+    alpha: float = Field(16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    targets: list[str] = ["q", "k", "v", "o", "gate", "up", "down"]
+    """Matrices of the blocks that get a pair."""
+
+
+class Config(StageConfig):
+    """Training on a task's examples; the best parameters by validation are kept."""
+
+    kind: Literal["finetune"] = "finetune"
+    data: DataConfig = DataConfig()
+    """Examples: text and label to classify; prompt and completion, or text alone, to model language."""
+    task: Literal["classify", "lm"] = "classify"
+    """Sequence classification, or language modelling with loss on completions only."""
+    method: Literal["full", "lora"] = "full"
+    """Train everything, or low-rank pairs (and the task head)."""
+    lora: LoraConfig = LoraConfig()
+    """Settings of method lora."""
+    merge: bool = True
+    """Method lora: add the pairs into the matrices at the end; false keeps them apart."""
+    freeze_layers: int = Field(0, ge=0)
+    """Layers, from the first, that stay as they are, and the embeddings with them."""
+    pooling: Literal["last", "mean", "first"] = "last"
+    """Classification: the vector that is classified: last real token, mean, or first token."""
+    truncate: Truncate = "tail"
+    """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout while finetuning."""
+    train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
+    """Length of the run and its batches."""
+    optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
+    """Optimizer and schedule."""
+
+
+def run(config: Config, parent: Path | None, ctx: Context) -> None:
+    """Trains and leaves the finetuned artifact in `ctx.out`."""
+    import jax
+    import jax.numpy as jnp
+
+    from llmctl import artifact, mesh, train, weights
+    from llmctl.data import splits, tokenizer
+    from llmctl.data.tasks import task_rows
+    from llmctl.model.loss import loss_of
+    from llmctl.tune import lora
+    from llmctl.validation import Validation
+
+    if parent is None:
+        raise RequestError("finetune: nothing to start from; name an artifact with `from` (--from)")
+    devices = mesh.make(config.mesh)
+    base = artifact.load(parent, devices)
+    _refuse_undoing(config, base)
+    tokens = tokenizer.load(base.tokenizer_dir)
+    examples = splits.load(config.data)
+    labels = list(examples.classes) if config.task == "classify" else []
+    model, params = _with_head(config, base, len(labels), devices)
+    if config.freeze_layers > model.layers:
+        raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
+
+    def rows(split: str, shuffle: bool) -> Any:
+        return task_rows(
+            model.head, examples[split], tokens, config.train.seq_len,
+            seed=config.seed, shuffle=shuffle, truncate=config.truncate,
+        )  # fmt: skip
+
+    dtype = jnp.dtype(config.train.dtype)
+    low_rank = config.method == "lora"
+    if low_rank:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        settings = config.lora
+        params = lora.attach(model, params, settings.rank, settings.alpha, settings.targets, key, devices)
+    learner = model.model_copy(update={"dropout": config.dropout})
+    held_out = Validation(
+        loss_of(model, dtype=dtype),
+        rows("validation", False),
+        config.train.batch_size,
+        config.train.eval_batches,
+        devices,
+    )
+    job = train.Job(
+        params=params,
+        loss=loss_of(learner, dtype=dtype, remat=config.train.remat),
+        rows=rows("train", True),
+        validate=held_out,
+        metric="accuracy" if config.task == "classify" else "loss",
+        maximize=config.task == "classify",
+        keep_best=True,
+        trains=(lambda name: lora.is_pair(name) or name.startswith("head/")) if low_rank else (lambda _: True),
+        frozen_layers=config.freeze_layers,
+        holds_zeros=train.pruned(base),
+    )
+    params, metrics = train.fit(job, config.train, config.optim, devices, ctx, config.seed, config.name or config.kind)
+    if low_rank and config.merge:
+        params = jax.jit(weights.merge_low_rank)(params)
+        metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
+    artifact.save(
+        ctx.out,
+        params,
+        model,
+        stage=config.kind,
+        key=ctx.key,
+        config=keyed(config),
+        parent=base.manifest,
+        labels=labels,
+        metrics=metrics,
+        tokenizer_dir=base.tokenizer_dir,
+        log=ctx.work / "log.jsonl",
+    )
+
+
+def _refuse_undoing(config: Config, base: Artifact) -> None:
+    """A stage never undoes its parent's work in silence."""
+    from llmctl import weights
+
+    nodes = weights.flatten(base.params).values()
+    quantized = any(isinstance(w, weights.Quantized) for w in nodes)
+    if any(isinstance(w, weights.LowRank) for w in nodes):
+        raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
+    if quantized and (config.method == "full" or config.merge):
+        raise RequestError(
+            f"{base.path}: is quantized, and integers cannot be trained; use method = 'lora' with merge = false (QLoRA), "
+            "or finetune before quantizing"
+        )
+    if config.method == "lora" and config.merge and base.manifest.sparsity > 0.01:
+        raise RequestError(
+            f"{base.path}: is pruned to {base.manifest.sparsity:.0%} zeros, which merged low-rank pairs would fill; "
+            "use method = 'full', which keeps the zeros, or merge = false"
+        )
+
+
+def _with_head(config: Config, base: Artifact, classes: int, devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    """The parent's network under the task's head; a head that fits is kept, another is replaced by a fresh one."""
+    import jax
+
+    from llmctl import mesh
+    from llmctl.model import ModelConfig, calls
+
+    cfg, params = base.model, dict(base.params)
+    if config.task == "lm":
+        if cfg.head != "lm":
+            raise RequestError(
+                f"{base.path}: has no language-model head (its head is {cfg.head!r}); start from one that has"
+            )
+        return cfg, params
+    if cfg.head == "classify" and cfg.labels == classes:
+        return cfg, params
+    if classes < 2:
+        raise RequestError(f"classification needs two classes at least, the data has {classes}")
+    new = ModelConfig.model_validate(
+        {**cfg.model_dump(), "head": "classify", "labels": classes, "pooling": config.pooling, "head_transform": False}
+    )
+    params.pop("lm_head", None)
+    shardings = mesh.shard_params(calls.axes(new), calls.abstract(new), devices)["head"]
+    fresh = jax.jit(lambda key: calls.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
+    return new, params | {"head": fresh}

@@ -1,0 +1,36 @@
+"""Metrics of parameters on held-out rows: exact means over every row, whatever the batch size and the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl import mesh as meshes
+from llmctl.data import pipeline
+from llmctl.model.loss import Loss
+
+
+class Validation:
+    """`validation(params)` -> {"loss", "accuracy", ...}, each the mean by weight over the rows. Compiles once."""
+
+    def __init__(self, loss: Loss, rows: Any, batch_size: int, batches: int, mesh: jax.sharding.Mesh) -> None:
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.rows, self.limit, self.mesh = rows, batches, mesh
+        self.batch_size = -(-min(batch_size, len(rows)) // ways) * ways
+        self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
+
+    def __call__(self, params: dict[str, Any]) -> dict[str, float]:
+        """One pass over the rows, `batches` batches at most."""
+
+        def place(batch: dict[str, Any]) -> dict[str, Any]:
+            return meshes.place(batch, self.mesh)
+
+        total: Any = None
+        with meshes.use(self.mesh), pipeline.eval_batches(self.rows, self.batch_size, self.limit, place) as batches:
+            for _, batch in batches:
+                sums = self._sums(params, batch)
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        weight = float(total.pop("weight"))
+        return {name: float(value) / max(weight, 1e-9) for name, value in total.items()}
