@@ -1,0 +1,1 @@
+"""Making a trained model smaller: calibration, pruning, structured pruning, quantization."""

@@ -1,0 +1,141 @@
+"""Unstructured and N:M pruning: a method is one score function, a pattern says which scores compete with one another.
+
+The zeros are the mask: nothing else is stored, and training a sparse artifact holds `w != 0`.
+A new method is one function `(w_IO, stats) -> score_IO` and a row in METHODS.
+
+Shapes: I inputs, O outputs of one layer's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.compress.calibrate import Moments
+from llmctl.errors import RequestError
+from llmctl.weights import LowRank, Quantized, Weight, dense
+
+Score = Callable[[jax.Array, Moments | None], jax.Array]
+
+
+def magnitude(w_IO: jax.Array, stats: Moments | None) -> jax.Array:
+    """|W|; needs no data."""
+    return jnp.abs(w_IO)
+
+
+def wanda(w_IO: jax.Array, stats: Moments | None) -> jax.Array:
+    """|W_ij| * ||X_i||_2, the size of what the weight adds to its output on the calibration data (arXiv:2306.11695)."""
+    assert stats is not None, "wanda needs calibration statistics"
+    return jnp.abs(w_IO) * jnp.sqrt(stats.squares)[:, None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A score, and among which weights it is compared when the pattern is unstructured."""
+
+    score: Score
+    per: Literal["matrix", "output"]
+    calibrated: bool
+
+
+METHODS = {
+    "magnitude": Method(magnitude, per="matrix", calibrated=False),
+    "wanda": Method(wanda, per="output", calibrated=True),
+}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights go: the lowest `sparsity` of a matrix or output, all but the best `keep` of every `of` inputs."""
+
+    sparsity: float
+    keep: int = 0
+    of: int = 0
+
+    @staticmethod
+    def parse(text: str, sparsity: float) -> Pattern:
+        """ "unstructured" with its sparsity (0 < s < 1), or "N:M" (N kept of M), which has its own.
+
+        Raises RequestError for anything else.
+        """
+        if text == "unstructured":
+            if not 0 < sparsity < 1:
+                raise RequestError(f"sparsity {sparsity} is outside 0 < sparsity < 1")
+            return Pattern(sparsity)
+        n, colon, m = text.partition(":")
+        if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+            raise RequestError(f'pattern {text!r} is not known; write "unstructured" or N:M with N < M, such as "2:4"')
+        return Pattern(1 - int(n) / int(m), int(n), int(m))
+
+
+def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]) -> jax.Array:
+    """True where a weight stays. Exactly round(sparsity * size) of each group go; of equal scores the first goes.
+
+    Raises RequestError when the M of an N:M pattern does not divide the inputs.
+    """
+    inputs, outputs = score_IO.shape
+    if pattern.of:
+        if inputs % pattern.of:
+            raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide {inputs} inputs")
+        score_GMO = score_IO.reshape(inputs // pattern.of, pattern.of, outputs)
+        return _keep_highest(score_GMO, pattern.keep, axis=1).reshape(inputs, outputs)
+    if per == "output":
+        return _keep_highest(score_IO, inputs - round(pattern.sparsity * inputs), axis=0)
+    size = inputs * outputs
+    return _keep_highest(score_IO.reshape(-1), size - round(pattern.sparsity * size), axis=0).reshape(inputs, outputs)
+
+
+def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
+    """True at the `keep` highest scores along `axis`; by rank, so that equal scores cannot change the count."""
+    order = jnp.argsort(score, axis=axis, stable=True)
+    rank = jnp.argsort(order, axis=axis)
+    return rank >= score.shape[axis] - keep
+
+
+def apply(w: Weight, mask_IO: jax.Array) -> Weight:
+    """The weight with zeros where the mask is False; a quantized weight keeps its integers and scales elsewhere."""
+    if isinstance(w, LowRank):
+        raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
+    if isinstance(w, Quantized):
+        zero = jnp.zeros((), w.array.qvalue.dtype)
+        return replace(w, array=replace(w.array, qvalue=jnp.where(mask_IO, w.array.qvalue, zero)))
+    return jnp.where(mask_IO, w, jnp.zeros((), w.dtype))
+
+
+@partial(jax.jit, static_argnames=("method", "pattern"))
+def prune(w: Weight, stats: Moments | None, *, method: str, pattern: Pattern) -> Weight:
+    """One matrix [I, O] pruned by a method of METHODS. Zeros that are there score lowest, so they stay zeros."""
+    chosen = METHODS[method]
+    score_IO = chosen.score(dense(w), stats)
+    return apply(w, mask(score_IO, pattern, chosen.per))
+
+
+def prune_layer(layer: dict[str, Any], stats: dict[str, Moments], *, method: str, pattern: Pattern) -> dict[str, Any]:
+    """Every matrix of one layer ({"attn": {"q": {"kernel": ...}}, ...}) pruned; biases and norms are left alone.
+
+    `stats` has the moments of each matrix's inputs by its path ("attn/q"); methods without calibration need none.
+    Raises RequestError naming the matrix that the pattern does not divide.
+    """
+
+    def visit(node: dict[str, Any], path: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, child in node.items():
+            here = f"{path}/{key}" if path else key
+            if isinstance(child, dict):
+                out[key] = visit(child, here)
+            elif key == "kernel" and child.ndim == 2:
+                if pattern.of and child.shape[0] % pattern.of:
+                    raise RequestError(
+                        f"pattern {pattern.keep}:{pattern.of} does not divide the {child.shape[0]} inputs of {here}"
+                    )
+                out[key] = prune(child, stats.get(path), method=method, pattern=pattern)
+            else:
+                out[key] = child
+        return out
+
+    return visit(layer, "")

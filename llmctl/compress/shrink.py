@@ -1,0 +1,132 @@
+"""Cutting arrays to a smaller ModelConfig: which widths a request asks for, and taking what stays out of every weight.
+
+Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
+from llmctl.weights import LowRank, Quantized, Weight, flatten, unflatten
+
+Kept = dict[str, dict[str, list[np.ndarray]]]
+"""What stays: stack -> "attn/heads", "attn/groups", "mlp/neurons", … -> positions a layer, ascending."""
+
+
+def target(
+    cfg: ModelConfig,
+    *,
+    heads: float = 0.0,
+    ffn: float = 0.0,
+    layers: float = 0.0,
+    by: Literal["groups", "queries"] = "groups",
+    multiple: int = 1,
+) -> ModelConfig:
+    """The config after pruning. Below 1 a number is the fraction removed, from 1 on how many are kept; 0 leaves all.
+
+    What a fraction keeps is rounded to the nearest whole number (neurons: of `multiple`), and at least 1 is kept.
+    Heads go `by` "groups" (a key/value head with all its queries) or by "queries" (as many in each group).
+    `layers` holds for every stack of an encoder-decoder. Raises RequestError for what cannot be or removes nothing.
+    """
+    ratio = cfg.heads // cfg.kv_heads
+    update: dict[str, Any] = {}
+    if heads:
+        unit, units = (ratio, cfg.kv_heads) if by == "groups" else (cfg.kv_heads, ratio)
+        kept = _keep("heads", heads, units, unit)
+        update = {"heads": kept * unit, "kv_heads": kept if by == "groups" else cfg.kv_heads}
+    if ffn:
+        if ffn < 1 and cfg.d_ff < multiple:
+            raise RequestError(f"ffn: the artifact has {cfg.d_ff} neurons a layer, fewer than a multiple of {multiple}")
+        kept = _keep("ffn", ffn, cfg.d_ff / multiple, multiple)
+        update["d_ff"] = min(kept * multiple, cfg.d_ff // multiple * multiple)
+    if layers:
+        update["layers"] = _keep("layers", layers, cfg.layers, 1)
+        if cfg.encoder_layers:
+            update["encoder_layers"] = _keep("layers", layers, cfg.encoder_layers, 1)
+    if all(getattr(cfg, k) == v for k, v in update.items()):
+        raise RequestError(
+            f"nothing would be removed from {cfg.layers} layers with {cfg.heads} heads ({cfg.kv_heads} kv_heads) and "
+            f"{cfg.d_ff} neurons; set heads, ffn or layers (a fraction removed below 1, a number kept from 1 on)"
+        )
+    return ModelConfig.model_validate({**cfg.model_dump(), "preset": "", **update})
+
+
+def _keep(field: str, request: float, units: float, unit: int) -> int:
+    """How many of `units` stay, where one unit is `unit` of what the request counts."""
+    if request < 1:
+        return max(1, round(units * (1 - request)))
+    if request != int(request) or int(request) % unit:
+        raise RequestError(f"{field}: {request:g} to keep is not a multiple of {unit}, which go together")
+    kept = int(request) // unit
+    if kept > units:
+        raise RequestError(f"{field}: {int(request)} to keep, but the artifact has {units * unit:g}")
+    return kept
+
+
+def drop_layers(
+    cfg: ModelConfig, params: dict[str, Any], kept: dict[str, list[int]]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model with only the named layers of each stack, in their order."""
+    update: dict[str, Any] = {"preset": ""}
+    for stack, layers in kept.items():
+        index = jnp.asarray(layers)
+        blocks = jax.tree.map(lambda x, index=index: jnp.take(x, index, axis=0), params[stack]["blocks"])
+        params = {**params, stack: {**params[stack], "blocks": blocks}}
+        update["encoder_layers" if stack == "encoder" and cfg.encoder_layers else "layers"] = len(layers)
+    return ModelConfig.model_validate({**cfg.model_dump(), **update}), params
+
+
+def cut(
+    cfg: ModelConfig, params: dict[str, Any], target: ModelConfig, kept: Kept
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model with only the heads and neurons in `kept`; biases and the relative position bias are cut with them.
+
+    Raises RequestError where a weight is quantized in groups along what is cut, or has a low-rank update.
+    """
+    flat = flatten(params)
+    for stack, choices in kept.items():
+        for what, layers in choices.items():
+            part, unit = what.split("/")
+            index_LN = np.stack(layers)
+            if unit != "neurons":
+                index_LN = (index_LN[..., None] * cfg.head_dim + np.arange(cfg.head_dim)).reshape(len(layers), -1)
+            readers, writers = {"heads": ("o", "q"), "groups": ("", "kv"), "neurons": ("down", "")}[unit]
+            names = {"neurons": ("gate", "up")}.get(unit, tuple(writers))
+            for path in (p for p in flat if p.startswith(f"{stack}/blocks/{part}/")):
+                matrix, leaf = path.split("/")[-2:]
+                if matrix in names:
+                    flat[path] = take(path, flat[path], index_LN, axis=-1)
+                elif matrix == readers and leaf == "kernel":
+                    flat[path] = take(path, flat[path], index_LN, axis=-2)
+            bias = f"{stack}/relative_bias/table"
+            if what == "attn/heads" and bias in flat:  # the same heads in every layer
+                flat[bias] = jnp.take(flat[bias], jnp.asarray(layers[0]), axis=-1)
+    return target, unflatten(flat)
+
+
+def take(path: str, w: Weight, index_LN: np.ndarray, axis: int) -> Weight:
+    """Layer by layer the positions `index_LN` of a stacked weight [L, ...] along `axis` (-1 outputs, -2 inputs)."""
+    if isinstance(w, LowRank):
+        raise RequestError(f"{path} has a low-rank update; merge it into its base before pruning")
+    full = w.shape[axis]
+
+    def one(x: jax.Array) -> jax.Array:
+        if x.shape[axis] == 1 and full > 1:  # one scale for all of them
+            return x
+        if x.shape[axis] != full:
+            size = full // x.shape[axis]
+            raise RequestError(
+                f"{path} is quantized in groups of {size} along what would be cut; prune first and quantize then, "
+                "or quantize with group 0"
+            )
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = index_LN.shape
+        return jnp.take_along_axis(x, jnp.asarray(index_LN).reshape(shape), axis=axis)
+
+    return jax.tree.map(one, w) if isinstance(w, Quantized) else one(w)

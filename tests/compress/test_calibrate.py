@@ -1,0 +1,106 @@
+"""The walk equals the scanned model, counts real tokens only, and lets errors through."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.compress.calibrate import Gram, Moments, moments, nothing, walk
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, calls
+from llmctl.weights import flatten
+
+
+def test_moments_count_real_tokens_only():
+    x = jnp.array([[1.0, -2.0], [3.0, 0.5], [100.0, 100.0]])
+    got = Moments.start(2).fold(x, jnp.array([True, True, False]))
+    np.testing.assert_allclose(got.squares, [10.0, 4.25])
+    np.testing.assert_allclose(got.absolute, [4.0, 2.5])
+    assert got.count == 2
+
+
+def test_gram_by_hand():
+    x = jnp.array([[1.0, 2.0, 3.0, 4.0], [9.0, 9.0, 9.0, 9.0], [0.0, 1.0, -1.0, 0.0]])
+    got = Gram.start(4, blocks=2).fold(x, jnp.array([True, False, True]))
+    np.testing.assert_allclose(got.products, [[[1, 2], [2, 5]], [[10, 12], [12, 16]]])
+
+
+def test_measuring_equals_the_scan(tiny, params, batches):
+    """Statistics of the last layer, recomputed from the scanned model's own forward pass with fewer layers."""
+    same, reports = walk(tiny, params, batches, moments, keep=True)
+    assert same is params
+    assert [(r.stack, r.layer) for r in reports] == [("decoder", 0), ("decoder", 1), ("decoder", 2)]
+    assert sorted(reports[0].stats) == [*sorted(f"attn/{n}" for n in "qkvo"), "mlp/down", "mlp/gate", "mlp/up"]
+    # The last layer's attention reads the normed output of the first two, which the scan computes as a two-layer model.
+    two = tiny.model_copy(update={"layers": 2})
+    blocks = jax.tree.map(lambda x: x[:2], params["decoder"]["blocks"])
+    scale = params["decoder"]["blocks"]["attn_norm"]["scale"][2]
+    front = {**params, "decoder": {"blocks": blocks, "norm": {"scale": scale}}}
+    squares = 0.0
+    for batch in batches:
+        x_BTD = jax.jit(partial(calls.hidden, two))(front, batch)
+        squares += jnp.sum(jnp.square(jnp.where(batch["segments"][..., None] > 0, x_BTD, 0.0)), axis=(0, 1))
+    np.testing.assert_allclose(reports[2].stats["attn/q"].squares, squares, rtol=1e-5)
+    assert reports[2].stats["attn/q"].count == sum((b["segments"] > 0).sum() for b in batches)
+
+
+def test_changes_propagate_and_reports_say_how_far(tiny, params, batches):
+    """Silencing both sublayers of layer 0 makes layer 1 see the embeddings, and its report say error 1."""
+
+    def silence_first(stack, index, layer, stats):
+        if index:
+            return layer
+        attn, mlp = layer["attn"], layer["mlp"]
+        return {
+            **layer,
+            "attn": {**attn, "o": jax.tree.map(jnp.zeros_like, attn["o"])},
+            "mlp": {**mlp, "down": jax.tree.map(jnp.zeros_like, mlp["down"])},
+        }
+
+    changed, reports = walk(tiny, params, batches, moments, silence_first, keep=True)
+    assert reports[0].error == pytest.approx(1.0, rel=1e-5)
+    assert reports[1].error == reports[2].error == 0.0
+    blocks = jax.tree.map(lambda x: x[1:], params["decoder"]["blocks"])
+    tail = {**params, "decoder": {**params["decoder"], "blocks": blocks}}
+    _, direct = walk(tiny.model_copy(update={"layers": 2}), tail, batches, moments, keep=True)
+    np.testing.assert_allclose(reports[1].stats["mlp/down"].squares, direct[0].stats["mlp/down"].squares, rtol=1e-5)
+    np.testing.assert_allclose(reports[2].influence, direct[1].influence, rtol=1e-4)
+    kept = flatten(params)
+    for path, w in flatten(changed).items():
+        assert w.shape == kept[path].shape
+        if not path.endswith(("o/kernel", "down/kernel")):
+            np.testing.assert_array_equal(w, kept[path])
+
+
+def test_influence_of_a_silent_layer_is_zero(tiny, params, batches):
+    blocks = params["decoder"]["blocks"]
+    quiet = {
+        **blocks,
+        "attn": {**blocks["attn"], "o": {"kernel": blocks["attn"]["o"]["kernel"].at[1].set(0)}},
+        "mlp": {**blocks["mlp"], "down": {"kernel": blocks["mlp"]["down"]["kernel"].at[1].set(0)}},
+    }
+    _, reports = walk(tiny, {**params, "decoder": {**params["decoder"], "blocks": quiet}}, batches, nothing)
+    assert reports[1].influence == pytest.approx(0.0, abs=1e-6)
+    assert reports[0].influence > 1e-3
+
+
+def test_both_stacks_of_an_encoder_decoder_are_walked(tiny, make_rows):
+    change = {"architecture": "encoder_decoder", "encoder_layers": 2, "layers": 1, "positions": "relative"}
+    cfg = ModelConfig.model_validate({**tiny.model_dump(), **change})
+    params = jax.jit(lambda key: calls.init(cfg, key))(jax.random.key(1))
+    batch = make_rows(cfg, 0)
+    batch["encoder_segments"] = np.ones_like(batch["encoder_segments"])
+    _, reports = walk(cfg, params, [batch], moments, keep=True)
+    assert [(r.stack, r.layer) for r in reports] == [("encoder", 0), ("encoder", 1), ("decoder", 0)]
+    stats = reports[2].stats
+    # Cross-attention's keys read the encoder's tokens (all real here), its queries the decoder's.
+    assert stats["cross/k"].count == 32
+    assert stats["cross/q"].count == 28
+
+
+def test_no_tokens_is_refused(tiny, params):
+    empty = {k: np.zeros((1, 4), np.int32) for k in ("tokens", "segments", "positions")}
+    with pytest.raises(RequestError, match="no tokens"):
+        walk(tiny, params, [empty], moments)

@@ -1,0 +1,113 @@
+"""Masks by hand, and Wanda's reason to exist: less error at the layer's output than magnitude on uneven inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+
+from llmctl.compress.calibrate import Moments, moments, walk
+from llmctl.compress.prune import METHODS, Pattern, apply, mask, prune, prune_layer
+from llmctl.errors import RequestError
+from llmctl.weights import LowRank, Quantized, dense, flatten
+
+W = jnp.array([[1.0, -5.0], [-2.0, 6.0], [3.0, 7.0], [-4.0, 0.5]])  # [in 4, out 2]
+STATS = Moments(jnp.array([16.0, 1.0, 0.0, 4.0]), jnp.zeros(4), jnp.array(1.0))  # norms 4, 1, 0, 2
+
+
+def kept(w) -> list[list[int]]:
+    return (np.asarray(dense(w)) != 0).astype(int).tolist()
+
+
+def test_magnitude_compares_within_the_matrix():
+    # |W| sorted: 0.5 1 2 3 | 4 5 6 7
+    got = prune(W, None, method="magnitude", pattern=Pattern(0.5))
+    assert kept(got) == [[0, 1], [0, 1], [0, 1], [1, 0]]
+    np.testing.assert_array_equal(got, np.where(kept(got), W, 0))
+
+
+def test_wanda_compares_within_each_output():
+    # |W| * norms: output 0: 4 2 0 8; output 1: 20 6 0 1
+    assert kept(prune(W, STATS, method="wanda", pattern=Pattern(0.5))) == [[1, 1], [0, 1], [0, 0], [1, 0]]
+    assert kept(prune(W, STATS, method="wanda", pattern=Pattern(0.25))) == [[1, 1], [1, 1], [0, 0], [1, 1]]
+
+
+def test_two_of_four_runs_along_the_inputs():
+    two_four, one_two = Pattern.parse("2:4", 0.5), Pattern.parse("1:2", 0.5)
+    assert kept(prune(W, None, method="magnitude", pattern=two_four)) == [[0, 0], [0, 1], [1, 1], [1, 0]]
+    assert kept(prune(W, None, method="magnitude", pattern=one_two)) == [[0, 0], [1, 1], [0, 1], [1, 0]]
+    assert kept(prune(W, STATS, method="wanda", pattern=Pattern.parse("1:4", 0.5))) == [[0, 1], [0, 0], [0, 0], [1, 0]]
+
+
+def test_equal_scores_do_not_change_the_count():
+    got = mask(jnp.ones((10, 3)), Pattern(0.3), "output")
+    np.testing.assert_array_equal(got.sum(axis=0), [7, 7, 7])
+    assert mask(jnp.zeros((10, 3)), Pattern(0.5), "matrix").sum() == 15
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_zeros_stay_zeros(method, pattern):
+    w = jax.random.normal(jax.random.key(0), (16, 6))
+    stats = Moments(jax.random.uniform(jax.random.key(1), (16,)), jnp.zeros(16), jnp.array(1.0))
+    once = prune(w, stats, method=method, pattern=Pattern(0.5))
+    twice = prune(once, stats, method=method, pattern=Pattern.parse(pattern, 0.75))
+    assert not np.any((np.asarray(once) == 0) & (np.asarray(twice) != 0))
+    assert np.mean(np.asarray(once) == 0) == 0.5
+
+
+def test_a_quantized_weight_keeps_its_integers():
+    q = Quantized(qwix.quantize(W, "int8", channelwise_axes=[1]))
+    got = prune(q, None, method="magnitude", pattern=Pattern(0.5))
+    assert isinstance(got, Quantized) and got.array.qvalue.dtype == jnp.int8
+    assert kept(got) == kept(prune(W, None, method="magnitude", pattern=Pattern(0.5)))
+    np.testing.assert_array_equal(got.array.qvalue, np.where(kept(got), q.array.qvalue, 0))
+
+
+def test_wanda_beats_magnitude_at_the_layers_output():
+    """Inputs that are correlated and of very different sizes, as a language model's are."""
+    k1, k2, k3, k4 = jax.random.split(jax.random.key(0), 4)
+    sizes = jnp.exp(1.5 * jax.random.normal(k1, (64,)))
+    x = (jax.random.normal(k2, (512, 64)) @ (jnp.eye(64) + 0.2 * jax.random.normal(k3, (64, 64)))) * sizes
+    w = jax.random.normal(k4, (64, 32))
+    stats = Moments.start(64).fold(x, jnp.ones(512, bool))
+    for pattern in (Pattern(0.5), Pattern(0.7), Pattern.parse("2:4", 0.5)):
+        error = {m: float(jnp.linalg.norm(x @ (w - prune(w, stats, method=m, pattern=pattern)))) for m in METHODS}
+        assert error["wanda"] < 0.8 * error["magnitude"]
+
+
+def test_the_walk_prunes_every_matrix_of_every_layer(tiny, params, batches):
+    pattern = Pattern.parse("2:4", 0.5)
+
+    def change(stack, index, layer, stats):
+        return prune_layer(layer, stats, method="wanda", pattern=pattern)
+
+    pruned, reports = walk(tiny, params, batches, moments, change)
+    before = flatten(params)
+    for path, w in flatten(pruned).items():
+        if path.endswith("kernel"):
+            groups = np.asarray(w).reshape(3, -1, 4, w.shape[-1])
+            np.testing.assert_array_equal((groups != 0).sum(axis=2), 2)
+        else:
+            np.testing.assert_array_equal(w, before[path])
+    assert all(0 < r.error < 1 for r in reports)
+
+
+@pytest.mark.parametrize(("text", "sparsity", "message"), [
+    ("4:2", 0.5, "N < M"), ("0:4", 0.5, "N < M"), ("block", 0.5, "not known"), ("2:", 0.5, "not known"),
+    ("unstructured", 1.5, "outside"), ("unstructured", 0.0, "outside"),
+])  # fmt: skip
+def test_bad_patterns(text, sparsity, message):
+    with pytest.raises(RequestError, match=message):
+        Pattern.parse(text, sparsity)
+
+
+def test_what_does_not_divide_is_named():
+    layer = {"attn": {"q": {"kernel": jnp.ones((6, 4))}}}
+    with pytest.raises(RequestError, match=r"2:4 does not divide the 6 inputs of attn/q/kernel"):
+        prune_layer(layer, {}, method="magnitude", pattern=Pattern.parse("2:4", 0.5))
+
+
+def test_low_rank_updates_are_refused():
+    with pytest.raises(RequestError, match="merge"):
+        apply(LowRank(W, jnp.ones((4, 1)), jnp.ones((1, 2)), 1.0), jnp.ones((4, 2), bool))
