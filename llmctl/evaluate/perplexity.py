@@ -33,11 +33,14 @@ class Protocol:
     context: int
     stride: int
     dtype: str = "float32"
+    first: bool = True
+    """Whether the first token of a document is scored (it is where documents begin with BOS)."""
 
     def __str__(self) -> str:
+        scored = "every token" if self.first else "every token but the first"
         return (
             f"{self.split} split, {self.documents} documents each alone, context {self.context}, stride {self.stride}, "
-            f"every token once, {self.dtype}"
+            f"{scored} once, {self.dtype}"
         )
 
 
@@ -55,11 +58,11 @@ def count(texts: Sequence[str], tokens: int) -> Counts:
     return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 
-def metrics(nll: float, counts: Counts) -> dict[str, float]:
-    """From the summed negative log-likelihood (nats) to every unit; infinite where exp overflows."""
+def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
+    """From the summed negative log-likelihood (nats) to every unit; None (JSON has no infinity) where exp overflows."""
 
-    def exponential(x: float) -> float:
-        return math.exp(x) if x < 700 else math.inf
+    def exponential(x: float) -> float | None:
+        return math.exp(x) if x < 700 else None
 
     return {
         "perplexity": exponential(nll / max(1, counts.tokens)),
@@ -67,9 +70,9 @@ def metrics(nll: float, counts: Counts) -> dict[str, float]:
         "byte_perplexity": exponential(nll / max(1, counts.bytes)),
         "bits_per_byte": nll / math.log(2) / max(1, counts.bytes),
         "nll": nll / max(1, counts.tokens),
-        "tokens": counts.tokens,
-        "words": counts.words,
-        "bytes": counts.bytes,
+        "text_tokens": counts.tokens,
+        "text_words": counts.words,
+        "text_bytes": counts.bytes,
     }
 
 
@@ -100,7 +103,7 @@ def batches(rows: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str, 
 def total_nll(
     model: ModelConfig,
     params: calls.Params,
-    documents: Sequence[Sequence[int]],
+    documents: windows.Documents,
     prefix: int | None,
     *,
     context: int,

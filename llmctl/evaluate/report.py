@@ -1,7 +1,7 @@
 """Results of an evaluation as tables: for people in a terminal and for a file that is read later.
 
 A result is {"artifact", "digest", "task", "protocol", "metrics": {}} with what the artifact is beside it: {"stage",
-"parameters", "bytes", "sparsity", "bits"}. An artifact may have several results (one a task); it is one line of a table.
+"parameters", "bytes", "sparsity", "bits"}. An artifact with several results (one a task) is one line of a table.
 """
 
 from __future__ import annotations

@@ -10,9 +10,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+
+class Documents(Protocol):
+    """Token ids of document d by number: a list of lists, or a Corpus."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, d: int, /) -> Sequence[int] | np.ndarray: ...
 
 
 class Window(NamedTuple):
@@ -56,18 +64,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def rows(documents: Sequence[Sequence[int]], prefix: int | None, context: int, stride: int) -> dict[str, np.ndarray]:
+def rows(documents: Documents, prefix: int | None, context: int, stride: int) -> dict[str, np.ndarray]:
     """LM rows [N, context] (tokens, targets, weights, segments, positions) that score every document once.
 
     `prefix` (the BOS token, or EOS where a tokenizer has none) conditions the first token; without one the first
     token of a document cannot be scored.
     """
-    sequences = [np.asarray([*([] if prefix is None else [prefix]), *document], np.int32) for document in documents]
+    start = np.array([] if prefix is None else [prefix], np.int32)
+    sequences = [np.concatenate([start, np.asarray(documents[d], np.int32)]) for d in range(len(documents))]
     windows = [w for d, s in enumerate(sequences) for w in slide(d, len(s) - 1, context, stride)]
     bins = pack([w.end - w.begin for w in windows], context)
     shape = (len(bins), context)
-    out = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments", "positions")}
-    out["weights"] = np.zeros(shape, np.float32)
+    names = ("tokens", "targets", "weights", "segments", "positions")
+    out: dict[str, np.ndarray] = {n: np.zeros(shape, np.float32 if n == "weights" else np.int32) for n in names}
     for row, members in enumerate(bins):
         at = 0
         for segment, member in enumerate(members, 1):

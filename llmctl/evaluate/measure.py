@@ -1,0 +1,110 @@
+"""An evaluation: every artifact scored, then all of them timed in turn, and one result each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import Mesh
+
+from llmctl import artifact
+from llmctl.artifact import Manifest
+from llmctl.data.splits import Examples
+from llmctl.errors import RequestError
+from llmctl.evaluate import speed, tasks
+from llmctl.evaluate.report import Result
+
+if TYPE_CHECKING:
+    from llmctl.stages.eval import Config
+
+
+def results(
+    config: Config, chosen: Mapping[str, Path], examples: Examples, mesh: Mesh, say: Callable[[str], None]
+) -> list[Result]:
+    """Measures the artifacts `chosen` (name -> folder) on `examples`.
+
+    Raises RequestError where an artifact cannot be measured, before any is.
+    """
+    manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
+    found = {name: tasks.task(m.model, str(chosen[name])) for name, m in manifests.items()}
+    setups = {name: _setup(config, mesh, name, chosen[name], manifests) for name in chosen}
+    held = tasks.Held(examples, config.split)
+    out, programs = [], {}
+    for name, path in chosen.items():
+        measured = found[name](artifact.load(path, mesh), held, setups[name])
+        out.append(_result(name, manifests[name], measured))
+        if config.speed:  # keeps the weights of all artifacts in memory: their turns must be close together
+            programs[name] = measured
+        say(f"{name}: {headline(out[-1])}")
+    if programs:
+        say(f"timing {', '.join(programs)}, in turn, {config.repeats} rounds")
+        _time(programs, out, config)
+    return out
+
+
+def headline(result: Result) -> str:
+    """The figure that a result is about, in words."""
+    m = result["metrics"]
+    if result["task"] == "classification":
+        return f"accuracy {m['accuracy']:.2%} (95 % interval {m['accuracy_low']:.2%} to {m['accuracy_high']:.2%})"
+    if m["perplexity"] is None:
+        return f"perplexity beyond counting ({m['nll']:.4g} nats a token)"
+    return f"perplexity {m['perplexity']:.4g} a token, {m['bits_per_byte']:.4g} bits a byte"
+
+
+def _result(name: str, manifest: Manifest, measured: tasks.Measured) -> Result:
+    beside = {k: getattr(manifest, k) for k in ("stage", "family", "parameters", "bytes", "sparsity", "bits")}
+    scored = {"task": measured.task, "protocol": measured.protocol, "metrics": dict(measured.metrics)}
+    return {"artifact": name, "digest": manifest.digest, **scored, **beside}
+
+
+def _time(programs: Mapping[str, tasks.Measured], out: Iterable[Result], config: Config) -> None:
+    """Adds latency (seconds, batch 1) and throughput to the metrics."""
+    single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
+    batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
+    for result in out:
+        name = result["artifact"]
+        result["metrics"] |= {
+            "latency_p50": single[name].p50,
+            "latency_p90": single[name].p90,
+            **{rate: batched[name].rate(units) for rate, units in programs[name].units.items()},
+        }
+
+
+def _setup(config: Config, mesh: Mesh, name: str, path: Path, manifests: Mapping[str, Manifest]) -> tasks.Setup:
+    seq_len = config.seq_len or trained_with("train", "seq_len", manifests[name], path, manifests.values())
+    if not seq_len:
+        raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")
+    stride = config.stride or seq_len
+    if stride > seq_len:
+        raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")
+    truncate = config.truncate or trained_with("", "truncate", manifests[name], path, manifests.values()) or "tail"
+    return tasks.Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype)
+
+
+def trained_with(section: str, key: str, manifest: Manifest, path: Path, others: Iterable[Manifest]) -> Any:
+    """A setting of the stage that trained the weights: the artifact's own, or that of the nearest ancestor with one.
+
+    Ancestors are found by digest, among `others` and in the folders beside the artifact. None where there is none.
+    """
+    known = {m.digest: m for m in others}
+    for file in path.resolve().parent.glob("*/manifest.json"):
+        beside = _readable(file.parent)
+        if beside:
+            known.setdefault(beside.digest, beside)
+    at: Manifest | None = manifest
+    while at is not None:
+        settings = at.config.get(section, {}) if section else at.config
+        if settings.get(key):
+            return settings[key]
+        at = known.pop(at.parent.digest, None) if at.parent else None
+    return None
+
+
+def _readable(folder: Path) -> Manifest | None:
+    """The manifest in `folder`; None where a neighbour of no concern is damaged."""
+    try:
+        return artifact.read_manifest(folder)
+    except RequestError:
+        return None

@@ -1,0 +1,196 @@
+"""What is measured on which artifact: one function a task, and the table that says which task a head answers to.
+
+A task scores one loaded artifact on held-out examples and also leaves the programs that the speed measurement runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llmctl import mesh as meshes
+from llmctl.artifact import Artifact
+from llmctl.data import Truncate, pipeline
+from llmctl.data import tokenizer as tokenizers
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.corpus import Corpus, tokenize
+from llmctl.data.examples import ClassificationRows
+from llmctl.data.splits import Examples
+from llmctl.errors import RequestError
+from llmctl.evaluate import classification as scoring
+from llmctl.evaluate import perplexity as likelihood
+from llmctl.model import ModelConfig, calls
+
+Batch = dict[str, Any]
+
+KEPT = {"tail": "first", "head_tail": "first and last halves of"}
+"""What a protocol says is left of a long text."""
+
+
+class Held:
+    """The held-out examples, tokenized once for each tokenizer among the artifacts."""
+
+    def __init__(self, examples: Examples, split: str) -> None:
+        self.examples, self.split = examples, split
+        self._corpora: dict[str, Corpus] = {}
+
+    def corpus(self, tokenizer: Tokenizer) -> Corpus:
+        """The texts as tokens, in the order of the examples."""
+        if tokenizer.digest not in self._corpora:
+            self._corpora[tokenizer.digest] = tokenize(self.examples.texts(), tokenizer)
+        return self._corpora[tokenizer.digest]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to measure one artifact."""
+
+    mesh: Mesh
+    seq_len: int
+    stride: int
+    batch_size: int
+    truncate: Truncate
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One task's outcome on one artifact."""
+
+    task: str
+    protocol: str
+    metrics: dict[str, Any]
+    single: Callable[[], object] = field(repr=False)
+    """Runs the model on one example and waits for it."""
+    batched: Callable[[], object] = field(repr=False)
+    """Runs the model on one batch and waits for it."""
+    units: dict[str, int]
+    """What a batch holds, by the name of its rate: {"examples_per_second": 32}."""
+
+
+def place(mesh: Mesh, batch: Batch) -> Batch:
+    """A host batch on the devices of `mesh`, split over its rows where they divide."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(a: np.ndarray) -> jax.Array:
+        fits = a.shape[0] % ways == 0
+        return jax.device_put(a, meshes.batch_sharding(mesh, a.ndim) if fits else meshes.replicated(mesh))
+
+    return {name: put(np.asarray(a)) for name, a in batch.items()}
+
+
+def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
+    """Accuracy with its interval, F1, the confusion matrix: every example once, labels matched by name."""
+    model, names = artifact.model, artifact.manifest.labels
+    truth_of = label_map(held.examples.classes, names, str(artifact.path))
+    tokenizer = tokenizers.load(artifact.tokenizer_dir)
+    rows = ClassificationRows(
+        held.examples,
+        tokenizer,
+        setup.seq_len,
+        truncate=setup.truncate,
+        shuffle=False,
+        corpus=held.corpus(tokenizer),
+    )
+
+    @jax.jit
+    def predict(params: calls.Params, batch: Batch) -> jax.Array:
+        x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
+        return calls.outputs(model, params, x_BTD, batch, setup.dtype).argmax(-1)
+
+    labels, predictions = [], []
+    inputs: Batch = {}
+    with pipeline.eval_batches(rows, setup.batch_size) as batches:
+        for _, batch in batches:
+            real = batch["row_weight"] > 0
+            found = {k: batch[k] for k in ("tokens", "segments", "positions")}
+            inputs = inputs or found
+            predictions.append(np.asarray(predict(artifact.params, place(setup.mesh, found)))[real])
+            labels.append(truth_of[batch["label"][real]])
+    confusion = scoring.confusion_matrix(np.concatenate(labels), np.concatenate(predictions), len(names))
+    cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
+    protocol = f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
+    single, batched = programs(predict, artifact.params, inputs, setup.mesh)
+    units = {"examples_per_second": setup.batch_size}
+    return Measured("classification", protocol, scoring.scores(confusion, names), single, batched, units)
+
+
+def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
+    """Class index in the data -> class index of the artifact, by name.
+
+    Raises RequestError where the data has no labels, or one that the classifier does not know.
+    """
+    if not classes:
+        raise RequestError(f"{where}: is a classifier, and the data has no labels; map one in data.columns")
+    unknown = [c for c in classes if c not in names]
+    if unknown:
+        raise RequestError(f"{where}: the data has a label {unknown[0]!r} that it does not know ({', '.join(names)})")
+    return np.array([names.index(c) for c in classes])
+
+
+def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
+    """Perplexity of the held-out texts, a token, a word and a byte."""
+    model, tokenizer = artifact.model, tokenizers.load(artifact.tokenizer_dir)
+    if setup.seq_len > model.max_seq_len:
+        raise RequestError(
+            f"{artifact.path}: seq_len {setup.seq_len} is longer than its longest sequence ({model.max_seq_len})"
+        )
+    texts = list(held.examples.texts())
+    # A model that never saw BOS before a text knows nothing about first tokens.
+    prefix = tokenizer.bos_id if tokenizer.add_bos else None
+    nll, tokens = likelihood.total_nll(
+        model,
+        artifact.params,
+        held.corpus(tokenizer),
+        prefix,
+        context=setup.seq_len,
+        stride=setup.stride,
+        batch_size=setup.batch_size,
+        dtype=setup.dtype,
+        place=lambda batch: place(setup.mesh, batch),
+    )
+    protocol = likelihood.Protocol(
+        held.split, len(texts), setup.seq_len, setup.stride, setup.dtype, first=prefix is not None
+    )
+    full = np.ones((setup.batch_size, setup.seq_len), np.int32)
+    inputs = {
+        "tokens": full,
+        "targets": full,
+        "weights": full.astype(np.float32),
+        "segments": full,
+        "positions": full * np.arange(setup.seq_len, dtype=np.int32),
+    }
+    single, batched = programs(likelihood.row_nll(model, setup.dtype), artifact.params, inputs, setup.mesh)
+    units = {"tokens_per_second": setup.batch_size * setup.seq_len}
+    found = likelihood.metrics(nll, likelihood.count(texts, tokens))
+    return Measured("perplexity", str(protocol), found, single, batched, units)
+
+
+def programs(
+    step: Callable[..., jax.Array], params: calls.Params, inputs: Batch, mesh: Mesh
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(one row, the whole batch) as calls that wait for their result; the inputs are on the devices already."""
+    one, many = (place(mesh, {k: v[:n] for k, v in inputs.items()}) for n in (1, None))
+    return lambda: jax.block_until_ready(step(params, one)), lambda: jax.block_until_ready(step(params, many))
+
+
+TASKS: dict[tuple[str, str], Callable[[Artifact, Held, Setup], Measured]] = {
+    ("decoder", "lm"): predict_text,
+    ("decoder", "classify"): classify,
+    ("encoder", "classify"): classify,
+    ("encoder_decoder", "classify"): classify,
+}
+"""(architecture, head) -> the task that measures it."""
+
+
+def task(model: ModelConfig, where: str) -> Callable[[Artifact, Held, Setup], Measured]:
+    """The task that measures a model. Raises RequestError where there is none."""
+    found = TASKS.get((model.architecture, model.head))
+    if found is None:
+        raise RequestError(f"{where}: eval has no task for a {model.architecture} with the head {model.head!r}")
+    return found
