@@ -35,12 +35,14 @@ class Protocol:
     dtype: str = "float32"
     first: bool = True
     """Whether the first token of a document is scored (it is where documents begin with BOS)."""
+    unit: str = "document"
+    """What is scored: a document, or the completion of a prompt."""
 
     def __str__(self) -> str:
         scored = "every token" if self.first else "every token but the first"
         return (
-            f"{self.split} split, {self.documents} documents each alone, context {self.context}, stride {self.stride}, "
-            f"{scored} once, {self.dtype}"
+            f"{self.split} split, {self.documents} {self.unit}s each alone, "
+            f"context {self.context}, stride {self.stride}, {scored} once, {self.dtype}"
         )
 
 
@@ -109,14 +111,23 @@ def total_nll(
     context: int,
     stride: int,
     batch_size: int,
+    given: Sequence[int] | None = None,
     dtype: str = "float32",
     place: Any = None,
 ) -> tuple[float, int]:
-    """(summed NLL in nats, tokens scored) of tokenized documents. `place` puts a host batch on the devices.
+    """(summed NLL in nats, tokens scored) of tokenized documents.
 
-    The sum over rows is taken in float64 on the host.
+    Args:
+      model, params: what is scored.
+      documents: token ids by number, without begin and end of sequence.
+      prefix: the token before each document (see `windows.rows`).
+      context, stride: the windows.
+      batch_size: windows rows a step.
+      given: tokens of each document that are context alone.
+      dtype: compute type; the sum over rows is taken in float64 on the host.
+      place: puts a host batch on the devices.
     """
-    rows = windows.rows(documents, prefix, context, stride)
+    rows = windows.rows(documents, prefix, context, stride, given)
     step = row_nll(model, dtype)
     total = 0.0
     for batch in batches(rows, batch_size):

@@ -45,6 +45,12 @@ class Held:
             self._corpora[tokenizer.digest] = tokenize(self.examples.texts(), tokenizer)
         return self._corpora[tokenizer.digest]
 
+    def pairs(self, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
+        """(prompt and completion as one document each, tokens of each prompt), tokenized apart as in training."""
+        prompts = tokenizer.encode_batch(list(self.examples.texts("prompt")))
+        completions = tokenizer.encode_batch(list(self.examples.texts("completion")))
+        return [p + c for p, c in zip(prompts, completions, strict=True)], [len(p) for p in prompts]
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -134,28 +140,37 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
 
 
 def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
-    """Perplexity of the held-out texts, a token, a word and a byte."""
+    """Perplexity of the held-out texts (of completions, where the data has them), a token, a word and a byte."""
     model, tokenizer = artifact.model, tokenizers.load(artifact.tokenizer_dir)
     if setup.seq_len > model.max_seq_len:
         raise RequestError(
             f"{artifact.path}: seq_len {setup.seq_len} is longer than its longest sequence ({model.max_seq_len})"
         )
-    texts = list(held.examples.texts())
+    completes = "completion" in held.examples.columns
+    texts = list(held.examples.texts("completion" if completes else "text"))
+    documents, given = held.pairs(tokenizer) if completes else (held.corpus(tokenizer), None)
     # A model that never saw BOS before a text knows nothing about first tokens.
     prefix = tokenizer.bos_id if tokenizer.add_bos else None
     nll, tokens = likelihood.total_nll(
         model,
         artifact.params,
-        held.corpus(tokenizer),
+        documents,
         prefix,
         context=setup.seq_len,
         stride=setup.stride,
         batch_size=setup.batch_size,
+        given=given,
         dtype=setup.dtype,
         place=lambda batch: place(setup.mesh, batch),
     )
     protocol = likelihood.Protocol(
-        held.split, len(texts), setup.seq_len, setup.stride, setup.dtype, first=prefix is not None
+        held.split,
+        len(texts),
+        setup.seq_len,
+        setup.stride,
+        setup.dtype,
+        first=completes or prefix is not None,
+        unit="completion" if completes else "document",
     )
     full = np.ones((setup.batch_size, setup.seq_len), np.int32)
     inputs = {

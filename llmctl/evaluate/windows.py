@@ -64,11 +64,13 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def rows(documents: Documents, prefix: int | None, context: int, stride: int) -> dict[str, np.ndarray]:
+def rows(
+    documents: Documents, prefix: int | None, context: int, stride: int, given: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """LM rows [N, context] (tokens, targets, weights, segments, positions) that score every document once.
 
-    `prefix` (the BOS token, or EOS where a tokenizer has none) conditions the first token; without one the first
-    token of a document cannot be scored.
+    `prefix` (the BOS token) conditions the first token; without one the first token of a document cannot be scored.
+    Of document d the first `given[d]` tokens are context alone (a prompt).
     """
     start = np.array([] if prefix is None else [prefix], np.int32)
     sequences = [np.concatenate([start, np.asarray(documents[d], np.int32)]) for d in range(len(documents))]
@@ -81,6 +83,8 @@ def rows(documents: Documents, prefix: int | None, context: int, stride: int) ->
         at = 0
         for segment, member in enumerate(members, 1):
             document, begin, fresh, end = windows[member]
+            if given is not None:  # input i predicts entry i + 1 of the sequence, whose first entry is the prefix
+                fresh = min(max(fresh, given[document] + len(start) - 1), end)
             here = slice(at, at + end - begin)
             out["tokens"][row, here] = sequences[document][begin:end]
             out["targets"][row, here] = sequences[document][begin + 1 : end + 1]

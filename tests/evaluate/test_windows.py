@@ -55,3 +55,9 @@ def test_packing_fills_rows_best_fit():
 def test_a_stride_beyond_the_context_is_refused():
     with pytest.raises(ValueError, match="stride"):
         list(slide(0, 10, context=4, stride=5))
+
+
+@pytest.mark.parametrize("prefix", [None, 1])
+def test_what_is_given_is_context_only(prefix):
+    got = rows([[5, 6, 7, 8, 9], [5, 6]], prefix=prefix, context=4, stride=1, given=[3, 1])
+    assert sorted(got["targets"][got["weights"] == 1]) == [6, 8, 9]
