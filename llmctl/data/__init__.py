@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from llmctl.config import Config
 
 Split = Literal["train", "validation", "test"]
+Packing = Literal["segments", "concat", "fit"]
+"""How documents share rows: `llmctl.data.packing`."""
+Truncate = Literal["tail", "head_tail"]
+"""What a text too long keeps: its beginning, or its beginning and its end."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion")
 """Canonical columns that hold text; the one other canonical column is `label`."""

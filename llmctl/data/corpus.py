@@ -77,7 +77,7 @@ class Corpus:
                 return None
             tokens_N = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             starts_D1 = np.load(folder / "starts.npy", allow_pickle=False)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             return None
         whole = len(starts_D1) == described["documents"] + 1 and len(tokens_N) == starts_D1[-1] == described["tokens"]
         return Corpus(tokens_N, starts_D1) if whole else None

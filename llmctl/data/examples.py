@@ -6,18 +6,16 @@ Legend: B rows, T tokens a row, N examples.
 from __future__ import annotations
 
 import threading
-from typing import Literal
 
 import numpy as np
 
+from llmctl.data import Truncate
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.data.corpus import Corpus, tokenize
 from llmctl.data.objectives import Batch
 from llmctl.data.order import permutation
 from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
-
-Truncate = Literal["tail", "head_tail"]
 
 
 class _ExampleRows:

@@ -12,17 +12,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from llmctl.data import Packing
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.data.corpus import Documents
 from llmctl.data.objectives import Batch, Packed, causal
 from llmctl.data.order import permutation
 from llmctl.errors import RequestError
-
-Packing = Literal["segments", "concat", "fit"]
 
 
 @dataclass(frozen=True)

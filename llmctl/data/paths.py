@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from etils import epath
 
@@ -48,7 +48,7 @@ def files_below(spec: str) -> list[epath.Path]:
         RequestError: nothing there.
     """
     path = folder(spec)
-    return sorted(p for p in path.glob("**/*") if p.is_file()) if path.is_dir() else resolve(spec)
+    return sorted(at / name for at, _, names in path.walk() for name in names) if path.is_dir() else resolve(spec)
 
 
 def folder(spec: str) -> epath.Path:
@@ -60,11 +60,23 @@ def folder(spec: str) -> epath.Path:
     return _inside_package(spec) if spec.startswith("pkg:") else epath.Path(spec).expanduser()
 
 
+def is_local(path: epath.Path) -> bool:
+    """Whether `path` is a file of this machine, which can be mapped into memory."""
+    return "://" not in str(path)
+
+
 def _glob(path: epath.Path) -> Iterable[epath.Path]:
     parts = path.parts
     first = next(i for i, part in enumerate(parts) if GLOB.search(part))
     base = epath.Path(*parts[:first]) if first else epath.Path(".")
-    return base.glob(str(PurePosixPath(*parts[first:]))) if base.is_dir() else []
+    pattern = str(PurePosixPath(*parts[first:]))
+    if not base.is_dir():
+        return []
+    if is_local(path):
+        return map(epath.Path, Path(base).glob(pattern))
+    if "**" in pattern:
+        raise RequestError(f"{str(path)!r}: ** searches local folders alone; name each level with *")
+    return base.glob(pattern)
 
 
 def _inside_package(spec: str) -> epath.Path:

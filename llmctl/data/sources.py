@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from llmctl.data import SourceConfig
-from llmctl.data.paths import resolve
+from llmctl.data.paths import is_local, resolve
 from llmctl.errors import RequestError
 
 Row = dict[str, Any]
@@ -153,7 +153,7 @@ class Parquet(Source):
 
         self._path = path
         try:
-            self._file = pq.ParquetFile(path if _is_local(path) else io.BytesIO(path.read_bytes()))
+            self._file = pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
         except pa.ArrowInvalid as error:
             raise RequestError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
         meta = self._file.metadata
@@ -230,13 +230,9 @@ FILES: dict[str, Callable[[epath.Path, SourceConfig], Source]] = {
 """Source kinds that read files, one file at a time."""
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
-
-
 def _buffer(path: epath.Path) -> bytes | mmap.mmap:
     """The bytes of a file: mapped where it is local and not empty, read otherwise."""
-    if not _is_local(path) or not path.stat().length:
+    if not is_local(path) or not path.stat().length:
         return path.read_bytes()
     with Path(path).open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,107 @@
+"""Every kind of file, its places in messages, and what is wrong with it."""
+
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmctl.data import SourceConfig
+from llmctl.data.sources import open_source
+from llmctl.errors import RequestError
+
+
+def rows(path, source, **kw):
+    return open_source(SourceConfig(source=source, path=str(path), **kw))
+
+
+def test_text_documents(tmp_path):
+    (tmp_path / "b.txt").write_text("one\r\n\ntwo\nthree\n \nfour")
+    (tmp_path / "a.txt").write_bytes("\ufeffcafé\n".encode())
+    whole = rows(tmp_path / "*.txt", "text")
+    assert [r["text"] for r in whole] == ["café\n", "one\r\n\ntwo\nthree\n \nfour"]
+    lines = rows(tmp_path / "b.txt", "text", documents="line")
+    assert [r["text"] for r in lines] == ["one", "two", "three", "four"]
+    assert lines.where(3) == f"{tmp_path / 'b.txt'}:6"
+    paragraphs = rows(tmp_path / "b.txt", "text", documents="paragraph")
+    assert [r["text"] for r in paragraphs] == ["one", "two\nthree", "four"]
+    assert paragraphs.where(1).endswith("b.txt:3")
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('\ufeff{"text": "é", "n": 1}\n\n{"n": 2, "text": "b"}'.encode())
+    found = rows(path, "jsonl")
+    assert list(found) == [{"text": "é", "n": 1}, {"n": 2, "text": "b"}]
+    assert found.columns == ("text", "n")
+    assert found.where(1) == f"{path}:3"
+    path.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(RequestError, match=r"x.jsonl:2: not valid JSON"):
+        list(rows(path, "jsonl"))
+    path.write_text('{"text": "a"}\n["b"]\n')
+    with pytest.raises(RequestError, match=r"x.jsonl:2: a line must hold a JSON object, not list"):
+        list(rows(path, "jsonl"))
+    path.write_text("")
+    assert len(rows(path, "jsonl")) == 0
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('text;label\n"two\nlines; ""quoted""";1\n\nplain;0\n')
+    found = rows(path, "csv", delimiter=";")
+    assert list(found) == [{"text": 'two\nlines; "quoted"', "label": "1"}, {"text": "plain", "label": "0"}]
+    assert found.where(1) == f"{path}:5"
+    path.write_text("text,label\na,1\nb,1,2\n")
+    with pytest.raises(RequestError, match=r"x.csv:3: 3 fields where the header has 2"):
+        rows(path, "csv")
+    path.write_text('text\n"' + "x" * 200_000 + '"\n')
+    assert len(rows(path, "csv")[0]["text"]) == 200_000
+    path.write_bytes(b"text\ngood\nb\xe9d\n")
+    with pytest.raises(RequestError, match=r"x.csv:3: not UTF-8 text"):
+        rows(path, "csv")
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "x.parquet"
+    table = {"text": [f"t{i}" for i in range(10)], "label": list(range(10))}
+    pq.write_table(pa.table(table), path, row_group_size=3)
+    found = rows(path, "parquet")
+    assert found.columns == ("text", "label")
+    assert [found[i]["text"] for i in (9, 0, 5)] == ["t9", "t0", "t5"]
+    assert found.where(4) == f"{path}: row 5"
+    with pytest.raises(IndexError):
+        found[10]
+    path.write_text("text")
+    with pytest.raises(RequestError, match=r"x.parquet: not a Parquet file"):
+        rows(path, "parquet")
+
+
+def test_globs_chain_files_in_order(tmp_path):
+    for name in "cab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}1"}}\n{{"text": "{name}2"}}\n')
+    found = rows(tmp_path / "[ab].jsonl", "jsonl")
+    assert [r["text"] for r in found] == ["a1", "a2", "b1", "b2"]
+    assert found.where(2).endswith("b.jsonl:1")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "d.jsonl").write_text('{"text": "d"}')
+    assert [r["text"] for r in rows(tmp_path / "**" / "*.jsonl", "jsonl")][-3:] == ["c1", "c2", "d"]
+    with pytest.raises(RequestError, match=r"is a folder; name its files with a glob"):
+        rows(tmp_path, "jsonl")
+
+
+def test_files_inside_packages(tmp_path, monkeypatch):
+    package = tmp_path / "some_reviews"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "data" / "x.txt").write_text("hello")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rows("pkg:some_reviews/data/x.txt", "text")[0] == {"text": "hello"}
+    assert len(rows("pkg:some_reviews/data/*.txt", "text")) == 1
+    assert "some_reviews" not in sys.modules
+    for path, message in [
+        ("pkg:some_reviews/data/y.txt", "the Python package 'some_reviews' has no file 'data/y.txt'"),
+        ("pkg:absent_reviews/x.txt", r"'absent_reviews' is not installed \(try: pip install absent-reviews\)"),
+        ("pkg:some_reviews", "should read pkg:NAME/path/of/file"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            rows(path, "text")

@@ -1,0 +1,170 @@
+"""Splits: by content, without duplicates, whatever the order and the filters; labels; every wrong request."""
+
+import csv
+import hashlib
+
+import numpy as np
+import pytest
+
+from llmctl.data import DataConfig, SourceConfig, splits
+from llmctl.errors import RequestError
+
+FILM = int.from_bytes(hashlib.sha256(b"thefilmwasgreat").digest()[:6], "big") / 2**48
+COLUMNS = {"text": "review", "label": "stars"}
+
+
+def load(path, **kw):
+    given = {"source": "csv", "columns": COLUMNS, "validation": 0.2, "test": 0.2}
+    return splits.load(DataConfig(path=str(path), **(given | kw)))
+
+
+def where(found):
+    """text -> split"""
+    return {t: name for name, examples in found.examples.items() for t in examples.texts()}
+
+
+def write(path, rows, header=("review", "stars", "site")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def test_the_fraction_is_written_down():
+    # sha256("thefilmwasgreat")[:6] / 2^48: changing it would move texts between splits of finished work
+    for spelling in ("The film was great.", "the  FILM, was<br />great", "the film was gre\uff41t!"):
+        assert splits.fraction(spelling) == pytest.approx(FILM, abs=1e-12)
+    assert splits.fraction("...") != splits.fraction("?!")
+    assert 0 <= splits.fraction("漢字") < 1
+
+
+def test_splits_have_their_sizes_and_share_no_text(reviews):
+    found = load(reviews)
+    sizes = {name: len(e) for name, e in found.examples.items()}
+    assert sum(sizes.values()) == 600
+    assert 90 < sizes["validation"] < 150
+    assert 90 < sizes["test"] < 150
+    texts = [{splits.normal(t) for t in e.texts()} for e in found.examples.values()]
+    assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
+
+
+def test_a_text_keeps_its_split(reviews, tmp_path):
+    base = where(load(reviews))
+    rows = list(csv.reader(reviews.read_text().splitlines()))[1:]
+    turned = write(tmp_path / "turned.csv", reversed(rows))
+    assert where(load(turned)) == base
+    some = where(load(reviews, filter={"site": "b"}))
+    assert some.items() < base.items()
+    cleaned = where(load(reviews, replace={".": "", " the ": " THE "}))
+    assert sorted(cleaned.values()) == sorted(base.values())
+    # another validation fraction leaves the test split alone
+    other = where(load(reviews, validation=0.1))
+    assert {t for t, s in other.items() if s == "test"} == {t for t, s in base.items() if s == "test"}
+
+
+def test_duplicates_are_dropped_before_splitting(tmp_path, sentences):
+    rows = [[s, 0, "a"] for s in sentences[:50]] + [[s.upper().replace(" ", "  "), 1, "a"] for s in sentences[:50]]
+    path = write(tmp_path / "twice.csv", [*rows, ["  ", 0, "a"]])
+    found = load(path)
+    assert (found.rows, found.duplicates, found.blank, found.filtered) == (101, 50, 1, 0)
+    assert sum(map(len, found.examples.values())) == 50
+    kept = load(path, dedup=False)
+    assert sum(map(len, kept.examples.values())) == 100
+    # copies that are kept still lie in one split
+    for examples in kept.examples.values():
+        texts = [splits.normal(t) for t in examples.texts()]
+        assert all(texts.count(t) == 2 for t in texts)
+
+
+def test_examples_hold_canonical_columns_and_class_indices(tmp_path):
+    path = write(tmp_path / "x.csv", [["good<br />film", "pos", "a"], ["bad film", "neg", "a"], ["fine", "pos", "b"]])
+    kw = {"replace": {"<br />": " "}, "validation": 0, "test": 0}
+    found = load(path, **kw)
+    assert found.classes == ("neg", "pos")
+    assert list(found["train"]) == [
+        {"text": "good film", "label": 1}, {"text": "bad film", "label": 0}, {"text": "fine", "label": 1},
+    ]  # fmt: skip
+    assert load(path, classes=["pos", "neg"], **kw)["train"].labels.tolist() == [0, 1, 0]
+    numbers = write(tmp_path / "n.csv", [["a", "10", ""], ["b", "9", ""], ["c", "-1", ""]])
+    assert load(numbers, **kw).classes == ("-1", "9", "10")
+    assert load(numbers, label_type="number", **kw)["train"].labels.tolist() == [10.0, 9.0, -1.0]
+    assert load(numbers, label_type="number", **kw).classes == ()
+
+
+def test_sample_is_stable_and_spread(reviews):
+    train = load(reviews)["train"]
+    small, large = train.sample(20), train.sample(100)
+    assert len(small) == 20
+    assert set(small.texts()) < set(large.texts())
+    assert 5 < small.labels.sum() < 15
+    assert train.sample(10**6) is train
+    assert train[:3].digest != train[:2].digest
+    assert load(reviews)["train"].digest == train.digest
+
+
+def test_a_mixture_keeps_its_parts(tmp_path, sentences):
+    for name, part in (("one", sentences[:100]), ("two", sentences[50:200])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part))
+    sources = [
+        SourceConfig(path=str(tmp_path / f"{name}.txt"), documents="line", weight=w)
+        for name, w in (("one", 3), ("two", 1))
+    ]
+    found = splits.load(DataConfig(mixture=sources))
+    assert found.duplicates == 50
+    parts = found["train"].parts()
+    assert [w for w, _ in parts] == [3, 1]
+    assert sum(len(p) for _, p in parts) == len(found["train"])
+    assert set(parts[0][1].texts()) <= set(sentences[:100])
+    assert set(parts[1][1].texts()) <= set(sentences[100:200])
+    assert np.all(np.diff(found["train"].index) > 0)
+
+
+@pytest.mark.parametrize(
+    ("kw", "message"),
+    [
+        ({"columns": {"text": "reviews"}}, r"no column 'reviews'; did you mean 'review'\? \(columns: review, stars"),
+        ({"columns": {"txt": "review"}}, "unknown column 'txt'; did you mean 'text'"),
+        ({"columns": {}}, 'none of its columns is a text column; set data.columns, such as {text = "review"}'),
+        ({"filter": {"sites": "a"}}, "no column 'sites'; did you mean 'site'"),
+        ({"filter": {"site": "c"}}, r"no text in it \(600 rows, 600 filtered out, 0 blank\)"),
+        ({"classes": ["1", "2"]}, r"reviews.csv:2: label '0' is not among data.classes \(1, 2\)"),
+        ({"columns": {"text": "stars", "label": "review"}, "label_type": "number"}, "is not a number"),
+    ],
+)  # fmt: skip
+def test_wrong_requests(reviews, kw, message):
+    with pytest.raises(RequestError, match=message):
+        load(reviews, **kw)
+
+
+def test_empty_and_missing(tmp_path, reviews):
+    with pytest.raises(RequestError, match=r"no such file: '.*review.csv'; did you mean 'reviews.csv'"):
+        load(tmp_path / "review.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(RequestError, match=r"empty.csv: no text in it \(0 rows"):
+        load(tmp_path / "empty.csv")
+    with pytest.raises(RequestError, match=r"the test split is empty \(data.test = 0.0"):
+        load(reviews, test=0)["test"]
+    with pytest.raises(RequestError, match=r"no split 'tests'; did you mean 'test'"):
+        load(reviews)["tests"]
+    with pytest.raises(RequestError, match=r"the data has no column 'prompt'"):
+        load(reviews)["train"].texts("prompt")
+    missing = write(tmp_path / "gap.csv", [["text", "", "a"]])
+    with pytest.raises(RequestError, match=r"gap.csv:2: the label is empty"):
+        load(missing)
+    with pytest.raises(RequestError, match=r"data has no path"):
+        splits.load(DataConfig())
+
+
+def test_configs_refuse_what_cannot_be():
+    with pytest.raises(ValueError, match=r"leave nothing to train on"):
+        DataConfig(validation=0.5, test=0.5)
+    with pytest.raises(ValueError, match=r"exclude each other"):
+        DataConfig(path="x", mixture=[SourceConfig(path="y")])
+    with pytest.raises(ValueError, match=r"listed twice"):
+        DataConfig(classes=["a", "a"])
+
+
+def test_inputs_are_the_files(reviews):
+    assert DataConfig(path=str(reviews)).inputs() == [str(reviews)]
+    assert DataConfig(mixture=[SourceConfig(path=str(reviews.parent / "*.csv"))]).inputs() == [str(reviews)]
+    with pytest.raises(RequestError, match=r"no file matches"):
+        DataConfig(path=str(reviews.parent / "*.tsv")).inputs()

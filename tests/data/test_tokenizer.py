@@ -1,0 +1,123 @@
+"""Tokenizers: exact round trips, the same bytes every time, special tokens that text cannot spell."""
+
+import json
+
+import pytest
+
+from llmctl.data import TokenizerConfig, tokenizer
+from llmctl.data.corpus import Corpus, cached, tokenize
+from llmctl.data.sentencepieces import _sample, _sentences
+from llmctl.errors import RequestError
+
+SMALL = TokenizerConfig(vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def trained(sentences):
+    return tokenizer.train(sentences, SMALL)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_training_twice_gives_the_same_bytes_and_says_nothing(sentences, kind, capfd):
+    cfg = TokenizerConfig(kind=kind, vocab_size=300, sentinels=3)
+    first, second = (tokenizer.train(sentences, cfg) for _ in range(2))
+    assert first.digest == second.digest
+    assert first.vocab_size == 300
+    assert (first.pad_id, first.unk_id, first.bos_id, first.eos_id, first.mask_id) == (0, 1, 2, 3, 4)
+    assert first.sentinel_ids == (5, 6, 7)
+    assert first.digest != tokenizer.train(sentences[:500], cfg).digest
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "text", ["the film was good", "", " two  spaces ", "tab\tline\n\r\nend", "naïve 漢字 🙂", "<mask></s><unk> <pad>"]
+)
+def test_round_trips_are_exact(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert all(i > 4 for i in ids), "text must not spell special tokens"
+    assert trained.encode_batch([text, "x"])[0] == ids
+    # what a model may emit beside text
+    assert trained.decode([2, *ids, 4, 3, 0, 10**6]) == text
+
+
+def test_prompt_begins_with_bos(trained, sentences):
+    assert trained.prompt("the film") == [2, *trained.encode("the film")]
+    assert trained.sentinel_ids == ()
+    bare = tokenizer.train(sentences, TokenizerConfig(vocab_size=300, bos=False))
+    assert bare.prompt("the film") == bare.encode("the film")
+
+
+def test_saving_and_loading(trained, tmp_path):
+    trained.save(tmp_path / "t")
+    again = tokenizer.load(tmp_path / "t")
+    assert again.digest == trained.digest
+    assert again.encode("the film") == trained.encode("the film")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "tokenizer.model").write_bytes(trained.model)
+    given = tokenizer.obtain([], TokenizerConfig(path=str(foreign), bos=False))
+    assert given.digest == trained.digest
+    assert not given.add_bos
+    assert tokenizer.load(foreign / "tokenizer.model").add_bos
+    assert TokenizerConfig(path=str(foreign)).inputs() == [str(foreign / "tokenizer.model")]
+
+
+def test_what_cannot_be_loaded(trained, tmp_path):
+    with pytest.raises(RequestError, match=r"no tokenizer there"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(RequestError, match=r"tokenizer.model: not a usable tokenizer"):
+        tokenizer.load(tmp_path)
+    trained.save(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(trained.model[:-1])
+    with pytest.raises(RequestError, match=r"the tokenizer is damaged"):
+        tokenizer.load(tmp_path)
+    descriptor = tmp_path / "llmctl_tokenizer.json"
+    descriptor.write_text(json.dumps(json.loads(descriptor.read_text()) | {"kind": "runes"}))
+    with pytest.raises(RequestError, match=r"unknown kind 'runes'"):
+        tokenizer.load(tmp_path)
+    descriptor.write_text("{")
+    with pytest.raises(RequestError, match=r"damaged tokenizer descriptor"):
+        tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_vocabulary_beyond_the_corpus(kind):
+    with pytest.raises(RequestError, match=r"vocab_size = 4096 is larger .* the largest possible is (\d+)") as caught:
+        tokenizer.train(["hello hello world"] * 3, TokenizerConfig(kind=kind))
+    largest = int(str(caught.value).split()[-1])
+    assert tokenizer.train(["hello hello world"] * 3, TokenizerConfig(kind=kind, vocab_size=largest))
+    with pytest.raises(RequestError, match=r"too small for the bytes and characters"):
+        tokenizer.train(["".join(map(chr, range(0x4E00, 0x4E80)))] * 3, TokenizerConfig(kind=kind, vocab_size=264))
+    with pytest.raises(RequestError, match=r"no text to train"):
+        tokenizer.train(["", "  "], TokenizerConfig(kind=kind))
+
+
+def test_the_training_sample_is_whole_documents_up_to_a_budget():
+    texts = [chr(97 + i) * 10 for i in range(20)]
+    assert _sample(texts, 200) == texts
+    some = _sample(texts, 45)
+    assert sum(map(len, some)) == 45
+    assert some == _sample(texts, 45)
+    assert set(some[:-1]) < set(texts)
+    long = "word " * 1000
+    assert "".join(_sentences([long])) == long.rstrip() + " "
+    assert max(map(len, _sentences([long, "x" * 5000]))) <= 2000
+
+
+def test_a_corpus_is_flat_and_kept(trained, sentences, tmp_path):
+    corpus = tokenize(sentences, trained)
+    assert corpus.tokens.dtype == "uint16"
+    assert len(corpus) == 600
+    assert corpus[7].tolist() == trained.encode(sentences[7])
+    kept = cached(tmp_path / "c", sentences, "texts", trained)
+    assert (kept.tokens == corpus.tokens).all()
+    # the second time nothing is tokenized
+    assert (cached(tmp_path / "c", (), "texts", trained).tokens == corpus.tokens).all()
+    assert Corpus.load(tmp_path / "c", trained.digest, "other texts") is None
+    assert Corpus.load(tmp_path / "c", "other tokenizer", "texts") is None
+    (tmp_path / "c" / "tokens.npy").write_bytes(b"")
+    assert Corpus.load(tmp_path / "c", trained.digest, "texts") is None
+    with pytest.raises(RequestError, match=r"no text to tokenize"):
+        tokenize([], trained)
