@@ -95,8 +95,8 @@ def plan(recipe: Recipe) -> list[Task]:
 def key(config: stages.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
     """The content key of a stage's result: equal keys mean equal results.
 
-    sha256 over the canonical JSON of the config without its unkeyed fields, the keys of all artifacts it reads, the content
-    of its input files, and the version of the artifact format.
+    sha256 over the canonical JSON of the config without its unkeyed fields, the keys of all artifacts it reads, the
+    content of its input files, and the version of the artifact format.
 
     Raises:
       RequestError: an input file is missing.
@@ -114,8 +114,7 @@ def inputs(config: Any) -> list[Any]:
         return [path for part in config for path in inputs(part)]
     if not isinstance(config, Config):
         return []
-    found = getattr(config, "inputs", None)
-    own = list(found()) if callable(found) else []
+    own = list(config.inputs()) if hasattr(config, "inputs") else []  # pyright: ignore[reportAttributeAccessIssue]
     return own + [path for name in type(config).model_fields for path in inputs(getattr(config, name))]
 
 
@@ -213,7 +212,10 @@ def _key_of(of: str | Path, keys: dict[str, str]) -> str:
 
 
 def _manifest_key(folder: Path) -> str:
-    return artifact.read_manifest(folder).key if (folder / MANIFEST).exists() else ""
+    try:
+        return artifact.read_manifest(folder).key
+    except LlmctlError:
+        return ""
 
 
 _seen: dict[tuple[str, int, int], str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import importlib
 import logging
 import os
@@ -14,7 +15,6 @@ import warnings
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.markup import escape
 
 from llmctl import __version__, menu
 from llmctl.errors import Interrupted, LlmctlError
@@ -27,12 +27,13 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_L
 
 
 def app(chosen: str = "") -> typer.Typer:
-    """The command line with every command that there is; only the chosen one is imported, the others are names in a list."""
+    """The command line with every command that there is; only the chosen one is imported, the others are names."""
     made = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
+        rich_markup_mode=None,  # long flags need whole lines, not columns
         context_settings={
+            "max_content_width": 100,
             "help_option_names": ["-h", "--help"],
             "token_normalize_func": lambda flag: flag.replace("_", "-"),
         },
@@ -51,11 +52,10 @@ def app(chosen: str = "") -> typer.Typer:
 
     kinds = menu.stages()
     for name in sorted([*menu.commands(), *kinds], key=_rank):
-        panel = "Stages" if name in kinds else "Commands"
         if name == chosen:
-            made.command(name, rich_help_panel=panel)(_function(name, name in kinds))
+            made.command(name, short_help=menu.summary(name))(_stoppable(_function(name, name in kinds)))
         else:
-            made.command(name, rich_help_panel=panel, help=escape(menu.summary(name)))(lambda: None)
+            made.command(name, short_help=menu.summary(name))(lambda: None)
     return made
 
 
@@ -71,14 +71,27 @@ def _function(name: str, stage: bool) -> Callable[..., Any]:
     return getattr(importlib.import_module(menu.module(name)), menu.symbol(name))
 
 
+def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Ctrl-C inside a command is ours to report: typer would turn it into an exit code of its own."""
+
+    @functools.wraps(command)
+    def stoppable(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; the same command goes on from the last checkpoint") from None
+
+    return stoppable
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted and resumable."""
+    _be_quiet()
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: list[str]) -> int:
     """Runs one command; its exit code. Whatever went wrong is one line on stderr."""
-    _be_quiet()
     try:
         chosen = next((word for word in argv if not word.startswith("-")), "")
         return app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
@@ -86,7 +99,8 @@ def run(argv: list[str]) -> int:
         code, line = ending(e)
         if os.environ.get("LLMCTL_DEBUG") == "1":
             traceback.print_exc()
-        sys.stderr.write(f"llmctl: {' '.join(line.split())}\n")
+        if line:
+            sys.stderr.write(f"llmctl: {' '.join(line.split())}\n")
         return code
 
 
@@ -95,7 +109,9 @@ def ending(e: BaseException) -> tuple[int, str]:
     if isinstance(e, LlmctlError):
         return e.exit_code, str(e)
     if isinstance(e, (KeyboardInterrupt, typer.Abort)):
-        return Interrupted.exit_code, "interrupted; the same command goes on from the last checkpoint"
+        return Interrupted.exit_code, "interrupted"
+    if isinstance(e, BrokenPipeError):  # `llmctl … | head`: nobody is left to tell
+        return 1, ""
     if isinstance(e, SystemExit):
         return (e.code, "") if isinstance(e.code, int) else (1, str(e.code))
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -33,6 +33,8 @@ class Config(BaseModel):
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
     """Fields that cannot change the result (mesh, logging); left out of a stage's key."""
+    deciding: ClassVar[tuple[str, ...]] = ()
+    """Fields that decide the defaults of the others (a preset): see `_filled`."""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
     """
     try:
         # The JSON mode is the strict one that still takes a list for a tuple and a string for a path.
-        return cls.model_validate_json(json.dumps(values, default=str), strict=True)
+        return cls.model_validate_json(json.dumps(_filled(cls, values), default=str), strict=True)
     except ValidationError as e:
         errors = e.errors(include_url=False)
         # A misspelt key often causes a second error elsewhere: name the key.
@@ -141,6 +143,26 @@ def keyed(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(keyed(v) for v in value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` where a section that is given in part keeps what the field's default says of the rest.
+
+    `train: TrainConfig = TrainConfig(steps=300)` means 300 steps also when somebody writes `train.batch_size = 8`. Of a
+    section with deciding fields only those are kept, unless one of them is given: they bring the others along.
+    """
+    out = dict(values)
+    for name, field in cls.model_fields.items():
+        key = field.alias or name
+        inner, default = section(cls, key), field.get_default(call_default_factory=True)
+        if not inner or not isinstance(out.get(key), dict):
+            continue
+        below: dict[str, Any] = {}
+        if isinstance(default, inner) and not any(k in out[key] for k in inner.deciding):
+            told = set(inner.deciding) or default.model_fields_set
+            below = default.model_dump(mode="json", by_alias=True, include=told & default.model_fields_set)
+        out[key] = _filled(inner, merge(below, out[key], inner))
+    return out
 
 
 def _config_in(annotation: Any) -> type[Config] | None:

@@ -1,4 +1,4 @@
-"""Which devices JAX may use. Nothing here imports JAX before the platform is settled, and nothing falls back in silence."""
+"""Which devices JAX may use: the platform is settled before JAX is imported, and nothing falls back in silence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
-"""What JAX_PLATFORMS says for each platform of ours. The CPU stays beside an accelerator, for what is built on the host."""
+"""What JAX_PLATFORMS says for each platform of ours. The CPU stays beside an accelerator, for work on the host."""
 
 
 def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: None) -> str:

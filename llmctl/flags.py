@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from rich.markup import escape
 
 from llmctl import stages
 from llmctl.config import Config, parse_value, section
@@ -71,7 +70,7 @@ def command(kind: str) -> Callable[..., None]:
         annotation=Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")],
     )  # fmt: skip
     made = [_flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
-    parameters = sorted([*first, *made], key=lambda p: p.name not in ("parent", "from", "out")) + [last]
+    parameters = [*sorted([*first, *made], key=lambda p: p.name not in ("parent", "out")), last]
     run_stage.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_stage.__annotations__ = {p.name: p.annotation for p in parameters}
     run_stage.__doc__ = summary(module)
@@ -80,7 +79,7 @@ def command(kind: str) -> Callable[..., None]:
 
 def summary(module: types.ModuleType) -> str:
     """What the stage does: the docstring of its config class, or of its file."""
-    return escape(inspect.cleandoc(module.Config.__doc__ or module.__doc__ or ""))
+    return inspect.cleandoc(module.Config.__doc__ or module.__doc__ or "")
 
 
 def _report(step: Step, json: bool) -> None:
@@ -113,7 +112,7 @@ def _fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def _defaults(cls: type[Config], fields: list[tuple[tuple[str, ...], FieldInfo]]) -> Iterator[Any]:
-    """What each flag is when nobody says anything: from the stage's own default sections, not from the section's class."""
+    """What each flag is when nobody says anything: from the stage's default sections, not from the section's class."""
     tops = {f.alias or n: f.get_default(call_default_factory=True) for n, f in cls.model_fields.items()}
     for path, field in fields:
         at: Any = tops[path[0]]
@@ -132,10 +131,9 @@ def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Para
     text = field.description or ""
     if default not in ("", None, [], {}) and not field.is_required():
         text += f" [default: {_text(default)}]"
-    panel = {"rich_help_panel": path[0]} if len(path) > 1 else {}
     if kind is bool:
-        return _parameter(_variable(path), bool, f"--{name}/--no-{name}", help=escape(text), **panel)
-    return _parameter(_variable(path), str, f"--{name}", metavar=_metavar(field.annotation), help=escape(text), **panel)
+        return _parameter(_variable(path), bool, f"--{name}/--no-{name}", help=text)
+    return _parameter(_variable(path), str, f"--{name}", metavar=_metavar(field.annotation), help=text)
 
 
 def _parameter(variable: str, kind: Any, flag: str, **option: Any) -> inspect.Parameter:

@@ -1,7 +1,7 @@
 """What commands there are, from the files that hold them, without importing any: so `--help` answers at once.
 
-A stage is a file in `llmctl/stages` with a class `Config`; any other command is a file in `llmctl/commands` with a function
-of the file's name. Where a name is a Python keyword, file and function end in an underscore (`import_.py`).
+A stage is a file in `llmctl/stages` with a class `Config`; any other command is a file in `llmctl/commands` with a
+function of the file's name. Where a name is a Python keyword, file and function end in an underscore (`import_.py`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -26,8 +25,8 @@ SHORT = {"learning_rate": "lr", "tokens_per_second": "tok/s", "examples_per_seco
 class Reporter:
     """One stage's log. A context manager; every `log` call is one line of `<work_dir>/log.jsonl`, flushed at once.
 
-    A resumed run passes the step it goes on from as `start`: lines of later steps, which the interrupted run wrote and the
-    resumed one will write again, are dropped, so that the log holds every step once.
+    A resumed run passes the step it goes on from as `start`: lines of later steps, which the interrupted run wrote and
+    the resumed one will write again, are dropped, so that the log holds every step once.
 
     On a terminal a bar shows step, metrics, elapsed and remaining time; elsewhere a plain line appears at most every
     `every` seconds, and at the last step. Both go to stderr: stdout belongs to results.
@@ -118,8 +117,8 @@ class Reporter:
 
         Args:
           step: optimizer steps finished.
-          metrics: scalars by name: numbers, or anything `float` takes (arrays of no dimension). A value that is not finite
-            is written as null, because JSON has no NaN.
+          metrics: scalars by name: numbers, or anything `float` takes (arrays of no dimension). A value that is not
+            finite is written as null, because JSON has no NaN.
         """
         values = {name: _number(value) for name, value in metrics.items()}
         self._latest.update({k: v for k, v in values.items() if isinstance(v, (int, float))})
@@ -175,7 +174,7 @@ def _forget_after(log: Path, step: int) -> None:
             kept.append(line)
     beside = log.with_name(log.name + ".new")
     beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, log)
+    beside.replace(log)
 
 
 def _wandb_run(project: str, title: str, work_dir: Path) -> Any:

@@ -43,6 +43,7 @@ class Step:
 
     @property
     def name(self) -> str:
+        """Name of the artifact, and its folder in the run."""
         return self.config.name
 
 
@@ -61,7 +62,7 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
     Args:
       path: the file.
       run: folder of the run; the recipe's `run`, or `runs/<name>`, by default.
-      sets: assignments such as `stage.2.sparsity=0.6`, `stage.prune.sparsity=0.6` (stages by place from 0, name or kind)
+      sets: assignments such as `stage.2.sparsity=0.6`, `stage.prune.sparsity=0.6` (stages by place from 0, or by name)
         or `data.path=x.csv` (shared). Values are TOML; what is not TOML is a string.
 
     Raises:
@@ -104,8 +105,8 @@ def single(
       kind: the stage.
       flags: nested settings from the command line, `from` among them.
       out: the artifact's folder; its parent is the run's folder.
-      recipe: a TOML recipe to start from: its shared settings, and those of its stage of this kind (several: the one whose
-        name `flags` gives).
+      recipe: a TOML recipe to start from: its shared settings, and those of its stage of this kind (of several, the
+        one whose name `flags` gives).
       sets: assignments inside the stage, such as `train.steps=10`.
 
     Raises:
@@ -121,7 +122,6 @@ def single(
         if len(mine) > 1:
             raise RequestError(f"{recipe}: has {len(mine)} {kind} stages, say which with --name")
         values = merge(_fitting(cls, doc, set()), mine[0] if mine else {}, cls)
-        values.pop("from", None)
     for text in sets:
         path, value = _assignment(text)
         assign(values, path, value)
@@ -131,7 +131,8 @@ def single(
     def place(path: str) -> str:
         return f"--{path.replace('_', '-')}" if path else f"llmctl {kind}"
 
-    return Recipe(out.name, out.parent, (_linked(validate(cls, values, place), [], out, f"llmctl {kind}"),))
+    step = _linked(validate(cls, values, place), [], out, f"llmctl {kind}", beside=out.parent)
+    return Recipe(out.name, out.parent, (step,))
 
 
 def _set(doc: dict[str, Any], text: str) -> None:
@@ -172,14 +173,15 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
             raise RequestError(f"{file}: stage.{i}.kind: is required; one of {', '.join(stages.kinds())}")
         if kind not in stages.kinds():
             raise RequestError(
-                f"{file}: stage.{i}.kind: no stage {kind!r}{hint(str(kind), stages.kinds())}; there are {', '.join(stages.kinds())}"
+                f"{file}: stage.{i}.kind: no stage {kind!r}{hint(str(kind), stages.kinds())}"
+                f"; there are {', '.join(stages.kinds())}"
             )
         name = table.get("name", kind)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise RequestError(f"{file}: stage.{i}.name: must be letters, digits, '.', '-', '_', got {name!r}")
         if name in names:
             raise RequestError(
-                f"{file}: stage.{i}.name: {name!r} is stage.{names.index(name)} already; give each stage a name of its own"
+                f"{file}: stage.{i}.name: {name!r} is stage.{names.index(name)} already; give each its own name"
             )
         names.append(name)
     return tables, names
@@ -244,16 +246,16 @@ def _holds(values: Any, path: str) -> bool:
     return True
 
 
-def _linked(config: StageConfig, before: list[Step], out: Path, where: str) -> Step:
-    """The step with every artifact that it names found: among the steps before it, or as a folder."""
+def _linked(config: StageConfig, before: list[Step], out: Path, where: str, beside: Path | None = None) -> Step:
+    """The step with every artifact that it names found: among the steps before it, or a folder (also in `beside`)."""
     models = [s.name for s in before if s.config.produces]
     if config.parent:
-        parent = _find(config.parent, models, f"{where}: from")
+        parent = _find(config.parent, models, f"{where}: from", beside)
     elif config.starts:
         parent = None
     elif models:
         parent = models[-1]
-    elif not before and where.startswith("llmctl "):
+    elif beside:
         raise RequestError(f"{where}: --from: say which artifact to start from")
     else:
         raise RequestError(f"{where}: from: there is no model before this stage to start from")
@@ -264,7 +266,7 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str) -> S
             named = [named] if named else []
         elif not named:  # an empty list stands for everything there is
             others |= {m: m for m in models} or ({out_name(parent): parent} if parent else {})
-        others |= {n: _find(n, models, f"{where}: {key}") for n in named}
+        others |= {n: _find(n, models, f"{where}: {key}", beside) for n in named}
     return Step(config, out, parent, others)
 
 
@@ -273,13 +275,14 @@ def out_name(artifact: str | Path) -> str:
     return artifact if isinstance(artifact, str) else artifact.resolve().name
 
 
-def _find(name: str, models: list[str], where: str) -> str | Path:
+def _find(name: str, models: list[str], where: str, beside: Path | None) -> str | Path:
     if name in models:
         return name
-    folder = Path(name)
-    if (folder / MANIFEST).is_file():
-        return folder
-    if folder.is_dir():
-        raise RequestError(f"{where}: {name} is not an artifact: it has no manifest.json")
+    folders = [Path(name), *([beside / name] if beside else [])]
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            return folder
+    if folders[0].is_dir():
+        raise RequestError(f"{where}: {name} is not an artifact: it has no {MANIFEST}")
     known = f"; before it there are {', '.join(models)}" if models else ""
     raise RequestError(f"{where}: no artifact {name!r}{hint(name, models)}{known}")

@@ -23,8 +23,8 @@ def run(folder: Path) -> dict[str, Any]:
     """Everything in a run's folder.
 
     Returns:
-      {"artifacts": [...], "reports": [...]}: models in lineage order (parents before children, older before newer), each
-      with its manifest's metrics and the results of every report that scored its digest; and the reports.
+      {"artifacts": [...], "reports": [...]}: models in lineage order (parents before children, older before newer),
+      each with its manifest's metrics and the results of every report that scored its digest; and the reports.
 
     Raises:
       RequestError: no artifact is there, or one is damaged.

@@ -1,7 +1,10 @@
 """Every test runs on 8 fake CPU devices; what XLA compiled once is read from disk the next time."""
 
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 # Before anything imports JAX: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,10 +16,129 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     )
 ).strip()
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Subprocesses that tests start must not talk to anyone, nor draw bars.
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TERM", "dumb")
+# They run this checkout from wherever they are.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+FAKE = '''
+"""A stage for tests: it writes what it was told, so that a test can see what reached it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from llmctl import artifact
+from llmctl.config import Config as Section
+from llmctl.config import keyed
+from llmctl.errors import Interrupted
+from llmctl.model import ModelConfig
+from llmctl.stages import StageConfig
+
+
+class Source(Section):
+    """Where things come from."""
+
+    path: str = ""
+    """A file."""
+    columns: dict[str, str] = {}
+    """A table that is a value."""
+
+    def inputs(self):
+        return [self.path] if self.path else []
+
+
+class Train(Section):
+    """How long."""
+
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"log_every"})
+
+    steps: int = Field(10, ge=1)
+    """Steps."""
+    log_every: int = 1
+    """Steps between lines."""
+    bold: bool = False
+    """Whether."""
+
+
+class Config(StageConfig):
+    """Does KIND."""
+
+    starts: ClassVar[bool] = STARTS
+    produces: ClassVar[bool] = PRODUCES
+    artifact_fields: ClassVar[tuple[str, ...]] = ARTIFACTS
+
+    kind: Literal["KIND"] = "KIND"
+    data: Source = Source()
+    """Data."""
+    train: Train = Train(steps=30)
+    """Length."""
+    EXTRA
+
+
+def run(config, parent, ctx):
+    (ctx.work / "begun").touch()
+    if config.train.steps == 13:
+        raise Interrupted("KIND: stopped at step 6; the same command goes on from there")
+    if config.train.steps == 14:
+        raise KeyboardInterrupt
+    if config.train.steps == 15:
+        raise OSError(28, "No space left on device", str(ctx.work / "x"))
+    if config.train.steps == 16:
+        raise ValueError("two\\nlines")
+    if config.train.steps == 17:
+        return
+    text = json.dumps([keyed(config), str(parent and parent.name), sorted(ctx.siblings)])
+    before = artifact.read_manifest(parent) if parent else None
+    with artifact.writing(ctx.out) as draft:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        manifest = artifact.Manifest(
+            format=artifact.FORMAT, name=config.name, stage=config.kind, key=ctx.key, config=keyed(config),
+            family="llama", model=ModelConfig(), parameters=1000, bytes=4000, sparsity=0.25, bits=32.0, digest=digest,
+            parent=artifact.Parent(name=before.name, digest=before.digest) if before else None,
+            metrics={"loss": 0.5}, weights={"embed/tokens": {}} if config.produces else {},
+        )
+        (draft / "manifest.json").write_text(manifest.model_dump_json())
+        (draft / "siblings.json").write_text(json.dumps({n: str(p) for n, p in ctx.siblings.items()}))
+        if not config.produces:
+            results = [
+                {"artifact": n, "digest": artifact.read_manifest(p).digest, "task": "t", "protocol": "p",
+                 "metrics": {"accuracy": 0.75}}
+                for n, p in (ctx.siblings or {parent.name: parent}).items()
+            ]
+            (draft / "results.json").write_text(json.dumps(results))
+'''
+
+
+@pytest.fixture
+def fake_stages(tmp_path, monkeypatch):
+    """No stages but `make` (starts), `change` (sparsity), `teach` (teacher) and `score` (measures all)."""
+    from llmctl import menu, stages
+
+    folder = tmp_path / "fake_stages"
+    folder.mkdir()
+    sparsity = 'sparsity: float = Field(0.5, ge=0, le=1)\n    """Zeros."""'
+    for kind, starts, produces, artifacts, extra in (
+        ("make", True, True, (), ""),
+        ("change", False, True, (), sparsity),
+        ("teach", False, True, ("teacher",), 'teacher: str = ""\n    """Who."""'),
+        ("score", False, False, ("of",), 'of: list[str] = []\n    """Which."""'),
+    ):
+        text = FAKE.replace("KIND", kind).replace("STARTS", str(starts)).replace("PRODUCES", str(produces))
+        (folder / f"{kind}.py").write_text(text.replace("ARTIFACTS", repr(artifacts)).replace("EXTRA", extra))
+    monkeypatch.setattr(menu, "STAGES", folder)
+    monkeypatch.setattr(stages, "__path__", [str(folder)])
+    yield folder
+    for kind in ("make", "change", "teach", "score"):
+        sys.modules.pop(f"llmctl.stages.{kind}", None)
+        if hasattr(stages, kind):
+            delattr(stages, kind)
