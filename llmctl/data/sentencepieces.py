@@ -56,7 +56,7 @@ class SentencePieces(Tokenizer):
         return self._sp.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
-        return self._sp.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
+        return self._sp.encode(list(texts), num_threads=_cores())
 
     def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
         return self._sp.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i != self.unk_id])
@@ -85,6 +85,11 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
     except RuntimeError as error:
         raise RequestError(_explained(str(error), cfg)) from None
     return SentencePieces(model.getvalue(), cfg.bos)
+
+
+def _cores() -> int:
+    """Cores this process may use; macOS knows no affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _explained(error: str, cfg: TokenizerConfig) -> str:

@@ -16,12 +16,11 @@ from typing import Any, cast, get_args, overload
 
 import numpy as np
 
-from llmctl.data import TEXT_COLUMNS, DataConfig, Scalar, SourceConfig, Split
+from llmctl.data import DataConfig, Split
 from llmctl.data.paths import did_you_mean
-from llmctl.data.sources import Chain, Row, Source, open_source
+from llmctl.data.sources import Chain, Row, Source
+from llmctl.data.views import View, plain
 from llmctl.errors import RequestError
-
-CANONICAL = (*TEXT_COLUMNS, "label")
 
 _TAG = re.compile(r"<[^<>]{1,80}>")
 _NOT_CONTENT = bytes(set(range(128)) - set((string.ascii_letters + string.digits).encode()))
@@ -40,73 +39,6 @@ def fraction(text: str) -> float:
     bare = normal(_TAG.sub(" ", text) if "<" in text else text).encode()
     content = bare.translate(None, _NOT_CONTENT) or bare
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
-
-
-class View(Source):
-    """A source in canonical columns, with replacements made; filtered rows are None to `read`."""
-
-    def __init__(self, cfg: SourceConfig):
-        self._cfg, self._source = cfg, open_source(cfg)
-        self.where = self._source.where
-        known = self._source.columns
-        for wanted in [*cfg.columns.values(), *cfg.filter]:
-            if len(self._source) and wanted not in known:
-                raise RequestError(
-                    f"{cfg.path}: no column {wanted!r}{did_you_mean(wanted, known)} (columns: {', '.join(known)})"
-                )
-        for ours in cfg.columns:
-            if ours not in CANONICAL:
-                raise RequestError(
-                    f"data.columns: unknown column {ours!r}{did_you_mean(ours, CANONICAL)} "
-                    f"(ours: {', '.join(CANONICAL)})"
-                )
-        self._map = cfg.columns or {c: c for c in CANONICAL if c in known}
-        self.columns = tuple(self._map)
-        self._texts = [c for c in self.columns if c != "label"]
-        if len(self._source) and not self._texts:
-            raise RequestError(f"{cfg.path}: none of its columns is a text column; set data.columns, such as "
-                               f'{{text = "{known[0]}"}} (columns: {", ".join(known)})')  # fmt: skip
-        self._keep = {
-            column: {_plain(v) for v in (value if isinstance(value, list) else [value])}
-            for column, value in cfg.filter.items()
-        }
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, i: int) -> Row:
-        return self._canonical(self._source[i], i)
-
-    def read(self, i: int) -> Row | None:
-        """Row i, or None if the filter drops it."""
-        raw = self._source[i]
-        for column, allowed in self._keep.items():
-            if column not in raw:
-                raise RequestError(f"{self.where(i)}: no column {column!r} to filter by (columns: {', '.join(raw)})")
-            if _plain(raw[column]) not in allowed:
-                return None
-        return self._canonical(raw, i)
-
-    def _canonical(self, raw: Row, i: int) -> Row:
-        row = {}
-        for ours, theirs in self._map.items():
-            if theirs not in raw:
-                raise RequestError(
-                    f"{self.where(i)}: no column {theirs!r}{did_you_mean(theirs, raw)} (columns: {', '.join(raw)})"
-                )
-            row[ours] = raw[theirs]
-        for ours in self._texts:
-            value = row[ours]
-            if value is None:
-                value = ""
-            if not isinstance(value, str):
-                raise RequestError(
-                    f"{self.where(i)}: column {self._map[ours]!r} holds {type(value).__name__}, not text"
-                )
-            for old, new in self._cfg.replace.items():
-                value = value.replace(old, new)
-            row[ours] = value
-        return row
 
 
 @dataclass(frozen=True)
@@ -292,7 +224,7 @@ def _label(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: 
             return float(value)
         except (TypeError, ValueError):
             raise RequestError(f"{view.where(i)}: label {value!r} is not a number") from None
-    label = _plain(value)
+    label = plain(value)
     if allowed and label not in allowed:
         raise RequestError(
             f"{view.where(i)}: label {label!r} is not among data.classes ({', '.join(allowed)})"
@@ -312,15 +244,6 @@ def _classes(cfg: DataConfig, labels: list[str | float]) -> tuple[tuple[str, ...
         raise RequestError(f'{_named(cfg)}: {len(classes)} different labels; numbers? (data.label_type = "number")')
     number = {c: k for k, c in enumerate(classes)}
     return classes, np.array([number[c] for c in named], np.int32)
-
-
-def _plain(value: Scalar | None) -> str:
-    """One spelling for a value, whether a file gave it as text, integer, boolean or float."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 def _named(cfg: DataConfig) -> str:

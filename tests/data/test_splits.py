@@ -154,6 +154,20 @@ def test_empty_and_missing(tmp_path, reviews):
         splits.load(DataConfig())
 
 
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a \\ud83d b \\ud83d\\ude42 \u00e9"}')
+    found = splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), validation=0, test=0))
+    assert list(found["train"].texts()) == ["a \ufffd b \U0001f642 \u00e9"]
+
+
+def test_sources_of_a_mixture_must_agree(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}')
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}')
+    sources = [SourceConfig(source="jsonl", path=str(tmp_path / f"{n}.jsonl")) for n in "ab"]
+    with pytest.raises(RequestError, match=r"must have the same columns, these have text, label; text"):
+        splits.load(DataConfig(mixture=sources))
+
+
 def test_configs_refuse_what_cannot_be():
     with pytest.raises(ValueError, match=r"leave nothing to train on"):
         DataConfig(validation=0.5, test=0.5)
