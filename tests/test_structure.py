@@ -1,0 +1,234 @@
+"""The shape of the code, read from its source: what may import what, and that documents say what the program says."""
+
+import ast
+import importlib
+import pkgutil
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from readme import README, generated
+
+import llmctl
+from llmctl import cli, menu, model, recipe, stages
+
+ROOT = README.parent
+PACKAGE = ROOT / "llmctl"
+
+LAYERS = (
+    ("errors", "config", "settings", "weights", "menu", "console"),
+    ("mesh", "data", "losses", "metrics"),
+    ("model", "optim"),
+    ("tune", "compress", "evaluate", "artifact", "train", "checkpoints", "validation"),
+    ("stages",),
+    ("recipe", "chain", "show", "doctor", "devices", "flags"),
+    ("commands",),
+    ("cli", "__main__"),
+)
+"""Each may import its own layer (without circles) and those above it in this table."""
+
+JAX_FREE = (
+    *(
+        "cli",
+        "menu",
+        "flags",
+        "recipe",
+        "chain",
+        "show",
+        "doctor",
+        "devices",
+        "console",
+        "config",
+        "settings",
+        "errors",
+    ),
+    *("artifact", "metrics", "data.__init__", "model.__init__", "stages", "commands", "__main__"),
+)
+"""Modules (and all below a package) that import nothing heavy when they are imported."""
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "qwix", "tensorflow_datasets", "torch", "transformers"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, as `data.packing`; a package is `data.__init__`."""
+    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(path: Path, everywhere: bool) -> set[str]:
+    """Absolute names that a module imports: at module scope, or everywhere; never those for type checkers alone."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not everywhere:
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                found.add(child.module or "")
+                found.update(f"{child.module}.{alias.name}" for alias in child.names)
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def ours(path: Path, everywhere: bool = True) -> set[str]:
+    """The modules of the package that a module imports, as `modules` names them."""
+    known, out = modules(), set()
+    for name in imported(path, everywhere):
+        if name.startswith("llmctl."):
+            inner = name.removeprefix("llmctl.")
+            out |= {m for m in (inner, f"{inner}.__init__") if m in known}
+    return out
+
+
+def layer(module: str) -> int:
+    top = module.split(".")[0]
+    if top == "__init__":
+        return -1
+    found = [i for i, names in enumerate(LAYERS) if top in names]
+    assert found, f"llmctl/{top} is in no layer: add it to LAYERS"
+    return found[0]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_run_downward(module):
+    for other in ours(modules()[module]):
+        assert layer(other) <= layer(module), f"{module} imports {other}, which lies above it"
+
+
+def test_no_circles():
+    """At module scope; a package's own files may be imported lazily from its `__init__`."""
+    edges = {m: ours(p, everywhere=False) - {m} for m, p in modules().items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path, module))
+        if module not in done:
+            for other in edges[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("kind", stages.kinds())
+def test_stages_do_not_import_one_another(kind):
+    assert not {m for m in ours(modules()[f"stages.{kind}"]) if m.startswith("stages.") and m != "stages.__init__"}
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m in JAX_FREE or m.split(".")[0] in JAX_FREE])
+def test_what_is_free_of_jax(module):
+    assert not {n for n in imported(modules()[module], everywhere=False) if n.split(".")[0] in HEAVY}
+
+
+@pytest.mark.parametrize("family", model.families())
+def test_families_are_free_of_jax(family):
+    paths = [p for m, p in modules().items() if m == f"model.{family}" or m.startswith(f"model.{family}.")]
+    assert paths and not {n for p in paths for n in imported(p, everywhere=False) if n.split(".")[0] in HEAVY}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_there_is_no_drawer_for_odds_and_ends(module):
+    assert module.split(".")[-1] not in ("utils", "util", "helpers", "misc", "common")
+
+
+def test_never_unpickled():
+    for module, path in modules().items():
+        names = {n.split(".")[0] for n in imported(path, everywhere=True)}
+        assert not names & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, module
+
+
+@pytest.mark.parametrize("kind", stages.kinds())
+def test_a_stage_is_a_config_and_a_run(kind):
+    module = stages.load(kind)
+    assert issubclass(module.Config, stages.StageConfig) and module.Config.model_fields["kind"].default == kind
+    assert callable(module.run)
+    for name, field in module.Config.model_fields.items():
+        assert name == "kind" or field.description, f"{kind}.{name} has no docstring: --help would say nothing"
+    assert set(module.Config.artifact_fields) <= set(module.Config.model_fields)
+
+
+@pytest.mark.parametrize("name", [*menu.commands(), *menu.stages()])
+def test_a_command_says_what_it_does_in_one_sentence(name):
+    assert re.fullmatch(r"[A-Z].*\.", menu.summary(name), flags=re.S), name
+
+
+def test_every_module_can_be_imported():
+    """And has a docstring; heavy ones included, so that a broken import shows here and not in a user's hands."""
+    for info in pkgutil.walk_packages(llmctl.__path__, "llmctl."):
+        if info.name != "llmctl.__main__":
+            assert importlib.import_module(info.name).__doc__, info.name
+
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_recipe_is_valid(file):
+    got = recipe.read(file)
+    assert got.steps
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def test_readme_recipes_are_valid(tmp_path):
+    for text in fenced("toml"):
+        assert tomllib.loads(text)
+        (tmp_path / "r.toml").write_text(text)
+        assert recipe.read(tmp_path / "r.toml").steps
+
+
+def test_readme_commands_are_understood():
+    """Every command in the README names a command, and flags that it has; every make target is there."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    lines = [shlex.split(line, comments=True) for text in fenced("sh") for line in text.splitlines() if line.strip()]
+    assert ["make", "demo"] in lines and ["make", "test"] in lines
+    for words in lines:
+        if words[0] == "make":
+            assert words[1] in targets, words
+        if words[0] == "llmctl":
+            assert words[1] in (*menu.commands(), *menu.stages()), words
+            flags = _flags(words[1])
+            for word in words[2:]:
+                assert not word.startswith("-") or word in flags, f"{words[1]} has no {word}"
+        for word in words:
+            if word.startswith("recipes/"):
+                assert (ROOT / word).exists(), word
+
+
+def _flags(command: str) -> set[str]:
+    """The flags of a command, as its own help lists them."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert cli.run([command, "--help"]) == 0
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w.-]*", out.getvalue()))
+
+
+def test_readme_says_what_help_says():
+    text = README.read_text(encoding="utf-8")
+    assert generated(text) == text, "run `make docs`"
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_python_versions_agree():
+    """What pyproject.toml promises is what CI runs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11" and sys.version_info >= (3, 11)
+    assert '["3.11", "3.12"]' in (ROOT / ".github/workflows/test.yml").read_text()
