@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ from llmctl.errors import Interrupted, RequestError, WorkError
 from llmctl.metrics import Reporter
 from llmctl.model import ModelConfig, calls
 from llmctl.settings import OptimConfig, TrainConfig
-from llmctl.stages import Context
+
+if TYPE_CHECKING:
+    from llmctl.stages import Context
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
