@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llmctl.config import Config
 
-SHARED = {"decode", "heads", "hf", "layers", "transformer", "attention", "calls", "loss"}
+SHARED = {"decode", "sampling", "heads", "hf", "layers", "transformer", "attention", "calls", "loss", "names", "cost"}
 """Files of this folder that are not families."""
 
 

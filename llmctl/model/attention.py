@@ -31,6 +31,8 @@ class Shared(NamedTuple):
     bias_HTS: jax.Array | None = None
     memory_BSD: jax.Array | None = None
     memory_mask_BTS: jax.Array | None = None
+    slot: jax.Array | int | None = None
+    """Where in the cache these tokens go; None without a cache."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
@@ -38,12 +40,24 @@ def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 
-def share(cfg: ModelConfig, segments_BT: jax.Array, positions_BT: jax.Array, *, causal: bool) -> Shared:
-    """Masks and rotary tables of a self-attention stack."""
-    mask = visible(segments_BT, segments_BT)
+def share(
+    cfg: ModelConfig,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    causal: bool,
+    cached_BS: jax.Array | None = None,
+    slot: jax.Array | int | None = None,
+) -> Shared:
+    """Masks and rotary tables of a self-attention stack.
+
+    With a cache, these T tokens are slots `slot` to `slot + T` of S, and `cached_BS` has the segments of all slots.
+    """
+    keys_BS = segments_BT if cached_BS is None else cached_BS
+    mask = visible(segments_BT, keys_BS)
     local = None
-    T = segments_BT.shape[1]
-    distance_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+    T, S = mask.shape[1:]
+    distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)[None, :] + (0 if slot is None else slot)
     if causal:
         mask &= distance_TS >= 0
     if cfg.window:
@@ -54,7 +68,7 @@ def share(cfg: ModelConfig, segments_BT: jax.Array, positions_BT: jax.Array, *, 
         if cfg.rope_local_theta:
             unscaled = cfg.model_copy(update={"rope_scaling": {}})
             local_rotary = rotary_table(positions_BT, unscaled, cfg.rope_local_theta)
-    return Shared(mask, local, rotary, local_rotary)
+    return Shared(mask, local, rotary, local_rotary, slot=slot)
 
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
@@ -121,12 +135,24 @@ class Attention(nn.Module):
             q, k = rotate(q, table), rotate(k, table)
         mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
         y = attend(q, k, v, mask, None if self.cross else shared.bias_HTS, cfg)
+        if not self.cross and shared.slot is not None:
+            k, v = self._remember("k", k, shared.slot), self._remember("v", v, shared.slot)
         y = constrain(y, "batch", "seq", "act_heads", None).reshape(*x_BTD.shape[:2], H * K)
         out = Dense(cfg.d_model, ("heads", "embed"), cfg.out_bias, self.dtype, residual_scale(self.layers), name="o")
         return out(y)
 
     def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         cfg = self.config
+    def _remember(self, name: str, new_BTGK: jax.Array, slot: jax.Array | int) -> jax.Array:
+        """Writes keys or values into the cache [B, G, S, K] (collection "cache") -> all of them [B, S, G, K].
+
+        The cache lies as the products of `attend` read it, so that no step transposes it.
+        """
+        kept = self.variable("cache", f"past_{name}", lambda: new_BTGK.transpose(0, 2, 1, 3))
+        new_BGTK = new_BTGK.transpose(0, 2, 1, 3).astype(kept.value.dtype)
+        kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new_BGTK, slot, axis=2)
+        return kept.value.transpose(0, 2, 1, 3)
+
         y = Dense(heads * cfg.head_dim, ("embed", axis), cfg.qkv_bias, self.dtype, name=name)(x)
         y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         return constrain(y, "batch", "seq", "act_heads", None)
@@ -145,11 +171,11 @@ class RelativeBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, T: int, S: int) -> jax.Array:
+    def __call__(self, T: int, S: int, slot: jax.Array | int = 0) -> jax.Array:
         cfg = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm", "heads"))
         table = self.param("table", init, (cfg.relative_buckets, cfg.heads))
-        distance_TS = jnp.arange(S)[None, :] - jnp.arange(T)[:, None]
+        distance_TS = jnp.arange(S)[None, :] - jnp.arange(T)[:, None] - slot
         buckets = relative_bucket(distance_TS, cfg.relative_buckets, cfg.relative_max_distance, self.bidirectional)
         return jnp.transpose(table.astype(jnp.float32)[buckets], (2, 0, 1))
 

@@ -152,6 +152,22 @@ def block(
     return carry._replace(x_BTD=x), {path.removesuffix("/x"): value for path, value in tapped.items()}
 
 
+def cached_block(
+    cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int, cache: Params, dtype: Any = jnp.float32
+) -> tuple[Carry, Params]:
+    """One layer whose keys and values go into `cache` ({"attn": {"past_k", "past_v": [B, G, S, K]}}) -> (carry, cache).
+
+    `carry` comes from `embed` of a batch with `slot` and `cached_segments`.
+    """
+    layers = depth(cfg, stack)
+    module = Block(cfg, dtype, layers, stack == "decoder" and cfg.encoder_layers > 0)
+    variables = {"params": layer, "cache": cache}
+    (x, _), state = module.apply(
+        variables, carry.x_BTD, carry.shared, local_layers(cfg, layers)[index], mutable=["cache"]
+    )
+    return carry._replace(x_BTD=x), state["cache"]
+
+
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
     """The stack's final hidden states [B, T, D]."""
     body = {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}

@@ -87,11 +87,19 @@ class Stack(nn.Module):
         if cfg.norm_position != "post":
             self.norm = Norm(cfg, self.dtype)
 
-    def share(self, segments_BT: jax.Array, positions_BT: jax.Array) -> Shared:
-        """What the layers share, computed once."""
-        shared = share(self.config, segments_BT, positions_BT, causal=self.causal)
-        T = segments_BT.shape[1]
-        return shared._replace(bias_HTS=self.relative_bias(T, T)) if self.config.positions == "relative" else shared
+    def share(
+        self,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        cached_BS: jax.Array | None = None,
+        slot: jax.Array | int | None = None,
+    ) -> Shared:
+        """What the layers share, computed once; `cached_BS` and `slot` as in `attention.share`."""
+        shared = share(self.config, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot)
+        if self.config.positions != "relative":
+            return shared
+        T, S = shared.mask_BTS.shape[1:]
+        return shared._replace(bias_HTS=self.relative_bias(T, S, 0 if slot is None else slot))
 
     def __call__(self, x_BTD: jax.Array, shared: Shared) -> jax.Array:
         x_BTD, _ = self.blocks(x_BTD, shared, local_layers(self.config, self.layers))
@@ -195,10 +203,13 @@ class Transformer(nn.Module):
         return self.decoder(*self.start(batch, memory))
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
-        """Embeddings and shared masks of the stack that reads `tokens`."""
+        """Embeddings and shared masks of the stack that reads `tokens`.
+
+        With a cache, `cached_segments` [B, S] and `slot` in the batch say where the tokens stand in it.
+        """
         stack = self.encoder if self.config.architecture == "encoder" else self.decoder
         x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), self.train)
-        shared = stack.share(batch["segments"], batch["positions"])
+        shared = stack.share(batch["segments"], batch["positions"], batch.get("cached_segments"), batch.get("slot"))
         if memory_BSD is not None:
             mask = visible(batch["segments"], batch["encoder_segments"])
             shared = shared._replace(memory_BSD=memory_BSD, memory_mask_BTS=mask)

@@ -1,0 +1,183 @@
+"""Generation with a key-value cache: one compiled prefill, one compiled loop, the layers' own code in both.
+
+Prompts of unequal length are padded on the left, so that all rows write the same slot of the cache and a step costs one
+in-place update; padding is masked out and positions count from each prompt's first token, so a row's result is what it
+would be alone. Layers are unrolled, their parameters split once: a scan would copy every layer's weights out of the
+stack at every step, and one token is nothing but a pass over the weights.
+
+Shapes: B rows, T prompt slots, S slots of the cache, G key/value heads, K head width, V vocabulary, E end tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.model import ModelConfig, calls
+from llmctl.model.sampling import Sampling, choose, row_keys
+
+State = dict[str, Any]
+
+NOTHING = -1
+"""Stands in a row of output after the row has ended."""
+
+ROUND = 64
+"""Prompt slots and cache slots are rounded up to this many, so that few lengths compile."""
+
+
+class Decoder:
+    """A model ready to generate.
+
+    Invariant: greedy tokens are those of repeated full forwards over prompt and continuation.
+    """
+
+    def __init__(self, model: ModelConfig, params: calls.Params, dtype: Any = jnp.float32) -> None:
+        """Splits the stacked layers of `params` [L, ...] into one tree a layer."""
+        if model.architecture != "decoder" or model.head != "lm":
+            raise ValueError(f"a {model.architecture} with head {model.head!r} does not continue text")
+        self.model, self.dtype = model, dtype
+        self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
+        self.rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
+        self._prefill = jax.jit(self._prefill_step, static_argnames=("slots", "rules"))
+        self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        *,
+        ends: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        chunk: int = 16,
+    ) -> Iterator[np.ndarray]:
+        """Continues prompts of token ids; yields int32 [B, n] of new tokens, first one, then `chunk` at a time.
+
+        A row ends with the first token in `ends` (which is yielded) and has NOTHING after it; the generator stops when
+        all rows have ended, or after `max_new` tokens, and may be closed at any time before.
+
+        Raises ValueError for an empty prompt, or one that leaves no room within the model's longest sequence.
+        """
+        longest = max(map(len, prompts))
+        if not min(map(len, prompts)):
+            raise ValueError("a prompt has no tokens; begin it with the BOS token")
+        if longest + max_new > self.model.max_seq_len:
+            raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
+        rules = sampling or Sampling()
+        T = _round_up(longest)
+        tokens_BT = np.zeros((len(prompts), T), np.int32)
+        segments_BT = np.zeros_like(tokens_BT)
+        for b, prompt in enumerate(prompts):
+            tokens_BT[b, T - len(prompt) :] = prompt
+            segments_BT[b, T - len(prompt) :] = 1
+        ends_E = jnp.array(list(ends) or [NOTHING], jnp.int32)
+        keys_B = row_keys(seed, len(prompts))
+        slots = _round_up(T + max_new)
+        state = self._prefill(self.rest, self.layers, tokens_BT, segments_BT, keys_B, ends_E, slots=slots, rules=rules)
+        yield np.asarray(state["token"])[:, None]
+        left = max_new - 1
+        while left > 0 and not bool(np.all(state["done"])):
+            count = min(chunk, left)
+            state, out_BN = self._decode(self.rest, self.layers, state, keys_B, ends_E, rules=rules, count=chunk)
+            yield np.asarray(out_BN)[:, :count]
+            left -= count
+
+    def _run(self, rest: calls.Params, layers: list[calls.Params], batch: dict[str, Any], cache: list[Any]) -> Any:
+        """Hidden state of the last slot [B, D] and the cache with these tokens in it."""
+        carry = calls.embed(self.model, rest, batch, dtype=self.dtype)
+        kept = []
+        for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
+            carry, new = calls.cached_block(self.model, "decoder", layer, carry, i, old, self.dtype)
+            kept.append(new)
+        carry = carry._replace(x_BTD=carry.x_BTD[:, -1:])
+        return calls.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
+
+    def _next(
+        self, rest: calls.Params, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
+    ) -> State:
+        """Chooses the token after `x_BD` for the rows that have not ended."""
+        logits_BV = calls.lm_logits(self.model, rest, x_BD, self.dtype)
+        chosen_B = choose(logits_BV, state.get("seen"), keys_B, state["step"], rules)
+        token_B = jnp.where(state["done"], NOTHING, chosen_B)
+        out = {**state, "token": token_B, "step": state["step"] + 1}
+        out["done"] = state["done"] | jnp.any(token_B[:, None] == ends_E, axis=1)
+        if "seen" in state:
+            out["seen"] = state["seen"].at[jnp.arange(len(token_B)), chosen_B].set(True)
+        return out
+
+    def _prefill_step(
+        self,
+        rest: calls.Params,
+        layers: list[calls.Params],
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        keys_B: jax.Array,
+        ends_E: jax.Array,
+        slots: int,
+        rules: Sampling,
+    ) -> State:
+        cfg, (B, T) = self.model, tokens_BT.shape
+        real_BS = jnp.pad(segments_BT, ((0, 0), (0, slots - T)))
+        positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0)
+        empty = jnp.zeros((B, cfg.kv_heads, slots, cfg.head_dim), self.dtype)
+        cache = [{"attn": {"past_k": empty, "past_v": empty}} for _ in layers]
+        batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
+        x_BD, cache = self._run(rest, layers, batch | {"cached_segments": real_BS, "slot": 0}, cache)
+        state: State = {
+            "cache": cache,
+            "segments": real_BS,
+            "slot": jnp.int32(T),
+            "position": jnp.sum(segments_BT, axis=1),
+            "done": jnp.zeros(B, bool),
+            "step": jnp.int32(0),
+        }
+        if rules.repetition_penalty != 1.0:
+            seen_BV = jnp.zeros((B, cfg.vocab_size), bool)
+            state["seen"] = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(segments_BT > 0)
+        return self._next(rest, x_BD, state, keys_B, ends_E, rules)
+
+    def _decode_loop(
+        self,
+        rest: calls.Params,
+        layers: list[calls.Params],
+        state: State,
+        keys_B: jax.Array,
+        ends_E: jax.Array,
+        rules: Sampling,
+        count: int,
+    ) -> tuple[State, jax.Array]:
+        """Up to `count` steps; stops early when all rows have ended."""
+        B = state["token"].shape[0]
+        ones_B1 = jnp.ones((B, 1), jnp.int32)
+
+        def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+            n, state, out_BN = carry
+            slot = state["slot"]
+            segments_BS = jax.lax.dynamic_update_slice(state["segments"], ones_B1, (0, slot))
+            batch = {
+                "tokens": jnp.maximum(state["token"], 0)[:, None],
+                "segments": ones_B1,
+                "positions": state["position"][:, None],
+                "cached_segments": segments_BS,
+                "slot": slot,
+            }
+            x_BD, cache = self._run(rest, layers, batch, state["cache"])
+            moved = {"cache": cache, "segments": segments_BS, "slot": slot + 1, "position": state["position"] + 1}
+            state = self._next(rest, x_BD, {**state, **moved}, keys_B, ends_E, rules)
+            return n + 1, state, jax.lax.dynamic_update_slice(out_BN, state["token"][:, None], (0, n))
+
+        def goes_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+            n, state, _ = carry
+            return (n < count) & ~jnp.all(state["done"])
+
+        out_BN = jnp.full((B, count), NOTHING, jnp.int32)
+        _, state, out_BN = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out_BN))
+        return state, out_BN
+
+
+def _round_up(n: int) -> int:
+    return -(-n // ROUND) * ROUND

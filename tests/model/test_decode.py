@@ -1,0 +1,98 @@
+"""Cached generation against repeated full forwards, batches against rows alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.model import ModelConfig, calls
+from llmctl.model.decode import NOTHING, Decoder
+from llmctl.model.sampling import Sampling
+
+BASE = {
+    "vocab_size": 61,
+    "d_model": 16,
+    "layers": 3,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 24,
+    "max_seq_len": 160,
+}
+VARIANTS = {
+    "llama": {},
+    "window": {"window": 5, "window_every": 2, "rope_local_theta": 500.0, "tied": False},
+    "learned": {"positions": "learned", "norm": "layer", "gated": False, "activation": "gelu", "qkv_bias": True},
+    "relative": {"positions": "relative"},
+}
+PROMPTS = [[2, 5, 9], [2, 7, 7, 7, 30, 41, 1, 8, 19], [3]]
+
+
+def build(name):
+    model = ModelConfig(**BASE, **VARIANTS[name])
+    # Sharper than fresh weights, so that continuations differ and do not hang on ties.
+    return model, jax.tree.map(lambda w: w * 3, calls.init(model, jax.random.key(1)))
+
+
+def full_forwards(model, params, prompt, new):
+    """Greedy continuation by a forward over everything, again and again; padded so that one shape compiles."""
+    length = len(prompt) + new
+
+    @jax.jit
+    def following(tokens_1T, count):
+        here_1T = jnp.arange(length)[None]
+        batch = {"tokens": tokens_1T, "segments": (here_1T < count).astype(jnp.int32), "positions": here_1T}
+        return jnp.argmax(calls.lm_logits(model, params, calls.hidden(model, params, batch)[0, count - 1]))
+
+    tokens = list(prompt)
+    while len(tokens) < length:
+        tokens.append(int(following(np.array([tokens + [0] * (length - len(tokens))]), len(tokens))))
+    return tokens[len(prompt) :]
+
+
+def generate(decoder, prompts, new, **settings):
+    return np.concatenate(list(decoder.generate(prompts, new, **settings)), axis=1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_tokens_are_those_of_full_forwards(name):
+    model, params = build(name)
+    got = generate(Decoder(model, params), PROMPTS, 64)
+    for row, prompt in zip(got, PROMPTS, strict=True):
+        assert row.tolist() == full_forwards(model, params, prompt, 64)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Decoder(*build("llama"))
+
+
+RULES = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
+
+
+def test_a_row_draws_the_same_in_any_batch_and_chunk(decoder):
+    together = generate(decoder, PROMPTS, 12, sampling=RULES, seed=7)
+    alone = generate(decoder, PROMPTS[:1], 12, sampling=RULES, seed=7, chunk=5)
+    np.testing.assert_array_equal(together[:1], alone)
+    assert together.tolist() != generate(decoder, PROMPTS, 12, sampling=RULES, seed=8).tolist()
+
+
+def test_rows_end_with_an_end_token_and_the_loop_with_the_last_row(decoder):
+    free = generate(decoder, PROMPTS, 20)
+    ends = {int(free[0, 4]), int(free[1, 9]), int(free[2, 2])}
+    chunks = list(decoder.generate(PROMPTS, 20, ends=sorted(ends), chunk=4))
+    got = np.concatenate(chunks, axis=1)
+    for row, unbounded in zip(got, free, strict=True):
+        stop = next(i for i, t in enumerate(unbounded) if int(t) in ends) + 1
+        np.testing.assert_array_equal(row[:stop], unbounded[:stop])
+        assert (row[stop:] == NOTHING).all()
+    assert got.shape[1] <= 1 + 4 * 3
+
+
+def test_what_cannot_be_continued_is_refused(decoder):
+    with pytest.raises(ValueError, match="no tokens"):
+        generate(decoder, [[1], []], 4)
+    with pytest.raises(ValueError, match="exceed 160"):
+        generate(decoder, [[1] * 100], 61)
+    with pytest.raises(ValueError, match="does not continue"):
+        Decoder(decoder.model.model_copy(update={"head": "classify"}), {})
