@@ -23,10 +23,19 @@ Scalar = str | bool | int | float
 class SourceConfig(Config):
     """One place that rows come from, and how its columns map to ours."""
 
-    source: Literal["text", "jsonl", "csv", "parquet"] = "text"
-    """What kind of files there are."""
+    source: Literal["text", "jsonl", "csv", "parquet", "tfds", "hf"] = "text"
+    """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set."""
     path: str = ""
-    """File, glob (`reviews/*.csv`) or a file inside an installed package (`pkg:NAME/path`); local or `gs://` alike."""
+    """File, glob (`reviews/*.csv`) or a file inside an installed package (`pkg:NAME/path`); local or `gs://` alike.
+    Source hf: the folder that `save_to_disk` wrote."""
+    name: str = ""
+    """Source tfds: name of the data set, with config and version if wanted (`glue/sst2:2.0.0`)."""
+    split: str = "train"
+    """Sources tfds and hf: which of their splits to read; tfds may slice and add (`train[:80%]+test`)."""
+    data_dir: str = ""
+    """Source tfds: where data sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    download: bool = False
+    """Source tfds: download and prepare the data set if it is not there."""
     columns: dict[str, str] = {}
     """Our column = their column, such as {text = "review"}; empty takes text, pair, prompt, completion, label."""
     filter: dict[str, Scalar | list[Scalar]] = {}
@@ -40,17 +49,24 @@ class SourceConfig(Config):
     weight: float = Field(1.0, gt=0)
     """Share of this source in a mixture, relative to the other weights."""
 
+    @property
+    def title(self) -> str:
+        """The source in messages."""
+        return self.path or self.name or self.source
+
     def inputs(self) -> list[str]:
         """Files that are read; their content belongs to a stage's key.
 
         Raises:
             RequestError: a path that leads to no file.
         """
-        if not self.path:
-            return []
-        from llmctl.data.paths import resolve
+        from llmctl.data import datasets, paths
 
-        return [str(path) for path in resolve(self.path)]
+        if self.source == "tfds":
+            return [str(path) for path in datasets.tfds_files(self)]
+        if self.source == "hf":
+            return [str(path) for path in paths.files_below(self.path)]
+        return [str(path) for path in paths.resolve(self.path)] if self.path else []
 
 
 class DataConfig(SourceConfig):

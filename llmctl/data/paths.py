@@ -27,7 +27,9 @@ def resolve(spec: str) -> list[epath.Path]:
     Raises:
         RequestError: nothing there, a folder, or a package that is not installed.
     """
-    path = _inside_package(spec) if spec.startswith("pkg:") else epath.Path(spec).expanduser()
+    if not spec:
+        raise RequestError("data has no path: set data.path")
+    path = folder(spec)
     if GLOB.search(str(path)):
         found = sorted(p for p in _glob(path) if p.is_file())
         if not found:

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmctl.data import DataConfig, Split
 from llmctl.data.paths import did_you_mean
-from llmctl.data.sources import Chain, Row, Source
+from llmctl.data.source import Chain, Row, Source
 from llmctl.data.views import View, plain
 from llmctl.errors import RequestError
 
@@ -247,4 +247,4 @@ def _classes(cfg: DataConfig, labels: list[str | float]) -> tuple[tuple[str, ...
 
 
 def _named(cfg: DataConfig) -> str:
-    return ", ".join(p.path or p.source for p in cfg.parts())
+    return ", ".join(p.title for p in cfg.parts())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llmctl.data import TEXT_COLUMNS, Scalar, SourceConfig
 from llmctl.data.paths import did_you_mean
-from llmctl.data.sources import Row, Source, open_source
+from llmctl.data.source import Row, Source
+from llmctl.data.sources import open_source
 from llmctl.errors import RequestError
 
 CANONICAL = (*TEXT_COLUMNS, "label")
@@ -20,7 +21,7 @@ class View(Source):
         for wanted in [*cfg.columns.values(), *cfg.filter]:
             if len(self._source) and wanted not in known:
                 raise RequestError(
-                    f"{cfg.path}: no column {wanted!r}{did_you_mean(wanted, known)} (columns: {', '.join(known)})"
+                    f"{cfg.title}: no column {wanted!r}{did_you_mean(wanted, known)} (columns: {', '.join(known)})"
                 )
         for ours in cfg.columns:
             if ours not in CANONICAL:
@@ -32,7 +33,7 @@ class View(Source):
         self.columns = tuple(self._map)
         self._texts = [c for c in self.columns if c != "label"]
         if len(self._source) and not self._texts:
-            raise RequestError(f"{cfg.path}: none of its columns is a text column; set data.columns, such as "
+            raise RequestError(f"{cfg.title}: none of its columns is a text column; set data.columns, such as "
                                f'{{text = "{known[0]}"}} (columns: {", ".join(known)})')  # fmt: skip
         self._keep = {
             column: {plain(v) for v in (value if isinstance(value, list) else [value])}

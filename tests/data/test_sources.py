@@ -1,5 +1,6 @@
 """Every kind of file, its places in messages, and what is wrong with it."""
 
+import gzip
 import sys
 
 import pyarrow as pa
@@ -105,3 +106,18 @@ def test_files_inside_packages(tmp_path, monkeypatch):
     ]:
         with pytest.raises(RequestError, match=message):
             rows(path, "text")
+
+
+def test_compressed_files(tmp_path):
+    lines = '{"text": "a"}\n{"text": "b"}\n'
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.encode()) * 2)
+    with pa.output_stream(tmp_path / "x.jsonl.zst", compression="zstd") as stream:
+        stream.write(lines.encode())
+    assert [r["text"] for r in rows(tmp_path / "x.jsonl.gz", "jsonl")] == ["a", "b", "a", "b"]
+    assert [r["text"] for r in rows(tmp_path / "x.jsonl.*", "jsonl")] == ["a", "b", "a", "b", "a", "b"]
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text\nc\n"))
+    assert list(rows(tmp_path / "t.csv.gz", "csv")) == [{"text": "c"}]
+    whole = (tmp_path / "x.jsonl.zst").read_bytes()
+    (tmp_path / "x.jsonl.zst").write_bytes(whole[:-3])
+    with pytest.raises(RequestError, match=r"x.jsonl.zst: damaged .zst file"):
+        rows(tmp_path / "x.jsonl.zst", "jsonl")

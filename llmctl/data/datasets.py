@@ -1,0 +1,175 @@
+"""Data sets that other libraries wrote to disk: TFDS (ArrayRecord) and Hugging Face `datasets` (Arrow).
+
+Both are read by random access, without TensorFlow and without the `datasets` library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from llmctl.data import SourceConfig
+from llmctl.data.paths import did_you_mean, folder, is_local
+from llmctl.data.source import Chain, Groups, Row, Source
+from llmctl.errors import RequestError
+
+TFDS_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+
+
+class Tfds(Source):
+    """A split of a TFDS data set; nested features are columns such as `translation/en`."""
+
+    def __init__(self, named: str, data: Any):
+        self._named, self._data = named, data
+        self.columns = tuple(self[0]) if len(self) else ()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, i: int) -> Row:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return {column: self._value(value, i) for column, value in _flat(self._data[i]).items()}
+
+    def where(self, i: int) -> str:  # noqa: D102
+        return f"{self._named}: example {i}"
+
+    def _value(self, value: Any, i: int) -> Any:
+        if isinstance(value, bytes):
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return value  # an image, say: only an error if it is asked for as text
+        return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def tfds(cfg: SourceConfig) -> Source:
+    """`name` and `split` of TensorFlow Datasets, stored as ArrayRecord (https://www.tensorflow.org/datasets/data_source).
+
+    Raises:
+        RequestError: no such data set on disk, no such split, a file format without random access.
+    """
+    import tensorflow_datasets
+
+    if cfg.download and not _versions(cfg):
+        try:
+            builder = tensorflow_datasets.builder(cfg.name, data_dir=str(_tfds_root(cfg)), file_format="array_record")
+        except tensorflow_datasets.core.DatasetNotFoundError:
+            raise RequestError(f"TFDS knows no data set {cfg.name!r}") from None
+        builder.download_and_prepare()
+    where = tfds_folder(cfg)
+    builder: Any = tensorflow_datasets.builder_from_directory(where)
+    splits = list(builder.info.splits)
+    wanted = set(re.findall(r"[A-Za-z_]\w*", re.sub(r"\[[^\]]*\]", "", cfg.split)))
+    if not wanted or wanted - set(splits):
+        absent = ", ".join(sorted(wanted - set(splits))) or cfg.split
+        raise RequestError(
+            f"{cfg.name}: no split {absent!r}{did_you_mean(absent, splits)} (splits: {', '.join(splits)})"
+        )
+    try:
+        data = builder.as_data_source(split=cfg.split)
+        return Tfds(f"{cfg.name} {cfg.split}", data)
+    except NotImplementedError:
+        raise RequestError(
+            f"{where}: stored in a file format that has no random access; prepare it again as array_record "
+            "(tfds build --file_format=array_record)"
+        ) from None
+    except (ValueError, AssertionError) as error:
+        raise RequestError(f"{cfg.name}: bad split {cfg.split!r} ({str(error).splitlines()[0]})") from None
+
+
+def tfds_folder(cfg: SourceConfig) -> epath.Path:
+    """Folder of the newest version of the data set that fits `cfg.name`. Imports no TFDS.
+
+    Raises:
+        RequestError: there is none, or several configs.
+    """
+    found = _versions(cfg)
+    if not found:
+        root = _tfds_root(cfg)
+        there = [p.name for p in root.iterdir()] if root.is_dir() else []
+        raise RequestError(
+            f"no TFDS data set {cfg.name!r} in {root}{did_you_mean(cfg.name, there)}; "
+            "set data.data_dir, or data.download = true"
+        )
+    configs = sorted({str(version.parent) for version in found})
+    if len(configs) > 1:
+        names = ", ".join(f"{cfg.name}/{Path(c).name}" for c in configs)
+        raise RequestError(f"{cfg.name}: several configs, choose one: {names}")
+    return max(found, key=lambda version: tuple(map(int, version.name.split("."))))
+
+
+def tfds_files(cfg: SourceConfig) -> list[epath.Path]:
+    """Every file of the data set; none while it has yet to be downloaded.
+
+    Raises:
+        RequestError: as `tfds_folder`.
+    """
+    if cfg.download and not _versions(cfg):
+        return []
+    return sorted(tfds_folder(cfg).iterdir())
+
+
+def _tfds_root(cfg: SourceConfig) -> epath.Path:
+    return epath.Path(cfg.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def _versions(cfg: SourceConfig) -> list[epath.Path]:
+    """Folders `name[/config]/version` that hold a prepared data set and fit `cfg.name`."""
+    named = TFDS_NAME.fullmatch(cfg.name)
+    if not named:
+        raise RequestError(f"data.name = {cfg.name!r} should read name, name/config or name/config:1.2.3")
+    base = _tfds_root(cfg) / named["name"] / (named["config"] or "")
+    levels = [base, *([] if named["config"] else _folders(base))]
+    versions = [p for level in levels for p in _folders(level) if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
+    return [p for p in versions if named["version"] in (None, p.name) and (p / "dataset_info.json").exists()]
+
+
+def _folders(path: epath.Path) -> list[epath.Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+
+
+def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in features.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def hf(cfg: SourceConfig) -> Source:
+    """The folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote: Arrow streams, memory-mapped.
+
+    Raises:
+        RequestError: not such a folder, no such split, a damaged file.
+    """
+    path = folder(cfg.path)
+    if (path / "dataset_dict.json").exists():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        if cfg.split not in splits:
+            raise RequestError(
+                f"{cfg.path}: no split {cfg.split!r}{did_you_mean(cfg.split, splits)} (splits: {', '.join(splits)})"
+            )
+        path /= cfg.split
+    if not (path / "state.json").exists():
+        raise RequestError(f"{path}: not a folder that save_to_disk of Hugging Face datasets wrote (no state.json)")
+    state = json.loads((path / "state.json").read_text())
+    if state.get("_indices_files"):
+        raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
+    return Chain([_arrow(path / file["filename"]) for file in state["_data_files"]])
+
+
+def _arrow(path: epath.Path) -> Source:
+    import pyarrow as pa
+
+    try:
+        file = pa.memory_map(str(path)) if is_local(path) else pa.BufferReader(path.read_bytes())
+        with pa.ipc.open_stream(file) as stream:
+            columns, batches = stream.schema.names, list(stream)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RequestError(f"{path}: not an Arrow stream ({str(error).splitlines()[0]})") from None
+    return Groups(path, columns, [b.num_rows for b in batches], lambda g: batches[g].to_pylist())

@@ -1,0 +1,158 @@
+"""The rows of one file: text, JSON lines, CSV, Parquet; one function a kind."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import mmap
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from llmctl.data import SourceConfig
+from llmctl.data.paths import is_local
+from llmctl.data.source import Groups, Row, Source, Table
+from llmctl.errors import RequestError
+
+
+class TextFile(Source):
+    """A whole file as one document, read when asked for."""
+
+    columns = ("text",)
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> Row:
+        if i:
+            raise IndexError(i)
+        return {"text": _text(self._path, bytes(_buffer(self._path)))}
+
+    def where(self, i: int) -> str:  # noqa: D102
+        return str(self._path)
+
+
+class JsonLines(Source):
+    """One JSON object a line; lines are found at once and parsed when asked for."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._bytes = _buffer(path)
+        self._starts, self._ends, self._lines = _lines(self._bytes)
+        self.columns = tuple(self[0]) if len(self) else ()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> Row:
+        try:
+            row = json.loads(self._bytes[self._starts[i] : self._ends[i]])
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"{self.where(i)}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise RequestError(f"{self.where(i)}: a line must hold a JSON object, not {type(row).__name__}")
+        return row
+
+    def where(self, i: int) -> str:  # noqa: D102
+        return f"{self._path}:{self._lines[i]}"
+
+
+def text(path: epath.Path, cfg: SourceConfig) -> Source:
+    """Plain UTF-8 text: the file, each line or each paragraph is a document (column `text`)."""
+    if cfg.documents == "file":
+        return TextFile(path)
+    lines = _text(path, bytes(_buffer(path))).split("\n")
+    if cfg.documents == "line":
+        kept = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+        return Table(path, ("text",), [(line,) for _, line in kept], [n for n, _ in kept])
+    rows, numbers = [], []
+    for filled, block in itertools.groupby(enumerate(lines, 1), key=lambda numbered: bool(numbered[1].strip())):
+        if filled:
+            block = list(block)
+            rows.append(("\n".join(line.rstrip("\r") for _, line in block),))
+            numbers.append(block[0][0])
+    return Table(path, ("text",), rows, numbers)
+
+
+def jsonl(path: epath.Path, cfg: SourceConfig) -> Source:
+    """One JSON object a line."""
+    return JsonLines(path)
+
+
+def table(path: epath.Path, cfg: SourceConfig) -> Source:
+    """Delimited text with a header line; fields may be quoted and span lines (RFC 4180)."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
+    reader = csv.reader(io.StringIO(_text(path, bytes(_buffer(path))), newline=""), delimiter=cfg.delimiter)
+    rows, lines, line = [], [], 1
+    try:
+        columns = next(reader, [])
+        line = reader.line_num + 1
+        for fields in reader:
+            if fields:
+                if len(fields) != len(columns):
+                    raise RequestError(f"{path}:{line}: {len(fields)} fields where the header has {len(columns)}")
+                rows.append(tuple(fields))
+                lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise RequestError(f"{path}:{line}: not valid CSV ({error})") from None
+    return Table(path, columns, rows, lines)
+
+
+def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
+    """Apache Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
+    except pa.ArrowInvalid as error:
+        raise RequestError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+    counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+    return Groups(path, file.schema_arrow.names, counts, lambda g: file.read_row_group(g).to_pylist())
+
+
+def _buffer(path: epath.Path) -> bytes | mmap.mmap:
+    """The bytes of a file: decompressed (.gz, .zst), else mapped where it is local and not empty, else read."""
+    if path.suffix in (".gz", ".zst"):
+        return _decompressed(path)
+    if not is_local(path) or not path.stat().length:
+        return path.read_bytes()
+    with Path(path).open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _text(path: epath.Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RequestError(f"{path}:{line}: not UTF-8 text (byte {error.start}); convert the file first") from None
+
+
+def _lines(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts, ends and line numbers of the lines that are not blank."""
+    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0x0A) if len(data) else np.zeros(0, np.int64)
+    if len(data) and (not len(ends) or ends[-1] != len(data) - 1):
+        ends = np.append(ends, len(data))
+    starts = np.concatenate([[start], ends[:-1] + 1]) if len(ends) else ends
+    full = np.array([bool(data[a:b].strip()) for a, b in zip(starts, ends, strict=True)], bool)
+    return starts[full], ends[full], np.flatnonzero(full) + 1
+
+
+def _decompressed(path: epath.Path) -> bytes:
+    import pyarrow as pa
+
+    kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+    try:
+        with pa.input_stream(pa.BufferReader(path.read_bytes()), compression=kind) as stream:
+            return stream.read()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RequestError(f"{path}: damaged {path.suffix} file ({str(error).splitlines()[0]})") from None
