@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from llmctl.compress.calibrate import Moments
 from llmctl.errors import RequestError
-from llmctl.weights import LowRank, Quantized, Weight, dense
+from llmctl.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
 
 Score = Callable[[jax.Array, Moments | None], jax.Array]
 
@@ -119,23 +119,45 @@ def prune_layer(layer: dict[str, Any], stats: dict[str, Moments], *, method: str
     """Every matrix of one layer ({"attn": {"q": {"kernel": ...}}, ...}) pruned; biases and norms are left alone.
 
     `stats` has the moments of each matrix's inputs by its path ("attn/q"); methods without calibration need none.
-    Raises RequestError naming the matrix that the pattern does not divide.
     """
+    flat = flatten(layer)
+    for path in _matrices(flat):
+        moments = stats.get(path.removesuffix("/kernel"))
+        flat[path] = prune(flat[path], moments, method=method, pattern=pattern)
+    return unflatten(flat)
 
-    def visit(node: dict[str, Any], path: str) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, child in node.items():
-            here = f"{path}/{key}" if path else key
-            if isinstance(child, dict):
-                out[key] = visit(child, here)
-            elif key == "kernel" and child.ndim == 2:
-                if pattern.of and child.shape[0] % pattern.of:
-                    raise RequestError(
-                        f"pattern {pattern.keep}:{pattern.of} does not divide the {child.shape[0]} inputs of {here}"
-                    )
-                out[key] = prune(child, stats.get(path), method=method, pattern=pattern)
-            else:
-                out[key] = child
-        return out
 
-    return visit(layer, "")
+def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern) -> dict[str, Any]:
+    """Every matrix of every stack's blocks ([L, I, O]) pruned layer by layer, by a method that looks at no data."""
+    flat = flatten(params)
+    for path in _matrices(flat, "/blocks/"):
+        w = flat[path]
+        layers = [jax.tree.map(lambda x, i=i: x[i], w) for i in range(w.shape[0])]
+        pruned = [prune(layer, None, method=method, pattern=pattern) for layer in layers]
+        flat[path] = jax.tree.map(lambda *parts: jnp.stack(parts), *pruned)
+    return unflatten(flat)
+
+
+def check(params: dict[str, Any], pattern: Pattern) -> None:
+    """Raises RequestError, naming the first matrix of the blocks whose inputs an N:M pattern does not divide."""
+    flat = flatten(params)
+    for path in _matrices(flat, "/blocks/"):
+        inputs = flat[path].shape[-2]
+        if pattern.of and inputs % pattern.of:
+            raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide the {inputs} inputs of {path}")
+
+
+def sparsity(params: dict[str, Any]) -> float:
+    """Share of exact zeros among the entries of the blocks' matrices, counted."""
+    zeros = entries = 0
+    flat = flatten(params)
+    for path in _matrices(flat, "/blocks/"):
+        w = flat[path]
+        values = w.array.qvalue if isinstance(w, Quantized) else dense(w)
+        zeros += int(jnp.sum(values == 0))
+        entries += values.size
+    return zeros / max(entries, 1)
+
+
+def _matrices(flat: dict[str, Weight], within: str = "") -> list[str]:
+    return [path for path in flat if path.endswith("/kernel") and within in path]

@@ -33,7 +33,6 @@ def int4(w: jax.Array, inputs: int, group: int) -> qwix.QArray:
 SCHEMES: dict[int, Scheme] = {8: int8, 4: int4}
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
 def _nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> qwix.QArray:
     axis = inputs % w.ndim
     channels = [a for a in range(w.ndim) if a != axis]
@@ -64,8 +63,8 @@ def quantize(
     errors: dict[str, float] = {}
     for path, inputs in chosen.items():
         w = flat[path]
-        array = SCHEMES[bits](w, inputs, group)
-        errors[path] = float(relative_error(w, array))
+        array, error = _measured(w, bits, inputs, group)
+        errors[path] = float(error)
         table = inputs == -1  # looked up by row; where it is tied the activations still meet it as they are
         flat[path] = Quantized(array, "" if table else activations)
     return unflatten(flat), errors
@@ -94,7 +93,12 @@ def _check(path: str, w: Weight, inputs: int, group: int) -> None:
         raise RequestError(f"group {group} does not divide the {size} inputs of {path}; groups near it that do: {near}")
 
 
-@jax.jit
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _measured(w: jax.Array, bits: int, inputs: int, group: int) -> tuple[qwix.QArray, jax.Array]:
+    array = SCHEMES[bits](w, inputs, group)
+    return array, relative_error(w, array)
+
+
 def relative_error(w: jax.Array, array: qwix.QArray) -> jax.Array:
     """||w - dequantized|| / ||w||, Frobenius; 0 for a weight of zeros."""
     w = w.astype(jnp.float32)

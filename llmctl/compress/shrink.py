@@ -69,6 +69,21 @@ def _keep(field: str, request: float, units: float, unit: int) -> int:
     return kept
 
 
+def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig) -> None:
+    """Raises what `cut` to `target` would raise, before anything is computed."""
+    kept: Kept = {}
+    for stack in (name for name in ("encoder", "decoder") if name in params):
+        kept[stack] = choices = {}
+        depth = jax.tree.leaves(params[stack]["blocks"])[0].shape[0]
+        if target.heads != cfg.heads:
+            for part in ("attn", "cross"):
+                choices[f"{part}/heads"] = [np.arange(target.heads)] * depth
+                choices[f"{part}/groups"] = [np.arange(target.kv_heads)] * depth
+        if target.d_ff != cfg.d_ff:
+            choices["mlp/neurons"] = [np.arange(target.d_ff)] * depth
+    jax.eval_shape(lambda p: cut(cfg, p, target, kept)[1], params)
+
+
 def drop_layers(
     cfg: ModelConfig, params: dict[str, Any], kept: dict[str, list[int]]
 ) -> tuple[ModelConfig, dict[str, Any]]:

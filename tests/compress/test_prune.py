@@ -7,7 +7,7 @@ import pytest
 import qwix
 
 from llmctl.compress.calibrate import Moments, moments, walk
-from llmctl.compress.prune import METHODS, Pattern, apply, mask, prune, prune_layer
+from llmctl.compress.prune import METHODS, Pattern, apply, check, mask, prune, prune_layer, prune_uncalibrated, sparsity
 from llmctl.errors import RequestError
 from llmctl.weights import LowRank, Quantized, dense, flatten
 
@@ -83,6 +83,7 @@ def test_the_walk_prunes_every_matrix_of_every_layer(tiny, params, batches):
         return prune_layer(layer, stats, method="wanda", pattern=pattern)
 
     pruned, reports = walk(tiny, params, batches, moments, change)
+    assert sparsity(pruned) == 0.5
     before = flatten(params)
     for path, w in flatten(pruned).items():
         if path.endswith("kernel"):
@@ -93,19 +94,29 @@ def test_the_walk_prunes_every_matrix_of_every_layer(tiny, params, batches):
     assert all(0 < r.error < 1 for r in reports)
 
 
-@pytest.mark.parametrize(("text", "sparsity", "message"), [
+def test_without_data_each_layer_is_pruned_for_itself(params):
+    got = flatten(prune_uncalibrated(params, method="magnitude", pattern=Pattern(0.25)))
+    for path, w in flatten(params).items():
+        if "/blocks/" not in path or not path.endswith("kernel"):
+            assert got[path] is w
+            continue
+        for one, whole in zip(got[path], w, strict=True):
+            assert np.array_equal(one, prune(whole, None, method="magnitude", pattern=Pattern(0.25)))
+
+
+@pytest.mark.parametrize(("text", "fraction", "message"), [
     ("4:2", 0.5, "N < M"), ("0:4", 0.5, "N < M"), ("block", 0.5, "not known"), ("2:", 0.5, "not known"),
     ("unstructured", 1.5, "outside"), ("unstructured", 0.0, "outside"),
 ])  # fmt: skip
-def test_bad_patterns(text, sparsity, message):
+def test_bad_patterns(text, fraction, message):
     with pytest.raises(RequestError, match=message):
-        Pattern.parse(text, sparsity)
+        Pattern.parse(text, fraction)
 
 
 def test_what_does_not_divide_is_named():
-    layer = {"attn": {"q": {"kernel": jnp.ones((6, 4))}}}
-    with pytest.raises(RequestError, match=r"2:4 does not divide the 6 inputs of attn/q/kernel"):
-        prune_layer(layer, {}, method="magnitude", pattern=Pattern.parse("2:4", 0.5))
+    params = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 6, 4))}}}}}
+    with pytest.raises(RequestError, match=r"2:4 does not divide the 6 inputs of decoder/blocks/attn/q/kernel"):
+        check(params, Pattern.parse("2:4", 0.5))
 
 
 def test_low_rank_updates_are_refused():

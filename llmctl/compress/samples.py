@@ -1,0 +1,54 @@
+"""Calibration data: a few texts, as the model was trained to read them, on the devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from llmctl import mesh as meshes
+from llmctl.data import DataConfig, Split, Truncate, pipeline, splits
+from llmctl.data.tasks import task_rows
+from llmctl.data.tokenizer import Tokenizer
+from llmctl.model import ModelConfig
+
+READ = ("tokens", "segments", "positions")
+
+
+def calibration_batches(
+    cfg: ModelConfig,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    *,
+    split: Split,
+    examples: int,
+    seq_len: int,
+    batch_size: int,
+    truncate: Truncate,
+) -> list[dict[str, Any]]:
+    """Batches of `examples` texts (those first by hash) as device arrays [B, seq_len], all of one shape.
+
+    A language model reads them packed into rows, any other head one a row; labels are not needed. An encoder beside a
+    decoder reads the same rows. Raises RequestError where the data has no texts in the split.
+    """
+    chosen = splits.examples(data, split).sample(examples)
+    head = "lm" if cfg.head == "lm" else "classify"
+    if head == "classify" and chosen.labels is None:
+        chosen = replace(chosen, labels=np.zeros(len(chosen), np.int32))
+    rows = task_rows(head, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-min(batch_size, len(rows)) // ways) * ways
+
+    def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        read = {k: batch[k] for k in READ}
+        filler = batch["row_weight"][:, None] == 0  # rows that only fill the last batch
+        read["segments"] = np.where(filler, 0, read["segments"])
+        if cfg.encoder_layers:
+            read |= {f"encoder_{k}": v for k, v in read.items()}
+        return meshes.place(read, mesh)
+
+    with pipeline.eval_batches(rows, size, place=place) as batches:
+        return [batch for _, batch in batches]

@@ -1,0 +1,78 @@
+"""`quantize`: weights as integers with scales, round to nearest; stored and computed as such."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from llmctl.config import keyed
+from llmctl.errors import RequestError
+from llmctl.stages import Context, StageConfig
+
+
+class Config(StageConfig):
+    """Store the matrices as int8 or int4; needs no data."""
+
+    kind: Literal["quantize"] = "quantize"
+    bits: int = 8
+    """Bits of a weight: 8 or 4."""
+    group: int = Field(0, ge=0)
+    """Inputs that share a scale; 0 is one scale for each output channel. Must divide the inputs of every matrix."""
+    embeddings: bool = False
+    """Quantize the token embeddings too, one scale a row; tied ones are also the output projection."""
+    head: bool = False
+    """Quantize the output projection and task head too."""
+    activations: Literal["", "int8"] = ""
+    """Also quantize what is multiplied with the integers, one scale a token, as it goes by (W8A8)."""
+
+    @field_validator("bits")
+    @classmethod
+    def _known(cls, bits: int) -> int:
+        if bits not in (8, 4):
+            raise ValueError(f"must be 8 or 4, got {bits}")
+        return bits
+
+
+def run(config: Config, parent: Path | None, ctx: Context) -> None:
+    """Quantizes and leaves the artifact in `ctx.out`."""
+    from llmctl import artifact, console, mesh
+    from llmctl.compress.lowrank import merged
+    from llmctl.compress.quantize import quantize
+
+    if parent is None:
+        raise RequestError("quantize: nothing to start from; name an artifact with `from` (--from)")
+    base = artifact.load(parent, mesh.make(config.mesh))
+
+    def say(text: str) -> None:
+        console.say(f"{config.name or config.kind}: {text}")
+
+    params, errors = quantize(
+        merged(base, say, requantizes=True),
+        bits=config.bits,
+        group=config.group,
+        embeddings=config.embeddings,
+        head=config.head,
+        activations=config.activations,
+    )
+    worst = max(errors, key=lambda path: errors[path])
+    say(f"{len(errors)} weights to int{config.bits}; largest relative error {errors[worst]:.2%} ({worst})")
+    artifact.save(
+        ctx.out,
+        params,
+        base.model,
+        stage=config.kind,
+        key=ctx.key,
+        config=keyed(config),
+        parent=base.manifest,
+        labels=base.manifest.labels,
+        metrics={
+            "weight_error": {path: round(e, 6) for path, e in errors.items()},
+            "weight_error_max": errors[worst],
+            "bits_before": base.manifest.bits,
+            "bytes_before": base.manifest.bytes,
+            "sparsity_before": base.manifest.sparsity,
+        },
+        tokenizer_dir=base.tokenizer_dir,
+    )
