@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl import stages
-from llmctl.config import Config, assign, field_names, hint, merge, parse_value, read_toml, section, validate
+from llmctl.config import Config, assign, hint, merge, parse_value, read_toml, section, validate
 from llmctl.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from llmctl.stages import StageConfig
-
-OWN = ("kind", "name", "from", "parent")
-"""What a stage says for itself alone; everything else may be shared."""
 
 MANIFEST = "manifest.json"
 """The file that makes a folder an artifact."""
@@ -191,7 +188,7 @@ def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: 
     """The part of the shared settings that `cls` has; the paths of what was taken are added to `used`."""
     out: dict[str, Any] = {}
     for key, value in shared.items():
-        if key not in field_names(cls) or (not prefix and key in OWN):
+        if key not in _shareable(cls):
             continue
         inner = section(cls, key)
         if inner and isinstance(value, dict):
@@ -201,6 +198,11 @@ def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: 
             used.update(_paths({key: value}, prefix))
             out[key] = copy.deepcopy(value)
     return out
+
+
+def _shareable(cls: type[Config]) -> list[str]:
+    unshared = cls.unshared if issubclass(cls, stages.StageConfig) else ()
+    return [f.alias or name for name, f in cls.model_fields.items() if name not in unshared]
 
 
 def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -223,7 +225,7 @@ def _no_strays(shared: dict[str, Any], used: set[str], classes: list[type[StageC
             at: type[Config] | None = cls
             for part in above.split(".") if above else []:
                 at = section(at, part) if at else None
-            known |= set(field_names(at)) if at else set()
+            known |= set(_shareable(at)) if at else set()
         raise RequestError(f"{file}: {path}: unknown key, no stage of this recipe has it{hint(key, sorted(known))}")
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmctl import artifact
@@ -65,6 +66,11 @@ def results(folder: Path) -> list[dict[str, Any]]:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
 
 
+def reports(folder: Path) -> list[Path]:
+    """What the evals of a run left for people: tables and pictures."""
+    return sorted(f for r in folder.glob(f"*/{RESULTS}") for f in r.parent.iterdir() if f.suffix in (".md", ".png"))
+
+
 def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
     """The line of an artifact: its manifest's figures and the metrics of the reports that scored the same weights.
 
@@ -94,18 +100,31 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
     }
 
 
+HEADLINES = {
+    "accuracy": ("accuracy", "{:.2%}"),
+    "perplexity": ("perplexity", "{:,.2f}"),
+    "examples_per_second": ("examples/s", "{:,.0f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+}
+"""The metrics that the table of a run has room for; `--json` and `show ARTIFACT` have them all."""
+UNMEASURED = {"validation_loss": ("val. loss", "{:.4f}"), "validation_accuracy": ("val. accuracy", "{:.2%}")}
+"""What it shows of a run that no eval has measured."""
+
+
 def table(entries: list[dict[str, Any]], title: str) -> Table:
-    """The closing table of a run: one line an artifact, a column for every scalar metric that any of them has."""
-    names = list(dict.fromkeys(k for e in entries for k, v in e["metrics"].items() if isinstance(v, (int, float))))
-    out = Table(title=title, title_justify="left", header_style="bold")
+    """The closing table of a run: one line an artifact; a metric that none of them has is left out."""
+    there = {name for e in entries for name, value in e["metrics"].items() if value is not None}
+    shown = {n: c for n, c in HEADLINES.items() if n in there} or {n: c for n, c in UNMEASURED.items() if n in there}
+    out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("artifact", "stage", "from"):
         out.add_column(column, overflow="fold")
-    for column in ("parameters", "bytes", "sparsity", "bits", *names):
-        out.add_column(column.replace("_", " "), justify="right", overflow="fold")
+    for column in ("parameters", "bytes", "sparsity", "bits", *(title for title, _ in shown.values())):
+        out.add_column(column, justify="right", overflow="fold")
     for e in entries:
         fixed = (e["name"], e["stage"], e["parent"]["name"] if e["parent"] else "")
-        figures = (f"{e['parameters']:,}", size(e["bytes"]), f"{e['sparsity']:.1%}", f"{e['bits']:.3g}")
-        out.add_row(*fixed, *figures, *(_figure(e["metrics"].get(n)) for n in names))
+        figures = (f"{e['parameters']:,}", size(e["bytes"]), f"{e['sparsity']:.0%}", f"{e['bits']:.3g}")
+        values = [(form, e["metrics"].get(name)) for name, (_, form) in shown.items()]
+        out.add_row(*fixed, *figures, *("" if v is None else form.format(v) for form, v in values))
     return out
 
 
@@ -116,12 +135,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def _figure(value: Any) -> str:
-    if not isinstance(value, (int, float)):
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -76,6 +76,7 @@ class Config(StageConfig):
     starts: ClassVar[bool] = STARTS
     produces: ClassVar[bool] = PRODUCES
     artifact_fields: ClassVar[tuple[str, ...]] = ARTIFACTS
+    unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"sparsity"}
 
     kind: Literal["KIND"] = "KIND"
     data: Source = Source()

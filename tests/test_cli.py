@@ -87,7 +87,7 @@ def test_results_of_other_weights_are_not_shown(place, call):
 def test_show_for_people(place, call):
     call("run", "demo.toml")
     _, out, _ = call("show", "runs/demo")
-    assert [word in out for word in ("make", "change", "1,000", "4 kB", "25.0%", "0.75")] == [True] * 6
+    assert [word in out for word in ("make", "change", "1,000", "4 kB", "25%", "75.00%")] == [True] * 6
     _, out, _ = call("show", "runs/demo/change")
     assert "digest" in out and "sparsity=0.5" in out
 

@@ -99,7 +99,8 @@ def test_a_stage_default_survives_a_section_given_in_part(write):
             "[train]\nstepps=3\n[[stage]]\nkind='make'",
             "r.toml: train.stepps: unknown key, no stage of this recipe has it,",
         ),
-        ("sparsity=0.5\n[[stage]]\nkind='make'", "r.toml: sparsity: unknown key, no stage of this recipe has it"),
+        ("teacher='x'\n[[stage]]\nkind='make'", "r.toml: teacher: unknown key, no stage of this recipe has it"),
+        ("sparsity=1\n[[stage]]\nkind='make'\n[[stage]]\nkind='change'", "r.toml: sparsity: unknown key, no stage"),
         (
             "[[stage]]\nkind='make'\n[[stage]]\nkind='change'\nfrom='mak'",
             "from: no artifact 'mak', did you mean 'make'?",

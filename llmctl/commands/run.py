@@ -31,6 +31,8 @@ def run(
     chosen = recipe.read(recipe_file, folder, sets or ())
     chain.run(chosen, only or (), console.say)
     found = shown.run(chosen.run)
+    for report in shown.reports(chosen.run):
+        console.say(f"report: {report}")
     if json:
         console.result(found)
     else:

@@ -21,6 +21,8 @@ class StageConfig(Config):
     """What every stage has."""
 
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform"})
+    unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent"})
+    """Fields that a recipe's shared settings never reach, because each stage must mean its own."""
     starts: ClassVar[bool] = False
     """Starts from nothing unless `from` is given (pretrain)."""
     produces: ClassVar[bool] = True

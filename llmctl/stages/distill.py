@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Config(StageConfig):
     """Trains a student to give the teacher's answers: a pruned artifact (`from`), or a new network (`model`)."""
 
+    unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
 
     kind: Literal["distill"] = "distill"
