@@ -111,10 +111,11 @@ class DataConfig(SourceConfig):
 class TokenizerConfig(Config):
     """How text becomes token ids: trained on the corpus, or given."""
 
-    kind: Literal["unigram", "bpe"] = "unigram"
-    """Algorithm of the tokenizer that is trained (SentencePiece, arXiv:1808.06226, with byte fallback)."""
+    kind: Literal["unigram", "bpe", "bytes"] = "unigram"
+    """Algorithm of the tokenizer that is trained (SentencePiece, arXiv:1808.06226, with byte fallback); bytes needs no
+    training."""
     path: str = ""
-    """Take this tokenizer (SentencePiece model or a folder with one) instead of training."""
+    """Take this tokenizer (tokenizer.json or SentencePiece model, or a folder with one) instead of training."""
     vocab_size: int = Field(4096, ge=264)
     """Tokens, the special ones and 256 bytes included."""
     sample: int = Field(10_000_000, ge=1000)
@@ -123,8 +124,8 @@ class TokenizerConfig(Config):
     """Text form before tokenization; identity decodes to exactly the text that was encoded."""
     sentinels: int = Field(0, ge=0, le=1000)
     """Extra ids `<extra_id_0>` and on, for span corruption."""
-    bos: bool = True
-    """Documents and prompts begin with a begin-of-sequence token."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Documents and prompts begin with a begin-of-sequence token; auto: yes if trained, as the file says if given."""
 
     def inputs(self) -> list[str]:
         """Files of the given tokenizer; their content belongs to a stage's key.

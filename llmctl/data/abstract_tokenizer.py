@@ -7,10 +7,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
+
+from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
 """Beside the model file in an artifact: kind, digest and options."""
+
+
+SENTINEL = "<extra_id_{}>"
+"""How the sentinels of span corruption are written (T5, arXiv:1910.10683)."""
 
 
 class Tokenizer(ABC):
@@ -19,6 +25,8 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     file: ClassVar[str]
     """Name of the model file in a folder."""
+    foreign: ClassVar[tuple[str, ...]] = ()
+    """Other names that it has in foreign folders."""
     vocab_size: int
     pad_id: int
     unk_id: int
@@ -31,6 +39,24 @@ class Tokenizer(ABC):
     """Documents and prompts begin with `bos_id`."""
     model: bytes
     """Content of the model file."""
+
+    @classmethod
+    def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> Self:
+        """The tokenizer of a model file.
+
+        Args:
+            model: content of the file.
+            described: what `options` said when it was saved; empty beside foreign tokenizers.
+            folder: where foreign tokenizers may have other files.
+
+        Raises:
+            ValueError: what is wrong with them, in a few words.
+        """
+        return cls(model, described.get("bos", True))  # pyright: ignore[reportCallIssue]
+
+    def options(self) -> dict[str, Any]:
+        """What the model file does not say, kept beside it."""
+        return {"bos": self.add_bos}
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -57,5 +83,5 @@ class Tokenizer(ABC):
         """Writes the model file and its descriptor into folder `path`."""
         path.mkdir(parents=True, exist_ok=True)
         (path / self.file).write_bytes(self.model)
-        described = {"kind": self.kind, "file": self.file, "digest": self.digest, "bos": self.add_bos}
+        described = {"kind": self.kind, "file": self.file, "digest": self.digest, **self.options()}
         (path / DESCRIPTOR).write_text(json.dumps(described, indent=2) + "\n")

@@ -12,12 +12,11 @@ import numpy as np
 import sentencepiece as spm
 
 from llmctl.data import TokenizerConfig
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.abstract_tokenizer import SENTINEL, Tokenizer
 from llmctl.data.order import permutation
 from llmctl.errors import RequestError
 
 MASK = "<mask>"
-SENTINEL = "<extra_id_{}>"
 THREADS = 4
 """Training sums over threads in a fixed order: the same number on every machine gives the same model."""
 SENTENCE = 2000
@@ -30,6 +29,7 @@ class SentencePieces(Tokenizer):
 
     kind: ClassVar[str] = "sentencepiece"
     file: ClassVar[str] = "tokenizer.model"
+    foreign: ClassVar[tuple[str, ...]] = ("spiece.model", "sentencepiece.bpe.model")
 
     def __init__(self, model: bytes, add_bos: bool = True):
         """Raises ValueError on bytes that are no SentencePiece model."""
@@ -44,6 +44,7 @@ class SentencePieces(Tokenizer):
             raise ValueError("it has no end-of-sequence token")
         # foreign models may lack a padding token; weights and segments hide padding, so any id serves
         self.pad_id = max(self._sp.pad_id(), 0)
+        self.bos_id = self.pad_id if self.bos_id < 0 else self.bos_id
         self.mask_id = self._special(MASK)
         sentinels = (self._special(SENTINEL.format(k)) for k in range(self.vocab_size))
         self.sentinel_ids = tuple(iter(lambda: next(sentinels), None))
@@ -84,7 +85,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
         )  # fmt: skip
     except RuntimeError as error:
         raise RequestError(_explained(str(error), cfg)) from None
-    return SentencePieces(model.getvalue(), cfg.bos)
+    return SentencePieces(model.getvalue(), cfg.bos != "no")
 
 
 def _cores() -> int:

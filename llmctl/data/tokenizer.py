@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
+
+from etils import epath
 
 from llmctl.data import TokenizerConfig, sentencepieces
 from llmctl.data.abstract_tokenizer import DESCRIPTOR, Tokenizer
+from llmctl.data.byte_tokenizer import ByteTokenizer
+from llmctl.data.json_tokenizer import JsonTokenizer
 from llmctl.data.paths import folder
 from llmctl.errors import RequestError
 
 __all__ = ["Tokenizer", "load", "obtain", "train"]
 
-KINDS = {c.kind: c for c in (sentencepieces.SentencePieces,)}
+KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (JsonTokenizer, sentencepieces.SentencePieces, ByteTokenizer)}
 """Class of each kind that a descriptor can name, in the order in which foreign folders are searched."""
+BOS = {"auto": None, "yes": True, "no": False}
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
@@ -24,6 +28,8 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     Raises:
         RequestError: a vocabulary that the corpus cannot fill (says the largest possible) or that is too small.
     """
+    if cfg.kind == "bytes":
+        return ByteTokenizer.new(cfg.sentinels, cfg.bos != "no")
     return sentencepieces.train(texts, cfg)
 
 
@@ -33,20 +39,20 @@ def obtain(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     Raises:
         RequestError: as `load` and `train`.
     """
-    return load(Path(folder(cfg.path)), add_bos=cfg.bos) if cfg.path else train(texts, cfg)
+    return load(folder(cfg.path), BOS[cfg.bos]) if cfg.path else train(texts, cfg)
 
 
-def load(path: Path, add_bos: bool | None = None) -> Tokenizer:
+def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
     """The tokenizer in folder (or file) `path`; nothing is unpickled or executed.
 
     Args:
-        path: artifact's tokenizer folder, a folder that holds `tokenizer.model`, or such a file.
-        add_bos: overrides the descriptor (which is absent beside foreign tokenizers; begins with bos then).
+        path: an artifact's tokenizer folder, a folder that holds `tokenizer.json` or `tokenizer.model`, or such a file.
+        add_bos: overrides what the descriptor or, beside foreign tokenizers, the file says.
 
     Raises:
         RequestError: nothing there, an unknown kind, a file that is damaged.
     """
-    path = Path(path)
+    path = epath.Path(path)
     described: dict = {}
     if (path / DESCRIPTOR).is_file():
         try:
@@ -61,14 +67,18 @@ def load(path: Path, add_bos: bool | None = None) -> Tokenizer:
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             raise RequestError(f"{file}: the tokenizer is damaged (its digest differs from the descriptor's)")
     else:
-        found = [(k, path / c.file) for k, c in KINDS.items() if (path / c.file).is_file()]
+        places = [(k, path / name) for k, c in KINDS.items() for name in (c.file, *c.foreign)]
+        found = [(k, place) for k, place in places if place.is_file()]
         if path.is_file():
-            found = [(k, path) for k, c in KINDS.items() if path.suffix == Path(c.file).suffix]
+            found = [("json" if path.read_bytes()[:1] == b"{" else "sentencepiece", path)]
         if not found:
             files = ", ".join(c.file for c in KINDS.values())
             raise RequestError(f"{path}: no tokenizer there (looked for {DESCRIPTOR}, {files})")
         kind, file = found[0]
     try:
-        return KINDS[kind](file.read_bytes(), described.get("bos", True) if add_bos is None else add_bos)
+        tokenizer = KINDS[kind].open(file.read_bytes(), described, file.parent)
     except ValueError as error:
         raise RequestError(f"{file}: not a usable tokenizer ({error})") from None
+    if add_bos is not None:
+        tokenizer.add_bos = add_bos
+    return tokenizer

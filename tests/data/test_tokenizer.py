@@ -44,7 +44,7 @@ def test_round_trips_are_exact(trained, text):
 def test_prompt_begins_with_bos(trained, sentences):
     assert trained.prompt("the film") == [2, *trained.encode("the film")]
     assert trained.sentinel_ids == ()
-    bare = tokenizer.train(sentences, TokenizerConfig(vocab_size=300, bos=False))
+    bare = tokenizer.train(sentences, TokenizerConfig(vocab_size=300, bos="no"))
     assert bare.prompt("the film") == bare.encode("the film")
 
 
@@ -56,7 +56,7 @@ def test_saving_and_loading(trained, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "tokenizer.model").write_bytes(trained.model)
-    given = tokenizer.obtain([], TokenizerConfig(path=str(foreign), bos=False))
+    given = tokenizer.obtain([], TokenizerConfig(path=str(foreign), bos="no"))
     assert given.digest == trained.digest
     assert not given.add_bos
     assert tokenizer.load(foreign / "tokenizer.model").add_bos
@@ -121,3 +121,70 @@ def test_a_corpus_is_flat_and_kept(trained, sentences, tmp_path):
     assert Corpus.load(tmp_path / "c", trained.digest, "texts") is None
     with pytest.raises(RequestError, match=r"no text to tokenize"):
         tokenize([], trained)
+
+
+def test_bytes_are_exact(tmp_path):
+    made = tokenizer.obtain([], TokenizerConfig(kind="bytes", sentinels=2))
+    assert (made.vocab_size, made.sentinel_ids, made.mask_id, made.add_bos) == (263, (261, 262), 4, True)
+    assert made.encode("aé") == [5 + 97, 5 + 0xC3, 5 + 0xA9]
+    for text in ("naïve 漢字 🙂", "", "<mask>\n"):
+        assert made.decode([2, *made.encode(text), 3, 262]) == text
+    assert made.decode([5 + 0xC3]) == "\ufffd"
+    made.save(tmp_path)
+    assert tokenizer.load(tmp_path).digest == made.digest
+    assert tokenizer.load(tmp_path, add_bos=False).prompt("a") == [102]
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as published models have it: byte-level BPE, special tokens, a post-processor that adds bos."""
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|start|>", "<|stop|>", "<extra_id_0>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(["the film was good", "the film was bad"] * 9, trainer)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", 0)]
+    )
+    backend.enable_truncation(3)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<|start|>"}, "eos_token": "<|stop|>", "pad_token": None})
+    )
+    return tmp_path
+
+
+def test_tokenizer_json(published, tmp_path_factory):
+    made = tokenizer.load(published)
+    assert made.kind == "json"
+    assert (made.bos_id, made.eos_id, made.pad_id, made.mask_id) == (0, 1, 1, None)
+    assert made.add_bos
+    assert made.sentinel_ids == (2,)
+    for text in ("the film was quite good", "naïve 漢字 🙂\n", "<|stop|> is text", ""):
+        ids = made.encode(text)
+        assert all(i > 2 for i in ids)
+        assert made.decode([0, *ids, 1, 10**6]) == text
+        assert made.encode_batch([text]) == [ids]
+    # the artifact's copy stands alone
+    kept = tmp_path_factory.mktemp("kept")
+    made.save(kept)
+    again = tokenizer.load(kept)
+    assert (again.digest, again.bos_id, again.eos_id, again.add_bos) == (made.digest, 0, 1, True)
+    assert again.prompt("the") == made.prompt("the")
+    given = tokenizer.obtain([], TokenizerConfig(path=str(published / "tokenizer.json"), bos="no"))
+    assert given.prompt("the") == made.encode("the")
+
+
+def test_tokenizer_json_that_does_not_fit(published):
+    (published / "tokenizer_config.json").write_text('{"eos_token": "<|over|>"}')
+    with pytest.raises(RequestError, match=r"its eos token '<\|over\|>' is not in its vocabulary"):
+        tokenizer.load(published)
+    (published / "tokenizer_config.json").unlink()
+    with pytest.raises(RequestError, match=r"no end-of-sequence token that is known"):
+        tokenizer.load(published)
+    (published / "tokenizer.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"tokenizer.json: not a usable tokenizer"):
+        tokenizer.load(published)

@@ -1,0 +1,46 @@
+"""Bytes as tokens: no training, no unknown text, long sequences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+
+FIRST = 5
+"""Id of byte 0; before it pad, unk, bos, eos, mask."""
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes b as ids b + 5; sentinels come after them."""
+
+    kind: ClassVar[str] = "bytes"
+    file: ClassVar[str] = "bytes.json"
+
+    def __init__(self, model: bytes, add_bos: bool = True):
+        """`model`: JSON with the number of sentinels. Raises ValueError on anything else."""
+        try:
+            sentinels = int(json.loads(model)["sentinels"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError('it should hold {"sentinels": n}') from None
+        self.model, self.add_bos = model, add_bos
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = range(FIRST)
+        self.vocab_size = FIRST + 256 + sentinels
+        self.sentinel_ids = tuple(range(FIRST + 256, self.vocab_size))
+
+    @classmethod
+    def new(cls, sentinels: int = 0, add_bos: bool = True) -> ByteTokenizer:
+        """The tokenizer of bytes with this many sentinels."""
+        return cls((json.dumps({"sentinels": sentinels}) + "\n").encode(), add_bos)
+
+    def encode(self, text: str) -> list[int]:  # noqa: D102
+        return (np.frombuffer(text.encode(), np.uint8).astype(int) + FIRST).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
+        return bytes(i - FIRST for i in map(int, ids) if FIRST <= i < FIRST + 256).decode(errors="replace")
