@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.compress.calibrate import Moments
+from llmctl.compress.pattern import Pattern
 from llmctl.errors import RequestError
 from llmctl.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
 
@@ -47,30 +48,6 @@ METHODS = {
     "magnitude": Method(magnitude, per="matrix", calibrated=False),
     "wanda": Method(wanda, per="output", calibrated=True),
 }
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which weights go: the lowest `sparsity` of a matrix or output, all but the best `keep` of every `of` inputs."""
-
-    sparsity: float
-    keep: int = 0
-    of: int = 0
-
-    @staticmethod
-    def parse(text: str, sparsity: float) -> Pattern:
-        """ "unstructured" with its sparsity (0 < s < 1), or "N:M" (N kept of M), which has its own.
-
-        Raises RequestError for anything else.
-        """
-        if text == "unstructured":
-            if not 0 < sparsity < 1:
-                raise RequestError(f"sparsity {sparsity} is outside 0 < sparsity < 1")
-            return Pattern(sparsity)
-        n, colon, m = text.partition(":")
-        if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-            raise RequestError(f'pattern {text!r} is not known; write "unstructured" or N:M with N < M, such as "2:4"')
-        return Pattern(1 - int(n) / int(m), int(n), int(m))
 
 
 def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmctl.compress.pattern import Pattern
 from llmctl.config import keyed
 from llmctl.data import DataConfig, Split, Truncate
 from llmctl.errors import RequestError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from llmctl.artifact import Artifact
     from llmctl.compress.calibrate import LayerReport
-    from llmctl.compress.prune import Pattern
     from llmctl.model import ModelConfig
 
     Pruned = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
@@ -68,11 +68,12 @@ class Config(StageConfig):
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}")
         if self.method == "structured" and not (self.heads or self.ffn or self.layers):
             raise ValueError("structured pruning needs at least one of heads, ffn and layers")
-        n, _, m = self.pattern.partition(":")
-        if m.isdecimal() and n.isdecimal() and int(m) and "sparsity" in self.model_fields_set:
-            own = 1 - int(n) / int(m)
-            if abs(self.sparsity - own) > 1e-9:
-                raise ValueError(f"sparsity {self.sparsity} contradicts pattern {self.pattern}, which has {own:g}")
+        try:
+            own = Pattern.parse(self.pattern, self.sparsity).sparsity
+        except RequestError as e:
+            raise ValueError(str(e)) from None
+        if "sparsity" in self.model_fields_set and abs(self.sparsity - own) > 1e-9:
+            raise ValueError(f"sparsity {self.sparsity} contradicts pattern {self.pattern}, which has {own:g}")
         return self
 
 
@@ -80,7 +81,6 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Prunes and leaves the artifact in `ctx.out`."""
     from llmctl import artifact, mesh, metrics
     from llmctl.compress.lowrank import merged
-    from llmctl.compress.prune import Pattern
 
     if parent is None:
         raise RequestError("prune: nothing to start from; name an artifact with `from` (--from)")

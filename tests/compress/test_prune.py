@@ -7,7 +7,8 @@ import pytest
 import qwix
 
 from llmctl.compress.calibrate import Moments, moments, walk
-from llmctl.compress.prune import METHODS, Pattern, apply, check, mask, prune, prune_layer, prune_uncalibrated, sparsity
+from llmctl.compress.pattern import Pattern
+from llmctl.compress.prune import METHODS, apply, check, mask, prune, prune_layer, prune_uncalibrated, sparsity
 from llmctl.errors import RequestError
 from llmctl.weights import LowRank, Quantized, dense, flatten
 

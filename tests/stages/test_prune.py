@@ -86,6 +86,7 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"method": "wanda", "ffn": 0.5}, "ffn: not for method 'wanda'"),
     ({}, "at least one of heads, ffn and layers"),
     ({"method": "wanda", "sparsity": 1.5}, "less than 1"),
+    ({"method": "magnitude", "pattern": "4:2"}, "N < M"),
     ({"method": "wanda", "sparsity": 0.6, "pattern": "2:4"}, "contradicts pattern 2:4, which has 0.5"),
 ])  # fmt: skip
 def test_settings_that_contradict_one_another(settings, message):
@@ -99,7 +100,6 @@ def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews)
             {"method": "magnitude", "pattern": "2:5"},
             r"2:5 does not divide the 16 inputs of decoder/blocks/attn/k/kernel",
         ),
-        ({"method": "magnitude", "pattern": "4:2"}, "N < M"),
         ({"heads": 3}, "multiple of 2"),
         ({"ffn": 0.5}, "path"),
         ({"ffn": 23, "mesh": MeshConfig(tensor=2), "data": reviews}, "mlp of size 23 is not divisible"),
