@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.config import Config
+from llmctl.config import Config, hint
 
 SHARED = {"decode", "sampling", "heads", "hf", "layers", "transformer", "attention", "calls", "loss", "names", "cost"}
 """Files of this folder that are not families."""
@@ -76,6 +77,8 @@ class ModelConfig(Config):
     """Tokens a local layer looks back, itself included; 0 sees all."""
     window_every: int = Field(1, ge=1)
     """Of this many layers the last is global and the others local; 1 makes every layer local."""
+    window_layers: tuple[int, ...] = ()
+    """The local layers, from 0, where they are not those of window_every."""
 
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
     """How order is told."""
@@ -94,10 +97,10 @@ class ModelConfig(Config):
 
     tied: bool = True
     """The output projection is the embedding table."""
-    embed_scale: float = Field(1.0, gt=0)
-    """Factor on token embeddings."""
-    logit_scale: float = Field(1.0, gt=0)
-    """Factor on the hidden state before the output projection."""
+    embed_scale: float = Field(1.0, ge=0)
+    """Factor on token embeddings; 0 takes d_model ** 0.5."""
+    logit_scale: float = Field(1.0, ge=0)
+    """Factor on the hidden state before the output projection; 0 takes d_model ** -0.5."""
     embed_norm: bool = False
     """Normalize the sum of the embeddings."""
     token_types: int = Field(0, ge=0)
@@ -105,7 +108,11 @@ class ModelConfig(Config):
     head_transform: bool = False
     """Dense layer, activation and norm before the output projection, and a bias on it (BERT)."""
     pooler: bool = False
-    """Dense layer with tanh on the first token."""
+    """Dense layer with tanh on the pooled token, before a classification."""
+    next_sentence: bool = False
+    """Two-way head on the pooler beside the language model: do two passages belong together (BERT)."""
+    head_bias: bool = True
+    """Bias on the task head."""
 
     head: Literal["lm", "classify", "regress", "tokens", "span", "embed"] = "lm"
     """What the model answers with."""
@@ -131,6 +138,10 @@ class ModelConfig(Config):
             raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
         if (self.architecture == "encoder_decoder") != (self.encoder_layers > 0):
             raise ValueError("encoder_layers belongs to the encoder_decoder architecture, which needs it")
+        if self.window_layers and (not self.window or max(self.window_layers) >= self.layers):
+            raise ValueError(f"window_layers must be below layers ({self.layers}) and needs a window")
+        if self.next_sentence and not (self.pooler and self.head == "lm" and self.architecture == "encoder"):
+            raise ValueError("next_sentence needs an encoder with a pooler and the lm head")
         if self.head in ("classify", "tokens") and self.labels < 2:
             raise ValueError(f"head {self.head!r} needs labels >= 2")
         return self
@@ -142,20 +153,24 @@ def families() -> list[str]:
 
 
 def presets() -> list[str]:
-    """Every preset, as family-size."""
-    return [f"{f}-{size}" for f in families() for size in importlib.import_module(f"{__name__}.{f}").SIZES]
+    """Every preset: the names in the families' tables of sizes."""
+    return [name for f in families() for name in family(f).SIZES]
 
 
-def defaults(preset: str, family: str) -> dict[str, Any]:
-    """Flags and sizes that a preset, or a family alone, stands for."""
-    if preset and preset not in presets():
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(presets())}")
-    size = ""
+def family(name: str) -> ModuleType:
+    """The module of a family: FLAGS, SIZES and, where the world has its weights, BRIDGE."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def defaults(preset: str, name: str) -> dict[str, Any]:
+    """Flags and sizes that a preset, or the family `name` alone, stands for."""
     if preset:
-        family, size = next((f, preset[len(f) + 1 :]) for f in families() if preset.startswith(f + "-"))
-    if not family:
+        name = next((f for f in families() if preset in family(f).SIZES), "")
+        if not name:
+            raise ValueError(f"unknown preset {preset!r}{hint(preset, presets())}; known: {', '.join(presets())}")
+    if not name:
         return {}
-    if family not in families():
-        raise ValueError(f"unknown family {family!r}; known: {', '.join(families())}")
-    module = importlib.import_module(f"{__name__}.{family}")
-    return {"family": family, **module.FLAGS, **(module.SIZES[size] if size else {})}
+    if name not in families():
+        raise ValueError(f"unknown family {name!r}; known: {', '.join(families())}")
+    module = family(name)
+    return {"family": name, **module.FLAGS, **(module.SIZES[preset] if preset else {})}

@@ -72,9 +72,11 @@ def share(
 
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
-    """[L] bool: which layers see a window only; of every `window_every` the last is global."""
+    """[L] bool: which layers see a window only: those of `window_layers`, or all but every `window_every`-th."""
     if not cfg.window:
         return jnp.zeros(layers, bool)
+    if cfg.window_layers:
+        return jnp.zeros(layers, bool).at[jnp.asarray(cfg.window_layers)].set(True)
     if cfg.window_every == 1:
         return jnp.ones(layers, bool)
     return (jnp.arange(layers) + 1) % cfg.window_every != 0
@@ -133,16 +135,14 @@ class Attention(nn.Module):
         if not self.cross and shared.rotary is not None:
             table = _pick(local, shared.local_rotary, shared.rotary)
             q, k = rotate(q, table), rotate(k, table)
-        mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
-        y = attend(q, k, v, mask, None if self.cross else shared.bias_HTS, cfg)
         if not self.cross and shared.slot is not None:
             k, v = self._remember("k", k, shared.slot), self._remember("v", v, shared.slot)
+        mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
+        y = attend(q, k, v, mask, None if self.cross else shared.bias_HTS, cfg)
         y = constrain(y, "batch", "seq", "act_heads", None).reshape(*x_BTD.shape[:2], H * K)
         out = Dense(cfg.d_model, ("heads", "embed"), cfg.out_bias, self.dtype, residual_scale(self.layers), name="o")
         return out(y)
 
-    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
-        cfg = self.config
     def _remember(self, name: str, new_BTGK: jax.Array, slot: jax.Array | int) -> jax.Array:
         """Writes keys or values into the cache [B, G, S, K] (collection "cache") -> all of them [B, S, G, K].
 
@@ -153,6 +153,8 @@ class Attention(nn.Module):
         kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new_BGTK, slot, axis=2)
         return kept.value.transpose(0, 2, 1, 3)
 
+    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        cfg = self.config
         y = Dense(heads * cfg.head_dim, ("embed", axis), cfg.qkv_bias, self.dtype, name=name)(x)
         y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         return constrain(y, "batch", "seq", "act_heads", None)

@@ -45,7 +45,7 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
         table = nn.meta.unbox(params["embed"]["tokens"]) if cfg.tied else None
         lm = LMHead(cfg, jnp.float32).init(lm_key, x, table, mutable=["params"]).get("params", {})
         params |= {"lm_head": lm} if lm else {}
-    else:
+    if cfg.head != "lm" or cfg.next_sentence:
         head = TaskHead(cfg, jnp.float32).init(head_key, x, batch["segments"], mutable=["params"]).get("params", {})
         params |= {"head": head} if head else {}
     return params

@@ -28,7 +28,10 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str) -> jax.Array:
 
 
 class TaskHead(nn.Module):
-    """Answers in float32: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] (unit length)."""
+    """Answers in float32: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] (unit length).
+
+    Beside a language model it says whether the next sentence follows: [B, 2], 0 for yes as BERT has it.
+    """
 
     config: ModelConfig
     dtype: Any
@@ -37,11 +40,12 @@ class TaskHead(nn.Module):
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         cfg = self.config
         x = x_BTD if cfg.head in ("tokens", "span") else pool(x_BTD, segments_BT, cfg.pooling)
+        if cfg.pooler and cfg.head not in ("tokens", "span"):
+            pooled = jnp.tanh(Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="pooler")(x))
+            x = x if cfg.head == "embed" else pooled  # an embedding model keeps the pooler it does not use
         if cfg.head == "embed":
             x = x.astype(jnp.float32)
             return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        if cfg.pooler and cfg.head in ("classify", "regress"):
-            x = jnp.tanh(Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="pooler")(x))
-        width = {"regress": 1, "span": 2}.get(cfg.head, cfg.labels)
-        y = Dense(width, ("embed", "labels"), True, self.dtype, name="out")(x).astype(jnp.float32)
+        width = {"regress": 1, "span": 2, "lm": 2}.get(cfg.head, cfg.labels)
+        y = Dense(width, ("embed", "labels"), cfg.head_bias, self.dtype, name="out")(x).astype(jnp.float32)
         return y[..., 0] if cfg.head == "regress" else y

@@ -1,22 +1,177 @@
-"""Llama: pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU (arXiv:2302.13971, 2307.09288)."""
+"""Llama: pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU (arXiv:2302.13971, 2307.09288).
 
-FLAGS = {"architecture": "decoder", "norm": "rms", "activation": "silu", "gated": True, "positions": "rope"}
+SmolLM2 is a Llama. Mistral, Qwen and Gemma are its relatives: their files say what differs.
+"""
 
-SIZES = {
-    "tiny": {"d_model": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "d_ff": 384},
-    "mini": {"d_model": 384, "layers": 6, "heads": 6, "kv_heads": 6, "head_dim": 64, "d_ff": 1024, "vocab_size": 8192},
-    "1b": {
-        "d_model": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "head_dim": 64, "d_ff": 8192,
-        "vocab_size": 128_256, "max_seq_len": 131_072, "rope_theta": 500_000.0,
-        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 8192},
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.model import names
+from llmctl.model.names import Bridge, Fields, Head, Keys
+
+FLAGS: Fields = {
+    "architecture": "decoder", "norm": "rms", "activation": "silu", "gated": True, "positions": "rope",
+    "head_bias": False,
+}  # fmt: skip
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+SIZES: dict[str, Fields] = {
+    "llama-tiny": {"d_model": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "d_ff": 384},
+    "llama-mini": {
+        "d_model": 384, "layers": 6, "heads": 6, "kv_heads": 6, "head_dim": 64, "d_ff": 1024, "vocab_size": 8192,
     },
-    "2-7b": {
+    "smollm2-135m": {
+        "d_model": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "d_ff": 1536,
+        "vocab_size": 49_152, "max_seq_len": 8192, "rope_theta": 100_000.0,
+    },
+    "smollm2-360m": {
+        "d_model": 960, "layers": 32, "heads": 15, "kv_heads": 5, "head_dim": 64, "d_ff": 2560,
+        "vocab_size": 49_152, "max_seq_len": 8192, "rope_theta": 100_000.0,
+    },
+    "llama2-7b": {
         "d_model": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "head_dim": 128, "d_ff": 11_008,
         "vocab_size": 32_000, "max_seq_len": 4096, "tied": False,
     },
-    "3-8b": {
+    "llama2-70b": {
+        "d_model": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "head_dim": 128, "d_ff": 28_672,
+        "vocab_size": 32_000, "max_seq_len": 4096, "tied": False,
+    },
+    "llama3-8b": {
         "d_model": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "d_ff": 14_336,
         "vocab_size": 128_256, "max_seq_len": 8192, "rope_theta": 500_000.0, "tied": False,
     },
+    "llama3-70b": {
+        "d_model": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "head_dim": 128, "d_ff": 28_672,
+        "vocab_size": 128_256, "max_seq_len": 8192, "rope_theta": 500_000.0, "tied": False,
+    },
+    "llama3.1-8b": {
+        "d_model": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "d_ff": 14_336,
+        "vocab_size": 128_256, "max_seq_len": 131_072, "rope_theta": 500_000.0, "tied": False,
+        "rope_scaling": LLAMA3_ROPE,
+    },
+    "llama3.2-1b": {
+        "d_model": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "head_dim": 64, "d_ff": 8192,
+        "vocab_size": 128_256, "max_seq_len": 131_072, "rope_theta": 500_000.0,
+        "rope_scaling": LLAMA3_ROPE | {"factor": 32.0},
+    },
+    "llama3.2-3b": {
+        "d_model": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "head_dim": 128, "d_ff": 8192,
+        "vocab_size": 128_256, "max_seq_len": 131_072, "rope_theta": 500_000.0,
+        "rope_scaling": LLAMA3_ROPE | {"factor": 32.0},
+    },
 }  # fmt: skip
+
+MATRICES = {
+    "attn/q": "self_attn.q_proj", "attn/k": "self_attn.k_proj", "attn/v": "self_attn.v_proj",
+    "attn/o": "self_attn.o_proj", "mlp/gate": "mlp.gate_proj", "mlp/up": "mlp.up_proj", "mlp/down": "mlp.down_proj",
+}  # fmt: skip
+
+NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def body(norms: dict[str, str]) -> dict[str, str]:
+    """The name map of Llama and its relatives, with these norms in a layer."""
+    layer = names.linear(MATRICES) | names.norm(norms)
+    return {
+        "embed/tokens": "embed_tokens.weight",
+        **names.blocks("decoder/blocks", "layers.{}", layer),
+        "decoder/norm/scale": "norm.weight",
+    }
+
+
+def heads(name: str, model: str = "") -> dict[str, Head]:
+    """The heads of Llama and its relatives, whose classes begin with `name`."""
+    score = {"head/out/kernel": "score.weight", "head/out/bias": "score.bias"}
+    return {
+        "lm": Head(f"{name}ForCausalLM", {"lm_head/kernel": "lm_head.weight"}),
+        "classify": Head(f"{name}ForSequenceClassification", score, {"head_bias": False, "pooling": "last"}),
+        "regress": Head(f"{name}ForSequenceClassification", score, {"head_bias": False, "pooling": "last"}),
+        "tokens": Head(f"{name}ForTokenClassification", score, {"head_bias": True}),
+        "embed": Head(model or f"{name}Model"),
+    }
+
+
+BUFFERS = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"(model\.)?rotary_emb\.inv_freq")
+
+
+def take_sizes(keys: Keys) -> Fields:
+    """The sizes of Llama and its relatives."""
+    d_model, heads = keys.take("hidden_size"), keys.take("num_attention_heads")
+    return {
+        "vocab_size": keys.take("vocab_size"),
+        "d_model": d_model,
+        "layers": keys.take("num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": keys.take("num_key_value_heads", heads),
+        "head_dim": keys.take("head_dim", d_model // heads),
+        "d_ff": keys.take("intermediate_size"),
+        "max_seq_len": keys.take("max_position_embeddings", 2048),
+        "norm_eps": keys.take("rms_norm_eps", 1e-6),
+    }
+
+
+def give_sizes(cfg: Any) -> Fields:
+    """Inverse of `take_sizes`."""
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.d_ff,
+        "max_position_embeddings": cfg.max_seq_len,
+        "rms_norm_eps": cfg.norm_eps,
+        "attention_dropout": 0.0,
+    }
+
+
+def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
+    """Refuses a config that Llama, but for what differs, cannot express."""
+    plain = {
+        **{k: v for k, v in FLAGS.items() if k != "head_bias"}, "norm_position": "pre", "norm_plus_one": False, "qkv_bias": False, "out_bias": False,
+        "mlp_bias": False, "qk_norm": False, "attn_scale": 0.0, "attn_softcap": 0.0, "final_softcap": 0.0, "window": 0,
+        "rope_local_theta": 0.0, "embed_scale": 1.0, "logit_scale": 1.0, "embed_norm": False, "token_types": 0,
+        "head_transform": False,
+    }  # fmt: skip
+    names.refuse(cfg, name, **{k: v for k, v in (plain | differs).items() if v is not None})
+
+
+def from_config(keys: Keys) -> Fields:
+    """A Llama's config.json as fields of ModelConfig."""
+    bias = keys.take("attention_bias", False)
+    return {
+        **take_sizes(keys),
+        **names.take_rope(keys),
+        "activation": keys.activation("hidden_act", "silu"),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": keys.take("mlp_bias", False),
+        "tied": keys.take("tie_word_embeddings", False),
+    }
+
+
+def to_config(cfg: Any) -> Fields:
+    """Inverse of `from_config`."""
+    relative_of_llama(cfg, "Llama", qkv_bias=None, out_bias=cfg.qkv_bias, mlp_bias=None)
+    return {
+        **give_sizes(cfg),
+        **names.give_rope(cfg),
+        "hidden_act": "silu",
+        "attention_bias": cfg.qkv_bias,
+        "mlp_bias": cfg.mlp_bias,
+        "tie_word_embeddings": cfg.tied,
+    }
+
+
+def names_of(cfg: Any) -> Fields:
+    """The name map; the same for every config."""
+    return body(NORMS)
+
+
+BRIDGE = Bridge("llama", "model.", names_of, heads("Llama"), from_config, to_config, BUFFERS)

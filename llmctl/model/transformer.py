@@ -127,7 +127,7 @@ class Embed(nn.Module):
             return self.param(name, init, (rows, cfg.d_model))
 
         x = weights.take(table("tokens", cfg.vocab_size, "vocab_in"), tokens_BT, self.dtype)
-        x = x * jnp.asarray(cfg.embed_scale, self.dtype)
+        x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
             rows = table("positions", cfg.max_seq_len + cfg.position_offset, None)
             x = x + weights.take(rows, positions_BT + cfg.position_offset, self.dtype)
@@ -161,7 +161,7 @@ class LMHead(nn.Module):
         if cfg.head_transform:
             x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
             x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.activation](x))
-        x = x * jnp.asarray(cfg.logit_scale, x.dtype)
+        x = x * jnp.asarray(cfg.logit_scale or cfg.d_model**-0.5, x.dtype)
         if cfg.tied:
             logits = weights.transpose_matmul(x, cast(weights.Weight, table), self.dtype)
         else:

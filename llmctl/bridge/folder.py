@@ -1,0 +1,259 @@
+"""Hugging Face folders: config.json and safetensors into a model, and a model into such a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from llmctl.bridge import mapping, safetensors
+from llmctl.bridge.tensors import Tensor, Tensors, listed
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, families, family
+from llmctl.model.names import Bridge, Fields, Head, Keys
+
+CONFIG = "config.json"
+SHARD_BYTES = 5_000_000_000
+
+POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model in a folder, its arrays not read yet."""
+
+    model: ModelConfig
+    tensors: Tensors
+    wanted: dict[str, mapping.Joint]
+    labels: list[str]
+    config: Fields
+    """Their config.json."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that will be read."""
+        return sum(self.tensors[n].nbytes for n in self.wanted)
+
+
+def bridges() -> dict[str, tuple[str, Bridge]]:
+    """{their model_type: (our family, its bridge)}."""
+    found = {f: getattr(family(f), "BRIDGE", None) for f in families()}
+    return {b.model_type: (f, b) for f, b in found.items() if b}
+
+
+def read_json(path: Path) -> Fields:
+    """A JSON object. Raises RequestError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise RequestError(f"{path}: not readable JSON ({e})") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"{path}: not a JSON object")
+    return content
+
+
+def look(folder: Path, ignore: tuple[str, ...] = ()) -> Found:
+    """What a folder holds, checked by its headers: nothing is read but names and shapes.
+
+    Args:
+      folder: config.json and safetensors, single or with an index.
+      ignore: keys of config.json that are known not to matter.
+
+    Raises:
+      RequestError: an unknown architecture or key, a pickle, a damaged file, tensors that contradict the config.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such folder")
+    config = read_json(folder / CONFIG)
+    return understand(folder, config, safetensors.read_folder(folder), ignore)
+
+
+def understand(folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = ()) -> Found:
+    """`look`, with the config and the tensors in hand."""
+    where = folder / CONFIG
+    known = bridges()
+    if config.get("model_type") not in known:
+        raise RequestError(
+            f"{where}: model_type {config.get('model_type')!r} is not known; known: {', '.join(sorted(known))}"
+        )
+    name, bridge = known[config["model_type"]]
+    key, head = _head(where, config, bridge)
+    keys = Keys(config, frozenset(ignore))
+    try:
+        fields = bridge.from_config(keys)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, KeyError) as e:
+        raise RequestError(f"{where}: cannot be understood ({'; '.join([*keys.problems, str(e)])})") from None
+    keys.finish(str(where))
+    labels = _labels(config) if key in ("classify", "tokens") else []
+    fields = {
+        **family(name).FLAGS, **fields, **head.fields, "family": name, "head": key.partition("+")[0],
+        "labels": len(labels),
+    }  # fmt: skip
+    if key == "embed":
+        fields["pooling"] = _pooling(folder)
+    model = _model(where, fields)
+    bare = bool(bridge.prefix) and not any(n.startswith(bridge.prefix) for n in tensors)
+    table = bridge.table(model, head, bare)
+    model = _as_stored(model, table, tensors, config)
+    wanted = mapping.joints(model, bridge, head, bare)
+    copies = _copies(bridge, table, tensors, model)
+    _check_copies(folder, copies, tensors)
+    mapping.check(str(folder), wanted, tensors, (*bridge.buffers, *map(_exactly, copies)))
+    return Found(model, tensors, wanted, labels, config)
+
+
+def _exactly(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _model(where: Path, fields: Fields) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as e:
+        first = e.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        raise RequestError(f"{where}: {at + ': ' if at else ''}{first['msg']}") from None
+
+
+def _head(where: Path, config: Fields, bridge: Bridge) -> tuple[str, Head]:
+    names = config.get("architectures") or [bridge.heads["lm"].architecture]
+    if not isinstance(names, list) or len(names) != 1:
+        raise RequestError(f"{where}: architectures = {names!r} names no single class")
+    found = [(k, h) for k, h in bridge.heads.items() if h.architecture == names[0]]
+    if not found:
+        known = sorted({h.architecture for h in bridge.heads.values()})
+        raise RequestError(f"{where}: architecture {names[0]} is not known; known: {', '.join(known)}")
+    single = len(_labels(config)) == 1 or config.get("problem_type") == "regression"
+    return next(((k, h) for k, h in found if k == "regress" and single), found[0])
+
+
+def _labels(config: Fields) -> list[str]:
+    """Names of the classes; transformers has two where it says nothing."""
+    given = config.get("id2label")
+    if isinstance(given, dict):
+        return [str(v) for _, v in sorted(given.items(), key=lambda kv: int(kv[0]))]
+    return [f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2))]
+
+
+def _pooling(folder: Path) -> str:
+    """How sentence-transformers pools this model's tokens; the mean where it does not say."""
+    files = [f for f in sorted(folder.glob("*_Pooling/config.json")) if f.is_file()]
+    if not files:
+        return "mean"
+    modes = [k for k, v in read_json(files[0]).items() if k.startswith("pooling_mode_") and v is True]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise RequestError(f"{files[0]}: pooling {', '.join(modes) or 'of no kind'} is not supported")
+    return POOLINGS[modes[0]]
+
+
+def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, config: Fields) -> ModelConfig:
+    """Settings that only the tensors tell: two tables that differ are not tied; a pooler may have been left out."""
+    update: Fields = {}
+    table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
+    if model.head == "lm" and table_out in tensors:
+        update["tied"] = model.tied and _same(tensors[table_out], tensors.get(table_in))
+    elif model.head == "lm" and model.family == "t5":  # transformers 5 ties whatever is not stored apart
+        update["tied"] = True
+    if model.head == "embed" and model.pooler:
+        update["pooler"] = table["head/pooler/kernel"] in tensors
+    return _model(Path(CONFIG), {**model.model_dump(), **update})
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and np.array_equal(a.read(), b.read())
+
+
+def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
+    """Tensors that repeat another one: the family's, and a tied output table."""
+    copies = {k: v for k, v in bridge.copies.items() if k in tensors}
+    if model.tied and model.head == "lm" and table.get("lm_head/kernel") in tensors:
+        copies[table["lm_head/kernel"]] = table["embed/tokens"]
+    return copies
+
+
+def _check_copies(folder: Path, copies: dict[str, str], tensors: Tensors) -> None:
+    odd = [f"{k} and {v}" for k, v in copies.items() if v in tensors and not _same(tensors[k], tensors[v])]
+    if odd:
+        raise RequestError(f"{folder}: tensors that should be the same differ: {listed(odd)}")
+
+
+def load(
+    found: Found,
+    place: mapping.Place,
+    dtype: np.dtype | None = None,
+    wrote: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The parameters of what `look` found, one at a time to where `place` puts them."""
+    return mapping.read(found.model, found.wanted, found.tensors, place, dtype=dtype, wrote=wrote)
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def bridge_of(model: ModelConfig) -> tuple[Bridge, Head]:
+    """The bridge and the head of a model. Raises RequestError where the other side has no such thing."""
+    bridge: Bridge | None = getattr(family(model.family), "BRIDGE", None)
+    if bridge is None:
+        known = sorted(f for f, _ in bridges().values())
+        raise RequestError(
+            f"family {model.family!r} has no counterpart to export to; those that have: {', '.join(known)}"
+        )
+    head = bridge.heads.get(mapping.head_of(model))
+    if head is None:
+        raise RequestError(f"{bridge.model_type} models have no head {model.head!r} to export to")
+    return bridge, head
+
+
+def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str) -> Fields:
+    """The config.json of a model.
+
+    Args:
+      model: the model.
+      labels: names of its classes.
+      tokens: ids of special tokens ("bos_token_id", …).
+      dtype: type of its weights, by name.
+
+    Raises:
+      RequestError: the family's format cannot express this config.
+    """
+    bridge, head = bridge_of(model)
+    needed = dict(head.fields)
+    if model.head == "embed":  # the pooler may be left out, and pooling is not in this file
+        needed.pop("pooler", None)
+    odd = [f"{k} = {getattr(model, k)!r}" for k, v in needed.items() if getattr(model, k) != v]
+    if odd:
+        raise RequestError(f"{head.architecture} has no {', '.join(odd)}; this model has no counterpart to export to")
+    fields = {"architectures": [head.architecture], "model_type": bridge.model_type, **tokens, "dtype": dtype}
+    fields |= {"torch_dtype": dtype, **bridge.to_config(model)}
+    if model.head in ("classify", "tokens"):
+        names = labels or [f"LABEL_{i}" for i in range(model.labels)]
+        fields |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    if model.head == "regress":
+        fields |= {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+    return fields
+
+
+def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of a model under the names of the other side, none of them fetched yet."""
+    bridge, head = bridge_of(model)
+    return mapping.write(params, mapping.joints(model, bridge, head, bare=model.head == "embed"), dtype)
+
+
+def save(
+    folder: Path,
+    config: Fields,
+    tensors: Tensors,
+    shard_bytes: int = SHARD_BYTES,
+    wrote: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes config.json and the tensors, one of them in memory at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.write_folder(folder, dict(sorted(tensors.items())), shard_bytes, wrote)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

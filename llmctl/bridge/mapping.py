@@ -1,0 +1,177 @@
+"""A family's name map applied: their tensors into our tree, and our tree as their tensors, one at a time.
+
+Our layers are stacked on axis 0 and our matrices are [in, out]; what differs on the other side is in the name map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl import weights
+from llmctl.bridge.tensors import Tensor, Tensors, listed
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, calls
+from llmctl.model.names import Bridge, Head
+
+Place = Callable[[str, np.ndarray], Any]
+"""(our path, host array) -> the array where it is to stay."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One of our matrices or vectors as a piece of one of their tensors."""
+
+    path: str
+    """Our parameter."""
+    layer: int
+    """Its layer, or -1 where it is not stacked."""
+    shape: tuple[int, ...]
+    """Our shape, without layers."""
+    first: int
+    """Where its outputs begin in their tensor."""
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One of their tensors: the pieces of ours that it is made of, along our last axis."""
+
+    slots: tuple[Slot, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        first = self.slots[0]
+        ours = (*first.shape[:-1], sum(s.shape[-1] for s in self.slots))
+        return ours[::-1] if first.transposed else ours
+
+
+def head_of(cfg: ModelConfig) -> str:
+    """The key of a config's head in a bridge."""
+    return "lm+next_sentence" if cfg.next_sentence else cfg.head
+
+
+def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, Joint]:
+    """Every tensor that the other side has for this config, by its name there.
+
+    Raises:
+      RequestError: the config has parameters that the name map does not know.
+    """
+    table = bridge.table(cfg, head, bare)
+    expected = weights.flatten(calls.abstract(cfg))
+    if unknown := [p for p in expected if p not in table]:
+        raise RequestError(f"{bridge.model_type} models have no place for {listed(unknown)}")
+    parts: dict[str, list[tuple[int, Slot]]] = {}
+    for path, theirs in table.items():
+        if path not in expected:
+            continue
+        stem, _, part = theirs.partition("#")
+        shape = tuple(expected[path].shape)
+        stacked = "{}" in stem
+        for layer in range(shape[0]) if stacked else (-1,):
+            name = stem.format(layer)
+            turned = path.endswith("/kernel") and not (bridge.in_out and re.search(bridge.in_out, name))
+            slot = Slot(path, layer, shape[1:] if stacked else shape, 0, turned)
+            parts.setdefault(name, []).append((int(part or 0), slot))
+    out = {}
+    for name, found in parts.items():
+        slots, first = [], 0
+        for _, slot in sorted(found, key=lambda f: f[0]):
+            slots.append(Slot(slot.path, slot.layer, slot.shape, first, slot.transposed))
+            first += slot.shape[-1]
+        out[name] = Joint(tuple(slots))
+    return out
+
+
+def read(
+    cfg: ModelConfig,
+    wanted: Mapping[str, Joint],
+    tensors: Tensors,
+    place: Place,
+    *,
+    dtype: np.dtype | None = None,
+    wrote: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Our parameters from their tensors; one stacked parameter is in host memory at a time.
+
+    Args:
+      cfg: the model that the tensors are of.
+      wanted: what `joints` says of it.
+      tensors: theirs, checked by `check`.
+      place: puts a host array where it is to stay.
+      dtype: of all floating parameters; theirs where None.
+      wrote: hears the bytes of every tensor that was read.
+    """
+    pieces: dict[str, list[tuple[Slot, str]]] = {}
+    for name, joint in wanted.items():
+        for slot in joint.slots:
+            pieces.setdefault(slot.path, []).append((slot, name))
+    flat = {}
+    for path, abstract in weights.flatten(calls.abstract(cfg)).items():
+        sources = pieces[path]
+        kind = dtype or np.result_type(*{tensors[name].dtype for _, name in sources})
+        host = np.empty(abstract.shape, kind)
+        for slot, name in sources:
+            array = tensors[name].read()
+            array = array.T if slot.transposed else array
+            last = slice(slot.first, slot.first + slot.shape[-1])
+            host[... if slot.layer < 0 else slot.layer] = array[..., last]
+            wrote(host[... if slot.layer < 0 else slot.layer].nbytes)
+        flat[path] = place(path, host)
+    return weights.unflatten(flat)
+
+
+def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:
+    """Every wanted tensor is there with its shape, and no other but those whose names match `ignored`.
+
+    Raises:
+      RequestError: names what is missing, what is not understood and what has another shape.
+    """
+    problems = []
+    if missing := [n for n in wanted if n not in tensors]:
+        problems.append(f"missing tensors {listed(missing)}")
+    strays = [n for n in tensors if n not in wanted and not any(re.fullmatch(p, n) for p in ignored)]
+    if strays:
+        problems.append(f"tensors that are not understood: {listed(strays)}")
+    wrong = [n for n in wanted if n in tensors and tensors[n].shape != wanted[n].shape]
+    if wrong:
+        shown = listed(f"{n} is {list(tensors[n].shape)}, the config says {list(wanted[n].shape)}" for n in wrong)
+        problems.append(f"shapes contradict the config: {shown}")
+    integers = [n for n in wanted if n in tensors and tensors[n].dtype.kind not in "fV"]
+    if integers:
+        problems.append(f"tensors that are not floating-point: {listed(integers)}")
+    if problems:
+        raise RequestError(f"{where}: {'; '.join(problems)}")
+
+
+def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype | None = None) -> dict[str, Tensor]:
+    """Our parameters as their tensors, each brought to the host when it is read.
+
+    Quantized and low-rank weights are written as the dense arrays that they stand for.
+    """
+    flat = weights.flatten(params)
+
+    def tensor(joint: Joint) -> Tensor:
+        kind = dtype or np.dtype(flat[joint.slots[0].path].dtype)
+
+        def fetch() -> np.ndarray:
+            arrays = [_slice(flat[s.path], s.layer, kind) for s in joint.slots]
+            array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+            return array.T if joint.slots[0].transposed else array
+
+        return Tensor(joint.shape, kind, fetch)
+
+    return {name: tensor(joint) for name, joint in wanted.items()}
+
+
+def _slice(w: Any, layer: int, dtype: np.dtype) -> np.ndarray:
+    one = w if layer < 0 else jax.tree.map(lambda a: a[layer], w)
+    if isinstance(one, (weights.Quantized, weights.LowRank)):
+        one = weights.dense(one)
+    return np.asarray(one).astype(dtype, copy=False)

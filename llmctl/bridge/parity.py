@@ -1,0 +1,109 @@
+"""The proof that two sets of weights are one model: the same answers to the same tokens.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.errors import RequestError, WorkError
+from llmctl.model import ModelConfig, calls
+
+TOLERANCE = 1e-4
+"""Largest difference between two answers, as a part of the largest answer where that exceeds 1."""
+
+
+def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
+    """A fixed batch of random tokens: one whole row, one padded, one packed with two sequences."""
+    T = min(length, cfg.max_seq_len)
+    rng = np.random.default_rng(0)
+    segments = np.ones((3, T), np.int32)
+    segments[1, T - T // 4 :] = 0
+    segments[2, T // 2 :] = 2
+    positions = np.tile(np.arange(T, dtype=np.int32), (3, 1))
+    positions[2, T // 2 :] -= T // 2
+    batch = {"tokens": rng.integers(0, cfg.vocab_size, (3, T)), "segments": segments, "positions": positions}
+    if cfg.encoder_layers:
+        batch |= {f"encoder_{k}": v for k, v in batch.items()}
+        batch["encoder_tokens"] = rng.integers(0, cfg.vocab_size, (3, T))
+    return {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
+
+
+def answers(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+    """What the model answers in float32, flattened to [B, ...]: logits, and the next sentence where it has that."""
+    return _answers(cfg.model_dump_json(), params, batch)
+
+
+@jax.jit(static_argnums=0)
+def _answers(config: str, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+    cfg = ModelConfig.model_validate_json(config)
+    x_BTD = calls.hidden(cfg, params, batch)
+    B = x_BTD.shape[0]
+    found = []
+    if cfg.head == "lm":
+        logits_BTV = calls.lm_logits(cfg, params, x_BTD)
+        found.append(jnp.where(batch["segments"][..., None] > 0, logits_BTV, 0))
+    if cfg.head != "lm" or cfg.next_sentence:
+        y = calls.outputs(cfg, params, x_BTD, batch)
+        per_token = cfg.head in ("tokens", "span")
+        found.append(jnp.where(batch["segments"][..., None] > 0, y, 0) if per_token else y)
+    return jnp.concatenate([f.astype(jnp.float32).reshape(B, -1) for f in found], axis=1)
+
+
+def difference(ours: Any, theirs: Any) -> tuple[float, float]:
+    """(largest absolute difference, largest allowed): NaN and infinity differ from everything."""
+    a, b = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+    largest = float(np.max(np.abs(b), initial=1.0))
+    delta = float(np.max(np.abs(a - b), initial=0.0))
+    return (delta if np.isfinite(delta) else float("inf")), TOLERANCE * (largest if np.isfinite(largest) else 1.0)
+
+
+def prove(what: str, ours: Any, theirs: Any) -> float:
+    """The largest difference of two answers. Raises WorkError where it is too large."""
+    delta, most = difference(ours, theirs)
+    if not delta <= most:
+        raise WorkError(
+            f"{what}: the answers differ by {delta:.3g} (at most {most:.3g} is allowed); nothing was written"
+        )
+    return delta
+
+
+def against_reference(cfg: ModelConfig, params: dict[str, Any], reference: dict[str, np.ndarray], where: str) -> float:
+    """The largest difference from stored logits {input_ids [B, T], logits [B, T, V]; attention_mask [B, T] by choice}.
+
+    An encoder-decoder also needs decoder_input_ids. Padding (mask 0) is not compared.
+
+    Raises:
+      RequestError: the reference is not of this model's shape, or its logits differ.
+    """
+    needed = ["input_ids", "logits"] + (["decoder_input_ids"] if cfg.encoder_layers else [])
+    if absent := [n for n in needed if n not in reference]:
+        raise RequestError(f"{where}: lacks {', '.join(absent)}")
+    ids = reference["input_ids"].astype(np.int32)
+    mask = reference.get("attention_mask", np.ones_like(ids)).astype(np.int32)
+
+    def rows(prefix: str, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        return {f"{prefix}tokens": ids, f"{prefix}segments": mask, f"{prefix}positions": positions}
+
+    if cfg.encoder_layers:
+        out = reference["decoder_input_ids"].astype(np.int32)
+        batch = rows("", out, np.ones_like(out)) | rows("encoder_", ids, mask)
+    else:
+        batch = rows("", ids, mask)
+    expected = reference["logits"].astype(np.float32)
+    shown = batch["segments"][..., None] if expected.ndim == 3 else np.ones(1)
+    got = np.asarray(answers(cfg, params, {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}))
+    if got.size != expected.size:
+        raise RequestError(
+            f"{where}: logits of shape {list(expected.shape)} are not this model's ({got.size:,} numbers)"
+        )
+    delta, most = difference(got.reshape(expected.shape) * shown, expected * shown)
+    if not delta <= most:
+        raise RequestError(f"{where}: the logits differ by {delta:.3g} (at most {most:.3g} is allowed)")
+    return delta

@@ -1,0 +1,175 @@
+"""The safetensors format, read lazily and written tensor by tensor: a length, a JSON header, the raw values.
+
+Written here because a folder is then never in memory as a whole (nor a shard), every type of the format is at hand as a
+numpy type, and damage is found before anything is read. Pickles are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llmctl.bridge.tensors import Tensor, listed
+from llmctl.errors import RequestError
+
+TYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+NAMES = {np.dtype(t): name for name, t in TYPES.items()}
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+MOST_HEADER = 100_000_000
+"""Bytes of a header; the format allows no more."""
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, none of them read yet.
+
+    Raises:
+      RequestError: no such file, no safetensors, or it ends before its tensors do.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            start = f.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
+            if length > min(MOST_HEADER, size - 8):
+                raise RequestError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
+            header = json.loads(f.read(length))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise RequestError(f"{path}: not a readable safetensors file ({e}); fetch it again") from None
+    try:
+        return {k: _entry(path, v, 8 + length, size) for k, v in header.items() if k != "__metadata__"}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise RequestError(f"{path}: damaged header ({e!r}); fetch it again") from None
+
+
+def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tensor:
+    if entry["dtype"] not in TYPES:
+        raise RequestError(f"{path}: tensors of type {entry['dtype']} are not supported")
+    dtype, shape = np.dtype(TYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
+    first, last = entry["data_offsets"]
+    if last - first != math.prod(shape) * dtype.itemsize or first < 0:
+        raise ValueError("offsets contradict a shape")
+    if start + last > size:
+        raise RequestError(
+            f"{path}: cut off ({size:,} bytes, its header announces at least {start + last:,}); fetch it again"
+        )
+
+    def read() -> np.ndarray:
+        if not math.prod(shape):
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", start + first, shape)
+
+    return Tensor(shape, dtype, read)
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model's folder, from one file or the shards of an index, none of them read yet.
+
+    Raises:
+      RequestError: only a pickle there, a shard missing or damaged, a tensor that is not where the index says.
+    """
+    if (folder / INDEX).is_file():
+        return _read_shards(folder)
+    if (folder / SINGLE).is_file():
+        return read_file(folder / SINGLE)
+    if pickle := next((p for p in PICKLES if (folder / p).exists()), None):
+        raise RequestError(
+            f"{folder}: holds a pickle ({pickle}), which can run any code when it is opened, and no safetensors; take "
+            "the model's safetensors files, or convert it with transformers where you trust it: "
+            "AutoModel.from_pretrained(...).save_pretrained(...)"
+        )
+    raise RequestError(f"{folder}: no weights there (looked for {SINGLE} and {INDEX})")
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    try:
+        placed = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        files = sorted(set(placed.values()))
+        if any(Path(f).name != f for f in files):  # a shard lies beside its index, nowhere else
+            raise ValueError("a shard outside the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise RequestError(f"{folder / INDEX}: damaged index ({e})") from None
+    found: dict[str, Tensor] = {}
+    for file in files:
+        tensors = read_file(folder / file)
+        if absent := sorted(k for k, f in placed.items() if f == file and k not in tensors):
+            raise RequestError(f"{folder / file}: lacks {listed(absent)}, which the index places there")
+        if strays := sorted(tensors.keys() - placed.keys()):
+            raise RequestError(f"{folder / file}: holds {listed(strays)}, which the index does not know")
+        found |= tensors
+    return found
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda _: None) -> None:
+    """Writes the tensors in the order of their names, one in memory at a time; `wrote` hears the bytes of each."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    # Wider types first: every tensor then lies at a multiple of its item size.
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
+    for name in order:
+        t = tensors[name]
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            array = np.ascontiguousarray(tensors[name].read())
+            if array.shape != tensors[name].shape or array.dtype != tensors[name].dtype:
+                raise ValueError(f"{name} was announced as {tensors[name]}, but is {array.dtype} {array.shape}")
+            f.write(array.reshape(-1).view(np.uint8).data if array.size else b"")
+            wrote(array.nbytes)
+
+
+def shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
+    """Names in shards of at most `most` bytes (a larger tensor has one of its own), in the order given."""
+    out: list[list[str]] = []
+    room = 0
+    for name, t in tensors.items():
+        if not out or t.nbytes > room:
+            out.append([])
+            room = most
+        out[-1].append(name)
+        room -= t.nbytes
+    return out
+
+
+def write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], most: int, wrote: Callable[[int], None] = lambda _: None
+) -> list[Path]:
+    """Writes one file, or shards of at most `most` bytes and their index; returns the files of tensors."""
+    groups = shards(tensors, most)
+    files = [SINGLE] if len(groups) <= 1 else [_shard(i, len(groups)) for i in range(len(groups))]
+    for file, group in zip(files, groups, strict=True):
+        write_file(folder / file, {name: tensors[name] for name in group}, wrote)
+    if len(groups) > 1:
+        placed = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+        total = sum(t.nbytes for t in tensors.values())
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+    return [folder / f for f in files]
+
+
+def _shard(i: int, of: int) -> str:
+    return f"model-{i + 1:05}-of-{of:05}.safetensors"
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all of them."""
+    return sum(t.nbytes for t in tensors)

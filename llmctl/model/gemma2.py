@@ -1,0 +1,97 @@
+"""Gemma 2: norms around every sublayer, soft caps, every other layer local (arXiv:2408.00118)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.errors import RequestError
+from llmctl.model import llama, names
+from llmctl.model.names import Bridge, Fields, Keys
+
+FLAGS = {
+    **llama.FLAGS, "norm_position": "sandwich", "norm_plus_one": True, "norm_eps": 1e-6, "activation": "gelu_tanh",
+    "embed_scale": 0.0, "attn_softcap": 50.0, "final_softcap": 30.0, "window": 4096, "window_every": 2,
+    "attn_scale": 256**-0.5,
+}  # fmt: skip
+
+SIZES: dict[str, Fields] = {
+    "gemma2-2b": {
+        "d_model": 2304, "layers": 26, "heads": 8, "kv_heads": 4, "head_dim": 256, "d_ff": 9216,
+        "vocab_size": 256_000, "max_seq_len": 8192,
+    },
+    "gemma2-9b": {
+        "d_model": 3584, "layers": 42, "heads": 16, "kv_heads": 8, "head_dim": 256, "d_ff": 14_336,
+        "vocab_size": 256_000, "max_seq_len": 8192,
+    },
+}  # fmt: skip
+
+NORMS = {
+    "attn_norm": "input_layernorm",
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+
+def take(keys: Keys, every: int) -> Fields:
+    """What the configs of Gemma 2 and 3 share; of `every` layers the last is global."""
+    keys.must("use_bidirectional_attention", False)
+    keys.drop("hidden_act")  # early configs carry it and do not use it
+    sizes = llama.take_sizes(keys)
+    bias = keys.take("attention_bias", False)
+    return {
+        **sizes,
+        **names.take_windows(keys, sizes["layers"], keys.take("sliding_window", 4096), every),
+        "activation": keys.activation("hidden_activation", "gelu_pytorch_tanh"),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "attn_scale": keys.take("query_pre_attn_scalar", 256) ** -0.5,
+        "attn_softcap": keys.take("attn_logit_softcapping", 0.0),
+        "final_softcap": keys.take("final_logit_softcapping", 0.0),
+        "tied": keys.take("tie_word_embeddings", True),
+    }
+
+
+def give(cfg: Any) -> Fields:
+    """Inverse of `take`."""
+    scalar = (cfg.attn_scale or cfg.head_dim**-0.5) ** -2
+    if abs(scalar - round(scalar)) > 1e-6 * scalar:
+        raise RequestError(f"Gemma models have no attn_scale = {cfg.attn_scale}: its square is not one over an integer")
+    return {
+        **llama.give_sizes(cfg),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": cfg.qkv_bias,
+        "query_pre_attn_scalar": round(scalar),
+        "attn_logit_softcapping": cfg.attn_softcap or None,
+        "final_logit_softcapping": cfg.final_softcap or None,
+        "sliding_window": cfg.window or cfg.max_seq_len,
+        "layer_types": names.give_windows(cfg),
+        "tie_word_embeddings": cfg.tied,
+    }
+
+
+def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
+    """Refuses a config that Gemma, but for what differs, cannot express."""
+    free = dict.fromkeys(("attn_scale", "attn_softcap", "final_softcap", "window", "qkv_bias"))
+    flags = {k: FLAGS[k] for k in ("norm_position", "norm_plus_one", "activation", "embed_scale")}
+    llama.relative_of_llama(cfg, name, **flags, **free, out_bias=cfg.qkv_bias, **differs)
+
+
+def from_config(keys: Keys) -> Fields:
+    """A Gemma 2's config.json as fields of ModelConfig."""
+    keys.drop("cache_implementation")
+    return {**names.take_rope(keys), **take(keys, 2)}
+
+
+def to_config(cfg: Any) -> Fields:
+    """Inverse of `from_config`."""
+    relative_of_gemma(cfg, "Gemma 2")
+    return {**names.give_rope(cfg), **give(cfg)}
+
+
+def names_of(cfg: Any) -> Fields:
+    """The name map; the same for every config."""
+    return llama.body(NORMS)
+
+
+BRIDGE = Bridge("gemma2", "model.", names_of, llama.heads("Gemma2"), from_config, to_config, llama.BUFFERS)

@@ -1,0 +1,55 @@
+"""Gemma 3 (its text model): Gemma 2 with normalized queries and keys instead of soft caps, five local layers for one
+global, and rotary bases of their own for the two kinds (arXiv:2503.19786)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.model import gemma2, llama, names
+from llmctl.model.names import Bridge, Fields, Keys
+
+FLAGS = {
+    **gemma2.FLAGS, "attn_softcap": 0.0, "final_softcap": 0.0, "qk_norm": True, "window": 1024, "window_every": 6,
+    "rope_theta": 1_000_000.0, "rope_local_theta": 10_000.0,
+}  # fmt: skip
+
+SIZES: dict[str, Fields] = {
+    "gemma3-270m": {
+        "d_model": 640, "layers": 18, "heads": 4, "kv_heads": 1, "head_dim": 256, "d_ff": 2048,
+        "vocab_size": 262_144, "max_seq_len": 32_768, "window": 512,
+    },
+    "gemma3-1b": {
+        "d_model": 1152, "layers": 26, "heads": 4, "kv_heads": 1, "head_dim": 256, "d_ff": 6912,
+        "vocab_size": 262_144, "max_seq_len": 32_768, "window": 512,
+    },
+    "gemma3-4b": {
+        "d_model": 2560, "layers": 34, "heads": 8, "kv_heads": 4, "head_dim": 256, "d_ff": 10_240,
+        "vocab_size": 262_208, "max_seq_len": 131_072, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}  # fmt: skip
+
+NORMS = {**gemma2.NORMS, "attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
+
+
+def from_config(keys: Keys) -> Fields:
+    """A Gemma 3 text model's config.json as fields of ModelConfig."""
+    every = keys.take("sliding_window_pattern", None) or keys.take("_sliding_window_pattern", 6)
+    keys.drop("_sliding_window_pattern")
+    return {**names.take_rope(keys, 1_000_000.0, local=True), **gemma2.take(keys, every)}
+
+
+def to_config(cfg: Any) -> Fields:
+    """Inverse of `from_config`."""
+    gemma2.relative_of_gemma(cfg, "Gemma 3", qk_norm=True, rope_local_theta=None)
+    return {**names.give_rope(cfg, local=True), **gemma2.give(cfg)}
+
+
+def names_of(cfg: Any) -> Fields:
+    """The name map; the same for every config."""
+    return llama.body(NORMS)
+
+
+BRIDGE = Bridge(
+    "gemma3_text", "model.", names_of, llama.heads("Gemma3", "Gemma3TextModel"), from_config, to_config,
+    llama.BUFFERS,
+)  # fmt: skip

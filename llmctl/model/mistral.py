@@ -1,0 +1,53 @@
+"""Mistral: a Llama whose layers look back a window only (arXiv:2310.06825)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.model import llama, names
+from llmctl.model.names import Bridge, Fields, Keys
+
+FLAGS = {**llama.FLAGS, "tied": False}
+
+SIZES: dict[str, Fields] = {
+    "mistral-7b": {
+        "d_model": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "d_ff": 14_336,
+        "vocab_size": 32_000, "max_seq_len": 32_768, "window": 4096,
+    },
+    "mistral-7b-v0.3": {
+        "d_model": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "d_ff": 14_336,
+        "vocab_size": 32_768, "max_seq_len": 32_768, "rope_theta": 1_000_000.0,
+    },
+}  # fmt: skip
+
+
+def from_config(keys: Keys) -> Fields:
+    """A Mistral's config.json as fields of ModelConfig."""
+    sizes = llama.take_sizes(keys)
+    return {
+        **sizes,
+        **names.take_rope(keys),
+        **names.take_windows(keys, sizes["layers"], keys.take("sliding_window", 0)),
+        "activation": keys.activation("hidden_act", "silu"),
+        "tied": keys.take("tie_word_embeddings", False),
+    }
+
+
+def to_config(cfg: Any) -> Fields:
+    """Inverse of `from_config`."""
+    llama.relative_of_llama(cfg, "Mistral", window=None, window_every=1, window_layers=())
+    return {
+        **llama.give_sizes(cfg),
+        **names.give_rope(cfg),
+        "hidden_act": "silu",
+        "sliding_window": cfg.window or None,
+        "tie_word_embeddings": cfg.tied,
+    }
+
+
+def names_of(cfg: Any) -> Fields:
+    """The name map; the same for every config."""
+    return llama.body(llama.NORMS)
+
+
+BRIDGE = Bridge("mistral", "model.", names_of, llama.heads("Mistral"), from_config, to_config, llama.BUFFERS)

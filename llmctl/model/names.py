@@ -1,0 +1,257 @@
+"""How a family's weights are called elsewhere: its name map, and its config read and written key by key. No arrays here.
+
+A name map is a table {our path: their name}. "{}" in a name stands for the layer, which our arrays stack on axis 0.
+A matrix of ours is [in, out]; theirs is [out, in] unless the family says otherwise. "name#i" is the i-th of the parts
+that share one tensor, in the order of their outputs (a fused query-key-value matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmctl.errors import RequestError
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head of a family: the class that holds it in `transformers`, and the names of its weights."""
+
+    architecture: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What this class means for ModelConfig, and needs of it."""
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A family's way to and from Hugging Face folders."""
+
+    model_type: str
+    prefix: str
+    """What every name of the network (not of its heads) begins with; a bare base model is stored without it."""
+    names: Callable[[Any], Mapping[str, str]]
+    """The network's name map under a config."""
+    heads: Mapping[str, Head]
+    """By our head; "lm+next_sentence" is the language model with the next-sentence head beside it."""
+    from_config: Callable[[Keys], Fields]
+    """Their config -> fields of ModelConfig beyond the family's flags. Takes every key that matters."""
+    to_config: Callable[[Any], Fields]
+    """ModelConfig -> their config, or a RequestError for what the family cannot express."""
+    buffers: tuple[str, ...] = ()
+    """Regular expressions of stored tensors that are computed, not learned."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that some files repeat: their name -> the name of the tensor it must equal."""
+    in_out: str = ""
+    """Regular expression of their matrices that are [in, out], as ours."""
+
+    def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
+        """The whole name map of a model with this head; `bare` leaves the prefix out."""
+        prefix = "" if bare else self.prefix
+        return {ours: prefix + theirs for ours, theirs in self.names(cfg).items()} | dict(head.names)
+
+
+def blocks(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
+    """A name map whose both sides are put under a stack's prefix."""
+    return {f"{ours}/{k}": f"{theirs}.{v}" for k, v in table.items()}
+
+
+def linear(table: Mapping[str, str]) -> dict[str, str]:
+    """{"attn/q": "q_proj"} -> kernel and bias of each."""
+    return {
+        f"{ours}/{ours_leaf}": _part(theirs, theirs_leaf)
+        for ours, theirs in table.items()
+        for ours_leaf, theirs_leaf in (("kernel", "weight"), ("bias", "bias"))
+    }
+
+
+def norm(table: Mapping[str, str]) -> dict[str, str]:
+    """{"attn_norm": "ln_1"} -> scale and bias of each."""
+    return {
+        f"{ours}/{ours_leaf}": f"{theirs}.{theirs_leaf}"
+        for ours, theirs in table.items()
+        for ours_leaf, theirs_leaf in (("scale", "weight"), ("bias", "bias"))
+    }
+
+
+def _part(name: str, leaf: str) -> str:
+    stem, hash_, part = name.partition("#")
+    return f"{stem}.{leaf}{hash_}{part}"
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+IRRELEVANT = frozenset(
+    """
+    architectures model_type dtype torch_dtype transformers_version use_cache initializer_range initializer_factor
+    initializer_cutoff_factor bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
+    unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id _name_or_path name_or_path
+    gradient_checkpointing return_dict output_attentions output_hidden_states output_past torchscript use_bfloat16
+    chunk_size_feed_forward attention_dropout attention_probs_dropout_prob attn_pdrop embd_pdrop classifier_dropout
+    classifier_dropout_prob problem_type task_specific_params pretraining_tp summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj reorder_and_upcast_attn _attn_implementation
+    attn_implementation cache_implementation id2label label2id num_labels finetuning_task tokenizer_class prefix
+    auto_map directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_type
+    """.split()
+)
+"""Keys that change neither what a network computes nor the shapes of its weights (labels are read elsewhere)."""
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+class Keys:
+    """A config.json that is being read. What was neither taken, required nor known to be irrelevant is an error."""
+
+    def __init__(self, given: Mapping[str, Any], ignore: frozenset[str] = frozenset()):
+        self.given = {k: v for k, v in given.items() if k not in IRRELEVANT | ignore}
+        self.all = dict(given)
+        self.problems: list[str] = []
+
+    def take(self, key: str, default: Any = ...) -> Any:
+        """The value of a key, or the default where it is absent or null."""
+        value = self.given.pop(key, None)
+        if value is not None:
+            return value
+        if default is ...:
+            self.problems.append(f"{key} is missing")
+            return 1
+        return default
+
+    def must(self, key: str, *allowed: Any) -> None:
+        """The key, where it is there and not null, has one of these values: nothing else is implemented."""
+        value = self.given.pop(key, None)
+        if value is not None and value not in allowed:
+            self.problems.append(f"{key} = {value!r} is not supported")
+
+    def activation(self, key: str, default: str) -> str:
+        """An activation in our words."""
+        value = self.take(key, default)
+        if value not in ACTIVATIONS:
+            self.problems.append(f"{key} = {value!r} is not a known activation")
+        return ACTIVATIONS.get(value, "silu")
+
+    def drop(self, *keys: str) -> None:
+        """Keys that do not matter for this family."""
+        for key in keys:
+            self.given.pop(key, None)
+
+    def finish(self, where: str) -> None:
+        """Raises RequestError with everything that was wrong."""
+        unknown = [f"{k} = {v!r} is not understood" for k, v in sorted(self.given.items()) if v is not None]
+        if self.problems + unknown:
+            raise RequestError(f"{where}: {'; '.join((self.problems + unknown)[:8])}")
+
+
+def take_rope(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
+    """Rotary bases and scaling, from the older keys (rope_theta, rope_scaling) or the newer rope_parameters."""
+    old = {"rope_theta": keys.take("rope_theta", theta), **(keys.take("rope_scaling", None) or {})}
+    given = keys.take("rope_parameters", None) or old
+    if not local:
+        return _rope(keys, given, theta)
+    near = keys.take("rope_local_base_freq", 10_000.0)
+    if "full_attention" in given:
+        sliding = given.get("sliding_attention") or {}
+        if sliding.get("rope_type", "default") != "default":
+            keys.problems.append(f"rope_parameters.sliding_attention = {sliding!r} is not supported")
+        near, given = sliding.get("rope_theta", near), given["full_attention"]
+    return {**_rope(keys, given, theta), "rope_local_theta": float(near)}
+
+
+SCALINGS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"},
+}
+
+
+def _rope(keys: Keys, given: Mapping[str, Any], theta: float) -> Fields:
+    scaling = {k: v for k, v in given.items() if v is not None and k not in ("rope_theta", "type", "rope_type")}
+    kind = given.get("rope_type", given.get("type", "default"))
+    fields: Fields = {"rope_theta": float(given.get("rope_theta") or theta), "rope_scaling": {}}
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        keys.problems.append(f"partial_rotary_factor = {given['partial_rotary_factor']} is not supported")
+    if kind == "default":
+        return fields
+    if kind not in SCALINGS or (odd := set(scaling) - SCALINGS[kind]):
+        what = kind if kind not in SCALINGS else f"{kind} with {', '.join(sorted(odd))}"
+        keys.problems.append(f"rope scaling of type {what} is not supported")
+    return fields | {"rope_scaling": {"rope_type": kind, **scaling}}
+
+
+def give_rope(cfg: Any, local: bool = False) -> Fields:
+    """Inverse of `take_rope`, in the older keys beside the newer: every release of transformers reads one of them."""
+    scaling = dict(cfg.rope_scaling)
+    old = {"rope_scaling": scaling} if scaling else {}
+    full = {"rope_type": "default", **scaling, "rope_theta": cfg.rope_theta}
+    if not local:
+        return {"rope_theta": cfg.rope_theta, "rope_parameters": full, **old}
+    near = cfg.rope_local_theta or cfg.rope_theta
+    return {
+        "rope_theta": cfg.rope_theta,
+        "rope_local_base_freq": near,
+        **old,
+        "rope_parameters": {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": near},
+        },
+    }
+
+
+def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields:
+    """Which layers see a window, from `layer_types` or else the family's rule (of every `every` the last is global)."""
+    kinds = keys.take("layer_types", None)
+    if not window:
+        if kinds and set(kinds) != {"full_attention"}:
+            keys.problems.append("layer_types has windows, but there is no sliding_window")
+        return {"window": 0, "window_every": 1, "window_layers": ()}
+    rule = [every == 1 or (i + 1) % every != 0 for i in range(layers)]
+    if kinds is None:
+        return {"window": window, "window_every": every, "window_layers": ()}
+    if odd := set(kinds) - {"full_attention", "sliding_attention"}:
+        keys.problems.append(f"layer_types {', '.join(sorted(odd))} are not supported")
+    if len(kinds) != layers:
+        keys.problems.append(f"layer_types has {len(kinds)} entries for {layers} layers")
+    local = [k == "sliding_attention" for k in kinds]
+    if local == rule:
+        return {"window": window, "window_every": every, "window_layers": ()}
+    if not any(local):
+        return {"window": 0, "window_every": 1, "window_layers": ()}
+    return {
+        "window": window,
+        "window_every": 1,
+        "window_layers": () if all(local) else tuple(i for i, x in enumerate(local) if x),
+    }
+
+
+def give_windows(cfg: Any) -> list[str]:
+    """`layer_types` of a config."""
+    return ["sliding_attention" if local else "full_attention" for local in local_layers(cfg)]
+
+
+def local_layers(cfg: Any) -> list[bool]:
+    """Which layers see a window."""
+    if not cfg.window:
+        return [False] * cfg.layers
+    if cfg.window_layers:
+        return [i in cfg.window_layers for i in range(cfg.layers)]
+    return [cfg.window_every == 1 or (i + 1) % cfg.window_every != 0 for i in range(cfg.layers)]
+
+
+def refuse(cfg: Any, what: str, **needed: Any) -> None:
+    """Raises RequestError where a field of the config is not what the family can express."""
+    odd = [f"{k} = {getattr(cfg, k)!r}" for k, v in needed.items() if getattr(cfg, k) != v]
+    if odd:
+        raise RequestError(f"{what} models have no {', '.join(odd)}; this model has no counterpart to export to")

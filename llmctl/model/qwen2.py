@@ -1,0 +1,76 @@
+"""Qwen2: a Llama with biases on queries, keys and values (arXiv:2407.10671)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.model import llama, names
+from llmctl.model.names import Bridge, Fields, Keys
+
+FLAGS = {**llama.FLAGS, "qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
+
+SIZES: dict[str, Fields] = {
+    "qwen2.5-0.5b": {
+        "d_model": 896, "layers": 24, "heads": 14, "kv_heads": 2, "head_dim": 64, "d_ff": 4864,
+        "vocab_size": 151_936, "max_seq_len": 32_768,
+    },
+    "qwen2.5-7b": {
+        "d_model": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "head_dim": 128, "d_ff": 18_944,
+        "vocab_size": 152_064, "max_seq_len": 131_072, "tied": False,
+    },
+}  # fmt: skip
+
+
+def take(keys: Keys) -> Fields:
+    """What the configs of Qwen2 and Qwen3 share."""
+    sizes = llama.take_sizes(keys)
+    window, first = keys.take("sliding_window", 0), keys.take("max_window_layers", 0)
+    window = window if keys.take("use_sliding_window", False) else 0
+    if window and "layer_types" not in keys.given:
+        keys.given["layer_types"] = [
+            "full_attention" if i < first else "sliding_attention" for i in range(sizes["layers"])
+        ]
+    return {
+        **sizes,
+        **names.take_rope(keys),
+        **names.take_windows(keys, sizes["layers"], window),
+        "activation": keys.activation("hidden_act", "silu"),
+        "tied": keys.take("tie_word_embeddings", False),
+    }
+
+
+def give(cfg: Any) -> Fields:
+    """Inverse of `take`."""
+    first = next((i for i, local in enumerate(names.local_layers(cfg)) if local), cfg.layers)
+    return {
+        **llama.give_sizes(cfg),
+        **names.give_rope(cfg),
+        "hidden_act": "silu",
+        "use_sliding_window": cfg.window > 0,
+        "sliding_window": cfg.window or None,
+        "max_window_layers": first,
+        "layer_types": names.give_windows(cfg),
+        "tie_word_embeddings": cfg.tied,
+    }
+
+
+def from_config(keys: Keys) -> Fields:
+    """A Qwen2's config.json as fields of ModelConfig."""
+    return take(keys)
+
+
+def to_config(cfg: Any) -> Fields:
+    """Inverse of `from_config`."""
+    llama.relative_of_llama(cfg, "Qwen2", qkv_bias=True, window=None)
+    fields = give(cfg)
+    if fields.pop("head_dim") * cfg.heads != cfg.d_model:
+        names.refuse(cfg, "Qwen2", head_dim=cfg.d_model / cfg.heads)
+    return fields
+
+
+def names_of(cfg: Any) -> Fields:
+    """The name map; the same for every config."""
+    return llama.body(llama.NORMS)
+
+
+BRIDGE = Bridge("qwen2", "model.", names_of, llama.heads("Qwen2"), from_config, to_config, llama.BUFFERS)

@@ -1,0 +1,43 @@
+"""Qwen3: a Llama that normalizes each query and key head (arXiv:2505.09388)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.model import llama, qwen2
+from llmctl.model.names import Bridge, Fields, Keys
+
+FLAGS = {**llama.FLAGS, "qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
+
+SIZES: dict[str, Fields] = {
+    "qwen3-0.6b": {
+        "d_model": 1024, "layers": 28, "heads": 16, "kv_heads": 8, "head_dim": 128, "d_ff": 3072,
+        "vocab_size": 151_936, "max_seq_len": 40_960,
+    },
+    "qwen3-8b": {
+        "d_model": 4096, "layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128, "d_ff": 12_288,
+        "vocab_size": 151_936, "max_seq_len": 40_960, "tied": False,
+    },
+}  # fmt: skip
+
+NORMS = {**llama.NORMS, "attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
+
+
+def from_config(keys: Keys) -> Fields:
+    """A Qwen3's config.json as fields of ModelConfig."""
+    bias = keys.take("attention_bias", False)
+    return {**qwen2.take(keys), "qkv_bias": bias, "out_bias": bias}
+
+
+def to_config(cfg: Any) -> Fields:
+    """Inverse of `from_config`."""
+    llama.relative_of_llama(cfg, "Qwen3", qk_norm=True, qkv_bias=None, out_bias=cfg.qkv_bias, window=None)
+    return {**qwen2.give(cfg), "attention_bias": cfg.qkv_bias}
+
+
+def names_of(cfg: Any) -> Fields:
+    """The name map; the same for every config."""
+    return llama.body(NORMS)
+
+
+BRIDGE = Bridge("qwen3", "model.", names_of, llama.heads("Qwen3"), from_config, to_config, llama.BUFFERS)

@@ -1,0 +1,61 @@
+"""RoBERTa: a BERT without token types and next sentences, whose positions start after the padding's (arXiv:1907.11692)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.model import bert, names
+from llmctl.model.names import Bridge, Fields, Head, Keys
+
+FLAGS: Fields = {
+    **bert.FLAGS, "norm_eps": 1e-5, "token_types": 1, "pooler": False, "next_sentence": False, "position_offset": 2,
+    "vocab_size": 50_265,
+}  # fmt: skip
+
+SIZES: dict[str, Fields] = {
+    "roberta-tiny": {"d_model": 128, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 64, "d_ff": 512},
+    "roberta-base": {"d_model": 768, "layers": 12, "heads": 12, "kv_heads": 12, "head_dim": 64, "d_ff": 3072},
+    "roberta-large": {"d_model": 1024, "layers": 24, "heads": 16, "kv_heads": 16, "head_dim": 64, "d_ff": 4096},
+}
+
+
+def from_config(keys: Keys) -> Fields:
+    """A RoBERTa's config.json as fields of ModelConfig; positions start after the padding token's id."""
+    offset = keys.all.get("pad_token_id", 1) + 1
+    fields = bert.from_config(keys)
+    return {**fields, "max_seq_len": fields["max_seq_len"] - offset, "position_offset": offset}
+
+
+def to_config(cfg: Any) -> Fields:
+    """Inverse of `from_config`."""
+    return {**bert.to_config(cfg), "pad_token_id": cfg.position_offset - 1}
+
+
+MASKED = {
+    **names.linear({"lm_head/transform": "lm_head.dense"}),
+    **names.norm({"lm_head/norm": "lm_head.layer_norm"}),
+    "lm_head/bias": "lm_head.bias",
+    "lm_head/kernel": "lm_head.decoder.weight",
+}
+PAIR = names.linear({"head/pooler": "classifier.dense", "head/out": "classifier.out_proj"})
+OUT, NO_LM = bert.OUT, bert.NO_LM
+
+BRIDGE = Bridge(
+    "roberta",
+    "roberta.",
+    bert.names_of,
+    {
+        "lm": Head("RobertaForMaskedLM", MASKED, {"pooler": False}),
+        "classify": Head("RobertaForSequenceClassification", PAIR, {"pooler": True, "pooling": "first", **NO_LM}),
+        "regress": Head("RobertaForSequenceClassification", PAIR, {"pooler": True, "pooling": "first", **NO_LM}),
+        "tokens": Head("RobertaForTokenClassification", OUT, {"pooler": False, **NO_LM}),
+        "span": Head(
+            "RobertaForQuestionAnswering", names.linear({"head/out": "qa_outputs"}), {"pooler": False, **NO_LM}
+        ),
+        "embed": Head("RobertaModel", names.linear({"head/pooler": "pooler.dense"}), {"pooler": True, **NO_LM}),
+    },
+    from_config,
+    to_config,
+    buffers=(r"(roberta\.)?embeddings\.position_ids",),
+    copies={"lm_head.decoder.bias": "lm_head.bias"},
+)

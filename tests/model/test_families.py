@@ -1,0 +1,235 @@
+"""Every family against `transformers`: random models of odd sizes come in with the same logits, and go back out."""
+
+import functools
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from safetensors import safe_open
+
+from llmctl.bridge import folder as folders
+from llmctl.bridge import parity
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, calls
+
+VOCAB = 67
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
+    "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+T5 = {"vocab_size": VOCAB, "d_model": 24, "d_kv": 10, "d_ff": 40, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 3}
+T5 |= {"relative_attention_num_buckets": 10, "relative_attention_max_distance": 9}
+
+MODELS = {
+    "llama-untied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=LLAMA3)),
+    "llama-tied": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**GROUPED, tie_word_embeddings=True, head_dim=10, attention_bias=True, mlp_bias=True)
+    ),
+    "llama-yarn": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=YARN)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=5)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPED)),
+    "qwen2-window": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=2)
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=10)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(
+            **GROUPED, head_dim=10, sliding_window=5, query_pre_attn_scalar=7, attn_logit_softcapping=3.0,
+            final_logit_softcapping=2.0, attn_implementation="eager",
+        )
+    ),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **{**GROUPED, "num_hidden_layers": 7}, head_dim=10, sliding_window=5, query_pre_attn_scalar=7,
+            rope_parameters=GEMMA3_ROPE,
+        )
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=3, n_positions=48)),
+    "bert": lambda: hf.BertForPreTraining(hf.BertConfig(**SMALL)),
+    "bert-masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL, hidden_act="gelu_new")),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, type_vocab_size=1)),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
+    "t5-v1.1": lambda: untied(
+        hf.T5ForConditionalGeneration(hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    ),
+}  # fmt: skip
+HEADS = {
+    "llama-classify": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GROUPED, num_labels=3)),
+    "llama-tokens": lambda: hf.LlamaForTokenClassification(hf.LlamaConfig(**GROUPED, num_labels=3)),
+    "gpt2-classify": lambda: hf.GPT2ForSequenceClassification(
+        hf.GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=3, n_positions=48, num_labels=3, pad_token_id=0)
+    ),
+    "bert-classify": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SMALL, num_labels=3)),
+    "bert-regress": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SMALL, num_labels=1)),
+    "bert-tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**SMALL, num_labels=3)),
+    "bert-span": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**SMALL)),
+    "roberta-classify": lambda: hf.RobertaForSequenceClassification(
+        hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, num_labels=3)
+    ),
+}
+
+
+def untied(model):
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(VOCAB, 24))
+    return model
+
+
+@functools.cache
+def reference(name):
+    """A model whose every parameter matters: norms and biases away from their neutral values too."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = {**MODELS, **HEADS}[name]().eval()
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            around = 1.0 if "norm" in path.lower() and path.endswith("weight") and "gemma" not in name else 0.0
+            p.copy_(around + 0.3 * torch.randn(p.shape))
+    return model
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """name -> (folder of transformers, what we found there, our parameters), made once."""
+
+    @functools.cache
+    def make(name):
+        path = tmp_path_factory.mktemp(name)
+        reference(name).save_pretrained(path)
+        found = folders.look(path)
+        return path, found, folders.load(found, lambda _, a: jnp.asarray(a))
+
+    return make
+
+
+LENGTHS = [(13, 9), (9, 6)]
+"""Of two sequences: in the encoder (or alone), in the decoder beside it."""
+
+
+def tokens(T, seed):
+    return np.random.default_rng(seed).integers(4, VOCAB, T)
+
+
+def theirs(name, ids, decoder_ids=None, types=None):
+    """Their answer for one sequence without padding, [1, …] arrays."""
+    given = {"input_ids": torch.tensor(ids)[None]}
+    if decoder_ids is not None:
+        given["decoder_input_ids"] = torch.tensor(decoder_ids)[None]
+    if types is not None and "bert" in name and "roberta" not in name:
+        given["token_type_ids"] = torch.tensor(types)[None]
+    with torch.no_grad():
+        return {k: v.numpy() for k, v in reference(name)(**given).items() if torch.is_tensor(v)}
+
+
+def row(prefix, pieces, T):
+    """One packed row of T tokens: {tokens, segments, positions}."""
+    out = {k: np.zeros(T, np.int32) for k in ("tokens", "segments", "positions")}
+    at = 0
+    for i, ids in enumerate(pieces):
+        n = len(ids)
+        out["tokens"][at : at + n], out["segments"][at : at + n] = ids, i + 1
+        out["positions"][at : at + n] = np.arange(n)
+        at += n
+    return {prefix + k: v for k, v in out.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_with_padding_and_packed_rows_are_those_of_transformers(name, saved):
+    cfg = saved(name)[1].model
+    pieces = [(tokens(a, i), tokens(b, i + 9) if cfg.encoder_layers else None) for i, (a, b) in enumerate(LENGTHS)]
+    T = 24  # both fit in a row with two of padding
+    rows = [[0], [1], [0, 1]]
+    if cfg.encoder_layers:
+        batch = [row("encoder_", [pieces[i][0] for i in r], T) | row("", [pieces[i][1] for i in r], T) for r in rows]
+    else:
+        batch = [row("", [pieces[i][0] for i in r], T) for r in rows]
+    batch = {k: jnp.asarray(np.stack([b[k] for b in batch])) for k in batch[0]}
+    types = np.zeros(T, np.int32)
+    types[4:8] = 1
+    if cfg.token_types > 1:
+        batch["types"] = jnp.asarray(np.stack([types] * 3))
+    x = calls.hidden(cfg, saved(name)[2], batch)
+    logits = np.asarray(calls.lm_logits(cfg, saved(name)[2], x))
+    n = [len(p[1] if cfg.encoder_layers else p[0]) for p in pieces]
+    second_in_packed = types[n[0] : n[0] + n[1]]
+    largest = 0.0
+    for r, start, i, kinds in ((0, 0, 0, types), (1, 0, 1, types), (2, 0, 0, types), (2, n[0], 1, second_in_packed)):
+        expected = theirs(name, *pieces[i], types=kinds[: n[i]])
+        key = "prediction_logits" if "prediction_logits" in expected else "logits"
+        assert np.abs(expected[key]).max() > 0.3
+        largest = max(largest, np.abs(logits[r, start : start + n[i]] - expected[key][0]).max())
+        if cfg.next_sentence and start == 0 and r < 2:
+            y = calls.outputs(cfg, saved(name)[2], x, batch)
+            np.testing.assert_allclose(y[r], expected["seq_relationship_logits"][0], atol=1e-4)
+    print(f"{name}: max |Δlogit| = {largest:.1e}")
+    assert largest <= 1e-4
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_task_heads_answer_as_those_of_transformers(name, saved):
+    _, found, params = saved(name)
+    cfg, ids = found.model, [tokens(a, i) for i, (a, _) in enumerate(LENGTHS)]
+    batch = [row("", [x], 24) for x in ids]
+    batch = {k: jnp.asarray(np.stack([b[k] for b in batch])) for k in batch[0]}
+    ours = np.asarray(calls.outputs(cfg, params, calls.hidden(cfg, params, batch), batch))
+    for i, x in enumerate(ids):
+        expected = theirs(name, x)
+        if cfg.head == "span":
+            both = np.stack([expected["start_logits"][0], expected["end_logits"][0]], -1)
+            np.testing.assert_allclose(ours[i, : len(x)], both, atol=1e-4)
+        else:
+            y = ours[i, : len(x)] if cfg.head == "tokens" else ours[i]
+            np.testing.assert_allclose(y, expected["logits"][0].squeeze(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *HEADS])
+def test_goes_back_out_with_the_same_bytes_and_transformers_loads_it(name, saved, tmp_path):
+    path, found, params = saved(name)
+    config = folders.config_of(found.model, found.labels, {"pad_token_id": found.config.get("pad_token_id")}, "float32")
+    folders.save(tmp_path, config, folders.tensors_of(found.model, params))
+    with safe_open(path / "model.safetensors", "np") as a, safe_open(tmp_path / "model.safetensors", "np") as b:
+        assert sorted(a.keys()) == sorted(b.keys())
+        for n in a.keys():  # noqa: SIM118
+            assert a.get_slice(n).get_dtype() == b.get_slice(n).get_dtype()
+            np.testing.assert_array_equal(a.get_tensor(n), b.get_tensor(n), err_msg=n, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again, info = type(reference(name)).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    given = {"input_ids": torch.tensor(tokens(13, 0))[None]}
+    given |= {"decoder_input_ids": torch.tensor(tokens(9, 9))[None]} if found.model.encoder_layers else {}
+    with torch.no_grad():
+        a, b = reference(name)(**given), again.eval()(**given)
+    for k in ("logits", "prediction_logits", "start_logits"):
+        if k in a:
+            torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-6)
+    second = folders.look(tmp_path)
+    assert second.model == found.model
+    assert second.labels == found.labels
+
+
+def test_every_preset_has_consistent_shapes_and_a_counterpart_with_the_same_config():
+    from llmctl.model import family, presets
+
+    for name in presets():
+        cfg = ModelConfig(preset=name)
+        if not hasattr(family(cfg.family), "BRIDGE"):
+            continue
+        config = json.loads(json.dumps(folders.config_of(cfg, [], {}, "float32")))
+        assert config["model_type"] == family(cfg.family).BRIDGE.model_type
+        assert hf.AutoConfig.for_model(**config).vocab_size == cfg.vocab_size
