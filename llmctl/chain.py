@@ -192,6 +192,7 @@ def _why(step: Step, key: str, due: set[str]) -> str:
         return ""
     before, now = _leaves(manifest.config), _leaves(keyed(step.config))
     changed = [f"{k} {before[k]} → {v}" for k, v in now.items() if k in before and before[k] != v]
+    changed += [f"{k} {'is new' if k in now else 'is gone'}" for k in sorted(before.keys() ^ now.keys())]
     if changed:
         return "changed: " + ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     above = [a for a in (step.parent, *step.others.values()) if isinstance(a, str) and a in due]

@@ -68,14 +68,15 @@ class Reporter:
         self._run: Any = None
         self._bar: Progress | None = None
         self._shown = -math.inf
-        self._began = 0.0
+        self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}
 
     def __enter__(self) -> Reporter:
-        self._began = self.clock()
         if not self.writes:
             return self
         self.work_dir.mkdir(parents=True, exist_ok=True)
+        if self._wandb:
+            self._run = _wandb_run(self._wandb, self.title, self.work_dir)
         log = self.work_dir / LOG
         _forget_after(log, self.start)
         self._file = log.open("a", encoding="utf-8")
@@ -83,8 +84,6 @@ class Reporter:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(self.work_dir / "tensorboard"), purge_step=self.start + 1)
-        if self._wandb:
-            self._run = _wandb_run(self._wandb, self.title, self.work_dir)
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -152,12 +151,11 @@ class Reporter:
             self._bar.update(self._task, completed=step, metrics=text)
             return
         now = self.clock()
+        first, began = self._first = self._first or (step, now)  # the time before it was spent on compiling
         if now - self._shown >= self.every or step >= self.total:
             self._shown = now
-            done = step - self.start
-            left = (now - self._began) / done * (self.total - step) if done > 0 else math.nan
-            eta = f"  ETA {_duration(left)}" if step < self.total and math.isfinite(left) else ""
-            self.say(f"step {step}/{self.total}  {text}{eta}")
+            left = (now - began) / (step - first) * (self.total - step) if step > first else 0
+            self.say(f"step {step}/{self.total}  {text}{f'  ETA {_duration(left)}' if left else ''}")
 
 
 def _forget_after(log: Path, step: int) -> None:

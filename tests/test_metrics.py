@@ -2,12 +2,15 @@
 
 import io
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from llmctl.errors import RequestError
 from llmctl.metrics import LOG, Reporter
 
 
@@ -51,14 +54,14 @@ def test_a_fresh_start_forgets_the_old_log(tmp_path):
 
 
 def test_off_a_terminal_a_plain_line_now_and_then_and_at_the_end(tmp_path):
-    now = iter([0.0, 1.0, 2.0, 12.0, 13.0])  # entering, then one reading a call
+    now = iter([1.0, 2.0, 12.0, 13.0])  # one reading a call
     console = quiet()
     with Reporter(tmp_path, 4, "prune", tensorboard=False, console=console, clock=lambda: next(now)) as report:
         for step in (1, 2, 3, 4):
             report.log(step, {"loss": 2.0, "learning_rate": 1e-5, "tokens_per_second": 12345.6})
     assert console.file.getvalue().splitlines() == [
-        "prune: step 1/4  loss 2  lr 1.0e-05  tok/s 12,346  ETA 0:03",
-        "prune: step 3/4  loss 2  lr 1.0e-05  tok/s 12,346  ETA 0:04",
+        "prune: step 1/4  loss 2  lr 1.0e-05  tok/s 12,346",
+        "prune: step 3/4  loss 2  lr 1.0e-05  tok/s 12,346  ETA 0:06",  # 11 s for 2 steps, 1 to go
         "prune: step 4/4  loss 2  lr 1.0e-05  tok/s 12,346",
     ]
 
@@ -98,3 +101,21 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
 def test_log_outside_of_the_context_is_a_mistake(tmp_path):
     with pytest.raises(RuntimeError, match="with Reporter"):
         Reporter(tmp_path, 1, "t").log(1, {})
+
+
+def test_wandb_is_asked_for_by_name_and_gets_every_line(tmp_path, monkeypatch):
+    calls: list[tuple] = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda exit_code: calls.append(("end", exit_code))
+    )
+    fake = types.SimpleNamespace(init=lambda **given: calls.append(("init", given["project"], given["name"])) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Reporter(tmp_path, 1, "prune", tensorboard=False, wandb="mine", console=quiet()) as report:
+        report.log(1, {"loss": 2.0})
+    assert calls == [("init", "mine", "prune"), (1, {"loss": 2.0}), ("end", 0)]
+
+
+def test_wandb_that_is_not_installed_is_a_wrong_request(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RequestError, match=r"pip install 'llmctl\[wandb\]'"), Reporter(tmp_path, 1, "t", wandb="mine"):
+        pass
