@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl import weights
 from llmctl.model import ModelConfig, calls
 from llmctl.model.sampling import Sampling, choose, row_keys
 
@@ -40,6 +41,7 @@ class Decoder:
         if model.architecture != "decoder" or model.head != "lm":
             raise ValueError(f"a {model.architecture} with head {model.head!r} does not continue text")
         self.model, self.dtype = model, dtype
+        params = served(params)
         self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
         self.rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
         self._prefill = jax.jit(self._prefill_step, static_argnames=("slots", "rules"))
@@ -54,11 +56,13 @@ class Decoder:
         sampling: Sampling | None = None,
         seed: int = 0,
         chunk: int = 16,
+        stopped_B: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Continues prompts of token ids; yields int32 [B, n] of new tokens, first one, then `chunk` at a time.
 
         A row ends with the first token in `ends` (which is yielded) and has NOTHING after it; the generator stops when
-        all rows have ended, or after `max_new` tokens, and may be closed at any time before.
+        all rows have ended, or after `max_new` tokens, and may be closed at any time before. Between two chunks the
+        caller may end rows of its own accord by setting `stopped_B` (bool [B]).
 
         Raises ValueError for an empty prompt, or one that leaves no room within the model's longest sequence.
         """
@@ -80,7 +84,11 @@ class Decoder:
         state = self._prefill(self.rest, self.layers, tokens_BT, segments_BT, keys_B, ends_E, slots=slots, rules=rules)
         yield np.asarray(state["token"])[:, None]
         left = max_new - 1
-        while left > 0 and not bool(np.all(state["done"])):
+        while left > 0:
+            if stopped_B is not None:
+                state["done"] = state["done"] | stopped_B
+            if bool(np.all(state["done"])):
+                return
             count = min(chunk, left)
             state, out_BN = self._decode(self.rest, self.layers, state, keys_B, ends_E, rules=rules, count=chunk)
             yield np.asarray(out_BN)[:, :count]
@@ -177,6 +185,23 @@ class Decoder:
         out_BN = jnp.full((B, count), NOTHING, jnp.int32)
         _, state, out_BN = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out_BN))
         return state, out_BN
+
+
+def served(params: calls.Params) -> calls.Params:
+    """The parameters in the form that a step reads fastest.
+
+    Low-rank updates are merged. On a CPU, which would convert integers one token after the other, weights that are
+    quantized alone become dense once; those that quantize their activations stay, for they compute something else.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+
+    def ready(w: Any) -> Any:
+        base = w.base if isinstance(w, weights.LowRank) else w
+        if isinstance(base, weights.Quantized) and (base.activations or not on_cpu):
+            return w
+        return weights.dense(w) if base is not w or isinstance(base, weights.Quantized) else w
+
+    return jax.tree.map(ready, params, is_leaf=weights.is_weight)
 
 
 def _round_up(n: int) -> int:

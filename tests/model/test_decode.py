@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
+from llmctl import mesh, weights
 from llmctl.model import ModelConfig, calls
 from llmctl.model.decode import NOTHING, Decoder
 from llmctl.model.sampling import Sampling
+from llmctl.settings import MeshConfig
 
 BASE = {
-    "vocab_size": 61,
+    "vocab_size": 64,
     "d_model": 16,
-    "layers": 3,
+    "layers": 2,
     "heads": 4,
     "kv_heads": 2,
     "head_dim": 8,
@@ -96,3 +99,34 @@ def test_what_cannot_be_continued_is_refused(decoder):
         generate(decoder, [[1] * 100], 61)
     with pytest.raises(ValueError, match="does not continue"):
         Decoder(decoder.model.model_copy(update={"head": "classify"}), {})
+
+
+def test_a_caller_may_end_rows_between_chunks(decoder):
+    free = generate(decoder, PROMPTS, 9, chunk=4)
+    stopped = np.zeros(3, bool)
+    rows = []
+    for out in decoder.generate(PROMPTS, 9, chunk=4, stopped_B=stopped):
+        rows.append(out)
+        stopped[1] = True
+    got = np.concatenate(rows, axis=1)
+    np.testing.assert_array_equal(got[[0, 2]], free[[0, 2]])
+    assert got[1, 0] == free[1, 0] and (got[1, 1:] == NOTHING).all()
+
+
+def test_quantized_low_rank_and_sharded_weights_continue_as_their_full_forwards():
+    model, params = build("llama")
+    flat = weights.flatten(params)
+    for path, w in flat.items():
+        if path.endswith("/kernel"):
+            flat[path] = weights.Quantized(qwix.quantize(w, "int8", channelwise_axes=[0, 2]))
+    a, b = (jax.random.normal(jax.random.key(s), shape) for s, shape in ((4, (2, 16, 2)), (5, (2, 2, 32))))
+    name = "decoder/blocks/attn/q/kernel"
+    flat[name] = weights.LowRank(flat[name], a, b, 0.2)
+    params = weights.unflatten(flat)
+    expected = [full_forwards(model, params, p, 16) for p in PROMPTS[:2]]
+    assert generate(Decoder(model, params), PROMPTS[:2], 16).tolist() == expected
+
+    devices = mesh.make(MeshConfig(data=1, fsdp=4, tensor=2))
+    sharded = jax.device_put(params, mesh.shard_params(calls.axes(model), params, devices))
+    with mesh.use(devices):
+        assert generate(Decoder(model, sharded), PROMPTS[:2], 16).tolist() == expected

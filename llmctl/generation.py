@@ -1,0 +1,128 @@
+"""Text from a language model: prompts in, continuations out as they are made, cut at stop strings, and counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.errors import RequestError
+from llmctl.model.decode import NOTHING, Decoder
+from llmctl.model.sampling import Sampling
+
+INCOMPLETE = "\ufffd"
+"""What an unfinished character decodes to."""
+
+
+@dataclass
+class Continuation:
+    """One prompt and what follows it, as far as it is known."""
+
+    prompt: str
+    prompt_ids: list[int]
+    stops: Sequence[str] = ()
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """What is certain: no unfinished character, nothing that may still turn out to be a stop string."""
+    ended: str = ""
+    """Why it ended: "end" (an end token), "stop" (a stop string), "length"; empty while it goes on."""
+
+    def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
+        """Takes new tokens (NOTHING is none) and returns the text that has become certain."""
+        if self.ended:
+            return ""
+        self.ids += [i for i in ids if i != NOTHING]
+        if self.ids and self.ids[-1] in end_ids:
+            self.ended = "end"
+        # Decoded with the prompt: alone, a first word would lose the space before it.
+        whole = decode([*self.prompt_ids, *self.ids])[len(decode(self.prompt_ids)) :]
+        found = [at for stop in self.stops if (at := whole.find(stop)) >= 0]
+        if found:
+            self.ended, whole = "stop", whole[: min(found)]
+        return self._settle(whole if self.ended else whole[: len(whole) - self._doubtful(whole)])
+
+    def finish(self, decode: Callable[[Sequence[int]], str]) -> str:
+        """The length is reached: what was held back is certain now."""
+        if self.ended:
+            return ""
+        self.ended = "length"
+        return self._settle(decode([*self.prompt_ids, *self.ids])[len(decode(self.prompt_ids)) :])
+
+    def _settle(self, text: str) -> str:
+        new, self.text = text[len(self.text) :], text
+        return new
+
+    def _doubtful(self, text: str) -> int:
+        """Length of the end of `text` that may change or be the beginning of a stop string."""
+        unfinished = len(text) - len(text.rstrip(INCOMPLETE))
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return max([unfinished, *begun])
+
+
+@dataclass
+class Speed:
+    """New tokens and the time they took; the chunk in which the loop compiles is not timed."""
+
+    tokens: int = 0
+    timed_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over all rows; None when all was over before the first timed chunk."""
+        return self.timed_tokens / self.seconds if self.seconds else None
+
+
+def begin(tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str] = ()) -> list[Continuation]:
+    """A continuation a prompt, nothing generated yet. Raises RequestError for an empty prompt."""
+    rows = [Continuation(p, tokenizer.prompt(p), [s for s in stops if s]) for p in prompts]
+    if not all(row.prompt_ids for row in rows):
+        raise RequestError("a prompt is empty, and this tokenizer has no token to begin with; say something")
+    return rows
+
+
+def continue_rows(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Continuation],
+    max_new: int,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    chunk: int = 16,
+    speed: Speed | None = None,
+) -> Iterator[list[str]]:
+    """Continues a batch in place; yields the text of each row that has become certain, chunk by chunk.
+
+    Raises RequestError where a prompt leaves no room for a continuation.
+    """
+    speed = speed or Speed()
+    room = decoder.model.max_seq_len - max(len(r.prompt_ids) for r in rows)
+    if room < 1:
+        raise RequestError(f"a prompt fills the model's longest sequence ({decoder.model.max_seq_len} tokens)")
+    ends = [tokenizer.eos_id]
+    stopped_B = np.zeros(len(rows), bool)
+    chunks = decoder.generate(
+        [r.prompt_ids for r in rows],
+        min(max_new, room),
+        ends=ends,
+        sampling=sampling,
+        seed=seed,
+        chunk=chunk,
+        stopped_B=stopped_B,
+    )
+    begun = time.perf_counter()
+    for n, out_BN in enumerate(chunks):
+        made = int((out_BN != NOTHING).sum())
+        speed.tokens += made
+        if n > 1:  # 0 is the prefill's token, in 1 the loop compiles
+            speed.timed_tokens += made
+            speed.seconds += time.perf_counter() - begun
+        new = [row.add(ids.tolist(), tokenizer.decode, ends) for row, ids in zip(rows, out_BN, strict=True)]
+        stopped_B[:] = [bool(row.ended) for row in rows]
+        yield new
+        begun = time.perf_counter()
+    yield [row.finish(tokenizer.decode) for row in rows]
