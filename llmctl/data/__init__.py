@@ -23,11 +23,12 @@ Scalar = str | bool | int | float
 class SourceConfig(Config):
     """One place that rows come from, and how its columns map to ours."""
 
-    source: Literal["text", "jsonl", "csv", "parquet", "tfds", "hf"] = "text"
-    """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set."""
+    source: Literal["text", "jsonl", "csv", "parquet", "tfds", "hf", "prepared"] = "text"
+    """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set, or
+    the tokens that `llmctl prepare` wrote."""
     path: str = ""
     """File, glob (`reviews/*.csv`) or a file inside an installed package (`pkg:NAME/path`); local or `gs://` alike.
-    Source hf: the folder that `save_to_disk` wrote."""
+    Sources hf and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
     """Source tfds: name of the data set, with config and version if wanted (`glue/sst2:2.0.0`)."""
     split: str = "train"
@@ -47,7 +48,9 @@ class SourceConfig(Config):
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Source csv: the character between fields."""
     weight: float = Field(1.0, gt=0)
-    """Share of this source in a mixture, relative to the other weights."""
+    """Share of this source in the training rows of a mixture, relative to the other weights."""
+    epochs: float = Field(0.0, ge=0)
+    """How often training may read this source; then it is used up. 0 is endless."""
 
     @property
     def title(self) -> str:
@@ -64,6 +67,8 @@ class SourceConfig(Config):
 
         if self.source == "tfds":
             return [str(path) for path in datasets.tfds_files(self)]
+        if self.source == "prepared":  # it lists the checksums of the shards
+            return [str(path) for path in paths.resolve(f"{self.path.rstrip('/')}/prepared.json")]
         if self.source == "hf":
             return [str(path) for path in paths.files_below(self.path)]
         return [str(path) for path in paths.resolve(self.path)] if self.path else []

@@ -117,18 +117,22 @@ class PackedRows:
         doc_BT = layout.doc[piece_BT]
         offset_BT = into_BT + layout.first[piece_BT]
         follows_BT = real_BT & (offset_BT + 1 < self._length_D[doc_BT])
-        tokens_BT = self._tokens(doc_BT, offset_BT, real_BT)
-        next_BT = self._tokens(doc_BT, offset_BT + 1, follows_BT)
+        segments_BT = piece_BT - piece_BT[:, :1] + 1
+        positions_BT = at_BT - np.maximum(layout.start[piece_BT], start_B1)
+        next_doc_BT, next_offset_BT = doc_BT, offset_BT + 1
         if self.packing == "concat":
-            # the token after a document's last one is the first of the next piece on the line
-            after_BT = np.minimum(piece_BT + 1, len(layout.start) - 1)
+            # one segment a row; the token after a document's last one is the first of the next piece on the line
+            segments_BT, positions_BT = np.ones_like(piece_BT), at_BT - start_B1
             joins_BT = real_BT & ~follows_BT & (piece_BT + 1 < len(layout.start))
-            crossing_BT = self._tokens(layout.doc[after_BT], np.zeros_like(offset_BT), joins_BT)
-            next_BT, follows_BT = np.where(joins_BT, crossing_BT, next_BT), follows_BT | joins_BT
-            segments_BT, positions_BT = real_BT.astype(np.int32), at_BT - start_B1
-        else:
-            segments_BT = piece_BT - piece_BT[:, :1] + 1
-            positions_BT = at_BT - np.maximum(layout.start[piece_BT], start_B1)
+            after_BT = layout.doc[np.minimum(piece_BT + 1, len(layout.start) - 1)]
+            next_doc_BT, next_offset_BT = np.where(joins_BT, after_BT, doc_BT), np.where(joins_BT, 0, offset_BT + 1)
+            follows_BT = follows_BT | joins_BT
+        # both at once: stored documents are read only once
+        tokens_BT, next_BT = self._tokens(
+            np.stack([doc_BT, next_doc_BT]),
+            np.stack([offset_BT, next_offset_BT]),
+            np.stack([real_BT, follows_BT]),
+        )
         return Packed(
             tokens_BT,
             next_BT,
@@ -137,16 +141,17 @@ class PackedRows:
             np.where(real_BT, positions_BT, 0).astype(np.int32),
         )
 
-    def _tokens(self, doc_BT: np.ndarray, offset_BT: np.ndarray, where_BT: np.ndarray) -> np.ndarray:
-        """Tokens of wrapped documents (bos, text, eos) where `where_BT`, padding elsewhere."""
+    def _tokens(self, doc: np.ndarray, offset: np.ndarray, where: np.ndarray) -> np.ndarray:
+        """Tokens of wrapped documents (bos, text, eos) at `offset` where `where`, padding elsewhere; any one shape."""
         bos = self._tokenizer.add_bos
-        out_BT = np.full(doc_BT.shape, self._tokenizer.pad_id, np.int32)
-        out_BT[where_BT & (offset_BT == self._length_D[doc_BT] - 1)] = self._tokenizer.eos_id
+        out = np.full(doc.shape, self._tokenizer.pad_id, np.int32)
+        last = self._length_D[doc] - 1
+        out[where & (offset == last)] = self._tokenizer.eos_id
         if bos:
-            out_BT[where_BT & (offset_BT == 0)] = self._tokenizer.bos_id
-        text_BT = where_BT & (offset_BT >= bos) & (offset_BT < self._length_D[doc_BT] - 1)
-        out_BT[text_BT] = self._corpus.gather(doc_BT[text_BT], offset_BT[text_BT] - bos)
-        return out_BT
+            out[where & (offset == 0)] = self._tokenizer.bos_id
+        text = where & (offset >= bos) & (offset < last)
+        out[text] = self._corpus.gather(doc[text], offset[text] - bos)
+        return out
 
     def _epoch(self, epoch: int) -> tuple[Layout, np.ndarray | None]:
         """The line of an epoch and, where rows are shuffled instead of documents, the order of its rows."""

@@ -9,6 +9,7 @@ from etils import epath
 from llmctl.data import SourceConfig, datasets, files
 from llmctl.data.paths import resolve
 from llmctl.data.source import Chain, Source
+from llmctl.errors import RequestError
 
 
 def _each(read: Callable[[epath.Path, SourceConfig], Source]) -> Callable[[SourceConfig], Source]:
@@ -32,4 +33,6 @@ def open_source(cfg: SourceConfig) -> Source:
     Raises:
         RequestError: missing data, data that is not what `source` says.
     """
+    if cfg.source == "prepared":
+        raise RequestError(f"{cfg.path}: prepared data holds tokens, and this needs the text; name the raw source")
     return SOURCES[cfg.source](cfg)

@@ -62,8 +62,6 @@ class Examples:
     """Which source of a mixture each row is from."""
     classes: tuple[str, ...]
     """Label values by class index; empty for numbers and where there are no labels."""
-    weights: tuple[float, ...]
-    """Mixture weights of the sources."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -85,17 +83,16 @@ class Examples:
         """These rows, in this order."""
         return Examples(
             self.source, self.columns, self.index[which], self.fraction[which], self.digests[which],
-            None if self.labels is None else self.labels[which], self.part[which], self.classes, self.weights,
+            None if self.labels is None else self.labels[which], self.part[which], self.classes,
         )  # fmt: skip
 
     def sample(self, n: int) -> Examples:
         """At most n rows, chosen by their hash: representative of a sorted file, and the same in every run."""
         return self if n >= len(self) else self.take(np.sort(np.argsort(self.fraction, kind="stable")[:n]))
 
-    def parts(self) -> list[tuple[float, Examples]]:
-        """(weight, rows) of every source of the mixture that has rows here."""
-        split = [(w, self.take(np.flatnonzero(self.part == p))) for p, w in enumerate(self.weights)]
-        return [(w, part) for w, part in split if len(part)]
+    def parts(self) -> list[tuple[int, Examples]]:
+        """(number, rows) of every source of the mixture that has rows here."""
+        return [(int(p), self.take(np.flatnonzero(self.part == p))) for p in np.unique(self.part)]
 
     def texts(self, column: str = "text") -> Iterator[str]:
         """One column.
@@ -207,7 +204,6 @@ def load(cfg: DataConfig) -> Splits:
     everything = Examples(
         Chain(views), columns, np.array(kept, np.int64), np.array(fractions),
         np.frombuffer(b"".join(digests), "V16"), labels_N, np.array(part_of, np.int32), classes,
-        tuple(p.weight for p in cfg.parts()),
     )  # fmt: skip
     f_N = everything.fraction
     # test comes first, so that another validation fraction leaves it as it is

@@ -111,7 +111,7 @@ def test_a_mixture_keeps_its_parts(tmp_path, sentences):
     found = splits.load(DataConfig(mixture=sources))
     assert found.duplicates == 50
     parts = found["train"].parts()
-    assert [w for w, _ in parts] == [3, 1]
+    assert [p for p, _ in parts] == [0, 1]
     assert sum(len(p) for _, p in parts) == len(found["train"])
     assert set(parts[0][1].texts()) <= set(sentences[:100])
     assert set(parts[1][1].texts()) <= set(sentences[100:200])

@@ -1,0 +1,143 @@
+"""Text for language models: from a data config, raw or prepared, one source or many, to rows of a split."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from llmctl.data import DataConfig, Packing, TokenizerConfig, prepared, splits
+from llmctl.data import tokenizer as tokenizers
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.corpus import Documents, cached
+from llmctl.data.mixing import MixedRows
+from llmctl.data.packing import PackedRows
+from llmctl.errors import RequestError
+
+
+class Text:
+    """The text that a data config names. Raw text is read when first needed; prepared text is tokens already."""
+
+    def __init__(self, cfg: DataConfig):
+        """Raises RequestError where prepared and raw sources are mixed, or the prepared ones are missing or differ."""
+        self._cfg = cfg
+        kinds = {part.source == "prepared" for part in cfg.parts()}
+        if len(kinds) > 1:
+            raise RequestError("a mixture is of prepared sources or of raw ones; prepare the others as well")
+        self._prepared = [prepared.read(part.path) for part in cfg.parts()] if kinds == {True} else []
+        if len({found.tokenizer for _, found in self._prepared}) > 1:
+            raise RequestError("the sources of the mixture were prepared with different tokenizers")
+
+    @functools.cached_property
+    def splits(self) -> splits.Splits:
+        """The raw text, split."""
+        return splits.load(self._cfg)
+
+    def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:
+        """The tokenizer of prepared text; of raw text the one that `cfg` says, trained on the train split.
+
+        Raises:
+            RequestError: as `tokenizer.obtain`; `cfg.path` is not the tokenizer of the prepared text.
+        """
+        if not self._prepared:
+            return tokenizers.obtain(self.splits["train"].texts(), cfg)
+        where, found = self._prepared[0]
+        own = tokenizers.load(where / "tokenizer", tokenizers.BOS[cfg.bos])
+        if cfg.path:
+            prepared.check(found, tokenizers.obtain((), cfg), str(where))
+        return own
+
+    def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
+        """(weight, epochs, documents) of every source that has text in the split.
+
+        Args:
+            split: train, validation or test.
+            tokenizer: the model's.
+            cache: folder where raw text is kept tokenized.
+
+        Raises:
+            RequestError: the split is empty, or was prepared with another tokenizer.
+        """
+        if not self._prepared:
+            parts = self._cfg.parts()
+            found = []
+            for p, examples in self.splits[split].parts():
+                held = cached(cache / f"{split}-{p}", examples.texts(), examples.digest, tokenizer)
+                found.append((parts[p].weight, parts[p].epochs, held))
+            return found
+        found = []
+        several = len(self._prepared) > 1
+        for part, (where, said) in zip(self._cfg.parts(), self._prepared, strict=True):
+            prepared.check(said, tokenizer, str(where))
+            inner = said.splits.get(split, [])
+            whole = sum(i.weight for i in inner)
+            for i in inner:
+                # of several prepared mixtures each keeps its own shares inside its share
+                weight = part.weight * i.weight / whole if several else i.weight
+                found.append((weight, part.epochs or i.epochs, prepared.Shards(where, i, said.dtype)))
+        if not found:
+            raise RequestError(f"{self._cfg.title}: nothing was prepared for the {split} split")
+        return found
+
+    def rows(
+        self,
+        split: str,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        cache: Path,
+        *,
+        seed: int = 0,
+        packing: Packing = "segments",
+        shuffle: bool = True,
+        needed: int = 0,
+    ) -> PackedRows | MixedRows:
+        """Rows of a split: shuffled in the shares of the mixture, or (`shuffle=False`) every document once, in order.
+
+        Args:
+            split: train, validation or test.
+            tokenizer: the model's.
+            seq_len: tokens a row.
+            cache: folder where raw text is kept tokenized.
+            seed: of the order.
+            packing: how documents share rows.
+            shuffle: for training.
+            needed: rows that will be read; more than the sources' epochs hold is an error now, not at the end.
+
+        Raises:
+            RequestError: as `documents`; too few tokens for a row, or too few epochs for `needed`.
+        """
+        found = self.documents(split, tokenizer, cache)
+
+        def packed(documents: Documents) -> PackedRows:
+            return PackedRows(documents, tokenizer, seq_len, seed=seed, packing=packing, shuffle=shuffle)
+
+        if not shuffle:
+            return packed(Joined([d for _, _, d in found]) if len(found) > 1 else found[0][2])
+        if len(found) == 1 and not found[0][1]:
+            return packed(found[0][2])
+        rows = MixedRows([packed(d) for *_, d in found], [w for w, *_ in found], [e for _, e, _ in found], seed)
+        if rows.total is not None and needed > rows.total:
+            raise RequestError(
+                f"{needed} rows are to be read and the sources' epochs hold {rows.total}: more epochs (0 is endless), "
+                "or fewer steps"
+            )
+        return rows
+
+
+class Joined:
+    """Documents of several sources, one after the other (a `corpus.Documents`)."""
+
+    def __init__(self, parts: list[Documents]):
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(p.lengths) for p in parts)])
+        self.lengths = np.concatenate([p.lengths for p in parts])
+
+    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
+        """Token at `offset` of each `doc`, int32 [N]."""
+        part_N = np.searchsorted(self._starts, doc_N, "right") - 1
+        tokens_N = np.empty(len(doc_N), np.int32)
+        for p in np.unique(part_N):
+            here_N = part_N == p
+            tokens_N[here_N] = self._parts[p].gather(doc_N[here_N] - self._starts[p], offset_N[here_N])
+        return tokens_N

@@ -1,0 +1,224 @@
+"""Preparing: tokenize a corpus once, in parallel processes, into shards that training reads like the raw text.
+
+The documents of each split and source are cut into shards by their number alone; each shard is written by one process,
+whichever is free. So the result is the same for any number of workers, and a preparation that was stopped goes on with
+the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.config import keyed
+from llmctl.data import DataConfig, TokenizerConfig, splits
+from llmctl.data import tokenizer as tokenizers
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, read
+from llmctl.data.source import Chain
+from llmctl.data.views import View
+from llmctl.errors import Interrupted, RequestError
+
+Progress = Callable[[int, int], None]
+"""Is told how many documents are done, and of how many."""
+
+MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
+"""A source of a split has at most so many shards, and a shard at least so many documents (but for the last)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write."""
+
+    name: str
+    """File name without suffix."""
+    index: np.ndarray
+    """Rows of the source."""
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    out: Path,
+    workers: int = 1,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Prepared:
+    """Writes the folder `out` (`llmctl.data.prepared` says what is in it) and returns its description.
+
+    The work grows in `out` with the suffix `.partial` and is renamed when it is whole.
+
+    Raises:
+        RequestError: bad data or tokenizer; `out` holds something else.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    if any(part.source == "prepared" for part in data.parts()):
+        raise RequestError("the data is prepared already")
+    text = splits.load(data)
+    if "text" not in text["train"].columns:
+        raise RequestError("prepare takes text for language modelling: map data.columns.text")
+    key = _key(data, tokenizer, text)
+    if (out / DESCRIPTION).exists() and (found := read(str(out))[1]).key == key:
+        say(f"{out}: up to date, skipped")
+        return found
+    if out.exists() and any(out.iterdir()):
+        raise RequestError(f"{out}: is there already, with something else; move it away or choose another folder")
+    work = out.with_name(out.name + ".partial")
+    words = _begin(work, key, tokenizer, text, say)
+    dtype = "<u2" if words.vocab_size <= 2**16 else "<u4"
+    plan = {split: list(_jobs(split, examples)) for split, examples in text.examples.items()}
+    _write(data, work, [job for parts in plan.values() for _, jobs in parts for job in jobs], dtype, workers, progress)
+    described = Prepared(
+        format=FORMAT,
+        key=key,
+        tokenizer=words.digest,
+        dtype=dtype,
+        data=keyed(data),
+        splits={split: [_part(work, data, p, split, jobs) for p, jobs in parts] for split, parts in plan.items()},
+    )
+    for scrap in (*work.glob("*.shard.json"), *work.glob("*.shard.npy"), work / "key"):
+        scrap.unlink()
+    (work / DESCRIPTION).write_text(described.model_dump_json(indent=1) + "\n")
+    if out.exists():
+        out.rmdir()
+    work.rename(out)
+    return described
+
+
+def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> str:
+    files = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in tokenizer.inputs()]
+    digests = {name: examples.digest for name, examples in text.examples.items()}
+    decides = [FORMAT, keyed(data), keyed(tokenizer), files, digests]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
+    """The work folder with its tokenizer; what an earlier call of the same key left there is kept."""
+    note = work / "key"
+    if work.exists() and not (note.exists() and note.read_text() == key):
+        say(f"{work}: left by other settings, discarded")
+        shutil.rmtree(work)
+    if not work.exists():
+        words = tokenizers.obtain(text["train"].texts(), cfg)
+        words.save(work / "tokenizer")
+        note.write_text(key)  # last: with it the tokenizer is whole
+    return tokenizers.load(work / "tokenizer")
+
+
+def _jobs(split: str, examples: splits.Examples) -> Iterator[tuple[int, list[Job]]]:
+    """(number of the source, its shards) of a split."""
+    for p, part in examples.parts():
+        size = max(LEAST_DOCUMENTS, -(-len(part) // MOST_SHARDS))
+        cuts = range(0, len(part), size)
+        yield p, [Job(f"{split}-{p}-{k:05}-of-{len(cuts):05}", part.index[at : at + size]) for k, at in enumerate(cuts)]
+
+
+def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> Part:
+    lengths = f"{split}-{p}.lengths.npy"
+    np.save(work / lengths, np.concatenate([np.load(_lengths(work, job), allow_pickle=False) for job in jobs]))
+    source = data.parts()[p]
+    shards = [Shard.model_validate_json(_note(work, job).read_text()) for job in jobs]
+    return Part(title=source.title, weight=source.weight, epochs=source.epochs, lengths=lengths, shards=shards)
+
+
+def _write(data: DataConfig, work: Path, jobs: list[Job], dtype: str, workers: int, progress: Progress) -> None:
+    """Writes the shards that are not there yet."""
+    missing = [job for job in jobs if not _note(work, job).exists()]
+    total = sum(len(job.index) for job in jobs)
+    done = total - sum(len(job.index) for job in missing)
+    progress(done, total)
+    if workers == 1 or len(missing) < 2:
+        writer = Writer(data, work, dtype)
+        for job in missing:
+            writer(job)
+            progress(done := done + len(job.index), total)
+        return
+    # spawned, not forked: the parent has threads
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(missing)), context, _start, (data, work, dtype)) as pool:
+        try:
+            for future in as_completed([pool.submit(_run, job) for job in missing]):
+                progress(done := done + future.result(), total)
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("interrupted; the same command goes on with the shards that are missing") from None
+            raise
+
+
+class Writer:
+    """What a worker holds: the source, opened once, and the tokenizer."""
+
+    def __init__(self, data: DataConfig, work: Path, dtype: str):
+        self._source = Chain([View(part) for part in data.parts()])
+        self._tokenizer = tokenizers.load(work / "tokenizer")
+        self._work, self._dtype = work, dtype
+
+    def __call__(self, job: Job) -> int:
+        """Writes one shard, its lengths and then its note, which says that it is whole; the number of documents."""
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        file = self._work / f"{job.name}.arrayrecord"
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        lengths = []
+        for i in job.index:
+            ids = np.array(self._tokenizer.encode(self._source[int(i)]["text"]), self._dtype)
+            writer.write(ids.tobytes())
+            lengths.append(len(ids))
+        writer.close()
+        np.save(_lengths(self._work, job), np.array(lengths, np.int32), allow_pickle=False)
+        content = file.read_bytes()
+        shard = Shard(
+            file=file.name,
+            documents=len(lengths),
+            tokens=sum(lengths),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        draft = _note(self._work, job).with_suffix(".tmp")
+        draft.write_text(shard.model_dump_json())
+        draft.rename(_note(self._work, job))
+        return len(lengths)
+
+
+def _note(work: Path, job: Job) -> Path:
+    return work / f"{job.name}.shard.json"
+
+
+def _lengths(work: Path, job: Job) -> Path:
+    return work / f"{job.name}.shard.npy"
+
+
+_writer: Any = None
+"""The writer of this worker process."""
+
+
+def _start(data: DataConfig, work: Path, dtype: str) -> None:
+    global _writer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _writer = Writer(data, work, dtype)
+
+
+def _follow_parent() -> None:
+    """A parent that is killed leaves its workers waiting for work for ever; so end with it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(job: Job) -> int:
+    return _writer(job)

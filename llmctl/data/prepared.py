@@ -1,0 +1,141 @@
+"""Prepared data: a corpus that `llmctl prepare` tokenized, in ArrayRecord shards with a description.
+
+prepared.json     what is there: tokenizer digest, splits, sources, shards with counts and checksums
+tokenizer/        the tokenizer
+*.arrayrecord     one record a document: its ids as little-endian integers
+*.lengths.npy     tokens of each document
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import numpy as np
+from etils import epath
+from pydantic import BaseModel, ValidationError
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.paths import folder, is_local
+from llmctl.errors import RequestError
+
+DESCRIPTION = "prepared.json"
+FORMAT = 1
+
+
+class Shard(BaseModel):
+    """One ArrayRecord file."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class Part(BaseModel):
+    """The documents of one source in one split, in order."""
+
+    title: str
+    weight: float
+    epochs: float
+    lengths: str
+    """File with the tokens of each document."""
+    shards: list[Shard]
+
+
+class Prepared(BaseModel):
+    """What `prepared.json` says."""
+
+    format: int
+    key: str
+    """sha256 of all that decides the content."""
+    tokenizer: str
+    """Digest of the tokenizer."""
+    dtype: str
+    """Type of the ids in a record, such as `<u2`."""
+    data: dict[str, Any]
+    """The data config that was prepared."""
+    splits: dict[str, list[Part]]
+
+    def documents(self, split: str) -> int:
+        """Documents of a split."""
+        return sum(s.documents for part in self.splits[split] for s in part.shards)
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split, without begin and end of sequence."""
+        return sum(s.tokens for part in self.splits[split] for s in part.shards)
+
+
+def read(path: str) -> tuple[epath.Path, Prepared]:
+    """Folder and description of prepared data.
+
+    Raises:
+        RequestError: nothing prepared there, damaged, or of a later format.
+    """
+    where = folder(path)
+    if not (where / DESCRIPTION).exists():
+        raise RequestError(f"{path}: no prepared data there (no {DESCRIPTION}); llmctl prepare makes it")
+    try:
+        found = Prepared.model_validate_json((where / DESCRIPTION).read_text())
+    except ValidationError:
+        raise RequestError(f"{where / DESCRIPTION}: damaged; prepare the data again") from None
+    if found.format > FORMAT:
+        raise RequestError(f"{path}: prepared by a newer llmctl (format {found.format}, this one reads {FORMAT})")
+    return where, found
+
+
+class Shards:
+    """Documents in ArrayRecord shards, read by random access (a `corpus.Documents`)."""
+
+    def __init__(self, where: epath.Path, part: Part, dtype: str):
+        """Raises RequestError if a shard is missing or has another size than when it was written."""
+        self._files = [where / s.file for s in part.shards]
+        for file, shard in zip(self._files, part.shards, strict=True):
+            if not file.exists() or file.stat().length != shard.bytes:
+                raise RequestError(f"{file}: missing or damaged; prepare the data again")
+        with (where / part.lengths).open("rb") as stream:
+            self._lengths = np.load(stream, allow_pickle=False).astype(np.int64)
+        self._ends = list(itertools.accumulate(s.documents for s in part.shards))
+        self._dtype = dtype
+        if len(self._lengths) != self._ends[-1]:
+            raise RequestError(f"{where / part.lengths}: damaged; prepare the data again")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        return self._lengths
+
+    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
+        """Token at `offset` of each `doc`, int32 [N]; each document is read once."""
+        if not len(doc_N):
+            return np.zeros(0, np.int32)
+        unique, which_N = np.unique(doc_N, return_inverse=True)
+        documents = self._read([int(d) for d in unique])
+        starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
+        return np.concatenate(documents)[starts[which_N] + offset_N].astype(np.int32)
+
+    def _read(self, docs: list[int]) -> list[np.ndarray]:
+        # a thread a shard pays for remote files only; ours are the pipeline's threads
+        records = [self._data[d] for d in docs] if is_local(self._files[0]) else self._data.__getitems__(docs)
+        documents = [np.frombuffer(r, self._dtype) for r in records]
+        for d, document in zip(docs, documents, strict=True):
+            if len(document) != self._lengths[d]:
+                raise RequestError(f"{self._files[0].parent}: document {d} is damaged; prepare the data again")
+        return documents
+
+    @functools.cached_property
+    def _data(self) -> Any:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        return ArrayRecordDataSource([str(file) for file in self._files])
+
+
+def check(found: Prepared, tokenizer: Tokenizer, path: str) -> None:
+    """Raises RequestError if the data was prepared with another tokenizer."""
+    if found.tokenizer != tokenizer.digest:
+        raise RequestError(
+            f"{path}: prepared with another tokenizer ({found.tokenizer[:12]}) than the model's "
+            f"({tokenizer.digest[:12]}); prepare it with tokenizer.path = the model's tokenizer"
+        )
