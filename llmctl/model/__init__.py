@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from llmctl.config import Config, hint
 
-SHARED = {"decode", "sampling", "heads", "hf", "layers", "transformer", "attention", "calls", "loss", "names", "cost"}
+SHARED = {"decode", "sampling", "heads", "hf", "layers", "transformer", "attention", "softmax", "calls", "loss", "names", "cost"}
 """Files of this folder that are not families."""
 
 

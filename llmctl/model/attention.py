@@ -16,10 +16,7 @@ import jax.numpy as jnp
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
-
-MASKED = -1e30
-"""Score of a pair that may not attend; finite, so that a row with nothing to see (padding) stays finite."""
-
+from llmctl.model.softmax import attend
 
 class Shared(NamedTuple):
     """What all layers of a stack read; `local_*` serve layers with a window. Absent parts are None."""
@@ -80,38 +77,6 @@ def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
     if cfg.window_every == 1:
         return jnp.ones(layers, bool)
     return (jnp.arange(layers) + 1) % cfg.window_every != 0
-
-
-def attend(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    mask_BTS: jax.Array,
-    bias_HTS: jax.Array | None,
-    cfg: ModelConfig,
-) -> jax.Array:
-    """Softmax attention in plain XLA, scores and softmax in float32 -> [B, T, H, K].
-
-    The query heads of one key head are folded into its rows, so both products are batched matrix products over (B, G).
-    """
-    B, T, H, K = q_BTHK.shape
-    G = k_BSGK.shape[2]
-    R = H // G
-    scale = cfg.attn_scale or K**-0.5
-    q_BGNK = q_BTHK.reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4).reshape(B, G, R * T, K)
-    k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
-    scores = jnp.einsum(
-        "bgnk,bgsk->bgns", q_BGNK * jnp.asarray(scale, q_BTHK.dtype), k_BGSK, preferred_element_type=jnp.float32
-    )
-    scores = scores.reshape(B, G, R, T, -1)
-    if cfg.attn_softcap:
-        scores = cfg.attn_softcap * jnp.tanh(scores / cfg.attn_softcap)
-    if bias_HTS is not None:
-        scores = scores + bias_HTS.reshape(1, G, R, T, -1)
-    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights_BGRTS = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
-    y_BGNK = jnp.einsum("bgns,bgsk->bgnk", weights_BGRTS.reshape(B, G, R * T, -1), v_BGSK)
-    return y_BGNK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
 class Attention(nn.Module):
