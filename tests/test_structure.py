@@ -22,7 +22,7 @@ LAYERS = (
     ("errors", "config", "settings", "weights", "menu", "console"),
     ("mesh", "data", "losses", "metrics"),
     ("model", "optim"),
-    ("tune", "compress", "evaluate", "artifact", "train", "checkpoints", "validation"),
+    ("tune", "compress", "evaluate", "artifact", "train", "checkpoints", "validation", "bridge", "generation"),
     ("stages",),
     ("recipe", "chain", "show", "doctor", "devices", "flags"),
     ("commands",),
