@@ -78,7 +78,8 @@ class Decoder:
         for b, prompt in enumerate(prompts):
             tokens_BT[b, T - len(prompt) :] = prompt
             segments_BT[b, T - len(prompt) :] = 1
-        ends_E = jnp.array(list(ends) or [NOTHING], jnp.int32)
+        # A few end tokens more or less must not compile anew. NOTHING marks rows that have ended already.
+        ends_E = jnp.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], jnp.int32)
         keys_B = row_keys(seed, len(prompts))
         slots = _round_up(T + max_new)
         state = self._prefill(self.rest, self.layers, tokens_BT, segments_BT, keys_B, ends_E, slots=slots, rules=rules)

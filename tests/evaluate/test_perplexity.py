@@ -16,7 +16,7 @@ DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [4, 9], [20], [3, 1, 4, 1,
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda w: w * 3, calls.init(MODEL, jax.random.key(0)))
+    return jax.tree.map(lambda w: w * 3, jax.jit(lambda key: calls.init(MODEL, key))(jax.random.key(0)))
 
 
 @jax.jit

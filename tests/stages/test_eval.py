@@ -41,9 +41,16 @@ def run_folder(data, tmp_path_factory):
     lm = ModelConfig(vocab_size=words.vocab_size, **SIZES)
     config = {"train": {"seq_len": 32}}
     common = {"key": "k", "tokenizer_dir": run / "words"}
-    base = artifact.save(run / "lm", calls.init(lm, jax.random.key(0)), lm, stage="pretrain", config=config, **common)
+    base = artifact.save(
+        run / "lm",
+        jax.jit(lambda key: calls.init(lm, key))(jax.random.key(0)),
+        lm,
+        stage="pretrain",
+        config=config,
+        **common,
+    )
     model = lm.model_copy(update={"head": "classify", "labels": 2})
-    params = calls.init(model, jax.random.key(1))
+    params = jax.jit(lambda key: calls.init(model, key))(jax.random.key(1))
     params["head"]["out"]["bias"] = jnp.array([0.0, 50.0])
     labels = ["neg", "pos"]
     trained = config | {"truncate": "head_tail"}
