@@ -136,7 +136,7 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
     }
     nodes = {name: weights.assemble(manifest.weights[name], arrays) for name, arrays in stored.items()}
     _check_shapes(path, nodes, weights.flatten(calls.abstract(manifest.model)))
-    shardings = weights.flatten(meshes.shard_params(calls.axes(manifest.model), weights.unflatten(nodes), mesh))
+    shardings = weights.flatten(calls.shardings(manifest.model, weights.unflatten(nodes), mesh))
     target = {
         name: {
             part: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)

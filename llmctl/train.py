@@ -75,7 +75,7 @@ class Job:
 
 def initialize(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh) -> Params:
     """Fresh parameters, each device computing its own part."""
-    shardings = meshes.shard_params(calls.axes(cfg), calls.abstract(cfg), mesh)
+    shardings = calls.shardings(cfg, calls.abstract(cfg), mesh)
     return jax.jit(partial(calls.init, cfg), out_shardings=shardings)(jax.random.key(seed))
 
 
@@ -119,7 +119,7 @@ def make_step(job: Job, train: TrainConfig, optim_config: OptimConfig, seed: int
         grads = {name: g.astype(jnp.float32) / weight for name, g in grads.items()}
         grads = optim.hold_zeros(old, grads, job.holds_zeros)
         grads = optim.freeze_layers(grads, job.frozen_layers)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(optim.clip(grads, norm, optim_config.clip), state["optimizer"], old)
         updates = optim.freeze_layers(updates, job.frozen_layers)
         new = optim.hold_zeros(old, optax.apply_updates(old, updates), job.holds_zeros)
@@ -144,7 +144,7 @@ def state_shardings(optimizer: Any, named: Params, mesh: jax.sharding.Mesh) -> S
     params = {name: a.sharding for name, a in named.items()}
     whole = meshes.replicated(mesh)
     shapes = jax.eval_shape(optimizer.init, named)
-    opt = optax.tree_map_params(optimizer, lambda _, s: s, shapes, params, transform_non_params=lambda _: whole)
+    opt = optax.tree_utils.tree_map_params(optimizer, lambda _, s: s, shapes, params, transform_non_params=lambda _: whole)
     return {"params": params, "optimizer": opt, "step": whole, "skipped": whole}
 
 

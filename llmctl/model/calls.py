@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llmctl import weights
+from llmctl.errors import RequestError
+from llmctl.mesh import shard_params
 from llmctl.model import ModelConfig
 from llmctl.model.attention import Shared, local_layers
 from llmctl.model.heads import TaskHead
@@ -65,6 +68,18 @@ def axes(cfg: ModelConfig) -> Params:
     """The logical axes of every parameter: a tuple of names for `llmctl.mesh.RULES`."""
     boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
+    """Where every array of `params` (abstract or not) lies on `mesh`.
+
+    Raises RequestError where the mesh does not divide the model; a head is never cut.
+    """
+    tensor = mesh.shape["tensor"]
+    for name, size in (("heads", cfg.heads), ("kv_heads", cfg.kv_heads)):
+        if size % tensor:
+            raise RequestError(f"model.{name}: {size} heads do not divide over mesh.tensor = {tensor}")
+    return shard_params(axes(cfg), params, mesh)
 
 
 def hidden(
@@ -155,7 +170,7 @@ def block(
 def cached_block(
     cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int, cache: Params, dtype: Any = jnp.float32
 ) -> tuple[Carry, Params]:
-    """One layer whose keys and values go into `cache` ({"attn": {"past_k", "past_v": [B, G, S, K]}}) -> (carry, cache).
+    """One layer whose keys and values go into `cache` ({"attn": {"past_k", "past_v"}}) -> (carry, cache).
 
     `carry` comes from `embed` of a batch with `slot` and `cached_segments`.
     """

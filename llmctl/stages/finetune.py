@@ -64,8 +64,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     import jax.numpy as jnp
 
     from llmctl import artifact, mesh, train, weights
-    from llmctl.data import splits, tokenizer
-    from llmctl.data.tasks import task_rows
+    from llmctl.data import tokenizer
+    from llmctl.data.language import Text
+    from llmctl.data.tasks import stage_rows
     from llmctl.model.loss import loss_of
     from llmctl.tune import lora
     from llmctl.validation import Validation
@@ -76,15 +77,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     base = artifact.load(parent, devices)
     _refuse_undoing(config, base)
     tokens = tokenizer.load(base.tokenizer_dir)
-    examples = splits.load(config.data)
-    labels = list(examples.classes) if config.task == "classify" else []
+    text = Text(config.data)
+    labels = list(text.classes) if config.task == "classify" else []
     model, params = _with_head(config, base, len(labels), devices)
     if config.freeze_layers > model.layers:
         raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
 
     def rows(split: str, shuffle: bool) -> Any:
-        return task_rows(
-            model.head, examples[split], tokens, config.train.seq_len,
+        return stage_rows(
+            model.head, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 
@@ -157,7 +158,6 @@ def _with_head(config: Config, base: Artifact, classes: int, devices: Any) -> tu
     """The parent's network under the task's head; a head that fits is kept, another is replaced by a fresh one."""
     import jax
 
-    from llmctl import mesh
     from llmctl.model import ModelConfig, calls
 
     cfg, params = base.model, dict(base.params)
@@ -175,6 +175,6 @@ def _with_head(config: Config, base: Artifact, classes: int, devices: Any) -> tu
         {**cfg.model_dump(), "head": "classify", "labels": classes, "pooling": config.pooling, "head_transform": False}
     )
     params.pop("lm_head", None)
-    shardings = mesh.shard_params(calls.axes(new), calls.abstract(new), devices)["head"]
+    shardings = calls.shardings(new, calls.abstract(new), devices)["head"]
     fresh = jax.jit(lambda key: calls.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
     return new, params | {"head": fresh}

@@ -125,7 +125,6 @@ def _structured(
     progress: Callable[[LayerReport], None],
 ) -> Pruned:
     """Layers first, then widths on what is left, so that heads and neurons are judged by the inputs they will see."""
-    from llmctl import mesh
     from llmctl.compress import shrink, structured
     from llmctl.model import calls
 
@@ -133,7 +132,7 @@ def _structured(
     target = shrink.target(
         model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by, multiple=config.multiple
     )
-    mesh.shard_params(calls.axes(target), calls.abstract(target), devices)  # refuses what the mesh cannot split
+    calls.shardings(target, calls.abstract(target), devices)  # refuses what the mesh cannot split
     shrink.check_cuttable(model, params, target)
     batches = _batches(config, base, devices)
     found: dict[str, Any] = {}

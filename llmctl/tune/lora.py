@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl import mesh as meshes
 from llmctl import weights
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
@@ -48,7 +47,7 @@ def attach(
     if missing := sorted(set(targets) - seen):
         raise RequestError(f"lora.targets: the model has no matrix {', '.join(missing)} in its blocks")
     tree = weights.unflatten(flat)
-    return jax.device_put(tree, meshes.shard_params(calls.axes(cfg), tree, mesh))
+    return jax.device_put(tree, calls.shardings(cfg, tree, mesh))
 
 
 def is_pair(name: str) -> bool:
