@@ -1,1 +1,1 @@
-"""Weights that come from elsewhere and go there: Hugging Face folders, GGUF files, adapters; and the proof that they fit."""
+"""Weights from and for elsewhere: Hugging Face folders, GGUF files, adapters; and the proof that they are the same."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from llmctl.bridge import mapping, safetensors
+from llmctl.bridge import compressed, mapping, names, safetensors
 from llmctl.bridge.tensors import Tensor, Tensors, listed
 from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, families, family
+from llmctl.model import ModelConfig, family
 from llmctl.model.names import Bridge, Fields, Head, Keys
 
 CONFIG = "config.json"
@@ -38,12 +38,6 @@ class Found:
     def nbytes(self) -> int:
         """Bytes of the tensors that will be read."""
         return sum(self.tensors[n].nbytes for n in self.wanted)
-
-
-def bridges() -> dict[str, tuple[str, Bridge]]:
-    """{their model_type: (our family, its bridge)}."""
-    found = {f: getattr(family(f), "BRIDGE", None) for f in families()}
-    return {b.model_type: (f, b) for f, b in found.items() if b}
 
 
 def read_json(path: Path) -> Fields:
@@ -78,12 +72,15 @@ def look(folder: Path, ignore: tuple[str, ...] = ()) -> Found:
 def understand(folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = ()) -> Found:
     """`look`, with the config and the tensors in hand."""
     where = folder / CONFIG
-    known = bridges()
+    known = names.bridges()
     if config.get("model_type") not in known:
         raise RequestError(
             f"{where}: model_type {config.get('model_type')!r} is not known; known: {', '.join(sorted(known))}"
         )
     name, bridge = known[config["model_type"]]
+    config = dict(config)
+    if quantized := config.pop("quantization_config", None):
+        tensors = compressed.unpack(str(where), quantized, tensors)
     key, head = _head(where, config, bridge)
     keys = Keys(config, frozenset(ignore))
     try:
@@ -123,13 +120,13 @@ def _model(where: Path, fields: Fields) -> ModelConfig:
 
 
 def _head(where: Path, config: Fields, bridge: Bridge) -> tuple[str, Head]:
-    names = config.get("architectures") or [bridge.heads["lm"].architecture]
-    if not isinstance(names, list) or len(names) != 1:
-        raise RequestError(f"{where}: architectures = {names!r} names no single class")
-    found = [(k, h) for k, h in bridge.heads.items() if h.architecture == names[0]]
+    said = config.get("architectures") or [bridge.heads["lm"].architecture]
+    if not isinstance(said, list) or len(said) != 1:
+        raise RequestError(f"{where}: architectures = {said!r} names no single class")
+    found = [(k, h) for k, h in bridge.heads.items() if h.architecture == said[0]]
     if not found:
         known = sorted({h.architecture for h in bridge.heads.values()})
-        raise RequestError(f"{where}: architecture {names[0]} is not known; known: {', '.join(known)}")
+        raise RequestError(f"{where}: architecture {said[0]} is not known; known: {', '.join(known)}")
     single = len(_labels(config)) == 1 or config.get("problem_type") == "regression"
     return next(((k, h) for k, h in found if k == "regress" and single), found[0])
 
@@ -197,20 +194,6 @@ def load(
 # --- out -------------------------------------------------------------------------------------------------------------
 
 
-def bridge_of(model: ModelConfig) -> tuple[Bridge, Head]:
-    """The bridge and the head of a model. Raises RequestError where the other side has no such thing."""
-    bridge: Bridge | None = getattr(family(model.family), "BRIDGE", None)
-    if bridge is None:
-        known = sorted(f for f, _ in bridges().values())
-        raise RequestError(
-            f"family {model.family!r} has no counterpart to export to; those that have: {', '.join(known)}"
-        )
-    head = bridge.heads.get(mapping.head_of(model))
-    if head is None:
-        raise RequestError(f"{bridge.model_type} models have no head {model.head!r} to export to")
-    return bridge, head
-
-
 def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str) -> Fields:
     """The config.json of a model.
 
@@ -223,7 +206,7 @@ def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str)
     Raises:
       RequestError: the family's format cannot express this config.
     """
-    bridge, head = bridge_of(model)
+    bridge, head = names.of(model)
     needed = dict(head.fields)
     if model.head == "embed":  # the pooler may be left out, and pooling is not in this file
         needed.pop("pooler", None)
@@ -233,8 +216,8 @@ def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str)
     fields = {"architectures": [head.architecture], "model_type": bridge.model_type, **tokens, "dtype": dtype}
     fields |= {"torch_dtype": dtype, **bridge.to_config(model)}
     if model.head in ("classify", "tokens"):
-        names = labels or [f"LABEL_{i}" for i in range(model.labels)]
-        fields |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        classes = labels or [f"LABEL_{i}" for i in range(model.labels)]
+        fields |= {"id2label": dict(enumerate(classes)), "label2id": {n: i for i, n in enumerate(classes)}}
     if model.head == "regress":
         fields |= {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
     return fields
@@ -242,7 +225,7 @@ def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str)
 
 def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a model under the names of the other side, none of them fetched yet."""
-    bridge, head = bridge_of(model)
+    bridge, head = names.of(model)
     return mapping.write(params, mapping.joints(model, bridge, head, bare=model.head == "embed"), dtype)
 
 

@@ -52,11 +52,6 @@ class Joint:
         return ours[::-1] if first.transposed else ours
 
 
-def head_of(cfg: ModelConfig) -> str:
-    """The key of a config's head in a bridge."""
-    return "lm+next_sentence" if cfg.next_sentence else cfg.head
-
-
 def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, Joint]:
     """Every tensor that the other side has for this config, by its name there.
 

@@ -1,4 +1,4 @@
-"""How a family's weights are called elsewhere: its name map, and its config read and written key by key. No arrays here.
+"""How a family's weights are called elsewhere: its name map, and its config read and written key by key. No arrays.
 
 A name map is a table {our path: their name}. "{}" in a name stands for the layer, which our arrays stack on axis 0.
 A matrix of ours is [in, out]; theirs is [out, in] unless the family says otherwise. "name#i" is the i-th of the parts
@@ -85,18 +85,7 @@ def _part(name: str, leaf: str) -> str:
 # --- configs ---------------------------------------------------------------------------------------------------------
 
 IRRELEVANT = frozenset(
-    """
-    architectures model_type dtype torch_dtype transformers_version use_cache initializer_range initializer_factor
-    initializer_cutoff_factor bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
-    unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id _name_or_path name_or_path
-    gradient_checkpointing return_dict output_attentions output_hidden_states output_past torchscript use_bfloat16
-    chunk_size_feed_forward attention_dropout attention_probs_dropout_prob attn_pdrop embd_pdrop classifier_dropout
-    classifier_dropout_prob problem_type task_specific_params pretraining_tp summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj reorder_and_upcast_attn _attn_implementation
-    attn_implementation cache_implementation id2label label2id num_labels finetuning_task tokenizer_class prefix
-    auto_map directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-    pooler_type
-    """.split()
+    ["architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "initializer_factor", "initializer_cutoff_factor", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "_name_or_path", "name_or_path", "gradient_checkpointing", "return_dict", "output_attentions", "output_hidden_states", "output_past", "torchscript", "use_bfloat16", "chunk_size_feed_forward", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "classifier_dropout", "classifier_dropout_prob", "problem_type", "task_specific_params", "pretraining_tp", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "reorder_and_upcast_attn", "_attn_implementation", "attn_implementation", "cache_implementation", "id2label", "label2id", "num_labels", "finetuning_task", "tokenizer_class", "prefix", "auto_map", "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"]
 )
 """Keys that change neither what a network computes nor the shapes of its weights (labels are read elsewhere)."""
 

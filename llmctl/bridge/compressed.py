@@ -1,0 +1,170 @@
+"""The compressed-tensors format: integers and scales of quantized linear layers, as vLLM and transformers read them.
+
+8 bits: weight [out, in] int8 and weight_scale [out, groups]. 4 bits: weight_packed [out, in / 8] int32 with eight
+offset nibbles an element, lowest first, weight_scale and weight_shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl import weights
+from llmctl.bridge import mapping
+from llmctl.bridge import names as bridge_names
+from llmctl.bridge.tensors import Tensor, Tensors, listed, of_array
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
+
+PER_WORD = 8
+"""4-bit values in an int32."""
+OFFSET = 8
+
+
+def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+    """The tensors with quantized linear layers as integers, and the quantization_config that says so.
+
+    Embeddings have no place in the format and stay dense, dequantized.
+
+    Raises:
+      RequestError: nothing is quantized, layers differ in bits or groups, or the family has no linear layers.
+    """
+    bridge, head = bridge_names.of(cfg)
+    if bridge.in_out:
+        raise RequestError(f"{bridge.model_type} models have no linear layers that compressed-tensors could hold")
+    flat = weights.flatten(params)
+    out, schemes, untouched = dict(dense), set(), []
+    for name, joint in mapping.joints(cfg, bridge, head, bare=cfg.head == "embed").items():
+        slot = joint.slots[0]
+        if not slot.transposed:
+            continue
+        module, w = name.removesuffix(".weight"), flat[slot.path]
+        if not isinstance(w, weights.Quantized):
+            untouched.append(module)
+            continue
+        bits = 4 if w.array.qvalue.dtype == jnp.int4 else 8
+        groups = w.array.scale.shape[-2]
+        inputs = slot.shape[0]
+        schemes.add((bits, 0 if groups == 1 else inputs // groups, w.activations))
+        del out[name]
+        out |= _layer(module, w, slot, bits)
+    if not schemes:
+        raise RequestError("no linear layer is quantized; export --to hf writes it as it is")
+    if len(schemes) > 1:
+        raise RequestError(f"linear layers differ in bits, groups or activations ({listed(map(str, sorted(schemes)))})")
+    return out, _config(*schemes.pop(), untouched)
+
+
+def _layer(module: str, w: weights.Quantized, slot: mapping.Slot, bits: int) -> dict[str, Tensor]:
+    inputs, outputs = slot.shape
+    groups = w.array.scale.shape[-2]
+
+    def part(a: jax.Array) -> np.ndarray:
+        return np.asarray(a if slot.layer < 0 else a[slot.layer]).T
+
+    scale = Tensor((outputs, groups), np.dtype(w.array.scale.dtype), lambda: part(w.array.scale))
+    if bits == 8:
+        values = Tensor((outputs, inputs), np.dtype(np.int8), lambda: part(w.array.qvalue))
+        return {f"{module}.weight": values, f"{module}.weight_scale": scale}
+    words = -(-inputs // PER_WORD)
+    packed = Tensor((outputs, words), np.dtype(np.int32), lambda: nibbles(part(w.array.qvalue).astype(np.int8)))
+    return {
+        f"{module}.weight_packed": packed,
+        f"{module}.weight_scale": scale,
+        f"{module}.weight_shape": of_array(np.array([outputs, inputs], np.int64)),
+    }
+
+
+def nibbles(values: np.ndarray) -> np.ndarray:
+    """-8..7 [out, in] -> int32 [out, in / 8], padded with zeros of the packed kind."""
+    shifted = (values.astype(np.int32) + OFFSET).astype(np.uint32)
+    shifted = np.pad(shifted, ((0, 0), (0, -values.shape[1] % PER_WORD)))
+    shifted = shifted.reshape(len(values), -1, PER_WORD)
+    words = np.bitwise_or.reduce(shifted << (4 * np.arange(PER_WORD, dtype=np.uint32)), axis=2)
+    return words.astype(np.uint32).view(np.int32)
+
+
+def from_nibbles(words: np.ndarray, inputs: int) -> np.ndarray:
+    """Inverse of `nibbles`."""
+    parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> (4 * np.arange(PER_WORD, dtype=np.uint32))) & 15
+    return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - OFFSET).astype(np.int8)
+
+
+def _config(bits: int, group: int, activations: str, untouched: list[str]) -> dict[str, Any]:
+    common = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+    }
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
+    inputs = None
+    if activations:
+        inputs = common | {"num_bits": 8, "dynamic": True, "strategy": "token", "group_size": None, "observer": None}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": common | strategy | {"observer": "minmax", "observer_kwargs": {}},
+        "input_activations": inputs,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "pack-quantized" if bits == 4 else "int-quantized",
+        "config_groups": {"group_0": scheme},
+        "ignore": sorted(untouched),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors with the quantized layers dequantized when they are read.
+
+    Raises:
+      RequestError: another method, or a scheme that is not symmetric integers with scales.
+    """
+    try:
+        method, kind = settings["quant_method"], settings["format"]
+        schemes = [g["weights"] for g in settings["config_groups"].values()]
+        known = method == "compressed-tensors" and kind in ("pack-quantized", "int-quantized", "naive-quantized")
+        known = known and all(s["type"] == "int" and s.get("symmetric") and s["num_bits"] in (4, 8) for s in schemes)
+        known = known and not any(n.endswith(("_zero_point", "_g_idx")) for n in tensors)
+    except (KeyError, TypeError, AttributeError):
+        method, kind, known = str(settings)[:80], "", False
+    if not known:
+        raise RequestError(
+            f"{where}: quantized by {method} {kind}, which is not supported (symmetric int8 and int4 of "
+            "compressed-tensors are); import the model that it was made of"
+        )
+    out = {}
+    for name, t in tensors.items():
+        stem = re.sub(r"_(packed|scale|shape)$", "", name)
+        scale = tensors.get(f"{stem}_scale")
+        if name.endswith("_packed") and scale:
+            outputs, inputs = (int(n) for n in tensors[f"{stem}_shape"].read())
+            if t.shape != (outputs, -(-inputs // PER_WORD)):
+                raise RequestError(f"{where}: {name} contradicts {stem}_shape")
+            out[stem] = _dense((outputs, inputs), scale, lambda t=t, n=inputs: from_nibbles(t.read(), n))
+        elif name == stem and scale:
+            out[stem] = _dense(t.shape, scale, t.read)
+        elif name == stem:
+            out[name] = t
+    return out
+
+
+def _dense(shape: tuple[int, ...], scale: Tensor, read: Any) -> Tensor:
+    def fetch() -> np.ndarray:
+        s = np.asarray(scale.read(), np.float32)
+        values = np.asarray(read(), np.float32)
+        dense = values.reshape(shape[0], s.shape[1], -1) * s[..., None]
+        return dense.reshape(shape).astype(scale.dtype)
+
+    return Tensor(shape, scale.dtype, fetch)

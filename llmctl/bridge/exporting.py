@@ -1,0 +1,154 @@
+"""`export`: an artifact becomes files that others load; they are read back and must answer as the artifact does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from llmctl import artifact, weights
+from llmctl.bridge import compressed, gguf, mapping, parity, peft, safetensors, tensors, tokenizers
+from llmctl.bridge import folder as folders
+from llmctl.bridge.importing import bar, placer
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
+
+FORMATS = ("hf", "compressed-tensors", "peft", "gguf")
+
+SENTENCE = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
+
+
+def run(
+    source: Path,
+    out: Path,
+    *,
+    to: str = "hf",
+    dtype: str = "",
+    kind: str = "f16",
+    shard_bytes: int = folders.SHARD_BYTES,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Writes the artifact `source` to `out` and proves that what was written answers the same.
+
+    Args:
+      source: an artifact.
+      out: a new folder, or for GGUF a new file; appears whole or not at all.
+      to: "hf" (dense weights), "compressed-tensors" (a quantized artifact's integers), "peft" (a low-rank adapter) or
+        "gguf".
+      dtype: of the weights; as they are where empty (quantized weights: their scales' type).
+      kind: for GGUF: f32, f16, q8_0, q4_0 or q4_1.
+      shard_bytes: largest file of tensors.
+      say: hears one line about what is noteworthy.
+
+    Returns:
+      {"artifact", "digest", "format", "out", "files", "bytes", "parity"}; parity is the largest difference between the
+      artifact's answers and those of the weights read back.
+
+    Raises:
+      RequestError: the artifact has no counterpart in that format, or `out` is taken.
+      WorkError: what was written answers differently; it is removed.
+    """
+    if to not in FORMATS:
+        raise RequestError(f"--to {to}: not a known format; known: {', '.join(FORMATS)}")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
+    found = artifact.load(source)
+    with artifact.writing(out) as draft:
+        if to == "gguf":
+            delta = _gguf(found, draft / "model.gguf", kind)
+        elif to == "peft":
+            delta = peft.export(found, draft)
+        else:
+            delta = _folder(found, draft, to, dtype, shard_bytes, say)
+        files = sorted(p for p in draft.rglob("*") if p.is_file())
+        names, size = [str(p.relative_to(draft)) for p in files], sum(p.stat().st_size for p in files)
+    return {
+        "artifact": str(source),
+        "digest": found.manifest.digest,
+        "format": to,
+        "out": str(out),
+        "files": names,
+        "bytes": size,
+        "parity": delta,
+    }
+
+
+def _folder(
+    found: artifact.Artifact, draft: Path, to: str, dtype: str, shard_bytes: int, say: Callable[[str], None]
+) -> float:
+    cfg, params = found.model, found.params
+    kind = tensors.dtype(dtype) if dtype else None
+    tokens = tokenizers.hand_on(found.tokenizer_dir, draft) if found.tokenizer_dir.is_dir() else {}
+    if not tokens:
+        say(f"{found.path}: has no tokenizer; the folder has none")
+    theirs = folders.tensors_of(cfg, params, kind)
+    main = str((kind or next(t.dtype for n, t in theirs.items() if n.endswith("weight"))).name)
+    config = folders.config_of(cfg, found.manifest.labels, tokens, main)
+    if to == "compressed-tensors":
+        theirs, settings = compressed.pack(cfg, params, theirs)
+        config |= {"quantization_config": settings}
+    with bar("writing", safetensors.total(theirs.values())) as wrote:
+        folders.save(draft, config, theirs, shard_bytes, wrote)
+    if cfg.head == "embed":
+        sentence_transformer(cfg, draft)
+    again = folders.look(draft)
+    if again.model != cfg.model_copy(update={"preset": ""}):
+        odd = [k for k in type(cfg).model_fields if getattr(again.model, k) != getattr(cfg, k) and k not in FREE]
+        if odd:
+            raise RequestError(f"{found.path}: {', '.join(odd)} cannot be written in this format; nothing was written")
+    with bar("proving", again.nbytes) as wrote:
+        back = folders.load(again, placer(again.model), None, wrote)
+    batch = parity.probe(cfg)
+    ours = weights.unflatten(_cast(params, kind))
+    return parity.prove(str(found.path), parity.answers(again.model, back, batch), parity.answers(cfg, ours, batch))
+
+
+FREE = {
+    "preset",
+    "dropout",
+    "max_seq_len",
+    "pooling",
+    "labels",
+    "window_every",
+    "window_layers",
+    "head_bias",
+    "attn_scale",
+}
+"""Fields that a format may say in other words without changing what is computed; the answers prove it."""
+
+
+def _cast(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Every weight as it is meant to be written: a narrower type, where one is asked for, is not a difference.
+
+    Activations are not rounded here: that is for whoever runs the exported weights.
+    """
+    flat = weights.flatten(params)
+    if dtype is not None:
+        return {path: jnp.asarray(weights.dense(w), dtype) for path, w in flat.items()}
+    return {p: weights.Quantized(w.array) if isinstance(w, weights.Quantized) else w for p, w in flat.items()}
+
+
+def _gguf(found: artifact.Artifact, file: Path, kind: str) -> float:
+    gguf.write(found, file, kind)
+    again = gguf.look(file)
+    back = mapping.read(again.model, again.wanted, again.tensors, placer(again.model))
+    batch = parity.probe(found.model, min(16, found.model.window or 16))
+    return parity.prove(str(found.path), parity.answers(again.model, back, batch), gguf.expected(found, kind, batch))
+
+
+def sentence_transformer(cfg: ModelConfig, folder: Path) -> None:
+    """The files from which sentence-transformers knows how to pool and normalize."""
+    import json
+
+    modes = {flag: cfg.pooling == pooling for pooling, flag in SENTENCE.items()}
+    (folder / "1_Pooling").mkdir()
+    content = {"word_embedding_dimension": cfg.d_model, **modes}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")

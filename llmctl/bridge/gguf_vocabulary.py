@@ -1,0 +1,198 @@
+"""Vocabularies inside GGUF files: byte-level BPE as a tokenizer.json, SentencePiece as a tokenizer.model, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmctl.data import tokenizer as tokenizers
+from llmctl.data.abstract_tokenizer import DESCRIPTOR
+from llmctl.data.json_tokenizer import JsonTokenizer
+from llmctl.data.sentencepieces import SentencePieces
+from llmctl.errors import RequestError
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
+"""Kinds of tokens; SentencePiece's own numbers."""
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {"llama-bpe": CONTRACTIONS + r"\p{N}{1,3}" + REST, "qwen2": CONTRACTIONS + r"\p{N}" + REST}
+DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+WHOLE = ("gpt-2", "default")
+"""How text is cut before the merges, by the name that llama.cpp gives it."""
+
+SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+
+
+def read(file: Path, work: Path) -> Path:
+    """Writes the vocabulary of a GGUF file into `work` and returns that folder.
+
+    Raises:
+      RequestError: a kind of vocabulary that is not understood.
+    """
+    import gguf
+
+    fields = gguf.GGUFReader(file).fields
+
+    def get(key: str, default: Any = None) -> Any:
+        return fields[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in fields else default
+
+    work.mkdir(parents=True, exist_ok=True)
+    kind, tokens = get("model"), get("tokens", [])
+    kinds = get("token_type") or [NORMAL] * len(tokens)
+    if kind == "gpt2":
+        special = {name: tokens[i] for name, key in SPECIAL.items() if (i := get(key)) is not None}
+        made = _bpe(file, get("pre", "default"), tokens, kinds, get("merges", []))
+        words = JsonTokenizer(made, bool(get("add_bos_token", False)), special)
+        words.save(_epath(work))
+    elif kind == "llama":
+        SentencePieces(_sentencepiece(tokens, get("scores"), kinds, get), bool(get("add_bos_token", True))).save(
+            _epath(work)
+        )
+    else:
+        raise RequestError(f"{file}: a vocabulary of kind {kind!r} is not understood; --tokenizer names another one")
+    if "tokenizer.chat_template" in fields:
+        template = {"chat_template": fields["tokenizer.chat_template"].contents()}
+        (work / "tokenizer_config.json").write_text(json.dumps(template, indent=2) + "\n")
+    return work
+
+
+def _epath(path: Path) -> Any:
+    from etils import epath
+
+    return epath.Path(path)
+
+
+def _bpe(file: Path, pre: str, tokens: list[str], kinds: list[int], merges: list[str]) -> bytes:
+    byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if pre in SPLITS:
+        split = {"type": "Split", "pattern": {"Regex": SPLITS[pre]}, "behavior": "Isolated", "invert": False}
+        cut: list[dict[str, Any]] = [split, byte_level | {"use_regex": False}]
+    elif pre in DIGITS:
+        cut = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
+    elif pre in WHOLE:
+        cut = [byte_level | {"use_regex": True}]
+    else:
+        known = ", ".join(sorted([*SPLITS, *DIGITS, *WHOLE]))
+        raise RequestError(
+            f"{file}: text is cut as {pre!r}, which is not understood (known: {known}); --tokenizer names another one"
+        )
+    added = [
+        {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": kinds[i] == CONTROL}
+        for i, t in enumerate(tokens) if kinds[i] in (CONTROL, USER)
+    ]  # fmt: skip
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cut},
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges,
+        },
+    }  # fmt: skip
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _sentencepiece(tokens: list[str], scores: list[float] | None, kinds: list[int], get: Any) -> bytes:
+    from sentencepiece import sentencepiece_model_pb2 as pb  # pyright: ignore[reportAttributeAccessIssue]
+
+    model = pb.ModelProto()
+    for token, score, kind in zip(tokens, scores or [0.0] * len(tokens), kinds, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    spec = model.trainer_spec
+    spec.model_type = pb.TrainerSpec.BPE
+    spec.vocab_size, spec.byte_fallback = len(tokens), BYTE in kinds
+    for name, key in SPECIAL.items():
+        setattr(spec, f"{name}_id", get(key, -1))
+        if get(key) is not None:
+            setattr(spec, f"{name}_piece", tokens[get(key)])
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = bool(get("add_space_prefix", True))
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def write(writer: Any, folder: Path, rows: int) -> None:
+    """Adds an artifact's tokenizer to a GGUF writer, filled up to the `rows` of the model's table.
+
+    Raises:
+      RequestError: a tokenizer that GGUF has no kind for.
+    """
+    if not (folder / DESCRIPTOR).is_file():
+        return
+    words = tokenizers.load(folder)
+    if isinstance(words, JsonTokenizer):
+        tokens, kinds = _write_bpe(writer, words, str(folder))
+    elif isinstance(words, SentencePieces):
+        tokens, kinds = _write_sentencepiece(writer, words)
+    else:
+        raise RequestError(f"{folder}: GGUF has no kind for a tokenizer of kind {words.kind!r}")
+    filler = [f"[PAD{i}]" for i in range(len(tokens), rows)]
+    writer.add_token_list(tokens + filler)
+    writer.add_token_types(kinds + [UNUSED] * len(filler))
+    writer.add_bos_token_id(words.bos_id)
+    writer.add_eos_token_id(words.eos_id)
+    writer.add_pad_token_id(words.pad_id)
+    writer.add_unk_token_id(words.unk_id)
+    writer.add_add_bos_token(words.add_bos)
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+def _write_bpe(writer: Any, words: JsonTokenizer, where: str) -> tuple[list[str], list[int]]:
+    content = json.loads(words.model)
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise RequestError(f"{where}: GGUF export knows byte-level BPE and SentencePiece, not {model.get('type')}")
+    added = {a["id"]: a for a in content.get("added_tokens", [])}
+    named = {i: t for t, i in model["vocab"].items()} | {i: a["content"] for i, a in added.items()}
+    tokens = [named.get(i, f"[PAD{i}]") for i in range(words.vocab_size)]
+    kinds = [NORMAL if i in named else UNUSED for i in range(words.vocab_size)]
+    for i, a in added.items():
+        kinds[i] = CONTROL if a["special"] else USER
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre(content.get("pre_tokenizer"), where))
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    return tokens, kinds
+
+
+def _pre(cut: Any, where: str) -> str:
+    """llama.cpp's name for how a tokenizer.json cuts text."""
+    steps = (cut or {}).get("pretokenizers", [cut] if cut else [])
+    kinds = [s["type"] for s in steps]
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        pattern = steps[0]["pattern"].get("Regex")
+        found = next((name for name, regex in SPLITS.items() if regex == pattern), None)
+        if found:
+            return found
+    raise RequestError(f"{where}: llama.cpp has no name for how this tokenizer cuts text ({', '.join(kinds) or 'not'})")
+
+
+def _write_sentencepiece(writer: Any, words: SentencePieces) -> tuple[list[str], list[int]]:
+    from sentencepiece import sentencepiece_model_pb2 as pb  # pyright: ignore[reportAttributeAccessIssue]
+
+    model = pb.ModelProto.FromString(words.model)
+    unigram = model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM
+    writer.add_tokenizer_model("t5" if unigram else "llama")
+    writer.add_tokenizer_pre("default")
+    if unigram:
+        writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
+        writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
+    writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
+    writer.add_token_scores([p.score for p in model.pieces])
+    return [p.piece for p in model.pieces], [p.type for p in model.pieces]

@@ -1,0 +1,158 @@
+"""`import`: a model from elsewhere becomes an artifact, shown to be the same model where a reference is given."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llmctl import artifact, weights
+from llmctl import mesh as meshes
+from llmctl.bridge import folder as folders
+from llmctl.bridge import gguf, mapping, parity, peft, safetensors, tensors, tokenizers
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, calls
+from llmctl.settings import MeshConfig
+
+REFERENCE = "reference.safetensors"
+"""In the folder: {input_ids, logits} that the imported model must reproduce."""
+
+
+def run(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str = "",
+    tokenizer: Path | None = None,
+    reference: Path | None = None,
+    ignore: tuple[str, ...] = (),
+    name: str = "",
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Makes the artifact `out` of a Hugging Face folder or a GGUF file.
+
+    Everything is checked by headers before anything is read; parameters are read one at a time.
+
+    Args:
+      source: the folder, or the file.
+      out: the artifact's folder; appears whole or not at all.
+      dtype: of the parameters; as stored where empty (GGUF: float32).
+      tokenizer: a folder or file with another tokenizer than the source's.
+      reference: logits to reproduce; `reference.safetensors` of the folder by default, where it has one.
+      ignore: keys of config.json that are known not to matter.
+      name: of the artifact; the folder's by default.
+      say: hears one line about what is noteworthy.
+
+    Returns:
+      {"artifact", "family", "parameters", "bytes", "digest", "source", "tokenizer", "parity"}; parity is the largest
+      difference from the reference, or None.
+
+    Raises:
+      RequestError: whatever is wrong with the source, in one line; nothing is written then.
+    """
+    kind = tensors.dtype(dtype) if dtype else None
+    is_gguf = source.suffix == ".gguf"
+    found = gguf.look(source) if is_gguf else folders.look(source, ignore)
+    reference = reference or ((source / REFERENCE) if (source / REFERENCE).is_file() else None)
+    expected = {k: np.asarray(t.read()) for k, t in safetensors.read_file(reference).items()} if reference else None
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as work:
+        words = Path(work) / "tokenizer"
+        if is_gguf and not tokenizer:
+            tokenizer = gguf.tokenizer(source, Path(work) / "found")
+        brought = tokenizers.bring(tokenizer or source, words, found.model)
+        if brought is None:
+            say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
+        with bar("reading", found.nbytes) as wrote:
+            params = folders.load(found, placer(found.model), kind, wrote)
+        delta = None
+        if expected is not None:
+            delta = parity.against_reference(found.model, params, expected, str(reference))
+            say(f"{reference}: reproduced, largest difference {delta:.2g}")
+        manifest = artifact.save(
+            out,
+            params,
+            found.model,
+            stage="import",
+            key=_key(source, dtype),
+            config={"source": str(source), "dtype": dtype},
+            name=name,
+            labels=found.labels,
+            metrics={"import_parity": delta} if delta is not None else {},
+            tokenizer_dir=brought,
+        )
+    return _report(out, manifest, source, delta)
+
+
+def _report(out: Path, manifest: artifact.Manifest, source: Path, delta: float | None) -> dict[str, Any]:
+    return {
+        "artifact": str(out),
+        "family": manifest.family,
+        "parameters": manifest.parameters,
+        "bytes": manifest.bytes,
+        "digest": manifest.digest,
+        "source": str(source),
+        "tokenizer": manifest.tokenizer,
+        "parity": delta,
+    }
+
+
+def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
+    """Makes the artifact `out` of a base and an adapter in PEFT's format, its pairs unmerged.
+
+    Returns as `run` does.
+
+    Raises:
+      RequestError: an adapter that is not plain LoRA or does not fit the base.
+    """
+    found = artifact.load(base)
+    params = peft.load(found, source)
+    tree = jax.device_put(params, calls.shardings(found.model, params, meshes.make(MeshConfig())))
+    manifest = artifact.save(
+        out,
+        tree,
+        found.model,
+        stage="import",
+        key=hashlib.sha256(f"{_key(source, '')}:{found.manifest.key}".encode()).hexdigest(),
+        config={"source": str(source)},
+        parent=found.manifest,
+        labels=found.manifest.labels,
+        tokenizer_dir=found.tokenizer_dir if found.tokenizer_dir.is_dir() else None,
+    )
+    return _report(out, manifest, source, None)
+
+
+def placer(cfg: ModelConfig) -> mapping.Place:
+    """Puts parameters on the default mesh, each where the rules say."""
+    shardings = weights.flatten(calls.shardings(cfg, calls.abstract(cfg), meshes.make(MeshConfig())))
+    return lambda path, array: jax.device_put(array, shardings[path])
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of bytes on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def _key(source: Path, dtype: str) -> str:
+    """Equal for equal files: later stages are keyed by it."""
+    files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
+    total = hashlib.sha256(f"import:{dtype}\n".encode())
+    for file in files:
+        try:
+            with file.open("rb") as f:
+                total.update(f"{file.name}:{hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+        except OSError as e:
+            raise RequestError(f"{file}: cannot be read ({e.strerror})") from None
+    return total.hexdigest()

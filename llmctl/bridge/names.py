@@ -1,0 +1,27 @@
+"""Which bridge a model goes over, and which head it has there."""
+
+from __future__ import annotations
+
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, families, family
+from llmctl.model.names import Bridge, Head
+
+
+def bridges() -> dict[str, tuple[str, Bridge]]:
+    """{their model_type: (our family, its bridge)}."""
+    found = {f: getattr(family(f), "BRIDGE", None) for f in families()}
+    return {b.model_type: (f, b) for f, b in found.items() if b}
+
+
+def of(model: ModelConfig) -> tuple[Bridge, Head]:
+    """The bridge and the head of a model. Raises RequestError where the other side has no such thing."""
+    bridge: Bridge | None = getattr(family(model.family), "BRIDGE", None)
+    if bridge is None:
+        known = sorted(f for f, _ in bridges().values())
+        raise RequestError(
+            f"family {model.family!r} has no counterpart to export to; those that have: {', '.join(known)}"
+        )
+    head = bridge.heads.get("lm+next_sentence" if model.next_sentence else model.head)
+    if head is None:
+        raise RequestError(f"{bridge.model_type} models have no head {model.head!r} to export to")
+    return bridge, head

@@ -1,0 +1,204 @@
+"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors (arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl import weights
+from llmctl.artifact import Artifact
+from llmctl.bridge import folder as folders
+from llmctl.bridge import mapping, names, parity, safetensors
+from llmctl.bridge.tensors import Tensor, listed, of_array
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "use_dora": (False,), "lora_bias": (False,),
+    "layers_to_transform": (), "layers_pattern": (), "megatron_config": (), "trainable_token_indices": (),
+    "target_parameters": (), "layer_replication": (), "corda_config": (), "eva_config": (),
+    "alora_invocation_tokens": (),
+    "use_qalora": (False,), "ensure_weight_tying": (False,), "exclude_modules": (),
+}  # fmt: skip
+"""Settings that would mean another computation, and the values under which they do not."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """True for a folder with an adapter."""
+    return (folder / CONFIG).is_file()
+
+
+def _modules(cfg: ModelConfig) -> dict[str, mapping.Slot]:
+    """Their linear layers that one of our matrices is: module name -> our matrix."""
+    bridge, head = names.of(cfg)
+    found = mapping.joints(cfg, bridge, head, bare=cfg.head == "embed")
+    return {
+        n.removesuffix(".weight"): j.slots[0]
+        for n, j in found.items()
+        if j.slots[0].path.endswith("kernel") and len(j.slots) == 1 and n.endswith(".weight")
+    }
+
+
+def load(base: Artifact, folder: Path) -> dict[str, Any]:
+    """The base's parameters with the adapter's pairs around its matrices, and its trained heads.
+
+    Raises:
+      RequestError: not LoRA, or a variant that is not supported, or pairs that do not fit the base.
+    """
+    config = folders.read_json(folder / CONFIG)
+    odd = [f"{k} = {config[k]!r}" for k, ok in NEUTRAL.items() if config.get(k) not in (None, [], {}, *ok)]
+    if odd:
+        raise RequestError(f"{folder / CONFIG}: {listed(odd)}: only plain LoRA is supported")
+    stored = safetensors.read_file(folder / WEIGHTS)
+    flat = weights.flatten(base.params)
+    pairs: dict[str, dict[int, tuple[Tensor, Tensor, float]]] = {}
+    left = {n.removeprefix(PREFIX) for n in stored}
+    if missing := [n for n in stored if not n.startswith(PREFIX)]:
+        raise RequestError(f"{folder / WEIGHTS}: tensors that are not understood: {listed(missing)}")
+    for module, slot in _modules(base.model).items():
+        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        if a not in left or b not in left:
+            continue
+        left -= {a, b}
+        pair = stored[PREFIX + a], stored[PREFIX + b]
+        inputs, outputs = slot.shape
+        rank = pair[0].shape[0]
+        if pair[0].shape != (rank, inputs) or pair[1].shape != (outputs, rank):
+            raise RequestError(
+                f"{folder / WEIGHTS}: {a} is {list(pair[0].shape)} and its pair {list(pair[1].shape)}, which do not "
+                f"fit the base's matrix [{outputs}, {inputs}]"
+            )
+        pairs.setdefault(slot.path, {})[slot.layer] = (*pair, _scale(config, module, rank))
+    left -= _heads(base.model, stored, flat, left)
+    if left:
+        raise RequestError(f"{folder / WEIGHTS}: tensors that are not understood: {listed(sorted(left))}")
+    if not pairs:
+        raise RequestError(f"{folder / WEIGHTS}: holds no pair for this base")
+    for path, layers in pairs.items():
+        flat[path] = _pair(flat[path], path, layers)
+    return weights.unflatten(flat)
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = next(
+        (v for k, v in (config.get("alpha_pattern") or {}).items() if module == k or module.endswith(f".{k}")),
+        config.get("lora_alpha", rank),
+    )
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pair(w: Any, path: str, layers: dict[int, tuple[Tensor, Tensor, float]]) -> weights.LowRank:
+    if isinstance(w, weights.LowRank):
+        raise RequestError(f"{path}: the base has a low-rank pair already; merge it first")
+    scales = {s for _, _, s in layers.values()}
+    ranks = {a.shape[0] for a, _, _ in layers.values()}
+    stacked = set(layers) != {-1}
+    # Layers without a pair have one of zeros; differing scales go into b. The result is the same matrix.
+    scale, rank = (scales.pop() if len(scales) == 1 else 1.0), max(ranks)
+    shape = w.shape
+    a = np.zeros((*shape[:-1], rank), np.float32)
+    b = np.zeros((*shape[:-2], rank, shape[-1]), np.float32)
+    for layer, (theirs_a, theirs_b, s) in layers.items():
+        at = layer if stacked else ...
+        r = theirs_a.shape[0]
+        a[at][..., :r] = np.asarray(theirs_a.read(), np.float32).T
+        b[at][..., :r, :] = np.asarray(theirs_b.read(), np.float32).T * (s / scale)
+    return weights.LowRank(w, jnp.asarray(a), jnp.asarray(b), scale)
+
+
+def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
+    """Puts wholly trained heads into `flat`; returns the names used."""
+    _, head = names.of(cfg)
+    used = set()
+    for ours, theirs in head.names.items():
+        if theirs in left and ours in flat:
+            array = np.asarray(stored[PREFIX + theirs].read())
+            array = array.T if ours.endswith("kernel") else array
+            if array.shape != flat[ours].shape:
+                raise RequestError(f"{theirs} is {list(array.shape)}, the base's {list(flat[ours].shape)}")
+            flat[ours] = jnp.asarray(array).astype(flat[ours].dtype)
+            used.add(theirs)
+    return used
+
+
+def export(found: Artifact, folder: Path) -> float:
+    """Writes an artifact's low-rank pairs and returns the largest difference when they are read back.
+
+    Raises:
+      RequestError: it has no pairs, or pairs on matrices that have no module of their own on the other side.
+    """
+    cfg, flat = found.model, weights.flatten(found.params)
+    pairs = {p: w for p, w in flat.items() if isinstance(w, weights.LowRank)}
+    if not pairs:
+        raise RequestError(f"{found.path}: has no low-rank pairs; finetune with method = 'lora' and merge = false")
+    modules = {m: s for m, s in _modules(cfg).items() if s.path in pairs}
+    if homeless := sorted(pairs.keys() - {s.path for s in modules.values()}):
+        raise RequestError(f"{listed(homeless)}: shares a tensor with others there; merge the pairs and export --to hf")
+    out: dict[str, Tensor] = {}
+    for module, slot in modules.items():
+        w = pairs[slot.path]
+        one = w if slot.layer < 0 else jax.tree.map(lambda x, i=slot.layer: x[i], w)
+        out[f"{PREFIX}{module}.lora_A.weight"] = of_array(np.asarray(one.a, np.float32).T)
+        out[f"{PREFIX}{module}.lora_B.weight"] = of_array(np.asarray(one.b, np.float32).T)
+    saved = []
+    if cfg.head != "lm":  # a task head is trained beside the pairs
+        for ours, theirs in names.of(cfg)[1].names.items():
+            if ours in flat:
+                array = np.asarray(weights.dense(flat[ours]), np.float32)
+                out[PREFIX + theirs] = of_array(array.T if ours.endswith("kernel") else array)
+                saved.append(theirs.rpartition(".")[0])
+    settings = {m: (pairs[s.path].a.shape[-1], pairs[s.path].scale) for m, s in modules.items()}
+    (folder / CONFIG).write_text(
+        json.dumps(_config(cfg, settings, sorted(set(saved))), indent=2, sort_keys=True) + "\n"
+    )
+    safetensors.write_file(folder / WEIGHTS, out)
+    bare = weights.unflatten({p: w.base if isinstance(w, weights.LowRank) else w for p, w in flat.items()})
+    back = load(Artifact(found.path, found.manifest, bare), folder)
+    batch = parity.probe(cfg)
+    return parity.prove(str(found.path), parity.answers(cfg, back, batch), parity.answers(cfg, found.params, batch))
+
+
+TASKS = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "regress": "SEQ_CLS", "tokens": "TOKEN_CLS", "span": "QUESTION_ANS"}
+
+
+def _config(cfg: ModelConfig, settings: dict[str, tuple[int, float]], saved: list[str]) -> dict[str, Any]:
+    (rank, scale), _ = Counter(settings.values()).most_common(1)[0]
+    leaves = {m.rpartition(".")[2] for m in settings}
+    every = {m for m in _modules(cfg) if m.rpartition(".")[2] in leaves}
+    odd = {m: s for m, s in settings.items() if s != (rank, scale)}
+    task = "SEQ_2_SEQ_LM" if cfg.encoder_layers else TASKS.get(cfg.head, "FEATURE_EXTRACTION")
+    if cfg.architecture == "encoder" and cfg.head == "lm":
+        task = "FEATURE_EXTRACTION"
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": "",
+        "r": rank,
+        "lora_alpha": _whole(scale * rank),
+        "rank_pattern": {m: r for m, (r, _) in odd.items()},
+        "alpha_pattern": {m: _whole(s * r) for m, (r, s) in odd.items()},
+        "target_modules": sorted(leaves) if every == set(settings) else sorted(settings),
+        "modules_to_save": saved or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _whole(x: float) -> float | int:
+    return round(x) if abs(x - round(x)) < 1e-9 else x

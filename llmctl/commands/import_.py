@@ -1,0 +1,52 @@
+"""`llmctl import`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A Hugging Face folder, a GGUF file, or a folder with a PEFT adapter.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The artifact to make.")],
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: float32, bfloat16 or float16; as stored by default.")
+    ] = "",
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The artifact that an adapter belongs to.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer (folder or file) from elsewhere.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Safetensors with input_ids and logits to reproduce; reference.safetensors by default."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A key of config.json that does not matter (repeatable).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make an artifact of a model from elsewhere; what is not understood is an error, and nothing is dropped."""
+    from llmctl import console
+    from llmctl.bridge import importing, peft
+    from llmctl.errors import RequestError
+
+    if source.is_dir() and peft.is_adapter(source):
+        if base is None:
+            raise RequestError(f"{source}: is an adapter; --base names the artifact that it belongs to")
+        made = importing.adapter(source, base, out)
+    elif base is not None:
+        raise RequestError(f"{source}: is not an adapter, so --base has no meaning")
+    else:
+        made = importing.run(
+            source,
+            out,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            reference=reference,
+            ignore=tuple(ignore or ()),
+            say=console.say,
+        )
+    if json:
+        console.result(made)
+    else:
+        console.show(f"{made['artifact']}: {made['family']}, {made['parameters']:,} parameters, {made['digest'][:12]}")
