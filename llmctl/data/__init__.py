@@ -45,11 +45,11 @@ class SourceConfig(Config):
     """Substrings replaced in every text column, in this order."""
     documents: Literal["file", "line", "paragraph"] = "file"
     """Source text: what one document is. Paragraphs are separated by blank lines."""
-    delimiter: str = Field(",", min_length=1, max_length=1)
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
     """Source csv: the character between fields."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Share of this source in the training rows of a mixture, relative to the other weights."""
-    epochs: float = Field(0.0, ge=0)
+    epochs: float = Field(default=0.0, ge=0)
     """How often training may read this source; then it is used up. 0 is endless."""
 
     @property
@@ -83,9 +83,9 @@ class DataConfig(SourceConfig):
     """Label values in the order of their class indices. Empty takes the distinct values, sorted."""
     label_type: Literal["class", "number"] = "class"
     """Labels are classes, or numbers for regression."""
-    validation: float = Field(0.02, ge=0, lt=1)
+    validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
-    test: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(default=0.1, ge=0, lt=1)
     """Fraction of the texts held out for the final measurement; no stage trains on it."""
     dedup: bool = True
     """Drop repeated texts (up to case, Unicode form and white space) before splitting."""
@@ -121,13 +121,13 @@ class TokenizerConfig(Config):
     training."""
     path: str = ""
     """Take this tokenizer (tokenizer.json or SentencePiece model, or a folder with one) instead of training."""
-    vocab_size: int = Field(4096, ge=264)
+    vocab_size: int = Field(default=4096, ge=264)
     """Tokens, the special ones and 256 bytes included."""
-    sample: int = Field(10_000_000, ge=1000)
+    sample: int = Field(default=10_000_000, ge=1000)
     """Characters of the corpus to train on at most, drawn as whole documents by a fixed hash."""
     normalize: Literal["identity", "nfkc", "nfkc_lowercase"] = "identity"
     """Text form before tokenization; identity decodes to exactly the text that was encoded."""
-    sentinels: int = Field(0, ge=0, le=1000)
+    sentinels: int = Field(default=0, ge=0, le=1000)
     """Extra ids `<extra_id_0>` and on, for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"
     """Documents and prompts begin with a begin-of-sequence token; auto: yes if trained, as the file says if given."""

@@ -34,6 +34,16 @@ class Text:
         """The raw text, split."""
         return splits.load(self._cfg)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Label values by class index; prepared text has none."""
+        return () if self._prepared else self.splits.classes
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the text has; prepared text is only text."""
+        return ("text",) if self._prepared else self.splits.examples["train"].columns
+
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:
         """The tokenizer of prepared text; of raw text the one that `cfg` says, trained on the train split.
 

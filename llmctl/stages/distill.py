@@ -51,8 +51,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     import jax.numpy as jnp
 
     from llmctl import artifact, mesh, train
-    from llmctl.data import splits, tokenizer
-    from llmctl.data.tasks import task_rows
+    from llmctl.data import tokenizer
+    from llmctl.data.language import Text
+    from llmctl.data.tasks import stage_rows
     from llmctl.model.loss import loss_of
     from llmctl.validation import Validation
 
@@ -63,13 +64,13 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     student = artifact.load(parent, devices) if parent and config.model is None else None
     model = _student_model(config, teacher, student)
     tokens = tokenizer.load(teacher.tokenizer_dir)
-    examples = splits.load(config.data)
-    if teacher.manifest.labels and list(examples.classes) != teacher.manifest.labels:
-        raise RequestError(f"data: classes {list(examples.classes)} are not the teacher's {teacher.manifest.labels}")
+    text = Text(config.data)
+    if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
+        raise RequestError(f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}")
 
     def rows(split: str, shuffle: bool) -> Any:
-        return task_rows(
-            model.head, examples[split], tokens, config.train.seq_len,
+        return stage_rows(
+            model.head, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 

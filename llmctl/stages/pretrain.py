@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,13 +39,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     import jax.numpy as jnp
 
     from llmctl import artifact, mesh, train
-    from llmctl.data import corpus, packing, splits, tokenizer
+    from llmctl.data import tokenizer
+    from llmctl.data.language import Text
     from llmctl.model.loss import loss_of
     from llmctl.validation import Validation
 
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
-    text = splits.load(config.data)
+    text = Text(config.data)
     words = ctx.work / "tokenizer"
     if base:
         tokens = tokenizer.load(base.tokenizer_dir)
@@ -53,19 +54,18 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     elif (ctx.work / "tokenizer.done").exists():
         tokens = tokenizer.load(words)
     else:
-        tokens = tokenizer.obtain(text["train"].texts(), config.tokenizer)
+        tokens = text.tokenizer(config.tokenizer)
         tokens.save(words)
         (ctx.work / "tokenizer.done").touch()
     model = base.model if base else config.model.model_copy(update={"vocab_size": tokens.vocab_size})
 
-    def rows(split: str, shuffle: bool) -> packing.PackedRows:
-        examples = text[split]
-        held = corpus.cached(ctx.work / f"corpus-{split}", examples.texts(), examples.digest, tokens)
-        return packing.PackedRows(
-            held, tokens, config.train.seq_len, seed=config.seed, packing=config.packing, shuffle=shuffle
-        )
+    def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
+        return text.rows(
+            split, tokens, config.train.seq_len, ctx.work / "corpus",
+            seed=config.seed, packing=config.packing, shuffle=shuffle, needed=needed,
+        )  # fmt: skip
 
-    learn = rows("train", shuffle=True)
+    learn = rows("train", True, config.train.steps * config.train.batch_size)
     params = base.params if base else train.initialize(model, config.seed, devices)
     dtype = jnp.dtype(config.train.dtype)
     held_out = Validation(
