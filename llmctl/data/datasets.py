@@ -13,8 +13,9 @@ from typing import Any
 
 from etils import epath
 
+from llmctl.config import hint
 from llmctl.data import SourceConfig
-from llmctl.data.paths import did_you_mean, folder, is_local
+from llmctl.data.paths import folder, is_local
 from llmctl.data.source import Chain, Groups, Row, Source
 from llmctl.errors import RequestError
 
@@ -68,9 +69,7 @@ def tfds(cfg: SourceConfig) -> Source:
     wanted = set(re.findall(r"[A-Za-z_]\w*", re.sub(r"\[[^\]]*\]", "", cfg.split)))
     if not wanted or wanted - set(splits):
         absent = ", ".join(sorted(wanted - set(splits))) or cfg.split
-        raise RequestError(
-            f"{cfg.name}: no split {absent!r}{did_you_mean(absent, splits)} (splits: {', '.join(splits)})"
-        )
+        raise RequestError(f"{cfg.name}: no split {absent!r}{hint(absent, list(splits))} (splits: {', '.join(splits)})")
     try:
         data = builder.as_data_source(split=cfg.split)
         return Tfds(f"{cfg.name} {cfg.split}", data)
@@ -94,7 +93,7 @@ def tfds_folder(cfg: SourceConfig) -> epath.Path:
         root = _tfds_root(cfg)
         there = [p.name for p in root.iterdir()] if root.is_dir() else []
         raise RequestError(
-            f"no TFDS data set {cfg.name!r} in {root}{did_you_mean(cfg.name, there)}; "
+            f"no TFDS data set {cfg.name!r} in {root}{hint(cfg.name, there)}; "
             "set data.data_dir, or data.download = true"
         )
     configs = sorted({str(version.parent) for version in found})
@@ -152,7 +151,7 @@ def hf(cfg: SourceConfig) -> Source:
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         if cfg.split not in splits:
             raise RequestError(
-                f"{cfg.path}: no split {cfg.split!r}{did_you_mean(cfg.split, splits)} (splits: {', '.join(splits)})"
+                f"{cfg.path}: no split {cfg.split!r}{hint(cfg.split, splits)} (splits: {', '.join(splits)})"
             )
         path /= cfg.split
     if not (path / "state.json").exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from collections.abc import Iterable
@@ -10,15 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from etils import epath
 
+from llmctl.config import hint
 from llmctl.errors import RequestError
 
 GLOB = re.compile(r"[*?\[]")
-
-
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" or nothing."""
-    near = difflib.get_close_matches(wrong, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def resolve(spec: str) -> list[epath.Path]:
@@ -37,7 +31,7 @@ def resolve(spec: str) -> list[epath.Path]:
         return found
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise RequestError(f"no such file: {spec!r}{did_you_mean(path.name, siblings)}")
+        raise RequestError(f"no such file: {spec!r}{hint(path.name, siblings)}")
     if path.is_dir():
         raise RequestError(f"{spec!r} is a folder; name its files with a glob such as {spec.rstrip('/') + '/*'!r}")
     return [path]

@@ -16,8 +16,8 @@ from typing import Any, cast, get_args, overload
 
 import numpy as np
 
+from llmctl.config import hint
 from llmctl.data import DataConfig, Split
-from llmctl.data.paths import did_you_mean
 from llmctl.data.source import Chain, Row, Source
 from llmctl.data.views import View, plain
 from llmctl.errors import RequestError
@@ -140,7 +140,7 @@ class Splits:
         """
         if split not in self.examples:
             raise RequestError(
-                f"no split {split!r}{did_you_mean(split, self.examples)} (splits: train, validation, test)"
+                f"no split {split!r}{hint(split, list(self.examples))} (splits: train, validation, test)"
             )
         if not len(self.examples[split]):
             how = {"train": "too few texts", "validation": f"data.validation = {self.config.validation}",
@@ -224,7 +224,7 @@ def _label(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: 
     if allowed and label not in allowed:
         raise RequestError(
             f"{view.where(i)}: label {label!r} is not among data.classes ({', '.join(allowed)})"
-            f"{did_you_mean(label, allowed)}"
+            f"{hint(label, list(allowed))}"
         )
     return label
 

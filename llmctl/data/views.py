@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from llmctl.config import hint
 from llmctl.data import TEXT_COLUMNS, Scalar, SourceConfig
-from llmctl.data.paths import did_you_mean
 from llmctl.data.source import Row, Source
 from llmctl.data.sources import open_source
 from llmctl.errors import RequestError
@@ -21,13 +21,12 @@ class View(Source):
         for wanted in [*cfg.columns.values(), *cfg.filter]:
             if len(self._source) and wanted not in known:
                 raise RequestError(
-                    f"{cfg.title}: no column {wanted!r}{did_you_mean(wanted, known)} (columns: {', '.join(known)})"
+                    f"{cfg.title}: no column {wanted!r}{hint(wanted, list(known))} (columns: {', '.join(known)})"
                 )
         for ours in cfg.columns:
             if ours not in CANONICAL:
                 raise RequestError(
-                    f"data.columns: unknown column {ours!r}{did_you_mean(ours, CANONICAL)} "
-                    f"(ours: {', '.join(CANONICAL)})"
+                    f"data.columns: unknown column {ours!r}{hint(ours, list(CANONICAL))} (ours: {', '.join(CANONICAL)})"
                 )
         self._map = cfg.columns or {c: c for c in CANONICAL if c in known}
         self.columns = tuple(self._map)
@@ -61,7 +60,7 @@ class View(Source):
         for ours, theirs in self._map.items():
             if theirs not in raw:
                 raise RequestError(
-                    f"{self.where(i)}: no column {theirs!r}{did_you_mean(theirs, raw)} (columns: {', '.join(raw)})"
+                    f"{self.where(i)}: no column {theirs!r}{hint(theirs, list(raw))} (columns: {', '.join(raw)})"
                 )
             row[ours] = raw[theirs]
         for ours in self._texts:

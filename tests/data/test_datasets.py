@@ -84,10 +84,10 @@ def test_tfds_prepares_what_is_not_there_if_asked(tfds_dir, tmp_path):
 @pytest.mark.parametrize(
     ("kw", "message"),
     [
-        ({"name": "small_review"}, r"no TFDS data set 'small_review' in .*; did you mean 'small_reviews'"),
+        ({"name": "small_review"}, r"no TFDS data set 'small_review' in .*, did you mean 'small_reviews'"),
         ({"name": "small_reviews:2.0.0"}, r"no TFDS data set 'small_reviews:2.0.0'"),
         ({"name": ""}, r"data.name = '' should read"),
-        ({"split": "tests"}, r"no split 'tests'; did you mean 'test'\? \(splits: "),
+        ({"split": "tests"}, r"no split 'tests', did you mean 'test'\? \(splits: "),
         ({"split": "train[:10%"}, r"bad split|no split"),
     ],
 )

@@ -121,10 +121,10 @@ def test_a_mixture_keeps_its_parts(tmp_path, sentences):
 @pytest.mark.parametrize(
     ("kw", "message"),
     [
-        ({"columns": {"text": "reviews"}}, r"no column 'reviews'; did you mean 'review'\? \(columns: review, stars"),
-        ({"columns": {"txt": "review"}}, "unknown column 'txt'; did you mean 'text'"),
+        ({"columns": {"text": "reviews"}}, r"no column 'reviews', did you mean 'review'\? \(columns: review, stars"),
+        ({"columns": {"txt": "review"}}, "unknown column 'txt', did you mean 'text'"),
         ({"columns": {}}, 'none of its columns is a text column; set data.columns, such as {text = "review"}'),
-        ({"filter": {"sites": "a"}}, "no column 'sites'; did you mean 'site'"),
+        ({"filter": {"sites": "a"}}, "no column 'sites', did you mean 'site'"),
         ({"filter": {"site": "c"}}, r"no text in it \(600 rows, 600 filtered out, 0 blank\)"),
         ({"classes": ["1", "2"]}, r"reviews.csv:2: label '0' is not among data.classes \(1, 2\)"),
         ({"columns": {"text": "stars", "label": "review"}, "label_type": "number"}, "is not a number"),
@@ -136,14 +136,14 @@ def test_wrong_requests(reviews, kw, message):
 
 
 def test_empty_and_missing(tmp_path, reviews):
-    with pytest.raises(RequestError, match=r"no such file: '.*review.csv'; did you mean 'reviews.csv'"):
+    with pytest.raises(RequestError, match=r"no such file: '.*review.csv', did you mean 'reviews.csv'"):
         load(tmp_path / "review.csv")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(RequestError, match=r"empty.csv: no text in it \(0 rows"):
         load(tmp_path / "empty.csv")
     with pytest.raises(RequestError, match=r"the test split is empty \(data.test = 0.0"):
         load(reviews, test=0)["test"]
-    with pytest.raises(RequestError, match=r"no split 'tests'; did you mean 'test'"):
+    with pytest.raises(RequestError, match=r"no split 'tests', did you mean 'test'"):
         load(reviews)["tests"]
     with pytest.raises(RequestError, match=r"the data has no column 'prompt'"):
         load(reviews)["train"].texts("prompt")
