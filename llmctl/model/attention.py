@@ -18,6 +18,7 @@ from llmctl.model import ModelConfig
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
 from llmctl.model.softmax import attend
 
+
 class Shared(NamedTuple):
     """What all layers of a stack read; `local_*` serve layers with a window. Absent parts are None."""
 
@@ -79,6 +80,15 @@ def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
     return (jnp.arange(layers) + 1) % cfg.window_every != 0
 
 
+def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
+    """Shape of the cached keys or values of a layer: [B, G, S, K] without axes of size 1 among B and G.
+
+    So they lie as the products of `attend` read them, and XLA updates them in place: where an axis of size 1 has to be
+    dropped between the update and the product, its CPU backend fuses the two apart and copies the cache at every step.
+    """
+    return (*(n for n in (B, G) if n > 1), S, K)
+
+
 class Attention(nn.Module):
     """Self-attention, or attention to `shared.memory_BSD` where `cross`."""
 
@@ -109,14 +119,12 @@ class Attention(nn.Module):
         return out(y)
 
     def _remember(self, name: str, new_BTGK: jax.Array, slot: jax.Array | int) -> jax.Array:
-        """Writes keys or values into the cache [B, G, S, K] (collection "cache") -> all of them [B, S, G, K].
-
-        The cache lies as the products of `attend` read it, so that no step transposes it.
-        """
-        kept = self.variable("cache", f"past_{name}", lambda: new_BTGK.transpose(0, 2, 1, 3))
-        new_BGTK = new_BTGK.transpose(0, 2, 1, 3).astype(kept.value.dtype)
-        kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new_BGTK, slot, axis=2)
-        return kept.value.transpose(0, 2, 1, 3)
+        """Writes keys or values into the cache (collection "cache", `cache_shape`) -> all of them [B, S, G, K]."""
+        B, T, G, K = new_BTGK.shape
+        kept = self.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), self.dtype))
+        new = new_BTGK.transpose(0, 2, 1, 3).reshape(cache_shape(B, G, T, K)).astype(kept.value.dtype)
+        kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new, slot, axis=kept.value.ndim - 2)
+        return kept.value.reshape(B, G, -1, K).transpose(0, 2, 1, 3)
 
     def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         cfg = self.config

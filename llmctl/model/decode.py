@@ -19,6 +19,7 @@ import numpy as np
 
 from llmctl import weights
 from llmctl.model import ModelConfig, calls
+from llmctl.model.attention import cache_shape
 from llmctl.model.sampling import Sampling, choose, row_keys
 
 State = dict[str, Any]
@@ -132,7 +133,7 @@ class Decoder:
         cfg, (B, T) = self.model, tokens_BT.shape
         real_BS = jnp.pad(segments_BT, ((0, 0), (0, slots - T)))
         positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0)
-        empty = jnp.zeros((B, cfg.kv_heads, slots, cfg.head_dim), self.dtype)
+        empty = jnp.zeros(cache_shape(B, cfg.kv_heads, slots, cfg.head_dim), self.dtype)
         cache = [{"attn": {"past_k": empty, "past_v": empty}} for _ in layers]
         batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
         x_BD, cache = self._run(rest, layers, batch | {"cached_segments": real_BS, "slot": 0}, cache)
