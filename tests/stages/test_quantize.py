@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from llmctl import artifact, weights
+from llmctl.compress.quantize import SCHEMES
 from llmctl.errors import RequestError
 from llmctl.stages import Context, prune
 from llmctl.stages import quantize as stage
@@ -91,9 +92,22 @@ def test_low_rank_pairs_are_merged_and_quantized(artifacts, tmp_path, capsys):
     assert isinstance(got, weights.Quantized)
     np.testing.assert_allclose(weights.dense(got), weights.dense(flat[path]), atol=0.05)
     assert "merges the low-rank pairs" in capsys.readouterr().err
-    holes = {p: jnp.where(jnp.arange(w.shape[-1]) % 2, w, 0) if p.endswith("up/kernel") else w for p, w in flat.items()}
-    artifact.save(tmp_path / "holes", weights.unflatten(holes), base.model, **common)
-    with pytest.raises(RequestError, match="merging would fill"):
+
+    # The same on integers (QLoRA): those many zeros are rounding, and the merged sum is quantized again.
+    int4 = weights.Quantized(SCHEMES[4](flat[path].base, -2, 0))
+    flat[path] = weights.LowRank(int4, a, b, 0.5)
+    artifact.save(tmp_path / "qlora", weights.unflatten(flat), base.model, **common)
+    got = weights.flatten(run(tmp_path, tmp_path, "qlora").params)[path]
+    np.testing.assert_allclose(weights.dense(got), weights.dense(flat[path]), atol=0.05)
+    assert "into the dequantized matrices" in capsys.readouterr().err
+    with pytest.raises(RequestError, match="prune before quantizing"):
+        prune.run(
+            prune.Config(method="magnitude"), tmp_path / "qlora", Context(tmp_path / "no", tmp_path / "work", "k")
+        )
+
+    flat[path] = weights.LowRank(jnp.where(jnp.arange(32) % 2, weights.dense(int4), 0), a, b, 0.5)
+    artifact.save(tmp_path / "holes", weights.unflatten(flat), base.model, **common)
+    with pytest.raises(RequestError, match=r"attn/q/kernel is [56]\d% zeros under low-rank pairs"):
         run(tmp_path, tmp_path, "holes")
 
 
