@@ -51,7 +51,7 @@ class Text:
             RequestError: as `tokenizer.obtain`; `cfg.path` is not the tokenizer of the prepared text.
         """
         if not self._prepared:
-            return tokenizers.obtain(self.splits["train"].texts(), cfg)
+            return tokenizers.obtain(self.splits["train"].within(cfg.sample).texts(), cfg)
         where, found = self._prepared[0]
         own = tokenizers.load(where / "tokenizer", tokenizers.BOS[cfg.bos])
         if cfg.path:

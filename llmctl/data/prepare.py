@@ -7,6 +7,8 @@ the shards that are missing.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -14,8 +16,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from llmctl.data import DataConfig, TokenizerConfig, splits
 from llmctl.data import tokenizer as tokenizers
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.data.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, read
+from llmctl.data.scan import Scan, scan
 from llmctl.data.source import Chain
 from llmctl.data.views import View
 from llmctl.errors import Interrupted, RequestError
@@ -66,7 +69,21 @@ def prepare(
     """
     if any(part.source == "prepared" for part in data.parts()):
         raise RequestError("the data is prepared already")
-    text = splits.load(data)
+    work = out.with_name(out.name + ".partial")
+    with _processes(data, work, workers) as pool:
+        return _prepare(data, tokenizer, out, work, pool, progress, say)
+
+
+def _prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    out: Path,
+    work: Path,
+    pool: Pool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Prepared:
+    text = splits.load(data, lambda ranges: pool(_scan, ranges))
     if "text" not in text["train"].columns:
         raise RequestError("prepare takes text for language modelling: map data.columns.text")
     key = _key(data, tokenizer, text)
@@ -75,16 +92,14 @@ def prepare(
         return found
     if out.exists() and any(out.iterdir()):
         raise RequestError(f"{out}: is there already, with something else; move it away or choose another folder")
-    work = out.with_name(out.name + ".partial")
     words = _begin(work, key, tokenizer, text, say)
-    dtype = "<u2" if words.vocab_size <= 2**16 else "<u4"
     plan = {split: list(_jobs(split, examples)) for split, examples in text.examples.items()}
-    _write(data, work, [job for parts in plan.values() for _, jobs in parts for job in jobs], dtype, workers, progress)
+    _write(work, [job for parts in plan.values() for _, jobs in parts for job in jobs], pool, progress)
     described = Prepared(
         format=FORMAT,
         key=key,
         tokenizer=words.digest,
-        dtype=dtype,
+        dtype=_dtype(words),
         data=keyed(data),
         splits={split: [_part(work, data, p, split, jobs) for p, jobs in parts] for split, parts in plan.items()},
     )
@@ -111,7 +126,7 @@ def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say:
         say(f"{work}: left by other settings, discarded")
         shutil.rmtree(work)
     if not work.exists():
-        words = tokenizers.obtain(text["train"].texts(), cfg)
+        words = tokenizers.obtain(text["train"].within(cfg.sample).texts(), cfg)
         words.save(work / "tokenizer")
         note.write_text(key)  # last: with it the tokenizer is whole
     return tokenizers.load(work / "tokenizer")
@@ -133,64 +148,14 @@ def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> 
     return Part(title=source.title, weight=source.weight, epochs=source.epochs, lengths=lengths, shards=shards)
 
 
-def _write(data: DataConfig, work: Path, jobs: list[Job], dtype: str, workers: int, progress: Progress) -> None:
+def _write(work: Path, jobs: list[Job], pool: Pool, progress: Progress) -> None:
     """Writes the shards that are not there yet."""
     missing = [job for job in jobs if not _note(work, job).exists()]
     total = sum(len(job.index) for job in jobs)
     done = total - sum(len(job.index) for job in missing)
     progress(done, total)
-    if workers == 1 or len(missing) < 2:
-        writer = Writer(data, work, dtype)
-        for job in missing:
-            writer(job)
-            progress(done := done + len(job.index), total)
-        return
-    # spawned, not forked: the parent has threads
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)), context, _start, (data, work, dtype)) as pool:
-        try:
-            for future in as_completed([pool.submit(_run, job) for job in missing]):
-                progress(done := done + future.result(), total)
-        except BaseException as error:
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("interrupted; the same command goes on with the shards that are missing") from None
-            raise
-
-
-class Writer:
-    """What a worker holds: the source, opened once, and the tokenizer."""
-
-    def __init__(self, data: DataConfig, work: Path, dtype: str):
-        self._source = Chain([View(part) for part in data.parts()])
-        self._tokenizer = tokenizers.load(work / "tokenizer")
-        self._work, self._dtype = work, dtype
-
-    def __call__(self, job: Job) -> int:
-        """Writes one shard, its lengths and then its note, which says that it is whole; the number of documents."""
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        file = self._work / f"{job.name}.arrayrecord"
-        writer = ArrayRecordWriter(str(file), "group_size:1")
-        lengths = []
-        for i in job.index:
-            ids = np.array(self._tokenizer.encode(self._source[int(i)]["text"]), self._dtype)
-            writer.write(ids.tobytes())
-            lengths.append(len(ids))
-        writer.close()
-        np.save(_lengths(self._work, job), np.array(lengths, np.int32), allow_pickle=False)
-        content = file.read_bytes()
-        shard = Shard(
-            file=file.name,
-            documents=len(lengths),
-            tokens=sum(lengths),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        draft = _note(self._work, job).with_suffix(".tmp")
-        draft.write_text(shard.model_dump_json())
-        draft.rename(_note(self._work, job))
-        return len(lengths)
+    for documents in pool(_shard, missing):
+        progress(done := done + documents, total)
 
 
 def _note(work: Path, job: Job) -> Path:
@@ -201,15 +166,97 @@ def _lengths(work: Path, job: Job) -> Path:
     return work / f"{job.name}.shard.npy"
 
 
-_writer: Any = None
-"""The writer of this worker process."""
+Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
+"""Maps a function of a worker and a task over tasks, in order."""
 
 
-def _start(data: DataConfig, work: Path, dtype: str) -> None:
-    global _writer
+class Worker:
+    """What a process holds: the sources, opened once, and the tokenizer."""
+
+    def __init__(self, data: DataConfig, work: Path):
+        self.data, self.work = data, work
+
+    @functools.cached_property
+    def views(self) -> list[View]:
+        """The sources."""
+        return [View(part) for part in self.data.parts()]
+
+    @functools.cached_property
+    def source(self) -> Chain:
+        """All sources as one."""
+        return Chain(self.views)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, once it is there."""
+        return tokenizers.load(self.work / "tokenizer")
+
+
+def _scan(worker: Worker, rows: splits.Range) -> Scan:
+    part, first, last = rows
+    return scan(worker.data, worker.views[part], first, last)
+
+
+def _shard(worker: Worker, job: Job) -> int:
+    """Writes one shard, its lengths and then its note, which says that it is whole; the number of documents."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    file = worker.work / f"{job.name}.arrayrecord"
+    dtype = _dtype(worker.tokenizer)
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    lengths = []
+    for i in job.index:
+        ids = np.array(worker.tokenizer.encode(worker.source[int(i)]["text"]), dtype)
+        writer.write(ids.tobytes())
+        lengths.append(len(ids))
+    writer.close()
+    np.save(_lengths(worker.work, job), np.array(lengths, np.int32), allow_pickle=False)
+    content = file.read_bytes()
+    shard = Shard(
+        file=file.name,
+        documents=len(lengths),
+        tokens=sum(lengths),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    draft = _note(worker.work, job).with_suffix(".tmp")
+    draft.write_text(shard.model_dump_json())
+    draft.rename(_note(worker.work, job))
+    return len(lengths)
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+
+
+@contextlib.contextmanager
+def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
+    """A pool of `workers` processes; with one worker this process itself."""
+    if workers == 1:
+        worker = Worker(data, work)
+        yield lambda function, tasks: (function(worker, task) for task in tasks)
+        return
+    # spawned, not forked: the parent has threads
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (data, work)) as pool:
+        try:
+            yield lambda function, tasks: pool.map(functools.partial(_run, function), tasks)
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("interrupted; the same command goes on with the shards that are missing") from None
+            raise
+
+
+_worker: Any = None
+"""The worker of this process."""
+
+
+def _start(data: DataConfig, work: Path) -> None:
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_follow_parent, daemon=True).start()
-    _writer = Writer(data, work, dtype)
+    _worker = Worker(data, work)
 
 
 def _follow_parent() -> None:
@@ -220,5 +267,5 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _run(job: Job) -> int:
-    return _writer(job)
+def _run(function: Callable[[Worker, Any], Any], task: Any) -> Any:
+    return function(_worker, task)

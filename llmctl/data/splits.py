@@ -6,39 +6,24 @@ a classifier is tested on was in no stage's training data, whatever each stage f
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
-import string
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast, get_args, overload
+from typing import cast, get_args, overload
 
 import numpy as np
 
 from llmctl.config import hint
 from llmctl.data import DataConfig, Split
+from llmctl.data.scan import BLANK, FILTERED, KEPT, RANGE, Scan, scan
 from llmctl.data.source import Chain, Row, Source
-from llmctl.data.views import View, plain
+from llmctl.data.views import View
 from llmctl.errors import RequestError
 
-_TAG = re.compile(r"<[^<>]{1,80}>")
-_NOT_CONTENT = bytes(set(range(128)) - set((string.ascii_letters + string.digits).encode()))
-
-
-def normal(text: str) -> str:
-    """The form in which two texts are duplicates: NFKC, case folded, runs of white space as one space."""
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
-
-
-def fraction(text: str) -> float:
-    """Where in [0, 1) a text falls: sha256 of its letters and digits (tags, punctuation, case and space left out).
-
-    Coarser than `normal`, so that light cleaning (`replace`) does not move a text into another split.
-    """
-    bare = normal(_TAG.sub(" ", text) if "<" in text else text).encode()
-    content = bare.translate(None, _NOT_CONTENT) or bare
-    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
+Range = tuple[int, int, int]
+"""Number of a source, first row, one beyond the last."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +41,8 @@ class Examples:
     """Where each text falls in [0, 1)."""
     digests: np.ndarray
     """16 bytes of each row's exact text."""
+    chars: np.ndarray
+    """Characters of each row's first text."""
     labels: np.ndarray | None
     """Class indices (int32) or numbers (float32)."""
     part: np.ndarray
@@ -81,14 +68,19 @@ class Examples:
 
     def take(self, which: np.ndarray) -> Examples:
         """These rows, in this order."""
-        return Examples(
-            self.source, self.columns, self.index[which], self.fraction[which], self.digests[which],
-            None if self.labels is None else self.labels[which], self.part[which], self.classes,
-        )  # fmt: skip
+        arrays = ("index", "fraction", "digests", "chars", "labels", "part")
+        held = {name: getattr(self, name) for name in arrays}
+        return dataclasses.replace(self, **{k: None if v is None else v[which] for k, v in held.items()})
 
     def sample(self, n: int) -> Examples:
         """At most n rows, chosen by their hash: representative of a sorted file, and the same in every run."""
         return self if n >= len(self) else self.take(np.sort(np.argsort(self.fraction, kind="stable")[:n]))
+
+    def within(self, chars: int) -> Examples:
+        """As `sample`: as many rows as have at most so many characters together, but one at least."""
+        order = np.argsort(self.fraction, kind="stable")
+        n = int(np.searchsorted(np.cumsum(self.chars[order]), chars, "right"))
+        return self.sample(max(n, 1))
 
     def parts(self) -> list[tuple[int, Examples]]:
         """(number, rows) of every source of the mixture that has rows here."""
@@ -158,8 +150,12 @@ def examples(cfg: DataConfig, split: Split) -> Examples:
     return load(cfg)[split]
 
 
-def load(cfg: DataConfig) -> Splits:
+def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | None = None) -> Splits:
     """Reads every row once: filters, maps labels, drops blanks and duplicates, splits.
+
+    Args:
+        cfg: the data.
+        scans: scans ranges of rows (source, first, last), in order; say, in several processes.
 
     Raises:
         RequestError: missing files or columns, rows that cannot be read, labels outside the classes, no text at all.
@@ -168,65 +164,37 @@ def load(cfg: DataConfig) -> Splits:
     if any(v.columns != views[0].columns for v in views):
         listed = "; ".join(", ".join(v.columns) for v in views)
         raise RequestError(f"the sources of a mixture must have the same columns, these have {listed}")
-    columns = views[0].columns
-    texts = [c for c in columns if c != "label"]
-    kept, fractions, digests, labels, part_of = [], [], [], [], []
-    seen: set[bytes] = set()
-    rows = filtered = blank = duplicates = 0
-    allowed = {c: k for k, c in enumerate(cfg.classes)}
-    for part, view in enumerate(views):
-        for i in range(len(view)):
-            row = view.read(i)
-            if row is None:
-                filtered += 1
-                continue
-            values = [row[c] for c in texts]
-            if not any(v.strip() for v in values):
-                blank += 1
-                continue
-            if cfg.dedup:
-                key = hashlib.sha256("\0".join(map(normal, values)).encode("utf-8", "surrogatepass")).digest()[:16]
-                if key in seen:
-                    duplicates += 1
-                    continue
-                seen.add(key)
-            if "label" in columns:
-                labels.append(_label(cfg, row["label"], allowed, view, i))
-            kept.append(rows + i)
-            part_of.append(part)
-            # pairs and prompts split by their first text: one question's answers stay together
-            fractions.append(fraction(values[0] if values[0].strip() else "\0".join(values)))
-            digests.append(hashlib.sha256("\0".join(values).encode("utf-8", "surrogatepass")).digest()[:16])
-        rows += len(view)
-    if not kept:
-        raise RequestError(f"{_named(cfg)}: no text in it ({rows} rows, {filtered} filtered out, {blank} blank)")
+    ranges = [(p, at, min(at + RANGE, len(v))) for p, v in enumerate(views) for at in range(0, len(v), RANGE)]
+    found = list(scans(ranges) if scans else (scan(cfg, views[p], first, last) for p, first, last in ranges))
+    state_R = np.concatenate([np.zeros(0, np.uint8), *(f.state for f in found)])
+    index_N = np.flatnonzero(state_R == KEPT)
+    filtered, blank = (int((state_R == dropped).sum()) for dropped in (FILTERED, BLANK))
+    if not len(index_N):
+        raise RequestError(
+            f"{_named(cfg)}: no text in it ({len(state_R)} rows, {filtered} filtered out, {blank} blank)"
+        )
+    labels = [label for f in found for label in f.labels]
     classes, labels_N = _classes(cfg, labels) if labels else ((), None)
+    ends = np.cumsum([len(v) for v in views])
     everything = Examples(
-        Chain(views), columns, np.array(kept, np.int64), np.array(fractions),
-        np.frombuffer(b"".join(digests), "V16"), labels_N, np.array(part_of, np.int32), classes,
-    )  # fmt: skip
+        source=Chain(views),
+        columns=views[0].columns,
+        index=index_N,
+        fraction=np.concatenate([f.fraction for f in found]),
+        digests=np.concatenate([f.digest for f in found]),
+        chars=np.concatenate([f.chars for f in found]),
+        labels=labels_N,
+        part=np.searchsorted(ends, index_N, "right").astype(np.int32),
+        classes=classes,
+    )
+    if cfg.dedup:  # the first of its kind stays
+        first = np.unique(np.concatenate([f.key for f in found]), return_index=True)[1]
+        everything = everything.take(np.sort(first))
     f_N = everything.fraction
     # test comes first, so that another validation fraction leaves it as it is
     of_N = np.where(f_N < cfg.test, 2, np.where(f_N < cfg.test + cfg.validation, 1, 0))
     split = {name: everything.take(np.flatnonzero(of_N == k)) for k, name in enumerate(get_args(Split))}
-    return Splits(cfg, split, rows, filtered, blank, duplicates)
-
-
-def _label(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: int) -> str | float:
-    if value is None or value == "":
-        raise RequestError(f"{view.where(i)}: the label is empty")
-    if cfg.label_type == "number":
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise RequestError(f"{view.where(i)}: label {value!r} is not a number") from None
-    label = plain(value)
-    if allowed and label not in allowed:
-        raise RequestError(
-            f"{view.where(i)}: label {label!r} is not among data.classes ({', '.join(allowed)})"
-            f"{hint(label, list(allowed))}"
-        )
-    return label
+    return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything))
 
 
 def _classes(cfg: DataConfig, labels: list[str | float]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -80,21 +80,21 @@ def test_preparing_is_the_same_for_any_number_of_workers(data, tmp_path):
 
 def test_preparing_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
     prepare.prepare(data, WORDS, tmp_path / "whole")
-    write, written = prepare.Writer.__call__, []
+    write, written = prepare._shard, []
 
-    def stopping(self, job):
+    def stopping(worker, job):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(job.name)
-        return write(self, job)
+        return write(worker, job)
 
-    monkeypatch.setattr(prepare.Writer, "__call__", stopping)
+    monkeypatch.setattr(prepare, "_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(data, WORDS, tmp_path / "p")
     assert not (tmp_path / "p").exists()
     first = list(written)
     again = []
-    monkeypatch.setattr(prepare.Writer, "__call__", lambda self, job: again.append(job.name) or write(self, job))
+    monkeypatch.setattr(prepare, "_shard", lambda worker, job: again.append(job.name) or write(worker, job))
     prepare.prepare(data, WORDS, tmp_path / "p")
     assert not set(first) & set(again)
     assert content(tmp_path / "p") == content(tmp_path / "whole")

@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from llmctl.data import DataConfig, SourceConfig, splits
+from llmctl.data import DataConfig, SourceConfig, scan, splits
 from llmctl.errors import RequestError
 
 FILM = int.from_bytes(hashlib.sha256(b"thefilmwasgreat").digest()[:6], "big") / 2**48
@@ -32,9 +32,9 @@ def write(path, rows, header=("review", "stars", "site")):
 def test_the_fraction_is_written_down():
     # sha256("thefilmwasgreat")[:6] / 2^48: changing it would move texts between splits of finished work
     for spelling in ("The film was great.", "the  FILM, was<br />great", "the film was gre\uff41t!"):
-        assert splits.fraction(spelling) == pytest.approx(FILM, abs=1e-12)
-    assert splits.fraction("...") != splits.fraction("?!")
-    assert 0 <= splits.fraction("漢字") < 1
+        assert scan.fraction(spelling) == pytest.approx(FILM, abs=1e-12)
+    assert scan.fraction("...") != scan.fraction("?!")
+    assert 0 <= scan.fraction("漢字") < 1
 
 
 def test_splits_have_their_sizes_and_share_no_text(reviews):
@@ -43,7 +43,7 @@ def test_splits_have_their_sizes_and_share_no_text(reviews):
     assert sum(sizes.values()) == 600
     assert 90 < sizes["validation"] < 150
     assert 90 < sizes["test"] < 150
-    texts = [{splits.normal(t) for t in e.texts()} for e in found.examples.values()]
+    texts = [{scan.normal(t) for t in e.texts()} for e in found.examples.values()]
     assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
 
 
@@ -71,7 +71,7 @@ def test_duplicates_are_dropped_before_splitting(tmp_path, sentences):
     assert sum(map(len, kept.examples.values())) == 100
     # copies that are kept still lie in one split
     for examples in kept.examples.values():
-        texts = [splits.normal(t) for t in examples.texts()]
+        texts = [scan.normal(t) for t in examples.texts()]
         assert all(texts.count(t) == 2 for t in texts)
 
 
