@@ -16,6 +16,8 @@ Batch = dict[str, np.ndarray]
 class Packed:
     """Rows [B, T] of packed documents, before an objective makes inputs and targets of them."""
 
+    rows: np.ndarray
+    """int64 [B]: the rows' numbers, for objectives that draw: what they draw must depend on nothing else."""
     tokens: np.ndarray
     """int32; `pad_id` where the segment is 0."""
     next: np.ndarray

@@ -101,7 +101,7 @@ class PackedRows:
         """Rows `rows_B` before the objective."""
         epoch_B = rows_B // self._rows
         parts = [(epoch_B == e, *self._epoch(int(e))) for e in np.unique(epoch_B)]
-        packed = [self._cut(layout, order, rows_B[here] % self._rows) for here, layout, order in parts]
+        packed = [self._cut(layout, order, rows_B[here]) for here, layout, order in parts]
         if len(packed) == 1:
             return packed[0]
         # a batch that straddles epochs: put each epoch's rows back where they belong
@@ -109,7 +109,8 @@ class PackedRows:
         return Packed(*(np.concatenate([getattr(p, f) for p in packed])[place_B] for f in Packed.__dataclass_fields__))
 
     def _cut(self, layout: Layout, order: np.ndarray | None, rows_B: np.ndarray) -> Packed:
-        start_B1 = ((rows_B if order is None else order[rows_B]) * self.seq_len)[:, None]
+        in_epoch_B = rows_B % self._rows
+        start_B1 = ((in_epoch_B if order is None else order[in_epoch_B]) * self.seq_len)[:, None]
         at_BT = start_B1 + np.arange(self.seq_len)
         piece_BT = np.searchsorted(layout.start, at_BT, "right") - 1
         into_BT = at_BT - layout.start[piece_BT]
@@ -134,6 +135,7 @@ class PackedRows:
             np.stack([real_BT, follows_BT]),
         )
         return Packed(
+            rows_B,
             tokens_BT,
             next_BT,
             follows_BT,

@@ -111,6 +111,7 @@ def test_rows_are_pure_and_epochs_differ(letters, packing):
             np.testing.assert_array_equal(values, last_first[i][name])
     for k, i in enumerate(range(n - 2, n + 2)):
         np.testing.assert_array_equal(straddling["tokens"][k], rows[i]["tokens"])
+    np.testing.assert_array_equal(rows.packed(np.array([n + 1, 3, 2 * n])).rows, [n + 1, 3, 2 * n])
     first, second = (rows.batch(np.arange(e * n, (e + 1) * n))["tokens"] for e in (0, 1))
     assert not np.array_equal(first, second)
     other = rows_of(TEXTS, letters(), 16, seed=2, packing=packing).batch(np.arange(n))["tokens"]
