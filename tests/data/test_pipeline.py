@@ -58,6 +58,21 @@ def test_processes_build_their_own_rows():
         assert taken(found) == {0: [0, 4, 5], 1: [6, 10, 11]}
 
 
+def test_stopping_on_two_processes_and_going_on_with_one_or_four():
+    def run(processes, start, stop):
+        share = 8 // processes
+        each = []
+        for p in range(processes):
+            with batches(Numbers(9), 8, start, stop, spans=[(p * share, (p + 1) * share)]) as found:
+                each.append(taken(found))
+        return {step: [row for process in each for row in process[step]] for step in each[0]}
+
+    whole = run(1, 0, 9)
+    assert whole == {k: list(range(8 * k, 8 * k + 8)) for k in range(9)}
+    for processes in (1, 2, 4):
+        assert run(2, 0, 5) | run(processes, 5, 9) == whole
+
+
 def test_local_spans_are_the_rows_of_the_addressable_devices():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
     assert local_spans(NamedSharding(mesh, PartitionSpec("data")), 8) == [(0, 8)]
