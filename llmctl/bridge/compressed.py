@@ -131,17 +131,17 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
     Raises:
       RequestError: another method, or a scheme that is not symmetric integers with scales.
     """
+    method, kind = (settings.get(k, "") if isinstance(settings, dict) else "" for k in ("quant_method", "format"))
     try:
-        method, kind = settings["quant_method"], settings["format"]
         schemes = [g["weights"] for g in settings["config_groups"].values()]
         known = method == "compressed-tensors" and kind in ("pack-quantized", "int-quantized", "naive-quantized")
         known = known and all(s["type"] == "int" and s.get("symmetric") and s["num_bits"] in (4, 8) for s in schemes)
         known = known and not any(n.endswith(("_zero_point", "_g_idx")) for n in tensors)
     except (KeyError, TypeError, AttributeError):
-        method, kind, known = str(settings)[:80], "", False
+        known = False
     if not known:
         raise RequestError(
-            f"{where}: quantized by {method} {kind}, which is not supported (symmetric int8 and int4 of "
+            f"{where}: quantized by {method or 'an unnamed method'} {kind}, which is not supported (symmetric int8 and int4 of "
             "compressed-tensors are); import the model that it was made of"
         )
     out = {}

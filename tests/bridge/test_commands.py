@@ -1,0 +1,198 @@
+"""import and export as people run them: there and back, and every kind of bad input in one line with exit code 2."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl import artifact, weights
+from llmctl.bridge import safetensors
+from llmctl.bridge.tensors import of_array
+from llmctl.data import tokenizer
+
+
+def test_there_and_back_is_the_same_artifact(saved, exported, call, tmp_path):
+    code, made, err = call("import", exported, "--out", tmp_path / "a")
+    assert code == 0, err
+    before, after = artifact.read_manifest(saved), artifact.read_manifest(tmp_path / "a")
+    assert made["digest"] == after.digest == before.digest
+    assert after.model == before.model
+    assert after.tokenizer == before.tokenizer == made["tokenizer"]
+    ids = tokenizer.load(tmp_path / "a" / "tokenizer").encode("the cat 12")
+    assert ids == tokenizer.load(saved / "tokenizer").encode("the cat 12")
+
+
+def test_shards_and_types(saved, call, tmp_path):
+    code, made, _ = call("export", saved, "--out", tmp_path / "hf", "--dtype", "bfloat16", "--shard-size", 2e-5)
+    assert code == 0
+    assert made["parity"] == 0
+    assert sum(f.startswith("model-") for f in made["files"]) > 3
+    assert {str(t.dtype) for t in safetensors.read_folder(tmp_path / "hf").values()} == {"bfloat16"}
+    code, _, _ = call("import", tmp_path / "hf", "--out", tmp_path / "a")
+    assert code == 0
+    assert artifact.read_manifest(tmp_path / "a").bits == 16
+
+
+def test_a_reference_is_reproduced_or_nothing_is_written(
+    saved, exported, call, tmp_path, config, params, batch, logits
+):
+    expected = logits(config, params, batch)
+    ids = np.asarray(batch["tokens"], np.int64)
+    for shift, wanted in ((0.0, 0), (0.01, 2)):
+        reference = tmp_path / f"{shift}.safetensors"
+        safetensors.write_file(
+            reference, {"input_ids": of_array(ids), "logits": of_array(expected + np.float32(shift))}
+        )
+        out = tmp_path / f"a{shift}"
+        code, made, err = call("import", exported, "--out", out, "--reference", reference)
+        assert code == wanted, err
+        assert out.exists() == (wanted == 0)
+        if wanted == 0:
+            assert made["parity"] < 1e-4
+        else:
+            assert "differ by 0.01" in err
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """A copy of the folder that a test may spoil, and a way to change its config and tensors."""
+    folder = tmp_path / "spoiled"
+    folder.mkdir()
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def change(folder, tensors=lambda found: found, **config):
+    said = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(said))
+    found = {k: of_array(np.array(t.read())) for k, t in safetensors.read_folder(folder).items()}
+    safetensors.write_file(folder / safetensors.SINGLE, tensors(found))
+
+
+def cut(folder):
+    file = folder / safetensors.SINGLE
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without(name):
+    return lambda found: {k: t for k, t in found.items() if k != name}
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+SPOILED = {
+    "cut off": cut,
+    "not readable JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "no such file": lambda folder: (folder / "config.json").unlink(),
+    f"missing tensors {NORM}": lambda folder: change(folder, without(NORM)),
+    "not understood: model.layers.0.extra.weight": lambda folder: change(
+        folder, lambda found: found | {"model.layers.0.extra.weight": of_array(np.zeros(3, np.float32))}
+    ),
+    "contradict the config": lambda folder: change(folder, intermediate_size=48),
+    "missing tensors model.layers.3": lambda folder: change(folder, num_hidden_layers=4),
+    "must be a multiple of kv_heads": lambda folder: change(folder, num_key_value_heads=3),
+    "model_type 'mamba' is not known": lambda folder: change(folder, model_type="mamba"),
+    "architecture LlamaForVision is not known": lambda folder: change(folder, architectures=["LlamaForVision"]),
+    "residual_multiplier = 2.0 is not understood": lambda folder: change(folder, residual_multiplier=2.0),
+    "hidden_act = 'mish' is not a known activation": lambda folder: change(folder, hidden_act="mish"),
+    "rope scaling of type longrope": lambda folder: change(
+        folder, rope_parameters={"rope_type": "longrope", "factor": 2.0}
+    ),
+    "num_attention_heads is missing": lambda folder: change(folder, num_attention_heads=None),
+    "cannot be understood": lambda folder: change(folder, hidden_size="wide"),
+    "not floating-point": lambda folder: change(
+        folder, lambda found: found | {NORM: of_array(np.zeros(64, np.int32))}
+    ),
+    "quantized by gptq": lambda folder: change(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "they do not belong together": lambda folder: (folder / "tokenizer.json").write_text(
+        json.dumps(json.loads((folder / "tokenizer.json").read_text()) | SMALLER)
+    ),
+}  # fmt: skip
+SMALLER = {
+    "model": {"type": "BPE", "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, "merges": []},
+}
+
+
+@pytest.mark.parametrize("said", SPOILED)
+def test_bad_input_is_one_line_and_leaves_nothing(said, copied, call, tmp_path):
+    SPOILED[said](copied)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    code, made, err = call("import", copied, "--out", tmp_path / "a")
+    assert (code, made) == (2, None), err
+    assert said in err
+    assert err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_key_can_be_declared_irrelevant(copied, call, tmp_path):
+    change(copied, made_up=1)
+    assert call("import", copied, "--out", tmp_path / "a")[0] == 2
+    assert call("import", copied, "--out", tmp_path / "a", "--ignore", "made_up")[0] == 0
+
+
+def test_what_is_stored_twice_is_dropped_only_where_it_is_the_same(copied, call, tmp_path, config):
+    """transformers does not tie two tables that differ; a tied table that is repeated is one table."""
+    table = safetensors.read_folder(copied)["model.embed_tokens.weight"]
+    change(copied, tie_word_embeddings=True)
+    assert call("import", copied, "--out", tmp_path / "a")[0] == 0
+    assert artifact.read_manifest(tmp_path / "a").model.tied is False
+    change(copied, lambda found: found | {"lm_head.weight": of_array(np.array(table.read()))})
+    assert call("import", copied, "--out", tmp_path / "b")[0] == 0
+    assert artifact.read_manifest(tmp_path / "b").model.tied is True
+
+
+def test_a_family_without_counterpart_and_settings_without_place_are_refused(save, config, params, call, tmp_path):
+    for update, said in (({"family": "modern"}, "no counterpart"), ({"attn_softcap": 5.0}, "attn_softcap = 5.0")):
+        made = save(config.model_copy(update=update), params)
+        code, _, err = call("export", made, "--out", tmp_path / "x")
+        assert code == 2
+        assert said in err
+        assert not (tmp_path / "x").exists()
+
+
+def test_export_does_not_overwrite(saved, exported, call):
+    code, _, err = call("export", saved, "--out", exported)
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_pruned_models_go_with_their_zeros_and_their_new_shapes(save, config, params, call, tmp_path):
+    from llmctl.compress import shrink
+
+    flat = weights.flatten(params)
+    up = "decoder/blocks/mlp/up/kernel"
+    flat[up] = jnp.where(jnp.abs(flat[up]) < 0.1, 0, flat[up])
+    cfg, cut_params = shrink.drop_layers(config, weights.unflatten(flat), {"decoder": [0, 2]})
+    made = save(cfg, cut_params)
+    assert call("export", made, "--out", tmp_path / "hf")[0] == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_hidden_layers"] == 2
+    zeros = safetensors.read_folder(tmp_path / "hf")["model.layers.1.mlp.up_proj.weight"].read() == 0
+    np.testing.assert_array_equal(zeros, np.asarray(flat[up][2] == 0).T)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 16), (4, 16), (4, 0)])
+def test_quantized_models_go_dense_and_as_integers(bits, group, save, config, params, call, tmp_path):
+    from llmctl.compress.quantize import quantize
+
+    quantized, _ = quantize(params, bits=bits, group=group, head=True)
+    made = save(config, quantized)
+    name = "model.layers.2.self_attn.k_proj.weight"
+    ours = weights.flatten(quantized)["decoder/blocks/attn/k/kernel"]
+    for to in ("hf", "compressed-tensors"):
+        code, said, err = call("export", made, "--to", to, "--out", tmp_path / to)
+        assert code == 0, err
+        assert said["parity"] < 1e-4
+    stored = safetensors.read_folder(tmp_path / "compressed-tensors")
+    scheme = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    assert scheme["config_groups"]["group_0"]["weights"]["num_bits"] == bits
+    assert scheme["ignore"] == []
+    assert name in safetensors.read_folder(tmp_path / "hf")
+    assert stored[f"{name}_scale"].shape == (32, 64 // group if group else 1)
+    if bits == 8:
+        np.testing.assert_array_equal(stored[name].read(), np.asarray(ours.array.qvalue[2]).T, strict=True)
+    else:
+        first = np.asarray(stored[f"{name}_packed"].read())[0, 0].view(np.uint32)
+        nibbles = [((int(first) >> (4 * i)) & 15) - 8 for i in range(8)]
+        assert nibbles == np.asarray(ours.array.qvalue[2]).astype(int)[:8, 0].tolist()
+        assert stored[f"{name}_shape"].read().tolist() == [32, 64]

@@ -1,0 +1,118 @@
+"""GGUF files: what the gguf package reads in ours, there and back, rounding by kind, vocabularies."""
+
+import gguf
+import numpy as np
+import pytest
+
+from llmctl import artifact
+from llmctl.bridge import gguf as ours
+from llmctl.data import tokenizer
+from llmctl.model import ModelConfig
+from llmctl.model.llama import LLAMA3_ROPE
+
+
+@pytest.fixture(scope="session")
+def files(saved, tmp_path_factory):
+    """kind -> the tiny Llama as a file of that kind, made once."""
+    from llmctl.bridge import exporting
+
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            out = tmp_path_factory.mktemp(kind) / "out"
+            assert exporting.run(saved, out, to="gguf", kind=kind)["parity"] < 1e-4
+            made[kind] = out / "model.gguf"
+        return made[kind]
+
+    return make
+
+
+def test_rows_of_queries_are_paired_as_llama_cpp_rotates_them():
+    w = np.arange(8)[:, None]  # one head of 4 after the other: halves (0, 1) and (2, 3)
+    np.testing.assert_array_equal(ours.interleaved(w, 2).ravel(), [0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_array_equal(ours.halves(ours.interleaved(w, 2), 2), w)
+
+
+def test_metadata_names_and_types_are_those_of_llama_cpp(files, config, params):
+    reader = gguf.GGUFReader(files("q4_0"))
+    said = {k: f.contents() for k, f in reader.fields.items()}
+    assert said["general.architecture"] == "llama"
+    assert (said["llama.block_count"], said["llama.attention.head_count_kv"]) == (3, 2)
+    assert said["tokenizer.ggml.model"] == "gpt2"
+    assert said["tokenizer.ggml.pre"] == "smollm"
+    tensors = {t.name: t for t in reader.tensors}
+    kinds = {n: tensors[n].tensor_type.name for n in ("token_embd.weight", "blk.0.attn_k.weight", "output_norm.weight")}
+    assert kinds == {"token_embd.weight": "Q8_0", "blk.0.attn_k.weight": "Q4_0", "output_norm.weight": "F32"}
+    q = {t.name: t for t in gguf.GGUFReader(files("f32")).tensors}["blk.1.attn_q.weight"].data
+    theirs = np.asarray(params["decoder"]["blocks"]["attn"]["q"]["kernel"])[1].T
+    np.testing.assert_array_equal(q.reshape(64, 64)[:4], theirs[[0, 8, 1, 9]])
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 0.01), ("q4_1", 0.15)])
+def test_comes_back_with_the_rounding_of_its_kind_and_no_more(kind, worst, files, call, tmp_path, saved):
+    code, made, err = call("import", files(kind), "--out", tmp_path / "a")
+    assert code == 0, err
+    a, b = artifact.load(saved), artifact.load(tmp_path / "a")
+    assert b.model == a.model
+    for part in ("q", "k", "v", "o"):
+        x, y = (np.asarray(f.params["decoder"]["blocks"]["attn"][part]["kernel"]) for f in (a, b))
+        assert np.linalg.norm(x - y) <= worst * np.linalg.norm(x)
+    if kind == "f32":
+        assert made["digest"] == a.manifest.digest
+    text = "The cat looked at 345, it's so!\n\nünï"
+    ids = tokenizer.load(a.tokenizer_dir).encode(text)
+    assert tokenizer.load(b.tokenizer_dir).encode(text) == ids
+    assert tokenizer.load(b.tokenizer_dir).decode(ids) == text
+
+
+def test_rotary_factors_of_llama3_are_those_of_transformers():
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    cfg = LlamaConfig(hidden_size=64, num_attention_heads=1, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5})
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](cfg, torch.device("cpu"))[0].numpy()
+    plain = 5e5 ** (-np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(ours.llama3_factors(LLAMA3_ROPE, 5e5, 64), plain / scaled, rtol=1e-5)
+
+
+FAMILIES = {
+    "llama3": {"family": "llama", "rope_scaling": LLAMA3_ROPE, "tied": True},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3"},
+    "gemma2": {"family": "gemma2", "attn_scale": 16**-0.5, "window": 5},
+    "gemma3": {"family": "gemma3", "attn_scale": 16**-0.5, "window": 5},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_relatives_of_llama_go_there_and_back(name, save, wild, words, call, tmp_path):
+    sizes = {"d_model": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "d_ff": 64, "max_seq_len": 64}
+    cfg = ModelConfig(vocab_size=words.vocab_size, **sizes, **FAMILIES[name])
+    made = save(cfg, wild(cfg))
+    code, said, err = call("export", made, "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")
+    assert code == 0, err
+    assert said["parity"] < 1e-4
+    assert call("import", tmp_path / "g" / "model.gguf", "--out", tmp_path / "a")[0] == 0
+    back = artifact.read_manifest(tmp_path / "a").model
+    assert {k: v for k, v in back if v != getattr(cfg, k)} == {}
+
+
+def test_bad_files_are_refused(files, saved, call, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(files("f16").read_bytes()[:5000])
+    code, _, err = call("import", cut, "--out", tmp_path / "a")
+    assert code == 2
+    assert "not a readable GGUF file" in err
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    code, _, err = call("import", tmp_path / "other.gguf", "--out", tmp_path / "a")
+    assert code == 2
+    assert "'mamba' is not known" in err
+    assert call("export", saved, "--to", "gguf", "--type", "q9", "--out", tmp_path / "x")[0] == 2
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "x").exists()
