@@ -41,8 +41,8 @@ class Decoder:
         """Splits the stacked layers of `params` [L, ...] into one tree a layer."""
         if model.architecture != "decoder" or model.head != "lm":
             raise ValueError(f"a {model.architecture} with head {model.head!r} does not continue text")
+        model, params = served(model, params)
         self.model, self.dtype = model, dtype
-        params = served(params)
         self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
         self.rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
         self._prefill = jax.jit(self._prefill_step, static_argnames=("slots", "rules"))
@@ -189,11 +189,13 @@ class Decoder:
         return state, out_BN
 
 
-def served(params: calls.Params) -> calls.Params:
-    """The parameters in the form that a step reads fastest.
+def served(model: ModelConfig, params: calls.Params) -> tuple[ModelConfig, calls.Params]:
+    """The same network in the form that a step reads fastest.
 
     Low-rank updates are merged. On a CPU, which would convert integers one token after the other, weights that are
-    quantized alone become dense once; those that quantize their activations stay, for they compute something else.
+    quantized alone become dense once (those that quantize their activations stay, for they compute something else); and
+    the output projection of tied embeddings gets a table of its own that lies the other way round, [D, V], which XLA's
+    CPU backend reads up to twice as fast as the transpose of [V, D].
     """
     on_cpu = jax.default_backend() == "cpu"
 
@@ -203,7 +205,12 @@ def served(params: calls.Params) -> calls.Params:
             return w
         return weights.dense(w) if base is not w or isinstance(base, weights.Quantized) else w
 
-    return jax.tree.map(ready, params, is_leaf=weights.is_weight)
+    params = jax.tree.map(ready, params, is_leaf=weights.is_weight)
+    table = params["embed"]["tokens"]
+    if not model.tied or not on_cpu or not isinstance(table, jax.Array):
+        return model, params
+    untied = {**params, "lm_head": {**params.get("lm_head", {}), "kernel": table.T}}
+    return model.model_copy(update={"tied": False}), untied
 
 
 def _round_up(n: int) -> int:
