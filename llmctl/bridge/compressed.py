@@ -65,7 +65,7 @@ def _layer(module: str, w: weights.Quantized, slot: mapping.Slot, bits: int) -> 
     groups = w.array.scale.shape[-2]
 
     def part(a: jax.Array) -> np.ndarray:
-        return np.asarray(a if slot.layer < 0 else a[slot.layer]).T
+        return mapping.host(a, slot.layer).T
 
     scale = Tensor((outputs, groups), np.dtype(w.array.scale.dtype), lambda: part(w.array.scale))
     if bits == 8:
@@ -91,7 +91,8 @@ def nibbles(values: np.ndarray) -> np.ndarray:
 
 def from_nibbles(words: np.ndarray, inputs: int) -> np.ndarray:
     """Inverse of `nibbles`."""
-    parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> (4 * np.arange(PER_WORD, dtype=np.uint32))) & 15
+    shifts = 4 * np.arange(PER_WORD, dtype=np.uint32)
+    parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & 15
     return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - OFFSET).astype(np.int8)
 
 
@@ -141,8 +142,8 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         known = False
     if not known:
         raise RequestError(
-            f"{where}: quantized by {method or 'an unnamed method'} {kind}, which is not supported (symmetric int8 and int4 of "
-            "compressed-tensors are); import the model that it was made of"
+            f"{where}: quantized by {method or 'an unnamed method'} {kind}, which is not supported (symmetric int8 and "
+            "int4 of compressed-tensors are); import the model that it was made of"
         )
     out = {}
     for name, t in tensors.items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmctl import weights
@@ -166,7 +167,15 @@ def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype |
 
 
 def _slice(w: Any, layer: int, dtype: np.dtype) -> np.ndarray:
-    one = w if layer < 0 else jax.tree.map(lambda a: a[layer], w)
+    one = jax.tree.map(lambda a: host(a, layer), w)
     if isinstance(one, (weights.Quantized, weights.LowRank)):
-        one = weights.dense(one)
+        one = weights.dense(jax.tree.map(jnp.asarray, one))
     return np.asarray(one).astype(dtype, copy=False)
+
+
+def host(a: jax.Array, layer: int = -1) -> np.ndarray:
+    """One layer of a stacked array (-1: the whole) on the host. On a CPU that is a view; elsewhere only it travels."""
+    if len(a.devices()) == 1 and next(iter(a.devices())).platform == "cpu":
+        whole = np.asarray(a)
+        return whole if layer < 0 else whole[layer]
+    return np.asarray(a if layer < 0 else a[layer])

@@ -4,6 +4,7 @@ import functools
 import json
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -153,6 +154,15 @@ def row(prefix, pieces, T):
     return {prefix + k: v for k, v in out.items()}
 
 
+@jax.jit(static_argnums=0)
+def answers(config, params, batch):
+    """(logits of the language model or None, the task head's answer or None), compiled once a model."""
+    cfg = ModelConfig.model_validate_json(config)
+    x = calls.hidden(cfg, params, batch)
+    lm = calls.lm_logits(cfg, params, x) if cfg.head == "lm" else None
+    return lm, calls.outputs(cfg, params, x, batch) if cfg.head != "lm" or cfg.next_sentence else None
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_with_padding_and_packed_rows_are_those_of_transformers(name, saved):
     cfg = saved(name)[1].model
@@ -168,8 +178,8 @@ def test_logits_with_padding_and_packed_rows_are_those_of_transformers(name, sav
     types[4:8] = 1
     if cfg.token_types > 1:
         batch["types"] = jnp.asarray(np.stack([types] * 3))
-    x = calls.hidden(cfg, saved(name)[2], batch)
-    logits = np.asarray(calls.lm_logits(cfg, saved(name)[2], x))
+    logits, follows = answers(cfg.model_dump_json(), saved(name)[2], batch)
+    logits = np.asarray(logits)
     n = [len(p[1] if cfg.encoder_layers else p[0]) for p in pieces]
     second_in_packed = types[n[0] : n[0] + n[1]]
     largest = 0.0
@@ -179,8 +189,7 @@ def test_logits_with_padding_and_packed_rows_are_those_of_transformers(name, sav
         assert np.abs(expected[key]).max() > 0.3
         largest = max(largest, np.abs(logits[r, start : start + n[i]] - expected[key][0]).max())
         if cfg.next_sentence and start == 0 and r < 2:
-            y = calls.outputs(cfg, saved(name)[2], x, batch)
-            np.testing.assert_allclose(y[r], expected["seq_relationship_logits"][0], atol=1e-4)
+            np.testing.assert_allclose(follows[r], expected["seq_relationship_logits"][0], atol=1e-4)
     assert largest <= 1e-4
 
 
@@ -190,7 +199,7 @@ def test_task_heads_answer_as_those_of_transformers(name, saved):
     cfg, ids = found.model, [tokens(a, i) for i, (a, _) in enumerate(LENGTHS)]
     batch = [row("", [x], 24) for x in ids]
     batch = {k: jnp.asarray(np.stack([b[k] for b in batch])) for k in batch[0]}
-    ours = np.asarray(calls.outputs(cfg, params, calls.hidden(cfg, params, batch), batch))
+    ours = np.asarray(answers(cfg.model_dump_json(), params, batch)[1])
     for i, x in enumerate(ids):
         expected = theirs(name, x)
         if cfg.head == "span":
