@@ -4,7 +4,6 @@ import functools
 import json
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -154,10 +153,11 @@ def row(prefix, pieces, T):
     return {prefix + k: v for k, v in out.items()}
 
 
-@jax.jit(static_argnums=0)
-def answers(config, params, batch):
-    """(logits of the language model or None, the task head's answer or None), compiled once a model."""
-    cfg = ModelConfig.model_validate_json(config)
+def answers(cfg, params, batch):
+    """(logits of the language model or None, the task head's answer or None).
+
+    Not jitted: the models share the shapes of most operations, which are compiled once so.
+    """
     x = calls.hidden(cfg, params, batch)
     lm = calls.lm_logits(cfg, params, x) if cfg.head == "lm" else None
     return lm, calls.outputs(cfg, params, x, batch) if cfg.head != "lm" or cfg.next_sentence else None
@@ -178,7 +178,7 @@ def test_logits_with_padding_and_packed_rows_are_those_of_transformers(name, sav
     types[4:8] = 1
     if cfg.token_types > 1:
         batch["types"] = jnp.asarray(np.stack([types] * 3))
-    logits, follows = answers(cfg.model_dump_json(), saved(name)[2], batch)
+    logits, follows = answers(cfg, saved(name)[2], batch)
     logits = np.asarray(logits)
     n = [len(p[1] if cfg.encoder_layers else p[0]) for p in pieces]
     second_in_packed = types[n[0] : n[0] + n[1]]
@@ -199,7 +199,7 @@ def test_task_heads_answer_as_those_of_transformers(name, saved):
     cfg, ids = found.model, [tokens(a, i) for i, (a, _) in enumerate(LENGTHS)]
     batch = [row("", [x], 24) for x in ids]
     batch = {k: jnp.asarray(np.stack([b[k] for b in batch])) for k in batch[0]}
-    ours = np.asarray(answers(cfg.model_dump_json(), params, batch)[1])
+    ours = np.asarray(answers(cfg, params, batch)[1])
     for i, x in enumerate(ids):
         expected = theirs(name, x)
         if cfg.head == "span":
