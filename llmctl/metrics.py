@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,8 +20,17 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 LOG = "log.jsonl"
-SHORT = {"learning_rate": "lr", "tokens_per_second": "tok/s", "examples_per_second": "ex/s", "gradient_norm": "gnorm"}
+SHORT = {
+    "learning_rate": "lr",
+    "tokens_per_second": "tok/s",
+    "examples_per_second": "ex/s",
+    "gradient_norm": "gnorm",
+    "input_wait": "wait",
+    "memory_gib": "GiB",
+}
 """Names as the progress line shows them."""
+UNSHOWN = frozenset({"step_seconds"})
+"""Metrics that the log has and the progress line spares people: others say the same."""
 
 
 class Reporter:
@@ -37,7 +48,10 @@ class Reporter:
       title: what the bar is called, usually the stage's name.
       tensorboard: also write events into `<work_dir>/tensorboard`.
       start: the step resumed from; 0 starts afresh.
-      wandb: a Weights & Biases project to log to as well (extra `wandb`); empty does not.
+      lasting: folder for what should outlive `work_dir`: TensorBoard events in `tensorboard/<title>`, W&B's files in
+        `wandb`. By default they lie in `work_dir`, the events in `tensorboard`.
+      wandb: a Weights & Biases project to log to as well (extra `wandb`); empty does not. A resumed run goes on as the
+        same W&B run.
       writes: whether this process writes and shows anything (process 0 of a multi-host run).
       console: where people read; stderr by default.
 
@@ -53,6 +67,7 @@ class Reporter:
         tensorboard: bool = True,
         *,
         start: int = 0,
+        lasting: Path | None = None,
         wandb: str = "",
         writes: bool = True,
         every: float = 10.0,
@@ -60,6 +75,9 @@ class Reporter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.work_dir, self.total, self.title, self.start = Path(work_dir), total_steps, title, start
+        self.events_folder = lasting / "tensorboard" / title if lasting else self.work_dir / "tensorboard"
+        """Where TensorBoard finds this run."""
+        self._wandb_folder = lasting or self.work_dir
         self.writes, self.every, self.clock = writes, every, clock
         self.console = console or Console(stderr=True)
         self._tensorboard, self._wandb = tensorboard, wandb
@@ -76,14 +94,16 @@ class Reporter:
             return self
         self.work_dir.mkdir(parents=True, exist_ok=True)
         if self._wandb:
-            self._run = _wandb_run(self._wandb, self.title, self.work_dir)
+            self._run = _wandb_run(self._wandb, self.title, self._wandb_folder, self._wandb_id())
         log = self.work_dir / LOG
         _forget_after(log, self.start)
         self._file = log.open("a", encoding="utf-8")
         if self._tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(self.work_dir / "tensorboard"), purge_step=self.start + 1)
+            if self.start == 0:  # another run's curves, left by different settings
+                shutil.rmtree(self.events_folder, ignore_errors=True)
+            self._events = SummaryWriter(str(self.events_folder), purge_step=self.start + 1)
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -110,6 +130,13 @@ class Reporter:
         if self._run:
             self._run.finish(exit_code=0 if kind is None else 1)
         self._bar = self._file = self._events = self._run = None
+
+    def _wandb_id(self) -> str:
+        """W&B's name of this run, kept with the work so that a resumed one has the same."""
+        file = self.work_dir / "wandb_id"
+        if self.start == 0 or not file.exists():
+            file.write_text(secrets.token_hex(8), encoding="utf-8")
+        return file.read_text(encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line for `step` (the number of steps done) and moves the bar there.
@@ -146,7 +173,8 @@ class Reporter:
             self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, step: int) -> None:
-        text = "  ".join(f"{SHORT.get(name, name)} {_brief(value)}" for name, value in self._latest.items())
+        shown = [(n, v) for n, v in self._latest.items() if n not in UNSHOWN]
+        text = "  ".join(f"{SHORT.get(name, name)} {_brief(value)}" for name, value in shown)
         if self._bar:
             self._bar.update(self._task, completed=step, metrics=text)
             return
@@ -175,12 +203,12 @@ def _forget_after(log: Path, step: int) -> None:
     beside.replace(log)
 
 
-def _wandb_run(project: str, title: str, work_dir: Path) -> Any:
+def _wandb_run(project: str, title: str, folder: Path, run_id: str) -> Any:
     try:
         import wandb
     except ImportError:
         raise RequestError("W&B logging needs the package wandb: pip install 'llmctl[wandb]'") from None
-    return wandb.init(project=project, name=title, dir=str(work_dir), resume="allow")
+    return wandb.init(project=project, name=title, dir=str(folder), id=run_id, resume="allow")
 
 
 def _number(value: Any) -> int | float:

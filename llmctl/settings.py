@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmctl.config import Config
 
@@ -23,31 +23,41 @@ class MeshConfig(Config):
 class OptimConfig(Config):
     """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"
+    """The optimizer; muon takes the matrices of the layers and leaves the rest to AdamW."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """Peak learning rate. Adafactor's is relative to the size of each weight; Lion's is 3 to 10 times below AdamW's."""
+    schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
+    """Shape after the warm-up: wsd holds the peak and falls at the end, rsqrt falls with the root of the step."""
     warmup: float = Field(0.05, ge=0)
     """Warm-up steps; below 1 a fraction of all steps."""
     final: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the end, as a fraction of the peak."""
+    """Learning rate at the end of cosine, linear and wsd, as a fraction of the peak."""
+    decay: float = Field(0.2, ge=0)
+    """wsd: steps of the final decline; below 1 a fraction of all steps."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW: decay of the first moment."""
+    """AdamW and Lion: decay of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
-    """AdamW: decay of the second moment."""
+    """AdamW: decay of the second moment; Lion: of its momentum."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """SGD and Muon: decay of the momentum."""
     epsilon: float = Field(1e-8, gt=0)
     """AdamW: added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay (L2) on matrices; norms, biases and embeddings are left alone."""
     clip: float = Field(1.0, ge=0)
     """Global gradient norm to clip at; 0 does not clip."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is what gets validated and saved; 0 keeps none."""
+    spike: float = Field(0.0, ge=0)
+    """Skip a step whose gradient norm or loss is this many standard deviations above its running mean; 0 is off."""
 
 
 class TrainConfig(Config):
     """The length of a run, its batches, and what is kept on the way."""
 
     unkeyed: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "checkpoint_every", "keep", "tensorboard"}
+        {"log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "profile"}
     )
 
     steps: int = Field(1000, ge=1)
@@ -68,6 +78,12 @@ class TrainConfig(Config):
     """Batches a validation reads at most."""
     patience: int = Field(0, ge=0)
     """Stop after this many validations without a better metric; 0 never stops early."""
+    best_by: str = ""
+    """Validation metric (loss, accuracy, …) by whose best parameters the stage ends; empty leaves it to the stage."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the uniform distribution in the targets."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of log(Z)^2 a token, which keeps logits from drifting (1e-4 is usual)."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints of the training state."""
     keep: int = Field(2, ge=1)
@@ -75,4 +91,16 @@ class TrainConfig(Config):
     log_every: int = Field(10, ge=1)
     """Steps between log lines."""
     tensorboard: bool = True
-    """Write TensorBoard events beside the log."""
+    """Write TensorBoard events, into the run's folder `tensorboard`."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well (extra `wandb`)."""
+    profile: str = ""
+    """Steps to trace, as first:last, for TensorBoard or XProf; the trace lies with the TensorBoard events."""
+
+    @field_validator("profile")
+    @classmethod
+    def _is_a_span(cls, value: str) -> str:
+        first, colon, last = value.partition(":")
+        if value and not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ValueError(f"must be steps as first:last, such as 10:15, got {value!r}")
+        return value

@@ -20,9 +20,9 @@ PACKAGE = ROOT / "llmctl"
 
 LAYERS = (
     ("errors", "config", "settings", "weights", "menu", "console"),
-    ("mesh", "data", "losses", "metrics"),
+    ("mesh", "data", "losses", "metrics", "meters", "profiling"),
     ("model", "optim"),
-    ("tune", "compress", "evaluate", "artifact", "train", "checkpoints", "validation", "bridge", "generation"),
+    ("tune", "compress", "evaluate", "artifact", "step", "train", "checkpoints", "validation", "bridge", "generation"),
     ("stages",),
     ("recipe", "chain", "show", "doctor", "devices", "flags"),
     ("commands",),
