@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Float32 logits of one chunk, about; large enough for full-speed products, small enough to stay near the cores."""
 
 Tree = Any

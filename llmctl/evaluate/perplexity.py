@@ -85,7 +85,7 @@ def row_nll(model: ModelConfig, dtype: str) -> Any:
         x_BTD = calls.hidden(model, params, batch, dtype=dtype)
 
         def project(head: calls.Params, x: jax.Array) -> jax.Array:
-            return calls.lm_logits(model, head, x, dtype)
+            return calls.head_logits(model, head, x, dtype)
 
         nll_BT = losses.token_nll(project, calls.head_params(model, params), x_BTD, batch["targets"], model.vocab_size)
         return jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0), axis=1)

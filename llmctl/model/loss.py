@@ -34,8 +34,8 @@ def loss_of(cfg: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "none") 
 
 
 def project(cfg: ModelConfig, dtype: Any) -> losses.Project:
-    """(head params, hidden states) -> logits, for the chunked losses."""
-    return lambda head, x: calls.lm_logits(cfg, head, x, dtype)
+    """(`calls.head_params`, hidden states) -> logits, for the chunked losses."""
+    return lambda head, x: calls.head_logits(cfg, head, x, dtype)
 
 
 def _lm(cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any) -> tuple[jax.Array, Sums]:

@@ -156,13 +156,16 @@ class LMHead(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: weights.Weight | None) -> jax.Array:
+    def __call__(self, x: jax.Array, table: weights.Weight | None, output: jax.Array | None = None) -> jax.Array:
+        """`table` [V, D]: the embeddings of a tied model; `output` [D, V]: the same, transposed beforehand."""
         cfg = self.config
         if cfg.head_transform:
             x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
             x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.activation](x))
         x = x * jnp.asarray(cfg.logit_scale or cfg.d_model**-0.5, x.dtype)
-        if cfg.tied:
+        if output is not None:
+            logits = weights.matmul(x, output, self.dtype)
+        elif cfg.tied:
             logits = weights.transpose_matmul(x, cast(weights.Weight, table), self.dtype)
         else:
             init = nn.with_logical_partitioning(
