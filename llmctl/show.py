@@ -10,7 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmctl import artifact
+from llmctl.config import read_toml, validate
 from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
 from llmctl.recipe import MANIFEST
 
 if TYPE_CHECKING:
@@ -148,4 +150,35 @@ def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         waiting.remove(ready)
         out.append(ready)
+    return out
+
+
+def model(spec: str) -> ModelConfig:
+    """The model of a preset, or of a TOML file: its `[model]`, the first stage's that has one, or the file itself.
+
+    Raises:
+      RequestError: no such preset or file, or a setting in it is wrong.
+    """
+    if not spec.endswith(".toml"):
+        return validate(ModelConfig, {"preset": spec}, lambda _: "--config")
+    given = read_toml(spec)
+    inner = [("model", given)]
+    inner += [(f"stage.{i}.model", s) for i, s in enumerate(given.get("stage", [])) if isinstance(s, dict)]
+    place, values = next(((p, g["model"]) for p, g in inner if isinstance(g.get("model"), dict)), ("", given))
+    return validate(ModelConfig, values, lambda at: f"{spec}: {'.'.join(filter(None, (place, at)))}")
+
+
+def size_table(found: dict[str, Any]) -> Table:
+    """What `llmctl.model.size` reports, for people."""
+    out = Table(title=found["config"], title_justify="left", show_header=False)
+    for _ in range(2):
+        out.add_column(overflow="fold")
+    parts = ", ".join(f"{name} {n:,}" for name, n in found["parameters_by_part"].items() if n)
+    out.add_row("parameters", f"{found['parameters']:,} ({parts})")
+    out.add_row("bytes", ", ".join(f"{name} {size(n)}" for name, n in found["bytes"].items()))
+    forward, trained = found["flops_per_token"], found["training_flops_per_token"]
+    out.add_row("FLOPs a token", f"{forward:.4g} forward, {trained:.4g} trained (sequences of {found['seq_len']:,})")
+    if found["kv_cache_bytes"]:
+        each, whole = size(found["kv_cache_bytes_per_token"]), size(found["kv_cache_bytes"])
+        out.add_row("KV cache, bfloat16", f"{each} a token, {whole} at {found['max_seq_len']:,} tokens")
     return out

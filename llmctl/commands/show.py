@@ -7,15 +7,30 @@ import typer
 
 
 def show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or the folder of a run.")],
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="An artifact, or the folder of a run.")] = None,
+    config: Annotated[
+        str, typer.Option(metavar="PRESET|TOML", help="Instead: what a model weighs and takes, before it exists.")
+    ] = "",
+    seq_len: Annotated[int, typer.Option(min=0, help="For --config: tokens a sequence; 0 takes the model's.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show an artifact, or a whole run as a table in lineage order."""
+    """Show an artifact, or a whole run as a table in lineage order; or what a model of some config would take."""
     from llmctl import console
     from llmctl import show as shown
     from llmctl.errors import RequestError
     from llmctl.recipe import MANIFEST
 
+    if (path is None) == (not config):
+        raise RequestError("show: name an artifact or a run, or else --config with a preset or a TOML file")
+    if path is None:
+        from llmctl.model import size
+
+        sizes = {"config": config, **size.report(shown.model(config), seq_len)}
+        if json:
+            console.result(sizes)
+        else:
+            console.show(shown.size_table(sizes))
+        return
     if not path.is_dir():
         raise RequestError(f"{path}: no such folder")
     if not (path / MANIFEST).exists():

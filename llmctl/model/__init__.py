@@ -11,7 +11,10 @@ from pydantic import Field, model_validator
 
 from llmctl.config import Config, hint
 
-SHARED = {"decode", "sampling", "heads", "hf", "layers", "transformer", "attention", "softmax", "calls", "loss", "names", "cost"}
+SHARED = {
+    *("attention", "calls", "cost", "decode", "heads", "hf", "layers"),
+    *("loss", "names", "sampling", "size", "softmax", "transformer"),
+}
 """Files of this folder that are not families."""
 
 
@@ -78,7 +81,7 @@ class ModelConfig(Config):
     window_every: int = Field(1, ge=1)
     """Of this many layers the last is global and the others local; 1 makes every layer local."""
     window_layers: tuple[int, ...] = ()
-    """The local layers, from 0, where they are not those of window_every."""
+    """The local layers, from 0, where they are not those of window_every; ones beyond the last layer are nothing."""
 
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
     """How order is told."""
@@ -138,8 +141,8 @@ class ModelConfig(Config):
             raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
         if (self.architecture == "encoder_decoder") != (self.encoder_layers > 0):
             raise ValueError("encoder_layers belongs to the encoder_decoder architecture, which needs it")
-        if self.window_layers and (not self.window or max(self.window_layers) >= self.layers):
-            raise ValueError(f"window_layers must be below layers ({self.layers}) and needs a window")
+        if self.window_layers and not self.window:
+            raise ValueError("window_layers needs a window")
         if self.next_sentence and not (self.pooler and self.head == "lm" and self.architecture == "encoder"):
             raise ValueError("next_sentence needs an encoder with a pooler and the lm head")
         if self.head in ("classify", "tokens") and self.labels < 2:
