@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,8 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         grads = optim.freeze_layers(grads, job.frozen_layers)
         norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(optim.clip(grads, norm, config.clip), state["optimizer"], old)
-        updates = optim.freeze_layers(updates, job.frozen_layers)
-        new = optim.hold_zeros(old, optax.apply_updates(old, updates), job.holds_zeros)
+        updates = optim.freeze_layers(cast(Params, updates), job.frozen_layers)
+        new = optim.hold_zeros(old, cast(Params, optax.apply_updates(old, updates)), job.holds_zeros)
         metrics = {k: v / weight for k, v in sums.items() if k != "weight"}
         # A batch without a label, or with a loss that is no number or an outlier, must change nothing at all.
         good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & (sums["weight"] > 0)
@@ -131,7 +131,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         if config.spike:
             kept["usual"] = _remember(found, state["usual"])
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), kept, {k: state[k] for k in kept})
-        metrics |= {"gradient_norm": norm, "learning_rate": rate(updated)}
+        metrics |= {"gradient_norm": norm, "learning_rate": jnp.asarray(rate(updated))}
         counters = {
             "step": state["step"] + 1,
             "skipped": jnp.where(stuck, state["skipped"], jnp.where(good, 0, state["skipped"] + 1)),

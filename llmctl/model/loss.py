@@ -20,15 +20,25 @@ Loss = Callable[..., tuple[jax.Array, Sums]]
 """loss(params, batch, key=None): with a dropout key it is a training loss, without one an evaluation."""
 
 
-def loss_of(cfg: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "none") -> Loss:
-    """The loss of the config's head: next-token (or masked-token) cross-entropy, or classification."""
+def loss_of(
+    cfg: ModelConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Loss:
+    """The loss of the config's head: next-token (or masked-token) cross-entropy, or classification.
+
+    `label_smoothing` and `z_loss` (see `losses.cross_entropy`) change what is minimized, not the metrics.
+    """
     answer = {"lm": _lm, "classify": _classify}.get(cfg.head)
     if answer is None:
         raise ValueError(f"no loss for head {cfg.head!r}")
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
         x_BTD = calls.hidden(cfg, params, batch, train=key is not None, rng=key, dtype=dtype, remat=remat)
-        return answer(cfg, params, x_BTD, batch, dtype)
+        return answer(cfg, params, x_BTD, batch, dtype, label_smoothing, z_loss)
 
     return loss
 
@@ -38,19 +48,21 @@ def project(cfg: ModelConfig, dtype: Any) -> losses.Project:
     return lambda head, x: calls.head_logits(cfg, head, x, dtype)
 
 
-def _lm(cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any) -> tuple[jax.Array, Sums]:
+def _lm(
+    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
+) -> tuple[jax.Array, Sums]:
     head = calls.head_params(cfg, params)
     total, sums = losses.cross_entropy(
-        project(cfg, dtype), head, x_BTD, batch["targets"], batch["weights"], cfg.vocab_size
+        project(cfg, dtype), head, x_BTD, batch["targets"], batch["weights"], cfg.vocab_size, smoothing, z
     )
     return total, {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
 
 
 def _classify(
-    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any
+    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
 ) -> tuple[jax.Array, Sums]:
     logits_BC = calls.outputs(cfg, params, x_BTD, batch, dtype)
-    return class_sums(logits_BC, batch["label"], row_weight(batch))
+    return class_sums(logits_BC, batch["label"], row_weight(batch), smoothing, z)
 
 
 def row_weight(batch: Batch) -> jax.Array:
@@ -58,12 +70,17 @@ def row_weight(batch: Batch) -> jax.Array:
     return batch["row_weight"] if "row_weight" in batch else jnp.ones(batch["label"].shape, jnp.float32)
 
 
-def class_sums(logits_BC: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
-    """Cross-entropy (nats) of class logits."""
-    nll_B = -losses.target_log_probability(logits_BC, label_B)[0]
+def class_sums(
+    logits_BC: jax.Array, label_B: jax.Array, weight_B: jax.Array, smoothing: float = 0.0, z: float = 0.0
+) -> tuple[jax.Array, Sums]:
+    """Cross-entropy (nats) of class logits; smoothing and z-loss are part of the first result alone."""
+    log_p, partition_B = losses.target_log_probability(logits_BC, label_B)
+    nll_B = -log_p
+    loss_B = (1 - smoothing) * nll_B + smoothing * (partition_B - jnp.mean(logits_BC, axis=-1))
+    loss_B = loss_B + z * jnp.square(partition_B)
     hit_B = jnp.argmax(logits_BC, axis=-1) == label_B
     sums = {"loss": jnp.sum(nll_B * weight_B), "accuracy": jnp.sum(hit_B * weight_B), "weight": jnp.sum(weight_B)}
-    return sums["loss"], sums
+    return jnp.sum(loss_B * weight_B), sums
 
 
 def soft_class_sums(

@@ -54,12 +54,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data import tokenizer
     from llmctl.data.language import Text
     from llmctl.data.tasks import stage_rows
+    from llmctl.model import cost
     from llmctl.model.loss import loss_of
     from llmctl.validation import Validation
 
     devices = mesh.make(config.mesh)
     if not config.teacher:
         raise RequestError("distill: no teacher; name an artifact with `teacher` (--teacher)")
+    if config.train.label_smoothing or config.train.z_loss:
+        raise RequestError("distill: train.label_smoothing and train.z_loss are for training on labels; set them to 0")
     teacher = artifact.load(next(iter(ctx.siblings.values())), devices)
     student = artifact.load(parent, devices) if parent and config.model is None else None
     model = _student_model(config, teacher, student)
@@ -83,10 +86,12 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         devices,
     )
     classify = model.head == "classify"
+    length = config.train.seq_len
     job = train.Job(
         params=student.params if student else train.initialize(model, config.seed, devices),
         loss=_loss(config, model.model_copy(update={"dropout": config.dropout}), teacher.model, dtype),
         constants=(teacher.params,),
+        flops=3 * cost.flops(model, length) + cost.flops(teacher.model, length),
         rows=rows("train", True),
         validate=held_out,
         metric="accuracy" if classify else "loss",

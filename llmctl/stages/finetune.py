@@ -67,6 +67,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data import tokenizer
     from llmctl.data.language import Text
     from llmctl.data.tasks import stage_rows
+    from llmctl.model import cost
     from llmctl.model.loss import loss_of
     from llmctl.tune import lora
     from llmctl.validation import Validation
@@ -105,7 +106,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
     job = train.Job(
         params=params,
-        loss=loss_of(learner, dtype=dtype, remat=config.train.remat),
+        loss=loss_of(
+            learner,
+            dtype=dtype,
+            remat=config.train.remat,
+            label_smoothing=config.train.label_smoothing,
+            z_loss=config.train.z_loss,
+        ),
+        flops=3 * cost.flops(learner, config.train.seq_len),
         rows=rows("train", True),
         validate=held_out,
         metric="accuracy" if config.task == "classify" else "loss",

@@ -41,6 +41,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl import artifact, mesh, train
     from llmctl.data import tokenizer
     from llmctl.data.language import Text
+    from llmctl.model import cost
     from llmctl.model.loss import loss_of
     from llmctl.validation import Validation
 
@@ -77,7 +78,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
     job = train.Job(
         params=params,
-        loss=loss_of(model, dtype=dtype, remat=config.train.remat),
+        loss=loss_of(
+            model,
+            dtype=dtype,
+            remat=config.train.remat,
+            label_smoothing=config.train.label_smoothing,
+            z_loss=config.train.z_loss,
+        ),
+        flops=3 * cost.flops(model, config.train.seq_len),
         rows=learn,
         validate=held_out,
         holds_zeros=train.pruned(base),

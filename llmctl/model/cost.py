@@ -1,0 +1,102 @@
+"""What a model costs, from its config alone: no array is built.
+
+Operations are those of matrix products, two a multiply-add: norms, activations, the softmax and what is recomputed
+count nothing (as arXiv:2204.02311, appendix B, has it for utilization), of attention only the pairs that may attend.
+"""
+
+from __future__ import annotations
+
+from llmctl.model import ModelConfig
+
+
+def parameters(cfg: ModelConfig) -> dict[str, int]:
+    """Entries of the parameter tree: {"embed", "encoder", "decoder", "head", "total"}."""
+    D = cfg.d_model
+    embed = cfg.vocab_size * D + cfg.token_types * D
+    embed += (cfg.max_seq_len + cfg.position_offset) * D if cfg.positions == "learned" else 0
+    embed += _norm(cfg, D) if cfg.embed_norm else 0
+    encoder = (cfg.encoder_layers or cfg.layers) if cfg.architecture != "decoder" else 0
+    decoder = cfg.layers if cfg.architecture != "encoder" else 0
+    out = {
+        "embed": embed,
+        "encoder": _stack(cfg, encoder),
+        "decoder": _stack(cfg, decoder, cross=cfg.encoder_layers > 0),
+        "head": _head(cfg),
+    }
+    return out | {"total": sum(out.values())}
+
+
+def flops(cfg: ModelConfig, length: int) -> float:
+    """Operations of a forward pass, a token of sequences of `length`; a backward pass takes twice as many.
+
+    Of an encoder-decoder: a token of the decoder, whose encoder reads as many.
+    """
+    causal = cfg.architecture != "encoder"
+    local = _local_layers(cfg)
+    pairs = local * _seen(length, cfg.window, causal) + (cfg.layers - local) * _seen(length, 0, causal)
+    if cfg.encoder_layers:
+        pairs += cfg.layers * length + cfg.encoder_layers * _seen(length, 0, causal=False)
+    matrices = cfg.layers * _matrices(cfg, cross=cfg.encoder_layers > 0) + cfg.encoder_layers * _matrices(cfg)
+    if cfg.head == "lm":
+        matrices += cfg.d_model * cfg.vocab_size + (cfg.d_model**2 if cfg.head_transform else 0)
+    elif cfg.head in ("tokens", "span"):
+        matrices += cfg.d_model * (cfg.labels if cfg.head == "tokens" else 2)
+    return 2.0 * matrices + 4.0 * cfg.heads * cfg.head_dim * pairs
+
+
+def kv_cache(cfg: ModelConfig, itemsize: int = 2) -> int:
+    """Bytes of cached keys and values, a token, with `itemsize` bytes a number."""
+    return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * itemsize
+
+
+def _norm(cfg: ModelConfig, width: int) -> int:
+    return width * (2 if cfg.norm == "layer" else 1)
+
+
+def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
+    """Entries of the matrices of one layer."""
+    attention = cfg.d_model * cfg.head_dim * 2 * (cfg.heads + cfg.kv_heads)
+    return attention * (2 if cross else 1) + cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2)
+
+
+def _stack(cfg: ModelConfig, layers: int, *, cross: bool = False) -> int:
+    if not layers:
+        return 0
+    D, K = cfg.d_model, cfg.head_dim
+    attention = (cfg.heads + 2 * cfg.kv_heads) * K if cfg.qkv_bias else 0
+    attention += (D if cfg.out_bias else 0) + (2 * _norm(cfg, K) if cfg.qk_norm else 0)
+    mlp = D + cfg.d_ff * (2 if cfg.gated else 1) if cfg.mlp_bias else 0
+    sublayers = 3 if cross else 2
+    norms = sublayers * _norm(cfg, D) * (2 if cfg.norm_position == "sandwich" else 1)
+    layer = _matrices(cfg, cross=cross) + (sublayers - 1) * attention + mlp + norms
+    beside = cfg.relative_buckets * cfg.heads if cfg.positions == "relative" else 0
+    return layers * layer + beside + (0 if cfg.norm_position == "post" else _norm(cfg, D))
+
+
+def _head(cfg: ModelConfig) -> int:
+    D, total = cfg.d_model, 0
+    if cfg.head == "lm":
+        total += 0 if cfg.tied else D * cfg.vocab_size
+        total += D * D + D + _norm(cfg, D) + cfg.vocab_size if cfg.head_transform else 0
+    if cfg.pooler and cfg.head not in ("tokens", "span") and (cfg.head != "lm" or cfg.next_sentence):
+        total += D * D + D
+    answers = {"lm": 2 if cfg.next_sentence else 0, "regress": 1, "span": 2, "embed": 0}.get(cfg.head, cfg.labels)
+    if answers:
+        total += D * answers + (answers if cfg.head_bias else 0)
+    return total
+
+
+def _local_layers(cfg: ModelConfig) -> int:
+    if not cfg.window:
+        return 0
+    if cfg.window_layers:
+        return sum(layer < cfg.layers for layer in cfg.window_layers)
+    return cfg.layers if cfg.window_every == 1 else cfg.layers - cfg.layers // cfg.window_every
+
+
+def _seen(length: int, window: int, causal: bool) -> float:
+    """Tokens that a token attends to, on average over a sequence: fewer than `window` away, or all."""
+    reach = min(window or length, length)
+    if causal:
+        return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    return (length * (2 * reach - 1) - reach * (reach - 1)) / length

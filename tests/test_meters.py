@@ -1,0 +1,61 @@
+"""What a loop says of itself, against arithmetic."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from llmctl import meters
+
+
+def chip(kind, platform="tpu", stats=None):
+    return SimpleNamespace(device_kind=kind, platform=platform, process_index=0, memory_stats=lambda: stats)
+
+
+@pytest.mark.parametrize(
+    "kind, tera",
+    [
+        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5p", 459), ("TPU v5", 459),
+        ("TPU v6 lite", 918), ("TPU v6e", 918), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+    ],
+)  # fmt: skip
+def test_peaks(tmp_path, kind, tera):
+    assert meters.peak([chip(kind)] * 4, tmp_path / "peak.json") == pytest.approx(4 * tera * 1e12)
+
+
+def test_an_unknown_chip_has_no_peak(tmp_path):
+    assert meters.peak([chip("NVIDIA T4", "gpu")], tmp_path / "peak.json") is None
+
+
+def test_a_cpu_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(meters, "SIDE", 64)
+    first = meters.peak(jax.devices(), tmp_path / "peak.json")
+    assert first and first > 1e6
+    (tmp_path / "peak.json").write_text(json.dumps({"flops_per_second": 5e9}))
+    assert meters.peak(jax.devices(), tmp_path / "peak.json") == 5e9
+
+
+def test_the_timer(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meters.time, "monotonic", lambda: now[0])
+    timer = meters.Timer()
+    with timer.waiting():
+        now[0] += 1.0
+    timer.count(300)
+    timer.count(100)
+    with timer.paused():
+        now[0] += 50.0
+    now[0] += 3.0
+    found = timer.read(flops=1e9, peak=1e12)
+    assert found == {"tokens_per_second": 100.0, "step_seconds": 2.0, "input_wait": 0.25, "mfu": pytest.approx(0.1)}
+    now[0] += 1.0
+    assert timer.read() == {"tokens_per_second": 0.0, "step_seconds": 1.0, "input_wait": 0.0}
+
+
+def test_memory_is_that_of_the_fullest_device():
+    devices = [chip("TPU v4", stats={"peak_bytes_in_use": n * 2**30}) for n in (1, 3, 2)]
+    assert meters.memory(devices) == {"memory_gib": 3.0}
+    assert meters.memory([chip("TPU v4", stats=None)]) == {}
+    assert meters.memory(jax.devices())["memory_gib"] > 0.01
