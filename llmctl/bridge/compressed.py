@@ -1,7 +1,8 @@
 """The compressed-tensors format: integers and scales of quantized linear layers, as vLLM and transformers read them.
 
-8 bits: weight [out, in] int8 and weight_scale [out, groups]. 4 bits: weight_packed [out, in / 8] int32 with eight
-offset nibbles an element, lowest first, weight_scale and weight_shape.
+Where activations are quantized too (W8A8): weight [out, in] int8 and weight_scale [out, groups]. Weights alone:
+weight_packed [out, in * bits / 32] int32, whose elements hold offset values, lowest bits first, weight_scale and
+weight_shape.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from llmctl.bridge.tensors import Tensor, Tensors, listed, of_array
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig
 
-PER_WORD = 8
-"""4-bit values in an int32."""
-OFFSET = 8
+WORD = 32
+"""Bits of an element of weight_packed."""
 
 
 def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
@@ -68,11 +68,14 @@ def _layer(module: str, w: weights.Quantized, slot: mapping.Slot, bits: int) -> 
         return mapping.host(a, slot.layer).T
 
     scale = Tensor((outputs, groups), np.dtype(w.array.scale.dtype), lambda: part(w.array.scale))
-    if bits == 8:
+    if w.activations:
         values = Tensor((outputs, inputs), np.dtype(np.int8), lambda: part(w.array.qvalue))
         return {f"{module}.weight": values, f"{module}.weight_scale": scale}
-    words = -(-inputs // PER_WORD)
-    packed = Tensor((outputs, words), np.dtype(np.int32), lambda: nibbles(part(w.array.qvalue).astype(np.int8)))
+    packed = Tensor(
+        (outputs, packed_length(inputs, bits)),
+        np.dtype(np.int32),
+        lambda: pack_words(part(w.array.qvalue).astype(np.int8), bits),
+    )
     return {
         f"{module}.weight_packed": packed,
         f"{module}.weight_scale": scale,
@@ -80,20 +83,25 @@ def _layer(module: str, w: weights.Quantized, slot: mapping.Slot, bits: int) -> 
     }
 
 
-def nibbles(values: np.ndarray) -> np.ndarray:
-    """-8..7 [out, in] -> int32 [out, in / 8], padded with zeros of the packed kind."""
-    shifted = (values.astype(np.int32) + OFFSET).astype(np.uint32)
-    shifted = np.pad(shifted, ((0, 0), (0, -values.shape[1] % PER_WORD)))
-    shifted = shifted.reshape(len(values), -1, PER_WORD)
-    words = np.bitwise_or.reduce(shifted << (4 * np.arange(PER_WORD, dtype=np.uint32)), axis=2)
+def packed_length(inputs: int, bits: int) -> int:
+    """Elements that hold this many values."""
+    return -(-inputs * bits // WORD)
+
+
+def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Signed values [out, in] -> int32 [out, in * bits / 32], the last element padded with zero bits."""
+    per_word = WORD // bits
+    shifted = (values.astype(np.int32) + (1 << (bits - 1))).astype(np.uint32)
+    shifted = np.pad(shifted, ((0, 0), (0, -values.shape[1] % per_word))).reshape(len(values), -1, per_word)
+    words = np.bitwise_or.reduce(shifted << (bits * np.arange(per_word, dtype=np.uint32)), axis=2)
     return words.astype(np.uint32).view(np.int32)
 
 
-def from_nibbles(words: np.ndarray, inputs: int) -> np.ndarray:
-    """Inverse of `nibbles`."""
-    shifts = 4 * np.arange(PER_WORD, dtype=np.uint32)
-    parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & 15
-    return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - OFFSET).astype(np.int8)
+def unpack_words(words: np.ndarray, inputs: int, bits: int) -> np.ndarray:
+    """Inverse of `pack_words`."""
+    shifts = bits * np.arange(WORD // bits, dtype=np.uint32)
+    parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & ((1 << bits) - 1)
+    return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - (1 << (bits - 1))).astype(np.int8)
 
 
 def _config(bits: int, group: int, activations: str, untouched: list[str]) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def _config(bits: int, group: int, activations: str, untouched: list[str]) -> di
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "pack-quantized" if bits == 4 else "int-quantized",
+        "format": "int-quantized" if activations else "pack-quantized",
         "config_groups": {"group_0": scheme},
         "ignore": sorted(untouched),
         "kv_cache_scheme": None,
@@ -132,6 +140,7 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
     Raises:
       RequestError: another method, or a scheme that is not symmetric integers with scales.
     """
+    schemes: list[Any] = []
     method, kind = (settings.get(k, "") if isinstance(settings, dict) else "" for k in ("quant_method", "format"))
     try:
         schemes = [g["weights"] for g in settings["config_groups"].values()]
@@ -140,20 +149,22 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         known = known and not any(n.endswith(("_zero_point", "_g_idx")) for n in tensors)
     except (KeyError, TypeError, AttributeError):
         known = False
-    if not known:
+    bits = {s["num_bits"] for s in schemes} if known else set()
+    if not known or len(bits) != 1:
         raise RequestError(
             f"{where}: quantized by {method or 'an unnamed method'} {kind}, which is not supported (symmetric int8 and "
             "int4 of compressed-tensors are); import the model that it was made of"
         )
+    width = bits.pop()
     out = {}
     for name, t in tensors.items():
         stem = re.sub(r"_(packed|scale|shape)$", "", name)
         scale = tensors.get(f"{stem}_scale")
         if name.endswith("_packed") and scale:
             outputs, inputs = (int(n) for n in tensors[f"{stem}_shape"].read())
-            if t.shape != (outputs, -(-inputs // PER_WORD)):
+            if t.shape != (outputs, packed_length(inputs, width)):
                 raise RequestError(f"{where}: {name} contradicts {stem}_shape")
-            out[stem] = _dense((outputs, inputs), scale, lambda t=t, n=inputs: from_nibbles(t.read(), n))
+            out[stem] = _dense((outputs, inputs), scale, lambda t=t, n=inputs: unpack_words(t.read(), n, width))
         elif name == stem and scale:
             out[stem] = _dense(t.shape, scale, t.read)
         elif name == stem:

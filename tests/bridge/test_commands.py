@@ -171,11 +171,11 @@ def test_pruned_models_go_with_their_zeros_and_their_new_shapes(save, config, pa
     np.testing.assert_array_equal(zeros, np.asarray(flat[up][2] == 0).T)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 16), (4, 16), (4, 0)])
-def test_quantized_models_go_dense_and_as_integers(bits, group, save, config, params, call, tmp_path):
+@pytest.mark.parametrize(("bits", "group", "activations"), [(8, 0, "int8"), (8, 16, ""), (4, 16, ""), (4, 0, "")])
+def test_quantized_models_go_dense_and_as_integers(bits, group, activations, save, config, params, call, tmp_path):
     from llmctl.compress.quantize import quantize
 
-    quantized, _ = quantize(params, bits=bits, group=group, head=True)
+    quantized, _ = quantize(params, bits=bits, group=group, head=True, activations=activations)
     made = save(config, quantized)
     name = "model.layers.2.self_attn.k_proj.weight"
     ours = weights.flatten(quantized)["decoder/blocks/attn/k/kernel"]
@@ -189,10 +189,11 @@ def test_quantized_models_go_dense_and_as_integers(bits, group, save, config, pa
     assert scheme["ignore"] == []
     assert name in safetensors.read_folder(tmp_path / "hf")
     assert stored[f"{name}_scale"].shape == (32, 64 // group if group else 1)
-    if bits == 8:
-        np.testing.assert_array_equal(stored[name].read(), np.asarray(ours.array.qvalue[2]).T, strict=True)
+    values = np.asarray(ours.array.qvalue[2]).astype(int).T
+    if activations:
+        np.testing.assert_array_equal(stored[name].read(), values.astype(np.int8), strict=True)
     else:
-        first = np.asarray(stored[f"{name}_packed"].read())[0, 0].view(np.uint32)
-        nibbles = [((int(first) >> (4 * i)) & 15) - 8 for i in range(8)]
-        assert nibbles == np.asarray(ours.array.qvalue[2]).astype(int)[:8, 0].tolist()
+        first, many = int(np.asarray(stored[f"{name}_packed"].read())[0, 0].view(np.uint32)), 32 // bits
+        found = [((first >> (bits * i)) & (2**bits - 1)) - 2 ** (bits - 1) for i in range(many)]
+        assert found == values[0, :many].tolist()
         assert stored[f"{name}_shape"].read().tolist() == [32, 64]
