@@ -82,7 +82,11 @@ class Checkpoints:
                 self.say(
                     f"checkpoint of step {step} is damaged ({' '.join(str(e).split())[:100]}); going on from one before it"
                 )
-                shutil.rmtree(self.folder / "steps" / str(step), ignore_errors=True)
+                # Set aside, not deleted: what made it unreadable may have been the machine and not the file.
+                aside = self.folder / "damaged" / str(step)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                shutil.move(self.folder / "steps" / str(step), aside)
                 self._latest.reload()
         return None
 

@@ -17,8 +17,8 @@ def chip(kind, platform="tpu", stats=None):
     "kind, tera",
     [
         ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5p", 459), ("TPU v5", 459),
-        ("TPU v6 lite", 918), ("TPU v6e", 918), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-40GB", 312),
+        ("TPU v6 lite", 918), ("TPU v6e", 918), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-40GB", 312),
     ],
 )  # fmt: skip
 def test_peaks(tmp_path, kind, tera):

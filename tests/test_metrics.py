@@ -119,3 +119,19 @@ def test_wandb_that_is_not_installed_is_a_wrong_request(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RequestError, match=r"pip install 'llmctl\[wandb\]'"), Reporter(tmp_path, 1, "t", wandb="mine"):
         pass
+
+
+def test_the_real_wandb_offline_and_one_run_across_a_resume(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start in (0, 2):
+        with Reporter(
+            tmp_path / "work", 4, "t", False, start=start, lasting=tmp_path, wandb="llmctl-tests", console=quiet()
+        ) as report:
+            report.log(start + 1, {"loss": 1.5})
+            report.log(start + 2, {"loss": 1.0})
+    (name,) = {p.name for p in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
+    assert name == f"run-{(tmp_path / 'work' / 'wandb_id').read_text()}.wandb"
+    written = [p.read_bytes() for p in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(written) == 2 and all(b"llmctl-tests" in text and b"loss" in text for text in written)

@@ -118,6 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over(one, tmp_path, uninterrupted, capsy
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     params, _ = fit(tmp_path, one)
     assert f"checkpoint of step {newest.name} is damaged" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "damaged" / newest.name).is_dir()
     assert digest(params) == digest(uninterrupted[0])
 
 
