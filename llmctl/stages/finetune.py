@@ -46,8 +46,8 @@ class Config(StageConfig):
     """Method lora: add the pairs into the matrices at the end; false keeps them apart."""
     freeze_layers: int = Field(0, ge=0)
     """Layers, from the first, that stay as they are, and the embeddings with them."""
-    pooling: Literal["last", "mean", "first"] = "last"
-    """Classification: the vector that is classified: last real token, mean, or first token."""
+    pooling: Literal["", "last", "mean", "first"] = ""
+    """Classification: the vector that is classified: last real token, mean, or first token; the model's by default."""
     truncate: Truncate = "tail"
     """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -179,10 +179,10 @@ def _with_head(config: Config, base: Artifact, classes: int, devices: Any) -> tu
         return cfg, params
     if classes < 2:
         raise RequestError(f"classification needs two classes at least, the data has {classes}")
-    new = ModelConfig.model_validate(
-        {**cfg.model_dump(), "head": "classify", "labels": classes, "pooling": config.pooling, "head_transform": False}
-    )
+    head = {"head": "classify", "labels": classes, "pooling": config.pooling or cfg.pooling}
+    new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
     params.pop("lm_head", None)
     shardings = calls.shardings(new, calls.abstract(new), devices)["head"]
     fresh = jax.jit(lambda key: calls.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
-    return new, params | {"head": fresh}
+    pooler = {k: v for k, v in params.get("head", {}).items() if k == "pooler" and new.pooler}  # BERT's is pretrained
+    return new, params | {"head": fresh | pooler}
