@@ -80,6 +80,8 @@ def test_integer_leaves_of_a_quantized_head_have_no_gradient(given):
     head = {"q": jnp.ones((D, V), jnp.int8), "scale": jnp.ones(V)}
 
     def loss(x):
-        return losses.cross_entropy(lambda h, x: x @ h["q"].astype(x.dtype) * h["scale"], head, x, targets, weights, V)[0]
+        return losses.cross_entropy(lambda h, x: x @ h["q"].astype(x.dtype) * h["scale"], head, x, targets, weights, V)[
+            0
+        ]
 
     assert jnp.isfinite(jax.grad(loss)(x)).all()

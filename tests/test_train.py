@@ -237,7 +237,10 @@ def test_early_stopping_keeps_the_best(one, tmp_path):
 
 def test_a_full_disk_is_one_line_and_names_the_intact_checkpoint(tmp_path, monkeypatch):
     state = {"a": jnp.arange(4.0)}
-    with pytest.raises(WorkError, match="full; the checkpoint of step 1 is intact"), Checkpoints(tmp_path, 2, print) as c:
+    with (
+        pytest.raises(WorkError, match="full; the checkpoint of step 1 is intact"),
+        Checkpoints(tmp_path, 2, print) as c,
+    ):
         c.save(1, state, {}, wait=True)
 
         def full(*args, **kwargs):
