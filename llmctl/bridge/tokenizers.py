@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llmctl.bridge import sentencepiece_json
 from llmctl.data import tokenizer as tokenizers
 from llmctl.data.json_tokenizer import JsonTokenizer
+from llmctl.data.sentencepieces import SentencePieces
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig
 
@@ -105,10 +107,18 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
+    """How the special tokens of a SentencePiece model are written."""
+    if not isinstance(words, SentencePieces):
+        return {}
+    ids = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id, "unk": words.unk_id, "mask": words.mask_id}
+    return {name: words.piece(i) for name, i in ids.items() if i is not None}
+
+
 def hand_on(folder: Path, out: Path) -> dict[str, int]:
     """Writes an artifact's tokenizer as others read it; returns its special ids, as a config.json names them.
 
-    A tokenizer.json stays one; a SentencePiece model stays tokenizer.model. What else came with it is copied.
+    A tokenizer.json stays one; a SentencePiece model also becomes one. What else came with it is copied.
     """
     if not (folder / tokenizers.DESCRIPTOR).is_file():
         return {}
@@ -117,11 +127,11 @@ def hand_on(folder: Path, out: Path) -> dict[str, int]:
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copy(folder / name, out / name)
+    if isinstance(words, SentencePieces) and (made := sentencepiece_json.convert(words)):
+        (out / JsonTokenizer.file).write_bytes(made)
     if not (out / "tokenizer_config.json").is_file():
-        content: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if isinstance(words, JsonTokenizer):
-            content |= {f"{k}_token": v for k, v in words.special.items()}
-        else:
-            content |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": words.add_bos}
+        special = words.special if isinstance(words, JsonTokenizer) else _special(words)
+        content = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{k}_token": v for k, v in special.items()}}
+        content["clean_up_tokenization_spaces"] = False
         (out / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
     return {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}

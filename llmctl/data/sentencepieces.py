@@ -53,6 +53,10 @@ class SentencePieces(Tokenizer):
         i = self._sp.piece_to_id(piece)
         return None if i == self.unk_id else i
 
+    def piece(self, i: int) -> str:
+        """How a token is written."""
+        return self._sp.id_to_piece(i)
+
     def encode(self, text: str) -> list[int]:  # noqa: D102
         return self._sp.encode(text)
 
@@ -61,6 +65,15 @@ class SentencePieces(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
         return self._sp.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i != self.unk_id])
+
+    def pieces(self) -> list[str]:  # noqa: D102
+        return [self._piece(i) for i in range(self.vocab_size)]
+
+    def _piece(self, i: int) -> str:
+        if self._sp.is_control(i) or self._sp.is_unknown(i):
+            return ""
+        piece = self._sp.id_to_piece(i)
+        return bytes([int(piece[1:-1], 16)]).decode(errors="replace") if self._sp.is_byte(i) else piece.replace("▁", " ")
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:

@@ -1,0 +1,70 @@
+"""A SentencePiece model as a tokenizer.json, for programs that read only that; kept only where both cut texts alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+from llmctl.data.sentencepieces import SentencePieces
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
+"""SentencePiece's kinds of pieces."""
+SPACE = "▁"
+
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Numbers such as 3.14159, 2024 and 1,000,000; it's (so) [they] {say}!",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich — naïve façade, Ωμέγα, привет, 你好, 🙂",
+    "  leading,  double   spaces and trailing ",
+    "lines\nand\ttabs\n\n",
+    "",
+)
+"""Texts that both must cut alike."""
+
+
+def convert(words: SentencePieces) -> bytes | None:
+    """The tokenizer.json of a SentencePiece model; None where it would cut one of the samples differently."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
+    model = proto.ModelProto.FromString(words.model)
+    pieces = [(p.piece, p.score) for p in model.pieces]
+    spec, trainer = model.normalizer_spec, model.trainer_spec
+    made: Any
+    if trainer.model_type == proto.TrainerSpec.UNIGRAM:
+        made = Tokenizer(models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback))
+    elif trainer.model_type == proto.TrainerSpec.BPE:
+        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+        unknown = model.pieces[trainer.unk_id].piece
+        merges = _merges(vocab, [p.score for p in model.pieces])
+        bpe = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+        made = Tokenizer(bpe)
+    else:
+        return None
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    # Not the Metaspace step: it adds no space before a text that begins with one, and SentencePiece does.
+    steps += [normalizers.Prepend(SPACE)] if spec.add_dummy_prefix else []
+    made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    ending = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ending])
+    special = [p.piece for p in model.pieces if p.type in (CONTROL, UNKNOWN)]
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    made.add_tokens([AddedToken(p.piece, normalized=False) for p in model.pieces if p.type == USER])
+    made.encode_special_tokens = True
+    alike = all(made.encode(t, add_special_tokens=False).ids == words.encode(t) for t in SAMPLES)
+    made.encode_special_tokens = False
+    return made.to_str().encode() if alike else None
+
+
+def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """The merges that a SentencePiece BPE model means: every way to make a piece of two others, best pieces first."""
+    found: list[tuple[float, int, int, tuple[str, str]]] = []
+    for piece, i in vocab.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocab and right in vocab:
+                found.append((-scores[i], vocab[left], vocab[right], (left, right)))
+    return [pair for *_, pair in sorted(found)]

@@ -1,0 +1,62 @@
+"""Tokenizers on their way in and out: SentencePiece as tokenizer.json, older vocabularies, what others load."""
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+
+from llmctl.bridge import sentencepiece_json, tokenizers
+from llmctl.data import TokenizerConfig, tokenizer
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
+
+SYLLABLES = ("ka", "mo", "ri", "ten", "lu", "san", "pe", "do", "shi", "ver", "gal", "nim")
+WORDS = [a + b for a in SYLLABLES for b in SYLLABLES[::2]] + ["the", "cat", "sat", "on", "12", "345", ",", "it's"]
+TEXTS = [" ".join(np.random.default_rng(i).choice(WORDS, 30)) + f" {i}." for i in range(200)]
+NEW = ["The cat sang 345 songs!", "naïve — 你好\n  two  spaces", "moonsmat"]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("normalize", ["identity", "nfkc_lowercase"])
+def test_our_tokenizers_go_out_as_transformers_reads_them(kind, normalize, tmp_path):
+    words = tokenizer.train(TEXTS, TokenizerConfig(kind=kind, vocab_size=310, normalize=normalize, sentinels=3))
+    words.save(tmp_path / "ours")
+    (tmp_path / "theirs").mkdir()
+    ids = tokenizers.hand_on(tmp_path / "ours", tmp_path / "theirs")
+    assert ids == {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    for text in NEW:
+        expected = words.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == expected
+        assert theirs.decode(expected) == words.decode(expected)
+    assert theirs.eos_token_id == words.eos_id
+    again = tokenizer.load(tmp_path / "theirs")
+    assert again.encode(NEW[1]) == words.encode(NEW[1])
+    assert (again.mask_id, again.sentinel_ids) == (words.mask_id, words.sentinel_ids)
+
+
+def test_a_conversion_that_cuts_otherwise_is_not_written(tmp_path, monkeypatch):
+    words = tokenizer.train(TEXTS, TokenizerConfig(vocab_size=310))
+    monkeypatch.setattr(sentencepiece_json, "SAMPLES", ("the cat",))
+    monkeypatch.setattr(type(words), "encode", lambda self, text: [1])
+    assert sentencepiece_json.convert(words) is None
+
+
+def test_vocabularies_of_older_folders(tmp_path):
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    cfg = ModelConfig(vocab_size=len(vocab))
+    out = tokenizers.bring(tmp_path, tmp_path / "out", cfg)
+    words = tokenizer.load(out)
+    assert words.encode("The cats sat.") == [5, 6, 7, 8, 9]
+    assert (words.bos_id, words.eos_id, words.mask_id) == (2, 3, 4)
+    with pytest.raises(RequestError, match="10 tokens and the model's table 99 rows"):
+        tokenizers.bring(tmp_path, tmp_path / "out", cfg.model_copy(update={"vocab_size": 99}))
+    (tmp_path / "vocab.txt").unlink()
+    assert tokenizers.bring(tmp_path, tmp_path / "out", cfg) is None
+    letters = {"<s>": 0, "</s>": 1, "c": 2, "a": 3, "t": 4, "ca": 5, "cat": 6, "Ġ": 7}
+    (tmp_path / "vocab.json").write_text(json.dumps(letters))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nc a\nca t\n")
+    out = tokenizers.bring(tmp_path, tmp_path / "bpe", ModelConfig(vocab_size=8))
+    assert tokenizer.load(out).encode("cat cat") == [6, 7, 6]
