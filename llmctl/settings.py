@@ -70,6 +70,8 @@ class TrainConfig(Config):
     """Microbatches a step; the gradients are those of the whole batch."""
     dtype: Dtype = "float32"
     """Compute type; master weights and optimizer state stay float32."""
+    matmuls: dict[str, Literal["int8", "fp8"]] = {}
+    """Matrices of the layers multiplied in 8 bits, forward and backward, by pattern, such as {"mlp/*" = "int8"}."""
     remat: Literal["none", "minimal", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmul outputs, everything."""
     eval_every: int = Field(0, ge=0)

@@ -7,7 +7,7 @@ outside it. Everything random comes from (seed, step).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from llmctl import mesh as meshes
-from llmctl import optim, weights
+from llmctl import optim, training_matmul, weights
 from llmctl.settings import OptimConfig, TrainConfig
 
 Params = dict[str, Any]
@@ -102,7 +102,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
     """The step (state, fixed arrays, batch) -> (state, metrics), and the optimizer whose state it keeps."""
     optimizer = optim.build(config, train.steps)
     rate = optim.schedule(config, train.steps)
-    gradients = _gradients(job, train.accumulate)
+    gradients = _gradients(job, train.accumulate, train.matmuls)
 
     def step(state: State, fixed: Fixed, batch: Batch) -> tuple[State, Sums]:
         old = state["params"]
@@ -142,13 +142,14 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
     return step, optimizer
 
 
-def _gradients(job: Job, accumulate: int) -> Callable[..., tuple[Params, Sums]]:
+def _gradients(job: Job, accumulate: int, matmuls: Mapping[str, str]) -> Callable[..., tuple[Params, Sums]]:
     """(trained arrays, fixed arrays, batch, key) -> sums over the whole batch, one microbatch after the other."""
     template = jax.eval_shape(lambda: job.params)
 
     def loss(named: Params, fixed: Fixed, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         rest, constants = fixed
-        return job.loss(weights.rebuild(template, named | rest), batch, key, *constants)
+        with training_matmul.use(matmuls):
+            return job.loss(weights.rebuild(template, named | rest), batch, key, *constants)
 
     grad = jax.grad(loss, has_aux=True)
     if accumulate == 1:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from llmctl import mesh as meshes
-from llmctl import meters, weights
+from llmctl import meters, training_matmul, weights
 from llmctl.artifact import Artifact
 from llmctl.checkpoints import Checkpoints
 from llmctl.data import pipeline
@@ -66,6 +66,7 @@ def fit(
         )
     _check_batch(train.batch_size // train.accumulate, mesh)
     named, fixed = split(job)
+    training_matmul.check(train.matmuls, named)
     step_fn, optimizer = make_step(job, train, optim_config, seed)
     shardings = state_shardings(optimizer, optim_config, named, mesh)
     begin = partial(fresh, optimizer, optim_config)

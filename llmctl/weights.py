@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import qwix
 
+from llmctl import training_matmul
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["activations"])
 @dataclass(frozen=True)
@@ -64,15 +66,23 @@ def dense(w: Weight, dtype: Any = jnp.float32) -> jax.Array:
     return w.astype(dtype)
 
 
-def matmul(x: jax.Array, w: Weight, dtype: Any) -> jax.Array:
-    """x [..., I] times w [I, O] in `dtype` -> [..., O]."""
+def matmul(x: jax.Array, w: Weight, dtype: Any, kind: str = "") -> jax.Array:
+    """x [..., I] times w [I, O] in `dtype` -> [..., O].
+
+    A plain array may be multiplied in 8 bits while it is trained: `kind` is a name of `training_matmul.TYPES`.
+    """
     x = x.astype(dtype)
     if isinstance(w, LowRank):
         low = matmul(matmul(x, w.a, dtype), w.b, dtype)
         return matmul(x, w.base, dtype) + jnp.asarray(w.scale, dtype) * low
     # Leading axes are folded into one: XLA's CPU backend runs a plain matrix product much faster (see recipes/bench).
     x_NI = x.reshape(-1, x.shape[-1])
-    y_NO = _quantized_matmul(x_NI, w, dtype) if isinstance(w, Quantized) else jnp.matmul(x_NI, w.astype(dtype))
+    if isinstance(w, Quantized):
+        y_NO = _quantized_matmul(x_NI, w, dtype)
+    elif kind:
+        y_NO = training_matmul.matmul(x_NI, w.astype(dtype), kind)
+    else:
+        y_NO = jnp.matmul(x_NI, w.astype(dtype))
     return y_NO.reshape(*x.shape[:-1], w.shape[-1])
 
 

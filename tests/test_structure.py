@@ -19,7 +19,7 @@ ROOT = README.parent
 PACKAGE = ROOT / "llmctl"
 
 LAYERS = (
-    ("errors", "config", "settings", "weights", "menu", "console"),
+    ("errors", "config", "settings", "weights", "training_matmul", "menu", "console"),
     ("mesh", "data", "losses", "metrics", "meters", "profiling"),
     ("model", "optim"),
     ("tune", "compress", "evaluate", "artifact", "step", "train", "checkpoints", "validation", "bridge", "generation"),

@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl import weights
+from llmctl import training_matmul, weights
 from llmctl.errors import RequestError
 from llmctl.mesh import shard_params
 from llmctl.model import ModelConfig
@@ -107,7 +108,9 @@ def hidden(
     """Final hidden states [B, T, D]. `rng` is needed where `train` and the config has dropout."""
     body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
     rngs = {} if rng is None else {"dropout": rng}
-    return Transformer(cfg, dtype, remat, train).apply({"params": body}, batch, rngs=rngs)
+    # Who only looks on (validation, a teacher) computes in `dtype`, also where the products of training have 8 bits.
+    with contextlib.nullcontext() if train else training_matmul.use({}):
+        return Transformer(cfg, dtype, remat, train).apply({"params": body}, batch, rngs=rngs)
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Params:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmctl import weights
+from llmctl import training_matmul, weights
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig
 
@@ -40,7 +40,7 @@ class Dense(nn.Module):
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-        y = weights.matmul(x, kernel, self.dtype)
+        y = weights.matmul(x, kernel, self.dtype, training_matmul.kind_of("/".join(self.path)))
         if self.bias:
             b = self.param(
                 "bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)), (self.features,)

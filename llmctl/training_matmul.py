@@ -1,0 +1,85 @@
+"""Matrix products of training in 8 bits, forward and backward, on qwix's arrays; the master weights stay.
+
+Every operand is rounded anew at every step with the scales of its own rows or columns, so nothing is calibrated and
+nothing is kept: x per token, w per output, and in the backward pass the gradient per row of what is computed. Scales
+that would vary along the axis that is summed over are multiplied into the gradient before it is rounded, as qwix's own
+quantized training does. int8 on both ways; fp8 is e4m3 forward and e5m2 for gradients (arXiv:2209.05433).
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import jax
+import qwix
+
+from llmctl.errors import RequestError
+
+TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
+"""Name of a setting -> (type of operands, type of gradients)."""
+
+_rules: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
+
+
+@contextlib.contextmanager
+def use(rules: Mapping[str, str]) -> Iterator[None]:
+    """While a computation is traced: {pattern of a matrix's path: a name of TYPES}; the first that matches counts."""
+    token = _rules.set(rules)
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def kind_of(path: str) -> str:
+    """What the rules in use say of the matrix at `path` ("decoder/blocks/mlp/up"); empty is the plain product."""
+    return next((kind for pattern, kind in (_rules.get() or {}).items() if _matches(path, pattern)), "")
+
+
+def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
+    """Raises RequestError for a rule that no matrix of the layers among `names` follows."""
+    paths = [name.removesuffix("/kernel") for name in names if name.endswith("/kernel") and "/blocks/" in name]
+    for pattern in rules:
+        if not any(_matches(path, pattern) for path in paths):
+            raise RequestError(
+                f"train.matmuls: no plain matrix matches {pattern!r}; there are {', '.join(sorted(paths)) or 'none'}"
+            )
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whole paths, or their last parts: `mlp/*` means the feed-forward matrices of every stack."""
+    return "/blocks/" in path and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*/{pattern}"))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x_NI: jax.Array, w_IO: jax.Array, kind: str) -> jax.Array:
+    """x [N, I] times w [I, O] in the operand type of `kind` -> [N, O] in the type of x."""
+    return _forward(x_NI, w_IO, kind)[0]
+
+
+def _forward(x_NI: jax.Array, w_IO: jax.Array, kind: str) -> Any:
+    operand, _ = TYPES[kind]
+    x = qwix.quantize(x_NI, operand, channelwise_axes=[0])
+    w = qwix.quantize(w_IO, operand, channelwise_axes=[1])
+    y = qwix.dot_general(x, w, (((1,), (0,)), ((), ())))
+    return y.astype(x_NI.dtype), (x, w)
+
+
+def _backward(kind: str, saved: tuple[qwix.QArray, qwix.QArray], d_y_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    _, gradient = TYPES[kind]
+    for_x = qwix.quantize(d_y_NO * w.scale, gradient, channelwise_axes=[0])
+    d_x = qwix.dot_general(for_x, w.qvalue, (((1,), (1,)), ((), ())))
+    for_w = qwix.quantize(d_y_NO * x.scale, gradient, channelwise_axes=[1])
+    d_w = qwix.dot_general(x.qvalue, for_w, (((0,), (0,)), ((), ())))
+    return d_x.astype(d_y_NO.dtype), d_w.astype(d_y_NO.dtype)
+
+
+matmul.defvjp(_forward, _backward)
