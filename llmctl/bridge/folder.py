@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,13 @@ def read_json(path: Path) -> Fields:
     return content
 
 
-def look(folder: Path, ignore: tuple[str, ...] = ()) -> Found:
+def look(folder: Path, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Found:
     """What a folder holds, checked by its headers: nothing is read but names and shapes.
 
     Args:
       folder: config.json and safetensors, single or with an index.
       ignore: keys of config.json that are known not to matter.
+      drop: regular expressions of tensors to leave out.
 
     Raises:
       RequestError: an unknown architecture or key, a pickle, a damaged file, tensors that contradict the config.
@@ -66,10 +68,12 @@ def look(folder: Path, ignore: tuple[str, ...] = ()) -> Found:
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
     config = read_json(folder / CONFIG)
-    return understand(folder, config, safetensors.read_folder(folder), ignore)
+    return understand(folder, config, safetensors.read_folder(folder), ignore, drop)
 
 
-def understand(folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = ()) -> Found:
+def understand(
+    folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()
+) -> Found:
     """`look`, with the config and the tensors in hand."""
     where = folder / CONFIG
     known = names.bridges()
@@ -81,7 +85,8 @@ def understand(folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str
     config = dict(config)
     if quantized := config.pop("quantization_config", None):
         tensors = compressed.unpack(str(where), quantized, tensors)
-    key, head = _head(where, config, bridge)
+    tensors = {_now(bridge, n): t for n, t in tensors.items() if not any(re.fullmatch(p, n) for p in drop)}
+    key, head = _head(where, config, bridge, tensors)
     keys = Keys(config, frozenset(ignore))
     try:
         fields = bridge.from_config(keys)
@@ -106,6 +111,11 @@ def understand(folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str
     return Found(model, tensors, wanted, labels, config)
 
 
+def _now(bridge: Bridge, name: str) -> str:
+    """A tensor's name in today's words."""
+    return next((name.removesuffix(old) + new for old, new in bridge.renamed.items() if name.endswith(old)), name)
+
+
 def _exactly(name: str) -> str:
     return name.replace(".", r"\.")
 
@@ -119,14 +129,19 @@ def _model(where: Path, fields: Fields) -> ModelConfig:
         raise RequestError(f"{where}: {at + ': ' if at else ''}{first['msg']}") from None
 
 
-def _head(where: Path, config: Fields, bridge: Bridge) -> tuple[str, Head]:
+def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tuple[str, Head]:
     said = config.get("architectures") or [bridge.heads["lm"].architecture]
     if not isinstance(said, list) or len(said) != 1:
         raise RequestError(f"{where}: architectures = {said!r} names no single class")
-    found = [(k, h) for k, h in bridge.heads.items() if h.architecture == said[0]]
+    name = bridge.renamed.get(said[0], said[0])
+    found = [(k, h) for k, h in bridge.heads.items() if h.architecture == name]
     if not found:
         known = sorted({h.architecture for h in bridge.heads.values()})
-        raise RequestError(f"{where}: architecture {said[0]} is not known; known: {', '.join(known)}")
+        raise RequestError(f"{where}: architecture {name} is not known; known: {', '.join(known)}")
+    # BERT's own files say that they fill masks, and hold the next-sentence head too.
+    both = bridge.heads.get(f"{found[0][0]}+next_sentence")
+    if both and all(n in tensors for n in both.names.values() if n not in found[0][1].names.values()):
+        return f"{found[0][0]}+next_sentence", both
     single = len(_labels(config)) == 1 or config.get("problem_type") == "regression"
     return next(((k, h) for k, h in found if k == "regress" and single), found[0])
 

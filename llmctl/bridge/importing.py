@@ -34,6 +34,7 @@ def run(
     tokenizer: Path | None = None,
     reference: Path | None = None,
     ignore: tuple[str, ...] = (),
+    drop: tuple[str, ...] = (),
     name: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def run(
       tokenizer: a folder or file with another tokenizer than the source's.
       reference: logits to reproduce; `reference.safetensors` of the folder by default, where it has one.
       ignore: keys of config.json that are known not to matter.
+      drop: regular expressions of tensors to leave out.
       name: of the artifact; the folder's by default.
       say: hears one line about what is noteworthy.
 
@@ -60,7 +62,7 @@ def run(
     """
     kind = tensors.dtype(dtype) if dtype else None
     is_gguf = source.suffix == ".gguf"
-    found = gguf.look(source) if is_gguf else folders.look(source, ignore)
+    found = gguf.look(source) if is_gguf else folders.look(source, ignore, drop)
     reference = reference or ((source / REFERENCE) if (source / REFERENCE).is_file() else None)
     expected = {k: np.asarray(t.read()) for k, t in safetensors.read_file(reference).items()} if reference else None
     with tempfile.TemporaryDirectory(prefix="llmctl-") as work:

@@ -23,6 +23,9 @@ def import_(
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="A key of config.json that does not matter (repeatable).")
     ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Tensors to leave out, by their whole name (repeatable).")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make an artifact of a model from elsewhere; what is not understood is an error, and nothing is dropped."""
@@ -44,6 +47,7 @@ def import_(
             tokenizer=tokenizer,
             reference=reference,
             ignore=tuple(ignore or ()),
+            drop=tuple(drop or ()),
             say=console.say,
         )
     if json:

@@ -117,6 +117,7 @@ BRIDGE = Bridge(
     },
     from_config,
     to_config,
+    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
     buffers=(r"(bert\.)?embeddings\.position_ids",),
     copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
 )

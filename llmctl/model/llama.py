@@ -144,6 +144,8 @@ def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
 
 def from_config(keys: Keys) -> Fields:
     """A Llama's config.json as fields of ModelConfig."""
+    keys.must("rope_interleaved", False)
+    keys.drop("is_llama_config")
     bias = keys.take("attention_bias", False)
     return {
         **take_sizes(keys),

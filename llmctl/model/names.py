@@ -41,6 +41,8 @@ class Bridge:
     """Their config -> fields of ModelConfig beyond the family's flags. Takes every key that matters."""
     to_config: Callable[[Any], Fields]
     """ModelConfig -> their config, or a RequestError for what the family cannot express."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Older names: what their tensors or classes are called in some files -> what they are called now."""
     buffers: tuple[str, ...] = ()
     """Regular expressions of stored tensors that are computed, not learned."""
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -84,9 +86,20 @@ def _part(name: str, leaf: str) -> str:
 
 # --- configs ---------------------------------------------------------------------------------------------------------
 
-IRRELEVANT = frozenset(
-    ["architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "initializer_factor", "initializer_cutoff_factor", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "_name_or_path", "name_or_path", "gradient_checkpointing", "return_dict", "output_attentions", "output_hidden_states", "output_past", "torchscript", "use_bfloat16", "chunk_size_feed_forward", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "classifier_dropout", "classifier_dropout_prob", "problem_type", "task_specific_params", "pretraining_tp", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "reorder_and_upcast_attn", "_attn_implementation", "attn_implementation", "cache_implementation", "id2label", "label2id", "num_labels", "finetuning_task", "tokenizer_class", "prefix", "auto_map", "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"]
-)
+IRRELEVANT = frozenset({
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
+    "initializer_factor", "initializer_cutoff_factor", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "_name_or_path", "name_or_path", "gradient_checkpointing",
+    "return_dict", "output_attentions", "output_hidden_states", "output_past", "torchscript", "use_bfloat16",
+    "chunk_size_feed_forward", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop",
+    "classifier_dropout", "classifier_dropout_prob", "problem_type", "task_specific_params", "pretraining_tp",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "reorder_and_upcast_attn", "_attn_implementation", "attn_implementation", "cache_implementation", "id2label",
+    "label2id", "num_labels", "finetuning_task", "tokenizer_class", "prefix", "auto_map", "directionality",
+    "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
+    "transformers.js_config",
+})  # fmt: skip
 """Keys that change neither what a network computes nor the shapes of its weights (labels are read elsewhere)."""
 
 ACTIVATIONS = {

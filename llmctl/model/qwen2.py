@@ -23,6 +23,7 @@ SIZES: dict[str, Fields] = {
 
 def take(keys: Keys) -> Fields:
     """What the configs of Qwen2 and Qwen3 share."""
+    keys.must("use_mrope", False)
     sizes = llama.take_sizes(keys)
     window, first = keys.take("sliding_window", 0), keys.take("max_window_layers", 0)
     window = window if keys.take("use_sliding_window", False) else 0

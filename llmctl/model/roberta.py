@@ -56,6 +56,7 @@ BRIDGE = Bridge(
     },
     from_config,
     to_config,
+    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
     buffers=(r"(roberta\.)?embeddings\.position_ids",),
     copies={"lm_head.decoder.bias": "lm_head.bias"},
 )

@@ -132,6 +132,7 @@ BRIDGE = Bridge(
     {"lm": Head("T5ForConditionalGeneration", {"lm_head/kernel": "lm_head.weight"})},
     from_config,
     to_config,
+    renamed={"T5WithLMHeadModel": "T5ForConditionalGeneration"},
     buffers=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     copies={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
 )
