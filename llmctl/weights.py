@@ -80,7 +80,7 @@ def matmul(x: jax.Array, w: Weight, dtype: Any, kind: str = "") -> jax.Array:
     if isinstance(w, Quantized):
         y_NO = _quantized_matmul(x_NI, w, dtype)
     elif kind:
-        y_NO = training_matmul.matmul(x_NI, w.astype(dtype), kind)
+        y_NO = cast(jax.Array, training_matmul.matmul(x_NI, w.astype(dtype), kind))
     else:
         y_NO = jnp.matmul(x_NI, w.astype(dtype))
     return y_NO.reshape(*x.shape[:-1], w.shape[-1])
