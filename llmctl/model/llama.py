@@ -1,4 +1,4 @@
-"""Llama: pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU (arXiv:2302.13971, 2307.09288).
+"""Llama: pre-norm decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv:2302.13971, 2307.09288).
 
 SmolLM2 is a Llama. Mistral, Qwen and Gemma are its relatives: their files say what differs.
 """
@@ -134,8 +134,8 @@ def give_sizes(cfg: Any) -> Fields:
 def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
     """Refuses a config that Llama, but for what differs, cannot express."""
     plain = {
-        **{k: v for k, v in FLAGS.items() if k != "head_bias"}, "norm_position": "pre", "norm_plus_one": False, "qkv_bias": False, "out_bias": False,
-        "mlp_bias": False, "qk_norm": False, "attn_scale": 0.0, "attn_softcap": 0.0, "final_softcap": 0.0, "window": 0,
+        **{k: v for k, v in FLAGS.items() if k != "head_bias"}, "norm_position": "pre", "norm_plus_one": False,
+        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False, "attn_scale": 0.0, "attn_softcap": 0.0, "final_softcap": 0.0, "window": 0,
         "rope_local_theta": 0.0, "embed_scale": 1.0, "logit_scale": 1.0, "embed_norm": False, "token_types": 0,
         "head_transform": False,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A modern encoder: pre-norm RMSNorm, rotary positions, gated GELU, local layers with every third one global, no biases.
+"""A modern encoder: pre-norm RMSNorm, rotary positions, gated GELU, every third layer global and the others local.
 
 What arXiv:2412.13663 found to work, on our blocks; its own weights (a first layer without norm) do not fit them.
 """

@@ -41,14 +41,14 @@ class Bridge:
     """Their config -> fields of ModelConfig beyond the family's flags. Takes every key that matters."""
     to_config: Callable[[Any], Fields]
     """ModelConfig -> their config, or a RequestError for what the family cannot express."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Older names: what their tensors or classes are called in some files -> what they are called now."""
     buffers: tuple[str, ...] = ()
     """Regular expressions of stored tensors that are computed, not learned."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that some files repeat: their name -> the name of the tensor it must equal."""
     in_out: str = ""
     """Regular expression of their matrices that are [in, out], as ours."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Older names: what their tensors or classes are called in some files -> what they are called now."""
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
         """The whole name map of a model with this head; `bare` leaves the prefix out."""

@@ -1,4 +1,4 @@
-"""RoBERTa: a BERT without token types and next sentences, whose positions start after the padding's (arXiv:1907.11692)."""
+"""RoBERTa: a BERT without token types and next sentences; positions start after the padding's (arXiv:1907.11692)."""
 
 from __future__ import annotations
 

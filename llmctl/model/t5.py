@@ -62,7 +62,7 @@ def from_config(keys: Keys) -> Fields:
         "norm_eps": keys.take("layer_norm_epsilon", 1e-6),
         "activation": keys.activation("activation", "relu"),
         "gated": gate == "gated",
-        # Only tied outputs were scaled; transformers 5 says it in a key of its own and ties unless two tables are stored.
+        # Only tied outputs were scaled. transformers 5 has a key for it, and ties unless two tables are stored.
         "logit_scale": 0.0 if keys.take("scale_decoder_outputs", tied) else 1.0,
         "tied": tied,
         "dropout": keys.take("dropout_rate", 0.1),
