@@ -70,6 +70,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special ones, and ids beyond the vocabulary, are left out."""
 
+    def pieces(self) -> list[str]:
+        """The text of every token by id, with a space where it begins a word after a space; "" for special ones."""
+        return [self.decode([i]) for i in range(self.vocab_size)]
+
     def prompt(self, text: str) -> list[int]:
         """Ids of a text that the model is to continue."""
         return [self.bos_id] * self.add_bos + self.encode(text)

@@ -5,15 +5,13 @@ Legend: B rows, T tokens a row, N examples.
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 
 from llmctl.data import Truncate
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.data.corpus import Corpus, tokenize
 from llmctl.data.objectives import Batch
-from llmctl.data.order import permutation
+from llmctl.data.order import Epochs
 from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
 
@@ -22,9 +20,7 @@ class _ExampleRows:
     """One example a row; `rows[i]` for any i >= 0, each epoch in its own order (in order with `shuffle=False`)."""
 
     def __init__(self, count: int, seed: int, shuffle: bool):
-        self._count, self._seed, self._shuffle = count, seed, shuffle
-        self._lock = threading.Lock()
-        self._orders: dict[int, np.ndarray] = {}
+        self._count, self._epochs = count, Epochs(count, seed, shuffle)
 
     def __len__(self) -> int:
         return self._count
@@ -36,22 +32,7 @@ class _ExampleRows:
 
     def batch(self, rows_B: np.ndarray) -> Batch:
         """Rows `rows_B` (any numbers >= 0) as arrays with leading [B]; the same as stacking `self[i]`."""
-        if not self._shuffle:
-            return self._build(rows_B % self._count)
-        epoch_B = rows_B // self._count
-        example_B = np.empty_like(rows_B)
-        for epoch in np.unique(epoch_B):
-            here_B = epoch_B == epoch
-            example_B[here_B] = self._order(int(epoch))[rows_B[here_B] % self._count]
-        return self._build(example_B)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._orders:
-                while len(self._orders) > 1:  # two: a batch may straddle epochs
-                    del self._orders[next(iter(self._orders))]
-                self._orders[epoch] = permutation(self._count, self._seed, epoch)
-            return self._orders[epoch]
+        return self._build(self._epochs(rows_B))
 
     def _build(self, example_B: np.ndarray) -> Batch:
         raise NotImplementedError

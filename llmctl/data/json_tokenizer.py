@@ -94,6 +94,15 @@ class JsonTokenizer(Tokenizer):
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in self._hidden]
         return self._backend.decode(kept, skip_special_tokens=False)
 
+    def pieces(self) -> list[str]:  # noqa: D102
+        raw = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
+        if any(piece.startswith("##") for piece in raw):  # WordPiece marks what continues a word instead
+            said = [piece[2:] if piece.startswith("##") else f" {piece}" for piece in raw]
+        else:
+            # byte-level BPE writes bytes as letters, the newline as "Ċ"; Metaspace writes spaces as "▁"
+            said = [piece.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ") for piece in raw]
+        return ["" if i in self._hidden else piece for i, piece in enumerate(said)]
+
 
 def _foreign(folder: epath.Path) -> dict[str, str]:
     """Special tokens as the files of a Hugging Face folder name them."""

@@ -1,6 +1,9 @@
 """Objectives: what a row of packed tokens asks the model to predict. One function each.
 
-Legend: B rows, T tokens a row.
+What an objective draws depends on the row's number and the seed alone, so a row is the same in every process, however
+often it is built, and the rows of another epoch, which have other numbers, are drawn anew.
+
+Legend: B rows, T tokens a row, P predicted places a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmctl.data.order import hashed
+from llmctl.data.vocabulary import Vocabulary
+
 Batch = dict[str, np.ndarray]
+
+_STREAM = 2**32
+"""Draws of objectives have "epochs" from here on: they are independent of the orders of rows."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,22 @@ class Packed:
     """int32, from 0 in every segment."""
 
 
+def draws(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
+    """uint64 [B, width]: a function of (row, column, seed, stream)."""
+    numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
+    return hashed(numbers_BT.ravel(), seed, _STREAM + stream).reshape(numbers_BT.shape)
+
+
+def uniform(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
+    """float64 [B, width] in [0, 1), as `draws`."""
+    return (draws(rows_B, width, seed, stream) >> np.uint64(11)) * 2.0**-53
+
+
+def eights(n: float) -> int:
+    """`n` rounded up to a multiple of 8: static sizes that divide into chunks."""
+    return -(-int(np.ceil(n)) // 8) * 8
+
+
 def causal(packed: Packed) -> Batch:
     """Every token predicts the next one of its document; each token of a document but its first is predicted once."""
     return {
@@ -39,3 +64,69 @@ def causal(packed: Packed) -> Batch:
         "segments": packed.segments,
         "positions": packed.positions,
     }
+
+
+def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words: bool = False, seed: int = 0) -> Batch:
+    """Masked language modelling (BERT, arXiv:1810.04805): the model says what `rate` of a row's tokens were.
+
+    Of those 80 % become the mask, 10 % a random token, and 10 % stay.
+
+    Args:
+        packed: the rows; special tokens are never chosen.
+        words: the tokenizer's vocabulary, with a mask.
+        rate: fraction of the row's ordinary tokens, rounded; one at least.
+        whole_words: all tokens of a word are chosen, or none; the fraction is an upper bound then, closely met.
+        seed: of the draws.
+
+    Returns:
+        tokens, targets, weights (1 at chosen places), segments, positions, all [B, T], and places int32 [B, P]: where
+        the chosen tokens are, ascending, filled up with places of weight 0. P = `rate` * T rounded up to eights.
+    """
+    tokens_BT, T = packed.tokens, packed.tokens.shape[1]
+    ordinary_BT = (packed.segments > 0) & ~words.special[tokens_BT]
+    wanted_B = ordinary_BT.sum(1)
+    wanted_B = np.where(wanted_B > 0, np.maximum(1, np.rint(rate * wanted_B)), 0).astype(np.int64)
+    chance_BT = uniform(packed.rows, T, seed, 0)
+    if whole_words:
+        chosen_BT = _whole_words(packed, words, ordinary_BT, wanted_B, chance_BT)
+    else:
+        rank_BT = np.argsort(np.argsort(np.where(ordinary_BT, chance_BT, 2.0), axis=1), axis=1)
+        chosen_BT = rank_BT < wanted_B[:, None]
+    kind_BT = uniform(packed.rows, T, seed, 1)
+    ids = words.ordinary
+    random_BT = ids[draws(packed.rows, T, seed, 2) % np.uint64(len(ids))]
+    replaced_BT = np.where(kind_BT < 0.8, words.mask_id, np.where(kind_BT < 0.9, random_BT, tokens_BT))
+    most = min(T, eights(np.rint(rate * T)))
+    return {
+        "tokens": np.where(chosen_BT, replaced_BT, tokens_BT).astype(np.int32),
+        "targets": np.where(chosen_BT, tokens_BT, words.pad_id).astype(np.int32),
+        "weights": chosen_BT.astype(np.float32),
+        "segments": packed.segments,
+        "positions": packed.positions,
+        "places": np.sort(np.argsort(~chosen_BT, axis=1, kind="stable")[:, :most], axis=1).astype(np.int32),
+    }
+
+
+def _whole_words(
+    packed: Packed, words: Vocabulary, ordinary_BT: np.ndarray, wanted_B: np.ndarray, chance_BT: np.ndarray
+) -> np.ndarray:
+    """Words in random order while they fit into `wanted_B` tokens; a word that does not fit is passed over."""
+    B, T = ordinary_BT.shape
+    before_BT = np.pad(packed.tokens, ((0, 0), (1, 0)))[:, :-1]
+    apart_BT = np.diff(packed.segments, axis=1, prepend=-1) != 0
+    starts_BT = words.begins[packed.tokens] | words.closes[before_BT] | apart_BT
+    first_BT = np.maximum.accumulate(np.where(starts_BT, np.arange(T), 0), axis=1)
+    word_BT = first_BT + T * np.arange(B)[:, None]
+    length_BT = np.bincount(word_BT[ordinary_BT], minlength=B * T)[word_BT]
+    chance_BT = np.take_along_axis(chance_BT, first_BT, axis=1)
+    chosen_BT = np.zeros_like(ordinary_BT)
+    for _ in range(4):  # after every round what is left is less than a word that came too late
+        room_B1 = wanted_B[:, None] - chosen_BT.sum(1, keepdims=True)
+        open_BT = ordinary_BT & ~chosen_BT & (length_BT <= room_B1)
+        order_BT = np.argsort(np.where(open_BT, chance_BT, 2.0), axis=1, kind="stable")
+        rank_BT = np.argsort(order_BT, axis=1)
+        # the last token of a word must fit; tokens of a word lie side by side in the order
+        last_B = np.zeros(B * T, np.int64)
+        np.maximum.at(last_B, word_BT[open_BT], rank_BT[open_BT])
+        chosen_BT |= open_BT & (last_B[word_BT] < room_B1)
+    return chosen_BT

@@ -6,6 +6,8 @@ meet another version; so the order is an argsort of hashed indices.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -31,3 +33,31 @@ def hashed(n: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The numbers below n, int64, shuffled."""
     return np.argsort(hashed(n, seed, epoch), kind="stable").astype(np.int64)
+
+
+class Epochs:
+    """Numbers of endless rows -> numbers below `count`: every epoch all of them, shuffled, or in order."""
+
+    def __init__(self, count: int, seed: int, shuffle: bool):
+        self._count, self._seed, self._shuffle = count, seed, shuffle
+        self._lock = threading.Lock()
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, rows_B: np.ndarray) -> np.ndarray:
+        """What rows `rows_B` (any numbers >= 0) show."""
+        if not self._shuffle:
+            return rows_B % self._count
+        epoch_B = rows_B // self._count
+        found_B = np.empty_like(rows_B)
+        for epoch in np.unique(epoch_B):
+            here_B = epoch_B == epoch
+            found_B[here_B] = self._order(int(epoch))[rows_B[here_B] % self._count]
+        return found_B
+
+    def _order(self, epoch: int) -> np.ndarray:
+        with self._lock:  # several reading threads
+            if epoch not in self._orders:
+                while len(self._orders) > 1:  # two: a batch may straddle epochs
+                    del self._orders[next(iter(self._orders))]
+                self._orders[epoch] = permutation(self._count, self._seed, epoch)
+            return self._orders[epoch]

@@ -73,7 +73,9 @@ class SentencePieces(Tokenizer):
         if self._sp.is_control(i) or self._sp.is_unknown(i):
             return ""
         piece = self._sp.id_to_piece(i)
-        return bytes([int(piece[1:-1], 16)]).decode(errors="replace") if self._sp.is_byte(i) else piece.replace("▁", " ")
+        return (
+            bytes([int(piece[1:-1], 16)]).decode(errors="replace") if self._sp.is_byte(i) else piece.replace("▁", " ")
+        )
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:

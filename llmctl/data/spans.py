@@ -1,0 +1,198 @@
+"""Objectives of encoder-decoders: the encoder reads a document with parts missing, the decoder writes what is missing.
+
+Documents that share a row stay apart in both: a decoder segment attends to the encoder segment of its number. A decoder
+segment begins with the padding token, as T5 has it (arXiv:1910.10683).
+
+Legend: B rows, S encoder tokens, T decoder tokens, n tokens of a document.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from llmctl.data.objectives import Batch, Packed, draws, eights, uniform
+from llmctl.data.vocabulary import Vocabulary
+from llmctl.errors import RequestError
+
+
+def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
+    """(tokens a row before corruption, decoder tokens, sentinels) so that about `encoder` are left.
+
+    Corruption turns n tokens into n - k + s with k = rate * n dropped ones in s = k / span spans.
+    """
+    raw = encoder
+    while True:
+        k, s = _counts(raw + 1, rate, span)
+        if raw + 1 - k + s > encoder:
+            break
+        raw += 1
+    k, s = _counts(raw, rate, span)
+    # several documents a row: each has its end, and its share of dropped tokens rounded
+    return raw, eights(k + s + 5), s + 4
+
+
+def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int]:
+    """Tokens to drop of n, and the spans they form; `up` in [0, 1) decides how the fraction is rounded."""
+    k = min(int(rate * n + up), n - 1)
+    return (0, 0) if k < 1 else (k, min(max(1, round(k / span)), n - k + 1))
+
+
+def choose_spans(
+    n: int, rate: float, span: float, up: float, gaps: np.ndarray, cuts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of n tokens are dropped, and where spans of them start: two bool arrays [n].
+
+    Spans lie in different gaps between the tokens that stay, any gaps with equal chance, and every way of sharing the
+    dropped tokens out has equal chance too.
+
+    Args:
+        n: tokens.
+        rate: fraction dropped.
+        span: mean length of a span.
+        up: in [0, 1): rounding, unbiased where it is drawn uniformly.
+        gaps: n numbers; the smallest choose the gaps.
+        cuts: n numbers; the smallest choose where the dropped tokens are divided.
+    """
+    dropped, starts = np.zeros(n, bool), np.zeros(n, bool)
+    k, s = _counts(n, rate, span, up)
+    if k:
+        stay_s = np.sort(np.argsort(gaps[: n - k + 1])[:s])  # tokens that stay before each span
+        divide = np.sort(np.argsort(cuts[: k - 1])[: s - 1]) + 1
+        length_s = np.diff([0, *divide, k])
+        start_s = stay_s + np.cumsum(length_s) - length_s
+        starts[start_s] = True
+        for start, length in zip(start_s, length_s, strict=True):
+            dropped[start : start + length] = True
+    return dropped, starts
+
+
+def corrupted(
+    packed: Packed,
+    words: Vocabulary,
+    encoder: int,
+    decoder: int,
+    *,
+    rate: float = 0.15,
+    span: float = 3.0,
+    seed: int = 0,
+) -> Batch:
+    """Span corruption (T5): spans become sentinels in the encoder; the decoder writes each sentinel and its span, and
+    the end of sequence.
+
+    What does not fit into `encoder` or `decoder` tokens is cut, and no span is asked for whose sentinel was cut.
+
+    Args:
+        packed: rows, best of `sizes(encoder, rate, span)[0]` tokens.
+        words: the tokenizer's vocabulary, with sentinels.
+        encoder: S.
+        decoder: T.
+        rate: fraction of each document's tokens dropped; its begin and end of sequence stay.
+        span: mean length of the dropped spans.
+        seed: of the draws.
+
+    Returns:
+        encoder_tokens, encoder_segments, encoder_positions [B, S]; tokens, targets, weights, segments, positions
+        [B, T].
+    """
+    width = packed.tokens.shape[1]
+    up_BL = uniform(packed.rows, width, seed, 3)
+    gaps_BL, cuts_BL = draws(packed.rows, width, seed, 4), draws(packed.rows, width, seed, 5)
+    sentinels = np.array(words.tokenizer.sentinel_ids, np.int32)
+    out = _Rows(len(packed.rows), encoder, decoder, words.pad_id)
+    bos, eos = words.tokenizer.bos_id, words.tokenizer.eos_id
+    for b, segment, first, last in _documents(packed):
+        tokens = packed.tokens[b, first:last]
+        inner = slice(int(tokens[0] == bos), len(tokens) - int(tokens[-1] == eos))
+        n = inner.stop - inner.start
+        dropped, starts = np.zeros(len(tokens), bool), np.zeros(len(tokens), bool)
+        if n > 1:
+            here = slice(first, first + n)
+            chosen = choose_spans(n, rate, span, up_BL[b, first], gaps_BL[b, here], cuts_BL[b, here])
+            dropped[inner], starts[inner] = chosen
+        count = int(starts.sum())
+        if count > len(sentinels):
+            raise RequestError(
+                f"span corruption needs {count} sentinels and the tokenizer has {len(sentinels)}; "
+                "set tokenizer.sentinels, or a shorter train.seq_len"
+            )
+        read = tokens.copy()
+        read[starts] = sentinels[:count]
+        stays = ~dropped | starts
+        fits = out.read(b, segment, read[stays])
+        count = int(starts[stays][:fits].sum())
+        if count:
+            number = np.cumsum(starts)[dropped] - 1  # span of each dropped token
+            at = np.flatnonzero(starts[dropped])
+            written = np.insert(tokens[dropped], at, sentinels[: len(at)])
+            keeps = np.insert(number, at, np.arange(len(at))) < count
+            out.write(b, segment, np.append(written[keeps], eos))
+    return out.batch
+
+
+def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
+    """Prefix language modelling (T5): the encoder reads the beginning of each document, the decoder writes the rest.
+
+    Where a document is divided is drawn uniformly. Encoder and decoder have the width T of the rows.
+    """
+    width = packed.tokens.shape[1]
+    where_BT = uniform(packed.rows, width, seed, 6)
+    out = _Rows(len(packed.rows), width, width, words.pad_id)
+    for b, segment, first, last in _documents(packed):
+        if last - first < 2:
+            continue
+        cut = first + 1 + int(where_BT[b, first] * (last - first - 1))
+        out.read(b, segment, packed.tokens[b, first:cut])
+        out.write(b, segment, packed.tokens[b, cut:last])
+    return out.batch
+
+
+def _documents(packed: Packed) -> Iterator[tuple[int, int, int, int]]:
+    """(row, segment, first, last): every document's part of a row is tokens[first:last]."""
+    for b, segments in enumerate(packed.segments):
+        edges = np.flatnonzero(np.diff(segments, prepend=-1, append=-1))
+        for first, last in itertools.pairwise(edges):
+            if segments[first]:
+                yield b, int(segments[first]), int(first), int(last)
+
+
+class _Rows:
+    """Rows of an encoder-decoder that are filled from the left."""
+
+    def __init__(self, B: int, S: int, T: int, pad: int):
+        self.pad = pad
+
+        def zeros(width: int) -> np.ndarray:
+            return np.zeros((B, width), np.int32)
+
+        self.batch: Batch = {f"encoder_{name}": zeros(S) for name in ("tokens", "segments", "positions")}
+        self.batch |= {name: zeros(T) for name in ("tokens", "targets", "segments", "positions")}
+        self.batch["weights"] = np.zeros((B, T), np.float32)
+        for name in ("encoder_tokens", "tokens", "targets"):
+            self.batch[name][:] = pad
+        self._read, self._written = np.zeros(B, int), np.zeros(B, int)
+
+    def read(self, b: int, segment: int, tokens: np.ndarray) -> int:
+        """Puts tokens before the encoder; returns how many there was room for."""
+        at = self._read[b]
+        n = min(len(tokens), self.batch["encoder_tokens"].shape[1] - at)
+        here = (b, slice(at, at + n))
+        self.batch["encoder_tokens"][here] = tokens[:n]
+        self.batch["encoder_segments"][here] = segment
+        self.batch["encoder_positions"][here] = np.arange(n)
+        self._read[b] += n
+        return n
+
+    def write(self, b: int, segment: int, targets: np.ndarray) -> None:
+        """Asks tokens of the decoder, as far as there is room."""
+        at = self._written[b]
+        n = min(len(targets), self.batch["tokens"].shape[1] - at)
+        here = (b, slice(at, at + n))
+        self.batch["tokens"][here] = np.append(self.pad, targets[:-1])[:n]
+        self.batch["targets"][here] = targets[:n]
+        self.batch["segments"][here] = segment
+        self.batch["positions"][here] = np.arange(n)
+        self.batch["weights"][here] = 1
+        self._written[b] += n

@@ -1,0 +1,87 @@
+"""What objectives know about tokens: which are special, where words begin, where sentences end.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.errors import RequestError
+
+STOPS = ".!?"
+"""They end a sentence where a new word follows."""
+HARD_STOPS = "\n。！？"
+"""They end a sentence whatever follows."""
+CLOSERS = "\"')]”’"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's vocabulary as arrays [V]."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        return self.tokenizer.pad_id
+
+    @property
+    def mask_id(self) -> int:
+        """The mask. Raises RequestError where the tokenizer has none."""
+        if self.tokenizer.mask_id is None:
+            raise RequestError("the tokenizer has no mask token, which masked language modelling needs")
+        return self.tokenizer.mask_id
+
+    @cached_property
+    def special(self) -> np.ndarray:
+        """bool: never masked, never part of a span."""
+        t = self.tokenizer
+        marks = [t.pad_id, t.bos_id, t.eos_id, *t.sentinel_ids]
+        special_V = np.zeros(t.vocab_size, bool)
+        special_V[marks if t.mask_id is None else [*marks, t.mask_id]] = True
+        return special_V
+
+    @cached_property
+    def ordinary(self) -> np.ndarray:
+        """Ids of the tokens that text is made of."""
+        return np.setdiff1d(np.flatnonzero(~self.special), [self.tokenizer.unk_id]).astype(np.int32)
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        return self.tokenizer.pieces()
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """bool: a word begins with this token (a space before it, or punctuation)."""
+        return np.array([not p or not _of_word(p[0]) for p in self._pieces])
+
+    @cached_property
+    def closes(self) -> np.ndarray:
+        """bool: whatever comes after this token begins a word; a lone space belongs to what follows."""
+        return np.array([not p or not (_of_word(p[-1]) or p[-1] == " ") for p in self._pieces])
+
+    @cached_property
+    def spaced(self) -> np.ndarray:
+        """bool: the token begins with white space."""
+        return np.array([p[:1].isspace() for p in self._pieces])
+
+    @cached_property
+    def stops(self) -> np.ndarray:
+        """bool: a sentence ends with this token if white space follows."""
+        return np.array([p.rstrip(CLOSERS)[-1:] in STOPS and p.rstrip(CLOSERS) != "" for p in self._pieces])
+
+    @cached_property
+    def hard_stops(self) -> np.ndarray:
+        """bool: a sentence ends with this token."""
+        return np.array([p != "" and p[-1] in HARD_STOPS for p in self._pieces])
+
+
+def _of_word(character: str) -> bool:
+    # a lone byte of a character decodes to the replacement character
+    return character.isalnum() or character in "_\ufffd"
