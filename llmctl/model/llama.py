@@ -133,12 +133,14 @@ def give_sizes(cfg: Any) -> Fields:
 
 def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
     """Refuses a config that Llama, but for what differs, cannot express."""
-    plain = {
-        **{k: v for k, v in FLAGS.items() if k != "head_bias"}, "norm_position": "pre", "norm_plus_one": False,
-        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False, "attn_scale": 0.0, "attn_softcap": 0.0, "final_softcap": 0.0, "window": 0,
-        "rope_local_theta": 0.0, "embed_scale": 1.0, "logit_scale": 1.0, "embed_norm": False, "token_types": 0,
-        "head_transform": False,
-    }  # fmt: skip
+    plain: Fields = {k: v for k, v in FLAGS.items() if k != "head_bias"}
+    plain |= dict.fromkeys(
+        ("norm_plus_one", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "embed_norm", "head_transform"), False
+    )
+    plain |= dict.fromkeys(
+        ("attn_scale", "attn_softcap", "final_softcap", "window", "rope_local_theta", "token_types"), 0
+    )
+    plain |= {"norm_position": "pre", "embed_scale": 1.0, "logit_scale": 1.0}
     names.refuse(cfg, name, **{k: v for k, v in (plain | differs).items() if v is not None})
 
 
