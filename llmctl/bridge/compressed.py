@@ -38,7 +38,8 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
     if bridge.in_out:
         raise RequestError(f"{bridge.model_type} models have no linear layers that compressed-tensors could hold")
     flat = weights.flatten(params)
-    out, schemes, untouched = dict(dense), set(), []
+    out, untouched = dict(dense), []
+    schemes: set[tuple[int, int, str]] = set()
     for name, joint in mapping.joints(cfg, bridge, head, bare=cfg.head == "embed").items():
         slot = joint.slots[0]
         if not slot.transposed:
@@ -68,7 +69,7 @@ def _layer(module: str, w: weights.Quantized, slot: mapping.Slot, bits: int) -> 
         return mapping.host(a, slot.layer).T
 
     scale = Tensor((outputs, groups), np.dtype(w.array.scale.dtype), lambda: part(w.array.scale))
-    if w.activations:
+    if w.activations and bits == 8:
         values = Tensor((outputs, inputs), np.dtype(np.int8), lambda: part(w.array.qvalue))
         return {f"{module}.weight": values, f"{module}.weight_scale": scale}
     packed = Tensor(
@@ -126,7 +127,7 @@ def _config(bits: int, group: int, activations: str, untouched: list[str]) -> di
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "int-quantized" if activations else "pack-quantized",
+        "format": "int-quantized" if activations and bits == 8 else "pack-quantized",
         "config_groups": {"group_0": scheme},
         "ignore": sorted(untouched),
         "kv_cache_scheme": None,

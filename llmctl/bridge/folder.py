@@ -169,7 +169,7 @@ def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, conf
     """Settings that only the tensors tell: two tables that differ are not tied; a pooler may have been left out."""
     update: Fields = {}
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
-    if model.head == "lm" and table_out in tensors:
+    if model.head == "lm" and table_out and table_out in tensors:
         update["tied"] = model.tied and _same(tensors[table_out], tensors.get(table_in))
     elif model.head == "lm" and model.family == "t5":  # transformers 5 ties whatever is not stored apart
         update["tied"] = True

@@ -99,9 +99,15 @@ def _bpe(file: Path, pre: str, tokens: list[str], kinds: list[int], merges: list
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def _sentencepiece(tokens: list[str], scores: list[float] | None, kinds: list[int], get: Any) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2 as pb  # pyright: ignore[reportAttributeAccessIssue]
+def _protobuf() -> Any:
+    """SentencePiece's own description of its files."""
+    from sentencepiece import sentencepiece_model_pb2
 
+    return sentencepiece_model_pb2
+
+
+def _sentencepiece(tokens: list[str], scores: list[float] | None, kinds: list[int], get: Any) -> bytes:
+    pb = _protobuf()
     model = pb.ModelProto()
     for token, score, kind in zip(tokens, scores or [0.0] * len(tokens), kinds, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
@@ -184,8 +190,7 @@ def _pre(cut: Any, where: str) -> str:
 
 
 def _write_sentencepiece(writer: Any, words: SentencePieces) -> tuple[list[str], list[int]]:
-    from sentencepiece import sentencepiece_model_pb2 as pb  # pyright: ignore[reportAttributeAccessIssue]
-
+    pb = _protobuf()
     model = pb.ModelProto.FromString(words.model)
     unigram = model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM
     writer.add_tokenizer_model("t5" if unigram else "llama")

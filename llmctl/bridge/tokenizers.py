@@ -82,7 +82,8 @@ def _from_vocabulary(folder: Path) -> bytes | None:
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab = _json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+        merges = [(left, right) for left, _, right in pairs]
         try:
             made = Tokenizer(models.BPE(vocab, merges))
         except Exception as e:  # the library raises bare Exception
@@ -131,7 +132,10 @@ def hand_on(folder: Path, out: Path) -> dict[str, int]:
         (out / JsonTokenizer.file).write_bytes(made)
     if not (out / "tokenizer_config.json").is_file():
         special = words.special if isinstance(words, JsonTokenizer) else _special(words)
-        content = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{k}_token": v for k, v in special.items()}}
+        content: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{f"{k}_token": v for k, v in special.items()},
+        }
         content["clean_up_tokenization_spaces"] = False
         (out / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
     return {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}

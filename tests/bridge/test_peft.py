@@ -43,6 +43,15 @@ def test_an_exported_adapter_says_what_peft_multiplies(adapter, tuned):
     np.testing.assert_allclose(said["lora_alpha"] / said["r"] * b @ a, delta, atol=1e-5)
 
 
+def test_pairs_are_merged_in_a_dense_export(save, config, tuned, call, tmp_path):
+    code, made, err = call("export", save(config, tuned), "--out", tmp_path / "hf")
+    assert code == 0, err
+    assert made["parity"] < 1e-4
+    stored = safetensors.read_folder(tmp_path / "hf")["model.layers.2.mlp.down_proj.weight"].read()
+    merged = weights.dense(weights.flatten(tuned)["decoder/blocks/mlp/down/kernel"])[2].T
+    np.testing.assert_allclose(stored, merged, atol=1e-6)
+
+
 def test_there_and_back(adapter, saved, tuned, call, tmp_path):
     code, _, err = call("import", adapter, "--base", saved, "--out", tmp_path / "a")
     assert code == 0, err
