@@ -154,6 +154,16 @@ def cross_entropy(
     return chunked(fn, chunk, head, (), x_BTD, (targets_BT, weights_BT))
 
 
+def means(sums: dict[str, Any]) -> dict[str, Any]:
+    """Metrics from sums: each divided by "weight", one named x_... by "x_weight" where the sums have that."""
+    apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
+
+    def weight(name: str) -> Any:
+        return sums[next((f"{prefix}weight" for prefix in apart if name.startswith(prefix)), "weight")]
+
+    return {k: v / jnp.maximum(weight(k), 1e-9) for k, v in sums.items() if not k.endswith("weight")}
+
+
 def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:
     """Negative log-likelihood (nats) of every target [B, T]; for evaluation."""
     chunk = chunk_length(x_BTD.shape[0], x_BTD.shape[1], vocab)

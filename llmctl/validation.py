@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmctl import losses
 from llmctl import mesh as meshes
 from llmctl.data import pipeline
 from llmctl.model.loss import Loss
@@ -32,5 +33,4 @@ class Validation:
             for _, batch in batches:
                 sums = self._sums(params, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        weight = float(total.pop("weight"))
-        return {name: float(value) / max(weight, 1e-9) for name, value in total.items()}
+        return {name: float(value) for name, value in losses.means(total).items()}

@@ -13,6 +13,8 @@ from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.data.corpus import Documents, cached
 from llmctl.data.mixing import MixedRows
 from llmctl.data.packing import PackedRows
+from llmctl.data.pairs import PairRows
+from llmctl.data.pretraining import Objective
 from llmctl.errors import RequestError
 
 
@@ -101,7 +103,8 @@ class Text:
         packing: Packing = "segments",
         shuffle: bool = True,
         needed: int = 0,
-    ) -> PackedRows | MixedRows:
+        objective: Objective | None = None,
+    ) -> PackedRows | PairRows | MixedRows:
         """Rows of a split: shuffled in the shares of the mixture, or (`shuffle=False`) every document once, in order.
 
         Args:
@@ -113,14 +116,17 @@ class Text:
             packing: how documents share rows.
             shuffle: for training.
             needed: rows that will be read; more than the sources' epochs hold is an error now, not at the end.
+            objective: what the rows ask for; the next token by default.
 
         Raises:
             RequestError: as `documents`; too few tokens for a row, or too few epochs for `needed`.
         """
         found = self.documents(split, tokenizer, cache)
 
-        def packed(documents: Documents) -> PackedRows:
-            return PackedRows(documents, tokenizer, seq_len, seed=seed, packing=packing, shuffle=shuffle)
+        learns = objective or Objective()
+
+        def packed(documents: Documents) -> PackedRows | PairRows:
+            return learns.rows(documents, tokenizer, seq_len, seed=seed, packing=packing, shuffle=shuffle)
 
         if not shuffle:
             return packed(Joined([d for _, _, d in found]) if len(found) > 1 else found[0][2])

@@ -13,6 +13,7 @@ import numpy as np
 from llmctl.data.objectives import Batch
 from llmctl.data.order import permutation
 from llmctl.data.packing import PackedRows
+from llmctl.data.pairs import PairRows
 from llmctl.errors import RequestError
 
 BLOCK = 1024
@@ -41,7 +42,11 @@ class MixedRows:
     """
 
     def __init__(
-        self, sources: Sequence[PackedRows], weights: Sequence[float], epochs: Sequence[float] = (), seed: int = 0
+        self,
+        sources: Sequence[PackedRows | PairRows],
+        weights: Sequence[float],
+        epochs: Sequence[float] = (),
+        seed: int = 0,
     ):
         """`epochs`: how often each source may be read, 0 for ever; all for ever by default."""
         self._sources, self._seed = sources, seed

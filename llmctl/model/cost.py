@@ -26,22 +26,47 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
     return out | {"total": sum(out.values())}
 
 
+def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = None) -> float:
+    """Operations of a forward pass over one row; a backward pass takes twice as many.
+
+    Args:
+        cfg: the model.
+        length: tokens of the row (of the decoder, where there are two stacks).
+        source: tokens of the encoder beside a decoder.
+        predicted: tokens that a language model's output projection runs over; all by default.
+    """
+    matrices = 0.0
+    if cfg.head == "lm":
+        matrices = cfg.d_model * cfg.vocab_size + (cfg.d_model**2 if cfg.head_transform else 0)
+    elif cfg.head in ("tokens", "span"):
+        matrices = cfg.d_model * (cfg.labels if cfg.head == "tokens" else 2)
+    total = 2.0 * matrices * (length if predicted is None else predicted)
+    causal = cfg.architecture != "encoder"
+    local = _local_layers(cfg)
+    pairs = length * (local * _seen(length, cfg.window, causal) + (cfg.layers - local) * _seen(length, 0, causal))
+    total += 2.0 * length * cfg.layers * _matrices(cfg)
+    if cfg.encoder_layers:
+        pairs += cfg.layers * length * source + cfg.encoder_layers * source * _seen(source, 0, causal=False)
+        total += 2.0 * source * cfg.encoder_layers * _matrices(cfg)
+        # cross-attention: queries and outputs of the decoder's tokens, keys and values of the encoder's
+        width = 2 * cfg.d_model * cfg.head_dim
+        total += 2.0 * cfg.layers * width * (length * cfg.heads + source * cfg.kv_heads)
+    return total + 4.0 * cfg.heads * cfg.head_dim * pairs
+
+
 def flops(cfg: ModelConfig, length: int) -> float:
     """Operations of a forward pass, a token of sequences of `length`; a backward pass takes twice as many.
 
     Of an encoder-decoder: a token of the decoder, whose encoder reads as many.
     """
-    causal = cfg.architecture != "encoder"
-    local = _local_layers(cfg)
-    pairs = local * _seen(length, cfg.window, causal) + (cfg.layers - local) * _seen(length, 0, causal)
-    if cfg.encoder_layers:
-        pairs += cfg.layers * length + cfg.encoder_layers * _seen(length, 0, causal=False)
-    matrices = cfg.layers * _matrices(cfg, cross=cfg.encoder_layers > 0) + cfg.encoder_layers * _matrices(cfg)
-    if cfg.head == "lm":
-        matrices += cfg.d_model * cfg.vocab_size + (cfg.d_model**2 if cfg.head_transform else 0)
-    elif cfg.head in ("tokens", "span"):
-        matrices += cfg.d_model * (cfg.labels if cfg.head == "tokens" else 2)
-    return 2.0 * matrices + 4.0 * cfg.heads * cfg.head_dim * pairs
+    return row(cfg, length, length) / length
+
+
+def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
+    """Operations of a forward pass, a token of rows with arrays of these shapes; both stacks' tokens count."""
+    length = shapes["tokens"][-1]
+    source = shapes.get("encoder_tokens", (0,))[-1]
+    return row(cfg, length, source, shapes.get("places", (length,))[-1]) / (length + source)
 
 
 def kv_cache(cfg: ModelConfig, itemsize: int = 2) -> int:

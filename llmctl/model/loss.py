@@ -1,6 +1,7 @@
 """What a model is trained on and judged by: (params, batch) -> (sum of losses, sums by metric name, and "weight").
 
-A metric is its sum divided by the sum of "weight"; so means over batches, microbatches and devices are exact.
+A metric is its sum divided by the sum of "weight" (`losses.means`); so means over batches, microbatches
+and devices are exact.
 """
 
 from __future__ import annotations
@@ -52,22 +53,44 @@ def _lm(
     cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
 ) -> tuple[jax.Array, Sums]:
     head = calls.head_params(cfg, params)
+    x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
     total, sums = losses.cross_entropy(
-        project(cfg, dtype), head, x_BTD, batch["targets"], batch["weights"], cfg.vocab_size, smoothing, z
+        project(cfg, dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
     )
-    return total, {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
+    found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
+    if not (cfg.next_sentence and "next_label" in batch):
+        return total, found
+    logits_B2 = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    label_B = batch["next_label"]
+    follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
+    # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a whole row.
+    return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+
+
+def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(hidden states, targets, weights) where something is predicted.
+
+    Rows with `places` [B, P] predict there alone: the output projection, which for a small encoder costs more than all
+    its layers, then runs over P instead of T tokens a row.
+    """
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
+    if "places" not in batch:
+        return x_BTD, targets_BT, weights_BT
+    at_BP = batch["places"]
+    x_BPD = jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
+    return x_BPD, jnp.take_along_axis(targets_BT, at_BP, axis=1), jnp.take_along_axis(weights_BT, at_BP, axis=1)
 
 
 def _classify(
     cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
 ) -> tuple[jax.Array, Sums]:
     logits_BC = calls.outputs(cfg, params, x_BTD, batch, dtype)
-    return class_sums(logits_BC, batch["label"], row_weight(batch), smoothing, z)
+    return class_sums(logits_BC, batch["label"], row_weight(batch, batch["label"]), smoothing, z)
 
 
-def row_weight(batch: Batch) -> jax.Array:
+def row_weight(batch: Batch, label_B: jax.Array) -> jax.Array:
     """[B]: 1 for an example, 0 for a row that only fills the batch."""
-    return batch["row_weight"] if "row_weight" in batch else jnp.ones(batch["label"].shape, jnp.float32)
+    return batch["row_weight"] if "row_weight" in batch else jnp.ones(label_B.shape, jnp.float32)
 
 
 def class_sums(
