@@ -80,6 +80,11 @@ def use(mesh: Mesh) -> Iterator[Mesh]:
         _current.reset(token)
 
 
+def current() -> Mesh | None:
+    """The mesh in `use`."""
+    return _current.get()
+
+
 def spec(names: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
     """Logical axis names -> PartitionSpec; mesh axes of size 1 are left out, and none is used twice."""
     used: set[str] = set()

@@ -72,6 +72,8 @@ class TrainConfig(Config):
     """Compute type; master weights and optimizer state stay float32."""
     matmuls: dict[str, Literal["int8", "fp8"]] = {}
     """Matrices of the layers multiplied in 8 bits, forward and backward, by pattern, such as {"mlp/*" = "int8"}."""
+    attention: Literal["auto", "xla"] = "auto"
+    """The platform's fused kernel where it has one (TPU, GPU), or always the plain form."""
     remat: Literal["none", "minimal", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmul outputs, everything."""
     eval_every: int = Field(0, ge=0)

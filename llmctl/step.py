@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llmctl import losses, optim, training_matmul, weights
 from llmctl import mesh as meshes
-from llmctl import optim, training_matmul, weights
+from llmctl.model import ModelConfig
 from llmctl.settings import OptimConfig, TrainConfig
 
 Params = dict[str, Any]
@@ -64,8 +65,8 @@ class Job:
     """Arrays whose zeros stay zero (pruned matrices)."""
     flops: float = 0.0
     """Floating-point operations a token of this training, for the utilization; 0 reports none."""
-    notes: tuple[str, ...] = ()
-    """What the log says at the start."""
+    model: ModelConfig | None = None
+    """The network, where there is one: the log says how it attends."""
 
 
 def split(job: Job) -> tuple[Params, Params]:
@@ -116,7 +117,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         updates, opt = optimizer.update(optim.clip(grads, norm, config.clip), state["optimizer"], old)
         updates = optim.freeze_layers(cast(Params, updates), job.frozen_layers)
         new = optim.hold_zeros(old, cast(Params, optax.apply_updates(old, updates)), job.holds_zeros)
-        metrics = {k: v / weight for k, v in sums.items() if k != "weight"}
+        metrics = losses.means(sums)
         # A batch without a label, or with a loss that is no number or an outlier, must change nothing at all.
         good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & (sums["weight"] > 0)
         found = jnp.stack([metrics["loss"], norm]).astype(jnp.float32)

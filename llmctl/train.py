@@ -23,7 +23,7 @@ from llmctl.checkpoints import Checkpoints
 from llmctl.data import pipeline
 from llmctl.errors import Interrupted, RequestError, WorkError
 from llmctl.metrics import Reporter
-from llmctl.model import ModelConfig, calls
+from llmctl.model import ModelConfig, calls, flash
 from llmctl.profiling import Profile
 from llmctl.settings import OptimConfig, TrainConfig
 from llmctl.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, fresh, make_step, split, state_shardings
@@ -74,6 +74,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_requests())
         stack.enter_context(meshes.use(mesh))
+        stack.enter_context(flash.use(train.attention))
         say: list[str] = []
         checkpoints = stack.enter_context(Checkpoints(ctx.work / "checkpoints", train.keep, say.append))
         shapes = jax.eval_shape(begin, named)
@@ -95,7 +96,8 @@ def fit(
                 writes=jax.process_index() == 0,
             )
         )
-        for line in [*say, *job.notes, *([f"going on from step {meta['step']}"] if found else [])]:
+        about = [flash.describe(job.model, train.seq_len, train.dtype)] if job.model else []
+        for line in [*say, *about, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
         compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
         loop = _Loop(job, train, compiled, fixed, checkpoints, report, stop, mesh)
@@ -195,7 +197,7 @@ class _Loop:
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
         """Host rows -> device arrays split over the batch, and the number of real tokens."""
-        tokens = int(np.count_nonzero(batch["segments"]))
+        tokens = sum(int(np.count_nonzero(batch[name])) for name in ("segments", "encoder_segments") if name in batch)
         return meshes.place(batch, self.mesh), tokens
 
     def log(self, done: int, metrics: Sums, state: State, timer: meters.Timer) -> None:

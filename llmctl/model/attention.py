@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.mesh import constrain
-from llmctl.model import ModelConfig
+from llmctl.model import ModelConfig, flash
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
 from llmctl.model.softmax import attend
 
@@ -31,6 +31,10 @@ class Shared(NamedTuple):
     memory_mask_BTS: jax.Array | None = None
     slot: jax.Array | int | None = None
     """Where in the cache these tokens go; None without a cache."""
+    causal_BT: jax.Array | None = None
+    """Segments of the tokens, which see what is before them. This or the next is there without a cache."""
+    mutual_BT: jax.Array | None = None
+    """Segments of the tokens, which see one another."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
@@ -66,7 +70,10 @@ def share(
         if cfg.rope_local_theta:
             unscaled = cfg.model_copy(update={"rope_scaling": {}})
             local_rotary = rotary_table(positions_BT, unscaled, cfg.rope_local_theta)
-    return Shared(mask, local, rotary, local_rotary, slot=slot)
+    shared = Shared(mask, local, rotary, local_rotary, slot=slot)
+    if slot is not None:
+        return shared
+    return shared._replace(causal_BT=segments_BT) if causal else shared._replace(mutual_BT=segments_BT)
 
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
@@ -113,10 +120,24 @@ class Attention(nn.Module):
         if not self.cross and shared.slot is not None:
             k, v = self._remember("k", k, shared.slot), self._remember("v", v, shared.slot)
         mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
-        y = attend(q, k, v, mask, None if self.cross else shared.bias_HTS, cfg)
+        y = self._attend(q, k, v, mask, shared, local)
         y = constrain(y, "batch", "seq", "act_heads", None).reshape(*x_BTD.shape[:2], H * K)
         out = Dense(cfg.d_model, ("heads", "embed"), cfg.out_bias, self.dtype, residual_scale(self.layers), name="o")
         return out(y)
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, shared: Shared, local: jax.Array
+    ) -> jax.Array:
+        """By the platform's kernel where it can, else in plain XLA -> [B, T, H, K]."""
+        cfg, causal = self.config, shared.causal_BT is not None
+        segments_BT = shared.mutual_BT if shared.causal_BT is None else shared.causal_BT
+        if not self.cross and segments_BT is not None and shared.bias_HTS is None:
+            kernel = flash.choose(cfg, q.shape[1], q.dtype).kernel
+            if kernel == "splash":
+                return flash.splash(q, k, v, segments_BT, local, cfg, causal=causal)
+            if kernel == "cudnn":
+                return flash.cudnn(q, k, v, mask_BTS, cfg)
+        return attend(q, k, v, mask_BTS, None if self.cross else shared.bias_HTS, cfg)
 
     def _remember(self, name: str, new_BTGK: jax.Array, slot: jax.Array | int) -> jax.Array:
         """Writes keys or values into the cache (collection "cache", `cache_shape`) -> all of them [B, S, G, K]."""

@@ -91,6 +91,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         params=student.params if student else train.initialize(model, config.seed, devices),
         loss=_loss(config, model.model_copy(update={"dropout": config.dropout}), teacher.model, dtype),
         constants=(teacher.params,),
+        model=model,
         flops=3 * cost.flops(model, length) + cost.flops(teacher.model, length),
         rows=rows("train", True),
         validate=held_out,
@@ -153,7 +154,8 @@ def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype:
         if model.head == "classify":
             soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
             logits = calls.outputs(model, params, x, batch, dtype)
-            return soft_class_sums(soft, logits, batch["label"], row_weight(batch), config.temperature, config.hard)
+            label, weight = batch["label"], row_weight(batch, batch["label"])
+            return soft_class_sums(soft, logits, label, weight, config.temperature, config.hard)
         total, sums = losses.distillation(
             project(model, dtype), calls.head_params(model, params), x,
             project(teacher_model, dtype), calls.head_params(teacher_model, teacher), taught,

@@ -113,6 +113,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             label_smoothing=config.train.label_smoothing,
             z_loss=config.train.z_loss,
         ),
+        model=learner,
         flops=3 * cost.flops(learner, config.train.seq_len),
         rows=rows("train", True),
         validate=held_out,

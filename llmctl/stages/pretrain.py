@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmctl.config import keyed
 from llmctl.data import DataConfig, TokenizerConfig
+from llmctl.errors import RequestError
 from llmctl.model import ModelConfig
 from llmctl.settings import OptimConfig, TrainConfig
 from llmctl.stages import Context, StageConfig
+
+if TYPE_CHECKING:
+    from llmctl.data.pretraining import Objective
 
 
 class Config(StageConfig):
@@ -28,6 +32,16 @@ class Config(StageConfig):
     """The network; its vocabulary is the tokenizer's."""
     packing: Literal["segments", "concat", "fit"] = "segments"
     """How documents share rows: cut at row ends, cut and attended across, or put whole with padding."""
+    objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix"] = ""
+    """What is predicted: the next token; masked tokens, alone or with whether a passage follows another
+    (next_sentence); by a decoder beside an encoder dropped spans, or the rest of a text (prefix). Empty takes what the
+    network is for."""
+    rate: float = Field(0.15, gt=0, lt=1)
+    """Objectives masked, next_sentence and spans: fraction of the tokens to predict."""
+    span: float = Field(3.0, ge=1)
+    """Objective spans: mean length of a span, in tokens."""
+    whole_words: bool = False
+    """Objectives masked and next_sentence: choose words rather than tokens."""
     train: TrainConfig = TrainConfig()
     """Length of the run and its batches."""
     optim: OptimConfig = OptimConfig()
@@ -38,8 +52,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves a language model in `ctx.out`."""
     import jax.numpy as jnp
 
-    from llmctl import artifact, mesh, train
-    from llmctl.data import tokenizer
+    from llmctl import artifact, console, mesh, train
+    from llmctl.data import baselines, tokenizer
     from llmctl.data.language import Text
     from llmctl.model import cost
     from llmctl.model.loss import loss_of
@@ -47,6 +61,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
+    model = base.model if base else config.model
+    objective = _objective(config, model)
     text = Text(config.data)
     words = ctx.work / "tokenizer"
     if base:
@@ -55,27 +71,30 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     elif (ctx.work / "tokenizer.done").exists():
         tokens = tokenizer.load(words)
     else:
-        tokens = text.tokenizer(config.tokenizer)
+        tokens = text.tokenizer(_with_sentinels(config.tokenizer, objective, config.train.seq_len))
         tokens.save(words)
         (ctx.work / "tokenizer.done").touch()
-    model = base.model if base else config.model.model_copy(update={"vocab_size": tokens.vocab_size})
+    if not base:
+        answers = model.next_sentence and objective.name == "next_sentence"
+        model = model.model_copy(update={"vocab_size": tokens.vocab_size, "next_sentence": answers})
 
     def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
         return text.rows(
             split, tokens, config.train.seq_len, ctx.work / "corpus",
-            seed=config.seed, packing=config.packing, shuffle=shuffle, needed=needed,
+            seed=config.seed, packing=config.packing, shuffle=shuffle, needed=needed, objective=objective,
         )  # fmt: skip
 
     learn = rows("train", True, config.train.steps * config.train.batch_size)
     params = base.params if base else train.initialize(model, config.seed, devices)
     dtype = jnp.dtype(config.train.dtype)
+    unseen = rows("validation", False)
     held_out = Validation(
-        loss_of(model, dtype=dtype),
-        rows("validation", False),
-        config.train.batch_size,
-        config.train.eval_batches,
-        devices,
+        loss_of(model, dtype=dtype), unseen, config.train.batch_size, config.train.eval_batches, devices
     )
+    blind: dict[str, float] = {}
+    if objective.name != "causal":
+        blind = baselines.guesses(unseen, config.train.batch_size * config.train.eval_batches)
+        console.say(f"{config.name or config.kind}: knowing nothing of the context {baselines.describe(blind)}")
     job = train.Job(
         params=params,
         loss=loss_of(
@@ -85,7 +104,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             label_smoothing=config.train.label_smoothing,
             z_loss=config.train.z_loss,
         ),
-        flops=3 * cost.flops(model, config.train.seq_len),
+        model=model,
+        flops=3 * cost.of_rows(model, {name: a.shape for name, a in learn[0].items()}),
         rows=learn,
         validate=held_out,
         holds_zeros=train.pruned(base),
@@ -99,7 +119,31 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         key=ctx.key,
         config=keyed(config),
         parent=base.manifest if base else None,
-        metrics=metrics | {"tokens_an_epoch": learn.tokens, "padding": learn.waste},
+        metrics=metrics | blind | {"tokens_an_epoch": learn.tokens, "padding": learn.waste},
         tokenizer_dir=words,
         log=ctx.work / "log.jsonl",
     )
+
+
+def _objective(config: Config, model: ModelConfig) -> Objective:
+    """What the network is to learn. Raises RequestError where it cannot."""
+    from llmctl.data import pretraining
+
+    name = config.objective or pretraining.default(model.architecture, model.next_sentence)
+    pretraining.check(name, model.architecture, model.next_sentence)
+    if model.positions == "learned" and config.train.seq_len > model.max_seq_len:
+        raise RequestError(
+            f"train.seq_len: {config.train.seq_len} tokens, and the model has positions for {model.max_seq_len}"
+        )
+    return pretraining.Objective(name, config.rate, config.span, config.whole_words)
+
+
+def _with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
+    """The sentinels that span corruption needs, where a tokenizer is trained and nobody said how many."""
+    from llmctl.data import spans
+
+    if objective.name != "spans" or tokenizer.path or tokenizer.sentinels:
+        return tokenizer
+    needed = spans.sizes(seq_len, objective.rate, objective.span)[2]
+    # T5's hundred where the vocabulary is large: longer rows later need more of them
+    return tokenizer.model_copy(update={"sentinels": max(needed, min(100, tokenizer.vocab_size // 40))})

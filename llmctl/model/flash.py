@@ -1,0 +1,173 @@
+"""Attention kernels that never hold all scores, where the platform has one: Pallas' splash attention on TPUs, cuDNN's
+on GPUs (arXiv:2205.14135). Elsewhere, and for what they cannot do, the plain form in `llmctl.model.softmax`.
+
+The choice is made when a computation is traced, from the mesh's platform and the shapes; `describe` says it, and why.
+Padding (segment 0) attends to padding here and to nothing in the plain form: rows that nobody reads.
+
+Shapes: B batch, T sequence, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmctl import mesh as meshes
+from llmctl.model import ModelConfig
+
+LANES = 128
+"""Splash attention works on blocks of this many tokens."""
+
+_setting: ContextVar[str] = ContextVar("attention", default="auto")
+
+
+class Choice(NamedTuple):
+    """A kernel, and the reason for it."""
+
+    kernel: str
+    why: str
+
+
+@contextlib.contextmanager
+def use(setting: str) -> Iterator[None]:
+    """While a computation is traced: "auto", "xla" (always the plain form) or "interpret" (splash on any platform)."""
+    token = _setting.set(setting)
+    try:
+        yield
+    finally:
+        _setting.reset(token)
+
+
+def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
+    """The kernel of self-attention over sequences of `length` tokens: "splash", "cudnn" or "xla"."""
+    mesh = meshes.current()
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    setting, platform = _setting.get(), device.platform
+    if setting == "xla":
+        return Choice("xla", "as asked for")
+    if mesh is not None and any(meshes.spec(["seq"], mesh)):
+        return Choice("xla", "the sequence is split over devices")
+    if cfg.positions == "relative":
+        return Choice("xla", "a learned position bias")
+    if platform == "tpu" or setting == "interpret":
+        if length % LANES:
+            return Choice("xla", f"{length} tokens are no multiple of {LANES}")
+        return Choice("splash", "Pallas, on TPU" if platform == "tpu" else "Pallas, interpreted")
+    if platform in ("gpu", "cuda"):
+        return _on_gpu(cfg, length, dtype, device)
+    return Choice("xla", f"on {platform}")
+
+
+def _on_gpu(cfg: ModelConfig, length: int, dtype: Any, device: Any) -> Choice:
+    capability = tuple(int(x) for x in str(getattr(device, "compute_capability", "0.0")).split("."))
+    widest = 256 if capability >= (9, 0) else 128
+    reasons = {
+        "it computes in float32": jnp.dtype(dtype) not in (jnp.dtype("bfloat16"), jnp.dtype("float16")),
+        "its scores are capped": bool(cfg.attn_softcap),
+        f"its heads are {cfg.head_dim} wide": cfg.head_dim > widest or bool(cfg.head_dim % 8),
+        f"{length} tokens are odd": bool(length % 2),
+        "the GPU is older than Ampere": capability < (8, 0),
+        "cuDNN is not there": not _has_cudnn(),
+    }
+    refused = next((why for why, so in reasons.items() if so), "")
+    return Choice("xla", refused) if refused else Choice("cudnn", "on GPU")
+
+
+def _has_cudnn() -> bool:
+    """Whether this JAX finds a cuDNN: its own attention is traced, not run, and tells."""
+    q = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn"), q)
+    except Exception:  # whatever a missing or old library raises
+        return False
+    return True
+
+
+def describe(cfg: ModelConfig, length: int, dtype: Any) -> str:
+    """For the log."""
+    return "attention: {} ({})".format(*choose(cfg, length, dtype))
+
+
+def splash(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array,
+    local: jax.Array,
+    cfg: ModelConfig,
+    *,
+    causal: bool,
+) -> jax.Array:
+    """Self-attention by Pallas' splash kernel -> [B, T, H, K]; `local` (bool) says whether this layer has the window.
+
+    On a mesh every device runs the kernel on its own rows and heads.
+    """
+    mesh = meshes.current()
+
+    def one(window: int) -> Any:
+        def run(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+            return _splash(q, k, v, segments, window, causal, cfg)
+
+        if mesh is None or mesh.size == 1:
+            return run
+        heads, rows = (meshes.spec(n, mesh) for n in (("batch", None, "act_heads", None), ("batch", None)))
+        return jax.shard_map(run, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+
+    operands = (q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    if not cfg.window:
+        return one(0)(*operands)
+    if cfg.window_every == 1 and not cfg.window_layers:
+        return one(cfg.window)(*operands)
+    return jax.lax.cond(local, one(cfg.window), one(0), *operands)
+
+
+def _splash(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array,
+    window: int,
+    causal: bool,
+    cfg: ModelConfig,
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa
+
+    T, H, K = q_BTHK.shape[1:]
+    if window:
+        mask: Any = sa.LocalMask((T, T), (window - 1, 0 if causal else window - 1), 0)
+    else:
+        mask = sa.CausalMask((T, T)) if causal else sa.FullMask((T, T))
+    block = next(b for b in (512, 256, LANES) if T % b == 0)
+    blocks = sa.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    kernel = sa.make_splash_mha(
+        sa.MultiHeadMask([mask] * H),
+        block_sizes=blocks,
+        attn_logits_soft_cap=cfg.attn_softcap or None,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=_setting.get() == "interpret",
+    )
+    q_BHTK = (q_BTHK * jnp.asarray(cfg.attn_scale or K**-0.5, q_BTHK.dtype)).swapaxes(1, 2)
+    y_BHTK = jax.vmap(kernel)(
+        q_BHTK, k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2), sa.SegmentIds(segments_BT, segments_BT)
+    )
+    return y_BHTK.swapaxes(1, 2)
+
+
+def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask_BTS: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Self-attention by cuDNN's fused kernel -> [B, T, H, K]. `mask_BTS` is what `softmax.attend` takes."""
+    return jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BTGK,
+        v_BTGK,
+        mask=mask_BTS[:, None],
+        scale=cfg.attn_scale or q_BTHK.shape[-1] ** -0.5,
+        implementation="cudnn",
+    )
