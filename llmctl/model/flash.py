@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def _splash(
     y_BHTK = jax.vmap(kernel)(
         q_BHTK, k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2), sa.SegmentIds(segments_BT, segments_BT)
     )
-    return y_BHTK.swapaxes(1, 2)
+    return cast(jax.Array, y_BHTK).swapaxes(1, 2)
 
 
 def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask_BTS: jax.Array, cfg: ModelConfig) -> jax.Array:
