@@ -74,8 +74,9 @@ class TrainConfig(Config):
     """Matrices of the layers multiplied in 8 bits, forward and backward, by pattern, such as {"mlp/*" = "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
     """The platform's fused kernel where it has one (TPU, GPU), or always the plain form."""
-    remat: Literal["none", "minimal", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but the matmul outputs, everything."""
+    remat: Literal["none", "minimal", "full", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but the matmul outputs (offload: which wait in the host's memory),
+    everything."""
     eval_every: int = Field(0, ge=0)
     """Steps between validations; 0 validates at the end alone."""
     eval_batches: int = Field(32, ge=1)

@@ -108,3 +108,21 @@ def test_rows_cost_what_their_parts_cost():
     cross = 128 * 2 * 2 * 2 * 128 * 128
     found = cost.of_rows(t5, {"tokens": (40,), "encoder_tokens": (128,)})
     assert found == pytest.approx((encoder + decoder + cross) / 168)
+
+
+def test_what_the_backward_pass_recomputes_changes_no_gradient():
+    cfg = ModelConfig(preset="llama-tiny", **{**SIZES, "layers": 3})
+    params = calls.init(cfg, jax.random.key(0))
+    ones = np.ones((2, 8), np.int32)
+    positions = np.arange(8, dtype=np.int32) * ones
+    batch = {"tokens": positions + 1, "targets": ones * 5, "weights": ones * 1.0, "segments": ones}
+    batch["positions"] = positions
+    grads, steps = {}, {}
+    for remat in ("none", "minimal", "full", "offload"):
+        grad = jax.grad(lambda p, remat=remat: loss_of(cfg, remat=remat)(p, batch, jax.random.key(0))[0])
+        steps[remat] = str(jax.make_jaxpr(grad)(params))
+        grads[remat] = jax.jit(grad)(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads[remat], grads["none"])
+    products = {remat: text.count("dot_general") for remat, text in steps.items()}
+    assert products["none"] < products["minimal"] == products["offload"] < products["full"]
+    assert "host" in steps["offload"] and "host" not in steps["minimal"]
