@@ -131,10 +131,10 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
     return _report(out, manifest, source, None)
 
 
-def placer(cfg: ModelConfig) -> mapping.Place:
-    """Puts parameters on the default mesh, each where the rules say."""
-    shardings = weights.flatten(calls.shardings(cfg, calls.abstract(cfg), meshes.make(MeshConfig())))
-    return lambda path, array: jax.device_put(array, shardings[path])
+def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> mapping.Place:
+    """Puts parameters on a mesh (the default one), each where the rules say; every device's part is read alone."""
+    shardings = weights.flatten(calls.shardings(cfg, calls.abstract(cfg), meshes.make(mesh or MeshConfig())))
+    return lambda path, w: jax.make_array_from_callback(w.shape, shardings[path], w.read)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ Our layers are stacked on axis 0 and our matrices are [in, out]; what differs on
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +22,18 @@ from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
 from llmctl.model.names import Bridge, Head
 
-Place = Callable[[str, np.ndarray], Any]
-"""(our path, host array) -> the array where it is to stay."""
+
+@dataclass(frozen=True)
+class Pending:
+    """One of our parameters, in their tensors still; a device's part of it is read alone."""
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+    """Index of a part -> the part; () is the whole."""
+
+
+Place = Callable[[str, Pending], Any]
+"""(our path, parameter) -> the array where it is to stay."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +106,13 @@ def read(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Our parameters from their tensors; one stacked parameter is in host memory at a time.
+    """Our parameters from their tensors; what one device holds of one parameter is in host memory at a time.
 
     Args:
       cfg: the model that the tensors are of.
       wanted: what `joints` says of it.
       tensors: theirs, checked by `check`.
-      place: puts a host array where it is to stay.
+      place: reads a parameter and puts it where it is to stay.
       dtype: of all floating parameters; theirs where None.
       wrote: hears the bytes of every tensor that was read.
     """
@@ -110,17 +122,34 @@ def read(
             pieces.setdefault(slot.path, []).append((slot, name))
     flat = {}
     for path, abstract in weights.flatten(calls.abstract(cfg)).items():
-        sources = pieces[path]
-        kind = dtype or np.result_type(*{tensors[name].dtype for _, name in sources})
-        host = np.empty(abstract.shape, kind)
-        for slot, name in sources:
-            array = tensors[name].read()
-            array = array.T if slot.transposed else array
-            last = slice(slot.first, slot.first + slot.shape[-1])
-            host[... if slot.layer < 0 else slot.layer] = array[..., last]
-            wrote(host[... if slot.layer < 0 else slot.layer].nbytes)
-        flat[path] = place(path, host)
+        kind = dtype or np.result_type(*{tensors[name].dtype for _, name in pieces[path]})
+        part = partial(_part, pieces[path], tensors, tuple(abstract.shape), kind, wrote)
+        flat[path] = place(path, Pending(tuple(abstract.shape), part))
     return weights.unflatten(flat)
+
+
+def _part(
+    sources: list[tuple[Slot, str]],
+    tensors: Tensors,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    wrote: Callable[[int], None],
+    index: tuple[slice, ...] = (),
+) -> np.ndarray:
+    """Part of one of our parameters. Files are mapped, so only what the part needs is read."""
+    ranges = [range(n)[s] for n, s in itertools.zip_longest(shape, index, fillvalue=slice(None))]
+    out = np.empty([len(r) for r in ranges], dtype)
+    for slot, name in sources:
+        if slot.layer >= 0 and slot.layer not in ranges[0]:
+            continue
+        array = tensors[name].read()
+        array = array.T if slot.transposed else array
+        array = array[..., slot.first : slot.first + slot.shape[-1]]
+        inside = ranges if slot.layer < 0 else ranges[1:]
+        target = out if slot.layer < 0 else out[ranges[0].index(slot.layer)]
+        target[...] = array[tuple(slice(r.start, r.stop, r.step) for r in inside)]
+        wrote(target.nbytes)
+    return out
 
 
 def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:

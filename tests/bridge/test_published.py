@@ -14,8 +14,8 @@ from llmctl.data import tokenizer
 from llmctl.model import calls
 
 
-def place(_, array):
-    return jnp.asarray(array)
+def place(_, w):
+    return jnp.asarray(w.read(()))
 
 
 def rows(ids):

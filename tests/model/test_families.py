@@ -117,7 +117,7 @@ def saved(tmp_path_factory):
         path = tmp_path_factory.mktemp(name)
         reference(name).save_pretrained(path)
         found = folders.look(path)
-        return path, found, folders.load(found, lambda _, a: jnp.asarray(a))
+        return path, found, folders.load(found, lambda _, w: jnp.asarray(w.read(())))
 
     return make
 

@@ -1,4 +1,4 @@
-"""The Transformer of "Attention Is All You Need" against torch's layers of it, with the positions of the paper's formula."""
+"""The Transformer of "Attention Is All You Need" against torch's layers of it, its positions by the paper's formula."""
 
 import math
 
