@@ -116,3 +116,27 @@ def test_bad_files_are_refused(files, saved, call, tmp_path):
     assert call("export", saved, "--to", "gguf", "--type", "q9", "--out", tmp_path / "x")[0] == 2
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", *FAMILIES])
+def test_llama_cpp_answers_as_we_do(name, save, wild, words, call, tmp_path, logits):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    # Its kernels take rows of 32 and more; Gemma's configs get a window that the text outgrows.
+    sizes = {"d_model": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "d_ff": 96, "max_seq_len": 64}
+    changes = {"attn_scale": 32**-0.5} if name.startswith("gemma") else {}
+    cfg = ModelConfig(vocab_size=words.vocab_size, **sizes, **({"family": name} | FAMILIES.get(name, {}) | changes))
+    params = wild(cfg)
+    code, _, err = call("export", save(cfg, params), "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")
+    assert code == 0, err
+    model = llama_cpp.Llama(str(tmp_path / "g" / "model.gguf"), logits_all=True, n_ctx=64, verbose=False)
+    text = "The cat looked at 345, it's so!"
+    ids = words.encode(text)
+    assert model.tokenize(text.encode(), add_bos=False, special=False) == ids
+    model.eval(ids)
+    theirs = np.array(model.scores[: len(ids)])
+    tokens = np.array([ids], np.int32)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": np.arange(len(ids), dtype=np.int32)[None]}
+    ours = logits(cfg, params, batch)[0]
+    # Its cache of keys and values is float16.
+    assert np.abs(ours - theirs).max() < 0.01 * np.abs(ours).max()
