@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
 
+from llmctl import mesh as meshes
 from llmctl import training_matmul as tm
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
 from llmctl.model.loss import loss_of
-from llmctl.settings import OptimConfig, TrainConfig
+from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.step import Job, fresh, make_step, split
 
 DIMS = (((1,), (0,)), ((), ()))
@@ -45,12 +48,13 @@ def round_int8(a, axis):
     return np.clip(np.round(a / scale), -127, 127) * scale
 
 
-def test_int8_forward_by_hand(operands):
-    # The largest entry lies at the end of its bucket; made positive, it is 127 on whichever side rounding puts it.
-    def positive_top(a, axis):
-        top = np.abs(a) == np.abs(a).max(axis, keepdims=True)
-        return np.where(top, np.abs(a), a)
+def positive_top(a, axis):
+    """The largest entry lies at the end of its bucket; made positive, it is 127 on whichever side rounding puts it."""
+    top = np.abs(a) == np.abs(a).max(axis, keepdims=True)
+    return np.where(top, np.abs(a), a)
 
+
+def test_int8_forward_by_hand(operands):
     x, w = positive_top(operands[0], 1), positive_top(operands[1], 0)
     y = tm.matmul(x, w, "int8")
     np.testing.assert_allclose(y, round_int8(x, 1) @ round_int8(w, 0), rtol=1e-4, atol=1e-4)
@@ -119,3 +123,13 @@ def test_a_model_trains_in_8_bits_and_is_judged_in_full(operands):
     with tm.use({"*": "int8"}):
         looked_on = calls.hidden(cfg, params, batch)
     np.testing.assert_array_equal(looked_on, calls.hidden(cfg, params, batch))
+
+
+def test_a_mesh_rounds_as_one_device_does(operands):
+    """Scales are taken over whole rows and columns, whoever holds their parts."""
+    mesh = meshes.make(MeshConfig(data=2, fsdp=2, tensor=2))
+    x, w, _ = operands
+    x, w = positive_top(x, 1), positive_top(w, 0)
+    rows, matrix = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P("fsdp", "tensor"))
+    product = jax.jit(lambda x, w: tm.matmul(x, w, "int8"))
+    np.testing.assert_allclose(product(jax.device_put(x, rows), jax.device_put(w, matrix)), product(x, w), rtol=1e-5)
