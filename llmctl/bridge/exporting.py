@@ -57,7 +57,7 @@ def run(
     found = artifact.load(source)
     with artifact.writing(out) as draft:
         if to == "gguf":
-            delta = _gguf(found, draft / "model.gguf", kind)
+            delta = _gguf(found, draft / "model.gguf", kind, say)
         elif to == "peft":
             delta = peft.export(found, draft)
         else:
@@ -130,8 +130,9 @@ def _cast(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     return {p: weights.Quantized(w.array) if isinstance(w, weights.Quantized) else w for p, w in flat.items()}
 
 
-def _gguf(found: artifact.Artifact, file: Path, kind: str) -> float:
-    gguf.write(found, file, kind)
+def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:
+    if differs := gguf.write(found, file, kind):
+        say(f"{found.path}: {differs}")
     again = gguf.look(file)
     back = mapping.read(again.model, again.wanted, again.tensors, placer(again.model))
     batch = parity.probe(found.model, min(16, found.model.window or 16))

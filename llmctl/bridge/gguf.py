@@ -245,8 +245,8 @@ def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
     return "q8_0" if kind.startswith("q4") and ("embed_tokens" in name or "lm_head" in name) else kind
 
 
-def write(found: Artifact, file: Path, kind: str) -> None:
-    """Writes an artifact's model and vocabulary.
+def write(found: Artifact, file: Path, kind: str) -> str:
+    """Writes an artifact's model and vocabulary; returns what llama.cpp will do otherwise, or nothing.
 
     Raises:
       RequestError: an unknown kind, a family that GGUF has no architecture for, settings that it cannot say.
@@ -268,7 +268,7 @@ def write(found: Artifact, file: Path, kind: str) -> None:
     writer.add_name(found.manifest.name)
     writer.add_file_type(FILE_TYPES[kind])
     _write_metadata(writer, cfg, kind)
-    gguf_vocabulary.write(writer, found.tokenizer_dir, cfg.vocab_size)
+    differs = gguf_vocabulary.write(writer, found.tokenizer_dir, cfg.vocab_size)
     stems = {v: k for k, v in names(TYPES[architecture]).items()}
     if cfg.rope_scaling.get("rope_type") == "llama3":
         factors = llama3_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
@@ -286,6 +286,7 @@ def write(found: Artifact, file: Path, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return differs
 
 
 def _refuse(cfg: ModelConfig, architecture: str) -> None:

@@ -127,14 +127,16 @@ def _sentencepiece(tokens: list[str], scores: list[float] | None, kinds: list[in
 # --- out -------------------------------------------------------------------------------------------------------------
 
 
-def write(writer: Any, folder: Path, rows: int) -> None:
+def write(writer: Any, folder: Path, rows: int) -> str:
     """Adds an artifact's tokenizer to a GGUF writer, filled up to the `rows` of the model's table.
+
+    Returns where llmctl and llama.cpp cut text differently; empty where they do not.
 
     Raises:
       RequestError: a tokenizer that GGUF has no kind for.
     """
     if not (folder / DESCRIPTOR).is_file():
-        return
+        return "the artifact has no tokenizer, and neither has the file"
     words = tokenizers.load(folder)
     if isinstance(words, JsonTokenizer):
         tokens, kinds = _write_bpe(writer, words, str(folder))
@@ -154,6 +156,20 @@ def write(writer: Any, folder: Path, rows: int) -> None:
     template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
     if isinstance(template, str):
         writer.add_chat_template(template)
+    return _difference(words) if isinstance(words, SentencePieces) else ""
+
+
+def _difference(words: SentencePieces) -> str:
+    """What llama.cpp leaves out of SentencePiece: seen by comparing the two on text."""
+    pb = _protobuf()
+    model = pb.ModelProto.FromString(words.model)
+    if model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM:
+        return "llama.cpp has no bytes for what no piece of a unigram tokenizer covers: it reads an unknown token there"
+    if model.normalizer_spec.precompiled_charsmap:
+        return (
+            f"llama.cpp does not normalize text ({model.normalizer_spec.name}) for this kind of tokenizer: do it first"
+        )
+    return ""
 
 
 def _write_bpe(writer: Any, words: JsonTokenizer, where: str) -> tuple[list[str], list[int]]:

@@ -99,6 +99,20 @@ def test_the_relatives_of_llama_go_there_and_back(name, save, wild, words, call,
     assert {k: v for k, v in back if v != getattr(cfg, k)} == {}
 
 
+def test_what_llama_cpp_does_otherwise_with_a_vocabulary_is_said():
+    from llmctl.bridge import gguf_vocabulary
+    from llmctl.data import TokenizerConfig
+
+    texts = [f"{a}{b} {b}{a}" for a in ("ka", "mo", "ri", "ten", "lu") for b in ("san", "pe", "do", "shi")]
+    said = {}
+    for kind, normalize in (("bpe", "identity"), ("bpe", "nfkc"), ("unigram", "identity")):
+        words = tokenizer.train(texts, TokenizerConfig(kind=kind, vocab_size=280, normalize=normalize))
+        said[kind, normalize] = gguf_vocabulary._difference(words)
+    assert said["bpe", "identity"] == ""
+    assert "does not normalize" in said["bpe", "nfkc"]
+    assert "unknown token" in said["unigram", "identity"]
+
+
 def test_bad_files_are_refused(files, saved, call, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(files("f16").read_bytes()[:5000])
