@@ -60,16 +60,19 @@ class Timer:
         self.start += time.monotonic() - before
 
     def read(self, flops: float = 0.0, peak: float | None = None) -> dict[str, float]:
-        """What happened since the last reading; read after the step's results are there.
+        """What happened since the last reading, nothing where no step did; read after the results are there.
 
         With `flops` a token and a `peak` of all devices (operations a second) also "mfu", the fraction of the peak that
         the model's own operations reach (arXiv:2204.02311, appendix B); padding and recomputation earn nothing.
         """
+        if not self.steps:
+            self.reset()
+            return {}
         seconds = max(time.monotonic() - self.start, 1e-9)
         speed = self.tokens / seconds
         out = {
             "tokens_per_second": speed,
-            "step_seconds": seconds / max(self.steps, 1),
+            "step_seconds": seconds / self.steps,
             "input_wait": self.wait / seconds,
         }
         if flops and peak:

@@ -159,10 +159,14 @@ class _Loop:
                 self.profile.before(done + 1)
                 with timer.waiting():
                     _, (batch, tokens) = next(batches)
-                with contextlib.nullcontext() if compiled else timer.paused():
+                if compiled:
                     state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
+                    timer.count(tokens)
+                else:  # what compiling takes says nothing about speed
+                    with timer.paused():
+                        state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
+                        jax.block_until_ready(metrics)
                 done, compiled = done + 1, True
-                timer.count(tokens)
                 self.profile.after(done, metrics)
                 last = done == train.steps
                 if done % train.log_every == 0 or last:

@@ -51,7 +51,7 @@ def test_the_timer(monkeypatch):
     found = timer.read(flops=1e9, peak=1e12)
     assert found == {"tokens_per_second": 100.0, "step_seconds": 2.0, "input_wait": 0.25, "mfu": pytest.approx(0.1)}
     now[0] += 1.0
-    assert timer.read() == {"tokens_per_second": 0.0, "step_seconds": 1.0, "input_wait": 0.0}
+    assert timer.read() == {}  # no step, no speed
 
 
 def test_memory_is_that_of_the_fullest_device():
