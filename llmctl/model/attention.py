@@ -109,7 +109,8 @@ class Attention(nn.Module):
         cfg = self.config
         K, H, G = cfg.head_dim, cfg.heads, cfg.kv_heads
         source_BSD = shared.memory_BSD if self.cross else x_BTD
-        q = self._heads("q", x_BTD, H, "heads")
+        # Scores of about unit variance at first, whatever their factor: T5's, which is 1, would saturate the softmax.
+        q = self._heads("q", x_BTD, H, "heads", K**-0.5 / (cfg.attn_scale or K**-0.5))
         k = self._heads("k", source_BSD, G, "kv_heads")
         v = self._heads("v", source_BSD, G, "kv_heads")
         if cfg.qk_norm:
@@ -147,9 +148,9 @@ class Attention(nn.Module):
         kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new, slot, axis=kept.value.ndim - 2)
         return kept.value.reshape(B, G, -1, K).transpose(0, 2, 1, 3)
 
-    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+    def _heads(self, name: str, x: jax.Array, heads: int, axis: str, scale: float = 1.0) -> jax.Array:
         cfg = self.config
-        y = Dense(heads * cfg.head_dim, ("embed", axis), cfg.qkv_bias, self.dtype, name=name)(x)
+        y = Dense(heads * cfg.head_dim, ("embed", axis), cfg.qkv_bias, self.dtype, scale, name=name)(x)
         y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         return constrain(y, "batch", "seq", "act_heads", None)
 

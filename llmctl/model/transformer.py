@@ -123,11 +123,14 @@ class Embed(nn.Module):
     ) -> jax.Array:
         cfg = self.config
 
-        def table(name: str, rows: int, axis: str | None) -> Any:
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed_in"))
+        def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
+            init = nn.with_logical_partitioning(nn.initializers.normal(deviation), (axis, "embed_in"))
             return self.param(name, init, (rows, cfg.d_model))
 
-        x = weights.take(table("tokens", cfg.vocab_size, "vocab_in"), tokens_BT, self.dtype)
+        # Where hidden states are scaled by d_model ** -0.5 before the table is the output projection, logits of about
+        # unit variance ask for entries of unit variance (T5).
+        tokens = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)
+        x = weights.take(tokens, tokens_BT, self.dtype)
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
             rows = table("positions", cfg.max_seq_len + cfg.position_offset, None)
