@@ -14,7 +14,7 @@ from llmctl.data.tasks import task_rows
 from llmctl.data.tokenizer import Tokenizer
 from llmctl.model import ModelConfig
 
-READ = ("tokens", "segments", "positions")
+READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
 
 
 def calibration_batches(
@@ -31,22 +31,22 @@ def calibration_batches(
 ) -> list[dict[str, Any]]:
     """Batches of `examples` texts (those first by hash) as device arrays [B, seq_len], all of one shape.
 
-    A language model reads them packed into rows, any other head one a row; labels are not needed. An encoder beside a
-    decoder reads the same rows. Raises RequestError where the data has no texts in the split.
+    A language model reads them as it does in training (an encoder with masks, an encoder-decoder with spans missing),
+    any other head one a row; labels are not needed. Raises RequestError where the data has no texts in the split.
     """
     chosen = splits.examples(data, split).sample(examples)
-    head = "lm" if cfg.head == "lm" else "classify"
-    if head == "classify" and chosen.labels is None:
+    reads = cfg if cfg.head == "lm" else cfg.model_copy(update={"head": "classify"})
+    if reads.head == "classify" and chosen.labels is None:
         chosen = replace(chosen, labels=np.zeros(len(chosen), np.int32))
-    rows = task_rows(head, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
+    rows = task_rows(reads, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(rows)) // ways) * ways
 
     def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        read = {k: batch[k] for k in READ}
+        read = {k: batch[k] for k in READ if k in batch}
         filler = batch["row_weight"][:, None] == 0  # rows that only fill the last batch
-        read["segments"] = np.where(filler, 0, read["segments"])
-        if cfg.encoder_layers:
+        read |= {k: np.where(filler, 0, v) for k, v in read.items() if k.endswith("segments")}
+        if cfg.encoder_layers and "encoder_tokens" not in read:
             read |= {f"encoder_{k}": v for k, v in read.items()}
         return meshes.place(read, mesh)
 

@@ -125,3 +125,47 @@ class CompletionRows(_ExampleRows):
         positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
         return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT, "segments": segments_BT,
                 "positions": positions_BT}  # fmt: skip
+
+
+class SequencePairRows(_ExampleRows):
+    """For an encoder-decoder: prompts for the encoder, completions and their `eos` for the decoder, T tokens each.
+
+    The encoder reads a prompt as it read documents: `bos` where the tokenizer adds it, the tokens, `eos`. The decoder
+    begins with the padding token, as in pretraining. Both lose the end of what is too long; `eos` stays.
+    """
+
+    def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
+        """Raises RequestError if the examples have no prompt or no completion."""
+        super().__init__(len(examples), seed, shuffle)
+        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._prompts = tokenize(examples.texts("prompt"), tokenizer)
+        self._completions = tokenize(examples.texts("completion"), tokenizer)
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        pad, bos, eos = self._tokenizer.pad_id, self._tokenizer.bos_id, self._tokenizer.eos_id
+        begin = [bos] * self._tokenizer.add_bos
+        room = self._seq_len - 1
+        read, written = [], []
+        for example in map(int, example_B):
+            prompt = self._prompts[example][: room - len(begin)]
+            read.append(np.concatenate([begin, prompt, [eos]]).astype(np.int32))
+            written.append(np.append(self._completions[example][:room], eos).astype(np.int32))
+        encoder_BT, encoder_segments_BT = _padded(read, self._seq_len, pad)
+        targets_BT, segments_BT = _padded(written, self._seq_len, pad)
+        tokens_BT = np.where(segments_BT, np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1], pad)
+        at = np.arange(self._seq_len, dtype=np.int32)
+        return {
+            "encoder_tokens": encoder_BT, "encoder_segments": encoder_segments_BT,
+            "encoder_positions": at * encoder_segments_BT, "tokens": tokens_BT, "targets": targets_BT,
+            "weights": segments_BT.astype(np.float32), "segments": segments_BT, "positions": at * segments_BT,
+        }  # fmt: skip
+
+
+def _padded(rows: list[np.ndarray], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments), int32 [B, width]."""
+    tokens_BT = np.full((len(rows), width), pad, np.int32)
+    segments_BT = np.zeros_like(tokens_BT)
+    for b, row in enumerate(rows):
+        tokens_BT[b, : len(row)] = row
+        segments_BT[b, : len(row)] = 1
+    return tokens_BT, segments_BT

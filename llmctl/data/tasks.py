@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from llmctl.data import Truncate
+from llmctl.data import Truncate, pretraining
 from llmctl.data.corpus import tokenize
-from llmctl.data.examples import ClassificationRows, CompletionRows
+from llmctl.data.examples import ClassificationRows, CompletionRows, SequencePairRows
 from llmctl.data.language import Text
-from llmctl.data.packing import PackedRows
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizer import Tokenizer
 from llmctl.errors import RequestError
 
 
+class Model(Protocol):
+    """What rows depend on (a `llmctl.model.ModelConfig`)."""
+
+    @property
+    def architecture(self) -> str:
+        """Which stacks there are."""
+        ...
+
+    @property
+    def head(self) -> str:
+        """What the model answers with."""
+        ...
+
+    @property
+    def next_sentence(self) -> bool:
+        """Whether it also tells if a passage follows another."""
+        ...
+
+
 def task_rows(
-    head: str,
+    model: Model,
     examples: Examples,
     tokenizer: Tokenizer,
     seq_len: int,
@@ -25,22 +44,37 @@ def task_rows(
     shuffle: bool,
     truncate: Truncate = "tail",
 ) -> Any:
-    """Labelled rows for a classifier; for a language model completions where the data has them, else packed text.
+    """Labelled rows for a classifier; for a language model completions where the data has them, else text.
+
+    An encoder-decoder reads prompts with its encoder. Text asks for what the architecture is for: the next token, masks
+    and next sentences, or spans.
 
     Raises:
         RequestError: the head has no rows of this kind, or the data lacks the columns.
     """
-    if head == "classify":
+    if model.head == "classify":
         return ClassificationRows(examples, tokenizer, seq_len, truncate=truncate, seed=seed, shuffle=shuffle)
-    if head == "lm" and "completion" in examples.columns:
-        return CompletionRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
-    if head == "lm":
-        return PackedRows(tokenize(examples.texts(), tokenizer), tokenizer, seq_len, seed=seed, shuffle=shuffle)
-    raise RequestError(f"no data rows for a model with head {head!r}")
+    if model.head == "lm" and completes(model, examples.columns):
+        kind = SequencePairRows if model.architecture == "encoder_decoder" else CompletionRows
+        return kind(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+    if model.head == "lm":
+        documents = tokenize(examples.texts(), tokenizer)
+        return objective(model).rows(documents, tokenizer, seq_len, seed=seed, packing="segments", shuffle=shuffle)
+    raise RequestError(f"no data rows for a model with head {model.head!r}")
+
+
+def objective(model: Model) -> pretraining.Objective:
+    """What text asks of a language model."""
+    return pretraining.Objective(pretraining.default(model.architecture, model.next_sentence))
+
+
+def completes(model: Model, columns: Iterable[str]) -> bool:
+    """Whether a language model is to complete prompts; an encoder cannot."""
+    return model.architecture != "encoder" and "completion" in columns
 
 
 def stage_rows(
-    head: str,
+    model: Model,
     text: Text,
     split: str,
     tokenizer: Tokenizer,
@@ -57,6 +91,8 @@ def stage_rows(
     Raises:
         RequestError: as `task_rows` and `Text.rows`.
     """
-    if head == "lm" and "completion" not in text.columns:
-        return text.rows(split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed)
-    return task_rows(head, text.splits[split], tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
+    if model.head == "lm" and not completes(model, text.columns):
+        return text.rows(
+            split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed, objective=objective(model)
+        )
+    return task_rows(model, text.splits[split], tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)

@@ -48,6 +48,11 @@ def headline(result: Result) -> str:
     m = result["metrics"]
     if result["task"] == "classification":
         return f"accuracy {m['accuracy']:.2%} (95 % interval {m['accuracy_low']:.2%} to {m['accuracy_high']:.2%})"
+    if "perplexity" not in m:
+        text = f"{result['task']}: accuracy {m['token_accuracy']:.2%} (without context {m['baseline_accuracy']:.2%})"
+        text += f", {m['nll']:.4g} nats a token (without context {m['baseline_loss']:.4g})"
+        pair = m.get("next_sentence_accuracy")
+        return text if pair is None else f"{text}, next sentence {pair:.2%}"
     if m["perplexity"] is None:
         return f"perplexity beyond counting ({m['nll']:.4g} nats a token)"
     return f"perplexity {m['perplexity']:.4g} a token, {m['bits_per_byte']:.4g} bits a byte"

@@ -23,6 +23,7 @@ from llmctl.data.examples import ClassificationRows
 from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
 from llmctl.evaluate import classification as scoring
+from llmctl.evaluate import objectives
 from llmctl.evaluate import perplexity as likelihood
 from llmctl.model import ModelConfig, calls
 
@@ -186,8 +187,19 @@ def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     return Measured("perplexity", str(protocol), found, single, batched, units)
 
 
+def predict_parts(artifact: Artifact, held: Held, setup: Setup) -> Measured:
+    """What the architecture is pretrained for, on held-out texts: masks and next sentences, spans, completions."""
+    task, protocol, metrics, step, inputs = objectives.measure(
+        artifact, held.examples, held.split, setup.seq_len, setup.batch_size, setup.dtype,
+        lambda batch: place(setup.mesh, batch),
+    )  # fmt: skip
+    single, batched = programs(step, artifact.params, inputs, setup.mesh)
+    tokens = setup.batch_size * sum(a.shape[1] for name, a in inputs.items() if name.endswith("tokens"))
+    return Measured(task, protocol, metrics, single, batched, {"tokens_per_second": tokens})
+
+
 def programs(
-    step: Callable[..., jax.Array], params: calls.Params, inputs: Batch, mesh: Mesh
+    step: Callable[..., Any], params: calls.Params, inputs: Batch, mesh: Mesh
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """(one row, the whole batch) as calls that wait for their result; the inputs are on the devices already."""
     one, many = (place(mesh, {k: v[:n] for k, v in inputs.items()}) for n in (1, None))
@@ -197,6 +209,8 @@ def programs(
 TASKS: dict[tuple[str, str], Callable[[Artifact, Held, Setup], Measured]] = {
     ("decoder", "lm"): predict_text,
     ("decoder", "classify"): classify,
+    ("encoder", "lm"): predict_parts,
+    ("encoder_decoder", "lm"): predict_parts,
     ("encoder", "classify"): classify,
     ("encoder_decoder", "classify"): classify,
 }

@@ -66,6 +66,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     teacher = artifact.load(next(iter(ctx.siblings.values())), devices)
     student = artifact.load(parent, devices) if parent and config.model is None else None
     model = _student_model(config, teacher, student)
+    train.check(model, config.train, devices)
     tokens = tokenizer.load(teacher.tokenizer_dir)
     text = Text(config.data)
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
@@ -73,7 +74,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     def rows(split: str, shuffle: bool) -> Any:
         return stage_rows(
-            model.head, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
+            model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 
@@ -86,14 +87,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         devices,
     )
     classify = model.head == "classify"
-    length = config.train.seq_len
+    learn = rows("train", True)
+    shapes = {name: a.shape for name, a in learn[0].items()}
     job = train.Job(
         params=student.params if student else train.initialize(model, config.seed, devices),
         loss=_loss(config, model.model_copy(update={"dropout": config.dropout}), teacher.model, dtype),
         constants=(teacher.params,),
         model=model,
-        flops=3 * cost.flops(model, length) + cost.flops(teacher.model, length),
-        rows=rows("train", True),
+        flops=3 * cost.of_rows(model, shapes) + cost.of_rows(teacher.model, shapes),
+        rows=learn,
         validate=held_out,
         metric="accuracy" if classify else "loss",
         maximize=classify,
@@ -119,21 +121,29 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 def _student_model(config: Config, teacher: Artifact, student: Artifact | None) -> ModelConfig:
     """The student's network; it must read the teacher's tokens and answer in its form."""
-    from llmctl import weights
-
     like = teacher.model
     if student is None:
         if config.model is None:
             raise RequestError("distill: no student; name an artifact with `from`, or sizes with `model`")
-        answer = {"head": like.head, "labels": like.labels, "pooling": like.pooling, "vocab_size": like.vocab_size}
-        return ModelConfig.model_validate({**config.model.model_dump(), **answer})
-    if (student.model.head, student.model.labels) != (like.head, like.labels):
+        if config.model.architecture != like.architecture:
+            raise RequestError(
+                f"distill: the student is a {config.model.architecture}, the teacher a {like.architecture}; "
+                "they must read the same rows"
+            )
+        answer = {name: getattr(like, name) for name in ("head", "labels", "pooling", "vocab_size", "next_sentence")}
+        answer["pooler"] = config.model.pooler or like.next_sentence
+        answer["head_transform"] = config.model.head_transform and like.head == "lm"
+        return ModelConfig.model_validate({**config.model.model_dump(), **answer, "preset": ""})
+    if (student.model.architecture, student.model.head, student.model.labels) != (
+        like.architecture, like.head, like.labels,
+    ):  # fmt: skip
         raise RequestError(
-            f"{student.path}: answers as {student.model.head!r}, the teacher as {like.head!r}; they must agree"
+            f"{student.path}: is a {student.model.architecture} that answers as {student.model.head!r}, the teacher a "
+            f"{like.architecture} that answers as {like.head!r}; they must agree"
         )
     if student.manifest.tokenizer != teacher.manifest.tokenizer:
         raise RequestError(f"{student.path}: has another tokenizer than the teacher {teacher.path}")
-    if any(not hasattr(w, "at") for w in weights.flatten(student.params).values()):
+    if not student.plain:
         raise RequestError(
             f"{student.path}: has quantized or low-rank weights; distill before quantizing, after merging"
         )
@@ -146,7 +156,7 @@ def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype:
 
     from llmctl import losses
     from llmctl.model import calls
-    from llmctl.model.loss import project, row_weight, soft_class_sums
+    from llmctl.model.loss import predicted, project, row_weight, soft_class_sums
 
     def loss(params: Any, batch: Any, key: Any, teacher: Any) -> Any:
         taught = jax.lax.stop_gradient(calls.hidden(teacher_model, teacher, batch, dtype=dtype))
@@ -156,11 +166,21 @@ def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype:
             logits = calls.outputs(model, params, x, batch, dtype)
             label, weight = batch["label"], row_weight(batch, batch["label"])
             return soft_class_sums(soft, logits, label, weight, config.temperature, config.hard)
+        shown, targets, weights = predicted(batch, x)
         total, sums = losses.distillation(
-            project(model, dtype), calls.head_params(model, params), x,
-            project(teacher_model, dtype), calls.head_params(teacher_model, teacher), taught,
-            batch["targets"], batch["weights"], model.vocab_size, config.temperature, config.hard,
+            project(model, dtype), calls.head_params(model, params), shown,
+            project(teacher_model, dtype), calls.head_params(teacher_model, teacher), predicted(batch, taught)[0],
+            targets, weights, model.vocab_size, config.temperature, config.hard,
         )  # fmt: skip
-        return total, {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
+        found = {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
+        if not (model.next_sentence and teacher_model.next_sentence and "next_label" in batch):
+            return total, found
+        soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
+        label = batch["next_label"]
+        follows, sums = soft_class_sums(
+            soft, calls.outputs(model, params, x, batch, dtype), label, row_weight(batch, label) * (label >= 0),
+            config.temperature, config.hard,
+        )  # fmt: skip
+        return total + targets.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     return loss

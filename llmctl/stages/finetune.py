@@ -47,7 +47,8 @@ class Config(StageConfig):
     freeze_layers: int = Field(0, ge=0)
     """Layers, from the first, that stay as they are, and the embeddings with them."""
     pooling: Literal["", "last", "mean", "first"] = ""
-    """Classification: the vector that is classified: last real token, mean, or first token; the model's by default."""
+    """Classification: the vector that is classified: last real token, mean, or first token; the model's by default, the
+    mean over the encoder for an encoder-decoder."""
     truncate: Truncate = "tail"
     """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -77,16 +78,17 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices)
     _refuse_undoing(config, base)
+    train.check(base.model, config.train, devices)
     tokens = tokenizer.load(base.tokenizer_dir)
     text = Text(config.data)
     labels = list(text.classes) if config.task == "classify" else []
-    model, params = _with_head(config, base, len(labels), devices)
+    model, params = _with_head(config, base, labels, devices)
     if config.freeze_layers > model.layers:
         raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
 
     def rows(split: str, shuffle: bool) -> Any:
         return stage_rows(
-            model.head, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
+            model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 
@@ -97,6 +99,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         settings = config.lora
         params = lora.attach(model, params, settings.rank, settings.alpha, settings.targets, key, devices)
     learner = model.model_copy(update={"dropout": config.dropout})
+    learn = rows("train", True)
     held_out = Validation(
         loss_of(model, dtype=dtype),
         rows("validation", False),
@@ -114,8 +117,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             z_loss=config.train.z_loss,
         ),
         model=learner,
-        flops=3 * cost.flops(learner, config.train.seq_len),
-        rows=rows("train", True),
+        flops=3 * cost.of_rows(learner, {name: a.shape for name, a in learn[0].items()}),
+        rows=learn,
         validate=held_out,
         metric="accuracy" if config.task == "classify" else "loss",
         maximize=config.task == "classify",
@@ -156,14 +159,14 @@ def _refuse_undoing(config: Config, base: Artifact) -> None:
             f"{base.path}: is quantized, and integers cannot be trained; use method = 'lora' with merge = false (QLoRA), "
             "or finetune before quantizing"
         )
-    if config.method == "lora" and config.merge and base.manifest.sparsity > 0.01:
+    if config.method == "lora" and config.merge and base.manifest.pruned:
         raise RequestError(
             f"{base.path}: is pruned to {base.manifest.sparsity:.0%} zeros, which merged low-rank pairs would fill; "
             "use method = 'full', which keeps the zeros, or merge = false"
         )
 
 
-def _with_head(config: Config, base: Artifact, classes: int, devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
+def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
     """The parent's network under the task's head; a head that fits is kept, another is replaced by a fresh one."""
     import jax
 
@@ -176,11 +179,16 @@ def _with_head(config: Config, base: Artifact, classes: int, devices: Any) -> tu
                 f"{base.path}: has no language-model head (its head is {cfg.head!r}); start from one that has"
             )
         return cfg, params
-    if cfg.head == "classify" and cfg.labels == classes:
+    if cfg.head == "classify" and base.manifest.labels == labels and config.pooling in ("", cfg.pooling):
         return cfg, params
-    if classes < 2:
-        raise RequestError(f"classification needs two classes at least, the data has {classes}")
-    head = {"head": "classify", "labels": classes, "pooling": config.pooling or cfg.pooling}
+    if len(labels) < 2:
+        raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
+    head = {"head": "classify", "labels": len(labels), "pooling": config.pooling or cfg.pooling}
+    if cfg.architecture == "encoder_decoder":
+        # A text is read and nothing is written: the encoder is kept alone, as an encoder of the same family.
+        head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0}
+        head |= {"pooling": config.pooling or "mean", "preset": ""}
+        params.pop("decoder")
     new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
     params.pop("lm_head", None)
     shardings = calls.shardings(new, calls.abstract(new), devices)["head"]

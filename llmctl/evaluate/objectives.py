@@ -1,0 +1,62 @@
+"""How well a model does what it was pretrained for: masks filled, passages told apart, spans or completions written.
+
+Every row is a pure function of the held-out text and a fixed seed, so all artifacts of one tokenizer and length are
+asked the same. Beside every score stands what one scores without looking at the context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl import losses
+from llmctl.artifact import Artifact
+from llmctl.data import baselines, pipeline
+from llmctl.data import tokenizer as tokenizers
+from llmctl.data.splits import Examples
+from llmctl.data.tasks import completes, objective, task_rows
+from llmctl.model.loss import loss_of
+
+ASKED = {"masked": "15 % of the tokens masked", "next_sentence": "15 % of the tokens masked, half of the pairs true",
+         "spans": "15 % of the tokens dropped in spans of 3"}  # fmt: skip
+
+
+def measure(
+    artifact: Artifact, examples: Examples, split: str, seq_len: int, batch_size: int, dtype: str, place: Any
+) -> tuple[str, str, dict[str, Any], Any, dict[str, np.ndarray]]:
+    """(task, protocol, metrics, compiled step, one host batch) of a language model on all rows of the held-out texts.
+
+    Args:
+        artifact: an encoder or an encoder-decoder with the lm head.
+        examples: held-out texts, or prompts with completions for an encoder-decoder.
+        split: their name.
+        seq_len: tokens a row.
+        batch_size: rows a step.
+        dtype: compute type.
+        place: puts a host batch on the devices.
+
+    Raises RequestError where the tokenizer lacks the special tokens.
+    """
+    model = artifact.model
+    rows = task_rows(model, examples, tokenizers.load(artifact.tokenizer_dir), seq_len, shuffle=False)
+    loss = loss_of(model, dtype=dtype)
+    step = jax.jit(lambda params, batch: loss(params, batch)[1])
+    total: dict[str, float] = {}
+    inputs: dict[str, np.ndarray] = {}
+    with pipeline.eval_batches(rows, batch_size) as batches:
+        for _, batch in batches:
+            inputs = inputs or batch
+            found = {k: float(v) for k, v in step(artifact.params, place(batch)).items()}
+            total = {k: total.get(k, 0.0) + v for k, v in found.items()}
+    metrics = {k: float(v) for k, v in losses.means(total).items()}
+    # A share of tokens is no accuracy of a classifier, which has its own column.
+    metrics |= {"token_accuracy": metrics.pop("accuracy"), "nll": metrics.pop("loss")}
+    metrics |= baselines.guesses(rows, len(rows))
+    completion = completes(model, examples.columns)
+    name = "completion" if completion else objective(model).name
+    task = {"masked": "masked tokens", "next_sentence": "masked tokens", "spans": "spans"}.get(name, name)
+    asked = "completions given their prompts" if completion else ASKED[name]
+    protocol = f"{split} split, {len(examples)} examples in {len(rows)} rows of {seq_len} tokens, {asked}, {dtype}"
+    return task, protocol, metrics | {"predicted_tokens": int(total["weight"])}, step, inputs
