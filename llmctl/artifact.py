@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the layout; a reader refuses a later one."""
+PRUNED = 0.01
+"""From this share of zeros on, matrices count as pruned: training leaves exact zeros behind almost never."""
 
 
 class Parent(BaseModel):
@@ -57,6 +59,8 @@ class Manifest(BaseModel):
     """Size of `params/` on disk."""
     sparsity: float
     """Share of zeros among the matrices' entries."""
+    pruned: bool = False
+    """Zeros were put there by pruning (not by rounding to integers), and stages that follow keep them."""
     bits: float
     """Stored bits a parameter, scales included."""
     digest: str
@@ -84,6 +88,11 @@ class Artifact:
     def model(self) -> ModelConfig:
         """The config that the parameters have the shapes of."""
         return self.manifest.model
+
+    @property
+    def plain(self) -> bool:
+        """Every weight is a plain array: neither quantized nor with a low-rank pair."""
+        return all("" in record["parts"] for record in self.manifest.weights.values())
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -197,23 +206,33 @@ def digest(arrays: dict[str, dict[str, Any]]) -> str:
     return total.hexdigest()
 
 
+def size(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
 def measure(params: dict[str, Any]) -> dict[str, Any]:
-    """Counted from the arrays: {"parameters", "sparsity", "bits"}."""
+    """Counted from the arrays: {"parameters", "sparsity", "pruned", "bits"}. Integers do not tell whether they were pruned."""
     import jax.numpy as jnp
 
     from llmctl import weights
 
     stored_bits = zeros = entries = 0
+    floats = [0, 0]
     for name, w in weights.flatten(params).items():
         for part, a in weights.parts(w).items():
             stored_bits += (
                 a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
             )
             if part in ("", "qvalue", "base", "base.qvalue") and name.endswith("kernel"):
-                zeros += int(jnp.sum(a == 0))
-                entries += a.size
+                here = int(jnp.sum(jnp.sum(a == 0, axis=-1), dtype=jnp.float32))
+                zeros, entries = zeros + here, entries + a.size
+                if jnp.issubdtype(a.dtype, jnp.floating):
+                    floats = [floats[0] + here, floats[1] + a.size]
     parameters = weights.count(params)
-    return {"parameters": parameters, "sparsity": zeros / max(entries, 1), "bits": stored_bits / parameters}
+    pruned = floats[0] > PRUNED * max(floats[1], 1)
+    sparsity = zeros / max(entries, 1)
+    return {"parameters": parameters, "sparsity": sparsity, "pruned": pruned, "bits": stored_bits / parameters}
 
 
 def save(
@@ -250,6 +269,8 @@ def save(
             shutil.copytree(tokenizer_dir, draft / "tokenizer")
         if log and log.exists():
             shutil.copy(log, draft / "log.jsonl")
+        measured = measure(params)
+        measured["pruned"] |= parent is not None and parent.pruned and measured["bits"] < 32
         manifest = Manifest(
             format=FORMAT,
             name=name or out.name,
@@ -258,7 +279,7 @@ def save(
             family=model.family,
             model=model.model_copy(update={"preset": ""}),
             labels=labels or [],
-            bytes=sum(f.stat().st_size for f in (draft / "params").rglob("*") if f.is_file()),
+            bytes=size(draft / "params"),
             digest=digest(arrays),
             parent=Parent(name=parent.name, digest=parent.digest) if parent else None,
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
@@ -266,7 +287,7 @@ def save(
             metrics=metrics or {},
             weights={path: weights.describe(w) for path, w in flat.items()},
             versions=versions(),
-            **measure(params),
+            **measured,
         )
         (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1))
     return manifest

@@ -67,7 +67,8 @@ def run(recipe: Recipe, only: Sequence[str] = (), say: Callable[[str], None] = p
         for i, task in enumerate(wanted, 1):
             name = task.step.name
             with lock(recipe.run / WORK / f"{name}.lock") if one else contextlib.nullcontext():
-                if not task.why or _manifest_key(task.step.out) == task.key:
+                if not task.why or (_manifest_key(task.step.out) == task.key and _is_whole(task.step.out)):
+                    shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)  # of a process killed at its very end
                     say(f"[{i}/{len(wanted)}] {name}: up to date, skipped")
                     continue
                 source = f" from {out_name(task.step.parent)}" if task.step.parent else ""
@@ -152,15 +153,24 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     if work.exists() and (not note.exists() or note.read_text() != task.key):
         say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")
         shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    note.write_text(task.key)
+    made = not work.exists()
+    if not note.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        draft = work / "key.draft"
+        draft.write_text(task.key)
+        draft.replace(note)  # whole or not at all: a key cut off by a full disk would discard the checkpoints
 
     def folder(of: str | Path) -> Path:
         return of if isinstance(of, Path) else recipe.run / of
 
     siblings = {name: folder(of) for name, of in step.others.items()}
     parent = folder(step.parent) if step.parent else None
-    stages.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
+    try:
+        stages.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
+    except RequestError:
+        if made:  # a request that was wrong leaves nothing behind
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     if _manifest_key(step.out) != task.key:
         raise WorkError(f"{step.name}: the stage ended without leaving its artifact in {step.out}")
     shutil.rmtree(work)
@@ -188,6 +198,8 @@ def _why(step: Step, key: str, due: set[str]) -> str:
         manifest = artifact.read_manifest(step.out)
     except LlmctlError:
         return "the artifact that is there cannot be read"
+    if not _is_whole(step.out):
+        return "the artifact that is there is damaged"
     if manifest.key == key:
         return ""
     before, now = _leaves(manifest.config), _leaves(keyed(step.config))
@@ -197,6 +209,12 @@ def _why(step: Step, key: str, due: set[str]) -> str:
         return "changed: " + ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     above = [a for a in (step.parent, *step.others.values()) if isinstance(a, str) and a in due]
     return f"{above[0]} is made anew" if above else "its input changed"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the parameters lie there at the size that the manifest tells; `load` also checks their digest."""
+    manifest = artifact.read_manifest(folder)
+    return not manifest.weights or artifact.size(folder / "params") == manifest.bytes
 
 
 def _leaves(values: Any, prefix: str = "") -> dict[str, str]:

@@ -56,7 +56,12 @@ class Checkpoints:
         self._save(self._latest, step, state, meta, wait)
 
     def save_best(self, step: int, named: Any) -> None:
-        """Keeps these parameters as the best so far, instead of those before."""
+        """Keeps these parameters as the best so far, instead of those before.
+
+        A resumed run that comes by a step again finds there what it would write, bit for bit.
+        """
+        if step in self._best.all_steps():
+            return
         self._save(self._best, step, named, {"step": step}, False)
 
     def _save(self, manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any], wait: bool) -> None:
@@ -90,8 +95,17 @@ class Checkpoints:
                 self._latest.reload()
         return None
 
-    def restore_best(self, abstract: Any) -> Any:
-        """The best parameters."""
+    def restore_best(self, step: int, abstract: Any) -> Any:
+        """The best parameters, saved at `step`.
+
+        Raises WorkError where they cannot be read.
+        """
         self._best.wait_until_finished()
-        step = self._best.latest_step()
-        return self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        try:
+            return self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        except Exception as e:
+            reason = " ".join(str(e).split())[:120]
+            raise WorkError(
+                f"{self.folder}/best/{step}: the best parameters cannot be read ({reason}); "
+                f"remove {self.folder} to train again"
+            ) from e

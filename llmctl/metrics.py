@@ -155,12 +155,21 @@ class Reporter:
         line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **line}) + "\n")
         self._file.flush()
-        if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        self._add_events(values, step)
         if self._run:
             self._run.log(values, step=step)
         self._show(step)
+
+    def _add_events(self, values: Mapping[str, Any], step: int) -> None:
+        """TensorBoard, as long as its writing thread lives; without one (full disk) its queue would block the run."""
+        if not self._events:
+            return
+        if not self._events.file_writer.event_writer._worker.is_alive():
+            self.say("TensorBoard events could not be written (is the disk full?); the run goes on without them")
+            self._events = None
+            return
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
 
     def advance(self, step: int) -> None:
         """Moves the bar without a log line, for the steps between two lines."""

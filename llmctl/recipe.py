@@ -253,7 +253,7 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
     models = [s.name for s in before if s.config.produces]
     if config.parent:
         parent = _find(config.parent, models, f"{where}: from", beside)
-    elif config.starts:
+    elif config.starts or (not models and _names_others(config)):
         parent = None
     elif models:
         parent = models[-1]
@@ -269,7 +269,16 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
         elif not named:  # an empty list stands for everything there is
             others |= {m: m for m in models} or ({out_name(parent): parent} if parent else {})
         others |= {n: _find(n, models, f"{where}: {key}", beside) for n in named}
+    for name, read in {"from": parent, **others}.items():
+        if isinstance(read, Path) and read.resolve() == out.resolve():
+            raise RequestError(f"{where}: {out} would replace what it is made of ({name}); choose another folder")
     return Step(config, out, parent, others)
+
+
+def _names_others(config: StageConfig) -> bool:
+    """Whether the artifacts that the config names are all it reads: a new student's teacher, what eval measures."""
+    named = any(getattr(config, key) for key in config.artifact_fields)
+    return named and (not config.produces or getattr(config, "model", None) is not None)
 
 
 def out_name(artifact: str | Path) -> str:

@@ -32,7 +32,9 @@ def run(folder: Path) -> dict[str, Any]:
     Raises:
       RequestError: no artifact is there, or one is damaged.
     """
-    found = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda p: (p.stat().st_mtime_ns, p.parent.name))
+    # A dot begins the name of a draft that a killed process left.
+    there = [p for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
+    found = sorted(there, key=lambda p: (p.stat().st_mtime_ns, p.parent.name))
     if not found:
         raise RequestError(f"{folder}: neither an artifact nor a run: there is no {MANIFEST} in it or one below")
     manifests = [(p.parent, artifact.read_manifest(p.parent)) for p in found]

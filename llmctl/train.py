@@ -42,8 +42,14 @@ def initialize(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh) -> Params:
 
 def pruned(parent: Artifact | None) -> Callable[[str], bool]:
     """Which arrays of a parent hold their zeros: the matrices of one that was pruned to zeros."""
-    sparse = parent is not None and parent.manifest.sparsity > 0.01
-    return lambda name: sparse and name.partition(":")[0].endswith("/kernel") and "/blocks/" in name
+    sparse = parent is not None and parent.manifest.pruned
+
+    def holds(name: str) -> bool:
+        path, _, part = name.partition(":")
+        # The pairs of LoRA start at zero and are no part of what was pruned.
+        return sparse and path.endswith("/kernel") and "/blocks/" in path and part in ("", "base")
+
+    return holds
 
 
 def fit(
@@ -60,11 +66,7 @@ def fit(
     Raises Interrupted after a checkpoint when SIGTERM or Ctrl-C arrives, WorkError when the run diverges or the disk is
     full; either way the same command goes on from the last checkpoint.
     """
-    if train.batch_size % train.accumulate:
-        raise RequestError(
-            f"train.batch_size {train.batch_size} is not divisible by train.accumulate {train.accumulate}"
-        )
-    _check_batch(train.batch_size // train.accumulate, mesh)
+    _check_batch(train, mesh)
     named, fixed = split(job)
     training_matmul.check(train.matmuls, named)
     step_fn, optimizer = make_step(job, train, optim_config, seed)
@@ -106,7 +108,7 @@ def fit(
         state, meta = loop.run(state, meta)
         named = _answer(state)
         if loop.keeps_best and meta["best"] is not None and meta["best_step"] != meta["step"]:
-            named = checkpoints.restore_best(_answer(abstract))
+            named = checkpoints.restore_best(meta["best_step"], _answer(abstract))
         params = weights.rebuild(job.params, named | fixed)
         metrics = {"steps": meta["step"], **{f"validation_{k}": v for k, v in job.validate(params).items()}}
         if loop.keeps_best:
@@ -242,8 +244,20 @@ LESS_IS_BETTER = frozenset({"loss", "nll", "kl", "perplexity", "error"})
 """Metrics that `train.best_by` minimizes."""
 
 
-def _check_batch(batch: int, mesh: jax.sharding.Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises RequestError, before any work, where the settings do not fit the model or the mesh."""
+    if train.seq_len > model.max_seq_len:
+        raise RequestError(
+            f"train.seq_len: {train.seq_len} tokens are more than model.max_seq_len = {model.max_seq_len}"
+        )
+    _check_batch(train, mesh)
+    calls.check_heads(model, mesh)
+
+
+def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    if train.batch_size % train.accumulate:
+        raise RequestError(f"train.accumulate: {train.accumulate} does not divide train.batch_size {train.batch_size}")
+    batch, ways = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % ways:
         raise RequestError(f"train.batch_size: {batch} sequences a microbatch do not divide over data x fsdp = {ways}")
 
@@ -266,3 +280,5 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+    if event.is_set():  # it came after the last look, while a checkpoint was still being written
+        raise Interrupted("stopped after the last checkpoint; the same command goes on from there")

@@ -109,6 +109,8 @@ def run(config, parent, ctx):
             metrics={"loss": 0.5}, weights={"embed/tokens": {}} if config.produces else {},
         )
         (draft / "manifest.json").write_text(manifest.model_dump_json())
+        (draft / "params").mkdir()
+        (draft / "params" / "array").write_bytes(bytes(4000))
         (draft / "siblings.json").write_text(json.dumps({n: str(p) for n, p in ctx.siblings.items()}))
         if not config.produces:
             results = [

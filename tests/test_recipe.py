@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl import artifact, chain, recipe
+from llmctl import artifact, chain, recipe, show
 from llmctl.errors import Interrupted, RequestError, WorkError
 
 CHAIN = """
@@ -205,6 +205,28 @@ def test_a_damaged_artifact_is_made_again(go, tmp_path):
     (tmp_path / "run/change/manifest.json").write_text("{")
     ran, said = go()
     assert ran == ["change"] and "cannot be read" in said[1]
+    (tmp_path / "run/change/params/array").unlink()
+    ran, said = go()
+    assert ran == ["change"] and "is damaged" in said[1]
+
+
+def test_what_a_killed_process_left_is_not_taken_for_an_artifact(go, tmp_path):
+    go()
+    (tmp_path / "run/make").rename(tmp_path / "run/.make.old")
+    (tmp_path / "run/.work/make").mkdir()
+    go()
+    assert not (tmp_path / "run/.work/make").exists()
+    assert "make" in [a["name"] for a in show.run(tmp_path / "run")["artifacts"]]
+    (tmp_path / "run/.work/change").mkdir()  # killed between the artifact and the end
+    go()
+    assert not (tmp_path / "run/.work/change").exists()
+
+
+def test_a_stage_never_replaces_what_it_is_made_of(go, tmp_path):
+    go()
+    made = tmp_path / "run/make"
+    with pytest.raises(RequestError, match="would replace what it is made of"):
+        recipe.single("change", {"from": str(made)}, made)
 
 
 def _hold(path, ready, done):

@@ -235,6 +235,19 @@ def test_early_stopping_keeps_the_best(one, tmp_path):
     assert digest(params) == seen[1]
 
 
+def test_a_best_checkpoint_newer_than_the_last_one_is_no_obstacle(one, tmp_path, uninterrupted):
+    def stop(step):
+        if step == 7:
+            raise KeyError
+
+    config = TRAIN.model_copy(update={"eval_every": 3})  # best at 6, checkpoint at 4
+    with pytest.raises(KeyError):
+        fit(tmp_path, one, job_of(one, rows=Rows(at=stop), keep_best=True), config)
+    params, metrics = fit(tmp_path, one, job_of(one, keep_best=True), config)
+    assert metrics["best_step"] == 12
+    assert digest(params) == digest(uninterrupted[0])
+
+
 def test_a_full_disk_is_one_line_and_names_the_intact_checkpoint(tmp_path, monkeypatch):
     state = {"a": jnp.arange(4.0)}
     with (

@@ -99,6 +99,8 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
             max_sentence_length=16 * SENTENCE, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
+        if "KeyboardInterrupt" in str(error):  # the library wraps what its iterator raises
+            raise KeyboardInterrupt from None
         raise RequestError(_explained(str(error), cfg)) from None
     return SentencePieces(model.getvalue(), cfg.bos != "no")
 

@@ -88,11 +88,16 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
 
     Raises RequestError where the mesh does not divide the model; a head is never cut.
     """
+    check_heads(cfg, mesh)
+    return shard_params(axes(cfg), params, mesh)
+
+
+def check_heads(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Raises RequestError where the tensor axis would cut a head."""
     tensor = mesh.shape["tensor"]
     for name, size in (("heads", cfg.heads), ("kv_heads", cfg.kv_heads)):
         if size % tensor:
             raise RequestError(f"model.{name}: {size} heads do not divide over mesh.tensor = {tensor}")
-    return shard_params(axes(cfg), params, mesh)
 
 
 def hidden(

@@ -62,6 +62,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
     model = base.model if base else config.model
+    if base and (not base.plain or model.head != "lm"):
+        raise RequestError(
+            f"{base.path}: cannot be pretrained further: it is quantized, has low-rank pairs or another head than lm"
+        )
+    train.check(model, config.train, devices)
     objective = _objective(config, model)
     text = Text(config.data)
     words = ctx.work / "tokenizer"

@@ -159,6 +159,12 @@ def test_zeros_are_kept_or_refused_and_integers_are_not_trained(sentiment, base,
         go(finetune, classify(sentiment), integers, tmp_path / "trained")
     made = go(finetune, classify(sentiment, method="lora", merge=False), integers, tmp_path / "qlora")
     assert made.manifest.metrics["validation_accuracy"] > 0.9 and made.manifest.bits < 32
+    pairs = [w for w in weights.flatten(made.params).values() if isinstance(w, weights.LowRank)]
+    assert pairs and all(bool((w.b != 0).any()) for w in pairs)
+    apart = go(finetune, classify(sentiment, method="lora", merge=False), sparse, tmp_path / "apart")
+    pairs = [w for w in weights.flatten(apart.params).values() if isinstance(w, weights.LowRank)]
+    assert pairs and all(bool((w.b != 0).any()) for w in pairs) and apart.manifest.pruned
+    assert not made.manifest.pruned
 
 
 def test_bad_requests_name_what_is_wrong(sentiment, base, classifier, tmp_path):
