@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from llmctl import artifact, weights
-from llmctl.bridge import compressed, gguf, mapping, parity, peft, safetensors, tensors, tokenizers
+from llmctl.bridge import compressed, gguf, gguf_export, mapping, parity, peft, safetensors, tensors, tokenizers
 from llmctl.bridge import folder as folders
 from llmctl.bridge.importing import bar, placer
 from llmctl.errors import RequestError
@@ -131,12 +131,14 @@ def _cast(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:
-    if differs := gguf.write(found, file, kind):
+    if differs := gguf_export.write(found, file, kind):
         say(f"{found.path}: {differs}")
     again = gguf.look(file)
     back = mapping.read(again.model, again.wanted, again.tensors, placer(again.model))
     batch = parity.probe(found.model, min(16, found.model.window or 16))
-    return parity.prove(str(found.path), parity.answers(again.model, back, batch), gguf.expected(found, kind, batch))
+    return parity.prove(
+        str(found.path), parity.answers(again.model, back, batch), gguf_export.expected(found, kind, batch)
+    )
 
 
 def sentence_transformer(cfg: ModelConfig, folder: Path) -> None:

@@ -10,32 +10,19 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llmctl import weights
 from llmctl.bridge import folder as folders
-from llmctl.bridge import gguf_vocabulary, parity
-from llmctl.bridge import names as bridge_names
-from llmctl.bridge.tensors import Tensor, listed
+from llmctl.bridge import gguf_vocabulary
+from llmctl.bridge.tensors import Tensor
 from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
 from llmctl.model.llama import LLAMA3_ROPE
-
-if TYPE_CHECKING:
-    from llmctl.artifact import Artifact
 
 TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 """Their architecture -> model_type."""
-ARCHITECTURES = {v: k for k, v in TYPES.items()} | {"mistral": "llama"}
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
-KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
-BLOCK = 32
-"""Inputs that share a scale in the quantized kinds."""
 
 PLAIN = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -50,7 +37,7 @@ GEMMA = PLAIN | {
 }  # fmt: skip
 
 
-def names(model_type: str) -> dict[str, str]:
+def stems(model_type: str) -> dict[str, str]:
     """Their stem -> the name in transformers, of one architecture."""
     return GEMMA if model_type.startswith("gemma") else PLAIN
 
@@ -79,7 +66,7 @@ def look(file: Path) -> folders.Found:
     config = _config(file, model_type, architecture, metadata, factors)
     back = {}
     for name, tensor in stored.items():
-        ours = _rename(name, names(model_type))
+        ours = _rename(name, stems(model_type))
         if ours is None:
             raise RequestError(f"{file}: tensor {name} is not understood")
         back[ours] = _from_gguf(model_type, config, ours, tensor)
@@ -202,14 +189,15 @@ def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> n
     return (1 / (keep + (1 - keep) / scaling["factor"])).astype(np.float32)
 
 
-def _heads_of(config: Mapping[str, Any], name: str) -> int:
+def heads_of(config: Mapping[str, Any], name: str) -> int:
+    """Heads of a query or key projection, by its name in transformers; 0 for another tensor."""
     if re.search(r"self_attn\.q_proj\.", name):
         return config["num_attention_heads"]
     return config["num_key_value_heads"] if re.search(r"self_attn\.k_proj\.", name) else 0
 
 
 def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor) -> Tensor:
-    heads = _heads_of(config, name) if model_type == "llama" else 0
+    heads = heads_of(config, name) if model_type == "llama" else 0
     if heads:
         return Tensor(t.shape, t.dtype, lambda: halves(t.read(), heads))
     if model_type.startswith("gemma") and name.endswith("norm.weight"):
@@ -231,131 +219,3 @@ def tokenizer(file: Path, work: Path) -> Path:
     """The file's vocabulary as a tokenizer's file in `work`. Raises RequestError for a kind that is not understood."""
     library()
     return gguf_vocabulary.read(file, work)
-
-
-# --- out -------------------------------------------------------------------------------------------------------------
-
-
-def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """How a tensor (by its name in transformers) is stored: vectors in float32, a table of a 4-bit file in 8 bits."""
-    if len(shape) < 2 or kind == "f32":
-        return "f32"
-    if shape[-1] % BLOCK and kind.startswith("q"):
-        return "f16"
-    return "q8_0" if kind.startswith("q4") and ("embed_tokens" in name or "lm_head" in name) else kind
-
-
-def write(found: Artifact, file: Path, kind: str) -> str:
-    """Writes an artifact's model and vocabulary; returns what llama.cpp will do otherwise, or nothing.
-
-    Raises:
-      RequestError: an unknown kind, a family that GGUF has no architecture for, settings that it cannot say.
-    """
-    gguf = library()
-    cfg = found.model
-    bridge, _ = bridge_names.of(cfg)
-    if kind not in KINDS:
-        raise RequestError(f"--type {kind}: not a known kind; known: {', '.join(KINDS)}")
-    if bridge.model_type not in ARCHITECTURES or cfg.head != "lm":
-        raise RequestError(
-            f"GGUF export knows language models of {', '.join(sorted(ARCHITECTURES))}, not {cfg.family!r}"
-        )
-    architecture = ARCHITECTURES[bridge.model_type]
-    _refuse(cfg, architecture)
-    config = folders.config_of(cfg, [], {}, "float32")
-    theirs = folders.tensors_of(cfg, found.params)
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_name(found.manifest.name)
-    writer.add_file_type(FILE_TYPES[kind])
-    _write_metadata(writer, cfg, kind)
-    differs = gguf_vocabulary.write(writer, found.tokenizer_dir, cfg.vocab_size)
-    stems = {v: k for k, v in names(TYPES[architecture]).items()}
-    if cfg.rope_scaling.get("rope_type") == "llama3":
-        factors = llama3_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
-        writer.add_tensor("rope_freqs.weight", factors)
-    for name, t in sorted(theirs.items()):
-        array = np.asarray(t.read(), np.float32)
-        if architecture == "llama" and (heads := _heads_of(config, name)):
-            array = interleaved(array, heads)
-        if architecture.startswith("gemma") and name.endswith("norm.weight"):
-            array = array + 1
-        chosen = getattr(gguf.GGMLQuantizationType, KINDS[kind_of(name, t.shape, kind)])
-        data = gguf.quants.quantize(np.ascontiguousarray(array), chosen)
-        writer.add_tensor(_to_gguf(name, stems), data, raw_dtype=chosen)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return differs
-
-
-def _refuse(cfg: ModelConfig, architecture: str) -> None:
-    every = {"gemma2": 2, "gemma3": 6}.get(architecture)
-    # llama.cpp runs Mistral without its window: exact up to that many tokens, so the context ends there.
-    odd = every is None or bool(cfg.window_layers) or cfg.window_every != every
-    if cfg.window and odd and cfg.family != "mistral":
-        raise RequestError("GGUF has no place for this pattern of windows; nothing was written")
-    if architecture.startswith("gemma") and abs((cfg.attn_scale or cfg.head_dim**-0.5) - cfg.head_dim**-0.5) > 1e-6:
-        raise RequestError(f"GGUF has no place for attn_scale = {cfg.attn_scale}; nothing was written")
-    if cfg.rope_local_theta not in (0.0, 10_000.0):
-        raise RequestError(f"GGUF has no place for rope_local_theta = {cfg.rope_local_theta}; nothing was written")
-    llama3 = cfg.rope_scaling.get("rope_type") == "llama3"
-    if llama3 and {k: v for k, v in cfg.rope_scaling.items() if k != "factor"} != {
-        k: v for k, v in LLAMA3_ROPE.items() if k != "factor"
-    }:
-        raise RequestError("GGUF export knows llama3's rotary scaling with its published constants only")
-
-
-def _write_metadata(writer: Any, cfg: ModelConfig, kind: str) -> None:
-    gguf = library()
-    length = min(cfg.max_seq_len, cfg.window) if cfg.family == "mistral" and cfg.window else cfg.max_seq_len
-    writer.add_vocab_size(cfg.vocab_size)
-    writer.add_context_length(length)
-    writer.add_embedding_length(cfg.d_model)
-    writer.add_block_count(cfg.layers)
-    writer.add_feed_forward_length(cfg.d_ff)
-    writer.add_head_count(cfg.heads)
-    writer.add_head_count_kv(cfg.kv_heads)
-    writer.add_key_length(cfg.head_dim)
-    writer.add_value_length(cfg.head_dim)
-    writer.add_rope_dimension_count(cfg.head_dim)
-    writer.add_rope_freq_base(cfg.rope_theta)
-    writer.add_layer_norm_rms_eps(cfg.norm_eps)
-    if kind.startswith("q"):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    scaling = cfg.rope_scaling
-    if scaling.get("rope_type") in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
-        writer.add_rope_scaling_factor(scaling["factor"])
-        if "original_max_position_embeddings" in scaling:
-            writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-    if cfg.family.startswith("gemma"):
-        writer.add_sliding_window(cfg.window)
-        if cfg.attn_softcap:
-            writer.add_attn_logit_softcapping(cfg.attn_softcap)
-        if cfg.final_softcap:
-            writer.add_final_logit_softcapping(cfg.final_softcap)
-
-
-def _to_gguf(name: str, stems: Mapping[str, str]) -> str:
-    found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    if not found or found[2] not in stems:
-        raise RequestError(f"GGUF has no place for {listed([name])}")
-    prefix = f"blk.{found[1]}." if found[1] else ""
-    return f"{prefix}{stems[found[2]]}.{found[3]}"
-
-
-def expected(found: Artifact, kind: str, batch: dict[str, jax.Array]) -> jax.Array:
-    """The artifact's answers with its weights rounded as this kind rounds them: what the file must answer."""
-    quants, cfg = library().quants, found.model
-    flat = {}
-    for path, w in weights.flatten(found.params).items():
-        array = np.asarray(weights.dense(w), np.float32)
-        if path.endswith("kernel") or path == "embed/tokens":
-            rows = array if path == "embed/tokens" else array.swapaxes(-1, -2)  # [.., out, in]
-            name = {"embed/tokens": "embed_tokens", "lm_head/kernel": "lm_head"}.get(path, path)
-            chosen = getattr(library().GGMLQuantizationType, KINDS[kind_of(name, rows.shape, kind)])
-            rows = quants.dequantize(quants.quantize(np.ascontiguousarray(rows), chosen), chosen).reshape(rows.shape)
-            array = rows if path == "embed/tokens" else rows.swapaxes(-1, -2)
-        flat[path] = jnp.asarray(array)
-    return parity.answers(cfg, weights.unflatten(flat), batch)

@@ -134,7 +134,7 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
 def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> mapping.Place:
     """Puts parameters on a mesh (the default one), each where the rules say; every device's part is read alone."""
     shardings = weights.flatten(calls.shardings(cfg, calls.abstract(cfg), meshes.make(mesh or MeshConfig())))
-    return lambda path, w: jax.make_array_from_callback(w.shape, shardings[path], w.read)
+    return lambda path, w: jax.make_array_from_callback(w.shape, shardings[path], lambda i: w.read(i or ()))
 
 
 @contextlib.contextmanager

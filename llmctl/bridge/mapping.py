@@ -5,7 +5,6 @@ Our layers are stacked on axis 0 and our matrices are [in, out]; what differs on
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,7 +136,7 @@ def _part(
     index: tuple[slice, ...] = (),
 ) -> np.ndarray:
     """Part of one of our parameters. Files are mapped, so only what the part needs is read."""
-    ranges = [range(n)[s] for n, s in itertools.zip_longest(shape, index, fillvalue=slice(None))]
+    ranges = [range(n)[s] for n, s in zip(shape, index or (slice(None),) * len(shape), strict=True)]
     out = np.empty([len(r) for r in ranges], dtype)
     for slot, name in sources:
         if slot.layer >= 0 and slot.layer not in ranges[0]:
