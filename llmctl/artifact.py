@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -171,7 +170,7 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
 
 
 def _plain(parts: dict[str, Any]) -> Any:
-    return parts[""] if "" in parts else parts
+    return parts.get("", parts)
 
 
 def _lookup(tree: Any, path: str) -> Any:
@@ -212,7 +211,7 @@ def size(folder: Path) -> int:
 
 
 def measure(params: dict[str, Any]) -> dict[str, Any]:
-    """Counted from the arrays: {"parameters", "sparsity", "pruned", "bits"}. Integers do not tell whether they were pruned."""
+    """{"parameters", "sparsity", "pruned", "bits"}, counted. Integers do not tell whether they were pruned."""
     import jax.numpy as jnp
 
     from llmctl import weights
@@ -250,7 +249,7 @@ def save(
     tokenizer_dir: Path | None = None,
     log: Path | None = None,
 ) -> Manifest:
-    """Writes the artifact `out` atomically and returns its manifest. A full disk is a WorkError and leaves nothing behind."""
+    """Writes the artifact `out` atomically and returns its manifest; a full disk is a WorkError and leaves nothing."""
     import orbax.checkpoint as ocp
 
     from llmctl import weights
@@ -307,7 +306,7 @@ def writing(out: Path) -> Iterator[Path]:
         yield draft
         if out.exists():
             out.rename(old)
-        os.rename(draft, out)
+        draft.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     except LlmctlError:
         raise

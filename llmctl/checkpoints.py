@@ -1,4 +1,4 @@
-"""Checkpoints of a running stage: asynchronous Orbax saves, the newest intact one on resume, the best one beside them."""
+"""Checkpoints of a running stage: saved in the background, the newest intact one on resume, the best beside them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Checkpoints:
                 return found["state"], found["meta"]
             except Exception as e:  # whatever Orbax and TensorStore raise for a damaged file
                 self.say(
-                    f"checkpoint of step {step} is damaged ({' '.join(str(e).split())[:100]}); going on from one before it"
+                    f"checkpoint of step {step} is damaged ({' '.join(str(e).split())[:90]}); going on from one before"
                 )
                 # Set aside, not deleted: what made it unreadable may have been the machine and not the file.
                 aside = self.folder / "damaged" / str(step)

@@ -55,7 +55,7 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 def chunked(
     fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Sums `fn` over chunks of `chunk` tokens. Differentiable in `head` and `x_BTD`; the sums beside the loss are not."""
+    """Sums `fn` over chunks of `chunk` tokens. Differentiable in `head` and `x_BTD`; the other sums are not."""
 
     def body(carry: Tree, piece: Tree) -> tuple[Tree, None]:
         return jax.tree.map(jnp.add, carry, fn(head, constants, *piece)), None
@@ -177,7 +177,7 @@ def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Ar
 
 
 def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -> jax.Array:
-    """KL(teacher || student) of logits [..., V] softened by `temperature`, times its square (arXiv:1503.02531) -> [...]."""
+    """KL(teacher || student) of logits [..., V] softened by `temperature`, times its square (arXiv:1503.02531)."""
     log_t = jax.nn.log_softmax(teacher_V / temperature, axis=-1)
     log_s = jax.nn.log_softmax(student_V / temperature, axis=-1)
     return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
@@ -196,7 +196,7 @@ def distillation(
     temperature: float,
     hard: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(1 - hard) * softened KL to the teacher + hard * cross-entropy, weighted sums as in `cross_entropy`, plus "kl"."""
+    """(1 - hard) * softened KL to the teacher + hard * cross-entropy; sums as in `cross_entropy`, plus "kl"."""
 
     def fn(head: Tree, teacher_head: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
         teacher_x, targets, weights = aligned

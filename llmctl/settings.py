@@ -12,11 +12,11 @@ Dtype = Literal["float32", "bfloat16"]
 class MeshConfig(Config):
     """Devices a mesh axis; -1 takes what is left. One axis at most may be -1."""
 
-    data: int = Field(-1, ge=-1)
+    data: int = Field(default=-1, ge=-1)
     """Replicas of the model that see different examples."""
-    fsdp: int = Field(1, ge=-1)
+    fsdp: int = Field(default=1, ge=-1)
     """Devices that share one copy of the parameters and see different examples."""
-    tensor: int = Field(1, ge=-1)
+    tensor: int = Field(default=1, ge=-1)
     """Devices that share the heads, the neurons and the vocabulary of each layer."""
 
 
@@ -25,31 +25,31 @@ class OptimConfig(Config):
 
     name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"
     """The optimizer; muon takes the matrices of the layers and leaves the rest to AdamW."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate. Adafactor's is relative to the size of each weight; Lion's is 3 to 10 times below AdamW's."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
     """Shape after the warm-up: wsd holds the peak and falls at the end, rsqrt falls with the root of the step."""
-    warmup: float = Field(0.05, ge=0)
+    warmup: float = Field(default=0.05, ge=0)
     """Warm-up steps; below 1 a fraction of all steps."""
-    final: float = Field(0.1, ge=0, le=1)
+    final: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end of cosine, linear and wsd, as a fraction of the peak."""
-    decay: float = Field(0.2, ge=0)
+    decay: float = Field(default=0.2, ge=0)
     """wsd: steps of the final decline; below 1 a fraction of all steps."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW and Lion: decay of the first moment."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW: decay of the second moment; Lion: of its momentum."""
-    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     """SGD and Muon: decay of the momentum."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0)
     """AdamW: added to the root of the second moment."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay (L2) on matrices; norms, biases and embeddings are left alone."""
-    clip: float = Field(1.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
     """Global gradient norm to clip at; 0 does not clip."""
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, which is what gets validated and saved; 0 keeps none."""
-    spike: float = Field(0.0, ge=0)
+    spike: float = Field(default=0.0, ge=0)
     """Skip a step whose gradient norm or loss is this many standard deviations above its running mean; 0 is off."""
 
 
@@ -60,13 +60,13 @@ class TrainConfig(Config):
         {"log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "profile"}
     )
 
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Sequences an optimizer step, over all devices."""
-    seq_len: int = Field(256, ge=2)
+    seq_len: int = Field(default=256, ge=2)
     """Tokens a sequence."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """Microbatches a step; the gradients are those of the whole batch."""
     dtype: Dtype = "float32"
     """Compute type; master weights and optimizer state stay float32."""
@@ -75,25 +75,25 @@ class TrainConfig(Config):
     attention: Literal["auto", "xla"] = "auto"
     """The platform's fused kernel where it has one (TPU, GPU), or always the plain form."""
     remat: Literal["none", "minimal", "full", "offload"] = "none"
-    """What the backward pass recomputes: nothing, all but the matmul outputs (offload: which wait in the host's memory),
-    everything."""
-    eval_every: int = Field(0, ge=0)
+    """What the backward pass recomputes: nothing, all but the matmul outputs (offload: which wait in the host's
+    memory), everything."""
+    eval_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates at the end alone."""
-    eval_batches: int = Field(32, ge=1)
+    eval_batches: int = Field(default=32, ge=1)
     """Batches a validation reads at most."""
-    patience: int = Field(0, ge=0)
+    patience: int = Field(default=0, ge=0)
     """Stop after this many validations without a better metric; 0 never stops early."""
     best_by: str = ""
     """Validation metric (loss, accuracy, …) by whose best parameters the stage ends; empty leaves it to the stage."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the uniform distribution in the targets."""
-    z_loss: float = Field(0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
     """Weight of log(Z)^2 a token, which keeps logits from drifting (1e-4 is usual)."""
-    checkpoint_every: int = Field(200, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints of the training state."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints kept."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between log lines."""
     tensorboard: bool = True
     """Write TensorBoard events, into the run's folder `tensorboard`."""

@@ -23,7 +23,7 @@ from llmctl import training_matmul
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["activations"])
 @dataclass(frozen=True)
 class Quantized:
-    """Integers with scales, symmetric; `activations="int8"` also quantizes what is multiplied with it, per token (W8A8)."""
+    """Integers with scales, symmetric; `activations="int8"` also quantizes what they multiply, per token (W8A8)."""
 
     array: qwix.QArray
     activations: str = field(default="")
@@ -215,7 +215,7 @@ def merge_low_rank(params: dict[str, Any]) -> dict[str, Any]:
     return cast(dict[str, Any], jax.tree.map(merged, params, is_leaf=is_weight))
 
 
-# --- what is trained and what is not ------------------------------------------------------------------------------------
+# --- what is trained and what is not ------------------------------------------------------------------------------
 
 
 def name_of(path: str, part: str) -> str:

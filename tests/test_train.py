@@ -89,7 +89,7 @@ def test_it_learns_and_logs_every_step_once(uninterrupted):
 
 @pytest.mark.parametrize("how", ["sigterm", "dies"])
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(one, tmp_path, uninterrupted, how):
-    class Died(Exception):  # noqa: N818
+    class Died(Exception):
         pass
 
     def stop(step):

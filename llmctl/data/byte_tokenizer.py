@@ -36,11 +36,11 @@ class ByteTokenizer(Tokenizer):
         """The tokenizer of bytes with this many sentinels."""
         return cls((json.dumps({"sentinels": sentinels}) + "\n").encode(), add_bos)
 
-    def encode(self, text: str) -> list[int]:  # noqa: D102
+    def encode(self, text: str) -> list[int]:
         return (np.frombuffer(text.encode(), np.uint8).astype(int) + FIRST).tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
+    def decode(self, ids: Iterable[int]) -> str:
         return bytes(i - FIRST for i in map(int, ids) if FIRST <= i < FIRST + 256).decode(errors="replace")

@@ -37,7 +37,7 @@ class Tfds(Source):
             raise IndexError(i)
         return {column: self._value(value, i) for column, value in _flat(self._data[i]).items()}
 
-    def where(self, i: int) -> str:  # noqa: D102
+    def where(self, i: int) -> str:
         return f"{self._named}: example {i}"
 
     def _value(self, value: Any, i: int) -> Any:

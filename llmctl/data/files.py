@@ -34,7 +34,7 @@ class TextFile(Source):
             raise IndexError(i)
         return {"text": _text(self._path, bytes(_buffer(self._path)))}
 
-    def where(self, i: int) -> str:  # noqa: D102
+    def where(self, i: int) -> str:
         return str(self._path)
 
 
@@ -59,7 +59,7 @@ class JsonLines(Source):
             raise RequestError(f"{self.where(i)}: a line must hold a JSON object, not {type(row).__name__}")
         return row
 
-    def where(self, i: int) -> str:  # noqa: D102
+    def where(self, i: int) -> str:
         return f"{self._path}:{self._lines[i]}"
 
 

@@ -84,17 +84,17 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"its {name} token {self.special[name]!r} is not in its vocabulary")
         return None
 
-    def encode(self, text: str) -> list[int]:  # noqa: D102
+    def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
+    def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in self._hidden]
         return self._backend.decode(kept, skip_special_tokens=False)
 
-    def pieces(self) -> list[str]:  # noqa: D102
+    def pieces(self) -> list[str]:
         raw = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         if any(piece.startswith("##") for piece in raw):  # WordPiece marks what continues a word instead
             said = [piece[2:] if piece.startswith("##") else f" {piece}" for piece in raw]

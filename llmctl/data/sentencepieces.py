@@ -57,16 +57,16 @@ class SentencePieces(Tokenizer):
         """How a token is written."""
         return self._sp.id_to_piece(i)
 
-    def encode(self, text: str) -> list[int]:  # noqa: D102
+    def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._sp.encode(list(texts), num_threads=_cores())
 
-    def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
+    def decode(self, ids: Iterable[int]) -> str:
         return self._sp.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i != self.unk_id])
 
-    def pieces(self) -> list[str]:  # noqa: D102
+    def pieces(self) -> list[str]:
         return [self._piece(i) for i in range(self.vocab_size)]
 
     def _piece(self, i: int) -> str:

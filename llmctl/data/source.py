@@ -55,7 +55,7 @@ class Chain(Source):
         source, j = self._find(i)
         return source[j]
 
-    def where(self, i: int) -> str:  # noqa: D102
+    def where(self, i: int) -> str:
         source, j = self._find(i)
         return source.where(j)
 
@@ -72,7 +72,7 @@ class Table(Source):
     def __getitem__(self, i: int) -> Row:
         return dict(zip(self.columns, self._rows[i], strict=True))
 
-    def where(self, i: int) -> str:  # noqa: D102
+    def where(self, i: int) -> str:
         return f"{self.file}:{self._lines[i]}"
 
 
@@ -93,5 +93,5 @@ class Groups(Source):
         g = bisect.bisect_right(self._ends, i)
         return self._group(g)[i - (self._ends[g - 1] if g else 0)]
 
-    def where(self, i: int) -> str:  # noqa: D102
+    def where(self, i: int) -> str:
         return f"{self.file}: row {i + 1}"

@@ -31,30 +31,30 @@ class ModelConfig(Config):
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """Which stacks there are."""
 
-    vocab_size: int = Field(4096, ge=2)
+    vocab_size: int = Field(default=4096, ge=2)
     """Rows of the embedding table; set by the tokenizer when a model is trained from scratch."""
-    d_model: int = Field(128, ge=1)
+    d_model: int = Field(default=128, ge=1)
     """Width of the residual stream."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(default=2, ge=1)
     """Layers of the decoder, or of the encoder where there is no decoder."""
-    encoder_layers: int = Field(0, ge=0)
+    encoder_layers: int = Field(default=0, ge=0)
     """Layers of the encoder beside a decoder."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Query heads a layer."""
-    kv_heads: int = Field(4, ge=1)
+    kv_heads: int = Field(default=4, ge=1)
     """Key and value heads a layer; fewer than `heads` is grouped-query attention."""
-    head_dim: int = Field(32, ge=1)
+    head_dim: int = Field(default=32, ge=1)
     """Width of a head."""
-    d_ff: int = Field(512, ge=1)
+    d_ff: int = Field(default=512, ge=1)
     """Neurons of a feed-forward layer."""
-    max_seq_len: int = Field(2048, ge=2)
+    max_seq_len: int = Field(default=2048, ge=2)
     """Longest sequence, in tokens."""
 
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm."""
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     """Normalize before each sublayer, after its residual sum, or before and after it."""
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance."""
     norm_plus_one: bool = False
     """RMSNorm scales by 1 + weight."""
@@ -70,43 +70,43 @@ class ModelConfig(Config):
     """Biases in the feed-forward layer."""
     qk_norm: bool = False
     """RMSNorm on each query and key head."""
-    attn_scale: float = Field(0.0, ge=0)
+    attn_scale: float = Field(default=0.0, ge=0)
     """Factor on attention scores; 0 takes head_dim ** -0.5."""
-    attn_softcap: float = Field(0.0, ge=0)
+    attn_softcap: float = Field(default=0.0, ge=0)
     """Soft cap on attention scores; 0 is none."""
-    final_softcap: float = Field(0.0, ge=0)
+    final_softcap: float = Field(default=0.0, ge=0)
     """Soft cap on logits; 0 is none."""
-    window: int = Field(0, ge=0)
+    window: int = Field(default=0, ge=0)
     """Tokens a local layer looks back, itself included; 0 sees all."""
-    window_every: int = Field(1, ge=1)
+    window_every: int = Field(default=1, ge=1)
     """Of this many layers the last is global and the others local; 1 makes every layer local."""
     window_layers: tuple[int, ...] = ()
     """The local layers, from 0, where they are not those of window_every; ones beyond the last layer are nothing."""
 
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
     """How order is told."""
-    position_offset: int = Field(0, ge=0)
+    position_offset: int = Field(default=0, ge=0)
     """Rows of the learned position table before position 0."""
-    rope_theta: float = Field(10_000.0, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
-    rope_local_theta: float = Field(0.0, ge=0)
+    rope_local_theta: float = Field(default=0.0, ge=0)
     """Base of the rotary frequencies in local layers; 0 takes rope_theta."""
     rope_scaling: dict[str, Any] = {}
     """Scaling of the rotary frequencies, in the words of the Hugging Face config; empty is none."""
-    relative_buckets: int = Field(32, ge=2)
+    relative_buckets: int = Field(default=32, ge=2)
     """Buckets of the relative position bias."""
-    relative_max_distance: int = Field(128, ge=2)
+    relative_max_distance: int = Field(default=128, ge=2)
     """Distance from which on all relative positions share a bucket."""
 
     tied: bool = True
     """The output projection is the embedding table."""
-    embed_scale: float = Field(1.0, ge=0)
+    embed_scale: float = Field(default=1.0, ge=0)
     """Factor on token embeddings; 0 takes d_model ** 0.5."""
-    logit_scale: float = Field(1.0, ge=0)
+    logit_scale: float = Field(default=1.0, ge=0)
     """Factor on the hidden state before the output projection; 0 takes d_model ** -0.5."""
     embed_norm: bool = False
     """Normalize the sum of the embeddings."""
-    token_types: int = Field(0, ge=0)
+    token_types: int = Field(default=0, ge=0)
     """Rows of the segment-type table; 0 is none."""
     head_transform: bool = False
     """Dense layer, activation and norm before the output projection, and a bias on it (BERT)."""
@@ -119,11 +119,11 @@ class ModelConfig(Config):
 
     head: Literal["lm", "classify", "regress", "tokens", "span", "embed"] = "lm"
     """What the model answers with."""
-    labels: int = Field(0, ge=0)
+    labels: int = Field(default=0, ge=0)
     """Classes of a classification head."""
     pooling: Literal["last", "mean", "first"] = "last"
     """How a sequence becomes one vector: last real token, mean, or first token."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on embeddings and sublayer outputs while training."""
 
     @model_validator(mode="before")

@@ -111,10 +111,16 @@ class Attention(nn.Module):
         source_BSD = shared.memory_BSD if self.cross else x_BTD
         # Scores of about unit variance at first, whatever their factor: T5's, which is 1, would saturate the softmax.
         q = self._heads("q", x_BTD, H, "heads", K**-0.5 / (cfg.attn_scale or K**-0.5))
-        k = self._heads("k", source_BSD, G, "kv_heads")
-        v = self._heads("v", source_BSD, G, "kv_heads")
-        if cfg.qk_norm:
-            q, k = Norm(cfg, self.dtype, name="q_norm")(q), Norm(cfg, self.dtype, name="k_norm")(k)
+        q = Norm(cfg, self.dtype, name="q_norm")(q) if cfg.qk_norm else q
+        if self.cross and self.has_variable("cache", "memory_k"):
+            k, v = self._recall("memory_k", len(x_BTD)), self._recall("memory_v", len(x_BTD))
+        else:
+            k = self._heads("k", source_BSD, G, "kv_heads")
+            v = self._heads("v", source_BSD, G, "kv_heads")
+            k = Norm(cfg, self.dtype, name="k_norm")(k) if cfg.qk_norm else k
+            if self.cross and shared.slot is not None:  # the memory stays the same: later tokens read these
+                self.put_variable("cache", "memory_k", _laid_out(k))
+                self.put_variable("cache", "memory_v", _laid_out(v))
         if not self.cross and shared.rotary is not None:
             table = _pick(local, shared.local_rotary, shared.rotary)
             q, k = rotate(q, table), rotate(k, table)
@@ -144,15 +150,26 @@ class Attention(nn.Module):
         """Writes keys or values into the cache (collection "cache", `cache_shape`) -> all of them [B, S, G, K]."""
         B, T, G, K = new_BTGK.shape
         kept = self.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), self.dtype))
-        new = new_BTGK.transpose(0, 2, 1, 3).reshape(cache_shape(B, G, T, K)).astype(kept.value.dtype)
+        new = _laid_out(new_BTGK).astype(kept.value.dtype)
         kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new, slot, axis=kept.value.ndim - 2)
-        return kept.value.reshape(B, G, -1, K).transpose(0, 2, 1, 3)
+        return self._recall(f"past_{name}", B)
+
+    def _recall(self, name: str, B: int) -> jax.Array:
+        """What the cache holds as `name` -> [B, S, G, K]."""
+        kept = self.get_variable("cache", name)
+        return kept.reshape(B, self.config.kv_heads, -1, self.config.head_dim).transpose(0, 2, 1, 3)
 
     def _heads(self, name: str, x: jax.Array, heads: int, axis: str, scale: float = 1.0) -> jax.Array:
         cfg = self.config
         y = Dense(heads * cfg.head_dim, ("embed", axis), cfg.qkv_bias, self.dtype, scale, name=name)(x)
         y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         return constrain(y, "batch", "seq", "act_heads", None)
+
+
+def _laid_out(x_BTGK: jax.Array) -> jax.Array:
+    """Keys or values as the cache has them (`cache_shape`)."""
+    B, T, G, K = x_BTGK.shape
+    return x_BTGK.transpose(0, 2, 1, 3).reshape(cache_shape(B, G, T, K))
 
 
 def _pick(local: jax.Array, when_local: Any, otherwise: Any) -> Any:

@@ -173,6 +173,12 @@ def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = j
     return Carry(*model.apply({"params": body}, batch, method="start_encoder"))
 
 
+def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
+    """What the encoder of an encoder-decoder makes of `encoder_tokens` -> [B, S, D]."""
+    body = {k: params[k] for k in ("embed", "encoder")}
+    return Transformer(cfg, dtype).apply({"params": body}, batch, method="encode")
+
+
 def layer_params(params: Params, stack: str, layer: int) -> Params:
     """One layer's slice of the stacked parameters."""
     return jax.tree.map(lambda x: x[layer], params[stack]["blocks"])
@@ -202,6 +208,8 @@ def cached_block(
     cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int, cache: Params, dtype: Any = jnp.float32
 ) -> tuple[Carry, Params]:
     """One layer whose keys and values go into `cache` ({"attn": {"past_k", "past_v"}}) -> (carry, cache).
+
+    Keys and values of the encoder's output are computed once and kept there too ("cross").
 
     `carry` comes from `embed` of a batch with `slot` and `cached_segments`.
     """

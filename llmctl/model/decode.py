@@ -1,5 +1,7 @@
 """Generation with a key-value cache: one compiled prefill, one compiled loop, the layers' own code in both.
 
+An encoder-decoder reads prompts with its encoder, once; its decoder begins with one token.
+
 Prompts of unequal length are padded on the left, so that all rows write the same slot of the cache and a step costs one
 in-place update; padding is masked out and positions count from each prompt's first token, so a row's result is what it
 would be alone. Layers are unrolled, their parameters split once: a scan would copy every layer's weights out of the
@@ -37,12 +39,12 @@ class Decoder:
     Invariant: greedy tokens are those of repeated full forwards over prompt and continuation.
     """
 
-    def __init__(self, model: ModelConfig, params: calls.Params, dtype: Any = jnp.float32) -> None:
-        """Splits the stacked layers of `params` [L, ...] into one tree a layer."""
-        if model.architecture != "decoder" or model.head != "lm":
+    def __init__(self, model: ModelConfig, params: calls.Params, dtype: Any = jnp.float32, start: int = 0) -> None:
+        """Splits the stacked layers of `params` [L, ...] into one tree a layer; `start`: an encoder-decoder's first token."""
+        if model.architecture == "encoder" or model.head != "lm":
             raise ValueError(f"a {model.architecture} with head {model.head!r} does not continue text")
         model, params = served(model, params)
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.start = model, dtype, start
         self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
         self.rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
         self._prefill = jax.jit(self._prefill_step, static_argnames=("slots", "rules"))
@@ -70,20 +72,20 @@ class Decoder:
         longest = max(map(len, prompts))
         if not min(map(len, prompts)):
             raise ValueError("a prompt has no tokens; begin it with the BOS token")
-        if longest + max_new > self.model.max_seq_len:
+        reads = self.model.encoder_layers > 0
+        if (max(longest, max_new + 1) if reads else longest + max_new) > self.model.max_seq_len:
             raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
         rules = sampling or Sampling()
-        T = _round_up(longest)
-        tokens_BT = np.zeros((len(prompts), T), np.int32)
-        segments_BT = np.zeros_like(tokens_BT)
-        for b, prompt in enumerate(prompts):
-            tokens_BT[b, T - len(prompt) :] = prompt
-            segments_BT[b, T - len(prompt) :] = 1
+        tokens_BT, segments_BT = left_padded([[self.start]] * len(prompts) if reads else prompts, 1 if reads else ROUND)
+        T = tokens_BT.shape[1]
+        source = right_padded(prompts) if reads else {}
         # A few end tokens more or less must not compile anew. NOTHING marks rows that have ended already.
         ends_E = jnp.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], jnp.int32)
         keys_B = row_keys(seed, len(prompts))
         slots = _round_up(T + max_new)
-        state = self._prefill(self.rest, self.layers, tokens_BT, segments_BT, keys_B, ends_E, slots=slots, rules=rules)
+        state = self._prefill(
+            self.rest, self.layers, tokens_BT, segments_BT, source, keys_B, ends_E, slots=slots, rules=rules
+        )
         yield np.asarray(state["token"])[:, None]
         left = max_new - 1
         while left > 0:
@@ -98,7 +100,7 @@ class Decoder:
 
     def _run(self, rest: calls.Params, layers: list[calls.Params], batch: dict[str, Any], cache: list[Any]) -> Any:
         """Hidden state of the last slot [B, D] and the cache with these tokens in it."""
-        carry = calls.embed(self.model, rest, batch, dtype=self.dtype)
+        carry = calls.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
         kept = []
         for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
             carry, new = calls.cached_block(self.model, "decoder", layer, carry, i, old, self.dtype)
@@ -125,6 +127,7 @@ class Decoder:
         layers: list[calls.Params],
         tokens_BT: jax.Array,
         segments_BT: jax.Array,
+        source: dict[str, jax.Array],
         keys_B: jax.Array,
         ends_E: jax.Array,
         slots: int,
@@ -136,7 +139,10 @@ class Decoder:
         empty = jnp.zeros(cache_shape(B, cfg.kv_heads, slots, cfg.head_dim), self.dtype)
         cache = [{"attn": {"past_k": empty, "past_v": empty}} for _ in layers]
         batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
-        x_BD, cache = self._run(rest, layers, batch | {"cached_segments": real_BS, "slot": 0}, cache)
+        batch |= {"cached_segments": real_BS, "slot": 0}
+        if source:
+            batch |= source | {"memory": calls.encode(cfg, rest, source, self.dtype)}
+        x_BD, cache = self._run(rest, layers, batch, cache)
         state: State = {
             "cache": cache,
             "segments": real_BS,
@@ -145,6 +151,8 @@ class Decoder:
             "done": jnp.zeros(B, bool),
             "step": jnp.int32(0),
         }
+        if source:
+            state["source"] = source["encoder_segments"]
         if rules.repetition_penalty != 1.0:
             seen_BV = jnp.zeros((B, cfg.vocab_size), bool)
             state["seen"] = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(segments_BT > 0)
@@ -175,6 +183,8 @@ class Decoder:
                 "cached_segments": segments_BS,
                 "slot": slot,
             }
+            if "source" in state:
+                batch["encoder_segments"] = state["source"]
             x_BD, cache = self._run(rest, layers, batch, state["cache"])
             moved = {"cache": cache, "segments": segments_BS, "slot": slot + 1, "position": state["position"] + 1}
             state = self._next(rest, x_BD, {**state, **moved}, keys_B, ends_E, rules)
@@ -187,6 +197,29 @@ class Decoder:
         out_BN = jnp.full((B, count), NOTHING, jnp.int32)
         _, state, out_BN = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out_BN))
         return state, out_BN
+
+
+def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments) int32 [B, T], T the longest prompt rounded up to a multiple."""
+    T = _round_up(max(map(len, prompts)), multiple)
+    tokens_BT = np.zeros((len(prompts), T), np.int32)
+    segments_BT = np.zeros_like(tokens_BT)
+    for b, prompt in enumerate(prompts):
+        tokens_BT[b, T - len(prompt) :] = prompt
+        segments_BT[b, T - len(prompt) :] = 1
+    return tokens_BT, segments_BT
+
+
+def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """What an encoder reads: encoder_tokens, encoder_segments, encoder_positions, int32 [B, S]."""
+    S = _round_up(max(map(len, prompts)))
+    tokens_BS = np.zeros((len(prompts), S), np.int32)
+    segments_BS = np.zeros_like(tokens_BS)
+    for b, prompt in enumerate(prompts):
+        tokens_BS[b, : len(prompt)] = prompt
+        segments_BS[b, : len(prompt)] = 1
+    positions_BS = np.arange(S, dtype=np.int32) * segments_BS
+    return {"encoder_tokens": tokens_BS, "encoder_segments": segments_BS, "encoder_positions": positions_BS}
 
 
 def served(model: ModelConfig, params: calls.Params) -> tuple[ModelConfig, calls.Params]:
@@ -213,5 +246,5 @@ def served(model: ModelConfig, params: calls.Params) -> tuple[ModelConfig, calls
     return model.model_copy(update={"tied": False}), untied
 
 
-def _round_up(n: int) -> int:
-    return -(-n // ROUND) * ROUND
+def _round_up(n: int, multiple: int = ROUND) -> int:
+    return -(-n // multiple) * multiple

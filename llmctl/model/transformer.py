@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         """Final hidden states [B, T, D] of the (last) stack."""
         if self.config.architecture == "encoder":
             return self.encoder(*self.start(batch))
-        memory = self.encoder(*self.start_encoder(batch)) if self.config.encoder_layers else None
+        memory = self.encode(batch) if self.config.encoder_layers else None
         return self.decoder(*self.start(batch, memory))
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         stack = self.encoder if self.config.architecture == "encoder" else self.decoder
         x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), self.train)
         shared = stack.share(batch["segments"], batch["positions"], batch.get("cached_segments"), batch.get("slot"))
-        if memory_BSD is not None:
+        if self.config.encoder_layers:  # with a cache the memory may be known already
             mask = visible(batch["segments"], batch["encoder_segments"])
             shared = shared._replace(memory_BSD=memory_BSD, memory_mask_BTS=mask)
         return x, shared
@@ -226,6 +226,10 @@ class Transformer(nn.Module):
         """Embeddings and shared masks of the encoder beside a decoder."""
         x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, self.train)
         return x, self.encoder.share(batch["encoder_segments"], batch["encoder_positions"])
+
+    def encode(self, batch: Batch) -> jax.Array:
+        """The memory [B, S, D] that the decoder attends to."""
+        return self.encoder(*self.start_encoder(batch))
 
     def finish(self, x_BTD: jax.Array, stack: str) -> jax.Array:
         """The final norm of the named stack."""

@@ -35,8 +35,8 @@ class StageConfig(Config):
     """Which stage this is; the name of its file in `llmctl/stages`."""
     name: str = ""
     """Name of the artifact, and its folder in the run; the kind by default."""
-    parent: str = Field("", alias="from")
-    """The artifact to start from: a stage's name in a recipe, a folder on the command line. The stage before by default."""
+    parent: str = Field(default="", alias="from")
+    """The artifact to start from: a stage's name in a recipe, a folder elsewhere; the stage before by default."""
     seed: int = 0
     """Seed of everything random."""
     platform: Literal["", "cpu", "gpu", "tpu"] = ""

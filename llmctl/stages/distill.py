@@ -32,13 +32,13 @@ class Config(StageConfig):
     """A student from scratch with these sizes, instead of the artifact in `from`."""
     data: DataConfig = DataConfig()
     """Examples, as in finetune."""
-    temperature: float = Field(2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0)
     """Softens both distributions."""
-    hard: float = Field(0.1, ge=0, le=1)
+    hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels; the rest is the divergence from the teacher."""
     truncate: Truncate = "tail"
     """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in the student."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
     """Length of the run and its batches."""

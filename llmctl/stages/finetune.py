@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class LoraConfig(Settings):
     """Low-rank pairs beside frozen matrices."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Rank of each pair."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank."""
     targets: list[str] = ["q", "k", "v", "o", "gate", "up", "down"]
     """Matrices of the blocks that get a pair."""
@@ -44,14 +44,14 @@ class Config(StageConfig):
     """Settings of method lora."""
     merge: bool = True
     """Method lora: add the pairs into the matrices at the end; false keeps them apart."""
-    freeze_layers: int = Field(0, ge=0)
+    freeze_layers: int = Field(default=0, ge=0)
     """Layers, from the first, that stay as they are, and the embeddings with them."""
     pooling: Literal["", "last", "mean", "first"] = ""
     """Classification: the vector that is classified: last real token, mean, or first token; the model's by default, the
     mean over the encoder for an encoder-decoder."""
     truncate: Truncate = "tail"
     """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout while finetuning."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
     """Length of the run and its batches."""
@@ -156,8 +156,8 @@ def _refuse_undoing(config: Config, base: Artifact) -> None:
         raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
     if quantized and (config.method == "full" or config.merge):
         raise RequestError(
-            f"{base.path}: is quantized, and integers cannot be trained; use method = 'lora' with merge = false (QLoRA), "
-            "or finetune before quantizing"
+            f"{base.path}: is quantized, and integers cannot be trained; use method = 'lora' with merge = false "
+            "(QLoRA), or finetune before quantizing"
         )
     if config.method == "lora" and config.merge and base.manifest.pruned:
         raise RequestError(

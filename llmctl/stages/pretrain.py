@@ -36,9 +36,9 @@ class Config(StageConfig):
     """What is predicted: the next token; masked tokens, alone or with whether a passage follows another
     (next_sentence); by a decoder beside an encoder dropped spans, or the rest of a text (prefix). Empty takes what the
     network is for."""
-    rate: float = Field(0.15, gt=0, lt=1)
+    rate: float = Field(default=0.15, gt=0, lt=1)
     """Objectives masked, next_sentence and spans: fraction of the tokens to predict."""
-    span: float = Field(3.0, ge=1)
+    span: float = Field(default=3.0, ge=1)
     """Objective spans: mean length of a span, in tokens."""
     whole_words: bool = False
     """Objectives masked and next_sentence: choose words rather than tokens."""

@@ -30,17 +30,17 @@ class Config(StageConfig):
     kind: Literal["prune"] = "prune"
     method: Literal["structured", "magnitude", "wanda"] = "structured"
     """Whole heads, neurons and layers; or single weights, by size or by size times the norm of their inputs."""
-    heads: float = Field(0.0, ge=0)
+    heads: float = Field(default=0.0, ge=0)
     """Structured: query heads a layer; below 1 the fraction removed, from 1 on how many are kept, 0 leaves all."""
     heads_by: Literal["groups", "queries"] = "groups"
     """Structured: remove key/value heads with all their queries, or as many queries from each key/value head."""
-    ffn: float = Field(0.0, ge=0)
+    ffn: float = Field(default=0.0, ge=0)
     """Structured: neurons a feed-forward layer; below 1 the fraction removed, from 1 on how many are kept."""
-    multiple: int = Field(1, ge=1)
+    multiple: int = Field(default=1, ge=1)
     """Structured: the neurons kept are a multiple of this (128 suits TPUs)."""
-    layers: float = Field(0.0, ge=0)
+    layers: float = Field(default=0.0, ge=0)
     """Structured: layers; below 1 the fraction removed, from 1 on how many are kept."""
-    sparsity: float = Field(0.5, gt=0, lt=1)
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Magnitude and wanda: fraction of each matrix (wanda: of each output's inputs) that becomes zero."""
     pattern: str = "unstructured"
     """Magnitude and wanda: unstructured, or N:M to keep N of every M inputs, such as 2:4 (its own sparsity)."""
@@ -48,13 +48,13 @@ class Config(StageConfig):
     """Calibration texts; labels are not needed. Magnitude needs none."""
     split: Split = "train"
     """Split of the data to calibrate on."""
-    examples: int = Field(256, ge=1)
+    examples: int = Field(default=256, ge=1)
     """Texts to calibrate on at most, chosen by their hash."""
-    seq_len: int = Field(0, ge=0)
+    seq_len: int = Field(default=0, ge=0)
     """Tokens a sequence; 0 takes what was trained with."""
     truncate: Literal["", Truncate] = ""
     """What a text too long keeps; empty takes what was trained with."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Sequences a batch."""
     dtype: Dtype = "float32"
     """Compute type of the calibration."""

@@ -18,7 +18,7 @@ class Config(StageConfig):
     kind: Literal["quantize"] = "quantize"
     bits: int = 8
     """Bits of a weight: 8 or 4."""
-    group: int = Field(0, ge=0)
+    group: int = Field(default=0, ge=0)
     """Inputs that share a scale; 0 is one scale for each output channel. Must divide the inputs of every matrix."""
     embeddings: bool = False
     """Quantize the token embeddings too, one scale a row; tied ones are also the output projection."""

@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): trainable low-rank pairs around frozen matrices, dense or quantized (QLoRA, arXiv:2305.14314)."""
+"""LoRA (arXiv:2106.09685): low-rank pairs around frozen matrices, dense or quantized (QLoRA, arXiv:2305.14314)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def attach(
 ) -> dict[str, Any]:
     """Puts a pair of `rank` around every matrix of the blocks whose name is in `targets` (q, k, v, o, gate, up, down).
 
-    a [..., I, R] starts uniform as the LoRA authors' code does (Kaiming with a = sqrt(5)), b [..., R, O] at zero, so the
+    a [..., I, R] starts uniform as the LoRA authors' code does (Kaiming, a = sqrt(5)), b [..., R, O] at zero, so the
     model is unchanged at first. The update is scaled by alpha / rank.
 
     Raises RequestError where a target names no matrix, or one has a pair already.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmctl.data import DataConfig, splits
-from llmctl.data.examples import ClassificationRows, CompletionRows
+from llmctl.data.examples import ClassificationRows, CompletionRows, SequencePairRows
 from llmctl.errors import RequestError
 
 BOS, EOS = 2, 3
@@ -91,3 +91,20 @@ def test_rows_without_their_columns(train, letters):
         ClassificationRows(unlabelled, letters(), 8)
     with pytest.raises(RequestError, match=r"no column 'prompt'; map one in data.columns"):
         CompletionRows(unlabelled, letters(), 8)
+
+
+def test_sequence_pairs_golden(train, letters):
+    given = [{"prompt": "abc", "completion": "de"}, {"prompt": "abcdefg", "completion": "hijklmn"}]
+    batch = SequencePairRows(train(given), letters(add_bos=True), 6, shuffle=False).batch(np.arange(2))
+    expected = {
+        "encoder_tokens": [[BOS, 4, 5, 6, EOS, 0], [BOS, 4, 5, 6, 7, EOS]],
+        "encoder_segments": [[1, 1, 1, 1, 1, 0], [1] * 6],
+        "encoder_positions": [[0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]],
+        "tokens": [[0, 7, 8, 0, 0, 0], [0, 11, 12, 13, 14, 15]],
+        "targets": [[7, 8, EOS, 0, 0, 0], [11, 12, 13, 14, 15, EOS]],
+        "weights": [[1, 1, 1, 0, 0, 0], [1] * 6],
+        "segments": [[1, 1, 1, 0, 0, 0], [1] * 6],
+        "positions": [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 5]],
+    }
+    assert {name: values.tolist() for name, values in batch.items()} == expected
+    assert batch["weights"].dtype == np.float32 and batch["tokens"].dtype == np.int32

@@ -8,7 +8,7 @@ import qwix
 
 from llmctl import mesh, weights
 from llmctl.model import ModelConfig, calls
-from llmctl.model.decode import NOTHING, Decoder
+from llmctl.model.decode import NOTHING, Decoder, right_padded
 from llmctl.model.sampling import Sampling
 from llmctl.settings import MeshConfig
 
@@ -27,6 +27,8 @@ VARIANTS = {
     "window": {"window": 5, "window_every": 2, "rope_local_theta": 500.0, "tied": False},
     "learned": {"positions": "learned", "norm": "layer", "gated": False, "activation": "gelu", "qkv_bias": True},
     "relative": {"positions": "relative"},
+    "t5": {"preset": "t5-tiny", "encoder_layers": 2},
+    "original": {"preset": "transformer-tiny", "encoder_layers": 2, "dropout": 0.0, "kv_heads": 4},
 }
 PROMPTS = [[2, 5, 9], [2, 7, 7, 7, 30, 41, 1, 8, 19], [3]]
 
@@ -38,7 +40,12 @@ def build(name):
 
 
 def full_forwards(model, params, prompts, new):
-    """Greedy continuations by a forward over everything, again and again; padded so that one shape compiles."""
+    """Greedy continuations by a forward over everything, again and again; padded so that one shape compiles.
+
+    An encoder-decoder reads the prompts with its encoder, and its decoder begins with token 0.
+    """
+    source = right_padded(prompts) if model.encoder_layers else {}
+    prompts = [[0]] * len(prompts) if source else prompts
     length = max(map(len, prompts)) + new
 
     @jax.jit
@@ -46,7 +53,7 @@ def full_forwards(model, params, prompts, new):
         here_T = jnp.arange(length)
         segments_BT = (here_T < count_B[:, None]).astype(jnp.int32)
         batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": jnp.broadcast_to(here_T, tokens_BT.shape)}
-        last_BD = calls.hidden(model, params, batch)[jnp.arange(len(count_B)), count_B - 1]
+        last_BD = calls.hidden(model, params, batch | source)[jnp.arange(len(count_B)), count_B - 1]
         return jnp.argmax(calls.lm_logits(model, params, last_BD), axis=-1)
 
     rows = [list(p) for p in prompts]
