@@ -23,10 +23,13 @@ class Continuation:
 
     prompt: str
     prompt_ids: list[int]
+    """What the new text goes on from; empty where an encoder has read the prompt."""
     stops: Sequence[str] = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""
     """What is certain: no unfinished character, nothing that may still turn out to be a stop string."""
+    source_ids: list[int] = field(default_factory=list)
+    """The prompt as an encoder-decoder's encoder reads it."""
     ended: str = ""
     """Why it ended: "end" (an end token), "stop" (a stop string), "length"; empty while it goes on."""
 
@@ -76,9 +79,17 @@ class Speed:
         return self.timed_tokens / self.seconds if self.seconds else None
 
 
-def begin(tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str] = ()) -> list[Continuation]:
-    """A continuation a prompt, nothing generated yet. Raises RequestError for an empty prompt."""
-    rows = [Continuation(p, tokenizer.prompt(p), [s for s in stops if s]) for p in prompts]
+def begin(
+    tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str] = (), *, encoded: bool = False
+) -> list[Continuation]:
+    """A continuation a prompt, nothing generated yet. Raises RequestError for an empty prompt.
+
+    `encoded`: for an encoder-decoder, whose encoder reads prompts as documents, with the end of sequence.
+    """
+    stops = [s for s in stops if s]
+    if encoded:
+        return [Continuation(p, [], stops, source_ids=[*tokenizer.prompt(p), tokenizer.eos_id]) for p in prompts]
+    rows = [Continuation(p, tokenizer.prompt(p), stops) for p in prompts]
     if not all(row.prompt_ids for row in rows):
         raise RequestError("a prompt is empty, and this tokenizer has no token to begin with; say something")
     return rows
@@ -100,13 +111,16 @@ def continue_rows(
     Raises RequestError where a prompt leaves no room for a continuation.
     """
     speed = speed or Speed()
-    room = decoder.model.max_seq_len - max(len(r.prompt_ids) for r in rows)
+    prompts = [r.source_ids or r.prompt_ids for r in rows]
+    longest = max(map(len, prompts))
+    reads = decoder.model.encoder_layers > 0
+    room = decoder.model.max_seq_len - (1 if reads and longest <= decoder.model.max_seq_len else longest)
     if room < 1:
         raise RequestError(f"a prompt fills the model's longest sequence ({decoder.model.max_seq_len} tokens)")
     ends = [tokenizer.eos_id]
     stopped_B = np.zeros(len(rows), bool)
     chunks = decoder.generate(
-        [r.prompt_ids for r in rows],
+        prompts,
         min(max_new, room),
         ends=ends,
         sampling=sampling,

@@ -12,6 +12,9 @@ from llmctl.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from llmctl.artifact import Manifest
+    from llmctl.filling import Filler
+
 
 def generate(
     artifact_dir: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A language model.")],
@@ -29,7 +32,10 @@ def generate(
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Continue text: prompts from flags, a file, or line by line from standard input."""
+    """Continue text, or fill its masks: prompts from flags, a file, or line by line from standard input.
+
+    An encoder-decoder answers prompts; an encoder fills every <mask> with the likeliest word.
+    """
     prompts = [*(prompt or []), *(_lines(file) if file else [])]
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
@@ -39,6 +45,7 @@ def generate(
 
     from llmctl.artifact import load, read_manifest
     from llmctl.data import tokenizer as tokenizers
+    from llmctl.filling import Filler
     from llmctl.generation import Speed, begin, continue_rows
     from llmctl.model.decode import Decoder
     from llmctl.model.sampling import Sampling
@@ -48,13 +55,19 @@ def generate(
     except ValueError as e:
         raise RequestError(str(e)) from None
     model = read_manifest(artifact_dir).model
-    if model.architecture != "decoder" or model.head != "lm":
+    if model.head != "lm":
         raise RequestError(
             f"{artifact_dir}: is a {model.architecture} with the head {model.head!r}; it cannot generate"
         )
     loaded = load(artifact_dir)
     words = tokenizers.load(loaded.tokenizer_dir)
-    decoder = Decoder(model, loaded.params, dtype)
+    if model.architecture == "encoder":
+        filler = Filler(model, loaded.params, words, dtype)
+        texts = (line.rstrip("\n") for line in sys.stdin if line.strip()) if interactive else prompts
+        _fill(filler, texts, top_k or 5, loaded.manifest if json else None)
+        return
+    encoded = model.architecture == "encoder_decoder"
+    decoder = Decoder(model, loaded.params, dtype, start=words.pad_id)
     speed, done = Speed(), []
     batches: Iterable[list[str]] = (
         ([line.rstrip("\n")] for line in sys.stdin if line.strip())
@@ -63,16 +76,16 @@ def generate(
     )
     for batch in batches:
         live = len(batch) == 1 and not json
-        if live and not interactive:
+        if live and not interactive and not encoded:
             _write(batch[0])
-        rows = begin(words, batch, stop or ())
+        rows = begin(words, batch, stop or (), encoded=encoded)
         for new in continue_rows(decoder, words, rows, max_new, sampling=rules, seed=seed, speed=speed):
             if live:
                 _write(new[0])
         if live:
             _write("\n")
         elif not json:
-            _write("".join(f"{r.prompt}{r.text}\n" for r in rows))
+            _write("".join(f"{'' if encoded else r.prompt}{r.text}\n" for r in rows))
         done += [{"prompt": r.prompt, "text": r.text, "tokens": len(r.ids), "ended": r.ended} for r in rows]
     rate = speed.tokens_per_second
     if json:
@@ -80,6 +93,20 @@ def generate(
         console.result({"artifact": loaded.manifest.name, "digest": digest, "results": done, "tokens_per_second": rate})
     else:
         console.say(f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else ""))
+
+
+def _fill(filler: "Filler", texts: "Iterable[str]", k: int, manifest: "Manifest | None") -> None:
+    """Prints every text with its masks filled; with a manifest one JSON object with the `k` likeliest tokens a mask."""
+    done = []
+    for text in texts:
+        for filled in filler.fill([text], k):
+            masks = [[{"token": token, "probability": p} for token, p in mask] for mask in filled.masks]
+            done.append({"prompt": filled.prompt, "text": filled.text, "masks": masks})
+            if not manifest:
+                _write(filled.text + "\n")
+                console.say("\n".join("  " + ", ".join(f"{t} {p:.0%}" for t, p in mask) for mask in filled.masks))
+    if manifest:
+        console.result({"artifact": manifest.name, "digest": manifest.digest, "results": done})
 
 
 def _write(text: str) -> None:

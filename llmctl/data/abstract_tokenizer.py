@@ -19,6 +19,10 @@ SENTINEL = "<extra_id_{}>"
 """How the sentinels of span corruption are written (T5, arXiv:1910.10683)."""
 
 
+MASK = "<mask>"
+"""How people write the mask, whatever the tokenizer's own spelling."""
+
+
 class Tokenizer(ABC):
     """Text to ids and back. Ids of special tokens never come from text, and decode to nothing."""
 
@@ -73,6 +77,16 @@ class Tokenizer(ABC):
     def pieces(self) -> list[str]:
         """The text of every token by id, with a space where it begins a word after a space; "" for special ones."""
         return [self.decode([i]) for i in range(self.vocab_size)]
+
+    def encode_masked(self, text: str) -> list[int]:
+        """Ids of a text in which `MASK` stands for the mask token.
+
+        A space before it belongs to the word that is masked. Raises ValueError where the tokenizer has no mask.
+        """
+        if self.mask_id is None:
+            raise ValueError("the tokenizer has no mask token")
+        first, *rest = (self.encode(part) for part in text.split(MASK))
+        return [*first, *(i for part in rest for i in (self.mask_id, *part))]
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a text that the model is to continue."""

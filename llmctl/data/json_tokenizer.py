@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from etils import epath
 from tokenizers import Tokenizer as Backend
 
-from llmctl.data.abstract_tokenizer import SENTINEL, Tokenizer
+from llmctl.data.abstract_tokenizer import MASK, SENTINEL, Tokenizer
 
 SPELLINGS = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
@@ -93,6 +93,18 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in self._hidden]
         return self._backend.decode(kept, skip_special_tokens=False)
+
+    def encode_masked(self, text: str) -> list[int]:
+        if self.mask_id is None:
+            raise ValueError("the tokenizer has no mask token")
+        own = self.special["mask"]
+        self._backend.encode_special_tokens = False  # this once, text that spells the mask is the mask
+        try:
+            # only an added token that takes the space before it does so by itself
+            ids = self._backend.encode(text.replace(f" {MASK}", own).replace(MASK, own), add_special_tokens=False).ids
+        finally:
+            self._backend.encode_special_tokens = True
+        return ids
 
     def pieces(self) -> list[str]:
         raw = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]

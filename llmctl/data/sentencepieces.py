@@ -12,11 +12,12 @@ import numpy as np
 import sentencepiece as spm
 
 from llmctl.data import TokenizerConfig
-from llmctl.data.abstract_tokenizer import SENTINEL, Tokenizer
+from llmctl.data.abstract_tokenizer import MASK, SENTINEL, Tokenizer
 from llmctl.data.order import permutation
 from llmctl.errors import RequestError
 
-MASK = "<mask>"
+STANDS_IN = "\ue000"
+"""A private character that no vocabulary has: bytes while a text with masks is encoded."""
 THREADS = 4
 """Training sums over threads in a fixed order: the same number on every machine gives the same model."""
 SENTENCE = 2000
@@ -65,6 +66,24 @@ class SentencePieces(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._sp.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i != self.unk_id])
+
+    def encode_masked(self, text: str) -> list[int]:
+        if self.mask_id is None:
+            raise ValueError("the tokenizer has no mask token")
+        # encoded as a whole: a part on its own would get a space before it
+        ids = self.encode(text.replace(MASK, STANDS_IN))
+        mark = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in STANDS_IN.encode()]
+        space, out, at = self._sp.piece_to_id("▁"), [], 0
+        while at < len(ids):
+            if ids[at : at + len(mark)] == mark:
+                if out[-1:] == [space]:
+                    out.pop()
+                out.append(self.mask_id)
+                at += len(mark)
+            else:
+                out.append(ids[at])
+                at += 1
+        return out
 
     def pieces(self) -> list[str]:
         return [self._piece(i) for i in range(self.vocab_size)]

@@ -40,7 +40,10 @@ class Decoder:
     """
 
     def __init__(self, model: ModelConfig, params: calls.Params, dtype: Any = jnp.float32, start: int = 0) -> None:
-        """Splits the stacked layers of `params` [L, ...] into one tree a layer; `start`: an encoder-decoder's first token."""
+        """Splits the stacked layers of `params` [L, ...] into one tree a layer.
+
+        `start` is the first token of an encoder-decoder's decoder. Raises ValueError for a model that writes no text.
+        """
         if model.architecture == "encoder" or model.head != "lm":
             raise ValueError(f"a {model.architecture} with head {model.head!r} does not continue text")
         model, params = served(model, params)

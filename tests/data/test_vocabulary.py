@@ -58,3 +58,15 @@ def test_sentences_end_at_stops(words):
     ends = words.stops[ids[:-1]] & words.spaced[ids[1:]] | words.hard_stops[ids[:-1]]
     said = words.tokenizer.decode(ids[: np.flatnonzero(ends)[0] + 1].tolist())
     assert said.replace(" ", "") == "thefilmwasgood."
+
+
+def test_a_mask_stands_for_a_word_and_its_space(words):
+    t = words.tokenizer
+    plain = t.encode("the film was good.")
+    ids = t.encode_masked("the <mask> was good.")
+    assert ids.count(t.mask_id) == 1 and t.decode(ids).replace(" ", "") == "thewasgood."
+    at = ids.index(t.mask_id)
+    assert ids[:at] == t.encode("the" if t.kind != "bytes" else "the ")
+    assert ids[at + 1 :] == plain[len(plain) - (len(ids) - at - 1) :]  # what follows is tokenized as ever
+    assert t.encode_masked("<mask><mask>")[-2:] == [t.mask_id] * 2
+    assert t.mask_id not in t.encode("the <mask> was good.")

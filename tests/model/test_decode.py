@@ -34,7 +34,7 @@ PROMPTS = [[2, 5, 9], [2, 7, 7, 7, 30, 41, 1, 8, 19], [3]]
 
 
 def build(name):
-    model = ModelConfig(**BASE, **VARIANTS[name])
+    model = ModelConfig(**{**BASE, **VARIANTS[name]})
     # Sharper than fresh weights, so that continuations differ and do not hang on ties.
     return model, jax.tree.map(lambda w: w * 3, jax.jit(lambda key: calls.init(model, key))(jax.random.key(1)))
 

@@ -1,0 +1,86 @@
+"""Masks in a text, filled by an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import MASK, Tokenizer
+from llmctl.data.vocabulary import Vocabulary
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, calls
+
+ROUND = 32
+"""Lengths are rounded up to this many tokens, so that few compile."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One text and what stands behind its masks."""
+
+    prompt: str
+    text: str
+    """With the likeliest token for every mask, each chosen without the others."""
+    masks: list[list[tuple[str, float]]]
+    """For every mask the likeliest tokens with their probabilities."""
+
+
+class Filler:
+    """An encoder with its tokenizer; one compiled program a length."""
+
+    def __init__(self, model: ModelConfig, params: Any, tokenizer: Tokenizer, dtype: Any = jnp.float32):
+        """Raises RequestError where model or tokenizer cannot fill masks."""
+        if model.architecture != "encoder" or model.head != "lm":
+            raise RequestError(f"a {model.architecture} with the head {model.head!r} does not fill masks")
+        if tokenizer.mask_id is None:
+            raise RequestError("the tokenizer has no mask token")
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self._pieces = tokenizer.pieces()
+        special_V = Vocabulary(tokenizer).special
+        never_V = np.full(model.vocab_size, -np.inf, np.float32)  # a table may have rows that no token uses
+        never_V[: len(special_V)][~special_V] = 0
+
+        def likeliest(params: Any, batch: dict[str, jax.Array], places_P: jax.Array, k: int) -> Any:
+            x_BTD = calls.hidden(model, params, batch, dtype=dtype)
+            logits_PV = calls.lm_logits(model, params, x_BTD[0, places_P], dtype)
+            return jax.lax.top_k(jax.nn.softmax(logits_PV + never_V, axis=-1), k)
+
+        self._likeliest = jax.jit(likeliest, static_argnames="k")
+
+    def fill(self, prompts: Sequence[str], k: int = 5) -> list[Filled]:
+        """Fills `<mask>` in every text, with the `k` likeliest tokens.
+
+        Raises RequestError for a text without a mask, or longer than the model's longest sequence.
+        """
+        return [self._one(prompt, k) for prompt in prompts]
+
+    def _one(self, prompt: str, k: int) -> Filled:
+        tokenizer = self.tokenizer
+        ids = [*[tokenizer.bos_id] * tokenizer.add_bos, *tokenizer.encode_masked(prompt), tokenizer.eos_id]
+        places = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
+        if not places:
+            raise RequestError(f"{prompt!r}: has no {MASK}; an encoder fills masks")
+        if len(ids) > self.model.max_seq_len:
+            raise RequestError(
+                f"{len(ids)} tokens are more than the model's longest sequence ({self.model.max_seq_len})"
+            )
+        T = min(-(-len(ids) // ROUND) * ROUND, self.model.max_seq_len)
+        tokens_1T = np.full((1, T), tokenizer.pad_id, np.int32)
+        tokens_1T[0, : len(ids)] = ids
+        segments_1T = (np.arange(T) < len(ids)).astype(np.int32)[None]
+        batch = {"tokens": tokens_1T, "segments": segments_1T, "positions": np.arange(T, dtype=np.int32) * segments_1T}
+        p_Pk, token_Pk = map(
+            np.asarray, self._likeliest(self.params, batch, np.array(places), min(k, self.model.vocab_size))
+        )
+        for place, best in zip(places, token_Pk[:, 0], strict=True):
+            ids[place] = int(best)
+        found = [
+            [(self._pieces[int(t)].strip() or self._pieces[int(t)], float(p)) for t, p in zip(tokens, ps, strict=True)]
+            for tokens, ps in zip(token_Pk, p_Pk, strict=True)
+        ]
+        return Filled(prompt, tokenizer.decode(ids), found)
