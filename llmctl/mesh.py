@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llmctl import weights
 from llmctl.errors import RequestError
 from llmctl.settings import MeshConfig
+
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs: this has no type
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -43,7 +45,7 @@ RULES: dict[str, tuple[str, ...]] = {
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
-def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh over all devices (axes `AXES`, type Auto).
 
     Raises RequestError where the axes do not multiply to the number of devices. One CPU is left to itself: with every

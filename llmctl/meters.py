@@ -13,6 +13,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from llmctl.mesh import Device
+
 PEAKS: tuple[tuple[str, float], ...] = (
     # Dense bfloat16 operations a second of one JAX device, by a part of its `device_kind`; the first match counts.
     ("TPU v4", 275e12),
@@ -81,7 +83,7 @@ class Timer:
         return out
 
 
-def peak(devices: list[jax.Device], cache: Path) -> float | None:
+def peak(devices: list[Device], cache: Path) -> float | None:
     """Operations a second of all `devices` together at their best, or None for a chip that the table lacks.
 
     From the table for bfloat16; CPUs, which share the machine's cores however many they are, are measured once with a
@@ -110,7 +112,7 @@ def measure(side: int) -> float:
     return 2 * side**3 / best
 
 
-def memory(devices: list[jax.Device]) -> dict[str, float]:
+def memory(devices: list[Device]) -> dict[str, float]:
     """{"memory_gib": the most that the fullest of these devices has held}; on the CPU, what the process has held."""
     stats = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]

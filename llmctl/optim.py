@@ -8,7 +8,7 @@ like an unrolled one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def build(config: OptimConfig, steps: int) -> optax.GradientTransformation:
         return optax.chain(optax.scale_by_lion(config.beta1, config.beta2), decay, step)
 
     def muon() -> optax.GradientTransformation:
-        orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_muon_axes)
+        orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=cast(Any, _muon_axes))
         return optax.partition(
             {"muon": optax.chain(orthogonal, _like_adam(), decay, step), "adamw": adamw()},
             lambda named: {name: "muon" if _is_muon(name, a) else "adamw" for name, a in named.items()},
@@ -158,7 +158,7 @@ def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformatio
             out |= found
         return {name: out[name] for name in updates}, new
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
 
 
 def shardings(state: Any, params: dict[str, NamedSharding], shapes: Named, whole: NamedSharding) -> Any:

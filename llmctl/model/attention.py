@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -108,7 +108,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, shared: Shared, local: jax.Array) -> jax.Array:
         cfg = self.config
         K, H, G = cfg.head_dim, cfg.heads, cfg.kv_heads
-        source_BSD = shared.memory_BSD if self.cross else x_BTD
+        source_BSD = cast(jax.Array, shared.memory_BSD) if self.cross else x_BTD
         # Scores of about unit variance at first, whatever their factor: T5's, which is 1, would saturate the softmax.
         q = self._heads("q", x_BTD, H, "heads", K**-0.5 / (cfg.attn_scale or K**-0.5))
         q = Norm(cfg, self.dtype, name="q_norm")(q) if cfg.qk_norm else q
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         if not self.cross and shared.slot is not None:
             k, v = self._remember("k", k, shared.slot), self._remember("v", v, shared.slot)
         mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
-        y = self._attend(q, k, v, mask, shared, local)
+        y = self._attend(q, k, v, cast(jax.Array, mask), shared, local)
         y = constrain(y, "batch", "seq", "act_heads", None).reshape(*x_BTD.shape[:2], H * K)
         out = Dense(cfg.d_model, ("heads", "embed"), cfg.out_bias, self.dtype, residual_scale(self.layers), name="o")
         return out(y)
@@ -188,7 +188,7 @@ class RelativeBias(nn.Module):
     def __call__(self, T: int, S: int, slot: jax.Array | int = 0) -> jax.Array:
         cfg = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm", "heads"))
-        table = self.param("table", init, (cfg.relative_buckets, cfg.heads))
+        table = self.param("table", init, (cfg.relative_buckets, cfg.heads), unbox=True)
         distance_TS = jnp.arange(S)[None, :] - jnp.arange(T)[:, None] - slot
         buckets = relative_bucket(distance_TS, cfg.relative_buckets, cfg.relative_max_distance, self.bidirectional)
         return jnp.transpose(table.astype(jnp.float32)[buckets], (2, 0, 1))

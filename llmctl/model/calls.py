@@ -100,6 +100,11 @@ def check_heads(cfg: ModelConfig, mesh: Mesh) -> None:
             raise RequestError(f"model.{name}: {size} heads do not divide over mesh.tensor = {tensor}")
 
 
+def _apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> Any:
+    """`module.apply`, whose declared result is a union over `mutable` that no caller can use."""
+    return module.apply(variables, *args, **options)
+
+
 def hidden(
     cfg: ModelConfig,
     params: Params,
@@ -115,7 +120,7 @@ def hidden(
     rngs = {} if rng is None else {"dropout": rng}
     # Who only looks on (validation, a teacher) computes in `dtype`, also where the products of training have 8 bits.
     with contextlib.nullcontext() if train else training_matmul.use({}):
-        return Transformer(cfg, dtype, remat, train).apply({"params": body}, batch, rngs=rngs)
+        return _apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, rngs=rngs)
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Params:
@@ -132,18 +137,18 @@ def head_params(cfg: ModelConfig, params: Params) -> Params:
 
 def head_logits(cfg: ModelConfig, head: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Hidden states [..., D] -> logits [..., V], float32, from `head_params`."""
-    return LMHead(cfg, dtype).apply({"params": head["lm_head"]}, x, head.get("table"), head.get("output"))
+    return _apply(LMHead(cfg, dtype), {"params": head["lm_head"]}, x, head.get("table"), head.get("output"))
 
 
 def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Hidden states [..., D] -> logits [..., V], float32."""
     table = params["embed"]["tokens"] if cfg.tied else None
-    return LMHead(cfg, dtype).apply({"params": params.get("lm_head", {})}, x, table)
+    return _apply(LMHead(cfg, dtype), {"params": params.get("lm_head", {})}, x, table)
 
 
 def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
     """The task head's answer, float32: [B, C], [B], [B, T, C], [B, T, 2] or [B, D]."""
-    return TaskHead(cfg, dtype).apply({"params": params.get("head", {})}, x_BTD, batch["segments"])
+    return _apply(TaskHead(cfg, dtype), {"params": params.get("head", {})}, x_BTD, batch["segments"])
 
 
 # --- the same network block by block, for calibration ----------------------------------------------------------------
@@ -164,19 +169,19 @@ def embed(
 ) -> Carry:
     """What enters the first block of the stack that reads `tokens` (`memory_BSD`: the encoder's output)."""
     model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
-    return Carry(*model.apply({"params": body}, batch, memory_BSD, method="start"))
+    return Carry(*_apply(model, {"params": body}, batch, memory_BSD, method="start"))
 
 
 def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> Carry:
     """What enters the first block of the encoder of an encoder-decoder."""
     model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
-    return Carry(*model.apply({"params": body}, batch, method="start_encoder"))
+    return Carry(*_apply(model, {"params": body}, batch, method="start_encoder"))
 
 
 def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
     """What the encoder of an encoder-decoder makes of `encoder_tokens` -> [B, S, D]."""
     body = {k: params[k] for k in ("embed", "encoder")}
-    return Transformer(cfg, dtype).apply({"params": body}, batch, method="encode")
+    return _apply(Transformer(cfg, dtype), {"params": body}, batch, method="encode")
 
 
 def layer_params(params: Params, stack: str, layer: int) -> Params:
@@ -199,7 +204,9 @@ def block(
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, cross)
     local = local_layers(cfg, layers)[index]
-    (x, _), state = module.apply({"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else [])
+    (x, _), state = _apply(
+        module, {"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else []
+    )
     tapped = weights.flatten(state.get("taps", {}))
     return carry._replace(x_BTD=x), {path.removesuffix("/x"): value for path, value in tapped.items()}
 
@@ -216,8 +223,8 @@ def cached_block(
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, stack == "decoder" and cfg.encoder_layers > 0)
     variables = {"params": layer, "cache": cache}
-    (x, _), state = module.apply(
-        variables, carry.x_BTD, carry.shared, local_layers(cfg, layers)[index], mutable=["cache"]
+    (x, _), state = _apply(
+        module, variables, carry.x_BTD, carry.shared, local_layers(cfg, layers)[index], mutable=["cache"]
     )
     return carry._replace(x_BTD=x), state["cache"]
 
@@ -225,4 +232,4 @@ def cached_block(
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
     """The stack's final hidden states [B, T, D]."""
     body = {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
-    return Transformer(cfg, dtype).apply({"params": body}, carry.x_BTD, stack, method="finish")
+    return _apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")

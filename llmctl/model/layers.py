@@ -6,7 +6,7 @@ Shapes: B batch, T sequence, D model width, F feed-forward neurons, K head width
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -36,14 +36,17 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        self.sow("taps", "x", x.reshape(-1, x.shape[-1]), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        self.sow("taps", "x", x.reshape(-1, x.shape[-1]), reduce_fn=lambda _, new: new, init_fn=lambda: cast(Any, None))
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, unbox=True)
         y = weights.matmul(x, kernel, self.dtype, training_matmul.kind_of("/".join(self.path)))
         if self.bias:
             b = self.param(
-                "bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)), (self.features,)
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)),
+                (self.features,),
+                unbox=True,
             )
             y = y + b.astype(self.dtype)
         return y
@@ -60,12 +63,15 @@ class Norm(nn.Module):
         cfg, width = self.config, x.shape[-1]
         x32 = x.astype(jnp.float32)
         start = nn.initializers.zeros if cfg.norm_plus_one else nn.initializers.ones
-        scale = self.param("scale", nn.with_logical_partitioning(start, ("norm",)), (width,)).astype(jnp.float32)
+        scale = self.param("scale", nn.with_logical_partitioning(start, ("norm",)), (width,), unbox=True)
+        scale = scale.astype(jnp.float32)
         scale = 1.0 + scale if cfg.norm_plus_one else scale
         if cfg.norm == "rms":
             y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + cfg.norm_eps) * scale
         else:
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (width,))
+            bias = self.param(
+                "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (width,), unbox=True
+            )
             centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
             y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + cfg.norm_eps) * scale
             y = y + bias.astype(jnp.float32)

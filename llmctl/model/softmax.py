@@ -9,7 +9,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G,
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def attend(
     q_BGNK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
     k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
     q_BGNK = q_BGNK * jnp.asarray(cfg.attn_scale or K**-0.5, q_BTHK.dtype)
-    y_BGNK = _attend(cfg.attn_softcap, q_BGNK, k_BGSK, v_BGSK, mask_BTS, bias_HTS)
+    y_BGNK = cast(jax.Array, _attend(cfg.attn_softcap, q_BGNK, k_BGSK, v_BGSK, mask_BTS, bias_HTS))
     return y_BGNK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 

@@ -78,7 +78,7 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=cast(Any, (nn.broadcast, 0)),
             length=self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -175,11 +175,13 @@ class LMHead(nn.Module):
             init = nn.with_logical_partitioning(
                 nn.initializers.variance_scaling(1.0, "fan_in", "normal"), ("embed", "vocab")
             )
-            logits = weights.matmul(x, self.param("kernel", init, (cfg.d_model, cfg.vocab_size)), self.dtype)
+            logits = weights.matmul(
+                x, self.param("kernel", init, (cfg.d_model, cfg.vocab_size), unbox=True), self.dtype
+            )
         logits = logits.astype(jnp.float32)
         if cfg.head_transform:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-            logits = logits + self.param("bias", bias_init, (cfg.vocab_size,)).astype(jnp.float32)
+            logits = logits + self.param("bias", bias_init, (cfg.vocab_size,), unbox=True).astype(jnp.float32)
         if cfg.final_softcap:
             logits = cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
         return logits
