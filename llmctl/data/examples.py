@@ -43,6 +43,9 @@ class ClassificationRows(_ExampleRows):
 
     A row is `bos` (where the tokenizer adds it), the text, `eos`, padding. Texts too long keep their first T tokens
     (`tail` is cut) or their first and last halves (`head_tail`); `bos` and `eos` always stay.
+
+    Where the data has a column "pair", a row goes on with that text and another `eos`, and types [B, T] say 1 there.
+    Both texts together too long, the longer one is cut first, then both alike.
     """
 
     def __init__(
@@ -70,25 +73,32 @@ class ClassificationRows(_ExampleRows):
         self._corpus = tokenize(examples.texts(), tokenizer) if corpus is None else corpus
         if len(self._corpus) != len(examples):
             raise ValueError(f"{len(self._corpus)} tokenized texts for {len(examples)} examples")
+        self._pairs = tokenize(examples.texts("pair"), tokenizer) if "pair" in examples.columns else None
 
     def _build(self, example_B: np.ndarray) -> Batch:
         tokens_BT = np.full((len(example_B), self._seq_len), self._tokenizer.pad_id, np.int32)
-        segments_BT = np.zeros_like(tokens_BT)
-        for b, example in enumerate(example_B):
-            row = self._wrapped(self._corpus[int(example)])
+        segments_BT, types_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
+        bos, eos = [self._tokenizer.bos_id] * self._tokenizer.add_bos, [self._tokenizer.eos_id]
+        room = self._seq_len - len(bos) - 1
+        for b, example in enumerate(map(int, example_B)):
+            text, pair, kept = self._corpus[example], np.zeros(0, np.int32), room
+            if self._pairs is not None:
+                pair = self._pairs[example]
+                kept = min(len(text), max(room - 1 - len(pair), room // 2))
+                pair = np.append(self._cut(pair, room - 1 - kept), eos)
+            row = np.concatenate([bos, self._cut(text, kept), eos, pair])
             tokens_BT[b, : len(row)] = row
             segments_BT[b, : len(row)] = 1
+            types_BT[b, len(row) - len(pair) : len(row)] = 1
         positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
-        label_B = self._labels_N[example_B]
-        return {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT, "label": label_B}
+        batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
+        return batch | ({} if self._pairs is None else {"types": types_BT}) | {"label": self._labels_N[example_B]}
 
-    def _wrapped(self, text: np.ndarray) -> np.ndarray:
-        tokenizer = self._tokenizer
-        room = self._seq_len - tokenizer.add_bos - 1
-        if len(text) > room:
-            head = room if self._truncate == "tail" else room - room // 2
-            text = np.concatenate([text[:head], text[len(text) - (room - head) :]])
-        return np.concatenate([[tokenizer.bos_id] * tokenizer.add_bos, text, [tokenizer.eos_id]])
+    def _cut(self, text: np.ndarray, room: int) -> np.ndarray:
+        if len(text) <= room:
+            return text
+        head = room if self._truncate == "tail" else room - room // 2
+        return np.concatenate([text[:head], text[len(text) - (room - head) :]])
 
 
 class CompletionRows(_ExampleRows):

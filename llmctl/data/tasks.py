@@ -44,7 +44,7 @@ def task_rows(
     shuffle: bool,
     truncate: Truncate = "tail",
 ) -> Any:
-    """Labelled rows for a classifier; for a language model completions where the data has them, else text.
+    """Labelled rows to classify or regress; for a language model completions where the data has them, else text.
 
     An encoder-decoder reads prompts with its encoder. Text asks for what the architecture is for: the next token, masks
     and next sentences, or spans.
@@ -52,7 +52,7 @@ def task_rows(
     Raises:
         RequestError: the head has no rows of this kind, or the data lacks the columns.
     """
-    if model.head == "classify":
+    if model.head in ("classify", "regress"):
         return ClassificationRows(examples, tokenizer, seq_len, truncate=truncate, seed=seed, shuffle=shuffle)
     if model.head == "lm" and completes(model, examples.columns):
         kind = SequencePairRows if model.architecture == "encoder_decoder" else CompletionRows

@@ -48,6 +48,8 @@ def headline(result: Result) -> str:
     m = result["metrics"]
     if result["task"] == "classification":
         return f"accuracy {m['accuracy']:.2%} (95 % interval {m['accuracy_low']:.2%} to {m['accuracy_high']:.2%})"
+    if result["task"] == "regression":
+        return f"error {m['rmse']:.4g} (constant answer {m['baseline_rmse']:.4g}), Pearson {m['pearson']:.3f}"
     if "perplexity" not in m:
         text = f"{result['task']}: accuracy {m['token_accuracy']:.2%} (without context {m['baseline_accuracy']:.2%})"
         text += f", {m['nll']:.4g} nats a token (without context {m['baseline_loss']:.4g})"

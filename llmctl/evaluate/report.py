@@ -23,6 +23,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("bits", "bits", lambda b: f"{b:.3g}"),
     ("accuracy", "accuracy", lambda a: f"{a:.2%}"),
     ("macro_f1", "macro F1", lambda f: f"{f:.4f}"),
+    ("rmse", "RMSE", lambda e: f"{e:.4g}"),
+    ("pearson", "Pearson", lambda r: f"{r:.3f}"),
     ("token_accuracy", "token accuracy", lambda a: f"{a:.2%}"),
     ("next_sentence_accuracy", "next sentence", lambda a: f"{a:.2%}"),
     ("perplexity", "perplexity", lambda p: f"{p:.3f}"),

@@ -23,7 +23,7 @@ from llmctl.data.examples import ClassificationRows
 from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
 from llmctl.evaluate import classification as scoring
-from llmctl.evaluate import objectives
+from llmctl.evaluate import objectives, regression
 from llmctl.evaluate import perplexity as likelihood
 from llmctl.model import ModelConfig, calls
 
@@ -115,7 +115,7 @@ def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     with pipeline.eval_batches(rows, setup.batch_size) as batches:
         for _, batch in batches:
             real = batch["row_weight"] > 0
-            found = {k: batch[k] for k in ("tokens", "segments", "positions")}
+            found = {k: batch[k] for k in ("tokens", "segments", "positions", "types") if k in batch}
             inputs = inputs or found
             predictions.append(np.asarray(predict(artifact.params, place(setup.mesh, found)))[real])
             labels.append(truth_of[batch["label"][real]])
@@ -125,6 +125,37 @@ def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     single, batched = programs(predict, artifact.params, inputs, setup.mesh)
     units = {"examples_per_second": setup.batch_size}
     return Measured("classification", protocol, scoring.scores(confusion, names), single, batched, units)
+
+
+def regress(artifact: Artifact, held: Held, setup: Setup) -> Measured:
+    """Errors and correlations of predicted numbers: every example once."""
+    model, tokenizer = artifact.model, tokenizers.load(artifact.tokenizer_dir)
+    if held.examples.classes:
+        raise RequestError(f'{artifact.path}: predicts numbers; set data.label_type = "number"')
+    corpus = held.corpus(tokenizer)
+    rows = ClassificationRows(
+        held.examples, tokenizer, setup.seq_len, truncate=setup.truncate, shuffle=False, corpus=corpus
+    )
+
+    @jax.jit
+    def predict(params: calls.Params, batch: Batch) -> jax.Array:
+        x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
+        return calls.outputs(model, params, x_BTD, batch, setup.dtype)
+
+    labels, predictions = [], []
+    inputs: Batch = {}
+    with pipeline.eval_batches(rows, setup.batch_size) as batches:
+        for _, batch in batches:
+            real = batch["row_weight"] > 0
+            found = {k: batch[k] for k in ("tokens", "segments", "positions", "types") if k in batch}
+            inputs = inputs or found
+            predictions.append(np.asarray(predict(artifact.params, place(setup.mesh, found)))[real])
+            labels.append(batch["label"][real])
+    cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
+    protocol = f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
+    single, batched = programs(predict, artifact.params, inputs, setup.mesh)
+    scored = regression.scores(np.concatenate(labels), np.concatenate(predictions))
+    return Measured("regression", protocol, scored, single, batched, {"examples_per_second": setup.batch_size})
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
@@ -209,6 +240,8 @@ def programs(
 TASKS: dict[tuple[str, str], Callable[[Artifact, Held, Setup], Measured]] = {
     ("decoder", "lm"): predict_text,
     ("decoder", "classify"): classify,
+    ("decoder", "regress"): regress,
+    ("encoder", "regress"): regress,
     ("encoder", "lm"): predict_parts,
     ("encoder_decoder", "lm"): predict_parts,
     ("encoder", "classify"): classify,

@@ -29,11 +29,11 @@ def loss_of(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Loss:
-    """The loss of the config's head: next-token (or masked-token) cross-entropy, or classification.
+    """The loss of the config's head: next-token (or masked-token) cross-entropy, classification, regression.
 
     `label_smoothing` and `z_loss` (see `losses.cross_entropy`) change what is minimized, not the metrics.
     """
-    answer = {"lm": _lm, "classify": _classify}.get(cfg.head)
+    answer = {"lm": _lm, "classify": _classify, "regress": _regress}.get(cfg.head)
     if answer is None:
         raise ValueError(f"no loss for head {cfg.head!r}")
 
@@ -86,6 +86,20 @@ def _classify(
 ) -> tuple[jax.Array, Sums]:
     logits_BC = calls.outputs(cfg, params, x_BTD, batch, dtype)
     return class_sums(logits_BC, batch["label"], row_weight(batch, batch["label"]), smoothing, z)
+
+
+def _regress(
+    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
+) -> tuple[jax.Array, Sums]:
+    y_B = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    return number_sums(y_B, batch["label"], row_weight(batch, batch["label"]))
+
+
+def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
+    """Squared error; the metrics are its sum and that of the absolute "error"."""
+    off_B = y_B - label_B
+    loss = jnp.sum(jnp.square(off_B) * weight_B)
+    return loss, {"loss": loss, "error": jnp.sum(jnp.abs(off_B) * weight_B), "weight": jnp.sum(weight_B)}
 
 
 def row_weight(batch: Batch, label_B: jax.Array) -> jax.Array:

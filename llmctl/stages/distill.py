@@ -156,7 +156,7 @@ def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype:
 
     from llmctl import losses
     from llmctl.model import calls
-    from llmctl.model.loss import predicted, project, row_weight, soft_class_sums
+    from llmctl.model.loss import number_sums, predicted, project, row_weight, soft_class_sums
 
     def loss(params: Any, batch: Any, key: Any, teacher: Any) -> Any:
         taught = jax.lax.stop_gradient(calls.hidden(teacher_model, teacher, batch, dtype=dtype))
@@ -166,6 +166,12 @@ def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype:
             logits = calls.outputs(model, params, x, batch, dtype)
             label, weight = batch["label"], row_weight(batch, batch["label"])
             return soft_class_sums(soft, logits, label, weight, config.temperature, config.hard)
+        if model.head == "regress":
+            y, label = calls.outputs(model, params, x, batch, dtype), batch["label"]
+            soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
+            taught_loss, _ = number_sums(y, soft, row_weight(batch, label))
+            loss, sums = number_sums(y, label, row_weight(batch, label))
+            return (1 - config.hard) * taught_loss + config.hard * loss, sums
         shown, targets, weights = predicted(batch, x)
         total, sums = losses.distillation(
             project(model, dtype), calls.head_params(model, params), shown,

@@ -35,9 +35,11 @@ class Config(StageConfig):
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
-    """Examples: text and label to classify; prompt and completion, or text alone, to model language."""
-    task: Literal["classify", "lm"] = "classify"
-    """Sequence classification, or language modelling with loss on completions only."""
+    """Examples: text (and pair) and label to classify or to regress; prompt and completion, or text alone, to model
+    language."""
+    task: Literal["classify", "regress", "lm"] = "classify"
+    """Sequence classification, regression to a number (data.label_type = "number"), or language modelling with loss on
+    completions only."""
     method: Literal["full", "lora"] = "full"
     """Train everything, or low-rank pairs (and the task head)."""
     lora: LoraConfig = LoraConfig()
@@ -181,9 +183,14 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
         return cfg, params
     if cfg.head == "classify" and base.manifest.labels == labels and config.pooling in ("", cfg.pooling):
         return cfg, params
-    if len(labels) < 2:
+    if config.task == "regress":
+        if config.data.label_type != "number":
+            raise RequestError('task regress: labels are numbers; set data.label_type = "number"')
+        if cfg.head == "regress" and config.pooling in ("", cfg.pooling):
+            return cfg, params
+    elif len(labels) < 2:
         raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
-    head = {"head": "classify", "labels": len(labels), "pooling": config.pooling or cfg.pooling}
+    head = {"head": config.task, "labels": len(labels), "pooling": config.pooling or cfg.pooling}
     if cfg.architecture == "encoder_decoder":
         # A text is read and nothing is written: the encoder is kept alone, as an encoder of the same family.
         head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0}

@@ -108,3 +108,30 @@ def test_sequence_pairs_golden(train, letters):
     }
     assert {name: values.tolist() for name, values in batch.items()} == expected
     assert batch["weights"].dtype == np.float32 and batch["tokens"].dtype == np.int32
+
+
+def test_pairs_golden(train, letters):
+    given = [
+        {"text": "ab", "pair": "cd", "label": 1.5},
+        {"text": "abcdefghij", "pair": "kl", "label": 0},
+        {"text": "ab", "pair": "cdefghij", "label": 2},
+        {"text": "abcdefgh", "pair": "ijklmnop", "label": 2},
+    ]
+    rows = ClassificationRows(train(given, label_type="number"), letters(add_bos=True), 9, shuffle=False)
+    batch = rows.batch(np.arange(4))
+    a, b, c, d, e, f = 4, 5, 6, 7, 8, 9
+    i, j, k, m = 12, 13, 14, 15
+    assert batch["tokens"].tolist() == [
+        [BOS, a, b, EOS, c, d, EOS, 0, 0],
+        [BOS, a, b, c, d, EOS, k, m, EOS],  # the longer one is cut
+        [BOS, a, b, EOS, c, d, e, f, EOS],
+        [BOS, a, b, c, EOS, i, j, k, EOS],
+    ]
+    assert batch["types"].tolist() == [
+        [0, 0, 0, 0, 1, 1, 1, 0, 0],
+        [0] * 6 + [1] * 3,
+        [0] * 4 + [1] * 5,
+        [0] * 5 + [1] * 4,
+    ]
+    assert batch["segments"].sum(1).tolist() == [7, 9, 9, 9]
+    assert batch["label"].tolist() == [1.5, 0, 2, 2] and batch["label"].dtype == np.float32

@@ -115,3 +115,32 @@ def test_completions_are_written_by_encoder_decoders_alone(base, reviews, tmp_pa
 def test_objectives_that_do_not_fit_are_refused(base, reviews, tmp_path):
     with pytest.raises(RequestError, match="objective 'causal' is not for"):
         go(pretrain, pretrain.Config(data=reviews, objective="causal", train=TRAIN), base, tmp_path / "again")
+
+
+def test_numbers_are_told_from_pairs_of_texts(base, tmp_path):
+    file = tmp_path / "pairs.csv"
+    rng = np.random.default_rng(1)
+    with file.open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["text", "pair", "label"])
+        for i in range(300):
+            good = i % 2 == 0
+            first, second = (" ".join(rng.choice(GOOD if good else BAD, 4)) for _ in range(2))
+            writer.writerow([f"{first} {i}", second, 1.0 if good else -1.0])
+    data = DataConfig(source="csv", path=str(file), validation=0.15, test=0.2, label_type="number")
+    train = TRAIN.model_copy(update={"steps": 100, "eval_every": 50})
+    config = finetune.Config(data=data, task="regress", train=train, optim=OPTIM)
+    made = go(finetune, config, base, tmp_path / "finetune")
+    assert artifact.read_manifest(made).model.head == "regress"
+    result = scores(go(evaluation, EVAL.model_copy(update={"data": data}), made, tmp_path / "eval"))
+    assert result["task"] == "regression" and result["metrics"]["rmse"] < 0.6 * result["metrics"]["baseline_rmse"]
+    student = distill.Config(data=data, teacher="made", train=TRAIN.model_copy(update={"steps": 2}), optim=OPTIM)
+    taught = go(distill, student, made, tmp_path / "distill", made=made)
+    assert artifact.read_manifest(taught).metrics["validation_loss"] < 0.4
+    with pytest.raises(RequestError, match="label_type"):
+        go(
+            finetune,
+            config.model_copy(update={"data": data.model_copy(update={"label_type": "class"})}),
+            base,
+            tmp_path,
+        )

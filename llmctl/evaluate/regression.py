@@ -1,0 +1,34 @@
+"""Scores of predicted numbers: errors in the label's unit, correlations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def scores(label_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
+    """Scores by name.
+
+    rmse and mae (the label's unit), pearson and spearman (0 where either side is constant), baseline_rmse of the best
+    constant answer, examples.
+    """
+    y, p = np.asarray(label_N, np.float64), np.asarray(predicted_N, np.float64)
+    return {
+        "rmse": float(np.sqrt(np.mean(np.square(p - y)))),
+        "mae": float(np.mean(np.abs(p - y))),
+        "pearson": _correlation(y, p),
+        "spearman": _correlation(_ranks(y), _ranks(p)),
+        "baseline_rmse": float(np.std(y)),
+        "examples": len(y),
+    }
+
+
+def _correlation(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    a_N, b_N = a_N - a_N.mean(), b_N - b_N.mean()
+    scale = np.sqrt((a_N**2).sum() * (b_N**2).sum())
+    return float((a_N * b_N).sum() / scale) if scale > 0 else 0.0
+
+
+def _ranks(x_N: np.ndarray) -> np.ndarray:
+    """Ranks from 0; equal values share the mean of theirs."""
+    _, place_N, counts = np.unique(x_N, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[place_N]
