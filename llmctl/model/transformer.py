@@ -138,7 +138,8 @@ class Embed(nn.Module):
         if cfg.positions == "sinusoidal":
             x = x + sinusoids(positions_BT, cfg.d_model).astype(self.dtype)
         if cfg.token_types:
-            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            # RoBERTa's single type stands for both texts of a pair
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else jnp.minimum(types_BT, cfg.token_types - 1)
             x = x + weights.take(table("types", cfg.token_types, None), types_BT, self.dtype)
         if cfg.embed_norm:
             x = Norm(cfg, self.dtype, name="norm")(x)

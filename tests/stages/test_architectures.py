@@ -144,3 +144,22 @@ def test_numbers_are_told_from_pairs_of_texts(base, tmp_path):
             base,
             tmp_path,
         )
+
+
+def test_generate_answers_or_fills(base, capsys):
+    from llmctl import cli
+
+    encoder = artifact.read_manifest(base).model.architecture == "encoder"
+    argv = ["generate", str(base), "--prompt", "fine <mask> grand.", "--prompt", "dull <mask>", "--max-new", "5"]
+    assert cli.run([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert [f["prompt"] for f in found] == ["fine <mask> grand.", "dull <mask>"]
+    if encoder:
+        assert all("<mask>" not in f["text"] and len(f["masks"][0]) == 5 for f in found)
+        assert cli.run(["generate", str(base), "--prompt", "no gap"]) == 2
+        assert "has no <mask>" in capsys.readouterr().err
+    else:
+        assert all(1 <= f["tokens"] <= 5 for f in found)
+    assert cli.run(argv) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f["text"] for f in found] or not encoder
