@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmctl import mesh as meshes
@@ -68,6 +69,8 @@ def fit(
     """
     _check_batch(train, mesh)
     named, fixed = split(job)
+    # Masters are float32 whatever the parent stores (an import may be bfloat16): small updates must not round away.
+    named = {name: a.astype(jnp.float32) for name, a in named.items()}
     training_matmul.check(train.matmuls, named)
     step_fn, optimizer = make_step(job, train, optim_config, seed)
     shardings = state_shardings(optimizer, optim_config, named, mesh)

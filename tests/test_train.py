@@ -220,6 +220,12 @@ def test_lora_starts_as_the_base_trains_pairs_alone_and_merges_exactly(one):
     np.testing.assert_allclose(loss(weights.merge_low_rank(tuned)), loss(tuned), rtol=1e-5)
 
 
+def test_masters_are_float32_whatever_the_parent_stores(one, tmp_path):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), train.initialize(MODEL, 0, one))
+    params, _ = fit(tmp_path, one, job_of(one, params=half), TRAIN.model_copy(update={"steps": 2}))
+    assert {str(a.dtype) for a in weights.arrays(params).values()} == {"float32"}
+
+
 def test_early_stopping_keeps_the_best(one, tmp_path):
     job = job_of(one)
     seen = []
