@@ -50,8 +50,8 @@ def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype
 def _gather(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     """p [B, G, N, S] transposed times rows [B, G, N, K] -> [B, G, S, K].
 
-    Taken as (rows transposed times p), transposed, which XLA's CPU backend runs faster (1.4 to 2x); the barrier keeps it
-    from turning the one into the other.
+    Taken as (rows transposed times p), transposed, which XLA's CPU backend runs faster (1.4 to 2x); the barrier
+    keeps it from turning the one into the other.
     """
     return jax.lax.optimization_barrier(_product(rows, p, 2, 2, dtype)).swapaxes(2, 3)
 
