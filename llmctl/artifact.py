@@ -6,20 +6,18 @@ it is restored with explicit types and shardings onto any mesh, and its digest i
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmctl.errors import LlmctlError, RequestError, WorkError
+from llmctl.atomic import size, writing
+from llmctl.errors import RequestError
 from llmctl.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -70,6 +68,10 @@ class Manifest(BaseModel):
     config: dict[str, Any] = {}
     """The resolved config of the stage."""
     metrics: dict[str, Any] = {}
+    seq_len: int = 0
+    """Tokens a text that it was trained with; 0 where nobody knows."""
+    truncate: Literal["", "tail", "head_tail"] = ""
+    """What a text too long kept in training; empty where nobody knows."""
     weights: dict[str, dict[str, Any]] = {}
     """Type of each weight, as `llmctl.weights.describe` gives it."""
     versions: dict[str, str] = {}
@@ -205,11 +207,6 @@ def digest(arrays: dict[str, dict[str, Any]]) -> str:
     return total.hexdigest()
 
 
-def size(folder: Path) -> int:
-    """Bytes of the files below a folder."""
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-
-
 def measure(params: dict[str, Any]) -> dict[str, Any]:
     """{"parameters", "sparsity", "pruned", "bits"}, counted. Integers do not tell whether they were pruned."""
     import jax.numpy as jnp
@@ -284,49 +281,14 @@ def save(
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
             config=config,
             metrics=metrics or {},
+            seq_len=config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),
+            truncate=config.get("truncate") or (parent.truncate if parent else ""),
             weights={path: weights.describe(w) for path, w in flat.items()},
             versions=versions(),
             **measured,
         )
         (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1))
     return manifest
-
-
-@contextlib.contextmanager
-def writing(out: Path) -> Iterator[Path]:
-    """A draft folder that becomes `out` when the block ends well, and vanishes when it does not."""
-    out = Path(out)
-    draft = out.parent / f".{out.name}.draft"
-    old = out.parent / f".{out.name}.old"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in (draft, old):
-            shutil.rmtree(stale, ignore_errors=True)
-        draft.mkdir()
-        yield draft
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except LlmctlError:
-        raise
-    except Exception as e:
-        if disk_is_full(e):
-            raise WorkError(
-                f"{out}: the disk is full; nothing was written there, free some space and run the same command"
-            ) from e
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def disk_is_full(e: BaseException | None) -> bool:
-    """True where an error, or what caused it, is about space (TensorStore reports it in words)."""
-    while e is not None:
-        if (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(e):
-            return True
-        e = e.__cause__ or e.__context__
-    return False
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import artifact, devices, stages
+from llmctl import artifact, atomic, devices, stages
 from llmctl.config import Config, hint, keyed
 from llmctl.errors import LlmctlError, RequestError, WorkError
 from llmctl.recipe import MANIFEST, out_name
@@ -214,7 +214,7 @@ def _why(step: Step, key: str, due: set[str]) -> str:
 def _is_whole(folder: Path) -> bool:
     """Whether the parameters lie there at the size that the manifest tells; `load` also checks their digest."""
     manifest = artifact.read_manifest(folder)
-    return not manifest.weights or artifact.size(folder / "params") == manifest.bytes
+    return not manifest.weights or atomic.size(folder / "params") == manifest.bytes
 
 
 def _leaves(values: Any, prefix: str = "") -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from llmctl.artifact import disk_is_full
+from llmctl.atomic import disk_is_full
 from llmctl.errors import WorkError
 
 

@@ -37,7 +37,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl import artifact
+from llmctl import artifact, atomic
 from llmctl.config import Config as Section
 from llmctl.config import keyed
 from llmctl.errors import Interrupted
@@ -100,7 +100,7 @@ def run(config, parent, ctx):
         return
     text = json.dumps([keyed(config), str(parent and parent.name), sorted(ctx.siblings)])
     before = artifact.read_manifest(parent) if parent else None
-    with artifact.writing(ctx.out) as draft:
+    with atomic.writing(ctx.out) as draft:
         digest = hashlib.sha256(text.encode()).hexdigest()
         manifest = artifact.Manifest(
             format=artifact.FORMAT, name=config.name, stage=config.kind, key=ctx.key, config=keyed(config),

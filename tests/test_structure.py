@@ -29,6 +29,8 @@ LAYERS = (
         "artifact",
         "step",
         "train",
+        "trainer",
+        "atomic",
         "checkpoints",
         "validation",
         "bridge",

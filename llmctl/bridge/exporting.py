@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from llmctl import artifact, weights
+from llmctl import artifact, atomic, weights
 from llmctl.bridge import compressed, gguf, gguf_export, mapping, parity, peft, safetensors, tensors, tokenizers
 from llmctl.bridge import folder as folders
 from llmctl.bridge.importing import bar, placer
@@ -55,7 +55,7 @@ def run(
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
     found = artifact.load(source)
-    with artifact.writing(out) as draft:
+    with atomic.writing(out) as draft:
         if to == "gguf":
             delta = _gguf(found, draft / "model.gguf", kind, say)
         elif to == "peft":

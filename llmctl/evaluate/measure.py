@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
@@ -28,7 +28,7 @@ def results(
     """
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     found = {name: tasks.task(m.model, str(chosen[name])) for name, m in manifests.items()}
-    setups = {name: _setup(config, mesh, name, chosen[name], manifests) for name in chosen}
+    setups = {name: _setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
     held = tasks.Held(examples, config.split)
     out, programs = [], {}
     for name, path in chosen.items():
@@ -79,39 +79,12 @@ def _time(programs: Mapping[str, tasks.Measured], out: Iterable[Result], config:
         }
 
 
-def _setup(config: Config, mesh: Mesh, name: str, path: Path, manifests: Mapping[str, Manifest]) -> tasks.Setup:
-    seq_len = config.seq_len or trained_with("train", "seq_len", manifests[name], path, manifests.values())
+def _setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> tasks.Setup:
+    seq_len = config.seq_len or manifest.seq_len
     if not seq_len:
         raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")
     stride = config.stride or seq_len
     if stride > seq_len:
         raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")
-    truncate = config.truncate or trained_with("", "truncate", manifests[name], path, manifests.values()) or "tail"
+    truncate = config.truncate or manifest.truncate or "tail"
     return tasks.Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype)
-
-
-def trained_with(section: str, key: str, manifest: Manifest, path: Path, others: Iterable[Manifest]) -> Any:
-    """A setting of the stage that trained the weights: the artifact's own, or that of the nearest ancestor with one.
-
-    Ancestors are found by digest, among `others` and in the folders beside the artifact. None where there is none.
-    """
-    known = {m.digest: m for m in others}
-    for file in path.resolve().parent.glob("*/manifest.json"):
-        beside = _readable(file.parent)
-        if beside:
-            known.setdefault(beside.digest, beside)
-    at: Manifest | None = manifest
-    while at is not None:
-        settings = at.config.get(section, {}) if section else at.config
-        if settings.get(key):
-            return settings[key]
-        at = known.pop(at.parent.digest, None) if at.parent else None
-    return None
-
-
-def _readable(folder: Path) -> Manifest | None:
-    """The manifest in `folder`; None where a neighbour of no concern is damaged."""
-    try:
-        return artifact.read_manifest(folder)
-    except RequestError:
-        return None

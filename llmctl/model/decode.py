@@ -45,7 +45,9 @@ class Decoder:
         `start` is the first token of an encoder-decoder's decoder. Raises ValueError for a model that writes no text.
         """
         if model.architecture == "encoder" or model.head != "lm":
-            raise ValueError(f"a {model.architecture} with head {model.head!r} does not continue text")
+            raise ValueError(
+                f"a model with {model.architecture!r} stacks and head {model.head!r} does not continue text"
+            )
         model, params = served(model, params)
         self.model, self.dtype, self.start = model, dtype, start
         self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
@@ -72,23 +74,12 @@ class Decoder:
 
         Raises ValueError for an empty prompt, or one that leaves no room within the model's longest sequence.
         """
-        longest = max(map(len, prompts))
-        if not min(map(len, prompts)):
-            raise ValueError("a prompt has no tokens; begin it with the BOS token")
-        reads = self.model.encoder_layers > 0
-        if (max(longest, max_new + 1) if reads else longest + max_new) > self.model.max_seq_len:
-            raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
+        inputs, slots = self.inputs(prompts, max_new)
         rules = sampling or Sampling()
-        tokens_BT, segments_BT = left_padded([[self.start]] * len(prompts) if reads else prompts, 1 if reads else ROUND)
-        T = tokens_BT.shape[1]
-        source = right_padded(prompts) if reads else {}
         # A few end tokens more or less must not compile anew. NOTHING marks rows that have ended already.
         ends_E = jnp.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], jnp.int32)
         keys_B = row_keys(seed, len(prompts))
-        slots = _round_up(T + max_new)
-        state = self._prefill(
-            self.rest, self.layers, tokens_BT, segments_BT, source, keys_B, ends_E, slots=slots, rules=rules
-        )
+        state = self._prefill(self.rest, self.layers, *inputs, keys_B, ends_E, slots=slots, rules=rules)
         yield np.asarray(state["token"])[:, None]
         left = max_new - 1
         while left > 0:
@@ -100,6 +91,20 @@ class Decoder:
             state, out_BN = self._decode(self.rest, self.layers, state, keys_B, ends_E, rules=rules, count=chunk)
             yield np.asarray(out_BN)[:, :count]
             left -= count
+
+    def inputs(
+        self, prompts: Sequence[Sequence[int]], max_new: int
+    ) -> tuple[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]], int]:
+        """What `read` takes: (tokens, segments, source), and the number of slots. Raises ValueError as `generate`."""
+        longest = max(map(len, prompts))
+        if not min(map(len, prompts)):
+            raise ValueError("a prompt has no tokens; begin it with the BOS token")
+        reads = self.model.encoder_layers > 0
+        if (max(longest, max_new + 1) if reads else longest + max_new) > self.model.max_seq_len:
+            raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
+        tokens_BT, segments_BT = left_padded([[self.start]] * len(prompts) if reads else prompts, 1 if reads else ROUND)
+        source = right_padded(prompts) if reads else {}
+        return (tokens_BT, segments_BT, source), _round_up(tokens_BT.shape[1] + max_new)
 
     def _run(self, rest: calls.Params, layers: list[calls.Params], batch: dict[str, Any], cache: list[Any]) -> Any:
         """Hidden state of the last slot [B, D] and the cache with these tokens in it."""
@@ -124,18 +129,19 @@ class Decoder:
             out["seen"] = state["seen"].at[jnp.arange(len(token_B)), chosen_B].set(True)
         return out
 
-    def _prefill_step(
+    def read(
         self,
         rest: calls.Params,
         layers: list[calls.Params],
         tokens_BT: jax.Array,
         segments_BT: jax.Array,
         source: dict[str, jax.Array],
-        keys_B: jax.Array,
-        ends_E: jax.Array,
         slots: int,
-        rules: Sampling,
-    ) -> State:
+    ) -> tuple[jax.Array, State]:
+        """Left-padded prompts into a cache of `slots` -> the hidden state [B, D] after each, and where that leaves us.
+
+        To be traced: parameters are arguments, so that no program has them as constants.
+        """
         cfg, (B, T) = self.model, tokens_BT.shape
         real_BS = jnp.pad(segments_BT, ((0, 0), (0, slots - T)))
         positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0)
@@ -151,13 +157,48 @@ class Decoder:
             "segments": real_BS,
             "slot": jnp.int32(T),
             "position": jnp.sum(segments_BT, axis=1),
-            "done": jnp.zeros(B, bool),
-            "step": jnp.int32(0),
         }
         if source:
             state["source"] = source["encoder_segments"]
+        return x_BD, state
+
+    def advance(
+        self, rest: calls.Params, layers: list[calls.Params], state: State, token_B: jax.Array
+    ) -> tuple[jax.Array, State]:
+        """One more token a row, of the state that `read` gave -> the hidden state [B, D] after it, and the state."""
+        ones_B1 = jnp.ones((len(token_B), 1), jnp.int32)
+        slot = state["slot"]
+        segments_BS = jax.lax.dynamic_update_slice(state["segments"], ones_B1, (0, slot))
+        batch = {
+            "tokens": token_B[:, None],
+            "segments": ones_B1,
+            "positions": state["position"][:, None],
+            "cached_segments": segments_BS,
+            "slot": slot,
+        }
+        if "source" in state:
+            batch["encoder_segments"] = state["source"]
+        x_BD, cache = self._run(rest, layers, batch, state["cache"])
+        moved = {"cache": cache, "segments": segments_BS, "slot": slot + 1, "position": state["position"] + 1}
+        return x_BD, {**state, **moved}
+
+    def _prefill_step(
+        self,
+        rest: calls.Params,
+        layers: list[calls.Params],
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        source: dict[str, jax.Array],
+        keys_B: jax.Array,
+        ends_E: jax.Array,
+        slots: int,
+        rules: Sampling,
+    ) -> State:
+        B = len(tokens_BT)
+        x_BD, state = self.read(rest, layers, tokens_BT, segments_BT, source, slots)
+        state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
         if rules.repetition_penalty != 1.0:
-            seen_BV = jnp.zeros((B, cfg.vocab_size), bool)
+            seen_BV = jnp.zeros((B, self.model.vocab_size), bool)
             state["seen"] = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(segments_BT > 0)
         return self._next(rest, x_BD, state, keys_B, ends_E, rules)
 
@@ -172,32 +213,18 @@ class Decoder:
         count: int,
     ) -> tuple[State, jax.Array]:
         """Up to `count` steps; stops early when all rows have ended."""
-        B = state["token"].shape[0]
-        ones_B1 = jnp.ones((B, 1), jnp.int32)
 
         def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
             n, state, out_BN = carry
-            slot = state["slot"]
-            segments_BS = jax.lax.dynamic_update_slice(state["segments"], ones_B1, (0, slot))
-            batch = {
-                "tokens": jnp.maximum(state["token"], 0)[:, None],
-                "segments": ones_B1,
-                "positions": state["position"][:, None],
-                "cached_segments": segments_BS,
-                "slot": slot,
-            }
-            if "source" in state:
-                batch["encoder_segments"] = state["source"]
-            x_BD, cache = self._run(rest, layers, batch, state["cache"])
-            moved = {"cache": cache, "segments": segments_BS, "slot": slot + 1, "position": state["position"] + 1}
-            state = self._next(rest, x_BD, {**state, **moved}, keys_B, ends_E, rules)
+            x_BD, state = self.advance(rest, layers, state, jnp.maximum(state["token"], 0))
+            state = self._next(rest, x_BD, state, keys_B, ends_E, rules)
             return n + 1, state, jax.lax.dynamic_update_slice(out_BN, state["token"][:, None], (0, n))
 
         def goes_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
             n, state, _ = carry
             return (n < count) & ~jnp.all(state["done"])
 
-        out_BN = jnp.full((B, count), NOTHING, jnp.int32)
+        out_BN = jnp.full((len(state["token"]), count), NOTHING, jnp.int32)
         _, state, out_BN = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out_BN))
         return state, out_BN
 

@@ -1,20 +1,25 @@
-"""What a stage is: a frozen config and one function `run(config, parent, ctx) -> Path`, one file a stage."""
+"""What a stage is: a frozen config and one function `run(config, parent, ctx)`, one file a stage.
+
+It leaves its artifact in `ctx.out`.
+"""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmctl import menu
-from llmctl.config import Config
+from llmctl.config import Config, keyed
 from llmctl.settings import MeshConfig
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from llmctl.model import ModelConfig
 
 
 class StageConfig(Config):
@@ -44,6 +49,11 @@ class StageConfig(Config):
     mesh: MeshConfig = MeshConfig()
     """How the devices are laid out."""
 
+    @property
+    def title(self) -> str:
+        """What lines for people call this stage."""
+        return self.name or self.kind
+
 
 @dataclass(frozen=True)
 class Context:
@@ -57,6 +67,13 @@ class Context:
     """Content key: equal keys mean equal results."""
     siblings: dict[str, Path] = field(default_factory=dict)
     """Artifacts of the same run by name, in order (what `eval` measures, what `distill` calls its teacher)."""
+
+    def leave(self, config: StageConfig, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
+        """Writes what the stage made as the artifact `out`; `about` as for `llmctl.artifact.save`."""
+        from llmctl import artifact
+
+        said = {"stage": config.kind, "key": self.key, "config": keyed(config), "log": self.work / "log.jsonl"}
+        artifact.save(self.out, params, model, **said, **about)
 
 
 def kinds() -> list[str]:

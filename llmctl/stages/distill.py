@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.config import keyed
 from llmctl.data import DataConfig, Truncate
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig
@@ -50,13 +49,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the student in `ctx.out`."""
     import jax.numpy as jnp
 
-    from llmctl import artifact, mesh, train
+    from llmctl import artifact, mesh, train, trainer
     from llmctl.data import tokenizer
     from llmctl.data.language import Text
     from llmctl.data.tasks import stage_rows
     from llmctl.model import cost
-    from llmctl.model.loss import loss_of
-    from llmctl.validation import Validation
 
     devices = mesh.make(config.mesh)
     if not config.teacher:
@@ -78,44 +75,31 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 
-    dtype = jnp.dtype(config.train.dtype)
-    held_out = Validation(
-        loss_of(model, dtype=dtype),
-        rows("validation", False),
-        config.train.batch_size,
-        config.train.eval_batches,
-        devices,
-    )
-    classify = model.head == "classify"
     learn = rows("train", True)
-    shapes = {name: a.shape for name, a in learn[0].items()}
-    job = train.Job(
+    learner = model.model_copy(update={"dropout": config.dropout})
+    params, metrics, _ = trainer.run(
+        config,
+        ctx,
+        devices,
+        model=learner,
         params=student.params if student else train.initialize(model, config.seed, devices),
-        loss=_loss(config, model.model_copy(update={"dropout": config.dropout}), teacher.model, dtype),
-        constants=(teacher.params,),
-        model=model,
-        flops=3 * cost.of_rows(model, shapes) + cost.of_rows(teacher.model, shapes),
         rows=learn,
-        validate=held_out,
-        metric="accuracy" if classify else "loss",
-        maximize=classify,
-        keep_best=True,
+        unseen=rows("validation", False),
+        loss=_loss(config, learner, teacher.model, jnp.dtype(config.train.dtype)),
+        beside=cost.of_rows(teacher.model, trainer.shapes(learn)),
+        constants=(teacher.params,),
         holds_zeros=train.pruned(student),
+        **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
     )
-    params, metrics = train.fit(job, config.train, config.optim, devices, ctx, config.seed, config.name or config.kind)
     origin = student or teacher
-    artifact.save(
-        ctx.out,
+    ctx.leave(
+        config,
         params,
         model,
-        stage=config.kind,
-        key=ctx.key,
-        config=keyed(config),
         parent=origin.manifest,
         labels=teacher.manifest.labels,
         metrics=metrics | {"teacher": teacher.manifest.digest},
         tokenizer_dir=teacher.tokenizer_dir,
-        log=ctx.work / "log.jsonl",
     )
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from llmctl.config import Config as Settings
-from llmctl.config import keyed
 from llmctl.data import DataConfig, Truncate
 from llmctl.errors import RequestError
 from llmctl.settings import OptimConfig, TrainConfig
@@ -64,16 +63,12 @@ class Config(StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the finetuned artifact in `ctx.out`."""
     import jax
-    import jax.numpy as jnp
 
-    from llmctl import artifact, mesh, train, weights
+    from llmctl import artifact, mesh, train, trainer, weights
     from llmctl.data import tokenizer
     from llmctl.data.language import Text
     from llmctl.data.tasks import stage_rows
-    from llmctl.model import cost
-    from llmctl.model.loss import loss_of
     from llmctl.tune import lora
-    from llmctl.validation import Validation
 
     if parent is None:
         raise RequestError("finetune: nothing to start from; name an artifact with `from` (--from)")
@@ -94,57 +89,36 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 
-    dtype = jnp.dtype(config.train.dtype)
     low_rank = config.method == "lora"
     if low_rank:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         settings = config.lora
         params = lora.attach(model, params, settings.rank, settings.alpha, settings.targets, key, devices)
     learner = model.model_copy(update={"dropout": config.dropout})
-    learn = rows("train", True)
-    held_out = Validation(
-        loss_of(model, dtype=dtype),
-        rows("validation", False),
-        config.train.batch_size,
-        config.train.eval_batches,
+    params, metrics, held_out = trainer.run(
+        config,
+        ctx,
         devices,
-    )
-    job = train.Job(
-        params=params,
-        loss=loss_of(
-            learner,
-            dtype=dtype,
-            remat=config.train.remat,
-            label_smoothing=config.train.label_smoothing,
-            z_loss=config.train.z_loss,
-        ),
         model=learner,
-        flops=3 * cost.of_rows(learner, {name: a.shape for name, a in learn[0].items()}),
-        rows=learn,
-        validate=held_out,
-        metric="accuracy" if config.task == "classify" else "loss",
-        maximize=config.task == "classify",
-        keep_best=True,
+        params=params,
+        rows=rows("train", True),
+        unseen=rows("validation", False),
         trains=(lambda name: lora.is_pair(name) or name.startswith("head/")) if low_rank else (lambda _: True),
         frozen_layers=config.freeze_layers,
         holds_zeros=train.pruned(base),
+        **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
     )
-    params, metrics = train.fit(job, config.train, config.optim, devices, ctx, config.seed, config.name or config.kind)
     if low_rank and config.merge:
         params = jax.jit(weights.merge_low_rank)(params)
         metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
-    artifact.save(
-        ctx.out,
+    ctx.leave(
+        config,
         params,
         model,
-        stage=config.kind,
-        key=ctx.key,
-        config=keyed(config),
         parent=base.manifest,
         labels=labels,
         metrics=metrics,
         tokenizer_dir=base.tokenizer_dir,
-        log=ctx.work / "log.jsonl",
     )
 
 

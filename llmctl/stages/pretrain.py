@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.config import keyed
 from llmctl.data import DataConfig, TokenizerConfig
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig
@@ -50,14 +49,9 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves a language model in `ctx.out`."""
-    import jax.numpy as jnp
-
-    from llmctl import artifact, console, mesh, train
+    from llmctl import artifact, console, mesh, train, trainer
     from llmctl.data import baselines, tokenizer
     from llmctl.data.language import Text
-    from llmctl.model import cost
-    from llmctl.model.loss import loss_of
-    from llmctl.validation import Validation
 
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
@@ -91,42 +85,21 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     learn = rows("train", True, config.train.steps * config.train.batch_size)
     params = base.params if base else train.initialize(model, config.seed, devices)
-    dtype = jnp.dtype(config.train.dtype)
     unseen = rows("validation", False)
-    held_out = Validation(
-        loss_of(model, dtype=dtype), unseen, config.train.batch_size, config.train.eval_batches, devices
-    )
     blind: dict[str, float] = {}
     if objective.name != "causal":
         blind = baselines.guesses(unseen, config.train.batch_size * config.train.eval_batches)
-        console.say(f"{config.name or config.kind}: knowing nothing of the context {baselines.describe(blind)}")
-    job = train.Job(
-        params=params,
-        loss=loss_of(
-            model,
-            dtype=dtype,
-            remat=config.train.remat,
-            label_smoothing=config.train.label_smoothing,
-            z_loss=config.train.z_loss,
-        ),
-        model=model,
-        flops=3 * cost.of_rows(model, {name: a.shape for name, a in learn[0].items()}),
-        rows=learn,
-        validate=held_out,
-        holds_zeros=train.pruned(base),
+        console.say(f"{config.title}: knowing nothing of the context {baselines.describe(blind)}")
+    params, metrics, _ = trainer.run(
+        config, ctx, devices, model=model, params=params, rows=learn, unseen=unseen, holds_zeros=train.pruned(base)
     )
-    params, metrics = train.fit(job, config.train, config.optim, devices, ctx, config.seed, config.name or config.kind)
-    artifact.save(
-        ctx.out,
+    ctx.leave(
+        config,
         params,
         model,
-        stage=config.kind,
-        key=ctx.key,
-        config=keyed(config),
         parent=base.manifest if base else None,
         metrics=metrics | blind | {"tokens_an_epoch": learn.tokens, "padding": learn.waste},
         tokenizer_dir=words,
-        log=ctx.work / "log.jsonl",
     )
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from llmctl.compress.pattern import Pattern
-from llmctl.config import keyed
 from llmctl.data import DataConfig, Split, Truncate
 from llmctl.errors import RequestError
 from llmctl.settings import Dtype
@@ -89,7 +88,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     base = artifact.load(parent, devices)
     walks = (bool(config.layers) + bool(config.heads or config.ffn)) if config.method == "structured" else 1
     total = walks * (base.model.layers + base.model.encoder_layers)
-    with metrics.Reporter(ctx.work, total, config.name or config.kind, False) as reporter, mesh.use(devices):
+    with metrics.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
         done = 0
 
         def progress(report: LayerReport) -> None:
@@ -101,18 +100,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         structured = config.method == "structured"
         work = _structured if structured else _unstructured
         model, params, found = work(config, base, params, devices, pattern, progress)
-    artifact.save(
-        ctx.out,
+    ctx.leave(
+        config,
         params,
         model,
-        stage=config.kind,
-        key=ctx.key,
-        config=keyed(config),
         parent=base.manifest,
         labels=base.manifest.labels,
         metrics=found | {"parameters_before": base.manifest.parameters, "sparsity_before": base.manifest.sparsity},
         tokenizer_dir=base.tokenizer_dir,
-        log=ctx.work / "log.jsonl",
     )
 
 
@@ -184,12 +179,8 @@ def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
 def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any]]:
     from llmctl.compress.samples import calibration_batches
     from llmctl.data import tokenizer
-    from llmctl.evaluate.measure import trained_with
 
-    def trained(section: str, field: str) -> Any:
-        return trained_with(section, field, base.manifest, base.path, [])
-
-    seq_len = config.seq_len or trained("train", "seq_len")
+    seq_len = config.seq_len or base.manifest.seq_len
     if not seq_len:
         raise RequestError(f"{base.path}: does not say how long its training texts were; say it with seq_len")
     return calibration_batches(
@@ -201,5 +192,5 @@ def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any
         examples=config.examples,
         seq_len=seq_len,
         batch_size=config.batch_size,
-        truncate=config.truncate or trained("", "truncate") or "tail",
+        truncate=config.truncate or base.manifest.truncate or "tail",
     )

@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from llmctl.config import keyed
 from llmctl.errors import RequestError
 from llmctl.stages import Context, StageConfig
 
@@ -46,7 +45,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     base = artifact.load(parent, mesh.make(config.mesh))
 
     def say(text: str) -> None:
-        console.say(f"{config.name or config.kind}: {text}")
+        console.say(f"{config.title}: {text}")
 
     params, errors = quantize(
         merged(base, say, requantizes=True),
@@ -58,13 +57,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
     worst = max(errors, key=lambda path: errors[path])
     say(f"{len(errors)} weights to int{config.bits}; largest relative error {errors[worst]:.2%} ({worst})")
-    artifact.save(
-        ctx.out,
+    ctx.leave(
+        config,
         params,
         base.model,
-        stage=config.kind,
-        key=ctx.key,
-        config=keyed(config),
         parent=base.manifest,
         labels=base.manifest.labels,
         metrics={

@@ -58,9 +58,8 @@ def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews):
 def test_integers_stay_integers(artifacts, tmp_path, reviews):
     ctx = Context(tmp_path / "int8", tmp_path, "key")
     quantize.run(quantize.Config(), artifacts / "lm", ctx)
-    with pytest.raises(RequestError, match="say it with seq_len"):  # nobody in its lineage is there to tell
-        run(tmp_path, tmp_path, "int8", method="wanda", data=reviews)
-    made = run(tmp_path, tmp_path, "int8", method="wanda", data=reviews, examples=20, seq_len=32)
+    made = run(tmp_path, tmp_path, "int8", method="wanda", data=reviews, examples=20)
+    assert made.manifest.seq_len == artifact.read_manifest(artifacts / "lm").seq_len == 32  # its lineage tells it
     assert made.manifest.bits == artifact.read_manifest(tmp_path / "int8").bits
     assert made.manifest.sparsity >= 0.5
 
