@@ -38,7 +38,7 @@ LAYERS = (
         "filling",
     ),
     ("stages",),
-    ("recipe", "chain", "show", "doctor", "devices", "flags"),
+    ("recipe", "chain", "show", "doctor", "devices", "flags", "plan"),
     ("commands",),
     ("cli", "__main__"),
 )
