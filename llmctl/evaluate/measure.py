@@ -14,6 +14,7 @@ from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
 from llmctl.evaluate import speed, tasks
 from llmctl.evaluate.report import Result
+from llmctl.evaluate.setup import Held, Measured, Setup
 
 if TYPE_CHECKING:
     from llmctl.stages.eval import Config
@@ -29,7 +30,7 @@ def results(
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     found = {name: tasks.task(m.model, str(chosen[name])) for name, m in manifests.items()}
     setups = {name: _setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
-    held = tasks.Held(examples, config.split)
+    held = Held(examples, config.split)
     out, programs = [], {}
     for name, path in chosen.items():
         measured = found[name](artifact.load(path, mesh), held, setups[name])
@@ -60,13 +61,13 @@ def headline(result: Result) -> str:
     return f"perplexity {m['perplexity']:.4g} a token, {m['bits_per_byte']:.4g} bits a byte"
 
 
-def _result(name: str, manifest: Manifest, measured: tasks.Measured) -> Result:
+def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
     beside = {k: getattr(manifest, k) for k in ("stage", "family", "parameters", "bytes", "sparsity", "bits")}
     scored = {"task": measured.task, "protocol": measured.protocol, "metrics": dict(measured.metrics)}
     return {"artifact": name, "digest": manifest.digest, **scored, **beside}
 
 
-def _time(programs: Mapping[str, tasks.Measured], out: Iterable[Result], config: Config) -> None:
+def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: Config) -> None:
     """Adds latency (seconds, batch 1) and throughput to the metrics."""
     single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
     batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
@@ -79,7 +80,7 @@ def _time(programs: Mapping[str, tasks.Measured], out: Iterable[Result], config:
         }
 
 
-def _setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> tasks.Setup:
+def _setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:
         raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")
@@ -87,4 +88,4 @@ def _setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> tasks.
     if stride > seq_len:
         raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")
     truncate = config.truncate or manifest.truncate or "tail"
-    return tasks.Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype)
+    return Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype)

@@ -6,89 +6,19 @@ A task scores one loaded artifact on held-out examples and also leaves the progr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from llmctl import mesh as meshes
 from llmctl.artifact import Artifact
-from llmctl.data import Truncate, pipeline
 from llmctl.data import tokenizer as tokenizers
-from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.data.corpus import Corpus, tokenize
 from llmctl.data.examples import ClassificationRows
-from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
 from llmctl.evaluate import classification as scoring
 from llmctl.evaluate import objectives, regression
 from llmctl.evaluate import perplexity as likelihood
+from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, place, programs
 from llmctl.model import ModelConfig, calls
-
-Batch = dict[str, Any]
-
-KEPT = {"tail": "first", "head_tail": "first and last halves of"}
-"""What a protocol says is left of a long text."""
-
-
-class Held:
-    """The held-out examples, tokenized once for each tokenizer among the artifacts."""
-
-    def __init__(self, examples: Examples, split: str) -> None:
-        self.examples, self.split = examples, split
-        self._corpora: dict[str, Corpus] = {}
-
-    def corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """The texts as tokens, in the order of the examples."""
-        if tokenizer.digest not in self._corpora:
-            self._corpora[tokenizer.digest] = tokenize(self.examples.texts(), tokenizer)
-        return self._corpora[tokenizer.digest]
-
-    def pairs(self, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
-        """(prompt and completion as one document each, tokens of each prompt), tokenized apart as in training."""
-        prompts = tokenizer.encode_batch(list(self.examples.texts("prompt")))
-        completions = tokenizer.encode_batch(list(self.examples.texts("completion")))
-        return [p + c for p, c in zip(prompts, completions, strict=True)], [len(p) for p in prompts]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How to measure one artifact."""
-
-    mesh: Mesh
-    seq_len: int
-    stride: int
-    batch_size: int
-    truncate: Truncate
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One task's outcome on one artifact."""
-
-    task: str
-    protocol: str
-    metrics: dict[str, Any]
-    single: Callable[[], object] = field(repr=False)
-    """Runs the model on one example and waits for it."""
-    batched: Callable[[], object] = field(repr=False)
-    """Runs the model on one batch and waits for it."""
-    units: dict[str, int]
-    """What a batch holds, by the name of its rate: {"examples_per_second": 32}."""
-
-
-def place(mesh: Mesh, batch: Batch) -> Batch:
-    """A host batch on the devices of `mesh`, split over its rows where they divide."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def put(a: np.ndarray) -> jax.Array:
-        fits = a.shape[0] % ways == 0
-        return jax.device_put(a, meshes.batch_sharding(mesh, a.ndim) if fits else meshes.replicated(mesh))
-
-    return {name: put(np.asarray(a)) for name, a in batch.items()}
 
 
 def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
@@ -110,19 +40,12 @@ def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
         return calls.outputs(model, params, x_BTD, batch, setup.dtype).argmax(-1)
 
-    labels, predictions = [], []
-    inputs: Batch = {}
-    with pipeline.eval_batches(rows, setup.batch_size) as batches:
-        for _, batch in batches:
-            real = batch["row_weight"] > 0
-            found = {k: batch[k] for k in ("tokens", "segments", "positions", "types") if k in batch}
-            inputs = inputs or found
-            predictions.append(np.asarray(predict(artifact.params, place(setup.mesh, found)))[real])
-            labels.append(truth_of[batch["label"][real]])
-    confusion = scoring.confusion_matrix(np.concatenate(labels), np.concatenate(predictions), len(names))
+    found = [(truth_of[batch["label"]], said) for batch, said in answers(predict, artifact.params, rows, setup)]
+    labels, predictions = map(np.concatenate, zip(*found, strict=True))
+    confusion = scoring.confusion_matrix(labels, predictions, len(names))
     cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
     protocol = f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
-    single, batched = programs(predict, artifact.params, inputs, setup.mesh)
+    single, batched = programs(predict, artifact.params, first(rows, setup), setup.mesh)
     units = {"examples_per_second": setup.batch_size}
     return Measured("classification", protocol, scoring.scores(confusion, names), single, batched, units)
 
@@ -142,19 +65,11 @@ def regress(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
         return calls.outputs(model, params, x_BTD, batch, setup.dtype)
 
-    labels, predictions = [], []
-    inputs: Batch = {}
-    with pipeline.eval_batches(rows, setup.batch_size) as batches:
-        for _, batch in batches:
-            real = batch["row_weight"] > 0
-            found = {k: batch[k] for k in ("tokens", "segments", "positions", "types") if k in batch}
-            inputs = inputs or found
-            predictions.append(np.asarray(predict(artifact.params, place(setup.mesh, found)))[real])
-            labels.append(batch["label"][real])
+    found = [(batch["label"], said) for batch, said in answers(predict, artifact.params, rows, setup)]
     cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
     protocol = f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
-    single, batched = programs(predict, artifact.params, inputs, setup.mesh)
-    scored = regression.scores(np.concatenate(labels), np.concatenate(predictions))
+    single, batched = programs(predict, artifact.params, first(rows, setup), setup.mesh)
+    scored = regression.scores(*map(np.concatenate, zip(*found, strict=True)))
     return Measured("regression", protocol, scored, single, batched, {"examples_per_second": setup.batch_size})
 
 
@@ -227,14 +142,6 @@ def predict_parts(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     single, batched = programs(step, artifact.params, inputs, setup.mesh)
     tokens = setup.batch_size * sum(a.shape[1] for name, a in inputs.items() if name.endswith("tokens"))
     return Measured(task, protocol, metrics, single, batched, {"tokens_per_second": tokens})
-
-
-def programs(
-    step: Callable[..., Any], params: calls.Params, inputs: Batch, mesh: Mesh
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(one row, the whole batch) as calls that wait for their result; the inputs are on the devices already."""
-    one, many = (place(mesh, {k: v[:n] for k, v in inputs.items()}) for n in (1, None))
-    return lambda: jax.block_until_ready(step(params, one)), lambda: jax.block_until_ready(step(params, many))
 
 
 TASKS: dict[tuple[str, str], Callable[[Artifact, Held, Setup], Measured]] = {

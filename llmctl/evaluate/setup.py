@@ -1,0 +1,114 @@
+"""How artifacts are measured: the held-out examples, the settings, the outcome, and the loop over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llmctl import mesh as meshes
+from llmctl.data import Truncate, pipeline
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.corpus import Corpus, tokenize
+from llmctl.data.splits import Examples
+from llmctl.model import calls
+
+Batch = dict[str, Any]
+
+KEPT = {"tail": "first", "head_tail": "first and last halves of"}
+"""What a protocol says is left of a long text."""
+
+
+class Held:
+    """The held-out examples, tokenized once for each tokenizer among the artifacts."""
+
+    def __init__(self, examples: Examples, split: str) -> None:
+        self.examples, self.split = examples, split
+        self._corpora: dict[str, Corpus] = {}
+
+    def corpus(self, tokenizer: Tokenizer) -> Corpus:
+        """The texts as tokens, in the order of the examples."""
+        if tokenizer.digest not in self._corpora:
+            self._corpora[tokenizer.digest] = tokenize(self.examples.texts(), tokenizer)
+        return self._corpora[tokenizer.digest]
+
+    def pairs(self, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
+        """(prompt and completion as one document each, tokens of each prompt), tokenized apart as in training."""
+        prompts = tokenizer.encode_batch(list(self.examples.texts("prompt")))
+        completions = tokenizer.encode_batch(list(self.examples.texts("completion")))
+        return [p + c for p, c in zip(prompts, completions, strict=True)], [len(p) for p in prompts]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to measure one artifact."""
+
+    mesh: Mesh
+    seq_len: int
+    stride: int
+    batch_size: int
+    truncate: Truncate
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One task's outcome on one artifact."""
+
+    task: str
+    protocol: str
+    metrics: dict[str, Any]
+    single: Callable[[], object] = field(repr=False)
+    """Runs the model on one example and waits for it."""
+    batched: Callable[[], object] = field(repr=False)
+    """Runs the model on one batch and waits for it."""
+    units: dict[str, int]
+    """What a batch holds, by the name of its rate: {"examples_per_second": 32}."""
+
+
+def place(mesh: Mesh, batch: Batch) -> Batch:
+    """A host batch on the devices of `mesh`, split over its rows where they divide."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(a: np.ndarray) -> jax.Array:
+        fits = a.shape[0] % ways == 0
+        return jax.device_put(a, meshes.batch_sharding(mesh, a.ndim) if fits else meshes.replicated(mesh))
+
+    return {name: put(np.asarray(a)) for name, a in batch.items()}
+
+
+READ = ("tokens", "segments", "positions", "types")
+"""What a model with a task head reads."""
+
+
+def answers(
+    step: Callable[[calls.Params, Batch], Any],
+    params: calls.Params,
+    rows: pipeline.Rows,
+    setup: Setup,
+    reads: tuple[str, ...] = READ,
+) -> Iterator[tuple[Batch, Any]]:
+    """(host batch, what the compiled `step` says of it, on the host), every row once and no row that only fills."""
+    with pipeline.eval_batches(rows, setup.batch_size) as batches:
+        for _, batch in batches:
+            real = batch["row_weight"] > 0
+            found = step(params, place(setup.mesh, {k: batch[k] for k in reads if k in batch}))
+            yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: np.asarray(a)[r], found)
+
+
+def first(rows: pipeline.Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
+    """A batch of the first rows, to time."""
+    batch = rows.batch(np.arange(setup.batch_size) % len(rows))
+    return {k: batch[k] for k in reads if k in batch}
+
+
+def programs(
+    step: Callable[..., Any], params: calls.Params, inputs: Batch, mesh: Mesh
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(one row, the whole batch) as calls that wait for their result; the inputs are on the devices already."""
+    one, many = (place(mesh, {k: v[:n] for k, v in inputs.items()}) for n in (1, None))
+    return lambda: jax.block_until_ready(step(params, one)), lambda: jax.block_until_ready(step(params, many))
