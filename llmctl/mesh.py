@@ -18,7 +18,7 @@ from llmctl.settings import MeshConfig
 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs: this has no type
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("pipeline", "data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # The input table has axes of its own: a gather over a table split on both is what XLA rematerializes in full.
     "vocab_in": ("tensor",),
     "embed_in": ("fsdp",),
-    "layers": (),
+    "layers": ("pipeline",),
     "norm": (),
     "labels": (),
     # Activations: the residual stream is whole on every device of a tensor group.
@@ -52,7 +52,7 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     axis at its default, the CPU platform gets one device, for fake devices only split the same cores.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, axis) for axis in AXES]
     if devices[0].platform == "cpu" and config == MeshConfig() and jax.process_count() == 1:
         devices = devices[:1]
     known = math.prod(s for s in sizes if s > 0)

@@ -18,6 +18,8 @@ class MeshConfig(Config):
     """Devices that share one copy of the parameters and see different examples."""
     tensor: int = Field(default=1, ge=-1)
     """Devices that share the heads, the neurons and the vocabulary of each layer."""
+    pipeline: int = Field(default=1, ge=-1)
+    """Stages that hold successive layers; pieces of a batch pass through them one after the other."""
 
 
 class OptimConfig(Config):

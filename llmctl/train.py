@@ -254,7 +254,7 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
             f"train.seq_len: {train.seq_len} tokens are more than model.max_seq_len = {model.max_seq_len}"
         )
     _check_batch(train, mesh)
-    calls.check_heads(model, mesh)
+    calls.check_mesh(model, mesh)
 
 
 def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:

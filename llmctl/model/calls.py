@@ -88,13 +88,18 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
 
     Raises RequestError where the mesh does not divide the model; a head is never cut.
     """
-    check_heads(cfg, mesh)
+    check_mesh(cfg, mesh)
     return shard_params(axes(cfg), params, mesh)
 
 
-def check_heads(cfg: ModelConfig, mesh: Mesh) -> None:
-    """Raises RequestError where the tensor axis would cut a head."""
-    tensor = mesh.shape["tensor"]
+def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Raises RequestError where the tensor axis would cut a head, or where stages would differ in their layers."""
+    tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
+    for stack in stacks(cfg):
+        if depth(cfg, stack) % pipeline:
+            raise RequestError(
+                f"model: {depth(cfg, stack)} {stack} layers do not divide over mesh.pipeline = {pipeline}"
+            )
     for name, size in (("heads", cfg.heads), ("kv_heads", cfg.kv_heads)):
         if size % tensor:
             raise RequestError(f"model.{name}: {size} heads do not divide over mesh.tensor = {tensor}")
