@@ -13,21 +13,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from llmctl import chips
 from llmctl.mesh import Device
 
-PEAKS: tuple[tuple[str, float], ...] = (
-    # Dense bfloat16 operations a second of one JAX device, by a part of its `device_kind`; the first match counts.
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # v5p calls itself "TPU v5"
-    ("TPU v6", 918e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
 SIDE = 1536
 """Matrices multiplied to measure a CPU: large enough for full speed, a tenth of a second each on two cores."""
 
@@ -90,8 +78,8 @@ def peak(devices: list[Device], cache: Path) -> float | None:
     float32 matrix product, and the figure kept in the file `cache`.
     """
     if devices[0].platform != "cpu":
-        one = next((flops for name, flops in PEAKS if name.lower() in devices[0].device_kind.lower()), None)
-        return one and one * len(devices)
+        one = chips.of_kind(devices[0].device_kind)
+        return one and one.peak("bfloat16") * len(devices)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads(cache.read_text(encoding="utf-8"))["flops_per_second"])
     found = measure(SIDE)

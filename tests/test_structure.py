@@ -19,7 +19,7 @@ ROOT = README.parent
 PACKAGE = ROOT / "llmctl"
 
 LAYERS = (
-    ("errors", "config", "settings", "weights", "training_matmul", "menu", "console"),
+    ("errors", "config", "settings", "chips", "weights", "training_matmul", "menu", "console"),
     ("mesh", "data", "losses", "metrics", "meters", "profiling"),
     ("model", "optim"),
     (
