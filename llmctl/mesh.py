@@ -18,20 +18,21 @@ from llmctl.settings import MeshConfig
 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs: this has no type
 
-AXES = ("pipeline", "data", "fsdp", "tensor")
+AXES = ("pipeline", "data", "fsdp", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "seq": (),
+    "seq": ("context",),
     # Parameters: the fsdp axis splits the width of the residual stream, the tensor axis what a layer fans out to.
-    "embed": ("fsdp",),
+    # Devices that share a sequence share the parameters as well: they would hold the same ones.
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     # The input table has axes of its own: a gather over a table split on both is what XLA rematerializes in full.
     "vocab_in": ("tensor",),
-    "embed_in": ("fsdp",),
+    "embed_in": ("fsdp", "context"),
     "layers": ("pipeline",),
     "norm": (),
     "labels": (),

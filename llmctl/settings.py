@@ -16,6 +16,8 @@ class MeshConfig(Config):
     """Replicas of the model that see different examples."""
     fsdp: int = Field(default=1, ge=-1)
     """Devices that share one copy of the parameters and see different examples."""
+    context: int = Field(default=1, ge=-1)
+    """Devices that share each sequence and one copy of the parameters; keys and values travel around in a ring."""
     tensor: int = Field(default=1, ge=-1)
     """Devices that share the heads, the neurons and the vocabulary of each layer."""
     pipeline: int = Field(default=1, ge=-1)

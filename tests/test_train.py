@@ -122,7 +122,10 @@ def test_a_damaged_checkpoint_is_passed_over(one, tmp_path, uninterrupted, capsy
     assert digest(params) == digest(uninterrupted[0])
 
 
-HYBRIDS = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+HYBRIDS = [
+    *({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "context": 8}),
+    *({"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}),
+]
 
 
 @pytest.mark.parametrize("axes", HYBRIDS, ids=str)

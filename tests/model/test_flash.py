@@ -86,7 +86,7 @@ def test_a_model_on_a_mesh_attends_the_same():
 
 def gpu(capability="9.0"):
     device = SimpleNamespace(platform="gpu", compute_capability=capability)
-    return SimpleNamespace(devices=np.asarray([device], object), shape={"data": 1, "fsdp": 1, "tensor": 1})
+    return SimpleNamespace(devices=np.asarray([device], object), shape=dict.fromkeys(meshes.AXES, 1))
 
 
 @pytest.mark.parametrize(
