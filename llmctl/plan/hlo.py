@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from llmctl.plan import groups, loops, operations, traffic
+from llmctl.plan.hlo_text import Computation, Instruction, Module, parse
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,8 @@ class Collective:
     """Of these, how many are started and awaited apart, with computation in between."""
     payload: float = 0.0
     """Bytes of the whole arrays, the larger of what goes in and what comes out."""
+    hidden: float = 0.0
+    """Of `bytes`, those of the overlapped ones."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,154 @@ class Counts:
     """How often each custom kernel (splash attention) runs, by name."""
     kernel_flops: float = 0.0
     """Of the attention kernels, by arithmetic on their shapes: the compiler does not say."""
+    unknown_loops: list[str] = field(default_factory=list)
+    """Loops whose turns could not be told; each counts once."""
 
 
-def count(hlo_text: str, mesh_axes: dict[str, int]) -> Counts:
+def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
     """Counts a compiled module; `mesh_axes` has the mesh's axes and sizes in order, which collectives run over."""
-    raise NotImplementedError
+    module = parse(hlo_text)
+    tally = _Counter(module, mesh_axes).of(module.computations[module.entry])
+    collectives = [Collective(kind, axis=axis, **sums) for (kind, axis), sums in sorted(tally.collectives.items())]
+    return Counts(
+        flops=sum(tally.flops.values()),
+        bytes=tally.bytes,
+        collectives=collectives,
+        flops_by_type=tally.flops,
+        kernels=tally.kernels,
+        kernel_flops=tally.kernel_flops,
+        unknown_loops=sorted(tally.unknown),
+    )
+
+
+HOUSEKEEPING = traffic.FREE_CALLS | {"AsyncCollectiveStart", "AsyncCollectiveDone", "TopK"}
+"""Custom calls that are no kernels."""
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+@dataclass
+class _Tally:
+    """Sums of one run of a computation."""
+
+    flops: dict[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
+    collectives: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    kernels: dict[str, float] = field(default_factory=dict)
+    kernel_flops: float = 0.0
+    unknown: set[str] = field(default_factory=set)
+
+    @property
+    def work(self) -> float:
+        """What a collective can hide behind."""
+        return sum(self.flops.values()) + self.kernel_flops
+
+    def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
+        """`other`, so many times; of what is fused the bytes are counted outside."""
+        for mine, theirs in ((self.flops, other.flops), (self.kernels, other.kernels)):
+            for key, value in theirs.items():
+                mine[key] = mine.get(key, 0.0) + times * value
+        self.bytes += times * other.bytes if bytes_too else 0.0
+        self.kernel_flops += times * other.kernel_flops
+        self.unknown |= other.unknown
+        for key, sums in other.collectives.items():
+            mine = self.collectives.setdefault(key, dict.fromkeys(sums, 0.0))
+            for name, value in sums.items():
+                mine[name] += times * value
+
+
+class _Counter:
+    """Counts computations, each once however often it is called."""
+
+    def __init__(self, module: Module, mesh: Mapping[str, int]) -> None:
+        self.module, self.mesh = module, mesh
+        self.done: dict[str, _Tally] = {}
+
+    def of(self, where: Computation) -> _Tally:
+        """The sums of one run."""
+        if where.name not in self.done:
+            tally, apart = _Tally(), [self.instruction(where, i) for i in where.instructions]
+            for n, i in enumerate(where.instructions):
+                tally.add(apart[n])
+                if kind := _kind(i):
+                    tally.add(self.collective(where, i, kind, _hides(where, n, apart)))
+            self.done[where.name] = tally
+        return self.done[where.name]
+
+    def instruction(self, where: Computation, i: Instruction) -> _Tally:
+        """Everything but collectives that are `i` itself."""
+        tally = _Tally(bytes=traffic.of(self.module, where, i))
+        flops, dtype = operations.matrix(where, i)
+        if flops:
+            tally.flops[dtype] = flops
+        if i.opcode == "while":
+            turns = loops.trips(self.module, where, i)
+            tally.add(self.of(self.module.computations[i.called["body"][0]]), 1 if turns is None else turns)
+            tally.unknown |= {i.name} if turns is None else set()
+        elif i.opcode == "conditional":
+            branches = [self.of(self.module.computations[b]) for b in _branches(i)]
+            tally.add(max(branches, key=lambda b: (b.work, b.bytes)))
+        elif i.opcode == "fusion":
+            tally.add(self.of(self.module.computations[i.called["calls"][0]]), bytes_too=False)
+        elif i.opcode in ("call", "async-start"):
+            tally.add(self.of(self.module.computations[next(iter(i.called.values()))[0]]))
+        elif i.opcode == "custom-call" and i.target not in HOUSEKEEPING and not flops:
+            name = i.name.split(".")[0] if i.target == "tpu_custom_call" else i.target
+            tally.kernels[name] = 1.0
+            tally.kernel_flops = operations.attention(where, i)
+        return tally
+
+    def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
+        """The sums of one run of a collective."""
+        steps = [self.module.computations[i.called["calls"][0]]] if i.opcode == "async-start" else []
+        inner = next((x for s in steps for x in s.instructions if x.opcode == kind), i)
+        group = groups.group_of(inner, math.prod(self.mesh.values()))
+        n, given = len(group), sum(a.bytes for a in where.inputs(i))
+        if n < 2:
+            return _Tally()
+        payload = given * n if kind == "all-gather" else given
+        sent = payload * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+        if kind == "all-reduce" and _scatters(where, i):
+            kind, sent = "reduce-scatter", sent / 2
+        sums = {
+            "bytes": sent,
+            "count": 1.0,
+            "overlapped": float(hidden),
+            "payload": payload,
+            "hidden": sent if hidden else 0.0,
+        }
+        return _Tally(collectives={(kind, groups.axis_of(group, self.mesh)): sums})
+
+
+def _branches(i: Instruction) -> list[str]:
+    called = i.called
+    return called.get("branch_computations") or [called["true_computation"][0], called["false_computation"][0]]
+
+
+def _kind(i: Instruction) -> str:
+    """The kind of a collective that begins at `i`; a TPU repeats one inside every fusion that it runs beside."""
+    kind = i.opcode.removesuffix("-start")
+    config = i.attributes.partition('"async_collective_fusion_config":')[2].partition("}")[0]
+    if kind not in KINDS or (config and '"flag_start":"-1"' not in config):
+        return ""
+    return kind
+
+
+def _scatters(where: Computation, i: Instruction) -> bool:
+    """Whether only a slice of an all-reduce is used: a reduce-scatter, fused."""
+    users = where.users[i.name]
+    return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
+
+
+def _hides(where: Computation, n: int, apart: list[_Tally]) -> bool:
+    """Whether matrix products run between the start of collective `n` and its end."""
+    start = where.instructions[n]
+    if any(i.target == "AsyncCollectiveStart" for i in where.instructions):
+        return True  # its fusions are those of other work
+    if not start.opcode.endswith("-start"):
+        return False
+    work = 0.0
+    for i, tally in zip(where.instructions[n + 1 :], apart[n + 1 :], strict=True):
+        if i.opcode.endswith("-done") and start.name in i.operands:
+            return work > 0
+        work += tally.work
+    return False

@@ -1,0 +1,83 @@
+"""Which devices a collective joins, and which mesh axes those are.
+
+Devices are numbered along the mesh, its last axis fastest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+
+from llmctl.plan.hlo_text import Instruction
+
+
+def group_of(i: Instruction, devices: int) -> list[int]:
+    """The devices that one of them (mostly 0) exchanges with in `i`, itself included.
+
+    Reads every form that is printed: {{0,1},{2,3}}, [4,2]<=[2,4]T(1,0), mesh['a'=2,'b'=4] {'b'}, and pairs.
+    """
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", i.attributes):
+        return _chain([(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])])
+    text = i.attributes.partition("replica_groups=")[2]
+    if text.startswith("mesh["):
+        return _of_mesh(text)
+    if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return [int(n) for n in _iota(iota[2], iota[3]).reshape(_ints(iota[1]))[0]]
+    if first := re.match(r"\{\{([\d,]+)\}", text):
+        return _ints(first[1])
+    return list(range(devices))
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, … in the shape `dims`, its axes in another order."""
+    ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+    return ids.transpose(_ints(order)) if order else ids
+
+
+def _chain(pairs: list[tuple[int, int]]) -> list[int]:
+    """All devices that are joined with the first source, however many steps away."""
+    joined = {pairs[0][0]} if pairs else {0}
+    while more := {d for p in pairs if set(p) & joined for d in p} - joined:
+        joined |= more
+    return sorted(joined)
+
+
+def _of_mesh(text: str) -> list[int]:
+    """mesh['a'=2,'b'=4] {'b'}: names are XLA's own; a part of an axis is 'a':(1)2, by what is before it and size."""
+    names = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text.partition("]")[0])}
+    over = re.search(r"\{([^}]*)\}", text.partition("]")[2])
+    parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over[1]) if over else []
+    shape = list(names.values())
+    order = np.arange(math.prod(shape))
+    if found := re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", text):
+        order = _iota(found[1], found[2]).reshape(-1)
+    elif listed := re.search(r"device_ids=\(([\d,]+)\)", text):
+        order = np.array(_ints(listed[1]))
+    choices: list[list[int]] = []
+    for name, size in names.items():
+        offsets = [0]
+        for part, before, length in parts:
+            if part == name:
+                many = int(length) if length else size
+                step = size // (int(before) * many) if before else 1
+                offsets = [o + k * step for o in offsets for k in range(many)]
+        choices.append(offsets)
+    places = [int(np.ravel_multi_index(at, shape)) for at in product(*choices)]
+    return sorted(int(order[p]) for p in places)
+
+
+def axis_of(group: list[int], mesh: Mapping[str, int]) -> str:
+    """The mesh axes along which devices of a group differ, joined by commas; "?" where they are outside the mesh."""
+    shape = tuple(mesh.values())
+    if max(group, default=0) >= math.prod(shape):
+        return "?"
+    places = np.array(np.unravel_index(group, shape))
+    return ",".join(name for name, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1) or "?"

@@ -1,0 +1,133 @@
+"""How often a while loop of compiled HLO runs.
+
+The compiler says so for many loops (known_trip_count); for the others the counter is followed: where it starts, what a
+turn adds to it, and what it is compared with.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from llmctl.plan.hlo_text import Computation, Instruction, Module
+
+Affine = tuple[dict[int, int], int]
+"""A sum: {element of the loop's tuple: factor}, and a constant."""
+
+_SAME = {"copy", "bitcast", "convert", "copy-done", "reshape"}
+
+
+def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
+    """Turns of `loop`, or None where it cannot be told."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+        return int(known[1])
+    condition = module.computations[loop.called["condition"][0]]
+    body = module.computations[loop.called["body"][0]]
+    compared = _comparison(module, condition)
+    if compared is None:
+        return None
+    left, right, direction = compared
+    # What does not change inside the loop is the constant that it starts as.
+    left, right = (_settle(module, caller, loop, body, side) for side in (left, right))
+    if left is None or right is None:
+        return None
+    difference = _add(left, right, -1)
+    if len(difference[0]) != 1:
+        return None
+    (counter, factor), offset = *difference[0].items(), difference[1]
+    start, step = _start(module, caller, loop, counter), _step(module, body, counter)
+    if start is None or not step:
+        return None
+    value, step = factor * start + offset, factor * step  # runs while `value` compares to 0
+    if direction in ("GT", "GE"):
+        value, step, direction = -value, -step, {"GT": "LT", "GE": "LE"}[direction]
+    if direction == "NE":
+        return -value // step if value % step == 0 and -value // step >= 0 else None
+    if step <= 0:
+        return None
+    return max(0, math.ceil((-value + (direction == "LE")) / step))
+
+
+def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine, str] | None:
+    """Both sides of the condition's comparison, and its direction."""
+    root = condition.root
+    if root.opcode == "fusion" or root.opcode == "call":
+        inner = module.computations[next(iter(root.called.values()))[0]]
+        compare = inner.root
+        given = [_affine(module, condition, condition.by_name[o], []) for o in root.operands]
+    else:
+        inner, compare, given = condition, root, []
+    if compare.opcode != "compare":
+        return None
+    left, right = (_affine(module, inner, inner.operand(compare, n), given) for n in (0, 1))
+    direction = compare.attribute("direction")
+    return (left, right, direction) if left and right and direction in ("LT", "LE", "GT", "GE", "NE") else None
+
+
+def _affine(module: Module, where: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
+    """`i` as a sum over elements of the loop's tuple. `given`: the parameters of a computation called in the loop."""
+    if i.opcode == "constant":
+        return ({}, int(i.inside)) if re.fullmatch(r"-?\d+", i.inside.strip()) else None
+    if i.opcode == "parameter" and given:
+        return given[int(i.inside)]
+    if i.opcode in _SAME and i.operands:
+        return _affine(module, where, where.operand(i, 0), given)
+    if i.opcode == "get-tuple-element":
+        source, index = where.operand(i, 0), i.numbers("index")[0]
+        if source.opcode == "parameter" and not given:
+            return {index: 1}, 0
+        if source.opcode == "fusion":
+            inner = module.computations[source.called["calls"][0]]
+            if inner.root.opcode != "tuple":
+                return None
+            passed = [_affine(module, where, where.by_name[o], given) for o in source.operands]
+            return _affine(module, inner, inner.operand(inner.root, index), passed)
+        if source.opcode == "tuple":
+            return _affine(module, where, where.operand(source, index), given)
+        return None
+    if i.opcode == "fusion":
+        inner = module.computations[i.called["calls"][0]]
+        passed = [_affine(module, where, where.by_name[o], given) for o in i.operands]
+        return _affine(module, inner, inner.root, passed)
+    if i.opcode in ("add", "subtract"):
+        left, right = (_affine(module, where, where.operand(i, n), given) for n in (0, 1))
+        return _add(left, right, 1 if i.opcode == "add" else -1) if left and right else None
+    return None
+
+
+def _add(left: Affine, right: Affine, sign: int) -> Affine:
+    factors = {k: left[0].get(k, 0) + sign * right[0].get(k, 0) for k in left[0] | right[0]}
+    return {k: f for k, f in factors.items() if f}, left[1] + sign * right[1]
+
+
+def _settle(module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine) -> Affine | None:
+    """`side` with elements that the body hands on unchanged replaced by their constants."""
+    out: Affine = ({}, side[1])
+    for index, factor in side[0].items():
+        if _step(module, body, index) == 0:
+            start = _start(module, caller, loop, index)
+            if start is None:
+                return None
+            out = out[0], out[1] + factor * start
+        else:
+            out = {**out[0], index: factor}, out[1]
+    return out
+
+
+def _start(module: Module, caller: Computation, loop: Instruction, index: int) -> int | None:
+    """The constant that element `index` of the loop's tuple starts as."""
+    source = caller.operand(loop, 0)
+    while source.opcode in _SAME and source.operands:
+        source = caller.operand(source, 0)
+    if source.opcode != "tuple":
+        return None
+    found = _affine(module, caller, caller.operand(source, index), [])
+    return found[1] if found and not found[0] else None
+
+
+def _step(module: Module, body: Computation, index: int) -> int | None:
+    """What a turn adds to element `index`."""
+    if body.root.opcode != "tuple":
+        return None
+    found = _affine(module, body, body.operand(body.root, index), [])
+    return found[1] if found and found[0] == {index: 1} else None

@@ -1,0 +1,114 @@
+"""Floating-point operations of one instruction of compiled HLO, two a multiply-add."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+from llmctl.plan.hlo_text import Array, Computation, Instruction
+
+TYPES = {
+    "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8", "u8": "int8",
+    "s4": "int4", "u4": "int4", "s32": "int32",
+}  # fmt: skip
+"""HLO's names for types -> ours; all float8 are "float8"."""
+
+
+def matrix(where: Computation, i: Instruction) -> tuple[float, str]:
+    """(operations, type of the operands) of a dot, a convolution or a library's matrix product; (0, "") otherwise."""
+    if i.opcode == "dot":
+        contracted = i.numbers("lhs_contracting_dims")
+        left = where.operand(i, 0).arrays[0]
+        return 2.0 * i.arrays[0].size * math.prod(left.dims[d] for d in contracted), _dtype(where, i)
+    if i.opcode == "convolution":
+        return _convolution(where, i), _dtype(where, i)
+    if i.opcode == "custom-call" and re.search(r"\$(gemm|matmul|lt\$matmul)", i.target):
+        config = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', i.attributes)
+        left = where.operand(i, 0).arrays[0]
+        if config:
+            contracted = [int(d) for d in json.loads(config[1])]
+            return 2.0 * i.arrays[0].size * math.prod(left.dims[d] for d in contracted), _dtype(where, i)
+    return 0.0, ""
+
+
+def _dtype(where: Computation, i: Instruction) -> str:
+    """The wider of both operands' types: a product runs at its speed."""
+    wider = max((where.operand(i, n).arrays[0] for n in (0, 1)), key=lambda a: a.bytes / max(a.size, 1))
+    return "float8" if wider.dtype.startswith("f8") else TYPES.get(wider.dtype, wider.dtype)
+
+
+def _convolution(where: Computation, i: Instruction) -> float:
+    """TPUs write matrix products as convolutions. Products with padding are none: only real positions count."""
+    left, right, out = (*(where.operand(i, n).arrays[0] for n in (0, 1)), i.arrays[0])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+    if not labels:
+        return 0.0
+    lhs, rhs, result = labels.groups()
+    window = _window(i, sum(c.isdigit() for c in lhs))
+    taps = 1.0
+    for d, w in enumerate(window):
+        taps *= _taps(left.dims[lhs.index(str(d))], right.dims[rhs.index(str(d))], out.dims[result.index(str(d))], **w)
+    batch, features = out.dims[result.index("b")], out.dims[result.index("f")]
+    groups = (i.numbers("batch_group_count") or [1])[0]
+    return 2.0 * taps * batch * features * right.dims[rhs.index("i")] / groups
+
+
+def _window(i: Instruction, spatial: int) -> list[dict[str, int]]:
+    text = i.attributes.partition("window={")[2].partition("}")[0]
+    fields = dict(part.split("=") for part in text.split())
+
+    def values(key: str, default: str) -> list[str]:
+        return fields[key].split("x") if key in fields else [default] * spatial
+
+    found = []
+    for stride, pad, apart, within in zip(
+        values("stride", "1"), values("pad", "0_0"), values("lhs_dilate", "1"), values("rhs_dilate", "1"), strict=True
+    ):
+        found.append({"stride": int(stride), "low": int(pad.split("_")[0]), "apart": int(apart), "within": int(within)})
+    return found
+
+
+def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, apart: int, within: int) -> int:
+    """Pairs (position of the output, position of the kernel) along one dimension that meet an entry of the input."""
+    last = (size - 1) * apart
+    if kernel == 1 and low == 0 and apart == 1:
+        return out
+    return sum(
+        0 <= (at := o * stride + k * within - low) <= last and at % apart == 0
+        for o in range(out)
+        for k in range(kernel)
+    )
+
+
+PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+"""Matrix products [T, S, K] that splash attention's kernels make: forward scores and values; for keys and values the
+scores again, the gradient of the probabilities, and two more; for queries one less."""
+
+
+def attention(where: Computation, i: Instruction) -> float:
+    """Operations of a splash attention kernel, from its shapes: only blocks that may attend run.
+
+    Queries [B, H, T, K] and keys [B, G, S, K]. Where the kernel skips blocks, its table of blocks [., rows, columns]
+    says how many columns a row has: that many, ending at the diagonal.
+    """
+    products = next((n for part, n in PRODUCTS.items() if f"_{part}_" in i.name), 0)
+    if "splash" not in i.name or not products:
+        return 0.0
+    inputs = where.inputs(i)
+    heads = [a for a in inputs if len(a.dims) == 4 and a.dtype in ("bf16", "f32", "f16")]
+    if len(heads) < 2:
+        return 0.0
+    q, k = heads[:2]
+    if products == PRODUCTS["dkv"] and '\\"use_fused_bwd_kernel\\": true' in i.attributes:
+        products += 1
+    return products * 2.0 * q.size * k.dims[-2] * _share(inputs)
+
+
+def _share(inputs: list[Array]) -> float:
+    """The part of all pairs of blocks that runs."""
+    table = inputs[0]  # there is none where every block runs
+    if len(table.dims) != 3 or not table.dtype.startswith("s"):
+        return 1.0
+    shortest, longest = sorted(table.dims[1:])
+    return sum(min(r + 1, shortest) for r in range(longest)) / longest**2

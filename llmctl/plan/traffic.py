@@ -1,0 +1,103 @@
+"""Bytes that one instruction of compiled HLO reads and writes in HBM.
+
+What stays in the chip's own memory (the layout says so) is free; of an array that an operation only slices or updates
+in place, the slice counts.
+"""
+
+from __future__ import annotations
+
+from llmctl.plan.hlo_text import Array, Computation, Instruction, Module
+
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "while", "conditional", "call", "optimization-barrier", "domain", "opt-barrier", "add-dependency",
+}  # fmt: skip
+FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"}
+SLICES = {"dynamic-slice", "slice", "gather"}
+_SAME = {"bitcast", "reshape", "get-tuple-element", "copy", "convert"}
+
+
+def of(module: Module, where: Computation, i: Instruction) -> float:
+    """Bytes of `i`, one run."""
+    if i.opcode in FREE or i.opcode.endswith("-done") or i.target in FREE_CALLS:
+        return 0.0
+    if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.endswith("-start"):
+        return _started(where, i)
+    if i.opcode in SLICES:
+        source = where.operand(i, 0).arrays[0]
+        return _hbm(i.arrays) + _like(source, i.arrays)
+    if i.opcode == "dynamic-update-slice":
+        update = where.operand(i, 1).arrays[0]
+        return update.hbm + _like(i.arrays[0], [update])
+    if i.opcode == "scatter":
+        updates = where.inputs(i)[len(i.arrays) :]
+        return _hbm(updates) + 2 * _like(i.arrays[0], updates[1:])
+    if i.opcode == "fusion":
+        return _fusion(module, where, i)
+    return _hbm(i.arrays) + _hbm(where.inputs(i))
+
+
+def _hbm(arrays: list[Array]) -> float:
+    return sum(a.hbm for a in arrays)
+
+
+def _like(place: Array, moved: list[Array]) -> float:
+    """Bytes of `moved` where `place` lies in HBM."""
+    return sum(a.bytes for a in moved) if place.space == 0 else 0.0
+
+
+def _started(where: Computation, i: Instruction) -> float:
+    """Begun here, awaited elsewhere: the operands are read and the rest of the result is written.
+
+    The result holds the operands again, then what comes out, then flags.
+    """
+    inputs = where.inputs(i)
+    outputs = i.arrays[len(inputs) :] or i.arrays
+    if i.opcode == "slice-start":
+        return _like(inputs[0], outputs[:1]) + _hbm(outputs[:1])
+    if i.opcode == "copy-start":  # the result comes first on some backends, the operand on others
+        spaces = [a for a in i.arrays if a.dims == inputs[0].dims][:2]
+        return _hbm(spaces)
+    return _hbm(inputs) + _hbm([a for a in outputs if a.size > 1])
+
+
+def _fusion(module: Module, where: Computation, i: Instruction) -> float:
+    inner = module.computations[i.called["calls"][0]]
+    read = 0.0
+    for name, parameter in zip(i.operands, inner.parameters, strict=False):
+        given = where.by_name[name].arrays
+        read += min(_hbm(given), _read(module, inner, parameter)) if _hbm(given) else 0.0
+    return read + _written(inner, i)
+
+
+def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
+    """Bytes of a fusion's parameter that are looked at."""
+    total = 0.0
+    for user in inner.users[parameter.name]:
+        if user.opcode in _SAME:
+            total += _read(module, inner, user)
+        elif user.opcode in SLICES and user.operands[0] == parameter.name:
+            total += sum(a.bytes for a in user.arrays)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            continue  # in place
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called["calls"][0]]
+            places = [n for n, o in enumerate(user.operands) if o == parameter.name]
+            total += sum(_read(module, nested, nested.parameters[n]) for n in places)
+        else:
+            return sum(a.bytes for a in parameter.arrays)
+    return total
+
+
+def _written(inner: Computation, i: Instruction) -> float:
+    """Bytes of a fusion's result that are written: of an update in place, what is new."""
+    parts = [inner.by_name[o] for o in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
+    if len(parts) != len(i.arrays):
+        return _hbm(i.arrays)
+    total = 0.0
+    for part, out in zip(parts, i.arrays, strict=True):
+        while part.opcode in _SAME and part.operands:
+            part = inner.operand(part, 0)
+        update = inner.operand(part, 1).arrays if part.opcode == "dynamic-update-slice" else [out]
+        total += _like(out, update)
+    return total
