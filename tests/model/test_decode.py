@@ -30,7 +30,7 @@ VARIANTS = {
     "modern": WINDOW,
     "mistral": {"window": 5},
     "t5": {"encoder_layers": 2},
-    "original": {"encoder_layers": 2, "kv_heads": 4},
+    "original": {"encoder_layers": 2, "kv_heads": 4, "tied": False},
     "t5-v1.1": {"preset": "t5-v1.1-tiny", "encoder_layers": 2},
     "relative": {"positions": "relative"},
 }
@@ -44,14 +44,14 @@ def build(name):
         given |= {"architecture": "decoder", "pooler": False, "next_sentence": False}
     model = ModelConfig(**{**BASE, **given, **VARIANTS.get(name, {})})
     # Sharper than fresh weights, so that continuations differ and do not hang on ties; drawn by numpy: none compiles.
-    rng = np.random.default_rng(1)
-    flat = {
-        path: jnp.asarray(
-            rng.normal(path.endswith("norm/scale") and not model.norm_plus_one, 0.3, w.shape), jnp.float32
-        )
-        for path, w in weights.flatten(calls.abstract(model)).items()
-    }
-    return model, weights.unflatten(flat)
+    # Post-norm layers repeat one token for ever where their weights drown the positions.
+    rng, deviation = np.random.default_rng(1), 0.15 if name == "original" else 0.3
+
+    def drawn(path, w):
+        middle = path.endswith("norm/scale") and not model.norm_plus_one
+        return jnp.asarray(rng.normal(middle, deviation, w.shape), jnp.float32)
+
+    return model, weights.unflatten({p: drawn(p, w) for p, w in weights.flatten(calls.abstract(model)).items()})
 
 
 def full_forward(model, params, prompts, out_BN):
