@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,8 +124,32 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
 
     Raises RequestError where the folder is no artifact, or is damaged, or does not fit the mesh.
     """
-    import jax
     import orbax.checkpoint as ocp
+
+    from llmctl import weights
+
+    there = abstract(path, mesh)
+    target = {name: weights.parts(w) for name, w in weights.flatten(there.params).items()}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(
+                (there.path / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in target.items()})
+            )
+    except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
+        raise RequestError(f"{path}/params: damaged ({_one_line(str(e))}); run the stage that made it again") from e
+    arrays = {name: _lookup(tree, name) for name in target}
+    arrays = {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
+    if digest(arrays) != there.manifest.digest:
+        raise RequestError(
+            f"{path}/params: damaged (digest differs from the manifest's); run the stage that made it again"
+        )
+    params = {name: weights.assemble(there.manifest.weights[name], arrays[name]) for name in target}
+    return replace(there, params=weights.unflatten(params))
+
+
+def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
+    """As `load`, with shapes, types and shardings in place of arrays: only the manifest is read."""
+    import jax
 
     from llmctl import mesh as meshes
     from llmctl import weights
@@ -137,38 +161,12 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
     if not manifest.weights:
         raise RequestError(f"{path}: holds no model (stage {manifest.stage!r}); name an artifact with parameters")
     mesh = mesh or meshes.make(MeshConfig())
-    stored = {
-        name: {
-            part: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
-            for part, (dtype, shape) in record["parts"].items()
-        }
-        for name, record in manifest.weights.items()
-    }
-    nodes = {name: weights.assemble(manifest.weights[name], arrays) for name, arrays in stored.items()}
+    nodes = {}
+    for name, record in manifest.weights.items():
+        parts = {k: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(d)) for k, (d, shape) in record["parts"].items()}
+        nodes[name] = weights.assemble(record, parts)
     _check_shapes(path, nodes, weights.flatten(calls.abstract(manifest.model)))
-    shardings = weights.flatten(calls.shardings(manifest.model, weights.unflatten(nodes), mesh))
-    target = {
-        name: {
-            part: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
-            for (part, a), s in zip(stored[name].items(), weights.parts(shardings[name]).values(), strict=True)
-        }
-        for name in stored
-    }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(
-                (path / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in target.items()})
-            )
-    except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
-        raise RequestError(f"{path}/params: damaged ({_one_line(str(e))}); run the stage that made it again") from e
-    arrays = {name: _lookup(tree, name) for name in stored}
-    arrays = {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
-    if digest(arrays) != manifest.digest:
-        raise RequestError(
-            f"{path}/params: damaged (digest differs from the manifest's); run the stage that made it again"
-        )
-    params = {name: weights.assemble(manifest.weights[name], arrays[name]) for name in stored}
-    return Artifact(path, manifest, weights.unflatten(params))
+    return Artifact(path, manifest, calls.laid_out(manifest.model, weights.unflatten(nodes), mesh))
 
 
 def _plain(parts: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -42,7 +43,7 @@ class Job:
     """What a stage wants trained."""
 
     params: Params
-    """Where to start; sharded over the mesh."""
+    """Where to start; sharded over the mesh. Abstract arrays do for compiling alone."""
     loss: Callable[..., tuple[jax.Array, Sums]]
     """(params, batch, dropout key, *constants) -> (sum of losses, sums with "weight"); the step divides by it."""
     rows: Any
@@ -99,6 +100,47 @@ def state_shardings(optimizer: Any, config: OptimConfig, named: Params, mesh: ja
     return lies | {"optimizer": optim.shardings(shapes["optimizer"], params, shapes["params"], whole)}
 
 
+@dataclass(frozen=True)
+class Program:
+    """A job's step as it runs: its state laid out over the mesh, and given away at every step."""
+
+    step: Any
+    """Compiled (state, (fixed, constants), batch) -> (state, metrics)."""
+    begin: Any
+    """Compiled (trained arrays) -> the first state."""
+    named: Params
+    """The arrays that are trained, float32 whatever the parent stores (an import may be bfloat16): small updates must
+    not round away."""
+    fixed: Params
+    """Those that are not."""
+    state: State
+    """Shapes and shardings of the state."""
+
+
+def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.sharding.Mesh, seed: int) -> Program:
+    """Nothing is computed nor traced yet, so `job.params` may be abstract and `mesh` of devices that are not there."""
+    trained, fixed = split(job)
+    named = {name: _master(a) for name, a in trained.items()}
+    training_matmul.check(train.matmuls, named)
+    step, optimizer = make_step(job, train, config, seed)
+    shardings = state_shardings(optimizer, config, named, mesh)
+    begin = partial(fresh, optimizer, config)
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(begin, named), shardings
+    )
+    return Program(
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        jax.jit(begin, out_shardings=shardings),
+        named,
+        fixed,
+        state,
+    )
+
+
+def _master(a: Any) -> Any:
+    return a.astype(jnp.float32) if isinstance(a, jax.Array) else a.update(dtype=jnp.dtype("float32"))
+
+
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
     """The step (state, fixed arrays, batch) -> (state, metrics), and the optimizer whose state it keeps."""
     optimizer = optim.build(config, train.steps)
@@ -145,7 +187,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
 
 def _gradients(job: Job, accumulate: int, matmuls: Mapping[str, str]) -> Callable[..., tuple[Params, Sums]]:
     """(trained arrays, fixed arrays, batch, key) -> sums over the whole batch, one microbatch after the other."""
-    template = jax.eval_shape(lambda: job.params)
+    template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), job.params)
 
     def loss(named: Params, fixed: Fixed, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         rest, constants = fixed

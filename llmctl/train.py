@@ -14,11 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmctl import mesh as meshes
-from llmctl import meters, training_matmul, weights
+from llmctl import meters, weights
 from llmctl.artifact import Artifact
 from llmctl.checkpoints import Checkpoints
 from llmctl.data import pipeline
@@ -27,7 +26,7 @@ from llmctl.metrics import Reporter
 from llmctl.model import ModelConfig, calls, flash
 from llmctl.profiling import Profile
 from llmctl.settings import OptimConfig, TrainConfig
-from llmctl.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, fresh, make_step, split, state_shardings
+from llmctl.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, make_step, program, state_shardings
 
 if TYPE_CHECKING:
     from llmctl.stages import Context
@@ -68,13 +67,7 @@ def fit(
     full; either way the same command goes on from the last checkpoint.
     """
     _check_batch(train, mesh)
-    named, fixed = split(job)
-    # Masters are float32 whatever the parent stores (an import may be bfloat16): small updates must not round away.
-    named = {name: a.astype(jnp.float32) for name, a in named.items()}
-    training_matmul.check(train.matmuls, named)
-    step_fn, optimizer = make_step(job, train, optim_config, seed)
-    shardings = state_shardings(optimizer, optim_config, named, mesh)
-    begin = partial(fresh, optimizer, optim_config)
+    runs = program(job, train, optim_config, mesh, seed)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_requests())
@@ -82,13 +75,8 @@ def fit(
         stack.enter_context(flash.use(train.attention))
         say: list[str] = []
         checkpoints = stack.enter_context(Checkpoints(ctx.work / "checkpoints", train.keep, say.append))
-        shapes = jax.eval_shape(begin, named)
-        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-        found = checkpoints.restore(abstract)
-        state, meta = found or (
-            jax.jit(begin, out_shardings=shardings)(named),
-            {"step": 0, "best": None, "best_step": None, "bad": 0},
-        )
+        found = checkpoints.restore(runs.state)
+        state, meta = found or (runs.begin(runs.named), {"step": 0, "best": None, "best_step": None, "bad": 0})
         report = stack.enter_context(
             Reporter(
                 ctx.work,
@@ -104,15 +92,14 @@ def fit(
         about = [flash.describe(job.model, train.seq_len, train.dtype)] if job.model else []
         for line in [*say, *about, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
-        compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
-        loop = _Loop(job, train, compiled, fixed, checkpoints, report, stop, mesh)
+        loop = _Loop(job, train, runs.step, runs.fixed, checkpoints, report, stop, mesh)
         loop.peak = meters.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json") if job.flops else None
         loop.profile = stack.enter_context(Profile(train.profile, report.events_folder))
         state, meta = loop.run(state, meta)
         named = _answer(state)
         if loop.keeps_best and meta["best"] is not None and meta["best_step"] != meta["step"]:
-            named = checkpoints.restore_best(meta["best_step"], _answer(abstract))
-        params = weights.rebuild(job.params, named | fixed)
+            named = checkpoints.restore_best(meta["best_step"], _answer(runs.state))
+        params = weights.rebuild(job.params, named | runs.fixed)
         metrics = {"steps": meta["step"], **{f"validation_{k}": v for k, v in job.validate(params).items()}}
         if loop.keeps_best:
             metrics |= {"best_step": meta["best_step"]}

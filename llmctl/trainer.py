@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,18 +23,53 @@ CHOOSES = {"classify": BY_ACCURACY}
 """By head: what the best parameters of a task are chosen by; the loss where nothing is said."""
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What a stage trains, before there are rows: the arrays may be abstract."""
+
+    model: ModelConfig
+    """The network as it is left behind."""
+    params: dict[str, Any]
+    """Where to start."""
+    dropout: float | None = None
+    """While training, instead of the network's own."""
+    loss: Loss | None = None
+    """Instead of the loss of the model's head."""
+    beside: ModelConfig | None = None
+    """What runs forward beside the model (a teacher)."""
+    how: dict[str, Any] = field(default_factory=dict)
+    """Further fields of `llmctl.step.Job`."""
+
+    @property
+    def trains(self) -> ModelConfig:
+        """The network as it trains."""
+        return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
+
+
+def job(config: Any, learner: Learner, rows: Any, validate: Any) -> train.Job:
+    """The job of a stage with settings `train`; `validate` as in Job."""
+    settings, model = config.train, learner.trains
+    own = loss_of(
+        model,
+        dtype=jnp.dtype(settings.dtype),
+        remat=settings.remat,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+    )
+    beside = cost.of_rows(learner.beside, shapes(rows)) if learner.beside else 0.0
+    return train.Job(
+        params=learner.params,
+        loss=learner.loss or own,
+        model=model,
+        flops=3 * cost.of_rows(model, shapes(rows)) + beside,
+        rows=rows,
+        validate=validate,
+        **learner.how,
+    )
+
+
 def run(
-    config: Any,
-    ctx: Context,
-    mesh: jax.sharding.Mesh,
-    *,
-    model: ModelConfig,
-    params: dict[str, Any],
-    rows: Any,
-    unseen: Any,
-    loss: Loss | None = None,
-    beside: float = 0.0,
-    **how: Any,
+    config: Any, ctx: Context, mesh: jax.sharding.Mesh, learner: Learner, rows: Any, unseen: Any
 ) -> tuple[dict[str, Any], dict[str, Any], Validation]:
     """Trains by a stage's settings: (parameters, metrics, the validation that they were measured with).
 
@@ -41,36 +77,18 @@ def run(
       config: the stage's, with `title`, `seed`, `train` and `optim`.
       ctx: where checkpoints and the log go.
       mesh: the devices.
-      model: the network as it trains, dropout included.
-      params: where to start.
+      learner: what to train.
       rows: what to learn from.
       unseen: what to validate on.
-      loss: instead of the loss of the model's head.
-      beside: FLOPs a token of what runs beside the model (a teacher).
-      how: further fields of `llmctl.step.Job`.
 
     Raises:
       Interrupted, WorkError: as `llmctl.train.fit`.
     """
-    settings, dtype = config.train, jnp.dtype(config.train.dtype)
-    held_out = Validation(loss_of(model, dtype=dtype), unseen, settings.batch_size, settings.eval_batches, mesh)
-    own = loss_of(
-        model,
-        dtype=dtype,
-        remat=settings.remat,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-    )
-    job = train.Job(
-        params=params,
-        loss=loss or own,
-        model=model,
-        flops=3 * cost.of_rows(model, shapes(rows)) + beside,
-        rows=rows,
-        validate=held_out,
-        **how,
-    )
-    params, metrics = train.fit(job, settings, config.optim, mesh, ctx, config.seed, config.title)
+    settings = config.train
+    judge = loss_of(learner.trains, dtype=jnp.dtype(settings.dtype))
+    held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
+    made = job(config, learner, rows, held_out)
+    params, metrics = train.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)
     return params, metrics, held_out
 
 

@@ -92,6 +92,11 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
     return shard_params(axes(cfg), params, mesh)
 
 
+def laid_out(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
+    """Abstract parameters with their shardings. Raises RequestError as `shardings`."""
+    return jax.tree.map(lambda a, s: a.update(sharding=s), params, shardings(cfg, params, mesh))
+
+
 def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
     """Raises RequestError where the tensor axis would cut a head, or where stages would differ in their layers."""
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]

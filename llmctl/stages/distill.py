@@ -14,8 +14,11 @@ from llmctl.settings import OptimConfig, TrainConfig
 from llmctl.stages import Context, StageConfig
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from llmctl.artifact import Artifact
     from llmctl.model.loss import Loss
+    from llmctl.trainer import Learner
 
 
 class Config(StageConfig):
@@ -47,13 +50,10 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the student in `ctx.out`."""
-    import jax.numpy as jnp
-
-    from llmctl import artifact, mesh, train, trainer
+    from llmctl import artifact, mesh, trainer
     from llmctl.data import tokenizer
     from llmctl.data.language import Text
     from llmctl.data.tasks import stage_rows
-    from llmctl.model import cost
 
     devices = mesh.make(config.mesh)
     if not config.teacher:
@@ -62,8 +62,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         raise RequestError("distill: train.label_smoothing and train.z_loss are for training on labels; set them to 0")
     teacher = artifact.load(next(iter(ctx.siblings.values())), devices)
     student = artifact.load(parent, devices) if parent and config.model is None else None
-    model = _student_model(config, teacher, student)
-    train.check(model, config.train, devices)
+    learns = learner(config, teacher, student, devices)
     tokens = tokenizer.load(teacher.tokenizer_dir)
     text = Text(config.data)
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
@@ -71,35 +70,43 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     def rows(split: str, shuffle: bool) -> Any:
         return stage_rows(
-            model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
+            learns.model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 
-    learn = rows("train", True)
-    learner = model.model_copy(update={"dropout": config.dropout})
-    params, metrics, _ = trainer.run(
-        config,
-        ctx,
-        devices,
-        model=learner,
-        params=student.params if student else train.initialize(model, config.seed, devices),
-        rows=learn,
-        unseen=rows("validation", False),
-        loss=_loss(config, learner, teacher.model, jnp.dtype(config.train.dtype)),
-        beside=cost.of_rows(teacher.model, trainer.shapes(learn)),
-        constants=(teacher.params,),
-        holds_zeros=train.pruned(student),
-        **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
-    )
+    params, metrics, _ = trainer.run(config, ctx, devices, learns, rows("train", True), rows("validation", False))
     origin = student or teacher
     ctx.leave(
         config,
         params,
-        model,
+        learns.model,
         parent=origin.manifest,
         labels=teacher.manifest.labels,
         metrics=metrics | {"teacher": teacher.manifest.digest},
         tokenizer_dir=teacher.tokenizer_dir,
+    )
+
+
+def learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
+    """The student, whole or fresh, and the loss that has it answer like the teacher."""
+    import jax.numpy as jnp
+
+    from llmctl import train, trainer
+
+    model = _student_model(config, teacher, student)
+    train.check(model, config.train, mesh)
+    trains = model.model_copy(update={"dropout": config.dropout})
+    return trainer.Learner(
+        model,
+        student.params if student else train.initialize(model, config.seed, mesh),
+        config.dropout,
+        _loss(config, trains, teacher.model, jnp.dtype(config.train.dtype)),
+        beside=teacher.model,
+        how={
+            "constants": (teacher.params,),
+            "holds_zeros": train.pruned(student),
+            **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
+        },
     )
 
 

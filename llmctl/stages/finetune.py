@@ -14,8 +14,11 @@ from llmctl.settings import OptimConfig, TrainConfig
 from llmctl.stages import Context, StageConfig
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from llmctl.artifact import Artifact
     from llmctl.model import ModelConfig
+    from llmctl.trainer import Learner
 
 
 class LoraConfig(Settings):
@@ -64,62 +67,67 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the finetuned artifact in `ctx.out`."""
     import jax
 
-    from llmctl import artifact, mesh, train, trainer, weights
+    from llmctl import artifact, mesh, trainer, weights
     from llmctl.data import tokenizer
     from llmctl.data.language import Text
     from llmctl.data.tasks import stage_rows
-    from llmctl.tune import lora
 
     if parent is None:
         raise RequestError("finetune: nothing to start from; name an artifact with `from` (--from)")
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices)
-    _refuse_undoing(config, base)
-    train.check(base.model, config.train, devices)
     tokens = tokenizer.load(base.tokenizer_dir)
     text = Text(config.data)
     labels = list(text.classes) if config.task == "classify" else []
-    model, params = _with_head(config, base, labels, devices)
-    if config.freeze_layers > model.layers:
-        raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
+    learns = learner(config, base, labels, devices)
 
     def rows(split: str, shuffle: bool) -> Any:
         return stage_rows(
-            model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
+            learns.model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
             seed=config.seed, shuffle=shuffle, truncate=config.truncate,
         )  # fmt: skip
 
-    low_rank = config.method == "lora"
-    if low_rank:
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        settings = config.lora
-        params = lora.attach(model, params, settings.rank, settings.alpha, settings.targets, key, devices)
-    learner = model.model_copy(update={"dropout": config.dropout})
     params, metrics, held_out = trainer.run(
-        config,
-        ctx,
-        devices,
-        model=learner,
-        params=params,
-        rows=rows("train", True),
-        unseen=rows("validation", False),
-        trains=(lambda name: lora.is_pair(name) or name.startswith("head/")) if low_rank else (lambda _: True),
-        frozen_layers=config.freeze_layers,
-        holds_zeros=train.pruned(base),
-        **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
+        config, ctx, devices, learns, rows("train", True), rows("validation", False)
     )
-    if low_rank and config.merge:
+    if config.method == "lora" and config.merge:
         params = jax.jit(weights.merge_low_rank)(params)
         metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
     ctx.leave(
         config,
         params,
-        model,
+        learns.model,
         parent=base.manifest,
         labels=labels,
         metrics=metrics,
         tokenizer_dir=base.tokenizer_dir,
     )
+
+
+def learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:
+    """What is trained: the parent under the task's head, whole or through low-rank pairs."""
+    import jax
+
+    from llmctl import train, trainer
+    from llmctl.tune import lora
+
+    _refuse_undoing(config, base)
+    train.check(base.model, config.train, mesh)
+    model, params = _with_head(config, base, labels, mesh)
+    if config.freeze_layers > model.layers:
+        raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
+    low_rank = config.method == "lora"
+    if low_rank:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        settings = config.lora
+        params = lora.attach(model, params, settings.rank, settings.alpha, settings.targets, key, mesh)
+    how = {
+        "trains": (lambda name: lora.is_pair(name) or name.startswith("head/")) if low_rank else (lambda _: True),
+        "frozen_layers": config.freeze_layers,
+        "holds_zeros": train.pruned(base),
+        **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
+    }
+    return trainer.Learner(model, params, config.dropout, how=how)
 
 
 def _refuse_undoing(config: Config, base: Artifact) -> None:

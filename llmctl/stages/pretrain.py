@@ -14,7 +14,11 @@ from llmctl.settings import OptimConfig, TrainConfig
 from llmctl.stages import Context, StageConfig
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from llmctl.artifact import Artifact
     from llmctl.data.pretraining import Objective
+    from llmctl.trainer import Learner
 
 
 class Config(StageConfig):
@@ -49,19 +53,13 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves a language model in `ctx.out`."""
-    from llmctl import artifact, console, mesh, train, trainer
+    from llmctl import artifact, console, mesh, trainer
     from llmctl.data import baselines, tokenizer
     from llmctl.data.language import Text
 
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
-    model = base.model if base else config.model
-    if base and (not base.plain or model.head != "lm"):
-        raise RequestError(
-            f"{base.path}: cannot be pretrained further: it is quantized, has low-rank pairs or another head than lm"
-        )
-    train.check(model, config.train, devices)
-    objective = _objective(config, model)
+    objective = aim(config, base, devices)
     text = Text(config.data)
     words = ctx.work / "tokenizer"
     if base:
@@ -73,9 +71,6 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         tokens = text.tokenizer(_with_sentinels(config.tokenizer, objective, config.train.seq_len))
         tokens.save(words)
         (ctx.work / "tokenizer.done").touch()
-    if not base:
-        answers = model.next_sentence and objective.name == "next_sentence"
-        model = model.model_copy(update={"vocab_size": tokens.vocab_size, "next_sentence": answers})
 
     def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
         return text.rows(
@@ -84,29 +79,47 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         )  # fmt: skip
 
     learn = rows("train", True, config.train.steps * config.train.batch_size)
-    params = base.params if base else train.initialize(model, config.seed, devices)
     unseen = rows("validation", False)
     blind: dict[str, float] = {}
     if objective.name != "causal":
         blind = baselines.guesses(unseen, config.train.batch_size * config.train.eval_batches)
         console.say(f"{config.title}: knowing nothing of the context {baselines.describe(blind)}")
-    params, metrics, _ = trainer.run(
-        config, ctx, devices, model=model, params=params, rows=learn, unseen=unseen, holds_zeros=train.pruned(base)
-    )
+    learns = learner(config, base, tokens.vocab_size, devices)
+    params, metrics, _ = trainer.run(config, ctx, devices, learns, learn, unseen)
     ctx.leave(
         config,
         params,
-        model,
+        learns.model,
         parent=base.manifest if base else None,
         metrics=metrics | blind | {"tokens_an_epoch": learn.tokens, "padding": learn.waste},
         tokenizer_dir=words,
     )
 
 
-def _objective(config: Config, model: ModelConfig) -> Objective:
-    """What the network is to learn. Raises RequestError where it cannot."""
+def learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
+    """What is trained: the parent, or a fresh network over `vocab_size` tokens."""
+    from llmctl import train, trainer
+
+    if base:
+        model, params = base.model, base.params
+    else:
+        answers = config.model.next_sentence and aim(config, None, mesh).name == "next_sentence"
+        model = config.model.model_copy(update={"vocab_size": vocab_size, "next_sentence": answers})
+        params = train.initialize(model, config.seed, mesh)
+    return trainer.Learner(model, params, how={"holds_zeros": train.pruned(base)})
+
+
+def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
+    """What the network is to learn. Raises RequestError where it cannot, or not on this mesh."""
+    from llmctl import train
     from llmctl.data import pretraining
 
+    model = base.model if base else config.model
+    if base and (not base.plain or model.head != "lm"):
+        raise RequestError(
+            f"{base.path}: cannot be pretrained further: it is quantized, has low-rank pairs or another head than lm"
+        )
+    train.check(model, config.train, mesh)
     name = config.objective or pretraining.default(model.architecture, model.next_sentence)
     pretraining.check(name, model.architecture, model.next_sentence)
     if model.positions == "learned" and config.train.seq_len > model.max_seq_len:

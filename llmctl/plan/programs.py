@@ -1,0 +1,160 @@
+"""The programs of a stage, from its config and abstract arrays alone: the stage's own functions, nothing computed.
+
+Arrays here are shapes with types and shardings on a mesh of devices that need not be attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llmctl import mesh as meshes
+from llmctl import step, trainer
+from llmctl.artifact import Artifact
+from llmctl.data import DataConfig, tokenizer
+from llmctl.data.byte_tokenizer import ByteTokenizer
+from llmctl.errors import RequestError
+from llmctl.model import ModelConfig, calls, flash
+from llmctl.plan import rows as made_up
+from llmctl.stages import distill, finetune, pretrain
+from llmctl.trainer import Learner
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled function that a stage runs again and again."""
+
+    title: str
+    """What it does: train step, prefill, …"""
+    model: ModelConfig
+    mesh: Mesh
+    lower: Callable[[], Any] = field(repr=False)
+    """To StableHLO, for the mesh's platform."""
+    flops: float
+    """Operations of the model that a run stands for, on all devices, as `llmctl.model.cost` counts them."""
+    tokens: int
+    """What a run reads (or, decoding, writes) on all devices."""
+    rows: int
+    """Sequences a run."""
+    seq_len: int
+    dtype: str
+    remat: str = "none"
+    accumulate: int = 1
+    steps: int = 0
+    """How often the stage runs it; 0 where the data decides."""
+    parameters: Tree = ()
+    optimizer: Tree = ()
+    batch: Tree = ()
+    cache: Tree = ()
+    trained: bool = False
+
+
+def bytes_of(tree: Tree) -> int:
+    """Bytes of abstract arrays on the fullest device."""
+    total = 0
+    for a in jax.tree.leaves(tree):
+        shape = a.sharding.shard_shape(a.shape) if a.sharding else a.shape
+        bits = 4 if str(a.dtype) in ("int4", "uint4") else 8 * np.dtype(a.dtype).itemsize
+        total += int(np.prod(shape)) * bits // 8
+    return total
+
+
+def batch_of(rows: Any, size: int, mesh: Mesh) -> dict[str, Any]:
+    """A batch of `size` rows, abstract, split as the stages split it."""
+    return {
+        name: jax.ShapeDtypeStruct((size, *a.shape), a.dtype, sharding=meshes.batch_sharding(mesh, a.ndim + 1))
+        for name, a in rows[0].items()
+    }
+
+
+def training(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
+    """The optimizer step of a stage that trains."""
+    train = config.train
+    job = trainer.job(config, learner, rows, validate=None)
+    runs = step.program(job, train, config.optim, mesh, config.seed)
+    batch = batch_of(rows, train.batch_size, mesh)
+
+    def lower() -> Any:
+        with meshes.use(mesh), flash.use(train.attention):
+            return runs.step.lower(runs.state, (runs.fixed, job.constants), batch)
+
+    state = dict(runs.state)
+    held = [state.pop("params"), state.pop("ema", ()), runs.fixed, job.constants]
+    tokens = sum(a.shape[1] for name, a in batch.items() if name in ("tokens", "encoder_tokens")) * train.batch_size
+    return Program(
+        "train step",
+        learner.model,
+        mesh,
+        lower,
+        flops=job.flops * tokens,
+        tokens=tokens,
+        rows=train.batch_size,
+        seq_len=train.seq_len,
+        dtype=train.dtype,
+        remat=train.remat,
+        accumulate=train.accumulate,
+        steps=train.steps,
+        parameters=held,
+        optimizer=state,
+        batch=batch,
+        trained=True,
+    )
+
+
+def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
+    """The learner that `build` makes of an artifact, with arrays that are shapes: what it computes is only traced."""
+    made: list[Learner] = []
+
+    def trace(params: Tree) -> Tree:
+        made.append(build(base and replace(base, params=params)))
+        return made[0].params
+
+    shapes = jax.eval_shape(trace, base and base.params)
+    return replace(made[0], params=calls.laid_out(made[0].model, shapes, mesh))
+
+
+def of_pretrain(config: pretrain.Config, base: Artifact | None, mesh: Mesh) -> tuple[Learner, list[Program]]:
+    """What `pretrain` trains, and its step."""
+    learner = abstractly(mesh, lambda b: pretrain.learner(config, b, vocabulary(config), mesh), base)
+    rows = made_up.of_text(pretrain.aim(config, base, mesh), config.train.seq_len, config.packing)
+    return learner, [training(config, learner, rows, mesh)]
+
+
+def of_finetune(config: finetune.Config, base: Artifact, mesh: Mesh) -> tuple[Learner, list[Program]]:
+    """What `finetune` trains, and its step."""
+    labels = classes(config.data, base) if config.task == "classify" else []
+    learner = abstractly(mesh, lambda b: finetune.learner(config, cast(Artifact, b), labels, mesh), base)
+    rows = made_up.of_examples(learner.model, config.data, config.train.seq_len)
+    return learner, [training(config, learner, rows, mesh)]
+
+
+def of_distill(
+    config: distill.Config, teacher: Artifact, student: Artifact | None, mesh: Mesh
+) -> tuple[Learner, list[Program]]:
+    """What `distill` trains, and its step, in which the teacher runs as well."""
+    learner = abstractly(mesh, lambda s: distill.learner(config, teacher, s, mesh), student)
+    rows = made_up.of_examples(learner.model, config.data, config.train.seq_len)
+    return learner, [training(config, learner, rows, mesh)]
+
+
+def vocabulary(config: pretrain.Config) -> int:
+    """Tokens of the tokenizer, as far as it can be known before there is one."""
+    given = config.tokenizer
+    if given.path:
+        try:
+            return tokenizer.obtain((), given).vocab_size
+        except RequestError:
+            return config.model.vocab_size
+    return ByteTokenizer.new(given.sentinels).vocab_size if given.kind == "bytes" else given.vocab_size
+
+
+def classes(data: DataConfig, base: Artifact) -> list[str]:
+    """The classes of the data, or the parent's, or two where nobody says."""
+    return list(data.classes) or base.manifest.labels or ["no", "yes"]

@@ -1,0 +1,50 @@
+"""Rows of a stage without its data: made-up texts through the stage's own objectives, for their shapes and types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmctl.data import DataConfig
+from llmctl.data.byte_tokenizer import ByteTokenizer
+from llmctl.data.corpus import tokenize
+from llmctl.data.pretraining import Objective
+from llmctl.data.source import Table
+from llmctl.data.splits import Examples
+from llmctl.data.tasks import task_rows
+from llmctl.model import ModelConfig
+
+TOKENIZER = ByteTokenizer.new(sentinels=1000)
+"""Stands for the stage's: no array of a row depends on which tokens there are."""
+TEXT = "Once there was a text. It had some sentences! "
+COPIES = 4
+
+
+def of_text(objective: Objective, seq_len: int, packing: Any = "segments") -> Any:
+    """What `objective` makes of documents."""
+    documents = tokenize([TEXT * (1 + seq_len // len(TEXT))] * COPIES, TOKENIZER)
+    return objective.rows(documents, TOKENIZER, seq_len, seed=0, packing=packing, shuffle=False)
+
+
+def of_examples(model: ModelConfig, data: DataConfig, seq_len: int) -> Any:
+    """What the head of `model` reads of examples that have the columns which `data` maps, and text."""
+    columns = tuple(dict.fromkeys([*(c for c in data.columns if c != "label"), "text"]))
+    numbers = model.head == "regress"
+    return task_rows(
+        model,
+        Examples(
+            source=Table("made up", columns, [(TEXT,) * len(columns)] * COPIES, range(COPIES)),
+            columns=columns,
+            index=np.arange(COPIES),
+            fraction=np.linspace(0, 1, COPIES, endpoint=False),
+            digests=np.zeros((COPIES, 16), np.uint8),
+            chars=np.full(COPIES, len(TEXT)),
+            labels=np.zeros(COPIES, np.float32 if numbers else np.int32),
+            part=np.zeros(COPIES, np.int32),
+            classes=() if numbers else ("no", "yes"),
+        ),
+        TOKENIZER,
+        seq_len,
+        shuffle=False,
+    )
