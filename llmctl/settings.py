@@ -79,8 +79,8 @@ class TrainConfig(Config):
     attention: Literal["auto", "xla"] = "auto"
     """The platform's fused kernel where it has one (TPU, GPU), or always the plain form."""
     remat: Literal["none", "minimal", "full", "offload"] = "none"
-    """What the backward pass recomputes: nothing, all but the matmul outputs (offload: which wait in the host's
-    memory), everything."""
+    """What the backward pass recomputes: nothing, what is not a matrix product (minimal), that and attention while the
+    products wait in the host's memory (offload), everything."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates at the end alone."""
     eval_batches: int = Field(default=32, ge=1)

@@ -13,9 +13,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llmctl.model import ModelConfig
 
+KEPT = "attention"
+"""Name of what the backward pass reads, for rematerialization policies: kept, no product of the scores is repeated."""
 MASKED = -1e30
 """Score of a pair that may not attend; finite, so that a row with nothing to see (padding) stays finite."""
 
@@ -82,7 +85,7 @@ def _forward(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: An
     total = jnp.sum(p, axis=-1, keepdims=True)
     B, G, N, _ = q.shape
     y = _product(p.astype(v.dtype).reshape(B, G, N, -1), v, 3, 2, jnp.float32) / total.reshape(B, G, N, 1)
-    y = y.astype(v.dtype)
+    q, k, v, y, top, total = (checkpoint_name(a, KEPT) for a in (q, k, v, y.astype(v.dtype), top, total))
     return y, (q, k, v, mask_BTS, bias_HTS, y, top, total)
 
 

@@ -16,12 +16,15 @@ from llmctl.mesh import constrain
 from llmctl.model import ModelConfig
 from llmctl.model.attention import Attention, RelativeBias, Shared, local_layers, share, visible
 from llmctl.model.layers import ACTIVATIONS, Dense, Dropout, FeedForward, Norm
+from llmctl.model.softmax import KEPT
 
 Batch = dict[str, jax.Array]
 
 REMAT = {
     "none": None,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "minimal": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }

@@ -124,5 +124,5 @@ def test_what_the_backward_pass_recomputes_changes_no_gradient():
         grads[remat] = jax.jit(grad)(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads[remat], grads["none"])
     products = {remat: text.count("dot_general") for remat, text in steps.items()}
-    assert products["none"] < products["minimal"] == products["offload"] < products["full"]
+    assert products["none"] == products["minimal"] < products["offload"] < products["full"]
     assert "host" in steps["offload"] and "host" not in steps["minimal"]
