@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,9 @@ def results(
             programs[name] = measured
         say(f"{name}: {headline(out[-1])}")
     if programs:
+        kinds = Counter(d.device_kind for d in mesh.devices.flat)
+        for result in out:
+            result["timed_on"] = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
         say(f"timing {', '.join(programs)}, in turn, {config.repeats} rounds")
         _time(programs, out, config)
     return out

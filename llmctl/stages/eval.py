@@ -24,6 +24,7 @@ class Config(StageConfig):
     """Measure artifacts: accuracy, perplexity, size and speed, on the same held-out examples."""
 
     produces: ClassVar[bool] = False
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent"})  # what is timed depends on where
     artifact_fields: ClassVar[tuple[str, ...]] = ("of",)
 
     kind: Literal["eval"] = "eval"

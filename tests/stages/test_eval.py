@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl import artifact, weights
+from llmctl import artifact, chain, weights
 from llmctl.data import DataConfig, TokenizerConfig, splits, tokenizer
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
@@ -78,6 +78,12 @@ def measured(run_folder, tmp_path, data, names, **settings):
     return json.loads((ctx.out / "results.json").read_text())
 
 
+def test_what_is_timed_elsewhere_is_measured_anew(data):
+    config = stage.Config(data=data)
+    assert chain.key(config, None) != chain.key(config.model_copy(update={"platform": "tpu"}), None)
+    assert chain.key(config, None) == chain.key(config.model_copy(update={"name": "again"}), None)
+
+
 def test_classifiers_are_scored_on_every_held_out_example(run_folder, tmp_path, data):
     big, small = measured(run_folder, tmp_path, data, ["big", "small"])
     held = splits.examples(data, "test")
@@ -85,6 +91,7 @@ def test_classifiers_are_scored_on_every_held_out_example(run_folder, tmp_path, 
     assert big["task"] == "classification"
     assert big["metrics"]["confusion"] == [[0, len(held) - positive], [0, positive]]
     assert big["metrics"]["accuracy"] == positive / len(held)
+    assert big["timed_on"] == "1 x cpu"
     assert big["digest"] == artifact.read_manifest(run_folder / "big").digest != small["digest"]
     # What the trained artifact was cut to holds for what was made from it, though only its ancestor says so.
     assert big["protocol"] == small["protocol"]
