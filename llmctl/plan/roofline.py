@@ -81,7 +81,7 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
 def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """Axis -> (devices between neighbours, size)."""
     found, stride = {}, 1
-    for axis, size in reversed(mesh.items()):
+    for axis, size in reversed(list(mesh.items())):
         found[axis] = (stride, size)
         stride *= size
     return found
