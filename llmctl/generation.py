@@ -10,6 +10,7 @@ import numpy as np
 
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.errors import RequestError
+from llmctl.model.beam import BeamSearch
 from llmctl.model.decode import NOTHING, Decoder
 from llmctl.model.sampling import Sampling
 
@@ -30,6 +31,8 @@ class Continuation:
     """What is certain: no unfinished character, nothing that may still turn out to be a stop string."""
     source_ids: list[int] = field(default_factory=list)
     """The prompt as an encoder-decoder's encoder reads it."""
+    score: float | None = None
+    """Of a beam search's answer."""
     ended: str = ""
     """Why it ended: "end" (an end token), "stop" (a stop string), "length"; empty while it goes on."""
 
@@ -105,23 +108,19 @@ def continue_rows(
     seed: int = 0,
     chunk: int = 16,
     speed: Speed | None = None,
+    ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
     """Continues a batch in place; yields the text of each row that has become certain, chunk by chunk.
 
+    Rows end with a token of `ends`, by default the tokenizer's end of sequence.
+
     Raises RequestError where a prompt leaves no room for a continuation.
     """
-    speed = speed or Speed()
-    prompts = [r.source_ids or r.prompt_ids for r in rows]
-    longest = max(map(len, prompts))
-    reads = decoder.model.encoder_layers > 0
-    room = decoder.model.max_seq_len - (1 if reads and longest <= decoder.model.max_seq_len else longest)
-    if room < 1:
-        raise RequestError(f"a prompt fills the model's longest sequence ({decoder.model.max_seq_len} tokens)")
-    ends = [tokenizer.eos_id]
+    speed, ends = speed or Speed(), ends or [tokenizer.eos_id]
     stopped_B = np.zeros(len(rows), bool)
     chunks = decoder.generate(
-        prompts,
-        min(max_new, room),
+        _prompts(rows),
+        min(max_new, _room(decoder, rows)),
         ends=ends,
         sampling=sampling,
         seed=seed,
@@ -140,3 +139,44 @@ def continue_rows(
         yield new
         begun = time.perf_counter()
     yield [row.finish(tokenizer.decode) for row in rows]
+
+
+def search_rows(
+    search: BeamSearch,
+    tokenizer: Tokenizer,
+    rows: Sequence[Continuation],
+    max_new: int,
+    *,
+    speed: Speed | None = None,
+    ends: Sequence[int] = (),
+) -> None:
+    """Gives every row the best answer of a beam search, whole, with its score; a stop string cuts it afterwards.
+
+    Raises RequestError where a prompt leaves no room for a continuation.
+    """
+    speed, ends = speed or Speed(), ends or [tokenizer.eos_id]
+    begun, timed = time.perf_counter(), speed.tokens > 0  # the first batch compiles
+    tokens_BWN, scores_BW = search(_prompts(rows), min(max_new, _room(search.decoder, rows)), ends)
+    for row, ids, score in zip(rows, tokens_BWN[:, 0], scores_BW[:, 0], strict=True):
+        row.score = float(score)
+        row.add(ids.tolist(), tokenizer.decode, ends)
+        row.finish(tokenizer.decode)
+    made = sum(len(row.ids) for row in rows)
+    speed.tokens += made
+    if timed:
+        speed.timed_tokens += made
+        speed.seconds += time.perf_counter() - begun
+
+
+def _prompts(rows: Sequence[Continuation]) -> list[list[int]]:
+    return [r.source_ids or r.prompt_ids for r in rows]
+
+
+def _room(decoder: Decoder, rows: Sequence[Continuation]) -> int:
+    """New tokens that fit beside the longest prompt. Raises RequestError where none does."""
+    longest, most = max(map(len, _prompts(rows))), decoder.model.max_seq_len
+    reads = decoder.model.encoder_layers > 0
+    room = most - (1 if reads and longest <= most else longest)
+    if room < 1:
+        raise RequestError(f"a prompt fills the model's longest sequence ({most} tokens)")
+    return room

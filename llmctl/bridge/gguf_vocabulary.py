@@ -152,9 +152,7 @@ def write(writer: Any, folder: Path, rows: int) -> str:
     writer.add_pad_token_id(words.pad_id)
     writer.add_unk_token_id(words.unk_id)
     writer.add_add_bos_token(words.add_bos)
-    config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
-    if isinstance(template, str):
+    if template := tokenizers.chat_template(folder):
         writer.add_chat_template(template)
     return _difference(words) if isinstance(words, SentencePieces) else ""
 

@@ -1,8 +1,10 @@
 """`llmctl generate`."""
 
+import itertools
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,48 +12,71 @@ from llmctl import console
 from llmctl.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from llmctl.artifact import Manifest
+    from llmctl.artifact import Artifact
     from llmctl.filling import Filler
+    from llmctl.model.decode import Decoder
+    from llmctl.model.sampling import Sampling
 
 
 def generate(
     artifact_dir: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A language model.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; several make a batch.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help='A file with one prompt a line (.jsonl: a text, or an object with "prompt"); with --chat, '
+            "a JSON list of messages."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer turns, one a line, in the words of the tokenizer's chat template.")
+    ] = False,
+    system: Annotated[str, typer.Option(help="With --chat: the system message that it begins with.")] = "",
     max_new: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Draw from tokens this fraction as likely as the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 lowers what was said before.")] = 1.0,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search for the likeliest whole answer; 1 is none.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Beams: power of its length that divides an answer's score.")
+    ] = 1.0,
+    early_stopping: Annotated[
+        str,
+        typer.Option(
+            help="Beams end with as many finished answers: no (where none better is likely), yes (at "
+            "once), never (where none better is possible)."
+        ),
+    ] = "no",
     stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Continue text, or fill its masks: prompts from flags, a file, or line by line from standard input.
+    """Continue text, chat, or fill masks: prompts from flags, a file, or line by line from standard input.
 
     An encoder-decoder answers prompts; an encoder fills every <mask> with the likeliest word.
     """
-    prompts = [*(prompt or []), *(_lines(file) if file else [])]
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
-    interactive = not prompts and not file
-    if file and not prompts:
-        raise RequestError(f"{file}: holds no prompt")
+    if (prompt and chat) or (system and not chat):
+        raise RequestError(
+            "--system belongs to --chat, and --prompt does not: turns come from standard input or --file"
+        )
+    texts = None if chat else _texts(prompt or [], file)
 
     from llmctl.artifact import load, read_manifest
     from llmctl.data import tokenizer as tokenizers
     from llmctl.filling import Filler
-    from llmctl.generation import Speed, begin, continue_rows
+    from llmctl.model.beam import Beams, BeamSearch
     from llmctl.model.decode import Decoder
     from llmctl.model.sampling import Sampling
 
     try:
         rules = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        width = Beams(beams, length_penalty, early_stopping)
     except ValueError as e:
         raise RequestError(str(e)) from None
     model = read_manifest(artifact_dir).model
@@ -59,54 +84,110 @@ def generate(
         raise RequestError(
             f"{artifact_dir}: is a {model.architecture} with the head {model.head!r}; it cannot generate"
         )
+    if beams > 1 and (rules != Sampling() or chat or model.architecture == "encoder"):
+        raise RequestError("--beams: a search for the likeliest answer neither draws, nor chats, nor fills masks")
+    if chat and model.architecture != "decoder":
+        raise RequestError(f"--chat: {artifact_dir} is an {model.architecture}, and a conversation needs a decoder")
     loaded = load(artifact_dir)
     words = tokenizers.load(loaded.tokenizer_dir)
     if model.architecture == "encoder":
-        filler = Filler(model, loaded.params, words, dtype)
-        texts = (line.rstrip("\n") for line in sys.stdin if line.strip()) if interactive else prompts
-        _fill(filler, texts, top_k or 5, loaded.manifest if json else None)
+        _fill(loaded, Filler(model, loaded.params, words, dtype), texts or _stdin(), top_k or 5, json)
         return
-    encoded = model.architecture == "encoder_decoder"
     decoder = Decoder(model, loaded.params, dtype, start=words.pad_id)
+    common: dict[str, Any] = {"max_new": max_new, "sampling": rules, "seed": seed, "stops": stop or ()}
+    if chat:
+        _chat(loaded, decoder, file, system, json, **common)
+        return
+    search = BeamSearch(decoder, width) if beams > 1 else None
+    batches = _batches(texts, batch_size) if texts else ([line] for line in _stdin())
+    _continue(loaded, decoder, batches, texts is None, json, search=search, **common)
+
+
+def _continue(
+    loaded: "Artifact",
+    decoder: "Decoder",
+    batches: Iterable[list[str]],
+    interactive: bool,
+    json: bool,
+    *,
+    search: Any,
+    max_new: int,
+    sampling: "Sampling",
+    seed: int,
+    stops: Iterable[str],
+) -> None:
+    """Prints prompts with what follows them, a single one as it is made."""
+    from llmctl.data import tokenizer as tokenizers
+    from llmctl.generation import Speed, begin, continue_rows, search_rows
+
+    words, encoded = tokenizers.load(loaded.tokenizer_dir), decoder.model.architecture == "encoder_decoder"
     speed, done = Speed(), []
-    batches: Iterable[list[str]] = (
-        ([line.rstrip("\n")] for line in sys.stdin if line.strip())
-        if interactive
-        else (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
-    )
     for batch in batches:
         live = len(batch) == 1 and not json
         if live and not interactive and not encoded:
             _write(batch[0])
-        rows = begin(words, batch, stop or (), encoded=encoded)
-        for new in continue_rows(decoder, words, rows, max_new, sampling=rules, seed=seed, speed=speed):
+        rows = begin(words, batch, list(stops), encoded=encoded)
+        if search:
+            search_rows(search, words, rows, max_new, speed=speed)
             if live:
-                _write(new[0])
+                _write(rows[0].text)
+        else:
+            for new in continue_rows(decoder, words, rows, max_new, sampling=sampling, seed=seed, speed=speed):
+                if live:
+                    _write(new[0])
         if live:
             _write("\n")
         elif not json:
             _write("".join(f"{'' if encoded else r.prompt}{r.text}\n" for r in rows))
-        done += [{"prompt": r.prompt, "text": r.text, "tokens": len(r.ids), "ended": r.ended} for r in rows]
-    rate = speed.tokens_per_second
-    if json:
-        digest = loaded.manifest.digest
-        console.result({"artifact": loaded.manifest.name, "digest": digest, "results": done, "tokens_per_second": rate})
-    else:
-        console.say(f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else ""))
+        done += [
+            {"prompt": r.prompt, "text": r.text, "tokens": len(r.ids), "ended": r.ended}
+            | ({"score": r.score} if search else {})
+            for r in rows
+        ]
+    _report(loaded, json, {"results": done}, speed)
 
 
-def _fill(filler: "Filler", texts: "Iterable[str]", k: int, manifest: "Manifest | None") -> None:
-    """Prints every text with its masks filled; with a manifest one JSON object with the `k` likeliest tokens a mask."""
+def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str, json: bool, **options: Any) -> None:
+    """Answers the messages of a file, or every line of standard input; prints the answers as they are made."""
+    from llmctl import chat
+    from llmctl.data import tokenizer as tokenizers
+
+    words = tokenizers.load(loaded.tokenizer_dir)
+    template = chat.Template(tokenizers.chat_template(loaded.tokenizer_dir), words)
+    talk = chat.Conversation(template, decoder, chat.ends(loaded.tokenizer_dir, words))
+    talk.messages += [{"role": "system", "content": system}] if system else []
+    turns = [chat.read_messages(file)] if file else ([{"role": "user", "content": line}] for line in _stdin())
+    for turn in turns:
+        talk.messages += turn
+        for new in talk.answer(**options):
+            if not json:
+                _write(new)
+        if not json:
+            _write("\n")
+    _report(loaded, json, {"messages": talk.messages}, talk.speed)
+
+
+def _fill(loaded: "Artifact", filler: "Filler", texts: Iterable[str], k: int, json: bool) -> None:
+    """Prints every text with its masks filled; as JSON with the `k` likeliest tokens a mask."""
     done = []
     for text in texts:
         for filled in filler.fill([text], k):
             masks = [[{"token": token, "probability": p} for token, p in mask] for mask in filled.masks]
             done.append({"prompt": filled.prompt, "text": filled.text, "masks": masks})
-            if not manifest:
+            if not json:
                 _write(filled.text + "\n")
                 console.say("\n".join("  " + ", ".join(f"{t} {p:.0%}" for t, p in mask) for mask in filled.masks))
-    if manifest:
-        console.result({"artifact": manifest.name, "digest": manifest.digest, "results": done})
+    if json:
+        console.result({"artifact": loaded.manifest.name, "digest": loaded.manifest.digest, "results": done})
+
+
+def _report(loaded: "Artifact", json: bool, result: dict[str, Any], speed: Any) -> None:
+    rate = speed.tokens_per_second
+    if json:
+        named = {"artifact": loaded.manifest.name, "digest": loaded.manifest.digest}
+        console.result({**named, **result, "tokens_per_second": rate})
+    else:
+        console.say(f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else ""))
 
 
 def _write(text: str) -> None:
@@ -115,10 +196,43 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _lines(file: Path) -> list[str]:
+def _stdin() -> Iterator[str]:
+    return (line.rstrip("\n") for line in sys.stdin if line.strip())
+
+
+def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
+    texts_left = iter(texts)
+    return iter(lambda: list(itertools.islice(texts_left, size)), [])
+
+
+def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
+    """Prompts from flags and a file; None where neither is given, and they come from standard input."""
+    if file is None:
+        return prompts or None
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise RequestError(f"--file {file}: no such file") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RequestError(f"--file {file}: cannot be read ({e})") from None
+    found = [
+        *prompts,
+        *((_said(file, i, line) for i, line in enumerate(lines, 1)) if file.suffix == ".jsonl" else lines),
+    ]
+    if not found:
+        raise RequestError(f"{file}: holds no prompt")
+    return found
+
+
+def _said(file: Path, number: int, line: str) -> str:
+    """The prompt in a line of JSON: a text, or an object's "prompt"."""
+    import json
+
+    try:
+        value = json.loads(line)
+    except ValueError as e:
+        raise RequestError(f"--file {file}: line {number} is not JSON ({e})") from None
+    value = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(value, str) or not value:
+        raise RequestError(f'--file {file}: line {number} has no prompt; write a text, or {{"prompt": "…"}}')
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,10 @@ SENTINEL = "<extra_id_{}>"
 
 MASK = "<mask>"
 """How people write the mask, whatever the tokenizer's own spelling."""
+
+
+SPOILED = "\ufdd0"
+"""Stands inside a special token's spelling that is meant as text; Unicode gives no text this character."""
 
 
 class Tokenizer(ABC):
@@ -87,6 +92,33 @@ class Tokenizer(ABC):
             raise ValueError("the tokenizer has no mask token")
         first, *rest = (self.encode(part) for part in text.split(MASK))
         return [*first, *(i for part in rest for i in (self.mask_id, *part))]
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Every special token as it is written -> its id."""
+        return {}
+
+    @property
+    def spelled(self) -> dict[str, str]:
+        """How chat templates name the special tokens ("bos_token", …) -> how they are written."""
+        names = {i: text for text, i in self.special_ids.items()}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
+        return {name: names[i] for name, i in ids.items() if i in names}
+
+    def encode_spelled(self, text: str) -> list[int]:
+        """`encode` of what a chat template wrote: special tokens that are spelled out are those tokens.
+
+        A spelling with `SPOILED` in it is text, without that character.
+        """
+        special = self.special_ids
+        if not special:
+            return self.encode(text.replace(SPOILED, ""))
+        pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        parts = re.split(f"({pattern})", text)
+        out: list[int] = []
+        for i, part in enumerate(parts):
+            out += [special[part]] if i % 2 else self.encode(part.replace(SPOILED, "")) if part else []
+        return out
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a text that the model is to continue."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from etils import epath
 from tokenizers import Tokenizer as Backend
 
-from llmctl.data.abstract_tokenizer import MASK, SENTINEL, Tokenizer
+from llmctl.data.abstract_tokenizer import MASK, SENTINEL, SPOILED, Tokenizer
 
 SPELLINGS = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
@@ -84,6 +84,24 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"its {name} token {self.special[name]!r} is not in its vocabulary")
         return None
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        added = self._backend.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special or i in self._hidden}
+
+    def encode_spelled(self, text: str) -> list[int]:
+        if SPOILED in text:
+            return super().encode_spelled(text)
+        return self._encode_special(text)  # as a whole: a part on its own may get a space before it
+
+    def _encode_special(self, text: str) -> list[int]:
+        """`encode`, this once with special tokens where they are spelled."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self._backend.encode_special_tokens = True
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
@@ -98,13 +116,8 @@ class JsonTokenizer(Tokenizer):
         if self.mask_id is None:
             raise ValueError("the tokenizer has no mask token")
         own = self.special["mask"]
-        self._backend.encode_special_tokens = False  # this once, text that spells the mask is the mask
-        try:
-            # only an added token that takes the space before it does so by itself
-            ids = self._backend.encode(text.replace(f" {MASK}", own).replace(MASK, own), add_special_tokens=False).ids
-        finally:
-            self._backend.encode_special_tokens = True
-        return ids
+        # only an added token that takes the space before it does so by itself
+        return self._encode_special(text.replace(f" {MASK}", own).replace(MASK, own))
 
     def pieces(self) -> list[str]:
         raw = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]

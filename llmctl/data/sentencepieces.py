@@ -58,6 +58,11 @@ class SentencePieces(Tokenizer):
         """How a token is written."""
         return self._sp.id_to_piece(i)
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        special = (i for i in range(self.vocab_size) if self._sp.is_control(i) or self._sp.is_unknown(i))
+        return {self._sp.id_to_piece(i): i for i in special}
+
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 

@@ -15,7 +15,7 @@ from llmctl.data.json_tokenizer import JsonTokenizer
 from llmctl.data.paths import folder
 from llmctl.errors import RequestError
 
-__all__ = ["Tokenizer", "load", "obtain", "train"]
+__all__ = ["Tokenizer", "chat_template", "load", "obtain", "train"]
 
 KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (JsonTokenizer, sentencepieces.SentencePieces, ByteTokenizer)}
 """Class of each kind that a descriptor can name, in the order in which foreign folders are searched."""
@@ -82,3 +82,21 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
     if add_bos is not None:
         tokenizer.add_bos = add_bos
     return tokenizer
+
+
+def chat_template(folder: epath.PathLike) -> str | None:
+    """The chat template that lies in a tokenizer's folder, alone or in tokenizer_config.json; None where none does.
+
+    Raises:
+        RequestError: a damaged file.
+    """
+    alone, beside = (epath.Path(folder) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    if alone.is_file():
+        return alone.read_text()
+    try:
+        found = json.loads(beside.read_text()).get("chat_template") if beside.is_file() else None
+    except (ValueError, AttributeError) as e:
+        raise RequestError(f"{beside}: damaged ({e})") from None
+    if isinstance(found, list):  # several, by name
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+    return found if isinstance(found, str) else None

@@ -76,8 +76,7 @@ class Decoder:
         """
         inputs, slots = self.inputs(prompts, max_new)
         rules = sampling or Sampling()
-        # A few end tokens more or less must not compile anew. NOTHING marks rows that have ended already.
-        ends_E = jnp.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], jnp.int32)
+        ends_E = padded_ends(ends)
         keys_B = row_keys(seed, len(prompts))
         state = self._prefill(self.rest, self.layers, *inputs, keys_B, ends_E, slots=slots, rules=rules)
         yield np.asarray(state["token"])[:, None]
@@ -227,6 +226,11 @@ class Decoder:
         out_BN = jnp.full((len(state["token"]), count), NOTHING, jnp.int32)
         _, state, out_BN = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out_BN))
         return state, out_BN
+
+
+def padded_ends(ends: Sequence[int]) -> np.ndarray:
+    """End tokens int32 [E]; a few more or less must not compile anew. NOTHING marks rows that have ended already."""
+    return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:

@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl import chat
 from llmctl.bridge import folder as folders
 from llmctl.bridge import gguf
 from llmctl.bridge.tensors import of_array
 from llmctl.data import tokenizer
 from llmctl.model import calls
+from llmctl.model.decode import Decoder
 
 
 def package(name):
     """The folder of an installed package, which is not imported: its code may need others."""
     spec = importlib.util.find_spec(name)
     if spec is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} is not installed: `make test-all` does it")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -72,6 +74,12 @@ def test_smollm2_knows_the_capital_of_france(tmp_path):
     ids = words.prompt("The capital of France is")
     assert ids == [504, 3575, 282, 4649, 314]
     assert words.decode(greedy(params, rows([ids]))) == " Paris"
+    # In a conversation too, whose template the file brings.
+    template = chat.Template(tokenizer.chat_template(tmp_path), words)
+    talk = chat.Conversation(template, Decoder(found.model, params), chat.ends(tmp_path, words))
+    talk.messages.append({"role": "user", "content": "What is the capital of France?"})
+    assert "Paris" in "".join(talk.answer(24))
+    assert template.prompt(talk.messages)[:2] == [1, 9690]  # <|im_start|>system
 
 
 def test_glassllm_predicts_as_its_own_code_does():
