@@ -6,9 +6,9 @@ it is restored with explicit types and shardings onto any mesh, and its digest i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmctl.atomic import size, writing
 from llmctl.errors import RequestError
+from llmctl.inventory import digest, take
 from llmctl.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the layout; a reader refuses a later one."""
-PRUNED = 0.01
-"""From this share of zeros on, matrices count as pruned: training leaves exact zeros behind almost never."""
 
 
 class Parent(BaseModel):
@@ -139,11 +138,11 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
         raise RequestError(f"{path}/params: damaged ({_one_line(str(e))}); run the stage that made it again") from e
     arrays = {name: _lookup(tree, name) for name in target}
     arrays = {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
-    if digest(arrays) != there.manifest.digest:
+    params = {name: weights.assemble(there.manifest.weights[name], arrays[name]) for name in target}
+    if digest(params) != there.manifest.digest:
         raise RequestError(
             f"{path}/params: damaged (digest differs from the manifest's); run the stage that made it again"
         )
-    params = {name: weights.assemble(there.manifest.weights[name], arrays[name]) for name in target}
     return replace(there, params=weights.unflatten(params))
 
 
@@ -189,49 +188,9 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
         )
 
 
-def digest(arrays: dict[str, dict[str, Any]]) -> str:
-    """SHA-256 over the arrays, one at a time on the host: {name: {part: array}} -> hex."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        for part, a in sorted(arrays[name].items()):
-            host = multihost_utils.process_allgather(a, tiled=True) if jax.process_count() > 1 else a
-            host = np.ascontiguousarray(np.asarray(host))
-            total.update(f"{name}:{part}:{host.dtype}:{host.shape}\n".encode())
-            total.update(host.tobytes())
-    return total.hexdigest()
-
-
-def measure(params: dict[str, Any]) -> dict[str, Any]:
-    """{"parameters", "sparsity", "pruned", "bits"}, counted. Integers do not tell whether they were pruned."""
-    import jax.numpy as jnp
-
-    from llmctl import weights
-
-    stored_bits = zeros = entries = 0
-    floats = [0, 0]
-    for name, w in weights.flatten(params).items():
-        for part, a in weights.parts(w).items():
-            stored_bits += (
-                a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
-            )
-            if part in ("", "qvalue", "base", "base.qvalue") and name.endswith("kernel"):
-                here = int(jnp.sum(jnp.sum(a == 0, axis=-1), dtype=jnp.float32))
-                zeros, entries = zeros + here, entries + a.size
-                if jnp.issubdtype(a.dtype, jnp.floating):
-                    floats = [floats[0] + here, floats[1] + a.size]
-    parameters = weights.count(params)
-    pruned = floats[0] > PRUNED * max(floats[1], 1)
-    sparsity = zeros / max(entries, 1)
-    return {"parameters": parameters, "sparsity": sparsity, "pruned": pruned, "bits": stored_bits / parameters}
-
-
 def save(
     out: Path,
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     model: ModelConfig,
     *,
     stage: str,
@@ -243,27 +202,33 @@ def save(
     metrics: dict[str, Any] | None = None,
     tokenizer_dir: Path | None = None,
     log: Path | None = None,
+    written: Path | None = None,
 ) -> Manifest:
-    """Writes the artifact `out` atomically and returns its manifest; a full disk is a WorkError and leaves nothing."""
+    """Writes the artifact `out` atomically and returns its manifest; a full disk is a WorkError and leaves nothing.
+
+    Where `written` is a folder that has the arrays already, it becomes the artifact's `params`, and `params` is what it
+    holds by path, read one weight at a time.
+    """
     import orbax.checkpoint as ocp
 
     from llmctl import weights
     from llmctl.data import tokenizer as tokenizers
 
     out = Path(out)
-    flat = weights.flatten(params)
-    arrays = {path: weights.parts(w) for path, w in flat.items()}
+    flat = params if written else weights.flatten(dict(params))
     with writing(out) as draft:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(
-                (draft / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in arrays.items()})
-            )
-            checkpointer.wait_until_finished()
+        measured = take(flat)
+        if written:
+            shutil.move(written, draft / "params")
+        else:
+            tree = weights.unflatten({path: _plain(weights.parts(w)) for path, w in flat.items()})
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((draft / "params").absolute(), tree)
+                checkpointer.wait_until_finished()
         if tokenizer_dir:
             shutil.copytree(tokenizer_dir, draft / "tokenizer")
         if log and log.exists():
             shutil.copy(log, draft / "log.jsonl")
-        measured = measure(params)
         measured["pruned"] |= parent is not None and parent.pruned and measured["bits"] < 32
         manifest = Manifest(
             format=FORMAT,
@@ -274,14 +239,12 @@ def save(
             model=model.model_copy(update={"preset": ""}),
             labels=labels or [],
             bytes=size(draft / "params"),
-            digest=digest(arrays),
             parent=Parent(name=parent.name, digest=parent.digest) if parent else None,
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
             config=config,
             metrics=metrics or {},
             seq_len=config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),
             truncate=config.get("truncate") or (parent.truncate if parent else ""),
-            weights={path: weights.describe(w) for path, w in flat.items()},
             versions=versions(),
             **measured,
         )

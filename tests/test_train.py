@@ -71,7 +71,7 @@ def losses(tmp_path):
 
 
 def digest(params):
-    return artifact.digest({name: {"": a} for name, a in weights.arrays(params).items()})
+    return artifact.digest(weights.arrays(params))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from llmctl import artifact, weights
 from llmctl import mesh as meshes
 from llmctl.bridge import folder as folders
-from llmctl.bridge import gguf, mapping, parity, peft, safetensors, tensors, tokenizers
+from llmctl.bridge import gguf, mapping, parity, peft, safetensors, streaming, tensors, tokenizers
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
 from llmctl.settings import MeshConfig
@@ -40,7 +40,8 @@ def run(
 ) -> dict[str, Any]:
     """Makes the artifact `out` of a Hugging Face folder or a GGUF file.
 
-    Everything is checked by headers before anything is read; parameters are read one at a time.
+    Everything is checked by headers before anything is read. Parameters are read and written one at a time; a run that
+    was killed goes on after the last one that it wrote.
 
     Args:
       source: the folder, or the file.
@@ -65,30 +66,38 @@ def run(
     found = gguf.look(source) if is_gguf else folders.look(source, ignore, drop)
     reference = reference or ((source / REFERENCE) if (source / REFERENCE).is_file() else None)
     expected = {k: np.asarray(t.read()) for k, t in safetensors.read_file(reference).items()} if reference else None
-    with tempfile.TemporaryDirectory(prefix="llmctl-") as work:
-        words = Path(work) / "tokenizer"
+    key = _key(source, dtype)
+    with contextlib.ExitStack() as closing:
+        work = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="llmctl-")))
+        words = work / "tokenizer"
         if is_gguf and not tokenizer:
-            tokenizer = gguf.tokenizer(source, Path(work) / "found")
+            tokenizer = gguf.tokenizer(source, work / "found")
         brought = tokenizers.bring(tokenizer or source, words, found.model)
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
+        stream = closing.enter_context(streaming.opened(out, f"{key} {drop} {found.model.model_dump_json()}"))
+        if stream.before:
+            say(f"{out}: going on after the {len(stream.before)} parameters that were written before")
         with bar("reading", found.nbytes) as wrote:
-            params = folders.load(found, placer(found.model), kind, wrote)
+            folders.load(found, stream.place(placer(found.model), wrote), kind, wrote)
+        stored = stream.finish(shardings(found.model))
         delta = None
         if expected is not None:
+            params = weights.unflatten(dict(stored))
             delta = parity.against_reference(found.model, params, expected, str(reference))
             say(f"{reference}: reproduced, largest difference {delta:.2g}")
         manifest = artifact.save(
             out,
-            params,
+            stored,
             found.model,
             stage="import",
-            key=_key(source, dtype),
+            key=key,
             config={"source": str(source), "dtype": dtype},
             name=name,
             labels=found.labels,
             metrics={"import_parity": delta} if delta is not None else {},
             tokenizer_dir=brought,
+            written=stored.folder,
         )
     return _report(out, manifest, source, delta)
 
@@ -133,8 +142,13 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
 
 def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> mapping.Place:
     """Puts parameters on a mesh (the default one), each where the rules say; every device's part is read alone."""
-    shardings = weights.flatten(calls.shardings(cfg, calls.abstract(cfg), meshes.make(mesh or MeshConfig())))
-    return lambda path, w: jax.make_array_from_callback(w.shape, shardings[path], lambda i: w.read(i or ()))
+    where = shardings(cfg, mesh)
+    return lambda path, w: jax.make_array_from_callback(w.shape, where[path], lambda i: w.read(i or ()))
+
+
+def shardings(cfg: ModelConfig, mesh: MeshConfig | None = None) -> dict[str, Any]:
+    """Where every parameter lies on a mesh (the default one), by its path."""
+    return weights.flatten(calls.shardings(cfg, calls.abstract(cfg), meshes.make(mesh or MeshConfig())))
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ class Pending:
     """One of our parameters, in their tensors still; a device's part of it is read alone."""
 
     shape: tuple[int, ...]
+    dtype: np.dtype
     read: Callable[[tuple[slice, ...]], np.ndarray]
     """Index of a part -> the part; () is the whole."""
 
@@ -123,7 +124,7 @@ def read(
     for path, abstract in weights.flatten(calls.abstract(cfg)).items():
         kind = dtype or np.result_type(*{tensors[name].dtype for _, name in pieces[path]})
         part = partial(_part, pieces[path], tensors, tuple(abstract.shape), kind, wrote)
-        flat[path] = place(path, Pending(tuple(abstract.shape), part))
+        flat[path] = place(path, Pending(tuple(abstract.shape), kind, part))
     return weights.unflatten(flat)
 
 

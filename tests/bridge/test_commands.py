@@ -1,6 +1,7 @@
 """import and export as people run them: there and back, and every kind of bad input in one line with exit code 2."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,17 @@ def test_there_and_back_is_the_same_artifact(saved, exported, call, tmp_path):
     assert after.tokenizer == before.tokenizer == made["tokenizer"]
     ids = tokenizer.load(tmp_path / "a" / "tokenizer").encode("the cat 12")
     assert ids == tokenizer.load(saved / "tokenizer").encode("the cat 12")
+
+
+def test_a_chat_template_goes_out_and_comes_back(saved, call, tmp_path):
+    said = "{{ bos_token }}{{ messages[0]['content'] }}"
+    spoken = tmp_path / "spoken"
+    shutil.copytree(saved, spoken)
+    (spoken / "tokenizer" / "chat_template.jinja").write_text(said)
+    for to, source in (("hf", tmp_path / "hf"), ("gguf", tmp_path / "gguf" / "model.gguf")):
+        assert call("export", spoken, "--to", to, "--out", tmp_path / to)[0] == 0
+        assert call("import", source, "--out", tmp_path / f"from-{to}")[0] == 0
+        assert tokenizer.chat_template(tmp_path / f"from-{to}" / "tokenizer") == said
 
 
 def test_shards_and_types(saved, call, tmp_path):
@@ -71,9 +83,18 @@ def change(folder, tensors=lambda found: found, **config):
     safetensors.write_file(folder / safetensors.SINGLE, tensors(found))
 
 
-def cut(folder):
-    file = folder / safetensors.SINGLE
+def cut(folder, file=None):
+    file = file or folder / safetensors.SINGLE
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def shards(folder):
+    """The folder's tensors again, in three files with an index."""
+    found = {k: of_array(np.array(t.read())) for k, t in safetensors.read_folder(folder).items()}
+    (folder / safetensors.SINGLE).unlink()
+    files = safetensors.write_folder(folder, found, safetensors.total(found.values()) // 2)
+    assert len(files) == 3
+    return files
 
 
 def without(name):
@@ -83,6 +104,11 @@ def without(name):
 NORM = "model.layers.1.input_layernorm.weight"
 SPOILED = {
     "cut off": cut,
+    "holds a pickle (pytorch_model.bin)": lambda folder: (folder / safetensors.SINGLE).rename(
+        folder / "pytorch_model.bin"
+    ),
+    "model-00002-of-00003.safetensors: cut off": lambda folder: cut(folder, shards(folder)[1]),
+    "model-00003-of-00003.safetensors: no such file": lambda folder: shards(folder)[2].unlink(),
     "not readable JSON": lambda folder: (folder / "config.json").write_text("{"),
     "no such file": lambda folder: (folder / "config.json").unlink(),
     f"missing tensors {NORM}": lambda folder: change(folder, without(NORM)),

@@ -25,7 +25,7 @@ def test_on_a_mesh_every_device_reads_its_own_part(exported, params):
             read.append((path, part.size))
             return part
 
-        return put(path, mapping.Pending(w.shape, noted))
+        return put(path, mapping.Pending(w.shape, w.dtype, noted))
 
     loaded = weights.flatten(folders.load(found, place))
     for path, expected in weights.flatten(params).items():

@@ -1,0 +1,112 @@
+"""Parameters on their way into an artifact, written one at a time: the peak is one parameter, and a kill costs one.
+
+What is written lies beside the artifact's place under the key of its source. The same import finds it there and goes
+on; another one begins anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llmctl import weights
+from llmctl.atomic import disk_is_full
+from llmctl.bridge import mapping
+from llmctl.errors import WorkError
+
+
+@contextlib.contextmanager
+def opened(out: Path, key: str) -> Iterator[Stream]:
+    """The stream of an artifact that is to be `out`, of the source that `key` stands for.
+
+    It is gone afterwards, also where something fails; only a process that is killed or interrupted leaves it.
+    """
+    stream = Stream(out, key)
+    try:
+        yield stream
+    except Exception as e:
+        stream.remove()
+        if disk_is_full(e):
+            raise WorkError(
+                f"{out}: the disk is full; nothing was written there, free some space and begin anew"
+            ) from e
+        raise
+    stream.remove()
+
+
+class Stream:
+    """A folder of parameters that grows. Each is committed whole, and noted down, before the next is read."""
+
+    def __init__(self, out: Path, key: str) -> None:
+        """`out` is the artifact's place; `key` says what the parameters come from."""
+        self.folder = out.parent / f".{out.name}.import"
+        self._arrays, self._log, said = (self.folder / name for name in ("arrays", "written", "key"))
+        taken = self._arrays.exists() and not (self._arrays / "state").exists()  # killed while it became an artifact
+        if taken or not said.is_file() or said.read_text() != key:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            said.write_text(key)
+        self.before = set(self._log.read_text().splitlines()) if self._log.is_file() else set()
+        """Parameters that an earlier process has written."""
+        self._targets: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def place(self, placer: mapping.Place, passed: Callable[[int], None]) -> mapping.Place:
+        """Writes parameters instead of keeping them; `passed` hears the bytes of those that are written already."""
+
+        def write(path: str, w: mapping.Pending) -> None:
+            from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import PartialSaveReplacementError
+            from orbax.checkpoint.experimental.v1 import partial
+
+            self._targets[path] = jax.ShapeDtypeStruct(w.shape, w.dtype)
+            if path in self.before:
+                passed(math.prod(w.shape) * w.dtype.itemsize)
+                return
+            with contextlib.suppress(PartialSaveReplacementError):  # killed after it was committed, before it was noted
+                partial.save(str(self._arrays.absolute()), weights.unflatten({path: placer(path, w)}))
+            with self._log.open("a") as log:
+                log.write(f"{path}\n")
+
+        return write
+
+    def finish(self, shardings: Mapping[str, Any]) -> Stored:
+        """All parameters are written: their folder, as an artifact has it, to be read again."""
+        from orbax.checkpoint.experimental.v1 import partial
+
+        if not self._arrays.exists():
+            partial.finalize(str(self._arrays.absolute()))
+        targets = {k: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=shardings[k]) for k, t in self._targets.items()}
+        return Stored(self._arrays / "state", targets)
+
+    def remove(self) -> None:
+        """Nothing is left of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Stored(Mapping[str, Any]):
+    """Parameters by path, each read from disk whenever it is asked for."""
+
+    def __init__(self, folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        self.folder, self.targets = folder, targets
+
+    def __getitem__(self, path: str) -> jax.Array:
+        import orbax.checkpoint as ocp
+
+        tree = weights.unflatten({path: self.targets[path]})
+        options = ocp.args.PyTreeRestore(
+            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(self.folder.absolute(), args=options)
+        return weights.flatten(found)[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)

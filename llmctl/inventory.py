@@ -1,0 +1,68 @@
+"""What a manifest says of its weights: digest, counts and types, taken in one pass that holds one weight at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+PRUNED = 0.01
+"""From this share of zeros on, matrices count as pruned: training leaves exact zeros behind almost never."""
+
+
+def digest(flat: Mapping[str, Any]) -> str:
+    """SHA-256 over the arrays of all weights, one at a time on the host: {path: weight} -> hex."""
+    total = hashlib.sha256()
+    for name in sorted(flat):
+        _add(total, name, flat[name])
+    return total.hexdigest()
+
+
+def _add(total: Any, name: str, w: Any) -> None:
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from llmctl import weights
+
+    for part, a in sorted(weights.parts(w).items()):
+        host = multihost_utils.process_allgather(a, tiled=True) if jax.process_count() > 1 else a
+        host = np.ascontiguousarray(np.asarray(host))
+        total.update(f"{name}:{part}:{host.dtype}:{host.shape}\n".encode())
+        total.update(host.tobytes())
+
+
+def take(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"digest", "parameters", "sparsity", "pruned", "bits", "weights"} of {path: weight}, each looked at once.
+
+    Integers do not tell whether they were pruned.
+    """
+    import jax.numpy as jnp
+
+    from llmctl import weights
+
+    total, records = hashlib.sha256(), {}
+    stored_bits = zeros = entries = parameters = 0
+    floats = [0, 0]
+    for name in sorted(flat):
+        w = flat[name]
+        _add(total, name, w)
+        records[name] = weights.describe(w)
+        parameters += weights.count({name: w})
+        for part, a in weights.parts(w).items():
+            stored_bits += (
+                a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
+            )
+            if part in ("", "qvalue", "base", "base.qvalue") and name.endswith("kernel"):
+                here = int(jnp.sum(jnp.sum(a == 0, axis=-1), dtype=jnp.float32))
+                zeros, entries = zeros + here, entries + a.size
+                if jnp.issubdtype(a.dtype, jnp.floating):
+                    floats = [floats[0] + here, floats[1] + a.size]
+    return {
+        "digest": total.hexdigest(),
+        "parameters": parameters,
+        "sparsity": zeros / max(entries, 1),
+        "pruned": floats[0] > PRUNED * max(floats[1], 1),
+        "bits": stored_bits / parameters,
+        "weights": records,
+    }
