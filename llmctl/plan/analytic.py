@@ -63,12 +63,12 @@ class Setup:
     ema: bool = False
     trained: float = 1.0
     """Share of the parameters that is trained (LoRA's pairs: entries over the model's)."""
-    stored: float = 4.0
-    """Bytes a parameter that is not trained."""
+    stored: float = 0.0
+    """Bytes held besides, a parameter of the model: a frozen base, a teacher; without training the model itself."""
     fused: bool = True
     """The platform's attention kernel, which holds no scores."""
-    teacher: ModelConfig | None = None
-    """A model that runs beside, forward only (float32 parameters)."""
+    beside: float = 0.0
+    """Operations of a step, over all devices, of what runs beside the model (a teacher)."""
     cached: int = 0
     """Tokens a row in the cache of keys and values."""
     hessians: bool = False
@@ -95,7 +95,7 @@ class Setup:
 
 
 def of_training(model: ModelConfig, train: TrainConfig, optim: OptimConfig, mesh: Mapping[str, int]) -> Setup:
-    """The step of `pretrain` or a full `finetune`; `replace` its fields for LoRA, a teacher or the plain attention."""
+    """The step of `pretrain` or a full `finetune`; `replace` fields for LoRA, a teacher or the plain attention."""
     return Setup(
         model=model, mesh=mesh, rows=train.batch_size, seq_len=train.seq_len, dtype=train.dtype, remat=train.remat,
         accumulate=train.accumulate, optimizer=optim.name, ema=bool(optim.ema),
@@ -143,18 +143,10 @@ def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
 def estimate(setup: Setup) -> Memory:
     """Bytes of one device at the fullest moment of a step."""
     own = entries(setup.model, setup.mesh)
-    parameters = own.total * (4.0 * setup.trained + setup.stored * (1 - setup.trained))
-    if not setup.optimizer:
-        parameters = own.total * setup.stored
-    elif setup.trained < 1:  # pairs beside a frozen base
-        parameters = own.total * (setup.stored + 4.0 * setup.trained)
-    if setup.ema:
-        parameters += 4.0 * own.total * setup.trained
-    if setup.teacher:
-        parameters += 4.0 * entries(setup.teacher, setup.mesh).total
+    trained = 4.0 * setup.trained * (2 if setup.ema else 1) if setup.optimizer else 0.0
     batch = 20.0 * setup.rows * setup.seq_len / setup.size("data", "fsdp")
     return Memory(
-        parameters=parameters,
+        parameters=own.total * (trained + setup.stored),
         optimizer=_optimizer(setup, own),
         temporaries=training(setup, own) if setup.optimizer else forward(setup, own),
         batch=batch,

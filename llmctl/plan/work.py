@@ -7,7 +7,7 @@ pass, gradients scattered back, activations reduced over tensor after each half 
 from __future__ import annotations
 
 from llmctl.model import cost
-from llmctl.plan.analytic import Setup, entries, scores, widths
+from llmctl.plan.analytic import AXES, Setup, entries, scores, widths
 from llmctl.plan.hlo import Collective, Counts
 
 BLOCK = 512
@@ -31,8 +31,7 @@ def counts(setup: Setup) -> Counts:
     if model.head == "lm":
         flops += passes * 2 * tokens * model.d_model * model.vocab_size / tensor
     attention = _attention(setup, trains, again)
-    if setup.teacher:
-        flops += 2 * tokens * sum(cost.parameters(setup.teacher)[k] for k in ("encoder", "decoder", "head")) / tensor
+    flops += setup.beside / setup.size(*AXES)
     kernels = {"attention": setup.depth * setup.accumulate} if setup.fused else {}
     return Counts(
         flops=flops + (0.0 if setup.fused else attention),
@@ -54,8 +53,10 @@ def _attention(setup: Setup, trains: bool, again: bool) -> float:
         blocks = max(1, T // BLOCK)
         share = (blocks + 1) / (2 * blocks) if causal else 1.0
         share *= min(1.0, 2 * window / T)
+    elif (ring := setup.size("context")) > 1 and causal:  # of 2 x 2 pairs of pieces 3 with itself, 2 with others
+        share = (2 * ring + 1) / (4 * ring)
     else:
-        share = (0.5 if causal else 1.0) if setup.size("context") > 1 else 1.0
+        share = 1.0
     # "minimal" keeps what the plain form made; recomputed, its scores serve the backward pass as well
     repeated = again * (2 if setup.fused else 0 if setup.remat == "minimal" else 1)
     products = 2 + (7 if setup.fused else 5) * trains + repeated

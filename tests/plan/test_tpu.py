@@ -1,0 +1,74 @@
+"""A training step compiled for TPUs that are not there (libtpu): what the counter must find in it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llmctl import mesh as meshes
+from llmctl import step
+from llmctl.model import ModelConfig, calls, flash
+from llmctl.model.loss import loss_of
+from llmctl.plan import analytic, hlo, topologies, work
+from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
+
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.slow
+
+MODEL = ModelConfig(
+    family="llama", d_model=512, layers=4, heads=4, kv_heads=4, head_dim=128, d_ff=1024, vocab_size=4096, tied=False
+)
+SIZES = {"data": 1, "fsdp": 4}
+
+
+@pytest.fixture(scope="module", params=["", "int8"])
+def found(request):
+    """(TrainConfig, counts of the compiled step) for 4 chips, matrices in bfloat16 or int8."""
+    matmuls = {"mlp/*": request.param} if request.param else {}
+    train = TrainConfig(batch_size=4, seq_len=1024, dtype="bfloat16", remat="full", matmuls=matmuls)
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv("TPU_SKIP_MDS_QUERY", "1")
+        env.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        from jax.experimental import topologies as devices
+
+        there = devices.get_topology_desc(**topologies.find("v5e:2x2").arguments).devices
+        mesh = meshes.make(MeshConfig(**SIZES), there)
+        params = calls.abstract(MODEL)
+        lies = calls.shardings(MODEL, params, mesh)
+        params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, lies)
+        loss = loss_of(MODEL, dtype=jnp.bfloat16, remat="full")
+        job = step.Job(params=params, loss=loss, rows=None, validate=lambda _: {})
+        named, fixed = step.split(job)
+        fn, made = step.make_step(job, train, OptimConfig(), 0)
+        lies = step.state_shardings(made, OptimConfig(), named, mesh)
+        shapes = jax.eval_shape(partial(step.fresh, made, OptimConfig()), named)
+        state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
+        types = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
+        batch = {
+            n: jax.ShapeDtypeStruct((4, 1024), t, sharding=meshes.batch_sharding(mesh, 2)) for n, t in types.items()
+        }
+        with meshes.use(mesh), flash.use("auto"):
+            done = jax.jit(fn, donate_argnums=0, out_shardings=(lies, None)).lower(state, (fixed, ()), batch).compile()
+    return train, hlo.count(done.as_text(), dict(mesh.shape))
+
+
+def test_operations_are_those_of_the_model(found):
+    train, counts = found
+    expected = work.counts(analytic.of_training(MODEL, train, OptimConfig(), SIZES))
+    assert counts.flops == pytest.approx(expected.flops, rel=0.01) and not counts.unknown_loops
+    assert counts.kernel_flops == pytest.approx(expected.kernel_flops, rel=0.01)
+
+
+def test_the_attention_kernel_is_there(found):
+    assert {name.split("_")[2] for name in found[1].kernels if name.startswith("splash")} == {"fwd", "dkv", "dq"}
+
+
+def test_parameters_travel_while_layers_compute(found):
+    over = [c for c in found[1].collectives if c.axis == "fsdp" and c.kind in ("all-gather", "collective-permute")]
+    assert sum(c.overlapped for c in over) > 0 and sum(c.hidden for c in over) > 0
+
+
+def test_eight_bits_run_in_eight_bits(found):
+    train, counts = found
+    assert ("int8" in counts.flops_by_type) == bool(train.matmuls)
