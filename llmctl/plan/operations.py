@@ -89,14 +89,14 @@ scores again, the gradient of the probabilities, and two more; for queries one l
 def attention(where: Computation, i: Instruction) -> float:
     """Operations of a splash attention kernel, from its shapes: only blocks that may attend run.
 
-    Queries [B, H, T, K] and keys [B, G, S, K]. Where the kernel skips blocks, its table of blocks [., rows, columns]
-    says how many columns a row has: that many, ending at the diagonal.
+    Queries [B, H, T, K] and keys [B, G, S, K], or without B where it is 1. Where the kernel skips blocks, its table of
+    blocks [., rows, columns] says how many columns a row has: that many, ending at the diagonal.
     """
     products = next((n for part, n in PRODUCTS.items() if f"_{part}_" in i.name), 0)
     if "splash" not in i.name or not products:
         return 0.0
     inputs = where.inputs(i)
-    heads = [a for a in inputs if len(a.dims) == 4 and a.dtype in ("bf16", "f32", "f16")]
+    heads = [a for a in inputs if len(a.dims) in (3, 4) and a.dtype in ("bf16", "f32", "f16")]
     if len(heads) < 2:
         return 0.0
     q, k = heads[:2]

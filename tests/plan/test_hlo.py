@@ -284,16 +284,21 @@ SPLASH = """
 %k = bf16[2,2,2048,128]{3,2,1,0} parameter(3)
 %v = bf16[2,2,2048,128]{3,2,1,0} parameter(4)
 %s = s32[2,2048,128]{2,1,0} parameter(5)
+%q1 = bf16[8,2048,128]{2,1,0} parameter(6)
+%k1 = bf16[2,2048,128]{2,1,0} parameter(7)
 ROOT %splash_mha_fwd_segmented.2 = bf16[2,8,2048,128]{3,2,1,0} custom-call(OPERANDS), custom_call_target="tpu_custom_call"
 """
 
 
-@pytest.mark.parametrize("operands, share", [("%m, %n, %q, %k, %v, %s", 10 / 16), ("%q, %k, %v, %s", 1.0)])
-def test_an_attention_kernel_is_named_and_counted_from_its_shapes(operands, share):
+@pytest.mark.parametrize(
+    "operands, share, rows",
+    [("%m, %n, %q, %k, %v, %s", 10 / 16, 2), ("%q, %k, %v, %s", 1.0, 2), ("%m, %n, %q1, %k1, %k1, %s", 10 / 16, 1)],
+)
+def test_an_attention_kernel_is_named_and_counted_from_its_shapes(operands, share, rows):
     """Of 4 x 4 blocks a causal kernel runs 10; where there is no table of blocks all run."""
     found = hlo.count(module(SPLASH.replace("OPERANDS", operands)), {"data": 1})
     assert found.kernels == {"splash_mha_fwd_segmented": 1} and found.flops == 0
-    assert found.kernel_flops == 2 * 2 * (2 * 8 * 2048 * 128) * 2048 * share
+    assert found.kernel_flops == 2 * 2 * (rows * 8 * 2048 * 128) * 2048 * share
 
 
 def test_bytes_of_slices_updates_and_the_chips_own_memory():
