@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from llmctl import mesh as meshes
 from llmctl import step
@@ -22,8 +23,18 @@ MODEL = ModelConfig(
 SIZES = {"data": 1, "fsdp": 4}
 
 
+@pytest.fixture(scope="module")
+def uncached():
+    """What a cache of compiled programs keeps of a TPU's can be read with a TPU alone."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module", params=["", "int8"])
-def found(request):
+def found(request, uncached):
     """(TrainConfig, counts of the compiled step) for 4 chips, matrices in bfloat16 or int8."""
     matmuls = {"mlp/*": request.param} if request.param else {}
     train = TrainConfig(batch_size=4, seq_len=1024, dtype="bfloat16", remat="full", matmuls=matmuls)
@@ -49,7 +60,8 @@ def found(request):
             n: jax.ShapeDtypeStruct((4, 1024), t, sharding=meshes.batch_sharding(mesh, 2)) for n, t in types.items()
         }
         with meshes.use(mesh), flash.use("auto"):
-            done = jax.jit(fn, donate_argnums=0, out_shardings=(lies, None)).lower(state, (fixed, ()), batch).compile()
+            lowered = jax.jit(fn, donate_argnums=0, out_shardings=(lies, None)).lower(state, (fixed, ()), batch)
+        done = lowered.compile()
     return train, hlo.count(done.as_text(), dict(mesh.shape))
 
 
