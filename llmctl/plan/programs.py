@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from llmctl import mesh as meshes
-from llmctl import step, trainer
+from llmctl import step, trainer, weights
 from llmctl.artifact import Artifact
 from llmctl.data import DataConfig, tokenizer
 from llmctl.data.byte_tokenizer import ByteTokenizer
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls, flash
+from llmctl.plan import outcome
 from llmctl.plan import rows as made_up
 from llmctl.stages import distill, finetune, pretrain
 from llmctl.trainer import Learner
@@ -29,7 +29,7 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled function that a stage runs again and again."""
+    """One compiled function that a stage runs again and again, and what lies in memory while it does."""
 
     title: str
     """What it does: train step, prefill, …"""
@@ -40,7 +40,7 @@ class Program:
     flops: float
     """Operations of the model that a run stands for, on all devices, as `llmctl.model.cost` counts them."""
     tokens: int
-    """What a run reads (or, decoding, writes) on all devices."""
+    """What a run reads, or writes, on all devices."""
     rows: int
     """Sequences a run."""
     seq_len: int
@@ -48,22 +48,18 @@ class Program:
     remat: str = "none"
     accumulate: int = 1
     steps: int = 0
-    """How often the stage runs it; 0 where the data decides."""
+    """How often the stage runs it; 0 where that is not settled."""
     parameters: Tree = ()
+    """Arrays in memory while it runs, by class."""
     optimizer: Tree = ()
     batch: Tree = ()
     cache: Tree = ()
-    trained: bool = False
+    beside: Tree = ()
+    """Of these, what the program itself does not take."""
 
 
-def bytes_of(tree: Tree) -> int:
-    """Bytes of abstract arrays on the fullest device."""
-    total = 0
-    for a in jax.tree.leaves(tree):
-        shape = a.sharding.shard_shape(a.shape) if a.sharding else a.shape
-        bits = 4 if str(a.dtype) in ("int4", "uint4") else 8 * np.dtype(a.dtype).itemsize
-        total += int(np.prod(shape)) * bits // 8
-    return total
+Plan = tuple[list[Program], Artifact | None]
+"""The programs of a stage, and what it leaves behind for others."""
 
 
 def batch_of(rows: Any, size: int, mesh: Mesh) -> dict[str, Any]:
@@ -104,7 +100,6 @@ def training(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
         parameters=held,
         optimizer=state,
         batch=batch,
-        trained=True,
     )
 
 
@@ -120,28 +115,35 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
     return replace(made[0], params=calls.laid_out(made[0].model, shapes, mesh))
 
 
-def of_pretrain(config: pretrain.Config, base: Artifact | None, mesh: Mesh) -> tuple[Learner, list[Program]]:
-    """What `pretrain` trains, and its step."""
+def of_pretrain(config: pretrain.Config, base: Artifact | None, mesh: Mesh) -> Plan:
+    """`pretrain`: its step."""
     learner = abstractly(mesh, lambda b: pretrain.learner(config, b, vocabulary(config), mesh), base)
     rows = made_up.of_text(pretrain.aim(config, base, mesh), config.train.seq_len, config.packing)
-    return learner, [training(config, learner, rows, mesh)]
+    left = outcome.left(config, outcome.masters(learner.params), learner.model, base=base)
+    return [training(config, learner, rows, mesh)], left
 
 
-def of_finetune(config: finetune.Config, base: Artifact, mesh: Mesh) -> tuple[Learner, list[Program]]:
-    """What `finetune` trains, and its step."""
+def of_finetune(config: finetune.Config, base: Artifact, mesh: Mesh) -> Plan:
+    """`finetune`: its step."""
     labels = classes(config.data, base) if config.task == "classify" else []
     learner = abstractly(mesh, lambda b: finetune.learner(config, cast(Artifact, b), labels, mesh), base)
     rows = made_up.of_examples(learner.model, config.data, config.train.seq_len)
-    return learner, [training(config, learner, rows, mesh)]
+    merges = config.method == "lora" and config.merge
+    params = jax.eval_shape(weights.merge_low_rank, learner.params) if merges else learner.params
+    params = outcome.masters(calls.laid_out(learner.model, params, mesh))
+    left = outcome.left(config, params, learner.model, base=base, labels=labels)
+    return [training(config, learner, rows, mesh)], left
 
 
-def of_distill(
-    config: distill.Config, teacher: Artifact, student: Artifact | None, mesh: Mesh
-) -> tuple[Learner, list[Program]]:
-    """What `distill` trains, and its step, in which the teacher runs as well."""
+def of_distill(config: distill.Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Plan:
+    """`distill`: its step, in which the teacher runs as well."""
+    student = student if config.model is None else None
     learner = abstractly(mesh, lambda s: distill.learner(config, teacher, s, mesh), student)
     rows = made_up.of_examples(learner.model, config.data, config.train.seq_len)
-    return learner, [training(config, learner, rows, mesh)]
+    left = outcome.left(
+        config, outcome.masters(learner.params), learner.model, base=student or teacher, labels=teacher.manifest.labels
+    )
+    return [training(config, learner, rows, mesh)], left
 
 
 def vocabulary(config: pretrain.Config) -> int:

@@ -1,0 +1,89 @@
+"""Compiling ahead of time for devices that are not attached: the compiler runs here, on this machine's CPU."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from llmctl.errors import RequestError, WorkError
+from llmctl.plan.programs import Program
+from llmctl.plan.topologies import Topology
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program, of one device."""
+
+    text: str
+    """The optimized HLO; empty where it was refused for want of memory."""
+    arguments: int
+    """Bytes of what goes in, and stays while it runs."""
+    outputs: int
+    """Bytes of what comes out and does not take an argument's place."""
+    temporaries: int
+    """Bytes of everything between."""
+    peak: int
+    """Bytes in use at the worst moment."""
+    wants: int
+    """Bytes that a refused program asked for; 0 where it compiled."""
+    seconds: float
+    says: dict[str, float]
+    """The compiler's own cost figures, which count loop bodies once and leave kernels out: to be shown, not used."""
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The topology's devices, to make a mesh of."""
+    import jax
+    from jax.experimental import topologies
+
+    if topology.platform == "cpu":
+        there = jax.devices("cpu")
+        if len(there) < topology.devices:
+            raise RequestError(f"plan: {topology.name}: this process has {len(there)} CPU devices")
+        return there[: topology.devices]
+    return list(topologies.get_topology_desc(**topology.arguments).devices)
+
+
+def compiled(program: Program) -> Compiled:
+    """Compiles. A program that does not fit the memory of its device is a result, not an error.
+
+    Raises WorkError where the compiler fails for another reason.
+    """
+    began = time.monotonic()
+    try:
+        found = program.lower().compile()
+    except RequestError:
+        raise
+    except Exception as e:  # XLA raises one type for everything
+        wants = _wants(str(e))
+        if not wants:
+            raise WorkError(f"plan: {program.title} does not compile: {e}") from e
+        return Compiled("", 0, 0, 0, 0, wants, time.monotonic() - began, {})
+    costs = found.cost_analysis() or {}
+    memory = found.memory_analysis()
+    return Compiled(
+        found.as_text(),
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes,
+        0,
+        time.monotonic() - began,
+        {
+            name.replace(" ", "_"): costs[name]
+            for name in ("flops", "bytes accessed", "optimal_seconds")
+            if name in costs
+        },
+    )
+
+
+COSTS = ("flops", "bytes accessed", "optimal_seconds")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _wants(message: str) -> int:
+    """Bytes that a refused program asked for, from the compiler's own words; 0 where it was about something else."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    return int(float(found[1]) * UNITS[found[2]]) if found else 0

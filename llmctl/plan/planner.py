@@ -1,0 +1,145 @@
+"""A recipe's stages planned in their order: each starts from what the one before it would leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llmctl import artifact
+from llmctl import mesh as meshes
+from llmctl.artifact import Artifact
+from llmctl.config import hint
+from llmctl.errors import RequestError
+from llmctl.plan import compile as compiling
+from llmctl.plan import hlo, outcome, programs, roofline
+from llmctl.plan.programs import Plan, Program
+from llmctl.plan.sizes import bytes_of
+from llmctl.plan.topologies import Topology
+from llmctl.recipe import Recipe, Step
+
+Found = dict[str, Any]
+
+
+def plans(
+    recipe: Recipe,
+    topology: Topology,
+    chosen: Sequence[str] = (),
+    *,
+    tokens: int = 0,
+    compiles: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Found]:
+    """One object a program, in the order of the stages.
+
+    Args:
+      recipe: whose stages; only its settings are read, and the manifests of artifacts outside it.
+      topology: the chips.
+      chosen: names of the stages to plan; all where empty.
+      tokens: budget for the chip-hours; 0 takes each stage's own.
+      compiles: compile, or let the model alone speak.
+      say: told what is being done.
+
+    Raises:
+      RequestError: no such stage; a mesh or a batch that does not divide.
+    """
+    names = [step.name for step in recipe.steps]
+    for name in chosen:
+        if name not in names:
+            raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
+    devices = compiling.devices(topology)
+    made: dict[str, Artifact] = {}
+    found: list[Found] = []
+    last = max((names.index(name) for name in chosen), default=len(names) - 1)
+    for step in recipe.steps[: last + 1]:
+        mesh = meshes.make(explicit(step.config.mesh, len(devices)), devices)
+        built, left = _plan(step, made, mesh)
+        if left:
+            made[step.name] = left
+        if chosen and step.name not in chosen:
+            continue
+        for program in built:
+            say(f"{step.name}: {'compiling' if compiles else 'estimating'} the {program.title} for {topology.name}")
+            found.append({"stage": step.name, **one(program, topology, tokens, compiles)})
+    return found
+
+
+def explicit(mesh: Any, devices: int) -> Any:
+    """The mesh of a recipe with its defaults said: planned CPU devices are all wanted, unlike those of a laptop."""
+    return mesh.model_copy(update={"data": devices}) if mesh == type(mesh)() else mesh
+
+
+def _plan(step: Step, made: dict[str, Artifact], mesh: Mesh) -> Plan:
+    def there(named: str | Path) -> Artifact:
+        return outcome.on(made[named], mesh) if isinstance(named, str) else artifact.abstract(named, mesh)
+
+    base = None if step.parent is None else there(step.parent)
+    others = {name: there(named) for name, named in step.others.items()}
+    config: Any = step.config
+    if config.kind == "pretrain":
+        return programs.of_pretrain(config, base, mesh)
+    if config.kind == "distill":
+        if not others:
+            raise RequestError("distill: no teacher; name an artifact with `teacher` (--teacher)")
+        return programs.of_distill(config, next(iter(others.values())), base, mesh)
+    if base is None:
+        raise RequestError(f"{step.name}: nothing to start from; name an artifact with `from` (--from)")
+    if config.kind == "finetune":
+        return programs.of_finetune(config, base, mesh)
+    raise RequestError(f"{step.name}: {config.kind} stages are not planned")
+
+
+def one(program: Program, topology: Topology, tokens: int, compiles: bool) -> Found:
+    """What is known of one program."""
+    axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
+    found: Found = {
+        "program": program.title,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": axes,
+        "rows_per_step": program.rows,
+        "seq_len": program.seq_len,
+        "tokens_per_step": program.tokens,
+        "flops_per_step": program.flops,
+    }
+    if not compiles:
+        raise RequestError("plan: --no-compile is not there yet")
+    done = compiling.compiled(program)
+    return found | _memory(program, topology, done) | _work(program, topology, done, axes, tokens)
+
+
+def _memory(program: Program, topology: Topology, done: compiling.Compiled) -> Found:
+    """Bytes of one device: what lies there by arithmetic on the shardings, what comes between by the compiler."""
+    held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
+    total = done.wants or bytes_of(program.beside) + done.arguments + done.outputs + done.temporaries
+    held |= {"temporaries": total - sum(held.values()), "total": total, "capacity": topology.chip.hbm_bytes}
+    return {"hbm_bytes": held, "fits": not done.wants and (not held["capacity"] or total <= held["capacity"])}
+
+
+def _work(program: Program, topology: Topology, done: compiling.Compiled, axes: dict[str, int], tokens: int) -> Found:
+    """Operations, traffic, collectives by the compiled program; time by the roofline."""
+    counts = hlo.count(done.text, axes) if done.text else hlo.Counts(0.0, 0.0)
+    bound = roofline.of(counts, topology, axes, program.dtype) if done.text else None
+    budget = tokens or program.steps * program.tokens
+    seconds = bound.seconds if bound else None
+    return {
+        "compiled": bool(done.text),
+        "compile_seconds": done.seconds,
+        "compiler": done.says,
+        "device_flops": counts.flops + counts.kernel_flops,
+        "device_flops_by_type": counts.flops_by_type,
+        "bytes_moved": counts.bytes,
+        "collective_bytes": sum(c.bytes for c in counts.collectives),
+        "collectives": [dataclasses.asdict(c) for c in counts.collectives],
+        "kernels": counts.kernels,
+        "unknown_loops": counts.unknown_loops,
+        "step_seconds": seconds,
+        "bound": bound.binds if bound else "",
+        "mfu": bound.mfu(program.flops, topology, program.dtype) if bound else None,
+        "tokens_per_second": program.tokens / seconds if seconds else None,
+        "token_budget": budget,
+        "chip_hours": bound.chip_hours(budget, program.tokens, topology) if bound and budget else None,
+    }
