@@ -159,6 +159,41 @@ def _walk_stack(
     progress: Callable[[LayerReport], None] | None,
     dtype: Any,
 ) -> tuple[dict[str, Any], list[calls.Carry], list[LayerReport]]:
+    look, advance = passes(cfg, stack, dtype)
+
+    layers: list[Layer] = []
+    reports: list[LayerReport] = []
+    fresh: Stats | None = None
+    for i in range(calls.depth(cfg, stack)):
+        layer, index = calls.layer_params(params, stack, i), jnp.int32(i)
+        if fresh is None:
+            fresh = empty(cfg, stack, layer, carries[0], collect, dtype)
+        stats = fresh
+        influence, error = jnp.zeros(2), 0.0
+        for n, batch in enumerate(batches):
+            out, stats, more = look(layer, index, carries[n], batch, stats)
+            influence += more
+            if change is None:
+                carries[n] = out
+        if change is not None:
+            new, strayed = change(stack, i, layer, stats), jnp.zeros(2)
+            for n, batch in enumerate(batches):
+                carries[n], more = advance(layer, new, index, carries[n], batch)
+                strayed += more
+            error = float(jnp.sqrt(strayed[0] / jnp.maximum(strayed[1], 1e-30)))
+            layers.append(new)
+        report = LayerReport(stack, i, float(influence[0] / influence[1]), error, stats if keep else {})
+        reports.append(report)
+        if progress is not None:
+            progress(report)
+    if layers:
+        blocks = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+        params = {**params, stack: {**params[stack], "blocks": blocks}}
+    return params, carries, reports
+
+
+def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
+    """The two compiled functions of a walk over one stack: look at a layer, and advance through the changed one."""
     beside = stack == "encoder" and cfg.encoder_layers > 0
 
     def real(batch: Batch, path: str) -> jax.Array:
@@ -182,38 +217,14 @@ def _walk_stack(
         strayed = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
         return after, jnp.stack(strayed)
 
-    def empty(layer: Layer) -> Stats:
-        _, taps = jax.eval_shape(lambda: calls.block(cfg, stack, layer, carries[0], 0, taps=True, dtype=dtype))
-        found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
-        return {path: stat for path, stat in found.items() if stat is not None}
+    return look, advance
 
-    layers: list[Layer] = []
-    reports: list[LayerReport] = []
-    fresh: Stats | None = None
-    for i in range(calls.depth(cfg, stack)):
-        layer, index = calls.layer_params(params, stack, i), jnp.int32(i)
-        stats = fresh = empty(layer) if fresh is None else fresh
-        influence, error = jnp.zeros(2), 0.0
-        for n, batch in enumerate(batches):
-            out, stats, more = look(layer, index, carries[n], batch, stats)
-            influence += more
-            if change is None:
-                carries[n] = out
-        if change is not None:
-            new, strayed = change(stack, i, layer, stats), jnp.zeros(2)
-            for n, batch in enumerate(batches):
-                carries[n], more = advance(layer, new, index, carries[n], batch)
-                strayed += more
-            error = float(jnp.sqrt(strayed[0] / jnp.maximum(strayed[1], 1e-30)))
-            layers.append(new)
-        report = LayerReport(stack, i, float(influence[0] / influence[1]), error, stats if keep else {})
-        reports.append(report)
-        if progress is not None:
-            progress(report)
-    if layers:
-        blocks = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-        params = {**params, stack: {**params[stack], "blocks": blocks}}
-    return params, carries, reports
+
+def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: calls.Carry, collect: Collect, dtype: Any) -> Stats:
+    """The statistics of one layer before any token."""
+    _, taps = jax.eval_shape(lambda: calls.block(cfg, stack, layer, carry, 0, taps=True, dtype=dtype))
+    found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
+    return {path: stat for path, stat in found.items() if stat is not None}
 
 
 def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:

@@ -101,6 +101,17 @@ def prune_layers(
     return (*drop_layers(cfg, params, kept), kept)
 
 
+def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
+    """What has to be known of a layer's inputs to cut it to `target`: of the heads' outputs, of the neurons'."""
+
+    def collect(path: str, inputs: int) -> Statistic | None:
+        if path.endswith("/o") and (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads):
+            return Gram.start(inputs, cfg.heads)
+        return Moments.start(inputs) if path == "mlp/down" and target.d_ff != cfg.d_ff else None
+
+    return collect
+
+
 def prune_widths(
     cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], target: ModelConfig, progress: Progress = None
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
@@ -109,14 +120,8 @@ def prune_widths(
     With relative positions the layers of a stack share one bias a head, so there self-attention keeps the same heads in
     all of them, by scores normalized a layer and summed. Returns the config, the parameters and a report a layer.
     """
+    collect = collector(cfg, target)
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
-    neurons_change = target.d_ff != cfg.d_ff
-
-    def collect(path: str, inputs: int) -> Statistic | None:
-        if path.endswith("/o") and heads_change:
-            return Gram.start(inputs, cfg.heads)
-        return Moments.start(inputs) if path == "mlp/down" and neurons_change else None
-
     shared_bias = heads_change and cfg.positions == "relative"
     common = _common_heads(cfg, params, batches, collect) if shared_bias else {}
     kept: Kept = {stack: {} for stack in calls.stacks(cfg)}

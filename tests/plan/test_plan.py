@@ -1,0 +1,61 @@
+"""`llmctl plan` on CPU devices: memory by class against arithmetic, FLOPs against arithmetic, and what it refuses."""
+
+import json
+
+import pytest
+
+from llmctl import cli
+from llmctl.model import ModelConfig, cost
+
+MODEL = ModelConfig(
+    vocab_size=512, d_model=64, layers=2, heads=4, kv_heads=2, head_dim=16, d_ff=128, tied=False
+)
+
+
+def planned(capsys, *words):
+    assert cli.run(["plan", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_step_is_compiled_from_settings_alone(small, capsys):
+    got = planned(capsys, small, "--topology", "cpu:8", "--stage", "pretrain")
+    assert {"topology", "chips", "mesh", "hbm_bytes", "fits", "flops_per_step", "collective_bytes", "step_seconds",
+            "mfu", "compiled"} <= set(got)  # fmt: skip
+    assert (got["topology"], got["chips"], got["compiled"], got["fits"]) == ("cpu:8", 8, True, True)
+    assert {axis: n for axis, n in got["mesh"].items() if n > 1} == {"data": 2, "fsdp": 2, "tensor": 2}
+    counts = cost.parameters(MODEL)
+    norms = 64 * 5  # whole on every device
+    hbm = got["hbm_bytes"]
+    assert hbm["parameters"] == 4 * ((counts["total"] - norms) // 4 + norms)  # fsdp 2 x tensor 2
+    assert hbm["optimizer"] == 2 * hbm["parameters"] + 5 * 4  # two moments and five counters
+    assert hbm["batch"] == 5 * 4 * 8 * 32 // 4
+    assert hbm["temporaries"] > 0
+    assert hbm["total"] == sum(hbm[k] for k in ("parameters", "optimizer", "batch", "temporaries", "cache"))
+    assert got["flops_per_step"] == pytest.approx(3 * 8 * 32 * cost.flops(MODEL, 32))
+    # Attention in plain XLA multiplies masked pairs too, and again on the way back.
+    assert 1.0 <= 8 * got["device_flops"] / got["flops_per_step"] < 1.4
+    assert got["collective_bytes"] > 0 and not got["unknown_loops"]
+
+
+def test_stages_follow_one_another(small, capsys):
+    """The finetuning starts from what the pretraining would leave, under a head of its own."""
+    got = planned(capsys, small, "--topology", "cpu:4", "--set", "stage.0.mesh={fsdp=2, tensor=2, data=1}")
+    assert [p["stage"] for p in got["programs"]] == ["pretrain", "finetune"]
+    classifier = MODEL.model_copy(update={"head": "classify", "labels": 2, "head_bias": False})
+    assert got["programs"][1]["hbm_bytes"]["parameters"] == 4 * cost.parameters(classifier)["total"]
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("--topology", "v5e:5x5"), "known: v4:{"),
+        (("--topology", "cpu:3", "--stage", "pretrain"), "does not fit 3 cpu devices"),
+        (("--topology", "cpu:8", "--set", "stage.0.train.batch_size=6"), "do not divide over data x fsdp = 4"),
+        (("--topology", "cpu:8", "--stage", "pretain"), "did you mean 'pretrain'"),
+        ((), "--topology"),
+    ],
+)
+def test_what_is_refused_is_one_line(small, capsys, words, says):
+    assert cli.run(["plan", str(small), *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert says in said[-1]
