@@ -7,9 +7,7 @@ import pytest
 from llmctl import cli
 from llmctl.model import ModelConfig, cost
 
-MODEL = ModelConfig(
-    vocab_size=512, d_model=64, layers=2, heads=4, kv_heads=2, head_dim=16, d_ff=128, tied=False
-)
+MODEL = ModelConfig(vocab_size=512, d_model=64, layers=2, heads=4, kv_heads=2, head_dim=16, d_ff=128, tied=False)
 
 
 def planned(capsys, *words):
