@@ -9,13 +9,13 @@ import typer
 def plan(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe; its data need not be there.")],
     topology: Annotated[
-        str, typer.Option(metavar="NAME", help="Chips to plan for: v5e:16x16, 2*v5p:4x4x4, h100:8, cpu:8, …")
+        str, typer.Option(metavar="NAME", help="Chips to plan for: v5e:16x16, 2*v5p:4x4x4, cpu:8, …")
     ] = "",
     chips: Annotated[int, typer.Option(min=0, help="Instead: the slice of --chip with so many chips.")] = 0,
-    chip: Annotated[str, typer.Option(help="For --chips: v4, v5e, v5p, v6e, tpu7x, a100, h100, h200.")] = "v5e",
+    chip: Annotated[str, typer.Option(help="For --chips: v4, v5e, v5p, v6e, tpu7x.")] = "v5e",
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Plan this stage alone (repeatable), or `generate` with the recipe's last model."),
+        typer.Option(help="Plan this stage alone (repeatable)."),
     ] = None,
     sets: Annotated[
         list[str] | None,
@@ -24,9 +24,6 @@ def plan(
     tokens: Annotated[
         float, typer.Option(min=0, help="Tokens to reckon chip-hours for; by default those of the stage's steps.")
     ] = 0,
-    compiles: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile, or let the model alone speak.")
-    ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compile a recipe's stages for chips that are not there: what they take of memory and time, and whether they fit.
@@ -38,14 +35,14 @@ def plan(
     from llmctl.plan import environment, report, topologies
 
     if bool(topology) == bool(chips):
-        raise RequestError("plan: say which chips with --topology NAME or --chips N (--topology help lists the names)")
+        raise RequestError("plan: say which chips with --topology NAME or --chips N")
     target = topologies.find(topology) if topology else topologies.with_chips(chip, chips)
     chosen = recipe.read(recipe_file, None, sets or ())
 
     environment.prepare(target)
     from llmctl.plan import planner
 
-    found = planner.plans(chosen, target, stage or (), tokens=int(tokens), compiles=compiles, say=console.say)
+    found = planner.plans(chosen, target, stage or (), tokens=int(tokens), say=console.say)
     if json:
         console.result(report.whole(found))
         return

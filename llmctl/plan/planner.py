@@ -30,7 +30,6 @@ def plans(
     chosen: Sequence[str] = (),
     *,
     tokens: int = 0,
-    compiles: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Found]:
     """One object a program, in the order of the stages.
@@ -40,7 +39,6 @@ def plans(
       topology: the chips.
       chosen: names of the stages to plan; all where empty.
       tokens: budget for the chip-hours; 0 takes each stage's own.
-      compiles: compile, or let the model alone speak.
       say: told what is being done.
 
     Raises:
@@ -50,6 +48,8 @@ def plans(
     for name in chosen:
         if name not in names:
             raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
+    if topology.platform == "cuda":
+        raise RequestError(f"{topology.name}: GPUs are not planned for yet; name a TPU topology")
     devices = compiling.devices(topology)
     made: dict[str, Artifact] = {}
     found: list[Found] = []
@@ -62,8 +62,8 @@ def plans(
         if chosen and step.name not in chosen:
             continue
         for program in built:
-            say(f"{step.name}: {'compiling' if compiles else 'estimating'} the {program.title} for {topology.name}")
-            found.append({"stage": step.name, **one(program, topology, tokens, compiles)})
+            say(f"{step.name}: compiling the {program.title} for {topology.name}")
+            found.append({"stage": step.name, **one(program, topology, tokens)})
     return found
 
 
@@ -92,7 +92,7 @@ def _plan(step: Step, made: dict[str, Artifact], mesh: Mesh) -> Plan:
     raise RequestError(f"{step.name}: {config.kind} stages are not planned")
 
 
-def one(program: Program, topology: Topology, tokens: int, compiles: bool) -> Found:
+def one(program: Program, topology: Topology, tokens: int) -> Found:
     """What is known of one program."""
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     found: Found = {
@@ -105,8 +105,6 @@ def one(program: Program, topology: Topology, tokens: int, compiles: bool) -> Fo
         "tokens_per_step": program.tokens,
         "flops_per_step": program.flops,
     }
-    if not compiles:
-        raise RequestError("plan: --no-compile is not there yet")
     done = compiling.compiled(program)
     return found | _memory(program, topology, done) | _work(program, topology, done, axes, tokens)
 
