@@ -52,19 +52,20 @@ def plans(
         raise RequestError(f"{topology.name}: GPUs are not planned for yet; name a TPU topology")
     devices = compiling.devices(topology)
     made: dict[str, Artifact] = {}
-    found: list[Found] = []
+    built: list[tuple[str, Program]] = []
     last = max((names.index(name) for name in chosen), default=len(names) - 1)
     for step in recipe.steps[: last + 1]:
         mesh = meshes.make(explicit(step.config.mesh, len(devices)), devices)
-        built, left = _plan(step, made, mesh)
+        found, left = _plan(step, made, mesh)
         if left:
             made[step.name] = left
-        if chosen and step.name not in chosen:
-            continue
-        for program in built:
-            say(f"{step.name}: compiling the {program.title} for {topology.name}")
-            found.append({"stage": step.name, **one(program, topology, tokens)})
-    return found
+        if not chosen or step.name in chosen:
+            built += [(step.name, program) for program in found]
+    out: list[Found] = []
+    for name, program in built:  # whatever is refused is refused before anything is compiled
+        say(f"{name}: compiling the {program.title} for {topology.name}")
+        out.append({"stage": name, **one(program, topology, tokens)})
+    return out
 
 
 def explicit(mesh: Any, devices: int) -> Any:
@@ -89,7 +90,7 @@ def _plan(step: Step, made: dict[str, Artifact], mesh: Mesh) -> Plan:
         raise RequestError(f"{step.name}: nothing to start from; name an artifact with `from` (--from)")
     if config.kind == "finetune":
         return programs.of_finetune(config, base, mesh)
-    raise RequestError(f"{step.name}: {config.kind} stages are not planned")
+    raise RequestError(f"{step.name}: {config.kind} stages are not planned yet; name others with --stage")
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:
