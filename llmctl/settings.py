@@ -78,7 +78,7 @@ class TrainConfig(Config):
     """Matrices of the layers multiplied in 8 bits, forward and backward, by pattern, such as {"mlp/*" = "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
     """The platform's fused kernel where it has one (TPU, GPU), or always the plain form."""
-    remat: Literal["none", "minimal", "full", "offload"] = "none"
+    remat: Literal["none", "minimal", "full", "offload"] = "minimal"
     """What the backward pass recomputes: nothing, what is not a matrix product (minimal), that and attention while the
     products wait in the host's memory (offload), everything."""
     eval_every: int = Field(default=0, ge=0)

@@ -41,7 +41,7 @@ def ours() -> Callable[[], float]:
     )
     config = TrainConfig(batch_size=BATCH, seq_len=LENGTH)
     params = train.initialize(model, 0, mesh)
-    job = step.Job(params=params, loss=loss_of(model), rows=None, validate=lambda _: {})
+    job = step.Job(params=params, loss=loss_of(model, remat=config.remat), rows=None, validate=lambda _: {})
     function, optimizer = step.make_step(job, config, OptimConfig(), 0)
     compiled = jax.jit(function, donate_argnums=0)
     state = step.fresh(optimizer, OptimConfig(), step.split(job)[0])
