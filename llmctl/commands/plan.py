@@ -12,7 +12,7 @@ def plan(
         str, typer.Option(metavar="NAME", help="Chips to plan for: v5e:16x16, 2*v5p:4x4x4, cpu:8, …")
     ] = "",
     chips: Annotated[int, typer.Option(min=0, help="Instead: the slice of --chip with so many chips.")] = 0,
-    chip: Annotated[str, typer.Option(help="For --chips: v4, v5e, v5p, v6e, tpu7x.")] = "v5e",
+    chip: Annotated[str, typer.Option(help="For --chips and --fit: v4, v5e, v5p, v6e, tpu7x.")] = "v5e",
     stage: Annotated[
         list[str] | None,
         typer.Option(help="Plan this stage alone (repeatable)."),
@@ -24,6 +24,13 @@ def plan(
     tokens: Annotated[
         float, typer.Option(min=0, help="Tokens to reckon chip-hours for; by default those of the stage's steps.")
     ] = 0,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Look for the meshes, remat and accumulation that are fastest or take least memory."
+        ),
+    ] = False,
+    fit: Annotated[bool, typer.Option("--fit", help="Find the smallest slice of --chip on which it fits.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compile a recipe's stages for chips that are not there: what they take of memory and time, and whether they fit.
@@ -34,14 +41,29 @@ def plan(
     from llmctl.errors import RequestError
     from llmctl.plan import environment, report, topologies
 
-    if bool(topology) == bool(chips):
-        raise RequestError("plan: say which chips with --topology NAME or --chips N")
-    target = topologies.find(topology) if topology else topologies.with_chips(chip, chips)
+    if bool(topology) + bool(chips) + fit != 1:
+        raise RequestError("plan: say which chips with --topology NAME, --chips N or --fit")
+    if (search or fit) and len(stage or ()) > 1:
+        raise RequestError("plan: --search and --fit look at one stage; name one with --stage")
+    slices = topologies.smallest_first(chip) if fit else []
+    target = slices[0] if fit else topologies.find(topology) if topology else topologies.with_chips(chip, chips)
     chosen = recipe.read(recipe_file, None, sets or ())
 
     environment.prepare(target)
     from llmctl.plan import planner
 
+    if search or fit:
+        from llmctl.plan import searching
+
+        one = stage[0] if stage else ""
+        if fit:
+            target, best = searching.fitted(chosen, slices, one, console.say)
+            front = [best]
+        else:
+            front = searching.searched(chosen, target, one, console.say)
+        shown = searching.as_json(front, target) if json else searching.table(front, target)
+        (console.result if json else console.show)(shown)
+        return
     found = planner.plans(chosen, target, stage or (), tokens=int(tokens), say=console.say)
     if json:
         console.result(report.whole(found))

@@ -20,6 +20,7 @@ from llmctl.plan.programs import Plan, Program
 from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
 from llmctl.recipe import Recipe, Step
+from llmctl.settings import MeshConfig
 
 Found = dict[str, Any]
 
@@ -44,28 +45,38 @@ def plans(
     Raises:
       RequestError: no such stage; a mesh or a batch that does not divide.
     """
-    names = [step.name for step in recipe.steps]
-    for name in chosen:
-        if name not in names:
-            raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
     if topology.platform == "cuda":
         raise RequestError(f"{topology.name}: GPUs are not planned for yet; name a TPU topology")
-    devices = compiling.devices(topology)
-    made: dict[str, Artifact] = {}
-    built: list[tuple[str, Program]] = []
-    last = max((names.index(name) for name in chosen), default=len(names) - 1)
-    for step in recipe.steps[: last + 1]:
-        mesh = meshes.make(explicit(step.config.mesh, len(devices)), devices)
-        found, left = _plan(step, made, mesh)
-        if left:
-            made[step.name] = left
-        if not chosen or step.name in chosen:
-            built += [(step.name, program) for program in found]
+    built = programs_of(recipe, compiling.devices(topology), chosen)
     out: list[Found] = []
     for name, program in built:  # whatever is refused is refused before anything is compiled
         say(f"{name}: compiling the {program.title} for {topology.name}")
         out.append({"stage": name, **one(program, topology, tokens)})
     return out
+
+
+def programs_of(recipe: Recipe, devices: list[Any], chosen: Sequence[str] = ()) -> list[tuple[str, Program]]:
+    """The programs of the chosen stages on a mesh of these devices, not compiled, beside their stages' names.
+
+    Raises RequestError as `plans`. Stages that are not chosen only say what they leave: their mesh need not fit.
+    """
+    names = [step.name for step in recipe.steps]
+    for name in chosen:
+        if name not in names:
+            raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
+    made: dict[str, Artifact] = {}
+    built: list[tuple[str, Program]] = []
+    last = max((names.index(name) for name in chosen), default=len(names) - 1)
+    alone = meshes.make(MeshConfig(data=1), devices[:1])
+    for step in recipe.steps[: last + 1]:
+        wanted = not chosen or step.name in chosen
+        mesh = meshes.make(explicit(step.config.mesh, len(devices)), devices) if wanted else alone
+        found, left = _plan(step, made, mesh)
+        if left:
+            made[step.name] = left
+        if wanted:
+            built += [(step.name, program) for program in found]
+    return built
 
 
 def explicit(mesh: Any, devices: int) -> Any:

@@ -81,7 +81,7 @@ def compiled(point: Point) -> dict[str, Any]:
     )  # fmt: skip
     found = devices.get_topology_desc(**topologies.find(point.topology).arguments).devices
     mesh = meshes.make(config.mesh, found)
-    program = programs.of_pretrain(config, None, mesh)[1][0]
+    program = programs.of_pretrain(config, None, mesh)[0][0]
     began = time.monotonic()
     done = program.lower().compile()
     memory, counts = done.memory_analysis(), hlo.count(done.as_text(), dict(mesh.shape))
@@ -89,6 +89,7 @@ def compiled(point: Point) -> dict[str, Any]:
         "peak": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "flops": counts.flops + counts.kernel_flops,
+        "products": counts.flops,
         "payload": sum(c.payload for c in counts.collectives),
         "seconds": time.monotonic() - began,
     }

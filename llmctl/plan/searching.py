@@ -1,0 +1,132 @@
+"""`plan --search` and `plan --fit`: what `llmctl.plan.search` finds for a recipe's stage, by its own programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmctl.errors import RequestError
+from llmctl.model import cost
+from llmctl.plan import analytic, planner, search
+from llmctl.plan import compile as compiling
+from llmctl.plan.analytic import Setup
+from llmctl.plan.search import Candidate
+from llmctl.plan.sizes import bytes_of
+from llmctl.plan.topologies import Topology
+from llmctl.recipe import Recipe, Step
+from llmctl.settings import MeshConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Say = Callable[[str], None]
+
+
+def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[Candidate]:
+    """The front of step time against memory of a training stage over the meshes of `topology`, all of it compiled.
+
+    Raises RequestError where no such stage trains, or nothing fits.
+    """
+    step = training_step(recipe, stage)
+    setup = setup_of(recipe, step, topology)
+    say(f"{step.name}: {len(search.candidates(setup, topology))} ways to run it on {topology.name} fit, by the model")
+    found = search.search(setup, topology, _compiles(recipe, step, topology, say))
+    if not found:
+        raise RequestError(f"plan: {step.name}: nothing fits {topology.name}; --fit finds the smallest slice that does")
+    return found
+
+
+def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> tuple[Topology, Candidate]:
+    """The first of `slices` on which a training stage fits, compiled there.
+
+    Raises RequestError where no such stage trains, or it fits none.
+    """
+    step = training_step(recipe, stage)
+    for topology in slices:
+        setup = setup_of(recipe, step, topology)
+        if found := search.fit(setup, [topology], _compiles(recipe, step, topology, say)):
+            return found
+        say(f"{step.name}: does not fit {topology.name}")
+    raise RequestError(f"plan: {step.name}: fits none of {', '.join(t.name for t in slices)}")
+
+
+def training_step(recipe: Recipe, stage: str) -> Step:
+    """The named stage, or the first that trains. Raises RequestError where there is none."""
+    found = {step.name: step for step in recipe.steps if hasattr(step.config, "optim")}
+    if not found or (stage and stage not in found):
+        raise RequestError(
+            f"plan: {stage or 'the recipe'}: no stage that trains; there are {', '.join(found) or 'none'}"
+        )
+    return found[stage] if stage else next(iter(found.values()))
+
+
+def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
+    """The model's view of a stage: what it trains and what it holds besides are read off its own arrays."""
+    config: Any = step.config
+    # On one device: the recipe's mesh is what is looked for, and every batch divides.
+    alone = _edited(recipe, step, {"data": 1}, {})
+    _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
+    plain = analytic.of_training(program.model, config.train, config.optim, {})
+    plain = replace(plain, fused=plain.fused and topology.platform != "cpu")
+    own = analytic.entries(program.model, {}).total
+    share = bytes_of(program.optimizer) / max(analytic.estimate(plain).optimizer, 1.0)
+    trained = min(1.0, share) if share < 0.95 else 1.0
+    besides = bytes_of(program.parameters) / own - 4.0 * trained * (2 if plain.ema else 1)
+    itself = 3 * cost.flops(program.model, config.train.seq_len) * program.tokens
+    return replace(
+        plain, trained=trained, stored=besides if besides > 0.05 else 0.0, beside=max(0.0, program.flops - itself)
+    )
+
+
+def _edited(recipe: Recipe, step: Step, mesh: Mapping[str, int], train: dict[str, Any]) -> Recipe:
+    """The recipe with another mesh and other settings of training in one stage."""
+    config: Any = step.config
+    update = {"mesh": MeshConfig(**mesh), "train": config.train.model_copy(update=train)}
+    new = replace(step, config=config.model_copy(update=update))
+    return replace(recipe, steps=tuple(new if other is step else other for other in recipe.steps))
+
+
+def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> search.Compile:
+    def compile_one(setup: Setup) -> tuple[float, float] | None:
+        edited = _edited(recipe, step, setup.mesh, {"remat": setup.remat, "accumulate": setup.accumulate})
+        say("; ".join(Candidate(setup, 0.0, 0.0).recipe))
+        try:
+            found = planner.plans(edited, topology, [step.name], say=say)[-1]
+        except RequestError as e:  # a mesh that this network or objective does not run on
+            say(str(e))
+            return None
+        return (found["hbm_bytes"]["total"], found["step_seconds"] or math.inf) if found["fits"] else None
+
+    return compile_one
+
+
+def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
+    """The front as one object, fastest first."""
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "front": [
+            {
+                "mesh": dict(c.setup.mesh), "remat": c.setup.remat, "accumulate": c.setup.accumulate,
+                "hbm_bytes": c.memory, "step_seconds": c.seconds, "recipe": c.recipe, "compiled": c.compiled,
+            }
+            for c in found
+        ],
+    }  # fmt: skip
+
+
+def table(found: Sequence[Candidate], topology: Topology) -> Table:
+    """The front, fastest first, with the lines of a recipe to paste."""
+    from rich.table import Table
+
+    out = Table(title=f"{topology.name}: step time against memory", title_justify="left")
+    out.caption = "memory: compiled; time: the roofline of what was compiled, a bound"
+    for column in ("GiB a device", "step s", "tokens/s", "recipe"):
+        out.add_column(column, justify="left" if column == "recipe" else "right")
+    for c in found:
+        known = math.isfinite(c.seconds)
+        speed = f"{c.setup.rows * c.setup.seq_len / c.seconds:,.0f}" if known else ""
+        out.add_row(f"{c.memory / 2**30:.3f}", f"{c.seconds:.4g}" if known else "", speed, "\n".join(c.recipe))
+    return out
