@@ -9,7 +9,7 @@ DEMO := runs/demo
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint type fmt docs bench gpu-check clean
+.PHONY: help demo test test-all lint type fmt docs bench plan-check gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -71,6 +71,10 @@ docs: $(VENV)/.dev ## write the commands' help into README.md
 
 bench: $(VENV)/.dev $(VENV)/.published ## measure this machine: each file of recipes/bench prints its figures
 	@for file in recipes/bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+plan-check: $(VENV)/.plan ## the demo's and Llama 2 7B's steps compiled for TPUs (none is needed), against committed figures
+	@echo "== steps planned for v5e:4x4; minutes"
+	@$(BIN)/python recipes/bench/plan_check.py
 
 gpu-check: $(VENV)/.demo $(VENV)/.cuda ## the demo on a GPU; an error where there is none
 	@echo "== recipes/demo.toml on a GPU into runs/gpu-check"
