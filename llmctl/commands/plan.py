@@ -24,6 +24,9 @@ def plan(
     tokens: Annotated[
         float, typer.Option(min=0, help="Tokens to reckon chip-hours for; by default those of the stage's steps.")
     ] = 0,
+    generate: Annotated[
+        str, typer.Option(metavar="ROWSxPROMPTxNEW", help="Also plan `llmctl generate` by the last language model.")
+    ] = "",
     search: Annotated[
         bool,
         typer.Option(
@@ -64,7 +67,7 @@ def plan(
         shown = searching.as_json(front, target) if json else searching.table(front, target)
         (console.result if json else console.show)(shown)
         return
-    found = planner.plans(chosen, target, stage or (), tokens=int(tokens), say=console.say)
+    found = planner.plans(chosen, target, stage or (), tokens=int(tokens), generate=generate, say=console.say)
     if json:
         console.result(report.whole(found))
         return

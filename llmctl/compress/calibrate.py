@@ -222,7 +222,8 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
 
 def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: calls.Carry, collect: Collect, dtype: Any) -> Stats:
     """The statistics of one layer before any token."""
-    _, taps = jax.eval_shape(lambda: calls.block(cfg, stack, layer, carry, 0, taps=True, dtype=dtype))
+    run = partial(calls.block, cfg, stack, taps=True, dtype=dtype)
+    _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
     found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
     return {path: stat for path, stat in found.items() if stat is not None}
 

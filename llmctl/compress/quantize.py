@@ -59,11 +59,11 @@ def quantize(
     flat = flatten(params)
     chosen = dict(targets(flat, embeddings=embeddings, head=head))
     for path, inputs in chosen.items():
-        _check(path, flat[path], inputs, group)
+        check(path, flat[path], inputs, group)
     errors: dict[str, float] = {}
     for path, inputs in chosen.items():
         w = flat[path]
-        array, error = _measured(w, bits, inputs, group)
+        array, error = measured(w, bits, inputs, group)
         errors[path] = float(error)
         table = inputs == -1  # looked up by row; where it is tied the activations still meet it as they are
         flat[path] = Quantized(array, "" if table else activations)
@@ -81,7 +81,8 @@ def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[t
             yield path, -1
 
 
-def _check(path: str, w: Weight, inputs: int, group: int) -> None:
+def check(path: str, w: Weight, inputs: int, group: int) -> None:
+    """Raises RequestError as `quantize`."""
     if isinstance(w, LowRank):
         raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
     if isinstance(w, Quantized):
@@ -94,7 +95,8 @@ def _check(path: str, w: Weight, inputs: int, group: int) -> None:
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _measured(w: jax.Array, bits: int, inputs: int, group: int) -> tuple[qwix.QArray, jax.Array]:
+def measured(w: jax.Array, bits: int, inputs: int, group: int) -> tuple[qwix.QArray, jax.Array]:
+    """One weight as integers, and its relative error."""
     array = SCHEMES[bits](w, inputs, group)
     return array, relative_error(w, array)
 

@@ -30,7 +30,7 @@ def results(
     """
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     found = {name: tasks.task(m.model, str(chosen[name])) for name, m in manifests.items()}
-    setups = {name: _setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
+    setups = {name: setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
     held = Held(examples, config.split)
     out, programs = [], {}
     for name, path in chosen.items():
@@ -84,7 +84,8 @@ def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: Confi
         }
 
 
-def _setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
+def setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
+    """How an artifact is measured by the stage's settings and its own. Raises RequestError where they contradict."""
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:
         raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")

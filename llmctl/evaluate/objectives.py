@@ -17,6 +17,7 @@ from llmctl.data import baselines, pipeline
 from llmctl.data import tokenizer as tokenizers
 from llmctl.data.splits import Examples
 from llmctl.data.tasks import completes, objective, task_rows
+from llmctl.model import ModelConfig
 from llmctl.model.loss import loss_of
 
 ASKED = {"masked": "15 % of the tokens masked", "next_sentence": "15 % of the tokens masked, half of the pairs true",
@@ -41,8 +42,7 @@ def measure(
     """
     model = artifact.model
     rows = task_rows(model, examples, tokenizers.load(artifact.tokenizer_dir), seq_len, shuffle=False)
-    loss = loss_of(model, dtype=dtype)
-    step = jax.jit(lambda params, batch: loss(params, batch)[1])
+    step = scorer(model, dtype)
     total: dict[str, float] = {}
     inputs: dict[str, np.ndarray] = {}
     with pipeline.eval_batches(rows, batch_size) as batches:
@@ -60,3 +60,9 @@ def measure(
     asked = "completions given their prompts" if completion else ASKED[name]
     protocol = f"{split} split, {len(examples)} examples in {len(rows)} rows of {seq_len} tokens, {asked}, {dtype}"
     return task, protocol, metrics | {"predicted_tokens": int(total["weight"])}, step, inputs
+
+
+def scorer(model: ModelConfig, dtype: str) -> Any:
+    """Compiled (params, batch) -> the sums of the objective's metrics."""
+    loss = loss_of(model, dtype=dtype)
+    return jax.jit(lambda params, batch: loss(params, batch)[1])

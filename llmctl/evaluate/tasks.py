@@ -6,6 +6,7 @@ A task scores one loaded artifact on held-out examples and also leaves the progr
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,11 +36,7 @@ def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         corpus=held.corpus(tokenizer),
     )
 
-    @jax.jit
-    def predict(params: calls.Params, batch: Batch) -> jax.Array:
-        x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
-        return calls.outputs(model, params, x_BTD, batch, setup.dtype).argmax(-1)
-
+    predict = predictor(model, setup.dtype)
     found = [(truth_of[batch["label"]], said) for batch, said in answers(predict, artifact.params, rows, setup)]
     labels, predictions = map(np.concatenate, zip(*found, strict=True))
     confusion = scoring.confusion_matrix(labels, predictions, len(names))
@@ -60,17 +57,25 @@ def regress(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         held.examples, tokenizer, setup.seq_len, truncate=setup.truncate, shuffle=False, corpus=corpus
     )
 
-    @jax.jit
-    def predict(params: calls.Params, batch: Batch) -> jax.Array:
-        x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
-        return calls.outputs(model, params, x_BTD, batch, setup.dtype)
-
+    predict = predictor(model, setup.dtype)
     found = [(batch["label"], said) for batch, said in answers(predict, artifact.params, rows, setup)]
     cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
     protocol = f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
     single, batched = programs(predict, artifact.params, first(rows, setup), setup.mesh)
     scored = regression.scores(*map(np.concatenate, zip(*found, strict=True)))
     return Measured("regression", protocol, scored, single, batched, {"examples_per_second": setup.batch_size})
+
+
+def predictor(model: ModelConfig, dtype: str) -> Any:
+    """Compiled (params, batch) -> the likeliest class [B], or the number [B]."""
+
+    @jax.jit
+    def predict(params: calls.Params, batch: Batch) -> jax.Array:
+        x_BTD = calls.hidden(model, params, batch, dtype=dtype)
+        y = calls.outputs(model, params, x_BTD, batch, dtype)
+        return y if model.head == "regress" else y.argmax(-1)
+
+    return predict
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:

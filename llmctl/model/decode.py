@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl import mesh as meshes
 from llmctl import weights
 from llmctl.model import ModelConfig, calls
 from llmctl.model.attention import cache_shape
@@ -52,7 +53,7 @@ class Decoder:
         self.model, self.dtype, self.start = model, dtype, start
         self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
         self.rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
-        self._prefill = jax.jit(self._prefill_step, static_argnames=("slots", "rules"))
+        self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
 
     def generate(
@@ -181,7 +182,7 @@ class Decoder:
         moved = {"cache": cache, "segments": segments_BS, "slot": slot + 1, "position": state["position"] + 1}
         return x_BD, {**state, **moved}
 
-    def _prefill_step(
+    def first(
         self,
         rest: calls.Params,
         layers: list[calls.Params],
@@ -193,12 +194,26 @@ class Decoder:
         slots: int,
         rules: Sampling,
     ) -> State:
+        """Prompts (as `inputs` gives them) read, and the token after each chosen."""
         B = len(tokens_BT)
         x_BD, state = self.read(rest, layers, tokens_BT, segments_BT, source, slots)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
         if rules.repetition_penalty != 1.0:
             seen_BV = jnp.zeros((B, self.model.vocab_size), bool)
             state["seen"] = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(segments_BT > 0)
+        return self._next(rest, x_BD, state, keys_B, ends_E, rules)
+
+    def one(
+        self,
+        rest: calls.Params,
+        layers: list[calls.Params],
+        state: State,
+        keys_B: jax.Array,
+        ends_E: jax.Array,
+        rules: Sampling,
+    ) -> State:
+        """One step of the loop, of the state that `first` gave: the last token is read and the next one chosen."""
+        x_BD, state = self.advance(rest, layers, state, jnp.maximum(state["token"], 0))
         return self._next(rest, x_BD, state, keys_B, ends_E, rules)
 
     def _decode_loop(
@@ -215,8 +230,7 @@ class Decoder:
 
         def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
             n, state, out_BN = carry
-            x_BD, state = self.advance(rest, layers, state, jnp.maximum(state["token"], 0))
-            state = self._next(rest, x_BD, state, keys_B, ends_E, rules)
+            state = self.one(rest, layers, state, keys_B, ends_E, rules)
             return n + 1, state, jax.lax.dynamic_update_slice(out_BN, state["token"][:, None], (0, n))
 
         def goes_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
@@ -264,7 +278,8 @@ def served(model: ModelConfig, params: calls.Params) -> tuple[ModelConfig, calls
     the output projection of tied embeddings gets a table of its own that lies the other way round, [D, V], which XLA's
     CPU backend reads up to twice as fast as the transpose of [V, D].
     """
-    on_cpu = jax.default_backend() == "cpu"
+    mesh = meshes.current()
+    on_cpu = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform == "cpu"
 
     def ready(w: Any) -> Any:
         base = w.base if isinstance(w, weights.LowRank) else w

@@ -53,7 +53,7 @@ def compiled(program: Program) -> Compiled:
     """
     began = time.monotonic()
     try:
-        found = program.lower().compile()
+        found = program.trace().lower().compile()
     except RequestError:
         raise
     except Exception as e:  # XLA raises one type for everything

@@ -15,7 +15,7 @@ from llmctl.artifact import Artifact
 from llmctl.config import hint
 from llmctl.errors import RequestError
 from llmctl.plan import compile as compiling
-from llmctl.plan import hlo, outcome, programs, roofline
+from llmctl.plan import compressing, decoding, hlo, outcome, programs, roofline, scoring
 from llmctl.plan.programs import Plan, Program
 from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
@@ -31,6 +31,7 @@ def plans(
     chosen: Sequence[str] = (),
     *,
     tokens: int = 0,
+    generate: str = "",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Found]:
     """One object a program, in the order of the stages.
@@ -40,6 +41,7 @@ def plans(
       topology: the chips.
       chosen: names of the stages to plan; all where empty.
       tokens: budget for the chip-hours; 0 takes each stage's own.
+      generate: also `generate` by the last language model, as ROWSxPROMPTxNEW.
       say: told what is being done.
 
     Raises:
@@ -47,7 +49,7 @@ def plans(
     """
     if topology.platform == "cuda":
         raise RequestError(f"{topology.name}: GPUs are not planned for yet; name a TPU topology")
-    built = programs_of(recipe, compiling.devices(topology), chosen)
+    built = programs_of(recipe, compiling.devices(topology), chosen, generate)
     out: list[Found] = []
     for name, program in built:  # whatever is refused is refused before anything is compiled
         say(f"{name}: compiling the {program.title} for {topology.name}")
@@ -55,7 +57,9 @@ def plans(
     return out
 
 
-def programs_of(recipe: Recipe, devices: list[Any], chosen: Sequence[str] = ()) -> list[tuple[str, Program]]:
+def programs_of(
+    recipe: Recipe, devices: list[Any], chosen: Sequence[str] = (), generate: str = ""
+) -> list[tuple[str, Program]]:
     """The programs of the chosen stages on a mesh of these devices, not compiled, beside their stages' names.
 
     Raises RequestError as `plans`. Stages that are not chosen only say what they leave: their mesh need not fit.
@@ -64,6 +68,7 @@ def programs_of(recipe: Recipe, devices: list[Any], chosen: Sequence[str] = ()) 
     for name in chosen:
         if name not in names:
             raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
+    wants = decoding.asked(generate) if generate else None
     made: dict[str, Artifact] = {}
     built: list[tuple[str, Program]] = []
     last = max((names.index(name) for name in chosen), default=len(names) - 1)
@@ -76,6 +81,12 @@ def programs_of(recipe: Recipe, devices: list[Any], chosen: Sequence[str] = ()) 
             made[step.name] = left
         if wanted:
             built += [(step.name, program) for program in found]
+    if wants:
+        writers = {name: there for name, there in made.items() if there.model.head == "lm"}
+        if not writers:
+            raise RequestError("--generate: none of these stages leaves a language model")
+        name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
+        built += [(f"generate by {name}", program) for program in decoding.of_generate(writers[name], wants, mesh)]
     return built
 
 
@@ -97,11 +108,13 @@ def _plan(step: Step, made: dict[str, Artifact], mesh: Mesh) -> Plan:
         if not others:
             raise RequestError("distill: no teacher; name an artifact with `teacher` (--teacher)")
         return programs.of_distill(config, next(iter(others.values())), base, mesh)
+    if config.kind == "eval":
+        return scoring.of_eval(config, others or ({step.name: base} if base else {}), mesh)
     if base is None:
         raise RequestError(f"{step.name}: nothing to start from; name an artifact with `from` (--from)")
     if config.kind == "finetune":
         return programs.of_finetune(config, base, mesh)
-    raise RequestError(f"{step.name}: {config.kind} stages are not planned yet; name others with --stage")
+    return {"prune": compressing.of_prune, "quantize": compressing.of_quantize}[config.kind](config, base, mesh)
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:
@@ -133,7 +146,7 @@ def _work(program: Program, topology: Topology, done: compiling.Compiled, axes: 
     """Operations, traffic, collectives by the compiled program; time by the roofline."""
     counts = hlo.count(done.text, axes) if done.text else hlo.Counts(0.0, 0.0)
     bound = roofline.of(counts, topology, axes, program.dtype) if done.text else None
-    budget = tokens or program.steps * program.tokens
+    budget = (tokens or program.steps * program.tokens) if program.tokens else 0
     seconds = bound.seconds if bound else None
     return {
         "compiled": bool(done.text),
@@ -151,5 +164,7 @@ def _work(program: Program, topology: Topology, done: compiling.Compiled, axes: 
         "mfu": bound.mfu(program.flops, topology, program.dtype) if bound else None,
         "tokens_per_second": program.tokens / seconds if seconds else None,
         "token_budget": budget,
-        "chip_hours": bound.chip_hours(budget, program.tokens, topology) if bound and budget else None,
+        "chip_hours": bound.chip_hours(budget, program.tokens, topology)
+        if bound and budget and program.tokens
+        else None,
     }

@@ -35,8 +35,8 @@ class Program:
     """What it does: train step, prefill, …"""
     model: ModelConfig
     mesh: Mesh
-    lower: Callable[[], Any] = field(repr=False)
-    """To StableHLO, for the mesh's platform."""
+    trace: Callable[[], Any] = field(repr=False)
+    """The function traced with its arguments: to be lowered for the mesh's platform or another."""
     flops: float
     """Operations of the model that a run stands for, on all devices, as `llmctl.model.cost` counts them."""
     tokens: int
@@ -77,9 +77,9 @@ def training(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
     runs = step.program(job, train, config.optim, mesh, config.seed)
     batch = batch_of(rows, train.batch_size, mesh)
 
-    def lower() -> Any:
+    def trace() -> Any:
         with meshes.use(mesh), flash.use(train.attention):
-            return runs.step.lower(runs.state, (runs.fixed, job.constants), batch)
+            return runs.step.trace(runs.state, (runs.fixed, job.constants), batch)
 
     state = dict(runs.state)
     held = [state.pop("params"), state.pop("ema", ()), runs.fixed, job.constants]
@@ -88,7 +88,7 @@ def training(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
         "train step",
         learner.model,
         mesh,
-        lower,
+        trace,
         flops=job.flops * tokens,
         tokens=tokens,
         rows=train.batch_size,

@@ -61,10 +61,12 @@ def work_table(found: dict[str, Any]) -> Table:
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     counted = "compiled, loops counted" if found["compiled"] else "model"
-    rows = [
-        ("tokens a step", f"{found['tokens_per_step']:,}", f"{found['rows_per_step']} x {found['seq_len']}"),
-        ("FLOPs a step", f"{found['flops_per_step']:.4g}", "of the model, all devices"),
-    ]
+    rows: list[tuple[str, str, str]] = []
+    if found["tokens_per_step"]:  # a weight's turn in compression reads none
+        rows = [
+            ("tokens a step", f"{found['tokens_per_step']:,}", f"{found['rows_per_step']} x {found['seq_len']}"),
+            ("FLOPs a step", f"{found['flops_per_step']:.4g}", "of the model, all devices"),
+        ]
     if found["device_flops"]:
         rows.append(("FLOPs a device", f"{found['device_flops']:.4g}", f"{counted}; {_types(found)}"))
     if found["bytes_moved"]:
@@ -74,8 +76,9 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((f"{c['kind']} over {c['axis']}", f"{c['bytes'] / GIB:.3f} GiB", f"{c['count']:g} times{apart}"))
     rows += [(f"kernel {name}", f"{n:g} times", "") for name, n in found["kernels"].items()]
     if found["step_seconds"]:
+        rows.append(("step time", f"{found['step_seconds']:.4g} s", f"roofline, a bound: {found['bound']} binds"))
+    if found["step_seconds"] and found["tokens_per_step"]:
         rows += [
-            ("step time", f"{found['step_seconds']:.4g} s", f"roofline, a bound: {found['bound']} binds"),
             ("MFU", f"{found['mfu']:.1%}", "at that bound"),
             ("tokens/s", f"{found['tokens_per_second']:,.0f}", "at that bound"),
         ]

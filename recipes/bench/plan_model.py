@@ -83,7 +83,7 @@ def compiled(point: Point) -> dict[str, Any]:
     mesh = meshes.make(config.mesh, found)
     program = programs.of_pretrain(config, None, mesh)[0][0]
     began = time.monotonic()
-    done = program.lower().compile()
+    done = program.trace().lower().compile()
     memory, counts = done.memory_analysis(), hlo.count(done.as_text(), dict(mesh.shape))
     return {
         "peak": memory.peak_memory_in_bytes,
