@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmctl import training_matmul, weights
+from llmctl import gathered, training_matmul, weights
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig
 
@@ -40,7 +40,11 @@ class Dense(nn.Module):
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, unbox=True)
-        y = weights.matmul(x, kernel, self.dtype, training_matmul.kind_of("/".join(self.path)))
+        kind = training_matmul.kind_of("/".join(self.path))
+        if isinstance(kernel, jax.Array) and not kind and gathered.splits(self.axes):
+            y = cast(jax.Array, gathered.matmul(x, kernel, self.axes, self.dtype))
+        else:
+            y = weights.matmul(x, kernel, self.dtype, kind)
         if self.bias:
             b = self.param(
                 "bias",

@@ -133,7 +133,10 @@ class Embed(nn.Module):
         # Where hidden states are scaled by d_model ** -0.5 before the table is the output projection, logits of about
         # unit variance ask for entries of unit variance (T5).
         tokens = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)
-        x = weights.take(tokens, tokens_BT, self.dtype)
+        # Every device looks up its columns of all tokens, which are then exchanged for all columns of its tokens: less
+        # to send than the table and its gradient.
+        x = weights.take(tokens, constrain(tokens_BT, "batch_in", None), self.dtype)
+        x = constrain(constrain(x, "batch_in", None, "embed_in"), "batch", "seq", "act_embed")
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
             rows = table("positions", cfg.max_seq_len + cfg.position_offset, None)

@@ -1,0 +1,51 @@
+"""Products with a matrix split over devices of other tokens: a pass gathers it once and scatters its gradient.
+
+Left to itself, XLA gathers apart what the backward pass recomputes with and what it multiplies by.
+
+Shapes: I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl import mesh as meshes
+
+Axes = tuple[str, str]
+
+
+def splits(axes: Axes) -> bool:
+    """Whether the mesh in use splits the matrix over devices that see different tokens."""
+    mesh = meshes.current()
+    return mesh is not None and "embed" in axes and any(mesh.shape[axis] > 1 for axis in meshes.RULES["embed"])
+
+
+def _whole(w_IO: jax.Array, axes: Axes) -> jax.Array:
+    return meshes.constrain(w_IO, *(None if name == "embed" else name for name in axes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, w_IO: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+    """x [..., I] @ w [I, O] in `dtype`, where `axes` names the axes of w."""
+    return _forward(x, w_IO, axes, dtype)[0]
+
+
+def _forward(x: jax.Array, w_IO: jax.Array, axes: Axes, dtype: Any) -> Any:
+    return jnp.matmul(x.astype(dtype), _whole(w_IO.astype(dtype), axes)), (x, w_IO)
+
+
+def _backward(
+    axes: Axes, dtype: Any, saved: tuple[jax.Array, jax.Array], d_y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w_IO = saved
+    rows = tuple(range(x.ndim - 1))
+    d_x = jax.lax.dot_general(d_y, _whole(w_IO.astype(dtype), axes), (((d_y.ndim - 1,), (1,)), ((), ())))
+    d_w = jax.lax.dot_general(x.astype(dtype), d_y, ((rows, rows), ((), ())))
+    return d_x.astype(x.dtype), meshes.constrain(d_w, *axes).astype(w_IO.dtype)
+
+
+matmul.defvjp(_forward, _backward)
