@@ -38,7 +38,7 @@ def devices(topology: Topology) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    if topology.platform == "cpu":
+    if topology.platform != "tpu":  # CPU devices also stand for GPUs, whose programs are lowered alone
         there = jax.devices("cpu")
         if len(there) < topology.devices:
             raise RequestError(f"plan: {topology.name}: this process has {len(there)} CPU devices")
@@ -57,7 +57,7 @@ def compiled(program: Program) -> Compiled:
     except RequestError:
         raise
     except Exception as e:  # XLA raises one type for everything
-        wants = _wants(str(e))
+        wants = wanted(str(e))
         if not wants:
             raise WorkError(f"plan: {program.title} does not compile: {e}") from e
         return Compiled("", 0, 0, 0, 0, wants, time.monotonic() - began, {})
@@ -80,10 +80,18 @@ def compiled(program: Program) -> Compiled:
 
 
 COSTS = ("flops", "bytes accessed", "optimal_seconds")
+SIZE = r"([\d.]+)([KMGT]?)i?B?"
+REFUSALS = (
+    rf"Used {SIZE} of [\d.]+[KMGT]?i?B? hbm",
+    rf"[Tt]otal memory required for HLO temporaries \({SIZE}\) exceeds available HBM",
+)
+"""How libtpu says that a program needs more memory than there is."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _wants(message: str) -> int:
+def wanted(message: str) -> int:
     """Bytes that a refused program asked for, from the compiler's own words; 0 where it was about something else."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return int(float(found[1]) * UNITS[found[2]]) if found else 0
+    for pattern in REFUSALS:
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * UNITS[found[2]])
+    return 0

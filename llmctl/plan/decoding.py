@@ -17,6 +17,7 @@ from llmctl.errors import RequestError
 from llmctl.model import calls, cost, flash
 from llmctl.model.decode import Decoder, padded_ends
 from llmctl.model.sampling import Sampling, row_keys
+from llmctl.plan import analytic
 from llmctl.plan.programs import Program
 from llmctl.settings import MeshConfig
 
@@ -87,7 +88,8 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh) -> list[Program]:
     return [
         Program(
             "prefill", trace=prefill, flops=wants.rows * cost.row(model, begins, source, 1),
-            tokens=wants.rows * wants.prompt, seq_len=wants.prompt, batch=inputs, **common,
+            tokens=wants.rows * wants.prompt, seq_len=wants.prompt, batch=inputs,
+            setup=analytic.Setup(model, {}, wants.rows, begins, DTYPE) if not reads else None, **common,
         ),
         Program(
             "decoding step", trace=decode, flops=wants.rows * last,

@@ -33,6 +33,6 @@ def prepare(topology: Topology) -> None:
     if "jax" in sys.modules:
         return
     os.environ |= ENVIRONMENT
-    if topology.platform == "cpu":
+    if topology.platform != "tpu":  # also in place of GPUs, whose programs are lowered alone
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()

@@ -15,7 +15,7 @@ from llmctl.artifact import Artifact
 from llmctl.config import hint
 from llmctl.errors import RequestError
 from llmctl.plan import compile as compiling
-from llmctl.plan import compressing, decoding, hlo, outcome, programs, roofline, scoring
+from llmctl.plan import compressing, decoding, hlo, modelled, outcome, programs, roofline, scoring
 from llmctl.plan.programs import Plan, Program
 from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
@@ -47,13 +47,17 @@ def plans(
     Raises:
       RequestError: no such stage; a mesh or a batch that does not divide.
     """
-    if topology.platform == "cuda":
-        raise RequestError(f"{topology.name}: GPUs are not planned for yet; name a TPU topology")
     built = programs_of(recipe, compiling.devices(topology), chosen, generate)
     out: list[Found] = []
     for name, program in built:  # whatever is refused is refused before anything is compiled
-        say(f"{name}: compiling the {program.title} for {topology.name}")
+        if topology.platform == "cuda" and program.setup is None:
+            say(f"{name}: no model of the {program.title} on GPUs; plan it for a TPU")
+            continue
+        doing = "lowering" if topology.platform == "cuda" else "compiling"
+        say(f"{name}: {doing} the {program.title} for {topology.name}")
         out.append({"stage": name, **one(program, topology, tokens)})
+    if not out:
+        raise RequestError(f"{topology.name}: of GPUs there is a model of training, scoring and prefill alone")
     return out
 
 
@@ -130,28 +134,42 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
         "tokens_per_step": program.tokens,
         "flops_per_step": program.flops,
     }
+    if topology.platform == "cuda" and program.setup is not None:
+        modelled.lower(program, "cuda")
+        temporaries, counts = modelled.step(modelled.on_gpu(program.setup))
+        found |= {"compiled": False, "checked": modelled.CHECKED, "compile_seconds": 0.0, "compiler": {}}
+        return found | _memory(program, topology, temporaries) | _work(program, topology, counts, axes, tokens)
     done = compiling.compiled(program)
-    return found | _memory(program, topology, done) | _work(program, topology, done, axes, tokens)
-
-
-def _memory(program: Program, topology: Topology, done: compiling.Compiled) -> Found:
-    """Bytes of one device: what lies there by arithmetic on the shardings, what comes between by the compiler."""
-    held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
-    total = done.wants or bytes_of(program.beside) + done.arguments + done.outputs + done.temporaries
-    held |= {"temporaries": total - sum(held.values()), "total": total, "capacity": topology.chip.hbm_bytes}
-    return {"hbm_bytes": held, "fits": not done.wants and (not held["capacity"] or total <= held["capacity"])}
-
-
-def _work(program: Program, topology: Topology, done: compiling.Compiled, axes: dict[str, int], tokens: int) -> Found:
-    """Operations, traffic, collectives by the compiled program; time by the roofline."""
+    found |= {"compiled": bool(done.text), "compile_seconds": done.seconds, "compiler": done.says}
     counts = hlo.count(done.text, axes) if done.text else hlo.Counts(0.0, 0.0)
-    bound = roofline.of(counts, topology, axes, program.dtype) if done.text else None
+    return found | _memory(program, topology, done) | _work(program, topology, counts, axes, tokens)
+
+
+def _memory(program: Program, topology: Topology, between: compiling.Compiled | float) -> Found:
+    """Bytes of one device: what lies there by arithmetic on the shardings, what comes between by compiler or model.
+
+    On TPUs the compiler says the fullest moment, in all kinds of memory, also the chip's own; the sum of what comes and
+    goes is of HBM, and more than is ever there at once. The smaller of the two bounds is taken.
+    """
+    held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
+    lies, refused = sum(held.values()), False
+    if isinstance(between, compiling.Compiled):
+        refused = bool(between.wants)
+        summed = between.arguments + between.outputs + between.temporaries
+        peak = min(between.peak or summed, summed) if topology.platform == "tpu" else summed
+        total = max(lies, bytes_of(program.beside) + (between.wants or peak))
+    else:
+        total = lies + int(between)
+    held |= {"temporaries": total - lies, "total": total, "capacity": topology.chip.hbm_bytes}
+    return {"hbm_bytes": held, "fits": not refused and (not held["capacity"] or total <= held["capacity"])}
+
+
+def _work(program: Program, topology: Topology, counts: hlo.Counts, axes: dict[str, int], tokens: int) -> Found:
+    """Operations, traffic and collectives as counted; time by the roofline."""
+    bound = roofline.of(counts, topology, axes, program.dtype) if counts.flops or counts.bytes else None
     budget = (tokens or program.steps * program.tokens) if program.tokens else 0
     seconds = bound.seconds if bound else None
     return {
-        "compiled": bool(done.text),
-        "compile_seconds": done.seconds,
-        "compiler": done.says,
         "device_flops": counts.flops + counts.kernel_flops,
         "device_flops_by_type": counts.flops_by_type,
         "bytes_moved": counts.bytes,

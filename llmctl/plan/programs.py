@@ -5,6 +5,7 @@ Arrays here are shapes with types and shardings on a mesh of devices that need n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -18,9 +19,10 @@ from llmctl.artifact import Artifact
 from llmctl.data import DataConfig, tokenizer
 from llmctl.data.byte_tokenizer import ByteTokenizer
 from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls, flash
-from llmctl.plan import outcome
+from llmctl.model import ModelConfig, calls, cost, flash
+from llmctl.plan import analytic, outcome
 from llmctl.plan import rows as made_up
+from llmctl.plan.analytic import Setup
 from llmctl.stages import distill, finetune, pretrain
 from llmctl.trainer import Learner
 
@@ -56,6 +58,8 @@ class Program:
     cache: Tree = ()
     beside: Tree = ()
     """Of these, what the program itself does not take."""
+    setup: Setup | None = None
+    """For the analytic model, where it knows of such a program."""
 
 
 Plan = tuple[list[Program], Artifact | None]
@@ -100,7 +104,16 @@ def training(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
         parameters=held,
         optimizer=state,
         batch=batch,
+        setup=modelled(learner, runs, config, tokens, rows, mesh),
     )
+
+
+def modelled(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any, mesh: Mesh) -> Setup:
+    """The step in the words of the analytic model."""
+    sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
+    beside = cost.of_rows(learner.beside, trainer.shapes(rows)) * tokens if learner.beside else 0.0
+    whole = analytic.of_training(learner.model, config.train, config.optim, {a: int(n) for a, n in mesh.shape.items()})
+    return replace(whole, trained=sizes[0] / sum(sizes), beside=beside)
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:

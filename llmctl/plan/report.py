@@ -97,6 +97,8 @@ def _types(found: dict[str, Any]) -> str:
 
 def facts(found: dict[str, Any]) -> str:
     """What of it was compiled and what was reckoned."""
+    if not found["compiled"] and not found.get("checked"):
+        return "compiled fact: the compiler refused it for want of memory, and says how much it needs"
     if not found["compiled"]:
         return "model: memory and work are estimates from config and mesh" + (
             f"; {found['checked']}" if found.get("checked") else ""

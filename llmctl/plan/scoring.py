@@ -17,6 +17,7 @@ from llmctl.evaluate import measure, objectives, tasks
 from llmctl.evaluate.perplexity import row_nll
 from llmctl.evaluate.setup import READ, Setup
 from llmctl.model import ModelConfig, cost, flash
+from llmctl.plan import analytic
 from llmctl.plan import rows as made_up
 from llmctl.plan.programs import Plan, Program
 from llmctl.stages import eval as evaluation
@@ -57,6 +58,9 @@ def _scoring(config: evaluation.Config, name: str, chosen: dict[str, Artifact], 
         parameters=[params, others],
         batch=batch,
         beside=others,
+        setup=analytic.Setup(
+            model, {a: int(n) for a, n in mesh.shape.items()}, setup.batch_size, setup.seq_len, setup.dtype
+        ),
     )
 
 

@@ -1,11 +1,17 @@
 """`llmctl plan` on CPU devices: memory by class against arithmetic, FLOPs against arithmetic, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from llmctl import cli
+from llmctl.errors import WorkError
 from llmctl.model import ModelConfig, cost
+from llmctl.plan import compile as compiling
+from llmctl.plan import modelled
 
 MODEL = ModelConfig(vocab_size=512, d_model=64, layers=2, heads=4, kv_heads=2, head_dim=16, d_ff=128, tied=False)
 
@@ -41,6 +47,41 @@ def test_stages_follow_one_another(small, capsys):
     assert [p["stage"] for p in got["programs"]] == ["pretrain", "finetune"]
     classifier = MODEL.model_copy(update={"head": "classify", "labels": 2, "head_bias": False})
     assert got["programs"][1]["hbm_bytes"]["parameters"] == 4 * cost.parameters(classifier)["total"]
+
+
+def test_a_gpu_is_modelled_and_says_so(small, capsys):
+    """What lies there is arithmetic, as on any platform; the rest is the model's, and no fact."""
+    got = planned(capsys, small, "--topology", "h100:8", "--stage", "pretrain")
+    there = planned(capsys, small, "--topology", "cpu:8", "--stage", "pretrain")
+    assert not got["compiled"] and "lowering for CUDA was checked" in got["checked"] and there["compiled"]
+    for name in ("parameters", "optimizer", "batch"):
+        assert got["hbm_bytes"][name] == there["hbm_bytes"][name]
+    assert got["hbm_bytes"]["capacity"] == 80e9 and got["fits"]
+    assert got["device_flops"] == pytest.approx(there["device_flops"], rel=0.05)
+    assert got["step_seconds"] > 0 and 0 < got["mfu"] < 1
+    # float32: no attention kernel, so the scores are there
+    assert not got["kernels"]
+
+
+def test_what_does_not_lower_for_a_gpu_is_an_error():
+    """The check can fail: a kernel for TPUs alone."""
+    from jax.experimental import pallas as pl
+
+    kernel = pl.pallas_call(lambda x, y: None, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    traced = jax.jit(lambda x: jax.lax.platform_dependent(x, tpu=kernel)).trace(jnp.zeros((8, 128)))
+    with pytest.raises(WorkError, match="does not lower for cuda"):
+        modelled.lower(SimpleNamespace(title="step", trace=lambda: traced), "cuda")
+
+
+def test_the_compilers_refusals_are_read():
+    """Both ways in which libtpu says so."""
+    assert (
+        compiling.wanted("Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by")
+        == 21.5 * 2**30
+    )
+    words = "The total memory required for HLO temporaries (3.00G) exceeds available HBM (2.00G)"
+    assert compiling.wanted(words) == 3 * 2**30
+    assert compiling.wanted("something else") == 0
 
 
 @pytest.mark.parametrize(
