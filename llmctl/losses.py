@@ -3,7 +3,10 @@
 `chunked` runs a loss over pieces of the sequence and, where a gradient is wanted, takes it piece by piece in the same
 pass: three matrix products for the output projection instead of the four that rematerializing costs.
 
-Shapes: B batch, T sequence, c tokens a chunk, D model width, V vocabulary.
+On a mesh every device takes its own rows and tokens, and adds up what it found once, after its last chunk. The
+vocabulary stays split over the `tensor` axis: what crosses it are a few numbers a token, never logits.
+
+Shapes: B batch, T sequence, c tokens a chunk, D model width, V vocabulary; b and t a device's share of B and T.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from llmctl import mesh as meshes
 
 CHUNK_BYTES = 16 * 2**20
 """Float32 logits of one chunk, about; large enough for full-speed products, small enough to stay near the cores."""
@@ -27,7 +33,10 @@ Project = Callable[[Tree, jax.Array], jax.Array]
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
-    """Tokens a chunk and sequence: the largest divisor of `length` whose logits stay within CHUNK_BYTES."""
+    """Tokens a chunk and sequence: the largest divisor of `length` whose logits stay within CHUNK_BYTES.
+
+    All three are those of one device.
+    """
     most = max(1, CHUNK_BYTES // (4 * batch * vocab))
     return max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
 
@@ -51,52 +60,81 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
     return [leaves[i] for i in places], rebuild
 
 
+def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, x_BTD: jax.Array, rest: Tree) -> Tree:
+    """`fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device's rows and tokens -> (sums, [B, T, ...]).
+
+    The first of its results are sums, which are added up over the devices. Only the vocabulary is left to XLA.
+    """
+    mesh = meshes.current()
+    if mesh is None or mesh.size == 1:
+        return fn(head, constants, x_BTD, rest)
+    rows = meshes.spec(("batch", "seq"), mesh, x_BTD.shape[:2])
+    axes = meshes.axes_of(rows)
+
+    def here(head: Tree, constants: Tree, x_btD: jax.Array, rest: Tree) -> tuple[Tree, Tree]:
+        sums, along = fn(head, constants, x_btD, rest)
+        return jax.lax.psum(sums, axes) if axes else sums, along
+
+    whole = PartitionSpec()
+    run = meshes.per_device(here, mesh, (whole, whole, rows, rows), (whole, rows), automatic=("tensor",))
+    return run(head, constants, x_BTD, rest)
+
+
+def _chunk_of(x_btD: jax.Array, vocab: int) -> int:
+    mesh = meshes.current()
+    return chunk_length(x_btD.shape[0], x_btD.shape[1], vocab // (mesh.shape["tensor"] if mesh else 1))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked(
-    fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
+    fn: ChunkLoss, vocab: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Sums `fn` over chunks of `chunk` tokens. Differentiable in `head` and `x_BTD`; the other sums are not."""
+    """Sums `fn` over chunks of tokens. Differentiable in `head` and `x_BTD`; the other sums are not."""
 
-    def body(carry: Tree, piece: Tree) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, carry, fn(head, constants, *piece)), None
+    def sums(head: Tree, constants: Tree, x: jax.Array, aligned: Tree) -> tuple[Tree, None]:
+        def body(carry: Tree, piece: Tree) -> tuple[Tree, None]:
+            return jax.tree.map(jnp.add, carry, fn(head, constants, *piece)), None
 
-    pieces = (_split(x_BTD, chunk), _split(aligned, chunk))
-    zero = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces)),
-    )
-    return jax.lax.scan(body, zero, pieces)[0]
+        pieces = _split((x, aligned), _chunk_of(x, vocab))
+        zero = _zeros(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces))
+        return jax.lax.scan(body, zero, pieces)[0], None
+
+    return _on_rows(sums, head, constants, x_BTD, aligned)[0]
+
+
+def _zeros(fn: Callable[..., Tree], *operands: Tree) -> Tree:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *operands))
 
 
 def _forward(
-    fn: ChunkLoss, chunk: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
+    fn: ChunkLoss, vocab: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
 ) -> tuple[Tree, Tree]:
-    floats, rebuild = _floats(head)
+    def gradients(head: Tree, constants: Tree, x_btD: jax.Array, aligned: Tree) -> tuple[Tree, jax.Array]:
+        floats, rebuild = _floats(head)
 
-    def body(carry: Tree, piece: Tree) -> tuple[Tree, jax.Array]:
-        x, rest = piece
+        def body(carry: Tree, piece: Tree) -> tuple[Tree, jax.Array]:
+            x, rest = piece
 
-        def loss(floats: list[jax.Array], x: jax.Array) -> tuple[jax.Array, Tree]:
-            return fn(rebuild(floats), constants, x, rest)
+            def loss(floats: list[jax.Array], x: jax.Array) -> tuple[jax.Array, Tree]:
+                return fn(rebuild(floats), constants, x, rest)
 
-        total, pull, sums = jax.vjp(loss, floats, x, has_aux=True)
-        d_floats, d_x = pull(jnp.ones_like(total))
-        d_floats = [d.astype(jnp.float32) for d in d_floats]
-        return jax.tree.map(jnp.add, carry, ((total, sums), d_floats)), d_x
+            total, pull, sums = jax.vjp(loss, floats, x, has_aux=True)
+            d_floats, d_x = pull(jnp.ones_like(total))
+            d_floats = [d.astype(jnp.float32) for d in d_floats]
+            return jax.tree.map(jnp.add, carry, ((total, sums), d_floats)), d_x
 
-    pieces = (_split(x_BTD, chunk), _split(aligned, chunk))
-    shapes = jax.eval_shape(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces))
-    start = (
-        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-        [jnp.zeros(f.shape, jnp.float32) for f in floats],
-    )
-    (out, d_floats), d_x = jax.lax.scan(body, start, pieces)
-    d_x = d_x.swapaxes(0, 1).reshape(x_BTD.shape)
-    d_floats = [d.astype(f.dtype) for d, f in zip(d_floats, floats, strict=True)]
+        pieces = _split((x_btD, aligned), _chunk_of(x_btD, vocab))
+        zero = _zeros(fn, head, constants, *jax.tree.map(lambda a: a[0], pieces))
+        start = (zero, [jnp.zeros(f.shape, jnp.float32) for f in floats])
+        found, d_x = jax.lax.scan(body, start, pieces)
+        return found, d_x.swapaxes(0, 1).reshape(x_btD.shape)
+
+    (out, d_floats), d_x = _on_rows(gradients, head, constants, x_BTD, aligned)
+    d_floats = [d.astype(f.dtype) for d, f in zip(d_floats, _floats(head)[0], strict=True)]
     return out, (d_floats, d_x, head)
 
 
-def _backward(fn: ChunkLoss, chunk: int, saved: Tree, cotangent: Tree) -> Tree:
+def _backward(fn: ChunkLoss, vocab: int, saved: Tree, cotangent: Tree) -> Tree:
     d_floats, d_x, head = saved
     scale = cotangent[0]
     leaves, treedef = jax.tree.flatten(head)
@@ -121,6 +159,17 @@ def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax
     return jnp.sum(jnp.where(hit, logits_V, 0.0), axis=-1) - partition, partition
 
 
+def hits(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
+    """Whether the target is the first of the greatest logits (argmax, of which a split vocabulary makes a gather)."""
+    places = jnp.arange(logits_V.shape[-1])
+    top = jnp.max(logits_V, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits_V == top, places, logits_V.shape[-1]), axis=-1) == targets
+
+
+def _logits(project: Project, head: Tree, x: jax.Array) -> jax.Array:
+    return meshes.constrain(project(head, x), "batch", "seq", "act_vocab")
+
+
 def cross_entropy(
     project: Project,
     head: Tree,
@@ -139,19 +188,18 @@ def cross_entropy(
 
     def fn(head: Tree, _: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
         targets, weights = aligned
-        logits = project(head, x)
+        logits = _logits(project, head, x)
         log_p, partition = target_log_probability(logits, targets)
         loss = -log_p
         if label_smoothing:
             loss = (1 - label_smoothing) * loss + label_smoothing * (partition - jnp.mean(logits, axis=-1))
         if z_loss:
             loss = loss + z_loss * jnp.square(partition)
-        correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+        correct = hits(logits, targets) * weights
         sums = {"nll": jnp.sum(-log_p * weights), "correct": jnp.sum(correct), "weight": jnp.sum(weights)}
         return jnp.sum(loss * weights), sums
 
-    chunk = chunk_length(x_BTD.shape[0], x_BTD.shape[1], vocab)
-    return chunked(fn, chunk, head, (), x_BTD, (targets_BT, weights_BT))
+    return chunked(fn, vocab, head, (), x_BTD, (targets_BT, weights_BT))
 
 
 def means(sums: dict[str, Any]) -> dict[str, Any]:
@@ -166,14 +214,16 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
 
 def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:
     """Negative log-likelihood (nats) of every target [B, T]; for evaluation."""
-    chunk = chunk_length(x_BTD.shape[0], x_BTD.shape[1], vocab)
 
-    def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
-        x, targets = piece
-        return None, -target_log_probability(project(head, x), targets)[0]
+    def nll(head: Tree, _: Tree, x_btD: jax.Array, targets_bt: jax.Array) -> tuple[None, jax.Array]:
+        def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
+            x, targets = piece
+            return None, -target_log_probability(_logits(project, head, x), targets)[0]
 
-    nll = jax.lax.scan(body, None, _split((x_BTD, targets_BT), chunk))[1]
-    return nll.swapaxes(0, 1).reshape(targets_BT.shape)
+        found = jax.lax.scan(body, None, _split((x_btD, targets_bt), _chunk_of(x_btD, vocab)))[1]
+        return None, found.swapaxes(0, 1).reshape(targets_bt.shape)
+
+    return _on_rows(nll, head, (), x_BTD, targets_BT)[1]
 
 
 def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -> jax.Array:
@@ -200,12 +250,11 @@ def distillation(
 
     def fn(head: Tree, teacher_head: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
         teacher_x, targets, weights = aligned
-        logits = project(head, x)
-        kl = divergence(teacher_project(teacher_head, teacher_x), logits, temperature)
+        logits = _logits(project, head, x)
+        kl = divergence(_logits(teacher_project, teacher_head, teacher_x), logits, temperature)
         nll = -target_log_probability(logits, targets)[0]
-        correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+        correct = hits(logits, targets) * weights
         sums = {"nll": nll * weights, "kl": kl * weights, "correct": correct, "weight": weights}
         return jnp.sum(((1 - hard) * kl + hard * nll) * weights), jax.tree.map(jnp.sum, sums)
 
-    chunk = chunk_length(x_BTD.shape[0], x_BTD.shape[1], vocab)
-    return chunked(fn, chunk, head, teacher_head, x_BTD, (teacher_x_BTE, targets_BT, weights_BT))
+    return chunked(fn, vocab, head, teacher_head, x_BTD, (teacher_x_BTE, targets_BT, weights_BT))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmctl import weights
+from llmctl import sequence, weights
 from llmctl.errors import RequestError
 from llmctl.settings import MeshConfig
 
@@ -89,15 +89,31 @@ def current() -> Mesh | None:
     return _current.get()
 
 
-def spec(names: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-    """Logical axis names -> PartitionSpec; mesh axes of size 1 are left out, and none is used twice."""
-    used: set[str] = set()
+def splits_sequences() -> bool:
+    """Whether the mesh in `use` does."""
+    mesh = _current.get()
+    return mesh is not None and mesh.shape["context"] > 1
+
+
+def spec(names: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> PartitionSpec:
+    """Logical axis names -> PartitionSpec; mesh axes of size 1 are left out, and none is used twice.
+
+    Inside `per_device` its axes are left out too; where a shape is given, so are those that do not divide it.
+    """
+    used = set(jax.sharding.get_abstract_mesh().manual_axes)
     entries: list[tuple[str, ...] | None] = []
-    for name in names:
+    for i, name in enumerate(names):
         axes = tuple(a for a in (RULES[name] if name else ()) if mesh.shape[a] > 1 and a not in used)
+        if shape is not None and shape[i] % math.prod(mesh.shape[a] for a in axes):
+            axes = ()
         used.update(axes)
         entries.append(axes or None)
     return PartitionSpec(*entries)
+
+
+def axes_of(spec: PartitionSpec) -> list[str]:
+    """The mesh axes of a PartitionSpec."""
+    return [axis for entry in spec if entry for axis in ([entry] if isinstance(entry, str) else entry)]
 
 
 def sharding(names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
@@ -110,7 +126,25 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = _current.get()
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, sharding(names, mesh))
+    inside = jax.sharding.get_abstract_mesh()
+    where = NamedSharding(inside if inside.manual_axes else mesh, spec(names, mesh))
+    return jax.lax.with_sharding_constraint(x, where)
+
+
+def per_device(
+    fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, automatic: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """`fn` on every device's own part (`shard_map`), over all axes but those left to XLA; may stand inside another."""
+    inside = jax.sharding.get_abstract_mesh()
+    axes = set(AXES) - set(inside.manual_axes) - set(automatic)
+    return jax.shard_map(
+        fn,
+        mesh=inside if inside.manual_axes else mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=axes,
+        check_vma=False,
+    )
 
 
 def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -154,6 +188,16 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return sharding(["batch"] + [None] * (ndim - 1), mesh)
 
 
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """How the arrays of a batch lie: split over its rows and, those that run along it, over the sequence."""
+
+    def names(name: str, ndim: int) -> list[str | None]:
+        return (["batch", "seq" if sequence.runs_along(name) else None] + [None] * ndim)[:ndim]
+
+    return {name: sharding(names(name, a.ndim), mesh) for name, a in batch.items()}
+
+
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host rows -> device arrays, split over the batch."""
-    return jax.device_put(batch, {k: batch_sharding(mesh, a.ndim) for k, a in batch.items()})
+    """Host rows -> device arrays, in balanced order where devices share a sequence."""
+    batch = sequence.balanced(batch, mesh.shape["context"])
+    return jax.device_put(batch, batch_shardings(batch, mesh))

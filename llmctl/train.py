@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from llmctl import mesh as meshes
-from llmctl import meters, weights
+from llmctl import meters, sequence, weights
 from llmctl.artifact import Artifact
 from llmctl.checkpoints import Checkpoints
 from llmctl.data import pipeline
@@ -241,6 +241,7 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
             f"train.seq_len: {train.seq_len} tokens are more than model.max_seq_len = {model.max_seq_len}"
         )
     _check_batch(train, mesh)
+    sequence.check(train.seq_len, mesh.shape["context"])
     calls.check_mesh(model, mesh)
 
 

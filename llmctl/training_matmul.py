@@ -59,27 +59,30 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x_NI: jax.Array, w_IO: jax.Array, kind: str) -> jax.Array:
-    """x [N, I] times w [I, O] in the operand type of `kind` -> [N, O] in the type of x."""
-    return _forward(x_NI, w_IO, kind)[0]
+def matmul(x: jax.Array, w_IO: jax.Array, kind: str) -> jax.Array:
+    """x [..., I] times w [I, O] in the operand type of `kind` -> [..., O] in the type of x."""
+    return _forward(x, w_IO, kind)[0]
 
 
-def _forward(x_NI: jax.Array, w_IO: jax.Array, kind: str) -> Any:
+def _forward(x: jax.Array, w_IO: jax.Array, kind: str) -> Any:
     operand, _ = TYPES[kind]
-    x = qwix.quantize(x_NI, operand, channelwise_axes=[0])
+    last = x.ndim - 1
+    x_q = qwix.quantize(x, operand, channelwise_axes=list(range(last)))
     w = qwix.quantize(w_IO, operand, channelwise_axes=[1])
-    y = qwix.dot_general(x, w, (((1,), (0,)), ((), ())))
-    return y.astype(x_NI.dtype), (x, w)
+    y = qwix.dot_general(x_q, w, (((last,), (0,)), ((), ())))
+    return y.astype(x.dtype), (x_q, w)
 
 
-def _backward(kind: str, saved: tuple[qwix.QArray, qwix.QArray], d_y_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(kind: str, saved: tuple[qwix.QArray, qwix.QArray], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     _, gradient = TYPES[kind]
-    for_x = qwix.quantize(d_y_NO * w.scale, gradient, channelwise_axes=[0])
-    d_x = qwix.dot_general(for_x, w.qvalue, (((1,), (1,)), ((), ())))
-    for_w = qwix.quantize(d_y_NO * x.scale, gradient, channelwise_axes=[1])
-    d_w = qwix.dot_general(x.qvalue, for_w, (((0,), (0,)), ((), ())))
-    return d_x.astype(d_y_NO.dtype), d_w.astype(d_y_NO.dtype)
+    last = d_y.ndim - 1
+    rows = tuple(range(last))
+    for_x = qwix.quantize(d_y * w.scale.reshape(-1), gradient, channelwise_axes=list(rows))
+    d_x = qwix.dot_general(for_x, w.qvalue, (((last,), (1,)), ((), ())))
+    for_w = qwix.quantize(d_y * x.scale, gradient, channelwise_axes=[last])
+    d_w = qwix.dot_general(x.qvalue, for_w, ((rows, rows), ((), ())))
+    return d_x.astype(d_y.dtype), d_w.astype(d_y.dtype)
 
 
 matmul.defvjp(_forward, _backward)

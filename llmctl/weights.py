@@ -66,17 +66,18 @@ def dense(w: Weight, dtype: Any = jnp.float32) -> jax.Array:
     return w.astype(dtype)
 
 
-def matmul(x: jax.Array, w: Weight, dtype: Any, kind: str = "") -> jax.Array:
+def matmul(x: jax.Array, w: Weight, dtype: Any, kind: str = "", fold: bool = True) -> jax.Array:
     """x [..., I] times w [I, O] in `dtype` -> [..., O].
 
     A plain array may be multiplied in 8 bits while it is trained: `kind` is a name of `training_matmul.TYPES`.
+    `fold`: leading axes become one, with which XLA's CPU backend runs much faster (see recipes/bench). Where devices
+    split more than the first of them, no sharding of the one axis says the same, and XLA would gather.
     """
     x = x.astype(dtype)
     if isinstance(w, LowRank):
-        low = matmul(matmul(x, w.a, dtype), w.b, dtype)
-        return matmul(x, w.base, dtype) + jnp.asarray(w.scale, dtype) * low
-    # Leading axes are folded into one: XLA's CPU backend runs a plain matrix product much faster (see recipes/bench).
-    x_NI = x.reshape(-1, x.shape[-1])
+        low = matmul(matmul(x, w.a, dtype, fold=fold), w.b, dtype, fold=fold)
+        return matmul(x, w.base, dtype, fold=fold) + jnp.asarray(w.scale, dtype) * low
+    x_NI = x.reshape(-1, x.shape[-1]) if fold else x
     if isinstance(w, Quantized):
         y_NO = _quantized_matmul(x_NI, w, dtype)
     elif kind:
@@ -86,17 +87,16 @@ def matmul(x: jax.Array, w: Weight, dtype: Any, kind: str = "") -> jax.Array:
     return y_NO.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def _quantized_matmul(x_NI: jax.Array, w: Quantized, dtype: Any) -> jax.Array:
+def _quantized_matmul(x: jax.Array, w: Quantized, dtype: Any) -> jax.Array:
     if w.activations:
         # One scale a token; grouped weights need the same groups on the activation.
-        groups = w.array.scale.shape[0]
-        x = qwix.quantize(
-            x_NI, w.activations, channelwise_axes=[0], tiled_axes={1: x_NI.shape[1] // groups} if groups > 1 else None
-        )
-        return qwix.dot_general(x, w.array, (((1,), (0,)), ((), ()))).astype(dtype)
+        groups, last = w.array.scale.shape[0], x.ndim - 1
+        tiles = {last: x.shape[last] // groups} if groups > 1 else None
+        x_q = qwix.quantize(x, w.activations, channelwise_axes=list(range(last)), tiled_axes=tiles)
+        return qwix.dot_general(x_q, w.array, (((last,), (0,)), ((), ()))).astype(dtype)
     if w.array.scale.shape[0] == 1:  # per output channel: scaling the product is cheaper than scaling the weight
-        return jnp.matmul(x_NI, w.array.qvalue.astype(dtype)) * w.array.scale.astype(dtype)
-    return jnp.matmul(x_NI, dense(w, dtype))
+        return jnp.matmul(x, w.array.qvalue.astype(dtype)) * w.array.scale.astype(dtype)
+    return jnp.matmul(x, dense(w, dtype))
 
 
 def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:

@@ -1,11 +1,15 @@
 """Chunked losses against the plain formulas, values and gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmctl import losses
+from llmctl import mesh as meshes
+from llmctl.settings import MeshConfig
 
 B, T, D, V = 3, 8, 5, 11
 
@@ -85,3 +89,59 @@ def test_integer_leaves_of_a_quantized_head_have_no_gradient(given):
         ]
 
     assert jnp.isfinite(jax.grad(loss)(x)).all()
+
+
+MESHES = [{"data": 1, "tensor": 8}, {"data": 2, "context": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+@pytest.mark.parametrize("kind", ["labels", "teacher"])
+def test_a_split_vocabulary_stays_split(axes, kind, monkeypatch):
+    """Equal to one device; between devices move the head's columns, its gradient and numbers a token, never logits."""
+    b, t, d, v = 4, 32, 16, 1024
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 4 * 512 * 2)
+    rng = np.random.default_rng(0)
+    head = {"w": rng.normal(size=(d, v)).astype(np.float32)}
+    x = rng.normal(size=(b, t, d)).astype(np.float32)
+    targets, weights = rng.integers(0, v, (b, t), np.int32), rng.random((b, t), np.float32)
+
+    def product(head, x):
+        return x @ head["w"]
+
+    def value(head, x, targets, weights):
+        if kind == "labels":
+            return losses.cross_entropy(product, head, x, targets, weights, v, 0.1, 1e-3)
+        teacher = jax.tree.map(lambda a: a * 0.5, head)
+        return losses.distillation(product, head, x, product, teacher, x, targets, weights, v, 2.0, 0.25)
+
+    step = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+    want = jax.jit(step)(head, x, targets, weights)
+    mesh = meshes.make(MeshConfig(**axes))
+    rows = [meshes.sharding(["batch", "seq", None][: a.ndim], mesh) for a in (x, targets, weights)]
+    columns = {"w": meshes.sharding(["embed", "vocab"], mesh)}
+    placed = jax.device_put((head, x, targets, weights), (columns, *rows))
+    with meshes.use(mesh):
+        compiled = jax.jit(step).lower(*placed).compile()
+    got = compiled(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+    share = v // axes["tensor"]
+    moved = []
+    for result in re.findall(r"= (\(?\w+\[.*?) (?:all-|reduce-scatter|collective-)[\w-]*\(", compiled.as_text()):
+        moved += [tuple(int(n) for n in s.split(",") if n) for s in re.findall(r"\w+\[([\d,]*)\]", result)]
+    assert any(len(shape) in (1, 2) and np.prod(shape) <= b * t for shape in moved if shape)  # log-sum-exp and hits
+    assert all(v not in shape for shape in moved), moved
+    assert all(shape == (d, share) for shape in moved if share in shape), moved
+
+
+def test_chunks_are_those_of_a_device(monkeypatch):
+    """Chunks do not get smaller on a larger mesh: what counts is a device's share of the rows and the vocabulary."""
+    seen = []
+    real = losses.chunk_length
+    monkeypatch.setattr(losses, "chunk_length", lambda *sizes: seen.append(sizes) or real(*sizes))
+    ones = jnp.ones((8, 16))
+    with meshes.use(meshes.make(MeshConfig(data=2, context=2, tensor=2))):
+        jax.eval_shape(
+            lambda x: losses.cross_entropy(lambda h, x: x @ h, jnp.ones((4, 64)), x, ones.astype(int), ones, 64),
+            jnp.ones((8, 16, 4)),
+        )
+    assert set(seen) == {(4, 8, 32)}

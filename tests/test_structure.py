@@ -20,7 +20,7 @@ PACKAGE = ROOT / "llmctl"
 
 LAYERS = (
     ("errors", "config", "settings", "chips", "weights", "training_matmul", "menu", "console"),
-    ("mesh", "data", "losses", "metrics", "meters", "profiling", "gathered"),
+    ("mesh", "sequence", "data", "losses", "metrics", "meters", "profiling", "gathered"),
     ("model", "optim"),
     (
         "tune",

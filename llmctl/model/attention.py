@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llmctl import mesh as meshes
 from llmctl.mesh import constrain
-from llmctl.model import ModelConfig, flash
+from llmctl.model import ModelConfig, flash, ring
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
 from llmctl.model.softmax import attend
 
@@ -22,13 +23,17 @@ from llmctl.model.softmax import attend
 class Shared(NamedTuple):
     """What all layers of a stack read; `local_*` serve layers with a window. Absent parts are None."""
 
-    mask_BTS: jax.Array
+    mask_BTS: jax.Array | None
+    """None where a ring of devices attends (`llmctl.model.ring`), which makes masks from segments."""
     local_mask_BTS: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
     bias_HTS: jax.Array | None = None
     memory_BSD: jax.Array | None = None
     memory_mask_BTS: jax.Array | None = None
+    memory_segments_BS: jax.Array | None = None
+    bias_table_UH: jax.Array | None = None
+    """A ring has these instead of masks and bias."""
     slot: jax.Array | int | None = None
     """Where in the cache these tokens go; None without a cache."""
     causal_BT: jax.Array | None = None
@@ -42,6 +47,14 @@ def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 
+def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.Array | None) -> jax.Array:
+    """[T, S]: from each query, of which the first stands at `slot`, to each key, in places."""
+    T, S = mask_BTS.shape[1:]
+    if order_BT is not None:  # every row has the same
+        return order_BT[0][None, :] - order_BT[0][:, None]
+    return jnp.arange(S)[None, :] - jnp.arange(T)[:, None] - (0 if slot is None else slot)
+
+
 def share(
     cfg: ModelConfig,
     segments_BT: jax.Array,
@@ -50,20 +63,22 @@ def share(
     causal: bool,
     cached_BS: jax.Array | None = None,
     slot: jax.Array | int | None = None,
+    order_BT: jax.Array | None = None,
 ) -> Shared:
     """Masks and rotary tables of a self-attention stack.
 
     With a cache, these T tokens are slots `slot` to `slot + T` of S, and `cached_BS` has the segments of all slots.
+    Rows in balanced order (`llmctl.sequence`) come with it.
     """
-    keys_BS = segments_BT if cached_BS is None else cached_BS
-    mask = visible(segments_BT, keys_BS)
-    local = None
-    T, S = mask.shape[1:]
-    distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)[None, :] + (0 if slot is None else slot)
-    if causal:
-        mask &= distance_TS >= 0
-    if cfg.window:
-        local = mask & (distance_TS < cfg.window) & (distance_TS > -cfg.window)
+    mask = local = None
+    if order_BT is None or not meshes.splits_sequences():
+        keys_BS = segments_BT if cached_BS is None else cached_BS
+        mask = visible(segments_BT, keys_BS)
+        distance_TS = distances(mask, slot, order_BT)
+        if causal:
+            mask &= distance_TS <= 0
+        if cfg.window:
+            local = mask & (jnp.abs(distance_TS) < cfg.window)
     rotary = local_rotary = None
     if cfg.positions == "rope":
         rotary = rotary_table(positions_BT, cfg, cfg.rope_theta)
@@ -127,17 +142,19 @@ class Attention(nn.Module):
         if not self.cross and shared.slot is not None:
             k, v = self._remember("k", k, shared.slot), self._remember("v", v, shared.slot)
         mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
-        y = self._attend(q, k, v, cast(jax.Array, mask), shared, local)
+        y = self._attend(q, k, v, mask, shared, local)
         y = constrain(y, "batch", "seq", "act_heads", None).reshape(*x_BTD.shape[:2], H * K)
         out = Dense(cfg.d_model, ("heads", "embed"), cfg.out_bias, self.dtype, residual_scale(self.layers), name="o")
         return out(y)
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, shared: Shared, local: jax.Array
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array | None, shared: Shared, local: jax.Array
     ) -> jax.Array:
-        """By the platform's kernel where it can, else in plain XLA -> [B, T, H, K]."""
+        """In a ring over devices, by the platform's kernel where it can, else in plain XLA -> [B, T, H, K]."""
         cfg, causal = self.config, shared.causal_BT is not None
         segments_BT = shared.mutual_BT if shared.causal_BT is None else shared.causal_BT
+        if mask_BTS is None:
+            return self._in_a_ring(q, k, v, cast(jax.Array, segments_BT), shared, local)
         if not self.cross and segments_BT is not None and shared.bias_HTS is None:
             kernel = flash.choose(cfg, q.shape[1], q.dtype).kernel
             if kernel == "splash":
@@ -145,6 +162,19 @@ class Attention(nn.Module):
             if kernel == "cudnn":
                 return flash.cudnn(q, k, v, mask_BTS, cfg)
         return attend(q, k, v, mask_BTS, None if self.cross else shared.bias_HTS, cfg)
+
+    def _in_a_ring(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, shared: Shared, local: jax.Array
+    ) -> jax.Array:
+        if self.cross:
+            return ring.attend(
+                q, k, v, segments_BT, cast(jax.Array, shared.memory_segments_BS), self.config, causal=False
+            )
+        causal = shared.causal_BT is not None
+        return ring.attend(
+            q, k, v, segments_BT, segments_BT, self.config, causal=causal, local=local,
+            table_UH=shared.bias_table_UH, bucket=partial(bucket_of, self.config, not causal),
+        )  # fmt: skip
 
     def _remember(self, name: str, new_BTGK: jax.Array, slot: jax.Array | int) -> jax.Array:
         """Writes keys or values into the cache (collection "cache", `cache_shape`) -> all of them [B, S, G, K]."""
@@ -179,19 +209,20 @@ def _pick(local: jax.Array, when_local: Any, otherwise: Any) -> Any:
 
 
 class RelativeBias(nn.Module):
-    """T5's learned bias by bucketed distance, shared by all layers of a stack (arXiv:1910.10683) -> [H, T, S]."""
+    """T5's learned bias by bucketed distance, shared by all layers of a stack (arXiv:1910.10683): its table [U, H]."""
 
     config: ModelConfig
-    bidirectional: bool
 
     @nn.compact
-    def __call__(self, T: int, S: int, slot: jax.Array | int = 0) -> jax.Array:
+    def __call__(self) -> jax.Array:
         cfg = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm", "heads"))
-        table = self.param("table", init, (cfg.relative_buckets, cfg.heads), unbox=True)
-        distance_TS = jnp.arange(S)[None, :] - jnp.arange(T)[:, None] - slot
-        buckets = relative_bucket(distance_TS, cfg.relative_buckets, cfg.relative_max_distance, self.bidirectional)
-        return jnp.transpose(table.astype(jnp.float32)[buckets], (2, 0, 1))
+        return self.param("table", init, (cfg.relative_buckets, cfg.heads), unbox=True)
+
+
+def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:
+    """Bucket of each key-minus-query distance."""
+    return relative_bucket(distance, cfg.relative_buckets, cfg.relative_max_distance, bidirectional)
 
 
 def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:

@@ -158,7 +158,8 @@ def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.f
 
 def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
     """The task head's answer, float32: [B, C], [B], [B, T, C], [B, T, 2] or [B, D]."""
-    return _apply(TaskHead(cfg, dtype), {"params": params.get("head", {})}, x_BTD, batch["segments"])
+    head = {"params": params.get("head", {})}
+    return _apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"))
 
 
 # --- the same network block by block, for calibration ----------------------------------------------------------------

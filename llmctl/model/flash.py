@@ -44,14 +44,14 @@ def use(setting: str) -> Iterator[None]:
 
 
 def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
-    """The kernel of self-attention over sequences of `length` tokens: "splash", "cudnn" or "xla"."""
+    """The kernel of self-attention over sequences of `length` tokens: "ring", "splash", "cudnn" or "xla"."""
     mesh = meshes.current()
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     setting, platform = _setting.get(), device.platform
+    if meshes.splits_sequences():
+        return Choice("ring", "keys and values travel around the devices that share a sequence")
     if setting == "xla":
         return Choice("xla", "as asked for")
-    if mesh is not None and any(meshes.spec(["seq"], mesh)):
-        return Choice("xla", "the sequence is split over devices")
     if cfg.positions == "relative":
         return Choice("xla", "a learned position bias")
     if platform == "tpu" or setting == "interpret":
@@ -116,7 +116,7 @@ def splash(
         if mesh is None or mesh.size == 1:
             return run
         heads, rows = (meshes.spec(n, mesh) for n in (("batch", None, "act_heads", None), ("batch", None)))
-        return jax.shard_map(run, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        return meshes.per_device(run, mesh, (heads, heads, heads, rows), heads)
 
     operands = (q_BTHK, k_BTGK, v_BTGK, segments_BT)
     if not cfg.window:

@@ -15,13 +15,17 @@ from llmctl.model import ModelConfig
 from llmctl.model.layers import Dense
 
 
-def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str) -> jax.Array:
-    """One vector a sequence [B, D]: the last real token's, the mean over real tokens, or the first token's."""
+def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.Array | None = None) -> jax.Array:
+    """One vector a sequence [B, D]: the last real token's, the mean over real tokens, or the first token's.
+
+    `order_BT`: the places of the tokens, where those are not their slots; the first is in the first slot.
+    """
     real_BT = segments_BT > 0
     if pooling == "first":
         return x_BTD[:, 0]
     if pooling == "last":
-        last_B = jnp.max(jnp.where(real_BT, jnp.arange(real_BT.shape[1]), 0), axis=1)
+        places = jnp.arange(real_BT.shape[1]) if order_BT is None else order_BT
+        last_B = jnp.argmax(jnp.where(real_BT, places, -1), axis=1)
         return jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
     total = jnp.sum(jnp.where(real_BT[..., None], x_BTD, 0), axis=1, dtype=jnp.float32)
     return (total / jnp.maximum(real_BT.sum(axis=1), 1)[:, None]).astype(x_BTD.dtype)
@@ -37,9 +41,9 @@ class TaskHead(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, order_BT: jax.Array | None = None) -> jax.Array:
         cfg = self.config
-        x = x_BTD if cfg.head in ("tokens", "span") else pool(x_BTD, segments_BT, cfg.pooling)
+        x = x_BTD if cfg.head in ("tokens", "span") else pool(x_BTD, segments_BT, cfg.pooling, order_BT)
         if cfg.pooler and cfg.head not in ("tokens", "span"):
             pooled = jnp.tanh(Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="pooler")(x))
             x = x if cfg.head == "embed" else pooled  # an embedding model keeps the pooler it does not use

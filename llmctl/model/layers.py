@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl import gathered, training_matmul, weights
+from llmctl import mesh as meshes
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig
 
@@ -44,7 +45,7 @@ class Dense(nn.Module):
         if isinstance(kernel, jax.Array) and not kind and gathered.splits(self.axes):
             y = cast(jax.Array, gathered.matmul(x, kernel, self.axes, self.dtype))
         else:
-            y = weights.matmul(x, kernel, self.dtype, kind)
+            y = weights.matmul(x, kernel, self.dtype, kind, fold=not meshes.splits_sequences())
         if self.bias:
             b = self.param(
                 "bias",

@@ -9,7 +9,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G,
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,35 +73,69 @@ def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bia
     return jnp.where(mask_BTS[:, None, None], scores, MASKED), slope
 
 
+class Sums(NamedTuple):
+    """What queries have of the keys they have seen: with more keys, it is added to (arXiv:1805.02867)."""
+
+    values: jax.Array
+    """[B, G, N, K]: sum of exp(score - top) * value, float32."""
+    top: jax.Array
+    """[B, G, R, T, 1]: the greatest score."""
+    total: jax.Array
+    """[B, G, R, T, 1]: sum of exp(score - top)."""
+
+
+def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -> Sums:
+    """The softmax's sums over a block of keys, for scaled queries [B, G, N, K]."""
+    scores, _ = _scores(softcap, q, k, mask_BTS, bias_HTS)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    p = jnp.exp(scores - top)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    return Sums(_product(p.astype(v.dtype).reshape(*q.shape[:3], -1), v, 3, 2, jnp.float32), top, total)
+
+
+def pull(
+    softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any, seen: Any, d_y: Any, wide: bool = False
+) -> Any:
+    """Gradients (queries, keys, values, scores [B, G, R, T, S]) of a block of keys; `wide`: in float32.
+
+    `seen` is (top, total, share) over all keys; share is the sum over K of d_y * y.
+    """
+    top, total, share = seen
+    kinds = [jnp.float32 if wide else a.dtype for a in (q, k, v)]
+    scores, slope = _scores(softcap, q, k, mask_BTS, bias_HTS)
+    p = jnp.exp(scores - top) / total
+    flat = (*q.shape[:3], scores.shape[-1])
+    d_v = _gather(p.astype(v.dtype).reshape(flat), d_y, kinds[2])
+    d_p = _product(d_y, v, 3, 3, jnp.float32).reshape(p.shape)
+    d_scores = jnp.where(mask_BTS[:, None, None], p * (d_p - share), 0)
+    d_raw = d_scores if slope is None else d_scores * slope
+    d_raw = d_raw.astype(q.dtype).reshape(flat)
+    return _product(d_raw, k, 3, 2, kinds[0]), _gather(d_raw, q, kinds[1]), d_v, d_scores
+
+
+def share_of(d_y: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., N]: the sum over K of d_y * y, which every score's gradient is held against."""
+    return jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -> jax.Array:
     return _forward(softcap, q, k, v, mask_BTS, bias_HTS)[0]
 
 
 def _forward(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -> Any:
-    scores, _ = _scores(softcap, q, k, mask_BTS, bias_HTS)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    p = jnp.exp(scores - top)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    B, G, N, _ = q.shape
-    y = _product(p.astype(v.dtype).reshape(B, G, N, -1), v, 3, 2, jnp.float32) / total.reshape(B, G, N, 1)
-    q, k, v, y, top, total = (checkpoint_name(a, KEPT) for a in (q, k, v, y.astype(v.dtype), top, total))
+    values, top, total = sums(softcap, q, k, v, mask_BTS, bias_HTS)
+    y = (values / total.reshape(*q.shape[:3], 1)).astype(v.dtype)
+    q, k, v, y, top, total = (checkpoint_name(a, KEPT) for a in (q, k, v, y, top, total))
     return y, (q, k, v, mask_BTS, bias_HTS, y, top, total)
 
 
 def _backward(softcap: float, saved: Any, d_y: jax.Array) -> Any:
     q, k, v, mask_BTS, bias_HTS, y, top, total = saved
-    scores, slope = _scores(softcap, q, k, mask_BTS, bias_HTS)
-    p = jnp.exp(scores - top) / total
-    flat = (*q.shape[:3], scores.shape[-1])
-    d_v = _gather(p.astype(v.dtype).reshape(flat), d_y, v.dtype)
-    d_p = _product(d_y, v, 3, 3, jnp.float32).reshape(p.shape)
-    share = jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1).reshape(*p.shape[:-1], 1)
-    d_scores = jnp.where(mask_BTS[:, None, None], p * (d_p - share), 0)
+    seen = (top, total, share_of(d_y, y).reshape(top.shape))
+    d_q, d_k, d_v, d_scores = pull(softcap, q, k, v, mask_BTS, bias_HTS, seen, d_y)
     d_bias = None if bias_HTS is None else jnp.sum(d_scores, axis=0).reshape(bias_HTS.shape).astype(bias_HTS.dtype)
-    d_raw = d_scores if slope is None else d_scores * slope
-    d_raw = d_raw.astype(q.dtype).reshape(flat)
-    return _product(d_raw, k, 3, 2, q.dtype), _gather(d_raw, q, k.dtype), d_v, None, d_bias
+    return d_q, d_k, d_v, None, d_bias
 
 
 _attend.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from llmctl import weights
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig
-from llmctl.model.attention import Attention, RelativeBias, Shared, local_layers, share, visible
+from llmctl.model.attention import Attention, RelativeBias, Shared, bucket_of, distances, local_layers, share, visible
 from llmctl.model.layers import ACTIVATIONS, Dense, Dropout, FeedForward, Norm
 from llmctl.model.softmax import KEPT
 
@@ -87,7 +87,7 @@ class Stack(nn.Module):
         )
         self.blocks = scanned(cfg, self.dtype, self.layers, self.cross, self.train)
         if cfg.positions == "relative":
-            self.relative_bias = RelativeBias(cfg, not self.causal)
+            self.relative_bias = RelativeBias(cfg)
         if cfg.norm_position != "post":
             self.norm = Norm(cfg, self.dtype)
 
@@ -97,13 +97,21 @@ class Stack(nn.Module):
         positions_BT: jax.Array,
         cached_BS: jax.Array | None = None,
         slot: jax.Array | int | None = None,
+        order_BT: jax.Array | None = None,
     ) -> Shared:
-        """What the layers share, computed once; `cached_BS` and `slot` as in `attention.share`."""
-        shared = share(self.config, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot)
-        if self.config.positions != "relative":
+        """What the layers share, computed once; `cached_BS`, `slot` and `order_BT` as in `attention.share`."""
+        cfg = self.config
+        shared = share(
+            cfg, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot, order_BT=order_BT
+        )
+        if cfg.positions != "relative":
             return shared
-        T, S = shared.mask_BTS.shape[1:]
-        return shared._replace(bias_HTS=self.relative_bias(T, S, 0 if slot is None else slot))
+        table_UH = self.relative_bias()
+        if shared.mask_BTS is None:
+            return shared._replace(bias_table_UH=table_UH)
+        distance_TS = distances(shared.mask_BTS, slot, order_BT)
+        bias_TSH = table_UH.astype(jnp.float32)[bucket_of(cfg, not self.causal, distance_TS)]
+        return shared._replace(bias_HTS=jnp.transpose(bias_TSH, (2, 0, 1)))
 
     def __call__(self, x_BTD: jax.Array, shared: Shared) -> jax.Array:
         x_BTD, _ = self.blocks(x_BTD, shared, local_layers(self.config, self.layers))
@@ -128,7 +136,9 @@ class Embed(nn.Module):
 
         def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
             init = nn.with_logical_partitioning(nn.initializers.normal(deviation), (axis, "embed_in"))
-            return self.param(name, init, (rows, cfg.d_model))
+            w = self.param(name, init, (rows, cfg.d_model))
+            # Rows are taken whole: of tokens and a table that are split over the same devices XLA would gather both.
+            return constrain(w, axis, None) if isinstance(w, jax.Array) else w
 
         # Where hidden states are scaled by d_model ** -0.5 before the table is the output projection, logits of about
         # unit variance ask for entries of unit variance (T5).
@@ -225,16 +235,21 @@ class Transformer(nn.Module):
         """
         stack = self.encoder if self.config.architecture == "encoder" else self.decoder
         x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), self.train)
-        shared = stack.share(batch["segments"], batch["positions"], batch.get("cached_segments"), batch.get("slot"))
-        if self.config.encoder_layers:  # with a cache the memory may be known already
-            mask = visible(batch["segments"], batch["encoder_segments"])
-            shared = shared._replace(memory_BSD=memory_BSD, memory_mask_BTS=mask)
-        return x, shared
+        shared = stack.share(
+            batch["segments"], batch["positions"], batch.get("cached_segments"), batch.get("slot"), batch.get("order")
+        )
+        if not self.config.encoder_layers:
+            return x, shared
+        shared = shared._replace(memory_BSD=memory_BSD)  # with a cache the memory may be known already
+        if shared.mask_BTS is None:
+            return x, shared._replace(memory_segments_BS=batch["encoder_segments"])
+        return x, shared._replace(memory_mask_BTS=visible(batch["segments"], batch["encoder_segments"]))
 
     def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
         """Embeddings and shared masks of the encoder beside a decoder."""
         x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, self.train)
-        return x, self.encoder.share(batch["encoder_segments"], batch["encoder_positions"])
+        order_BS = batch.get("encoder_order")
+        return x, self.encoder.share(batch["encoder_segments"], batch["encoder_positions"], order_BT=order_BS)
 
     def encode(self, batch: Batch) -> jax.Array:
         """The memory [B, S, D] that the decoder attends to."""

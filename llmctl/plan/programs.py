@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from llmctl import mesh as meshes
-from llmctl import step, trainer, weights
+from llmctl import sequence, step, trainer, weights
 from llmctl.artifact import Artifact
 from llmctl.data import DataConfig, tokenizer
 from llmctl.data.byte_tokenizer import ByteTokenizer
@@ -68,9 +68,10 @@ Plan = tuple[list[Program], Artifact | None]
 
 def batch_of(rows: Any, size: int, mesh: Mesh) -> dict[str, Any]:
     """A batch of `size` rows, abstract, split as the stages split it."""
+    row = sequence.balanced({name: a[None] for name, a in rows[0].items()}, mesh.shape["context"])
+    shardings = meshes.batch_shardings(row, mesh)
     return {
-        name: jax.ShapeDtypeStruct((size, *a.shape), a.dtype, sharding=meshes.batch_sharding(mesh, a.ndim + 1))
-        for name, a in rows[0].items()
+        name: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=shardings[name]) for name, a in row.items()
     }
 
 

@@ -118,11 +118,12 @@ def test_language_models_get_a_perplexity_with_its_protocol(run_folder, tmp_path
     assert not (tmp_path / "out" / "tradeoff.png").exists()
 
 
-def test_eight_devices_count_what_one_counts(run_folder, tmp_path, data):
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 4, "context": 2}], ids=str)
+def test_eight_devices_count_what_one_counts(run_folder, tmp_path, data, axes):
     settings = {"examples": 20, "speed": False, "plot": False}
     (tmp_path / "one").mkdir()
     one = measured(run_folder, tmp_path / "one", data, ["lm", "small"], **settings)
-    many = measured(run_folder, tmp_path, data, ["lm", "small"], mesh=MeshConfig(data=4, tensor=1, fsdp=2), **settings)
+    many = measured(run_folder, tmp_path, data, ["lm", "small"], mesh=MeshConfig(**axes), **settings)
     assert one[1]["metrics"]["confusion"] == many[1]["metrics"]["confusion"]
     assert one[0]["metrics"]["nll"] == pytest.approx(many[0]["metrics"]["nll"], rel=1e-5)
 

@@ -47,10 +47,11 @@ def test_zeros_are_counted(artifacts, tmp_path, reviews, settings, share):
     assert made.manifest.parameters == artifact.read_manifest(artifacts / "lm").parameters
 
 
-def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews):
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews, axes):
     settings = {"method": "wanda", "data": reviews, "examples": 40}
     one = run(artifacts, tmp_path / "one", "lm", **settings)
-    many = run(artifacts, tmp_path / "many", "lm", **settings, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    many = run(artifacts, tmp_path / "many", "lm", **settings, mesh=MeshConfig(**axes))
     for a, b in zip(*(weights.flatten(m.params).values() for m in (one, many)), strict=True):
         np.testing.assert_array_equal(np.asarray(a) != 0, np.asarray(b) != 0)
 

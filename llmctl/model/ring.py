@@ -1,0 +1,277 @@
+"""Attention over a sequence split over devices: keys and values travel around them in a ring (arXiv:2310.01889).
+
+Rows lie in the balanced order of `llmctl.sequence`, so that causal attention is the same work on every device at every
+step; what nobody sees is not computed. Softmax sums are merged in float32 from step to step. The backward pass goes
+around once more: kept are q, k, v, the output and one number a row.
+
+Shapes: B batch, T queries and S keys in all, t and s of one device, P chunks a device (2 where causal, else 1),
+c = t / P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+
+from llmctl import mesh as meshes
+from llmctl import sequence
+from llmctl.model import ModelConfig, softmax
+
+AXIS = "context"
+
+
+class Plan(NamedTuple):
+    """What is known when a computation is traced."""
+
+    mesh: Mesh
+    causal: bool
+    softcap: float
+    window: int
+    bucket: Callable[[jax.Array], jax.Array] | None
+    """Key-minus-query distance -> bucket of the position bias."""
+
+
+class Block(NamedTuple):
+    """Keys of a device, on their way around: [P, B, G, s / P, K], values alike, and their segments [P, B, s / P]."""
+
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    segments_BT: jax.Array,
+    segments_BS: jax.Array,
+    cfg: ModelConfig,
+    *,
+    causal: bool,
+    local: jax.Array | bool = False,
+    table_UH: jax.Array | None = None,
+    bucket: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Attention within segments, for rows in balanced order -> [B, T, H, K].
+
+    Args:
+      q_BTHK, k_BSGK, v_BSGK: queries and keys and values, those of a memory too.
+      segments_BT, segments_BS: documents of queries and keys; 0 is padding.
+      cfg: scale, soft cap and window.
+      causal: whether a token sees no later one.
+      local: whether this layer has the window.
+      table_UH, bucket: T5's position bias, as buckets and the way to them.
+    """
+    mesh = meshes.current()
+    assert mesh is not None
+    q_BTHK = q_BTHK * jnp.asarray(cfg.attn_scale or cfg.head_dim**-0.5, q_BTHK.dtype)
+    plan = Plan(mesh, causal, cfg.attn_softcap, cfg.window, None if table_UH is None else bucket)
+    return _attend(plan, q_BTHK, k_BSGK, v_BSGK, (segments_BT, segments_BS, jnp.asarray(local)), table_UH)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> jax.Array:
+    return _forward(plan, q, k, v, about, table_UH)[0]
+
+
+def _specs(plan: Plan) -> Any:
+    """How the operands (q, k, v, about, table) lie: rows, tokens and heads are split."""
+    heads, rows = (meshes.spec(n, plan.mesh) for n in (("batch", "seq", "act_heads", None), ("batch", "seq")))
+    return heads, heads, heads, (rows, rows, PartitionSpec()), meshes.spec((None, "act_heads"), plan.mesh)
+
+
+def _forward(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> Any:
+    specs = _specs(plan)
+    numbers = PartitionSpec(*specs[0][:3])
+    run = meshes.per_device(partial(_forward_here, plan), plan.mesh, specs, (specs[0], numbers))
+    kept = (q, k, v, *run(q, k, v, about, table_UH))
+    q, k, v, y, top_BTH = (checkpoint_name(a, softmax.KEPT) for a in kept)
+    return y, (q, k, v, about, table_UH, y, top_BTH)
+
+
+def _backward(plan: Plan, saved: Any, d_y: jax.Array) -> Any:
+    specs = _specs(plan)
+    numbers = PartitionSpec(*specs[0][:3])
+    sharers = meshes.axes_of(specs[3][0])
+    here = partial(_backward_here, plan, sharers)
+    run = meshes.per_device(here, plan.mesh, (*specs, specs[0], numbers, specs[0]), (*specs[:3], specs[4]))
+    d_q, d_k, d_v, d_table = run(*saved, d_y)
+    return d_q, d_k, d_v, None, d_table
+
+
+_attend.defvjp(_forward, _backward)
+
+
+# --- on one device ---------------------------------------------------------------------------------------------------
+
+
+def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> Any:
+    """(y [B, t, H, K], log of the softmax's denominator [B, t, H])."""
+    here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
+    N = here.q.shape[-2]
+    numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
+    seen = softmax.Sums(jnp.zeros(here.q.shape, jnp.float32), numbers + softmax.MASKED, numbers)
+
+    def look(seen: softmax.Sums, block: Block, step: Any) -> softmax.Sums:
+        for a, b in here.pairs(step):
+            new = softmax.sums(plan.softcap, *here.operands(a, b, block), *here.visible(a, b, block, step))
+            seen = jax.tree.map(partial(_put, a), seen, _merge(jax.tree.map(partial(_at, a), seen), new))
+        return seen
+
+    def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        seen, block = carry
+        further = here.pass_on(block)  # does not wait for the products
+        return (look(seen, block, step), further), None
+
+    further = here.pass_on(block)
+    seen, _ = jax.lax.scan(turn, (look(seen, block, 0), further), jnp.arange(1, here.devices))[0]
+    y = seen.values / seen.total.reshape(*here.q.shape[:-1], 1)
+    denominator = seen.top + jnp.log(seen.total)
+    return _unfold(y.astype(v.dtype), q.shape), _unfold(denominator.reshape(*y.shape[:-1], 1), q.shape)[..., 0]
+
+
+def _backward_here(
+    plan: Plan, sharers: list[str], q: Any, k: Any, v: Any, about: Any, table_UH: Any, y: Any, top: Any, d_y: Any
+) -> Any:
+    """Gradients of q, k, v and the table, which the devices along `sharers` have in common."""
+    here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
+    P, N = here.q.shape[0], here.q.shape[-2]
+    d_y_PBGNK = _fold(d_y, P, here.q.shape[2])
+    rows = (*here.q.shape[:3], N // here.length, here.length, 1)
+    top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, softmax.share_of(d_y, y)))
+
+    def look(d_q: jax.Array, d_table: Any, d_kv: Any, block: Block, step: Any) -> Any:
+        for a, b in here.pairs(step):
+            seen = (_at(a, top), 1.0, _at(a, share))
+            visible = here.visible(a, b, block, step)
+            *new, d_scores = softmax.pull(
+                plan.softcap, *here.operands(a, b, block), *visible, seen, _at(a, d_y_PBGNK), wide=True
+            )
+            d_q = _put(a, d_q, _at(a, d_q) + new[0])
+            d_kv = tuple(_put(b, d, _at(b, d) + n) for d, n in zip(d_kv, new[1:], strict=True))
+            if table_UH is not None:
+                d_HTS = jnp.sum(d_scores, axis=0).reshape(-1, *d_scores.shape[-2:])
+                d_table = d_table.at[here.buckets(a, b, step)].add(jnp.moveaxis(d_HTS, 0, -1))
+        return d_q, d_table, d_kv
+
+    def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        d_q, d_table, d_kv, block = carry
+        further = here.pass_on(block)
+        d_q, d_table, d_kv = look(d_q, d_table, d_kv, block, step)
+        return (d_q, d_table, here.pass_on(d_kv), further), None
+
+    zero = jnp.zeros(here.q.shape, jnp.float32)
+    d_kv = (jnp.zeros(block.k.shape, jnp.float32),) * 2
+    d_table = None if table_UH is None else jnp.zeros(table_UH.shape, jnp.float32)
+    further = here.pass_on(block)
+    d_q, d_table, d_kv = look(zero, d_table, d_kv, block, 0)
+    start = (d_q, d_table, here.pass_on(d_kv), further)
+    d_q, d_table, d_kv, _ = jax.lax.scan(turn, start, jnp.arange(1, here.devices))[0]  # gradients are home again
+    if table_UH is not None:
+        d_table = jax.lax.psum(d_table, sharers).astype(table_UH.dtype)
+    d_k, d_v = (_unfold(d, k.shape).astype(k.dtype) for d in d_kv)
+    return _unfold(d_q, q.shape).astype(q.dtype), d_k, d_v, d_table
+
+
+class _Here:
+    """What a device knows of itself: its queries, and which of the keys that come by they see."""
+
+    def __init__(self, plan: Plan, q: jax.Array, k: jax.Array, about: Any, table_UH: jax.Array | None) -> None:
+        self.plan, self.table_UH, self.local = plan, table_UH, about[2]
+        self.devices, self.device = plan.mesh.shape[AXIS], jax.lax.axis_index(AXIS)
+        self.chunks = 2 if plan.causal else 1
+        self.q = _fold(q, self.chunks, k.shape[2])
+        self.length = q.shape[1] // self.chunks
+        self.keys = k.shape[1] // self.chunks
+        self.segments_PBc = _chunks(about[0], self.chunks)
+
+    def pairs(self, step: Any) -> list[tuple[Any, Any]]:
+        return sequence.pairs(self.plan.causal, step, self.device, jnp.where)
+
+    def operands(self, a: Any, b: Any, block: Block) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _at(a, self.q), _at(b, block.k), _at(b, block.v)
+
+    def visible(self, a: Any, b: Any, block: Block, step: Any) -> tuple[jax.Array, jax.Array | None]:
+        """Mask [B, c, s / P] and bias [H, c, s / P] of a product. Causality masks in the first step alone."""
+        mine, theirs = _at(a, self.segments_PBc)[:, :, None], _at(b, block.segments)[:, None, :]
+        mask = (mine == theirs) & (theirs > 0)
+        if self.plan.window or (self.plan.causal and isinstance(step, int)):
+            back = -self.distance(a, b, step)
+            if self.plan.causal and isinstance(step, int):
+                mask &= back >= 0
+            if self.plan.window:
+                mask &= ~self.local | (jnp.abs(back) < self.plan.window)
+        if self.table_UH is None:
+            return mask, None
+        return mask, jnp.moveaxis(self.table_UH.astype(jnp.float32)[self.buckets(a, b, step)], -1, 0)
+
+    def buckets(self, a: Any, b: Any, step: Any) -> jax.Array:
+        assert self.plan.bucket is not None
+        return self.plan.bucket(self.distance(a, b, step))
+
+    def distance(self, a: Any, b: Any, step: Any) -> jax.Array:
+        """[c, s / P]: from each query to each key, in places."""
+        mine = self._places(self.device, a, self.length)
+        theirs = self._places((self.device - step) % self.devices, b, self.keys)
+        return theirs[None, :] - mine[:, None]
+
+    def _places(self, device: Any, chunk: Any, length: int) -> jax.Array:
+        """The places of a chunk's tokens; one chunk a device is its early and its late one together."""
+        late = 2 * self.devices - 1 - device
+        if self.chunks == 2:
+            return jnp.where(chunk == 0, device, late) * length + jnp.arange(length)
+        half = jnp.arange(length // 2)
+        return jnp.concatenate([device * (length // 2) + half, late * (length // 2) + half])
+
+    def pass_on(self, tree: Any) -> Any:
+        """To the next device; what the one before had comes instead."""
+        ring = [(i, (i + 1) % self.devices) for i in range(self.devices)]
+        return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, ring), tree)
+
+
+def _block(plan: Plan, k: jax.Array, v: jax.Array, segments_Bs: jax.Array) -> Block:
+    P, G = 2 if plan.causal else 1, k.shape[2]
+    return Block(_fold(k, P, G), _fold(v, P, G), _chunks(segments_Bs, P))
+
+
+def _merge(old: softmax.Sums, new: softmax.Sums) -> softmax.Sums:
+    top = jnp.maximum(old.top, new.top)
+    values, total = jnp.zeros(()), jnp.zeros(())
+    for part in (old, new):
+        scale = jnp.exp(part.top - top)
+        values += part.values * scale.reshape(*part.values.shape[:-1], 1)
+        total += part.total * scale
+    return softmax.Sums(values, top, total)
+
+
+def _at(chunk: Any, a: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(a, chunk, 0, keepdims=False)
+
+
+def _put(chunk: Any, a: jax.Array, new: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(a, new, chunk, 0)
+
+
+def _chunks(segments_Bt: jax.Array, P: int) -> jax.Array:
+    """[B, t] -> [P, B, c]."""
+    return segments_Bt.reshape(len(segments_Bt), P, -1).swapaxes(0, 1)
+
+
+def _fold(x_BtHK: jax.Array, P: int, G: int) -> jax.Array:
+    """[B, t, H, K] -> [P, B, G, N, K]: the heads of one key head are rows of one product."""
+    B, t, H, K = x_BtHK.shape
+    x = x_BtHK.reshape(B, P, t // P, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(P, B, G, -1, K)
+
+
+def _unfold(x_PBGNK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse, to [B, t, H, ...] of `shape`."""
+    P, _, G, _, K = x_PBGNK.shape
+    B, t, H = shape[:3]
+    return x_PBGNK.reshape(P, B, G, H // G, t // P, K).transpose(1, 0, 4, 2, 3, 5).reshape(B, t, H, K)
