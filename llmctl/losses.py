@@ -68,7 +68,9 @@ def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, 
     mesh = meshes.current()
     if mesh is None or mesh.size == 1:
         return fn(head, constants, x_BTD, rest)
-    rows = meshes.spec(("batch", "seq"), mesh, x_BTD.shape[:2])
+    rows = meshes.spec(("batch_out", "seq"), mesh, x_BTD.shape[:2])
+    if rows[0] is None:  # too few rows for all stages of a pipeline
+        rows = meshes.spec(("batch", "seq"), mesh, x_BTD.shape[:2])
     axes = meshes.axes_of(rows)
 
     def here(head: Tree, constants: Tree, x_btD: jax.Array, rest: Tree) -> tuple[Tree, Tree]:

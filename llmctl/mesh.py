@@ -22,6 +22,7 @@ AXES = ("pipeline", "data", "fsdp", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "batch_out": ("data", "fsdp", "pipeline"),  # after the last stage, where all would compute the same
     "seq": ("context",),
     # Parameters: the fsdp axis splits the width of the residual stream, the tensor axis what a layer fans out to.
     # Devices that share a sequence share the parameters as well: they would hold the same ones.

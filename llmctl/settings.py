@@ -61,7 +61,7 @@ class TrainConfig(Config):
     """The length of a run, its batches, and what is kept on the way."""
 
     unkeyed: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "profile"}
+        {"microbatches", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "profile"}
     )
 
     steps: int = Field(default=1000, ge=1)
@@ -72,6 +72,8 @@ class TrainConfig(Config):
     """Tokens a sequence."""
     accumulate: int = Field(default=1, ge=1)
     """Microbatches a step; the gradients are those of the whole batch."""
+    microbatches: int = Field(default=0, ge=0)
+    """On a mesh with a pipeline: pieces in which a batch passes through its stages; 0 takes up to four a stage."""
     dtype: Dtype = "float32"
     """Compute type; master weights and optimizer state stay float32."""
     matmuls: dict[str, Literal["int8", "fp8"]] = {}

@@ -23,7 +23,7 @@ from llmctl.checkpoints import Checkpoints
 from llmctl.data import pipeline
 from llmctl.errors import Interrupted, RequestError, WorkError
 from llmctl.metrics import Reporter
-from llmctl.model import ModelConfig, calls, flash
+from llmctl.model import ModelConfig, calls, flash, gpipe
 from llmctl.profiling import Profile
 from llmctl.settings import OptimConfig, TrainConfig
 from llmctl.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, make_step, program, state_shardings
@@ -73,6 +73,7 @@ def fit(
         stop = stack.enter_context(_stop_requests())
         stack.enter_context(meshes.use(mesh))
         stack.enter_context(flash.use(train.attention))
+        stack.enter_context(gpipe.use(train.microbatches))
         say: list[str] = []
         checkpoints = stack.enter_context(Checkpoints(ctx.work / "checkpoints", train.keep, say.append))
         found = checkpoints.restore(runs.state)
@@ -90,6 +91,7 @@ def fit(
             )
         )
         about = [flash.describe(job.model, train.seq_len, train.dtype)] if job.model else []
+        about += gpipe.describe(train.batch_size // train.accumulate, mesh, train.microbatches)
         for line in [*say, *about, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
         loop = _Loop(job, train, runs.step, runs.fixed, checkpoints, report, stop, mesh)
@@ -251,6 +253,10 @@ def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     batch, ways = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % ways:
         raise RequestError(f"train.batch_size: {batch} sequences a microbatch do not divide over data x fsdp = {ways}")
+    if mesh.shape["pipeline"] > 1 and train.microbatches and (batch // ways) % train.microbatches:
+        raise RequestError(
+            f"train.microbatches: {train.microbatches} pieces do not divide the {batch // ways} sequences of a pipeline"
+        )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from llmctl.config import Config, hint
 
 SHARED = {
-    *("attention", "beam", "calls", "cost", "decode", "flash", "heads", "hf", "layers"),
+    *("attention", "beam", "calls", "cost", "decode", "flash", "gpipe", "heads", "hf", "layers"),
     *("loss", "names", "ring", "sampling", "size", "softmax", "transformer"),
 }
 """Files of this folder that are not families."""

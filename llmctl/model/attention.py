@@ -40,6 +40,8 @@ class Shared(NamedTuple):
     """Segments of the tokens, which see what is before them. This or the next is there without a cache."""
     mutual_BT: jax.Array | None = None
     """Segments of the tokens, which see one another."""
+    rows_B: jax.Array | None = None
+    """Index of each row in its batch, of which these may be a piece."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
@@ -85,7 +87,7 @@ def share(
         if cfg.rope_local_theta:
             unscaled = cfg.model_copy(update={"rope_scaling": {}})
             local_rotary = rotary_table(positions_BT, unscaled, cfg.rope_local_theta)
-    shared = Shared(mask, local, rotary, local_rotary, slot=slot)
+    shared = Shared(mask, local, rotary, local_rotary, slot=slot, rows_B=jnp.arange(len(segments_BT)))
     if slot is not None:
         return shared
     return shared._replace(causal_BT=segments_BT) if causal else shared._replace(mutual_BT=segments_BT)

@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, D model width, F feed-forward neurons, K head width
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -109,17 +110,17 @@ def residual_scale(layers: int) -> float:
     return 1.0 / math.sqrt(2 * layers)
 
 
-class Dropout(nn.Module):
-    """Inverted dropout; the key comes from the "dropout" stream."""
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array) -> jax.Array:
+    """Inverted dropout of x [B, ...]; none without a key.
 
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or self.rate == 0.0:
-            return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
-        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+    What a row loses is told by the key and its index in the batch alone, so that it is the same in whatever pieces the
+    batch is computed.
+    """
+    if key is None or rate == 0.0:
+        return x
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(rows_B)
+    keep = jax.vmap(partial(jax.random.bernoulli, p=1.0 - rate, shape=x.shape[1:]))(keys_B)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -5,17 +5,19 @@ Shapes: B batch, T sequence, D model width, L layers, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import Scope
 
 from llmctl import weights
 from llmctl.mesh import constrain
-from llmctl.model import ModelConfig
+from llmctl.model import ModelConfig, gpipe
 from llmctl.model.attention import Attention, RelativeBias, Shared, bucket_of, distances, local_layers, share, visible
-from llmctl.model.layers import ACTIVATIONS, Dense, Dropout, FeedForward, Norm
+from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout
 from llmctl.model.softmax import KEPT
 
 Batch = dict[str, jax.Array]
@@ -37,20 +39,24 @@ class Block(nn.Module):
     dtype: Any
     layers: int
     cross: bool = False
-    train: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, shared: Shared, local: jax.Array) -> tuple[jax.Array, None]:
-        cfg = self.config
-        attn = Attention(cfg, self.dtype, self.layers, name="attn")
-        x_BTD = self._residual("attn", x_BTD, lambda x: attn(x, shared, local))
+    def __call__(
+        self, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
+        """`local` (bool): this layer has the window; `key`: of its dropout, which there is none without."""
+        cfg, rows_B = self.config, cast(jax.Array, shared.rows_B)
+        attention = partial(Attention, cfg, self.dtype, self.layers)
+        sublayers: dict[str, Any] = {"attn": lambda x: attention(name="attn")(x, shared, local)}
         if self.cross:
-            cross = Attention(cfg, self.dtype, self.layers, cross=True, name="cross")
-            x_BTD = self._residual("cross", x_BTD, lambda x: cross(x, shared, local))
-        x_BTD = self._residual("mlp", x_BTD, FeedForward(cfg, self.dtype, self.layers, name="mlp"))
+            sublayers["cross"] = lambda x: attention(cross=True, name="cross")(x, shared, local)
+        sublayers["mlp"] = FeedForward(cfg, self.dtype, self.layers, name="mlp")
+        for i, (name, sublayer) in enumerate(sublayers.items()):
+            own = None if key is None else jax.random.fold_in(key, i)
+            x_BTD = self._residual(name, x_BTD, sublayer, partial(dropout, rate=cfg.dropout, key=own, rows_B=rows_B))
         return constrain(x_BTD, "batch", "seq", "act_embed"), None
 
-    def _residual(self, name: str, x: jax.Array, sublayer: Any) -> jax.Array:
+    def _residual(self, name: str, x: jax.Array, sublayer: Any, drop: Any) -> jax.Array:
         cfg = self.config
 
         def norm(suffix: str) -> Norm:
@@ -59,12 +65,15 @@ class Block(nn.Module):
         y = sublayer(x if cfg.norm_position == "post" else norm("norm")(x))
         if cfg.norm_position == "sandwich":
             y = norm("post_norm")(y)
-        x = x + Dropout(cfg.dropout, name=f"{name}_dropout")(y, self.train)
+        x = x + drop(y)
         return norm("norm")(x) if cfg.norm_position == "post" else x
 
 
 class Stack(nn.Module):
-    """L blocks as one scan, whose parameters are stacked on axis 0; compile time does not grow with L."""
+    """L blocks as one scan, whose parameters are stacked on axis 0; compile time does not grow with L.
+
+    On a mesh with a `pipeline` axis each of its devices scans over its own layers (`llmctl.model.gpipe`).
+    """
 
     config: ModelConfig
     layers: int
@@ -80,12 +89,12 @@ class Stack(nn.Module):
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (nn.broadcast, 0)),
+            split_rngs={"params": True},
+            in_axes=cast(Any, (nn.broadcast, 0, 0)),
             length=self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.blocks = scanned(cfg, self.dtype, self.layers, self.cross, self.train)
+        self.blocks = scanned(cfg, self.dtype, self.layers, self.cross)
         if cfg.positions == "relative":
             self.relative_bias = RelativeBias(cfg)
         if cfg.norm_position != "post":
@@ -114,8 +123,21 @@ class Stack(nn.Module):
         return shared._replace(bias_HTS=jnp.transpose(bias_TSH, (2, 0, 1)))
 
     def __call__(self, x_BTD: jax.Array, shared: Shared) -> jax.Array:
-        x_BTD, _ = self.blocks(x_BTD, shared, local_layers(self.config, self.layers))
+        key = self.make_rng("dropout") if self.train and self.config.dropout else None
+        keys_L = None if key is None else jax.random.split(key, self.layers)
+        own = (local_layers(self.config, self.layers), keys_L)
+        if gpipe.stages() == 1 or self.is_initializing():
+            x_BTD, _ = self.blocks(x_BTD, shared, *own)
+        else:
+            blocks = self.variables["params"]["blocks"]
+            layer = jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
+            x_BTD = gpipe.run(self._layer if self.remat == "none" else layer, blocks, own, x_BTD, shared)
         return self.finish(x_BTD)
+
+    def _layer(self, params: Any, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: Any) -> jax.Array:
+        """One layer of `blocks` as a function of its parameters."""
+        at: Any = Scope({"params": params}, path=(*self.path, "blocks"))
+        return Block(self.config, self.dtype, self.layers, self.cross, parent=at)(x_BTD, shared, local, key)[0]
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm, where the family has one."""
@@ -159,7 +181,8 @@ class Embed(nn.Module):
             x = x + weights.take(table("types", cfg.token_types, None), types_BT, self.dtype)
         if cfg.embed_norm:
             x = Norm(cfg, self.dtype, name="norm")(x)
-        x = Dropout(cfg.dropout, name="dropout")(x, train)
+        if train and cfg.dropout:
+            x = dropout(x, cfg.dropout, self.make_rng("dropout"), jnp.arange(len(x)))
         return constrain(x, "batch", "seq", "act_embed")
 
 
@@ -224,9 +247,11 @@ class Transformer(nn.Module):
     def __call__(self, batch: Batch) -> jax.Array:
         """Final hidden states [B, T, D] of the (last) stack."""
         if self.config.architecture == "encoder":
-            return self.encoder(*self.start(batch))
-        memory = self.encode(batch) if self.config.encoder_layers else None
-        return self.decoder(*self.start(batch, memory))
+            x_BTD = self.encoder(*self.start(batch))
+        else:
+            memory = self.encode(batch) if self.config.encoder_layers else None
+            x_BTD = self.decoder(*self.start(batch, memory))
+        return gpipe.spread(x_BTD)
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
         """Embeddings and shared masks of the stack that reads `tokens`.

@@ -19,7 +19,7 @@ from llmctl.artifact import Artifact
 from llmctl.data import DataConfig, tokenizer
 from llmctl.data.byte_tokenizer import ByteTokenizer
 from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls, cost, flash
+from llmctl.model import ModelConfig, calls, cost, flash, gpipe
 from llmctl.plan import analytic, outcome
 from llmctl.plan import rows as made_up
 from llmctl.plan.analytic import Setup
@@ -83,7 +83,7 @@ def training(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
     batch = batch_of(rows, train.batch_size, mesh)
 
     def trace() -> Any:
-        with meshes.use(mesh), flash.use(train.attention):
+        with meshes.use(mesh), flash.use(train.attention), gpipe.use(train.microbatches):
             return runs.step.trace(runs.state, (runs.fixed, job.constants), batch)
 
     state = dict(runs.state)

@@ -1,0 +1,100 @@
+"""How long XLA compiles a training step of 24 layers against one of 6: the layers are scanned, so it should not matter.
+
+Prints both medians, their ratio and the number of instructions in the compiled programs. The two take turns, so that
+the ratio holds where the machine's speed drifts; nothing is read from a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from importlib.metadata import version
+from typing import Any
+
+BATCH, LENGTH = 8, 256
+
+
+def lowered(layers: int, microbatches: int, axes: dict[str, int]) -> Any:
+    """The step of a Llama of 384 x `layers`, traced but not compiled."""
+    import jax
+    import jax.numpy as jnp
+
+    from llmctl import mesh as meshes
+    from llmctl import step
+    from llmctl.model import ModelConfig, calls, gpipe
+    from llmctl.model.loss import loss_of
+    from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
+
+    mesh = meshes.make(MeshConfig(**axes))
+    model = ModelConfig(preset="llama-mini", layers=layers)
+    shapes = calls.abstract(model)
+    lies = calls.shardings(model, shapes, mesh)
+    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
+    job = step.Job(params=params, loss=loss_of(model), rows=None, validate=lambda _: {})
+    runs = step.program(job, TrainConfig(batch_size=BATCH, seq_len=LENGTH), OptimConfig(), mesh, 0)
+    whole = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=meshes.batch_sharding(mesh, 2))
+    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), whole)
+    batch["weights"] = whole.update(dtype=jnp.dtype("float32"))
+    with meshes.use(mesh), gpipe.use(microbatches):
+        return runs.step.lower(runs.state, (runs.fixed, ()), batch)
+
+
+def instructions(text: str) -> int:
+    """Instructions of a compiled program, those of its loops' bodies included."""
+    return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", text, flags=re.MULTILINE))
+
+
+def main() -> None:
+    """Prints a line a figure; `--json` prints one object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs=2, default=(6, 24), metavar="N")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pipeline", type=int, default=1, help="stages, on as many fake CPU devices")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.pipeline > 1:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.pipeline}"
+
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    axes = {"pipeline": args.pipeline} if args.pipeline > 1 else {}
+    seconds: dict[int, list[float]] = {n: [] for n in args.layers}
+    processor: dict[int, list[float]] = {n: [] for n in args.layers}
+    counts = {}
+    lowered(args.layers[0], args.pipeline, axes)  # what is done once a process
+    for _ in range(args.rounds):
+        for n in args.layers:
+            began, used = time.perf_counter(), time.process_time()
+            compiled = lowered(n, args.pipeline, axes).compile()
+            seconds[n].append(time.perf_counter() - began)
+            processor[n].append(time.process_time() - used)
+            counts[n] = instructions(compiled.as_text())
+    few, many = args.layers
+    median = {n: statistics.median(s) for n, s in seconds.items()}
+    busy = {n: statistics.median(s) for n, s in processor.items()}
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("jax", "jaxlib", "flax")},
+        "stages": args.pipeline,
+        "seconds": {n: round(s, 2) for n, s in median.items()},
+        "ratio": round(median[many] / median[few], 3),
+        "processor_seconds": {n: round(s, 2) for n, s in busy.items()},
+        "processor_ratio": round(busy[many] / busy[few], 3),
+        "instructions": counts,
+        "instructions_ratio": round(counts[many] / counts[few], 3),
+    }
+    if args.json:
+        print(json.dumps(result))  # noqa: T201
+        return
+    for key, value in result.items():
+        print(f"{key:24s} {value}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
