@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llmctl import train
 from llmctl.model import ModelConfig, cost
-from llmctl.model.loss import Loss, loss_of
+from llmctl.model.loss import NEARNESS, Loss, loss_of
 from llmctl.validation import Validation
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BY_ACCURACY = {"metric": "accuracy", "maximize": True, "keep_best": True}
 BY_LOSS = {"metric": "loss", "maximize": False, "keep_best": True}
-CHOOSES = {"classify": BY_ACCURACY}
+CHOOSES = {"classify": BY_ACCURACY, "tokens": BY_ACCURACY, "span": BY_ACCURACY}
 """By head: what the best parameters of a task are chosen by; the loss where nothing is said."""
 
 
@@ -37,6 +37,8 @@ class Learner:
     """Instead of the loss of the model's head."""
     beside: ModelConfig | None = None
     """What runs forward beside the model (a teacher)."""
+    temperature: float = NEARNESS
+    """Divides the similarities of embeddings."""
     how: dict[str, Any] = field(default_factory=dict)
     """Further fields of `llmctl.step.Job`."""
 
@@ -55,6 +57,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any) -> train.Job:
         remat=settings.remat,
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
+        temperature=learner.temperature,
     )
     beside = cost.of_rows(learner.beside, shapes(rows)) if learner.beside else 0.0
     return train.Job(
@@ -85,7 +88,7 @@ def run(
       Interrupted, WorkError: as `llmctl.train.fit`.
     """
     settings = config.train
-    judge = loss_of(learner.trains, dtype=jnp.dtype(settings.dtype))
+    judge = loss_of(learner.trains, dtype=jnp.dtype(settings.dtype), temperature=learner.temperature)
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
     made = job(config, learner, rows, held_out)
     params, metrics = train.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)

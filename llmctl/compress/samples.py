@@ -32,12 +32,16 @@ def calibration_batches(
     """Batches of `examples` texts (those first by hash) as device arrays [B, seq_len], all of one shape.
 
     A language model reads them as it does in training (an encoder with masks, an encoder-decoder with spans missing),
-    any other head one a row; labels are not needed. Raises RequestError where the data has no texts in the split.
+    a model that answers questions a question and its context, any other head one a row; labels are not needed.
+
+    Raises RequestError where the data has no texts in the split.
     """
     chosen = splits.examples(data, split).sample(examples)
-    reads = cfg if cfg.head == "lm" else cfg.model_copy(update={"head": "classify"})
+    reads = cfg if cfg.head in ("lm", "span") else cfg.model_copy(update={"head": "classify"})
     if reads.head == "classify" and chosen.labels is None:
         chosen = replace(chosen, labels=np.zeros(len(chosen), np.int32))
+    if cfg.head == "embed":  # reads the texts of a pair apart
+        chosen = replace(chosen, columns=tuple(c for c in chosen.columns if c != "pair"))
     rows = task_rows(reads, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(rows)) // ways) * ways

@@ -14,8 +14,12 @@ Packing = Literal["segments", "concat", "fit"]
 Truncate = Literal["tail", "head_tail"]
 """What a text too long keeps: its beginning, or its beginning and its end."""
 
-TEXT_COLUMNS = ("text", "pair", "prompt", "completion")
-"""Canonical columns that hold text; the one other canonical column is `label`."""
+TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "context", "question")
+"""Canonical columns that hold text."""
+COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers")
+"""All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
+TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
+"""Columns that are taken unasked only where all of a set are there: alone they may mean anything."""
 
 Scalar = str | bool | int | float
 
@@ -38,7 +42,9 @@ class SourceConfig(Config):
     download: bool = False
     """Source tfds: download and prepare the data set if it is not there."""
     columns: dict[str, str] = {}
-    """Our column = their column, such as {text = "review"}; empty takes text, pair, prompt, completion, label."""
+    """Our column = their column, such as {text = "review"}; empty takes what is called as ours: text, pair, prompt,
+    completion, label; tokens (words) and tags (a label each), both lists; context, question and answers as SQuAD has
+    them, {text = [...], answer_start = [...]}, empty lists where there is no answer."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Keeps the rows whose column (their name) has this value, or one of these values."""
     replace: dict[str, str] = {}

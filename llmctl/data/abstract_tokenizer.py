@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
@@ -74,6 +75,26 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
+
+    @abstractmethod
+    def offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, the characters [first, last) that each stands for) of every text; (n, n) for none."""
+
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids int32 [N], spans int32 [N, 2]) of every text, as `encode` cuts it.
+
+        A span is the characters that a token stands for, without white space at its ends: empty where that is all.
+        Several tokens of one character have the same span.
+        """
+        out = []
+        for text, (ids, found) in zip(texts, self.offsets(texts), strict=True):
+            spans_N2 = np.array(found, np.int32).reshape(-1, 2)
+            for n, (first, last) in enumerate(found):
+                bare = text[first:last].strip()
+                first += len(text[first:last]) - len(text[first:last].lstrip())
+                spans_N2[n] = first, first + len(bare)
+            out.append((np.array(ids, np.int32), spans_N2))
+        return out
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:

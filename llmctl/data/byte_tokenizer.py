@@ -42,5 +42,9 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        spans = ([(n, n + 1) for n, c in enumerate(text) for _ in c.encode()] for text in texts)
+        return [(self.encode(text), found) for text, found in zip(texts, spans, strict=True)]
+
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i - FIRST for i in map(int, ids) if FIRST <= i < FIRST + 256).decode(errors="replace")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.errors import RequestError
+
+T = TypeVar("T")
 
 CHUNK = 1024
 """Documents tokenized at a time: enough for all cores, few enough for Python lists of ids."""
@@ -91,7 +93,7 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     chunks, lengths = [], []
-    for batch in _batched(texts):
+    for batch in batched(texts):
         encoded = tokenizer.encode_batch(batch)
         lengths.extend(map(len, encoded))
         chunks.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype, sum(map(len, encoded))))
@@ -113,8 +115,9 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
     return corpus
 
 
-def _batched(texts: Iterable[str]) -> Iterable[tuple[str, ...]]:
+def batched(things: Iterable[T]) -> Iterator[tuple[T, ...]]:
+    """CHUNK at a time."""
     # itertools.batched is younger than Python 3.11
-    it = iter(texts)
+    it = iter(things)
     while batch := tuple(itertools.islice(it, CHUNK)):
         yield batch

@@ -16,8 +16,8 @@ from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
 
 
-class _ExampleRows:
-    """One example a row; `rows[i]` for any i >= 0, each epoch in its own order (in order with `shuffle=False`)."""
+class ExampleRows:
+    """One of `count` things a row; `rows[i]` for any i >= 0, each epoch in its own order, or as they come."""
 
     def __init__(self, count: int, seed: int, shuffle: bool):
         self._count, self._epochs = count, Epochs(count, seed, shuffle)
@@ -38,7 +38,7 @@ class _ExampleRows:
         raise NotImplementedError
 
 
-class ClassificationRows(_ExampleRows):
+class ClassificationRows(ExampleRows):
     """tokens, segments, positions [B, T] and label [B] (int32 class, or float32 number).
 
     A row is `bos` (where the tokenizer adds it), the text, `eos`, padding. Texts too long keep their first T tokens
@@ -69,7 +69,8 @@ class ClassificationRows(_ExampleRows):
         super().__init__(len(examples), seed, shuffle)
         self.classes = examples.classes
         self._labels_N = examples.labels
-        self._tokenizer, self._seq_len, self._truncate = tokenizer, seq_len, truncate
+        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._truncate: Truncate = truncate
         self._corpus = tokenize(examples.texts(), tokenizer) if corpus is None else corpus
         if len(self._corpus) != len(examples):
             raise ValueError(f"{len(self._corpus)} tokenized texts for {len(examples)} examples")
@@ -85,8 +86,8 @@ class ClassificationRows(_ExampleRows):
             if self._pairs is not None:
                 pair = self._pairs[example]
                 kept = min(len(text), max(room - 1 - len(pair), room // 2))
-                pair = np.append(self._cut(pair, room - 1 - kept), eos)
-            row = np.concatenate([bos, self._cut(text, kept), eos, pair])
+                pair = np.append(cut(pair, room - 1 - kept, self._truncate), eos)
+            row = np.concatenate([bos, cut(text, kept, self._truncate), eos, pair])
             tokens_BT[b, : len(row)] = row
             segments_BT[b, : len(row)] = 1
             types_BT[b, len(row) - len(pair) : len(row)] = 1
@@ -94,14 +95,8 @@ class ClassificationRows(_ExampleRows):
         batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
         return batch | ({} if self._pairs is None else {"types": types_BT}) | {"label": self._labels_N[example_B]}
 
-    def _cut(self, text: np.ndarray, room: int) -> np.ndarray:
-        if len(text) <= room:
-            return text
-        head = room if self._truncate == "tail" else room - room // 2
-        return np.concatenate([text[:head], text[len(text) - (room - head) :]])
 
-
-class CompletionRows(_ExampleRows):
+class CompletionRows(ExampleRows):
     """Language-model rows of prompt + completion, with loss on the completion and its `eos` alone.
 
     Prompt and completion are tokenized apart, as they are when the model generates. Pairs too long lose the beginning
@@ -137,7 +132,7 @@ class CompletionRows(_ExampleRows):
                 "positions": positions_BT}  # fmt: skip
 
 
-class SequencePairRows(_ExampleRows):
+class SequencePairRows(ExampleRows):
     """For an encoder-decoder: prompts for the encoder, completions and their `eos` for the decoder, T tokens each.
 
     The encoder reads a prompt as it read documents: `bos` where the tokenizer adds it, the tokens, `eos`. The decoder
@@ -160,8 +155,8 @@ class SequencePairRows(_ExampleRows):
             prompt = self._prompts[example][: room - len(begin)]
             read.append(np.concatenate([begin, prompt, [eos]]).astype(np.int32))
             written.append(np.append(self._completions[example][:room], eos).astype(np.int32))
-        encoder_BT, encoder_segments_BT = _padded(read, self._seq_len, pad)
-        targets_BT, segments_BT = _padded(written, self._seq_len, pad)
+        encoder_BT, encoder_segments_BT = padded(read, self._seq_len, pad)
+        targets_BT, segments_BT = padded(written, self._seq_len, pad)
         tokens_BT = np.where(segments_BT, np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1], pad)
         at = np.arange(self._seq_len, dtype=np.int32)
         return {
@@ -171,7 +166,15 @@ class SequencePairRows(_ExampleRows):
         }  # fmt: skip
 
 
-def _padded(rows: list[np.ndarray], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
+    """At most `room` tokens of a text."""
+    if len(text_N) <= room:
+        return text_N
+    head = room if truncate == "tail" else room - room // 2
+    return np.concatenate([text_N[:head], text_N[len(text_N) - (room - head) :]])
+
+
+def padded(rows: list[np.ndarray], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, segments), int32 [B, width]."""
     tokens_BT = np.full((len(rows), width), pad, np.int32)
     segments_BT = np.zeros_like(tokens_BT)

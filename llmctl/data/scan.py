@@ -59,6 +59,8 @@ class Scan:
     """Characters of the first text."""
     labels: list[str | float]
     """Label values; empty where there are no labels."""
+    tags: set[str]
+    """Labels of words; empty where words have none."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
@@ -67,21 +69,23 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
     Raises:
         RequestError: a row that cannot be read, a label outside the classes.
     """
-    texts = [c for c in view.columns if c != "label"]
     allowed = {c: k for k, c in enumerate(cfg.classes)}
     state = np.full(last - first, KEPT, np.uint8)
     fractions, keys, digests, chars, labels = [], [], [], [], []
+    tags: set[str] = set()
     for i in range(first, last):
         row = view.read(i)
         if row is None:
             state[i - first] = FILTERED
             continue
-        values = [row[c] for c in texts]
+        values = [row[c] for c in view.texts]
         if not any(v.strip() for v in values):
             state[i - first] = BLANK
             continue
         if "label" in row:
             labels.append(_label(cfg, row["label"], allowed, view, i))
+        for tag in set(row.get("tags", ())) - tags:
+            tags.add(str(_label(cfg, tag, allowed, view, i)))
         # pairs and prompts split by their first text: one question's answers stay together
         fractions.append(fraction(values[0] if values[0].strip() else "\0".join(values)))
         keys.append(_digest(map(normal, values)))
@@ -89,7 +93,7 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
         chars.append(len(values[0]))
     # S16 compares all 16 bytes: short values are padded with zeros, which is what they had there
     key, digest = (np.frombuffer(b"".join(d), "S16") for d in (keys, digests))
-    return Scan(state, np.array(fractions), key, digest, np.array(chars, np.int64), labels)
+    return Scan(state, np.array(fractions), key, digest, np.array(chars, np.int64), labels, tags)
 
 
 def _digest(texts: Iterable[str]) -> bytes:

@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import sentencepiece as spm
@@ -16,6 +16,8 @@ from llmctl.data.abstract_tokenizer import MASK, SENTINEL, Tokenizer
 from llmctl.data.order import permutation
 from llmctl.errors import RequestError
 
+SPACE = "▁"
+"""How pieces write a space."""
 STANDS_IN = "\ue000"
 """A private character that no vocabulary has: bytes while a text with masks is encoded."""
 THREADS = 4
@@ -69,6 +71,13 @@ class SentencePieces(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._sp.encode(list(texts), num_threads=_cores())
 
+    def offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        from sentencepiece import sentencepiece_pb2
+
+        protos = self._sp.encode(list(texts), out_type="serialized_proto", num_threads=_cores())
+        parse: Any = sentencepiece_pb2
+        return [_spans(text, parse.SentencePieceText.FromString(p)) for text, p in zip(texts, protos, strict=True)]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._sp.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i != self.unk_id])
 
@@ -100,6 +109,19 @@ class SentencePieces(Tokenizer):
         return (
             bytes([int(piece[1:-1], 16)]).decode(errors="replace") if self._sp.is_byte(i) else piece.replace("▁", " ")
         )
+
+
+def _spans(text: str, found: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and their characters. The library counts UTF-8 bytes, and gives a character to the last of its pieces."""
+    char_at = np.cumsum([0, *((byte & 0xC0) != 0x80 for byte in text.encode())])  # bytes before -> characters before
+    spans, last = [], len(text)
+    for piece in reversed(found.pieces):
+        first = int(char_at[piece.begin])
+        if piece.end > piece.begin:
+            last = int(char_at[piece.end])
+        # a piece without text is part of the character that the next one ends, or the space put before the text
+        spans.append((first, first if piece.end == piece.begin and piece.piece == SPACE else last))
+    return [piece.id for piece in found.pieces], spans[::-1]
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:

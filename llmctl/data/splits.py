@@ -30,6 +30,7 @@ Range = tuple[int, int, int]
 class Examples:
     """Rows of one split, read when asked for: dicts of text columns and, where there are labels, `label`.
 
+    Also `tokens`, `tags` (lists of text) and `answers` (a list of (text, first character)) where the data has them.
     `label` is the class index (int) or the number (float). Arrays are [N], one entry a row.
     """
 
@@ -48,7 +49,7 @@ class Examples:
     part: np.ndarray
     """Which source of a mixture each row is from."""
     classes: tuple[str, ...]
-    """Label values by class index; empty for numbers and where there are no labels."""
+    """Label values (of texts or of words) by class index; empty for numbers and where there are no labels."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -174,7 +175,11 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
             f"{_named(cfg)}: no text in it ({len(state_R)} rows, {filtered} filtered out, {blank} blank)"
         )
     labels = [label for f in found for label in f.labels]
-    classes, labels_N = _classes(cfg, labels) if labels else ((), None)
+    tags = sorted(set().union(*(f.tags for f in found)))
+    if labels and tags:
+        raise RequestError(f"{_named(cfg)}: has a label a row and a tag a word; choose one kind with data.columns")
+    classes, labels_N = _classes(cfg, labels or tags) if labels or tags else ((), None)
+    labels_N = None if tags else labels_N
     ends = np.cumsum([len(v) for v in views])
     everything = Examples(
         source=Chain(views),

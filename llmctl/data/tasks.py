@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmctl.data import Truncate, pretraining
+from llmctl.data.answers import AnswerRows
 from llmctl.data.corpus import tokenize
 from llmctl.data.examples import ClassificationRows, CompletionRows, SequencePairRows
 from llmctl.data.language import Text
+from llmctl.data.retrieval import TwoTextRows
 from llmctl.data.splits import Examples
+from llmctl.data.tagging import TagRows
 from llmctl.data.tokenizer import Tokenizer
 from llmctl.errors import RequestError
 
@@ -44,16 +47,21 @@ def task_rows(
     shuffle: bool,
     truncate: Truncate = "tail",
 ) -> Any:
-    """Labelled rows to classify or regress; for a language model completions where the data has them, else text.
+    """What the model's head learns from: labelled texts or words, answers in contexts, pairs of texts.
 
-    An encoder-decoder reads prompts with its encoder. Text asks for what the architecture is for: the next token, masks
-    and next sentences, or spans.
+    A language model has completions where the data has them, else text. An encoder-decoder reads prompts with its
+    encoder. Text asks for what the architecture is for: the next token, masks and next sentences, or spans.
 
     Raises:
         RequestError: the head has no rows of this kind, or the data lacks the columns.
     """
     if model.head in ("classify", "regress"):
         return ClassificationRows(examples, tokenizer, seq_len, truncate=truncate, seed=seed, shuffle=shuffle)
+    if model.head == "embed":
+        return TwoTextRows(examples, tokenizer, seq_len, truncate=truncate, seed=seed, shuffle=shuffle)
+    if model.head in ("tokens", "span"):
+        rows = TagRows if model.head == "tokens" else AnswerRows
+        return rows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
     if model.head == "lm" and completes(model, examples.columns):
         kind = SequencePairRows if model.architecture == "encoder_decoder" else CompletionRows
         return kind(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmctl.config import hint
-from llmctl.data import TEXT_COLUMNS, Scalar, SourceConfig
+from llmctl.data import COLUMNS, TEXT_COLUMNS, TOGETHER, Scalar, SourceConfig
 from llmctl.data.source import Row, Source
 from llmctl.data.sources import open_source
 from llmctl.errors import RequestError
 
-CANONICAL = (*TEXT_COLUMNS, "label")
-
 
 class View(Source):
-    """A source in canonical columns, with replacements made; filtered rows are None to `read`."""
+    """A source in canonical columns, with replacements made; filtered rows are None to `read`.
+
+    Words (`tokens`) are also a text, with one space between them, where no other text is mapped.
+    """
 
     def __init__(self, cfg: SourceConfig):
         self._cfg, self._source = cfg, open_source(cfg)
@@ -24,14 +27,19 @@ class View(Source):
                     f"{cfg.title}: no column {wanted!r}{hint(wanted, list(known))} (columns: {', '.join(known)})"
                 )
         for ours in cfg.columns:
-            if ours not in CANONICAL:
+            if ours not in COLUMNS:
                 raise RequestError(
-                    f"data.columns: unknown column {ours!r}{hint(ours, list(CANONICAL))} (ours: {', '.join(CANONICAL)})"
+                    f"data.columns: unknown column {ours!r}{hint(ours, list(COLUMNS))} (ours: {', '.join(COLUMNS)})"
                 )
-        self._map = cfg.columns or {c: c for c in CANONICAL if c in known}
-        self.columns = tuple(self._map)
-        self._texts = [c for c in self.columns if c != "label"]
-        if len(self._source) and not self._texts:
+        partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
+        self._map = cfg.columns or {c: c for c in COLUMNS if c in known and c not in partial}
+        # A context comes before its question: texts are split by their first column, and a passage is in one split.
+        self._texts = sorted((c for c in self._map if c in TEXT_COLUMNS), key=lambda c: c == "question")
+        self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
+        self.texts = (*self._joined, *self._texts)
+        """The text columns; the first decides which split a row is in."""
+        self.columns = (*self._joined, *self._map)
+        if len(self._source) and not self.texts:
             raise RequestError(f"{cfg.title}: none of its columns is a text column; set data.columns, such as "
                                f'{{text = "{known[0]}"}} (columns: {", ".join(known)})')  # fmt: skip
         self._keep = {
@@ -76,7 +84,42 @@ class View(Source):
             for old, new in self._cfg.replace.items():
                 value = value.replace(old, new)
             row[ours] = value
+        if "tokens" in row:
+            self._check_words(row, i)
+        if self._joined:
+            row["text"] = " ".join(row["tokens"])
+        if "answers" in row:
+            row["answers"] = self._answers(row, i)
         return row
+
+    def _check_words(self, row: Row, i: int) -> None:
+        words, tags = row["tokens"], row.get("tags")
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            raise RequestError(f"{self.where(i)}: column {self._map['tokens']!r} is no list of words")
+        if tags is None:
+            return
+        if not isinstance(tags, list) or len(tags) != len(words):
+            said = f"{len(tags)} for {len(words)} words" if isinstance(tags, list) else "no list"
+            raise RequestError(f"{self.where(i)}: column {self._map['tags']!r} must hold one label a word ({said})")
+        row["tags"] = [plain(tag) for tag in tags]
+
+    def _answers(self, row: Row, i: int) -> list[tuple[str, int]]:
+        """(text, its first character in the context) of every accepted answer."""
+        given: Any = row["answers"] or {"text": [], "answer_start": []}
+        try:
+            found = [(str(t), int(s)) for t, s in zip(given["text"], given["answer_start"], strict=True)]
+        except (KeyError, TypeError, ValueError):
+            raise RequestError(
+                f"{self.where(i)}: column {self._map['answers']!r} must read "
+                '{"text": [...], "answer_start": [...]}, as many of each'
+            ) from None
+        context = row.get("context", "")
+        for text, start in found:
+            if not text.strip() or start < 0 or context[start : start + len(text)] != text:
+                raise RequestError(
+                    f"{self.where(i)}: the answer {text!r} does not stand at character {start} of the context"
+                )
+        return found
 
 
 def plain(value: Scalar | None) -> str:

@@ -15,6 +15,7 @@ from llmctl.data import Truncate, pipeline
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.data.corpus import Corpus, tokenize
 from llmctl.data.splits import Examples
+from llmctl.errors import RequestError
 from llmctl.model import calls
 
 Batch = dict[str, Any]
@@ -79,6 +80,19 @@ def place(mesh: Mesh, batch: Batch) -> Batch:
         return jax.device_put(a, meshes.batch_sharding(mesh, a.ndim) if fits else meshes.replicated(mesh))
 
     return {name: put(np.asarray(a)) for name, a in batch.items()}
+
+
+def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
+    """Class index in the data -> class index of the artifact, by name.
+
+    Raises RequestError where the data has no labels, or one that the classifier does not know.
+    """
+    if not classes:
+        raise RequestError(f"{where}: is a classifier, and the data has no labels; map one in data.columns")
+    unknown = [c for c in classes if c not in names]
+    if unknown:
+        raise RequestError(f"{where}: the data has a label {unknown[0]!r} that it does not know ({', '.join(names)})")
+    return np.array([names.index(c) for c in classes])
 
 
 READ = ("tokens", "segments", "positions", "types")

@@ -16,9 +16,9 @@ from llmctl.data import tokenizer as tokenizers
 from llmctl.data.examples import ClassificationRows
 from llmctl.errors import RequestError
 from llmctl.evaluate import classification as scoring
-from llmctl.evaluate import objectives, regression
+from llmctl.evaluate import objectives, places, regression, retrieval
 from llmctl.evaluate import perplexity as likelihood
-from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, place, programs
+from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, label_map, place, programs
 from llmctl.model import ModelConfig, calls
 
 
@@ -76,19 +76,6 @@ def predictor(model: ModelConfig, dtype: str) -> Any:
         return y if model.head == "regress" else y.argmax(-1)
 
     return predict
-
-
-def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
-    """Class index in the data -> class index of the artifact, by name.
-
-    Raises RequestError where the data has no labels, or one that the classifier does not know.
-    """
-    if not classes:
-        raise RequestError(f"{where}: is a classifier, and the data has no labels; map one in data.columns")
-    unknown = [c for c in classes if c not in names]
-    if unknown:
-        raise RequestError(f"{where}: the data has a label {unknown[0]!r} that it does not know ({', '.join(names)})")
-    return np.array([names.index(c) for c in classes])
 
 
 def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
@@ -158,6 +145,12 @@ TASKS: dict[tuple[str, str], Callable[[Artifact, Held, Setup], Measured]] = {
     ("encoder_decoder", "lm"): predict_parts,
     ("encoder", "classify"): classify,
     ("encoder_decoder", "classify"): classify,
+    ("decoder", "tokens"): places.tag,
+    ("encoder", "tokens"): places.tag,
+    ("decoder", "span"): places.find,
+    ("encoder", "span"): places.find,
+    ("decoder", "embed"): retrieval.embed,
+    ("encoder", "embed"): retrieval.embed,
 }
 """(architecture, head) -> the task that measures it."""
 

@@ -7,18 +7,26 @@ and devices are exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llmctl import losses
+from llmctl import mesh as meshes
 from llmctl.model import ModelConfig, calls
 from llmctl.model.transformer import Batch
 
 Sums = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Sums]]
 """loss(params, batch, key=None): with a dropout key it is a training loss, without one an evaluation."""
+
+
+IMPOSSIBLE = -1e30
+"""A logit of what cannot be; finite, so that no difference of two is undefined."""
+NEARNESS = 0.05
+"""What divides cosine similarities, so that a softmax over them can become sharp."""
 
 
 def loss_of(
@@ -28,18 +36,20 @@ def loss_of(
     remat: str = "none",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = NEARNESS,
 ) -> Loss:
-    """The loss of the config's head: next-token (or masked-token) cross-entropy, classification, regression.
+    """The loss of the config's head: cross-entropy of tokens, classes, tags or places, squared error, contrast.
 
-    `label_smoothing` and `z_loss` (see `losses.cross_entropy`) change what is minimized, not the metrics.
+    `label_smoothing` and `z_loss` (see `losses.cross_entropy`) change what is minimized, not the metrics; `temperature`
+    divides the similarities of embeddings.
     """
-    answer = {"lm": _lm, "classify": _classify, "regress": _regress}.get(cfg.head)
-    if answer is None:
-        raise ValueError(f"no loss for head {cfg.head!r}")
+    heads = {"lm": _lm, "classify": _classify, "regress": _regress, "tokens": _tokens, "span": _span}
+    answer = heads | {"embed": partial(_embed, temperature)}
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
+        batch = reads(batch)
         x_BTD = calls.hidden(cfg, params, batch, train=key is not None, rng=key, dtype=dtype, remat=remat)
-        return answer(cfg, params, x_BTD, batch, dtype, label_smoothing, z_loss)
+        return answer[cfg.head](cfg, params, x_BTD, batch, dtype, label_smoothing, z_loss)
 
     return loss
 
@@ -95,6 +105,70 @@ def _regress(
     return number_sums(y_B, batch["label"], row_weight(batch, batch["label"]))
 
 
+def _tokens(
+    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
+) -> tuple[jax.Array, Sums]:
+    logits_BTC = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    return class_sums(logits_BTC, batch["targets"], batch["weights"], smoothing, z)
+
+
+def _span(
+    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
+) -> tuple[jax.Array, Sums]:
+    logits_BT2 = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    among = batch["among"]
+    return place_sums(lambda k, at, weight: class_sums(logits_BT2[..., k], at, weight, smoothing, z, among), batch)
+
+
+def place_sums(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.Array, Sums]:
+    """The mean of `one`(0, start, weight) and `one`(1, end, weight): a span is right as far as its two places are."""
+    weight_B = row_weight(batch, batch["start"])
+    first, last = (one(k, batch[name], weight_B) for k, name in enumerate(("start", "end")))
+    return jax.tree.map(lambda a, b: (a + b) / 2, first, last)
+
+
+def reads(batch: Batch) -> Batch:
+    """The batch as the network reads it: of two texts a row [B, T] each, one row after the other [2B, T]."""
+    if "pair_tokens" not in batch:
+        return batch
+
+    def woven(name: str) -> jax.Array:
+        both = jnp.stack([batch[name], batch[f"pair_{name}"]], axis=1)
+        return meshes.constrain(both.reshape(-1, both.shape[-1]), "batch", None)
+
+    return batch | {name: woven(name) for name in ("tokens", "segments", "positions")}
+
+
+def _embed(
+    temperature: float,
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    batch: Batch,
+    dtype: Any,
+    smoothing: float,
+    z: float,
+) -> tuple[jax.Array, Sums]:
+    near = nearness(calls.outputs(cfg, params, x_BTD, batch, dtype), batch)
+    weight_B = row_weight(batch, near)
+    if "label" in batch:
+        return number_sums(near, batch["label"], weight_B)
+    return class_sums(near / temperature, jnp.arange(len(near)), weight_B, smoothing, z, weight_B)
+
+
+def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
+    """Cosine similarities [B, B] from unit vectors of texts and pairs in turn, N = 2B: every text to every pair.
+
+    Those are the pairs of the whole batch, on all devices: a row's own must stand out among those of the others
+    (arXiv:1807.03748, arXiv:1705.00652). Where rows have scores: of the two of each row, [B].
+    """
+    text_BD, pair_BD = z_ND[::2], z_ND[1::2]
+    if "label" in batch:
+        return jnp.sum(text_BD * pair_BD, axis=-1)
+    pair_BD = meshes.constrain(pair_BD, None, None)
+    return jnp.matmul(text_BD, pair_BD.T, precision="highest")
+
+
 def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
     """Squared error; the metrics are its sum and that of the absolute "error"."""
     off_B = y_B - label_B
@@ -103,21 +177,36 @@ def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tupl
 
 
 def row_weight(batch: Batch, label_B: jax.Array) -> jax.Array:
-    """[B]: 1 for an example, 0 for a row that only fills the batch."""
-    return batch["row_weight"] if "row_weight" in batch else jnp.ones(label_B.shape, jnp.float32)
+    """[B]: 1 for an example, 0 for a row that only fills the batch; `label_B` is any array of the batch's rows."""
+    return batch["row_weight"] if "row_weight" in batch else jnp.ones(label_B.shape[:1], jnp.float32)
 
 
 def class_sums(
-    logits_BC: jax.Array, label_B: jax.Array, weight_B: jax.Array, smoothing: float = 0.0, z: float = 0.0
+    logits_BC: jax.Array,
+    label_B: jax.Array,
+    weight_B: jax.Array,
+    smoothing: float = 0.0,
+    z: float = 0.0,
+    among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Cross-entropy (nats) of class logits; smoothing and z-loss are part of the first result alone."""
+    """Cross-entropy (nats) of class logits; smoothing and z-loss are part of the first result alone.
+
+    There may be other axes between B and C, and `among` (nonzero where a class may be, for logits [B, C]).
+    """
+    allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0
+    logits_BC = only(logits_BC, among)
     log_p, partition_B = losses.target_log_probability(logits_BC, label_B)
     nll_B = -log_p
-    loss_B = (1 - smoothing) * nll_B + smoothing * (partition_B - jnp.mean(logits_BC, axis=-1))
+    loss_B = (1 - smoothing) * nll_B + smoothing * (partition_B - jnp.mean(logits_BC, axis=-1, where=allowed))
     loss_B = loss_B + z * jnp.square(partition_B)
     hit_B = jnp.argmax(logits_BC, axis=-1) == label_B
     sums = {"loss": jnp.sum(nll_B * weight_B), "accuracy": jnp.sum(hit_B * weight_B), "weight": jnp.sum(weight_B)}
     return jnp.sum(loss_B * weight_B), sums
+
+
+def only(logits_BC: jax.Array, among: jax.Array | None) -> jax.Array:
+    """The logits, of what is not `among` (0 there) beyond reach."""
+    return logits_BC if among is None else jnp.where(among > 0, logits_BC, IMPOSSIBLE)
 
 
 def soft_class_sums(
@@ -127,8 +216,37 @@ def soft_class_sums(
     weight_B: jax.Array,
     temperature: float,
     hard: float,
+    among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
     """(1 - hard) * softened KL to the teacher's logits + hard * cross-entropy; the sums also hold "kl"."""
-    nll, sums = class_sums(logits_BC, label_B, weight_B)
-    kl = jnp.sum(losses.divergence(teacher_BC, logits_BC, temperature) * weight_B)
+    nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
+    kl = jnp.sum(losses.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
     return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
+
+
+def soft_sums(
+    head: str, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
+) -> tuple[jax.Array, Sums]:
+    """The mixed loss of a task head's answer `y` (`calls.outputs`), given the teacher's; embeddings by their nearness.
+
+    Classes, tags and places as `soft_class_sums`; numbers are taught by squared error.
+    """
+    if head == "tokens":
+        return soft_class_sums(teacher, y, batch["targets"], batch["weights"], temperature, hard)
+    if head == "span":
+
+        def one(k: int, at: jax.Array, weight: jax.Array) -> tuple[jax.Array, Sums]:
+            return soft_class_sums(teacher[..., k], y[..., k], at, weight, temperature, hard, batch["among"])
+
+        return place_sums(one, batch)
+    if head == "embed":
+        teacher, y = nearness(teacher, batch), nearness(y, batch)
+    weight_B = row_weight(batch, y)
+    if head == "classify":
+        return soft_class_sums(teacher, y, batch["label"], weight_B, temperature, hard)
+    if head == "embed" and "label" not in batch:
+        own = jnp.arange(len(y))
+        return soft_class_sums(teacher / NEARNESS, y / NEARNESS, own, weight_B, temperature, hard, weight_B)
+    taught, _ = number_sums(y, teacher, weight_B)
+    loss, sums = number_sums(y, batch["label"], weight_B)
+    return (1 - hard) * taught + hard * loss, sums

@@ -122,7 +122,9 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
                 "they must read the same rows"
             )
         answer = {name: getattr(like, name) for name in ("head", "labels", "pooling", "vocab_size", "next_sentence")}
-        answer["pooler"] = config.model.pooler or like.next_sentence
+        of_places = like.head in ("tokens", "span")
+        answer["pooler"] = not of_places and (config.model.pooler or like.next_sentence)
+        answer["head_bias"] = config.model.head_bias or of_places
         answer["head_transform"] = config.model.head_transform and like.head == "lm"
         return ModelConfig.model_validate({**config.model.model_dump(), **answer, "preset": ""})
     if (student.model.architecture, student.model.head, student.model.labels) != (
@@ -147,22 +149,16 @@ def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype:
 
     from llmctl import losses
     from llmctl.model import calls
-    from llmctl.model.loss import number_sums, predicted, project, row_weight, soft_class_sums
+    from llmctl.model.loss import predicted, project, reads, row_weight, soft_class_sums, soft_sums
 
     def loss(params: Any, batch: Any, key: Any, teacher: Any) -> Any:
+        batch = reads(batch)
         taught = jax.lax.stop_gradient(calls.hidden(teacher_model, teacher, batch, dtype=dtype))
         x = calls.hidden(model, params, batch, train=True, rng=key, dtype=dtype, remat=config.train.remat)
-        if model.head == "classify":
+        if model.head != "lm":
             soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
             logits = calls.outputs(model, params, x, batch, dtype)
-            label, weight = batch["label"], row_weight(batch, batch["label"])
-            return soft_class_sums(soft, logits, label, weight, config.temperature, config.hard)
-        if model.head == "regress":
-            y, label = calls.outputs(model, params, x, batch, dtype), batch["label"]
-            soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
-            taught_loss, _ = number_sums(y, soft, row_weight(batch, label))
-            loss, sums = number_sums(y, label, row_weight(batch, label))
-            return (1 - config.hard) * taught_loss + config.hard * loss, sums
+            return soft_sums(model.head, soft, logits, batch, config.temperature, config.hard)
         shown, targets, weights = predicted(batch, x)
         total, sums = losses.distillation(
             project(model, dtype), calls.head_params(model, params), shown,

@@ -37,11 +37,12 @@ class Config(StageConfig):
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
-    """Examples: text (and pair) and label to classify or to regress; prompt and completion, or text alone, to model
-    language."""
-    task: Literal["classify", "regress", "lm"] = "classify"
-    """Sequence classification, regression to a number (data.label_type = "number"), or language modelling with loss on
-    completions only."""
+    """Examples: text (and pair) and label to classify or to regress; tokens and tags; question, context and answers;
+    text and pair to embed; prompt and completion, or text alone, to model language."""
+    task: Literal["classify", "regress", "tokens", "span", "embed", "lm"] = "classify"
+    """Sequence classification, regression to a number (data.label_type = "number"), a label for every word (tokens),
+    answers to questions as spans of a context (span; long contexts in windows), embeddings of texts that are near for
+    pairs (embed; or as near as data.label_type = "number" says), or language modelling with loss on completions."""
     method: Literal["full", "lora"] = "full"
     """Train everything, or low-rank pairs (and the task head)."""
     lora: LoraConfig = LoraConfig()
@@ -51,10 +52,13 @@ class Config(StageConfig):
     freeze_layers: int = Field(default=0, ge=0)
     """Layers, from the first, that stay as they are, and the embeddings with them."""
     pooling: Literal["", "last", "mean", "first"] = ""
-    """Classification: the vector that is classified: last real token, mean, or first token; the model's by default, the
-    mean over the encoder for an encoder-decoder."""
+    """The vector of a text that is classified or embedded: last real token, mean, or first token; the model's by
+    default, the mean for embeddings and over the encoder of an encoder-decoder."""
     truncate: Truncate = "tail"
     """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Task embed without scores: divides the similarities of a text to all pairs of the batch (of the part of it that
+    train.accumulate computes at a time), among which its own must stand out."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout while finetuning."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
@@ -78,7 +82,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     base = artifact.load(parent, devices)
     tokens = tokenizer.load(base.tokenizer_dir)
     text = Text(config.data)
-    labels = list(text.classes) if config.task == "classify" else []
+    labels = list(text.classes) if config.task in ("classify", "tokens") else []
     learns = learner(config, base, labels, devices)
 
     def rows(split: str, shuffle: bool) -> Any:
@@ -127,7 +131,7 @@ def learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Le
         "holds_zeros": train.pruned(base),
         **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
     }
-    return trainer.Learner(model, params, config.dropout, how=how)
+    return trainer.Learner(model, params, config.dropout, temperature=config.temperature, how=how)
 
 
 def _refuse_undoing(config: Config, base: Artifact) -> None:
@@ -163,16 +167,17 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
                 f"{base.path}: has no language-model head (its head is {cfg.head!r}); start from one that has"
             )
         return cfg, params
-    if cfg.head == "classify" and base.manifest.labels == labels and config.pooling in ("", cfg.pooling):
-        return cfg, params
-    if config.task == "regress":
-        if config.data.label_type != "number":
-            raise RequestError('task regress: labels are numbers; set data.label_type = "number"')
-        if cfg.head == "regress" and config.pooling in ("", cfg.pooling):
-            return cfg, params
-    elif len(labels) < 2:
+    if config.task == "regress" and config.data.label_type != "number":
+        raise RequestError('task regress: labels are numbers; set data.label_type = "number"')
+    if config.task in ("classify", "tokens") and len(labels) < 2:
         raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
-    head = {"head": config.task, "labels": len(labels), "pooling": config.pooling or cfg.pooling}
+    of_places = config.task in ("tokens", "span")
+    fits = of_places or config.pooling in ("", cfg.pooling)
+    if cfg.head == config.task and fits and (not labels or base.manifest.labels == labels):
+        return cfg, params
+    pooling = "mean" if config.task == "embed" else cfg.pooling
+    head = {"head": config.task, "labels": len(labels), "pooling": config.pooling or pooling}
+    head |= {"pooler": False, "head_bias": True} if of_places else {}  # nothing is pooled; biases as published
     if cfg.architecture == "encoder_decoder":
         # A text is read and nothing is written: the encoder is kept alone, as an encoder of the same family.
         head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0}
@@ -180,7 +185,9 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
         params.pop("decoder")
     new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
     params.pop("lm_head", None)
-    shardings = calls.shardings(new, calls.abstract(new), devices)["head"]
+    pooler = {k: v for k, v in params.pop("head", {}).items() if k == "pooler" and new.pooler}  # BERT's is pretrained
+    shardings = calls.shardings(new, calls.abstract(new), devices).get("head")
+    if not shardings:  # an embedding may be no more than a mean
+        return new, params
     fresh = jax.jit(lambda key: calls.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
-    pooler = {k: v for k, v in params.get("head", {}).items() if k == "pooler" and new.pooler}  # BERT's is pretrained
     return new, params | {"head": fresh | pooler}

@@ -24,6 +24,9 @@ class Letters(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(t) for t in texts]
 
+    def offsets(self, texts):
+        return [(self.encode(t), [(n, n + 1) for n in range(len(t))]) for t in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(chr(i - 4 + ord("a")) for i in ids if i > 3)
 

@@ -1,0 +1,103 @@
+"""Rows of questions whose answers stand in a context: extractive question answering in SQuAD's form (arXiv:1606.05250).
+
+Legend: B rows, T tokens a row, N tokens of a context.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.corpus import batched
+from llmctl.data.examples import ExampleRows, padded
+from llmctl.data.objectives import Batch
+from llmctl.data.splits import Examples
+from llmctl.errors import RequestError
+
+
+class Window(NamedTuple):
+    """A question and tokens first..last - 1 of its context; where in the row the answer is, or (0, 0)."""
+
+    example: int
+    first: int
+    last: int
+    start: int
+    end: int
+
+
+class AnswerRows(ExampleRows):
+    """tokens, segments, positions, types, among, first, last [B, T] and start, end, example [B]: one window a row.
+
+    A row is `bos` (where the tokenizer adds it), the question, `eos`, the context, `eos`; types are 1 from the context
+    on. A context too long is read in windows that overlap by half; the question keeps half a row at most. `start` and
+    `end` are the tokens of the (first) answer, both 0, the row's first token, where the window does not hold all of it
+    or there is none. `among` is 1 where an answer may begin or end: at the first token and at the context's. `first`
+    and `last` are the context's characters [first, last) that a token stands for, `example` is the number of the
+    example.
+    """
+
+    def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
+        """Raises RequestError if the examples have no question or no context, or rows are too short for them."""
+        if missing := [c for c in ("question", "context") if c not in examples.columns]:
+            raise RequestError(f'the data has no column "{missing[0]}"; map one in data.columns')
+        self._seq_len, self._tokenizer = seq_len, tokenizer
+        self._begin = [tokenizer.bos_id] * tokenizer.add_bos
+        room = seq_len - len(self._begin) - 2
+        if room < 4:
+            raise RequestError(f"seq_len: {seq_len} tokens are too few for a question and its context")
+        self._questions: list[np.ndarray] = []
+        self._contexts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._windows: list[Window] = []
+        for some in batched(examples):
+            asked = tokenizer.encode_batch([row["question"] for row in some])
+            spans = tokenizer.encode_spans([row["context"] for row in some])
+            for row, question, context in zip(some, asked, spans, strict=True):
+                self._questions.append(np.array(question[: room // 2], np.int32))
+                self._contexts.append(context)
+                self._windows += self._cut(room, next(iter(row.get("answers") or ()), None))
+        super().__init__(len(self._windows), seed, shuffle)
+
+    def _cut(self, room: int, answer: tuple[str, int] | None) -> list[Window]:
+        """The windows of the newest example."""
+        example, spans_N2 = len(self._questions) - 1, self._contexts[-1][1]
+        begin = len(self._begin) + len(self._questions[-1]) + 1
+        width = room - len(self._questions[-1])
+        found = token_span(spans_N2, answer[1], answer[1] + len(answer[0])) if answer else None
+        out, first = [], 0
+        while True:
+            last = min(first + width, len(spans_N2))
+            inside = found is not None and first <= found[0] and found[1] < last
+            start, end = (found[0] - first + begin, found[1] - first + begin) if found and inside else (0, 0)
+            out.append(Window(example, first, last, start, end))
+            if last == len(spans_N2):
+                return out
+            first += width - width // 2
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        windows = [self._windows[i] for i in example_B]
+        eos = [self._tokenizer.eos_id]
+        rows, shape = [], (len(windows), self._seq_len)
+        batch = {name: np.zeros(shape, np.int32) for name in ("types", "among", "first", "last")}
+        batch["among"][:, 0] = 1
+        for b, w in enumerate(windows):
+            ids_N, spans_N2 = self._contexts[w.example]
+            head = np.concatenate([self._begin, self._questions[w.example], eos])
+            rows.append(np.concatenate([head, ids_N[w.first : w.last], eos]).astype(np.int32))
+            here = slice(len(head), len(head) + w.last - w.first)
+            batch["types"][b, len(head) : len(rows[-1])] = 1
+            batch["first"][b, here], batch["last"][b, here] = spans_N2[w.first : w.last].T
+            batch["among"][b, here] = spans_N2[w.first : w.last, 1] > spans_N2[w.first : w.last, 0]
+        tokens_BT, segments_BT = padded(rows, self._seq_len, self._tokenizer.pad_id)
+        batch |= {"tokens": tokens_BT, "segments": segments_BT}
+        batch["positions"] = np.arange(self._seq_len, dtype=np.int32) * segments_BT
+        numbers = np.array([(w.start, w.end, w.example) for w in windows], np.int32).reshape(-1, 3)
+        return batch | {name: numbers[:, k] for k, name in enumerate(("start", "end", "example"))}
+
+
+def token_span(spans_N2: np.ndarray, first: int, last: int) -> tuple[int, int] | None:
+    """The first and the last token that show any of the characters first..last - 1; None where no token does."""
+    shows_N = (spans_N2[:, 0] < last) & (spans_N2[:, 1] > first) & (spans_N2[:, 1] > spans_N2[:, 0])
+    at = np.flatnonzero(shows_N)
+    return (int(at[0]), int(at[-1])) if len(at) else None

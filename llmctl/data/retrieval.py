@@ -1,0 +1,58 @@
+"""Rows of two texts each that belong together, or that have a score: what embeddings are learned from.
+
+Legend: B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmctl.data import Truncate
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.corpus import tokenize
+from llmctl.data.examples import ExampleRows, cut, padded
+from llmctl.data.objectives import Batch
+from llmctl.data.splits import Examples
+from llmctl.errors import RequestError
+
+
+class TwoTextRows(ExampleRows):
+    """tokens, segments, positions and pair_tokens, pair_segments, pair_positions [B, T], the texts apart.
+
+    Each is `bos` (where the tokenizer adds it), the text, `eos`, padding, and is cut as `ClassificationRows` cuts.
+    Where the data has numbers as labels, `label` [B] (float32) is the score of the two.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        truncate: Truncate = "tail",
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        """Raises RequestError if the examples have no text or no pair, or labels that are classes."""
+        if examples.classes:
+            raise RequestError(
+                'embeddings learn from pairs of texts, or from scores of pairs: set data.label_type = "number", or '
+                'leave the label out with data.columns = {text = "...", pair = "..."}'
+            )
+        super().__init__(len(examples), seed, shuffle)
+        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._truncate: Truncate = truncate
+        self._labels_N = examples.labels
+        self._texts = {"": tokenize(examples.texts(), tokenizer), "pair_": tokenize(examples.texts("pair"), tokenizer)}
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        bos, eos = [self._tokenizer.bos_id] * self._tokenizer.add_bos, [self._tokenizer.eos_id]
+        room = self._seq_len - len(bos) - 1
+        batch: Batch = {}
+        for name, corpus in self._texts.items():
+            rows = [np.concatenate([bos, cut(corpus[int(i)], room, self._truncate), eos]) for i in example_B]
+            tokens_BT, segments_BT = padded(rows, self._seq_len, self._tokenizer.pad_id)
+            positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
+            found = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
+            batch |= {name + key: a for key, a in found.items()}
+        return batch if self._labels_N is None else batch | {"label": self._labels_N[example_B]}

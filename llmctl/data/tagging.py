@@ -1,0 +1,75 @@
+"""Rows of words that carry a label each: named entities, parts of speech.
+
+Legend: B rows, T tokens a row, N tokens of a text, W words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.corpus import batched
+from llmctl.data.examples import ExampleRows, padded
+from llmctl.data.objectives import Batch
+from llmctl.data.splits import Examples
+from llmctl.errors import RequestError
+
+
+class TagRows(ExampleRows):
+    """tokens, segments, positions, targets [B, T] and weights [B, T] (float32): one text a row.
+
+    A row is `bos` (where the tokenizer adds it), the words with a space between them, `eos`, padding. The label of a
+    word stands at its first token, with weight 1; all else has weight 0. What is too long loses its end.
+    """
+
+    def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
+        """Raises RequestError if the examples have no tokens or no tags."""
+        if missing := [c for c in ("tokens", "tags") if c not in examples.columns]:
+            raise RequestError(f'the data has no column "{missing[0]}" (a list a row); map one in data.columns')
+        super().__init__(len(examples), seed, shuffle)
+        self._seq_len, self._pad = seq_len, tokenizer.pad_id
+        self._begin = np.array([tokenizer.bos_id] * tokenizer.add_bos, np.int32)
+        self._end = np.array([tokenizer.eos_id], np.int32)
+        number = {c: k for k, c in enumerate(examples.classes)}
+        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.words = self.cut = 0
+        """Words in all, and those of them whose label no row has."""
+        room = seq_len - len(self._begin) - 1
+        for some in batched(examples):
+            spans = tokenizer.encode_spans([" ".join(row["tokens"]) for row in some])
+            for row, (ids_N, spans_N2) in zip(some, spans, strict=True):
+                at_W = first_tokens(row["tokens"], spans_N2)
+                seen_W = (at_W >= 0) & (at_W < room)
+                tags_W = np.array([number[tag] for tag in row["tags"]], np.int32)
+                self._rows.append((ids_N[:room], at_W[seen_W] + len(self._begin), tags_W[seen_W]))
+                self.words += len(tags_W)
+                self.cut += len(tags_W) - int(seen_W.sum())
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        chosen = [self._rows[i] for i in example_B]
+        whole = [np.concatenate([self._begin, ids_N, self._end]) for ids_N, _, _ in chosen]
+        tokens_BT, segments_BT = padded(whole, self._seq_len, self._pad)
+        targets_BT, weights_BT = np.zeros_like(tokens_BT), np.zeros(tokens_BT.shape, np.float32)
+        for b, (_, at_W, tags_W) in enumerate(chosen):
+            targets_BT[b, at_W], weights_BT[b, at_W] = tags_W, 1
+        positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
+        return {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT, "targets": targets_BT,
+                "weights": weights_BT}  # fmt: skip
+
+
+def first_tokens(words: Sequence[str], spans_N2: np.ndarray) -> np.ndarray:
+    """Which token begins each word, int64 [W], in the words joined by single spaces.
+
+    -1 where none does: an empty word, one that the tokenizer drops, or one that shares its token with the word before.
+    """
+    lengths_W = np.array([len(word) for word in words], np.int64)
+    starts_W = np.cumsum(lengths_W + 1) - lengths_W - 1
+    # Ends never fall, so the first token that ends after a word's start is the first that can show some of it.
+    at_W = np.searchsorted(np.maximum.accumulate(spans_N2[:, 1]), starts_W, "right")
+    shows_W = np.append(spans_N2[:, 0], np.iinfo(np.int32).max)[at_W] < starts_W + lengths_W
+    at_W = np.where(shows_W, at_W, -1)
+    own_W = np.zeros(len(at_W), bool)
+    own_W[np.unique(at_W, return_index=True)[1]] = True
+    return np.where(own_W, at_W, -1)
