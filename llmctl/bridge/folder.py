@@ -101,7 +101,8 @@ def understand(
     if key == "embed":
         fields["pooling"] = _pooling(folder)
     model = _model(where, fields)
-    bare = bool(bridge.prefix) and not any(n.startswith(bridge.prefix) for n in tensors)
+    prefix = head.prefix or bridge.prefix
+    bare = bool(prefix) and not any(n.startswith(prefix) for n in tensors)
     table = bridge.table(model, head, bare)
     model = _as_stored(model, table, tensors, config)
     wanted = mapping.joints(model, bridge, head, bare)

@@ -55,8 +55,8 @@ def embed(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     def predict(params: calls.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch = woven(batch)
         x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
-        z_BD = calls.outputs(model, params, x_BTD, batch, setup.dtype)
-        return z_BD[::2], z_BD[1::2]
+        z_B2D = calls.outputs(model, params, x_BTD, batch, setup.dtype).reshape(-1, 2, model.d_model)
+        return z_B2D[:, 0], z_B2D[:, 1]
 
     found = [said for _, said in answers(predict, artifact.params, rows, setup, reads)]
     text_ND, pair_ND = map(np.concatenate, zip(*found, strict=True))

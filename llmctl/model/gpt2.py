@@ -105,6 +105,7 @@ BRIDGE = Bridge(
         "classify": Head("GPT2ForSequenceClassification", SCORE, {"head_bias": False, "pooling": "last"}),
         "regress": Head("GPT2ForSequenceClassification", SCORE, {"head_bias": False, "pooling": "last"}),
         "tokens": Head("GPT2ForTokenClassification", names.linear({"head/out": "classifier"}), {"head_bias": True}),
+        "span": Head("GPT2ForQuestionAnswering", names.linear({"head/out": "qa_outputs"}), {"head_bias": True}),
         "embed": Head("GPT2Model"),
     },
     from_config,

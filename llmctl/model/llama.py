@@ -84,8 +84,13 @@ def body(norms: dict[str, str]) -> dict[str, str]:
     }
 
 
-def heads(name: str, model: str = "") -> dict[str, Head]:
-    """The heads of Llama and its relatives, whose classes begin with `name`."""
+def heads(name: str, model: str = "", asked: str = "") -> dict[str, Head]:
+    """The heads of Llama and its relatives, whose classes begin with `name`.
+
+    `asked`: what the network's names begin with in the class that answers questions; there is none where empty.
+    """
+    outputs = names.linear({"head/out": "qa_outputs"})
+    spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, asked)} if asked else {}
     score = {"head/out/kernel": "score.weight", "head/out/bias": "score.bias"}
     return {
         "lm": Head(f"{name}ForCausalLM", {"lm_head/kernel": "lm_head.weight"}),
@@ -93,6 +98,7 @@ def heads(name: str, model: str = "") -> dict[str, Head]:
         "regress": Head(f"{name}ForSequenceClassification", score, {"head_bias": False, "pooling": "last"}),
         "tokens": Head(f"{name}ForTokenClassification", score, {"head_bias": True}),
         "embed": Head(model or f"{name}Model"),
+        **spans,
     }
 
 
@@ -178,4 +184,4 @@ def names_of(cfg: Any) -> Fields:
     return body(NORMS)
 
 
-BRIDGE = Bridge("llama", "model.", names_of, heads("Llama"), from_config, to_config, BUFFERS)
+BRIDGE = Bridge("llama", "model.", names_of, heads("Llama", asked="transformer."), from_config, to_config, BUFFERS)

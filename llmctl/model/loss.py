@@ -162,7 +162,8 @@ def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
     Those are the pairs of the whole batch, on all devices: a row's own must stand out among those of the others
     (arXiv:1807.03748, arXiv:1705.00652). Where rows have scores: of the two of each row, [B].
     """
-    text_BD, pair_BD = z_ND[::2], z_ND[1::2]
+    # not z_ND[::2]: XLA's partitioner makes wrong programs of the gradient of such a slice
+    text_BD, pair_BD = (z_ND.reshape(-1, 2, z_ND.shape[-1])[:, k] for k in (0, 1))
     if "label" in batch:
         return jnp.sum(text_BD * pair_BD, axis=-1)
     pair_BD = meshes.constrain(pair_BD, None, None)

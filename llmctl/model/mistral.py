@@ -50,4 +50,5 @@ def names_of(cfg: Any) -> Fields:
     return llama.body(llama.NORMS)
 
 
-BRIDGE = Bridge("mistral", "model.", names_of, llama.heads("Mistral"), from_config, to_config, llama.BUFFERS)
+HEADS = llama.heads("Mistral", asked="model.")
+BRIDGE = Bridge("mistral", "model.", names_of, HEADS, from_config, to_config, llama.BUFFERS)

@@ -24,6 +24,8 @@ class Head:
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What this class means for ModelConfig, and needs of it."""
+    prefix: str = ""
+    """What this class's names of the network begin with instead of the family's prefix."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Bridge:
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
         """The whole name map of a model with this head; `bare` leaves the prefix out."""
-        prefix = "" if bare else self.prefix
+        prefix = "" if bare else head.prefix or self.prefix
         return {ours: prefix + theirs for ours, theirs in self.names(cfg).items()} | dict(head.names)
 
 

@@ -74,4 +74,5 @@ def names_of(cfg: Any) -> Fields:
     return llama.body(llama.NORMS)
 
 
-BRIDGE = Bridge("qwen2", "model.", names_of, llama.heads("Qwen2"), from_config, to_config, llama.BUFFERS)
+HEADS = llama.heads("Qwen2", asked="transformer.")
+BRIDGE = Bridge("qwen2", "model.", names_of, HEADS, from_config, to_config, llama.BUFFERS)

@@ -40,4 +40,5 @@ def names_of(cfg: Any) -> Fields:
     return llama.body(NORMS)
 
 
-BRIDGE = Bridge("qwen3", "model.", names_of, llama.heads("Qwen3"), from_config, to_config, llama.BUFFERS)
+HEADS = llama.heads("Qwen3", asked="transformer.")
+BRIDGE = Bridge("qwen3", "model.", names_of, HEADS, from_config, to_config, llama.BUFFERS)

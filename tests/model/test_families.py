@@ -76,6 +76,19 @@ MODELS = {
 HEADS = {
     "llama-classify": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GROUPED, num_labels=3)),
     "llama-tokens": lambda: hf.LlamaForTokenClassification(hf.LlamaConfig(**GROUPED, num_labels=3)),
+    "llama-span": lambda: hf.LlamaForQuestionAnswering(hf.LlamaConfig(**GROUPED)),
+    "mistral-span": lambda: hf.MistralForQuestionAnswering(hf.MistralConfig(**GROUPED, sliding_window=5)),
+    "qwen2-span": lambda: hf.Qwen2ForQuestionAnswering(hf.Qwen2Config(**GROUPED)),
+    "qwen3-tokens": lambda: hf.Qwen3ForTokenClassification(hf.Qwen3Config(**GROUPED, head_dim=10, num_labels=3)),
+    "gemma2-tokens": lambda: hf.Gemma2ForTokenClassification(
+        hf.Gemma2Config(**GROUPED, head_dim=10, sliding_window=5, attn_implementation="eager", num_labels=3)
+    ),
+    "gpt2-tokens": lambda: hf.GPT2ForTokenClassification(
+        hf.GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=3, n_positions=48, num_labels=3)
+    ),
+    "gpt2-span": lambda: hf.GPT2ForQuestionAnswering(
+        hf.GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=3, n_positions=48)
+    ),
     "gpt2-classify": lambda: hf.GPT2ForSequenceClassification(
         hf.GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=3, n_positions=48, num_labels=3, pad_token_id=0)
     ),
@@ -83,6 +96,12 @@ HEADS = {
     "bert-regress": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SMALL, num_labels=1)),
     "bert-tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**SMALL, num_labels=3)),
     "bert-span": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**SMALL)),
+    "roberta-tokens": lambda: hf.RobertaForTokenClassification(
+        hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, type_vocab_size=1, num_labels=3)
+    ),
+    "roberta-span": lambda: hf.RobertaForQuestionAnswering(
+        hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, type_vocab_size=1)
+    ),
     "roberta-classify": lambda: hf.RobertaForSequenceClassification(
         hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, num_labels=3)
     ),
