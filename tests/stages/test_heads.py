@@ -127,7 +127,9 @@ def test_chains_end_small_and_right(chain, tmp_path):
         assert result["metrics"][metric] > 0.9, (name, result)
         assert result["digest"] == artifact.read_manifest(made[name]).digest
     teacher, small = artifact.read_manifest(made["finetune"]), artifact.read_manifest(made["quantize"])
-    assert small.model.heads == 3 and small.model.d_ff == 18 and small.bytes < teacher.bytes and small.bits < 30
+    assert small.model.heads == 3 and small.model.d_ff == 18
+    # not bytes on disk: of a model this small those are mostly the checkpoint's own files
+    assert small.parameters < teacher.parameters and small.bits < 24 < teacher.bits
     assert small.model.head == teacher.model.head and small.labels == teacher.labels
     metrics = results["finetune"]["metrics"]
     if metric == "entity_f1":
