@@ -211,7 +211,7 @@ def save(
     """
     import orbax.checkpoint as ocp
 
-    from llmctl import weights
+    from llmctl import hosts, weights
     from llmctl.data import tokenizer as tokenizers
 
     out = Path(out)
@@ -225,10 +225,6 @@ def save(
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((draft / "params").absolute(), tree)
                 checkpointer.wait_until_finished()
-        if tokenizer_dir:
-            shutil.copytree(tokenizer_dir, draft / "tokenizer")
-        if log and log.exists():
-            shutil.copy(log, draft / "log.jsonl")
         measured["pruned"] |= parent is not None and parent.pruned and measured["bits"] < 32
         manifest = Manifest(
             format=FORMAT,
@@ -248,7 +244,12 @@ def save(
             versions=versions(),
             **measured,
         )
-        (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+        if hosts.first():
+            if tokenizer_dir:
+                shutil.copytree(tokenizer_dir, draft / "tokenizer")
+            if log and log.exists():
+                shutil.copy(log, draft / "log.jsonl")
+            (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1))
     return manifest
 
 

@@ -8,15 +8,25 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmctl import hosts
 from llmctl.errors import LlmctlError, WorkError
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """A draft folder that becomes `out` when the block ends well, and vanishes when it does not."""
+    """A draft folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Of several processes the first makes, renames and removes it; the others have it while the block lasts.
+    """
     out = Path(out)
     draft = out.parent / f".{out.name}.draft"
     old = out.parent / f".{out.name}.old"
+    if not hosts.first():
+        hosts.together("draft")
+        yield draft
+        hosts.together("written")
+        hosts.together("renamed")
+        return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not out.exists():  # killed between the two renames below: what was there is still good
@@ -24,11 +34,14 @@ def writing(out: Path) -> Iterator[Path]:
         for stale in (draft, old):
             shutil.rmtree(stale, ignore_errors=True)
         draft.mkdir()
+        hosts.together("draft")
         yield draft
+        hosts.together("written")
         if out.exists():
             out.rename(old)
         draft.rename(out)
         shutil.rmtree(old, ignore_errors=True)
+        hosts.together("renamed")
     except LlmctlError:
         raise
     except Exception as e:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import artifact, atomic, devices, stages
+from llmctl import artifact, atomic, devices, hosts, stages
 from llmctl.config import Config, hint, keyed
 from llmctl.errors import LlmctlError, RequestError, WorkError
 from llmctl.recipe import MANIFEST, out_name
 from llmctl.stages import Context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from llmctl.recipe import Recipe, Step
 
@@ -37,13 +37,21 @@ class Task:
     """Why it has to run, for people; empty when the artifact is up to date."""
 
 
-def run(recipe: Recipe, only: Sequence[str] = (), say: Callable[[str], None] = print) -> list[str]:
+def run(
+    recipe: Recipe,
+    only: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+    processes: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Runs the steps that are not done.
+
+    Of several processes the first decides what is due and holds the locks; all of them run the stages.
 
     Args:
       recipe: resolved steps.
       only: names of the steps to run; what they start from must be there and up to date. Empty runs all.
       say: is told one line a step.
+      processes: what `llmctl.hosts.join` takes.
 
     Returns:
       The names of the steps that ran.
@@ -56,19 +64,27 @@ def run(recipe: Recipe, only: Sequence[str] = (), say: Callable[[str], None] = p
     for name in only:
         if name not in names:
             raise RequestError(f"--only {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
-    tasks = plan(recipe)
+    platforms = {s.config.platform for s in recipe.steps if not only or s.name in only} - {""}
+    if len(platforms) == 1:  # several are refused once it is known what is due
+        devices.choose(platforms)
+    hosts.join(**processes or {})
+    hosts.check_same([keyed(s.config) for s in recipe.steps], "the recipe")
+    found = hosts.tell(lambda: [(t.key, t.why) for t in plan(recipe)])
+    tasks = [Task(step, key, why) for step, (key, why) in zip(recipe.steps, found, strict=True)]
     wanted = [t for t in tasks if not only or t.step.name in only]
     _inputs_are_there(tasks, wanted, bool(only))
     due = [t for t in wanted if t.why]
     one = len(recipe.steps) == 1
     with lock(recipe.run / WORK / "run.lock", shared=one):
+        hosts.check_shared(recipe.run / WORK)
         if due:
             devices.settle((t.step.config.platform for t in due), say)
         for i, task in enumerate(wanted, 1):
             name = task.step.name
             with lock(recipe.run / WORK / f"{name}.lock") if one else contextlib.nullcontext():
-                if not task.why or (_manifest_key(task.step.out) == task.key and _is_whole(task.step.out)):
-                    shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)  # of a process killed at its very end
+                if hosts.tell(lambda task=task: not task.why or _is_done(task)):
+                    if hosts.first():  # of a process killed at its very end
+                        shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)
                     say(f"[{i}/{len(wanted)}] {name}: up to date, skipped")
                     continue
                 source = f" from {out_name(task.step.parent)}" if task.step.parent else ""
@@ -121,11 +137,14 @@ def inputs(config: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def lock(path: Path, shared: bool = False) -> Iterator[None]:
-    """Holds `path` for this process; the kernel lets go of it however the process ends.
+    """Holds `path` for this process (for all of a run, in the first); the kernel lets go of it however it ends.
 
     Raises:
       RequestError: another process holds it.
     """
+    if not hosts.first():
+        yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
@@ -144,21 +163,8 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
 
 def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     step = task.step
-    if step.out.exists() and not (step.out / MANIFEST).exists() and (not step.out.is_dir() or any(step.out.iterdir())):
-        raise RequestError(
-            f"{step.out}: is there already and is not an artifact; move it away, or choose another folder"
-        )
     work = recipe.run / WORK / step.name
-    note = work / "key"
-    if work.exists() and (not note.exists() or note.read_text() != task.key):
-        say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")
-        shutil.rmtree(work)
-    made = not work.exists()
-    if not note.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        draft = work / "key.draft"
-        draft.write_text(task.key)
-        draft.replace(note)  # whole or not at all: a key cut off by a full disk would discard the checkpoints
+    made = hosts.tell(lambda: _begin(step, work, task.key, say))
 
     def folder(of: str | Path) -> Path:
         return of if isinstance(of, Path) else recipe.run / of
@@ -168,12 +174,32 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     try:
         stages.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
     except RequestError:
-        if made:  # a request that was wrong leaves nothing behind
+        if made and hosts.first():  # a request that was wrong leaves nothing behind
             shutil.rmtree(work, ignore_errors=True)
         raise
-    if _manifest_key(step.out) != task.key:
+    if not hosts.tell(lambda: _manifest_key(step.out) == task.key):
         raise WorkError(f"{step.name}: the stage ended without leaving its artifact in {step.out}")
-    shutil.rmtree(work)
+    if hosts.first():
+        shutil.rmtree(work)
+
+
+def _begin(step: Step, work: Path, key: str, say: Callable[[str], None]) -> bool:
+    """Makes the stage's scratch folder ready, whatever an earlier run left there; whether it is new."""
+    if step.out.exists() and not (step.out / MANIFEST).exists() and (not step.out.is_dir() or any(step.out.iterdir())):
+        raise RequestError(
+            f"{step.out}: is there already and is not an artifact; move it away, or choose another folder"
+        )
+    note = work / "key"
+    if work.exists() and (not note.exists() or note.read_text() != key):
+        say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")
+        shutil.rmtree(work)
+    made = not work.exists()
+    if not note.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        draft = work / "key.draft"
+        draft.write_text(key)
+        draft.replace(note)  # whole or not at all: a key cut off by a full disk would discard the checkpoints
+    return made
 
 
 def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None:
@@ -209,6 +235,11 @@ def _why(step: Step, key: str, due: set[str]) -> str:
         return "changed: " + ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     above = [a for a in (step.parent, *step.others.values()) if isinstance(a, str) and a in due]
     return f"{above[0]} is made anew" if above else "its input changed"
+
+
+def _is_done(task: Task) -> bool:
+    """Whether another process has made the artifact since it was found missing."""
+    return _manifest_key(task.step.out) == task.key and _is_whole(task.step.out)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from llmctl import hosts
 from llmctl.atomic import disk_is_full
 from llmctl.errors import WorkError
 
@@ -76,24 +77,31 @@ class Checkpoints:
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest intact checkpoint as (state, meta), onto the shardings of `abstract`; None where there is none.
 
-        A damaged one is named and set aside.
+        A damaged one is named and set aside; of several processes one that cannot read its part is enough.
         """
         for step in sorted(self._latest.all_steps(), reverse=True):
+            found, reason = None, ""
             try:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
                 found = self._latest.restore(step, args=args)
-                return found["state"], found["meta"]
             except Exception as e:  # whatever Orbax and TensorStore raise for a damaged file
-                self.say(
-                    f"checkpoint of step {step} is damaged ({' '.join(str(e).split())[:90]}); going on from one before"
-                )
-                # Set aside, not deleted: what made it unreadable may have been the machine and not the file.
-                aside = self.folder / "damaged" / str(step)
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                shutil.move(self.folder / "steps" / str(step), aside)
-                self._latest.reload()
+                reason = " ".join(str(e).split())[:90]
+            reasons: list[str] = [r for r in hosts.gather(reason) if r]
+            if found and not reasons:
+                return found["state"], found["meta"]
+            self.say(f"checkpoint of step {step} is damaged ({reasons[0]}); going on from one before")
+            if hosts.first():
+                self._set_aside(step)
+            hosts.together("aside")
+            self._latest.reload()
         return None
+
+    def _set_aside(self, step: int) -> None:
+        """Not deleted: what made it unreadable may have been the machine and not the file."""
+        aside = self.folder / "damaged" / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        shutil.move(self.folder / "steps" / str(step), aside)
 
     def restore_best(self, step: int, abstract: Any) -> Any:
         """The best parameters, saved at `step`.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from llmctl import __version__, menu
+from llmctl import __version__, hosts, menu
 from llmctl.errors import Interrupted, LlmctlError
 
 if TYPE_CHECKING:
@@ -94,14 +94,13 @@ def run(argv: list[str]) -> int:
     """Runs one command; its exit code. Whatever went wrong is one line on stderr."""
     try:
         chosen = next((word for word in argv if not word.startswith("-")), "")
-        return app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
+        code = app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
+        return hosts.leave(code, "")
     except BaseException as e:
         code, line = ending(e)
         if os.environ.get("LLMCTL_DEBUG") == "1":
             traceback.print_exc()
-        if line:
-            sys.stderr.write(f"llmctl: {' '.join(line.split())}\n")
-        return code
+        return hosts.leave(code, " ".join(line.split()))
 
 
 def ending(e: BaseException) -> tuple[int, str]:
@@ -138,8 +137,10 @@ def _be_quiet() -> None:
         os.environ.setdefault(name, value)
     if os.environ.get("LLMCTL_DEBUG") != "1":
         warnings.simplefilter("ignore")
-        for name in ("absl", "jax", "orbax", "grain"):
+        for name in ("jax", "orbax", "grain"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # What Orbax logs here with a traceback it also raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Where commands speak: results to stdout, everything else to stderr."""
+"""Where commands speak: results to stdout, everything else to stderr. Of several processes the first speaks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from llmctl import hosts
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 def say(text: str) -> None:
     """One line to people, on stderr."""
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    if hosts.first():
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def result(value: Any) -> None:
     """One JSON object on stdout, and nothing else there. Values that JSON does not have (NaN) become null."""
-    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    if hosts.first():
+        sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
 def show(renderable: Any) -> None:
     """A table or a text for people, on stdout. Off a terminal it is as wide as it needs to be: nothing is cut."""
+    if not hosts.first():
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=400)
@@ -40,7 +46,7 @@ def folder(path: Path | None) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="llmctl-") as temporary:
-        yield Path(temporary) / "result"
+        yield Path(hosts.tell(lambda: temporary)) / "result"
 
 
 def _finite(value: Any) -> Any:

@@ -16,6 +16,21 @@ BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 """What JAX_PLATFORMS says for each platform of ours. The CPU stays beside an accelerator, for work on the host."""
 
 
+def choose(platforms: Iterable[str]) -> str:
+    """Tells JAX, before it is imported, which platform to use; the one that is asked for, empty for no wish.
+
+    Raises:
+      RequestError: two platforms are named.
+    """
+    named = sorted({p for p in platforms if p})
+    if len(named) > 1:
+        raise RequestError(f"one run uses one platform, and its stages name {' and '.join(named)}; split the run")
+    wanted = named[0] if named else ""
+    if wanted and not os.environ.get("JAX_PLATFORMS") and "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = BACKENDS[wanted]
+    return wanted
+
+
 def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: None) -> str:
     """Makes JAX use the platform that is asked for, and starts it.
 
@@ -29,13 +44,8 @@ def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: N
     Raises:
       RequestError: two platforms are named, or the one that is named is not there.
     """
-    named = sorted({p for p in platforms if p})
-    if len(named) > 1:
-        raise RequestError(f"one run uses one platform, and its stages name {' and '.join(named)}; split the run")
-    wanted = named[0] if named else ""
     forced = os.environ.get("JAX_PLATFORMS", "")
-    if wanted and not forced and "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = BACKENDS[wanted]
+    wanted = choose(platforms)
     import jax
 
     try:

@@ -24,6 +24,29 @@ HIDDEN = ("kind",)
 """Fields that the command itself decides."""
 
 
+Coordinator = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT", envvar="LLMCTL_COORDINATOR", help="Of several processes: where process 0 runs, and a port."
+    ),
+]
+NumProcesses = Annotated[
+    int,
+    typer.Option(
+        metavar="N", envvar="LLMCTL_NUM_PROCESSES", help="How many processes; Slurm and TPU pods say it themselves."
+    ),
+]
+ProcessId = Annotated[
+    int, typer.Option(metavar="I", envvar="LLMCTL_PROCESS_ID", help="Which one this is, from 0.", show_default=False)
+]
+PROCESSES: dict[str, tuple[Any, Any]] = {
+    "coordinator": (Coordinator, ""),
+    "num_processes": (NumProcesses, 0),
+    "process_id": (ProcessId, -1),
+}
+"""Flags of every command that works on devices, with their defaults: what `llmctl.hosts.join` takes."""
+
+
 def command(kind: str) -> Callable[..., None]:
     """`llmctl KIND --from A --out B …`: the function that typer makes the command from."""
     module = stages.load(kind)
@@ -34,6 +57,7 @@ def command(kind: str) -> Callable[..., None]:
         from llmctl import chain, console, recipe
 
         out, recipe_file, sets, json = (given.pop(k) for k in ("out", "recipe_file", "sets", "json"))
+        processes = {k: given.pop(k) for k in PROCESSES}
         flags: dict[str, Any] = {}
         for path, field in fields:
             if (value := given[_variable(path)]) is not None:
@@ -45,7 +69,7 @@ def command(kind: str) -> Callable[..., None]:
             raise RequestError(f"llmctl {kind}: --out: say where the artifact goes")
         with console.folder(out) as folder:
             chosen = recipe.single(kind, flags, folder, recipe_file, sets or ())
-            chain.run(chosen, say=console.say)
+            chain.run(chosen, say=console.say, processes=processes)
             _report(chosen.steps[0], json)
 
     first = [
@@ -65,12 +89,13 @@ def command(kind: str) -> Callable[..., None]:
             help="Override a setting, such as train.steps=10; below a flag.",
         ),
     ]
-    last = inspect.Parameter(
-        "json", inspect.Parameter.KEYWORD_ONLY, default=False,
-        annotation=Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")],
-    )  # fmt: skip
+    json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+    last = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in {**PROCESSES, "json": (json, False)}.items()
+    ]
     made = [_flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
-    parameters = [*sorted([*first, *made], key=lambda p: p.name not in ("parent", "out")), last]
+    parameters = [*sorted([*first, *made], key=lambda p: p.name not in ("parent", "out")), *last]
     run_stage.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_stage.__annotations__ = {p.name: p.annotation for p in parameters}
     run_stage.__doc__ = summary(module)

@@ -11,7 +11,10 @@ PRUNED = 0.01
 
 
 def digest(flat: Mapping[str, Any]) -> str:
-    """SHA-256 over the arrays of all weights, one at a time on the host: {path: weight} -> hex."""
+    """SHA-256 over the arrays of all weights, one at a time on the host: {path: weight} -> hex.
+
+    Of several processes all call it.
+    """
     total = hashlib.sha256()
     for name in sorted(flat):
         _add(total, name, flat[name])
@@ -19,17 +22,14 @@ def digest(flat: Mapping[str, Any]) -> str:
 
 
 def _add(total: Any, name: str, w: Any) -> None:
-    import jax
     import numpy as np
-    from jax.experimental import multihost_utils
 
-    from llmctl import weights
+    from llmctl import arrays, weights
 
     for part, a in sorted(weights.parts(w).items()):
-        host = multihost_utils.process_allgather(a, tiled=True) if jax.process_count() > 1 else a
-        host = np.ascontiguousarray(np.asarray(host))
-        total.update(f"{name}:{part}:{host.dtype}:{host.shape}\n".encode())
-        total.update(host.tobytes())
+        total.update(f"{name}:{part}:{np.dtype(a.dtype)}:{tuple(a.shape)}\n".encode())
+        for piece in arrays.pieces(a):
+            total.update(np.ascontiguousarray(piece).tobytes())
 
 
 def take(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmctl import sequence, weights
+from llmctl import arrays, hosts, sequence, slices, weights
 from llmctl.errors import RequestError
 from llmctl.settings import MeshConfig
 
@@ -68,7 +68,8 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
             f"mesh: {_show(sizes)} does not fit {len(devices)} {devices[0].platform} devices; "
             "change [mesh] so that the axes multiply to that number (-1 takes what is left)"
         )
-    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    placed = slices.arrange(devices, AXES, sizes, config.dcn)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _show(sizes: Sequence[int]) -> str:
@@ -199,6 +200,12 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host rows -> device arrays, in balanced order where devices share a sequence."""
+    """Host rows, the same in every process -> device arrays, in balanced order where devices share a sequence.
+
+    `llmctl.feed` places rows that each process built for itself.
+    """
     batch = sequence.balanced(batch, mesh.shape["context"])
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    shardings = batch_shardings(batch, mesh)
+    if hosts.count() > 1:
+        return {k: arrays.put(a, shardings[k]) for k, a in batch.items()}
+    return jax.device_put(batch, shardings)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llmctl import hosts
 from llmctl.errors import RequestError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Reporter:
         `wandb`. By default they lie in `work_dir`, the events in `tensorboard`.
       wandb: a Weights & Biases project to log to as well (extra `wandb`); empty does not. A resumed run goes on as the
         same W&B run.
-      writes: whether this process writes and shows anything (process 0 of a multi-host run).
+      writes: whether this process writes and shows anything; by default the first of several does.
       console: where people read; stderr by default.
 
     Raises:
@@ -69,7 +70,7 @@ class Reporter:
         start: int = 0,
         lasting: Path | None = None,
         wandb: str = "",
-        writes: bool = True,
+        writes: bool | None = None,
         every: float = 10.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -78,7 +79,8 @@ class Reporter:
         self.events_folder = lasting / "tensorboard" / title if lasting else self.work_dir / "tensorboard"
         """Where TensorBoard finds this run."""
         self._wandb_folder = lasting or self.work_dir
-        self.writes, self.every, self.clock = writes, every, clock
+        self.writes = hosts.first() if writes is None else writes
+        self.every, self.clock = every, clock
         self.console = console or Console(stderr=True)
         self._tensorboard, self._wandb = tensorboard, wandb
         self._file: TextIO | None = None

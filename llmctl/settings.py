@@ -22,6 +22,9 @@ class MeshConfig(Config):
     """Devices that share the heads, the neurons and the vocabulary of each layer."""
     pipeline: int = Field(default=1, ge=-1)
     """Stages that hold successive layers; pieces of a batch pass through them one after the other."""
+    dcn: int = Field(default=0, ge=0)
+    """Slices, with a slower network between them, that the data axis runs over; the other axes stay inside one. 0 is as
+    many as the devices say, 1 takes all for one."""
 
 
 class OptimConfig(Config):

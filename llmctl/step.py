@@ -43,7 +43,8 @@ class Job:
     """What a stage wants trained."""
 
     params: Params
-    """Where to start; sharded over the mesh. Abstract arrays do for compiling alone."""
+    """Where to start; sharded over the mesh. Training takes the arrays that it trains for itself; abstract ones do for
+    compiling alone."""
     loss: Callable[..., tuple[jax.Array, Sums]]
     """(params, batch, dropout key, *constants) -> (sum of losses, sums with "weight"); the step divides by it."""
     rows: Any
@@ -107,7 +108,7 @@ class Program:
     step: Any
     """Compiled (state, (fixed, constants), batch) -> (state, metrics)."""
     begin: Any
-    """Compiled (trained arrays) -> the first state."""
+    """Compiled (trained arrays, which are given away) -> the first state."""
     named: Params
     """The arrays that are trained, float32 whatever the parent stores (an import may be bfloat16): small updates must
     not round away."""
@@ -130,7 +131,7 @@ def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.shardin
     )
     return Program(
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-        jax.jit(begin, out_shardings=shardings),
+        jax.jit(begin, out_shardings=shardings, donate_argnums=0),
         named,
         fixed,
         state,

@@ -7,26 +7,26 @@ uninterrupted one, bit for bit.
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from llmctl import hosts, meters, sequence, stopping, weights
 from llmctl import mesh as meshes
-from llmctl import meters, sequence, weights
 from llmctl.artifact import Artifact
 from llmctl.checkpoints import Checkpoints
 from llmctl.data import pipeline
 from llmctl.errors import Interrupted, RequestError, WorkError
+from llmctl.feed import Feed
 from llmctl.metrics import Reporter
 from llmctl.model import ModelConfig, calls, flash, gpipe
 from llmctl.profiling import Profile
 from llmctl.settings import OptimConfig, TrainConfig
-from llmctl.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, make_step, program, state_shardings
+from llmctl.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, make_step, program, split, state_shardings
 
 if TYPE_CHECKING:
     from llmctl.stages import Context
@@ -63,14 +63,17 @@ def fit(
 ) -> tuple[Params, dict[str, Any]]:
     """Trains to the end and returns (params, metrics); the parameters are the averaged ones where `optim.ema` is set.
 
+    The arrays of `job.params` that are trained become the state's: they are deleted, so that there are never two sets.
+
     Raises Interrupted after a checkpoint when SIGTERM or Ctrl-C arrives, WorkError when the run diverges or the disk is
     full; either way the same command goes on from the last checkpoint.
     """
     _check_batch(train, mesh)
-    runs = program(job, train, optim_config, mesh, seed)
+    runs, given = program(job, train, optim_config, mesh, seed), split(job)[0]
+    job = dataclasses.replace(job, params=jax.eval_shape(lambda params=job.params: params))
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_requests())
+        stop = stack.enter_context(stopping.requests(mesh))
         stack.enter_context(meshes.use(mesh))
         stack.enter_context(flash.use(train.attention))
         stack.enter_context(gpipe.use(train.microbatches))
@@ -78,6 +81,8 @@ def fit(
         checkpoints = stack.enter_context(Checkpoints(ctx.work / "checkpoints", train.keep, say.append))
         found = checkpoints.restore(runs.state)
         state, meta = found or (runs.begin(runs.named), {"step": 0, "best": None, "best_step": None, "bad": 0})
+        for a in (*given.values(), *runs.named.values()):
+            a.delete()
         report = stack.enter_context(
             Reporter(
                 ctx.work,
@@ -87,7 +92,6 @@ def fit(
                 start=meta["step"],
                 lasting=ctx.out.parent,
                 wandb=train.wandb,
-                writes=jax.process_index() == 0,
             )
         )
         about = [flash.describe(job.model, train.seq_len, train.dtype)] if job.model else []
@@ -95,7 +99,8 @@ def fit(
         for line in [*say, *about, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
         loop = _Loop(job, train, runs.step, runs.fixed, checkpoints, report, stop, mesh)
-        loop.peak = meters.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json") if job.flops else None
+        if job.flops and hosts.first():
+            loop.peak = meters.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json")
         loop.profile = stack.enter_context(Profile(train.profile, report.events_folder))
         state, meta = loop.run(state, meta)
         named = _answer(state)
@@ -130,7 +135,7 @@ class _Loop:
         fixed: Params,
         checkpoints: Checkpoints,
         report: Reporter,
-        stop: threading.Event,
+        stop: stopping.Stop,
         mesh: jax.sharding.Mesh,
     ) -> None:
         self.job, self.train, self.step, self.fixed = job, train, step, fixed
@@ -141,6 +146,7 @@ class _Loop:
             self.maximize = job.maximize if train.best_by == job.metric else train.best_by not in LESS_IS_BETTER
         self.keeps_best = job.keep_best or bool(train.best_by)
         self.skips = 0
+        self.feed = Feed(mesh, train.batch_size)
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
         train, done = self.train, meta["step"]
@@ -148,7 +154,10 @@ class _Loop:
         timer, compiled = meters.Timer(), False
         if meta.pop("unvalidated", False):
             meta = self.validate(done, state, meta)
-        with pipeline.batches(self.job.rows, train.batch_size, done, train.steps, place=self.place) as batches:
+        rows = pipeline.batches(
+            self.job.rows, train.batch_size, done, train.steps, place=self.place, spans=self.feed.spans
+        )
+        with rows as batches:
             while done < train.steps and not meta.get("stopped"):
                 self.profile.before(done + 1)
                 with timer.waiting():
@@ -163,25 +172,27 @@ class _Loop:
                 done, compiled = done + 1, True
                 self.profile.after(done, metrics)
                 last = done == train.steps
+                stops = self.stop.asked(now=last)
                 if done % train.log_every == 0 or last:
                     self.log(done, metrics, state, timer)
                 meta = {**meta, "step": done}
                 if (train.eval_every and done % train.eval_every == 0) or (last and self.keeps_best):
-                    if self.stop.is_set():  # a grace period is for the checkpoint; whoever resumes validates first
+                    if stops:  # a grace period is for the checkpoint; whoever resumes validates first
                         meta["unvalidated"] = True
                     else:
                         with timer.paused():
                             meta = self.validate(done, state, meta)
-                if done % train.checkpoint_every == 0 or last or self.stop.is_set() or meta.get("stopped"):
+                if done % train.checkpoint_every == 0 or last or stops or meta.get("stopped"):
                     with timer.paused():
                         self.heed_bad(state)
-                        self.checkpoints.save(done, state, meta, wait=self.stop.is_set())
-                self.heed(done)
+                        self.checkpoints.save(done, state, meta, wait=stops)
+                if stops:
+                    self.heed(done)
         return state, meta
 
     def heed(self, done: int | None = None) -> None:
         """Raises where somebody asked for an end; the checkpoint has been written."""
-        if self.stop.is_set():
+        if self.stop.asked(now=True):
             where = f"at step {done}" if done else "after the last step"
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")
 
@@ -196,7 +207,8 @@ class _Loop:
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
         """Host rows -> device arrays split over the batch, and the number of real tokens."""
         tokens = sum(int(np.count_nonzero(batch[name])) for name in ("segments", "encoder_segments") if name in batch)
-        return meshes.place(batch, self.mesh), tokens
+        # Of several processes each counts its own rows, and takes the others for alike.
+        return self.feed.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
 
     def log(self, done: int, metrics: Sums, state: State, timer: meters.Timer) -> None:
         values = {k: float(v) for k, v in metrics.items()}
@@ -257,25 +269,3 @@ def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
         raise RequestError(
             f"train.microbatches: {train.microbatches} pieces do not divide the {batch // ways} sequences of a pipeline"
         )
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """SIGTERM and the first Ctrl-C ask for a checkpoint and an end; a second Ctrl-C ends at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    if event.is_set():  # it came after the last look, while a checkpoint was still being written
-        raise Interrupted("stopped after the last checkpoint; the same command goes on from there")

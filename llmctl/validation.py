@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from llmctl import losses
 from llmctl import mesh as meshes
 from llmctl.data import pipeline
+from llmctl.feed import Feed
 from llmctl.model.loss import Loss
 
 
@@ -20,16 +21,14 @@ class Validation:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.rows, self.limit, self.mesh = rows, batches, mesh
         self.batch_size = -(-min(batch_size, len(rows)) // ways) * ways
+        self.feed = Feed(mesh, self.batch_size)
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:
         """One pass over the rows, `batches` batches at most."""
-
-        def place(batch: dict[str, Any]) -> dict[str, Any]:
-            return meshes.place(batch, self.mesh)
-
         total: Any = None
-        with meshes.use(self.mesh), pipeline.eval_batches(self.rows, self.batch_size, self.limit, place) as batches:
+        read = pipeline.eval_batches(self.rows, self.batch_size, self.limit, self.feed.place, spans=self.feed.spans)
+        with meshes.use(self.mesh), read as batches:
             for _, batch in batches:
                 sums = self._sums(params, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)

@@ -103,8 +103,8 @@ def test_a_run_goes_on_on_another_mesh(one, tmp_path):
 def test_averaged_weights_are_validated_and_saved(one, tmp_path):
     seen = []
     job = job_of(validate=lambda p: seen.append(np.asarray(p["decoder"]["blocks"]["m"]["kernel"])) or {"loss": 0.0})
+    want = np.array(job.params["decoder"]["blocks"]["m"]["kernel"])  # before training takes it
     averaged, _ = fit(tmp_path / "a", one, job, {"ema": 0.99})
-    want = np.asarray(job.params["decoder"]["blocks"]["m"]["kernel"])
     for n in range(1, 9):
         w, _ = fit(tmp_path / str(n), one, job_of(), {}, TRAIN.model_copy(update={"steps": n}))
         want = want + (1 - min(0.99, (1 + n) / (10 + n))) * (w - want)

@@ -19,8 +19,11 @@ ROOT = README.parent
 PACKAGE = ROOT / "llmctl"
 
 LAYERS = (
-    ("errors", "config", "settings", "chips", "weights", "training_matmul", "menu", "console"),
-    ("mesh", "sequence", "data", "losses", "metrics", "meters", "profiling", "gathered"),
+    ("errors", "config", "settings", "chips", "weights", "training_matmul", "menu", "console", "hosts", "fate"),
+    (
+        *("mesh", "sequence", "slices", "arrays", "feed", "stopping", "gathered"),
+        *("data", "losses", "metrics", "meters", "profiling"),
+    ),
     ("model", "optim"),
     (
         "tune",

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from llmctl.flags import Coordinator, NumProcesses, ProcessId
+
 
 def run(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")],
@@ -22,6 +24,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="STAGE", help="Run this stage alone (repeatable); its inputs must be up to date."),
     ] = None,
+    coordinator: Coordinator = "",
+    num_processes: NumProcesses = 0,
+    process_id: ProcessId = -1,
     json: Annotated[bool, typer.Option("--json", help="Print the closing table as one JSON object.")] = False,
 ) -> None:
     """Run a recipe: every stage that is not done yet, then a table of all artifacts."""
@@ -29,7 +34,8 @@ def run(
     from llmctl import show as shown
 
     chosen = recipe.read(recipe_file, folder, sets or ())
-    chain.run(chosen, only or (), console.say)
+    processes = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    chain.run(chosen, only or (), console.say, processes)
     found = shown.run(chosen.run)
     for report in shown.reports(chosen.run):
         console.say(f"report: {report}")

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from llmctl import hosts
 from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.errors import RequestError
 
@@ -108,11 +109,12 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
     Raises:
         RequestError: no text at all.
     """
-    if (corpus := Corpus.load(folder, tokenizer.digest, digest)) is None:
-        tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)
-        corpus = Corpus.load(folder, tokenizer.digest, digest)
-        assert corpus is not None, folder
-    return corpus
+    with hosts.in_turn():  # the first process tokenizes for all
+        if (corpus := Corpus.load(folder, tokenizer.digest, digest)) is None:
+            tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)
+            corpus = Corpus.load(folder, tokenizer.digest, digest)
+            assert corpus is not None, folder
+        return corpus
 
 
 def batched(things: Iterable[T]) -> Iterator[tuple[T, ...]]:

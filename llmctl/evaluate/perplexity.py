@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import losses
+from llmctl import arrays, losses
 from llmctl.evaluate import windows
 from llmctl.model import ModelConfig, calls
 
@@ -131,5 +131,5 @@ def total_nll(
     step = row_nll(model, dtype)
     total = 0.0
     for batch in batches(rows, batch_size):
-        total += float(np.sum(np.asarray(step(params, place(batch) if place else batch)), dtype=np.float64))
+        total += float(np.sum(arrays.read(step(params, place(batch) if place else batch)), dtype=np.float64))
     return total, int(rows["weights"].sum(dtype=np.float64))

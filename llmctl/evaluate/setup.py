@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llmctl import arrays
 from llmctl import mesh as meshes
 from llmctl.data import Truncate, pipeline
 from llmctl.data.abstract_tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def place(mesh: Mesh, batch: Batch) -> Batch:
 
     def put(a: np.ndarray) -> jax.Array:
         fits = a.shape[0] % ways == 0
-        return jax.device_put(a, meshes.batch_sharding(mesh, a.ndim) if fits else meshes.replicated(mesh))
+        return arrays.put(a, meshes.batch_sharding(mesh, a.ndim) if fits else meshes.replicated(mesh))
 
     return {name: put(np.asarray(a)) for name, a in batch.items()}
 
@@ -111,7 +112,7 @@ def answers(
         for _, batch in batches:
             real = batch["row_weight"] > 0
             found = step(params, place(setup.mesh, {k: batch[k] for k in reads if k in batch}))
-            yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: np.asarray(a)[r], found)
+            yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: arrays.read(a)[r], found)
 
 
 def first(rows: pipeline.Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:

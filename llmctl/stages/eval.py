@@ -81,11 +81,13 @@ def _can_draw() -> None:
 
 def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest) -> None:
     """The report as an artifact without parameters; its digest is that of the results."""
-    from llmctl import artifact, atomic
+    from llmctl import artifact, atomic, hosts
     from llmctl.evaluate import picture, report
 
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic.writing(ctx.out) as draft:
+        if not hosts.first():
+            return
         (draft / "results.json").write_text(text + "\n", encoding="utf-8")
         (draft / "table.md").write_text(report.markdown(results), encoding="utf-8")
         if config.plot:

@@ -53,7 +53,7 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves a language model in `ctx.out`."""
-    from llmctl import artifact, console, mesh, trainer
+    from llmctl import artifact, console, hosts, mesh, trainer
     from llmctl.data import baselines, tokenizer
     from llmctl.data.language import Text
 
@@ -62,15 +62,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     objective = aim(config, base, devices)
     text = Text(config.data)
     words = ctx.work / "tokenizer"
-    if base:
-        tokens = tokenizer.load(base.tokenizer_dir)
-        tokens.save(words)
-    elif (ctx.work / "tokenizer.done").exists():
-        tokens = tokenizer.load(words)
-    else:
-        tokens = text.tokenizer(_with_sentinels(config.tokenizer, objective, config.train.seq_len))
-        tokens.save(words)
-        (ctx.work / "tokenizer.done").touch()
+    with hosts.in_turn():  # the first process trains it
+        if (ctx.work / "tokenizer.done").exists():
+            tokens = tokenizer.load(words)
+        else:
+            wanted = _with_sentinels(config.tokenizer, objective, config.train.seq_len)
+            tokens = tokenizer.load(base.tokenizer_dir) if base else text.tokenizer(wanted)
+            tokens.save(words)
+            (ctx.work / "tokenizer.done").touch()
 
     def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
         return text.rows(

@@ -1,0 +1,49 @@
+"""Arrays between the host and devices, some of which other processes may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llmctl import hosts
+
+PIECE = 1 << 28
+"""Bytes of a spread array that are gathered at once, into the memory of every device."""
+
+
+def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host array, the same in every process, on the devices."""
+    if hosts.count() == 1:
+        return jax.device_put(a, sharding)
+    return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+
+def read(a: jax.Array) -> np.ndarray:
+    """The whole array on every host; all processes call it."""
+    found = list(pieces(a))
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def pieces(a: jax.Array) -> Iterator[np.ndarray]:
+    """The array on every host, as successive parts along its first axis; all processes call it.
+
+    One part where this process can reach all of it; what is spread over processes comes in parts of about `PIECE`.
+    """
+    if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
+        yield np.asarray(a)
+        return
+    mesh = a.sharding.mesh if isinstance(a.sharding, NamedSharding) else None
+    assert mesh is not None, a.sharding
+    rows = max(1, PIECE * a.shape[0] // max(a.nbytes, 1))
+    whole = NamedSharding(mesh, PartitionSpec())
+    for start in range(0, a.shape[0], rows):
+        length = min(rows, a.shape[0] - start)
+        yield np.asarray(jax.jit(partial(_part, length=length), out_shardings=whole)(a, start))
+
+
+def _part(a: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, length)
