@@ -22,10 +22,10 @@ train = { steps = 60, batch_size = 8, seq_len = 32, checkpoint_every = 20, log_e
 
 @pytest.fixture
 def small(tmp_path):
-    """A folder on a disk of 3 MiB: a checkpoint of the recipe (1.2 MB) fits once, and not twice beside the ballast."""
+    """A folder on a disk of 6 MiB: beside a ballast of 4 a checkpoint of the recipe fits once and not twice."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk is not permitted here")
     try:
@@ -45,7 +45,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, small):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     quiet = run(tmp_path, tmp_path / "quiet")
     assert quiet.returncode == 0, quiet.stderr
-    (small / "ballast").write_bytes(bytes(1 << 20))
+    (small / "ballast").write_bytes(bytes(4 << 20))
     full = run(tmp_path, small / "run")
     assert full.returncode == 1
     last = full.stderr.splitlines()[-1]
