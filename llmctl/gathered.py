@@ -19,9 +19,11 @@ Axes = tuple[str, str]
 
 
 def splits(axes: Axes) -> bool:
-    """Whether the mesh in use splits the matrix over devices that see different tokens."""
+    """Whether the mesh in use splits the matrix over devices that see different tokens, of whole sequences."""
     mesh = meshes.current()
-    return mesh is not None and "embed" in axes and any(mesh.shape[axis] > 1 for axis in meshes.RULES["embed"])
+    if mesh is None or meshes.splits_sequences() or "embed" not in axes:
+        return False
+    return any(mesh.shape[axis] > 1 for axis in meshes.RULES["embed"])
 
 
 def _whole(w_IO: jax.Array, axes: Axes) -> jax.Array:

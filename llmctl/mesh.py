@@ -34,7 +34,6 @@ RULES: dict[str, tuple[str, ...]] = {
     # The input table has axes of its own: a gather over a table split on both is what XLA rematerializes in full.
     "vocab_in": ("tensor",),
     "embed_in": ("fsdp", "context"),
-    "batch_in": ("data",),  # of the tokens that are looked up in it
     "layers": ("pipeline",),
     "norm": (),
     "labels": (),

@@ -165,10 +165,7 @@ class Embed(nn.Module):
         # Where hidden states are scaled by d_model ** -0.5 before the table is the output projection, logits of about
         # unit variance ask for entries of unit variance (T5).
         tokens = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)
-        # By columns of all tokens, which are then exchanged for all columns of a device's own: the gradient of the
-        # table is added up where it lies, and tokens are less to send.
-        x = weights.take(tokens, constrain(tokens_BT, "batch_in", None), self.dtype)
-        x = constrain(constrain(x, "batch_in", None, "embed_in"), "batch", "seq", "act_embed")
+        x = weights.take(tokens, tokens_BT, self.dtype)
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
             rows = table("positions", cfg.max_seq_len + cfg.position_offset, None)
