@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmctl import arrays, hosts, sequence, slices, weights
+from llmctl import arrays, hosts, pages, sequence, slices, weights
 from llmctl.errors import RequestError
 from llmctl.settings import MeshConfig
 
@@ -51,10 +51,13 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh over all devices (axes `AXES`, type Auto).
 
     Raises RequestError where the axes do not multiply to the number of devices. One CPU is left to itself: with every
-    axis at its default, the CPU platform gets one device, for fake devices only split the same cores.
+    axis at its default, the CPU platform gets one device, for fake devices only split the same cores. The memory of
+    CPUs is kept (`pages.keep`).
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
+    if devices[0].platform == "cpu":
+        pages.keep()
     if devices[0].platform == "cpu" and config == MeshConfig() and jax.process_count() == 1:
         devices = devices[:1]
     known = math.prod(s for s in sizes if s > 0)

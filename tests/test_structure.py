@@ -19,7 +19,10 @@ ROOT = README.parent
 PACKAGE = ROOT / "llmctl"
 
 LAYERS = (
-    ("errors", "config", "settings", "chips", "weights", "training_matmul", "menu", "console", "hosts", "fate"),
+    (
+        *("errors", "config", "settings", "chips", "weights", "training_matmul"),
+        *("menu", "console", "pages", "hosts", "fate"),
+    ),
     (
         *("mesh", "sequence", "slices", "arrays", "feed", "stopping", "gathered"),
         *("data", "losses", "metrics", "meters", "profiling"),
