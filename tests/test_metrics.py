@@ -122,7 +122,7 @@ def test_wandb_that_is_not_installed_is_a_wrong_request(tmp_path, monkeypatch):
 
 
 def test_the_real_wandb_offline_and_one_run_across_a_resume(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for start in (0, 2):
@@ -131,6 +131,7 @@ def test_the_real_wandb_offline_and_one_run_across_a_resume(tmp_path, monkeypatc
         ) as report:
             report.log(start + 1, {"loss": 1.5})
             report.log(start + 2, {"loss": 1.0})
+    wandb.teardown()  # offline a run is finished before its file is written: that ends with W&B's own process
     (name,) = {p.name for p in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
     assert name == f"run-{(tmp_path / 'work' / 'wandb_id').read_text()}.wandb"
     written = [p.read_bytes() for p in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
