@@ -1,30 +1,16 @@
 """Real processes on one machine, joined by gloo: they train as one, stop together, and go on as any number of them."""
 
-import contextlib
 import json
-import os
-import random
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
+from processes import finish, finished, free_port, interrupted, run, started, write
 
 from llmctl import artifact, hosts
 from llmctl.errors import RequestError
 
 STEPS = 150
-RECIPE = f"""
-data = {{ source = "text", path = "corpus.txt", documents = "line", validation = 0.1 }}
-mesh = {{ data = 2, fsdp = 2 }}
-platform = "cpu"
-[[stage]]
-kind = "pretrain"
-tokenizer = {{ kind = "bpe", vocab_size = 300 }}
-model = {{ d_model = 32, layers = 2, heads = 4, kv_heads = 2, head_dim = 8, d_ff = 48, dropout = 0.1 }}
-train = {{ steps = {STEPS}, batch_size = 8, seq_len = 32, checkpoint_every = 15, log_every = 1, tensorboard = false }}
+MEASURED = """
 [[stage]]
 kind = "eval"
 speed = false
@@ -34,61 +20,7 @@ plot = false
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hosts")
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    draw = random.Random(0)
-    (folder / "corpus.txt").write_text("\n".join(f"{i} " + " ".join(draw.choices(words, k=12)) for i in range(400)))
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@contextlib.contextmanager
-def started(count, arguments, cwd, devices=1, flags=True, envs=()):
-    """`count` processes of the command line, `devices` each; none outlives the block."""
-    address = f"127.0.0.1:{free_port()}"
-    found = []
-    try:
-        for i in range(count):
-            joins = ["--coordinator", address, "--num-processes", str(count), "--process-id", str(i)]
-            env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-            env |= {"LLMCTL_HEARTBEAT": "30"} | (envs[i] if envs else {})
-            command = [sys.executable, *arguments, *(joins if flags and count > 1 else [])]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            found.append(subprocess.Popen(command, cwd=cwd, env=env, **pipes))
-        yield found
-    finally:
-        for process in found:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-
-def finish(processes):
-    """[(exit code, stdout, stderr)], read as they come: a full pipe would stop them."""
-    ends = [process.communicate() for process in processes]
-    return [(p.returncode, *end) for p, end in zip(processes, ends, strict=True)]
-
-
-def run(place, folder, count=2, devices=2):
-    return started(count, ["-m", "llmctl", "run", "recipe.toml", "--run", folder, "--json"], place, devices)
-
-
-def at_step(place, folder, step, process):
-    """Returns once the log has reached `step`."""
-    log = place / folder / ".work" / "pretrain" / "log.jsonl"
-    while process.poll() is None:
-        if log.exists():
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            if lines and json.loads(lines[-1])["step"] >= step:
-                return
-        time.sleep(0.02)
-    raise AssertionError(process.communicate()[1])
+    return write(tmp_path_factory.mktemp("hosts"), STEPS, "data = 2, fsdp = 2", MEASURED)
 
 
 def losses(place, folder):
@@ -99,9 +31,7 @@ def losses(place, folder):
 @pytest.fixture(scope="module")
 def alone(place):
     """One process with the four devices."""
-    with run(place, "alone", 1, 4) as processes:
-        [(code, _, said)] = finish(processes)
-    assert code == 0, said
+    finished(place, "alone", 1, 4)
     return losses(place, "alone")
 
 
@@ -111,7 +41,7 @@ def same(found, wanted):
 
 
 def test_two_processes_make_what_one_makes(place, alone):
-    with run(place, "two") as processes:
+    with run(place, "two", 2, 2) as processes:
         first, second = finish(processes)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert second[1:] == ("", "")  # the first speaks for both
@@ -128,24 +58,24 @@ def alone_metrics(place):
 
 
 @pytest.mark.slow
-def test_stopped_on_two_killed_on_two_and_finished_on_one(place, alone):
-    with run(place, "moves") as processes:
-        at_step(place, "moves", 20, processes[0])
-        processes[1].send_signal(signal.SIGTERM)
-        first, second = finish(processes)
-    assert (first[0], second[0]) == (3, 3), first[2] + second[2]
-    assert "the same command goes on from there" in first[2] and second[1:] == ("", "")
-    saved = max(int(p.name) for p in (place / "moves/.work/pretrain/checkpoints/steps").iterdir() if p.name.isdigit())
-    with run(place, "moves") as processes:
-        at_step(place, "moves", saved + 20, processes[0])
-        processes[1].kill()
-        first, second = finish(processes)
-    assert first[0] == 1 and f"going on from step {saved}" in first[2]
-    assert first[2].splitlines()[-1].startswith("llmctl: process 1 of 2: died or cannot be reached; the same command")
-    with run(place, "moves", 1, 4) as processes:
-        [(code, _, said)] = finish(processes)
-    assert code == 0 and "going on from step" in said
+def test_stopped_on_two_then_on_four_and_finished_on_one(place, alone):
+    for count, step in ((2, 20), (4, 70)):
+        ends = interrupted(place, "moves", step, signal.SIGTERM, count, 4 // count)
+        assert [code for code, *_ in ends] == [3] * count, ends
+        assert "the same command goes on from there" in ends[0][2]
+        assert all(end[1:] == ("", "") for end in ends[1:])
+    assert "going on from step" in ends[0][2]
+    assert "going on from step" in finished(place, "moves", 1, 4)
     same(losses(place, "moves"), alone)
+
+
+@pytest.mark.slow
+def test_killed_on_two_and_finished_on_four(place, alone):
+    first, second = interrupted(place, "dies", 40, signal.SIGKILL, 2, 2)
+    assert (first[0], second[0]) == (1, -signal.SIGKILL)
+    assert first[2].splitlines()[-1].startswith("llmctl: process 1 of 2: died or cannot be reached; the same command")
+    assert "going on from step" in finished(place, "dies", 4, 1)
+    same(losses(place, "dies"), alone)
 
 
 SCRIPT = """
@@ -155,7 +85,7 @@ from llmctl.errors import RequestError
 fate.GRACE = 0.2
 def work(*_, **__):
     hosts.join(*[kind(sys.argv[i]) for i, kind in ((2, str), (4, int), (6, int)) if len(sys.argv) > 1])
-    assert hosts.gather(hosts.index()) == [0, 1] and hosts.tell(lambda: hosts.index()) == 0
+    assert hosts.gather(hosts.index()) == list(range(hosts.count())) and hosts.tell(lambda: hosts.index()) == 0
     BODY
     print(hosts.index(), "is done")
 cli.app = lambda chosen: work
@@ -163,9 +93,42 @@ cli.main([])
 """
 
 
-def joined(body, place, **how):
-    with started(2, ["-c", SCRIPT.replace("BODY", body)], place, **how) as processes:
+def joined(body, place, count=2, **how):
+    with started(["-c", SCRIPT.replace("BODY", body)], place, count, **how) as processes:
         return finish(processes)
+
+
+BATCHES = """import hashlib
+    from pathlib import Path
+    from llmctl import arrays, feed, mesh
+    from llmctl.data import DataConfig, pipeline
+    from llmctl.data.byte_tokenizer import ByteTokenizer
+    from llmctl.data.language import Text
+    from llmctl.settings import MeshConfig
+    text = Text(DataConfig(source="text", path="corpus.txt", documents="line"))
+    rows = text.rows("train", ByteTokenizer.new(0), 32, Path("cache"))
+    fed = feed.Feed(mesh.make(MeshConfig(data=2, fsdp=2)), 8)
+    assert hosts.count() == 1 or sum(b - a for a, b in fed.spans) == 8 // hosts.count()
+    with pipeline.batches(rows, 8, FIRST, LAST, fed.place, spans=fed.spans) as batches:
+        for step, batch in batches:
+            whole = {name: arrays.read(a).tobytes() for name, a in sorted(batch.items())}
+            print(step, hashlib.sha256(repr(whole).encode()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_reads_the_same_global_batches(tmp_path):
+    write(tmp_path, STEPS)
+
+    def read(count, first, last):
+        body = BATCHES.replace("FIRST", str(first)).replace("LAST", str(last))
+        ends = joined(body, tmp_path, count, devices=4 // count)
+        assert [code for code, *_ in ends] == [0] * count, ends
+        found = [said.splitlines()[:-1] for _, said, _ in ends]
+        assert found == found[:1] * count
+        return found[0]
+
+    assert read(2, 100, 103) + read(4, 103, 106) + read(1, 106, 109) == read(1, 100, 109)
 
 
 def test_an_error_in_one_process_ends_the_other(tmp_path):

@@ -1,88 +1,50 @@
-"""Real processes that die: killed twice, told to stop, interrupted; the same command ends where a quiet run ends."""
+"""Real processes that die or are told to stop, again and again; the same command ends where a quiet run ends.
 
-import json
-import os
+With dropout, on one device and on a mesh of stages that share sequences: parameters are compared bit for bit.
+"""
+
 import random
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
+from processes import finished, interrupted, write
 
 from llmctl import artifact
 
 pytestmark = pytest.mark.slow
-STEPS = 600
-RECIPE = f"""
-data = {{ source = "text", path = "corpus.txt", documents = "line", validation = 0.1 }}
-[[stage]]
-kind = "pretrain"
-tokenizer = {{ kind = "bpe", vocab_size = 300 }}
-model = {{ d_model = 32, layers = 2, heads = 4, kv_heads = 2, head_dim = 8, d_ff = 48, dropout = 0.1 }}
-train = {{ steps = {STEPS}, batch_size = 8, seq_len = 32, checkpoint_every = 20, log_every = 5, tensorboard = false }}
-"""
+STEPS = 400
+LAYOUTS = {"alone": (1, ""), "pipeline": (4, "pipeline = 2, context = 2, data = 1")}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kill")
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    draw = random.Random(0)
-    lines = (f"{i} " + " ".join(draw.choices(words, k=12)) for i in range(400))
-    (folder / "corpus.txt").write_text("\n".join(lines))
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, tmp_path_factory):
+    """(folder of the recipe, devices, digest of the parameters of a run that nothing happens to)."""
+    devices, mesh = LAYOUTS[request.param]
+    place = write(tmp_path_factory.mktemp(request.param), STEPS, mesh)
+    return place, devices, digest(place, "quiet", devices)[0]
 
 
-def start(place, run):
-    command = [sys.executable, "-m", "llmctl", "run", "recipe.toml", "--run", run]
-    env = {**os.environ, "XLA_FLAGS": ""}  # one device, as a person at a shell has
-    return subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def digest(place, folder, devices):
+    """(digest of the parameters at the end, what was said)."""
+    said = finished(place, folder, 1, devices)
+    return artifact.read_manifest(place / folder / "pretrain").digest, said
 
 
-def at_step(place, run, step, process):
-    """Returns once the log has reached `step`; the log is what a person would look at."""
-    log = place / run / ".work" / "pretrain" / "log.jsonl"
-    while process.poll() is None:
-        if log.exists():
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            if lines and json.loads(lines[-1])["step"] >= step:
-                return
-        time.sleep(0.02)
-    raise AssertionError(process.stderr.read())
+def test_two_clean_runs_make_the_same_bytes(layout):
+    place, devices, quiet = layout
+    assert digest(place, "again", devices)[0] == quiet
 
 
-def finish(place, run):
-    process = start(place, run)
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
-    return artifact.read_manifest(place / run / "pretrain").digest, said
-
-
-@pytest.fixture(scope="module")
-def quiet(place):
-    return finish(place, "quiet")[0]
-
-
-def test_killed_twice_is_uninterrupted_bit_for_bit(place, quiet):
-    draw = random.Random()
-    for step in sorted(draw.sample(range(30, STEPS - 100), 2)):
-        process = start(place, "killed")
-        at_step(place, "killed", step, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    digest, said = finish(place, "killed")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_interrupted_three_times_it_is_uninterrupted_bit_for_bit(layout, number):
+    place, devices, quiet = layout
+    steps = sorted(random.Random(int(number)).sample(range(20, STEPS - 50), 3))
+    for step in steps:
+        [(code, _, said)] = interrupted(place, number.name, step, number, 1, devices)
+        if number == signal.SIGKILL:
+            assert code == -number
+        else:
+            assert code == 3 and "the same command goes on from there" in said
+    found, said = digest(place, number.name, devices)
     assert "going on from step" in said
-    assert digest == quiet
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
-def test_told_to_stop_it_saves_and_exits_3(place, quiet, number):
-    run = f"told{int(number)}"
-    process = start(place, run)
-    at_step(place, run, 50, process)
-    process.send_signal(number)
-    said = process.communicate()[1]
-    assert process.returncode == 3 and "the same command goes on from there" in said
-    assert finish(place, run)[0] == quiet
+    assert found == quiet, steps

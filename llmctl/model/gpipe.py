@@ -95,12 +95,14 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
 def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shared, whole: Tree) -> jax.Array:
     """What one stage does with the rows of its copy."""
     stage = jax.lax.axis_index("pipeline")
-    entering, still = jax.tree.map(partial(_split, M), (moving, still))
+    entering = jax.tree.map(partial(_split, M, "seq"), moving)
+    still = jax.tree.map(partial(_split, M, None), still)
     entering = jax.tree.map(lambda a: jnp.concatenate([a, *[a[:1]] * (P - 1)]), entering)  # nobody reads what is last
 
     def tick(made: Tree, now: Tree) -> tuple[Tree, jax.Array]:
         new, at = now
         moving = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, _hand_on(P, old)), new, made)
+        moving = jax.tree.map(lambda a: meshes.constrain(a, "batch", "seq", "act_embed"), moving)  # and its gradient
         piece = jnp.clip(at - stage, 0, M - 1)
         here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, piece, keepdims=False), still)
         here = here._replace(memory_BSD=moving[1], **whole)
@@ -114,10 +116,10 @@ def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shar
     return x_MbTD.swapaxes(0, 1).reshape(-1, *x_MbTD.shape[2:])
 
 
-def _split(M: int, a: jax.Array) -> jax.Array:
-    """[B, ...] -> [M, b, ...]."""
+def _split(M: int, along: str | None, a: jax.Array) -> jax.Array:
+    """[B, ...] -> [M, b, ...]; `along` is the rule of the axis after the rows."""
     a = a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
-    return meshes.constrain(a, None, "batch", *[None] * (a.ndim - 2))
+    return meshes.constrain(a, *[None, "batch", along, None][: a.ndim])
 
 
 def _hand_on(P: int, a: jax.Array) -> jax.Array:

@@ -7,20 +7,19 @@ the ratio holds where the machine's speed drifts; nothing is read from a cache.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import statistics
 import time
-from importlib.metadata import version
 from typing import Any
+
+from _figures import show, where
 
 BATCH, LENGTH = 8, 256
 
 
-def lowered(layers: int, microbatches: int, axes: dict[str, int]) -> Any:
-    """The step of a Llama of 384 x `layers`, traced but not compiled."""
+def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
+    """The step of a Llama of 384 x `layers` (or other sizes) on a mesh with these axes, traced but not compiled."""
     import jax
     import jax.numpy as jnp
 
@@ -31,7 +30,7 @@ def lowered(layers: int, microbatches: int, axes: dict[str, int]) -> Any:
     from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
 
     mesh = meshes.make(MeshConfig(**axes))
-    model = ModelConfig(preset="llama-mini", layers=layers)
+    model = ModelConfig(preset="llama-mini", layers=layers, **sizes)
     shapes = calls.abstract(model)
     lies = calls.shardings(model, shapes, mesh)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
@@ -40,7 +39,7 @@ def lowered(layers: int, microbatches: int, axes: dict[str, int]) -> Any:
     whole = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=meshes.batch_sharding(mesh, 2))
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), whole)
     batch["weights"] = whole.update(dtype=jnp.dtype("float32"))
-    with meshes.use(mesh), gpipe.use(microbatches):
+    with meshes.use(mesh), gpipe.use(axes.get("pipeline", 1)):
         return runs.step.lower(runs.state, (runs.fixed, ()), batch)
 
 
@@ -67,11 +66,11 @@ def main() -> None:
     seconds: dict[int, list[float]] = {n: [] for n in args.layers}
     processor: dict[int, list[float]] = {n: [] for n in args.layers}
     counts = {}
-    lowered(args.layers[0], args.pipeline, axes)  # what is done once a process
+    lowered(args.layers[0], axes)  # what is done once a process
     for _ in range(args.rounds):
         for n in args.layers:
             began, used = time.perf_counter(), time.process_time()
-            compiled = lowered(n, args.pipeline, axes).compile()
+            compiled = lowered(n, axes).compile()
             seconds[n].append(time.perf_counter() - began)
             processor[n].append(time.process_time() - used)
             counts[n] = instructions(compiled.as_text())
@@ -79,8 +78,7 @@ def main() -> None:
     median = {n: statistics.median(s) for n, s in seconds.items()}
     busy = {n: statistics.median(s) for n, s in processor.items()}
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("jax", "jaxlib", "flax")},
+        **where("jax", "jaxlib", "flax"),
         "stages": args.pipeline,
         "seconds": {n: round(s, 2) for n, s in median.items()},
         "ratio": round(median[many] / median[few], 3),
@@ -89,11 +87,7 @@ def main() -> None:
         "instructions": counts,
         "instructions_ratio": round(counts[many] / counts[few], 3),
     }
-    if args.json:
-        print(json.dumps(result))  # noqa: T201
-        return
-    for key, value in result.items():
-        print(f"{key:24s} {value}")  # noqa: T201
+    show(result, args.json)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _figures import show, where
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "Rivers carry water from the mountains to the sea, and on their way they shape the land around them. Long ago"
@@ -178,8 +176,7 @@ def main() -> None:
         for b in args.batches
     }
     result = {
-        "machine": f"{platform.machine()}, {platform.python_version()}",
-        "versions": {p: version(p) for p in ("jax", "torch", "transformers")},
+        **where("jax", "torch", "transformers"),
         "dtype": args.dtype,
         "same_tokens": same,
         "tokens_per_second": {
@@ -192,11 +189,7 @@ def main() -> None:
         "gemv_gb_per_second": round(statistics.median(limits) * wanted / 1e9, 1),
         "share_of_bandwidth_limit": round(statistics.median(shares), 3) if shares else None,
     }
-    if args.json:
-        print(json.dumps(result))  # noqa: T201
-        return
-    for key, value in result.items():
-        print(f"{key:26s} {value}")  # noqa: T201
+    show(result, args.json)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,38 @@
 """A training step against Hugging Face transformers + torch (eager and compiled), same machine, same run, same shapes.
 
 Llama, 6 layers x 384, vocabulary 8192, batch 16 x 256, float32, AdamW. The programs take turns, so that the ratio holds
-where the machine's speed drifts. Also printed: the share of this machine's measured float32 matmul peak, and the peak
-memory of each, measured in a process of its own.
+where the machine's speed drifts. Also printed: the share of this machine's measured float32 matmul peak; what of it the
+step's own products reach when each runs alone, and their share of the step, the rest of which is everything else; and
+the peak memory of each, measured in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import math
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from _figures import show, where
+
 BATCH, LENGTH, VOCAB, WIDTH, LAYERS, HEADS, FF = 16, 256, 8192, 384, 6, 6, 1024
+SIZES = {"n": BATCH * LENGTH, "d": WIDTH, "e": WIDTH, "f": FF, "v": VOCAB, "g": BATCH * HEADS, "t": LENGTH, "s": LENGTH}
+SIZES |= {"k": WIDTH // HEADS}
+PRODUCTS = {
+    "projections": ("nd,de->ne", 4 * LAYERS),
+    "gate and up": ("nd,df->nf", 2 * LAYERS),
+    "down": ("nf,fd->nd", LAYERS),
+    "scores": ("gtk,gsk->gts", LAYERS),
+    "values": ("gts,gsk->gtk", LAYERS),
+    "vocabulary": ("nd,dv->nv", 1),
+}
+"""The step's products forward, and how often."""
 PROGRAMS = ("llmctl", "eager", "compiled")
 
 
@@ -103,19 +115,38 @@ def matmul_peak() -> float:
 
     product = jax.jit(jnp.matmul)
     a = jnp.ones((2048, 2048))
+    return 2 * 2048**3 / fastest(lambda: product(a, a))
+
+
+def flops(name: str) -> float:
+    """Of one kind of product in one step: forward, and twice that backward; causal attention counted in full."""
+    spec, times = PRODUCTS[name]
+    return 3.0 * times * 2 * math.prod(SIZES[axis] for axis in set(spec) - set(",->"))
+
+
+def products_alone() -> dict[str, float]:
+    """Seconds a step of each kind of product, forward and backward, run alone at its best of several times."""
+    import jax
+    import jax.numpy as jnp
+
+    seconds = dict.fromkeys(PRODUCTS, 0.0)
+    for name, (forward, times) in PRODUCTS.items():
+        a, b, c = forward.replace("->", ",").split(",")
+        for x, y, z in ((a, b, c), (c, b, a), (a, c, b)):  # the product, and its gradients for either side
+            product = jax.jit(lambda p, q, spec=f"{x},{y}->{z}": jnp.einsum(spec, p, q))
+            operands = [jnp.ones([SIZES[axis] for axis in axes]) for axes in (x, y)]
+            seconds[name] += times * fastest(lambda product=product, operands=operands: product(*operands))
+    return seconds
+
+
+def fastest(product: Callable[[], Any]) -> float:
+    """The best seconds of a dozen runs."""
     best = float("inf")
     for _ in range(12):
         began = time.perf_counter()
-        product(a, a).block_until_ready()
+        product().block_until_ready()
         best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best
-
-
-def flops() -> float:
-    """Matrix products of one step: forward, and twice that backward; causal attention counted in full."""
-    body = 2 * BATCH * LENGTH * LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * FF)
-    attention = 4 * BATCH * LENGTH * LENGTH * WIDTH * LAYERS
-    return 3.0 * (body + attention + 2 * BATCH * LENGTH * WIDTH * VOCAB)
+    return best
 
 
 def memory(name: str) -> int:
@@ -149,23 +180,24 @@ def main() -> None:
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
-    peak, median = matmul_peak(), {name: statistics.median(s) for name, s in seconds.items()}
+    peak, alone, median = matmul_peak(), products_alone(), {name: statistics.median(s) for name, s in seconds.items()}
     rate = {name: BATCH * LENGTH / s for name, s in median.items()}
-    fastest = max((r for name, r in rate.items() if name != "llmctl"), default=float("nan"))
+    best = max((r for name, r in rate.items() if name != "llmctl"), default=float("nan"))
+    all_of_it = sum(map(flops, PRODUCTS))
     result = {
-        "machine": f"{platform.machine()}, {platform.python_version()}",
-        "versions": {p: version(p) for p in ("jax", "torch", "transformers")},
+        **where("jax", "torch", "transformers"),
         "tokens_per_second": {name: round(r) for name, r in rate.items()},
-        "ratio_to_faster_peer": round(rate["llmctl"] / fastest, 3),
-        "share_of_matmul_peak": {name: round(flops() / s / peak, 3) for name, s in median.items()},
+        "ratio_to_faster_peer": round(rate["llmctl"] / best, 3),
+        "share_of_matmul_peak": {name: round(all_of_it / s / peak, 3) for name, s in median.items()},
+        "products_alone": {
+            "share_of_matmul_peak": round(all_of_it / sum(alone.values()) / peak, 3),
+            "of_each": {name: round(flops(name) / s / peak, 3) for name, s in alone.items()},
+            "share_of_step": {name: round(sum(alone.values()) / s, 3) for name, s in median.items()},
+        },
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "peak_memory_mib": {name: memory(name) // 2**20 for name in runs},
     }
-    if args.json:
-        print(json.dumps(result))  # noqa: T201
-        return
-    for key, value in result.items():
-        print(f"{key:24s} {value}")  # noqa: T201
+    show(result, args.json)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PLAIN = DECODER.model_copy(update={"dropout": 0.0})
 WINDOWS = ModelConfig(preset="llama-tiny", **SIZES, window=5, window_every=3)
 ENCODER = ModelConfig(preset="bert-tiny", **SIZES, max_seq_len=64)
 BOTH = ModelConfig(preset="t5-tiny", **SIZES, encoder_layers=2)
-NAMES = {"decoder": DECODER, "windows": WINDOWS, "encoder": ENCODER, "both": BOTH}
+NAMES = {"decoder": DECODER, "plain": PLAIN, "windows": WINDOWS, "encoder": ENCODER, "both": BOTH}
 TRAIN, OPTIM = TrainConfig(steps=20, batch_size=16), OptimConfig(learning_rate=1e-2)
 HYBRID = {"pipeline": 2, "fsdp": 2, "tensor": 2, "data": 1}
 
@@ -71,6 +71,9 @@ CASES = [
             ("decoder", {"pipeline": 4, "data": 2}),
             ("decoder", {"pipeline": 2, "data": 2, "tensor": 2}),
             ("windows", {"pipeline": 4, "data": 1, "fsdp": 2}),
+            ("plain", {"pipeline": 2, "data": 2, "context": 2}),
+            ("windows", {"pipeline": 2, "data": 1, "context": 2, "tensor": 2}),
+            ("both", {"pipeline": 2, "data": 1, "fsdp": 2, "context": 2}),
         )
     ),
 ]
@@ -94,7 +97,7 @@ def test_a_pipeline_follows_one_device(name, axes, uncached, capfd):
     losses, state = curve(NAMES[name], axes)
     np.testing.assert_allclose(losses, ALONE[name][0], atol=1e-4)
     assert losses[-1] < losses[0] - 0.2
-    ways = np.prod([axes.get(axis, 1) for axis in ("pipeline", "fsdp", "tensor")])
+    ways = np.prod([axes.get(axis, 1) for axis in ("pipeline", "fsdp", "context", "tensor")])
     for part in (lambda state: state["params"], lambda state: state["optimizer"][0].mu):
         assert bytes_on_one(part(state)) * ways == bytes_on_one(part(ALONE[name][1]))
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
