@@ -2,8 +2,8 @@
 
 All batches are embedded; then, layer by layer, the inputs of each matrix are folded into statistics, a callback may
 change the layer, and the batches go on through the changed layer, so that later layers see the errors of earlier ones.
-In memory at a time: one layer's statistics, and the residual stream of every batch. All layers of a stack run one
-compiled block.
+In memory at a time: one layer's statistics, and the residual stream of every batch. Changed layers are put where the
+unchanged ones were. All layers of a stack run one compiled block.
 
 Shapes: B batch, T sequence, D model width, N tokens of a batch, I inputs of a matrix, H blocks of K inputs.
 """
@@ -126,7 +126,8 @@ def walk(
 
     Batches are as the model takes them (tokens, segments, positions [B, T]; encoder_* as well where there is an encoder
     beside the decoder); padding (segment 0) counts for nothing. Without `change` it is a measurement and `params` are
-    returned as they came. `keep` leaves each layer's statistics in its report. Raises RequestError without real tokens.
+    returned as they came; with it the arrays of their blocks are given away. `keep` leaves each layer's statistics in
+    its report. Raises RequestError without real tokens.
     """
     if not any(bool((batch["segments"] > 0).any()) for batch in batches):
         raise RequestError("calibration has no tokens: the data yields no example")
@@ -160,12 +161,12 @@ def _walk_stack(
     dtype: Any,
 ) -> tuple[dict[str, Any], list[calls.Carry], list[LayerReport]]:
     look, advance = passes(cfg, stack, dtype)
-
-    layers: list[Layer] = []
+    blocks = params[stack]["blocks"]
+    put = putter(blocks)
     reports: list[LayerReport] = []
     fresh: Stats | None = None
     for i in range(calls.depth(cfg, stack)):
-        layer, index = calls.layer_params(params, stack, i), jnp.int32(i)
+        layer, index = jax.tree.map(lambda a, i=i: a[i], blocks), jnp.int32(i)
         if fresh is None:
             fresh = empty(cfg, stack, layer, carries[0], collect, dtype)
         stats = fresh
@@ -181,15 +182,21 @@ def _walk_stack(
                 carries[n], more = advance(layer, new, index, carries[n], batch)
                 strayed += more
             error = float(jnp.sqrt(strayed[0] / jnp.maximum(strayed[1], 1e-30)))
-            layers.append(new)
+            blocks = put(blocks, new, index)
         report = LayerReport(stack, i, float(influence[0] / influence[1]), error, stats if keep else {})
         reports.append(report)
         if progress is not None:
             progress(report)
-    if layers:
-        blocks = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-        params = {**params, stack: {**params[stack], "blocks": blocks}}
-    return params, carries, reports
+    return {**params, stack: {**params[stack], "blocks": blocks}} if change else params, carries, reports
+
+
+def putter(blocks: Layer) -> Any:
+    """Compiled (blocks [L, ...], one layer, its index) -> the blocks with that layer, in the memory of the old ones."""
+
+    def put(blocks: Layer, layer: Layer, index: jax.Array) -> Layer:
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), blocks, layer)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=jax.tree.map(lambda a: a.sharding, blocks))
 
 
 def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:

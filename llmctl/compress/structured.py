@@ -86,13 +86,18 @@ def _highest(score: np.ndarray, keep: int) -> np.ndarray:
 
 
 def prune_layers(
-    cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], target: ModelConfig, progress: Progress = None
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    batches: Sequence[Batch],
+    target: ModelConfig,
+    progress: Progress = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]]]:
     """Drops the layers of least block influence (ShortGPT, arXiv:2403.03853) until each stack has `target`'s depth.
 
-    Returns the config, the parameters and the layers that stayed, a stack.
+    The walk computes in `dtype`. Returns the config, the parameters and the layers that stayed, a stack.
     """
-    _, reports = walk(cfg, params, batches, nothing, progress=progress)
+    _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
     kept: dict[str, list[int]] = {}
     for stack in calls.stacks(cfg):
         influence = [r.influence for r in reports if r.stack == stack]
@@ -113,9 +118,14 @@ def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
 
 
 def prune_widths(
-    cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], target: ModelConfig, progress: Progress = None
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    batches: Sequence[Batch],
+    target: ModelConfig,
+    progress: Progress = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
-    """Cuts every layer to `target`'s heads, kv_heads and d_ff, each layer choosing its own.
+    """Cuts every layer to `target`'s heads, kv_heads and d_ff, each layer choosing its own; `walk` takes the blocks.
 
     With relative positions the layers of a stack share one bias a head, so there self-attention keeps the same heads in
     all of them, by scores normalized a layer and summed. Returns the config, the parameters and a report a layer.
@@ -123,7 +133,7 @@ def prune_widths(
     collect = collector(cfg, target)
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     shared_bias = heads_change and cfg.positions == "relative"
-    common = _common_heads(cfg, params, batches, collect) if shared_bias else {}
+    common = _common_heads(cfg, params, batches, collect, dtype) if shared_bias else {}
     kept: Kept = {stack: {} for stack in calls.stacks(cfg)}
 
     def change(stack: str, index: int, layer: dict[str, Any], stats: Stats) -> dict[str, Any]:
@@ -145,15 +155,15 @@ def prune_widths(
             out[part][name] = {**out[part][name], "kernel": prune.apply(kernel, jnp.asarray(mask))}
         return out
 
-    params, reports = walk(cfg, params, batches, collect, change, progress=progress)
+    params, reports = walk(cfg, params, batches, collect, change, progress=progress, dtype=dtype)
     return (*cut(cfg, params, target, kept), reports)
 
 
 def _common_heads(
-    cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], collect: Collect
+    cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], collect: Collect, dtype: Any
 ) -> dict[str, np.ndarray]:
     """Scores [H] of the self-attention heads of a stack over all its layers, each layer's normalized to sum 1."""
-    _, reports = walk(cfg, params, batches, collect, keep=True)
+    _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
     scores = {stack: np.zeros(cfg.heads, np.float32) for stack in calls.stacks(cfg)}
     for r in reports:
         o = calls.layer_params(params, r.stack, r.layer)["attn"]["o"]["kernel"]

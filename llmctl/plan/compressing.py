@@ -1,7 +1,7 @@
 """The programs of `prune` and `quantize`: the calibration walk's steps through a block, and one weight's turn.
 
-Beside what a program takes, the walk holds the parameters, the residual stream of every batch, and the layers that it
-has changed so far: the last layer's turn is planned.
+Beside what a program takes, the walk holds the parameters, in which changed layers take the place of the unchanged
+ones, and the residual stream of every batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmctl import weights
 from llmctl.artifact import Artifact
 from llmctl.compress import prune, shrink, structured
 from llmctl.compress import quantize as rounding
-from llmctl.compress.calibrate import Collect, empty, moments, nothing, passes
+from llmctl.compress.calibrate import Collect, empty, moments, nothing, passes, putter
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.samples import READ
 from llmctl.errors import RequestError
@@ -97,7 +97,7 @@ def _walk(
     batch = {name: a for name, a in batch_of(rows, size, mesh).items() if name in READ}
     if model.encoder_layers and "encoder_tokens" not in batch:
         batch |= {f"encoder_{name}": a for name, a in batch.items()}
-    dtype = jnp.dtype("float32" if config.method == "structured" else config.dtype)
+    dtype = jnp.dtype(config.dtype)
     stack = calls.stacks(model)[-1]
     whole = meshes.replicated(mesh)
 
@@ -118,7 +118,6 @@ def _walk(
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     batches = -(-config.examples // size)
     depth = calls.depth(model, stack)
-    changed = [layer] * (depth - 1) if changes else []
     held = [base.params] if params is not base.params else []
     waiting = [(carry, batch)] * (batches - 1)
     flops = (cost.row(model, seq_len) - cost.row(model.model_copy(update={"layers": 0}), seq_len)) / model.layers * size
@@ -131,24 +130,26 @@ def _walk(
         layers, apart = ([layer], ()) if fn is look else ([layer, layer], stats)
         return Program(
             title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size, seq_len=seq_len,
-            dtype=str(dtype), steps=depth * batches, parameters=[params, held, changed, layers],
-            batch=[(carry, batch)] * batches, cache=stats, beside=[params, held, changed, waiting, apart],
+            dtype=str(dtype), steps=depth * batches, parameters=[params, held, layers],
+            batch=[(carry, batch)] * batches, cache=stats, beside=[params, held, waiting, apart],
         )  # fmt: skip
 
     title = "statistics of a layer" if changes else "influence of a layer"
     found = [program(title, look, (layer, index, carry, batch, stats))]
     if changes:
         found.append(program("pass through a changed layer", advance, (layer, layer, index, carry, batch)))
-        found.append(_stacking(found[0], [params, held], [layer] * depth))
+        found.append(_putting(found[0], params, held, stack, layer, index))
     return found
 
 
-def _stacking(walk: Program, held: Tree, layers: list[Tree]) -> Program:
-    """The end of a walk: the changed layers become one stack, while the old one is there."""
-    stack = jax.jit(lambda layers: jax.tree.map(lambda *parts: jnp.stack(parts), *layers))
+def _putting(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:
+    """The end of a layer's turn: changed, it is put where it was."""
+    blocks = params[stack]["blocks"]
+    rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}
     return replace(
-        walk, title="changed layers stacked", trace=lambda: stack.trace(layers), flops=0.0, tokens=0, rows=0, seq_len=0,
-        steps=1, parameters=[held, layers], cache=(), beside=[held, walk.batch],
+        walk, title="changed layer put back", trace=lambda: putter(blocks).trace(blocks, layer, index), flops=0.0,
+        tokens=0, rows=0, seq_len=0, steps=calls.depth(walk.model, stack), parameters=[walk.parameters, layer],
+        cache=(), beside=[rest, held, layer, walk.batch],
     )  # fmt: skip
 
 

@@ -131,10 +131,11 @@ def _structured(
     shrink.check_cuttable(model, params, target)
     batches = _batches(config, base, devices)
     found: dict[str, Any] = {}
+    how = {"progress": progress, "dtype": config.dtype}
     if (target.layers, target.encoder_layers) != (model.layers, model.encoder_layers):
-        model, params, found["layers_kept"] = structured.prune_layers(model, params, batches, target, progress)
+        model, params, found["layers_kept"] = structured.prune_layers(model, params, batches, target, **how)
     if (target.heads, target.kv_heads, target.d_ff) != (model.heads, model.kv_heads, model.d_ff):
-        model, params, reports = structured.prune_widths(model, params, batches, target, progress)
+        model, params, reports = structured.prune_widths(model, params, batches, target, **how)
         found["layer_error"] = _errors(reports)
     return model, params, found
 

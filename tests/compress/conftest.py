@@ -1,9 +1,10 @@
-"""One tiny decoder and its calibration batches, shared by the tests of this folder (they only read them)."""
+"""One tiny decoder and its calibration batches, for the tests of this folder."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,8 +40,14 @@ def tiny() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def params(tiny: ModelConfig) -> dict[str, Any]:
+def fresh(tiny: ModelConfig) -> dict[str, Any]:
     return jax.jit(lambda key: calls.init(tiny, key))(jax.random.key(0))
+
+
+@pytest.fixture
+def params(fresh: dict[str, Any]) -> dict[str, Any]:
+    """A test's own: a walk that changes layers takes them."""
+    return jax.tree.map(jnp.copy, fresh)
 
 
 @pytest.fixture(scope="session")

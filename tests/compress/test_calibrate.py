@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from llmctl.compress.calibrate import Gram, Moments, moments, nothing, walk
+from llmctl.compress.pattern import Pattern
+from llmctl.compress.prune import prune_layer
+from llmctl.compress.quantize import quantize
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
 from llmctl.weights import flatten
@@ -59,19 +62,44 @@ def test_changes_propagate_and_reports_say_how_far(tiny, params, batches):
             "mlp": {**mlp, "down": jax.tree.map(jnp.zeros_like, mlp["down"])},
         }
 
+    kept = flatten(jax.tree.map(np.array, params))
+    blocks = jax.tree.map(lambda x: x[1:], params["decoder"]["blocks"])
+    tail = {**params, "decoder": {**params["decoder"], "blocks": blocks}}
     changed, reports = walk(tiny, params, batches, moments, silence_first, keep=True)
     assert reports[0].error == pytest.approx(1.0, rel=1e-5)
     assert reports[1].error == reports[2].error == 0.0
-    blocks = jax.tree.map(lambda x: x[1:], params["decoder"]["blocks"])
-    tail = {**params, "decoder": {**params["decoder"], "blocks": blocks}}
     _, direct = walk(tiny.model_copy(update={"layers": 2}), tail, batches, moments, keep=True)
     np.testing.assert_allclose(reports[1].stats["mlp/down"].squares, direct[0].stats["mlp/down"].squares, rtol=1e-5)
     np.testing.assert_allclose(reports[2].influence, direct[1].influence, rtol=1e-4)
-    kept = flatten(params)
     for path, w in flatten(changed).items():
         assert w.shape == kept[path].shape
         if not path.endswith(("o/kernel", "down/kernel")):
             np.testing.assert_array_equal(w, kept[path])
+
+
+def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
+    """Of 24 layers no second set is ever there; integers and their scales are put back like floats."""
+    deep = tiny.model_copy(update={"layers": 24})
+    floats = jax.jit(lambda key: calls.init(deep, key))(jax.random.key(0))
+    params = jax.tree.map(jnp.copy, quantize(floats, bits=4, group=8)[0])
+    kept, blocks = flatten(jax.tree.map(np.array, params)), jax.tree.leaves(params["decoder"]["blocks"])
+    before, most = sum(a.nbytes for a in jax.live_arrays()), 0
+
+    def progress(report):
+        nonlocal most
+        most = max(most, sum(a.nbytes for a in jax.live_arrays()) - before)
+
+    def prune_one(stack, index, layer, stats):
+        return prune_layer(layer, stats, method="magnitude", pattern=Pattern(0.5)) if index == 3 else layer
+
+    changed, reports = walk(deep, params, batches, nothing, prune_one, progress=progress)
+    assert all(a.is_deleted() for a in blocks)
+    assert most < sum(a.nbytes for a in jax.tree.leaves(changed)) / 2
+    assert [bool(r.error) for r in reports] == [i == 3 for i in range(24)]
+    for path, w in flatten(changed).items():
+        same = jax.tree.map(lambda a, b: np.all((np.asarray(a) == b).reshape(len(a), -1), axis=1), w, kept[path])
+        expected = np.arange(24) != 3 if path.endswith("kernel") else True
+        np.testing.assert_array_equal(jax.tree.leaves(same)[0], expected)
 
 
 def test_influence_of_a_silent_layer_is_zero(tiny, params, batches):

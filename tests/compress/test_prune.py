@@ -83,9 +83,9 @@ def test_the_walk_prunes_every_matrix_of_every_layer(tiny, params, batches):
     def change(stack, index, layer, stats):
         return prune_layer(layer, stats, method="wanda", pattern=pattern)
 
+    before = flatten(jax.tree.map(np.array, params))
     pruned, reports = walk(tiny, params, batches, moments, change)
     assert sparsity(pruned) == 0.5
-    before = flatten(params)
     for path, w in flatten(pruned).items():
         if path.endswith("kernel"):
             groups = np.asarray(w).reshape(3, -1, 4, w.shape[-1])

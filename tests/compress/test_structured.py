@@ -86,11 +86,12 @@ def test_what_adds_nothing_goes_and_the_output_stays(tiny, params, batches):
         silent = zero(silent, down, layer, neurons)
     smaller = target(tiny, heads=0.5, ffn=16)
     assert (smaller.heads, smaller.kv_heads, smaller.d_ff) == (2, 1, 16)
+    whole = [hidden(tiny, silent, batch) for batch in batches]
     cfg, got, reports = prune_widths(tiny, silent, batches, smaller)
     assert_shapes(cfg, got)
     assert max(r.error for r in reports) < 1e-6
-    for batch in batches:
-        before, after = hidden(tiny, silent, batch), hidden(cfg, got, batch)
+    for batch, before in zip(batches, whole, strict=True):
+        after = hidden(cfg, got, batch)
         np.testing.assert_allclose(real(batch, after), real(batch, before), atol=1e-5)
 
 
@@ -99,10 +100,11 @@ def test_queries_go_evenly_within_groups(tiny, params, batches):
     for layer in range(3):
         for head in (0, 3):  # one of each group
             silent = zero(silent, "decoder/blocks/attn/o/kernel", layer, slice(4 * head, 4 * head + 4))
+    before = hidden(tiny, silent, batches[0])
     cfg, got, _ = prune_widths(tiny, silent, batches, target(tiny, heads=0.5, by="queries"))
     assert (cfg.heads, cfg.kv_heads) == (2, 2)
     assert_shapes(cfg, got)
-    before, after = hidden(tiny, silent, batches[0]), hidden(cfg, got, batches[0])
+    after = hidden(cfg, got, batches[0])
     np.testing.assert_allclose(real(batches[0], after), real(batches[0], before), atol=1e-5)
 
 
@@ -116,14 +118,27 @@ def test_a_layer_that_does_nothing_goes(tiny, params, batches):
     np.testing.assert_allclose(real(batches[0], after), real(batches[0], before), atol=1e-6)
 
 
+@pytest.mark.parametrize("cuts", [prune_layers, prune_widths])
+def test_the_walk_computes_in_the_type_that_is_asked_for(cuts, tiny, params, batches):
+    """8 bits of precision: near what 24 make, and not that."""
+    smaller = target(tiny, **({"layers": 1 / 3} if cuts is prune_layers else {"ffn": 0.5}))
+    influence = {}
+    for dtype in ("float32", "bfloat16"):
+        seen = influence[dtype] = []
+        own = jax.tree.map(jnp.copy, params)
+        cuts(tiny, own, batches, smaller, progress=lambda report, seen=seen: seen.append(report.influence), dtype=dtype)
+    np.testing.assert_allclose(influence["bfloat16"], influence["float32"], rtol=0.05)
+    assert np.abs(np.subtract(influence["bfloat16"], influence["float32"])).max() > 1e-5
+
+
 def test_a_quantized_model_is_cut_exactly(tiny, params, batches):
     int8, _ = quantize(params, bits=8)
+    grouped, _ = quantize(jax.tree.map(jnp.copy, params), bits=8, group=4)
     smaller = target(tiny, heads=2, ffn=0.5)
     cfg, got, _ = prune_widths(tiny, int8, batches, smaller)
     assert_shapes(cfg, got)
     assert flatten(got)["decoder/blocks/mlp/up/kernel"].array.qvalue.dtype == jnp.int8
     assert np.all(np.isfinite(hidden(cfg, got, batches[0])))
-    grouped, _ = quantize(params, bits=8, group=4)
     with pytest.raises(RequestError, match=r"quantized in groups of 4 along what would be cut"):
         prune_widths(tiny, grouped, batches, smaller)
 
@@ -147,9 +162,10 @@ def test_encoder_decoder_with_biases_and_a_shared_position_bias(tiny, make_rows)
             for head in heads:
                 flat[o] = flat[o].at[layer, 4 * head : 4 * head + 4].set(0)
     silent, batch = unflatten(flat), make_rows(big, 5)
+    before = hidden(big, silent, batch)
     cfg, got, _ = prune_widths(big, silent, [batch], target(big, heads=0.5))
     assert_shapes(cfg, got)
-    before, after = hidden(big, silent, batch), hidden(cfg, got, batch)
+    after = hidden(cfg, got, batch)
     np.testing.assert_allclose(real(batch, after), real(batch, before), atol=1e-5)
 
 
