@@ -69,22 +69,21 @@ def finish(processes):
     return [(p.returncode, *end) for p, end in zip(processes, ends, strict=True)]
 
 
-def at_step(place, folder, step, process):
-    """Returns once the log has reached `step`; the log is what a person would look at."""
+def logged(place, folder):
+    """The last step in the log, which is what a person would look at; 0 before the first."""
     log = place / folder / ".work" / "pretrain" / "log.jsonl"
-    while process.poll() is None:
-        if log.exists():
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            if lines and json.loads(lines[-1])["step"] >= step:
-                return
-        time.sleep(0.02)
-    raise AssertionError(process.communicate()[1])
+    lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def interrupted(place, folder, step, number, count=1, devices=1):
-    """The recipe until its log is at `step` and the last process gets the signal `number`: [(exit code, out, err)]."""
+    """The recipe until its log is at `step`, and beyond what an earlier run left there; then the last process gets the
+    signal `number`: [(exit code, out, err)]."""
+    step = max(step, logged(place, folder) + 1)
     with run(place, folder, count, devices) as processes:
-        at_step(place, folder, step, processes[0])
+        while logged(place, folder) < step:
+            assert processes[0].poll() is None, processes[0].communicate()[1]
+            time.sleep(0.02)
         processes[-1].send_signal(number)
         return finish(processes)
 

@@ -12,16 +12,16 @@ from processes import finished, interrupted, write
 from llmctl import artifact
 
 pytestmark = pytest.mark.slow
-STEPS = 600
-LAYOUTS = {"alone": (1, ""), "pipeline": (4, "pipeline = 2, context = 2, data = 1")}
+LAYOUTS = {"alone": (1, "", 1200), "pipeline": (4, "pipeline = 2, context = 2, data = 1", 400)}
+"""Devices, mesh and steps: enough that a signal comes before the end."""
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def layout(request, tmp_path_factory):
-    """(folder of the recipe, devices, digest of the parameters of a run that nothing happens to)."""
-    devices, mesh = LAYOUTS[request.param]
-    place = write(tmp_path_factory.mktemp(request.param), STEPS, mesh)
-    return place, devices, digest(place, "quiet", devices)[0]
+    """(folder of the recipe, devices, steps, digest of the parameters of a run that nothing happens to)."""
+    devices, mesh, steps = LAYOUTS[request.param]
+    place = write(tmp_path_factory.mktemp(request.param), steps, mesh)
+    return place, devices, steps, digest(place, "quiet", devices)[0]
 
 
 def digest(place, folder, devices):
@@ -31,15 +31,15 @@ def digest(place, folder, devices):
 
 
 def test_two_clean_runs_make_the_same_bytes(layout):
-    place, devices, quiet = layout
+    place, devices, _, quiet = layout
     assert digest(place, "again", devices)[0] == quiet
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_interrupted_three_times_it_is_uninterrupted_bit_for_bit(layout, number):
-    place, devices, quiet = layout
-    steps = sorted(random.Random(int(number)).sample(range(20, STEPS // 2), 3))
-    for step in steps:
+    place, devices, steps, quiet = layout
+    chosen = sorted(random.Random(int(number)).sample(range(20, steps // 2), 3))
+    for step in chosen:
         [(code, _, said)] = interrupted(place, number.name, step, number, 1, devices)
         if number == signal.SIGKILL:
             assert code == -number
@@ -47,4 +47,4 @@ def test_interrupted_three_times_it_is_uninterrupted_bit_for_bit(layout, number)
             assert code == 3 and "the same command goes on from there" in said
     found, said = digest(place, number.name, devices)
     assert "going on from step" in said
-    assert found == quiet, steps
+    assert found == quiet, chosen
