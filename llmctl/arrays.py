@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,8 +43,10 @@ def pieces(a: jax.Array) -> Iterator[np.ndarray]:
     whole = NamedSharding(mesh, PartitionSpec())
     for start in range(0, a.shape[0], rows):
         length = min(rows, a.shape[0] - start)
-        yield np.asarray(jax.jit(partial(_part, length=length), out_shardings=whole)(a, start))
+        yield np.asarray(_gather(length, whole)(a, start))
 
 
-def _part(a: jax.Array, start: jax.Array, length: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, length)
+@cache
+def _gather(length: int, whole: NamedSharding) -> Any:
+    """Compiled (array, start) -> its part of this length on every device; compiled once a shape."""
+    return jax.jit(partial(jax.lax.dynamic_slice_in_dim, slice_size=length), out_shardings=whole)

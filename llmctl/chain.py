@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl import artifact, atomic, devices, hosts, stages
 from llmctl.config import Config, hint, keyed
+from llmctl.data import SourceConfig
 from llmctl.errors import LlmctlError, RequestError, WorkError
 from llmctl.recipe import MANIFEST, out_name
 from llmctl.stages import Context
@@ -69,6 +70,10 @@ def run(
         devices.choose(platforms)
     hosts.join(**processes or {})
     hosts.check_same([keyed(s.config) for s in recipe.steps], "the recipe")
+    with hosts.in_turn():  # the first process downloads for all that see its disk
+        for step in recipe.steps:
+            if not only or step.name in only:
+                fetch(step.config)
     found = hosts.tell(lambda: [(t.key, t.why) for t in plan(recipe)])
     tasks = [Task(step, key, why) for step, (key, why) in zip(recipe.steps, found, strict=True)]
     wanted = [t for t in tasks if not only or t.step.name in only]
@@ -127,12 +132,27 @@ def key(config: stages.StageConfig, parent: str | None, others: Sequence[Sequenc
 
 def inputs(config: Any) -> list[Any]:
     """The files that a config reads, those of its sections included: each settings class may have `inputs()`."""
+    return [path for section in sections(config) if hasattr(section, "inputs") for path in section.inputs()]
+
+
+def sections(config: Any) -> Iterator[Any]:
+    """A config and everything in it that has settings of its own."""
     if isinstance(config, (list, tuple)):
-        return [path for part in config for path in inputs(part)]
-    if not isinstance(config, Config):
-        return []
-    own = list(config.inputs()) if hasattr(config, "inputs") else []  # pyright: ignore[reportAttributeAccessIssue]
-    return own + [path for name in type(config).model_fields for path in inputs(getattr(config, name))]
+        for part in config:
+            yield from sections(part)
+    elif isinstance(config, Config):
+        yield config
+        for name in type(config).model_fields:
+            yield from sections(getattr(config, name))
+
+
+def fetch(config: Any) -> None:
+    """Downloads what a config may download and is not there: before keys are taken, which are over what is read."""
+    from llmctl.data import datasets
+
+    for section in sections(config):
+        if isinstance(section, SourceConfig):
+            datasets.fetch(section)
 
 
 @contextlib.contextmanager

@@ -6,27 +6,43 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from llmctl import hosts, sequence
+from llmctl import arrays, hosts, sequence
 from llmctl import mesh as meshes
 from llmctl.data import pipeline
 
 
 class Feed:
-    """Batches of `size` rows over `mesh`: `spans` for `llmctl.data.pipeline` to build, `place` for what it built."""
+    """Batches of `size` rows over `mesh`: `spans` for `llmctl.data.pipeline` to build, `place` for what it built.
 
-    def __init__(self, mesh: jax.sharding.Mesh, size: int) -> None:
-        self.mesh, self.size = mesh, size
-        self.spans = pipeline.local_spans(meshes.batch_sharding(mesh, 1), size) if hosts.count() > 1 else None
+    Where devices share sequences rows are put in balanced order, unless `reading_order` leaves them as they are, split
+    by rows alone (on every device whole, where the rows do not divide).
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, size: int, reading_order: bool = False) -> None:
+        self.mesh, self.size, self.reading_order = mesh, size, reading_order
+        self.spans = pipeline.local_spans(self.lies(1), size) if hosts.count() > 1 else None
         """Parts [first, last) of a batch that this process needs; None is all of it."""
+
+    def lies(self, ndim: int) -> NamedSharding:
+        """How an array of rows [B, ...] lies in reading order."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        whole = self.reading_order and self.size % ways != 0
+        return meshes.replicated(self.mesh) if whole else meshes.batch_sharding(self.mesh, ndim)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The rows of `spans` -> the whole batch on the devices of all processes."""
         spans = self.spans
-        if spans is None:
+        if self.reading_order:
+            shardings = {name: self.lies(a.ndim) for name, a in batch.items()}
+        elif spans is None:
             return meshes.place(batch, self.mesh)
-        batch = sequence.balanced(batch, self.mesh.shape["context"])
-        shardings = meshes.batch_shardings(batch, self.mesh)
+        else:
+            batch = sequence.balanced(batch, self.mesh.shape["context"])
+            shardings = meshes.batch_shardings(batch, self.mesh)
+        if spans is None:
+            return jax.device_put(batch, shardings)
         begins = np.cumsum([0, *(last - first for first, last in spans)])
 
         def held(index: Any, rows: np.ndarray) -> np.ndarray:
@@ -41,3 +57,7 @@ class Feed:
             )
             for name, a in batch.items()
         }
+
+    def whole(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+        """The rows of all processes on the host of each, of a `batch` in reading order and how it was `placed`."""
+        return batch if self.spans is None else {name: arrays.read(a) for name, a in placed.items()}

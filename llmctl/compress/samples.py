@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from llmctl import mesh as meshes
 from llmctl.data import DataConfig, Split, Truncate, pipeline, splits
 from llmctl.data.tasks import task_rows
 from llmctl.data.tokenizer import Tokenizer
+from llmctl.feed import Feed
 from llmctl.model import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
@@ -45,6 +45,7 @@ def calibration_batches(
     rows = task_rows(reads, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(rows)) // ways) * ways
+    feed = Feed(mesh, size)
 
     def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         read = {k: batch[k] for k in READ if k in batch}
@@ -52,7 +53,7 @@ def calibration_batches(
         read |= {k: np.where(filler, 0, v) for k, v in read.items() if k.endswith("segments")}
         if cfg.encoder_layers and "encoder_tokens" not in read:
             read |= {f"encoder_{k}": v for k, v in read.items()}
-        return meshes.place(read, mesh)
+        return feed.place(read)
 
-    with pipeline.eval_batches(rows, size, place=place) as batches:
+    with pipeline.eval_batches(rows, size, place=place, spans=feed.spans) as batches:
         return [batch for _, batch in batches]

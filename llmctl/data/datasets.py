@@ -55,14 +55,9 @@ def tfds(cfg: SourceConfig) -> Source:
     Raises:
         RequestError: no such data set on disk, no such split, a file format without random access.
     """
+    fetch(cfg)
     import tensorflow_datasets
 
-    if cfg.download and not _versions(cfg):
-        try:
-            builder = tensorflow_datasets.builder(cfg.name, data_dir=str(_tfds_root(cfg)), file_format="array_record")
-        except tensorflow_datasets.core.DatasetNotFoundError:
-            raise RequestError(f"TFDS knows no data set {cfg.name!r}") from None
-        builder.download_and_prepare()
     where = tfds_folder(cfg)
     builder: Any = tensorflow_datasets.builder_from_directory(where)
     splits = list(builder.info.splits)
@@ -80,6 +75,23 @@ def tfds(cfg: SourceConfig) -> Source:
         ) from None
     except (ValueError, AssertionError) as error:
         raise RequestError(f"{cfg.name}: bad split {cfg.split!r} ({str(error).splitlines()[0]})") from None
+
+
+def fetch(cfg: SourceConfig) -> None:
+    """Downloads and prepares the TFDS data set of a source that may be downloaded and is not there.
+
+    Raises:
+        RequestError: TFDS knows no such data set.
+    """
+    if cfg.source != "tfds" or not cfg.download or _versions(cfg):
+        return
+    import tensorflow_datasets
+
+    try:
+        builder = tensorflow_datasets.builder(cfg.name, data_dir=str(_tfds_root(cfg)), file_format="array_record")
+    except tensorflow_datasets.core.DatasetNotFoundError:
+        raise RequestError(f"TFDS knows no data set {cfg.name!r}") from None
+    builder.download_and_prepare()
 
 
 def tfds_folder(cfg: SourceConfig) -> epath.Path:

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 def results(
-    config: Config, chosen: Mapping[str, Path], examples: Examples, mesh: Mesh, say: Callable[[str], None]
+    config: Config, chosen: Mapping[str, Path], examples: Examples, mesh: Mesh, work: Path, say: Callable[[str], None]
 ) -> list[Result]:
-    """Measures the artifacts `chosen` (name -> folder) on `examples`.
+    """Measures the artifacts `chosen` (name -> folder) on `examples`, whose tokens are kept in the folder `work`.
 
     Raises RequestError where an artifact cannot be measured, before any is.
     """
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     found = {name: tasks.task(m.model, str(chosen[name])) for name, m in manifests.items()}
     setups = {name: setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
-    held = Held(examples, config.split)
+    held = Held(examples, config.split, work)
     out, programs = [], {}
     for name, path in chosen.items():
         measured = found[name](artifact.load(path, mesh), held, setups[name])

@@ -17,6 +17,7 @@ from llmctl.data import baselines, pipeline
 from llmctl.data import tokenizer as tokenizers
 from llmctl.data.splits import Examples
 from llmctl.data.tasks import completes, objective, task_rows
+from llmctl.feed import Feed
 from llmctl.model import ModelConfig
 from llmctl.model.loss import loss_of
 
@@ -25,7 +26,7 @@ ASKED = {"masked": "15 % of the tokens masked", "next_sentence": "15 % of the to
 
 
 def measure(
-    artifact: Artifact, examples: Examples, split: str, seq_len: int, batch_size: int, dtype: str, place: Any
+    artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, feed: Feed
 ) -> tuple[str, str, dict[str, Any], Any, dict[str, np.ndarray]]:
     """(task, protocol, metrics, compiled step, one host batch) of a language model on all rows of the held-out texts.
 
@@ -34,9 +35,8 @@ def measure(
         examples: held-out texts, or prompts with completions for an encoder-decoder.
         split: their name.
         seq_len: tokens a row.
-        batch_size: rows a step.
         dtype: compute type.
-        place: puts a host batch on the devices.
+        feed: the way onto the devices.
 
     Raises RequestError where the tokenizer lacks the special tokens.
     """
@@ -44,11 +44,9 @@ def measure(
     rows = task_rows(model, examples, tokenizers.load(artifact.tokenizer_dir), seq_len, shuffle=False)
     step = scorer(model, dtype)
     total: dict[str, float] = {}
-    inputs: dict[str, np.ndarray] = {}
-    with pipeline.eval_batches(rows, batch_size) as batches:
+    with pipeline.eval_batches(rows, feed.size, place=feed.place, spans=feed.spans) as batches:
         for _, batch in batches:
-            inputs = inputs or batch
-            found = {k: float(v) for k, v in step(artifact.params, place(batch)).items()}
+            found = {k: float(v) for k, v in step(artifact.params, batch).items()}
             total = {k: total.get(k, 0.0) + v for k, v in found.items()}
     metrics = {k: float(v) for k, v in losses.means(total).items()}
     # A share of tokens is no accuracy of a classifier, which has its own column.
@@ -59,6 +57,7 @@ def measure(
     task = {"masked": "masked tokens", "next_sentence": "masked tokens", "spans": "spans"}.get(name, name)
     asked = "completions given their prompts" if completion else ASKED[name]
     protocol = f"{split} split, {len(examples)} examples in {len(rows)} rows of {seq_len} tokens, {asked}, {dtype}"
+    inputs = rows.batch(np.arange(feed.size) % len(rows)) | {"row_weight": np.ones(feed.size, np.float32)}
     return task, protocol, metrics | {"predicted_tokens": int(total["weight"])}, step, inputs
 
 

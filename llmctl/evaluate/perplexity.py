@@ -11,7 +11,7 @@ Shapes: N rows, B batch, T context.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl import arrays, losses
+from llmctl.data import pipeline
 from llmctl.evaluate import windows
+from llmctl.feed import Feed
 from llmctl.model import ModelConfig, calls
 
 
@@ -93,15 +95,6 @@ def row_nll(model: ModelConfig, dtype: str) -> Any:
     return jax.jit(step)
 
 
-def batches(rows: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Rows in batches of one shape; the last is filled up with padding, which scores nothing."""
-    total = len(next(iter(rows.values())))
-    for start in range(0, total, batch_size):
-        batch = {name: value[start : start + batch_size] for name, value in rows.items()}
-        missing = batch_size - len(batch["tokens"])
-        yield {name: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for name, v in batch.items()}
-
-
 def total_nll(
     model: ModelConfig,
     params: calls.Params,
@@ -113,7 +106,7 @@ def total_nll(
     batch_size: int,
     given: Sequence[int] | None = None,
     dtype: str = "float32",
-    place: Any = None,
+    feed: Feed | None = None,
 ) -> tuple[float, int]:
     """(summed NLL in nats, tokens scored) of tokenized documents.
 
@@ -125,11 +118,13 @@ def total_nll(
       batch_size: windows rows a step.
       given: tokens of each document that are context alone.
       dtype: compute type; the sum over rows is taken in float64 on the host.
-      place: puts a host batch on the devices.
+      feed: the way onto the devices.
     """
-    rows = windows.rows(documents, prefix, context, stride, given)
+    rows = windows.Rows(documents, prefix, context, stride, given)
     step = row_nll(model, dtype)
     total = 0.0
-    for batch in batches(rows, batch_size):
-        total += float(np.sum(arrays.read(step(params, place(batch) if place else batch)), dtype=np.float64))
-    return total, int(rows["weights"].sum(dtype=np.float64))
+    place, spans = (feed.place, feed.spans) if feed else (None, None)
+    with pipeline.eval_batches(rows, batch_size, place=place, spans=spans) as batches:
+        for _, batch in batches:
+            total += float(np.sum(arrays.read(step(params, batch)), dtype=np.float64))
+    return total, rows.scored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llmctl import arrays
-from llmctl import mesh as meshes
 from llmctl.data import Truncate, pipeline
 from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.data.corpus import Corpus, tokenize
+from llmctl.data.corpus import Corpus, cached
 from llmctl.data.splits import Examples
 from llmctl.errors import RequestError
+from llmctl.feed import Feed
 from llmctl.model import calls
 
 Batch = dict[str, Any]
@@ -26,16 +27,17 @@ KEPT = {"tail": "first", "head_tail": "first and last halves of"}
 
 
 class Held:
-    """The held-out examples, tokenized once for each tokenizer among the artifacts."""
+    """The held-out examples, tokenized once for each tokenizer among the artifacts and kept in `folder`."""
 
-    def __init__(self, examples: Examples, split: str) -> None:
-        self.examples, self.split = examples, split
+    def __init__(self, examples: Examples, split: str, folder: Path) -> None:
+        self.examples, self.split, self._folder = examples, split, folder
         self._corpora: dict[str, Corpus] = {}
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """The texts as tokens, in the order of the examples."""
         if tokenizer.digest not in self._corpora:
-            self._corpora[tokenizer.digest] = tokenize(self.examples.texts(), tokenizer)
+            folder = self._folder / tokenizer.digest[:16]
+            self._corpora[tokenizer.digest] = cached(folder, self.examples.texts(), self.examples.digest, tokenizer)
         return self._corpora[tokenizer.digest]
 
     def pairs(self, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
@@ -73,14 +75,9 @@ class Measured:
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:
-    """A host batch on the devices of `mesh`, split over its rows where they divide."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def put(a: np.ndarray) -> jax.Array:
-        fits = a.shape[0] % ways == 0
-        return arrays.put(a, meshes.batch_sharding(mesh, a.ndim) if fits else meshes.replicated(mesh))
-
-    return {name: put(np.asarray(a)) for name, a in batch.items()}
+    """A host batch, the same in every process, on the devices of `mesh` as `answers` puts it there."""
+    lies = Feed(mesh, len(next(iter(batch.values()))), reading_order=True).lies
+    return {name: arrays.put(np.asarray(a), lies(np.ndim(a))) for name, a in batch.items()}
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
@@ -107,11 +104,20 @@ def answers(
     setup: Setup,
     reads: tuple[str, ...] = READ,
 ) -> Iterator[tuple[Batch, Any]]:
-    """(host batch, what the compiled `step` says of it, on the host), every row once and no row that only fills."""
-    with pipeline.eval_batches(rows, setup.batch_size) as batches:
-        for _, batch in batches:
+    """(host batch, what the compiled `step` says of it, on the host), every row once and no row that only fills.
+
+    Each process builds the rows that its devices hold; all of them are told all rows.
+    """
+    feed = Feed(setup.mesh, setup.batch_size, reading_order=True)
+
+    def place(batch: Batch) -> tuple[Batch, Batch]:
+        return batch, feed.place({k: a for k, a in batch.items() if k in reads or feed.spans is not None})
+
+    with pipeline.eval_batches(rows, setup.batch_size, place=place, spans=feed.spans) as batches:
+        for _, (batch, placed) in batches:
+            found = step(params, {k: placed[k] for k in reads if k in placed})
+            batch = feed.whole(batch, placed)
             real = batch["row_weight"] > 0
-            found = step(params, place(setup.mesh, {k: batch[k] for k in reads if k in batch}))
             yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: arrays.read(a)[r], found)
 
 

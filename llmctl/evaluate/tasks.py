@@ -18,7 +18,8 @@ from llmctl.errors import RequestError
 from llmctl.evaluate import classification as scoring
 from llmctl.evaluate import objectives, places, regression, retrieval
 from llmctl.evaluate import perplexity as likelihood
-from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, label_map, place, programs
+from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, label_map, programs
+from llmctl.feed import Feed
 from llmctl.model import ModelConfig, calls
 
 
@@ -100,7 +101,7 @@ def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         batch_size=setup.batch_size,
         given=given,
         dtype=setup.dtype,
-        place=lambda batch: place(setup.mesh, batch),
+        feed=Feed(setup.mesh, setup.batch_size, reading_order=True),
     )
     protocol = likelihood.Protocol(
         held.split,
@@ -128,8 +129,8 @@ def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
 def predict_parts(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     """What the architecture is pretrained for, on held-out texts: masks and next sentences, spans, completions."""
     task, protocol, metrics, step, inputs = objectives.measure(
-        artifact, held.examples, held.split, setup.seq_len, setup.batch_size, setup.dtype,
-        lambda batch: place(setup.mesh, batch),
+        artifact, held.examples, held.split, setup.seq_len, setup.dtype,
+        Feed(setup.mesh, setup.batch_size, reading_order=True),
     )  # fmt: skip
     single, batched = programs(step, artifact.params, inputs, setup.mesh)
     tokens = setup.batch_size * sum(a.shape[1] for name, a in inputs.items() if name.endswith("tokens"))

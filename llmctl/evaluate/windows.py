@@ -64,32 +64,47 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def rows(
-    documents: Documents, prefix: int | None, context: int, stride: int, given: Sequence[int] | None = None
-) -> dict[str, np.ndarray]:
-    """LM rows [N, context] (tokens, targets, weights, segments, positions) that score every document once.
+class Rows:
+    """Language-model rows (tokens, targets, weights, segments, positions, each [context]) that score every document
+    once, built when they are asked for."""
 
-    `prefix` (the BOS token) conditions the first token; without one the first token of a document cannot be scored.
-    Of document d the first `given[d]` tokens are context alone (a prompt).
-    """
-    start = np.array([] if prefix is None else [prefix], np.int32)
-    sequences = [np.concatenate([start, np.asarray(documents[d], np.int32)]) for d in range(len(documents))]
-    windows = [w for d, s in enumerate(sequences) for w in slide(d, len(s) - 1, context, stride)]
-    bins = pack([w.end - w.begin for w in windows], context)
-    shape = (len(bins), context)
-    names = ("tokens", "targets", "weights", "segments", "positions")
-    out: dict[str, np.ndarray] = {n: np.zeros(shape, np.float32 if n == "weights" else np.int32) for n in names}
-    for row, members in enumerate(bins):
-        at = 0
-        for segment, member in enumerate(members, 1):
-            document, begin, fresh, end = windows[member]
-            if given is not None:  # input i predicts entry i + 1 of the sequence, whose first entry is the prefix
-                fresh = min(max(fresh, given[document] + len(start) - 1), end)
-            here = slice(at, at + end - begin)
-            out["tokens"][row, here] = sequences[document][begin:end]
-            out["targets"][row, here] = sequences[document][begin + 1 : end + 1]
-            out["weights"][row, at + fresh - begin : at + end - begin] = 1.0
-            out["segments"][row, here] = segment
-            out["positions"][row, here] = np.arange(end - begin)
-            at += end - begin
-    return out
+    def __init__(
+        self, documents: Documents, prefix: int | None, context: int, stride: int, given: Sequence[int] | None = None
+    ) -> None:
+        """`prefix` (the BOS token) conditions the first token; without one the first token of a document cannot be
+        scored. Of document d the first `given[d]` tokens are context alone (a prompt)."""
+        self._documents, self._context = documents, context
+        self._start = np.array([] if prefix is None else [prefix], np.int32)
+        self._windows: list[Window] = []
+        for d in range(len(documents)):
+            # Input i predicts entry i + 1 of the sequence, whose first entry is the prefix.
+            known = given[d] + len(self._start) - 1 if given is not None else 0
+            for w in slide(d, len(self._start) + len(documents[d]) - 1, context, stride):
+                self._windows.append(w._replace(fresh=min(max(w.fresh, known), w.end)))
+        self._bins = pack([w.end - w.begin for w in self._windows], context)
+
+    def __len__(self) -> int:
+        return len(self._bins)
+
+    @property
+    def scored(self) -> int:
+        """Targets of all rows together."""
+        return sum(w.end - w.fresh for w in self._windows)
+
+    def batch(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of these numbers."""
+        names, shape = ("tokens", "targets", "weights", "segments", "positions"), (len(rows_B), self._context)
+        out: dict[str, np.ndarray] = {n: np.zeros(shape, np.float32 if n == "weights" else np.int32) for n in names}
+        for row, members in enumerate(self._bins[i] for i in rows_B):
+            at = 0
+            for segment, member in enumerate(members, 1):
+                document, begin, fresh, end = self._windows[member]
+                sequence = np.concatenate([self._start, np.asarray(self._documents[document], np.int32)])
+                here = slice(at, at + end - begin)
+                out["tokens"][row, here] = sequence[begin:end]
+                out["targets"][row, here] = sequence[begin + 1 : end + 1]
+                out["weights"][row, at + fresh - begin : at + end - begin] = 1.0
+                out["segments"][row, here] = segment
+                out["positions"][row, here] = np.arange(end - begin)
+                at += end - begin
+        return out

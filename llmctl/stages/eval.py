@@ -69,7 +69,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if config.examples:
         examples = examples.sample(config.examples)
     with mesh.use(mesh.make(config.mesh)) as devices:
-        results = measure.results(config, chosen, examples, devices, console.say)
+        results = measure.results(config, chosen, examples, devices, ctx.work / "corpus", console.say)
     write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]))
 
 

@@ -5,10 +5,12 @@ import json
 import pyarrow as pa
 import pytest
 
+from llmctl import chain
 from llmctl.data import DataConfig, SourceConfig, splits
 from llmctl.data.datasets import tfds_folder
 from llmctl.data.sources import open_source
 from llmctl.errors import RequestError
+from llmctl.stages import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,11 @@ def test_tfds_prepares_what_is_not_there_if_asked(tfds_dir, tmp_path):
     assert cfg.inputs() == []
     assert len(open_source(cfg)) == 500
     assert cfg.inputs()
+    # a recipe's before its keys are taken, or the same recipe would be due again; of a mixture too
+    named = {"source": "tfds", "name": "small_reviews", "download": True}
+    mixture = [SourceConfig(**named, data_dir=str(tmp_path / name)) for name in ("a", "b")]
+    chain.fetch(pretrain.Config(data=DataConfig(mixture=mixture)))
+    assert all(part.inputs() for part in mixture)
     with pytest.raises(RequestError, match=r"TFDS knows no data set 'absent'"):
         open_source(tfds_config(tmp_path, name="absent", download=True))
 

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from llmctl.evaluate.windows import Window, pack, rows, slide
+from llmctl.evaluate.windows import Rows, Window, pack, slide
+
+
+def rows(*of, **how):
+    """All of them."""
+    found = Rows(*of, **how)
+    whole = found.batch(np.arange(len(found)))
+    assert found.scored == whole["weights"].sum()
+    return whole
 
 
 def test_sliding_windows_by_hand():
