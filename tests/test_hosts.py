@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import pytest
 from processes import finish, finished, free_port, interrupted, run, started, write
 
@@ -98,6 +99,63 @@ def joined(body, place, count=2, **how):
         return finish(processes)
 
 
+CHAIN = """
+[[stage]]
+kind = "prune"
+ffn = 0.5
+heads = 0.5
+layers = 1
+examples = 20
+batch_size = 8
+[[stage]]
+kind = "prune"
+name = "zeros"
+method = "wanda"
+examples = 20
+[[stage]]
+kind = "quantize"
+[[stage]]
+kind = "eval"
+name = "texts"
+batch_size = 6
+speed = false
+plot = false
+[[stage]]
+kind = "finetune"
+from = "zeros"
+data = { source = "csv", path = "labels.csv" }
+train = { steps = 20, eval_every = 0, checkpoint_every = 20 }
+[[stage]]
+kind = "eval"
+name = "labels"
+of = ["finetune"]
+data = { source = "csv", path = "labels.csv", test = 0.3 }
+repeats = 2
+plot = false
+"""
+
+
+@pytest.mark.slow
+def test_every_stage_makes_with_two_processes_what_it_makes_with_one(tmp_path):
+    """Six rows a batch, or those of a last one, do not divide over four devices: all of them hold all of it."""
+    write(tmp_path, 60, "data = 2, fsdp = 2", CHAIN)
+    texts = (tmp_path / "corpus.txt").read_text().splitlines()
+    lines = [f"{text},{'even' if i % 2 else 'odd'}" for i, text in enumerate(texts)]
+    (tmp_path / "labels.csv").write_text("text,label\n" + "\n".join(lines))
+    for folder, count in (("one", 1), ("two", 2)):
+        finished(tmp_path, folder, count, 4 // count)
+    for name in ("prune", "zeros", "quantize", "finetune"):
+        one, two = (artifact.read_manifest(tmp_path / folder / name) for folder in ("one", "two"))
+        assert one.metrics.get("layers_kept") == two.metrics.get("layers_kept")
+        for key in ("layer_error", "weight_error", "validation_loss"):
+            found = [jax.tree.leaves(m.metrics.get(key)) for m in (one, two)]
+            assert found[1] == pytest.approx(found[0], rel=1e-3), (name, key)
+    for name, key in (("texts", "nll"), ("labels", "accuracy")):
+        one, two = (json.loads((tmp_path / folder / name / "results.json").read_text()) for folder in ("one", "two"))
+        found = [[scored["metrics"][key] for scored in results] for results in (one, two)]
+        assert found[1] == pytest.approx(found[0], rel=1e-4), name
+
+
 BATCHES = """import hashlib
     from pathlib import Path
     from llmctl import arrays, feed, mesh
@@ -129,6 +187,29 @@ def test_any_number_of_processes_reads_the_same_global_batches(tmp_path):
         return found[0]
 
     assert read(2, 100, 103) + read(4, 103, 106) + read(1, 106, 109) == read(1, 100, 109)
+
+
+ANSWERS = """import jax, numpy as np
+    from llmctl import mesh
+    from llmctl.evaluate.setup import Setup, answers
+    from llmctl.settings import MeshConfig
+    built = set()
+    class Rows:
+        def __len__(self):
+            return 11
+        def batch(self, rows_B):
+            built.update(rows_B.tolist())
+            return {"tokens": np.repeat(rows_B[:, None], 4, 1).astype(np.int32), "label": rows_B.astype(np.int32)}
+    setup = Setup(mesh.make(MeshConfig(data=2)), 4, 4, 4, "tail", "float32")
+    found = list(answers(jax.jit(lambda params, batch: batch["tokens"].sum(1)), {}, Rows(), setup))
+    labels, sums = (np.concatenate(part).tolist() for part in zip(*((b["label"], said) for b, said in found)))
+    assert labels == list(range(11)) and sums == [4 * i for i in range(11)]
+    assert built == {min(i, 10) for i in range(12) if i % 4 // 2 == hosts.index()}
+"""
+
+
+def test_each_process_builds_its_own_rows_to_measure_and_hears_of_all(tmp_path):
+    assert joined(ANSWERS, tmp_path) == [(0, f"{i} is done\n", "") for i in range(2)]
 
 
 def test_an_error_in_one_process_ends_the_other(tmp_path):
