@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llmctl import mesh as meshes
+from llmctl import weights
 
 CHUNK_BYTES = 16 * 2**20
 """Float32 logits of one chunk, about; large enough for full-speed products, small enough to stay near the cores."""
@@ -64,6 +65,7 @@ def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, 
     """`fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device's rows and tokens -> (sums, [B, T, ...]).
 
     The first of its results are sums, which are added up over the devices. Only the vocabulary is left to XLA.
+    Matrices of the head, and sums of their shapes, travel in the type of `x`.
     """
     mesh = meshes.current()
     if mesh is None or mesh.size == 1:
@@ -73,12 +75,16 @@ def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, 
         rows = meshes.spec(("batch", "seq"), mesh, x_BTD.shape[:2])
     axes = meshes.axes_of(rows)
 
+    def light(a: jax.Array) -> jax.Array:
+        return a.astype(x_BTD.dtype) if a.ndim == 2 and a.dtype == jnp.float32 else a
+
     def here(head: Tree, constants: Tree, x_btD: jax.Array, rest: Tree) -> tuple[Tree, Tree]:
         sums, along = fn(head, constants, x_btD, rest)
-        return jax.lax.psum(sums, axes) if axes else sums, along
+        return jax.lax.psum(jax.tree.map(light, sums), axes) if axes else sums, along
 
     whole = PartitionSpec()
     run = meshes.per_device(here, mesh, (whole, whole, rows, rows), (whole, rows), automatic=("tensor",))
+    head = jax.tree.map(lambda w: light(w) if isinstance(w, jax.Array) else w, head, is_leaf=weights.is_weight)
     return run(head, constants, x_BTD, rest)
 
 
@@ -132,6 +138,11 @@ def _forward(
         return found, d_x.swapaxes(0, 1).reshape(x_btD.shape)
 
     (out, d_floats), d_x = _on_rows(gradients, head, constants, x_BTD, aligned)
+    d_floats = [
+        meshes.constrain(d, "embed", "vocab" if d.shape[1] == vocab else None) if d.ndim == 2 else d for d in d_floats
+    ]
+    # Otherwise XLA keeps every device's own gradient through the backward pass, and adds up at the end of the step.
+    d_floats, d_x = jax.lax.optimization_barrier((d_floats, d_x))
     d_floats = [d.astype(f.dtype) for d, f in zip(d_floats, _floats(head)[0], strict=True)]
     return out, (d_floats, d_x, head)
 

@@ -24,7 +24,7 @@ LAYERS = (
         *("menu", "console", "pages", "hosts", "fate"),
     ),
     (
-        *("mesh", "sequence", "slices", "arrays", "feed", "stopping", "gathered"),
+        *("mesh", "sequence", "slices", "arrays", "feed", "stopping", "gathered", "lookup"),
         *("data", "losses", "metrics", "meters", "profiling"),
     ),
     ("model", "optim"),

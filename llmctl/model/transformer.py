@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import Scope
 
-from llmctl import weights
+from llmctl import lookup, weights
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig, gpipe
 from llmctl.model.attention import Attention, RelativeBias, Shared, bucket_of, distances, local_layers, share, visible
@@ -158,24 +158,22 @@ class Embed(nn.Module):
 
         def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
             init = nn.with_logical_partitioning(nn.initializers.normal(deviation), (axis, "embed_in"))
-            w = self.param(name, init, (rows, cfg.d_model))
-            # Rows are taken whole: of tokens and a table that are split over the same devices XLA would gather both.
-            return constrain(w, axis, None) if isinstance(w, jax.Array) else w
+            w = cast(weights.Weight, self.param(name, init, (rows, cfg.d_model)))
+            return partial(lookup.take, w, rows=axis, dtype=self.dtype)
 
         # Where hidden states are scaled by d_model ** -0.5 before the table is the output projection, logits of about
         # unit variance ask for entries of unit variance (T5).
-        tokens = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)
-        x = weights.take(tokens, tokens_BT, self.dtype)
+        x = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)(tokens_BT)
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
-            rows = table("positions", cfg.max_seq_len + cfg.position_offset, None)
-            x = x + weights.take(rows, positions_BT + cfg.position_offset, self.dtype)
+            rows = cfg.max_seq_len + cfg.position_offset
+            x = x + table("positions", rows, None)(positions_BT + cfg.position_offset)
         if cfg.positions == "sinusoidal":
             x = x + sinusoids(positions_BT, cfg.d_model).astype(self.dtype)
         if cfg.token_types:
             # RoBERTa's single type stands for both texts of a pair
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else jnp.minimum(types_BT, cfg.token_types - 1)
-            x = x + weights.take(table("types", cfg.token_types, None), types_BT, self.dtype)
+            x = x + table("types", cfg.token_types, None)(types_BT)
         if cfg.embed_norm:
             x = Norm(cfg, self.dtype, name="norm")(x)
         if train and cfg.dropout:

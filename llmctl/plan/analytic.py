@@ -218,8 +218,8 @@ def training(setup: Setup, own: Entries) -> float:
     kept = setup.depth * saved(setup)
     copies = setup.item * own.layers if setup.item < 4 else 0.0  # of the matrices, in the compute type
     projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor") if setup.model.head == "lm" else 0
-    # The gradient of the projection is whole and float32 from the loss to the update, the others grow in place.
-    gradients = 4.0 * setup.trained * (own.layers + own.table + projection)
+    gradients = 4.0 * setup.trained * (own.layers + own.table + own.head)
+    # The projection and its gradient, in float32, are whole while the loss is taken.
     loss = projection * (setup.item + 4.0) + 3 * unit * D + 2 * LOGITS
     # What the last layer's backward pass has in hand: five times the residual stream and four of the feed-forward
     # activations ("minimal": without what was saved), queries, keys and values, and what attention made of them.

@@ -103,7 +103,13 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     if trains:
         add("reduce-scatter", shards, pieces * item * whole * setup.trained, pieces * layers, 0.9)
         add("all-reduce", ("data",), 4.0 * entries(model, setup.mesh).total * setup.trained, 1, 0.0)
-        add("all-reduce", ("data", *shards), 4.0 * projection * pieces * setup.trained, pieces, 0.0)
+        add("all-reduce", ("data", *shards), item * projection * pieces * setup.trained, pieces, 0.0)
+    # Embeddings: columns of tokens are traded, or the table is gathered and its gradient scattered.
+    passes, table = pieces * (1 + trains), model.vocab_size / setup.size("tensor")
+    if setup.tokens < table:
+        add("all-to-all", shards, passes * item * D * setup.tokens, passes, 0.0)
+    else:
+        add("all-gather", shards, passes * item * D * table, passes, 0.0)
     # After attention and after the feed-forward layer, forward and backward; the second is not needed again.
     halves = 2 * (1 + trains) + (again and setup.remat == "full")
     stream = item * D * setup.tokens

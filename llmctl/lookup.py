@@ -1,0 +1,131 @@
+"""Embeddings from a table whose columns are split over devices of other tokens.
+
+Either the table comes to the tokens, or the tokens go to the table: every device looks up its columns of all tokens and
+trades them for all columns of its own. Shapes decide, by what a device sends. All but indices travels in the compute
+type; devices' own sums are float32.
+
+Shapes: V rows of the table, D width, B x T tokens; n devices share the columns; of one device: N tokens [b, t], v rows,
+d columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from llmctl import mesh as meshes
+from llmctl import weights
+
+
+def take(table_VD: weights.Weight, ids_BT: jax.Array, rows: str | None, dtype: Any) -> jax.Array:
+    """Rows of the table at `ids` -> [B, T, D] in `dtype`. The table's axes are `rows` and embed_in."""
+    if not isinstance(table_VD, jax.Array):
+        return weights.take(table_VD, ids_BT, dtype)
+    if lies := _layout(table_VD.shape, ids_BT.shape, rows, jnp.dtype(dtype)):
+        return cast(jax.Array, _take(table_VD, ids_BT, lies, jnp.dtype(dtype)))
+    # Rows are taken whole: of tokens and a table that are split over the same devices XLA would gather both.
+    return weights.take(meshes.constrain(table_VD, rows, None), ids_BT, dtype)
+
+
+class _Layout(NamedTuple):
+    """How a table and the tokens that look into it lie."""
+
+    mesh: Mesh
+    tokens: PartitionSpec
+    table: PartitionSpec
+    shares: tuple[str, ...]
+    """The axes that split the table's columns, and tokens."""
+    copies: tuple[str, ...]
+    """The axes that split tokens alone."""
+    rows: tuple[str, ...]
+    """The axes that split the table's rows."""
+    trades: bool
+    """Whether columns of tokens, there and back, are less to send than the table and its gradient."""
+
+
+def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:
+    """None where no device shares the columns with devices that have other tokens."""
+    mesh = meshes.current()
+    if mesh is None:
+        return None
+    tokens, table_spec = meshes.spec(("batch", "seq"), mesh, ids), meshes.spec((rows, "embed_in"), mesh, table)
+    over, (split, shares) = meshes.axes_of(tokens), (tuple(meshes.axes_of(PartitionSpec(e))) for e in table_spec)
+    if not shares or not set(shares) <= set(over):
+        return None
+
+    def ways(axes: Sequence[str]) -> int:
+        return math.prod(mesh.shape[a] for a in axes)
+
+    N, V, row = math.prod(ids) // ways(over), table[0] // ways(split), table[1] * dtype.itemsize
+    trades = 2 * N * row + 4 * N * ways(shares) < 2 * V * row
+    return _Layout(mesh, tokens, table_spec, shares, tuple(a for a in over if a not in shares), split, trades)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _take(table_VD: jax.Array, ids_BT: jax.Array, lies: _Layout, dtype: Any) -> jax.Array:
+    return _forward(table_VD, ids_BT, lies, dtype)[0]
+
+
+def _forward(table_VD: jax.Array, ids_BT: jax.Array, lies: _Layout, dtype: Any) -> Any:
+    def here(table_vd: jax.Array, ids_bt: jax.Array) -> jax.Array:
+        table_vd, ids_N = table_vd.astype(dtype), ids_bt.reshape(-1)
+        if lies.trades:
+            x_nNd = _rows_of(table_vd, jax.lax.all_gather(ids_N, lies.shares), lies)
+            x_ND = jax.lax.all_to_all(x_nNd, lies.shares, 0, 2, tiled=True)
+        else:
+            x_ND = _rows_of(jax.lax.all_gather(table_vd, lies.shares, axis=1, tiled=True), ids_N, lies)
+        return x_ND.reshape(*ids_bt.shape, -1)
+
+    run = meshes.per_device(here, lies.mesh, (lies.table, lies.tokens), lies.tokens)
+    return run(table_VD, ids_BT), (table_VD, ids_BT)
+
+
+def _backward(lies: _Layout, dtype: Any, saved: tuple[jax.Array, jax.Array], d_x_BTD: jax.Array) -> Any:
+    table_VD, ids_BT = saved
+
+    def here(table_vd: jax.Array, ids_bt: jax.Array, d_x_btD: jax.Array) -> jax.Array:
+        ids_N, d_x_ND = ids_bt.reshape(-1), d_x_btD.reshape(-1, d_x_btD.shape[-1])
+        if lies.trades:
+            d_x_nNd = jax.lax.all_to_all(d_x_ND[None], lies.shares, 2, 0, tiled=True)
+            d_vd = _summed(jax.lax.all_gather(ids_N, lies.shares), d_x_nNd, len(table_vd), lies)
+        else:
+            d_vD = _summed(ids_N, d_x_ND, len(table_vd), lies).astype(dtype)
+            d_vd = jax.lax.psum_scatter(d_vD, lies.shares, scatter_dimension=1, tiled=True)
+        d_vd = jax.lax.psum(d_vd.astype(dtype), lies.copies) if lies.copies else d_vd
+        return d_vd.astype(table_vd.dtype)
+
+    run = meshes.per_device(here, lies.mesh, (lies.table, lies.tokens, lies.tokens), lies.table)
+    return run(table_VD, ids_BT, d_x_BTD), None
+
+
+_take.defvjp(_forward, _backward)
+
+
+def _rows_of(table_v: jax.Array, ids: jax.Array, lies: _Layout) -> jax.Array:
+    """The table's rows at `ids`, of which a device has a part."""
+    if not lies.rows:
+        return jnp.take(table_v, ids, axis=0)
+    at, here = _places(ids, len(table_v), lies)
+    return jax.lax.psum(jnp.where(here[..., None], jnp.take(table_v, at, axis=0), 0), lies.rows)
+
+
+def _summed(ids: jax.Array, d_x: jax.Array, rows: int, lies: _Layout) -> jax.Array:
+    """Float32 [v, ...]: the gradient of the rows that a device has."""
+    d_x = d_x.astype(jnp.float32)
+    if lies.rows:
+        ids, here = _places(ids, rows, lies)
+        d_x = jnp.where(here[..., None], d_x, 0)
+    return jnp.zeros((rows, d_x.shape[-1]), jnp.float32).at[ids].add(d_x)
+
+
+def _places(ids: jax.Array, rows: int, lies: _Layout) -> tuple[jax.Array, jax.Array]:
+    """Where ids stand among the rows that a device has, and whether they do."""
+    at = ids - rows * jax.lax.axis_index(lies.rows)
+    here = (at >= 0) & (at < rows)
+    return jnp.where(here, at, 0), here
