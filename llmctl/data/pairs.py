@@ -8,13 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from llmctl.data.corpus import Documents
-from llmctl.data.objectives import Batch, Packed, draws, masked, uniform
+from llmctl.data.objectives import Batch, Packed, masked, uniform
 from llmctl.data.order import Epochs
 from llmctl.data.vocabulary import Vocabulary
 from llmctl.errors import RequestError
 
-ATTEMPTS = 8
-"""Draws of another document; where all fail, the true next passage stays."""
 LEAST = 3
 """Tokens of the document before and after a cut, at least: a space at the end is no sentence."""
 IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
@@ -28,8 +26,12 @@ class PairRows:
     another (next_label 1). Both take up to half a row, whatever the label, so that lengths say nothing about it. Where
     a document has no second sentence near, a row is `bos A eos` with next_label -1: masks, but no pair.
 
-    A document of n tokens has about n / T rows an epoch, one for each of its parts; where exactly a pair is cut is
-    drawn anew in every epoch.
+    Four rows are of two documents: each A with its own B, then each with the other's. Every passage is true as often
+    as it is false, side by side, so that what A or B alone might say cancels out of a step's gradient. Without this a
+    small network is busy with such chance for thousands of steps before it compares the two.
+
+    A document of n tokens has about n / T such passages an epoch, one for each of its parts, in two rows each; where
+    exactly a pair is cut is drawn anew in every epoch.
     """
 
     def __init__(
@@ -58,12 +60,16 @@ class PairRows:
         self._first_D = np.concatenate([[0], np.cumsum(parts_D)])
         if not self._first_D[-1]:
             raise RequestError("the corpus has no document of two tokens; nothing to make pairs of")
-        self._epochs = Epochs(len(self), seed, shuffle)
+        self._shuffle, self._order = shuffle, Epochs(self._passages, seed, shuffle=True)
         self.tokens = int(self._length_D.sum())
         """Tokens of the documents."""
 
-    def __len__(self) -> int:
+    @property
+    def _passages(self) -> int:
         return int(self._first_D[-1])
+
+    def __len__(self) -> int:
+        return 2 * self._passages
 
     @property
     def waste(self) -> float:
@@ -82,17 +88,17 @@ class PairRows:
         room = T - 3
         most_b = room // 2
         most_a = room - most_b
-        doc_B, near_B = self._place(self._epochs(rows_B), uniform(rows_B, 1, self._seed, 10)[:, 0])
-        cut_B = self._boundary(doc_B, near_B)
+        first_B, k_B = rows_B // 4 * 2, rows_B % 4
+        place_N, at_2B = np.unique([first_B + k_B % 2, first_B + 1 - k_B % 2], return_inverse=True)
+        found_N = self._passages_at(place_N)
+        (doc_B, next_doc_B), (cut_B, next_B), (near_B, _) = (x_N[at_2B.reshape(2, B)] for x_N in found_N)
         pair_B = cut_B >= 0
-        wants_B = pair_B & (uniform(rows_B, 1, self._seed, 11)[:, 0] < 0.5)
-        other_B, other_cut_B = self._others(rows_B, doc_B, wants_B)
-        false_B = other_cut_B >= 0
+        false_B = pair_B & (k_B > 1) & (next_B >= 0) & (next_doc_B != doc_B)
+        next_doc_B, next_B = np.where(false_B, next_doc_B, doc_B), np.where(false_B, next_B, cut_B)
         # without a pair: what lies around the place
         alone_B = np.clip(near_B - (T - 2) // 2, 0, np.maximum(self._length_D[doc_B] - (T - 2), 0))
         end_B = np.where(pair_B, cut_B, np.minimum(alone_B + T - 2, self._length_D[doc_B]))
         start_B = np.where(pair_B, np.maximum(cut_B - most_a, 0), alone_B)
-        next_doc_B, next_B = np.where(false_B, other_B, doc_B), np.where(false_B, other_cut_B, cut_B)
         a_B1 = (end_B - start_B)[:, None]
         b_B1 = np.where(pair_B, np.minimum(self._length_D[next_doc_B] - next_B, most_b), 0)[:, None]
         at = np.arange(T)
@@ -114,12 +120,19 @@ class PairRows:
         types_BT = (at > a_B1 + 1) * segments_BT
         return batch | {"types": types_BT.astype(np.int32), "next_label": label_B.astype(np.int32)}
 
-    def _place(self, slot_N: np.ndarray, share_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(document, token of it): `share` in [0, 1) of the way through the slot's part of its document."""
+    def _passages_at(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(document, where in it B begins or -1, the token that was drawn) of the passages at places of the order.
+
+        Without `shuffle` it is the order of the first epoch again and again: in the documents' own order, neighbours
+        would be of one document.
+        """
+        if not self._shuffle:
+            place_N = place_N % self._passages
+        slot_N, share_N = self._order(place_N), uniform(place_N, 1, self._seed, 10)[:, 0]
         doc_N = np.searchsorted(self._first_D, slot_N, "right") - 1
         parts_N = self._first_D[doc_N + 1] - self._first_D[doc_N]
-        part_N = slot_N - self._first_D[doc_N]
-        return doc_N, ((part_N + share_N) * self._length_D[doc_N] / parts_N).astype(np.int64)
+        near_N = ((slot_N - self._first_D[doc_N] + share_N) * self._length_D[doc_N] / parts_N).astype(np.int64)
+        return doc_N, self._boundary(doc_N, near_N), near_N
 
     def _boundary(self, doc_N: np.ndarray, near_N: np.ndarray) -> np.ndarray:
         """The begin of a sentence, not the document's first, nearest to a token within half a row; -1 for none."""
@@ -135,18 +148,3 @@ class PairRows:
         best_N = distance_NW.argmin(1)
         found_N = np.take_along_axis(at_NW[:, 1:], best_N[:, None], 1)[:, 0]
         return np.where(begins_NW.any(1), found_N, -1)
-
-    def _others(self, rows_B: np.ndarray, doc_B: np.ndarray, wants_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For the rows that want one, another document and a begin of a sentence in it; -1 where there is none."""
-        other_B, cut_B = np.full_like(doc_B, -1), np.full_like(doc_B, -1)
-        slot_BN = (draws(rows_B, ATTEMPTS, self._seed, 12) % np.uint64(len(self))).astype(np.int64)
-        share_BN = uniform(rows_B, ATTEMPTS, self._seed, 13)
-        for attempt in range(ATTEMPTS):
-            left = np.flatnonzero(wants_B & (cut_B < 0))
-            if not len(left):
-                break
-            doc_N, near_N = self._place(slot_BN[left, attempt], share_BN[left, attempt])
-            found_N = self._boundary(doc_N, near_N)
-            good_N = (found_N >= 0) & (doc_N != doc_B[left])
-            other_B[left[good_N]], cut_B[left[good_N]] = doc_N[good_N], found_N[good_N]
-        return other_B, cut_B

@@ -13,7 +13,7 @@ from llmctl.config import Config, hint
 
 SHARED = {
     *("attention", "beam", "calls", "cost", "decode", "flash", "gpipe", "heads", "hf", "layers"),
-    *("loss", "names", "ring", "sampling", "size", "softmax", "transformer"),
+    *("loss", "matching", "names", "ring", "sampling", "size", "softmax", "transformer"),
 }
 """Files of this folder that are not families."""
 

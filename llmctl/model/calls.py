@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from llmctl import training_matmul, weights
 from llmctl.errors import RequestError
 from llmctl.mesh import shard_params
-from llmctl.model import ModelConfig
+from llmctl.model import ModelConfig, matching
 from llmctl.model.attention import Shared, local_layers
 from llmctl.model.heads import TaskHead
 from llmctl.model.transformer import Batch, Block, LMHead, Transformer
@@ -59,7 +59,8 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters."""
-    return nn.meta.unbox(_boxed_init(cfg, key))
+    params = nn.meta.unbox(_boxed_init(cfg, key))
+    return matching.begin(cfg, params) if matching.suits(cfg) else params
 
 
 def abstract(cfg: ModelConfig) -> Params:

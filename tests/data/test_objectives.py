@@ -216,6 +216,23 @@ def test_pairs_are_consecutive_sentences_or_of_two_documents(words):
         assert len(first) <= 19 and len(second) <= 18
 
 
+def test_every_passage_is_true_as_often_as_false_in_the_same_four_rows(words):
+    texts = [". ".join([c * 6] * 20) for c in "abcdefghijklmnop"]
+    batch = pairs(words, texts).batch(np.arange(400))
+    label, types, tokens = batch["next_label"], batch["types"], unmasked(batch)
+    sides = [{t: bytes(row[where == t]) for t in (0, 1)} for row, where in zip(tokens, types, strict=True)]
+    whole = 0
+    for g in range(0, 400, 4):
+        if (label[g : g + 4] == 0).all():  # two passages of one document
+            continue
+        assert label[g : g + 4].tolist() == [0, 0, 1, 1]
+        firsts, seconds = ([sides[g + k][t].rstrip(b"\0") for k in range(4)] for t in (0, 1))
+        assert firsts[:2] == firsts[2:] and seconds[:2] == seconds[:1:-1] and firsts[0] != firsts[1]
+        assert (batch["weights"][g] != batch["weights"][g + 2]).any()  # other masks
+        whole += 1
+    assert whole > 80
+
+
 def test_a_true_pair_is_one_passage(words):
     text = " ".join(f"{i} x{i}." for i in range(60))
     rows = pairs(words, [text, text.replace("x", "y")], seq_len=64)
