@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from llmctl import __version__, hosts, menu
+from llmctl import __version__, devices, hosts, menu
 from llmctl.errors import Interrupted, LlmctlError
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def _be_quiet() -> None:
     """Our own lines are the only ones, and a polite kill ends like Ctrl-C."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    devices.hush()
     if os.environ.get("LLMCTL_DEBUG") != "1":
         warnings.simplefilter("ignore")
         for name in ("jax", "orbax", "grain"):

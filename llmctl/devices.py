@@ -16,6 +16,19 @@ BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 """What JAX_PLATFORMS says for each platform of ours. The CPU stays beside an accelerator, for work on the host."""
 
 
+TPU_FILES = ("accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*")
+"""Device files of TPUs, below /dev; vfio's may be other devices'."""
+NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+"""Answers to what libtpu, installed to plan with, asks a cloud where it finds no TPU; without them it complains."""
+
+
+def hush(dev: Path = Path("/dev")) -> None:
+    """Keeps libtpu silent on a machine without a TPU, before JAX loads it; it still looks, so nothing is hidden."""
+    if not any(any(dev.glob(files)) for files in TPU_FILES):
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
+
+
 def choose(platforms: Iterable[str]) -> str:
     """Tells JAX, before it is imported, which platform to use; the one that is asked for, empty for no wish.
 
@@ -67,6 +80,6 @@ def plugged() -> set[str]:
     found = set()
     if Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists():
         found.add("cuda")
-    if any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev").glob("accel/accel[0-9]*")):
+    if any(any(Path("/dev").glob(files)) for files in TPU_FILES[:2]):
         found.add("tpu")
     return found

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmctl import fate
+from llmctl import devices, fate
 from llmctl.errors import RequestError
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ def found() -> dict[str, Any] | None:
     pods = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
     if "," in pods or int(env.get("MEGASCALE_NUM_SLICES") or "1") > 1:
         return {"cluster_detection_method": "gketpu" if pods else "gcetpu"}
-    if not pods and any(Path("/dev").glob(p) for p in ("accel*", "accel/accel*", "vfio/[0-9]*")):
+    if not pods and any(any(Path("/dev").glob(files)) for files in devices.TPU_FILES):
         from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 
         if GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1:

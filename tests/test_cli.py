@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from llmctl import cli
+from llmctl import cli, devices
 
 RECIPE = """
 [[stage]]
@@ -204,6 +205,29 @@ def test_a_platform_is_settled_before_jax_starts(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "RequestError: platform 'tpu'" in done.stderr
+
+
+def test_libtpu_is_silent_where_there_is_no_tpu():
+    """It is loaded, finds nothing and says nothing."""
+    pytest.importorskip("libtpu")
+    if any(any(Path("/dev").glob(files)) for files in devices.TPU_FILES):
+        pytest.skip("a TPU may be here")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmctl", "doctor", "--json"], capture_output=True, text=True, env=env, check=True
+    )
+    assert json.loads(done.stdout)["devices"] and done.stderr == ""
+
+
+def test_a_tpu_answers_for_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "a,b"})
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "0").touch()
+    devices.hush(tmp_path)
+    assert os.environ == {"TPU_WORKER_HOSTNAMES": "a,b"}
+    (tmp_path / "vfio" / "0").unlink()
+    devices.hush(tmp_path)
+    assert os.environ == devices.NO_TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}
 
 
 def test_doctor(call):

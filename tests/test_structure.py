@@ -21,7 +21,7 @@ PACKAGE = ROOT / "llmctl"
 LAYERS = (
     (
         *("errors", "config", "settings", "chips", "weights", "training_matmul"),
-        *("menu", "console", "pages", "hosts", "fate"),
+        *("menu", "console", "pages", "devices", "hosts", "fate"),
     ),
     (
         *("mesh", "sequence", "slices", "arrays", "feed", "stopping", "gathered", "lookup"),
@@ -46,7 +46,7 @@ LAYERS = (
         "chat",
     ),
     ("stages",),
-    ("recipe", "chain", "show", "doctor", "devices", "flags", "plan"),
+    ("recipe", "chain", "show", "doctor", "flags", "plan"),
     ("commands",),
     ("cli", "__main__"),
 )

@@ -6,14 +6,14 @@ import importlib.util
 import os
 import sys
 
+from llmctl.devices import NO_TPU
 from llmctl.errors import RequestError
 from llmctl.plan.topologies import Topology
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # also where there is a TPU: it may be at work, and is not the one that is asked about
     "TPU_SKIP_MDS_QUERY": "1",  # no machine of a cloud, whose metadata would be asked
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
+    **NO_TPU,
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
