@@ -16,6 +16,7 @@ from llmctl.errors import RequestError
 from llmctl.evaluate import measure, objectives, tasks
 from llmctl.evaluate.perplexity import row_nll
 from llmctl.evaluate.setup import READ, Setup
+from llmctl.feed import Feed
 from llmctl.model import ModelConfig, cost, flash
 from llmctl.plan import analytic
 from llmctl.plan import rows as made_up
@@ -80,12 +81,7 @@ def _batch(config: evaluation.Config, model: ModelConfig, setup: Setup) -> dict[
         row = made_up.of_examples(model, config.data, setup.seq_len)[0]
         names = row if model.head == "lm" else [key for key in READ if key in row]
         shapes = {key: jax.ShapeDtypeStruct(row[key].shape, jnp.asarray(row[key]).dtype) for key in names}
-    ways = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-
-    def lies(ndim: int) -> Any:
-        split = setup.batch_size % ways == 0
-        return meshes.batch_sharding(setup.mesh, ndim) if split else meshes.replicated(setup.mesh)
-
+    lies = Feed(setup.mesh, setup.batch_size, reading_order=True).lies
     return {
         key: jax.ShapeDtypeStruct((setup.batch_size, *a.shape), a.dtype, sharding=lies(len(a.shape) + 1))
         for key, a in shapes.items()
