@@ -83,9 +83,9 @@ class TrainConfig(Config):
     """Matrices of the layers multiplied in 8 bits, forward and backward, by pattern, such as {"mlp/*" = "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
     """The platform's fused kernel where it has one (TPU, GPU), or always the plain form."""
-    remat: Literal["none", "minimal", "full", "offload"] = "minimal"
+    remat: Literal["none", "minimal", "qkv", "full", "offload"] = "minimal"
     """What the backward pass recomputes: nothing, what is not a matrix product (minimal), that and attention while the
-    products wait in the host's memory (offload), everything."""
+    products wait in the host's memory (offload), everything but queries, keys and values (qkv), everything."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates at the end alone."""
     eval_batches: int = Field(default=32, ge=1)

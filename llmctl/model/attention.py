@@ -12,12 +12,16 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llmctl import mesh as meshes
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig, flash, ring
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
 from llmctl.model.softmax import attend
+
+PROJECTED = "projected"
+"""Name of queries, keys and values as the products made them, for rematerialization policies."""
 
 
 class Shared(NamedTuple):
@@ -194,7 +198,7 @@ class Attention(nn.Module):
     def _heads(self, name: str, x: jax.Array, heads: int, axis: str, scale: float = 1.0) -> jax.Array:
         cfg = self.config
         y = Dense(heads * cfg.head_dim, ("embed", axis), cfg.qkv_bias, self.dtype, scale, name=name)(x)
-        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
+        y = checkpoint_name(y, PROJECTED).reshape(*x.shape[:2], heads, cfg.head_dim)
         return constrain(y, "batch", "seq", "act_heads", None)
 
 

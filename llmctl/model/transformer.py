@@ -16,7 +16,17 @@ from flax.core.scope import Scope
 from llmctl import lookup, weights
 from llmctl.mesh import constrain
 from llmctl.model import ModelConfig, gpipe
-from llmctl.model.attention import Attention, RelativeBias, Shared, bucket_of, distances, local_layers, share, visible
+from llmctl.model.attention import (
+    PROJECTED,
+    Attention,
+    RelativeBias,
+    Shared,
+    bucket_of,
+    distances,
+    local_layers,
+    share,
+    visible,
+)
 from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout
 from llmctl.model.softmax import KEPT
 
@@ -27,6 +37,7 @@ REMAT = {
     "minimal": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
     ),
+    "qkv": jax.checkpoint_policies.save_only_these_names(PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }

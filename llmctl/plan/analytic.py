@@ -189,6 +189,8 @@ def saved(setup: Setup) -> float:
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
     if setup.remat in ("full", "offload"):  # its input; the rest of what "minimal" keeps waits in the host's memory
         numbers = item * D
+    elif setup.remat == "qkv":
+        numbers = item * (D + heads)
     elif setup.remat == "minimal":  # and what the products made, but the last one, which nothing reads again
         numbers = item * (D + heads + D + ffs * F)
         if not setup.fused:  # the plain form's backward pass finds its result as well, and two numbers a head

@@ -17,7 +17,7 @@ BLOCK = 512
 def counts(setup: Setup) -> Counts:
     """A step of one device, all its microbatches."""
     model, trains = setup.model, bool(setup.optimizer)
-    again = trains and setup.remat in ("full", "minimal", "offload")
+    again = trains and setup.remat != "none"
     tokens = setup.tokens * setup.accumulate
     tensor = setup.size("tensor")
     own = entries(model, setup.mesh)
@@ -25,7 +25,8 @@ def counts(setup: Setup) -> Counts:
     passes = 3.0 if trains else 1.0
     layers = 2 * tokens * whole
     last = layers * model.d_model * model.d_ff / cost._matrices(model)  # its output is not needed again
-    flops = passes * layers + (layers - last if again and setup.remat == "full" else 0.0)
+    queries = 2 * tokens * setup.depth * model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0
+    flops = passes * layers + (layers - last - queries if again and setup.remat in ("full", "qkv") else 0.0)
     if setup.trained < 1:  # a frozen matrix needs no gradient
         flops -= (1 - setup.trained) * layers
     if model.head == "lm":
@@ -97,7 +98,7 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     projection = model.vocab_size * D / setup.size("tensor") if model.head == "lm" else 0.0
     shards = ("fsdp", "context")
     # Weights of the next layer come while this one computes; the projection comes when everything waits for it.
-    uses = 1 + trains + (again and setup.remat == "full")
+    uses = 1 + trains + (again and setup.remat in ("full", "qkv"))
     add("all-gather", shards, uses * pieces * item * whole, uses * pieces * layers, 0.9)
     add("all-gather", shards, pieces * item * projection, pieces, 0.0)
     if trains:
@@ -111,7 +112,7 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     else:
         add("all-gather", shards, passes * item * D * table, passes, 0.0)
     # After attention and after the feed-forward layer, forward and backward; the second is not needed again.
-    halves = 2 * (1 + trains) + (again and setup.remat == "full")
+    halves = 2 * (1 + trains) + (again and setup.remat in ("full", "qkv"))
     stream = item * D * setup.tokens
     add("all-reduce", ("tensor",), halves * pieces * layers * stream, halves * pieces * layers, 0.0)
     ring = setup.size("context") - 1
