@@ -40,16 +40,19 @@ class Decoder:
     Invariant: greedy tokens are those of repeated full forwards over prompt and continuation.
     """
 
-    def __init__(self, model: ModelConfig, params: calls.Params, dtype: Any = jnp.float32, start: int = 0) -> None:
+    def __init__(
+        self, model: ModelConfig, params: calls.Params, dtype: Any = jnp.float32, start: int = 0, platform: str = ""
+    ) -> None:
         """Splits the stacked layers of `params` [L, ...] into one tree a layer.
 
-        `start` is the first token of an encoder-decoder's decoder. Raises ValueError for a model that writes no text.
+        `start` is the first token of an encoder-decoder's decoder; `platform` is where it will run, by default where
+        JAX computes here. Raises ValueError for a model that writes no text.
         """
         if model.architecture == "encoder" or model.head != "lm":
             raise ValueError(
                 f"a model with {model.architecture!r} stacks and head {model.head!r} does not continue text"
             )
-        model, params = served(model, params)
+        model, params = served(model, params, platform)
         self.model, self.dtype, self.start = model, dtype, start
         self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
         self.rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
@@ -270,7 +273,7 @@ def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     return {"encoder_tokens": tokens_BS, "encoder_segments": segments_BS, "encoder_positions": positions_BS}
 
 
-def served(model: ModelConfig, params: calls.Params) -> tuple[ModelConfig, calls.Params]:
+def served(model: ModelConfig, params: calls.Params, platform: str = "") -> tuple[ModelConfig, calls.Params]:
     """The same network in the form that a step reads fastest.
 
     Low-rank updates are merged. On a CPU, which would convert integers one token after the other, weights that are
@@ -279,7 +282,7 @@ def served(model: ModelConfig, params: calls.Params) -> tuple[ModelConfig, calls
     CPU backend reads up to twice as fast as the transpose of [V, D].
     """
     mesh = meshes.current()
-    on_cpu = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform == "cpu"
+    on_cpu = (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"
 
     def ready(w: Any) -> Any:
         base = w.base if isinstance(w, weights.LowRank) else w

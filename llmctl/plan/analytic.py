@@ -71,6 +71,8 @@ class Setup:
     """Operations of a step, over all devices, of what runs beside the model (a teacher)."""
     cached: int = 0
     """Tokens a row in the cache of keys and values."""
+    predicted: float = 1.0
+    """Share of the tokens that the output projection runs over."""
     hessians: bool = False
     """Whether calibration keeps the second moments [I, I] of every matrix's input, of one layer."""
 
@@ -231,9 +233,22 @@ def training(setup: Setup, own: Entries) -> float:
 
 
 def forward(setup: Setup, own: Entries) -> float:
-    """Temporary bytes of a forward pass."""
-    D, F, heads = widths(setup)
-    return setup.item * setup.tokens * (4 * D + 2 * F + heads)
+    """Temporary bytes of a forward pass: of one layer, of the logits, and keys and values on their way to the cache."""
+    model = setup.model
+    logits = 4.0 * setup.tokens * setup.predicted * model.vocab_size / setup.size("tensor")
+    head = min(logits, LOGITS) if model.head == "lm" else 0.0
+    gathered = setup.item * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
+    written = _cache(setup) if setup.seq_len > 1 else 0.0
+    return layer(setup) + head + gathered + written
+
+
+def layer(setup: Setup, times: int = 1) -> float:
+    """Temporary bytes of so many forward passes through a layer: scores and their probabilities where no kernel hides
+    them, else two feed-forward activations; the residual stream twice; the largest matrix, where it is gathered."""
+    D, F, _ = widths(setup)
+    unit = setup.item * setup.tokens
+    matrix = setup.item * D * F if setup.size("fsdp", "context") > 1 else 0.0
+    return times * max(scores(setup) * 2 / 3, 2 * F * unit) + 2 * D * unit + matrix
 
 
 def _cache(setup: Setup) -> float:

@@ -25,7 +25,7 @@ from llmctl.compress.pattern import Pattern
 from llmctl.compress.samples import READ
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls, cost
-from llmctl.plan import outcome
+from llmctl.plan import outcome, turns
 from llmctl.plan import rows as made_up
 from llmctl.plan.programs import Plan, Program, batch_of
 from llmctl.stages import prune as pruning
@@ -128,10 +128,11 @@ def _walk(
                 return fn.trace(*takes)
 
         layers, apart = ([layer], ()) if fn is look else ([layer, layer], stats)
+        guess = turns.walk(model, mesh, size, seq_len, str(dtype), stats if fn is look else (), len(layers))
         return Program(
             title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size, seq_len=seq_len,
             dtype=str(dtype), steps=depth * batches, parameters=[params, held, layers],
-            batch=[(carry, batch)] * batches, cache=stats, beside=[params, held, waiting, apart],
+            batch=[(carry, batch)] * batches, cache=stats, beside=[params, held, waiting, apart], guess=guess,
         )  # fmt: skip
 
     title = "statistics of a layer" if changes else "influence of a layer"
@@ -149,7 +150,7 @@ def _putting(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, i
     return replace(
         walk, title="changed layer put back", trace=lambda: putter(blocks).trace(blocks, layer, index), flops=0.0,
         tokens=0, rows=0, seq_len=0, steps=calls.depth(walk.model, stack), parameters=[walk.parameters, layer],
-        cache=(), beside=[rest, held, layer, walk.batch],
+        cache=(), beside=[rest, held, layer, walk.batch], guess=turns.putting(layer),
     )  # fmt: skip
 
 
@@ -180,6 +181,7 @@ def _one_matrix(
         lambda: prune.prune.trace(w, stats, method=config.method, pattern=pattern),
         flops=0.0, tokens=0, rows=0, seq_len=0, dtype="float32", steps=model.layers,
         parameters=[held, w], batch=batch, cache=cache, beside=[held, batch, others],
+        guess=turns.zeros(w, config.method, pattern),
     )  # fmt: skip
 
 
@@ -208,5 +210,6 @@ def of_quantize(config: quantizing.Config, base: Artifact, mesh: Mesh) -> Plan:
         lambda: rounding.measured.trace(w, config.bits, chosen[last], config.group),
         flops=0.0, tokens=0, rows=0, seq_len=0, dtype="float32", steps=1,
         parameters=[params, held, done], beside=[rest, held, done],
+        guess=turns.rounding(w, weights.flatten(left)[last]),
     )  # fmt: skip
     return [program], outcome.left(config, left, base.model, base=base)

@@ -17,7 +17,7 @@ from llmctl.errors import RequestError
 from llmctl.model import calls, cost, flash
 from llmctl.model.decode import Decoder, padded_ends
 from llmctl.model.sampling import Sampling, row_keys
-from llmctl.plan import analytic
+from llmctl.plan import analytic, turns
 from llmctl.plan.programs import Program
 from llmctl.settings import MeshConfig
 
@@ -41,8 +41,11 @@ def asked(text: str) -> Asked:
     return Asked(*map(int, found.groups()))
 
 
-def of_generate(there: Artifact, wants: Asked, mesh: Mesh) -> list[Program]:
-    """Prefill and one decoding step. Raises RequestError for a model that writes no text, or none so long."""
+def of_generate(there: Artifact, wants: Asked, mesh: Mesh, platform: str = "") -> list[Program]:
+    """Prefill and one decoding step, on devices that may stand for those of another platform.
+
+    Raises RequestError for a model that writes no text, or none so long.
+    """
     whole = meshes.replicated(mesh)
     one = meshes.make(MeshConfig(data=1), [mesh.devices.flat[0]])  # the command splits nothing
 
@@ -52,7 +55,7 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh) -> list[Program]:
     made: list[Decoder] = []
 
     def served(params: calls.Params) -> Any:
-        made.append(Decoder(there.model, params, DTYPE))
+        made.append(Decoder(there.model, params, DTYPE, platform=platform))
         return made[0].rest, made[0].layers
 
     try:
@@ -84,15 +87,23 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh) -> list[Program]:
         "model": model, "mesh": mesh, "rows": wants.rows, "dtype": DTYPE, "parameters": params,
         "cache": state["cache"],
     }  # fmt: skip
+    read = {name: part for name, part in params[0].items() if name != "embed" or model.tied}
+    pass_ = analytic.Setup(model, {}, wants.rows, begins, DTYPE, predicted=1 / begins, cached=begins)
+    if reads:  # the encoder alone, beside whose pass the decoder's first token is nothing
+        alone = {"architecture": "encoder", "layers": 0, "vocab_size": 0}
+        pass_ = analytic.Setup(model.model_copy(update=alone), {}, wants.rows, source, DTYPE)
     last = cost.row(model, ends_at, source, 1) - cost.row(model, ends_at - 1, source, 0)
     return [
         Program(
             "prefill", trace=prefill, flops=wants.rows * cost.row(model, begins, source, 1),
             tokens=wants.rows * wants.prompt, seq_len=wants.prompt, batch=inputs,
-            setup=analytic.Setup(model, {}, wants.rows, begins, DTYPE) if not reads else None, **common,
+            setup=pass_, **common,
         ),
         Program(
             "decoding step", trace=decode, flops=wants.rows * last,
-            tokens=wants.rows, seq_len=ends_at, steps=wants.new - 1, **common,
+            tokens=wants.rows, seq_len=ends_at, steps=wants.new - 1,
+            guess=turns.decoding(
+                model, wants.rows, slots, wants.rows * last, analytic.ITEM[DTYPE], [read, params[1], state["cache"]]
+            ), **common,
         ),
     ]  # fmt: skip

@@ -37,8 +37,12 @@ def on_gpu(setup: Setup) -> Setup:
     return replace(setup, fused=setup.fused and can and not setup.seq_len % 2)
 
 
-def step(setup: Setup) -> tuple[float, Counts]:
+def step(program: Program) -> tuple[float, Counts]:
     """(bytes of temporaries, operations, traffic and collectives) of one device."""
+    if program.guess:
+        return program.guess
+    assert program.setup, f"{program.title}: nothing models it"
+    setup = on_gpu(program.setup)
     own = analytic.entries(setup.model, setup.mesh)
     temporaries = analytic.training(setup, own) if setup.optimizer else analytic.forward(setup, own)
     return temporaries, work.counts(setup)

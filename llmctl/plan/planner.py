@@ -47,26 +47,22 @@ def plans(
     Raises:
       RequestError: no such stage; a mesh or a batch that does not divide.
     """
-    built = programs_of(recipe, compiling.devices(topology), chosen, generate)
+    built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform)
     out: list[Found] = []
     for name, program in built:  # whatever is refused is refused before anything is compiled
-        if topology.platform == "cuda" and program.setup is None:
-            say(f"{name}: no model of the {program.title} on GPUs; plan it for a TPU")
-            continue
         doing = "lowering" if topology.platform == "cuda" else "compiling"
         say(f"{name}: {doing} the {program.title} for {topology.name}")
         out.append({"stage": name, **one(program, topology, tokens)})
-    if not out:
-        raise RequestError(f"{topology.name}: of GPUs there is a model of training, scoring and prefill alone")
     return out
 
 
 def programs_of(
-    recipe: Recipe, devices: list[Any], chosen: Sequence[str] = (), generate: str = ""
+    recipe: Recipe, devices: list[Any], chosen: Sequence[str] = (), generate: str = "", platform: str = ""
 ) -> list[tuple[str, Program]]:
     """The programs of the chosen stages on a mesh of these devices, not compiled, beside their stages' names.
 
-    Raises RequestError as `plans`. Stages that are not chosen only say what they leave: their mesh need not fit.
+    `platform` is what the devices stand for, where it is not their own. Raises RequestError as `plans`. Stages that are
+    not chosen only say what they leave: their mesh need not fit.
     """
     names = [step.name for step in recipe.steps]
     for name in chosen:
@@ -90,7 +86,8 @@ def programs_of(
         if not writers:
             raise RequestError("--generate: none of these stages leaves a language model")
         name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
-        built += [(f"generate by {name}", program) for program in decoding.of_generate(writers[name], wants, mesh)]
+        found = decoding.of_generate(writers[name], wants, mesh, platform)
+        built += [(f"generate by {name}", program) for program in found]
     return built
 
 
@@ -134,9 +131,9 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
         "tokens_per_step": program.tokens,
         "flops_per_step": program.flops,
     }
-    if topology.platform == "cuda" and program.setup is not None:
+    if topology.platform == "cuda":
         modelled.lower(program, "cuda")
-        temporaries, counts = modelled.step(modelled.on_gpu(program.setup))
+        temporaries, counts = modelled.step(program)
         found |= {"compiled": False, "checked": modelled.CHECKED, "compile_seconds": 0.0, "compiler": {}}
         return found | _memory(program, topology, temporaries) | _work(program, topology, counts, axes, tokens)
     done = compiling.compiled(program)

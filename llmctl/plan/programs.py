@@ -23,6 +23,7 @@ from llmctl.model import ModelConfig, calls, cost, flash, gpipe
 from llmctl.plan import analytic, outcome
 from llmctl.plan import rows as made_up
 from llmctl.plan.analytic import Setup
+from llmctl.plan.hlo import Counts
 from llmctl.stages import distill, finetune, pretrain
 from llmctl.trainer import Learner
 
@@ -59,7 +60,9 @@ class Program:
     beside: Tree = ()
     """Of these, what the program itself does not take."""
     setup: Setup | None = None
-    """For the analytic model, where it knows of such a program."""
+    """For the analytic model of whole passes."""
+    guess: tuple[float, Counts] | None = None
+    """Of what is smaller (`llmctl.plan.turns`): bytes beside what it takes, and its work."""
 
 
 Plan = tuple[list[Program], Artifact | None]
@@ -114,7 +117,9 @@ def modelled(learner: Learner, runs: step.Program, config: Any, tokens: int, row
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     beside = cost.of_rows(learner.beside, trainer.shapes(rows)) * tokens if learner.beside else 0.0
     whole = analytic.of_training(learner.model, config.train, config.optim, {a: int(n) for a, n in mesh.shape.items()})
-    return replace(whole, trained=sizes[0] / sum(sizes), beside=beside)
+    row = trainer.shapes(rows)
+    predicted = row["places"][-1] / row["tokens"][-1] if "places" in row else 1.0
+    return replace(whole, trained=sizes[0] / sum(sizes), beside=beside, predicted=predicted)
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:

@@ -30,7 +30,7 @@ def counts(setup: Setup) -> Counts:
     if setup.trained < 1:  # a frozen matrix needs no gradient
         flops -= (1 - setup.trained) * layers
     if model.head == "lm":
-        flops += passes * 2 * tokens * model.d_model * model.vocab_size / tensor
+        flops += passes * 2 * tokens * setup.predicted * model.d_model * model.vocab_size / tensor
     attention = _attention(setup, trains, again)
     flops += setup.beside / setup.size(*AXES)
     kernels = {"attention": setup.depth * setup.accumulate} if setup.fused else {}

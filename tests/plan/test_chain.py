@@ -72,15 +72,20 @@ def share(model):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Programs by (stage, title)."""
+def chain(tmp_path_factory):
     file = tmp_path_factory.mktemp("plan") / "chain.toml"
     file.write_text(RECIPE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def found(chain):
+    """Programs by (stage, title)."""
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr("llmctl.console.result", lambda found: said.append(json.dumps(found)))
         words = [word for stage in STAGES for word in ("--stage", stage)]
-        assert cli.run(["plan", str(file), "--topology", "cpu:8", "--generate", "2x30x20", "--json", *words]) == 0
+        assert cli.run(["plan", str(chain), "--topology", "cpu:8", "--generate", "2x30x20", "--json", *words]) == 0
     return {(p["stage"], p["program"]): p for p in json.loads(said[0])["programs"]}
 
 
@@ -94,6 +99,20 @@ def test_every_stage_has_its_programs(found):
         ("generate by pretrain", "decoding step"),
     ]  # fmt: skip
     assert all(p["compiled"] and p["fits"] and not p["unknown_loops"] for p in found.values())
+
+
+def test_every_program_is_modelled_for_gpus(chain, found, capsys):
+    """Lowered, not compiled; what lies in memory is the same, but for what CPUs alone keep."""
+    words = [word for stage in STAGES for word in ("--stage", stage)]
+    assert cli.run(["plan", str(chain), "--topology", "h100:8", "--generate", "2x30x20", "--json", *words]) == 0
+    got = {(p["stage"], p["program"]): p for p in json.loads(capsys.readouterr().out)["programs"]}
+    assert list(got) == list(found) and not any(p["compiled"] for p in got.values())
+    for name, one in got.items():
+        assert one["checked"] and one["fits"] and one["step_seconds"] > 0, name
+        if "generate" not in name[0]:
+            assert one["hbm_bytes"]["parameters"] == found[name]["hbm_bytes"]["parameters"], name
+    generated = got["generate by pretrain", "decoding step"]["hbm_bytes"]
+    assert generated["parameters"] == 4 * cost.parameters(WHOLE)["total"]  # a tied table once
 
 
 def test_low_rank_pairs_alone_have_moments(found):
