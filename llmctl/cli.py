@@ -117,7 +117,8 @@ def ending(e: BaseException) -> tuple[int, str]:
         where = f" ({e.filename})" if e.filename else ""
         return 1, f"disk full{where}: the previous checkpoint is intact; free some space and run the same command"
     if callable(complain := getattr(e, "format_message", None)):  # how typer says that the request was wrong
-        return 2, f"{getattr(e, 'message', None) or complain()}{_near(e)}"
+        unknown = hasattr(e, "possibilities")  # whose own words list every near flag
+        return 2, f"{getattr(e, 'message', '') if unknown else complain()}{_near(e)}"
     return 1, f"{type(e).__name__}: {e} (LLMCTL_DEBUG=1 shows where)"
 
 

@@ -88,6 +88,16 @@ def parse_value(text: str) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else text
 
 
+def spelled(value: Any) -> str:
+    """`value` (JSON data) as TOML on one line; what `parse_value` reads."""
+    if isinstance(value, dict):
+        pairs = (f"{k if k.replace('_', 'a').isalnum() else json.dumps(k)} = {spelled(v)}" for k, v in value.items())
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(spelled, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     """Sets `values[path[0]][path[1]]… = value`, making tables on the way.
 

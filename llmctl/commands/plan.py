@@ -12,7 +12,9 @@ def plan(
         str, typer.Option(metavar="NAME", help="Chips to plan for: v5e:16x16, 2*v5p:4x4x4, cpu:8, …")
     ] = "",
     chips: Annotated[int, typer.Option(min=0, help="Instead: the slice of --chip with so many chips.")] = 0,
-    chip: Annotated[str, typer.Option(help="For --chips and --fit: v4, v5e, v5p, v6e, tpu7x.")] = "v5e",
+    chip: Annotated[
+        str, typer.Option(help="For --chips and --fit: v4, v5e (the default), v5p, v6e, tpu7x, a100, h100, h200.")
+    ] = "",
     stage: Annotated[
         list[str] | None,
         typer.Option(help="Plan this stage alone (repeatable)."),
@@ -48,6 +50,11 @@ def plan(
         raise RequestError("plan: say which chips with --topology NAME, --chips N or --fit")
     if (search or fit) and len(stage or ()) > 1:
         raise RequestError("plan: --search and --fit look at one stage; name one with --stage")
+    if (search or fit) and (generate or tokens):
+        raise RequestError("plan: --search and --fit look at one training step; leave out --generate and --tokens")
+    if chip and topology:
+        raise RequestError(f"plan: --topology {topology} names its chip; --chip goes with --chips or --fit")
+    chip = chip or "v5e"
     slices = topologies.smallest_first(chip) if fit else []
     target = slices[0] if fit else topologies.find(topology) if topology else topologies.with_chips(chip, chips)
     chosen = recipe.read(recipe_file, None, sets or ())
@@ -72,6 +79,10 @@ def plan(
         console.result(report.whole(found))
         return
     for one in found:
+        console.show(report.heading(one))
         console.show(report.memory_table(one))
         console.show(report.work_table(one))
-        console.show(report.facts(one))
+    if len(found) > 1:
+        console.show(report.summary(found))
+    for line in dict.fromkeys(report.facts(one) for one in found):
+        console.show(line)

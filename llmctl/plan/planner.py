@@ -178,6 +178,7 @@ def _work(program: Program, topology: Topology, counts: hlo.Counts, axes: dict[s
         "bound": bound.binds if bound else "",
         "mfu": bound.mfu(program.flops, topology, program.dtype) if bound else None,
         "tokens_per_second": program.tokens / seconds if seconds else None,
+        "steps": program.steps,
         "token_budget": budget,
         "chip_hours": bound.chip_hours(budget, program.tokens, topology)
         if bound and budget and program.tokens

@@ -13,30 +13,70 @@ LABELS = {
     "optimizer": "optimizer state",
     "temporaries": "gradients, activations, temporaries",
     "batch": "batch",
-    "cache": "cache, statistics",
+    "cache": "keys and values, or statistics",
 }
-GIB = 2**30
+BINDS = {
+    "compute": "arithmetic",
+    "hbm": "reading and writing memory (HBM)",
+    "ici": "links between chips (ICI)",
+    "dcn": "the network between slices or nodes (DCN)",
+}
+"""What a roofline's limits are, in words."""
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    for unit, least in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= least:
+            return f"{seconds / least:,.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
 
 
 def memory_table(found: dict[str, Any]) -> Table:
     """Memory of one device by class, against its capacity."""
     from rich.table import Table
 
-    table = Table(title=heading(found), title_justify="left")
-    table.add_column("HBM a device")
-    table.add_column("GiB", justify="right")
+    table = Table("memory (HBM) of a device")
+    table.add_column(justify="right")
     hbm = found["hbm_bytes"]
     for name in CLASSES:
         if hbm[name]:
-            table.add_row(LABELS[name], f"{hbm[name] / GIB:.3f}")
+            table.add_row(LABELS[name], size(hbm[name]))
     table.add_section()
-    table.add_row("total", f"{hbm['total'] / GIB:.3f}")
+    table.add_row("total", size(hbm["total"]))
     if hbm["capacity"]:
-        table.add_row("capacity", f"{hbm['capacity'] / GIB:.3f}")
+        table.add_row("capacity", size(hbm["capacity"]))
         left = hbm["capacity"] - hbm["total"]
         table.add_row(
-            "[green]fits, free[/green]" if found["fits"] else "[red]does not fit, lacks[/red]", f"{abs(left) / GIB:.3f}"
+            "[green]fits, free[/green]" if found["fits"] else "[red]does not fit, lacks[/red]", size(abs(left))
         )
+    return table
+
+
+def summary(found: list[dict[str, Any]]) -> Table:
+    """All programs of a plan, one a line."""
+    from rich.table import Table
+
+    table = Table("stage", "program", title="all of it", title_justify="left")
+    for column in ("memory of a device", "", "run in at least", "runs", "chip-hours at least"):
+        table.add_column(column, justify="right")
+    for one in found:
+        seconds, hours = one["step_seconds"], one["chip_hours"]
+        table.add_row(
+            one["stage"], one["program"], size(one["hbm_bytes"]["total"]),
+            "[green]fits[/green]" if one["fits"] else "[red]does not fit[/red]",
+            duration(seconds) if seconds else "", f"{one['steps']:,}" if one["steps"] else "",
+            f"{hours:,.3g}" if hours is not None else "",
+        )  # fmt: skip
     return table
 
 
@@ -70,29 +110,36 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     if found["device_flops"]:
         rows.append(("FLOPs a device", f"{found['device_flops']:.4g}", f"{counted}; {_types(found)}"))
     if found["bytes_moved"]:
-        rows.append(("HBM traffic a device", f"{found['bytes_moved'] / GIB:.2f} GiB", counted))
+        rows.append(("HBM traffic a device", size(found["bytes_moved"]), counted))
     for c in found["collectives"]:
         apart = f", {c['overlapped']:g} overlapped" if c["overlapped"] else ""
-        rows.append((f"{c['kind']} over {c['axis']}", f"{c['bytes'] / GIB:.3f} GiB", f"{c['count']:g} times{apart}"))
-    rows += [(f"kernel {name}", f"{n:g} times", "") for name, n in found["kernels"].items()]
+        rows.append((f"{c['kind']} over {c['axis']}", size(c["bytes"]), f"{_times(c['count'])}{apart}"))
+    rows += [(f"kernel {name}", _times(n), "") for name, n in found["kernels"].items()]
     if found["step_seconds"]:
-        rows.append(("step time", f"{found['step_seconds']:.4g} s", f"roofline, a bound: {found['bound']} binds"))
+        bound = f"at least (roofline), bound by {BINDS.get(found['bound'], found['bound'])}"
+        rows.append(("step time", duration(found["step_seconds"]), bound))
     if found["step_seconds"] and found["tokens_per_step"]:
         rows += [
-            ("MFU", f"{found['mfu']:.1%}", "at that bound"),
-            ("tokens/s", f"{found['tokens_per_second']:,.0f}", "at that bound"),
+            ("MFU", f"{found['mfu']:.1%}", "at most"),
+            ("tokens/s", f"{found['tokens_per_second']:,.0f}", "at most"),
         ]
     if (said := found["compiler"].get("optimal_seconds")) and said > 0:
-        rows.append(("compiler's own time", f"{said:.4g} s", "loop bodies counted once; not to be relied on"))
+        rows.append(("compiler's own time", duration(said), "loop bodies counted once; not to be relied on"))
     if found["chip_hours"] is not None:
-        rows.append(("chip-hours", f"{found['chip_hours']:,.4g}", f"for {found['token_budget']:,} tokens"))
+        rows.append(("chip-hours", f"{found['chip_hours']:,.3g}", f"at least, for {found['token_budget']:,} tokens"))
     if found["compile_seconds"]:
         rows.append(("compiled in", f"{found['compile_seconds']:.0f} s", ""))
     return rows
 
 
+def _times(count: float) -> str:
+    return "once" if count == 1 else f"{count:g} times"
+
+
 def _types(found: dict[str, Any]) -> str:
-    return ", ".join(f"{dtype} {flops:.3g}" for dtype, flops in found["device_flops_by_type"].items())
+    parts = [f"{dtype} {flops:.3g}" for dtype, flops in found["device_flops_by_type"].items()]
+    kernels = found["device_flops"] - sum(found["device_flops_by_type"].values())
+    return ", ".join([*parts, *([f"kernels {kernels:.3g}"] if found["kernels"] else [])])
 
 
 def facts(found: dict[str, Any]) -> str:

@@ -27,15 +27,14 @@ class Candidate:
     seconds: float
     """A step."""
     compiled: bool = False
+    recipe: tuple[str, ...] = ()
+    """Lines of the stage's recipe that say so."""
 
     @property
-    def recipe(self) -> list[str]:
-        """Lines of a recipe, to paste."""
+    def axes(self) -> dict[str, int]:
+        """The mesh, without the axes that are not used."""
         sizes = {axis: self.setup.size(axis) for axis in analytic.AXES}
-        axes = {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
-        mesh = ", ".join(f"{axis} = {n}" for axis, n in axes.items())
-        train = f'remat = "{self.setup.remat}", accumulate = {self.setup.accumulate}'
-        return [f"mesh = {{ {mesh} }}", f"train = {{ batch_size = {self.setup.rows}, {train} }}"]
+        return {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
@@ -85,6 +84,8 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
     """Every way that the model finds to fit, fastest first, the emptier memory first among equals."""
     found = []
     for on_mesh in meshes(setup, topology.devices):
+        if topology.platform == "tpu" and on_mesh.size("data") % topology.slices:
+            continue  # the data axis runs over the slices
         for remat in REMATS:
             for accumulate in pieces(on_mesh):
                 one = modelled(replace(on_mesh, remat=remat, accumulate=accumulate), topology)
@@ -119,12 +120,17 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
     return front(done)
 
 
-def fit(
-    setup: Setup, slices: Iterable[Topology], compile_one: Compile, best: int = 2
-) -> tuple[Topology, Candidate] | None:
-    """The smallest of `slices` (ordered) on which a compiled program fits, and that program; None where none does."""
+def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
+    """The smallest of `slices` (ordered) on which a compiled program fits, and that program; None where none does.
+
+    Tried are the fastest by the model, the fastest that fits however wrong the model is, and the emptiest.
+    """
     for topology in slices:
-        for c in candidates(setup, topology)[:best]:
+        ordered = candidates(setup, topology)
+        safe = [c for c in ordered if c.memory * MARGIN <= topology.chip.hbm_bytes]
+        emptiest = sorted(ordered, key=lambda c: c.memory)
+        tries = [*ordered[:1], *safe[:1], *emptiest[:1]]
+        for c in (c for n, c in enumerate(tries) if c not in tries[:n]):
             measured = compile_one(c.setup)
             if measured and measured[0] <= topology.chip.hbm_bytes:
                 return topology, Candidate(c.setup, *measured, compiled=True)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llmctl.config import spelled
 from llmctl.errors import RequestError
 from llmctl.model import cost
-from llmctl.plan import analytic, planner, search
+from llmctl.plan import analytic, planner, report, search
 from llmctl.plan import compile as compiling
 from llmctl.plan.analytic import Setup
 from llmctl.plan.search import Candidate
@@ -35,7 +36,7 @@ def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[C
     found = search.search(setup, topology, _compiles(recipe, step, topology, say))
     if not found:
         raise RequestError(f"plan: {step.name}: nothing fits {topology.name}; --fit finds the smallest slice that does")
-    return found
+    return [_told(step, topology, one) for one in found]
 
 
 def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> tuple[Topology, Candidate]:
@@ -47,8 +48,10 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
     for topology in slices:
         setup = setup_of(recipe, step, topology)
         if found := search.fit(setup, [topology], _compiles(recipe, step, topology, say)):
-            return found
-        say(f"{step.name}: does not fit {topology.name}")
+            return topology, _told(step, topology, found[1])
+        runs = any(True for _ in search.meshes(setup, topology.devices))
+        why = "does not fit" if runs else f"no mesh divides its batch of {setup.rows} and its sizes over"
+        say(f"{step.name}: {why} {topology.name}")
     raise RequestError(f"plan: {step.name}: fits none of {', '.join(t.name for t in slices)}")
 
 
@@ -80,6 +83,17 @@ def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
     )
 
 
+def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
+    """A candidate with its lines to paste: the mesh, and all that the stage's training settings say, changed."""
+    config: Any = step.config
+    changed = config.train.model_copy(update={"remat": one.setup.remat, "accumulate": one.setup.accumulate})
+    train = changed.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    mesh = one.axes | ({"dcn": config.mesh.dcn} if config.mesh.dcn else {})
+    return replace(
+        one, compiled=topology.platform != "cuda", recipe=(f"mesh = {spelled(mesh)}", f"train = {spelled(train)}")
+    )
+
+
 def _edited(recipe: Recipe, step: Step, mesh: Mapping[str, int], train: dict[str, Any]) -> Recipe:
     """The recipe with another mesh and other settings of training in one stage."""
     config: Any = step.config
@@ -89,15 +103,22 @@ def _edited(recipe: Recipe, step: Step, mesh: Mapping[str, int], train: dict[str
 
 
 def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> search.Compile:
+    config: Any = step.config
+
     def compile_one(setup: Setup) -> tuple[float, float] | None:
-        edited = _edited(recipe, step, setup.mesh, {"remat": setup.remat, "accumulate": setup.accumulate})
-        say("; ".join(Candidate(setup, 0.0, 0.0).recipe))
+        mesh = {**setup.mesh, "dcn": config.mesh.dcn}
+        edited = _edited(recipe, step, mesh, {"remat": setup.remat, "accumulate": setup.accumulate})
+        axes = " x ".join(f"{axis} {n}" for axis, n in Candidate(setup, 0.0, 0.0).axes.items())
+        say(f"{axes}, remat {setup.remat}, accumulate {setup.accumulate}:")
         try:
             found = planner.plans(edited, topology, [step.name], say=say)[-1]
         except RequestError as e:  # a mesh that this network or objective does not run on
             say(str(e))
             return None
-        return (found["hbm_bytes"]["total"], found["step_seconds"] or math.inf) if found["fits"] else None
+        seconds, memory = found["step_seconds"], report.size(found["hbm_bytes"]["total"])
+        took = f", {report.duration(seconds)} a step" if seconds else ""
+        say(f"  {memory}, {'fits' if found['fits'] else 'does not fit'}{took}")
+        return (found["hbm_bytes"]["total"], seconds or math.inf) if found["fits"] else None
 
     return compile_one
 
@@ -119,14 +140,18 @@ def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
 
 def table(found: Sequence[Candidate], topology: Topology) -> Table:
     """The front, fastest first, with the lines of a recipe to paste."""
+    from rich.markup import escape
     from rich.table import Table
 
     out = Table(title=f"{topology.name}: step time against memory", title_justify="left")
-    out.caption = "memory: compiled; time: the roofline of what was compiled, a bound"
-    for column in ("GiB a device", "step s", "tokens/s", "recipe"):
+    compiled = all(c.compiled for c in found)
+    out.caption = "memory: compiled; time: its roofline, a bound" if compiled else "all by the model"
+    for column in ("memory of a device", "step", "tokens/s", "recipe"):
         out.add_column(column, justify="left" if column == "recipe" else "right")
     for c in found:
         known = math.isfinite(c.seconds)
         speed = f"{c.setup.rows * c.setup.seq_len / c.seconds:,.0f}" if known else ""
-        out.add_row(f"{c.memory / 2**30:.3f}", f"{c.seconds:.4g}" if known else "", speed, "\n".join(c.recipe))
+        out.add_row(
+            report.size(c.memory), report.duration(c.seconds) if known else "", speed, escape("\n".join(c.recipe))
+        )
     return out

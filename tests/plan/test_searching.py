@@ -19,7 +19,7 @@ def test_what_is_found_are_lines_that_plan_the_same(small, capsys, tmp_path):
     best = got["front"][-1]
     assert math.prod(best["mesh"].values()) == 8 and best["compiled"]
     sets = [word for line in best["recipe"] for word in ("--set", f"stage.pretrain.{line.replace(' = ', '=', 1)}")]
-    sets += ["--set", "stage.pretrain.train.seq_len=32"]  # which is not looked for, and the pasted table replaces
+    assert best["recipe"][1].startswith("train = { steps = 10, batch_size = 8, seq_len = 32")  # all that it said
     assert cli.run(["plan", str(small), "--topology", "cpu:8", "--stage", "pretrain", "--json", *sets]) == 0
     assert json.loads(capsys.readouterr().out)["hbm_bytes"]["total"] == best["hbm_bytes"]
 
@@ -41,11 +41,20 @@ def test_the_model_sees_what_a_stage_holds(small):
         (("--search", "--fit", "--topology", "cpu:8"), "--topology NAME, --chips N or --fit"),
         (("--search", "--topology", "cpu:8", "--stage", "pretain"), "there are pretrain, finetune"),
         (("--fit", "--chip", "v5"), "unknown chip 'v5'"),
+        (("--fit", "--generate", "1x8x8"), "leave out --generate"),
+        (("--topology", "cpu:8", "--chip", "v5p"), "names its chip"),
+        (("--topology", "cpu:8", "--tokens", "-1"), "--tokens"),
     ],
 )
 def test_what_is_refused_is_one_line(small, capsys, words, says):
     assert cli.run(["plan", str(small), *words]) == 2
     assert says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_search_over_gpus_is_the_model_s_and_says_so(small, capsys):
+    assert cli.run(["plan", str(small), "--search", "--topology", "h100:4", "--stage", "pretrain"]) == 0
+    shown = capsys.readouterr().out
+    assert "all by the model" in shown and "compiled" not in shown and "mesh = { data = " in shown
 
 
 @pytest.mark.slow
