@@ -139,30 +139,49 @@ class SequencePairRows(ExampleRows):
     begins with the padding token, as in pretraining. Both lose the end of what is too long; `eos` stays.
     """
 
-    def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
-        """Raises RequestError if the examples have no prompt or no completion."""
+    def __init__(
+        self,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        whole: bool = False,
+        ends: bool = True,
+    ):
+        """`whole`: completions are never cut, T is theirs then; `ends`: the `eos` after a completion is predicted too.
+
+        Raises RequestError if the examples have no prompt or no completion.
+        """
         super().__init__(len(examples), seed, shuffle)
-        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._tokenizer, self._seq_len, self._ends = tokenizer, seq_len, ends
         self._prompts = tokenize(examples.texts("prompt"), tokenizer)
         self._completions = tokenize(examples.texts("completion"), tokenizer)
+        self._begin = [tokenizer.bos_id] * tokenizer.add_bos
+        self._room = seq_len - 1 - len(self._begin)
+        count = range(len(examples))
+        self.written = max((len(self._completions[i]) for i in count), default=0) + 1 if whole else seq_len
+        """Tokens that the decoder reads and writes."""
+        self.cut = sum(len(self._prompts[i]) > self._room for i in count)
+        """Prompts that lose their end."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
-        pad, bos, eos = self._tokenizer.pad_id, self._tokenizer.bos_id, self._tokenizer.eos_id
-        begin = [bos] * self._tokenizer.add_bos
-        room = self._seq_len - 1
+        pad, eos = self._tokenizer.pad_id, self._tokenizer.eos_id
         read, written = [], []
         for example in map(int, example_B):
-            prompt = self._prompts[example][: room - len(begin)]
-            read.append(np.concatenate([begin, prompt, [eos]]).astype(np.int32))
-            written.append(np.append(self._completions[example][:room], eos).astype(np.int32))
-        encoder_BT, encoder_segments_BT = padded(read, self._seq_len, pad)
-        targets_BT, segments_BT = padded(written, self._seq_len, pad)
+            read.append(np.concatenate([self._begin, self._prompts[example][: self._room], [eos]]).astype(np.int32))
+            written.append(np.append(self._completions[example][: self.written - 1], eos).astype(np.int32))
+        encoder_BS, encoder_segments_BS = padded(read, self._seq_len, pad)
+        targets_BT, segments_BT = padded(written, self.written, pad)
         tokens_BT = np.where(segments_BT, np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1], pad)
-        at = np.arange(self._seq_len, dtype=np.int32)
+        at_T = np.arange(self.written, dtype=np.int32)
+        counted_B1 = segments_BT.sum(1, keepdims=True) - (not self._ends)
         return {
-            "encoder_tokens": encoder_BT, "encoder_segments": encoder_segments_BT,
-            "encoder_positions": at * encoder_segments_BT, "tokens": tokens_BT, "targets": targets_BT,
-            "weights": segments_BT.astype(np.float32), "segments": segments_BT, "positions": at * segments_BT,
+            "encoder_tokens": encoder_BS, "encoder_segments": encoder_segments_BS,
+            "encoder_positions": np.arange(self._seq_len, dtype=np.int32) * encoder_segments_BS,
+            "tokens": tokens_BT, "targets": targets_BT, "weights": (at_T < counted_B1).astype(np.float32),
+            "segments": segments_BT, "positions": at_T * segments_BT,
         }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """How well a model does what it was pretrained for: masks filled, passages told apart, spans or completions written.
 
-Every row is a pure function of the held-out text and a fixed seed, so all artifacts of one tokenizer and length are
+Completions are judged as texts are (`perplexity`): every model of such pairs predicts the same text. Every row is a pure function of the held-out text and a fixed seed, so all artifacts of one tokenizer and length are
 asked the same. Beside every score stands what one scores without looking at the context.
 """
 
@@ -15,8 +15,11 @@ from llmctl import losses
 from llmctl.artifact import Artifact
 from llmctl.data import baselines, pipeline
 from llmctl.data import tokenizer as tokenizers
+from llmctl.data.examples import SequencePairRows
 from llmctl.data.splits import Examples
-from llmctl.data.tasks import completes, objective, task_rows
+from llmctl.data.tasks import objective, task_rows
+from llmctl.errors import RequestError
+from llmctl.evaluate import perplexity
 from llmctl.feed import Feed
 from llmctl.model import ModelConfig
 from llmctl.model.loss import loss_of
@@ -25,14 +28,16 @@ ASKED = {"masked": "15 % of the tokens masked", "next_sentence": "15 % of the to
          "spans": "15 % of the tokens dropped in spans of 3"}  # fmt: skip
 
 
-def measure(
-    artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, feed: Feed
-) -> tuple[str, str, dict[str, Any], Any, dict[str, np.ndarray]]:
-    """(task, protocol, metrics, compiled step, one host batch) of a language model on all rows of the held-out texts.
+Outcome = tuple[str, str, dict[str, Any], Any, dict[str, np.ndarray]]
+"""(task, protocol, metrics, compiled step, one host batch)."""
+
+
+def measure(artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, feed: Feed) -> Outcome:
+    """A language model on all rows of the held-out texts.
 
     Args:
         artifact: an encoder or an encoder-decoder with the lm head.
-        examples: held-out texts, or prompts with completions for an encoder-decoder.
+        examples: held-out texts.
         split: their name.
         seq_len: tokens a row.
         dtype: compute type.
@@ -42,23 +47,55 @@ def measure(
     """
     model = artifact.model
     rows = task_rows(model, examples, tokenizers.load(artifact.tokenizer_dir), seq_len, shuffle=False)
-    step = scorer(model, dtype)
+    step, metrics = _scored(artifact, rows, dtype, feed)
+    name = objective(model).name
+    task = {"masked": "masked tokens", "next_sentence": "masked tokens"}.get(name, name)
+    protocol = (
+        f"{split} split, {len(examples)} examples in {len(rows)} rows of {seq_len} tokens, {ASKED[name]}, {dtype}"
+    )
+    return task, protocol, metrics, step, _inputs(rows, feed)
+
+
+def complete(artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, feed: Feed) -> Outcome:
+    """Perplexity of completions given prompts that an encoder reads, `seq_len` tokens of each. As `measure`.
+
+    Completions are whole, however long, and their ends are not scored: a word and a byte are then what they are for
+    a decoder (`perplexity`). Raises RequestError for one that is longer than the model's longest sequence.
+    """
+    texts, most = list(examples.texts("completion")), artifact.model.max_seq_len
+    rows = SequencePairRows(
+        examples, tokenizers.load(artifact.tokenizer_dir), seq_len, shuffle=False, whole=True, ends=False
+    )
+    if rows.written > most:
+        raise RequestError(
+            f"{artifact.path}: the longest completion and its end have {rows.written} tokens, its longest sequence "
+            f"{most}; leave such pairs out with data.filter, or shorten them"
+        )
+    step, metrics = _scored(artifact, rows, dtype, feed)
+    metrics |= perplexity.metrics(metrics["nll"] * metrics["predicted_tokens"],
+                                  perplexity.count(texts, metrics["predicted_tokens"]))  # fmt: skip
+    protocol = f"{split} split, {len(examples)} completions each given its prompt ({rows.cut} cut to {seq_len} tokens "
+    protocol += f"for the encoder), every token once, {dtype}"
+    return "perplexity", protocol, metrics, step, _inputs(rows, feed)
+
+
+def _scored(artifact: Artifact, rows: Any, dtype: str, feed: Feed) -> tuple[Any, dict[str, Any]]:
+    """(compiled step, its means over all rows beside what one scores without looking)."""
+    step = scorer(artifact.model, dtype)
     total: dict[str, float] = {}
     with pipeline.eval_batches(rows, feed.size, place=feed.place, spans=feed.spans) as batches:
         for _, batch in batches:
             found = {k: float(v) for k, v in step(artifact.params, batch).items()}
             total = {k: total.get(k, 0.0) + v for k, v in found.items()}
-    metrics = {k: float(v) for k, v in losses.means(total).items()}
+    metrics: dict[str, Any] = {k: float(v) for k, v in losses.means(total).items()}
     # A share of tokens is no accuracy of a classifier, which has its own column.
     metrics |= {"token_accuracy": metrics.pop("accuracy"), "nll": metrics.pop("loss")}
-    metrics |= baselines.guesses(rows, len(rows))
-    completion = completes(model, examples.columns)
-    name = "completion" if completion else objective(model).name
-    task = {"masked": "masked tokens", "next_sentence": "masked tokens", "spans": "spans"}.get(name, name)
-    asked = "completions given their prompts" if completion else ASKED[name]
-    protocol = f"{split} split, {len(examples)} examples in {len(rows)} rows of {seq_len} tokens, {asked}, {dtype}"
-    inputs = rows.batch(np.arange(feed.size) % len(rows)) | {"row_weight": np.ones(feed.size, np.float32)}
-    return task, protocol, metrics | {"predicted_tokens": int(total["weight"])}, step, inputs
+    return step, metrics | baselines.guesses(rows, len(rows)) | {"predicted_tokens": int(total["weight"])}
+
+
+def _inputs(rows: Any, feed: Feed) -> dict[str, np.ndarray]:
+    """The first rows, to time."""
+    return rows.batch(np.arange(feed.size) % len(rows)) | {"row_weight": np.ones(feed.size, np.float32)}
 
 
 def scorer(model: ModelConfig, dtype: str) -> Any:

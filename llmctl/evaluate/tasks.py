@@ -14,6 +14,7 @@ import numpy as np
 from llmctl.artifact import Artifact
 from llmctl.data import tokenizer as tokenizers
 from llmctl.data.examples import ClassificationRows
+from llmctl.data.tasks import completes
 from llmctl.errors import RequestError
 from llmctl.evaluate import classification as scoring
 from llmctl.evaluate import objectives, places, regression, retrieval
@@ -86,9 +87,9 @@ def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         raise RequestError(
             f"{artifact.path}: seq_len {setup.seq_len} is longer than its longest sequence ({model.max_seq_len})"
         )
-    completes = "completion" in held.examples.columns
-    texts = list(held.examples.texts("completion" if completes else "text"))
-    documents, given = held.pairs(tokenizer) if completes else (held.corpus(tokenizer), None)
+    pairs = completes(model, held.examples.columns)
+    texts = list(held.examples.texts("completion" if pairs else "text"))
+    documents, given = held.pairs(tokenizer) if pairs else (held.corpus(tokenizer), None)
     # A model that never saw BOS before a text knows nothing about first tokens.
     prefix = tokenizer.bos_id if tokenizer.add_bos else None
     nll, tokens = likelihood.total_nll(
@@ -109,8 +110,8 @@ def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         setup.seq_len,
         setup.stride,
         setup.dtype,
-        first=completes or prefix is not None,
-        unit="completion" if completes else "document",
+        first=pairs or prefix is not None,
+        unit="completion" if pairs else "document",
     )
     full = np.ones((setup.batch_size, setup.seq_len), np.int32)
     inputs = {
@@ -128,7 +129,9 @@ def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
 
 def predict_parts(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     """What the architecture is pretrained for, on held-out texts: masks and next sentences, spans, completions."""
-    task, protocol, metrics, step, inputs = objectives.measure(
+    pairs = completes(artifact.model, held.examples.columns)
+    measure = objectives.complete if pairs else objectives.measure
+    task, protocol, metrics, step, inputs = measure(
         artifact, held.examples, held.split, setup.seq_len, setup.dtype,
         Feed(setup.mesh, setup.batch_size, reading_order=True),
     )  # fmt: skip

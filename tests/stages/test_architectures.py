@@ -98,18 +98,12 @@ def test_the_chain(base, reviews, tmp_path):
         assert result["task"] == "classification" and result["metrics"]["accuracy"] > 0.8
 
 
-def test_completions_are_written_by_encoder_decoders_alone(base, reviews, tmp_path):
+def test_an_encoder_writes_no_completions(base, reviews, tmp_path):
+    if artifact.read_manifest(base).model.architecture != "encoder":
+        pytest.skip("see test_completions")
     pairs = reviews.model_copy(update={"columns": {"prompt": "prompt", "completion": "completion"}})
-    train = TRAIN.model_copy(update={"steps": 150, "eval_every": 75})
-    config = finetune.Config(data=pairs, task="lm", train=train, optim=OPTIM)
-    if artifact.read_manifest(base).model.architecture == "encoder":
-        with pytest.raises(RequestError, match="text"):
-            go(finetune, config, base, tmp_path / "finetune")
-        return
-    made = go(finetune, config, base, tmp_path / "finetune")
-    assert artifact.load(made).manifest.metrics["validation_accuracy"] > 0.9
-    result = scores(go(evaluation, EVAL.model_copy(update={"data": pairs}), made, tmp_path / "eval"))
-    assert result["task"] == "completion" and result["metrics"]["token_accuracy"] > 0.9
+    with pytest.raises(RequestError, match="text"):
+        go(finetune, finetune.Config(data=pairs, task="lm", train=TRAIN, optim=OPTIM), base, tmp_path / "finetune")
 
 
 def test_objectives_that_do_not_fit_are_refused(base, reviews, tmp_path):
