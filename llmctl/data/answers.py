@@ -89,9 +89,7 @@ class AnswerRows(ExampleRows):
             batch["types"][b, len(head) : len(rows[-1])] = 1
             batch["first"][b, here], batch["last"][b, here] = spans_N2[w.first : w.last].T
             batch["among"][b, here] = spans_N2[w.first : w.last, 1] > spans_N2[w.first : w.last, 0]
-        tokens_BT, segments_BT = padded(rows, self._seq_len, self._tokenizer.pad_id)
-        batch |= {"tokens": tokens_BT, "segments": segments_BT}
-        batch["positions"] = np.arange(self._seq_len, dtype=np.int32) * segments_BT
+        batch |= padded(rows, self._seq_len, self._tokenizer.pad_id)
         numbers = np.array([(w.start, w.end, w.example) for w in windows], np.int32).reshape(-1, 3)
         return batch | {name: numbers[:, k] for k, name in enumerate(("start", "end", "example"))}
 

@@ -77,22 +77,18 @@ class ClassificationRows(ExampleRows):
         self._pairs = tokenize(examples.texts("pair"), tokenizer) if "pair" in examples.columns else None
 
     def _build(self, example_B: np.ndarray) -> Batch:
-        tokens_BT = np.full((len(example_B), self._seq_len), self._tokenizer.pad_id, np.int32)
-        segments_BT, types_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
         bos, eos = [self._tokenizer.bos_id] * self._tokenizer.add_bos, [self._tokenizer.eos_id]
-        room = self._seq_len - len(bos) - 1
+        room, rows = self._seq_len - len(bos) - 1, []
+        types_BT = np.zeros((len(example_B), self._seq_len), np.int32)
         for b, example in enumerate(map(int, example_B)):
             text, pair, kept = self._corpus[example], np.zeros(0, np.int32), room
             if self._pairs is not None:
                 pair = self._pairs[example]
                 kept = min(len(text), max(room - 1 - len(pair), room // 2))
                 pair = np.append(cut(pair, room - 1 - kept, self._truncate), eos)
-            row = np.concatenate([bos, cut(text, kept, self._truncate), eos, pair])
-            tokens_BT[b, : len(row)] = row
-            segments_BT[b, : len(row)] = 1
-            types_BT[b, len(row) - len(pair) : len(row)] = 1
-        positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
-        batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
+            rows.append(np.concatenate([bos, cut(text, kept, self._truncate), eos, pair]))
+            types_BT[b, len(rows[-1]) - len(pair) : len(rows[-1])] = 1
+        batch = padded(rows, self._seq_len, self._tokenizer.pad_id)
         return batch | ({} if self._pairs is None else {"types": types_BT}) | {"label": self._labels_N[example_B]}
 
 
@@ -172,17 +168,13 @@ class SequencePairRows(ExampleRows):
         for example in map(int, example_B):
             read.append(np.concatenate([self._begin, self._prompts[example][: self._room], [eos]]).astype(np.int32))
             written.append(np.append(self._completions[example][: self.written - 1], eos).astype(np.int32))
-        encoder_BS, encoder_segments_BS = padded(read, self._seq_len, pad)
-        targets_BT, segments_BT = padded(written, self.written, pad)
-        tokens_BT = np.where(segments_BT, np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1], pad)
-        at_T = np.arange(self.written, dtype=np.int32)
+        batch = padded(written, self.written, pad)
+        targets_BT, segments_BT = batch["tokens"], batch["segments"]
+        told_BT = np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1]
         counted_B1 = segments_BT.sum(1, keepdims=True) - (not self._ends)
-        return {
-            "encoder_tokens": encoder_BS, "encoder_segments": encoder_segments_BS,
-            "encoder_positions": np.arange(self._seq_len, dtype=np.int32) * encoder_segments_BS,
-            "tokens": tokens_BT, "targets": targets_BT, "weights": (at_T < counted_B1).astype(np.float32),
-            "segments": segments_BT, "positions": at_T * segments_BT,
-        }  # fmt: skip
+        weights_BT = (np.arange(self.written) < counted_B1).astype(np.float32)
+        batch |= {"tokens": np.where(segments_BT, told_BT, pad), "targets": targets_BT, "weights": weights_BT}
+        return batch | padded(read, self._seq_len, pad, "encoder_")
 
 
 def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
@@ -193,11 +185,12 @@ def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
     return np.concatenate([text_N[:head], text_N[len(text_N) - (room - head) :]])
 
 
-def padded(rows: list[np.ndarray], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments), int32 [B, width]."""
+def padded(rows: list[np.ndarray], width: int, pad: int, prefix: str = "") -> Batch:
+    """tokens, segments and positions, int32 [B, width], of one text a row; their names begin with `prefix`."""
     tokens_BT = np.full((len(rows), width), pad, np.int32)
     segments_BT = np.zeros_like(tokens_BT)
     for b, row in enumerate(rows):
         tokens_BT[b, : len(row)] = row
         segments_BT[b, : len(row)] = 1
-    return tokens_BT, segments_BT
+    found = {"tokens": tokens_BT, "segments": segments_BT, "positions": np.arange(width, dtype=np.int32) * segments_BT}
+    return {prefix + name: a for name, a in found.items()}

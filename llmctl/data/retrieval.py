@@ -51,8 +51,5 @@ class TwoTextRows(ExampleRows):
         batch: Batch = {}
         for name, corpus in self._texts.items():
             rows = [np.concatenate([bos, cut(corpus[int(i)], room, self._truncate), eos]) for i in example_B]
-            tokens_BT, segments_BT = padded(rows, self._seq_len, self._tokenizer.pad_id)
-            positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
-            found = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
-            batch |= {name + key: a for key, a in found.items()}
+            batch |= padded(rows, self._seq_len, self._tokenizer.pad_id, name)
         return batch if self._labels_N is None else batch | {"label": self._labels_N[example_B]}

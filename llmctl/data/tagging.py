@@ -50,13 +50,11 @@ class TagRows(ExampleRows):
     def _build(self, example_B: np.ndarray) -> Batch:
         chosen = [self._rows[i] for i in example_B]
         whole = [np.concatenate([self._begin, ids_N, self._end]) for ids_N, _, _ in chosen]
-        tokens_BT, segments_BT = padded(whole, self._seq_len, self._pad)
-        targets_BT, weights_BT = np.zeros_like(tokens_BT), np.zeros(tokens_BT.shape, np.float32)
+        batch = padded(whole, self._seq_len, self._pad)
+        targets_BT, weights_BT = (np.zeros(batch["tokens"].shape, kind) for kind in (np.int32, np.float32))
         for b, (_, at_W, tags_W) in enumerate(chosen):
             targets_BT[b, at_W], weights_BT[b, at_W] = tags_W, 1
-        positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
-        return {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT, "targets": targets_BT,
-                "weights": weights_BT}  # fmt: skip
+        return batch | {"targets": targets_BT, "weights": weights_BT}
 
 
 def first_tokens(words: Sequence[str], spans_N2: np.ndarray) -> np.ndarray:
