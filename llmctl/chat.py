@@ -1,8 +1,9 @@
 """Conversations: a tokenizer's chat template, the tokens that it stands for, and answers that stream.
 
 A template is a program that comes with an artifact, so it runs in a sandbox that changes nothing; what people say never
-becomes a special token, however it is spelled. Every turn reads the whole conversation again: templates may write
-earlier turns otherwise than the model was shown them, and a cache of what is not said any more would be wrong.
+becomes a special token, however it is spelled. Every turn is the whole conversation in the template's words, for they
+may write earlier turns otherwise than the model was shown them; as far as it is the very tokens that the model has read
+or written, it is not read again (`model/memory.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from llmctl.data.abstract_tokenizer import SPOILED, Tokenizer
 from llmctl.errors import RequestError
 from llmctl.generation import Continuation, Speed, continue_rows
 from llmctl.model.decode import Decoder
+from llmctl.model.memory import Memory
 from llmctl.model.sampling import Sampling
 
 Message = dict[str, str]
@@ -110,6 +112,7 @@ class Conversation:
         self.template, self.decoder, self.end_ids = template, decoder, end_ids
         self.messages: list[Message] = []
         self.speed = Speed()
+        self.memory = Memory()
 
     def answer(
         self, max_new: int, *, sampling: Sampling | None = None, seed: int = 0, stops: Sequence[str] = ()
@@ -121,6 +124,7 @@ class Conversation:
         tokenizer = self.template.tokenizer
         row = Continuation("", self.template.prompt(self.messages), [s for s in stops if s])
         options: dict[str, Any] = {"sampling": sampling, "seed": seed, "speed": self.speed, "ends": self.end_ids}
+        options["memory"] = self.memory
         for new in continue_rows(self.decoder, tokenizer, [row], max_new, **options):
             yield new[0]
         self.messages.append({"role": "assistant", "content": row.text})

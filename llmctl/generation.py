@@ -12,6 +12,7 @@ from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.errors import RequestError
 from llmctl.model.beam import BeamSearch
 from llmctl.model.decode import NOTHING, Decoder
+from llmctl.model.memory import Memory
 from llmctl.model.sampling import Sampling
 
 INCOMPLETE = "\ufffd"
@@ -109,10 +110,11 @@ def continue_rows(
     chunk: int = 16,
     speed: Speed | None = None,
     ends: Sequence[int] = (),
+    memory: Memory | None = None,
 ) -> Iterator[list[str]]:
     """Continues a batch in place; yields the text of each row that has become certain, chunk by chunk.
 
-    Rows end with a token of `ends`, by default the tokenizer's end of sequence.
+    Rows end with a token of `ends`, by default the tokenizer's end of sequence. `memory` as `Decoder.generate`.
 
     Raises RequestError where a prompt leaves no room for a continuation.
     """
@@ -126,6 +128,7 @@ def continue_rows(
         seed=seed,
         chunk=chunk,
         stopped_B=stopped_B,
+        memory=memory,
     )
     begun = time.perf_counter()
     for n, out_BN in enumerate(chunks):

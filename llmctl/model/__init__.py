@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from llmctl.config import Config, hint
 
 SHARED = {
-    *("attention", "beam", "calls", "cost", "decode", "flash", "gpipe", "heads", "hf", "layers"),
-    *("loss", "matching", "names", "ring", "sampling", "size", "softmax", "transformer"),
+    *("attention", "beam", "calls", "cost", "decode", "entities", "flash", "gpipe", "heads", "hf", "layers"),
+    *("loss", "matching", "memory", "names", "ring", "sampling", "size", "softmax", "transformer"),
 }
 """Files of this folder that are not families."""
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from llmctl.model import calls
 from llmctl.model.attention import cache_shape
-from llmctl.model.decode import NOTHING, Decoder, State, padded_ends
+from llmctl.model.decode import NOTHING, Decoder, Prompts, Served, State, padded_ends
 
 STOPS = ("no", "yes", "never")
 WORST = -jnp.inf
@@ -82,25 +82,21 @@ class BeamSearch:
         if candidates > decoder.model.vocab_size:
             raise ValueError(f"{self.beams.width} beams are too many for {decoder.model.vocab_size} tokens")
         tokens_BWN, scores_BW = self._compiled(
-            decoder.rest, decoder.layers, *inputs, padded_ends(ends), np.int32(max_new),
-            slots=slots, candidates=candidates,
-        )  # fmt: skip
+            decoder.weights, inputs, padded_ends(ends), np.int32(max_new), slots=slots, candidates=candidates
+        )
         return np.asarray(tokens_BWN)[:, :, :max_new], np.asarray(scores_BW)
 
     def _run(
         self,
-        rest: calls.Params,
-        layers: list[calls.Params],
-        tokens_BT: jax.Array,
-        segments_BT: jax.Array,
-        source: dict[str, jax.Array],
+        served: Served,
+        prompts: Prompts,
         ends_E: jax.Array,
         max_new: jax.Array,
         slots: int,
         candidates: int,
     ) -> tuple[jax.Array, jax.Array]:
-        (B, T), W = tokens_BT.shape, self.beams.width
-        x_BD, state = self.decoder.read(rest, layers, tokens_BT, segments_BT, source, slots)
+        (B, T), W = prompts.tokens_BT.shape, self.beams.width
+        x_BD, state = self.decoder.read(served, prompts, slots)
         empty_BWN = jnp.full((B, W, slots - T), NOTHING, jnp.int32)
         begun = Search(
             jnp.int32(0),
@@ -111,15 +107,15 @@ class BeamSearch:
             jnp.ones(B, bool),
             jnp.zeros((B, W), jnp.int32),
         )
-        search = self._extend(rest, jnp.repeat(x_BD, W, axis=0), begun, ends_E, max_new, candidates)
+        search = self._extend(served, jnp.repeat(x_BD, W, axis=0), begun, ends_E, max_new, candidates)
         state = _repeated(state, B, W)
 
         def step(carry: tuple[Search, State]) -> tuple[Search, State]:
             search, state = carry
             state = {**state, "cache": _follow(state["cache"], search.parent_BW, T)}
             token_BW = jax.lax.dynamic_index_in_dim(search.live_BWN, search.made - 1, axis=2, keepdims=False)
-            x_BD, state = self.decoder.advance(rest, layers, state, token_BW.reshape(-1))
-            return self._extend(rest, x_BD, search, ends_E, max_new, candidates), state
+            x_BD, state = self.decoder.advance(served, state, token_BW.reshape(-1))
+            return self._extend(served, x_BD, search, ends_E, max_new, candidates), state
 
         search, _ = jax.lax.while_loop(lambda c: self._goes_on(c[0], max_new), step, (search, state))
         return search.done_BWN, search.done_BW
@@ -130,7 +126,7 @@ class BeamSearch:
 
     def _extend(
         self,
-        rest: calls.Params,
+        served: Served,
         x_BD: jax.Array,
         search: Search,
         ends_E: jax.Array,
@@ -139,7 +135,7 @@ class BeamSearch:
     ) -> Search:
         """One token more for every live answer; `x_BD` [B * W, D] are the hidden states after them."""
         (B, W), penalty, made = search.live_BW.shape, self.beams.length_penalty, search.made
-        logits = calls.lm_logits(self.decoder.model, rest, x_BD, self.decoder.dtype)
+        logits = calls.lm_logits(self.decoder.model, served[0], x_BD, self.decoder.dtype)
         V = logits.shape[-1]
         sums_BWV = search.live_BW[..., None] + jax.nn.log_softmax(logits).reshape(B, W, V)
         sum_BC, at_BC = jax.lax.top_k(sums_BWV.reshape(B, W * V), candidates)

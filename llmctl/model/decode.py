@@ -13,7 +13,7 @@ Shapes: B rows, T prompt slots, S slots of the cache, G key/value heads, K head 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,27 @@ from llmctl import mesh as meshes
 from llmctl import weights
 from llmctl.model import ModelConfig, calls
 from llmctl.model.attention import cache_shape
+from llmctl.model.memory import Memory
 from llmctl.model.sampling import Sampling, choose, row_keys
 
 State = dict[str, Any]
+Served = tuple[calls.Params, list[calls.Params]]
+"""Parameters as a step reads them: all but the decoder's blocks, and those one tree a layer."""
 
 NOTHING = -1
 """Stands in a row of output after the row has ended."""
 
 ROUND = 64
 """Prompt slots and cache slots are rounded up to this many, so that few lengths compile."""
+
+
+class Prompts(NamedTuple):
+    """What `Decoder.read` reads."""
+
+    tokens_BT: Any
+    segments_BT: Any
+    source: dict[str, Any]
+    """What an encoder reads; empty without one."""
 
 
 class Decoder:
@@ -54,9 +66,9 @@ class Decoder:
             )
         model, params = served(model, params, platform)
         self.model, self.dtype, self.start = model, dtype, start
-        self.layers = [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
-        self.rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
-        self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
+        rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
+        self.weights: Served = rest, [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
+        self._prefill = jax.jit(self.first, static_argnames=("slots", "rules", "known"), donate_argnames="past")
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
 
     def generate(
@@ -69,36 +81,43 @@ class Decoder:
         seed: int = 0,
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
+        memory: Memory | None = None,
     ) -> Iterator[np.ndarray]:
         """Continues prompts of token ids; yields int32 [B, n] of new tokens, first one, then `chunk` at a time.
 
         A row ends with the first token in `ends` (which is yielded) and has NOTHING after it; the generator stops when
         all rows have ended, or after `max_new` tokens, and may be closed at any time before. Between two chunks the
-        caller may end rows of its own accord by setting `stopped_B` (bool [B]).
+        caller may end rows of its own accord by setting `stopped_B` (bool [B]). With a `memory` a single
+        prompt is read from where it is new, and leaves its keys and values there for the next.
 
         Raises ValueError for an empty prompt, or one that leaves no room within the model's longest sequence.
         """
         inputs, slots = self.inputs(prompts, max_new)
-        rules = sampling or Sampling()
+        rules, width = sampling or Sampling(), inputs.tokens_BT.shape[1]
         ends_E = padded_ends(ends)
         keys_B = row_keys(seed, len(prompts))
-        state = self._prefill(self.rest, self.layers, *inputs, keys_B, ends_E, slots=slots, rules=rules)
-        yield np.asarray(state["token"])[:, None]
-        left = max_new - 1
-        while left > 0:
+        known, past = memory.recall(prompts[0], width, slots, ROUND) if memory else (0, None)
+        state = self._prefill(self.weights, inputs, keys_B, ends_E, past, slots=slots, rules=rules, known=known)
+        fed, left = list(prompts[0]), max_new - 1
+        out_BN = np.asarray(state["token"])[:, None]
+        while True:
+            if memory:
+                memory.keep(fed, width - len(prompts[0]), state["cache"])
+            yield out_BN
             if stopped_B is not None:
                 state["done"] = state["done"] | stopped_B
-            if bool(np.all(state["done"])):
+            if left <= 0 or bool(np.all(state["done"])):
                 return
             count = min(chunk, left)
-            state, out_BN = self._decode(self.rest, self.layers, state, keys_B, ends_E, rules=rules, count=chunk)
-            yield np.asarray(out_BN)[:, :count]
+            last_B = out_BN[:, -1:]
+            state, out_BN = self._decode(self.weights, state, keys_B, ends_E, rules=rules, count=chunk)
+            out_BN = np.asarray(out_BN)
+            fed = [*fed, *(t for t in np.concatenate([last_B, out_BN], axis=1)[0].tolist() if t != NOTHING)][:-1]
+            out_BN = out_BN[:, :count]
             left -= count
 
-    def inputs(
-        self, prompts: Sequence[Sequence[int]], max_new: int
-    ) -> tuple[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]], int]:
-        """What `read` takes: (tokens, segments, source), and the number of slots. Raises ValueError as `generate`."""
+    def inputs(self, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Prompts, int]:
+        """What `read` takes, and the number of slots. Raises ValueError as `generate`."""
         longest = max(map(len, prompts))
         if not min(map(len, prompts)):
             raise ValueError("a prompt has no tokens; begin it with the BOS token")
@@ -107,10 +126,11 @@ class Decoder:
             raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
         tokens_BT, segments_BT = left_padded([[self.start]] * len(prompts) if reads else prompts, 1 if reads else ROUND)
         source = right_padded(prompts) if reads else {}
-        return (tokens_BT, segments_BT, source), _round_up(tokens_BT.shape[1] + max_new)
+        return Prompts(tokens_BT, segments_BT, source), _round_up(tokens_BT.shape[1] + max_new)
 
-    def _run(self, rest: calls.Params, layers: list[calls.Params], batch: dict[str, Any], cache: list[Any]) -> Any:
+    def _run(self, served: Served, batch: dict[str, Any], cache: list[Any]) -> Any:
         """Hidden state of the last slot [B, D] and the cache with these tokens in it."""
+        rest, layers = served
         carry = calls.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
         kept = []
         for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
@@ -120,10 +140,10 @@ class Decoder:
         return calls.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
 
     def _next(
-        self, rest: calls.Params, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
+        self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
         """Chooses the token after `x_BD` for the rows that have not ended."""
-        logits_BV = calls.lm_logits(self.model, rest, x_BD, self.dtype)
+        logits_BV = calls.lm_logits(self.model, served[0], x_BD, self.dtype)
         chosen_B = choose(logits_BV, state.get("seen"), keys_B, state["step"], rules)
         token_B = jnp.where(state["done"], NOTHING, chosen_B)
         out = {**state, "token": token_B, "step": state["step"] + 1}
@@ -133,41 +153,36 @@ class Decoder:
         return out
 
     def read(
-        self,
-        rest: calls.Params,
-        layers: list[calls.Params],
-        tokens_BT: jax.Array,
-        segments_BT: jax.Array,
-        source: dict[str, jax.Array],
-        slots: int,
+        self, served: Served, prompts: Prompts, slots: int, past: list[Any] | None = None, known: int = 0
     ) -> tuple[jax.Array, State]:
         """Left-padded prompts into a cache of `slots` -> the hidden state [B, D] after each, and where that leaves us.
 
-        To be traced: parameters are arguments, so that no program has them as constants.
+        The cache `past` has the first `known` slots of them already. To be traced: parameters are arguments, so that no
+        program has them as constants.
         """
-        cfg, (B, T) = self.model, tokens_BT.shape
-        real_BS = jnp.pad(segments_BT, ((0, 0), (0, slots - T)))
-        positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0)
-        empty = jnp.zeros(cache_shape(B, cfg.kv_heads, slots, cfg.head_dim), self.dtype)
-        cache = [{"attn": {"past_k": empty, "past_v": empty}} for _ in layers]
-        batch = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
-        batch |= {"cached_segments": real_BS, "slot": 0}
+        cfg, (B, T) = self.model, prompts.tokens_BT.shape
+        real_BS = jnp.pad(prompts.segments_BT, ((0, 0), (0, slots - T)))
+        positions_BT = jnp.maximum(jnp.cumsum(prompts.segments_BT, axis=1) - 1, 0)
+        if past is None:
+            empty = jnp.zeros(cache_shape(B, cfg.kv_heads, slots, cfg.head_dim), self.dtype)
+            past = [{"attn": {"past_k": empty, "past_v": empty}} for _ in served[1]]
+        batch = {"tokens": prompts.tokens_BT, "segments": prompts.segments_BT, "positions": positions_BT}
+        batch = {name: a[:, known:] for name, a in batch.items()} | {"cached_segments": real_BS, "slot": known}
+        source = prompts.source
         if source:
-            batch |= source | {"memory": calls.encode(cfg, rest, source, self.dtype)}
-        x_BD, cache = self._run(rest, layers, batch, cache)
+            batch |= source | {"memory": calls.encode(cfg, served[0], source, self.dtype)}
+        x_BD, cache = self._run(served, batch, past)
         state: State = {
             "cache": cache,
             "segments": real_BS,
             "slot": jnp.int32(T),
-            "position": jnp.sum(segments_BT, axis=1),
+            "position": jnp.sum(prompts.segments_BT, axis=1),
         }
         if source:
             state["source"] = source["encoder_segments"]
         return x_BD, state
 
-    def advance(
-        self, rest: calls.Params, layers: list[calls.Params], state: State, token_B: jax.Array
-    ) -> tuple[jax.Array, State]:
+    def advance(self, served: Served, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
         """One more token a row, of the state that `read` gave -> the hidden state [B, D] after it, and the state."""
         ones_B1 = jnp.ones((len(token_B), 1), jnp.int32)
         slot = state["slot"]
@@ -181,59 +196,44 @@ class Decoder:
         }
         if "source" in state:
             batch["encoder_segments"] = state["source"]
-        x_BD, cache = self._run(rest, layers, batch, state["cache"])
+        x_BD, cache = self._run(served, batch, state["cache"])
         moved = {"cache": cache, "segments": segments_BS, "slot": slot + 1, "position": state["position"] + 1}
         return x_BD, {**state, **moved}
 
     def first(
         self,
-        rest: calls.Params,
-        layers: list[calls.Params],
-        tokens_BT: jax.Array,
-        segments_BT: jax.Array,
-        source: dict[str, jax.Array],
+        served: Served,
+        prompts: Prompts,
         keys_B: jax.Array,
         ends_E: jax.Array,
+        past: list[Any] | None = None,
+        *,
         slots: int,
         rules: Sampling,
+        known: int = 0,
     ) -> State:
-        """Prompts (as `inputs` gives them) read, and the token after each chosen."""
-        B = len(tokens_BT)
-        x_BD, state = self.read(rest, layers, tokens_BT, segments_BT, source, slots)
+        """Prompts (as `inputs` gives them) read, and the token after each chosen; `past` and `known` as `read`."""
+        B = len(prompts.tokens_BT)
+        x_BD, state = self.read(served, prompts, slots, past, known)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
         if rules.repetition_penalty != 1.0:
             seen_BV = jnp.zeros((B, self.model.vocab_size), bool)
-            state["seen"] = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(segments_BT > 0)
-        return self._next(rest, x_BD, state, keys_B, ends_E, rules)
+            state["seen"] = seen_BV.at[jnp.arange(B)[:, None], prompts.tokens_BT].max(prompts.segments_BT > 0)
+        return self._next(served, x_BD, state, keys_B, ends_E, rules)
 
-    def one(
-        self,
-        rest: calls.Params,
-        layers: list[calls.Params],
-        state: State,
-        keys_B: jax.Array,
-        ends_E: jax.Array,
-        rules: Sampling,
-    ) -> State:
+    def one(self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling) -> State:
         """One step of the loop, of the state that `first` gave: the last token is read and the next one chosen."""
-        x_BD, state = self.advance(rest, layers, state, jnp.maximum(state["token"], 0))
-        return self._next(rest, x_BD, state, keys_B, ends_E, rules)
+        x_BD, state = self.advance(served, state, jnp.maximum(state["token"], 0))
+        return self._next(served, x_BD, state, keys_B, ends_E, rules)
 
     def _decode_loop(
-        self,
-        rest: calls.Params,
-        layers: list[calls.Params],
-        state: State,
-        keys_B: jax.Array,
-        ends_E: jax.Array,
-        rules: Sampling,
-        count: int,
+        self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling, count: int
     ) -> tuple[State, jax.Array]:
         """Up to `count` steps; stops early when all rows have ended."""
 
         def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
             n, state, out_BN = carry
-            state = self.one(rest, layers, state, keys_B, ends_E, rules)
+            state = self.one(served, state, keys_B, ends_E, rules)
             return n + 1, state, jax.lax.dynamic_update_slice(out_BN, state["token"][:, None], (0, n))
 
         def goes_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:

@@ -56,7 +56,7 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh, platform: str = "") -
 
     def served(params: calls.Params) -> Any:
         made.append(Decoder(there.model, params, DTYPE, platform=platform))
-        return made[0].rest, made[0].layers
+        return made[0].weights
 
     try:
         with meshes.use(one):
@@ -68,15 +68,15 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh, platform: str = "") -
     inputs, ends = on_all(inputs), on_all(padded_ends(()))
     keys = on_all(jax.eval_shape(lambda: row_keys(0, wants.rows)))
     first = jax.jit(decoder.first, static_argnames=("slots", "rules"))
-    step = jax.jit(decoder.one, static_argnames="rules", donate_argnums=2)
+    step = jax.jit(decoder.one, static_argnames="rules", donate_argnums=1)
 
     def prefill() -> Any:
         with meshes.use(one), flash.use("auto"):
-            return first.trace(*params, *inputs, keys, ends, slots=slots, rules=rules)
+            return first.trace(params, inputs, keys, ends, slots=slots, rules=rules)
 
     def decode() -> Any:
         with meshes.use(one), flash.use("auto"):
-            return step.trace(*params, state, keys, ends, rules=rules)
+            return step.trace(params, state, keys, ends, rules=rules)
 
     with meshes.use(one):
         state = on_all(prefill().out_info)

@@ -1,0 +1,43 @@
+"""Entities in tagged words, counted where the tags are: so that validation can choose parameters by their F1.
+
+`llmctl.evaluate.entities` reads the same entities in words and says more about them.
+
+Shapes: B texts, T tokens, W words (T at most), C labels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def sums(mark_C2: np.ndarray, truth_BT: jax.Array, said_BT: jax.Array, weight_BT: jax.Array) -> dict[str, jax.Array]:
+    """{"entity_f1", "entity_weight"}: their quotient, over whatever they are summed, is the F1 of all entities.
+
+    Args:
+      mark_C2: letter (place in "OBIES") and number of the type of each label.
+      truth_BT, said_BT: labels; they count where a word begins.
+      weight_BT: above 0 where a word begins.
+    """
+    word_BT = weight_BT > 0
+    order_BW = jnp.argsort(~word_BT, axis=1, stable=True)  # words first, in their order
+    real_BW = jnp.take_along_axis(word_BT, order_BW, axis=1)
+
+    def found(label_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(whether an entity begins at each word, its type, the word after its last)."""
+        label_BW = jnp.take_along_axis(label_BT, order_BW, axis=1)
+        letter_BW, kind_BW = (jnp.where(real_BW, jnp.asarray(mark_C2[:, k])[label_BW], 0) for k in (0, 1))
+        before_BW, kind_before_BW = (jnp.pad(a, ((0, 0), (1, 0)))[:, :-1] for a in (letter_BW, kind_BW))
+        new_BW = (letter_BW == 1) | (letter_BW == 4) | (kind_BW != kind_before_BW)  # B, S
+        new_BW |= (before_BW == 0) | (before_BW == 3) | (before_BW == 4)  # O, E, S
+        begins_BW = (letter_BW > 0) & new_BW
+        W = label_BW.shape[1]
+        stop_BW = jnp.where(begins_BW | (letter_BW == 0), jnp.arange(W), W)
+        next_BW = jnp.pad(jax.lax.cummin(stop_BW, axis=1, reverse=True), ((0, 0), (0, 1)), constant_values=W)[:, 1:]
+        return begins_BW, kind_BW, next_BW
+
+    there, named = found(truth_BT), found(said_BT)
+    right_BW = there[0] & named[0] & (there[1] == named[1]) & (there[2] == named[2])
+    right, both = jnp.sum(right_BW, dtype=jnp.float32), jnp.sum(there[0], dtype=jnp.float32) + jnp.sum(named[0])
+    return {"entity_f1": 2 * right, "entity_weight": both}
