@@ -37,7 +37,8 @@ SIZES: dict[str, Fields] = {
 
 def from_config(keys: Keys) -> Fields:
     """A T5's config.json as fields of ModelConfig."""
-    keys.must("is_encoder_decoder", True)
+    alone = keys.all.get("architectures") in ([ENCODER], [TAGGER])
+    keys.must("is_encoder_decoder", *((True, False) if alone else (True,)))  # files of an encoder alone have either
     keys.must("is_decoder", False)
     kind = keys.take("feed_forward_proj", "relu")
     gate, _, activation = kind.rpartition("-")
@@ -47,11 +48,11 @@ def from_config(keys: Keys) -> Fields:
     keys.given["activation"] = "gelu_new" if kind == "gated-gelu" else activation
     tied = keys.take("tie_word_embeddings", True)
     layers, heads = keys.take("num_layers"), keys.take("num_heads")
+    below = keys.take("num_decoder_layers", layers)
     return {
         "vocab_size": keys.take("vocab_size"),
         "d_model": keys.take("d_model"),
-        "encoder_layers": layers,
-        "layers": keys.take("num_decoder_layers", layers),
+        **({"layers": layers, "encoder_layers": 0} if alone else {"layers": below, "encoder_layers": layers}),
         "heads": heads,
         "kv_heads": heads,
         "head_dim": keys.take("d_kv"),
@@ -71,8 +72,9 @@ def from_config(keys: Keys) -> Fields:
 
 def to_config(cfg: Any) -> Fields:
     """Inverse of `from_config`."""
+    alone = cfg.architecture == "encoder"
     names.refuse(
-        cfg, "T5", **{k: FLAGS[k] for k in ("architecture", "norm", "positions", "attn_scale")}, norm_position="pre",
+        cfg, "T5", **{k: FLAGS[k] for k in ("norm", "positions", "attn_scale")}, norm_position="pre",
         norm_plus_one=False, kv_heads=cfg.heads, qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False,
         attn_softcap=0.0, final_softcap=0.0, window=0, embed_scale=1.0, embed_norm=False, token_types=0,
         head_transform=False, logit_scale=cfg.logit_scale if cfg.logit_scale in (0.0, 1.0) else 0.0,
@@ -82,7 +84,7 @@ def to_config(cfg: Any) -> Fields:
     return {
         "vocab_size": cfg.vocab_size,
         "d_model": cfg.d_model,
-        "num_layers": cfg.encoder_layers,
+        "num_layers": cfg.layers if alone else cfg.encoder_layers,
         "num_decoder_layers": cfg.layers,
         "num_heads": cfg.heads,
         "d_kv": cfg.head_dim,
@@ -93,8 +95,10 @@ def to_config(cfg: Any) -> Fields:
         "layer_norm_epsilon": cfg.norm_eps,
         "feed_forward_proj": gated if cfg.gated else activation,
         "dropout_rate": cfg.dropout,
-        "tie_word_embeddings": cfg.logit_scale == 0.0,
-        "is_encoder_decoder": True,
+        # without an output there is nothing to tie, and both keys are as they were found
+        "tie_word_embeddings": cfg.tied if alone else cfg.logit_scale == 0.0,
+        **({"scale_decoder_outputs": cfg.logit_scale == 0.0} if alone else {}),
+        "is_encoder_decoder": not alone,
         "decoder_start_token_id": 0,
     }
 
@@ -125,14 +129,29 @@ def names_of(cfg: Any) -> Fields:
     return {"embed/tokens": "shared.weight", **stack("encoder", 1), **stack("decoder", 2)}
 
 
+ENCODER, TAGGER = "T5EncoderModel", "T5ForTokenClassification"
+"""Their classes of the encoder alone."""
+BOTH: Fields = {"architecture": "encoder_decoder"}
+ALONE: Fields = {"architecture": "encoder", "pooler": False}
+
 BRIDGE = Bridge(
     "t5",
     "",
     names_of,
-    {"lm": Head("T5ForConditionalGeneration", {"lm_head/kernel": "lm_head.weight"})},
+    {
+        "lm": Head("T5ForConditionalGeneration", {"lm_head/kernel": "lm_head.weight"}, BOTH),
+        "tokens": Head(TAGGER, names.linear({"head/out": "classifier"}), ALONE, prefix="transformer."),
+        "embed": Head(ENCODER, {}, ALONE),
+    },
     from_config,
     to_config,
     renamed={"T5WithLMHeadModel": "T5ForConditionalGeneration"},
     buffers=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
-    copies={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
+    copies={
+        f"{prefix}{stack}.embed_tokens.weight": f"{prefix}shared.weight"
+        for prefix in ("", "transformer.")
+        for stack in ("encoder", "decoder")
+    },
 )
+"""A classifier, a regressor or a finder of answers reads with the encoder alone here; transformers' classes of these
+(T5ForSequenceClassification, T5ForQuestionAnswering) let the decoder read the text once more: other networks."""

@@ -12,6 +12,7 @@ import transformers as hf
 from safetensors import safe_open
 
 from llmctl.bridge import folder as folders
+from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
 
 VOCAB = 67
@@ -101,6 +102,10 @@ HEADS = {
     ),
     "roberta-span": lambda: hf.RobertaForQuestionAnswering(
         hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, type_vocab_size=1)
+    ),
+    "t5-tokens": lambda: hf.T5ForTokenClassification(hf.T5Config(**T5, num_labels=3)),
+    "t5-v1.1-tokens": lambda: hf.T5ForTokenClassification(
+        hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_labels=3)
     ),
     "roberta-classify": lambda: hf.RobertaForSequenceClassification(
         hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, num_labels=3)
@@ -253,6 +258,39 @@ def test_goes_back_out_with_the_same_bytes_and_transformers_loads_it(name, saved
     second = folders.look(tmp_path)
     assert second.model == found.model
     assert second.labels == found.labels
+
+
+def test_a_t5_encoder_alone_is_an_embedding_model(tmp_path):
+    """Means of T5EncoderModel's states in, and out again as transformers loads it; other heads are refused."""
+    torch.manual_seed(1)
+    theirs_ = hf.T5EncoderModel(hf.T5Config(**T5)).eval()
+    with torch.no_grad():
+        for path, p in theirs_.named_parameters():
+            p.copy_(("norm" in path) + 0.3 * torch.randn(p.shape))
+    theirs_.save_pretrained(tmp_path / "a")
+    found = folders.look(tmp_path / "a")
+    params = folders.load(found, lambda _, w: jnp.asarray(w.read(())))
+    assert (found.model.architecture, found.model.head, found.model.layers) == ("encoder", "embed", 3)
+    batch = [row("", [tokens(a, i)], 16) for i, (a, _) in enumerate(LENGTHS)]
+    ours = answers(found.model, params, {k: jnp.asarray(np.stack([b[k] for b in batch])) for k in batch[0]})[1]
+
+    folders.save(
+        tmp_path / "b", folders.config_of(found.model, [], {}, "float32"), folders.tensors_of(found.model, params)
+    )
+    again, info = hf.T5EncoderModel.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for i, (n, _) in enumerate(LENGTHS):
+        ids = torch.tensor(tokens(n, i))[None]
+        with torch.no_grad():
+            x_D, y_D = (m.eval()(ids).last_hidden_state[0].mean(0) for m in (theirs_, again))
+        torch.testing.assert_close(x_D, y_D, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours[i], (x_D / x_D.norm()).numpy(), atol=1e-4)
+    assert folders.look(tmp_path / "b").model == found.model
+
+    for head in ("classify", "regress", "span"):
+        cfg = found.model.model_copy(update={"head": head, "labels": 2 if head == "classify" else 0})
+        with pytest.raises(RequestError, match=f"t5 models have no head '{head}' to export to"):
+            folders.config_of(cfg, [], {}, "float32")
 
 
 def test_every_preset_has_consistent_shapes_and_a_counterpart_with_the_same_config():
