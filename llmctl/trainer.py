@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl import train
+from llmctl.evaluate import entities
 from llmctl.model import ModelConfig, cost
 from llmctl.model.loss import NEARNESS, Loss, loss_of
 from llmctl.validation import Validation
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from llmctl.stages import Context
 
 
-BY_ACCURACY = {"metric": "accuracy", "maximize": True, "keep_best": True}
-BY_LOSS = {"metric": "loss", "maximize": False, "keep_best": True}
-CHOOSES = {"classify": BY_ACCURACY, "tokens": BY_ACCURACY, "span": BY_ACCURACY}
-"""By head: what the best parameters of a task are chosen by; the loss where nothing is said."""
+def chooses(head: str, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """What the best parameters of a task are chosen by: what it is measured by, where validation has that."""
+    if head == "tokens" and entities.is_scheme(labels):
+        return {"metric": "entity_f1", "maximize": True, "keep_best": True}
+    right = head in ("classify", "tokens", "span")
+    return {"metric": "accuracy" if right else "loss", "maximize": right, "keep_best": True}
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Learner:
     """What runs forward beside the model (a teacher)."""
     temperature: float = NEARNESS
     """Divides the similarities of embeddings."""
+    labels: Sequence[str] = ()
+    """Names of its classes."""
     how: dict[str, Any] = field(default_factory=dict)
     """Further fields of `llmctl.step.Job`."""
 
@@ -88,7 +94,12 @@ def run(
       Interrupted, WorkError: as `llmctl.train.fit`.
     """
     settings = config.train
-    judge = loss_of(learner.trains, dtype=jnp.dtype(settings.dtype), temperature=learner.temperature)
+    judge = loss_of(
+        learner.trains,
+        dtype=jnp.dtype(settings.dtype),
+        temperature=learner.temperature,
+        marks=entities.marks(learner.labels),
+    )
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
     made = job(config, learner, rows, held_out)
     params, metrics = train.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)

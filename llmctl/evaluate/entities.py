@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 Entity = tuple[str, int, int]
 """Type, first word, last word."""
 
@@ -14,6 +16,14 @@ def is_scheme(tags: Iterable[str]) -> bool:
     """Whether labels mark entities: "O", or a letter of BIOES, a dash and a type; and some do."""
     tags = set(tags)
     return bool(tags - {"O"}) and all(t == "O" or (t[:1] in "BIES" and t[1:2] == "-" and t[2:]) for t in tags)
+
+
+def marks(labels: Sequence[str]) -> np.ndarray | None:
+    """Letter (its place in "OBIES") and number of the type of each label, int32 [C, 2]; None where none are marked."""
+    if not is_scheme(labels):
+        return None
+    kinds = sorted({tag[2:] for tag in labels})
+    return np.array([("OBIES".index(tag[0]), kinds.index(tag[2:])) for tag in labels], np.int32)
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmctl import losses
 from llmctl import mesh as meshes
-from llmctl.model import ModelConfig, calls
+from llmctl.model import ModelConfig, calls, entities
 from llmctl.model.transformer import Batch
 
 Sums = dict[str, jax.Array]
@@ -37,13 +38,15 @@ def loss_of(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     temperature: float = NEARNESS,
+    marks: np.ndarray | None = None,
 ) -> Loss:
     """The loss of the config's head: cross-entropy of tokens, classes, tags or places, squared error, contrast.
 
     `label_smoothing` and `z_loss` (see `losses.cross_entropy`) change what is minimized, not the metrics; `temperature`
-    divides the similarities of embeddings.
+    divides the similarities of embeddings. Where `marks` says what labels of words mark (`entities.sums`), their F1 is
+    a metric too.
     """
-    heads = {"lm": _lm, "classify": _classify, "regress": _regress, "tokens": _tokens, "span": _span}
+    heads = {"lm": _lm, "classify": _classify, "regress": _regress, "tokens": partial(_tokens, marks), "span": _span}
     answer = heads | {"embed": partial(_embed, temperature)}
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
@@ -106,10 +109,20 @@ def _regress(
 
 
 def _tokens(
-    cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
+    marks: np.ndarray | None,
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    batch: Batch,
+    dtype: Any,
+    smoothing: float,
+    z: float,
 ) -> tuple[jax.Array, Sums]:
     logits_BTC = calls.outputs(cfg, params, x_BTD, batch, dtype)
-    return class_sums(logits_BTC, batch["targets"], batch["weights"], smoothing, z)
+    loss, sums = class_sums(logits_BTC, batch["targets"], batch["weights"], smoothing, z)
+    if marks is not None:
+        sums |= entities.sums(marks, batch["targets"], logits_BTC.argmax(-1), batch["weights"])
+    return loss, sums
 
 
 def _span(

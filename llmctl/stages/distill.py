@@ -102,10 +102,11 @@ def learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: M
         config.dropout,
         _loss(config, trains, teacher.model, jnp.dtype(config.train.dtype)),
         beside=teacher.model,
+        labels=teacher.manifest.labels,
         how={
             "constants": (teacher.params,),
             "holds_zeros": train.pruned(student),
-            **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
+            **trainer.chooses(model.head, teacher.manifest.labels),
         },
     )
 

@@ -129,9 +129,9 @@ def learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Le
         "trains": (lambda name: lora.is_pair(name) or name.startswith("head/")) if low_rank else (lambda _: True),
         "frozen_layers": config.freeze_layers,
         "holds_zeros": train.pruned(base),
-        **trainer.CHOOSES.get(model.head, trainer.BY_LOSS),
+        **trainer.chooses(model.head, labels),
     }
-    return trainer.Learner(model, params, config.dropout, temperature=config.temperature, how=how)
+    return trainer.Learner(model, params, config.dropout, temperature=config.temperature, labels=labels, how=how)
 
 
 def _refuse_undoing(config: Config, base: Artifact) -> None:

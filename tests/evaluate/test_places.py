@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl import losses
 from llmctl.evaluate import entities, places, retrieval, squad
+from llmctl.model import entities as counted
 
 
 def test_what_begins_and_ends_an_entity():
@@ -71,3 +73,24 @@ def test_ranks_by_hand():
     assert got["recall_at_1"] == pytest.approx(1 / 3) and got["mrr"] == pytest.approx(2 / 3) and got["candidates"] == 3
     # what is everywhere the same finds nothing
     assert retrieval.ranks(np.ones((2, 2)), np.ones((4, 2)), np.array([0, 3])).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("labels", [["O", "B-P", "I-P", "B-L", "I-L"], ["O", "B-X", "I-X", "E-X", "S-X", "I-Y"]])
+def test_entities_counted_on_devices_are_those_of_words(labels):
+    rng = np.random.default_rng(0)
+    truth_BT, said_BT = rng.integers(0, len(labels), (2, 64, 12))
+    said_BT = np.where(rng.random(said_BT.shape) < 0.7, truth_BT, said_BT)
+    weights_BT = (rng.random(truth_BT.shape) < 0.8).astype(np.float32)
+    weights_BT[0], weights_BT[1] = 0, 1  # a row that only fills, a row full of words
+    expected = entities.scores(
+        *(
+            [[labels[i] for i in row[w > 0]] for row, w in zip(side, weights_BT, strict=True)]
+            for side in (truth_BT, said_BT)
+        )
+    )
+    marks = entities.marks(labels)
+    half = [counted.sums(marks, truth_BT[b], said_BT[b], weights_BT[b]) for b in (slice(40), slice(40, None))]
+    found = losses.means({k: half[0][k] + half[1][k] for k in half[0]} | {"weight": 1.0})
+    assert 0.2 < expected["entity_f1"] < 0.8
+    np.testing.assert_allclose(found["entity_f1"], expected["entity_f1"], rtol=1e-6)
+    assert entities.marks(["noun", "verb"]) is None
