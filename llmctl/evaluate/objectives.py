@@ -1,7 +1,8 @@
 """How well a model does what it was pretrained for: masks filled, passages told apart, spans or completions written.
 
-Completions are judged as texts are (`perplexity`): every model of such pairs predicts the same text. Every row is a pure function of the held-out text and a fixed seed, so all artifacts of one tokenizer and length are
-asked the same. Beside every score stands what one scores without looking at the context.
+Every row is a pure function of the held-out text and a fixed seed, so all artifacts of one tokenizer and length are
+asked the same; completions are judged as texts are (`perplexity`). Beside every score stands what one scores without
+looking at the context.
 """
 
 from __future__ import annotations
