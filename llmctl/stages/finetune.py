@@ -28,8 +28,8 @@ class LoraConfig(Settings):
     """Rank of each pair."""
     alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank."""
-    targets: list[str] = ["q", "k", "v", "o", "gate", "up", "down"]
-    """Matrices of the blocks that get a pair."""
+    targets: list[str] = []
+    """Matrices of the blocks that get a pair: q, k, v, o, gate, up, down; all that there are where it is empty."""
 
 
 class Config(StageConfig):

@@ -22,7 +22,8 @@ def attach(
     key: jax.Array,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-    """Puts a pair of `rank` around every matrix of the blocks whose name is in `targets` (q, k, v, o, gate, up, down).
+    """Puts a pair of `rank` around every matrix of the blocks whose name (q, k, v, o, gate, up, down) is in `targets`,
+    or around all of them where that is empty.
 
     a [..., I, R] starts uniform as the LoRA authors' code does (Kaiming, a = sqrt(5)), b [..., R, O] at zero, so the
     model is unchanged at first. The update is scaled by alpha / rank.
@@ -33,7 +34,7 @@ def attach(
     seen: set[str] = set()
     for i, (path, w) in enumerate(sorted(flat.items())):
         name = path.split("/")[-2] if path.endswith("/kernel") and "/blocks/" in path else ""
-        if name not in targets:
+        if not name or (targets and name not in targets):
             continue
         if isinstance(w, weights.LowRank):
             raise RequestError(
