@@ -88,7 +88,9 @@ def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
     config: Any = step.config
     changed = config.train.model_copy(update={"remat": one.setup.remat, "accumulate": one.setup.accumulate})
     train = changed.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
-    mesh = one.axes | ({"dcn": config.mesh.dcn} if config.mesh.dcn else {})
+    # Axes that the recipe names are said also where they are 1: those of a shared section would be merged in.
+    named = {name: one.setup.mesh.get(name, config.mesh.dcn) for name in config.mesh.model_fields_set}
+    mesh = one.axes | named
     return replace(
         one, compiled=topology.platform != "cuda", recipe=(f"mesh = {spelled(mesh)}", f"train = {spelled(train)}")
     )
