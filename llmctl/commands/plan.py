@@ -71,8 +71,11 @@ def plan(
             front = [best]
         else:
             front = searching.searched(chosen, target, one, console.say)
-        shown = searching.as_json(front, target) if json else searching.table(front, target)
-        (console.result if json else console.show)(shown)
+        if json:
+            console.result(searching.as_json(front, target))
+            return
+        console.show(searching.table(front, target))
+        console.show(searching.lines(front))
         return
     found = planner.plans(chosen, target, stage or (), tokens=int(tokens), generate=generate, say=console.say)
     if json:

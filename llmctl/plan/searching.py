@@ -21,6 +21,7 @@ from llmctl.settings import MeshConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 Say = Callable[[str], None]
 
@@ -141,19 +142,27 @@ def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
 
 
 def table(found: Sequence[Candidate], topology: Topology) -> Table:
-    """The front, fastest first, with the lines of a recipe to paste."""
-    from rich.markup import escape
+    """The front, fastest first."""
     from rich.table import Table
 
     out = Table(title=f"{topology.name}: step time against memory", title_justify="left")
     compiled = all(c.compiled for c in found)
     out.caption = "memory: compiled; time: its roofline, a bound" if compiled else "all by the model"
-    for column in ("memory of a device", "step", "tokens/s", "recipe"):
-        out.add_column(column, justify="left" if column == "recipe" else "right")
-    for c in found:
+    for column in ("", "memory of a device", "step", "tokens/s", "mesh", "remat", "accumulate"):
+        out.add_column(column, justify="left" if column in ("mesh", "remat") else "right")
+    for n, c in enumerate(found, 1):
         known = math.isfinite(c.seconds)
         speed = f"{c.setup.rows * c.setup.seq_len / c.seconds:,.0f}" if known else ""
-        out.add_row(
-            report.size(c.memory), report.duration(c.seconds) if known else "", speed, escape("\n".join(c.recipe))
-        )
+        took = report.duration(c.seconds) if known else ""
+        mesh = " x ".join(f"{axis} {size}" for axis, size in c.axes.items())
+        runs = (mesh, c.setup.remat, str(c.setup.accumulate))
+        out.add_row(str(n), report.size(c.memory), took, speed, *runs)
     return out
+
+
+def lines(found: Sequence[Candidate]) -> Text:
+    """What to put in the stage's place of its own mesh and train, for each of the front: to be copied, so not boxed."""
+    from rich.text import Text
+
+    said = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))
+    return Text("\n".join(said), no_wrap=True, overflow="ignore")

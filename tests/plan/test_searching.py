@@ -55,7 +55,7 @@ def test_a_search_over_gpus_is_the_model_s_and_says_so(small, capsys):
     assert cli.run(["plan", str(small), "--search", "--topology", "h100:4", "--stage", "pretrain"]) == 0
     shown = capsys.readouterr().out
     assert "all by the model" in shown and "compiled" not in shown
-    lines = [line for line in shown.splitlines() if "mesh = { data = " in line]
+    lines = [line for line in shown.splitlines() if line.startswith("mesh = { data = ")]
     assert lines and all("tensor = " in line for line in lines)  # which the recipe names: a shared section may
 
 
