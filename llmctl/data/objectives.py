@@ -96,15 +96,21 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
     ids = words.ordinary
     random_BT = ids[draws(packed.rows, T, seed, 2) % np.uint64(len(ids))]
     replaced_BT = np.where(kind_BT < 0.8, words.mask_id, np.where(kind_BT < 0.9, random_BT, tokens_BT))
-    most = min(T, eights(np.rint(rate * T)))
     return {
         "tokens": np.where(chosen_BT, replaced_BT, tokens_BT).astype(np.int32),
         "targets": np.where(chosen_BT, tokens_BT, words.pad_id).astype(np.int32),
         "weights": chosen_BT.astype(np.float32),
         "segments": packed.segments,
         "positions": packed.positions,
-        "places": np.sort(np.argsort(~chosen_BT, axis=1, kind="stable")[:, :most], axis=1).astype(np.int32),
+        "places": places(chosen_BT, rate),
     }
+
+
+def places(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
+    """Where rows are true, int32 [B, P], ascending, filled up with others; P is `rate` * T rounded up to eights."""
+    T = chosen_BT.shape[1]
+    most = min(T, eights(np.rint(rate * T)))
+    return np.sort(np.argsort(~chosen_BT, axis=1, kind="stable")[:, :most], axis=1).astype(np.int32)
 
 
 def _whole_words(

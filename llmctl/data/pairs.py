@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmctl.data.corpus import Documents
-from llmctl.data.objectives import Batch, Packed, masked, uniform
+from llmctl.data.objectives import Batch, Packed, masked, places, uniform
 from llmctl.data.order import Epochs
 from llmctl.data.vocabulary import Vocabulary
 from llmctl.errors import RequestError
@@ -26,9 +26,10 @@ class PairRows:
     another (next_label 1). Both take up to half a row, whatever the label, so that lengths say nothing about it. Where
     a document has no second sentence near, a row is `bos A eos` with next_label -1: masks, but no pair.
 
-    Four rows are of two documents: each A with its own B, then each with the other's. Every passage is true as often
-    as it is false, side by side, so that what A or B alone might say cancels out of a step's gradient. Without this a
-    small network is busy with such chance for thousands of steps before it compares the two.
+    Four rows are of two documents: each A with its own B, then each with the other's, and the masks of a passage are
+    the same in both. Every passage is true as often as it is false, side by side, so that what A or B alone might say
+    cancels out of a step's gradient. Without this a small network is busy with such chance for thousands of steps
+    before it compares the two.
 
     A document of n tokens has about n / T such passages an epoch, one for each of its parts, in two rows each; where
     exactly a pair is cut is drawn anew in every epoch.
@@ -60,16 +61,16 @@ class PairRows:
         self._first_D = np.concatenate([[0], np.cumsum(parts_D)])
         if not self._first_D[-1]:
             raise RequestError("the corpus has no document of two tokens; nothing to make pairs of")
-        self._shuffle, self._order = shuffle, Epochs(self._passages, seed, shuffle=True)
+        self._shuffle, self._order = shuffle, Epochs(self._count, seed, shuffle=True)
         self.tokens = int(self._length_D.sum())
         """Tokens of the documents."""
 
     @property
-    def _passages(self) -> int:
+    def _count(self) -> int:
         return int(self._first_D[-1])
 
     def __len__(self) -> int:
-        return 2 * self._passages
+        return 2 * self._count
 
     @property
     def waste(self) -> float:
@@ -85,54 +86,79 @@ class PairRows:
     def batch(self, rows_B: np.ndarray) -> Batch:
         """Rows `rows_B` (any numbers >= 0): what `objectives.masked` gives, types [B, T] and next_label [B]."""
         B, T = len(rows_B), self.seq_len
-        room = T - 3
-        most_b = room // 2
-        most_a = room - most_b
         first_B, k_B = rows_B // 4 * 2, rows_B % 4
         place_N, at_2B = np.unique([first_B + k_B % 2, first_B + 1 - k_B % 2], return_inverse=True)
-        found_N = self._passages_at(place_N)
-        (doc_B, next_doc_B), (cut_B, next_B), (near_B, _) = (x_N[at_2B.reshape(2, B)] for x_N in found_N)
-        pair_B = cut_B >= 0
-        false_B = pair_B & (k_B > 1) & (next_B >= 0) & (next_doc_B != doc_B)
-        next_doc_B, next_B = np.where(false_B, next_doc_B, doc_B), np.where(false_B, next_B, cut_B)
-        # without a pair: what lies around the place
-        alone_B = np.clip(near_B - (T - 2) // 2, 0, np.maximum(self._length_D[doc_B] - (T - 2), 0))
-        end_B = np.where(pair_B, cut_B, np.minimum(alone_B + T - 2, self._length_D[doc_B]))
-        start_B = np.where(pair_B, np.maximum(cut_B - most_a, 0), alone_B)
-        a_B1 = (end_B - start_B)[:, None]
-        b_B1 = np.where(pair_B, np.minimum(self._length_D[next_doc_B] - next_B, most_b), 0)[:, None]
-        at = np.arange(T)
-        in_a_BT, in_b_BT = (at > 0) & (at <= a_B1), (at > a_B1 + 1) & (at < a_B1 + 2 + b_B1)
-        offset_BT = np.where(in_a_BT, start_B[:, None] + at - 1, next_B[:, None] + at - a_B1 - 2)
-        source_BT = np.where(in_a_BT, doc_B[:, None], next_doc_B[:, None])
-        text_BT = in_a_BT | in_b_BT
-        tokenizer = self._words.tokenizer
-        tokens_BT = np.full((B, T), tokenizer.pad_id, np.int32)
-        tokens_BT[text_BT] = self._corpus.gather(source_BT[text_BT], offset_BT[text_BT])
-        tokens_BT[:, 0] = tokenizer.bos_id
-        tokens_BT[(at == a_B1 + 1) | (pair_B[:, None] & (at == a_B1 + b_B1 + 2))] = tokenizer.eos_id
-        segments_BT = (at < np.where(pair_B[:, None], a_B1 + b_B1 + 3, a_B1 + 2)).astype(np.int32)
-        packed = Packed(
-            rows_B, tokens_BT, tokens_BT, np.zeros((B, T), bool), segments_BT, (at * segments_BT).astype(np.int32)
+        own_B, other_B = at_2B.reshape(2, B)
+        doc_N, start_N2, length_N2 = self._passages(place_N)
+        pair_N = length_N2[:, 1] > 0
+        pair_B = pair_N[own_B]
+        false_B = pair_B & (k_B > 1) & pair_N[other_B] & (doc_N[own_B] != doc_N[other_B])
+        second_B = np.where(false_B, other_B, own_B)
+        masked_NT = self._masked(
+            (place_N[:, None] * 2 + [0, 1]).ravel(), doc_N.repeat(2), start_N2.ravel(), length_N2.ravel()
         )
-        batch = masked(packed, self._words, rate=self._rate, whole_words=self._whole_words, seed=self._seed)
-        label_B = np.where(pair_B, np.where(false_B, NOT_NEXT, IS_NEXT), NO_PAIR)
-        types_BT = (at > a_B1 + 1) * segments_BT
-        return batch | {"types": types_BT.astype(np.int32), "next_label": label_B.astype(np.int32)}
 
-    def _passages_at(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(document, where in it B begins or -1, the token that was drawn) of the passages at places of the order.
+        at = np.arange(T)
+        a_B1, b_B1 = length_N2[own_B, :1], length_N2[second_B, 1:]
+        in_a_BT, in_b_BT = (at > 0) & (at <= a_B1), (at > a_B1 + 1) & (at < a_B1 + 2 + b_B1)
+        text_BT = in_a_BT | in_b_BT
+        passage_BT = np.where(in_a_BT, own_B[:, None] * 2, second_B[:, None] * 2 + 1)[text_BT]
+        offset_BT = np.where(in_a_BT, at - 1, at - a_B1 - 2)[text_BT]
+
+        def joined(name: str, blank: int) -> np.ndarray:
+            row_BT = np.full((B, T), blank, masked_NT[name].dtype)
+            row_BT[text_BT] = masked_NT[name][passage_BT, offset_BT]
+            return row_BT
+
+        words = self._words.tokenizer
+        tokens_BT = joined("tokens", words.pad_id)
+        tokens_BT[:, 0] = words.bos_id
+        tokens_BT[(at == a_B1 + 1) | (pair_B[:, None] & (at == a_B1 + b_B1 + 2))] = words.eos_id
+        segments_BT = (at < np.where(pair_B[:, None], a_B1 + b_B1 + 3, a_B1 + 2)).astype(np.int32)
+        weights_BT = joined("weights", 0)
+        return {
+            "tokens": tokens_BT,
+            "targets": joined("targets", words.pad_id),
+            "weights": weights_BT,
+            "segments": segments_BT,
+            "positions": (at * segments_BT).astype(np.int32),
+            "places": places(weights_BT > 0, self._rate),
+            "types": ((at > a_B1 + 1) * segments_BT).astype(np.int32),
+            "next_label": np.where(pair_B, np.where(false_B, NOT_NEXT, IS_NEXT), NO_PAIR).astype(np.int32),
+        }
+
+    def _masked(self, number_N: np.ndarray, doc_N: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> Batch:
+        """Passages as rows of their own [N, T], masked; what is drawn depends on a passage's number."""
+        at = np.arange(self.seq_len)
+        inside_NT = at < length_N[:, None]
+        tokens_NT = np.full(inside_NT.shape, self._words.pad_id, np.int32)
+        which_N, offset_N = np.nonzero(inside_NT)
+        tokens_NT[inside_NT] = self._corpus.gather(doc_N[which_N], start_N[which_N] + offset_N)
+        segments_NT = inside_NT.astype(np.int32)
+        last_NT = np.zeros_like(inside_NT)
+        packed = Packed(number_N, tokens_NT, tokens_NT, last_NT, segments_NT, (at * segments_NT).astype(np.int32))
+        return masked(packed, self._words, rate=self._rate, whole_words=self._whole_words, seed=self._seed)
+
+    def _passages(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(document [N], start and length of A and B [N, 2]) at places of the order; B is empty where there is no pair.
 
         Without `shuffle` it is the order of the first epoch again and again: in the documents' own order, neighbours
         would be of one document.
         """
         if not self._shuffle:
-            place_N = place_N % self._passages
+            place_N = place_N % self._count
         slot_N, share_N = self._order(place_N), uniform(place_N, 1, self._seed, 10)[:, 0]
         doc_N = np.searchsorted(self._first_D, slot_N, "right") - 1
-        parts_N = self._first_D[doc_N + 1] - self._first_D[doc_N]
-        near_N = ((slot_N - self._first_D[doc_N] + share_N) * self._length_D[doc_N] / parts_N).astype(np.int64)
-        return doc_N, self._boundary(doc_N, near_N), near_N
+        length_N, parts_N = self._length_D[doc_N], self._first_D[doc_N + 1] - self._first_D[doc_N]
+        near_N = ((slot_N - self._first_D[doc_N] + share_N) * length_N / parts_N).astype(np.int64)
+        cut_N = self._boundary(doc_N, near_N)
+        pair_N = cut_N >= 0
+        room, alone = self.seq_len - 3, self.seq_len - 2
+        around_N = np.clip(near_N - alone // 2, 0, np.maximum(length_N - alone, 0))  # without a pair
+        start_N = np.where(pair_N, np.maximum(cut_N - (room - room // 2), 0), around_N)
+        end_N = np.where(pair_N, cut_N, np.minimum(around_N + alone, length_N))
+        second_N = np.where(pair_N, np.minimum(length_N - cut_N, room // 2), 0)
+        return doc_N, np.stack([start_N, cut_N], 1), np.stack([end_N - start_N, second_N], 1)
 
     def _boundary(self, doc_N: np.ndarray, near_N: np.ndarray) -> np.ndarray:
         """The begin of a sentence, not the document's first, nearest to a token within half a row; -1 for none."""

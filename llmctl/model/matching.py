@@ -1,21 +1,27 @@
 """How an encoder of BERT's kind begins: its first layer looks for equal tokens.
 
 Whether a passage follows another shows in the words that both have. From random queries and keys attention is a plain
-mean at first, and the smallest BERTs do not find out in millions of tokens that they could compare. From queries that
-equal keys, and embeddings in which the token outweighs its place, attention goes to equal tokens from the first step,
-and there is something to learn from. To begin as trained networks look is mimetic initialization (arXiv:2305.09828).
+mean at first, and the smallest BERTs do not find out in millions of tokens that they could compare. Here queries equal
+keys, are sharp, and do not see which passage a token is of; and a token's embedding outweighs its place. So attention
+goes to equal tokens of either passage from the first step, and what it brings back tells of which. To begin as trained
+networks look is mimetic initialization (arXiv:2305.09828).
 
-Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width.
+Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width, U segment types but one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from llmctl.model import ModelConfig
 
-SHARES = {"tokens": 5.0, "positions": 0.25, "types": 2.5}
+SHARES = {"tokens": 5.0, "positions": 0.25, "types": 3.5}
 """Factors on the embeddings' initial deviation of 0.02; the norm after their sum sees but the proportions."""
+SHARPNESS = 2.5
+"""Factor on the first layer's queries and keys: equal tokens must stand out among hundreds of others."""
 
 
 def suits(cfg: ModelConfig) -> bool:
@@ -24,14 +30,26 @@ def suits(cfg: ModelConfig) -> bool:
 
 
 def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Fresh parameters with the first layer's keys equal to its queries, and the embeddings in those shares."""
+    """Fresh parameters of which the embeddings and the first layer's queries and keys are as said above."""
     embed = {name: value * SHARES[name] if name in SHARES else value for name, value in params["embed"].items()}
     blocks = params["encoder"]["blocks"]
     attention = blocks["attn"]
-    keys_LDI = attention["k"]["kernel"]
-    queries_DHK = attention["q"]["kernel"][0].reshape(cfg.d_model, cfg.heads, cfg.head_dim)
-    R = cfg.heads // cfg.kv_heads
-    first_DI = queries_DHK[:, ::R].reshape(keys_LDI.shape[1:])
-    alike = attention | {"k": attention["k"] | {"kernel": keys_LDI.at[0].set(first_DI)}}
-    encoder = params["encoder"] | {"blocks": blocks | {"attn": alike}}
+    q, k = attention["q"], attention["k"]
+    queries_DI = SHARPNESS * _blind(q["kernel"][0], params["embed"].get("types"))
+    keys_DGK = queries_DI.reshape(cfg.d_model, cfg.heads, cfg.head_dim)[:, :: cfg.heads // cfg.kv_heads]
+    alike = {
+        "q": q | {"kernel": q["kernel"].at[0].set(queries_DI)},
+        "k": k | {"kernel": k["kernel"].at[0].set(keys_DGK.reshape(cfg.d_model, -1))},
+    }
+    encoder = params["encoder"] | {"blocks": blocks | {"attn": attention | alike}}
     return params | {"embed": embed, "encoder": encoder}
+
+
+def _blind(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
+    """The kernel without what it makes of the difference between segment types, as a LayerNorm passes it on."""
+    if types_UD is None or len(types_UD) < 2:
+        return kernel_DI
+    apart_UD = types_UD[1:] - types_UD[0]
+    apart_UD = apart_UD - apart_UD.mean(axis=1, keepdims=True)
+    basis_DU, _ = jnp.linalg.qr(apart_UD.T)
+    return kernel_DI - basis_DU @ (basis_DU.T @ kernel_DI)

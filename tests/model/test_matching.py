@@ -29,6 +29,11 @@ def test_the_first_layer_of_a_fresh_bert_looks_for_equal_tokens(kv_heads):
         return (scores_NN.argmax(1) == np.arange(32)).mean()
 
     assert first(0) > 0.95 and first(1) < 0.3
+    # of which passage a token is, queries and keys do not see
+    apart_D = embed["types"][1] - embed["types"][0]
+    for name in "qk":
+        seen = (apart_D - apart_D.mean()) @ params["encoder"]["blocks"]["attn"][name]["kernel"]
+        assert np.abs(seen[0]).max() < 1e-4 < 1e-2 < np.abs(seen[1]).max()
 
 
 def test_decoders_begin_as_they_did():
