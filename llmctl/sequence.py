@@ -14,13 +14,16 @@ import numpy as np
 
 from llmctl.errors import RequestError
 
-ALONG = frozenset({"tokens", "targets", "weights", "segments", "positions", "types"})
-"""Arrays [B, T] of a batch that run along the sequence; those of an encoder beside a decoder begin with `encoder_`."""
+ALONG = frozenset({"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"})
+"""Arrays [B, T] of a batch that run along the sequence; those of an encoder beside a decoder begin with `encoder_`, of
+the second of two texts with `pair_`."""
+PLACES = ("places", "start", "end")
+"""Arrays of places in it."""
 
 
 def runs_along(name: str) -> bool:
     """Whether the second axis of this array of a batch is the sequence."""
-    return name.removeprefix("encoder_") in ALONG | {"order"}
+    return name.removeprefix("encoder_").removeprefix("pair_") in ALONG | {"order"}
 
 
 def order(length: int, devices: int) -> np.ndarray:
@@ -42,9 +45,10 @@ def balanced(batch: Mapping[str, np.ndarray], devices: int) -> dict[str, np.ndar
         if f"{prefix}tokens" in out:
             B, T = out[f"{prefix}tokens"].shape
             out[f"{prefix}order"] = np.tile(order(T, devices).astype(np.int32), (B, 1))
-    if "places" in out:
-        slots_T = np.argsort(order(out["tokens"].shape[1], devices))
-        out["places"] = slots_T[out["places"]].astype(np.int32)
+    for name in PLACES:
+        if name in out:
+            slots_T = np.argsort(order(out["tokens"].shape[1], devices))
+            out[name] = slots_T[out[name]].astype(np.int32)
     return out
 
 

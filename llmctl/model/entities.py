@@ -12,16 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sums(mark_C2: np.ndarray, truth_BT: jax.Array, said_BT: jax.Array, weight_BT: jax.Array) -> dict[str, jax.Array]:
+def sums(
+    mark_C2: np.ndarray,
+    truth_BT: jax.Array,
+    said_BT: jax.Array,
+    weight_BT: jax.Array,
+    place_BT: jax.Array | None = None,
+) -> dict[str, jax.Array]:
     """{"entity_f1", "entity_weight"}: their quotient, over whatever they are summed, is the F1 of all entities.
 
     Args:
       mark_C2: letter (place in "OBIES") and number of the type of each label.
       truth_BT, said_BT: labels; they count where a word begins.
       weight_BT: above 0 where a word begins.
+      place_BT: places of the tokens, where those are not their slots.
     """
     word_BT = weight_BT > 0
-    order_BW = jnp.argsort(~word_BT, axis=1, stable=True)  # words first, in their order
+    T = word_BT.shape[1]
+    place_BT = jnp.arange(T) if place_BT is None else place_BT
+    order_BW = jnp.argsort(jnp.where(word_BT, place_BT, T), axis=1)  # words first, in their order
     real_BW = jnp.take_along_axis(word_BT, order_BW, axis=1)
 
     def found(label_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -121,7 +121,7 @@ def _tokens(
     logits_BTC = calls.outputs(cfg, params, x_BTD, batch, dtype)
     loss, sums = class_sums(logits_BTC, batch["targets"], batch["weights"], smoothing, z)
     if marks is not None:
-        sums |= entities.sums(marks, batch["targets"], logits_BTC.argmax(-1), batch["weights"])
+        sums |= entities.sums(marks, batch["targets"], logits_BTC.argmax(-1), batch["weights"], batch.get("order"))
     return loss, sums
 
 
@@ -146,10 +146,10 @@ def reads(batch: Batch) -> Batch:
         return batch
 
     def woven(name: str) -> jax.Array:
-        both = jnp.stack([batch[name], batch[f"pair_{name}"]], axis=1)
-        return meshes.constrain(both.reshape(-1, both.shape[-1]), "batch", None)
+        both = jnp.stack([batch[name], batch.get(f"pair_{name}", batch[name])], axis=1)
+        return meshes.constrain(both.reshape(-1, both.shape[-1]), "batch", "seq")
 
-    return batch | {name: woven(name) for name in ("tokens", "segments", "positions")}
+    return batch | {name: woven(name) for name in ("tokens", "segments", "positions", "order") if name in batch}
 
 
 def _embed(

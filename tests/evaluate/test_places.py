@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl import losses
+from llmctl import losses, sequence
 from llmctl.evaluate import entities, places, retrieval, squad
 from llmctl.model import entities as counted
 
@@ -92,5 +92,11 @@ def test_entities_counted_on_devices_are_those_of_words(labels):
     half = [counted.sums(marks, truth_BT[b], said_BT[b], weights_BT[b]) for b in (slice(40), slice(40, None))]
     found = losses.means({k: half[0][k] + half[1][k] for k in half[0]} | {"weight": 1.0})
     assert 0.2 < expected["entity_f1"] < 0.8
+    # devices that share sequences have them in another order
+    order_T = sequence.order(12, 2)
+    moved = counted.sums(
+        marks, truth_BT[:, order_T], said_BT[:, order_T], weights_BT[:, order_T], np.tile(order_T, (64, 1))
+    )
+    assert moved == {k: half[0][k] + half[1][k] for k in half[0]}
     np.testing.assert_allclose(found["entity_f1"], expected["entity_f1"], rtol=1e-6)
     assert entities.marks(["noun", "verb"]) is None

@@ -90,13 +90,14 @@ def test_embeddings_are_told_from_all_others_of_the_batch():
     assert total == pytest.approx(((np.diag(near) - scored["label"]) ** 2).sum(), rel=1e-4)
 
 
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"data": 4, "context": 2}], ids=str)
 @pytest.mark.parametrize("head", MODELS)
-def test_a_mesh_agrees_with_one_device(head):
+def test_a_mesh_agrees_with_one_device(head, axes):
     cfg, batch = MODELS[head], batch_of(head)
     params = params_of(head)
     grad = jax.grad(lambda p, b: loss_of(cfg)(p, b)[0])
     one = jax.jit(grad)(params, batch)
-    mesh = meshes.make(MeshConfig(data=2, fsdp=4))
+    mesh = meshes.make(MeshConfig(**axes))
     with meshes.use(mesh):
         there = jax.device_put(params, calls.shardings(cfg, params, mesh))
         many = jax.jit(grad)(there, meshes.place(batch, mesh))
