@@ -3,7 +3,7 @@
 A template is a program that comes with an artifact, so it runs in a sandbox that changes nothing; what people say never
 becomes a special token, however it is spelled. Every turn is the whole conversation in the template's words, for they
 may write earlier turns otherwise than the model was shown them; as far as it is the very tokens that the model has read
-or written, it is not read again (`model/memory.py`).
+or written, it is not read again (`model/session.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llmctl.data.abstract_tokenizer import SPOILED, Tokenizer
 from llmctl.errors import RequestError
 from llmctl.generation import Continuation, Speed, continue_rows
 from llmctl.model.decode import Decoder
-from llmctl.model.memory import Memory
 from llmctl.model.sampling import Sampling
+from llmctl.model.session import Session
 
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content"}."""
@@ -109,10 +109,9 @@ class Conversation:
     """Messages so far, and a model that answers them."""
 
     def __init__(self, template: Template, decoder: Decoder, end_ids: Sequence[int]) -> None:
-        self.template, self.decoder, self.end_ids = template, decoder, end_ids
+        self.template, self.session, self.end_ids = template, Session(decoder), end_ids
         self.messages: list[Message] = []
         self.speed = Speed()
-        self.memory = Memory()
 
     def answer(
         self, max_new: int, *, sampling: Sampling | None = None, seed: int = 0, stops: Sequence[str] = ()
@@ -124,7 +123,6 @@ class Conversation:
         tokenizer = self.template.tokenizer
         row = Continuation("", self.template.prompt(self.messages), [s for s in stops if s])
         options: dict[str, Any] = {"sampling": sampling, "seed": seed, "speed": self.speed, "ends": self.end_ids}
-        options["memory"] = self.memory
-        for new in continue_rows(self.decoder, tokenizer, [row], max_new, **options):
+        for new in continue_rows(self.session, tokenizer, [row], max_new, **options):
             yield new[0]
         self.messages.append({"role": "assistant", "content": row.text})

@@ -12,8 +12,8 @@ from llmctl.data.abstract_tokenizer import Tokenizer
 from llmctl.errors import RequestError
 from llmctl.model.beam import BeamSearch
 from llmctl.model.decode import NOTHING, Decoder
-from llmctl.model.memory import Memory
 from llmctl.model.sampling import Sampling
+from llmctl.model.session import Session
 
 INCOMPLETE = "\ufffd"
 """What an unfinished character decodes to."""
@@ -100,7 +100,7 @@ def begin(
 
 
 def continue_rows(
-    decoder: Decoder,
+    decoder: Decoder | Session,
     tokenizer: Tokenizer,
     rows: Sequence[Continuation],
     max_new: int,
@@ -110,11 +110,10 @@ def continue_rows(
     chunk: int = 16,
     speed: Speed | None = None,
     ends: Sequence[int] = (),
-    memory: Memory | None = None,
 ) -> Iterator[list[str]]:
     """Continues a batch in place; yields the text of each row that has become certain, chunk by chunk.
 
-    Rows end with a token of `ends`, by default the tokenizer's end of sequence. `memory` as `Decoder.generate`.
+    Rows end with a token of `ends`, by default the tokenizer's end of sequence.
 
     Raises RequestError where a prompt leaves no room for a continuation.
     """
@@ -128,7 +127,6 @@ def continue_rows(
         seed=seed,
         chunk=chunk,
         stopped_B=stopped_B,
-        memory=memory,
     )
     begun = time.perf_counter()
     for n, out_BN in enumerate(chunks):
@@ -175,7 +173,7 @@ def _prompts(rows: Sequence[Continuation]) -> list[list[int]]:
     return [r.source_ids or r.prompt_ids for r in rows]
 
 
-def _room(decoder: Decoder, rows: Sequence[Continuation]) -> int:
+def _room(decoder: Decoder | Session, rows: Sequence[Continuation]) -> int:
     """New tokens that fit beside the longest prompt. Raises RequestError where none does."""
     longest, most = max(map(len, _prompts(rows))), decoder.model.max_seq_len
     reads = decoder.model.encoder_layers > 0

@@ -12,6 +12,7 @@ from llmctl.data.abstract_tokenizer import SPOILED
 from llmctl.data.json_tokenizer import JsonTokenizer
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls
+from llmctl.model.decode import Decoder
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -125,6 +126,20 @@ def test_turns_from_standard_input_and_from_a_file_are_answered(talker, tmp_path
     file.write_text(json.dumps(said[:4]))
     assert cli.run(["generate", str(talker), "--chat", "--max-new", "6", "--file", str(file)]) == 0
     assert capsys.readouterr().out == said[4]["content"] + "\n"
+
+
+def test_a_turn_reads_what_is_new(talker, words):
+    loaded = artifact.load(talker)
+    template = chat.Template(CHATML, words)
+    talk = chat.Conversation(template, Decoder(loaded.model, loaded.params), chat.ends(talker / "tokenizer", words))
+    known: list[int] = []
+    for said in ("Hello", "Again"):
+        talk.messages.append({"role": "user", "content": said})
+        before, prompt = talk.session.read, template.prompt(talk.messages)
+        assert prompt[: len(known)] == known
+        "".join(talk.answer(6))
+        assert talk.session.read - before <= len(prompt) - len(known)
+        known = prompt
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from llmctl.config import Config, hint
 
 SHARED = {
     *("attention", "beam", "calls", "cost", "decode", "entities", "flash", "gpipe", "heads", "hf", "layers"),
-    *("loss", "matching", "memory", "names", "ring", "sampling", "size", "softmax", "transformer"),
+    *("loss", "matching", "names", "ring", "sampling", "session", "size", "softmax", "transformer"),
 }
 """Files of this folder that are not families."""
 

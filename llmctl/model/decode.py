@@ -23,7 +23,6 @@ from llmctl import mesh as meshes
 from llmctl import weights
 from llmctl.model import ModelConfig, calls
 from llmctl.model.attention import cache_shape
-from llmctl.model.memory import Memory
 from llmctl.model.sampling import Sampling, choose, row_keys
 
 State = dict[str, Any]
@@ -68,7 +67,7 @@ class Decoder:
         self.model, self.dtype, self.start = model, dtype, start
         rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
         self.weights: Served = rest, [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
-        self._prefill = jax.jit(self.first, static_argnames=("slots", "rules", "known"), donate_argnames="past")
+        self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
 
     def generate(
@@ -81,65 +80,74 @@ class Decoder:
         seed: int = 0,
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
-        memory: Memory | None = None,
     ) -> Iterator[np.ndarray]:
         """Continues prompts of token ids; yields int32 [B, n] of new tokens, first one, then `chunk` at a time.
 
         A row ends with the first token in `ends` (which is yielded) and has NOTHING after it; the generator stops when
         all rows have ended, or after `max_new` tokens, and may be closed at any time before. Between two chunks the
-        caller may end rows of its own accord by setting `stopped_B` (bool [B]). With a `memory` a single
-        prompt is read from where it is new, and leaves its keys and values there for the next.
+        caller may end rows of its own accord by setting `stopped_B` (bool [B]).
 
         Raises ValueError for an empty prompt, or one that leaves no room within the model's longest sequence.
         """
         inputs, slots = self.inputs(prompts, max_new)
-        rules, width = sampling or Sampling(), inputs.tokens_BT.shape[1]
-        ends_E = padded_ends(ends)
-        keys_B = row_keys(seed, len(prompts))
-        known, past = memory.recall(prompts[0], width, slots, ROUND) if memory else (0, None)
-        state = self._prefill(self.weights, inputs, keys_B, ends_E, past, slots=slots, rules=rules, known=known)
-        fed, left = list(prompts[0]), max_new - 1
-        out_BN = np.asarray(state["token"])[:, None]
-        while True:
-            if memory:
-                memory.keep(fed, width - len(prompts[0]), state["cache"])
-            yield out_BN
+        rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, len(prompts))
+        state = self._prefill(self.weights, inputs, keys_B, ends_E, slots=slots, rules=rules)
+        left = max_new
+        for _, out_BN in self.follow(state, max_new, keys_B, ends_E, rules, chunk, stopped_B):
+            yield out_BN[:, :left]
+            left -= out_BN.shape[1]
+
+    def follow(
+        self,
+        state: State,
+        max_new: int,
+        keys_B: jax.Array,
+        ends_E: np.ndarray,
+        rules: Sampling,
+        chunk: int,
+        stopped_B: np.ndarray | None = None,
+    ) -> Iterator[tuple[State, np.ndarray]]:
+        """What comes after a prompt, of the state that `first` gave: (state, tokens [B, n]) as `generate` has them.
+
+        A state is good until the next one is asked for. The last chunk is whole, though `max_new` may cut it.
+        """
+        yield state, np.asarray(state["token"])[:, None]
+        for _ in range(1, max_new, chunk):
             if stopped_B is not None:
                 state["done"] = state["done"] | stopped_B
-            if left <= 0 or bool(np.all(state["done"])):
+            if bool(np.all(state["done"])):
                 return
-            count = min(chunk, left)
-            last_B = out_BN[:, -1:]
             state, out_BN = self._decode(self.weights, state, keys_B, ends_E, rules=rules, count=chunk)
-            out_BN = np.asarray(out_BN)
-            fed = [*fed, *(t for t in np.concatenate([last_B, out_BN], axis=1)[0].tolist() if t != NOTHING)][:-1]
-            out_BN = out_BN[:, :count]
-            left -= count
+            yield state, np.asarray(out_BN)
 
     def inputs(self, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Prompts, int]:
         """What `read` takes, and the number of slots. Raises ValueError as `generate`."""
+        self.check(prompts, max_new)
+        reads = self.model.encoder_layers > 0
+        tokens_BT, segments_BT = left_padded([[self.start]] * len(prompts) if reads else prompts, 1 if reads else ROUND)
+        source = right_padded(prompts) if reads else {}
+        return Prompts(tokens_BT, segments_BT, source), round_up(tokens_BT.shape[1] + max_new)
+
+    def check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
+        """Raises ValueError as `generate`."""
         longest = max(map(len, prompts))
         if not min(map(len, prompts)):
             raise ValueError("a prompt has no tokens; begin it with the BOS token")
-        reads = self.model.encoder_layers > 0
-        if (max(longest, max_new + 1) if reads else longest + max_new) > self.model.max_seq_len:
+        if (max(longest, max_new + 1) if self.model.encoder_layers else longest + max_new) > self.model.max_seq_len:
             raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
-        tokens_BT, segments_BT = left_padded([[self.start]] * len(prompts) if reads else prompts, 1 if reads else ROUND)
-        source = right_padded(prompts) if reads else {}
-        return Prompts(tokens_BT, segments_BT, source), _round_up(tokens_BT.shape[1] + max_new)
 
-    def _run(self, served: Served, batch: dict[str, Any], cache: list[Any]) -> Any:
-        """Hidden state of the last slot [B, D] and the cache with these tokens in it."""
+    def run(self, served: Served, batch: dict[str, Any], cache: list[Any], last: jax.Array | int = -1) -> Any:
+        """Hidden state [B, D] of the token at index `last`, and the cache with these tokens in it."""
         rest, layers = served
         carry = calls.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
         kept = []
         for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
             carry, new = calls.cached_block(self.model, "decoder", layer, carry, i, old, self.dtype)
             kept.append(new)
-        carry = carry._replace(x_BTD=carry.x_BTD[:, -1:])
+        carry = carry._replace(x_BTD=jax.lax.dynamic_slice_in_dim(carry.x_BTD, last, 1, axis=1))
         return calls.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
 
-    def _next(
+    def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
         """Chooses the token after `x_BD` for the rows that have not ended."""
@@ -152,26 +160,20 @@ class Decoder:
             out["seen"] = state["seen"].at[jnp.arange(len(token_B)), chosen_B].set(True)
         return out
 
-    def read(
-        self, served: Served, prompts: Prompts, slots: int, past: list[Any] | None = None, known: int = 0
-    ) -> tuple[jax.Array, State]:
+    def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
         """Left-padded prompts into a cache of `slots` -> the hidden state [B, D] after each, and where that leaves us.
 
-        The cache `past` has the first `known` slots of them already. To be traced: parameters are arguments, so that no
-        program has them as constants.
+        To be traced: parameters are arguments, so that no program has them as constants.
         """
         cfg, (B, T) = self.model, prompts.tokens_BT.shape
         real_BS = jnp.pad(prompts.segments_BT, ((0, 0), (0, slots - T)))
         positions_BT = jnp.maximum(jnp.cumsum(prompts.segments_BT, axis=1) - 1, 0)
-        if past is None:
-            empty = jnp.zeros(cache_shape(B, cfg.kv_heads, slots, cfg.head_dim), self.dtype)
-            past = [{"attn": {"past_k": empty, "past_v": empty}} for _ in served[1]]
         batch = {"tokens": prompts.tokens_BT, "segments": prompts.segments_BT, "positions": positions_BT}
-        batch = {name: a[:, known:] for name, a in batch.items()} | {"cached_segments": real_BS, "slot": known}
+        batch |= {"cached_segments": real_BS, "slot": 0}
         source = prompts.source
         if source:
             batch |= source | {"memory": calls.encode(cfg, served[0], source, self.dtype)}
-        x_BD, cache = self._run(served, batch, past)
+        x_BD, cache = self.run(served, batch, empty_cache(cfg, B, slots, self.dtype))
         state: State = {
             "cache": cache,
             "segments": real_BS,
@@ -196,7 +198,7 @@ class Decoder:
         }
         if "source" in state:
             batch["encoder_segments"] = state["source"]
-        x_BD, cache = self._run(served, batch, state["cache"])
+        x_BD, cache = self.run(served, batch, state["cache"])
         moved = {"cache": cache, "segments": segments_BS, "slot": slot + 1, "position": state["position"] + 1}
         return x_BD, {**state, **moved}
 
@@ -206,25 +208,22 @@ class Decoder:
         prompts: Prompts,
         keys_B: jax.Array,
         ends_E: jax.Array,
-        past: list[Any] | None = None,
-        *,
         slots: int,
         rules: Sampling,
-        known: int = 0,
     ) -> State:
-        """Prompts (as `inputs` gives them) read, and the token after each chosen; `past` and `known` as `read`."""
+        """Prompts (as `inputs` gives them) read, and the token after each chosen."""
         B = len(prompts.tokens_BT)
-        x_BD, state = self.read(served, prompts, slots, past, known)
+        x_BD, state = self.read(served, prompts, slots)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
         if rules.repetition_penalty != 1.0:
             seen_BV = jnp.zeros((B, self.model.vocab_size), bool)
             state["seen"] = seen_BV.at[jnp.arange(B)[:, None], prompts.tokens_BT].max(prompts.segments_BT > 0)
-        return self._next(served, x_BD, state, keys_B, ends_E, rules)
+        return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def one(self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling) -> State:
         """One step of the loop, of the state that `first` gave: the last token is read and the next one chosen."""
         x_BD, state = self.advance(served, state, jnp.maximum(state["token"], 0))
-        return self._next(served, x_BD, state, keys_B, ends_E, rules)
+        return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def _decode_loop(
         self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling, count: int
@@ -245,6 +244,12 @@ class Decoder:
         return state, out_BN
 
 
+def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
+    """Room for the keys and values of so many tokens a row, of every layer."""
+    shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
+    return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]
+
+
 def padded_ends(ends: Sequence[int]) -> np.ndarray:
     """End tokens int32 [E]; a few more or less must not compile anew. NOTHING marks rows that have ended already."""
     return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
@@ -252,7 +257,7 @@ def padded_ends(ends: Sequence[int]) -> np.ndarray:
 
 def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, segments) int32 [B, T], T the longest prompt rounded up to a multiple."""
-    T = _round_up(max(map(len, prompts)), multiple)
+    T = round_up(max(map(len, prompts)), multiple)
     tokens_BT = np.zeros((len(prompts), T), np.int32)
     segments_BT = np.zeros_like(tokens_BT)
     for b, prompt in enumerate(prompts):
@@ -263,7 +268,7 @@ def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tupl
 
 def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """What an encoder reads: encoder_tokens, encoder_segments, encoder_positions, int32 [B, S]."""
-    S = _round_up(max(map(len, prompts)))
+    S = round_up(max(map(len, prompts)))
     tokens_BS = np.zeros((len(prompts), S), np.int32)
     segments_BS = np.zeros_like(tokens_BS)
     for b, prompt in enumerate(prompts):
@@ -298,5 +303,6 @@ def served(model: ModelConfig, params: calls.Params, platform: str = "") -> tupl
     return model.model_copy(update={"tied": False}), untied
 
 
-def _round_up(n: int, multiple: int = ROUND) -> int:
+def round_up(n: int, multiple: int = ROUND) -> int:
+    """The next multiple."""
     return -(-n // multiple) * multiple

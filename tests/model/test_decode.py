@@ -9,7 +9,6 @@ import qwix
 from llmctl import mesh, weights
 from llmctl.model import ModelConfig, calls, families, family
 from llmctl.model.decode import NOTHING, Decoder, right_padded
-from llmctl.model.memory import Memory
 from llmctl.model.sampling import Sampling
 from llmctl.settings import MeshConfig
 
@@ -125,22 +124,6 @@ def test_what_cannot_be_continued_is_refused(decoder):
         Decoder(decoder.model.model_copy(update={"head": "classify"}), {})
     with pytest.raises(ValueError, match=r"encoder. stacks and head .lm. does not continue"):
         Decoder(ModelConfig(**BASE, family="bert"), {})
-
-
-@pytest.mark.parametrize("name", ["gemma3", "relative", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_a_turn_reads_what_is_new_and_answers_as_if_alone(name):
-    decoder, memory = Decoder(*build(name)), Memory()
-    rng, rules = np.random.default_rng(3), Sampling(0.8, top_k=20, repetition_penalty=1.1)
-    prompt, known = rng.integers(1, 64, 70).tolist(), []
-    # A turn; two that go on from it; one whose earlier turns are other words from token 66 on; another conversation.
-    for change in (None, None, 66, 0, None):
-        got = generate(decoder, [prompt], 9, sampling=rules, seed=1, chunk=4, memory=memory)
-        known.append(memory.known)
-        assert got.tolist() == generate(decoder, [prompt], 9, sampling=rules, seed=1, chunk=4).tolist()
-        prompt = [*prompt, *got[0].tolist(), *rng.integers(1, 64, 5).tolist()]
-        prompt = prompt if change is None else [*prompt[:change], *rng.integers(1, 64, len(prompt) - change).tolist()]
-    # Of 128 slots 58, 44, 30, 16 and 2 are padding; the same tokens follow as far as 0, 122, 122, 82 and 2.
-    assert known == [0, 64, 64, 64, 0]
 
 
 def test_a_caller_may_end_rows_between_chunks(decoder):
