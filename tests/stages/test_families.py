@@ -24,7 +24,7 @@ MORE = {
 }
 """What a tiny model of a family needs to be of it."""
 OFTEN = ("gemma3",)
-"""Not only where slow tests run: other tests take llama, bert and t5 through the stages, and the original to its answers."""
+"""Not only where slow tests run: other tests take llama, bert and t5 through them, and the original to its answers."""
 TRAIN = TrainConfig(steps=2, batch_size=8, seq_len=24, eval_every=2, log_every=2, tensorboard=False)
 OPTIM = OptimConfig(learning_rate=1e-3)
 
