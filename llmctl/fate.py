@@ -37,6 +37,8 @@ class _Run:
         self.ending = threading.Lock()
         self.over = threading.Event()
         """All have ended well."""
+        self.answered = threading.Event()
+        """Process 0 has spoken, so it is alive."""
 
     def send(self, message: dict[str, Any]) -> None:
         text = (json.dumps(message) + "\n").encode()
@@ -46,6 +48,7 @@ class _Run:
 
     def heard(self, who: int, message: dict[str, Any]) -> None:
         """A process has come to its end."""
+        self.answered.set()
         self.ended.add(who)
         if message["code"]:
             self.failed = True
@@ -197,7 +200,13 @@ def leave(code: int, line: str) -> None:
     if run is None:
         return
     if code:
-        run.end(code, "", {"from": run.index, "code": code, "line": line})
+        message = {"from": run.index, "code": code, "line": line}
+        if run.index:
+            # Process 0 says the line, and passes the message on to this process too. Where its death is why this one
+            # failed, nothing comes back, and `lost` says so instead.
+            run.send(message)
+            run.answered.wait(GRACE)
+        run.end(code, "", None if run.index else message)
         threading.Event().wait()  # another thread is ending this process
     if run.index:
         run.send({"from": run.index, "code": 0})

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from llmctl.config import Config, hint
 
 SHARED = {
-    *("attention", "beam", "calls", "cost", "decode", "entities", "flash", "gpipe", "heads", "hf", "layers"),
+    *("attention", "beam", "calls", "cost", "decode", "entities", "flash", "gpipe", "heads", "layers"),
     *("loss", "matching", "names", "ring", "sampling", "session", "size", "softmax", "transformer"),
 }
 """Files of this folder that are not families."""

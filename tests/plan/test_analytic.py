@@ -75,7 +75,9 @@ def test_what_is_saved_is_what_the_scan_hands_on(remat):
     loss = loss_of(MODEL, dtype=jnp.bfloat16, remat=remat)
     traced = jax.make_jaxpr(jax.grad(lambda p, b: loss(p, b, jax.random.key(0))[0]))(calls.abstract(MODEL), rows)
     scan = next(e for e in traced.jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == MODEL.layers)
-    stacked = [v.aval for v in scan.outvars[scan.params["num_carry"] :]]
+    step = scan.params["jaxpr"]  # a carry leaves the scan as it leaves a step; what is stacked gains an axis
+    pairs = zip(scan.outvars, step.out_avals, strict=True)
+    stacked = [whole.aval for whole, one in pairs if whole.aval.ndim == one.ndim + 1]
     by_trace = sum(a.size * a.dtype.itemsize for a in stacked) / MODEL.layers
     one = replace(setup(mesh={}, batch_size=batch, seq_len=length, remat=remat), fused=False)
     assert analytic.saved(one) == by_trace

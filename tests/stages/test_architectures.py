@@ -98,9 +98,8 @@ def test_the_chain(base, reviews, tmp_path):
         assert result["task"] == "classification" and result["metrics"]["accuracy"] > 0.8
 
 
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
 def test_an_encoder_writes_no_completions(base, reviews, tmp_path):
-    if artifact.read_manifest(base).model.architecture != "encoder":
-        pytest.skip("see test_completions")
     pairs = reviews.model_copy(update={"columns": {"prompt": "prompt", "completion": "completion"}})
     with pytest.raises(RequestError, match="text"):
         go(finetune, finetune.Config(data=pairs, task="lm", train=TRAIN, optim=OPTIM), base, tmp_path / "finetune")

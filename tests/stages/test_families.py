@@ -1,14 +1,12 @@
 """Every family through every stage: LoRA, both ways of pruning, distillation, quantization, and measured at the end."""
 
-import csv
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from llmctl import artifact
-from llmctl.data import DataConfig, TokenizerConfig, splits, tokenizer
+from llmctl.data import TokenizerConfig, splits, tokenizer
 from llmctl.model import ModelConfig, calls, families, family
 from llmctl.settings import OptimConfig, TrainConfig
 from llmctl.stages import Context, distill, finetune, prune, quantize
@@ -27,19 +25,6 @@ OFTEN = ("gemma3",)
 """Not only where slow tests run: other tests take llama, bert and t5 through them, and the original to its answers."""
 TRAIN = TrainConfig(steps=2, batch_size=8, seq_len=24, eval_every=2, log_every=2, tensorboard=False)
 OPTIM = OptimConfig(learning_rate=1e-3)
-
-
-@pytest.fixture(scope="module")
-def reviews(tmp_path_factory):
-    file = tmp_path_factory.mktemp("reviews") / "reviews.csv"
-    rng = np.random.default_rng(0)
-    with file.open("w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["text", "label"])
-        for i in range(120):
-            words = [" ".join(rng.choice(("fine", "dull", "grand", "poor", "warm", "cold"), 4)) for _ in range(3)]
-            writer.writerow([". ".join([f"{i}", *words]), "pos" if i % 2 else "neg"])
-    return DataConfig(source="csv", path=str(file), validation=0.15, test=0.2)
 
 
 @pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in families()])
