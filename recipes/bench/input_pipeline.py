@@ -1,0 +1,83 @@
+"""How much faster the input pipeline alone is than the training step that it feeds.
+
+Pretrains a recipe's first stage for some steps as `llmctl run` does, reads the steps' speed and input wait from its log,
+then builds the same batches and places them on the devices with no step to wait for. Both in one run, on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from _figures import show, where
+
+
+def trained(recipe: str, run: Path, steps: int) -> tuple[str, list[dict[str, float]]]:
+    """The first stage's name and the lines of its log that have a speed."""
+    from llmctl import chain, console
+    from llmctl import recipe as recipes
+
+    found = recipes.read(recipe, run)
+    name = found.steps[0].name
+    found = recipes.read(recipe, run, [f"stage.{name}.train.steps={steps}", f"stage.{name}.train.log_every=10"])
+    chain.run(found, only=[name], say=console.say)
+    lines = [json.loads(line) for line in (run / name / "log.jsonl").read_text().splitlines()]
+    return name, [line for line in lines if "tokens_per_second" in line]
+
+
+def alone(recipe: str, artifact: Path, cache: Path, batches: int) -> float:
+    """Tokens a second of the stage's batches, built and placed."""
+    from llmctl import mesh as meshes
+    from llmctl import recipe as recipes
+    from llmctl.data import pipeline, tokenizer
+    from llmctl.data.language import Text
+    from llmctl.feed import Feed
+
+    config = recipes.read(recipe).steps[0].config
+    feed = Feed(meshes.make(config.mesh), config.train.batch_size)
+    rows = Text(config.data).rows(
+        "train", tokenizer.load(artifact / "tokenizer"), config.train.seq_len, cache,
+        seed=config.seed, packing=config.packing,
+    )  # fmt: skip
+    first = batches // 10
+    with pipeline.batches(rows, config.train.batch_size, place=feed.place, spans=feed.spans) as built:
+        for _ in range(first):  # threads start, pages come in
+            next(built)
+        began = time.perf_counter()
+        for _ in range(batches):
+            next(built)
+        seconds = time.perf_counter() - began
+    return batches * config.train.batch_size * config.train.seq_len / seconds
+
+
+def main() -> None:
+    """Prints a line a figure; `--json` prints one object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="recipes/demo.toml")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batches", type=int, default=3000)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        name, lines = trained(args.recipe, run, args.steps)
+        step = statistics.median(line["tokens_per_second"] for line in lines)
+        pipe = alone(args.recipe, run / name, Path(folder) / "cache", args.batches)
+    waits = [line["input_wait"] for line in lines]
+    result = {
+        **where("jax", "grain"),
+        "step_tokens_per_second": round(step),
+        "pipeline_tokens_per_second": round(pipe),
+        "ratio": round(pipe / step, 1),
+        "input_wait_median": round(statistics.median(waits), 4),
+        "input_wait_most": round(max(waits), 4),
+    }
+    show(result, args.json)
+
+
+if __name__ == "__main__":
+    main()
