@@ -1,7 +1,7 @@
 """How much faster the input pipeline alone is than the training step that it feeds.
 
-Pretrains a recipe's first stage for some steps as `llmctl run` does, reads the steps' speed and input wait from its log,
-then builds the same batches and places them on the devices with no step to wait for. Both in one run, on one machine.
+Pretrains a recipe's first stage for some steps as `llmctl run` does, reads the steps' speed and input wait from its
+log, then builds the same batches and places them on the devices with no step to wait for, on the same machine.
 """
 
 from __future__ import annotations
