@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -35,6 +36,10 @@ class Objective:
     """spans: mean length."""
     whole_words: bool = False
     """masked, next_sentence: words instead of tokens."""
+
+    def sentinels(self, tokenizer: Tokenizer) -> Sequence[int]:
+        """Those that its targets have."""
+        return tokenizer.sentinel_ids if self.name == "spans" else ()
 
     def rows(
         self, documents: Documents, tokenizer: Tokenizer, seq_len: int, *, seed: int, packing: Packing, shuffle: bool

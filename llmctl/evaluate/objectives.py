@@ -7,6 +7,7 @@ looking at the context.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,9 +48,9 @@ def measure(artifact: Artifact, examples: Examples, split: str, seq_len: int, dt
     Raises RequestError where the tokenizer lacks the special tokens.
     """
     model = artifact.model
-    rows = task_rows(model, examples, tokenizers.load(artifact.tokenizer_dir), seq_len, shuffle=False)
-    step, metrics = _scored(artifact, rows, dtype, feed)
-    name = objective(model).name
+    tokenizer, asked = tokenizers.load(artifact.tokenizer_dir), objective(model)
+    rows, name = task_rows(model, examples, tokenizer, seq_len, shuffle=False), asked.name
+    step, metrics = _scored(artifact, rows, dtype, feed, asked.sentinels(tokenizer))
     task = {"masked": "masked tokens", "next_sentence": "masked tokens"}.get(name, name)
     protocol = (
         f"{split} split, {len(examples)} examples in {len(rows)} rows of {seq_len} tokens, {ASKED[name]}, {dtype}"
@@ -80,7 +81,9 @@ def complete(artifact: Artifact, examples: Examples, split: str, seq_len: int, d
     return "perplexity", protocol, metrics, step, _inputs(rows, feed)
 
 
-def _scored(artifact: Artifact, rows: Any, dtype: str, feed: Feed) -> tuple[Any, dict[str, Any]]:
+def _scored(
+    artifact: Artifact, rows: Any, dtype: str, feed: Feed, sentinels: Sequence[int] = ()
+) -> tuple[Any, dict[str, Any]]:
     """(compiled step, its means over all rows beside what one scores without looking)."""
     step = scorer(artifact.model, dtype)
     total: dict[str, float] = {}
@@ -91,7 +94,7 @@ def _scored(artifact: Artifact, rows: Any, dtype: str, feed: Feed) -> tuple[Any,
     metrics: dict[str, Any] = {k: float(v) for k, v in losses.means(total).items()}
     # A share of tokens is no accuracy of a classifier, which has its own column.
     metrics |= {"token_accuracy": metrics.pop("accuracy"), "nll": metrics.pop("loss")}
-    return step, metrics | baselines.guesses(rows, len(rows)) | {"predicted_tokens": int(total["weight"])}
+    return step, metrics | baselines.guesses(rows, len(rows), sentinels) | {"predicted_tokens": int(total["weight"])}
 
 
 def _inputs(rows: Any, feed: Feed) -> dict[str, np.ndarray]:

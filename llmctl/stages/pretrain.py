@@ -81,7 +81,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     unseen = rows("validation", False)
     blind: dict[str, float] = {}
     if objective.name != "causal":
-        blind = baselines.guesses(unseen, config.train.batch_size * config.train.eval_batches)
+        held_out = config.train.batch_size * config.train.eval_batches
+        blind = baselines.guesses(unseen, held_out, objective.sentinels(tokens))
         console.say(f"{config.title}: knowing nothing of the context {baselines.describe(blind)}")
     learns = learner(config, base, tokens.vocab_size, devices)
     params, metrics, _ = trainer.run(config, ctx, devices, learns, learn, unseen)
