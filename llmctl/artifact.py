@@ -188,6 +188,14 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
         )
 
 
+def check_place(out: Path, *reads: Path) -> None:
+    """Raises RequestError where an artifact at `out` would replace what is none, or what it is made of (`reads`)."""
+    if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
+        raise RequestError(f"{out}: would replace what it is made of; choose another folder")
+    if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: is there already and is not an artifact; move it away, or choose another folder")
+
+
 def save(
     out: Path,
     params: Mapping[str, Any],

@@ -205,10 +205,7 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
 
 def _begin(step: Step, work: Path, key: str, say: Callable[[str], None]) -> bool:
     """Makes the stage's scratch folder ready, whatever an earlier run left there; whether it is new."""
-    if step.out.exists() and not (step.out / MANIFEST).exists() and (not step.out.is_dir() or any(step.out.iterdir())):
-        raise RequestError(
-            f"{step.out}: is there already and is not an artifact; move it away, or choose another folder"
-        )
+    artifact.check_place(step.out)
     note = work / "key"
     if work.exists() and (not note.exists() or note.read_text() != key):
         say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")

@@ -162,22 +162,28 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         stem = re.sub(r"_(packed|scale|shape)$", "", name)
         scale = tensors.get(f"{stem}_scale")
         if name.endswith("_packed") and scale:
-            outputs, inputs = (int(n) for n in tensors[f"{stem}_shape"].read())
+            said = tensors.get(f"{stem}_shape")
+            outputs, inputs = map(int, said.read()) if said and said.shape == (2,) else (0, 0)
             if t.shape != (outputs, packed_length(inputs, width)):
                 raise RequestError(f"{where}: {name} contradicts {stem}_shape")
-            out[stem] = _dense((outputs, inputs), scale, lambda t=t, n=inputs: unpack_words(t.read(), n, width))
+            out[stem] = _dense(
+                where, stem, (outputs, inputs), scale, lambda t=t, n=inputs: unpack_words(t.read(), n, width)
+            )
         elif name == stem and scale:
-            out[stem] = _dense(t.shape, scale, t.read)
+            out[stem] = _dense(where, stem, t.shape, scale, t.read)
         elif name == stem:
             out[name] = t
     return out
 
 
-def _dense(shape: tuple[int, ...], scale: Tensor, read: Any) -> Tensor:
+def _dense(where: str, name: str, shape: tuple[int, ...], scale: Tensor, read: Any) -> Tensor:
+    rows, groups = (*scale.shape, 1, 1)[:2]  # one for all, one an output, or one a group of its inputs
+    if len(shape) != 2 or len(scale.shape) > 2 or rows not in (1, shape[0]) or not groups or shape[1] % groups:
+        raise RequestError(f"{where}: {name}_scale is {list(scale.shape)}, which does not fit {name} {list(shape)}")
+
     def fetch() -> np.ndarray:
-        s = np.asarray(scale.read(), np.float32)
-        values = np.asarray(read(), np.float32)
-        dense = values.reshape(shape[0], s.shape[1], -1) * s[..., None]
+        s = np.asarray(scale.read(), np.float32).reshape(rows, groups, 1)
+        dense = np.asarray(read(), np.float32).reshape(shape[0], groups, -1) * s
         return dense.reshape(shape).astype(scale.dtype)
 
     return Tensor(shape, scale.dtype, fetch)

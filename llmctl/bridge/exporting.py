@@ -52,6 +52,10 @@ def run(
     """
     if to not in FORMATS:
         raise RequestError(f"--to {to}: not a known format; known: {', '.join(FORMATS)}")
+    if dtype and to in ("peft", "gguf"):
+        raise RequestError(f"--dtype has no meaning for --to {to}{'; --type says it' if to == 'gguf' else ''}")
+    if kind != "f16" and to != "gguf":
+        raise RequestError(f"--type {kind} is for --to gguf; --dtype says the type of the weights")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
     found = artifact.load(source)
@@ -80,7 +84,8 @@ def _folder(
 ) -> float:
     cfg, params = found.model, found.params
     kind = tensors.dtype(dtype) if dtype else None
-    tokens = tokenizers.hand_on(found.tokenizer_dir, draft) if found.tokenizer_dir.is_dir() else {}
+    ends = cfg.architecture != "decoder" or cfg.head != "lm"
+    tokens = tokenizers.hand_on(found.tokenizer_dir, draft, ends) if found.tokenizer_dir.is_dir() else {}
     if not tokens:
         say(f"{found.path}: has no tokenizer; the folder has none")
     theirs = folders.tensors_of(cfg, params, kind)
@@ -101,7 +106,7 @@ def _folder(
     with bar("proving", again.nbytes) as wrote:
         back = folders.load(again, placer(again.model), None, wrote)
     batch = parity.probe(cfg)
-    ours = weights.unflatten(_cast(params, kind))
+    ours = weights.unflatten(_cast(params, kind, packed=to == "compressed-tensors"))
     return parity.prove(str(found.path), parity.answers(again.model, back, batch), parity.answers(cfg, ours, batch))
 
 
@@ -119,15 +124,19 @@ FREE = {
 """Fields that a format may say in other words without changing what is computed; the answers prove it."""
 
 
-def _cast(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
     """Every weight as it is meant to be written: a narrower type, where one is asked for, is not a difference.
 
-    Activations are not rounded here: that is for whoever runs the exported weights.
+    Where matrices are `packed` integers, these stay. Activations are not rounded here: that is for whoever runs the
+    exported weights.
     """
-    flat = weights.flatten(params)
-    if dtype is not None:
-        return {path: jnp.asarray(weights.dense(w), dtype) for path, w in flat.items()}
-    return {p: weights.Quantized(w.array) if isinstance(w, weights.Quantized) else w for p, w in flat.items()}
+
+    def cast(path: str, w: Any) -> Any:
+        if isinstance(w, weights.Quantized) and (dtype is None or (packed and path.endswith("/kernel"))):
+            return weights.Quantized(w.array)
+        return w if dtype is None else jnp.asarray(weights.dense(w), dtype)
+
+    return {path: cast(path, w) for path, w in weights.flatten(params).items()}
 
 
 def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:

@@ -77,7 +77,7 @@ def understand(
     """`look`, with the config and the tensors in hand."""
     where = folder / CONFIG
     known = names.bridges()
-    if config.get("model_type") not in known:
+    if config.get("model_type") not in list(known):
         raise RequestError(
             f"{where}: model_type {config.get('model_type')!r} is not known; known: {', '.join(sorted(known))}"
         )
@@ -93,7 +93,7 @@ def understand(
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, KeyError) as e:
         raise RequestError(f"{where}: cannot be understood ({'; '.join([*keys.problems, str(e)])})") from None
     keys.finish(str(where))
-    labels = _labels(config) if key in ("classify", "tokens") else []
+    labels = _labels(where, config) if key in ("classify", "tokens") else []
     fields = {
         **family(name).FLAGS, **fields, **head.fields, "family": name, "head": key.partition("+")[0],
         "labels": len(labels),
@@ -132,7 +132,7 @@ def _model(where: Path, fields: Fields) -> ModelConfig:
 
 def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tuple[str, Head]:
     said = config.get("architectures") or [bridge.heads["lm"].architecture]
-    if not isinstance(said, list) or len(said) != 1:
+    if not isinstance(said, list) or len(said) != 1 or not isinstance(said[0], str):
         raise RequestError(f"{where}: architectures = {said!r} names no single class")
     name = bridge.renamed.get(said[0], said[0])
     found = [(k, h) for k, h in bridge.heads.items() if h.architecture == name]
@@ -143,16 +143,19 @@ def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tupl
     both = bridge.heads.get(f"{found[0][0]}+next_sentence")
     if both and all(n in tensors for n in both.names.values() if n not in found[0][1].names.values()):
         return f"{found[0][0]}+next_sentence", both
-    single = len(_labels(config)) == 1 or config.get("problem_type") == "regression"
+    single = len(_labels(where, config)) == 1 or config.get("problem_type") == "regression"
     return next(((k, h) for k, h in found if k == "regress" and single), found[0])
 
 
-def _labels(config: Fields) -> list[str]:
+def _labels(where: Path, config: Fields) -> list[str]:
     """Names of the classes; transformers has two where it says nothing."""
     given = config.get("id2label")
-    if isinstance(given, dict):
-        return [str(v) for _, v in sorted(given.items(), key=lambda kv: int(kv[0]))]
-    return [f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2))]
+    try:
+        if isinstance(given, dict):
+            return [str(v) for _, v in sorted(given.items(), key=lambda kv: int(kv[0]))]
+        return [f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2))]
+    except (ValueError, TypeError) as e:
+        raise RequestError(f"{where}: id2label and num_labels cannot be understood ({e})") from None
 
 
 def _pooling(folder: Path) -> str:

@@ -51,8 +51,8 @@ def library() -> Any:
     return gguf
 
 
-def look(file: Path) -> folders.Found:
-    """What a GGUF file holds, its tensors dequantized when they are read.
+def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
+    """What a GGUF file holds, its tensors dequantized when they are read. `drop`: tensors to leave out, by either name.
 
     Raises:
       RequestError: no such file, damaged, an architecture or tensor that is not understood.
@@ -66,12 +66,14 @@ def look(file: Path) -> folders.Found:
     config = _config(file, model_type, architecture, metadata, factors)
     back = {}
     for name, tensor in stored.items():
+        if any(re.fullmatch(p, name) for p in drop):
+            continue
         ours = _rename(name, stems(model_type))
         if ours is None:
             raise RequestError(f"{file}: tensor {name} is not understood")
         back[ours] = _from_gguf(model_type, config, ours, tensor)
     config["tie_word_embeddings"] = "lm_head.weight" not in back
-    return folders.understand(file, config, back)
+    return folders.understand(file, config, back, drop=drop)
 
 
 def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -79,7 +81,7 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.is_file():
         raise RequestError(f"{file}: no such file")
     try:
-        reader = gguf.GGUFReader(file)
+        reader = _bounded(gguf.GGUFReader)(file)
         large = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
         metadata = {k: len(f.data) if k in large else f.contents() for k, f in reader.fields.items()}
         stored = {t.name: _tensor(file, t) for t in reader.tensors}
@@ -88,6 +90,18 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except Exception as e:  # the reader raises whatever numpy does for a damaged file
         raise RequestError(f"{file}: not a readable GGUF file ({e}); fetch it again") from None
     return metadata, stored
+
+
+def _bounded(reader: Any) -> Any:
+    """A reader that stops at the end of its file. Left alone it reads on there, as often as a header demands."""
+
+    class Bounded(reader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> np.ndarray:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it is shorter than its header says")
+            return super()._get(offset, dtype, count, *rest, **more)
+
+    return Bounded
 
 
 def _tensor(file: Path, t: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,14 +60,19 @@ def run(
       difference from the reference, or None.
 
     Raises:
-      RequestError: whatever is wrong with the source, in one line; nothing is written then.
+      RequestError: whatever is wrong with the source, in one line; `out` holds something else than an artifact, or the
+        source. Nothing is written then.
     """
+    artifact.check_place(out, source)
     kind = tensors.dtype(dtype) if dtype else None
     is_gguf = source.suffix == ".gguf"
-    found = gguf.look(source) if is_gguf else folders.look(source, ignore, drop)
+    _check_patterns(drop)
+    if is_gguf and ignore:
+        raise RequestError(f"--ignore: {source} has no config.json with keys to ignore")
+    found = gguf.look(source, drop) if is_gguf else folders.look(source, ignore, drop)
     reference = reference or ((source / REFERENCE) if (source / REFERENCE).is_file() else None)
     expected = {k: np.asarray(t.read()) for k, t in safetensors.read_file(reference).items()} if reference else None
-    key = _key(source, dtype)
+    made_of = f"{_key(source, dtype)} {drop} {found.model.model_dump_json()}"
     with contextlib.ExitStack() as closing:
         work = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="llmctl-")))
         words = work / "tokenizer"
@@ -75,7 +81,7 @@ def run(
         brought = tokenizers.bring(tokenizer or source, words, found.model)
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
-        stream = closing.enter_context(streaming.opened(out, f"{key} {drop} {found.model.model_dump_json()}"))
+        stream = closing.enter_context(streaming.opened(out, made_of))
         if stream.before:
             say(f"{out}: going on after the {len(stream.before)} parameters that were written before")
         with bar("reading", found.nbytes) as wrote:
@@ -91,7 +97,7 @@ def run(
             stored,
             found.model,
             stage="import",
-            key=key,
+            key=hashlib.sha256(f"{made_of} {_key(brought, '') if brought else ''}".encode()).hexdigest(),
             config={"source": str(source), "dtype": dtype},
             name=name,
             labels=found.labels,
@@ -100,6 +106,14 @@ def run(
             written=stored.folder,
         )
     return _report(out, manifest, source, delta)
+
+
+def _check_patterns(drop: tuple[str, ...]) -> None:
+    for pattern in drop:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise RequestError(f"--drop {pattern}: not a regular expression ({e}); any text is .*") from None
 
 
 def _report(out: Path, manifest: artifact.Manifest, source: Path, delta: float | None) -> dict[str, Any]:
@@ -123,6 +137,7 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
     Raises:
       RequestError: an adapter that is not plain LoRA or does not fit the base.
     """
+    artifact.check_place(out, source, base)
     found = artifact.load(base)
     params = peft.load(found, source)
     tree = jax.device_put(params, calls.shardings(found.model, params, meshes.make(MeshConfig())))

@@ -160,9 +160,13 @@ class Keys:
 
 
 def take_rope(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
-    """Rotary bases and scaling, from the older keys (rope_theta, rope_scaling) or the newer rope_parameters."""
-    old = {"rope_theta": keys.take("rope_theta", theta), **(keys.take("rope_scaling", None) or {})}
-    given = keys.take("rope_parameters", None) or old
+    """Rotary bases and scaling, from the older keys (rope_theta, rope_scaling) or the newer rope_parameters.
+
+    The base is rope_theta also where rope_parameters says all but that.
+    """
+    theta = keys.take("rope_theta", theta)
+    given = {"rope_theta": theta, **(keys.take("rope_scaling", None) or {})}
+    given = keys.take("rope_parameters", None) or given
     if not local:
         return _rope(keys, given, theta)
     near = keys.take("rope_local_base_freq", 10_000.0)
@@ -192,6 +196,8 @@ def _rope(keys: Keys, given: Mapping[str, Any], theta: float) -> Fields:
     if kind not in SCALINGS or (odd := set(scaling) - SCALINGS[kind]):
         what = kind if kind not in SCALINGS else f"{kind} with {', '.join(sorted(odd))}"
         keys.problems.append(f"rope scaling of type {what} is not supported")
+    elif absent := ({"factor"} if kind == "yarn" else SCALINGS[kind]) - set(scaling):
+        keys.problems.append(f"rope scaling of type {kind} lacks {', '.join(sorted(absent))}")
     return fields | {"rope_scaling": {"rope_type": kind, **scaling}}
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from llmctl import artifact, weights
-from llmctl.bridge import safetensors
+from llmctl.bridge import compressed, safetensors
+from llmctl.bridge import folder as folders
 from llmctl.bridge.tensors import of_array
 from llmctl.data import tokenizer
+from llmctl.errors import RequestError
 
 
 def test_there_and_back_is_the_same_artifact(saved, exported, call, tmp_path):
@@ -22,6 +24,18 @@ def test_there_and_back_is_the_same_artifact(saved, exported, call, tmp_path):
     assert after.tokenizer == before.tokenizer == made["tokenizer"]
     ids = tokenizer.load(tmp_path / "a" / "tokenizer").encode("the cat 12")
     assert ids == tokenizer.load(saved / "tokenizer").encode("the cat 12")
+
+
+def test_later_stages_see_that_another_tokenizer_was_imported(exported, call, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(exported, other)
+    said = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": "{{ messages }}"}))
+    keys = {}
+    for name, more in (("a", ()), ("b", ()), ("c", ("--tokenizer", other))):
+        assert call("import", exported, "--out", tmp_path / name, *more)[0] == 0
+        keys[name] = artifact.read_manifest(tmp_path / name).key
+    assert keys["a"] == keys["b"] != keys["c"]
 
 
 def test_a_chat_template_goes_out_and_comes_back(saved, call, tmp_path):
@@ -125,6 +139,12 @@ SPOILED = {
     "rope scaling of type longrope": lambda folder: change(
         folder, rope_parameters={"rope_type": "longrope", "factor": 2.0}
     ),
+    "rope scaling of type linear lacks factor": lambda folder: change(
+        folder, rope_parameters={"rope_type": "linear"}
+    ),
+    "model_type ['llama'] is not known": lambda folder: change(folder, model_type=["llama"]),
+    "names no single class": lambda folder: change(folder, architectures=[["LlamaForCausalLM"]]),
+    "id2label and num_labels cannot be understood": lambda folder: change(folder, id2label={"first": "a"}),
     "num_attention_heads is missing": lambda folder: change(folder, num_attention_heads=None),
     "cannot be understood": lambda folder: change(folder, hidden_size="wide"),
     "not floating-point": lambda folder: change(
@@ -151,10 +171,53 @@ def test_bad_input_is_one_line_and_leaves_nothing(said, copied, call, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_an_import_replaces_neither_its_source_nor_what_is_no_artifact(copied, saved, exported, call, tmp_path):
+    kept = tmp_path / "models" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for out, said in (
+        (copied, "would replace what it is made of"),
+        (tmp_path, "would replace"),
+        (kept.parent, "is there already and is not an artifact"),
+        (kept, "is there already"),
+    ):
+        code, _, err = call("import", copied, "--out", out)
+        assert code == 2, out
+        assert said in err
+    assert kept.read_text() == "mine"
+    assert (copied / "config.json").is_file()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    code, _, err = call("import", tmp_path / "adapter", "--base", saved, "--out", saved)
+    assert (code, "would replace" in err) == (2, True)
+    shutil.copytree(saved, tmp_path / "old")
+    assert call("import", exported, "--out", tmp_path / "old")[0] == 0  # an artifact of another time
+    assert artifact.read_manifest(tmp_path / "old").stage == "import"
+
+
+def test_options_without_meaning_are_refused(saved, exported, call, tmp_path):
+    for argv, said in (
+        (("import", exported, "--drop", "*.bias"), "--drop *.bias: not a regular expression"),
+        (("export", saved, "--to", "gguf", "--dtype", "bfloat16"), "--dtype has no meaning for --to gguf"),
+        (("export", saved, "--to", "peft", "--dtype", "bfloat16"), "--dtype has no meaning for --to peft"),
+        (("export", saved, "--type", "q8_0"), "--type q8_0 is for --to gguf"),
+    ):
+        code, _, err = call(*argv, "--out", tmp_path / "x")
+        assert code == 2
+        assert said in err
+        assert not (tmp_path / "x").exists()
+
+
 def test_a_key_can_be_declared_irrelevant(copied, call, tmp_path):
     change(copied, made_up=1)
     assert call("import", copied, "--out", tmp_path / "a")[0] == 2
     assert call("import", copied, "--out", tmp_path / "a", "--ignore", "made_up")[0] == 0
+
+
+def test_the_rotary_base_may_stand_beside_its_scaling(copied):
+    change(copied, rope_theta=5e5, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    found = folders.look(copied).model
+    assert (found.rope_theta, found.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 2.0})
 
 
 def test_what_is_stored_twice_is_dropped_only_where_it_is_the_same(copied, call, tmp_path, config):
@@ -209,6 +272,9 @@ def test_quantized_models_go_dense_and_as_integers(bits, group, activations, sav
         code, said, err = call("export", made, "--to", to, "--out", tmp_path / to)
         assert code == 0, err
         assert said["parity"] < 1e-4
+        # what is not quantized may be narrower
+        code, _, err = call("export", made, "--to", to, "--dtype", "bfloat16", "--out", tmp_path / f"{to}-narrow")
+        assert code == 0, err
     stored = safetensors.read_folder(tmp_path / "compressed-tensors")
     scheme = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
     assert scheme["config_groups"]["group_0"]["weights"]["num_bits"] == bits
@@ -223,3 +289,22 @@ def test_quantized_models_go_dense_and_as_integers(bits, group, activations, sav
         found = [((first >> (bits * i)) & (2**bits - 1)) - 2 ** (bits - 1) for i in range(many)]
         assert found == values[0, :many].tolist()
         assert stored[f"{name}_shape"].read().tolist() == [32, 64]
+
+
+def test_scales_of_a_tensor_an_output_and_a_group_are_read():
+    values = np.arange(-12, 12, dtype=np.int8).reshape(4, 6)
+    scheme = {"type": "int", "symmetric": True, "num_bits": 8}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    settings["config_groups"] = {"group_0": {"weights": scheme}}
+
+    def dense(scale):
+        tensors = {"w": of_array(values), "w_scale": of_array(np.asarray(scale, np.float32))}
+        return compressed.unpack("here", settings, tensors)["w"].read()
+
+    np.testing.assert_array_equal(dense([2.0]), values * 2.0)
+    np.testing.assert_array_equal(dense(2.0), values * 2.0)
+    np.testing.assert_array_equal(dense([1.0, 2.0, 3.0, 4.0]), values * np.arange(1.0, 5)[:, None])
+    np.testing.assert_array_equal(dense([[1.0, 2.0]] * 4), values * np.repeat([1.0, 2.0], 3))
+    for scale in ([1.0, 2.0], [[1.0] * 4] * 4, [[[1.0]]]):
+        with pytest.raises(RequestError, match=r"here: w_scale is .* does not fit w"):
+            dense(scale)
