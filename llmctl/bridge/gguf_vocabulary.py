@@ -44,7 +44,8 @@ def read(file: Path, work: Path) -> Path:
     if kind == "gpt2":
         special = {name: tokens[i] for name, key in SPECIAL.items() if (i := get(key)) is not None}
         made = _bpe(file, get("pre", "default"), tokens, kinds, get("merges", []))
-        words = JsonTokenizer(made, bool(get("add_bos_token", False)), special)
+        # where a file does not say, llama.cpp goes by how it cuts text
+        words = JsonTokenizer(made, bool(get("add_bos_token", get("pre") == "llama-bpe")), special)
         words.save(_epath(work))
     elif kind == "llama":
         SentencePieces(_sentencepiece(tokens, get("scores"), kinds, get), bool(get("add_bos_token", True))).save(

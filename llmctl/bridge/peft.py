@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,8 +31,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "target_parameters": (), "layer_replication": (), "corda_config": (), "eva_config": (),
     "alora_invocation_tokens": (),
     "use_qalora": (False,), "ensure_weight_tying": (False,), "exclude_modules": (),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
-"""Settings that would mean another computation, and the values under which they do not."""
+"""Settings that would mean another computation, and the values under which they do not. Other ways to initialize
+(PiSSA, OLoRA, LoftQ, …) changed the base's matrices too."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -91,10 +94,12 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = next(
-        (v for k, v in (config.get("alpha_pattern") or {}).items() if module == k or module.endswith(f".{k}")),
-        config.get("lora_alpha", rank),
-    )
+    patterns = config.get("alpha_pattern") or {}  # regular expressions of the ends of names
+    try:
+        found = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module))
+        alpha = next(found, config.get("lora_alpha", rank))
+    except re.error as e:
+        raise RequestError(f"{CONFIG}: alpha_pattern holds no regular expression ({e})") from None
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -23,8 +23,8 @@ SAMPLES = (
 """Texts that both must cut alike."""
 
 
-def convert(words: SentencePieces) -> bytes | None:
-    """The tokenizer.json of a SentencePiece model; None where it would cut one of the samples differently."""
+def convert(words: SentencePieces) -> Tokenizer | None:
+    """A SentencePiece model as such a tokenizer; None where it would cut one of the samples differently."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2
@@ -56,7 +56,7 @@ def convert(words: SentencePieces) -> bytes | None:
     made.encode_special_tokens = True
     alike = all(made.encode(t, add_special_tokens=False).ids == words.encode(t) for t in SAMPLES)
     made.encode_special_tokens = False
-    return made.to_str().encode() if alike else None
+    return made if alike else None
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmctl.bridge import sentencepiece_json
+from llmctl.bridge.tensors import listed
 from llmctl.data import tokenizer as tokenizers
 from llmctl.data.json_tokenizer import JsonTokenizer
 from llmctl.data.sentencepieces import SentencePieces
@@ -27,14 +29,19 @@ def bring(source: Path, work: Path, model: ModelConfig) -> Path | None:
     """The tokenizer in `source` (a folder or a file), put into `work` for an artifact; None where there is none.
 
     Raises:
-      RequestError: a tokenizer that is damaged, or of another size than the model's table.
+      RequestError: a tokenizer that is damaged, or of another size than the model's table, or lacks its added tokens.
     """
     found = _find(source)
     if found is None:
         return None
     check(found, model, str(source))
-    found.save(work)
     folder = source if source.is_dir() else source.parent
+    if beyond := [t for t, i in _json(folder / "added_tokens.json").items() if i >= found.vocab_size]:
+        raise RequestError(
+            f"{source}: its added tokens ({listed(beyond)}) are only read from a tokenizer.json; make one with "
+            "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    found.save(work)
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copy(folder / name, work / name)
@@ -72,16 +79,21 @@ def _from_vocabulary(folder: Path) -> bytes | None:
 
     said = _json(folder / "tokenizer_config.json")
     if (folder / "vocab.txt").is_file():
-        vocab = {t.rstrip("\n"): i for i, t in enumerate((folder / "vocab.txt").read_text("utf-8").splitlines())}
+        vocab = {token: i for i, token in enumerate(_lines(folder / "vocab.txt"))}
         made = Tokenizer(models.WordPiece(vocab, unk_token=str(said.get("unk_token", "[UNK]"))))
         lower = bool(said.get("do_lower_case", True))
-        made.normalizer = normalizers.BertNormalizer(lowercase=lower)  # pyright: ignore[reportAttributeAccessIssue]
+        made.normalizer = normalizers.BertNormalizer(  # pyright: ignore[reportAttributeAccessIssue]
+            handle_chinese_chars=bool(said.get("tokenize_chinese_chars", True)),
+            strip_accents=said.get("strip_accents"),
+            lowercase=lower,
+        )
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
         made.decoder = decoders.WordPiece()  # pyright: ignore[reportAttributeAccessIssue]
         special = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab]
+        ends = ("[CLS]", "[SEP]")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab = _json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+        lines = _lines(folder / "merges.txt")
         pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
         merges = [(left, right) for left, _, right in pairs]
         try:
@@ -92,10 +104,29 @@ def _from_vocabulary(folder: Path) -> bytes | None:
         made.pre_tokenizer = byte_level  # pyright: ignore[reportAttributeAccessIssue]
         made.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
         special = [t for t in ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>") if t in vocab]
+        ends = ("<s>", "</s>")  # RoBERTa's; GPT-2's vocabulary has neither
     else:
         return None
     made.add_special_tokens(special)
+    if all(t in vocab for t in ends):
+        _put_between(made, ends[:1], ends[1:])
     return made.to_str().encode()
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file. Only line feeds end them: some vocabularies hold other separators as tokens."""
+    return file.read_text("utf-8").removesuffix("\n").split("\n")
+
+
+def _put_between(made: Any, begin: Sequence[str], end: Sequence[str]) -> None:
+    """Texts that a tokenizer of the `tokenizers` library encodes with special tokens begin and end so from now on."""
+    from tokenizers import processors
+
+    made.post_processor = processors.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", *end, "$B:1", *(f"{t}:1" for t in end)],
+        special_tokens=[(t, made.token_to_id(t)) for t in dict.fromkeys([*begin, *end])],
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -116,10 +147,23 @@ def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
     return {name: words.piece(i) for name, i in ids.items() if i is not None}
 
 
-def hand_on(folder: Path, out: Path) -> dict[str, int]:
+def _untold(words: tokenizers.Tokenizer) -> Any:
+    """A tokenizer of the `tokenizers` library, where that is to be told how texts begin."""
+    from tokenizers import Tokenizer
+
+    if isinstance(words, SentencePieces):
+        return sentencepiece_json.convert(words)
+    if not isinstance(words, JsonTokenizer) or not words.add_bos:
+        return None
+    made = Tokenizer.from_buffer(words.model)
+    return made if made.post_processor is None else None
+
+
+def hand_on(folder: Path, out: Path, ends: bool) -> dict[str, int]:
     """Writes an artifact's tokenizer as others read it; returns its special ids, as a config.json names them.
 
-    A tokenizer.json stays one; a SentencePiece model also becomes one. What else came with it is copied.
+    A tokenizer.json stays one; a SentencePiece model also becomes one. Where the file does not say how texts begin and,
+    for models that read whole ones (`ends`), end, it is told. What else came with it is copied.
     """
     if not (folder / tokenizers.DESCRIPTOR).is_file():
         return {}
@@ -128,10 +172,13 @@ def hand_on(folder: Path, out: Path) -> dict[str, int]:
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copy(folder / name, out / name)
-    if isinstance(words, SentencePieces) and (made := sentencepiece_json.convert(words)):
-        (out / JsonTokenizer.file).write_bytes(made)
+    special = words.special if isinstance(words, JsonTokenizer) else _special(words)
+    made = _untold(words)
+    if made is not None:
+        if words.add_bos or ends:
+            _put_between(made, [special["bos"]] * words.add_bos, [special["eos"]] * ends)
+        (out / JsonTokenizer.file).write_text(made.to_str(), encoding="utf-8")
     if not (out / "tokenizer_config.json").is_file():
-        special = words.special if isinstance(words, JsonTokenizer) else _special(words)
         content: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{f"{k}_token": v for k, v in special.items()},

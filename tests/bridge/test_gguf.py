@@ -1,5 +1,7 @@
 """GGUF files: what the gguf package reads in ours, there and back, rounding by kind, vocabularies."""
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
@@ -113,12 +115,50 @@ def test_what_llama_cpp_does_otherwise_with_a_vocabulary_is_said():
     assert "unknown token" in said["unigram", "identity"]
 
 
+def test_llama_3_begins_where_its_file_does_not_say_so(tmp_path):
+    from llmctl.bridge import gguf_vocabulary, tokenizers
+
+    for pre, said in (("llama-bpe", True), ("smollm", False)):
+        writer = gguf.GGUFWriter(tmp_path / f"{pre}.gguf", "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(["<|begin_of_text|>", "<|end_of_text|>", "a", "aa"])
+        writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 2)
+        writer.add_token_merges(["a a"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        words = tokenizer.load(gguf_vocabulary.read(tmp_path / f"{pre}.gguf", tmp_path / pre))
+        assert words.prompt("a") == [0] * said + [2]
+        (tmp_path / f"{pre}-hf").mkdir()
+        tokenizers.hand_on(tmp_path / pre, tmp_path / f"{pre}-hf", ends=False)
+        assert tokenizer.load(tmp_path / f"{pre}-hf").prompt("a") == words.prompt("a")
+
+
+def test_tensors_of_a_file_can_be_left_out_by_either_name(files, call, tmp_path):
+    for n, name in enumerate((r"blk\.\d+\.ffn_up\.weight", r".*up_proj.*")):
+        code, _, err = call("import", files("f32"), "--out", tmp_path / "a", "--drop", name)
+        assert code == 2
+        assert "missing tensors model.layers.0.mlp.up_proj.weight" in err, n
+    code, _, err = call("import", files("f32"), "--out", tmp_path / "a", "--ignore", "rope_theta")
+    assert code == 2
+    assert "has no config.json" in err
+
+
 def test_bad_files_are_refused(files, saved, call, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(files("f16").read_bytes()[:5000])
     code, _, err = call("import", cut, "--out", tmp_path / "a")
     assert code == 2
     assert "not a readable GGUF file" in err
+    # an array of 2^60 bytes, in a file of a hundred
+    array = b"x" + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8, 2**60)
+    cut.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + array + bytes(64))
+    code, _, err = call("import", cut, "--out", tmp_path / "a")
+    assert code == 2
+    assert "shorter than its header says" in err
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

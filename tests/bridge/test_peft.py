@@ -9,6 +9,7 @@ import pytest
 from llmctl import artifact, weights
 from llmctl.bridge import peft, safetensors
 from llmctl.bridge.tensors import of_array
+from llmctl.errors import RequestError
 
 
 @pytest.fixture(scope="session")
@@ -74,14 +75,23 @@ def test_layers_that_differ_in_rank_and_scale_come_in_as_one_pair(saved, tmp_pat
         expected[layer] = ({0: 8, 2: 16}[layer] / np.sqrt(rank) * b @ a).T
     safetensors.write_file(tmp_path / peft.WEIGHTS, arrays)
     said = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {module.format(2): 4}}
-    (tmp_path / peft.CONFIG).write_text(json.dumps(said | {"alpha_pattern": {"layers.2.self_attn.v_proj": 16}}))
-    w = weights.flatten(peft.load(base, tmp_path))["decoder/blocks/attn/v/kernel"]
-    np.testing.assert_allclose(np.asarray(weights.dense(w) - w.base), expected, atol=1e-4)
+    for pattern in ("layers.2.self_attn.v_proj", r"layers\.[2-9]\.self_attn\..*"):
+        (tmp_path / peft.CONFIG).write_text(json.dumps(said | {"alpha_pattern": {pattern: 16}}))
+        w = weights.flatten(peft.load(base, tmp_path))["decoder/blocks/attn/v/kernel"]
+        np.testing.assert_allclose(np.asarray(weights.dense(w) - w.base), expected, atol=1e-4)
+    (tmp_path / peft.CONFIG).write_text(json.dumps(said | {"alpha_pattern": {"*.v_proj": 16}}))
+    with pytest.raises(RequestError, match="alpha_pattern holds no regular expression"):
+        peft.load(base, tmp_path)
 
 
 def test_what_is_not_plain_lora_is_refused(adapter, saved, call, tmp_path):
     said = json.loads((adapter / peft.CONFIG).read_text())
-    for change, message in (({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias")):
+    for change, message in (
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ):
         (adapter / peft.CONFIG).write_text(json.dumps(said | change))
         code, _, err = call("import", adapter, "--base", saved, "--out", tmp_path / "a")
         assert code == 2
