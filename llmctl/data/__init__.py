@@ -15,7 +15,8 @@ Truncate = Literal["tail", "head_tail"]
 """What a text too long keeps: its beginning, or its beginning and its end."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "context", "question")
-"""Canonical columns that hold text."""
+"""Canonical columns that hold text. The first that there is decides a row's split, so a passage and all that is asked
+about it are in one."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers")
 """All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
@@ -100,8 +101,10 @@ class DataConfig(SourceConfig):
     def _fits(self) -> DataConfig:
         if self.validation + self.test >= 1:
             raise ValueError(f"validation ({self.validation}) + test ({self.test}) leave nothing to train on")
-        if self.mixture and self.path:
-            raise ValueError("path and mixture exclude each other: move the path into a [[data.mixture]] entry")
+        given = [k for k, field in SourceConfig.model_fields.items() if getattr(self, k) != field.default]
+        if self.mixture and given:
+            named = ", ".join(given)
+            raise ValueError(f"{named} and mixture exclude each other: move {named} into the [[data.mixture]] entries")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes are listed twice: {self.classes}")
         return self

@@ -15,7 +15,7 @@ from etils import epath
 
 from llmctl.config import hint
 from llmctl.data import SourceConfig
-from llmctl.data.paths import folder, is_local
+from llmctl.data.paths import folder, is_local, keep_open
 from llmctl.data.source import Chain, Groups, Row, Source
 from llmctl.errors import RequestError
 
@@ -160,7 +160,7 @@ def hf(cfg: SourceConfig) -> Source:
     """
     path = folder(cfg.path)
     if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = _said(path / "dataset_dict.json")["splits"]
         if cfg.split not in splits:
             raise RequestError(
                 f"{cfg.path}: no split {cfg.split!r}{hint(cfg.split, splits)} (splits: {', '.join(splits)})"
@@ -168,10 +168,21 @@ def hf(cfg: SourceConfig) -> Source:
         path /= cfg.split
     if not (path / "state.json").exists():
         raise RequestError(f"{path}: not a folder that save_to_disk of Hugging Face datasets wrote (no state.json)")
-    state = json.loads((path / "state.json").read_text())
+    state = _said(path / "state.json")
     if state.get("_indices_files"):
         raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
+    keep_open(len(state["_data_files"]))  # they stay mapped
     return Chain([_arrow(path / file["filename"]) for file in state["_data_files"]])
+
+
+def _said(file: epath.Path) -> dict[str, Any]:
+    try:
+        said = json.loads(file.read_text())
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise RequestError(f"{file}: damaged; save the data set again")
+    return said
 
 
 def _arrow(path: epath.Path) -> Source:

@@ -53,7 +53,7 @@ class JsonLines(Source):
     def __getitem__(self, i: int) -> Row:
         try:
             row = json.loads(self._bytes[self._starts[i] : self._ends[i]])
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{self.where(i)}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise RequestError(f"{self.where(i)}: a line must hold a JSON object, not {type(row).__name__}")
@@ -88,7 +88,9 @@ def jsonl(path: epath.Path, cfg: SourceConfig) -> Source:
 def table(path: epath.Path, cfg: SourceConfig) -> Source:
     """Delimited text with a header line; fields may be quoted and span lines (RFC 4180)."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
-    reader = csv.reader(io.StringIO(_text(path, bytes(_buffer(path))), newline=""), delimiter=cfg.delimiter)
+    content = io.StringIO(_text(path, bytes(_buffer(path))), newline="")
+    # strict: a quote that nobody closes would make one field of the rest of the file
+    reader = csv.reader(content, delimiter=cfg.delimiter, strict=True)
     rows, lines, line = [], [], 1
     try:
         columns = next(reader, [])
@@ -112,10 +114,17 @@ def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
 
     try:
         file = pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
-    except pa.ArrowInvalid as error:
+    except (OSError, pa.ArrowException) as error:
         raise RequestError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
     counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-    return Groups(path, file.schema_arrow.names, counts, lambda g: file.read_row_group(g).to_pylist())
+
+    def read(group: int) -> list[Row]:
+        try:
+            return file.read_row_group(group).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise RequestError(f"{path}: damaged in row group {group} ({str(error).splitlines()[0]})") from None
+
+    return Groups(path, file.schema_arrow.names, counts, read)
 
 
 def _buffer(path: epath.Path) -> bytes | mmap.mmap:

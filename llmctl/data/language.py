@@ -22,12 +22,15 @@ class Text:
     """The text that a data config names. Raw text is read when first needed; prepared text is tokens already."""
 
     def __init__(self, cfg: DataConfig):
-        """Raises RequestError where prepared and raw sources are mixed, or the prepared ones are missing or differ."""
+        """Raises RequestError where prepared and raw sources are mixed, or prepared ones are missing, differ or were
+        prepared with other settings."""
         self._cfg = cfg
         kinds = {part.source == "prepared" for part in cfg.parts()}
         if len(kinds) > 1:
             raise RequestError("a mixture is of prepared sources or of raw ones; prepare the others as well")
         self._prepared = [prepared.read(part.path) for part in cfg.parts()] if kinds == {True} else []
+        for part, (where, found) in zip(cfg.parts(), self._prepared, strict=False):
+            prepared.check_settings(found, part, cfg, str(where))
         if len({found.tokenizer for _, found in self._prepared}) > 1:
             raise RequestError("the sources of the mixture were prepared with different tokenizers")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ def resolve(spec: str) -> list[epath.Path]:
     if not spec:
         raise RequestError("data has no path: set data.path")
     path = folder(spec)
-    if GLOB.search(str(path)):
+    if GLOB.search(str(path)) and not path.exists():  # a file may be called "reviews [1].csv"
         found = sorted(p for p in _glob(path) if p.is_file())
         if not found:
             raise RequestError(f"no file matches {spec!r}")
@@ -59,6 +60,17 @@ def folder(spec: str) -> epath.Path:
 def is_local(path: epath.Path) -> bool:
     """Whether `path` is a file of this machine, which can be mapped into memory."""
     return "://" not in str(path)
+
+
+def keep_open(files: int) -> None:
+    """Lets this process hold so many more files open, as far as the system allows; shells often allow 1024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        most = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS has another limit beside
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _glob(path: epath.Path) -> Iterable[epath.Path]:

@@ -90,7 +90,7 @@ def _prepare(
     if (out / DESCRIPTION).exists() and (found := read(str(out))[1]).key == key:
         say(f"{out}: up to date, skipped")
         return found
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out}: is there already, with something else; move it away or choose another folder")
     words = _begin(work, key, tokenizer, text, say)
     plan = {split: list(_jobs(split, examples)) for split, examples in text.examples.items()}

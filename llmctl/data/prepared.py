@@ -16,8 +16,9 @@ import numpy as np
 from etils import epath
 from pydantic import BaseModel, ValidationError
 
+from llmctl.data import DataConfig, SourceConfig
 from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.data.paths import folder, is_local
+from llmctl.data.paths import folder, is_local, keep_open
 from llmctl.errors import RequestError
 
 DESCRIPTION = "prepared.json"
@@ -92,6 +93,7 @@ class Shards:
     def __init__(self, where: epath.Path, part: Part, dtype: str):
         """Raises RequestError if a shard is missing or has another size than when it was written."""
         self._files = [where / s.file for s in part.shards]
+        keep_open(len(self._files))  # as many as are read stay open
         for file, shard in zip(self._files, part.shards, strict=True):
             if not file.exists() or file.stat().length != shard.bytes:
                 raise RequestError(f"{file}: missing or damaged; prepare the data again")
@@ -130,6 +132,16 @@ class Shards:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return ArrayRecordDataSource([str(file) for file in self._files])
+
+
+def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
+    """Raises RequestError for settings that the data was prepared without: they would change nothing."""
+    asked = {name: getattr(part, name) for name in ("columns", "filter", "replace")}
+    asked |= {name: getattr(cfg, name) for name in ("dedup", "validation", "test")}
+    for name, value in asked.items():
+        was = found.data.get(name)
+        if value not in (was, DataConfig.model_fields[name].default):
+            raise RequestError(f"{path}: was prepared with data.{name} = {was!r}, not {value!r}; prepare it again")
 
 
 def check(found: Prepared, tokenizer: Tokenizer, path: str) -> None:

@@ -6,6 +6,7 @@ A text's place in [0, 1) is a function of the text alone, never of its position,
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import string
 import unicodedata
@@ -105,9 +106,12 @@ def _label(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: 
         raise RequestError(f"{view.where(i)}: the label is empty")
     if cfg.label_type == "number":
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
-            raise RequestError(f"{view.where(i)}: label {value!r} is not a number") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise RequestError(f"{view.where(i)}: label {value!r} is not a number")
+        return number
     label = plain(value)
     if allowed and label not in allowed:
         raise RequestError(

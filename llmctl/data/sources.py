@@ -7,14 +7,20 @@ from collections.abc import Callable
 from etils import epath
 
 from llmctl.data import SourceConfig, datasets, files
-from llmctl.data.paths import resolve
+from llmctl.data.paths import keep_open, resolve
 from llmctl.data.source import Chain, Source
 from llmctl.errors import RequestError
 
 
 def _each(read: Callable[[epath.Path, SourceConfig], Source]) -> Callable[[SourceConfig], Source]:
     """A source of all the files that `path` names, in the order of the sorted paths."""
-    return lambda cfg: Chain([read(path, cfg) for path in resolve(cfg.path)])
+
+    def source(cfg: SourceConfig) -> Source:
+        paths = resolve(cfg.path)
+        keep_open(len(paths))  # some stay mapped
+        return Chain([read(path, cfg) for path in paths])
+
+    return source
 
 
 SOURCES: dict[str, Callable[[SourceConfig], Source]] = {

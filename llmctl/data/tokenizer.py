@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from etils import epath
 
@@ -47,10 +48,10 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
 
     Args:
         path: an artifact's tokenizer folder, a folder that holds `tokenizer.json` or `tokenizer.model`, or such a file.
-        add_bos: overrides what the descriptor or, beside foreign tokenizers, the file says.
+        add_bos: overrides what the descriptor or, of foreign tokenizers, tokenizer_config.json or the file itself says.
 
     Raises:
-        RequestError: nothing there, an unknown kind, a file that is damaged.
+        RequestError: nothing there, an unknown kind, a file that is damaged; a begin that it has no token for.
     """
     path = epath.Path(path)
     described: dict = {}
@@ -75,12 +76,15 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
             files = ", ".join(c.file for c in KINDS.values())
             raise RequestError(f"{path}: no tokenizer there (looked for {DESCRIPTOR}, {files})")
         kind, file = found[0]
+    told = {} if add_bos is None else {"bos": add_bos}
+    if not described and not told and isinstance(begins := _config(file.parent).get("add_bos_token"), bool):
+        told = {"bos": begins}
     try:
-        tokenizer = KINDS[kind].open(file.read_bytes(), described, file.parent)
+        tokenizer = KINDS[kind].open(file.read_bytes(), described | told, file.parent)
     except ValueError as error:
         raise RequestError(f"{file}: not a usable tokenizer ({error})") from None
-    if add_bos is not None:
-        tokenizer.add_bos = add_bos
+    if add_bos and not tokenizer.add_bos:
+        raise RequestError(f"{file}: has no begin-of-sequence token to begin with; tokenizer.bos must be auto or no")
     return tokenizer
 
 
@@ -90,13 +94,19 @@ def chat_template(folder: epath.PathLike) -> str | None:
     Raises:
         RequestError: a damaged file.
     """
-    alone, beside = (epath.Path(folder) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    alone = epath.Path(folder) / "chat_template.jinja"
     if alone.is_file():
         return alone.read_text()
-    try:
-        found = json.loads(beside.read_text()).get("chat_template") if beside.is_file() else None
-    except (ValueError, AttributeError) as e:
-        raise RequestError(f"{beside}: damaged ({e})") from None
+    found = _config(epath.Path(folder)).get("chat_template")
     if isinstance(found, list):  # several, by name
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
+
+
+def _config(folder: epath.Path) -> dict[str, Any]:
+    """The tokenizer_config.json of a folder; empty where there is none."""
+    file = folder / "tokenizer_config.json"
+    try:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (ValueError, TypeError) as e:
+        raise RequestError(f"{file}: damaged ({e})") from None

@@ -32,9 +32,10 @@ class View(Source):
                     f"data.columns: unknown column {ours!r}{hint(ours, list(COLUMNS))} (ours: {', '.join(COLUMNS)})"
                 )
         partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
-        self._map = cfg.columns or {c: c for c in COLUMNS if c in known and c not in partial}
-        # A context comes before its question: texts are split by their first column, and a passage is in one split.
-        self._texts = sorted((c for c in self._map if c in TEXT_COLUMNS), key=lambda c: c == "question")
+        given = cfg.columns or {c: c for c in COLUMNS if c in known and c not in partial}
+        # In our order, however they were written down: texts are split by their first column.
+        self._map = {c: given[c] for c in COLUMNS if c in given}
+        self._texts = [c for c in self._map if c in TEXT_COLUMNS]
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         self.texts = (*self._joined, *self._texts)
         """The text columns; the first decides which split a row is in."""
@@ -79,11 +80,7 @@ class View(Source):
                 raise RequestError(
                     f"{self.where(i)}: column {self._map[ours]!r} holds {type(value).__name__}, not text"
                 )
-            if not value.isascii():  # JSON may hold half a surrogate pair, which is no text: U+FFFD
-                value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            for old, new in self._cfg.replace.items():
-                value = value.replace(old, new)
-            row[ours] = value
+            row[ours] = self._clean(value)
         if "tokens" in row:
             self._check_words(row, i)
         if self._joined:
@@ -92,10 +89,18 @@ class View(Source):
             row["answers"] = self._answers(row, i)
         return row
 
+    def _clean(self, value: str) -> str:
+        if not value.isascii():  # JSON may hold half a surrogate pair, which is no text: U+FFFD
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        for old, new in self._cfg.replace.items():
+            value = value.replace(old, new)
+        return value
+
     def _check_words(self, row: Row, i: int) -> None:
         words, tags = row["tokens"], row.get("tags")
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
             raise RequestError(f"{self.where(i)}: column {self._map['tokens']!r} is no list of words")
+        row["tokens"] = [self._clean(w) for w in words]
         if tags is None:
             return
         if not isinstance(tags, list) or len(tags) != len(words):

@@ -150,6 +150,9 @@ def test_hugging_face_folders(tmp_path):
     (tmp_path / "one" / "data-00000-of-00002.arrow").write_bytes(b"nonsense" * 10)
     with pytest.raises(RequestError, match=r"arrow: not an Arrow stream"):
         open_source(SourceConfig(source="hf", path=str(tmp_path / "one")))
+    (tmp_path / "one" / "state.json").write_text('{"_data_files": [')
+    with pytest.raises(RequestError, match=r"state.json: damaged"):
+        open_source(SourceConfig(source="hf", path=str(tmp_path / "one")))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the foreign library

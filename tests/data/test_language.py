@@ -1,6 +1,8 @@
 """Raw and prepared text give the same rows; preparing is the same for any number of workers and goes on."""
 
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -111,6 +113,9 @@ def test_a_folder_with_something_else_is_left_alone(data, tmp_path):
     with pytest.raises(RequestError, match=r"is there already, with something else"):
         prepare.prepare(data.model_copy(update={"test": 0.2}), WORDS, tmp_path / "p")
     assert content(tmp_path / "p") == before
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match=r"file: is there already, with something else"):
+        prepare.prepare(data, WORDS, tmp_path / "file")
     with pytest.raises(RequestError, match=r"the data is prepared already"):
         prepare.prepare(DataConfig(source="prepared", path=str(tmp_path / "p")), WORDS, tmp_path / "q")
 
@@ -125,6 +130,11 @@ def test_what_cannot_be_trained_on(data, mixture, tmp_path, sentences):
     other.save(tmp_path / "other")
     with pytest.raises(RequestError, match=r"prepared with another tokenizer"):
         Text(cfg).tokenizer(TokenizerConfig(path=str(tmp_path / "other")))
+    asked = {"validation": 0.3, "filter": {"site": "a"}, "replace": {"a": "b"}, "columns": {"text": "site"}}
+    for name, value in asked.items():
+        with pytest.raises(RequestError, match=rf"was prepared with data.{name} = .*; prepare it again"):
+            Text(cfg.model_copy(update={name: value}))
+    Text(data.model_copy(update={"source": "prepared", "path": cfg.path}))  # the recipe that it was prepared for
     with pytest.raises(RequestError, match=r"prepared data holds tokens"):
         load(cfg)
     with pytest.raises(RequestError, match=r"no prepared data there"):
@@ -145,6 +155,20 @@ def test_what_cannot_be_trained_on(data, mixture, tmp_path, sentences):
     note.write_text("{")
     with pytest.raises(RequestError, match=r"prepared.json: damaged"):
         Text(cfg)
+
+
+def test_there_may_be_more_shards_than_a_shell_lets_a_process_open(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LEAST_DOCUMENTS", 4)
+    prepare.prepare(data, WORDS, tmp_path / "p")
+    text = Text(DataConfig(source="prepared", path=str(tmp_path / "p")))
+    words = text.tokenizer(WORDS)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, limits[1]))
+    try:
+        rows = text.rows("train", words, 32, tmp_path)
+        rows.batch(np.arange(len(rows)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_epochs_that_do_not_suffice_are_said_at_once(data, tmp_path):

@@ -140,6 +140,12 @@ def test_tags_that_are_numbers_and_tags_that_do_not_fit(load, wordpiece):
     assert load([{"text": "a", "tokens": 7, "label": "x"}]).columns == ("text", "label")
 
 
+def test_words_are_cleaned_as_texts_are(load):
+    rows = [{"tokens": ["a\u00a0b", "c\ud83d"], "tags": ["O", "X"]}]
+    examples = load(rows, replace={"\u00a0": " ", "c": "d"})
+    assert examples[0]["tokens"] == ["a b", "d\ufffd"] and examples[0]["text"] == "a b d\ufffd"
+
+
 def asked(context, question, *answers):
     found = {"text": [t for t, _ in answers], "answer_start": [s for _, s in answers]}
     return {"id": 1, "question": question, "context": context, "answers": found}

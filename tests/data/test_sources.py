@@ -1,6 +1,8 @@
 """Every kind of file, its places in messages, and what is wrong with it."""
 
 import gzip
+import os
+import resource
 import sys
 
 import pyarrow as pa
@@ -44,6 +46,10 @@ def test_jsonl(tmp_path):
         list(rows(path, "jsonl"))
     path.write_text("")
     assert len(rows(path, "jsonl")) == 0
+    for hostile in ("[" * 100_000, '{"n": ' + "1" * 5000 + "}"):
+        path.write_text(hostile)
+        with pytest.raises(RequestError, match=r"x.jsonl:1: not valid JSON"):
+            rows(path, "jsonl")
 
 
 def test_csv(tmp_path):
@@ -62,6 +68,13 @@ def test_csv(tmp_path):
         rows(path, "csv")
 
 
+def test_a_quote_that_nobody_closes_does_not_swallow_the_rest_of_the_file(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('label,text\n1,fine\n0,"it begins\n1,and goes on\n0,to the end\n')
+    with pytest.raises(RequestError, match=r"x.csv:3: not valid CSV"):
+        rows(path, "csv")
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "x.parquet"
     table = {"text": [f"t{i}" for i in range(10)], "label": list(range(10))}
@@ -72,9 +85,19 @@ def test_parquet(tmp_path):
     assert found.where(4) == f"{path}: row 5"
     with pytest.raises(IndexError):
         found[10]
-    path.write_text("text")
-    with pytest.raises(RequestError, match=r"x.parquet: not a Parquet file"):
-        rows(path, "parquet")
+    whole, last = path.read_bytes(), pq.read_metadata(path).row_group(3).column(0)
+
+    def spoiled(at):
+        return whole[:at] + b"\xff" * 16 + whole[at + 16 :]
+
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for damaged in (b"text", spoiled(footer)):
+        path.write_bytes(damaged)
+        with pytest.raises(RequestError, match=r"x.parquet: not a Parquet file"):
+            rows(path, "parquet")
+    path.write_bytes(spoiled(last.dictionary_page_offset))
+    with pytest.raises(RequestError, match=r"x.parquet: damaged in row group 3"):
+        list(rows(path, "parquet"))
 
 
 def test_globs_chain_files_in_order(tmp_path):
@@ -88,6 +111,27 @@ def test_globs_chain_files_in_order(tmp_path):
     assert [r["text"] for r in rows(tmp_path / "**" / "*.jsonl", "jsonl")][-3:] == ["c1", "c2", "d"]
     with pytest.raises(RequestError, match=r"is a folder; name its files with a glob"):
         rows(tmp_path, "jsonl")
+
+
+def test_a_file_may_be_called_like_a_glob(tmp_path):
+    (tmp_path / "reviews [1].jsonl").write_text('{"text": "a"}')
+    assert len(rows(tmp_path / "reviews [1].jsonl", "jsonl")) == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_there_may_be_more_files_than_a_shell_lets_a_process_open(tmp_path, kind):
+    for i in range(80):
+        if kind == "jsonl":
+            (tmp_path / f"{i:02}.jsonl").write_text(f'{{"text": "t{i}"}}')
+        else:
+            pq.write_table(pa.table({"text": [f"t{i}"]}), tmp_path / f"{i:02}.parquet")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, limits[1]))
+    try:
+        found = [r["text"] for r in rows(tmp_path / f"*.{kind}", kind)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == [f"t{i}" for i in range(80)]
 
 
 def test_files_inside_packages(tmp_path, monkeypatch):

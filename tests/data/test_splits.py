@@ -61,6 +61,17 @@ def test_a_text_keeps_its_split(reviews, tmp_path):
     assert {t for t, s in other.items() if s == "test"} == {t for t, s in base.items() if s == "test"}
 
 
+def test_the_first_of_our_columns_decides_the_split_however_they_are_written_down(tmp_path, sentences):
+    rows = [[s, t] for s, t in zip(sentences[:200], reversed(sentences[:200]), strict=True)]
+    path = write(tmp_path / "x.csv", rows, header=("a", "b"))
+    orders = [{"text": "a", "pair": "b"}, {"pair": "b", "text": "a"}]
+    one, other = (load(path, columns=columns) for columns in orders)
+    assert where(one) == where(other)
+    assert one["train"].digest == other["train"].digest
+    parts = [SourceConfig(source="csv", path=str(path), columns=columns) for columns in orders]
+    assert splits.load(DataConfig(mixture=parts)).duplicates == 200
+
+
 def test_duplicates_are_dropped_before_splitting(tmp_path, sentences):
     rows = [[s, 0, "a"] for s in sentences[:50]] + [[s.upper().replace(" ", "  "), 1, "a"] for s in sentences[:50]]
     path = write(tmp_path / "twice.csv", [*rows, ["  ", 0, "a"]])
@@ -128,11 +139,14 @@ def test_a_mixture_keeps_its_parts(tmp_path, sentences):
         ({"filter": {"site": "c"}}, r"no text in it \(600 rows, 600 filtered out, 0 blank\)"),
         ({"classes": ["1", "2"]}, r"reviews.csv:2: label '0' is not among data.classes \(1, 2\)"),
         ({"columns": {"text": "stars", "label": "review"}, "label_type": "number"}, "is not a number"),
+        ({"label_type": "number", "path": "gaps.csv"}, r"gaps.csv:3: label 'nan' is not a number"),
     ],
 )  # fmt: skip
 def test_wrong_requests(reviews, kw, message):
+    write(reviews.parent / "gaps.csv", [["good", "0.5", "a"], ["bad", "nan", "a"]])
+    path = reviews.parent / kw.get("path", "reviews.csv")
     with pytest.raises(RequestError, match=message):
-        load(reviews, **kw)
+        load(path, **{k: v for k, v in kw.items() if k != "path"})
 
 
 def test_empty_and_missing(tmp_path, reviews):
@@ -173,6 +187,8 @@ def test_configs_refuse_what_cannot_be():
         DataConfig(validation=0.5, test=0.5)
     with pytest.raises(ValueError, match=r"exclude each other"):
         DataConfig(path="x", mixture=[SourceConfig(path="y")])
+    with pytest.raises(ValueError, match=r"columns, replace and mixture exclude each other"):
+        DataConfig(columns={"text": "a"}, replace={"<br />": " "}, mixture=[SourceConfig(path="y")])
     with pytest.raises(ValueError, match=r"listed twice"):
         DataConfig(classes=["a", "a"])
 

@@ -178,6 +178,23 @@ def test_tokenizer_json(published, tmp_path_factory):
     assert given.prompt("the") == made.encode("the")
 
 
+def test_whether_texts_begin_with_a_token_is_as_the_folder_says_and_only_where_there_is_one(published, trained):
+    said = json.loads((published / "tokenizer_config.json").read_text())
+    (published / "tokenizer_config.json").write_text(json.dumps(said | {"add_bos_token": False}))
+    assert not tokenizer.load(published).add_bos
+    assert tokenizer.load(published, add_bos=True).add_bos
+    (published / "tokenizer.json").unlink()
+    (published / "tokenizer.model").write_bytes(trained.model)
+    assert not tokenizer.load(published).add_bos
+    (published / "tokenizer.model").unlink()
+    vocab = {"</s>": 0, "a": 1}
+    (published / "tokenizer_config.json").unlink()
+    (published / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}}))
+    assert not tokenizer.load(published).add_bos
+    with pytest.raises(RequestError, match=r"has no begin-of-sequence token to begin with"):
+        tokenizer.load(published, add_bos=True)
+
+
 def test_tokenizer_json_that_does_not_fit(published):
     (published / "tokenizer_config.json").write_text('{"eos_token": "<|over|>"}')
     with pytest.raises(RequestError, match=r"its eos token '<\|over\|>' is not in its vocabulary"):
