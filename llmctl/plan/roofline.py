@@ -4,8 +4,8 @@
 
 Matrix products run at the peak of their operands' type; everything is read and written at the full bandwidth of HBM;
 collectives over an axis run on the links of the torus dimensions that the axis spans, both ways around a ring where
-there is one; axes that leave a slice run on the data center's network. Real steps are slower: this is a bound, and the
-utilization that it gives is one too.
+there is one; of those that leave a slice the data center's network carries what the devices of a slice do not have
+from one another, shared out among them. Real steps are slower: this is a bound, and so is the utilization it gives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmctl.plan.hlo import Counts
+from llmctl.plan.hlo import Collective, Counts
 from llmctl.plan.topologies import Topology
 
 
@@ -70,11 +70,11 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
     compute += counts.kernel_flops / chip.peak(attention)
     ici = dcn = exposed = 0.0
     for c in counts.collectives:
-        outside = crosses(c.axis, topology, mesh)
-        rate = chip.dcn_bandwidth if outside else bandwidth(c.axis, topology, mesh)
-        seconds = c.bytes / rate
-        ici, dcn = (ici, dcn + seconds) if outside else (ici + seconds, dcn)
-        exposed += seconds * (1 - c.hidden / c.bytes) if c.bytes else 0.0
+        here, away = sent(c, topology, mesh)
+        inside = here / bandwidth(c.axis, topology, mesh)
+        outside = away / chip.dcn_bandwidth if away else 0.0
+        ici, dcn = ici + inside, dcn + outside
+        exposed += (inside + outside) * (1 - c.hidden / c.bytes) if c.bytes else 0.0
     return Roofline(compute, counts.bytes / chip.hbm_bandwidth, ici, dcn, exposed)
 
 
@@ -87,13 +87,32 @@ def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def crosses(axis: str, topology: Topology, mesh: Mapping[str, int]) -> bool:
-    """Whether some device of a group along `axis` lies in another slice."""
+def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, int]:
+    """Of a group of devices along `axis`: (those in one slice, slices)."""
     inside = topology.devices // topology.slices
     strides = _strides(mesh)
     names = [a for a in axis.split(",") if a in strides]
-    reach = max((strides[a][0] * strides[a][1] for a in names), default=topology.devices)
-    return topology.slices > 1 and reach > inside
+    if not names:
+        return 1, topology.slices
+    here = {a: min(size, max(1, inside // stride)) for a, (stride, size) in strides.items()}
+    return math.prod(here[a] for a in names), math.prod(strides[a][1] // here[a] for a in names)
+
+
+def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[float, float]:
+    """Bytes that a device sends inside its slice, and to other slices.
+
+    Devices of a slice sum or gather among themselves, so that each needs to send its share of the slice's alone.
+    """
+    here, slices = group(c.axis, topology, mesh)
+    devices = here * slices
+    if slices == 1:
+        return c.bytes, 0.0
+    if here == 1 or c.kind == "collective-permute":  # the slowest of its ways is to another slice
+        return 0.0, c.bytes
+    if c.kind == "all-to-all":
+        return c.bytes * (here - 1) / (devices - 1), c.bytes * (devices - here) / (devices - 1)
+    whole = c.bytes * devices / (devices - 1)
+    return whole * (here - 1) / here, whole * (slices - 1) / devices
 
 
 def bandwidth(axis: str, topology: Topology, mesh: Mapping[str, int]) -> float:

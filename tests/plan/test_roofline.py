@@ -59,10 +59,26 @@ def test_between_slices_the_network_counts():
     two, mesh = topologies.find("2*v5e:16x16"), {"data": 2, "fsdp": 256}
     found = roofline.of(counts(0.0, 0.0, gather(3.125e9, "data"), gather(200e9, "fsdp")), two, mesh)
     assert found.dcn == pytest.approx(1.0) and found.ici == pytest.approx(1.0) and found.seconds == pytest.approx(2.0)
-    nodes = topologies.find("h100:16")
-    assert roofline.crosses("fsdp", nodes, {"fsdp": 16}) and not roofline.crosses(
-        "tensor", nodes, {"fsdp": 2, "tensor": 8}
-    )
+
+
+@pytest.mark.parametrize(
+    "kind, axis, mesh, here, away",
+    [
+        # 16 GB gathered by 16 GPUs of 2 nodes: 7/8 of it from 7 neighbours; half comes from the other node, an eighth
+        # of that by every GPU's own port.
+        ("all-gather", "fsdp", {"fsdp": 16}, 14e9, 1e9),
+        ("all-reduce", "fsdp", {"fsdp": 16}, 14e9, 1e9),  # of 8 GB, there and back
+        ("all-gather", "tensor", {"fsdp": 2, "tensor": 8}, 15e9, 0),
+        ("all-gather", "fsdp", {"fsdp": 2, "tensor": 8}, 0, 15e9),
+        ("all-gather", "data,tensor", {"data": 4, "fsdp": 2, "tensor": 2}, 15e9 * 8 / 7 * 3 / 4, 15e9 / 7),
+        ("all-to-all", "fsdp", {"fsdp": 16}, 7e9, 8e9),
+        ("collective-permute", "context", {"context": 16}, 0, 15e9),
+        ("all-gather", "?", {"fsdp": 16}, 0, 15e9),
+    ],
+)
+def test_the_network_carries_what_a_node_does_not_have(kind, axis, mesh, here, away):
+    c = Collective(kind, 15e9, axis, 1, 0, 16e9)
+    assert roofline.sent(c, topologies.find("h100:16"), mesh) == pytest.approx((here, away))
 
 
 def test_utilization_and_chip_hours():
