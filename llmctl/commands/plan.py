@@ -1,5 +1,6 @@
 """`llmctl plan`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -54,12 +55,14 @@ def plan(
         raise RequestError("plan: --search and --fit look at one training step; leave out --generate and --tokens")
     if chip and topology:
         raise RequestError(f"plan: --topology {topology} names its chip; --chip goes with --chips or --fit")
+    if not math.isfinite(tokens):
+        raise RequestError(f"plan: --tokens {tokens}: must be a number, such as 2e12")
     chip = chip or "v5e"
     slices = topologies.smallest_first(chip) if fit else []
     target = slices[0] if fit else topologies.find(topology) if topology else topologies.with_chips(chip, chips)
     chosen = recipe.read(recipe_file, None, sets or ())
 
-    environment.prepare(target)
+    environment.prepare(slices[-1] if fit else target)
     from llmctl.plan import planner
 
     if search or fit:

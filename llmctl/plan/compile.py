@@ -71,11 +71,7 @@ def compiled(program: Program) -> Compiled:
         memory.peak_memory_in_bytes,
         0,
         time.monotonic() - began,
-        {
-            name.replace(" ", "_"): costs[name]
-            for name in ("flops", "bytes accessed", "optimal_seconds")
-            if name in costs
-        },
+        {name.replace(" ", "_"): costs[name] for name in COSTS if name in costs},
     )
 
 

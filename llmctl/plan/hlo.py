@@ -143,9 +143,7 @@ class _Counter:
 
     def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
         """The sums of one run of a collective."""
-        steps = [self.module.computations[i.called["calls"][0]]] if i.opcode == "async-start" else []
-        inner = next((x for s in steps for x in s.instructions if x.opcode == kind), i)
-        group = groups.group_of(inner, math.prod(self.mesh.values()))
+        group = groups.group_of(i, math.prod(self.mesh.values()))
         n, given = len(group), sum(a.bytes for a in where.inputs(i))
         if n < 2:
             return _Tally()

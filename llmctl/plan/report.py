@@ -115,6 +115,9 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         apart = f", {c['overlapped']:g} overlapped" if c["overlapped"] else ""
         rows.append((f"{c['kind']} over {c['axis']}", size(c["bytes"]), f"{_times(c['count'])}{apart}"))
     rows += [(f"kernel {name}", _times(n), "") for name, n in found["kernels"].items()]
+    rows += [
+        (f"loop {name}", "once", "runs more often, nobody knows how: too little") for name in found["unknown_loops"]
+    ]
     if found["step_seconds"]:
         bound = f"at least (roofline), bound by {BINDS.get(found['bound'], found['bound'])}"
         rows.append(("step time", duration(found["step_seconds"]), bound))

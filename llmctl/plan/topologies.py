@@ -27,6 +27,8 @@ SHAPES = {
 GPUS = ("a100", "h100", "h200")
 NODE = 8
 """GPUs that share an NVLink switch; more are nodes on a network."""
+MOST = {"tpu": 2**15, "cuda": 2**12, "cpu": 2**12}
+"""Devices that a plan can be for, by platform: JAX makes an object of each."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,9 @@ def find(name: str) -> Topology:
     slices, chip, shape = int(parts[1] or 1) if parts else 1, parts[2] if parts else "", parts[3] if parts else ""
     if slices and shape in SHAPES.get(chip, ()):
         full = f"{slices}*{chip}:{shape}" if slices > 1 else f"{chip}:{shape}"
-        return Topology(full, "tpu", chips.chip(chip), tuple(map(int, shape.split("x"))), slices)
+        return _bounded(Topology(full, "tpu", chips.chip(chip), tuple(map(int, shape.split("x"))), slices))
     if chip in (*GPUS, "cpu") and slices == 1 and shape.isdigit() and int(shape):
-        return _counted(chip, int(shape))
+        return _bounded(_counted(chip, int(shape)))
     near = hint(f"{chip}:{shape}" if parts else name, known()) if chip not in (*GPUS, "cpu") else ""
     raise RequestError(f"topology: unknown {name!r}{near}; known: {_summary()}")
 
@@ -107,6 +109,12 @@ def _counted(chip: str, number: int) -> Topology:
         raise RequestError(f"topology: {chip}:{number}: more than {NODE} GPUs are whole nodes of {NODE}")
     nodes = max(1, number // NODE)
     return Topology(f"{chip}:{number}", "cuda", chips.chip(chip), (number // nodes,), nodes)
+
+
+def _bounded(found: Topology) -> Topology:
+    if found.devices > MOST[found.platform]:
+        raise RequestError(f"topology: {found.name} are {found.devices:,} devices; at most {MOST[found.platform]:,}")
+    return found
 
 
 def _summary() -> str:
@@ -129,6 +137,8 @@ def smallest_first(chip: str) -> list[Topology]:
 def with_chips(chip: str, number: int) -> Topology:
     """The slice of exactly `number` chips; raises RequestError, naming the sizes there are."""
     found = smallest_first(chip)
+    if chip in GPUS:  # any number, to whole nodes
+        return find(f"{chip}:{number}")
     if match := next((t for t in found if t.chips == number), None):
         return match
     raise RequestError(f"chips: no {chip} slice has {number} chips; there are {', '.join(str(t.chips) for t in found)}")

@@ -1,8 +1,10 @@
 """What people read of a plan: units that fit the figures, nothing that adds up to something else."""
 
+import json
+
 import pytest
 
-from llmctl import cli
+from llmctl import cli, console
 from llmctl.config import parse_value, spelled
 from llmctl.plan import report
 
@@ -29,6 +31,13 @@ def test_what_is_spelled_is_read_again():
         "e": {},
     }
     assert parse_value(spelled(value)) == value
+
+
+def test_a_loop_that_counts_once_is_named(small, capsys):
+    assert cli.run(["plan", str(small), "--topology", "h100:4", "--stage", "finetune", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["programs"][0] | {"unknown_loops": ["while.7"]}
+    console.show(report.work_table(found))
+    assert "loop while.7" in capsys.readouterr().out
 
 
 def test_every_program_is_in_the_summary(small, capsys):

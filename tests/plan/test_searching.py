@@ -7,7 +7,7 @@ import pytest
 
 from llmctl import cli, recipe
 from llmctl.model import cost
-from llmctl.plan import analytic, searching, topologies
+from llmctl.plan import analytic, environment, searching, topologies
 
 
 def test_what_is_found_are_lines_that_plan_the_same(small, capsys, tmp_path):
@@ -44,6 +44,7 @@ def test_the_model_sees_what_a_stage_holds(small):
         (("--fit", "--generate", "1x8x8"), "leave out --generate"),
         (("--topology", "cpu:8", "--chip", "v5p"), "names its chip"),
         (("--topology", "cpu:8", "--tokens", "-1"), "--tokens"),
+        (("--topology", "cpu:8", "--tokens", "inf"), "must be a number"),
     ],
 )
 def test_what_is_refused_is_one_line(small, capsys, words, says):
@@ -57,6 +58,14 @@ def test_a_search_over_gpus_is_the_model_s_and_says_so(small, capsys):
     assert "all by the model" in shown and "compiled" not in shown
     lines = [line for line in shown.splitlines() if line.startswith("mesh = { data = ")]
     assert lines and all("tensor = " in line for line in lines)  # which the recipe names: a shared section may
+
+
+def test_as_many_devices_stand_for_gpus_as_a_fit_may_need(small, monkeypatch):
+    """They are settled when JAX is imported, before it is known how many it takes."""
+    asked = []
+    monkeypatch.setattr(environment, "prepare", asked.append)
+    assert cli.run(["plan", str(small), "--fit", "--chip", "h100", "--stage", "pretrain", "--json"]) == 0
+    assert asked[0].devices == max(t.devices for t in topologies.smallest_first("h100"))
 
 
 @pytest.mark.slow

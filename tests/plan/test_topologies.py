@@ -36,6 +36,12 @@ def test_an_unknown_name_lists_the_known_ones(name):
     assert name == "h100:12" or "v5e:{1x1,2x2" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["cpu:4097", "h100:999999992", "200*v5e:16x16"])
+def test_more_devices_than_a_process_can_stand_for(name):
+    with pytest.raises(RequestError, match="devices; at most"):
+        topologies.find(name)
+
+
 def test_a_near_miss_is_named():
     with pytest.raises(RequestError, match="did you mean 'v5e:16x16'"):
         topologies.find("v5e:16x61")
@@ -53,6 +59,9 @@ def test_what_the_compiler_is_asked_for():
 
 def test_the_number_of_chips_picks_a_slice():
     assert topologies.with_chips("v5e", 32).name == "v5e:4x8"
+    assert topologies.with_chips("h100", 24).name == "h100:24"
+    with pytest.raises(RequestError, match="whole nodes of 8"):
+        topologies.with_chips("h100", 12)
     with pytest.raises(RequestError, match="there are 1, 4, 8, 16"):
         topologies.with_chips("v5e", 12)
     with pytest.raises(RequestError, match="did you mean 'v5p'"):
