@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from llmctl.model import ModelConfig, cost
 from llmctl.settings import OptimConfig, TrainConfig
@@ -20,8 +20,8 @@ LOGITS = 16 * 2**20
 """Bytes of the float32 logits that a chunk of the loss makes (`llmctl.losses.CHUNK_BYTES`)."""
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "lion": 1.0, "adafactor": 0.0, "muon": 1.0}
 """Float32 arrays of the optimizer beside a matrix of a layer; muon leaves the rest to AdamW."""
-
-
+AGAIN = ("full", "qkv")
+"""Recomputations that repeat matrix products."""
 FACTORED_FROM = 128
 """As `llmctl.optim` has it."""
 
@@ -54,6 +54,7 @@ class Setup:
     rows: int
     """Sequences a step, over all devices and microbatches."""
     seq_len: int
+    """Tokens of one, of an encoder's where there is one."""
     dtype: str = "bfloat16"
     """Compute type."""
     remat: str = "none"
@@ -67,12 +68,16 @@ class Setup:
     """Bytes held besides, a parameter of the model: a frozen base, a teacher; without training the model itself."""
     fused: bool = True
     """The platform's attention kernel, which holds no scores."""
+    eight: Mapping[str, float] = field(default_factory=dict)
+    """Share of the layers' products that are in 8 bits, by type: int8, float8."""
     beside: float = 0.0
     """Operations of a step, over all devices, of what runs beside the model (a teacher)."""
     cached: int = 0
     """Tokens a row in the cache of keys and values."""
     predicted: float = 1.0
     """Share of the tokens that the output projection runs over."""
+    written: int = 0
+    """Tokens a sequence of the decoder beside an encoder, where they are others."""
     hessians: bool = False
     """Whether calibration keeps the second moments [I, I] of every matrix's input, of one layer."""
 
@@ -86,9 +91,21 @@ class Setup:
         return ITEM[self.dtype]
 
     @property
+    def own_rows(self) -> float:
+        """Sequences of one device and one microbatch."""
+        return self.rows / self.accumulate / self.size("data", "fsdp")
+
+    @property
+    def last(self) -> float:
+        """Tokens of one device and one microbatch, in the stack that runs last."""
+        return self.own_rows * (self.written or self.seq_len) / self.size("context")
+
+    @property
     def tokens(self) -> float:
-        """Of one device and one microbatch."""
-        return self.rows * self.seq_len / self.accumulate / self.size("data", "fsdp", "context")
+        """Tokens of one device and one microbatch, on average over the layers."""
+        first, layers = self.model.encoder_layers, self.model.layers
+        read = self.own_rows * self.seq_len / self.size("context")
+        return (first * read + layers * self.last) / (first + layers) if self.written else read
 
     @property
     def depth(self) -> float:
@@ -146,12 +163,11 @@ def estimate(setup: Setup) -> Memory:
     """Bytes of one device at the fullest moment of a step."""
     own = entries(setup.model, setup.mesh)
     trained = 4.0 * setup.trained * (2 if setup.ema else 1) if setup.optimizer else 0.0
-    batch = 20.0 * setup.rows * setup.seq_len / setup.size("data", "fsdp")
     return Memory(
         parameters=own.total * (trained + setup.stored),
         optimizer=_optimizer(setup, own),
         temporaries=training(setup, own) if setup.optimizer else forward(setup, own),
-        batch=batch,
+        batch=20.0 * setup.tokens * setup.accumulate,
         cache=_cache(setup) + _statistics(setup),
     )
 
@@ -210,8 +226,7 @@ def scores(setup: Setup) -> float:
     if setup.fused:
         return 0.0
     length = setup.seq_len / setup.size("context")
-    rows = setup.tokens / length
-    return 3 * 4.0 * rows * setup.model.heads / setup.size("tensor") * length**2
+    return 3 * 4.0 * setup.own_rows * setup.model.heads / setup.size("tensor") * length**2
 
 
 def training(setup: Setup, own: Entries) -> float:
@@ -223,23 +238,43 @@ def training(setup: Setup, own: Entries) -> float:
     copies = setup.item * own.layers if setup.item < 4 else 0.0  # of the matrices, in the compute type
     projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor") if setup.model.head == "lm" else 0
     gradients = 4.0 * setup.trained * (own.layers + own.table + own.head)
+    sums = gradients if setup.accumulate > 1 else 0.0  # of the microbatches so far
     # The projection and its gradient, in float32, are whole while the loss is taken.
-    loss = projection * (setup.item + 4.0) + 3 * unit * D + 2 * LOGITS
+    loss = projection * (setup.item + 4.0) + 3 * unit * D + 2 * logits(setup)
     # What the last layer's backward pass has in hand: five times the residual stream and four of the feed-forward
     # activations ("minimal": without what was saved), queries, keys and values, and what attention made of them.
     layer = 5 * D + 4 * F + heads + queries if setup.remat != "minimal" else 4 * D + 2 * F + queries
-    backward = gradients + unit * layer + scores(setup)
-    return kept + copies + max(loss, backward)
+    backward = gradients + unit * layer + scores(setup) + whole(setup, own)
+    return kept + copies + sums + max(loss, backward)
+
+
+def whole(setup: Setup, own: Entries) -> float:
+    """Bytes of the gathered matrices that the backward pass of a layer holds: the one at hand.
+
+    Those that it recomputes with it keeps for what follows: a pass gathers them once (`llmctl.gathered`).
+    """
+    ways = setup.size("fsdp", "context")
+    if ways == 1:
+        return 0.0
+    if setup.remat in AGAIN and setup.size("context") == 1:
+        kept = setup.model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0  # whose matrices are not needed
+        return setup.item * (own.layers * ways / setup.depth - kept)
+    return setup.item * setup.model.d_model * setup.model.d_ff / setup.size("tensor")
 
 
 def forward(setup: Setup, own: Entries) -> float:
     """Temporary bytes of a forward pass: of one layer, of the logits, and keys and values on their way to the cache."""
-    model = setup.model
-    logits = 4.0 * setup.tokens * setup.predicted * model.vocab_size / setup.size("tensor")
-    head = min(logits, LOGITS) if model.head == "lm" else 0.0
     gathered = setup.item * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
     written = _cache(setup) if setup.seq_len > 1 else 0.0
-    return layer(setup) + head + gathered + written
+    return layer(setup) + logits(setup) + gathered + written
+
+
+def logits(setup: Setup) -> float:
+    """Bytes of the float32 logits of a chunk: of a token of every row at least."""
+    if setup.model.head != "lm":
+        return 0.0
+    a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")
+    return max(setup.own_rows * a_token, min(setup.last * setup.predicted * a_token, LOGITS))
 
 
 def layer(setup: Setup, times: int = 1) -> float:
@@ -265,8 +300,3 @@ def _statistics(setup: Setup) -> float:
     model = setup.model
     widths = [*[model.d_model] * (3 + (2 if model.gated else 1)), model.heads * model.head_dim, model.d_ff]
     return 4.0 * sum(w * w for w in widths)
-
-
-def with_mesh(setup: Setup, **axes: int) -> Setup:
-    """The same step on another mesh."""
-    return replace(setup, mesh={axis: axes.get(axis, 1) for axis in AXES})

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmctl.errors import RequestError, WorkError
+from llmctl.model import flash
 from llmctl.plan import analytic, work
 from llmctl.plan.analytic import Setup
 from llmctl.plan.hlo import Counts
 from llmctl.plan.programs import Program
+from llmctl.plan.topologies import Topology
 
 CHECKED = "its lowering for CUDA was checked, with attention in the plain form; no GPU compiler has seen it"
 
@@ -27,22 +29,27 @@ def lower(program: Program, platform: str) -> None:
         raise WorkError(f"plan: {program.title} does not lower for {platform}: {e}") from e
 
 
-def on_gpu(setup: Setup) -> Setup:
-    """The same step with the attention that a GPU of Ampere or later runs: cuDNN's where it can, else the plain form.
+def on(setup: Setup, topology: Topology) -> Setup:
+    """The same step with the attention of these chips: their kernel where it can, else the plain form.
 
     `llmctl.model.flash` chooses so.
     """
-    model = setup.model
-    can = setup.dtype == "bfloat16" and not model.attn_softcap and model.head_dim <= 128 and not model.head_dim % 8
-    return replace(setup, fused=setup.fused and can and not setup.seq_len % 2)
+    model, kernel = setup.model, False
+    if topology.platform == "tpu":
+        kernel = not setup.seq_len % flash.LANES
+    elif topology.platform == "cuda":
+        widest = 128 if topology.chip.name == "a100" else 256
+        kernel = setup.dtype == "bfloat16" and not model.attn_softcap and not setup.seq_len % 2
+        kernel = kernel and model.head_dim <= widest and not model.head_dim % 8
+    return replace(setup, fused=setup.fused and kernel)
 
 
-def step(program: Program) -> tuple[float, Counts]:
+def step(program: Program, topology: Topology) -> tuple[float, Counts]:
     """(bytes of temporaries, operations, traffic and collectives) of one device."""
     if program.guess:
         return program.guess
     assert program.setup, f"{program.title}: nothing models it"
-    setup = on_gpu(program.setup)
+    setup = on(program.setup, topology)
     own = analytic.entries(setup.model, setup.mesh)
     temporaries = analytic.training(setup, own) if setup.optimizer else analytic.forward(setup, own)
     return temporaries, work.counts(setup)

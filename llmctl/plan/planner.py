@@ -133,7 +133,7 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
     }
     if topology.platform == "cuda":
         modelled.lower(program, "cuda")
-        temporaries, counts = modelled.step(program)
+        temporaries, counts = modelled.step(program, topology)
         found |= {"compiled": False, "checked": modelled.CHECKED, "compile_seconds": 0.0, "compiler": {}}
         return found | _memory(program, topology, temporaries) | _work(program, topology, counts, axes, tokens)
     done = compiling.compiled(program)

@@ -14,10 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from llmctl import mesh as meshes
-from llmctl import sequence, step, trainer, weights
+from llmctl import sequence, step, trainer, training_matmul, weights
 from llmctl.artifact import Artifact
 from llmctl.data import DataConfig, tokenizer
 from llmctl.data.byte_tokenizer import ByteTokenizer
+from llmctl.data.pretraining import Objective
 from llmctl.errors import RequestError
 from llmctl.model import ModelConfig, calls, cost, flash, gpipe
 from llmctl.plan import analytic, outcome
@@ -119,7 +120,24 @@ def modelled(learner: Learner, runs: step.Program, config: Any, tokens: int, row
     whole = analytic.of_training(learner.model, config.train, config.optim, {a: int(n) for a, n in mesh.shape.items()})
     row = trainer.shapes(rows)
     predicted = row["places"][-1] / row["tokens"][-1] if "places" in row else 1.0
-    return replace(whole, trained=sizes[0] / sum(sizes), beside=beside, predicted=predicted)
+    eight = in_eight_bits(config.train.matmuls, runs.named)
+    written = row["tokens"][-1] if "encoder_tokens" in row else 0
+    trained = sizes[0] / sum(sizes)
+    return replace(whole, trained=trained, beside=beside, predicted=predicted, eight=eight, written=written)
+
+
+def in_eight_bits(rules: dict[str, str], named: Tree) -> dict[str, float]:
+    """Share of the entries of the layers' matrices whose products the rules put into each type."""
+    matrices = {
+        n.removesuffix("/kernel"): a.size for n, a in named.items() if "/blocks/" in n and n.endswith("/kernel")
+    }
+    found: dict[str, float] = {}
+    with training_matmul.use(rules):
+        for path, size in matrices.items():
+            if kind := training_matmul.kind_of(path):
+                dtype = {"fp8": "float8"}.get(kind, kind)
+                found[dtype] = found.get(dtype, 0.0) + size / sum(matrices.values())
+    return found
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
@@ -136,8 +154,9 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 
 def of_pretrain(config: pretrain.Config, base: Artifact | None, mesh: Mesh) -> Plan:
     """`pretrain`: its step."""
-    learner = abstractly(mesh, lambda b: pretrain.learner(config, b, vocabulary(config), mesh), base)
-    rows = made_up.of_text(pretrain.aim(config, base, mesh), config.train.seq_len, config.packing)
+    objective = pretrain.aim(config, base, mesh)
+    learner = abstractly(mesh, lambda b: pretrain.learner(config, b, vocabulary(config, objective), mesh), base)
+    rows = made_up.of_text(objective, config.train.seq_len, config.packing)
     left = outcome.left(config, outcome.masters(learner.params), learner.model, base=base)
     return [training(config, learner, rows, mesh)], left
 
@@ -165,9 +184,9 @@ def of_distill(config: distill.Config, teacher: Artifact, student: Artifact | No
     return [training(config, learner, rows, mesh)], left
 
 
-def vocabulary(config: pretrain.Config) -> int:
+def vocabulary(config: pretrain.Config, objective: Objective) -> int:
     """Tokens of the tokenizer, as far as it can be known before there is one."""
-    given = config.tokenizer
+    given = pretrain.with_sentinels(config.tokenizer, objective, config.train.seq_len)
     if given.path:
         try:
             return tokenizer.obtain((), given).vocab_size

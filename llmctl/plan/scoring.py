@@ -60,7 +60,12 @@ def _scoring(config: evaluation.Config, name: str, chosen: dict[str, Artifact], 
         batch=batch,
         beside=others,
         setup=analytic.Setup(
-            model, {a: int(n) for a, n in mesh.shape.items()}, setup.batch_size, setup.seq_len, setup.dtype
+            model,
+            {a: int(n) for a, n in mesh.shape.items()},
+            setup.batch_size,
+            setup.seq_len,
+            setup.dtype,
+            written=batch["tokens"].shape[1] if "encoder_tokens" in batch else 0,
         ),
     )
 

@@ -12,7 +12,7 @@ from llmctl.plan import analytic, roofline, work
 from llmctl.plan.analytic import Setup
 from llmctl.plan.topologies import Topology
 
-REMATS = ("none", "minimal", "full")
+REMATS = ("none", "minimal", "qkv", "full")
 MARGIN = 1.1
 """The model may be that much above what it says fits: what it is wrong by, and more is compiled than refused."""
 

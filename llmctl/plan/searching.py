@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import spelled
 from llmctl.errors import RequestError
-from llmctl.model import cost
-from llmctl.plan import analytic, planner, report, search
+from llmctl.plan import analytic, modelled, planner, report, search
 from llmctl.plan import compile as compiling
 from llmctl.plan.analytic import Setup
 from llmctl.plan.search import Candidate
@@ -46,8 +45,8 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
     Raises RequestError where no such stage trains, or it fits none.
     """
     step = training_step(recipe, stage)
+    setup = setup_of(recipe, step, slices[0])
     for topology in slices:
-        setup = setup_of(recipe, step, topology)
         if found := search.fit(setup, [topology], _compiles(recipe, step, topology, say)):
             return topology, _told(step, topology, found[1])
         runs = any(True for _ in search.meshes(setup, topology.devices))
@@ -68,20 +67,14 @@ def training_step(recipe: Recipe, stage: str) -> Step:
 
 def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
     """The model's view of a stage: what it trains and what it holds besides are read off its own arrays."""
-    config: Any = step.config
     # On one device: the recipe's mesh is what is looked for, and every batch divides.
     alone = _edited(recipe, step, {"data": 1}, {})
     _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
-    plain = analytic.of_training(program.model, config.train, config.optim, {})
-    plain = replace(plain, fused=plain.fused and topology.platform != "cpu")
+    assert program.setup
+    plain = modelled.on(program.setup, topology)
     own = analytic.entries(program.model, {}).total
-    share = bytes_of(program.optimizer) / max(analytic.estimate(plain).optimizer, 1.0)
-    trained = min(1.0, share) if share < 0.95 else 1.0
-    besides = bytes_of(program.parameters) / own - 4.0 * trained * (2 if plain.ema else 1)
-    itself = 3 * cost.flops(program.model, config.train.seq_len) * program.tokens
-    return replace(
-        plain, trained=trained, stored=besides if besides > 0.05 else 0.0, beside=max(0.0, program.flops - itself)
-    )
+    besides = bytes_of(program.parameters) / own - 4.0 * plain.trained * (2 if plain.ema else 1)
+    return replace(plain, stored=besides if besides > 0.05 else 0.0)
 
 
 def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:

@@ -1,13 +1,13 @@
 """Operations, memory traffic and collectives of a step from config and mesh alone, in the words of a compiled one.
 
-What is counted is what XLA makes of the step: weights gathered over fsdp and context in the compute type for every
-pass, gradients scattered back, activations reduced over tensor after each half of a layer.
+What is counted is what XLA makes of the step: weights gathered over fsdp and context in the compute type, once a pass,
+gradients scattered back, activations reduced over tensor after each half of a layer.
 """
 
 from __future__ import annotations
 
 from llmctl.model import cost
-from llmctl.plan.analytic import AXES, Setup, entries, scores, widths
+from llmctl.plan.analytic import AGAIN, AXES, Setup, entries, scores, widths
 from llmctl.plan.hlo import Collective, Counts
 
 BLOCK = 512
@@ -26,19 +26,22 @@ def counts(setup: Setup) -> Counts:
     layers = 2 * tokens * whole
     last = layers * model.d_model * model.d_ff / cost._matrices(model)  # its output is not needed again
     queries = 2 * tokens * setup.depth * model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0
-    flops = passes * layers + (layers - last - queries if again and setup.remat in ("full", "qkv") else 0.0)
+    flops = passes * layers + (layers - last - queries if again and setup.remat in AGAIN else 0.0)
     if setup.trained < 1:  # a frozen matrix needs no gradient
         flops -= (1 - setup.trained) * layers
+    types = {dtype: share * flops for dtype, share in setup.eight.items()}
     if model.head == "lm":
-        flops += passes * 2 * tokens * setup.predicted * model.d_model * model.vocab_size / tensor
+        predicted = setup.last * setup.accumulate * setup.predicted
+        flops += passes * 2 * predicted * model.d_model * model.vocab_size / tensor
     attention = _attention(setup, trains, again)
-    flops += setup.beside / setup.size(*AXES)
+    flops += setup.beside / setup.size(*AXES) + (0.0 if setup.fused else attention)
+    types[setup.dtype] = flops - sum(types.values())
     kernels = {"attention": setup.depth * setup.accumulate} if setup.fused else {}
     return Counts(
-        flops=flops + (0.0 if setup.fused else attention),
+        flops=flops,
         bytes=_traffic(setup, own.total, whole, passes + again),
         collectives=_collectives(setup, whole, trains, again),
-        flops_by_type={setup.dtype: flops + (0.0 if setup.fused else attention)},
+        flops_by_type=types,
         kernels=kernels,
         kernel_flops=attention if setup.fused else 0.0,
     )
@@ -77,6 +80,8 @@ def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
     projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor")
     head = 3 * setup.accumulate * (setup.item + 4) * projection if setup.model.head == "lm" else 0.0
     state = 32.0 * own * setup.trained if setup.optimizer else 0.0
+    if setup.accumulate > 1:  # gradients are added to those of the microbatches before: two read, one written
+        state += 12.0 * own * setup.trained * setup.accumulate
     seen = scores(setup) / 3 * setup.size("context") * setup.accumulate * setup.depth
     return weights + a_token * setup.tokens * setup.accumulate + head + state + 4 * passes * seen
 
@@ -98,12 +103,17 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     projection = model.vocab_size * D / setup.size("tensor") if model.head == "lm" else 0.0
     shards = ("fsdp", "context")
     # Weights of the next layer come while this one computes; the projection comes when everything waits for it.
-    uses = 1 + trains + (again and setup.remat in ("full", "qkv"))
+    # The backward pass multiplies by what it recomputes with; where sequences are split, XLA gathers it once more.
+    uses = 1 + trains + (again and setup.remat in AGAIN and setup.size("context") > 1)
     add("all-gather", shards, uses * pieces * item * whole, uses * pieces * layers, 0.9)
     add("all-gather", shards, pieces * item * projection, pieces, 0.0)
     if trains:
         add("reduce-scatter", shards, pieces * item * whole * setup.trained, pieces * layers, 0.9)
-        add("all-reduce", ("data",), 4.0 * entries(model, setup.mesh).total * setup.trained, 1, 0.0)
+        # Among devices that hold the same parameters each microbatch's gradients are summed as they are made, in the
+        # compute type; those of the table once, in float32 where XLA looks it up (`llmctl.lookup`).
+        own, wide = entries(model, setup.mesh), item if setup.size(*shards) > 1 else 4.0
+        add("all-reduce", ("data",), item * own.layers * setup.trained * pieces, pieces * layers, 0.0)
+        add("all-reduce", ("data",), wide * own.table * setup.trained, 1, 0.0)
         add("all-reduce", ("data", *shards), item * projection * pieces * setup.trained, pieces, 0.0)
     # Embeddings: columns of tokens are traded, or the table is gathered and its gradient scattered.
     passes, table = pieces * (1 + trains), model.vocab_size / setup.size("tensor")
@@ -112,7 +122,7 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     else:
         add("all-gather", shards, passes * item * D * table, passes, 0.0)
     # After attention and after the feed-forward layer, forward and backward; the second is not needed again.
-    halves = 2 * (1 + trains) + (again and setup.remat in ("full", "qkv"))
+    halves = 2 * (1 + trains) + (again and setup.remat in AGAIN)
     stream = item * D * setup.tokens
     add("all-reduce", ("tensor",), halves * pieces * layers * stream, halves * pieces * layers, 0.0)
     ring = setup.size("context") - 1

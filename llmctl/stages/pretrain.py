@@ -66,7 +66,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         if (ctx.work / "tokenizer.done").exists():
             tokens = tokenizer.load(words)
         else:
-            wanted = _with_sentinels(config.tokenizer, objective, config.train.seq_len)
+            wanted = with_sentinels(config.tokenizer, objective, config.train.seq_len)
             tokens = tokenizer.load(base.tokenizer_dir) if base else text.tokenizer(wanted)
             tokens.save(words)
             (ctx.work / "tokenizer.done").touch()
@@ -129,7 +129,7 @@ def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
     return pretraining.Objective(name, config.rate, config.span, config.whole_words)
 
 
-def _with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
+def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
     """The sentinels that span corruption needs, where a tokenizer is trained and nobody said how many."""
     from llmctl.data import spans
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ def compiled(point: Point) -> dict[str, Any]:
         "flops": counts.flops + counts.kernel_flops,
         "products": counts.flops,
         "payload": sum(c.payload for c in counts.collectives),
+        "sent": sum(c.bytes for c in counts.collectives),
+        "collectives": [asdict(c) for c in counts.collectives],
+        "moved": counts.bytes,
         "seconds": time.monotonic() - began,
     }
 
@@ -120,10 +123,11 @@ def row(point: Point, found: dict[str, Any]) -> list[str]:
         point.size, point.topology, " × ".join(f"{a} {n}" for a, n in point.mesh.items() if n > 1),
         f"{point.rows} × {point.seq_len}", point.remat, f"{found['peak'] / 2**30:.2f}", f"{memory.total / 2**30:.2f}",
         apart(memory.total, found["peak"]), apart(state, found["arguments"]), apart(flops, found["flops"]),
+        apart(sum(c.bytes for c in counts.collectives), found["sent"]),
     ]  # fmt: skip
 
 
-HEAD = ["model", "slice", "mesh", "batch", "remat", "compiled GiB", "model GiB", "apart", "state", "FLOPs"]
+HEAD = ["model", "slice", "mesh", "batch", "remat", "compiled GiB", "model GiB", "apart", "state", "FLOPs", "sent"]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from llmctl import mesh as meshes
 from llmctl import step
 from llmctl.model import ModelConfig, calls
 from llmctl.model.loss import loss_of
-from llmctl.plan import analytic, hlo, work
+from llmctl.plan import analytic, hlo, modelled, topologies, work
 from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
 
 MODEL = ModelConfig(
@@ -24,6 +24,7 @@ MODELS = {
     "t5": ModelConfig(family="t5", architecture="encoder_decoder", encoder_layers=2, layers=3, vocab_size=512),
 }
 SPLIT = {"data": 1, "fsdp": 4, "tensor": 2}
+REMATS = ("full", "qkv", "minimal", "none")
 
 
 def setup(model=MODEL, mesh=SPLIT, optim="adamw", **train):
@@ -99,7 +100,7 @@ def compiled(remat, mesh_sizes, accumulate=1):
     return hlo.count(done.as_text(), dict(mesh.shape))
 
 
-@pytest.mark.parametrize("remat, mesh", [("full", SPLIT), ("minimal", {"data": 8})])
+@pytest.mark.parametrize("remat, mesh", [("full", SPLIT), ("minimal", {"data": 8}), ("qkv", {"data": 8})])
 def test_operations_are_those_of_the_compiled_step(remat, mesh):
     """A whole training step on 8 fake devices, recomputation and plain attention included."""
     one = replace(setup(mesh=mesh, dtype="float32", remat=remat), fused=False)
@@ -111,6 +112,52 @@ def test_recomputation_and_accumulation_save_memory():
     assert sizes[0] > sizes[1] > sizes[2]
     whole, pieces = (analytic.estimate(setup(remat="minimal", batch_size=32, accumulate=n)) for n in (1, 4))
     assert pieces.temporaries < whole.temporaries and pieces.parameters == whole.parameters
+
+
+def test_gradients_of_microbatches_are_summed_in_arrays_of_their_own():
+    """Four microbatches of the size of one batch: its activations, and the gradients twice."""
+    one, four = (setup(batch_size=8 * n, accumulate=n) for n in (1, 4))
+    own = analytic.entries(MODEL, SPLIT)
+    apart = analytic.estimate(four).temporaries - analytic.estimate(one).temporaries
+    assert apart == pytest.approx(4 * (own.layers + own.table + own.head))
+    # the state is read and written once a step, the sums three times a microbatch
+    moved = 4 * work.counts(one).bytes - 3 * 32 * own.total + 4 * 12 * own.total
+    assert work.counts(four).bytes == pytest.approx(moved)
+
+
+def test_matrices_that_recomputation_gathered_wait_for_the_gradients():
+    """Wider than the activations of a layer, they are what its backward pass has most of."""
+    small = {"batch_size": 8, "seq_len": 2, "mesh": {"fsdp": 8}}
+    layer, ff = 128 * 32 * 2 * 6 + 3 * 128 * 384, 128 * 384
+    sizes = {r: analytic.whole(setup(remat=r, **small), analytic.entries(MODEL, {"fsdp": 8})) for r in REMATS}
+    assert sizes == {"full": 2 * layer, "qkv": 2 * (layer - 128 * 32 * 8), "minimal": 2 * ff, "none": 2 * ff}
+    assert analytic.whole(setup(mesh={"data": 8}), analytic.entries(MODEL, {"data": 8})) == 0
+
+
+def test_logits_are_those_of_a_chunk():
+    """Of rows of 64 tokens and a vocabulary of 512: all of them, a full chunk, a token of every row, none."""
+    assert analytic.logits(setup(mesh={})) == 4 * 8 * 64 * 512
+    assert analytic.logits(setup(mesh={}, batch_size=512)) == analytic.LOGITS
+    assert analytic.logits(setup(mesh={}, batch_size=2**14)) == 4 * 2**14 * 512
+    assert analytic.logits(setup(MODEL.model_copy(update={"head": "classify"}), mesh={})) == 0
+
+
+def test_a_batch_is_split_over_its_sequences_too():
+    assert analytic.estimate(setup(mesh={"data": 2, "context": 2})).batch == 5 * 4 * 8 * 64 / 4
+
+
+@pytest.mark.parametrize(
+    "chips, seq_len, dtype, head_dim, fused",
+    [
+        ("v5e:1x1", 128, "float32", 32, True), ("v5e:1x1", 160, "bfloat16", 32, False),  # whole blocks of 128
+        ("h100:1", 160, "bfloat16", 32, True), ("h100:1", 160, "float32", 32, False),
+        ("h100:1", 160, "bfloat16", 256, True), ("a100:1", 160, "bfloat16", 256, False),
+        ("cpu:1", 128, "bfloat16", 32, False),
+    ],
+)  # fmt: skip
+def test_attention_is_the_kernel_of_the_chips(chips, seq_len, dtype, head_dim, fused):
+    one = setup(MODEL.model_copy(update={"head_dim": head_dim}), seq_len=seq_len, dtype=dtype)
+    assert modelled.on(one, topologies.find(chips)).fused == fused
 
 
 def test_a_mesh_divides_what_it_should():
@@ -140,5 +187,16 @@ def test_collectives_of_fsdp_by_hand():
     found = {(c.kind, c.axis): c for c in work.counts(one).collectives}
     matrices = 3 * (128 * 32 * 2 * 6 + 3 * 128 * 384)
     assert found["reduce-scatter", "fsdp"].bytes == 2 * matrices * 7 / 8
-    gathered = 3 * 2 * matrices + 2 * 128 * 512  # forward, again and backward; the projection once
+    assert ("all-reduce", "data") not in found
+    gathered = 2 * 2 * matrices + 2 * 128 * 512  # forward and backward, which recomputes with the same; the projection
     assert sum(c.payload for c in work.counts(one).collectives if c.kind == "all-gather") == gathered
+
+
+@pytest.mark.parametrize("mesh, wide", [({"data": 2, "fsdp": 4}, 2), ({"data": 2, "tensor": 2}, 4)])
+def test_gradients_are_summed_over_data_in_the_compute_type(mesh, wide):
+    """Those of the layers for each of two microbatches, the table's once; as the TPU compiler has it."""
+    one = setup(mesh=mesh, batch_size=16, accumulate=2)
+    own = analytic.entries(MODEL, mesh)
+    sent = [c.payload for c in work.counts(one).collectives if (c.kind, c.axis) == ("all-reduce", "data")]
+    head = [] if "fsdp" in mesh else [2 * 2 * own.head]  # over fsdp too where there is one
+    assert sent == [2 * 2 * own.layers, wide * own.table, *head]

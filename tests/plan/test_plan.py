@@ -49,6 +49,17 @@ def test_stages_follow_one_another(small, capsys):
     assert got["programs"][1]["hbm_bytes"]["parameters"] == 4 * cost.parameters(classifier)["total"]
 
 
+def test_bytes_have_the_sentinels_that_spans_need(tmp_path, capsys):
+    """As pretraining adds them: a hundred where the vocabulary that is asked for is large."""
+    stage = (
+        'kind = "pretrain"\ntokenizer = { kind = "bytes" }\nmodel = { preset = "t5-tiny" }\ntrain = { seq_len = 32 }'
+    )
+    (tmp_path / "t5.toml").write_text(f'[data]\nsource = "csv"\npath = "no.csv"\n\n[[stage]]\n{stage}\n')
+    got = planned(capsys, tmp_path / "t5.toml", "--topology", "h100:1")
+    whole = ModelConfig(preset="t5-tiny", vocab_size=5 + 256 + 100)
+    assert got["hbm_bytes"]["parameters"] == 4 * cost.parameters(whole)["total"]
+
+
 def test_a_gpu_is_modelled_and_says_so(small, capsys):
     """What lies there is arithmetic, as on any platform; the rest is the model's, and no fact."""
     got = planned(capsys, small, "--topology", "h100:8", "--stage", "pretrain")
@@ -61,6 +72,18 @@ def test_a_gpu_is_modelled_and_says_so(small, capsys):
     assert got["step_seconds"] > 0 and 0 < got["mfu"] < 1
     # float32: no attention kernel, so the scores are there
     assert not got["kernels"]
+
+
+def test_products_in_eight_bits_are_modelled_as_such(small, capsys):
+    """Two of three feed-forward matrices, forward and twice backward, on 8 devices."""
+    plain, eight = (
+        planned(capsys, small, "--topology", "h100:8", "--stage", "pretrain", *words)
+        for words in ((), ("--set", 'stage.pretrain.train.matmuls={"mlp/up"="int8", "mlp/gate"="int8"}'))
+    )
+    found = eight["device_flops_by_type"]
+    layers, matrices, tokens = 2, 2, 8 * 32
+    assert found["int8"] == pytest.approx(3 * 2 * tokens * layers * matrices * 64 * 128 / 8)
+    assert sum(found.values()) == pytest.approx(plain["device_flops"])
 
 
 def test_what_does_not_lower_for_a_gpu_is_an_error():

@@ -1,6 +1,7 @@
 """The search over meshes: against what must hold of any answer."""
 
 import math
+from typing import get_args
 
 import pytest
 
@@ -30,6 +31,11 @@ def test_every_candidate_is_a_step_that_runs(found):
         assert one.rows % (one.size("data", "fsdp") * one.accumulate) == 0
         assert MODEL.kv_heads % one.size("tensor") == 0 and MODEL.d_model % one.size("fsdp", "context") == 0
         assert c.memory <= search.MARGIN * V5E.chip.hbm_bytes
+
+
+def test_every_recomputation_is_tried_but_the_one_that_needs_the_host(found):
+    tried = {c.setup.remat for c in found}
+    assert tried == set(get_args(TrainConfig.model_fields["remat"].annotation)) - {"offload"}
 
 
 def test_a_model_too_large_for_a_chip_leaves_nothing():

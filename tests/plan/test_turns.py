@@ -5,7 +5,7 @@ import pytest
 
 from llmctl import recipe
 from llmctl.plan import compile as compiling
-from llmctl.plan import hlo, modelled, planner
+from llmctl.plan import hlo, modelled, planner, topologies
 
 RECIPE = """
 [data]
@@ -33,6 +33,7 @@ batch_size = 8
 [[stage]]
 kind = "quantize"
 """
+H100 = topologies.find("h100:4")
 METHODS = {"wanda": "", "magnitude": "", "structured": "layers = 0.5\nheads = 0.5"}
 
 
@@ -49,7 +50,7 @@ def programs(request, tmp_path_factory):
     for _, program in built:
         done = compiling.compiled(program)
         axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
-        found[program.title] = (modelled.step(program), done, hlo.count(done.text, axes))
+        found[program.title] = (modelled.step(program, H100), done, hlo.count(done.text, axes))
     return found
 
 
