@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from llmctl import hosts
 from llmctl.errors import LlmctlError, WorkError
+
+WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
+"""What NumPy says where an array did not fit."""
 
 
 @contextlib.contextmanager
@@ -55,9 +59,11 @@ def writing(out: Path) -> Iterator[Path]:
 
 
 def disk_is_full(e: BaseException | None) -> bool:
-    """True where an error, or what caused it, is about space (TensorStore reports it in words)."""
+    """True where an error, or what caused it, is about space (TensorStore, ArrayRecord and NumPy say it in words)."""
     while e is not None:
-        if (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(e):
+        if isinstance(e, OSError) and (e.errno in (errno.ENOSPC, errno.EDQUOT) or WRITTEN_IN_PART.search(str(e))):
+            return True
+        if "No space left on device" in str(e):
             return True
         e = e.__cause__ or e.__context__
     return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import functools
 import importlib
 import logging
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from llmctl import __version__, devices, hosts, menu
+from llmctl.atomic import disk_is_full
 from llmctl.errors import Interrupted, LlmctlError
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ def ending(e: BaseException) -> tuple[int, str]:
         return 1, ""
     if isinstance(e, SystemExit):
         return (e.code, "") if isinstance(e.code, int) else (1, str(e.code))
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" ({e.filename})" if e.filename else ""
-        return 1, f"disk full{where}: the previous checkpoint is intact; free some space and run the same command"
+    if disk_is_full(e):
+        where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
+        return 1, f"disk full{where}: what was saved before is intact; free some space and run the same command"
     if callable(complain := getattr(e, "format_message", None)):  # how typer says that the request was wrong
         unknown = hasattr(e, "possibilities")  # whose own words list every near flag
         return 2, f"{getattr(e, 'message', '') if unknown else complain()}{_near(e)}"

@@ -1,5 +1,6 @@
 """What a person at a terminal, and a program at a pipe, can rely on."""
 
+import errno
 import json
 import os
 import subprocess
@@ -183,6 +184,19 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(place, call, argv, line)
 def test_how_work_ends_badly(place, call, steps, code, line):
     got, out, err = call("run", "demo.toml", "--set", f"stage.make.train.steps={steps}")
     assert (got, out) == (code, "") and line in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "a.npy"),
+        OSError("3000000 requested and 1048448 written"),  # NumPy
+        RuntimeError("write() failed: No space left on device; writing a.arrayrecord; at byte 294912"),  # ArrayRecord
+    ],
+)
+def test_a_full_disk_is_one_whoever_meets_it(error):
+    code, line = cli.ending(error)
+    assert code == 1 and line.startswith("disk full")
 
 
 def test_debug_shows_the_traceback(place, call, monkeypatch):
