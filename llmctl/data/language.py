@@ -49,6 +49,11 @@ class Text:
         """What the text has; prepared text is only text."""
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
+    @property
+    def epochs(self) -> float:
+        """How often examples may be read, 0 for ever; those of a mixture are read alike, so the fewest count."""
+        return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
+
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:
         """The tokenizer of prepared text; of raw text the one that `cfg` says, trained on the train split.
 
@@ -136,12 +141,18 @@ class Text:
         if len(found) == 1 and not found[0][1]:
             return packed(found[0][2])
         rows = MixedRows([packed(d) for *_, d in found], [w for w, *_ in found], [e for _, e, _ in found], seed)
-        if rows.total is not None and needed > rows.total:
-            raise RequestError(
-                f"{needed} rows are to be read and the sources' epochs hold {rows.total}: more epochs (0 is endless), "
-                "or fewer steps"
-            )
+        if rows.total is not None:
+            check_epochs(needed, rows.total)
         return rows
+
+
+def check_epochs(needed: int, total: int) -> None:
+    """Raises RequestError where more rows are needed than the sources' epochs hold: now, and not at the end."""
+    if needed > total:
+        raise RequestError(
+            f"{needed} rows are to be read and the sources' epochs hold {total}: more epochs (0 is endless), "
+            "or fewer steps"
+        )
 
 
 class Joined:

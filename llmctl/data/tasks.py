@@ -10,7 +10,7 @@ from llmctl.data import Truncate, pretraining
 from llmctl.data.answers import AnswerRows
 from llmctl.data.corpus import tokenize
 from llmctl.data.examples import ClassificationRows, CompletionRows, SequencePairRows
-from llmctl.data.language import Text
+from llmctl.data.language import Text, check_epochs
 from llmctl.data.retrieval import TwoTextRows
 from llmctl.data.splits import Examples
 from llmctl.data.tagging import TagRows
@@ -103,4 +103,7 @@ def stage_rows(
         return text.rows(
             split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed, objective=objective(model)
         )
-    return task_rows(model, text.splits[split], tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
+    rows = task_rows(model, text.splits[split], tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
+    if text.epochs:
+        check_epochs(needed, round(text.epochs * len(rows)))
+    return rows

@@ -68,13 +68,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
         raise RequestError(f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}")
 
-    def rows(split: str, shuffle: bool) -> Any:
+    def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
         return stage_rows(
             learns.model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
-            seed=config.seed, shuffle=shuffle, truncate=config.truncate,
+            seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
         )  # fmt: skip
 
-    params, metrics, _ = trainer.run(config, ctx, devices, learns, rows("train", True), rows("validation", False))
+    learn = rows("train", True, config.train.steps * config.train.batch_size)
+    params, metrics, _ = trainer.run(config, ctx, devices, learns, learn, rows("validation", False))
     origin = student or teacher
     ctx.leave(
         config,

@@ -85,15 +85,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     labels = list(text.classes) if config.task in ("classify", "tokens") else []
     learns = learner(config, base, labels, devices)
 
-    def rows(split: str, shuffle: bool) -> Any:
+    def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
         return stage_rows(
             learns.model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
-            seed=config.seed, shuffle=shuffle, truncate=config.truncate,
+            seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
         )  # fmt: skip
 
-    params, metrics, held_out = trainer.run(
-        config, ctx, devices, learns, rows("train", True), rows("validation", False)
-    )
+    learn = rows("train", True, config.train.steps * config.train.batch_size)
+    params, metrics, held_out = trainer.run(config, ctx, devices, learns, learn, rows("validation", False))
     if config.method == "lora" and config.merge:
         params = jax.jit(weights.merge_low_rank)(params)
         metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}

@@ -12,7 +12,9 @@ from llmctl.data.language import Text
 from llmctl.data.mixing import MixedRows
 from llmctl.data.packing import PackedRows
 from llmctl.data.splits import load
+from llmctl.data.tasks import stage_rows
 from llmctl.errors import RequestError
+from llmctl.model import ModelConfig
 
 WORDS = TokenizerConfig(vocab_size=300)
 
@@ -178,3 +180,11 @@ def test_epochs_that_do_not_suffice_are_said_at_once(data, tmp_path):
     assert rows.total == 2 * len(rows)
     with pytest.raises(RequestError, match=r"100000 rows are to be read and the sources' epochs hold"):
         text.rows("train", words, 32, tmp_path, needed=100_000)
+    # labelled examples too
+    columns = {"text": "review", "label": "stars"}
+    text = Text(data.model_copy(update={"epochs": 2.0, "columns": columns}))
+    most, model = 2 * len(text.splits["train"]), ModelConfig(head="classify", labels=2)
+    given = (model, text, "train", words, 32, tmp_path)
+    assert 2 * len(stage_rows(*given, shuffle=True, needed=most)) == most
+    with pytest.raises(RequestError, match=rf"{most + 1} rows are to be read and the sources' epochs hold {most}:"):
+        stage_rows(*given, shuffle=True, needed=most + 1)
