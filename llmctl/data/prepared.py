@@ -136,12 +136,17 @@ class Shards:
 
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
     """Raises RequestError for settings that the data was prepared without: they would change nothing."""
-    asked = {name: getattr(part, name) for name in ("columns", "filter", "replace")}
+    was = dict(found.data)
+    asked = {name: getattr(part, name) for name in ("filter", "replace")}
     asked |= {name: getattr(cfg, name) for name in ("dedup", "validation", "test")}
+    if "text" in part.columns and not was.get("mixture"):  # other columns are for other stages of a recipe
+        asked["columns.text"], was["columns.text"] = part.columns["text"], was.get("columns", {}).get("text", "text")
     for name, value in asked.items():
-        was = found.data.get(name)
-        if value not in (was, DataConfig.model_fields[name].default):
-            raise RequestError(f"{path}: was prepared with data.{name} = {was!r}, not {value!r}; prepare it again")
+        field = DataConfig.model_fields.get(name)
+        if value != was.get(name) and not (field and value == field.default):
+            raise RequestError(
+                f"{path}: was prepared with data.{name} = {was.get(name)!r}, not {value!r}; prepare it again"
+            )
 
 
 def check(found: Prepared, tokenizer: Tokenizer, path: str) -> None:
