@@ -12,20 +12,21 @@ _INK, _QUIET, _LINE, _POINT = "#1b1f24", "#6e7781", "#d0d7de", "#0b6bcb"
 
 
 def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
-    """Writes a PNG of accuracy (with its 95 % interval), or perplexity, against bytes; False if no artifact has either.
+    """Writes a PNG of accuracy (with its 95 % interval, where it has one), or perplexity, against bytes; False if no
+    artifact has either.
 
     Needs matplotlib (the `demo` extra); ImportError otherwise.
     """
     records = [r for r in report.lines(results) if r.get("bytes")]
-    metric = next((m for m in ("accuracy", "perplexity") if any(m in r for r in records)), None)
+    metric = next((m for m in ("accuracy", "perplexity") if any(r.get(m) is not None for r in records)), None)
     if metric is None:
         return False
     # The object interface needs no global state and no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [r for r in records if metric in r]
-    sized = [r for r in records if metric in r and r.get("examples_per_second")] if metric == "accuracy" else []
+    records = [r for r in records if r.get(metric) is not None]
+    sized = [r for r in records if r.get("examples_per_second")] if metric == "accuracy" else []
     figure = Figure(figsize=(10.5 if sized else 6.5, 4.4), dpi=160, layout="constrained")
     axes = figure.subplots(1, 2 if sized else 1, squeeze=False)[0]
     _draw(axes[0], records, "bytes", metric)
@@ -41,10 +42,11 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: str) -> Non
 
     xs, ys = [r[x] for r in records], [r[metric] for r in records]
     ax.plot(xs, ys, color=_LINE, linewidth=1.2, zorder=1)  # the order of the chain
+    judged = [r for r in records if "accuracy_low" in r]  # words of one text are no independent examples: no interval
     if metric == "accuracy":
-        down = [r[metric] - r["accuracy_low"] for r in records]
-        up = [r["accuracy_high"] - r[metric] for r in records]
-        ax.errorbar(xs, ys, yerr=[down, up], fmt="none", ecolor=_QUIET, elinewidth=1, capsize=3, zorder=2)
+        off = [[r[metric] - r["accuracy_low"] for r in judged], [r["accuracy_high"] - r[metric] for r in judged]]
+        at = [r[x] for r in judged], [r[metric] for r in judged]
+        ax.errorbar(*at, yerr=off, fmt="none", ecolor=_QUIET, elinewidth=1, capsize=3, zorder=2)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     ax.scatter(xs, ys, s=46, color=_POINT, edgecolor="white", linewidth=1, zorder=3)
     ax.set_xscale("log")
@@ -69,7 +71,8 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: str) -> Non
         ax.set_xticks(_ticks(low, high))
     label = "bytes of weights on disk" if x == "bytes" else "examples a second"
     ax.set_xlabel(f"{label} (log scale)", color=_QUIET)
-    ax.set_ylabel("held-out accuracy (95 % interval)" if metric == "accuracy" else "perplexity", color=_QUIET)
+    accuracy = "held-out accuracy" + " (95 % interval)" * bool(judged)
+    ax.set_ylabel(accuracy if metric == "accuracy" else "perplexity", color=_QUIET)
     ax.grid(axis="y", color=_LINE, linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
