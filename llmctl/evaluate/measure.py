@@ -98,6 +98,10 @@ def setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:
         raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")
+    if seq_len > manifest.model.max_seq_len:
+        raise RequestError(
+            f"{path}: seq_len {seq_len} is longer than its longest sequence ({manifest.model.max_seq_len})"
+        )
     stride = config.stride or seq_len
     if stride > seq_len:
         raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")

@@ -83,10 +83,6 @@ def predictor(model: ModelConfig, dtype: str) -> Any:
 def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     """Perplexity of the held-out texts (of completions, where the data has them), a token, a word and a byte."""
     model, tokenizer = artifact.model, tokenizers.load(artifact.tokenizer_dir)
-    if setup.seq_len > model.max_seq_len:
-        raise RequestError(
-            f"{artifact.path}: seq_len {setup.seq_len} is longer than its longest sequence ({model.max_seq_len})"
-        )
     pairs = completes(model, held.examples.columns)
     texts = list(held.examples.texts("completion" if pairs else "text"))
     documents, given = held.pairs(tokenizer) if pairs else (held.corpus(tokenizer), None)

@@ -184,6 +184,10 @@ def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any
     seq_len = config.seq_len or base.manifest.seq_len
     if not seq_len:
         raise RequestError(f"{base.path}: does not say how long its training texts were; say it with seq_len")
+    if seq_len > base.model.max_seq_len:
+        raise RequestError(
+            f"{base.path}: seq_len {seq_len} is longer than its longest sequence ({base.model.max_seq_len})"
+        )
     return calibration_batches(
         base.model,
         config.data,

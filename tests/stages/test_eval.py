@@ -132,6 +132,7 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(run_
     cases = [
         ({"names": ["big"], "data": data.model_copy(update={"columns": {"text": "text"}})}, "no labels"),
         ({"names": ["lm"], "seq_len": 128}, "longest sequence"),
+        ({"names": ["big"], "seq_len": 128}, "longest sequence"),
         ({"names": ["lm"], "stride": 64}, "stride"),
         ({"names": []}, "nothing to measure"),
     ]
