@@ -32,7 +32,8 @@ def target(
 
     What a fraction keeps is rounded to the nearest whole number (neurons: of `multiple`), and at least 1 is kept.
     Heads go `by` "groups" (a key/value head with all its queries) or by "queries" (as many in each group).
-    `layers` holds for every stack of an encoder-decoder. Raises RequestError for what cannot be or removes nothing.
+    `layers` holds for every stack of an encoder-decoder. Raises RequestError for what cannot be, and for a fraction
+    that removes nothing, whatever the others remove.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}
@@ -49,10 +50,17 @@ def target(
         update["layers"] = _keep("layers", layers, cfg.layers, 1)
         if cfg.encoder_layers:
             update["encoder_layers"] = _keep("layers", layers, cfg.encoder_layers, 1)
-    if all(getattr(cfg, k) == v for k, v in update.items()):
+    asked = {"heads": (heads, ("heads",)), "ffn": (ffn, ("d_ff",)), "layers": (layers, ("layers", "encoder_layers"))}
+    vain = [
+        f"{name} = {request:g}"
+        for name, (request, fields) in asked.items()
+        if 0 < request < 1 and all(update.get(k, getattr(cfg, k)) == getattr(cfg, k) for k in fields)
+    ]
+    if vain or all(getattr(cfg, k) == v for k, v in update.items()):
+        what = f" by {' and '.join(vain)}" if vain else ""
         raise RequestError(
-            f"nothing would be removed from {cfg.layers} layers with {cfg.heads} heads ({cfg.kv_heads} kv_heads) and "
-            f"{cfg.d_ff} neurons; set heads, ffn or layers (a fraction removed below 1, a number kept from 1 on)"
+            f"nothing would be removed{what} from {cfg.layers} layers with {cfg.heads} heads ({cfg.kv_heads} kv_heads) "
+            f"and {cfg.d_ff} neurons; set heads, ffn or layers (a fraction removed below 1, a number kept from 1 on)"
         )
     return ModelConfig.model_validate({**cfg.model_dump(), "preset": "", **update})
 

@@ -174,6 +174,8 @@ def test_encoder_decoder_with_biases_and_a_shared_position_bias(tiny, make_rows)
     ({"heads": 8}, "has 4"), ({"ffn": 16.5}, "multiple of 1"), ({"ffn": 20, "multiple": 16}, "not a multiple of 16"),
     ({"ffn": 25}, "has 24"),
     ({"ffn": 0.5, "multiple": 32}, "fewer than a multiple"), ({"layers": 5}, "has 3"),
+    ({"heads": 0.1, "ffn": 0.5}, "removed by heads = 0.1 from"),
+    ({"heads": 0.5, "layers": 0.1, "ffn": 0.01}, "removed by ffn = 0.01 and layers = 0.1 from"),
 ])  # fmt: skip
 def test_requests_that_cannot_be(tiny, request_, message):
     with pytest.raises(RequestError, match=message):
@@ -185,3 +187,4 @@ def test_rounding_is_to_the_nearest_and_at_least_one_stays(tiny):
     assert target(tiny, ffn=0.3, multiple=8).d_ff == 16
     assert target(tiny, layers=0.99).layers == 1
     assert target(tiny, heads=0.99).kv_heads == 1
+    assert target(tiny, heads=4, layers=3, ffn=0.5).d_ff == 12  # what is kept may be all
