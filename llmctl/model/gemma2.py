@@ -79,7 +79,8 @@ def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
 
 def from_config(keys: Keys) -> Fields:
     """A Gemma 2's config.json as fields of ModelConfig."""
-    keys.drop("cache_implementation")
+    keys.absent("attn_logit_softcapping", 50.0)
+    keys.absent("final_logit_softcapping", 30.0)
     return {**names.take_rope(keys), **take(keys, 2)}
 
 

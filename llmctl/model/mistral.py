@@ -24,6 +24,7 @@ SIZES: dict[str, Fields] = {
 def from_config(keys: Keys) -> Fields:
     """A Mistral's config.json as fields of ModelConfig."""
     sizes = llama.take_sizes(keys)
+    keys.absent("sliding_window", 4096)
     return {
         **sizes,
         **names.take_rope(keys),

@@ -134,6 +134,10 @@ class Keys:
             return 1
         return default
 
+    def absent(self, key: str, value: Any) -> None:
+        """What transformers takes where the file does not have the key at all; null is something else to it."""
+        self.given.setdefault(key, value)
+
     def must(self, key: str, *allowed: Any) -> None:
         """The key, where it is there and not null, has one of these values: nothing else is implemented."""
         value = self.given.pop(key, None)

@@ -25,6 +25,8 @@ def take(keys: Keys) -> Fields:
     """What the configs of Qwen2 and Qwen3 share."""
     keys.must("use_mrope", False)
     sizes = llama.take_sizes(keys)
+    keys.absent("sliding_window", 4096)
+    keys.absent("max_window_layers", 28)
     window, first = keys.take("sliding_window", 0), keys.take("max_window_layers", 0)
     window = window if keys.take("use_sliding_window", False) else 0
     if window and "layer_types" not in keys.given:

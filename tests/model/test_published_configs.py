@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import transformers as hf
 
 from llmctl.bridge import folder as folders
 from llmctl.bridge import mapping, names
@@ -113,6 +114,25 @@ def test_a_published_config_is_the_preset(preset):
     expected = ModelConfig(preset=preset)
     odd = {k: (v, getattr(expected, k)) for k, v in found if v != getattr(expected, k)}
     assert odd.keys() <= {"preset", "dropout"}, odd  # what is pretrained here starts without dropout
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes():
+    def understood(preset, leave_out, **more):
+        name = ModelConfig(preset=preset).family
+        given = {k: v for k, v in (PUBLISHED[preset] | more).items() if k not in leave_out}
+        return family(name).BRIDGE.from_config(Keys(given)), hf.AutoConfig.for_model(**given)
+
+    ours, theirs = understood("mistral-7b", ["sliding_window"])
+    assert ours["window"] == theirs.sliding_window == 4096
+    assert understood("mistral-7b", [], sliding_window=None)[0]["window"] == 0  # null says that there is none
+    ours, theirs = understood("gemma2-2b", ["attn_logit_softcapping", "final_logit_softcapping"])
+    assert (ours["attn_softcap"], ours["final_softcap"]) == (50.0, 30.0)
+    assert (theirs.attn_logit_softcapping, theirs.final_logit_softcapping) == (50.0, 30.0)
+    more = {"use_sliding_window": True, "num_hidden_layers": 30}
+    ours, theirs = understood("qwen2.5-0.5b", ["max_window_layers", "sliding_window"], **more)
+    assert ours["window"] == theirs.sliding_window == 4096
+    assert ours["window_layers"] == tuple(i for i, k in enumerate(theirs.layer_types) if k == "sliding_attention")
+    assert ours["window_layers"] == (28, 29)
 
 
 def test_old_names_and_heads_that_the_config_does_not_mention(tmp_path):
