@@ -93,7 +93,7 @@ class ModelConfig(Config):
     """Base of the rotary frequencies in local layers; 0 takes rope_theta."""
     rope_scaling: dict[str, Any] = {}
     """Scaling of the rotary frequencies, in the words of the Hugging Face config; empty is none."""
-    relative_buckets: int = Field(default=32, ge=2)
+    relative_buckets: int = Field(default=32, ge=4)
     """Buckets of the relative position bias."""
     relative_max_distance: int = Field(default=128, ge=2)
     """Distance from which on all relative positions share a bucket."""
@@ -135,12 +135,22 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
+        from llmctl.model import names
+
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
         if (self.architecture == "encoder_decoder") != (self.encoder_layers > 0):
             raise ValueError("encoder_layers belongs to the encoder_decoder architecture, which needs it")
+        exact = self.relative_buckets // (4 if self.architecture == "encoder" else 2)
+        if self.positions == "relative" and self.relative_max_distance <= exact:
+            raise ValueError(
+                f"relative_max_distance ({self.relative_max_distance}) must be more than {exact}: up to there every "
+                f"distance has one of the relative_buckets ({self.relative_buckets}) to itself"
+            )
+        if wrong := names.wrong_scaling(self.rope_scaling):
+            raise ValueError(wrong)
         if self.window_layers and not self.window:
             raise ValueError("window_layers needs a window")
         if self.next_sentence and not (self.pooler and self.head == "lm" and self.architecture == "encoder"):
@@ -168,9 +178,11 @@ def family(name: str) -> ModuleType:
 def defaults(preset: str, name: str) -> dict[str, Any]:
     """Flags and sizes that a preset, or the family `name` alone, stands for."""
     if preset:
-        name = next((f for f in families() if preset in family(f).SIZES), "")
+        given, name = name, next((f for f in families() if preset in family(f).SIZES), "")
         if not name:
             raise ValueError(f"unknown preset {preset!r}{hint(preset, presets())}; known: {', '.join(presets())}")
+        if given not in ("", name):
+            raise ValueError(f"preset {preset!r} is of the family {name!r}, not {given!r}; name one of the two")
     if not name:
         return {}
     if name not in families():

@@ -133,7 +133,10 @@ def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tup
 
 
 def _scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
-    """Longer contexts by stretched frequencies: linear, llama3 (by wavelength) and yarn (arXiv:2309.00071)."""
+    """Longer contexts by stretched frequencies: linear, llama3 (by wavelength) and yarn (arXiv:2309.00071).
+
+    The config has checked the words (`names.wrong_scaling`).
+    """
     scaling = cfg.rope_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not scaling or kind == "default":
@@ -147,18 +150,16 @@ def _scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Arra
         turns = original * frequency / (2 * math.pi)
         keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         return frequency * (keep + (1 - keep) / factor), 1.0
-    if kind == "yarn":
-        half, theta = frequency.shape[0], cfg.rope_theta
+    half, theta = frequency.shape[0], cfg.rope_theta
 
-        def dimension(turns: float) -> float:
-            return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+    def dimension(turns: float) -> float:
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
-        low = max(math.floor(dimension(float(scaling.get("beta_fast", 32)))), 0)
-        high = min(math.ceil(dimension(float(scaling.get("beta_slow", 1)))), 2 * half - 1)
-        ramp = jnp.clip((jnp.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
-        magnitude = float(scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0)
-        return frequency / factor * ramp + frequency * (1 - ramp), magnitude
-    raise ValueError(f"rope_scaling of type {kind!r} is not known; known: linear, llama3, yarn")
+    low = max(math.floor(dimension(float(scaling.get("beta_fast", 32)))), 0)
+    high = min(math.ceil(dimension(float(scaling.get("beta_slow", 1)))), 2 * half - 1)
+    ramp = jnp.clip((jnp.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
+    magnitude = float(scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0)
+    return frequency / factor * ramp + frequency * (1 - ramp), magnitude
 
 
 def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:

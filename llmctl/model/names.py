@@ -187,6 +187,25 @@ SCALINGS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"},
 }
+"""Kinds of rotary scaling, and the numbers of each."""
+
+
+def wrong_scaling(scaling: Mapping[str, Any]) -> str:
+    """What is wrong with a `rope_scaling`; empty where nothing is."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    numbers = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
+    if not scaling or kind == "default":
+        return ""
+    if kind not in SCALINGS:
+        return f"rope_scaling of type {kind!r} is not known; known: {', '.join(SCALINGS)}"
+    needed = {"factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ())}
+    if missing := sorted(needed - set(numbers)):
+        return f"rope_scaling of type {kind!r} needs {', '.join(missing)}"
+    if odd := sorted(set(numbers) - SCALINGS[kind]):
+        return f"rope_scaling of type {kind!r} knows no {', '.join(odd)}; it knows {', '.join(sorted(SCALINGS[kind]))}"
+    if bad := [k for k, v in numbers.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or not v > 0]:
+        return f"rope_scaling: {bad[0]} must be a number above 0"
+    return ""
 
 
 def _rope(keys: Keys, given: Mapping[str, Any], theta: float) -> Fields:

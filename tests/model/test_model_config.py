@@ -1,0 +1,29 @@
+"""Configs that say what cannot be are refused where they are written, not where they are computed."""
+
+import pytest
+from pydantic import ValidationError
+
+from llmctl.model import ModelConfig
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not known; known: linear, llama3, yarn"),
+    ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "needs high_freq_factor"),
+    ({"rope_scaling": {**YARN, "beta_quick": 32}}, "knows no beta_quick; it knows attention_factor, beta_fast"),
+    ({"rope_scaling": {**YARN, "factor": "4"}}, "factor must be a number above 0"),
+    ({"rope_scaling": {**YARN, "factor": 0}}, "factor must be a number above 0"),
+    ({"preset": "llama-tiny", "family": "gemma2"}, "'llama-tiny' is of the family 'llama', not 'gemma2'"),
+    ({"preset": "t5-tiny", "relative_max_distance": 16}, "must be more than 16"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(fields, said):
+    with pytest.raises(ValidationError, match=said):
+        ModelConfig(**fields)
+
+
+def test_what_can_be_is_not():
+    for scaling in ({}, {"rope_type": "default"}, {"type": "linear", "factor": 2}, {**YARN, "beta_fast": 16.0}):
+        assert ModelConfig(rope_scaling=scaling).rope_scaling == scaling
+    assert ModelConfig(preset="llama-tiny", family="llama") == ModelConfig(preset="llama-tiny")
