@@ -20,8 +20,7 @@ import numpy as np
 from llmctl.compress import prune
 from llmctl.compress.calibrate import Batch, Collect, Gram, LayerReport, Moments, Statistic, Stats, nothing, walk
 from llmctl.compress.shrink import Kept, cut, drop_layers
-from llmctl.model import ModelConfig, calls
-from llmctl.model.attention import local_layers
+from llmctl.model import ModelConfig, calls, names
 from llmctl.weights import dense
 
 Progress = Callable[[LayerReport], None] | None
@@ -101,7 +100,7 @@ def prune_layers(
     kept: dict[str, list[int]] = {}
     for stack in calls.stacks(cfg):
         influence = [r.influence for r in reports if r.stack == stack]
-        kinds = [bool(k) for k in local_layers(cfg, len(influence))]
+        kinds = names.local_layers(cfg, len(influence))
         kept[stack] = choose_layers(influence, calls.depth(target, stack), kinds)
     return (*drop_layers(cfg, params, kept), kept)
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmctl import mesh as meshes
 from llmctl.mesh import constrain
-from llmctl.model import ModelConfig, flash, ring
+from llmctl.model import ModelConfig, flash, names, ring
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
 from llmctl.model.softmax import attend
 
@@ -98,14 +98,8 @@ def share(
 
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
-    """[L] bool: which layers see a window only: those of `window_layers`, or all but every `window_every`-th."""
-    if not cfg.window:
-        return jnp.zeros(layers, bool)
-    if cfg.window_layers:
-        return jnp.zeros(layers, bool).at[jnp.asarray(cfg.window_layers)].set(True)
-    if cfg.window_every == 1:
-        return jnp.ones(layers, bool)
-    return (jnp.arange(layers) + 1) % cfg.window_every != 0
+    """[L] bool: which layers see a window only."""
+    return jnp.asarray(names.local_layers(cfg, layers))
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:

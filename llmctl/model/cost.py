@@ -6,7 +6,7 @@ count nothing (as arXiv:2204.02311, appendix B, has it for utilization), of atte
 
 from __future__ import annotations
 
-from llmctl.model import ModelConfig
+from llmctl.model import ModelConfig, names
 
 
 def parameters(cfg: ModelConfig) -> dict[str, int]:
@@ -42,7 +42,7 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
         matrices = cfg.d_model * (cfg.labels if cfg.head == "tokens" else 2)
     total = 2.0 * matrices * (length if predicted is None else predicted)
     causal = cfg.architecture != "encoder"
-    local = _local_layers(cfg)
+    local = sum(names.local_layers(cfg, cfg.layers))
     pairs = length * (local * _seen(length, cfg.window, causal) + (cfg.layers - local) * _seen(length, 0, causal))
     total += 2.0 * length * cfg.layers * _matrices(cfg)
     if cfg.encoder_layers:
@@ -109,14 +109,6 @@ def _head(cfg: ModelConfig) -> int:
     if answers:
         total += D * answers + (answers if cfg.head_bias else 0)
     return total
-
-
-def _local_layers(cfg: ModelConfig) -> int:
-    if not cfg.window:
-        return 0
-    if cfg.window_layers:
-        return sum(layer < cfg.layers for layer in cfg.window_layers)
-    return cfg.layers if cfg.window_every == 1 else cfg.layers - cfg.layers // cfg.window_every
 
 
 def _seen(length: int, window: int, causal: bool) -> float:

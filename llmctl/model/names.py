@@ -271,16 +271,16 @@ def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields
 
 def give_windows(cfg: Any) -> list[str]:
     """`layer_types` of a config."""
-    return ["sliding_attention" if local else "full_attention" for local in local_layers(cfg)]
+    return ["sliding_attention" if local else "full_attention" for local in local_layers(cfg, cfg.layers)]
 
 
-def local_layers(cfg: Any) -> list[bool]:
-    """Which layers see a window."""
+def local_layers(cfg: Any, layers: int) -> list[bool]:
+    """Which of a stack's layers see a window only: those of `window_layers`, or all but every `window_every`-th."""
     if not cfg.window:
-        return [False] * cfg.layers
+        return [False] * layers
     if cfg.window_layers:
-        return [i in cfg.window_layers for i in range(cfg.layers)]
-    return [cfg.window_every == 1 or (i + 1) % cfg.window_every != 0 for i in range(cfg.layers)]
+        return [i in cfg.window_layers for i in range(layers)]
+    return [cfg.window_every == 1 or (i + 1) % cfg.window_every != 0 for i in range(layers)]
 
 
 def refuse(cfg: Any, what: str, **needed: Any) -> None:

@@ -44,7 +44,7 @@ def take(keys: Keys) -> Fields:
 
 def give(cfg: Any) -> Fields:
     """Inverse of `take`."""
-    first = next((i for i, local in enumerate(names.local_layers(cfg)) if local), cfg.layers)
+    first = next((i for i, local in enumerate(names.local_layers(cfg, cfg.layers)) if local), cfg.layers)
     return {
         **llama.give_sizes(cfg),
         **names.give_rope(cfg),
