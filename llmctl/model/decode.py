@@ -192,7 +192,9 @@ class Decoder:
         batch = {
             "tokens": token_B[:, None],
             "segments": ones_B1,
-            "positions": state["position"][:, None],
+            # The last chunk may go on behind the longest sequence. Those tokens are cut, but where a table of positions
+            # ends they would be no numbers, and so would a conversation that finds them in its cache.
+            "positions": jnp.minimum(state["position"], self.model.max_seq_len - 1)[:, None],
             "cached_segments": segments_BS,
             "slot": slot,
         }

@@ -71,3 +71,14 @@ def test_draws_and_penalties_are_those_of_a_fresh_run_and_answers_may_be_left():
         answer(session, [], 4)
     with pytest.raises(ValueError, match="exceed 256"):
         answer(session, prompt, 250)
+
+
+def test_tokens_behind_the_longest_sequence_spoil_nothing():
+    """A table of 256 positions, and a chunk that goes on to 266: what it left in the cache is nobody's, also where the
+    template leaves most of the answer out and the next turn is read far before it."""
+    decoder, prompt = build("gpt2"), [*FIRST, *range(3, 60), *range(3, 60), *range(3, 59)]
+    session = Session(decoder)
+    said = answer(session, prompt, 50)
+    assert len(prompt) == 200 and said == answer(decoder, prompt, 50)
+    after = [*prompt[:100], 5, 9]
+    assert answer(session, after, 4) == answer(decoder, after, 4)
