@@ -84,8 +84,14 @@ def generate(
         raise RequestError(
             f"{artifact_dir}: is a {model.architecture} with the head {model.head!r}; it cannot generate"
         )
+    if beams == 1 and width != Beams(1):
+        raise RequestError("--length-penalty and --early-stopping are for a search; say --beams, 2 or more")
+    if model.architecture == "encoder" and (rules != Sampling(top_k=top_k) or stop):
+        raise RequestError(f"{artifact_dir}: fills masks, and neither draws nor stops; of the rules it takes --top-k")
     if beams > 1 and (rules != Sampling() or chat or model.architecture == "encoder"):
         raise RequestError("--beams: a search for the likeliest answer neither draws, nor chats, nor fills masks")
+    if model.architecture != "encoder" and not temperature and Sampling(0.0, top_k, top_p, min_p) != Sampling():
+        raise RequestError("--top-k, --top-p and --min-p narrow what is drawn from; say --temperature, such as 1")
     if chat and model.architecture != "decoder":
         raise RequestError(f"--chat: {artifact_dir} is an {model.architecture}, and a conversation needs a decoder")
     loaded = load(artifact_dir)
