@@ -107,13 +107,15 @@ def continue_rows(
     *,
     sampling: Sampling | None = None,
     seed: int = 0,
+    first: int = 0,
     chunk: int = 16,
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
     """Continues a batch in place; yields the text of each row that has become certain, chunk by chunk.
 
-    Rows end with a token of `ends`, by default the tokenizer's end of sequence.
+    Rows end with a token of `ends`, by default the tokenizer's end of sequence. Each draws by its number, of which
+    `first` is the first here: batches with one seed count on.
 
     Raises RequestError where a prompt leaves no room for a continuation.
     """
@@ -125,6 +127,7 @@ def continue_rows(
         ends=ends,
         sampling=sampling,
         seed=seed,
+        first=first,
         chunk=chunk,
         stopped_B=stopped_B,
     )

@@ -174,3 +174,14 @@ def test_prompts_from_lines_of_json_and_beams(talker, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["results"]
     assert [r["prompt"] for r in found] == ["one", "two"]
     assert all(r["score"] < 0 and r["tokens"] == 4 for r in found)
+
+
+def test_draws_do_not_depend_on_how_many_are_continued_at_a_time(talker, capsys):
+    """The same prompt four times: four draws, each by its number."""
+    flags = ["--temperature", "1", "--max-new", "8", "--seed", "3", "--json"]
+    found = []
+    for size in ("1", "3", "4"):
+        argv = ["generate", str(talker), *("--prompt", "x") * 4, *flags, "--batch-size", size]
+        assert cli.run(argv) == 0
+        found.append([r["text"] for r in json.loads(capsys.readouterr().out)["results"]])
+    assert found[0] == found[1] == found[2] and len(set(found[0])) == 4

@@ -138,7 +138,9 @@ def _continue(
             if live:
                 _write(rows[0].text)
         else:
-            for new in continue_rows(decoder, words, rows, max_new, sampling=sampling, seed=seed, speed=speed):
+            for new in continue_rows(
+                decoder, words, rows, max_new, sampling=sampling, seed=seed, first=len(done), speed=speed
+            ):
                 if live:
                     _write(new[0])
         if live:

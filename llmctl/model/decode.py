@@ -78,6 +78,7 @@ class Decoder:
         ends: Sequence[int] = (),
         sampling: Sampling | None = None,
         seed: int = 0,
+        first: int = 0,
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
@@ -85,12 +86,13 @@ class Decoder:
 
         A row ends with the first token in `ends` (which is yielded) and has NOTHING after it; the generator stops when
         all rows have ended, or after `max_new` tokens, and may be closed at any time before. Between two chunks the
-        caller may end rows of its own accord by setting `stopped_B` (bool [B]).
+        caller may end rows of its own accord by setting `stopped_B` (bool [B]). Where prompts are a part of those that
+        share a seed, `first` is the number of the first one.
 
         Raises ValueError for an empty prompt, or one that leaves no room within the model's longest sequence.
         """
         inputs, slots = self.inputs(prompts, max_new)
-        rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, len(prompts))
+        rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, len(prompts), first)
         state = self._prefill(self.weights, inputs, keys_B, ends_E, slots=slots, rules=rules)
         left = max_new
         for _, out_BN in self.follow(state, max_new, keys_B, ends_E, rules, chunk, stopped_B):

@@ -76,6 +76,6 @@ def choose(
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def row_keys(seed: int, rows: int) -> jax.Array:
-    """One key a row, by its number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
+def row_keys(seed: int, rows: int, first: int = 0) -> jax.Array:
+    """One key a row, by its number; the first row here has the number `first`."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(rows))

@@ -47,13 +47,14 @@ class Session:
         ends: Sequence[int] = (),
         sampling: Sampling | None = None,
         seed: int = 0,
+        first: int = 0,
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Continues the only prompt; yields and raises as `Decoder.generate`."""
         (prompt,) = prompts
         self.decoder.check([prompt], max_new)
-        rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, 1)
+        rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, 1, first)
         kept = next((i for i, (a, b) in enumerate(zip(self._ids, prompt, strict=False)) if a != b), len(self._ids))
         kept = min(kept, len(prompt) - 1)  # the last token is read for what follows it
         new = np.asarray(prompt[kept:], np.int32)
