@@ -23,7 +23,7 @@ TFDS_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\
 
 
 class Tfds(Source):
-    """A split of a TFDS data set; nested features are columns such as `translation/en`."""
+    """A split of a TFDS data set; nested features are columns such as `translation/en`, sequences are lists."""
 
     def __init__(self, named: str, data: Any):
         self._named, self._data = named, data
@@ -35,18 +35,23 @@ class Tfds(Source):
     def __getitem__(self, i: int) -> Row:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return {column: self._value(value, i) for column, value in _flat(self._data[i]).items()}
+        return {column: _plain(value) for column, value in _flat(self._data[i]).items()}
 
     def where(self, i: int) -> str:
         return f"{self._named}: example {i}"
 
-    def _value(self, value: Any, i: int) -> Any:
-        if isinstance(value, bytes):
-            try:
-                return value.decode()
-            except UnicodeDecodeError:
-                return value  # an image, say: only an error if it is asked for as text
-        return value.item() if getattr(value, "ndim", None) == 0 else value
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # an image, say: only an error if it is asked for as text
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def tfds(cfg: SourceConfig) -> Source:
@@ -148,7 +153,9 @@ def _folders(path: epath.Path) -> list[epath.Path]:
 def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in features.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+        # a sequence of records is a list for every field: one column, as SQuAD's answers are elsewhere
+        nested = isinstance(value, dict) and not all(isinstance(v, list) for v in value.values())
+        flat |= _flat(value, f"{prefix}{name}/") if nested else {prefix + name: value}
     return flat
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -94,6 +95,38 @@ def test_tfds_prepares_what_is_not_there_if_asked(tfds_dir, tmp_path):
     assert all(part.inputs() for part in mixture)
     with pytest.raises(RequestError, match=r"TFDS knows no data set 'absent'"):
         open_source(tfds_config(tmp_path, name="absent", download=True))
+
+
+def test_tfds_has_words_and_answers(tmp_path):
+    import tensorflow_datasets as tfds
+
+    rows = [(["a", "bé"], [0, 1], []), (["c"], [1], [("d", 3)])]
+
+    class FewWords(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text, sequence = tfds.features.Text(), tfds.features.Sequence
+            features = {"tokens": sequence(text), "tags": sequence(tfds.features.ClassLabel(names=["O", "X"])),
+                        "context": text, "question": text,
+                        "answers": sequence({"text": text, "answer_start": np.int32})}  # fmt: skip
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, (tokens, tags, answers) in enumerate(rows):
+                found = [{"text": t, "answer_start": s} for t, s in answers]
+                yield i, {"tokens": tokens, "tags": tags, "context": f"{i}, d", "question": "q", "answers": found}
+
+    FewWords(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    kw = {"name": "few_words", "validation": 0, "test": 0}
+    words = splits.load(tfds_config(tmp_path, columns={"tokens": "tokens", "tags": "tags"}, **kw))
+    assert sorted((r["tokens"], r["tags"]) for r in words["train"]) == [(["a", "bé"], ["0", "1"]), (["c"], ["1"])]
+    columns = {c: c for c in ("context", "question", "answers")}
+    asked = splits.load(tfds_config(tmp_path, columns=columns, **kw))
+    assert sorted(r["answers"] for r in asked["train"]) == [[], [("d", 3)]]
 
 
 @pytest.mark.parametrize(
