@@ -251,12 +251,12 @@ def training(setup: Setup, own: Entries) -> float:
 def whole(setup: Setup, own: Entries) -> float:
     """Bytes of the gathered matrices that the backward pass of a layer holds: the one at hand.
 
-    Those that it recomputes with it keeps for what follows: a pass gathers them once (`llmctl.gathered`).
+    Those that it recomputes with it keeps for what follows: a pass gathers them once.
     """
     ways = setup.size("fsdp", "context")
     if ways == 1:
         return 0.0
-    if setup.remat in AGAIN and setup.size("context") == 1:
+    if setup.remat in AGAIN:
         kept = setup.model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0  # whose matrices are not needed
         return setup.item * (own.layers * ways / setup.depth - kept)
     return setup.item * setup.model.d_model * setup.model.d_ff / setup.size("tensor")

@@ -32,6 +32,13 @@ def group_of(i: Instruction, devices: int) -> list[int]:
     return list(range(devices))
 
 
+def slices_of(i: Instruction) -> int:
+    """How many slices take part in what `i` sends to other slices: {1,2}x{0:3} are 2, of 4 devices each."""
+    found = re.search(r'_xla_megascale_target="\{*([\d,:]+)\}', i.attributes)
+    spans = (part.split(":") for part in found[1].split(",")) if found else ()
+    return max(2, sum(int(span[-1]) - int(span[0]) + 1 for span in spans))
+
+
 def _ints(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ class Collective:
     bytes: float
     """What a device sends and receives of it, one way."""
     axis: str
-    """The mesh axis it runs over ("data,fsdp" for several; "?" where it is none)."""
+    """The mesh axis it runs over ("data,fsdp" for several; "?" where it is none; "slices" between those of TPUs)."""
     count: float
     """How often it runs."""
     overlapped: float
@@ -65,8 +66,10 @@ def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
     )
 
 
-HOUSEKEEPING = traffic.FREE_CALLS | {"AsyncCollectiveStart", "AsyncCollectiveDone", "TopK"}
+HOUSEKEEPING = traffic.FREE_CALLS | {"AsyncCollectiveStart", "AsyncCollectiveDone", "TopK", "SliceId", "ZeroCrop"}
 """Custom calls that are no kernels."""
+SLICES = "slices"
+"""What collectives between slices of TPUs run over, beside the names of mesh axes."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -115,6 +118,10 @@ class _Counter:
                 tally.add(apart[n])
                 if kind := _kind(i):
                     tally.add(self.collective(where, i, kind, _hides(where, n, apart)))
+                elif kind := _between_slices(i):
+                    size, done = groups.slices_of(i), _received(where, i)
+                    hidden = any(other.work for other in apart[n + 1 : done])
+                    tally.add(_summed(kind, SLICES, size, sum(a.bytes for a in where.inputs(i)), hidden))
             self.done[where.name] = tally
         return self.done[where.name]
 
@@ -144,21 +151,25 @@ class _Counter:
     def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
         """The sums of one run of a collective."""
         group = groups.group_of(i, math.prod(self.mesh.values()))
-        n, given = len(group), sum(a.bytes for a in where.inputs(i))
-        if n < 2:
+        if len(group) < 2:
             return _Tally()
-        payload = given * n if kind == "all-gather" else given
-        sent = payload * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
-        if kind == "all-reduce" and _scatters(where, i):
-            kind, sent = "reduce-scatter", sent / 2
-        sums = {
-            "bytes": sent,
-            "count": 1.0,
-            "overlapped": float(hidden),
-            "payload": payload,
-            "hidden": sent if hidden else 0.0,
-        }
-        return _Tally(collectives={(kind, groups.axis_of(group, self.mesh)): sums})
+        kind = "reduce-scatter" if kind == "all-reduce" and _scatters(where, i) else kind
+        given = sum(a.bytes for a in where.inputs(i))
+        return _summed(kind, groups.axis_of(group, self.mesh), len(group), given, hidden)
+
+
+def _summed(kind: str, axis: str, n: int, given: float, hidden: bool) -> _Tally:
+    """The sums of one run of a collective of `n` devices, each of which gives so many bytes."""
+    payload = given * n if kind == "all-gather" else given
+    sent = payload * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+    sums = {
+        "bytes": sent,
+        "count": 1.0,
+        "overlapped": float(hidden),
+        "payload": payload,
+        "hidden": sent if hidden else 0.0,
+    }
+    return _Tally(collectives={(kind, axis): sums})
 
 
 def _branches(i: Instruction) -> list[str]:
@@ -173,6 +184,21 @@ def _kind(i: Instruction) -> str:
     if kind not in KINDS or (config and '"flag_start":"-1"' not in config):
         return ""
     return kind
+
+
+def _between_slices(i: Instruction) -> str:
+    """The kind of a collective between slices of TPUs: their hosts run it, on what a device sends them."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes) if i.opcode == "send" else None
+    kind = found[1].lower().replace("_", "-") if found else ""
+    return {"one-to-one": "collective-permute"}.get(kind, kind)
+
+
+def _received(where: Computation, sent: Instruction) -> int:
+    """The place of the instruction that awaits what comes back for `sent`; its own where that is elsewhere."""
+    meeting = sent.attributes.partition('_xla_host_transfer_rendezvous="')[2].partition('"')[0]
+    names = [i.name for i in where.instructions if i.opcode == "recv" and f'rendezvous="{meeting}"' in i.attributes]
+    ends = (n for n, i in enumerate(where.instructions) if i.opcode == "recv-done" and set(names) & set(i.operands))
+    return next(ends, where.instructions.index(sent))
 
 
 def _scatters(where: Computation, i: Instruction) -> bool:

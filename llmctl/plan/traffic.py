@@ -23,6 +23,8 @@ def of(module: Module, where: Computation, i: Instruction) -> float:
         return 0.0
     if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.endswith("-start"):
         return _started(where, i)
+    if i.opcode in ("send", "recv"):  # what is sent stands among the results too
+        return _hbm(i.arrays[:1])
     if i.opcode in SLICES:
         source = where.operand(i, 0).arrays[0]
         return _hbm(i.arrays) + _like(source, i.arrays)

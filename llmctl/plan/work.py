@@ -103,8 +103,8 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     projection = model.vocab_size * D / setup.size("tensor") if model.head == "lm" else 0.0
     shards = ("fsdp", "context")
     # Weights of the next layer come while this one computes; the projection comes when everything waits for it.
-    # The backward pass multiplies by what it recomputes with; where sequences are split, XLA gathers it once more.
-    uses = 1 + trains + (again and setup.remat in AGAIN and setup.size("context") > 1)
+    # The backward pass multiplies by what it recomputes with.
+    uses = 1 + trains
     add("all-gather", shards, uses * pieces * item * whole, uses * pieces * layers, 0.9)
     add("all-gather", shards, pieces * item * projection, pieces, 0.0)
     if trains:
@@ -125,8 +125,10 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     halves = 2 * (1 + trains) + (again and setup.remat in AGAIN)
     stream = item * D * setup.tokens
     add("all-reduce", ("tensor",), halves * pieces * layers * stream, halves * pieces * layers, 0.0)
-    ring = setup.size("context") - 1
+    # Around the ring once a pass, with one block too many at the end, which a recomputation leaves out; backward: keys,
+    # values and their float32 gradients.
+    ring = setup.size("context")
+    turns = (ring * (1 + 3 * trains) + (ring - 1) * (again and setup.remat in AGAIN)) * pieces * layers
     keys = heads - model.heads * model.head_dim / setup.size("tensor")
-    turns = (1 + again + 3 * trains) * ring * pieces * layers  # backward: keys, values and their float32 gradients
     add("collective-permute", ("context",), turns * item * keys * setup.tokens, turns, 0.9)
     return found

@@ -74,6 +74,7 @@ def test_between_slices_the_network_counts():
         ("all-to-all", "fsdp", {"fsdp": 16}, 7e9, 8e9),
         ("collective-permute", "context", {"context": 16}, 0, 15e9),
         ("all-gather", "?", {"fsdp": 16}, 0, 15e9),
+        ("all-reduce", "slices", {"data": 4, "fsdp": 4}, 0, 15e9),  # as the hosts of TPUs do it
     ],
 )
 def test_the_network_carries_what_a_node_does_not_have(kind, axis, mesh, here, away):
