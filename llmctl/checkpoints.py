@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llmctl import hosts
 from llmctl.atomic import disk_is_full
@@ -60,12 +61,16 @@ class Checkpoints:
         """Writes state and JSON meta of `step` in the background; `wait` returns once they are on disk."""
         self._save(self._latest, step, state, meta, wait)
 
+    def has_best(self, step: int) -> bool:
+        """Whether the best parameters that are kept are those of `step`."""
+        return step in self._best.all_steps()
+
     def save_best(self, step: int, named: Any) -> None:
         """Keeps these parameters as the best so far, instead of those before.
 
         A resumed run that comes by a step again finds there what it would write, bit for bit.
         """
-        if step in self._best.all_steps():
+        if self.has_best(step):
             return
         self._save(self._best, step, named, {"step": step}, False)
 
@@ -86,8 +91,7 @@ class Checkpoints:
         for step in sorted(self._latest.all_steps(), reverse=True):
             found, reason = None, ""
             try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-                found = self._latest.restore(step, args=args)
+                found = self._read(step, abstract)
             except Exception as e:  # whatever Orbax and TensorStore raise for a damaged file
                 reason = " ".join(str(e).split())[:90]
             reasons: list[str] = [r for r in hosts.gather(reason) if r]
@@ -99,6 +103,11 @@ class Checkpoints:
             hosts.together("aside")
             self._latest.reload()
         return None
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        """What this process reads of a checkpoint. With Orbax's manager who can read would wait for who cannot."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        return ocp.CompositeCheckpointHandler().restore(epath.Path(self.folder / "steps" / str(step)), args=args)
 
     def _set_aside(self, step: int) -> None:
         """Not deleted: what made it unreadable may have been the machine and not the file."""

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmctl.config import Config
 
@@ -118,3 +118,11 @@ class TrainConfig(Config):
         if value and not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
             raise ValueError(f"must be steps as first:last, such as 10:15, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        if (self.patience or self.best_by) and not self.eval_every:
+            raise ValueError("patience and best_by compare validations on the way: set eval_every")
+        return self

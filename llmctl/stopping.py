@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -18,6 +19,10 @@ from llmctl.errors import Interrupted
 
 LAG = 2
 """Steps after which an answer of all processes is read: by then it is there, and reading it waits for nothing."""
+
+
+class Asked(Interrupted):
+    """Somebody asked for an end in the middle of what can be left undone."""
 
 
 class Stop:
@@ -46,22 +51,31 @@ class Stop:
         return self.agreed
 
 
+_current: ContextVar[Stop | None] = ContextVar("stop", default=None)
+
+
+def heed() -> None:
+    """Raises Asked where somebody asked the run in progress for an end; all processes call it, in the same order."""
+    stop = _current.get()
+    if stop and stop.asked():
+        raise Asked("stopped while validating; the same command goes on from the last checkpoint")
+
+
 @contextlib.contextmanager
 def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
     """SIGTERM and the first Ctrl-C ask for a checkpoint and an end; a second Ctrl-C ends at once."""
     stop = Stop(mesh)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def ask(number: int, frame: Any) -> None:
         stop.told.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before, token = {s: signal.signal(s, ask) for s in heard}, _current.set(stop)
     try:
         yield stop
     finally:
+        _current.reset(token)
         for s, handler in before.items():
             signal.signal(s, handler)
     if stop.told.is_set():  # it came after the last look, while a checkpoint was still being written

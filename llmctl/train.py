@@ -99,6 +99,7 @@ def fit(
         for line in [*say, *about, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
         loop = _Loop(job, train, runs.step, runs.fixed, checkpoints, report, stop, mesh)
+        meta = loop.with_best(state, meta)
         if job.flops and hosts.first():
             loop.peak = meters.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json")
         loop.profile = stack.enter_context(Profile(train.profile, report.events_folder))
@@ -143,10 +144,26 @@ class _Loop:
         self.metric, self.maximize = job.metric, job.maximize
         if train.best_by:
             self.metric = train.best_by
-            self.maximize = job.maximize if train.best_by == job.metric else train.best_by not in LESS_IS_BETTER
+            self.maximize = job.maximize if train.best_by == job.metric else not train.best_by.endswith(LESS_IS_BETTER)
         self.keeps_best = job.keep_best or bool(train.best_by)
         self.skips = 0
         self.feed = Feed(mesh, train.batch_size)
+
+    def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint's `meta` where the best parameters that it names are not there.
+
+        A better step may have replaced them before the run died: it comes again, unless the run goes on where rounding
+        is another (another mesh), so the best is looked for anew. Or the run died while they were written: then they
+        may be the checkpoint's own.
+        """
+        best = meta["best_step"]
+        if not self.keeps_best or best is None or self.checkpoints.has_best(best):
+            return meta
+        if best == meta["step"]:
+            self.checkpoints.save_best(best, _answer(state))
+            return meta
+        self.report.say(f"the best parameters so far, of step {best}, are gone; the best is looked for from here on")
+        return {**meta, "best": None, "best_step": None, "bad": 0}
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
         train, done = self.train, meta["step"]
@@ -177,11 +194,11 @@ class _Loop:
                     self.log(done, metrics, state, timer)
                 meta = {**meta, "step": done}
                 if (train.eval_every and done % train.eval_every == 0) or (last and self.keeps_best):
-                    if stops:  # a grace period is for the checkpoint; whoever resumes validates first
-                        meta["unvalidated"] = True
-                    else:
+                    try:
                         with timer.paused():
-                            meta = self.validate(done, state, meta)
+                            meta = {**meta, "unvalidated": True} if stops else self.validate(done, state, meta)
+                    except stopping.Asked:  # a grace period is for the checkpoint; whoever resumes validates first
+                        meta, stops = {**meta, "unvalidated": True}, True
                 if done % train.checkpoint_every == 0 or last or stops or meta.get("stopped"):
                     with timer.paused():
                         self.heed_bad(state)
@@ -201,7 +218,7 @@ class _Loop:
         if int(state["skipped"]) >= TOO_MANY_BAD:
             raise WorkError(
                 f"{TOO_MANY_BAD} steps in a row without a finite loss, without a label or outlying; "
-                "the last good checkpoint is kept, lower optim.learning_rate"
+                "the last good checkpoint is kept; a lower optim.learning_rate begins anew"
             )
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
@@ -244,8 +261,8 @@ class _Loop:
         return {**meta, "bad": bad, "stopped": stopped}
 
 
-LESS_IS_BETTER = frozenset({"loss", "nll", "kl", "perplexity", "error"})
-"""Metrics that `train.best_by` minimizes."""
+LESS_IS_BETTER = ("loss", "error")
+"""Ends of the names of metrics that `train.best_by` minimizes (`next_sentence_loss`)."""
 
 
 def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
@@ -260,8 +277,6 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
 
 
 def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    if train.batch_size % train.accumulate:
-        raise RequestError(f"train.accumulate: {train.accumulate} does not divide train.batch_size {train.batch_size}")
     batch, ways = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % ways:
         raise RequestError(f"train.batch_size: {batch} sequences a microbatch do not divide over data x fsdp = {ways}")

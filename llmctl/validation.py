@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl import losses
+from llmctl import losses, stopping
 from llmctl import mesh as meshes
 from llmctl.data import pipeline
 from llmctl.feed import Feed
@@ -25,11 +25,15 @@ class Validation:
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:
-        """One pass over the rows, `batches` batches at most."""
+        """One pass over the rows, `batches` batches at most.
+
+        Raises stopping.Asked in the middle of it where a run is asked for an end.
+        """
         total: Any = None
         read = pipeline.eval_batches(self.rows, self.batch_size, self.limit, self.feed.place, spans=self.feed.spans)
         with meshes.use(self.mesh), read as batches:
             for _, batch in batches:
+                stopping.heed()
                 sums = self._sums(params, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         return {name: float(value) for name, value in losses.means(total).items()}

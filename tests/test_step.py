@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from functools import partial
@@ -17,6 +18,7 @@ from llmctl.errors import Interrupted, RequestError, WorkError
 from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.stages import Context
 from llmctl.step import SETTLED, TOO_MANY_BAD, fresh, make_step, split
+from llmctl.validation import Validation
 
 D = 4
 TRAIN = TrainConfig(steps=8, batch_size=8, checkpoint_every=3, log_every=1, tensorboard=False)
@@ -183,6 +185,74 @@ def test_best_by_a_named_metric(one, tmp_path):
         fit(tmp_path / "b", one, job_of(), {}, config.model_copy(update={"best_by": "f1"}))
 
 
+def test_best_by_a_loss_is_the_least_whatever_it_is_the_loss_of(one, tmp_path):
+    found = iter([1.0, 3.0, 0.5, 2.0, 0.5])
+    job = job_of(validate=lambda p: {"loss": 0.0, "next_sentence_loss": next(found)})
+    config = TRAIN.model_copy(update={"eval_every": 2, "best_by": "next_sentence_loss"})
+    assert fit(tmp_path, one, job, {}, config)[1]["best_step"] == 6
+
+
+def test_a_best_that_another_replaced_is_looked_for_anew(one, tmp_path, capsys):
+    """The checkpoint of step 3 says that step 2 was best, and step 4 replaced it before the run died: elsewhere, where
+    rounding is another, step 4 may be worse than step 2."""
+
+    def dies(step):
+        if step == 4:
+            raise KeyError
+        return 1.0
+
+    config, saw = TRAIN.model_copy(update={"eval_every": 2}), iter([2.0, 1.0])
+    with pytest.raises(KeyError):
+        fit(tmp_path, one, job_of(Rows(dies), keep_best=True, validate=lambda p: {"loss": next(saw)}), {}, config)
+    saw = iter([3.0, 4.0, 5.0, 3.0])
+    _, metrics = fit(tmp_path, one, job_of(keep_best=True, validate=lambda p: {"loss": next(saw)}), {}, config)
+    assert metrics["best_step"] == 4 and "of step 2, are gone" in capsys.readouterr().err
+
+
+def test_a_best_that_was_not_yet_written_is_the_checkpoints(one, tmp_path):
+    def dies(step):
+        if step == 7:
+            raise KeyError
+        return 1.0
+
+    config, saw = TRAIN.model_copy(update={"eval_every": 6}), iter([2.0])
+    with pytest.raises(KeyError):
+        fit(tmp_path, one, job_of(Rows(dies), keep_best=True, validate=lambda p: {"loss": next(saw)}), {}, config)
+    shutil.rmtree(tmp_path / "checkpoints" / "best" / "6")  # killed between the two
+    saw = iter([3.0, 2.0])  # at the last step, and what is kept
+    best, metrics = fit(tmp_path, one, job_of(keep_best=True, validate=lambda p: {"loss": next(saw)}), {}, config)
+    assert metrics["best_step"] == 6
+    six, _ = fit(tmp_path / "six", one, job_of(), {}, config.model_copy(update={"steps": 6}))
+    np.testing.assert_array_equal(best, six)
+
+
+def test_a_stop_in_the_middle_of_a_validation_leaves_it_to_whoever_resumes(one, tmp_path):
+    """A grace period may be shorter than a validation."""
+    config, built = TRAIN.model_copy(update={"eval_every": 4}), []
+
+    class Held(Rows):
+        def __len__(self):
+            return 8 * 60
+
+    def told(batch):
+        built.append(batch)
+        if len(built) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    def judged(at=lambda batch: 1.0):
+        return Validation(lambda p, batch: loss(p, batch, jax.random.key(0)), Held(at), 8, 60, one)
+
+    with pytest.raises(Interrupted, match="stopped at step 4"):
+        fit(tmp_path / "cut", one, job_of(validate=judged(told)), {}, config)
+    assert len(built) < 40
+    resumed, _ = fit(tmp_path / "cut", one, job_of(validate=judged()), {}, config)
+    whole, _ = fit(tmp_path / "whole", one, job_of(validate=judged()), {}, config)
+    np.testing.assert_array_equal(whole, resumed)
+    validated = [[e["validation_loss"] for e in log(tmp_path / n) if "validation_loss" in e] for n in ("cut", "whole")]
+    assert validated[0] == validated[1] and len(validated[0]) == 2
+
+
 def test_a_stop_in_time_for_validation_leaves_it_to_whoever_resumes(one, tmp_path):
     config = TRAIN.model_copy(update={"eval_every": 1, "patience": 8})
     with pytest.raises(Interrupted):
@@ -204,3 +274,16 @@ def test_a_trace_of_the_steps_asked_for_lies_with_the_curves(one, tmp_path):
 def test_profile_names_steps(text):
     with pytest.raises(ValueError, match="first:last"):
         TrainConfig(profile=text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"batch_size": 32, "accumulate": 3}, "accumulate 3 does not divide batch_size 32"),
+        ({"patience": 2}, "set eval_every"),
+        ({"best_by": "loss"}, "set eval_every"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_fail_hours_later(settings, line):
+    with pytest.raises(ValueError, match=line):
+        TrainConfig(**settings)
