@@ -69,7 +69,8 @@ def run(
     if len(platforms) == 1:  # several are refused once it is known what is due
         devices.choose(platforms)
     hosts.join(**processes or {})
-    hosts.check_same([keyed(s.config) for s in recipe.steps], "the recipe")
+    # All settings, not those of a key alone: a process that saves when others do not waits for them for ever.
+    hosts.check_same([[s.config.model_dump(mode="json") for s in recipe.steps], list(only)], "the recipe")
     with hosts.in_turn():  # the first process downloads for all that see its disk
         for step in recipe.steps:
             if not only or step.name in only:

@@ -2,12 +2,14 @@
 
 import json
 import signal
+import socket
+import threading
 
 import jax
 import pytest
 from processes import finish, finished, free_port, interrupted, run, started, write
 
-from llmctl import artifact, hosts
+from llmctl import artifact, fate, hosts
 from llmctl.errors import RequestError
 
 STEPS = 150
@@ -77,6 +79,17 @@ def test_killed_on_two_and_finished_on_four(place, alone):
     assert first[2].splitlines()[-1].startswith("llmctl: process 1 of 2: died or cannot be reached; the same command")
     assert "going on from step" in finished(place, "dies", 4, 1)
     same(losses(place, "dies"), alone)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over(tmp_path):
+    write(tmp_path, 60, "data = 1, fsdp = 4")
+    interrupted(tmp_path, "run", 40, signal.SIGKILL, 2, 2)
+    newest = max((tmp_path / "run/.work/pretrain/checkpoints/steps").iterdir(), key=lambda p: int(p.name))
+    for file in newest.rglob("ocdbt.process_1/d/*"):  # what the second process wrote, and it alone reads
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    said = finished(tmp_path, "run", 2, 2)
+    assert f"checkpoint of step {newest.name} is damaged" in said and "going on from step" in said
 
 
 SCRIPT = """
@@ -216,6 +229,30 @@ def test_an_error_in_one_process_ends_the_other(tmp_path):
     waits = "if hosts.index() == 1: raise RequestError('no such file'); \n    hosts.together('never')"
     first, second = joined(waits, tmp_path)
     assert first == (2, "", "llmctl: process 1 of 2: no such file\n") and second == (2, "", "")
+
+
+UNLIKE = """from llmctl import chain, recipe
+    chain.run(recipe.read('recipe.toml', 'run', [f'stage.0.train.checkpoint_every={2 + hosts.index()}']))
+"""
+
+
+def test_processes_that_were_told_otherwise_end_at_once(tmp_path):
+    """The frequency of checkpoints is no part of a key, and who saves alone waits for ever."""
+    first, second = joined(UNLIKE, write(tmp_path, 4))
+    assert first[:2] == second[:2] == (2, "") and second[2] == ""
+    assert "process 1 was given something else as the recipe than process 0; start all alike" in first[2]
+
+
+def test_strangers_do_not_deafen_the_first_process():
+    run, server = fate._Run(0, 2), socket.create_server(("127.0.0.1", 0))
+    run.ended.add(0)
+    threading.Thread(target=fate._serve, args=(run, server, "secret", 30), daemon=True).start()
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"secret": "\xc3\xa4"}\n', b'{"secret": "x", "from": 1}\n'):
+        with socket.create_connection(server.getsockname()) as stranger:
+            stranger.sendall(said)
+    with socket.create_connection(server.getsockname()) as link:
+        link.sendall(b'{"secret": "secret", "from": 1}\n{"from": 1, "code": 0}\n')
+        assert run.over.wait(60) and run.ended == {0, 1}
 
 
 def test_the_death_of_the_first_process_ends_the_other(tmp_path):
