@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmctl import hosts
-from llmctl.errors import LlmctlError, WorkError
+from llmctl.errors import LlmctlError, RequestError, WorkError
+
+
+def check(out: Path) -> None:
+    """Raises RequestError for a folder that is not called by its name: it comes into its place by renaming."""
+    if out.name in ("", ".."):
+        raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
 """What NumPy says where an array did not fit."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import stages
+from llmctl import atomic, stages
 from llmctl.config import Config, assign, hint, merge, parse_value, read_toml, section, validate
 from llmctl.errors import RequestError
 
@@ -69,17 +69,14 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
     for text in sets:
         _set(doc, text)
     tables, names = _stages(doc, str(path))
-    own = {k: doc.pop(k, "") for k in ("name", "run", "stage")}
     for key in ("name", "run"):
-        if not isinstance(own[key], str):
+        if not isinstance(doc.get(key, ""), str):
             raise RequestError(f"{path}: {key}: must be a string")
-    name = own["name"] or Path(path).stem
-    folder = Path(run or own["run"] or RUNS / name)
+    name = doc.get("name") or Path(path).stem
+    folder = Path(run or doc.get("run") or RUNS / name)
 
-    used: set[str] = set()
     classes = [stages.load(t["kind"]).Config for t in tables]
-    shared = [_fitting(cls, doc, used) for cls in classes]
-    _no_strays(doc, used, classes, str(path))
+    shared = _shared(doc, classes, str(path))
 
     steps: list[Step] = []
     for i, (table, cls) in enumerate(zip(tables, classes, strict=True)):
@@ -114,15 +111,18 @@ def single(
     if recipe:
         doc = read_toml(recipe)
         tables, names = _stages(doc, str(recipe))
-        doc.pop("stage")
-        mine = [t for t, n in zip(tables, names, strict=True) if t["kind"] == kind and flags.get("name", n) == n]
-        if len(mine) > 1:
-            raise RequestError(f"{recipe}: has {len(mine)} {kind} stages, say which with --name")
-        values = merge(_fitting(cls, doc, set()), mine[0] if mine else {}, cls)
+        mine = {n: t for t, n in zip(tables, names, strict=True) if t["kind"] == kind}
+        if len(mine) > 1 and flags.get("name") not in mine:
+            raise RequestError(f"{recipe}: has {len(mine)} {kind} stages, say which with --name: {', '.join(mine)}")
+        own_table = mine[flags["name"]] if len(mine) > 1 else next(iter(mine.values()), {})
+        shared = _shared(doc, [cls, *(stages.load(t["kind"]).Config for t in tables)], str(recipe))
+        values = merge(shared[0], own_table, cls)
     for text in sets:
         path, value = _assignment(text)
         assign(values, path, value)
     out = Path(out)
+    atomic.check(out)
+    _check_name(flags.get("name", kind), "--name")
     values = {**merge(values, flags, cls), "kind": kind, "name": flags.get("name") or out.name}
 
     def place(path: str) -> str:
@@ -174,14 +174,28 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
                 f"; there are {', '.join(stages.kinds())}"
             )
         name = table.get("name", kind)
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise RequestError(f"{file}: stage.{i}.name: must be letters, digits, '.', '-', '_', got {name!r}")
+        _check_name(name, f"{file}: stage.{i}.name")
         if name in names:
             raise RequestError(
                 f"{file}: stage.{i}.name: {name!r} is stage.{names.index(name)} already; give each its own name"
             )
         names.append(name)
     return tables, names
+
+
+def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) -> list[dict[str, Any]]:
+    """The shared settings that each of the stages has; one that none has is an error."""
+    shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
+    used: set[str] = set()
+    found = [_fitting(cls, shared, used) for cls in classes]
+    _no_strays(shared, used, classes, file)
+    return found
+
+
+def _check_name(name: Any, where: str) -> None:
+    """A name is a folder's."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RequestError(f"{where}: must be letters, digits, '.', '-', '_', got {name!r}")
 
 
 def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:

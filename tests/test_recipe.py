@@ -269,6 +269,10 @@ def test_a_single_stage_takes_settings_of_a_recipe(write, go, tmp_path):
     assert step.others == {"make": tmp_path / "run/make"}  # found by its name, beside the new artifact
     with pytest.raises(RequestError, match="has 2 change stages, say which with --name"):
         recipe.single("change", {"from": start}, tmp_path / "b", write())
+    named = recipe.single("teach", flags | {"name": "b"}, tmp_path / "run/b", write())
+    assert named.steps[0].config.teacher == "make"
+    with pytest.raises(RequestError, match=r"r\.toml: sed: unknown key, no stage of this recipe has it, did you mean"):
+        recipe.single("teach", flags, tmp_path / "run/b", write("sed = 7\n" + CHAIN))
     again = recipe.single("change", {"from": start, "name": "again"}, tmp_path / "b", write())
     assert again.steps[0].config.train.steps == 5
 
@@ -279,12 +283,24 @@ def test_a_single_stage_takes_settings_of_a_recipe(write, go, tmp_path):
         ({"from": "nowhere"}, "llmctl change: from: no artifact 'nowhere'"),
         ({}, "llmctl change: --from: say which artifact to start from"),
         ({"from": "x", "train": {"steps": 0}}, "--train.steps: must be >= 1, got 0"),
+        ({"from": "x", "name": "../y"}, "--name: must be letters, digits"),
     ],
 )
 def test_one_line_for_a_wrong_flag(fake_stages, tmp_path, flags, line):
     with pytest.raises(RequestError) as e:
         recipe.single("change", flags, tmp_path / "b")
     assert str(e.value).startswith(line)
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_a_folder_is_called_by_its_name(go, tmp_path, monkeypatch, out):
+    """It comes into its place by renaming; and its name is that of the scratch folder."""
+    go()
+    (tmp_path / "run/make/inside").mkdir()
+    monkeypatch.chdir(tmp_path / "run/make" if out == "." else tmp_path / "run/make/inside")
+    with pytest.raises(RequestError, match=r"--out \.+: say the folder's name, such as .*/make"):
+        chain.run(recipe.single("make", {}, out))
+    assert (tmp_path / "run/make/inside").exists()
 
 
 def test_a_folder_without_a_manifest_is_no_artifact(fake_stages, tmp_path):

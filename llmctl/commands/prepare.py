@@ -19,6 +19,9 @@ def prepare(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: data.path=x.csv, tokenizer.kind=bpe."),
     ] = None,
+    name: Annotated[
+        str, typer.Option(metavar="STAGE", help="Which pretrain stage's, where the recipe has several.")
+    ] = "",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one a core. The result is the same.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print what was prepared as one JSON object.")] = False,
 ) -> None:
@@ -32,7 +35,7 @@ def prepare(
     from llmctl import console, recipe
     from llmctl.data.prepare import prepare
 
-    config = recipe.single("pretrain", {}, out, recipe_file, sets or ()).steps[0].config
+    config = recipe.single("pretrain", {"name": name} if name else {}, out, recipe_file, sets or ()).steps[0].config
     screen = console.Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
