@@ -106,8 +106,6 @@ def _plan(step: Step, made: dict[str, Artifact], mesh: Mesh) -> Plan:
     if config.kind == "pretrain":
         return programs.of_pretrain(config, base, mesh)
     if config.kind == "distill":
-        if not others:
-            raise RequestError("distill: no teacher; name an artifact with `teacher` (--teacher)")
         return programs.of_distill(config, next(iter(others.values())), base, mesh)
     if config.kind == "eval":
         return scoring.of_eval(config, others or ({step.name: base} if base else {}), mesh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmctl.data import DataConfig, Truncate
 from llmctl.errors import RequestError
@@ -47,6 +47,14 @@ class Config(StageConfig):
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
 
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Config:
+        if not self.teacher:
+            raise ValueError("there is no teacher; name an artifact with `teacher` (--teacher)")
+        if self.train.label_smoothing or self.train.z_loss:
+            raise ValueError("train.label_smoothing and train.z_loss are for training on labels; set them to 0")
+        return self
+
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the student in `ctx.out`."""
@@ -56,10 +64,6 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.tasks import stage_rows
 
     devices = mesh.make(config.mesh)
-    if not config.teacher:
-        raise RequestError("distill: no teacher; name an artifact with `teacher` (--teacher)")
-    if config.train.label_smoothing or config.train.z_loss:
-        raise RequestError("distill: train.label_smoothing and train.z_loss are for training on labels; set them to 0")
     teacher = artifact.load(next(iter(ctx.siblings.values())), devices)
     student = artifact.load(parent, devices) if parent and config.model is None else None
     learns = learner(config, teacher, student, devices)
@@ -95,7 +99,8 @@ def learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: M
     from llmctl import train, trainer
 
     model = _student_model(config, teacher, student)
-    train.check(model, config.train, mesh)
+    for reads in (model, teacher.model):
+        train.check(reads, config.train, mesh)
     trains = model.model_copy(update={"dropout": config.dropout})
     return trainer.Learner(
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmctl.config import Config as Settings
 from llmctl.data import DataConfig, Truncate
@@ -65,6 +65,13 @@ class Config(StageConfig):
     """Length of the run and its batches."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Config:
+        stray = sorted(self.model_fields_set & {"lora", "merge"})
+        if stray and self.method != "lora":
+            raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}, say method = 'lora'")
+        return self
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:

@@ -130,15 +130,16 @@ def test_a_language_model_teaches_one(sentiment, base, tmp_path):
     assert made.manifest.metrics["validation_loss"] < 0.7 * np.log(base.model.vocab_size)
 
 
-def changed(base, folder, params):
+def changed(base, folder, params, **model):
     artifact.save(
         folder,
         params,
-        base.model,
+        base.model.model_copy(update=model),
         stage="made",
         key="k",
         config={},
         parent=base.manifest,
+        labels=base.manifest.labels,
         tokenizer_dir=base.tokenizer_dir,
     )
     return folder
@@ -172,11 +173,28 @@ def test_bad_requests_name_what_is_wrong(sentiment, base, classifier, tmp_path):
         go(finetune, classify(sentiment, task="lm"), classifier.path, tmp_path / "a")
     with pytest.raises(RequestError, match="freeze_layers: 9 of 3"):
         go(finetune, classify(sentiment, freeze_layers=9), base.path, tmp_path / "b")
-    with pytest.raises(RequestError, match="no teacher"):
-        go(distill, distill.Config(data=sentiment), base.path, tmp_path / "c")
+    once = sentiment.model_copy(update={"columns": {"text": "text"}, "epochs": 1.0})
+    with pytest.raises(RequestError, match="640 rows are to be read"):
+        go(finetune, classify(once, task="lm"), base.path, tmp_path / "c")
+    with pytest.raises(RequestError, match="640 rows are to be read"):
+        go(distill, distill.Config(teacher="t", data=once, train=TRAIN), base.path, tmp_path / "f", t=base.path)
+    short = changed(classifier, tmp_path / "short", classifier.params, max_seq_len=16)
+    with pytest.raises(RequestError, match=r"more than model\.max_seq_len = 16"):
+        config = distill.Config(teacher="t", data=sentiment, train=TRAIN)
+        go(distill, config, classifier.path, tmp_path / "g", t=short)
     with pytest.raises(RequestError, match="they must agree"):
         config = distill.Config(teacher="t", data=sentiment)
         go(distill, config, base.path, tmp_path / "d", t=classifier.path)
     with pytest.raises(RequestError, match="label"):
         data = sentiment.model_copy(update={"classes": ["pos", "meh"]})
         go(finetune, classify(data), base.path, tmp_path / "e")
+
+
+@pytest.mark.parametrize(("stage", "settings", "line"), [
+    (finetune, {"lora": {"rank": 4}, "merge": False}, "lora, merge: not for method 'full'"),
+    (distill, {}, "no teacher"),
+    (distill, {"teacher": "t", "train": {"z_loss": 1e-4}}, "for training on labels"),
+])  # fmt: skip
+def test_settings_that_contradict_one_another(stage, settings, line):
+    with pytest.raises(ValueError, match=line):
+        stage.Config(**settings)
