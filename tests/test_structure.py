@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -254,3 +255,9 @@ def test_python_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11" and sys.version_info >= (3, 11)
     assert '["3.11", "3.12"]' in (ROOT / ".github/workflows/test.yml").read_text()
+
+
+def test_benchmarks_need_nothing_that_their_target_does_not_install():
+    """Planning for TPUs wants an extra that `make bench` leaves out."""
+    said = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "recipes/bench/train_step.py" in said and "recipes/bench/plan_" not in said
