@@ -18,6 +18,7 @@ def check(out: Path) -> None:
     if out.name in ("", ".."):
         raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
 
+
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
 """What NumPy says where an array did not fit."""
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_LEVEL": "2"}
 """What keeps the C++ libraries below us from talking."""
+GOES_ON = ("run", "prepare", "import")
+"""Commands, beside the stages, that go on where they were stopped."""
 
 
 def app(chosen: str = "") -> typer.Typer:
@@ -53,7 +55,8 @@ def app(chosen: str = "") -> typer.Typer:
     kinds = menu.stages()
     for name in sorted([*menu.commands(), *kinds], key=_rank):
         if name == chosen:
-            made.command(name, short_help=menu.summary(name))(_stoppable(_function(name, name in kinds)))
+            goes_on = name in kinds or name in GOES_ON
+            made.command(name, short_help=menu.summary(name))(_stoppable(_function(name, name in kinds), goes_on))
         else:
             made.command(name, short_help=menu.summary(name))(lambda: None)
     return made
@@ -71,7 +74,7 @@ def _function(name: str, stage: bool) -> Callable[..., Any]:
     return getattr(importlib.import_module(menu.module(name)), menu.symbol(name))
 
 
-def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
+def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
     """Ctrl-C inside a command is ours to report: typer would turn it into an exit code of its own."""
 
     @functools.wraps(command)
@@ -79,7 +82,8 @@ def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; the same command goes on from the last checkpoint") from None
+            more = "; the same command goes on from the last checkpoint" if goes_on else ""
+            raise Interrupted(f"interrupted{more}") from None
 
     return stoppable
 

@@ -173,11 +173,6 @@ class Reporter:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
-    def advance(self, step: int) -> None:
-        """Moves the bar without a log line, for the steps between two lines."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
-
     def say(self, text: str) -> None:
         """One line for people, above the bar."""
         if self.writes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl import cli, devices
+from llmctl import artifact, cli, devices
 
 RECIPE = """
 [[stage]]
@@ -197,6 +197,23 @@ def test_how_work_ends_badly(place, call, steps, code, line):
 def test_a_full_disk_is_one_whoever_meets_it(error):
     code, line = cli.ending(error)
     assert code == 1 and line.startswith("disk full")
+
+
+def test_only_what_goes_on_says_so(place, call, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    call("make", "--out", "a")
+    monkeypatch.setattr(artifact, "read_manifest", interrupted)
+    assert call("show", "a") == (3, "", "llmctl: interrupted\n")
+
+
+def test_of_several_stages_prepare_is_told_which(tmp_path, call):
+    two = tmp_path / "two.toml"
+    two.write_text('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "pretrain"\nname = "more"\ntrain.steps = 0\n')
+    argv = ("prepare", str(two), "--out", str(tmp_path / "p"))
+    assert "has 2 pretrain stages, say which with --name: pretrain, more" in call(*argv)[2]
+    assert "--train.steps: must be >= 1, got 0" in call(*argv, "--name", "more")[2]
 
 
 def test_debug_shows_the_traceback(place, call, monkeypatch):

@@ -29,13 +29,16 @@ def import_(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make an artifact of a model from elsewhere; what is not understood is an error, and nothing is dropped."""
-    from llmctl import console
+    from llmctl import atomic, console
     from llmctl.bridge import importing, peft
     from llmctl.errors import RequestError
 
+    atomic.check(out)
     if source.is_dir() and peft.is_adapter(source):
         if base is None:
             raise RequestError(f"{source}: is an adapter; --base names the artifact that it belongs to")
+        if dtype or tokenizer or reference or ignore or drop:
+            raise RequestError(f"{source}: is an adapter, for which --base alone has a meaning")
         made = importing.adapter(source, base, out)
     elif base is not None:
         raise RequestError(f"{source}: is not an adapter, so --base has no meaning")
