@@ -66,8 +66,13 @@ def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
     )
 
 
-HOUSEKEEPING = traffic.FREE_CALLS | {"AsyncCollectiveStart", "AsyncCollectiveDone", "TopK", "SliceId", "ZeroCrop"}
+HOUSEKEEPING = traffic.FREE_CALLS | {
+    "AsyncCollectiveStart", "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "TopK", "SliceId",
+    "ZeroCrop",
+}  # fmt: skip
 """Custom calls that are no kernels."""
+APART = ("async-start", "call-start")
+"""Computations that run beside what follows, the second on cores of their own."""
 SLICES = "slices"
 """What collectives between slices of TPUs run over, beside the names of mesh axes."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -88,6 +93,11 @@ class _Tally:
     def work(self) -> float:
         """What a collective can hide behind."""
         return sum(self.flops.values()) + self.kernel_flops
+
+    def hide(self) -> None:
+        """Its collectives run beside other work."""
+        for sums in self.collectives.values():
+            sums |= {"overlapped": sums["count"], "hidden": sums["bytes"]}
 
     def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
         """`other`, so many times; of what is fused the bytes are counted outside."""
@@ -115,6 +125,8 @@ class _Counter:
         if where.name not in self.done:
             tally, apart = _Tally(), [self.instruction(where, i) for i in where.instructions]
             for n, i in enumerate(where.instructions):
+                if i.opcode in APART and _hides(where, n, apart):
+                    apart[n].hide()
                 tally.add(apart[n])
                 if kind := _kind(i):
                     tally.add(self.collective(where, i, kind, _hides(where, n, apart)))
@@ -140,8 +152,9 @@ class _Counter:
             tally.add(max(branches, key=lambda b: (b.work, b.bytes)))
         elif i.opcode == "fusion":
             tally.add(self.of(self.module.computations[i.called["calls"][0]]), bytes_too=False)
-        elif i.opcode in ("call", "async-start"):
-            tally.add(self.of(self.module.computations[next(iter(i.called.values()))[0]]))
+        elif i.opcode in ("call", *APART):  # what is begun here is counted here
+            inner = i.called.get("calls") or i.called["to_apply"]
+            tally.add(self.of(self.module.computations[inner[0]]), bytes_too=i.opcode == "call")
         elif i.opcode == "custom-call" and i.target not in HOUSEKEEPING and not flops:
             name = i.name.split(".")[0] if i.target == "tpu_custom_call" else i.target
             tally.kernels[name] = 1.0

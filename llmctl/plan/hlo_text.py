@@ -22,6 +22,7 @@ DEVICE = 0
 _LEAF = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_END = re.compile(r"^\}(, execution_thread=\"\w+\")?$")
 _START = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -147,7 +148,7 @@ def parse(text: str) -> Module:
                 current = Computation(header[2])
                 computations[current.name] = current
                 entry = current.name if header[1] else entry
-        elif line == "}":
+        elif _END.match(line):
             current = None
         elif (start := _START.match(line)) and (found := _instruction(line, start)):
             current.instructions.append(found)
@@ -161,14 +162,14 @@ def _logical_lines(text: str) -> list[str]:
     out: list[str] = []
     inside = False
     for line in text.splitlines():
-        starts = not inside or line == "}" or _START.match(line)
+        starts = not inside or _END.match(line) or _START.match(line)
         if inside and not starts:
             out[-1] += " " + line
             continue
         out.append(line)
         if not inside and _HEADER.match(line):
             inside = True
-        elif line == "}":
+        elif _END.match(line):
             inside = False
     return out
 
