@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmctl.plan.hlo import Collective, Counts
+from llmctl.plan.hlo import SLICES, Collective, Counts
 from llmctl.plan.topologies import Topology
 
 
@@ -69,8 +69,9 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
     compute = sum(flops / chip.peak(dtype) for dtype, flops in counts.flops_by_type.items())
     compute += counts.kernel_flops / chip.peak(attention)
     ici = dcn = exposed = 0.0
+    told = any(c.axis == SLICES for c in counts.collectives)  # a TPU's compiler has taken apart what leaves a slice
     for c in counts.collectives:
-        here, away = sent(c, topology, mesh)
+        here, away = (c.bytes, 0.0) if told and c.axis != SLICES else sent(c, topology, mesh)
         inside = here / bandwidth(c.axis, topology, mesh)
         outside = away / chip.dcn_bandwidth if away else 0.0
         ici, dcn = ici + inside, dcn + outside

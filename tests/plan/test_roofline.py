@@ -82,6 +82,14 @@ def test_the_network_carries_what_a_node_does_not_have(kind, axis, mesh, here, a
     assert roofline.sent(c, topologies.find("h100:16"), mesh) == pytest.approx((here, away))
 
 
+def test_what_the_compiler_took_apart_is_not_taken_apart_again():
+    """The rest of a sum over 8 devices of 2 slices is a sum over 4 of them, which keeps the axis's name."""
+    two, mesh = topologies.find("2*v5e:2x2"), {"data": 8}
+    parts = gather(200e9, "data"), Collective("all-reduce", 3.125e9, "slices", 1, 0, 3.125e9)
+    found = roofline.of(counts(0.0, 0.0, *parts), two, mesh)
+    assert found.dcn == pytest.approx(1.0) and found.ici == pytest.approx(2.0)  # two of four links
+
+
 def test_utilization_and_chip_hours():
     found = roofline.of(counts(197e12), V5E, {"fsdp": 256})
     assert found.mfu(0.75 * 256 * 197e12, V5E, "bfloat16") == pytest.approx(0.75)
