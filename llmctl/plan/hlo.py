@@ -68,7 +68,7 @@ def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
 
 HOUSEKEEPING = traffic.FREE_CALLS | {
     "AsyncCollectiveStart", "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "TopK", "SliceId",
-    "ZeroCrop",
+    "ZeroCrop", "GatherScatterIndicesBitpacked",
 }  # fmt: skip
 """Custom calls that are no kernels."""
 APART = ("async-start", "call-start")
