@@ -120,6 +120,8 @@ def ending(e: BaseException) -> tuple[int, str]:
     if disk_is_full(e):
         where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
         return 1, f"disk full{where}: what was saved before is intact; free some space and run the same command"
+    if isinstance(e, (NotADirectoryError, FileExistsError, PermissionError)) and e.filename:
+        return 2, f"{e.filename}: {str(e.strerror).lower()}; choose another place"
     if callable(complain := getattr(e, "format_message", None)):  # how typer says that the request was wrong
         unknown = hasattr(e, "possibilities")  # whose own words list every near flag
         return 2, f"{getattr(e, 'message', '') if unknown else complain()}{_near(e)}"

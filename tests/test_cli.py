@@ -160,6 +160,7 @@ def test_help_of_a_stage_lists_every_field_with_default_and_meaning(place, call)
             ["run", "demo.toml", "--set", "stage.1.sparsty=1"],
             "demo.toml: stage.1.sparsty (change): unknown key, did you mean",
         ),
+        (["run", "demo.toml", "--run", "demo.toml"], "not a directory; choose another place"),
         (["show", "nowhere"], "nowhere: no such folder"),
         (["show", "."], ".: neither an artifact nor a run"),
     ],

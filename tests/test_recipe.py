@@ -106,6 +106,7 @@ def test_a_stage_default_survives_a_section_given_in_part(write):
             "from: no artifact 'mak', did you mean 'make'?",
         ),
         ("[[stage]]\nkind='make'\n[[stage]]\nkind='teach'\nteacher='nobody'", "(teach): teacher: no artifact 'nobody'"),
+        (f"seed = {2**63}\n[[stage]]\nkind='make'", "r.toml: seed: must be < 9223372036854775808"),
         ("run = 3\n[[stage]]\nkind='make'", "r.toml: run: must be a string"),
     ],
 )

@@ -42,7 +42,7 @@ class StageConfig(Config):
     """Name of the artifact, and its folder in the run; the kind by default."""
     parent: str = Field(default="", alias="from")
     """The artifact to start from: a stage's name in a recipe, a folder elsewhere; the stage before by default."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of everything random."""
     platform: Literal["", "cpu", "gpu", "tpu"] = ""
     """The platform this must run on; its absence is an error. Empty takes what JAX finds."""
