@@ -76,6 +76,8 @@ class Checkpoints:
 
     def _save(self, manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any], wait: bool) -> None:
         try:
+            if hosts.count() > 1:  # Orbax tells both managers' barriers apart by their order alone: one save at a time
+                (self._best if manager is self._latest else self._latest).wait_until_finished()
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             manager.save(step, args=args, force=True)
             if wait:

@@ -92,6 +92,17 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over(tmp_path):
     assert f"checkpoint of step {newest.name} is damaged" in said and "going on from step" in said
 
 
+@pytest.mark.slow
+def test_two_processes_keep_checkpoints_and_bests_beside_each_other(tmp_path):
+    """Saves of both at once waited for each other for ever."""
+    write(tmp_path, 60, "data = 1, fsdp = 2")
+    sets = [f"stage.0.train.{setting}" for setting in ("eval_every=1", "best_by=loss", "checkpoint_every=2")]
+    command = ["-m", "llmctl", "run", "recipe.toml", "--run", "run", *(word for s in sets for word in ("--set", s))]
+    with started(command, tmp_path, 2) as processes:
+        assert [code for code, *_ in finish(processes)] == [0, 0]
+    assert sorted(losses(tmp_path, "run")) == list(range(1, 61))
+
+
 SCRIPT = """
 import os, sys, time
 from llmctl import cli, fate, hosts
