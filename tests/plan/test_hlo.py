@@ -1,12 +1,11 @@
 """Counts of compiled programs: against arithmetic, against the same program unrolled, and on text written by hand."""
 # ruff: noqa: E501  (lines of HLO)
 
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo_samples import instruction, module
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,15 +89,6 @@ def test_bytes_of_a_gather_and_of_a_reduction(mesh):
     assert (found["all-gather"].axis, found["all-gather"].bytes) == ("fsdp", whole * 3 / 4)
     assert (found["all-reduce"].axis, found["all-reduce"].bytes) == ("data,fsdp", 2 * whole * 7 / 8)
     assert {c.payload for c in found.values()} == {whole} and {c.count for c in found.values()} == {1}
-
-
-def module(body, more=""):
-    text = textwrap.dedent(more) + "\nENTRY %main (a: f32[2]) -> f32[2] {\n" + textwrap.indent(body.strip(), "  ")
-    return text + "\n}\n"
-
-
-def instruction(line):
-    return hlo_text.parse(module(line)).computations["main"].instructions[0]
 
 
 @pytest.mark.parametrize(
@@ -206,75 +196,6 @@ def test_a_plain_convolution_is_a_matrix_product():
 %w = s8[64,32]{1,0} parameter(1)
 ROOT %y = s32[8,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf"""
     assert hlo.count(module(body), {"data": 1}).flops_by_type == {"int8": 2.0 * 8 * 64 * 32}
-
-
-ASYNC = """
-%a = bf16[128]{0} parameter(0)
-%x = f32[8,8]{1,0} parameter(1)
-%go = (bf16[128]{0}, bf16[512]{0}) all-gather-start(%a), replica_groups=[2,4]<=[8], dimensions={0}, use_global_device_ids=true, frontend_attributes={note={
-"text":"over lines"
-}}
-BETWEEN
-%came = bf16[512]{0} all-gather-done(%go)
-ROOT %t = (bf16[512], f32[8,8]) tuple(%came, %x)"""
-
-
-@pytest.mark.parametrize(
-    "between, hidden",
-    [
-        ("%y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 1),
-        ("%y = f32[8,8]{1,0} add(%x, %x)", 0),
-    ],
-)
-def test_what_runs_beside_computation(between, hidden):
-    (found,) = hlo.count(module(ASYNC.replace("BETWEEN", between)), {"data": 2, "fsdp": 4}).collectives
-    assert (found.kind, found.axis, found.count) == ("all-gather", "fsdp", 1)
-    assert (found.payload, found.bytes) == (1024, 768)
-    assert (found.overlapped, found.hidden) == (hidden, 768 * hidden)
-
-
-FUSED_GATHER = """
-%start (p: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
-  %p = bf16[4,8]{1,0:S(1)} parameter(0)
-  %g = bf16[16,8]{1,0} all-gather(%p), replica_groups=mesh['a'=4] {'a'}, dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
-  ROOT %c = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
-}
-
-%beside (p.1: bf16[4,8], x.1: f32[8,8]) -> f32[8,8] {
-  %p.1 = bf16[4,8]{1,0} parameter(0)
-  %x.1 = f32[8,8]{1,0} parameter(1)
-  %g.1 = bf16[16,8]{1,0} all-gather(%p.1), replica_groups=mesh['a'=4] {'a'}, dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
-  ROOT %d = f32[8,8]{1,0} dot(%x.1, %x.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-"""
-
-
-def test_a_gather_fused_with_other_work_counts_once():
-    body = """
-%a = bf16[4,8]{1,0} parameter(0)
-%x = f32[8,8]{1,0} parameter(1)
-%s = (bf16[4,8], bf16[16,8]) fusion(%a), kind=kCustom, calls=%start
-ROOT %f = f32[8,8]{1,0} fusion(%a, %x), kind=kOutput, calls=%beside"""
-    found = hlo.count(module(body, FUSED_GATHER), {"fsdp": 4})
-    (one,) = found.collectives
-    assert (one.count, one.overlapped, one.bytes) == (1, 1, 4 * 8 * 2 * 3) and found.flops == 2 * 8**3
-
-
-def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
-    more = """
-%scatter (p: f32[16,8], n: s32[]) -> f32[4,8] {
-  %p = f32[16,8]{1,0} parameter(0)
-  %n = s32[] parameter(1)
-  %r = f32[16,8]{1,0} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
-  ROOT %d = f32[4,8]{1,0} dynamic-slice(%r, %n, %n), dynamic_slice_sizes={4,8}
-}
-"""
-    body = """
-%a = f32[16,8]{1,0} parameter(0)
-%n = s32[] parameter(1)
-ROOT %f = f32[4,8]{1,0} fusion(%a, %n), kind=kCustom, calls=%scatter"""
-    (found,) = hlo.count(module(body, more), {"fsdp": 4}).collectives
-    assert (found.kind, found.bytes) == ("reduce-scatter", 16 * 8 * 4 * 3 / 4)
 
 
 SPLASH = """
