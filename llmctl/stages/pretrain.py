@@ -32,7 +32,7 @@ class Config(StageConfig):
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer to train or to take; with `from`, the parent's is used."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
-    """The network; its vocabulary is the tokenizer's."""
+    """The network, whose vocabulary is the tokenizer's; with `from`, it is the parent's."""
     packing: Literal["segments", "concat", "fit"] = "segments"
     """How documents share rows: cut at row ends, cut and attended across, or put whole with padding."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix"] = ""
@@ -122,10 +122,6 @@ def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
     train.check(model, config.train, mesh)
     name = config.objective or pretraining.default(model.architecture, model.next_sentence)
     pretraining.check(name, model.architecture, model.next_sentence)
-    if model.positions == "learned" and config.train.seq_len > model.max_seq_len:
-        raise RequestError(
-            f"train.seq_len: {config.train.seq_len} tokens, and the model has positions for {model.max_seq_len}"
-        )
     return pretraining.Objective(name, config.rate, config.span, config.whole_words)
 
 
