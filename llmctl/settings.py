@@ -31,7 +31,8 @@ class OptimConfig(Config):
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"
-    """The optimizer; muon takes the matrices of the layers and leaves the rest to AdamW."""
+    """The optimizer; muon takes the matrices of the layers and leaves the rest to AdamW. adafactor suits T5, whose
+    embeddings begin large."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate. Adafactor's is relative to the size of each weight; Lion's is 3 to 10 times below AdamW's."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
