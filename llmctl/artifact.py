@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmctl import late
 from llmctl.atomic import size, writing
 from llmctl.errors import RequestError
 from llmctl.inventory import digest, take
@@ -127,6 +128,7 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
 
     from llmctl import weights
 
+    late.hush()
     there = abstract(path, mesh)
     target = {name: weights.parts(w) for name, w in weights.flatten(there.params).items()}
     try:
@@ -135,7 +137,7 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
                 (there.path / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in target.items()})
             )
     except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
-        raise RequestError(f"{path}/params: damaged ({_one_line(str(e))}); run the stage that made it again") from e
+        raise RequestError(f"{path}/params: damaged ({_first(str(e))}); run the stage that made it again") from e
     arrays = {name: _lookup(tree, name) for name in target}
     arrays = {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
     params = {name: weights.assemble(there.manifest.weights[name], arrays[name]) for name in target}
@@ -264,6 +266,11 @@ def save(
 def versions() -> dict[str, str]:
     """What made the artifact."""
     return {p: metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "qwix")}
+
+
+def _first(text: str) -> str:
+    """What is wrong, without the dump that follows where an array cannot be read."""
+    return _one_line(text.partition(". See full TensorStore details")[0])
 
 
 def _one_line(text: str) -> str:

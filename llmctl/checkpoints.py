@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +11,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llmctl import hosts
+from llmctl import hosts, late
 from llmctl.atomic import disk_is_full
 from llmctl.errors import WorkError
 
@@ -26,7 +23,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
-        _hush_late_writes()
+        late.hush()
         self.folder, self.keep, self.say = folder.absolute(), keep, say
         self._latest = self._open(self.folder / "steps", keep)
         self._best = self._open(self.folder / "best", 1)
@@ -132,20 +129,3 @@ class Checkpoints:
                 f"{self.folder}/best/{step}: the best parameters cannot be read ({reason}); "
                 f"remove {self.folder} to train again"
             ) from e
-
-
-@functools.cache
-def _hush_late_writes() -> None:
-    """Keeps a traceback a file off the terminal where a disk is full.
-
-    When one array cannot be written, Orbax raises that error and closes its event loop; TensorStore's other writes end
-    later, find no loop and print so, or fail as well and nobody asks why. The error itself is told by `Checkpoints`.
-    """
-    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
-    before = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
-            before(found)
-
-    sys.unraisablehook = hook

@@ -134,10 +134,12 @@ def single(
 
 def _set(doc: dict[str, Any], text: str) -> None:
     path, value = _assignment(text)
+    tables = doc.get("stage", [])
     if path[0] != "stage":
         assign(doc, path, value)
+        for table in [t for t in tables if _own(t, path)] if isinstance(tables, list) else []:
+            assign(table, path, value)
         return
-    tables = doc.get("stage", [])
     if len(path) < 3 or not isinstance(tables, list):
         raise RequestError(f"--set {text}: say which stage and which key, such as stage.0.train.steps=10")
     known = [str(t.get("name") or t.get("kind")) for t in tables if isinstance(t, dict)]
@@ -148,6 +150,14 @@ def _set(doc: dict[str, Any], text: str) -> None:
             f"--set {text}: no stage {which}{hint(which, known)}; there are 0 to {len(tables) - 1}: {', '.join(known)}"
         )
     assign(tables[at], path[2:], value)
+
+
+def _own(table: Any, path: list[str]) -> bool:
+    """Whether a stage's own table says the shared setting `path`."""
+    kind = table.get("kind", "") if isinstance(table, dict) else ""
+    return (
+        kind in stages.kinds() and path[0] in _shareable(stages.load(kind).Config) and ".".join(path) in _paths(table)
+    )
 
 
 def _assignment(text: str) -> tuple[list[str], Any]:

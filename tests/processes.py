@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 RECIPE = """
 data = {{ source = "text", path = "corpus.txt", documents = "line", validation = 0.1 }}
@@ -64,8 +65,9 @@ def run(place, folder, count=1, devices=1):
 
 
 def finish(processes):
-    """[(exit code, stdout, stderr)], read as they come: a full pipe would stop them."""
-    ends = [process.communicate() for process in processes]
+    """[(exit code, stdout, stderr)], of all at once: a full pipe would stop one, and the others would wait for it."""
+    with ThreadPoolExecutor(len(processes)) as threads:
+        ends = list(threads.map(subprocess.Popen.communicate, processes))
     return [(p.returncode, *end) for p, end in zip(processes, ends, strict=True)]
 
 

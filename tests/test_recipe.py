@@ -71,6 +71,11 @@ def test_defaults_then_recipe_then_stage_then_set(write):
     assert (got.name, got.run) == ("r", Path("runs/r"))
 
 
+def test_a_shared_setting_that_is_set_goes_over_what_stages_say(write):
+    got = recipe.read(write(), sets=["train.steps=3"])
+    assert {s.config.train.steps for s in got.steps if "train" in type(s.config).model_fields} == {3}
+
+
 def test_links(write):
     steps = recipe.read(write()).steps
     assert [s.parent for s in steps] == [None, "make", "make", "again", "teach"]

@@ -39,6 +39,7 @@ LAYERS = (
         "train",
         "trainer",
         "atomic",
+        "late",
         "checkpoints",
         "validation",
         "bridge",
