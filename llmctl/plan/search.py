@@ -1,137 +1,161 @@
-"""The best ways to lay a step over a slice: every mesh, recomputation and accumulation, by the model first.
-
-Few programs are compiled: those that the model finds fastest among the ones that fit.
-"""
+"""`plan --search` and `plan --fit`: what `llmctl.plan.search` finds for a recipe's stage, by its own programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from llmctl.plan import analytic, roofline, work
+from llmctl.config import spelled
+from llmctl.errors import RequestError
+from llmctl.plan import analytic, modelled, planner, report, search
+from llmctl.plan import compile as compiling
 from llmctl.plan.analytic import Setup
+from llmctl.plan.search import Candidate
+from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
+from llmctl.recipe import Recipe, Step
+from llmctl.settings import MeshConfig
 
-REMATS = ("none", "minimal", "qkv", "full")
-MARGIN = 1.1
-"""The model may be that much above what it says fits: what it is wrong by, and more is compiled than refused."""
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to run a step, and what it costs."""
-
-    setup: Setup
-    memory: float
-    """Bytes of one device."""
-    seconds: float
-    """A step."""
-    compiled: bool = False
-    recipe: tuple[str, ...] = ()
-    """Lines of the stage's recipe that say so."""
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """The mesh, without the axes that are not used."""
-        sizes = {axis: self.setup.size(axis) for axis in analytic.AXES}
-        return {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
+Say = Callable[[str], None]
 
 
-Compile = Callable[[Setup], tuple[float, float] | None]
-"""A setup -> (bytes of one device, seconds a step) of the compiled program, or None where it does not fit."""
+def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[Candidate]:
+    """The front of step time against memory of a training stage over the meshes of `topology`, all of it compiled.
+
+    Raises RequestError where no such stage trains, or nothing fits.
+    """
+    step = training_step(recipe, stage)
+    setup = setup_of(recipe, step, topology)
+    say(f"{step.name}: {len(search.candidates(setup, topology))} ways to run it on {topology.name} fit, by the model")
+    found = search.search(setup, topology, _compiles(recipe, step, topology, say))
+    if not found:
+        raise RequestError(f"plan: {step.name}: nothing fits {topology.name}; --fit finds the smallest slice that does")
+    return [_told(step, topology, one) for one in found]
 
 
-def meshes(
-    setup: Setup, devices: int, *, axes: Sequence[str] = ("data", "fsdp", "context", "tensor")
-) -> Iterator[Setup]:
-    """The step on every mesh of `devices` that divides the model and the batch."""
-    model = setup.model
-    for sizes in _splits(devices, len(axes)):
-        mesh = dict.fromkeys(analytic.AXES, 1) | dict(zip(axes, sizes, strict=True))
-        split, tensor, context = mesh["fsdp"] * mesh["context"], mesh["tensor"], mesh["context"]
-        fits = (
-            not any(n % tensor for n in (model.heads, model.kv_heads, model.d_ff, model.vocab_size))
-            and not model.d_model % split
-            and not setup.rows % (mesh["data"] * mesh["fsdp"])
-            and not setup.seq_len % (2 * context if context > 1 else 1)
+def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> tuple[Topology, Candidate]:
+    """The first of `slices` on which a training stage fits, compiled there.
+
+    Raises RequestError where no such stage trains, or it fits none.
+    """
+    step = training_step(recipe, stage)
+    setup = setup_of(recipe, step, slices[0])
+    for topology in slices:
+        if found := search.fit(setup, [topology], _compiles(recipe, step, topology, say)):
+            return topology, _told(step, topology, found[1])
+        runs = any(True for _ in search.meshes(setup, topology.devices))
+        why = "does not fit" if runs else f"no mesh divides its batch of {setup.rows} and its sizes over"
+        say(f"{step.name}: {why} {topology.name}")
+    raise RequestError(f"plan: {step.name}: fits none of {', '.join(t.name for t in slices)}")
+
+
+def training_step(recipe: Recipe, stage: str) -> Step:
+    """The named stage, or the first that trains. Raises RequestError where there is none."""
+    found = {step.name: step for step in recipe.steps if hasattr(step.config, "optim")}
+    if not found or (stage and stage not in found):
+        raise RequestError(
+            f"plan: {stage or 'the recipe'}: no stage that trains; there are {', '.join(found) or 'none'}"
         )
-        if fits:
-            yield replace(setup, mesh=mesh, fused=setup.fused and context == 1)
+    return found[stage] if stage else next(iter(found.values()))
 
 
-def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write `number` as a product of so many factors, in order."""
-    if parts == 1:
-        yield (number,)
-        return
-    for first in (n for n in range(1, number + 1) if number % n == 0):
-        yield from ((first, *rest) for rest in _splits(number // first, parts - 1))
+def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
+    """The model's view of a stage: what it trains and what it holds besides are read off its own arrays."""
+    # On one device: the recipe's mesh is what is looked for, and every batch divides.
+    alone = _edited(recipe, step, {"data": 1}, {})
+    _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
+    assert program.setup
+    plain = modelled.on(program.setup, topology)
+    own = analytic.entries(program.model, {}).total
+    besides = bytes_of(program.parameters) / own - 4.0 * plain.trained * (2 if plain.ema else 1)
+    return replace(plain, stored=besides if besides > 0.05 else 0.0)
 
 
-def pieces(setup: Setup) -> Iterable[int]:
-    """Numbers of microbatches that divide the batch over the mesh."""
-    rows = setup.rows // setup.size("data", "fsdp")
-    return (n for n in range(1, rows + 1) if rows % n == 0 and n & (n - 1) == 0)
+def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
+    """A candidate with its lines to paste: the mesh, and all that the stage's training settings say, changed."""
+    config: Any = step.config
+    changed = config.train.model_copy(update={"remat": one.setup.remat, "accumulate": one.setup.accumulate})
+    train = changed.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    # Axes that the recipe names are said also where they are 1: those of a shared section would be merged in.
+    named = {name: one.setup.mesh.get(name, config.mesh.dcn) for name in config.mesh.model_fields_set}
+    mesh = one.axes | named
+    return replace(
+        one, compiled=topology.platform != "cuda", recipe=(f"mesh = {spelled(mesh)}", f"train = {spelled(train)}")
+    )
 
 
-def modelled(setup: Setup, topology: Topology) -> Candidate:
-    """What the model says of a step."""
-    memory, line = analytic.estimate(setup), roofline.of(work.counts(setup), topology, setup.mesh)
-    return Candidate(setup, memory.total, line.seconds if line else float("inf"))
+def _edited(recipe: Recipe, step: Step, mesh: Mapping[str, int], train: dict[str, Any]) -> Recipe:
+    """The recipe with another mesh and other settings of training in one stage."""
+    config: Any = step.config
+    update = {"mesh": MeshConfig(**mesh), "train": config.train.model_copy(update=train)}
+    new = replace(step, config=config.model_copy(update=update))
+    return replace(recipe, steps=tuple(new if other is step else other for other in recipe.steps))
 
 
-def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
-    """Every way that the model finds to fit, fastest first, the emptier memory first among equals."""
-    found = []
-    for on_mesh in meshes(setup, topology.devices):
-        if topology.platform == "tpu" and on_mesh.size("data") % topology.slices:
-            continue  # the data axis runs over the slices
-        for remat in REMATS:
-            for accumulate in pieces(on_mesh):
-                one = modelled(replace(on_mesh, remat=remat, accumulate=accumulate), topology)
-                if not topology.chip.hbm_bytes or one.memory <= MARGIN * topology.chip.hbm_bytes:
-                    found.append(one)
-    return sorted(found, key=lambda c: (c.seconds, c.memory))
+def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> search.Compile:
+    config: Any = step.config
+
+    def compile_one(setup: Setup) -> tuple[float, float] | None:
+        mesh = {**setup.mesh, "dcn": config.mesh.dcn}
+        edited = _edited(recipe, step, mesh, {"remat": setup.remat, "accumulate": setup.accumulate})
+        axes = " x ".join(f"{axis} {n}" for axis, n in Candidate(setup, 0.0, 0.0).axes.items())
+        say(f"{axes}, remat {setup.remat}, accumulate {setup.accumulate}:")
+        try:
+            found = planner.plans(edited, topology, [step.name], say=say)[-1]
+        except RequestError as e:  # a mesh that this network or objective does not run on
+            say(str(e))
+            return None
+        seconds, memory = found["step_seconds"], report.size(found["hbm_bytes"]["total"])
+        took = f", {report.duration(seconds)} a step" if seconds else ""
+        say(f"  {memory}, {'fits' if found['fits'] else 'does not fit'}{took}")
+        return (found["hbm_bytes"]["total"], seconds or math.inf) if found["fits"] else None
+
+    return compile_one
 
 
-def front(found: Iterable[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both time and memory, fastest first (the Pareto front)."""
-    out: list[Candidate] = []
-    for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
-        if not out or c.memory < out[-1].memory:
-            out.append(c)
+def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
+    """The front as one object, fastest first."""
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "front": [
+            {
+                "mesh": dict(c.setup.mesh), "remat": c.setup.remat, "accumulate": c.setup.accumulate,
+                "hbm_bytes": c.memory, "step_seconds": c.seconds, "recipe": c.recipe, "compiled": c.compiled,
+            }
+            for c in found
+        ],
+    }  # fmt: skip
+
+
+def table(found: Sequence[Candidate], topology: Topology) -> Table:
+    """The front, fastest first."""
+    from rich.table import Table
+
+    out = Table(title=f"{topology.name}: step time against memory", title_justify="left")
+    compiled = all(c.compiled for c in found)
+    out.caption = "memory: compiled; time: its roofline, a bound" if compiled else "all by the model"
+    for column in ("", "memory of a device", "step", "tokens/s", "mesh", "remat", "accumulate"):
+        out.add_column(column, justify="left" if column in ("mesh", "remat") else "right")
+    for n, c in enumerate(found, 1):
+        known = math.isfinite(c.seconds)
+        speed = f"{c.setup.rows * c.setup.seq_len / c.seconds:,.0f}" if known else ""
+        took = report.duration(c.seconds) if known else ""
+        mesh = " x ".join(f"{axis} {size}" for axis, size in c.axes.items())
+        runs = (mesh, c.setup.remat, str(c.setup.accumulate))
+        out.add_row(str(n), report.size(c.memory), took, speed, *runs)
     return out
 
 
-def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
-    """The front of the compiled programs; `best` of them are compiled, taken from the model's front, then its fastest.
+def lines(found: Sequence[Candidate]) -> Text:
+    """What to put in the stage's place of its own mesh and train, for each of the front: to be copied, so not boxed."""
+    from rich.text import Text
 
-    One that turns out not to fit is left out, and the next takes its place.
-    """
-    ordered = candidates(setup, topology)
-    first = front(ordered)
-    queue = [*first, *(c for c in ordered if c not in first)]
-    done: list[Candidate] = []
-    for c in queue[: 3 * best]:
-        if len(done) == best:
-            break
-        if measured := compile_one(c.setup):
-            done.append(Candidate(c.setup, *measured, compiled=True))
-    return front(done)
-
-
-def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
-    """The smallest of `slices` (ordered) on which a compiled program fits, and that program; None where none does.
-
-    Tried are the fastest by the model, the fastest that fits however wrong the model is, and the emptiest.
-    """
-    for topology in slices:
-        ordered = candidates(setup, topology)
-        safe = [c for c in ordered if c.memory * MARGIN <= topology.chip.hbm_bytes]
-        emptiest = sorted(ordered, key=lambda c: c.memory)
-        tries = [*ordered[:1], *safe[:1], *emptiest[:1]]
-        for c in (c for n, c in enumerate(tries) if c not in tries[:n]):
-            measured = compile_one(c.setup)
-            if measured and measured[0] <= topology.chip.hbm_bytes:
-                return topology, Candidate(c.setup, *measured, compiled=True)
-    return None
+    said = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))
+    return Text("\n".join(said), no_wrap=True, overflow="ignore")
