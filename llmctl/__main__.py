@@ -1,5 +1,5 @@
 """`python -m llmctl`."""
 
-from llmctl.cli import main
+from llmctl.cli.app import main
 
 main()

@@ -37,12 +37,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl import artifact, atomic
-from llmctl.config import Config as Section
-from llmctl.config import keyed
-from llmctl.errors import Interrupted
-from llmctl.model import ModelConfig
-from llmctl.stages import StageConfig
+from llmctl.artifacts import artifact, atomic
+from llmctl.config.base import Config as Section
+from llmctl.config.base import keyed
+from llmctl.config.errors import Interrupted
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stage import StageConfig
 
 
 class Source(Section):
@@ -125,7 +125,7 @@ def run(config, parent, ctx):
 @pytest.fixture
 def fake_stages(tmp_path, monkeypatch):
     """No stages but `make` (starts), `change` (sparsity), `teach` (teacher) and `score` (measures all)."""
-    from llmctl import menu, stages
+    from llmctl.pipeline import registry, stages
 
     folder = tmp_path / "fake_stages"
     folder.mkdir()
@@ -138,10 +138,10 @@ def fake_stages(tmp_path, monkeypatch):
     ):
         text = FAKE.replace("KIND", kind).replace("STARTS", str(starts)).replace("PRODUCES", str(produces))
         (folder / f"{kind}.py").write_text(text.replace("ARTIFACTS", repr(artifacts)).replace("EXTRA", extra))
-    monkeypatch.setattr(menu, "STAGES", folder)
+    monkeypatch.setattr(registry, "STAGES", folder)
     monkeypatch.setattr(stages, "__path__", [str(folder)])
     yield folder
     for kind in ("make", "change", "teach", "score"):
-        sys.modules.pop(f"llmctl.stages.{kind}", None)
+        sys.modules.pop(f"llmctl.pipeline.stages.{kind}", None)
         if hasattr(stages, kind):
             delattr(stages, kind)

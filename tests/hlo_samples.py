@@ -2,7 +2,7 @@
 
 import textwrap
 
-from llmctl.plan import hlo_text
+from llmctl.plan.hlo import parser
 
 
 def module(body, more=""):
@@ -11,4 +11,4 @@ def module(body, more=""):
 
 
 def instruction(line):
-    return hlo_text.parse(module(line)).computations["main"].instructions[0]
+    return parser.parse(module(line)).computations["main"].instructions[0]

@@ -13,7 +13,7 @@ BEGIN, END = "<!-- help: written by `make docs`, checked by the tests -->", "<!-
 def generated(text: str) -> str:
     """README.md's `text` with the help as it is now."""
     env = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
-    script = "import sys; from llmctl.cli import main; main(sys.argv[1:])"
+    script = "import sys; from llmctl.cli.app import main; main(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", script, "--help"], check=True, capture_output=True, text=True, env=env, cwd=README.parent
     )

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmctl import late
-from llmctl.atomic import size, writing
-from llmctl.errors import RequestError
-from llmctl.inventory import digest, take
-from llmctl.model import ModelConfig
+from llmctl.artifacts import orbax_logging
+from llmctl.artifacts.atomic import size, writing
+from llmctl.artifacts.fingerprint import digest, take
+from llmctl.config.errors import RequestError
+from llmctl.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -73,7 +73,7 @@ class Manifest(BaseModel):
     truncate: Literal["", "tail", "head_tail"] = ""
     """What a text too long kept in training; empty where nobody knows."""
     weights: dict[str, dict[str, Any]] = {}
-    """Type of each weight, as `llmctl.weights.describe` gives it."""
+    """Type of each weight, as `llmctl.model.weights.describe` gives it."""
     versions: dict[str, str] = {}
 
 
@@ -126,9 +126,9 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
     """
     import orbax.checkpoint as ocp
 
-    from llmctl import weights
+    from llmctl.model import weights
 
-    late.hush()
+    orbax_logging.hush()
     there = abstract(path, mesh)
     target = {name: weights.parts(w) for name, w in weights.flatten(there.params).items()}
     try:
@@ -152,10 +152,9 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
     """As `load`, with shapes, types and shardings in place of arrays: only the manifest is read."""
     import jax
 
-    from llmctl import mesh as meshes
-    from llmctl import weights
-    from llmctl.model import calls
-    from llmctl.settings import MeshConfig
+    from llmctl.config.settings import MeshConfig
+    from llmctl.distributed import mesh as meshes
+    from llmctl.model import functional, weights
 
     path = Path(path)
     manifest = read_manifest(path)
@@ -166,8 +165,8 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
     for name, record in manifest.weights.items():
         parts = {k: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(d)) for k, (d, shape) in record["parts"].items()}
         nodes[name] = weights.assemble(record, parts)
-    _check_shapes(path, nodes, weights.flatten(calls.abstract(manifest.model)))
-    return Artifact(path, manifest, calls.laid_out(manifest.model, weights.unflatten(nodes), mesh))
+    _check_shapes(path, nodes, weights.flatten(functional.abstract(manifest.model)))
+    return Artifact(path, manifest, functional.laid_out(manifest.model, weights.unflatten(nodes), mesh))
 
 
 def _plain(parts: dict[str, Any]) -> Any:
@@ -221,8 +220,9 @@ def save(
     """
     import orbax.checkpoint as ocp
 
-    from llmctl import hosts, weights
-    from llmctl.data import tokenizer as tokenizers
+    from llmctl.data.tokenizers import loading as tokenizers
+    from llmctl.distributed import processes
+    from llmctl.model import weights
 
     out = Path(out)
     flat = params if written else weights.flatten(dict(params))
@@ -254,7 +254,7 @@ def save(
             versions=versions(),
             **measured,
         )
-        if hosts.first():
+        if processes.first():
             if tokenizer_dir:
                 shutil.copytree(tokenizer_dir, draft / "tokenizer")
             if log and log.exists():

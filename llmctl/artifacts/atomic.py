@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmctl import hosts
-from llmctl.errors import LlmctlError, RequestError, WorkError
+from llmctl.config.errors import LlmctlError, RequestError, WorkError
+from llmctl.distributed import processes
 
 
 def check(out: Path) -> None:
@@ -32,11 +32,11 @@ def writing(out: Path) -> Iterator[Path]:
     out = Path(out)
     draft = out.parent / f".{out.name}.draft"
     old = out.parent / f".{out.name}.old"
-    if not hosts.first():
-        hosts.together("draft")
+    if not processes.first():
+        processes.together("draft")
         yield draft
-        hosts.together("written")
-        hosts.together("renamed")
+        processes.together("written")
+        processes.together("renamed")
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,14 +45,14 @@ def writing(out: Path) -> Iterator[Path]:
         for stale in (draft, old):
             shutil.rmtree(stale, ignore_errors=True)
         draft.mkdir()
-        hosts.together("draft")
+        processes.together("draft")
         yield draft
-        hosts.together("written")
+        processes.together("written")
         if out.exists():
             out.rename(old)
         draft.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-        hosts.together("renamed")
+        processes.together("renamed")
     except LlmctlError:
         raise
     except Exception as e:

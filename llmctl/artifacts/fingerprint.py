@@ -24,11 +24,12 @@ def digest(flat: Mapping[str, Any]) -> str:
 def _add(total: Any, name: str, w: Any) -> None:
     import numpy as np
 
-    from llmctl import arrays, weights
+    from llmctl.distributed import host_arrays
+    from llmctl.model import weights
 
     for part, a in sorted(weights.parts(w).items()):
         total.update(f"{name}:{part}:{np.dtype(a.dtype)}:{tuple(a.shape)}\n".encode())
-        for piece in arrays.pieces(a):
+        for piece in host_arrays.pieces(a):
             total.update(np.ascontiguousarray(piece).tobytes())
 
 
@@ -39,7 +40,7 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
     """
     import jax.numpy as jnp
 
-    from llmctl import weights
+    from llmctl.model import weights
 
     total, records = hashlib.sha256(), {}
     stored_bits = zeros = entries = parameters = 0

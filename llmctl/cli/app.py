@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from llmctl import __version__, devices, hosts, menu
-from llmctl.atomic import disk_is_full
-from llmctl.errors import Interrupted, LlmctlError
+from llmctl import __version__
+from llmctl.artifacts.atomic import disk_is_full
+from llmctl.config.errors import Interrupted, LlmctlError
+from llmctl.distributed import backend, processes
+from llmctl.pipeline import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,26 +54,26 @@ def app(chosen: str = "") -> typer.Typer:
         if version:
             typer.echo(f"llmctl {__version__}")
 
-    kinds = menu.stages()
-    for name in sorted([*menu.commands(), *kinds], key=_rank):
+    kinds = registry.stages()
+    for name in sorted([*registry.commands(), *kinds], key=_rank):
         if name == chosen:
             goes_on = name in kinds or name in GOES_ON
-            made.command(name, short_help=menu.summary(name))(_stoppable(_function(name, name in kinds), goes_on))
+            made.command(name, short_help=registry.summary(name))(_stoppable(_function(name, name in kinds), goes_on))
         else:
-            made.command(name, short_help=menu.summary(name))(lambda: None)
+            made.command(name, short_help=registry.summary(name))(lambda: None)
     return made
 
 
 def _rank(name: str) -> tuple[int, str]:
-    return (menu.ORDER.index(name) if name in menu.ORDER else len(menu.ORDER), name)
+    return (registry.ORDER.index(name) if name in registry.ORDER else len(registry.ORDER), name)
 
 
 def _function(name: str, stage: bool) -> Callable[..., Any]:
     if stage:
-        from llmctl import flags
+        from llmctl.cli import flags
 
         return flags.command(name)
-    return getattr(importlib.import_module(menu.module(name)), menu.symbol(name))
+    return getattr(importlib.import_module(registry.module(name)), registry.symbol(name))
 
 
 def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
@@ -99,12 +101,12 @@ def run(argv: list[str]) -> int:
     try:
         chosen = next((word for word in argv if not word.startswith("-")), "")
         code = app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
-        return hosts.leave(code, "")
+        return processes.leave(code, "")
     except BaseException as e:
         code, line = ending(e)
         if os.environ.get("LLMCTL_DEBUG") == "1":
             traceback.print_exc()
-        return hosts.leave(code, " ".join(line.split()))
+        return processes.leave(code, " ".join(line.split()))
 
 
 def ending(e: BaseException) -> tuple[int, str]:
@@ -142,7 +144,7 @@ def _be_quiet() -> None:
     """Our own lines are the only ones, and a polite kill ends like Ctrl-C."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    devices.hush()
+    backend.hush()
     if os.environ.get("LLMCTL_DEBUG") != "1":
         warnings.simplefilter("ignore")
         for name in ("jax", "orbax", "grain"):

@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.table import Table
 
-from llmctl import __version__, devices
-from llmctl.show import size
+from llmctl import __version__
+from llmctl.cli.summary import size
+from llmctl.distributed import backend
 
 PACKAGES = (
     "jax",
@@ -50,7 +51,7 @@ def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
       RequestError: a platform is named that is not there.
     """
     problems: list[str] = []
-    used = devices.settle(platforms, problems.append)
+    used = backend.settle(platforms, problems.append)
     import jax
 
     while not folder.exists():

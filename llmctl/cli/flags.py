@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 
-from llmctl import stages
-from llmctl.config import Config, parse_value, section
-from llmctl.errors import RequestError
+from llmctl.config.base import Config, parse_value, section
+from llmctl.config.errors import RequestError
+from llmctl.pipeline import stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pydantic.fields import FieldInfo
 
-    from llmctl.recipe import Step
+    from llmctl.pipeline.recipe import Step
 
 HIDDEN = ("kind",)
 """Fields that the command itself decides."""
@@ -44,17 +44,17 @@ PROCESSES: dict[str, tuple[Any, Any]] = {
     "num_processes": (NumProcesses, 0),
     "process_id": (ProcessId, -1),
 }
-"""Flags of every command that works on devices, with their defaults: what `llmctl.hosts.join` takes."""
+"""Flags of every command that works on devices, with their defaults: what `llmctl.distributed.processes.join` takes."""
 
 
 def command(kind: str) -> Callable[..., None]:
     """`llmctl KIND --from A --out B …`: the function that typer makes the command from."""
-    module = stages.load(kind)
-    cls: type[stages.StageConfig] = module.Config
+    module = stage.load(kind)
+    cls: type[stage.StageConfig] = module.Config
     fields = list(_fields(cls))
 
     def run_stage(**given: Any) -> None:
-        from llmctl import chain, console, recipe
+        from llmctl.pipeline import console, recipe, runner
 
         out, recipe_file, sets, json = (given.pop(k) for k in ("out", "recipe_file", "sets", "json"))
         processes = {k: given.pop(k) for k in PROCESSES}
@@ -69,7 +69,7 @@ def command(kind: str) -> Callable[..., None]:
             raise RequestError(f"llmctl {kind}: --out: say where the artifact goes")
         with console.folder(out) as folder:
             chosen = recipe.single(kind, flags, folder, recipe_file, sets or ())
-            chain.run(chosen, say=console.say, processes=processes)
+            runner.run(chosen, say=console.say, processes=processes)
             _report(chosen.steps[0], json)
 
     first = [
@@ -108,8 +108,8 @@ def summary(module: types.ModuleType) -> str:
 
 
 def _report(step: Step, json: bool) -> None:
-    from llmctl import console
-    from llmctl import show as shown
+    from llmctl.cli import summary as shown
+    from llmctl.pipeline import console
 
     results = shown.results(step.out)
     if results and json:

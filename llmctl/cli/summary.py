@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llmctl import artifact
-from llmctl.config import read_toml, validate
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
-from llmctl.recipe import MANIFEST
+from llmctl.artifacts import artifact
+from llmctl.config.base import read_toml, validate
+from llmctl.config.errors import RequestError
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.recipe import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -171,7 +171,7 @@ def model(spec: str) -> ModelConfig:
 
 
 def size_table(found: dict[str, Any]) -> Table:
-    """What `llmctl.model.size` reports, for people."""
+    """What `llmctl.model.size_report` reports, for people."""
     out = Table(title=found["config"], title_justify="left", show_header=False)
     for _ in range(2):
         out.add_column(overflow="fold")

@@ -18,8 +18,9 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
+from llmctl.config.errors import RequestError
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 Batch = dict[str, Any]
 Layer = dict[str, Any]
@@ -133,9 +134,9 @@ def walk(
         raise RequestError("calibration has no tokens: the data yields no example")
     reports: list[LayerReport] = []
     memories: list[Any] = [None] * len(batches)
-    for stack in calls.stacks(cfg):
+    for stack in functional.stacks(cfg):
         beside = stack == "encoder" and cfg.encoder_layers > 0
-        start = jax.jit(partial(calls.embed_encoder if beside else calls.embed, cfg, dtype=dtype))
+        start = jax.jit(partial(functional.embed_encoder if beside else functional.embed, cfg, dtype=dtype))
         extra = [() if beside else (memory,) for memory in memories]
         carries = [start(params, batch, *more) for batch, more in zip(batches, extra, strict=True)]
         params, carries, seen = _walk_stack(
@@ -143,7 +144,7 @@ def walk(
         )
         reports += seen
         if beside:
-            end = jax.jit(partial(calls.finish, cfg, dtype=dtype), static_argnames=("stack",))
+            end = jax.jit(partial(functional.finish, cfg, dtype=dtype), static_argnames=("stack",))
             memories = [end(params=params, stack=stack, carry=carry) for carry in carries]
     return params, reports
 
@@ -153,19 +154,19 @@ def _walk_stack(
     params: dict[str, Any],
     stack: str,
     batches: Sequence[Batch],
-    carries: list[calls.Carry],
+    carries: list[functional.Carry],
     collect: Collect,
     change: Change | None,
     keep: bool,
     progress: Callable[[LayerReport], None] | None,
     dtype: Any,
-) -> tuple[dict[str, Any], list[calls.Carry], list[LayerReport]]:
+) -> tuple[dict[str, Any], list[functional.Carry], list[LayerReport]]:
     look, advance = passes(cfg, stack, dtype)
     blocks = params[stack]["blocks"]
     put = putter(blocks)
     reports: list[LayerReport] = []
     fresh: Stats | None = None
-    for i in range(calls.depth(cfg, stack)):
+    for i in range(functional.depth(cfg, stack)):
         layer, index = jax.tree.map(lambda a, i=i: a[i], blocks), jnp.int32(i)
         if fresh is None:
             fresh = empty(cfg, stack, layer, carries[0], collect, dtype)
@@ -209,17 +210,19 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
         return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
 
     @jax.jit
-    def look(layer: Layer, index: jax.Array, carry: calls.Carry, batch: Batch, stats: Stats) -> tuple[Any, Stats, Any]:
+    def look(
+        layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
+    ) -> tuple[Any, Stats, Any]:
         """One batch through the layer: what leaves it, the statistics with it folded in, and its influence."""
-        out, taps = calls.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
+        out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
-    def advance(old: Layer, new: Layer, index: jax.Array, carry: calls.Carry, batch: Batch) -> tuple[Any, Any]:
+    def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
         """One batch through the changed layer, and how far it strays from the unchanged one on the same input."""
-        before, _ = calls.block(cfg, stack, old, carry, index, dtype=dtype)
-        after, _ = calls.block(cfg, stack, new, carry, index, dtype=dtype)
+        before, _ = functional.block(cfg, stack, old, carry, index, dtype=dtype)
+        after, _ = functional.block(cfg, stack, new, carry, index, dtype=dtype)
         mask = real(batch, "")
         strayed = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
         return after, jnp.stack(strayed)
@@ -227,9 +230,9 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     return look, advance
 
 
-def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: calls.Carry, collect: Collect, dtype: Any) -> Stats:
+def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any) -> Stats:
     """The statistics of one layer before any token."""
-    run = partial(calls.block, cfg, stack, taps=True, dtype=dtype)
+    run = partial(functional.block, cfg, stack, taps=True, dtype=dtype)
     _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
     found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
     return {path: stat for path, stat in found.items() if stat is not None}

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from llmctl.data import DataConfig, Split, Truncate, pipeline, splits
-from llmctl.data.tasks import task_rows
-from llmctl.data.tokenizer import Tokenizer
-from llmctl.feed import Feed
-from llmctl.model import ModelConfig
+from llmctl.data import prefetch, splits
+from llmctl.data.config import DataConfig, Split, Truncate
+from llmctl.data.device_batches import Feed
+from llmctl.data.examples.task_rows import task_rows
+from llmctl.data.tokenizers.loading import Tokenizer
+from llmctl.model.config import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
 
@@ -55,5 +56,5 @@ def calibration_batches(
             read |= {f"encoder_{k}": v for k, v in read.items()}
         return feed.place(read)
 
-    with pipeline.eval_batches(rows, size, place=place, spans=feed.spans) as batches:
+    with prefetch.eval_batches(rows, size, place=place, spans=feed.spans) as batches:
         return [batch for _, batch in batches]

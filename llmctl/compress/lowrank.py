@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl.artifact import Artifact
-from llmctl.errors import RequestError
-from llmctl.weights import LowRank, Quantized, flatten, merge_low_rank, parts
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.model.weights import LowRank, Quantized, flatten, merge_low_rank, parts
 
 PRUNED = 0.01
 """From this share of zeros on a matrix counts as pruned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from llmctl.compress.calibrate import Moments
 from llmctl.compress.pattern import Pattern
-from llmctl.errors import RequestError
-from llmctl.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
+from llmctl.config.errors import RequestError
+from llmctl.model.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
 
 Score = Callable[[jax.Array, Moments | None], jax.Array]
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from llmctl.errors import RequestError
-from llmctl.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
+from llmctl.config.errors import RequestError
+from llmctl.model.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
 
 Scheme = Callable[[jax.Array, int, int], qwix.QArray]
 

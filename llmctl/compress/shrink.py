@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
-from llmctl.weights import LowRank, Quantized, Weight, flatten, unflatten
+from llmctl.config.errors import RequestError
+from llmctl.model.config import ModelConfig
+from llmctl.model.weights import LowRank, Quantized, Weight, flatten, unflatten
 
 Kept = dict[str, dict[str, list[np.ndarray]]]
 """What stays: stack -> "attn/heads", "attn/groups", "mlp/neurons", … -> positions a layer, ascending."""

@@ -20,8 +20,9 @@ import numpy as np
 from llmctl.compress import prune
 from llmctl.compress.calibrate import Batch, Collect, Gram, LayerReport, Moments, Statistic, Stats, nothing, walk
 from llmctl.compress.shrink import Kept, cut, drop_layers
-from llmctl.model import ModelConfig, calls, names
-from llmctl.weights import dense
+from llmctl.model import functional, hf_config
+from llmctl.model.config import ModelConfig
+from llmctl.model.weights import dense
 
 Progress = Callable[[LayerReport], None] | None
 
@@ -98,10 +99,10 @@ def prune_layers(
     """
     _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
     kept: dict[str, list[int]] = {}
-    for stack in calls.stacks(cfg):
+    for stack in functional.stacks(cfg):
         influence = [r.influence for r in reports if r.stack == stack]
-        kinds = names.local_layers(cfg, len(influence))
-        kept[stack] = choose_layers(influence, calls.depth(target, stack), kinds)
+        kinds = hf_config.local_layers(cfg, len(influence))
+        kept[stack] = choose_layers(influence, functional.depth(target, stack), kinds)
     return (*drop_layers(cfg, params, kept), kept)
 
 
@@ -133,7 +134,7 @@ def prune_widths(
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     shared_bias = heads_change and cfg.positions == "relative"
     common = _common_heads(cfg, params, batches, collect, dtype) if shared_bias else {}
-    kept: Kept = {stack: {} for stack in calls.stacks(cfg)}
+    kept: Kept = {stack: {} for stack in functional.stacks(cfg)}
 
     def change(stack: str, index: int, layer: dict[str, Any], stats: Stats) -> dict[str, Any]:
         out = {name: dict(part) for name, part in layer.items()}
@@ -163,9 +164,9 @@ def _common_heads(
 ) -> dict[str, np.ndarray]:
     """Scores [H] of the self-attention heads of a stack over all its layers, each layer's normalized to sum 1."""
     _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
-    scores = {stack: np.zeros(cfg.heads, np.float32) for stack in calls.stacks(cfg)}
+    scores = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}
     for r in reports:
-        o = calls.layer_params(params, r.stack, r.layer)["attn"]["o"]["kernel"]
+        o = functional.layer_params(params, r.stack, r.layer)["attn"]["o"]["kernel"]
         score = np.asarray(head_scores(r.stats["attn/o"], dense(o)))
         scores[r.stack] += score / max(float(score.sum()), 1e-30)
     return scores

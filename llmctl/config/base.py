@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_ar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llmctl.config import Config
+from llmctl.config.base import Config
 
 Dtype = Literal["float32", "bfloat16"]
 

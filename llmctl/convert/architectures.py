@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, families, family
-from llmctl.model.names import Bridge, Head
+from llmctl.config.errors import RequestError
+from llmctl.model.config import ModelConfig, families, family
+from llmctl.model.hf_config import Bridge, Head
 
 
 def bridges() -> dict[str, tuple[str, Bridge]]:

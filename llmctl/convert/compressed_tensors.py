@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import weights
-from llmctl.bridge import mapping
-from llmctl.bridge import names as bridge_names
-from llmctl.bridge.tensors import Tensor, Tensors, listed, of_array
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
+from llmctl.config.errors import RequestError
+from llmctl.convert import architectures as bridge_names
+from llmctl.convert import name_map
+from llmctl.convert.lazy_tensors import Tensor, Tensors, listed, of_array
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
 
 WORD = 32
 """Bits of an element of weight_packed."""
@@ -40,7 +40,7 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
     flat = weights.flatten(params)
     out, untouched = dict(dense), []
     schemes: set[tuple[int, int, str]] = set()
-    for name, joint in mapping.joints(cfg, bridge, head, bare=cfg.head == "embed").items():
+    for name, joint in name_map.joints(cfg, bridge, head, bare=cfg.head == "embed").items():
         slot = joint.slots[0]
         if not slot.transposed:
             continue
@@ -61,12 +61,12 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
     return out, _config(*schemes.pop(), untouched)
 
 
-def _layer(module: str, w: weights.Quantized, slot: mapping.Slot, bits: int) -> dict[str, Tensor]:
+def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, bits: int) -> dict[str, Tensor]:
     inputs, outputs = slot.shape
     groups = w.array.scale.shape[-2]
 
     def part(a: jax.Array) -> np.ndarray:
-        return mapping.host(a, slot.layer).T
+        return name_map.host(a, slot.layer).T
 
     scale = Tensor((outputs, groups), np.dtype(w.array.scale.dtype), lambda: part(w.array.scale))
     if w.activations and bits == 8:

@@ -8,12 +8,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from llmctl import artifact, atomic, weights
-from llmctl.bridge import compressed, gguf, gguf_export, mapping, parity, peft, safetensors, tensors, tokenizers
-from llmctl.bridge import folder as folders
-from llmctl.bridge.importing import bar, placer
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
+from llmctl.artifacts import artifact, atomic
+from llmctl.config.errors import RequestError
+from llmctl.convert import (
+    compressed_tensors,
+    gguf,
+    gguf_export,
+    lazy_tensors,
+    name_map,
+    parity,
+    peft,
+    safetensors,
+    tokenizers,
+)
+from llmctl.convert import hf_folder as folders
+from llmctl.convert.importing import bar, placer
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
 
 FORMATS = ("hf", "compressed-tensors", "peft", "gguf")
 
@@ -83,7 +94,7 @@ def _folder(
     found: artifact.Artifact, draft: Path, to: str, dtype: str, shard_bytes: int, say: Callable[[str], None]
 ) -> float:
     cfg, params = found.model, found.params
-    kind = tensors.dtype(dtype) if dtype else None
+    kind = lazy_tensors.dtype(dtype) if dtype else None
     ends = cfg.architecture != "decoder" or cfg.head != "lm"
     tokens = tokenizers.hand_on(found.tokenizer_dir, draft, ends) if found.tokenizer_dir.is_dir() else {}
     if not tokens:
@@ -92,7 +103,7 @@ def _folder(
     main = str((kind or next(t.dtype for n, t in theirs.items() if n.endswith("weight"))).name)
     config = folders.config_of(cfg, found.manifest.labels, tokens, main)
     if to == "compressed-tensors":
-        theirs, settings = compressed.pack(cfg, params, theirs)
+        theirs, settings = compressed_tensors.pack(cfg, params, theirs)
         config |= {"quantization_config": settings}
     with bar("writing", safetensors.total(theirs.values())) as wrote:
         folders.save(draft, config, theirs, shard_bytes, wrote)
@@ -143,7 +154,7 @@ def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], 
     if differs := gguf_export.write(found, file, kind):
         say(f"{found.path}: {differs}")
     again = gguf.look(file)
-    back = mapping.read(again.model, again.wanted, again.tensors, placer(again.model))
+    back = name_map.read(again.model, again.wanted, again.tensors, placer(again.model))
     batch = parity.probe(found.model, min(16, found.model.window or 16))
     return parity.prove(
         str(found.path), parity.answers(again.model, back, batch), gguf_export.expected(found, kind, batch)

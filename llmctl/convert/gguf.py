@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.bridge import folder as folders
-from llmctl.bridge import gguf_vocabulary
-from llmctl.bridge.tensors import Tensor
-from llmctl.errors import RequestError
-from llmctl.model.llama import LLAMA3_ROPE
+from llmctl.config.errors import RequestError
+from llmctl.convert import gguf_vocabulary
+from llmctl.convert import hf_folder as folders
+from llmctl.convert.lazy_tensors import Tensor
+from llmctl.model.families.llama import LLAMA3_ROPE
 
 TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 """Their architecture -> model_type."""

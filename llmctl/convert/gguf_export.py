@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import weights
-from llmctl.artifact import Artifact
-from llmctl.bridge import folder as folders
-from llmctl.bridge import gguf_vocabulary, names, parity
-from llmctl.bridge.gguf import TYPES, heads_of, interleaved, library, llama3_factors, stems
-from llmctl.bridge.tensors import listed
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
-from llmctl.model.llama import LLAMA3_ROPE
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.convert import architectures, gguf_vocabulary, parity
+from llmctl.convert import hf_folder as folders
+from llmctl.convert.gguf import TYPES, heads_of, interleaved, library, llama3_factors, stems
+from llmctl.convert.lazy_tensors import listed
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.families.llama import LLAMA3_ROPE
 
 ARCHITECTURES = {v: k for k, v in TYPES.items()} | {"mistral": "llama"}
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
@@ -45,7 +45,7 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     """
     gguf = library()
     cfg = found.model
-    bridge, _ = names.of(cfg)
+    bridge, _ = architectures.of(cfg)
     if kind not in KINDS:
         raise RequestError(f"--type {kind}: not a known kind; known: {', '.join(KINDS)}")
     if bridge.model_type not in ARCHITECTURES or cfg.head != "lm":

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.abstract_tokenizer import DESCRIPTOR
-from llmctl.data.json_tokenizer import JsonTokenizer
-from llmctl.data.sentencepieces import SentencePieces
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import DESCRIPTOR
+from llmctl.data.tokenizers.sentencepieces import SentencePieces
+from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens; SentencePiece's own numbers."""

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from llmctl.bridge import compressed, mapping, names, safetensors
-from llmctl.bridge.tensors import Tensor, Tensors, listed
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, family
-from llmctl.model.names import Bridge, Fields, Head, Keys
+from llmctl.config.errors import RequestError
+from llmctl.convert import architectures, compressed_tensors, name_map, safetensors
+from llmctl.convert.lazy_tensors import Tensor, Tensors, listed
+from llmctl.model.config import ModelConfig, family
+from llmctl.model.hf_config import Bridge, Fields, Head, Keys
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
@@ -30,7 +30,7 @@ class Found:
 
     model: ModelConfig
     tensors: Tensors
-    wanted: dict[str, mapping.Joint]
+    wanted: dict[str, name_map.Joint]
     labels: list[str]
     config: Fields
     """Their config.json."""
@@ -76,7 +76,7 @@ def understand(
 ) -> Found:
     """`look`, with the config and the tensors in hand."""
     where = folder / CONFIG
-    known = names.bridges()
+    known = architectures.bridges()
     if config.get("model_type") not in list(known):
         raise RequestError(
             f"{where}: model_type {config.get('model_type')!r} is not known; known: {', '.join(sorted(known))}"
@@ -84,7 +84,7 @@ def understand(
     name, bridge = known[config["model_type"]]
     config = dict(config)
     if quantized := config.pop("quantization_config", None):
-        tensors = compressed.unpack(str(where), quantized, tensors)
+        tensors = compressed_tensors.unpack(str(where), quantized, tensors)
     tensors = {_now(bridge, n): t for n, t in tensors.items() if not any(re.fullmatch(p, n) for p in drop)}
     key, head = _head(where, config, bridge, tensors)
     keys = Keys(config, frozenset(ignore))
@@ -105,10 +105,10 @@ def understand(
     bare = bool(prefix) and not any(n.startswith(prefix) for n in tensors)
     table = bridge.table(model, head, bare)
     model = _as_stored(model, table, tensors, config)
-    wanted = mapping.joints(model, bridge, head, bare)
+    wanted = name_map.joints(model, bridge, head, bare)
     copies = _copies(bridge, table, tensors, model)
     _check_copies(folder, copies, tensors)
-    mapping.check(str(folder), wanted, tensors, (*bridge.buffers, *map(_exactly, copies)))
+    name_map.check(str(folder), wanted, tensors, (*bridge.buffers, *map(_exactly, copies)))
     return Found(model, tensors, wanted, labels, config)
 
 
@@ -202,12 +202,12 @@ def _check_copies(folder: Path, copies: dict[str, str], tensors: Tensors) -> Non
 
 def load(
     found: Found,
-    place: mapping.Place,
+    place: name_map.Place,
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The parameters of what `look` found, one at a time to where `place` puts them."""
-    return mapping.read(found.model, found.wanted, found.tensors, place, dtype=dtype, wrote=wrote)
+    return name_map.read(found.model, found.wanted, found.tensors, place, dtype=dtype, wrote=wrote)
 
 
 # --- out -------------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str)
     Raises:
       RequestError: the family's format cannot express this config.
     """
-    bridge, head = names.of(model)
+    bridge, head = architectures.of(model)
     needed = dict(head.fields)
     if model.head == "embed":  # the pooler may be left out, and pooling is not in this file
         needed.pop("pooler", None)
@@ -244,8 +244,8 @@ def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str)
 
 def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a model under the names of the other side, none of them fetched yet."""
-    bridge, head = names.of(model)
-    return mapping.write(params, mapping.joints(model, bridge, head, bare=model.head == "embed"), dtype)
+    bridge, head = architectures.of(model)
+    return name_map.write(params, name_map.joints(model, bridge, head, bare=model.head == "embed"), dtype)
 
 
 def save(

@@ -15,13 +15,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmctl import artifact, weights
-from llmctl import mesh as meshes
-from llmctl.bridge import folder as folders
-from llmctl.bridge import gguf, mapping, parity, peft, safetensors, streaming, tensors, tokenizers
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
-from llmctl.settings import MeshConfig
+from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.convert import gguf, lazy_tensors, name_map, parity, partial_save, peft, safetensors, tokenizers
+from llmctl.convert import hf_folder as folders
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
 
 REFERENCE = "reference.safetensors"
 """In the folder: {input_ids, logits} that the imported model must reproduce."""
@@ -64,7 +65,7 @@ def run(
         source. Nothing is written then.
     """
     artifact.check_place(out, source)
-    kind = tensors.dtype(dtype) if dtype else None
+    kind = lazy_tensors.dtype(dtype) if dtype else None
     is_gguf = source.suffix == ".gguf"
     _check_patterns(drop)
     if is_gguf and ignore:
@@ -81,7 +82,7 @@ def run(
         brought = tokenizers.bring(tokenizer or source, words, found.model)
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
-        stream = closing.enter_context(streaming.opened(out, made_of))
+        stream = closing.enter_context(partial_save.opened(out, made_of))
         if stream.before:
             say(f"{out}: going on after the {len(stream.before)} parameters that were written before")
         with bar("reading", found.nbytes) as wrote:
@@ -140,7 +141,7 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
     artifact.check_place(out, source, base)
     found = artifact.load(base)
     params = peft.load(found, source)
-    tree = jax.device_put(params, calls.shardings(found.model, params, meshes.make(MeshConfig())))
+    tree = jax.device_put(params, functional.shardings(found.model, params, meshes.make(MeshConfig())))
     manifest = artifact.save(
         out,
         tree,
@@ -155,7 +156,7 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
     return _report(out, manifest, source, None)
 
 
-def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> mapping.Place:
+def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> name_map.Place:
     """Puts parameters on a mesh (the default one), each where the rules say; every device's part is read alone."""
     where = shardings(cfg, mesh)
     return lambda path, w: jax.make_array_from_callback(w.shape, where[path], lambda i: w.read(i or ()))
@@ -163,7 +164,7 @@ def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> mapping.Place:
 
 def shardings(cfg: ModelConfig, mesh: MeshConfig | None = None) -> dict[str, Any]:
     """Where every parameter lies on a mesh (the default one), by its path."""
-    return weights.flatten(calls.shardings(cfg, calls.abstract(cfg), meshes.make(mesh or MeshConfig())))
+    return weights.flatten(functional.shardings(cfg, functional.abstract(cfg), meshes.make(mesh or MeshConfig())))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 SHOWN = 6
 """Names that an error lists before it counts the rest."""

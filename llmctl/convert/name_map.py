@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import weights
-from llmctl.bridge.tensors import Tensor, Tensors, listed
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
-from llmctl.model.names import Bridge, Head
+from llmctl.config.errors import RequestError
+from llmctl.convert.lazy_tensors import Tensor, Tensors, listed
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.hf_config import Bridge, Head
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> 
       RequestError: the config has parameters that the name map does not know.
     """
     table = bridge.table(cfg, head, bare)
-    expected = weights.flatten(calls.abstract(cfg))
+    expected = weights.flatten(functional.abstract(cfg))
     if unknown := [p for p in expected if p not in table]:
         raise RequestError(f"{bridge.model_type} models have no place for {listed(unknown)}")
     parts: dict[str, list[tuple[int, Slot]]] = {}
@@ -121,7 +121,7 @@ def read(
         for slot in joint.slots:
             pieces.setdefault(slot.path, []).append((slot, name))
     flat = {}
-    for path, abstract in weights.flatten(calls.abstract(cfg)).items():
+    for path, abstract in weights.flatten(functional.abstract(cfg)).items():
         kind = dtype or np.result_type(*{tensors[name].dtype for _, name in pieces[path]})
         part = partial(_part, pieces[path], tensors, tuple(abstract.shape), kind, wrote)
         flat[path] = place(path, Pending(tuple(abstract.shape), kind, part))

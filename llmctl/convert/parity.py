@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.errors import RequestError, WorkError
-from llmctl.model import ModelConfig, calls
+from llmctl.config.errors import RequestError, WorkError
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 TOLERANCE = 1e-4
 """Largest difference between two answers, as a part of the largest answer where that exceeds 1."""
@@ -42,14 +43,14 @@ def answers(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array
 @jax.jit(static_argnums=0)
 def _answers(config: str, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     cfg = ModelConfig.model_validate_json(config)
-    x_BTD = calls.hidden(cfg, params, batch)
+    x_BTD = functional.hidden(cfg, params, batch)
     B = x_BTD.shape[0]
     found = []
     if cfg.head == "lm":
-        logits_BTV = calls.lm_logits(cfg, params, x_BTD)
+        logits_BTV = functional.lm_logits(cfg, params, x_BTD)
         found.append(jnp.where(batch["segments"][..., None] > 0, logits_BTV, 0))
     if cfg.head != "lm" or cfg.next_sentence:
-        y = calls.outputs(cfg, params, x_BTD, batch)
+        y = functional.outputs(cfg, params, x_BTD, batch)
         per_token = cfg.head in ("tokens", "span")
         found.append(jnp.where(batch["segments"][..., None] > 0, y, 0) if per_token else y)
     return jnp.concatenate([f.astype(jnp.float32).reshape(B, -1) for f in found], axis=1)

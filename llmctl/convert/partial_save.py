@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
-from llmctl import weights
-from llmctl.atomic import disk_is_full
-from llmctl.bridge import mapping
-from llmctl.errors import WorkError
+from llmctl.artifacts.atomic import disk_is_full
+from llmctl.config.errors import WorkError
+from llmctl.convert import name_map
+from llmctl.model import weights
 
 
 @contextlib.contextmanager
@@ -56,10 +56,10 @@ class Stream:
         """Parameters that an earlier process has written."""
         self._targets: dict[str, jax.ShapeDtypeStruct] = {}
 
-    def place(self, placer: mapping.Place, passed: Callable[[int], None]) -> mapping.Place:
+    def place(self, placer: name_map.Place, passed: Callable[[int], None]) -> name_map.Place:
         """Writes parameters instead of keeping them; `passed` hears the bytes of those that are written already."""
 
-        def write(path: str, w: mapping.Pending) -> None:
+        def write(path: str, w: name_map.Pending) -> None:
             from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import PartialSaveReplacementError
             from orbax.checkpoint.experimental.v1 import partial
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import weights
-from llmctl.artifact import Artifact
-from llmctl.bridge import folder as folders
-from llmctl.bridge import mapping, names, parity, safetensors
-from llmctl.bridge.tensors import Tensor, listed, of_array
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.convert import architectures, name_map, parity, safetensors
+from llmctl.convert import hf_folder as folders
+from llmctl.convert.lazy_tensors import Tensor, listed, of_array
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -42,10 +42,10 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def _modules(cfg: ModelConfig) -> dict[str, mapping.Slot]:
+def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
     """Their linear layers that one of our matrices is: module name -> our matrix."""
-    bridge, head = names.of(cfg)
-    found = mapping.joints(cfg, bridge, head, bare=cfg.head == "embed")
+    bridge, head = architectures.of(cfg)
+    found = name_map.joints(cfg, bridge, head, bare=cfg.head == "embed")
     return {
         n.removesuffix(".weight"): j.slots[0]
         for n, j in found.items()
@@ -124,7 +124,7 @@ def _pair(w: Any, path: str, layers: dict[int, tuple[Tensor, Tensor, float]]) ->
 
 def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
     """Puts wholly trained heads into `flat`; returns the names used."""
-    _, head = names.of(cfg)
+    _, head = architectures.of(cfg)
     used = set()
     for ours, theirs in head.names.items():
         if theirs in left and ours in flat:
@@ -158,7 +158,7 @@ def export(found: Artifact, folder: Path) -> float:
         out[f"{PREFIX}{module}.lora_B.weight"] = of_array(np.asarray(one.b, np.float32).T)
     saved = []
     if cfg.head != "lm":  # a task head is trained beside the pairs
-        for ours, theirs in names.of(cfg)[1].names.items():
+        for ours, theirs in architectures.of(cfg)[1].names.items():
             if ours in flat:
                 array = np.asarray(weights.dense(flat[ours]), np.float32)
                 out[PREFIX + theirs] = of_array(array.T if ours.endswith("kernel") else array)

@@ -16,8 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llmctl.bridge.tensors import Tensor, listed
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.convert.lazy_tensors import Tensor, listed
 
 TYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

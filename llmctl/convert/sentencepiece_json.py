@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
-from llmctl.data.sentencepieces import SentencePieces
+from llmctl.data.tokenizers.sentencepieces import SentencePieces
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 """SentencePiece's kinds of pieces."""

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmctl.bridge import sentencepiece_json
-from llmctl.bridge.tensors import listed
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.json_tokenizer import JsonTokenizer
-from llmctl.data.sentencepieces import SentencePieces
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
+from llmctl.config.errors import RequestError
+from llmctl.convert import sentencepiece_json
+from llmctl.convert.lazy_tensors import listed
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.sentencepieces import SentencePieces
+from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
+from llmctl.model.config import ModelConfig
 
 BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),

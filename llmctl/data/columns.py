@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.config import hint
-from llmctl.data import COLUMNS, TEXT_COLUMNS, TOGETHER, Scalar, SourceConfig
-from llmctl.data.source import Row, Source
-from llmctl.data.sources import open_source
-from llmctl.errors import RequestError
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.data.config import COLUMNS, TEXT_COLUMNS, TOGETHER, Scalar, SourceConfig
+from llmctl.data.sources.base import Row, Source
+from llmctl.data.sources.readers import open_source
 
 
 class View(Source):

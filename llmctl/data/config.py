@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.config import Config
+from llmctl.config.base import Config
 
 Split = Literal["train", "validation", "test"]
 Packing = Literal["segments", "concat", "fit"]
-"""How documents share rows: `llmctl.data.packing`."""
+"""How documents share rows: `llmctl.data.pretraining.packing`."""
 Truncate = Literal["tail", "head_tail"]
 """What a text too long keeps: its beginning, or its beginning and its end."""
 
@@ -70,7 +70,7 @@ class SourceConfig(Config):
         Raises:
             RequestError: a path that leads to no file.
         """
-        from llmctl.data import datasets, paths
+        from llmctl.data.sources import datasets, paths
 
         if self.source == "tfds":
             return [str(path) for path in datasets.tfds_files(self)]
@@ -149,6 +149,6 @@ class TokenizerConfig(Config):
         """
         if not self.path:
             return []
-        from llmctl.data.paths import files_below
+        from llmctl.data.sources.paths import files_below
 
         return [str(path) for path in files_below(self.path)]

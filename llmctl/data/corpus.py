@@ -11,9 +11,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from llmctl import hosts
-from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.distributed import processes
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
     Raises:
         RequestError: no text at all.
     """
-    with hosts.in_turn():  # the first process tokenizes for all
+    with processes.in_turn():  # the first process tokenizes for all
         if (corpus := Corpus.load(folder, tokenizer.digest, digest)) is None:
             tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)
             corpus = Corpus.load(folder, tokenizer.digest, digest)

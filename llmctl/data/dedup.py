@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.config import hint
-from llmctl.data import DataConfig
-from llmctl.data.views import View, plain
-from llmctl.errors import RequestError
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.data.columns import View, plain
+from llmctl.data.config import DataConfig
 
 KEPT, FILTERED, BLANK = 0, 1, 2
 RANGE = 8192

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmctl import arrays, hosts, sequence
-from llmctl import mesh as meshes
-from llmctl.data import pipeline
+from llmctl.data import prefetch
+from llmctl.distributed import context_parallel, host_arrays, processes
+from llmctl.distributed import mesh as meshes
 
 
 class Feed:
-    """Batches of `size` rows over `mesh`: `spans` for `llmctl.data.pipeline` to build, `place` for what it built.
+    """Batches of `size` rows over `mesh`: `spans` for `llmctl.data.prefetch` to build, `place` for what it built.
 
     Where devices share sequences rows are put in balanced order, unless `reading_order` leaves them as they are, split
     by rows alone (on every device whole, where the rows do not divide).
@@ -22,7 +22,7 @@ class Feed:
 
     def __init__(self, mesh: jax.sharding.Mesh, size: int, reading_order: bool = False) -> None:
         self.mesh, self.size, self.reading_order = mesh, size, reading_order
-        self.spans = pipeline.local_spans(self.lies(1), size) if hosts.count() > 1 else None
+        self.spans = prefetch.local_spans(self.lies(1), size) if processes.count() > 1 else None
         """Parts [first, last) of a batch that this process needs; None is all of it."""
 
     def lies(self, ndim: int) -> NamedSharding:
@@ -39,7 +39,7 @@ class Feed:
         elif spans is None:
             return meshes.place(batch, self.mesh)
         else:
-            batch = sequence.balanced(batch, self.mesh.shape["context"])
+            batch = context_parallel.balanced(batch, self.mesh.shape["context"])
             shardings = meshes.batch_shardings(batch, self.mesh)
         if spans is None:
             return jax.device_put(batch, shardings)
@@ -60,4 +60,4 @@ class Feed:
 
     def whole(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         """The rows of all processes on the host of each, of a `batch` in reading order and how it was `placed`."""
-        return batch if self.spans is None else {name: arrays.read(a) for name, a in placed.items()}
+        return batch if self.spans is None else {name: host_arrays.read(a) for name, a in placed.items()}

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grain
 import numpy as np
 
-from llmctl.data.objectives import Batch
+from llmctl.data.pretraining.objectives import Batch
 
 T = TypeVar("T")
 

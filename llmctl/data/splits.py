@@ -15,12 +15,12 @@ from typing import cast, get_args, overload
 
 import numpy as np
 
-from llmctl.config import hint
-from llmctl.data import DataConfig, Split
-from llmctl.data.scan import BLANK, FILTERED, KEPT, RANGE, Scan, scan
-from llmctl.data.source import Chain, Row, Source
-from llmctl.data.views import View
-from llmctl.errors import RequestError
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.data.columns import View
+from llmctl.data.config import DataConfig, Split
+from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, Scan, scan
+from llmctl.data.sources.base import Chain, Row, Source
 
 Range = tuple[int, int, int]
 """Number of a source, first row, one beyond the last."""

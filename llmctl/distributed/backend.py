@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

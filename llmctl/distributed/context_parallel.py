@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 ALONG = frozenset({"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"})
 """Arrays [B, T] of a batch that run along the sequence; those of an encoder beside a decoder begin with `encoder_`, of

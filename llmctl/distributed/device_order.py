@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax.experimental import mesh_utils
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 
 def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], slices: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llmctl import hosts
+from llmctl.distributed import processes
 
 PIECE = 1 << 28
 """Bytes of a spread array that are gathered at once, into the memory of every device."""
@@ -18,7 +18,7 @@ PIECE = 1 << 28
 
 def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """A host array, the same in every process, on the devices."""
-    if hosts.count() == 1:
+    if processes.count() == 1:
         return jax.device_put(a, sharding)
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 

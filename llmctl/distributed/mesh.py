@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmctl import arrays, hosts, pages, sequence, slices, weights
-from llmctl.errors import RequestError
-from llmctl.settings import MeshConfig
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import context_parallel, device_order, host_arrays, host_memory, processes
 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs: this has no type
 
@@ -57,7 +57,7 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
     if devices[0].platform == "cpu":
-        pages.keep()
+        host_memory.keep()
     if devices[0].platform == "cpu" and config == MeshConfig() and jax.process_count() == 1:
         devices = devices[:1]
     known = math.prod(s for s in sizes if s > 0)
@@ -70,7 +70,7 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
             f"mesh: {_show(sizes)} does not fit {len(devices)} {devices[0].platform} devices; "
             "change [mesh] so that the axes multiply to that number (-1 takes what is left)"
         )
-    placed = slices.arrange(devices, AXES, sizes, config.dcn)
+    placed = device_order.arrange(devices, AXES, sizes, config.dcn)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -151,37 +151,6 @@ def per_device(
     )
 
 
-def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The sharding of every array in `params` (arrays or abstract), given the logical axes of each weight.
-
-    The parts of a Quantized or LowRank weight follow the weight: a dimension that a part does not have at full length
-    (a scale's single row, a rank) is left whole. Raises RequestError where an axis does not divide.
-    """
-    flat_axes = weights.flatten(axes)
-    flat: dict[str, Any] = {}
-    for path, w in weights.flatten(params).items():
-        if path not in flat_axes:
-            raise RequestError(f"{path}: no sharding rule names this parameter; is the artifact of another model?")
-
-        def one(part: Any, path: str = path, shape: tuple[int, ...] = w.shape) -> NamedSharding:
-            names = [n if part.shape[i] == shape[i] else None for i, n in enumerate(flat_axes[path])]
-            _check_divides(path, part.shape, names, mesh)
-            return sharding(names, mesh)
-
-        flat[path] = jax.tree.map(one, w)
-    return weights.unflatten(flat)
-
-
-def _check_divides(path: str, shape: tuple[int, ...], names: Sequence[str | None], mesh: Mesh) -> None:
-    for size, name in zip(shape, names, strict=True):
-        axes = [a for a in (RULES[name] if name else ()) if mesh.shape[a] > 1]
-        ways = math.prod(mesh.shape[a] for a in axes)
-        if size % ways:
-            raise RequestError(
-                f"{path}: {name} of size {size} is not divisible by the mesh's {' x '.join(axes)} = {ways}"
-            )
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -196,7 +165,7 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     """How the arrays of a batch lie: split over its rows and, those that run along it, over the sequence."""
 
     def names(name: str, ndim: int) -> list[str | None]:
-        return (["batch", "seq" if sequence.runs_along(name) else None] + [None] * ndim)[:ndim]
+        return (["batch", "seq" if context_parallel.runs_along(name) else None] + [None] * ndim)[:ndim]
 
     return {name: sharding(names(name, a.ndim), mesh) for name, a in batch.items()}
 
@@ -204,10 +173,10 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Host rows, the same in every process -> device arrays, in balanced order where devices share a sequence.
 
-    `llmctl.feed` places rows that each process built for itself.
+    `llmctl.data.device_batches` places rows that each process built for itself.
     """
-    batch = sequence.balanced(batch, mesh.shape["context"])
+    batch = context_parallel.balanced(batch, mesh.shape["context"])
     shardings = batch_shardings(batch, mesh)
-    if hosts.count() > 1:
-        return {k: arrays.put(a, shardings[k]) for k, a in batch.items()}
+    if processes.count() > 1:
+        return {k: host_arrays.put(a, shardings[k]) for k, a in batch.items()}
     return jax.device_put(batch, shardings)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmctl import devices, fate
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.distributed import backend, liveness
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ HEARTBEAT = "LLMCTL_HEARTBEAT"
 SECONDS = 60
 """Its default."""
 FOREVER = 7 * 24 * 3600 * 1000
-"""Milliseconds to wait for a process that works: one that dies is noticed elsewhere (`llmctl.fate`)."""
+"""Milliseconds to wait for a process that works: one that dies is noticed elsewhere (`llmctl.distributed.liveness`)."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     from jax._src import distributed
 
     seconds = _heartbeat()
-    fate.silence()
+    liveness.silence()
     if "cpu" in (os.environ.get("JAX_PLATFORMS") or "cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: `llmctl.stopping`
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: `llmctl.train.preemption`
     # JAX aborts the others with a stack trace where one dies; told that it may be recovered it leaves that to us.
     jax.config.update("jax_enable_recoverability", True)
     try:
@@ -96,7 +96,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     state = distributed.global_state
     _place = Place(state.process_id, state.num_processes)
     host = str(state.coordinator_address).rsplit(":", 1)[0]
-    fate.bind(_place.index, _place.count, host, seconds, lambda value: tell(lambda: value))
+    liveness.bind(_place.index, _place.count, host, seconds, lambda value: tell(lambda: value))
 
 
 def _heartbeat() -> int:
@@ -143,7 +143,7 @@ def found() -> dict[str, Any] | None:
     pods = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
     if "," in pods or int(env.get("MEGASCALE_NUM_SLICES") or "1") > 1:
         return {"cluster_detection_method": "gketpu" if pods else "gcetpu"}
-    if not pods and any(any(Path("/dev").glob(files)) for files in devices.TPU_FILES):
+    if not pods and any(any(Path("/dev").glob(files)) for files in backend.TPU_FILES):
         from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 
         if GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1:
@@ -242,7 +242,7 @@ def leave(code: int, line: str) -> int:
     if first() and line:
         sys.stderr.write(f"llmctl: {line}\n")
     if _place.count > 1:
-        fate.leave(code, line)
+        liveness.leave(code, line)
         import jax
 
         jax.distributed.shutdown()

@@ -13,18 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmctl import losses
-from llmctl.artifact import Artifact
-from llmctl.data import baselines, pipeline
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.examples import SequencePairRows
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data import prefetch
+from llmctl.data.device_batches import Feed
+from llmctl.data.examples.labelled import SequencePairRows
+from llmctl.data.examples.task_rows import objective, task_rows
+from llmctl.data.pretraining import baselines
 from llmctl.data.splits import Examples
-from llmctl.data.tasks import objective, task_rows
-from llmctl.errors import RequestError
+from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.evaluate import perplexity
-from llmctl.feed import Feed
-from llmctl.model import ModelConfig
-from llmctl.model.loss import loss_of
+from llmctl.model import chunked_loss
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import loss_of
 
 ASKED = {"masked": "15 % of the tokens masked", "next_sentence": "15 % of the tokens masked, half of the pairs true",
          "spans": "15 % of the tokens dropped in spans of 3"}  # fmt: skip
@@ -87,11 +88,11 @@ def _scored(
     """(compiled step, its means over all rows beside what one scores without looking)."""
     step = scorer(artifact.model, dtype)
     total: dict[str, float] = {}
-    with pipeline.eval_batches(rows, feed.size, place=feed.place, spans=feed.spans) as batches:
+    with prefetch.eval_batches(rows, feed.size, place=feed.place, spans=feed.spans) as batches:
         for _, batch in batches:
             found = {k: float(v) for k, v in step(artifact.params, batch).items()}
             total = {k: total.get(k, 0.0) + v for k, v in found.items()}
-    metrics: dict[str, Any] = {k: float(v) for k, v in losses.means(total).items()}
+    metrics: dict[str, Any] = {k: float(v) for k, v in chunked_loss.means(total).items()}
     # A share of tokens is no accuracy of a classifier, which has its own column.
     metrics |= {"token_accuracy": metrics.pop("accuracy"), "nll": metrics.pop("loss")}
     return step, metrics | baselines.guesses(rows, len(rows), sentinels) | {"predicted_tokens": int(total["weight"])}

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import arrays, losses
-from llmctl.data import pipeline
-from llmctl.evaluate import windows
-from llmctl.feed import Feed
-from llmctl.model import ModelConfig, calls
+from llmctl.data import prefetch
+from llmctl.data.device_batches import Feed
+from llmctl.distributed import host_arrays
+from llmctl.evaluate import sliding_window
+from llmctl.model import chunked_loss, functional
+from llmctl.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,15 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
 def row_nll(model: ModelConfig, dtype: str) -> Any:
     """Compiled (params, batch) -> summed NLL [B] (nats) of the weighted targets. Logits exist a chunk at a time."""
 
-    def step(params: calls.Params, batch: dict[str, jax.Array]) -> jax.Array:
-        x_BTD = calls.hidden(model, params, batch, dtype=dtype)
+    def step(params: functional.Params, batch: dict[str, jax.Array]) -> jax.Array:
+        x_BTD = functional.hidden(model, params, batch, dtype=dtype)
 
-        def project(head: calls.Params, x: jax.Array) -> jax.Array:
-            return calls.head_logits(model, head, x, dtype)
+        def project(head: functional.Params, x: jax.Array) -> jax.Array:
+            return functional.head_logits(model, head, x, dtype)
 
-        nll_BT = losses.token_nll(project, calls.head_params(model, params), x_BTD, batch["targets"], model.vocab_size)
+        nll_BT = chunked_loss.token_nll(
+            project, functional.head_params(model, params), x_BTD, batch["targets"], model.vocab_size
+        )
         return jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0), axis=1)
 
     return jax.jit(step)
@@ -97,8 +100,8 @@ def row_nll(model: ModelConfig, dtype: str) -> Any:
 
 def total_nll(
     model: ModelConfig,
-    params: calls.Params,
-    documents: windows.Documents,
+    params: functional.Params,
+    documents: sliding_window.Documents,
     prefix: int | None,
     *,
     context: int,
@@ -120,11 +123,11 @@ def total_nll(
       dtype: compute type; the sum over rows is taken in float64 on the host.
       feed: the way onto the devices.
     """
-    rows = windows.Rows(documents, prefix, context, stride, given)
+    rows = sliding_window.Rows(documents, prefix, context, stride, given)
     step = row_nll(model, dtype)
     total = 0.0
     place, spans = (feed.place, feed.spans) if feed else (None, None)
-    with pipeline.eval_batches(rows, batch_size, place=place, spans=spans) as batches:
+    with prefetch.eval_batches(rows, batch_size, place=place, spans=spans) as batches:
         for _, batch in batches:
-            total += float(np.sum(arrays.read(step(params, batch)), dtype=np.float64))
+            total += float(np.sum(host_arrays.read(step(params, batch)), dtype=np.float64))
     return total, rows.scored

@@ -8,14 +8,14 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from llmctl.artifact import Artifact
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.retrieval import TwoTextRows
-from llmctl.errors import RequestError
-from llmctl.evaluate import regression
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.examples.text_pairs import TwoTextRows
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Measured, Setup, answers, first, programs
-from llmctl.model import calls
-from llmctl.model.loss import reads as woven
+from llmctl.model import functional
+from llmctl.model.losses import reads as woven
 
 CHUNK = 1024
 """Texts that are compared with all candidates at a time."""
@@ -52,10 +52,10 @@ def embed(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     reads = (*READ, *(f"pair_{name}" for name in READ))
 
     @jax.jit
-    def predict(params: calls.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def predict(params: functional.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch = woven(batch)
-        x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
-        z_B2D = calls.outputs(model, params, x_BTD, batch, setup.dtype).reshape(-1, 2, model.d_model)
+        x_BTD = functional.hidden(model, params, batch, dtype=setup.dtype)
+        z_B2D = functional.outputs(model, params, x_BTD, batch, setup.dtype).reshape(-1, 2, model.d_model)
         return z_B2D[:, 0], z_B2D[:, 1]
 
     found = [said for _, said in answers(predict, artifact.params, rows, setup, reads)]

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
-from llmctl import artifact
-from llmctl.artifact import Manifest
+from llmctl.artifacts import artifact
+from llmctl.artifacts.artifact import Manifest
+from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
-from llmctl.errors import RequestError
 from llmctl.evaluate import speed, tasks
 from llmctl.evaluate.report import Result
+from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
-
-if TYPE_CHECKING:
-    from llmctl.stages.eval import Config
 
 
 def results(
-    config: Config, chosen: Mapping[str, Path], examples: Examples, mesh: Mesh, work: Path, say: Callable[[str], None]
+    config: MeasureConfig,
+    chosen: Mapping[str, Path],
+    examples: Examples,
+    mesh: Mesh,
+    work: Path,
+    say: Callable[[str], None],
 ) -> list[Result]:
     """Measures the artifacts `chosen` (name -> folder) on `examples`, whose tokens are kept in the folder `work`.
 
@@ -80,7 +82,7 @@ def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
     return {"artifact": name, "digest": manifest.digest, **scored, **beside}
 
 
-def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: Config) -> None:
+def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: MeasureConfig) -> None:
     """Adds latency (seconds, batch 1) and throughput to the metrics."""
     single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
     batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
@@ -93,7 +95,7 @@ def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: Confi
         }
 
 
-def setup(config: Config, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
+def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
     """How an artifact is measured by the stage's settings and its own. Raises RequestError where they contradict."""
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:

@@ -11,14 +11,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llmctl import arrays
-from llmctl.data import Truncate, pipeline
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.config.errors import RequestError
+from llmctl.data import prefetch
+from llmctl.data.config import Truncate
 from llmctl.data.corpus import Corpus, cached
+from llmctl.data.device_batches import Feed
 from llmctl.data.splits import Examples
-from llmctl.errors import RequestError
-from llmctl.feed import Feed
-from llmctl.model import calls
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.distributed import host_arrays
+from llmctl.model import functional
 
 Batch = dict[str, Any]
 
@@ -77,7 +78,7 @@ class Measured:
 def place(mesh: Mesh, batch: Batch) -> Batch:
     """A host batch, the same in every process, on the devices of `mesh` as `answers` puts it there."""
     lies = Feed(mesh, len(next(iter(batch.values()))), reading_order=True).lies
-    return {name: arrays.put(np.asarray(a), lies(np.ndim(a))) for name, a in batch.items()}
+    return {name: host_arrays.put(np.asarray(a), lies(np.ndim(a))) for name, a in batch.items()}
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
@@ -98,9 +99,9 @@ READ = ("tokens", "segments", "positions", "types")
 
 
 def answers(
-    step: Callable[[calls.Params, Batch], Any],
-    params: calls.Params,
-    rows: pipeline.Rows,
+    step: Callable[[functional.Params, Batch], Any],
+    params: functional.Params,
+    rows: prefetch.Rows,
     setup: Setup,
     reads: tuple[str, ...] = READ,
 ) -> Iterator[tuple[Batch, Any]]:
@@ -113,22 +114,22 @@ def answers(
     def place(batch: Batch) -> tuple[Batch, Batch]:
         return batch, feed.place({k: a for k, a in batch.items() if k in reads or feed.spans is not None})
 
-    with pipeline.eval_batches(rows, setup.batch_size, place=place, spans=feed.spans) as batches:
+    with prefetch.eval_batches(rows, setup.batch_size, place=place, spans=feed.spans) as batches:
         for _, (batch, placed) in batches:
             found = step(params, {k: placed[k] for k in reads if k in placed})
             batch = feed.whole(batch, placed)
             real = batch["row_weight"] > 0
-            yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: arrays.read(a)[r], found)
+            yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: host_arrays.read(a)[r], found)
 
 
-def first(rows: pipeline.Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
+def first(rows: prefetch.Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
     """A batch of the first rows, to time."""
     batch = rows.batch(np.arange(setup.batch_size) % len(rows))
     return {k: batch[k] for k in reads if k in batch}
 
 
 def programs(
-    step: Callable[..., Any], params: calls.Params, inputs: Batch, mesh: Mesh
+    step: Callable[..., Any], params: functional.Params, inputs: Batch, mesh: Mesh
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """(one row, the whole batch) as calls that wait for their result; the inputs are on the devices already."""
     one, many = (place(mesh, {k: v[:n] for k, v in inputs.items()}) for n in (1, None))

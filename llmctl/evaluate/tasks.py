@@ -11,17 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmctl.artifact import Artifact
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.examples import ClassificationRows
-from llmctl.data.tasks import completes
-from llmctl.errors import RequestError
-from llmctl.evaluate import classification as scoring
-from llmctl.evaluate import objectives, places, regression, retrieval
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.device_batches import Feed
+from llmctl.data.examples.labelled import ClassificationRows
+from llmctl.data.examples.task_rows import completes
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.evaluate import objectives, retrieval, token_tasks
 from llmctl.evaluate import perplexity as likelihood
+from llmctl.evaluate.metrics import classification as scoring
+from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, label_map, programs
-from llmctl.feed import Feed
-from llmctl.model import ModelConfig, calls
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 
 def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
@@ -72,9 +74,9 @@ def predictor(model: ModelConfig, dtype: str) -> Any:
     """Compiled (params, batch) -> the likeliest class [B], or the number [B]."""
 
     @jax.jit
-    def predict(params: calls.Params, batch: Batch) -> jax.Array:
-        x_BTD = calls.hidden(model, params, batch, dtype=dtype)
-        y = calls.outputs(model, params, x_BTD, batch, dtype)
+    def predict(params: functional.Params, batch: Batch) -> jax.Array:
+        x_BTD = functional.hidden(model, params, batch, dtype=dtype)
+        y = functional.outputs(model, params, x_BTD, batch, dtype)
         return y if model.head == "regress" else y.argmax(-1)
 
     return predict
@@ -145,10 +147,10 @@ TASKS: dict[tuple[str, str], Callable[[Artifact, Held, Setup], Measured]] = {
     ("encoder_decoder", "lm"): predict_parts,
     ("encoder", "classify"): classify,
     ("encoder_decoder", "classify"): classify,
-    ("decoder", "tokens"): places.tag,
-    ("encoder", "tokens"): places.tag,
-    ("decoder", "span"): places.find,
-    ("encoder", "span"): places.find,
+    ("decoder", "tokens"): token_tasks.tag,
+    ("encoder", "tokens"): token_tasks.tag,
+    ("decoder", "span"): token_tasks.find,
+    ("encoder", "span"): token_tasks.find,
     ("decoder", "embed"): retrieval.embed,
     ("encoder", "embed"): retrieval.embed,
 }

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.artifact import Artifact
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.answers import AnswerRows
-from llmctl.data.tagging import TagRows
-from llmctl.evaluate import classification, entities, squad
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.examples.extractive_qa import AnswerRows
+from llmctl.data.examples.token_labels import TagRows
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.evaluate.metrics import classification, entities, squad
 from llmctl.evaluate.setup import READ, Batch, Held, Measured, Setup, answers, first, label_map, programs
-from llmctl.model import calls
-from llmctl.model.loss import only
+from llmctl.model import functional
+from llmctl.model.losses import only
 
 LONGEST = 200
 """Characters of an answer at most: a limit in tokens would mean something else for every tokenizer."""
@@ -31,9 +31,9 @@ def tag(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     rows = TagRows(held.examples, tokenizers.load(artifact.tokenizer_dir), setup.seq_len, shuffle=False)
 
     @jax.jit
-    def predict(params: calls.Params, batch: Batch) -> jax.Array:
-        x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
-        return calls.outputs(model, params, x_BTD, batch, setup.dtype).argmax(-1)
+    def predict(params: functional.Params, batch: Batch) -> jax.Array:
+        x_BTD = functional.hidden(model, params, batch, dtype=setup.dtype)
+        return functional.outputs(model, params, x_BTD, batch, setup.dtype).argmax(-1)
 
     truth: list[np.ndarray] = []
     said: list[np.ndarray] = []
@@ -84,9 +84,9 @@ def find(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     reads = (*READ, "among", "first", "last")
 
     @jax.jit
-    def predict(params: calls.Params, batch: Batch) -> Any:
-        x_BTD = calls.hidden(model, params, batch, dtype=setup.dtype)
-        return best_span(calls.outputs(model, params, x_BTD, batch, setup.dtype), batch)
+    def predict(params: functional.Params, batch: Batch) -> Any:
+        x_BTD = functional.hidden(model, params, batch, dtype=setup.dtype)
+        return best_span(functional.outputs(model, params, x_BTD, batch, setup.dtype), batch)
 
     N = len(examples)
     best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmctl import mesh as meshes
-from llmctl.mesh import constrain
-from llmctl.model import ModelConfig, flash, names, ring
+from llmctl.distributed import mesh as meshes
+from llmctl.distributed.mesh import constrain
+from llmctl.model import attention_kernels, hf_config, ring_attention
+from llmctl.model.attention_xla import attend
+from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
-from llmctl.model.softmax import attend
 
 PROJECTED = "projected"
 """Name of queries, keys and values as the products made them, for rematerialization policies."""
@@ -28,7 +29,7 @@ class Shared(NamedTuple):
     """What all layers of a stack read; `local_*` serve layers with a window. Absent parts are None."""
 
     mask_BTS: jax.Array | None
-    """None where a ring of devices attends (`llmctl.model.ring`), which makes masks from segments."""
+    """None where a ring of devices attends (`llmctl.model.ring_attention`), which makes masks from segments."""
     local_mask_BTS: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
@@ -74,7 +75,7 @@ def share(
     """Masks and rotary tables of a self-attention stack.
 
     With a cache, these T tokens are slots `slot` to `slot + T` of S, and `cached_BS` has the segments of all slots.
-    Rows in balanced order (`llmctl.sequence`) come with it.
+    Rows in balanced order (`llmctl.distributed.context_parallel`) come with it.
     """
     mask = local = None
     if order_BT is None or not meshes.splits_sequences():
@@ -99,7 +100,7 @@ def share(
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
     """[L] bool: which layers see a window only."""
-    return jnp.asarray(names.local_layers(cfg, layers))
+    return jnp.asarray(hf_config.local_layers(cfg, layers))
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
@@ -156,22 +157,22 @@ class Attention(nn.Module):
         if mask_BTS is None:
             return self._in_a_ring(q, k, v, cast(jax.Array, segments_BT), shared, local)
         if not self.cross and segments_BT is not None and shared.bias_HTS is None:
-            kernel = flash.choose(cfg, q.shape[1], q.dtype).kernel
+            kernel = attention_kernels.choose(cfg, q.shape[1], q.dtype).kernel
             if kernel == "splash":
-                return flash.splash(q, k, v, segments_BT, local, cfg, causal=causal)
+                return attention_kernels.splash(q, k, v, segments_BT, local, cfg, causal=causal)
             if kernel == "cudnn":
-                return flash.cudnn(q, k, v, mask_BTS, cfg)
+                return attention_kernels.cudnn(q, k, v, mask_BTS, cfg)
         return attend(q, k, v, mask_BTS, None if self.cross else shared.bias_HTS, cfg)
 
     def _in_a_ring(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, shared: Shared, local: jax.Array
     ) -> jax.Array:
         if self.cross:
-            return ring.attend(
+            return ring_attention.attend(
                 q, k, v, segments_BT, cast(jax.Array, shared.memory_segments_BS), self.config, causal=False
             )
         causal = shared.causal_BT is not None
-        return ring.attend(
+        return ring_attention.attend(
             q, k, v, segments_BT, segments_BT, self.config, causal=causal, local=local,
             table_UH=shared.bias_table_UH, bucket=partial(bucket_of, self.config, not causal),
         )  # fmt: skip

@@ -1,5 +1,5 @@
 """Attention kernels that never hold all scores, where the platform has one: Pallas' splash attention on TPUs, cuDNN's
-on GPUs (arXiv:2205.14135). Elsewhere, and for what they cannot do, the plain form in `llmctl.model.softmax`.
+on GPUs (arXiv:2205.14135). Elsewhere, and for what they cannot do, the plain form in `llmctl.model.attention_xla`.
 
 The choice is made when a computation is traced, from the mesh's platform and the shapes; `describe` says it, and why.
 Padding (segment 0) attends to padding here and to nothing in the plain form: rows that nobody reads.
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from llmctl import mesh as meshes
-from llmctl.model import ModelConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model.config import ModelConfig
 
 LANES = 128
 """Splash attention works on blocks of this many tokens."""

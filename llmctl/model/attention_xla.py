@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmctl.model import ModelConfig
+from llmctl.model.config import ModelConfig
 
 KEPT = "attention"
 """Name of what the backward pass reads, for rematerialization policies: kept, no product of the scores is repeated."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl.model import ModelConfig
+from llmctl.model.config import ModelConfig
 
 SHARES = {"tokens": 5.0, "positions": 0.25, "types": 3.5}
 """Factors on the embeddings' initial deviation of 0.02; the norm after their sum sees but the proportions."""

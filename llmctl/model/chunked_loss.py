@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmctl import mesh as meshes
-from llmctl import weights
+from llmctl.distributed import mesh as meshes
+from llmctl.model import weights
 
 CHUNK_BYTES = 16 * 2**20
 """Float32 logits of one chunk, about; large enough for full-speed products, small enough to stay near the cores."""

@@ -9,13 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.config import Config, hint
+from llmctl.config.base import Config, hint
 
-SHARED = {
-    *("attention", "beam", "calls", "cost", "decode", "entities", "flash", "gpipe", "heads", "layers"),
-    *("loss", "matching", "names", "ring", "sampling", "session", "size", "softmax", "transformer"),
-}
-"""Files of this folder that are not families."""
+FAMILIES = "llmctl.model.families"
 
 
 class ModelConfig(Config):
@@ -27,7 +23,7 @@ class ModelConfig(Config):
     preset: str = ""
     """Family and size to start from, such as llama-tiny; every other field overrides it."""
     family: str = "llama"
-    """Name map and default flags; a file in `llmctl/model`."""
+    """Name map and default flags; a file in `llmctl/model/families`."""
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """Which stacks there are."""
 
@@ -135,7 +131,7 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
-        from llmctl.model import names
+        from llmctl.model import hf_config
 
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
@@ -149,7 +145,7 @@ class ModelConfig(Config):
                 f"relative_max_distance ({self.relative_max_distance}) must be more than {exact}: up to there every "
                 f"distance has one of the relative_buckets ({self.relative_buckets}) to itself"
             )
-        if wrong := names.wrong_scaling(self.rope_scaling):
+        if wrong := hf_config.wrong_scaling(self.rope_scaling):
             raise ValueError(wrong)
         if self.window_layers and not self.window:
             raise ValueError("window_layers needs a window")
@@ -162,7 +158,8 @@ class ModelConfig(Config):
 
 def families() -> list[str]:
     """Every family, from the file names."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED)
+    folder = importlib.import_module(FAMILIES)
+    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
 
 
 def presets() -> list[str]:
@@ -172,7 +169,7 @@ def presets() -> list[str]:
 
 def family(name: str) -> ModuleType:
     """The module of a family: FLAGS, SIZES and, where the world has its weights, BRIDGE."""
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{FAMILIES}.{name}")
 
 
 def defaults(preset: str, name: str) -> dict[str, Any]:

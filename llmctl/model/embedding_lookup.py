@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from llmctl import mesh as meshes
-from llmctl import weights
+from llmctl.distributed import mesh as meshes
+from llmctl.model import weights
 
 
 def take(table_VD: weights.Weight, ids_BT: jax.Array, rows: str | None, dtype: Any) -> jax.Array:

@@ -1,6 +1,6 @@
 """Entities in tagged words, counted where the tags are: so that validation can choose parameters by their F1.
 
-`llmctl.evaluate.entities` reads the same entities in words and says more about them.
+`llmctl.evaluate.metrics.entities` reads the same entities in words and says more about them.
 
 Shapes: B texts, T tokens, W words (T at most), C labels.
 """

@@ -6,7 +6,8 @@ count nothing (as arXiv:2204.02311, appendix B, has it for utilization), of atte
 
 from __future__ import annotations
 
-from llmctl.model import ModelConfig, names
+from llmctl.model import hf_config
+from llmctl.model.config import ModelConfig
 
 
 def parameters(cfg: ModelConfig) -> dict[str, int]:
@@ -42,7 +43,7 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
         matrices = cfg.d_model * (cfg.labels if cfg.head == "tokens" else 2)
     total = 2.0 * matrices * (length if predicted is None else predicted)
     causal = cfg.architecture != "encoder"
-    local = sum(names.local_layers(cfg, cfg.layers))
+    local = sum(hf_config.local_layers(cfg, cfg.layers))
     pairs = length * (local * _seen(length, cfg.window, causal) + (cfg.layers - local) * _seen(length, 0, causal))
     total += 2.0 * length * cfg.layers * _matrices(cfg)
     if cfg.encoder_layers:

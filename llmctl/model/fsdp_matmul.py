@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl import mesh as meshes
+from llmctl.distributed import mesh as meshes
 
 Axes = tuple[str, str]
 

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl import training_matmul, weights
-from llmctl.errors import RequestError
-from llmctl.mesh import shard_params
-from llmctl.model import ModelConfig, matching
+from llmctl.config.errors import RequestError
+from llmctl.model import bert_init, quantized_matmul, weights
 from llmctl.model.attention import Shared, local_layers
+from llmctl.model.config import ModelConfig
 from llmctl.model.heads import TaskHead
+from llmctl.model.param_sharding import shard_params
 from llmctl.model.transformer import Batch, Block, LMHead, Transformer
 
 Params = dict[str, Any]
@@ -60,7 +60,7 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters."""
     params = nn.meta.unbox(_boxed_init(cfg, key))
-    return matching.begin(cfg, params) if matching.suits(cfg) else params
+    return bert_init.begin(cfg, params) if bert_init.suits(cfg) else params
 
 
 def abstract(cfg: ModelConfig) -> Params:
@@ -69,7 +69,7 @@ def abstract(cfg: ModelConfig) -> Params:
 
 
 def axes(cfg: ModelConfig) -> Params:
-    """The logical axes of every parameter: a tuple of names for `llmctl.mesh.RULES`."""
+    """The logical axes of every parameter: a tuple of names for `llmctl.distributed.mesh.RULES`."""
     return _of_boxes(cfg, lambda box: box.names)
 
 
@@ -130,7 +130,7 @@ def hidden(
     body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
     rngs = {} if rng is None else {"dropout": rng}
     # Who only looks on (validation, a teacher) computes in `dtype`, also where the products of training have 8 bits.
-    with contextlib.nullcontext() if train else training_matmul.use({}):
+    with contextlib.nullcontext() if train else quantized_matmul.use({}):
         return _apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, rngs=rngs)
 
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmctl.model import ModelConfig
+from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Dense
 
 

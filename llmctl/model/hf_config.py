@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 Fields = dict[str, Any]
 

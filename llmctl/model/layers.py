@@ -13,10 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmctl import gathered, training_matmul, weights
-from llmctl import mesh as meshes
-from llmctl.mesh import constrain
-from llmctl.model import ModelConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.distributed.mesh import constrain
+from llmctl.model import fsdp_matmul, quantized_matmul, weights
+from llmctl.model.config import ModelConfig
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -42,9 +42,9 @@ class Dense(nn.Module):
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, unbox=True)
-        kind = training_matmul.kind_of("/".join(self.path))
-        if isinstance(kernel, jax.Array) and not kind and gathered.splits(self.axes):
-            y = cast(jax.Array, gathered.matmul(x, kernel, self.axes, self.dtype))
+        kind = quantized_matmul.kind_of("/".join(self.path))
+        if isinstance(kernel, jax.Array) and not kind and fsdp_matmul.splits(self.axes):
+            y = cast(jax.Array, fsdp_matmul.matmul(x, kernel, self.axes, self.dtype))
         else:
             y = weights.matmul(x, kernel, self.dtype, kind, fold=not meshes.splits_sequences())
         if self.bias:

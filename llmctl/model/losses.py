@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import losses
-from llmctl import mesh as meshes
-from llmctl.model import ModelConfig, calls, entities
+from llmctl.distributed import mesh as meshes
+from llmctl.model import chunked_loss, entity_counts, functional
+from llmctl.model.config import ModelConfig
 from llmctl.model.transformer import Batch
 
 Sums = dict[str, jax.Array]
@@ -51,29 +51,29 @@ def loss_of(
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
         batch = reads(batch)
-        x_BTD = calls.hidden(cfg, params, batch, train=key is not None, rng=key, dtype=dtype, remat=remat)
+        x_BTD = functional.hidden(cfg, params, batch, train=key is not None, rng=key, dtype=dtype, remat=remat)
         return answer[cfg.head](cfg, params, x_BTD, batch, dtype, label_smoothing, z_loss)
 
     return loss
 
 
-def project(cfg: ModelConfig, dtype: Any) -> losses.Project:
+def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
     """(`calls.head_params`, hidden states) -> logits, for the chunked losses."""
-    return lambda head, x: calls.head_logits(cfg, head, x, dtype)
+    return lambda head, x: functional.head_logits(cfg, head, x, dtype)
 
 
 def _lm(
     cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
 ) -> tuple[jax.Array, Sums]:
-    head = calls.head_params(cfg, params)
+    head = functional.head_params(cfg, params)
     x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-    total, sums = losses.cross_entropy(
+    total, sums = chunked_loss.cross_entropy(
         project(cfg, dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
     )
     found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
     if not (cfg.next_sentence and "next_label" in batch):
         return total, found
-    logits_B2 = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    logits_B2 = functional.outputs(cfg, params, x_BTD, batch, dtype)
     label_B = batch["next_label"]
     follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
     # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a whole row.
@@ -97,14 +97,14 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
 def _classify(
     cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
 ) -> tuple[jax.Array, Sums]:
-    logits_BC = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    logits_BC = functional.outputs(cfg, params, x_BTD, batch, dtype)
     return class_sums(logits_BC, batch["label"], row_weight(batch, batch["label"]), smoothing, z)
 
 
 def _regress(
     cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
 ) -> tuple[jax.Array, Sums]:
-    y_B = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    y_B = functional.outputs(cfg, params, x_BTD, batch, dtype)
     return number_sums(y_B, batch["label"], row_weight(batch, batch["label"]))
 
 
@@ -118,17 +118,17 @@ def _tokens(
     smoothing: float,
     z: float,
 ) -> tuple[jax.Array, Sums]:
-    logits_BTC = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    logits_BTC = functional.outputs(cfg, params, x_BTD, batch, dtype)
     loss, sums = class_sums(logits_BTC, batch["targets"], batch["weights"], smoothing, z)
     if marks is not None:
-        sums |= entities.sums(marks, batch["targets"], logits_BTC.argmax(-1), batch["weights"], batch.get("order"))
+        sums |= entity_counts.sums(marks, batch["targets"], logits_BTC.argmax(-1), batch["weights"], batch.get("order"))
     return loss, sums
 
 
 def _span(
     cfg: ModelConfig, params: dict[str, Any], x_BTD: jax.Array, batch: Batch, dtype: Any, smoothing: float, z: float
 ) -> tuple[jax.Array, Sums]:
-    logits_BT2 = calls.outputs(cfg, params, x_BTD, batch, dtype)
+    logits_BT2 = functional.outputs(cfg, params, x_BTD, batch, dtype)
     among = batch["among"]
     return place_sums(lambda k, at, weight: class_sums(logits_BT2[..., k], at, weight, smoothing, z, among), batch)
 
@@ -162,7 +162,7 @@ def _embed(
     smoothing: float,
     z: float,
 ) -> tuple[jax.Array, Sums]:
-    near = nearness(calls.outputs(cfg, params, x_BTD, batch, dtype), batch)
+    near = nearness(functional.outputs(cfg, params, x_BTD, batch, dtype), batch)
     weight_B = row_weight(batch, near)
     if "label" in batch:
         return number_sums(near, batch["label"], weight_B)
@@ -209,7 +209,7 @@ def class_sums(
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0
     logits_BC = only(logits_BC, among)
-    log_p, partition_B = losses.target_log_probability(logits_BC, label_B)
+    log_p, partition_B = chunked_loss.target_log_probability(logits_BC, label_B)
     nll_B = -log_p
     loss_B = (1 - smoothing) * nll_B + smoothing * (partition_B - jnp.mean(logits_BC, axis=-1, where=allowed))
     loss_B = loss_B + z * jnp.square(partition_B)
@@ -234,7 +234,7 @@ def soft_class_sums(
 ) -> tuple[jax.Array, Sums]:
     """(1 - hard) * softened KL to the teacher's logits + hard * cross-entropy; the sums also hold "kl"."""
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
-    kl = jnp.sum(losses.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
+    kl = jnp.sum(chunked_loss.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
     return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from llmctl import mesh as meshes
+from llmctl.distributed import mesh as meshes
 from llmctl.model.attention import Shared
 
 Tree = Any

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import qwix
 
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
 
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 """Name of a setting -> (type of operands, type of gradients)."""

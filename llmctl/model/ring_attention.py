@@ -1,6 +1,7 @@
 """Attention over a sequence split over devices: keys and values travel around them in a ring (arXiv:2310.01889).
 
-Rows lie in the balanced order of `llmctl.sequence`, so that causal attention is the same work on every device at every
+Rows lie in the balanced order of `llmctl.distributed.context_parallel`, so that causal attention is the same work on
+every device at every
 step; what nobody sees is not computed. Softmax sums are merged in float32 from step to step. The backward pass goes
 around once more: kept are q, k, v, the output and one number a row.
 
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from llmctl import mesh as meshes
-from llmctl import sequence
-from llmctl.model import ModelConfig, softmax
+from llmctl.distributed import context_parallel
+from llmctl.distributed import mesh as meshes
+from llmctl.model import attention_xla
+from llmctl.model.config import ModelConfig
 
 AXIS = "context"
 
@@ -91,7 +93,7 @@ def _forward(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> A
     numbers = PartitionSpec(*specs[0][:3])
     run = meshes.per_device(partial(_forward_here, plan), plan.mesh, specs, (specs[0], numbers))
     kept = (q, k, v, *run(q, k, v, about, table_UH))
-    q, k, v, y, top_BTH = (checkpoint_name(a, softmax.KEPT) for a in kept)
+    q, k, v, y, top_BTH = (checkpoint_name(a, attention_xla.KEPT) for a in kept)
     return y, (q, k, v, about, table_UH, y, top_BTH)
 
 
@@ -116,11 +118,11 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     N = here.q.shape[-2]
     numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
-    seen = softmax.Sums(jnp.zeros(here.q.shape, jnp.float32), numbers + softmax.MASKED, numbers)
+    seen = attention_xla.Sums(jnp.zeros(here.q.shape, jnp.float32), numbers + attention_xla.MASKED, numbers)
 
-    def look(seen: softmax.Sums, block: Block, step: Any) -> softmax.Sums:
+    def look(seen: attention_xla.Sums, block: Block, step: Any) -> attention_xla.Sums:
         for a, b in here.pairs(step):
-            new = softmax.sums(plan.softcap, *here.operands(a, b, block), *here.visible(a, b, block, step))
+            new = attention_xla.sums(plan.softcap, *here.operands(a, b, block), *here.visible(a, b, block, step))
             seen = jax.tree.map(partial(_put, a), seen, _merge(jax.tree.map(partial(_at, a), seen), new))
         return seen
 
@@ -144,13 +146,13 @@ def _backward_here(
     P, N = here.q.shape[0], here.q.shape[-2]
     d_y_PBGNK = _fold(d_y, P, here.q.shape[2])
     rows = (*here.q.shape[:3], N // here.length, here.length, 1)
-    top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, softmax.share_of(d_y, y)))
+    top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, attention_xla.share_of(d_y, y)))
 
     def look(d_q: jax.Array, d_table: Any, d_kv: Any, block: Block, step: Any) -> Any:
         for a, b in here.pairs(step):
             seen = (_at(a, top), 1.0, _at(a, share))
             visible = here.visible(a, b, block, step)
-            *new, d_scores = softmax.pull(
+            *new, d_scores = attention_xla.pull(
                 plan.softcap, *here.operands(a, b, block), *visible, seen, _at(a, d_y_PBGNK), wide=True
             )
             d_q = _put(a, d_q, _at(a, d_q) + new[0])
@@ -192,7 +194,7 @@ class _Here:
         self.segments_PBc = _chunks(about[0], self.chunks)
 
     def pairs(self, step: Any) -> list[tuple[Any, Any]]:
-        return sequence.pairs(self.plan.causal, step, self.device, jnp.where)
+        return context_parallel.pairs(self.plan.causal, step, self.device, jnp.where)
 
     def operands(self, a: Any, b: Any, block: Block) -> tuple[jax.Array, jax.Array, jax.Array]:
         return _at(a, self.q), _at(b, block.k), _at(b, block.v)
@@ -240,14 +242,14 @@ def _block(plan: Plan, k: jax.Array, v: jax.Array, segments_Bs: jax.Array) -> Bl
     return Block(_fold(k, P, G), _fold(v, P, G), _chunks(segments_Bs, P))
 
 
-def _merge(old: softmax.Sums, new: softmax.Sums) -> softmax.Sums:
+def _merge(old: attention_xla.Sums, new: attention_xla.Sums) -> attention_xla.Sums:
     top = jnp.maximum(old.top, new.top)
     values, total = jnp.zeros(()), jnp.zeros(())
     for part in (old, new):
         scale = jnp.exp(part.top - top)
         values += part.values * scale.reshape(*part.values.shape[:-1], 1)
         total += part.total * scale
-    return softmax.Sums(values, top, total)
+    return attention_xla.Sums(values, top, total)
 
 
 def _at(chunk: Any, a: jax.Array) -> jax.Array:

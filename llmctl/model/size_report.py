@@ -1,10 +1,11 @@
-"""What `llmctl show --config` says of a model before it exists: `llmctl.model.cost` as one JSON object."""
+"""What `llmctl show --config` says of a model before it exists: `llmctl.model.flops` as one JSON object."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import ModelConfig, cost
+from llmctl.model import flops
+from llmctl.model.config import ModelConfig
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
@@ -17,8 +18,8 @@ def report(cfg: ModelConfig, seq_len: int = 0) -> dict[str, Any]:
       seq_len: length of the sequences; 0 takes the model's longest, but 2,048 at most.
     """
     length = seq_len or min(cfg.max_seq_len, 2048)
-    counts, forward = cost.parameters(cfg), cost.flops(cfg, length)
-    cache = cost.kv_cache(cfg) if cfg.architecture != "encoder" else 0
+    counts, forward = flops.parameters(cfg), flops.flops(cfg, length)
+    cache = flops.kv_cache(cfg) if cfg.architecture != "encoder" else 0
     return {
         "family": cfg.family,
         "architecture": cfg.architecture,

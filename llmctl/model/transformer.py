@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import Scope
 
-from llmctl import lookup, weights
-from llmctl.mesh import constrain
-from llmctl.model import ModelConfig, gpipe
+from llmctl.distributed.mesh import constrain
+from llmctl.model import embedding_lookup, pipeline_parallel, weights
 from llmctl.model.attention import (
     PROJECTED,
     Attention,
@@ -27,8 +26,9 @@ from llmctl.model.attention import (
     share,
     visible,
 )
+from llmctl.model.attention_xla import KEPT
+from llmctl.model.config import ModelConfig
 from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout
-from llmctl.model.softmax import KEPT
 
 Batch = dict[str, jax.Array]
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """L blocks as one scan, whose parameters are stacked on axis 0; compile time does not grow with L.
 
-    On a mesh with a `pipeline` axis each of its devices scans over its own layers (`llmctl.model.gpipe`).
+    On a mesh with a `pipeline` axis each of its devices scans over its own layers (`llmctl.model.pipeline_parallel`).
     """
 
     config: ModelConfig
@@ -137,12 +137,12 @@ class Stack(nn.Module):
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
         keys_L = None if key is None else jax.random.split(key, self.layers)
         own = (local_layers(self.config, self.layers), keys_L)
-        if gpipe.stages() == 1 or self.is_initializing():
+        if pipeline_parallel.stages() == 1 or self.is_initializing():
             x_BTD, _ = self.blocks(x_BTD, shared, *own)
         else:
             blocks = self.variables["params"]["blocks"]
             layer = jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
-            x_BTD = gpipe.run(self._layer if self.remat == "none" else layer, blocks, own, x_BTD, shared)
+            x_BTD = pipeline_parallel.run(self._layer if self.remat == "none" else layer, blocks, own, x_BTD, shared)
         return self.finish(x_BTD)
 
     def _layer(self, params: Any, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: Any) -> jax.Array:
@@ -170,7 +170,7 @@ class Embed(nn.Module):
         def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
             init = nn.with_logical_partitioning(nn.initializers.normal(deviation), (axis, "embed_in"))
             w = cast(weights.Weight, self.param(name, init, (rows, cfg.d_model)))
-            return partial(lookup.take, w, rows=axis, dtype=self.dtype)
+            return partial(embedding_lookup.take, w, rows=axis, dtype=self.dtype)
 
         # Where hidden states are scaled by d_model ** -0.5 before the table is the output projection, logits of about
         # unit variance ask for entries of unit variance (T5).
@@ -257,7 +257,7 @@ class Transformer(nn.Module):
         else:
             memory = self.encode(batch) if self.config.encoder_layers else None
             x_BTD = self.decoder(*self.start(batch, memory))
-        return gpipe.spread(x_BTD)
+        return pipeline_parallel.spread(x_BTD)
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
         """Embeddings and shared masks of the stack that reads `tokens`.

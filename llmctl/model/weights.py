@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from llmctl import training_matmul
+from llmctl.model import quantized_matmul
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["activations"])
@@ -81,7 +81,7 @@ def matmul(x: jax.Array, w: Weight, dtype: Any, kind: str = "", fold: bool = Tru
     if isinstance(w, Quantized):
         y_NO = _quantized_matmul(x_NI, w, dtype)
     elif kind:
-        y_NO = cast(jax.Array, training_matmul.matmul(x_NI, w.astype(dtype), kind))
+        y_NO = cast(jax.Array, quantized_matmul.matmul(x_NI, w.astype(dtype), kind))
     else:
         y_NO = jnp.matmul(x_NI, w.astype(dtype))
     return y_NO.reshape(*x.shape[:-1], w.shape[-1])

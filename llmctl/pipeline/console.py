@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from llmctl import hosts
+from llmctl.distributed import processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """One line to people, on stderr."""
-    if hosts.first():
+    if processes.first():
         Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def result(value: Any) -> None:
     """One JSON object on stdout, and nothing else there. Values that JSON does not have (NaN) become null."""
-    if hosts.first():
+    if processes.first():
         sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
 def show(renderable: Any) -> None:
     """A table or a text for people, on stdout. Off a terminal it is as wide as it needs to be: nothing is cut."""
-    if not hosts.first():
+    if not processes.first():
         return
     console = Console()
     if not console.is_terminal:
@@ -46,7 +46,7 @@ def folder(path: Path | None) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="llmctl-") as temporary:
-        yield Path(hosts.tell(lambda: temporary)) / "result"
+        yield Path(processes.tell(lambda: temporary)) / "result"
 
 
 def _finite(value: Any) -> Any:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import atomic, stages
-from llmctl.config import Config, assign, hint, merge, parse_value, read_toml, section, validate
-from llmctl.errors import RequestError
+from llmctl.artifacts import atomic
+from llmctl.config.base import Config, assign, hint, merge, parse_value, read_toml, section, validate
+from llmctl.config.errors import RequestError
+from llmctl.pipeline import stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from llmctl.stages import StageConfig
+    from llmctl.pipeline.stage import StageConfig
 
 MANIFEST = "manifest.json"
 """The file that makes a folder an artifact."""
@@ -75,7 +76,7 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
     name = doc.get("name") or Path(path).stem
     folder = Path(run or doc.get("run") or RUNS / name)
 
-    classes = [stages.load(t["kind"]).Config for t in tables]
+    classes = [stage.load(t["kind"]).Config for t in tables]
     shared = _shared(doc, classes, str(path))
 
     steps: list[Step] = []
@@ -106,7 +107,7 @@ def single(
     Raises:
       RequestError: anything about it is wrong.
     """
-    cls = stages.load(kind).Config
+    cls = stage.load(kind).Config
     values: dict[str, Any] = {}
     if recipe:
         doc = read_toml(recipe)
@@ -115,7 +116,7 @@ def single(
         if len(mine) > 1 and flags.get("name") not in mine:
             raise RequestError(f"{recipe}: has {len(mine)} {kind} stages, say which with --name: {', '.join(mine)}")
         own_table = mine[flags["name"]] if len(mine) > 1 else next(iter(mine.values()), {})
-        shared = _shared(doc, [cls, *(stages.load(t["kind"]).Config for t in tables)], str(recipe))
+        shared = _shared(doc, [cls, *(stage.load(t["kind"]).Config for t in tables)], str(recipe))
         values = merge(shared[0], own_table, cls)
     for text in sets:
         path, value = _assignment(text)
@@ -155,9 +156,7 @@ def _set(doc: dict[str, Any], text: str) -> None:
 def _own(table: Any, path: list[str]) -> bool:
     """Whether a stage's own table says the shared setting `path`."""
     kind = table.get("kind", "") if isinstance(table, dict) else ""
-    return (
-        kind in stages.kinds() and path[0] in _shareable(stages.load(kind).Config) and ".".join(path) in _paths(table)
-    )
+    return kind in stage.kinds() and path[0] in _shareable(stage.load(kind).Config) and ".".join(path) in _paths(table)
 
 
 def _assignment(text: str) -> tuple[list[str], Any]:
@@ -177,11 +176,11 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
     for i, table in enumerate(tables):
         kind = table.get("kind")
         if kind is None:
-            raise RequestError(f"{file}: stage.{i}.kind: is required; one of {', '.join(stages.kinds())}")
-        if kind not in stages.kinds():
+            raise RequestError(f"{file}: stage.{i}.kind: is required; one of {', '.join(stage.kinds())}")
+        if kind not in stage.kinds():
             raise RequestError(
-                f"{file}: stage.{i}.kind: no stage {kind!r}{hint(str(kind), stages.kinds())}"
-                f"; there are {', '.join(stages.kinds())}"
+                f"{file}: stage.{i}.kind: no stage {kind!r}{hint(str(kind), stage.kinds())}"
+                f"; there are {', '.join(stage.kinds())}"
             )
         name = table.get("name", kind)
         _check_name(name, f"{file}: stage.{i}.name")
@@ -225,7 +224,7 @@ def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: 
 
 
 def _shareable(cls: type[Config]) -> list[str]:
-    unshared = cls.unshared if issubclass(cls, stages.StageConfig) else ()
+    unshared = cls.unshared if issubclass(cls, stage.StageConfig) else ()
     return [f.alias or name for name, f in cls.model_fields.items() if name not in unshared]
 
 

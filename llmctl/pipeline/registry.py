@@ -1,7 +1,8 @@
 """What commands there are, from the files that hold them, without importing any: so `--help` answers at once.
 
-A stage is a file in `llmctl/stages` with a class `Config`; any other command is a file in `llmctl/commands` with a
-function of the file's name. Where a name is a Python keyword, file and function end in an underscore (`import_.py`).
+A stage is a file in `llmctl/pipeline/stages` with a class `Config`. Any other command is a file in
+`llmctl/cli/commands` with a function of the file's name. If the name is a Python keyword, file and function end in an
+underscore (`import_.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import ast
 import pkgutil
 from pathlib import Path
 
-STAGES, COMMANDS = Path(__file__).parent / "stages", Path(__file__).parent / "commands"
+STAGES = Path(__file__).parent / "stages"
+COMMANDS = Path(__file__).parent.parent / "cli" / "commands"
 ORDER = (
     *("run", "pretrain", "finetune", "prune", "quantize", "distill", "eval"),
     *("generate", "import", "export", "prepare", "plan", "show", "report", "doctor"),
@@ -30,8 +32,7 @@ def commands() -> list[str]:
 
 def module(name: str) -> str:
     """The module that holds a stage or a command."""
-    folder = "stages" if name in stages() else "commands"
-    return f"llmctl.{folder}.{symbol(name) if folder == 'commands' else name}"
+    return f"llmctl.pipeline.stages.{name}" if name in stages() else f"llmctl.cli.commands.{symbol(name)}"
 
 
 def symbol(name: str) -> str:

@@ -12,17 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import artifact, atomic, devices, hosts, stages
-from llmctl.config import Config, hint, keyed
-from llmctl.data import SourceConfig
-from llmctl.errors import LlmctlError, RequestError, WorkError
-from llmctl.recipe import MANIFEST, out_name
-from llmctl.stages import Context
+from llmctl.artifacts import artifact, atomic
+from llmctl.artifacts.workspace import Context
+from llmctl.config.base import Config, hint, keyed
+from llmctl.config.errors import LlmctlError, RequestError, WorkError
+from llmctl.data.config import SourceConfig
+from llmctl.distributed import backend
+from llmctl.distributed import processes as hosts
+from llmctl.pipeline import stage
+from llmctl.pipeline.recipe import MANIFEST, out_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from llmctl.recipe import Recipe, Step
+    from llmctl.pipeline.recipe import Recipe, Step
 
 WORK = ".work"
 """Folder of a run where stages keep what they need while they work."""
@@ -52,7 +55,7 @@ def run(
       recipe: resolved steps.
       only: names of the steps to run; what they start from must be there and up to date. Empty runs all.
       say: is told one line a step.
-      processes: what `llmctl.hosts.join` takes.
+      processes: what `llmctl.distributed.processes.join` takes.
 
     Returns:
       The names of the steps that ran.
@@ -67,7 +70,7 @@ def run(
             raise RequestError(f"--only {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
     platforms = {s.config.platform for s in recipe.steps if not only or s.name in only} - {""}
     if len(platforms) == 1:  # several are refused once it is known what is due
-        devices.choose(platforms)
+        backend.choose(platforms)
     hosts.join(**processes or {})
     # All settings, not those of a key alone: a process that saves when others do not waits for them for ever.
     hosts.check_same([[s.config.model_dump(mode="json") for s in recipe.steps], list(only)], "the recipe")
@@ -84,7 +87,7 @@ def run(
     with lock(recipe.run / WORK / "run.lock", shared=one):
         hosts.check_shared(recipe.run / WORK)
         if due:
-            devices.settle((t.step.config.platform for t in due), say)
+            backend.settle((t.step.config.platform for t in due), say)
         for i, task in enumerate(wanted, 1):
             name = task.step.name
             with lock(recipe.run / WORK / f"{name}.lock") if one else contextlib.nullcontext():
@@ -115,7 +118,7 @@ def plan(recipe: Recipe) -> list[Task]:
     return tasks
 
 
-def key(config: stages.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
+def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
     """The content key of a stage's result: equal keys mean equal results.
 
     sha256 over the canonical JSON of the config without its unkeyed fields, the keys of all artifacts it reads, the
@@ -149,7 +152,7 @@ def sections(config: Any) -> Iterator[Any]:
 
 def fetch(config: Any) -> None:
     """Downloads what a config may download and is not there: before keys are taken, which are over what is read."""
-    from llmctl.data import datasets
+    from llmctl.data.sources import datasets
 
     for section in sections(config):
         if isinstance(section, SourceConfig):
@@ -193,7 +196,7 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     siblings = {name: folder(of) for name, of in step.others.items()}
     parent = folder(step.parent) if step.parent else None
     try:
-        stages.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
+        stage.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
     except RequestError:
         if made and hosts.first():  # a request that was wrong leaves nothing behind
             shutil.rmtree(work, ignore_errors=True)

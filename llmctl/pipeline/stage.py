@@ -6,20 +6,16 @@ It leaves its artifact in `ctx.out`.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl import menu
-from llmctl.config import Config, keyed
-from llmctl.settings import MeshConfig
+from llmctl.config.base import Config
+from llmctl.config.settings import MeshConfig
+from llmctl.pipeline import registry
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-    from llmctl.model import ModelConfig
 
 
 class StageConfig(Config):
@@ -55,32 +51,11 @@ class StageConfig(Config):
         return self.name or self.kind
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a stage is told besides its config."""
-
-    out: Path
-    """The artifact's final folder; appears whole or not at all."""
-    work: Path
-    """Scratch folder of this stage (checkpoints, log); survives an interruption, removed on success."""
-    key: str
-    """Content key: equal keys mean equal results."""
-    siblings: dict[str, Path] = field(default_factory=dict)
-    """Artifacts of the same run by name, in order (what `eval` measures, what `distill` calls its teacher)."""
-
-    def leave(self, config: StageConfig, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
-        """Writes what the stage made as the artifact `out`; `about` as for `llmctl.artifact.save`."""
-        from llmctl import artifact
-
-        said = {"stage": config.kind, "key": self.key, "config": keyed(config), "log": self.work / "log.jsonl"}
-        artifact.save(self.out, params, model, **said, **about)
-
-
 def kinds() -> list[str]:
     """Every stage's kind, from the file names."""
-    return menu.stages()
+    return registry.stages()
 
 
 def load(kind: str) -> ModuleType:
     """The stage's module: `Config` (a StageConfig) and `run`. Imports no JAX."""
-    return importlib.import_module(f"llmctl.stages.{kind}")
+    return importlib.import_module(f"llmctl.pipeline.stages.{kind}")

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl import artifact, weights
-from llmctl.artifact import Artifact, Manifest
-from llmctl.config import keyed
-from llmctl.model import ModelConfig, calls
+from llmctl.artifacts import artifact
+from llmctl.artifacts.artifact import Artifact, Manifest
+from llmctl.config.base import keyed
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stage import StageConfig
 from llmctl.plan.sizes import bytes_of
-from llmctl.stages import StageConfig
 
 Params = dict[str, Any]
 
@@ -64,4 +65,4 @@ def masters(params: Params) -> Params:
 
 def on(there: Artifact, mesh: Mesh) -> Artifact:
     """The artifact laid out over another mesh."""
-    return Artifact(there.path, there.manifest, calls.laid_out(there.model, there.params, mesh))
+    return Artifact(there.path, there.manifest, functional.laid_out(there.model, there.params, mesh))

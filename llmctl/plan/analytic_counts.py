@@ -6,9 +6,9 @@ gradients scattered back, activations reduced over tensor after each half of a l
 
 from __future__ import annotations
 
-from llmctl.model import cost
-from llmctl.plan.analytic import AGAIN, AXES, Setup, entries, scores, widths
-from llmctl.plan.hlo import Collective, Counts
+from llmctl.model import flops as cost
+from llmctl.plan.analytic_memory import AGAIN, AXES, Setup, entries, scores, widths
+from llmctl.plan.hlo.counts import Collective, Counts
 
 BLOCK = 512
 """Tokens a block of the attention kernel: whole blocks run or do not."""
@@ -110,7 +110,7 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     if trains:
         add("reduce-scatter", shards, pieces * item * whole * setup.trained, pieces * layers, 0.9)
         # Among devices that hold the same parameters each microbatch's gradients are summed as they are made, in the
-        # compute type; those of the table once, in float32 where XLA looks it up (`llmctl.lookup`).
+        # compute type; those of the table once, in float32 where XLA looks it up (`llmctl.model.embedding_lookup`).
         own, wide = entries(model, setup.mesh), item if setup.size(*shards) > 1 else 4.0
         add("all-reduce", ("data",), item * own.layers * setup.trained * pieces, pieces * layers, 0.0)
         add("all-reduce", ("data",), wide * own.table * setup.trained, 1, 0.0)

@@ -11,19 +11,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmctl.model import ModelConfig, cost
-from llmctl.settings import OptimConfig, TrainConfig
+from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.model import flops
+from llmctl.model.config import ModelConfig
 
 ITEM = {"float32": 4, "bfloat16": 2}
 AXES = ("pipeline", "data", "fsdp", "context", "tensor")
 LOGITS = 16 * 2**20
-"""Bytes of the float32 logits that a chunk of the loss makes (`llmctl.losses.CHUNK_BYTES`)."""
+"""Bytes of the float32 logits that a chunk of the loss makes (`llmctl.model.chunked_loss.CHUNK_BYTES`)."""
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "lion": 1.0, "adafactor": 0.0, "muon": 1.0}
 """Float32 arrays of the optimizer beside a matrix of a layer; muon leaves the rest to AdamW."""
 AGAIN = ("full", "qkv")
 """Recomputations that repeat matrix products."""
 FACTORED_FROM = 128
-"""As `llmctl.optim` has it."""
+"""As `llmctl.train.optim` has it."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,10 @@ class Entries:
 
 def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
     """What a device of a mesh holds: fsdp, context and tensor split every matrix, pipeline the layers."""
-    found = cost.parameters(model)
+    found = flops.parameters(model)
     ways = math.prod(size.get(a, 1) for a in ("fsdp", "context", "tensor"))
-    matrices = model.layers * cost._matrices(model, cross=model.encoder_layers > 0)
-    matrices += model.encoder_layers * cost._matrices(model)
+    matrices = model.layers * flops._matrices(model, cross=model.encoder_layers > 0)
+    matrices += model.encoder_layers * flops._matrices(model)
     table = model.vocab_size * model.d_model
     head = table if model.head == "lm" and not model.tied else 0
     rest = found["total"] - matrices - table - head
@@ -289,7 +290,7 @@ def layer(setup: Setup, times: int = 1) -> float:
 def _cache(setup: Setup) -> float:
     if not setup.cached:
         return 0.0
-    a_token = cost.kv_cache(setup.model, setup.item)
+    a_token = flops.kv_cache(setup.model, setup.item)
     return setup.rows * setup.cached * a_token / setup.size("data", "fsdp", "tensor")
 
 

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl.errors import RequestError, WorkError
-from llmctl.plan.programs import Program
+from llmctl.config.errors import RequestError, WorkError
 from llmctl.plan.topologies import Topology
+from llmctl.plan.training_programs import Program
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl import mesh as meshes
-from llmctl import weights
-from llmctl.artifact import Artifact
+from llmctl.artifacts.artifact import Artifact
 from llmctl.compress import prune, shrink, structured
 from llmctl.compress import quantize as rounding
 from llmctl.compress.calibrate import Collect, empty, moments, nothing, passes, putter
+from llmctl.compress.calibration_data import READ
 from llmctl.compress.pattern import Pattern
-from llmctl.compress.samples import READ
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls, cost
-from llmctl.plan import outcome, turns
-from llmctl.plan import rows as made_up
-from llmctl.plan.programs import Plan, Program, batch_of
-from llmctl.stages import prune as pruning
-from llmctl.stages import quantize as quantizing
+from llmctl.config.errors import RequestError
+from llmctl.distributed import mesh as meshes
+from llmctl.model import flops as cost
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stages import prune as pruning
+from llmctl.pipeline.stages import quantize as quantizing
+from llmctl.plan import abstract_artifact, small_programs
+from llmctl.plan import dummy_rows as made_up
+from llmctl.plan.training_programs import Plan, Program, batch_of
 
 Tree = Any
 
@@ -43,11 +44,11 @@ def of_prune(config: pruning.Config, base: Artifact, mesh: Mesh) -> Plan:
         calibrated = prune.METHODS[config.method].calibrated
         found = _walk(config, base, model, params, moments, mesh, True) if calibrated else []
         found.append(_one_matrix(config, model, params, pattern, found[:1], mesh))
-        return found, outcome.left(config, params, model, base=base, pruned=True)
+        return found, abstract_artifact.left(config, params, model, base=base, pruned=True)
     target = shrink.target(
         model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by, multiple=config.multiple
     )
-    small = calls.laid_out(target, calls.abstract(target), mesh)
+    small = functional.laid_out(target, functional.abstract(target), mesh)
     shrink.check_cuttable(model, params, target)
     found = []
     if (target.layers, target.encoder_layers) != (model.layers, model.encoder_layers):
@@ -57,24 +58,24 @@ def of_prune(config: pruning.Config, base: Artifact, mesh: Mesh) -> Plan:
         cut = model.model_copy(update=depths)
         shallow = _of_depth(cut, params, mesh)
         found += _walk(config, base, cut, shallow, structured.collector(cut, target), mesh, True)
-    return found, outcome.left(config, small, target, base=base)
+    return found, abstract_artifact.left(config, small, target, base=base)
 
 
 def merged(base: Artifact, mesh: Mesh) -> Tree:
     """The parent's parameters without low-rank pairs, as the stages begin."""
     if not any(isinstance(w, weights.LowRank) for w in weights.flatten(base.params).values()):
         return base.params
-    return calls.laid_out(base.model, jax.eval_shape(weights.merge_low_rank, base.params), mesh)
+    return functional.laid_out(base.model, jax.eval_shape(weights.merge_low_rank, base.params), mesh)
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
     """The parameters with as many layers as `model` has."""
     out = dict(params)
-    for stack in calls.stacks(model):
-        depth = calls.depth(model, stack)
+    for stack in functional.stacks(model):
+        depth = functional.depth(model, stack)
         blocks = jax.tree.map(lambda a, n=depth: a.update(shape=(n, *a.shape[1:])), params[stack]["blocks"])
         out[stack] = {**params[stack], "blocks": blocks}
-    return calls.laid_out(model, out, mesh)
+    return functional.laid_out(model, out, mesh)
 
 
 def _walk(
@@ -98,7 +99,7 @@ def _walk(
     if model.encoder_layers and "encoder_tokens" not in batch:
         batch |= {f"encoder_{name}": a for name, a in batch.items()}
     dtype = jnp.dtype(config.dtype)
-    stack = calls.stacks(model)[-1]
+    stack = functional.stacks(model)[-1]
     whole = meshes.replicated(mesh)
 
     def over_rows(a: Any) -> Any:
@@ -107,9 +108,11 @@ def _walk(
 
     with meshes.use(mesh):
         memory = (
-            jax.eval_shape(partial(calls.encode, model, dtype=dtype), params, batch) if model.encoder_layers else None
+            jax.eval_shape(partial(functional.encode, model, dtype=dtype), params, batch)
+            if model.encoder_layers
+            else None
         )
-        start = partial(calls.embed, model, dtype=dtype)
+        start = partial(functional.embed, model, dtype=dtype)
         carry = jax.tree.map(over_rows, jax.eval_shape(start, params, batch, memory))
         layer = layer_of(params, stack)
         fresh = empty(model, stack, layer, carry, collect, dtype)
@@ -117,7 +120,7 @@ def _walk(
     look, advance = passes(model, stack, dtype)
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     batches = -(-config.examples // size)
-    depth = calls.depth(model, stack)
+    depth = functional.depth(model, stack)
     held = [base.params] if params is not base.params else []
     waiting = [(carry, batch)] * (batches - 1)
     flops = (cost.row(model, seq_len) - cost.row(model.model_copy(update={"layers": 0}), seq_len)) / model.layers * size
@@ -128,7 +131,7 @@ def _walk(
                 return fn.trace(*takes)
 
         layers, apart = ([layer], ()) if fn is look else ([layer, layer], stats)
-        guess = turns.walk(model, mesh, size, seq_len, str(dtype), stats if fn is look else (), len(layers))
+        guess = small_programs.walk(model, mesh, size, seq_len, str(dtype), stats if fn is look else (), len(layers))
         return Program(
             title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size, seq_len=seq_len,
             dtype=str(dtype), steps=depth * batches, parameters=[params, held, layers],
@@ -149,8 +152,8 @@ def _putting(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, i
     rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}
     return replace(
         walk, title="changed layer put back", trace=lambda: putter(blocks).trace(blocks, layer, index), flops=0.0,
-        tokens=0, rows=0, seq_len=0, steps=calls.depth(walk.model, stack), parameters=[walk.parameters, layer],
-        cache=(), beside=[rest, held, layer, walk.batch], guess=turns.putting(layer),
+        tokens=0, rows=0, seq_len=0, steps=functional.depth(walk.model, stack), parameters=[walk.parameters, layer],
+        cache=(), beside=[rest, held, layer, walk.batch], guess=small_programs.putting(layer),
     )  # fmt: skip
 
 
@@ -169,7 +172,7 @@ def _one_matrix(
     config: pruning.Config, model: ModelConfig, params: Tree, pattern: Pattern, walk: list[Program], mesh: Mesh
 ) -> Program:
     """Zeros in the largest matrix of a layer, beside what the walk holds or, without one, all that is pruned so far."""
-    flat = weights.flatten(layer_of(params, calls.stacks(model)[-1]))
+    flat = weights.flatten(layer_of(params, functional.stacks(model)[-1]))
     path = max((p for p in flat if p.endswith("/kernel")), key=lambda p: math.prod(flat[p].shape))
     w, name = flat[path], path.removesuffix("/kernel")
     stats = walk[0].cache[name] if walk else None
@@ -181,7 +184,7 @@ def _one_matrix(
         lambda: prune.prune.trace(w, stats, method=config.method, pattern=pattern),
         flops=0.0, tokens=0, rows=0, seq_len=0, dtype="float32", steps=model.layers,
         parameters=[held, w], batch=batch, cache=cache, beside=[held, batch, others],
-        guess=turns.zeros(w, config.method, pattern),
+        guess=small_programs.zeros(w, config.method, pattern),
     )  # fmt: skip
 
 
@@ -199,7 +202,7 @@ def of_quantize(config: quantizing.Config, base: Artifact, mesh: Mesh) -> Plan:
         return weights.Quantized(array, "" if chosen[path] == -1 else config.activations)
 
     small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
-    left = calls.laid_out(base.model, weights.unflatten(small), mesh)
+    left = functional.laid_out(base.model, weights.unflatten(small), mesh)
     last = max(chosen, key=lambda path: math.prod(flat[path].shape))
     w = flat[last]
     held = [base.params] if params is not base.params else []
@@ -210,6 +213,6 @@ def of_quantize(config: quantizing.Config, base: Artifact, mesh: Mesh) -> Plan:
         lambda: rounding.measured.trace(w, config.bits, chosen[last], config.group),
         flops=0.0, tokens=0, rows=0, seq_len=0, dtype="float32", steps=1,
         parameters=[params, held, done], beside=[rest, held, done],
-        guess=turns.rounding(w, weights.flatten(left)[last]),
+        guess=small_programs.rounding(w, weights.flatten(left)[last]),
     )  # fmt: skip
-    return [program], outcome.left(config, left, base.model, base=base)
+    return [program], abstract_artifact.left(config, left, base.model, base=base)

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.data import DataConfig
-from llmctl.data.byte_tokenizer import ByteTokenizer
+from llmctl.data.config import DataConfig
 from llmctl.data.corpus import tokenize
-from llmctl.data.pretraining import Objective
-from llmctl.data.source import Table
+from llmctl.data.examples.task_rows import task_rows
+from llmctl.data.pretraining.objective_rows import Objective
+from llmctl.data.sources.base import Table
 from llmctl.data.splits import Examples
-from llmctl.data.tasks import task_rows
-from llmctl.model import ModelConfig
+from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.model.config import ModelConfig
 
 TOKENIZER = ByteTokenizer.new(sentinels=1000)
 """Stands for the stage's: no array of a row depends on which tokens there are."""

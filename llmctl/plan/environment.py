@@ -6,8 +6,8 @@ import importlib.util
 import os
 import sys
 
-from llmctl.devices import NO_TPU
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.distributed.backend import NO_TPU
 from llmctl.plan.topologies import Topology
 
 ENVIRONMENT = {

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llmctl import mesh as meshes
-from llmctl.artifact import Artifact
-from llmctl.errors import RequestError
-from llmctl.evaluate import measure, objectives, tasks
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.device_batches import Feed
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate import objectives, runner, tasks
 from llmctl.evaluate.perplexity import row_nll
 from llmctl.evaluate.setup import READ, Setup
-from llmctl.feed import Feed
-from llmctl.model import ModelConfig, cost, flash
-from llmctl.plan import analytic
-from llmctl.plan import rows as made_up
-from llmctl.plan.programs import Plan, Program
-from llmctl.stages import eval as evaluation
+from llmctl.model import attention_kernels, flops
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stages import eval as evaluation
+from llmctl.plan import analytic_memory
+from llmctl.plan import dummy_rows as made_up
+from llmctl.plan.training_programs import Plan, Program
 
 STREAM = ("tokens", "targets", "weights", "segments", "positions")
 """What perplexity reads."""
@@ -36,14 +37,14 @@ def of_eval(config: evaluation.Config, chosen: dict[str, Artifact], mesh: Mesh) 
 
 def _scoring(config: evaluation.Config, name: str, chosen: dict[str, Artifact], mesh: Mesh) -> Program:
     model, params = chosen[name].model, chosen[name].params
-    setup = measure.setup(config, mesh, Path(name), chosen[name].manifest)
+    setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
     tasks.task(model, name)
     step, batch = step_of(model, setup.dtype), _batch(config, model, setup)
     tokens = sum(a.size for key, a in batch.items() if key in ("tokens", "encoder_tokens"))
     others = [other.params for other in chosen.values() if other.params is not params] if config.speed else []
 
     def trace() -> Any:
-        with meshes.use(mesh), flash.use("auto"):
+        with meshes.use(mesh), attention_kernels.use("auto"):
             return step.trace(params, batch)
 
     return Program(
@@ -51,7 +52,7 @@ def _scoring(config: evaluation.Config, name: str, chosen: dict[str, Artifact], 
         model,
         mesh,
         trace,
-        flops=cost.of_rows(model, {key: a.shape[1:] for key, a in batch.items()}) * tokens,
+        flops=flops.of_rows(model, {key: a.shape[1:] for key, a in batch.items()}) * tokens,
         tokens=tokens,
         rows=setup.batch_size,
         seq_len=setup.seq_len,
@@ -59,7 +60,7 @@ def _scoring(config: evaluation.Config, name: str, chosen: dict[str, Artifact], 
         parameters=[params, others],
         batch=batch,
         beside=others,
-        setup=analytic.Setup(
+        setup=analytic_memory.Setup(
             model,
             {a: int(n) for a, n in mesh.shape.items()},
             setup.batch_size,

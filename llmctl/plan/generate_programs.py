@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from llmctl import mesh as meshes
-from llmctl.artifact import Artifact
-from llmctl.errors import RequestError
-from llmctl.model import calls, cost, flash
-from llmctl.model.decode import Decoder, padded_ends
-from llmctl.model.sampling import Sampling, row_keys
-from llmctl.plan import analytic, turns
-from llmctl.plan.programs import Program
-from llmctl.settings import MeshConfig
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import attention_kernels, flops, functional
+from llmctl.model.generate.decode import Decoder, padded_ends
+from llmctl.model.generate.sampling import Sampling, row_keys
+from llmctl.plan import analytic_memory, small_programs
+from llmctl.plan.training_programs import Program
 
 DTYPE = "float32"
 """The command's default."""
@@ -54,7 +54,7 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh, platform: str = "") -
 
     made: list[Decoder] = []
 
-    def served(params: calls.Params) -> Any:
+    def served(params: functional.Params) -> Any:
         made.append(Decoder(there.model, params, DTYPE, platform=platform))
         return made[0].weights
 
@@ -71,11 +71,11 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh, platform: str = "") -
     step = jax.jit(decoder.one, static_argnames="rules", donate_argnums=1)
 
     def prefill() -> Any:
-        with meshes.use(one), flash.use("auto"):
+        with meshes.use(one), attention_kernels.use("auto"):
             return first.trace(params, inputs, keys, ends, slots=slots, rules=rules)
 
     def decode() -> Any:
-        with meshes.use(one), flash.use("auto"):
+        with meshes.use(one), attention_kernels.use("auto"):
             return step.trace(params, state, keys, ends, rules=rules)
 
     with meshes.use(one):
@@ -88,22 +88,23 @@ def of_generate(there: Artifact, wants: Asked, mesh: Mesh, platform: str = "") -
         "cache": state["cache"],
     }  # fmt: skip
     read = {name: part for name, part in params[0].items() if name != "embed" or model.tied}
-    pass_ = analytic.Setup(model, {}, wants.rows, begins, DTYPE, predicted=1 / begins, cached=begins)
+    pass_ = analytic_memory.Setup(model, {}, wants.rows, begins, DTYPE, predicted=1 / begins, cached=begins)
     if reads:  # the encoder alone, beside whose pass the decoder's first token is nothing
         alone = {"architecture": "encoder", "layers": 0, "vocab_size": 0}
-        pass_ = analytic.Setup(model.model_copy(update=alone), {}, wants.rows, source, DTYPE)
-    last = cost.row(model, ends_at, source, 1) - cost.row(model, ends_at - 1, source, 0)
+        pass_ = analytic_memory.Setup(model.model_copy(update=alone), {}, wants.rows, source, DTYPE)
+    last = flops.row(model, ends_at, source, 1) - flops.row(model, ends_at - 1, source, 0)
     return [
         Program(
-            "prefill", trace=prefill, flops=wants.rows * cost.row(model, begins, source, 1),
+            "prefill", trace=prefill, flops=wants.rows * flops.row(model, begins, source, 1),
             tokens=wants.rows * wants.prompt, seq_len=wants.prompt, batch=inputs,
             setup=pass_, **common,
         ),
         Program(
             "decoding step", trace=decode, flops=wants.rows * last,
             tokens=wants.rows, seq_len=ends_at, steps=wants.new - 1,
-            guess=turns.decoding(
-                model, wants.rows, slots, wants.rows * last, analytic.ITEM[DTYPE], [read, params[1], state["cache"]]
+            guess=small_programs.decoding(
+                model, wants.rows, slots, wants.rows * last, analytic_memory.ITEM[DTYPE],
+                [read, params[1], state["cache"]],
             ), **common,
         ),
     ]  # fmt: skip

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from llmctl.plan import analytic, roofline, work
-from llmctl.plan.analytic import Setup
+from llmctl.plan import analytic_counts, analytic_memory, roofline
+from llmctl.plan.analytic_memory import Setup
 from llmctl.plan.topologies import Topology
 
 REMATS = ("none", "minimal", "qkv", "full")
@@ -33,7 +33,7 @@ class Candidate:
     @property
     def axes(self) -> dict[str, int]:
         """The mesh, without the axes that are not used."""
-        sizes = {axis: self.setup.size(axis) for axis in analytic.AXES}
+        sizes = {axis: self.setup.size(axis) for axis in analytic_memory.AXES}
         return {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
 
 
@@ -47,7 +47,7 @@ def meshes(
     """The step on every mesh of `devices` that divides the model and the batch."""
     model = setup.model
     for sizes in _splits(devices, len(axes)):
-        mesh = dict.fromkeys(analytic.AXES, 1) | dict(zip(axes, sizes, strict=True))
+        mesh = dict.fromkeys(analytic_memory.AXES, 1) | dict(zip(axes, sizes, strict=True))
         split, tensor, context = mesh["fsdp"] * mesh["context"], mesh["tensor"], mesh["context"]
         fits = (
             not any(n % tensor for n in (model.heads, model.kv_heads, model.d_ff, model.vocab_size))
@@ -76,7 +76,7 @@ def pieces(setup: Setup) -> Iterable[int]:
 
 def modelled(setup: Setup, topology: Topology) -> Candidate:
     """What the model says of a step."""
-    memory, line = analytic.estimate(setup), roofline.of(work.counts(setup), topology, setup.mesh)
+    memory, line = analytic_memory.estimate(setup), roofline.of(analytic_counts.counts(setup), topology, setup.mesh)
     return Candidate(setup, memory.total, line.seconds if line else float("inf"))
 
 

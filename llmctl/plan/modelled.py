@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmctl.errors import RequestError, WorkError
-from llmctl.model import flash
-from llmctl.plan import analytic, work
-from llmctl.plan.analytic import Setup
-from llmctl.plan.hlo import Counts
-from llmctl.plan.programs import Program
+from llmctl.config.errors import RequestError, WorkError
+from llmctl.model import attention_kernels
+from llmctl.plan import analytic_counts, analytic_memory
+from llmctl.plan.analytic_memory import Setup
+from llmctl.plan.hlo.counts import Counts
 from llmctl.plan.topologies import Topology
+from llmctl.plan.training_programs import Program
 
 CHECKED = "its lowering for CUDA was checked, with attention in the plain form; no GPU compiler has seen it"
 
@@ -32,11 +32,11 @@ def lower(program: Program, platform: str) -> None:
 def on(setup: Setup, topology: Topology) -> Setup:
     """The same step with the attention of these chips: their kernel where it can, else the plain form.
 
-    `llmctl.model.flash` chooses so.
+    `llmctl.model.attention_kernels` chooses so.
     """
     model, kernel = setup.model, False
     if topology.platform == "tpu":
-        kernel = not setup.seq_len % flash.LANES
+        kernel = not setup.seq_len % attention_kernels.LANES
     elif topology.platform == "cuda":
         widest = 128 if topology.chip.name == "a100" else 256
         kernel = setup.dtype == "bfloat16" and not model.attn_softcap and not setup.seq_len % 2
@@ -50,6 +50,6 @@ def step(program: Program, topology: Topology) -> tuple[float, Counts]:
         return program.guess
     assert program.setup, f"{program.title}: nothing models it"
     setup = on(program.setup, topology)
-    own = analytic.entries(setup.model, setup.mesh)
-    temporaries = analytic.training(setup, own) if setup.optimizer else analytic.forward(setup, own)
-    return temporaries, work.counts(setup)
+    own = analytic_memory.entries(setup.model, setup.mesh)
+    temporaries = analytic_memory.training(setup, own) if setup.optimizer else analytic_memory.forward(setup, own)
+    return temporaries, analytic_counts.counts(setup)

@@ -9,18 +9,27 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from llmctl import artifact
-from llmctl import mesh as meshes
-from llmctl.artifact import Artifact
-from llmctl.config import hint
-from llmctl.errors import RequestError
+from llmctl.artifacts import artifact
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.pipeline.recipe import Recipe, Step
+from llmctl.plan import (
+    abstract_artifact,
+    compression_programs,
+    eval_programs,
+    generate_programs,
+    modelled,
+    roofline,
+    training_programs,
+)
 from llmctl.plan import compile as compiling
-from llmctl.plan import compressing, decoding, hlo, modelled, outcome, programs, roofline, scoring
-from llmctl.plan.programs import Plan, Program
+from llmctl.plan.hlo import counts as hlo
 from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
-from llmctl.recipe import Recipe, Step
-from llmctl.settings import MeshConfig
+from llmctl.plan.training_programs import Plan, Program
 
 Found = dict[str, Any]
 
@@ -68,7 +77,7 @@ def programs_of(
     for name in chosen:
         if name not in names:
             raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
-    wants = decoding.asked(generate) if generate else None
+    wants = generate_programs.asked(generate) if generate else None
     made: dict[str, Artifact] = {}
     built: list[tuple[str, Program]] = []
     last = max((names.index(name) for name in chosen), default=len(names) - 1)
@@ -86,7 +95,7 @@ def programs_of(
         if not writers:
             raise RequestError("--generate: none of these stages leaves a language model")
         name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
-        found = decoding.of_generate(writers[name], wants, mesh, platform)
+        found = generate_programs.of_generate(writers[name], wants, mesh, platform)
         built += [(f"generate by {name}", program) for program in found]
     return built
 
@@ -98,22 +107,24 @@ def explicit(mesh: Any, devices: int) -> Any:
 
 def _plan(step: Step, made: dict[str, Artifact], mesh: Mesh) -> Plan:
     def there(named: str | Path) -> Artifact:
-        return outcome.on(made[named], mesh) if isinstance(named, str) else artifact.abstract(named, mesh)
+        return abstract_artifact.on(made[named], mesh) if isinstance(named, str) else artifact.abstract(named, mesh)
 
     base = None if step.parent is None else there(step.parent)
     others = {name: there(named) for name, named in step.others.items()}
     config: Any = step.config
     if config.kind == "pretrain":
-        return programs.of_pretrain(config, base, mesh)
+        return training_programs.of_pretrain(config, base, mesh)
     if config.kind == "distill":
-        return programs.of_distill(config, next(iter(others.values())), base, mesh)
+        return training_programs.of_distill(config, next(iter(others.values())), base, mesh)
     if config.kind == "eval":
-        return scoring.of_eval(config, others or ({step.name: base} if base else {}), mesh)
+        return eval_programs.of_eval(config, others or ({step.name: base} if base else {}), mesh)
     if base is None:
         raise RequestError(f"{step.name}: nothing to start from; name an artifact with `from` (--from)")
     if config.kind == "finetune":
-        return programs.of_finetune(config, base, mesh)
-    return {"prune": compressing.of_prune, "quantize": compressing.of_quantize}[config.kind](config, base, mesh)
+        return training_programs.of_finetune(config, base, mesh)
+    return {"prune": compression_programs.of_prune, "quantize": compression_programs.of_quantize}[config.kind](
+        config, base, mesh
+    )
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:

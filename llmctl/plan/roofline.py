@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmctl.plan.hlo import SLICES, Collective, Counts
+from llmctl.plan.hlo.counts import SLICES, Collective, Counts
 from llmctl.plan.topologies import Topology
 
 

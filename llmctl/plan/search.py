@@ -1,4 +1,4 @@
-"""`plan --search` and `plan --fit`: what `llmctl.plan.search` finds for a recipe's stage, by its own programs."""
+"""`plan --search` and `plan --fit`: what `llmctl.plan.mesh_search` finds for a recipe's stage, by its own programs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmctl.config import spelled
-from llmctl.errors import RequestError
-from llmctl.plan import analytic, modelled, planner, report, search
+from llmctl.config.base import spelled
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.pipeline.recipe import Recipe, Step
+from llmctl.plan import analytic_memory, mesh_search, modelled, planner, report
 from llmctl.plan import compile as compiling
-from llmctl.plan.analytic import Setup
-from llmctl.plan.search import Candidate
+from llmctl.plan.analytic_memory import Setup
+from llmctl.plan.mesh_search import Candidate
 from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
-from llmctl.recipe import Recipe, Step
-from llmctl.settings import MeshConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,8 +32,9 @@ def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[C
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, topology)
-    say(f"{step.name}: {len(search.candidates(setup, topology))} ways to run it on {topology.name} fit, by the model")
-    found = search.search(setup, topology, _compiles(recipe, step, topology, say))
+    fit = len(mesh_search.candidates(setup, topology))
+    say(f"{step.name}: {fit} ways to run it on {topology.name} fit, by the model")
+    found = mesh_search.search(setup, topology, _compiles(recipe, step, topology, say))
     if not found:
         raise RequestError(f"plan: {step.name}: nothing fits {topology.name}; --fit finds the smallest slice that does")
     return [_told(step, topology, one) for one in found]
@@ -47,9 +48,9 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, slices[0])
     for topology in slices:
-        if found := search.fit(setup, [topology], _compiles(recipe, step, topology, say)):
+        if found := mesh_search.fit(setup, [topology], _compiles(recipe, step, topology, say)):
             return topology, _told(step, topology, found[1])
-        runs = any(True for _ in search.meshes(setup, topology.devices))
+        runs = any(True for _ in mesh_search.meshes(setup, topology.devices))
         why = "does not fit" if runs else f"no mesh divides its batch of {setup.rows} and its sizes over"
         say(f"{step.name}: {why} {topology.name}")
     raise RequestError(f"plan: {step.name}: fits none of {', '.join(t.name for t in slices)}")
@@ -72,7 +73,7 @@ def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
     _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
     assert program.setup
     plain = modelled.on(program.setup, topology)
-    own = analytic.entries(program.model, {}).total
+    own = analytic_memory.entries(program.model, {}).total
     besides = bytes_of(program.parameters) / own - 4.0 * plain.trained * (2 if plain.ema else 1)
     return replace(plain, stored=besides if besides > 0.05 else 0.0)
 
@@ -98,7 +99,7 @@ def _edited(recipe: Recipe, step: Step, mesh: Mapping[str, int], train: dict[str
     return replace(recipe, steps=tuple(new if other is step else other for other in recipe.steps))
 
 
-def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> search.Compile:
+def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> mesh_search.Compile:
     config: Any = step.config
 
     def compile_one(setup: Setup) -> tuple[float, float] | None:

@@ -13,10 +13,10 @@ import jax
 
 from llmctl.compress import prune
 from llmctl.compress.pattern import Pattern
-from llmctl.model import ModelConfig
-from llmctl.plan import analytic, work
-from llmctl.plan.analytic import Setup
-from llmctl.plan.hlo import Collective, Counts
+from llmctl.model.config import ModelConfig
+from llmctl.plan import analytic_counts, analytic_memory
+from llmctl.plan.analytic_memory import Setup
+from llmctl.plan.hlo.counts import Collective, Counts
 from llmctl.plan.sizes import bytes_of
 
 Guess = tuple[float, Counts]
@@ -27,7 +27,7 @@ def decoding(model: ModelConfig, rows: int, slots: int, flops: float, item: int,
     """One token a row, on one device: `read` is what lies in memory and is read (weights, keys and values)."""
     a_row = 2 * 4 * (model.vocab_size + model.heads * slots) + item * (2 * model.d_model + 2 * model.d_ff)
     between = float(rows * a_row)
-    dtype = next(name for name, size in analytic.ITEM.items() if size == item)
+    dtype = next(name for name, size in analytic_memory.ITEM.items() if size == item)
     return between, Counts(flops, bytes_of(read) + 2 * between, flops_by_type={dtype: flops})
 
 
@@ -41,13 +41,13 @@ def walk(model: ModelConfig, mesh: Any, rows: int, seq_len: int, dtype: str, sta
     stack |= {"heads": crossed * model.heads, "kv_heads": crossed * model.kv_heads}
     axes = {axis: int(n) for axis, n in mesh.shape.items()}
     setup = Setup(model.model_copy(update=stack), axes, rows, seq_len, dtype, fused=False)
-    unit, found = setup.item * setup.tokens, work.counts(setup)
+    unit, found = setup.item * setup.tokens, analytic_counts.counts(setup)
     taps = unit * sum(_kept(statistics, setup).values())
     products = sum(2 * setup.tokens * a.size for a in jax.tree.leaves(statistics) if a.ndim == 3)  # second moments
     types = {**found.flops_by_type}
     types["float32"] = types.get("float32", 0.0) + products
     counts = replace(found, flops=found.flops + products, bytes=found.bytes + taps, flops_by_type=types)
-    return analytic.layer(setup, layers) + taps + unit * model.d_model + bytes_of(statistics), counts
+    return analytic_memory.layer(setup, layers) + taps + unit * model.d_model + bytes_of(statistics), counts
 
 
 def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl import chips
-from llmctl.chips import Chip
-from llmctl.config import hint
-from llmctl.errors import RequestError
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.distributed import hardware
+from llmctl.distributed.hardware import Chip
 
 __all__ = ["Chip", "Topology", "find", "known", "smallest_first"]
 
@@ -94,7 +94,7 @@ def find(name: str) -> Topology:
     slices, chip, shape = int(parts[1] or 1) if parts else 1, parts[2] if parts else "", parts[3] if parts else ""
     if slices and shape in SHAPES.get(chip, ()):
         full = f"{slices}*{chip}:{shape}" if slices > 1 else f"{chip}:{shape}"
-        return _bounded(Topology(full, "tpu", chips.chip(chip), tuple(map(int, shape.split("x"))), slices))
+        return _bounded(Topology(full, "tpu", hardware.chip(chip), tuple(map(int, shape.split("x"))), slices))
     if chip in (*GPUS, "cpu") and slices == 1 and shape.isdigit() and int(shape):
         return _bounded(_counted(chip, int(shape)))
     near = hint(f"{chip}:{shape}" if parts else name, known()) if chip not in (*GPUS, "cpu") else ""
@@ -104,11 +104,11 @@ def find(name: str) -> Topology:
 def _counted(chip: str, number: int) -> Topology:
     """GPUs or CPU devices by number."""
     if chip == "cpu":
-        return Topology(f"cpu:{number}", "cpu", chips.CPU, (number,))
+        return Topology(f"cpu:{number}", "cpu", hardware.CPU, (number,))
     if number > NODE and number % NODE:
         raise RequestError(f"topology: {chip}:{number}: more than {NODE} GPUs are whole nodes of {NODE}")
     nodes = max(1, number // NODE)
-    return Topology(f"{chip}:{number}", "cuda", chips.chip(chip), (number // nodes,), nodes)
+    return Topology(f"{chip}:{number}", "cuda", hardware.chip(chip), (number // nodes,), nodes)
 
 
 def _bounded(found: Topology) -> Topology:

@@ -13,20 +13,25 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh
 
-from llmctl import mesh as meshes
-from llmctl import sequence, step, trainer, training_matmul, weights
-from llmctl.artifact import Artifact
-from llmctl.data import DataConfig, tokenizer
-from llmctl.data.byte_tokenizer import ByteTokenizer
-from llmctl.data.pretraining import Objective
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls, cost, flash, gpipe
-from llmctl.plan import analytic, outcome
-from llmctl.plan import rows as made_up
-from llmctl.plan.analytic import Setup
-from llmctl.plan.hlo import Counts
-from llmctl.stages import distill, finetune, pretrain
-from llmctl.trainer import Learner
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.config import DataConfig
+from llmctl.data.pretraining.objective_rows import Objective
+from llmctl.data.tokenizers import loading
+from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.distributed import context_parallel
+from llmctl.distributed import mesh as meshes
+from llmctl.model import attention_kernels, functional, pipeline_parallel, quantized_matmul, weights
+from llmctl.model import flops as cost
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stages import distill, finetune, pretrain
+from llmctl.plan import abstract_artifact, analytic_memory
+from llmctl.plan import dummy_rows as made_up
+from llmctl.plan.analytic_memory import Setup
+from llmctl.plan.hlo.counts import Counts
+from llmctl.train import learner as trainer
+from llmctl.train import step
+from llmctl.train.learner import Learner
 
 Tree = Any
 
@@ -42,7 +47,7 @@ class Program:
     trace: Callable[[], Any] = field(repr=False)
     """The function traced with its arguments: to be lowered for the mesh's platform or another."""
     flops: float
-    """Operations of the model that a run stands for, on all devices, as `llmctl.model.cost` counts them."""
+    """Operations of the model that a run stands for, on all devices, as `llmctl.model.flops` counts them."""
     tokens: int
     """What a run reads, or writes, on all devices."""
     rows: int
@@ -63,7 +68,7 @@ class Program:
     setup: Setup | None = None
     """For the analytic model of whole passes."""
     guess: tuple[float, Counts] | None = None
-    """Of what is smaller (`llmctl.plan.turns`): bytes beside what it takes, and its work."""
+    """Of what is smaller (`llmctl.plan.small_programs`): bytes beside what it takes, and its work."""
 
 
 Plan = tuple[list[Program], Artifact | None]
@@ -72,7 +77,7 @@ Plan = tuple[list[Program], Artifact | None]
 
 def batch_of(rows: Any, size: int, mesh: Mesh) -> dict[str, Any]:
     """A batch of `size` rows, abstract, split as the stages split it."""
-    row = sequence.balanced({name: a[None] for name, a in rows[0].items()}, mesh.shape["context"])
+    row = context_parallel.balanced({name: a[None] for name, a in rows[0].items()}, mesh.shape["context"])
     shardings = meshes.batch_shardings(row, mesh)
     return {
         name: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=shardings[name]) for name, a in row.items()
@@ -87,7 +92,7 @@ def training(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
     batch = batch_of(rows, train.batch_size, mesh)
 
     def trace() -> Any:
-        with meshes.use(mesh), flash.use(train.attention), gpipe.use(train.microbatches):
+        with meshes.use(mesh), attention_kernels.use(train.attention), pipeline_parallel.use(train.microbatches):
             return runs.step.trace(runs.state, (runs.fixed, job.constants), batch)
 
     state = dict(runs.state)
@@ -117,7 +122,9 @@ def modelled(learner: Learner, runs: step.Program, config: Any, tokens: int, row
     """The step in the words of the analytic model."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     beside = cost.of_rows(learner.beside, trainer.shapes(rows)) * tokens if learner.beside else 0.0
-    whole = analytic.of_training(learner.model, config.train, config.optim, {a: int(n) for a, n in mesh.shape.items()})
+    whole = analytic_memory.of_training(
+        learner.model, config.train, config.optim, {a: int(n) for a, n in mesh.shape.items()}
+    )
     row = trainer.shapes(rows)
     predicted = row["places"][-1] / row["tokens"][-1] if "places" in row else 1.0
     eight = in_eight_bits(config.train.matmuls, runs.named)
@@ -132,9 +139,9 @@ def in_eight_bits(rules: dict[str, str], named: Tree) -> dict[str, float]:
         n.removesuffix("/kernel"): a.size for n, a in named.items() if "/blocks/" in n and n.endswith("/kernel")
     }
     found: dict[str, float] = {}
-    with training_matmul.use(rules):
+    with quantized_matmul.use(rules):
         for path, size in matrices.items():
-            if kind := training_matmul.kind_of(path):
+            if kind := quantized_matmul.kind_of(path):
                 dtype = {"fp8": "float8"}.get(kind, kind)
                 found[dtype] = found.get(dtype, 0.0) + size / sum(matrices.values())
     return found
@@ -149,37 +156,41 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
         return made[0].params
 
     shapes = jax.eval_shape(trace, base and base.params)
-    return replace(made[0], params=calls.laid_out(made[0].model, shapes, mesh))
+    return replace(made[0], params=functional.laid_out(made[0].model, shapes, mesh))
 
 
 def of_pretrain(config: pretrain.Config, base: Artifact | None, mesh: Mesh) -> Plan:
     """`pretrain`: its step."""
     objective = pretrain.aim(config, base, mesh)
-    learner = abstractly(mesh, lambda b: pretrain.learner(config, b, vocabulary(config, objective), mesh), base)
+    learner = abstractly(mesh, lambda b: pretrain.make_learner(config, b, vocabulary(config, objective), mesh), base)
     rows = made_up.of_text(objective, config.train.seq_len, config.packing)
-    left = outcome.left(config, outcome.masters(learner.params), learner.model, base=base)
+    left = abstract_artifact.left(config, abstract_artifact.masters(learner.params), learner.model, base=base)
     return [training(config, learner, rows, mesh)], left
 
 
 def of_finetune(config: finetune.Config, base: Artifact, mesh: Mesh) -> Plan:
     """`finetune`: its step."""
     labels = classes(config.data, base) if config.task == "classify" else []
-    learner = abstractly(mesh, lambda b: finetune.learner(config, cast(Artifact, b), labels, mesh), base)
+    learner = abstractly(mesh, lambda b: finetune.make_learner(config, cast(Artifact, b), labels, mesh), base)
     rows = made_up.of_examples(learner.model, config.data, config.train.seq_len)
     merges = config.method == "lora" and config.merge
     params = jax.eval_shape(weights.merge_low_rank, learner.params) if merges else learner.params
-    params = outcome.masters(calls.laid_out(learner.model, params, mesh))
-    left = outcome.left(config, params, learner.model, base=base, labels=labels)
+    params = abstract_artifact.masters(functional.laid_out(learner.model, params, mesh))
+    left = abstract_artifact.left(config, params, learner.model, base=base, labels=labels)
     return [training(config, learner, rows, mesh)], left
 
 
 def of_distill(config: distill.Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Plan:
     """`distill`: its step, in which the teacher runs as well."""
     student = student if config.model is None else None
-    learner = abstractly(mesh, lambda s: distill.learner(config, teacher, s, mesh), student)
+    learner = abstractly(mesh, lambda s: distill.make_learner(config, teacher, s, mesh), student)
     rows = made_up.of_examples(learner.model, config.data, config.train.seq_len)
-    left = outcome.left(
-        config, outcome.masters(learner.params), learner.model, base=student or teacher, labels=teacher.manifest.labels
+    left = abstract_artifact.left(
+        config,
+        abstract_artifact.masters(learner.params),
+        learner.model,
+        base=student or teacher,
+        labels=teacher.manifest.labels,
     )
     return [training(config, learner, rows, mesh)], left
 
@@ -189,7 +200,7 @@ def vocabulary(config: pretrain.Config, objective: Objective) -> int:
     given = pretrain.with_sentinels(config.tokenizer, objective, config.train.seq_len)
     if given.path:
         try:
-            return tokenizer.obtain((), given).vocab_size
+            return loading.obtain((), given).vocab_size
         except RequestError:
             return config.model.vocab_size
     return ByteTokenizer.new(given.sentinels).vocab_size if given.kind == "bytes" else given.vocab_size

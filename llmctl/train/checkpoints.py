@@ -11,9 +11,10 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llmctl import hosts, late
-from llmctl.atomic import disk_is_full
-from llmctl.errors import WorkError
+from llmctl.artifacts import orbax_logging
+from llmctl.artifacts.atomic import disk_is_full
+from llmctl.config.errors import WorkError
+from llmctl.distributed import processes
 
 
 class Checkpoints:
@@ -23,7 +24,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
-        late.hush()
+        orbax_logging.hush()
         self.folder, self.keep, self.say = folder.absolute(), keep, say
         self._latest = self._open(self.folder / "steps", keep)
         self._best = self._open(self.folder / "best", 1)
@@ -73,7 +74,9 @@ class Checkpoints:
 
     def _save(self, manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any], wait: bool) -> None:
         try:
-            if hosts.count() > 1:  # Orbax tells both managers' barriers apart by their order alone: one save at a time
+            if (
+                processes.count() > 1
+            ):  # Orbax tells both managers' barriers apart by their order alone: one save at a time
                 (self._best if manager is self._latest else self._latest).wait_until_finished()
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             manager.save(step, args=args, force=True)
@@ -93,13 +96,13 @@ class Checkpoints:
                 found = self._read(step, abstract)
             except Exception as e:  # whatever Orbax and TensorStore raise for a damaged file
                 reason = " ".join(str(e).split())[:90]
-            reasons: list[str] = [r for r in hosts.gather(reason) if r]
+            reasons: list[str] = [r for r in processes.gather(reason) if r]
             if found and not reasons:
                 return found["state"], found["meta"]
             self.say(f"checkpoint of step {step} is damaged ({reasons[0]}); going on from one before")
-            if hosts.first():
+            if processes.first():
                 self._set_aside(step)
-            hosts.together("aside")
+            processes.together("aside")
             self._latest.reload()
         return None
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from llmctl import train
-from llmctl.evaluate import entities
-from llmctl.model import ModelConfig, cost
-from llmctl.model.loss import NEARNESS, Loss, loss_of
-from llmctl.validation import Validation
+from llmctl.evaluate.metrics import entities
+from llmctl.model import flops
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import NEARNESS, Loss, loss_of
+from llmctl.train import loop
+from llmctl.train.validation import Validation
 
 if TYPE_CHECKING:
-    from llmctl.stages import Context
+    from llmctl.artifacts.workspace import Context
 
 
 def chooses(head: str, labels: Sequence[str] = ()) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class Learner:
     labels: Sequence[str] = ()
     """Names of its classes."""
     how: dict[str, Any] = field(default_factory=dict)
-    """Further fields of `llmctl.step.Job`."""
+    """Further fields of `llmctl.train.step.Job`."""
 
     @property
     def trains(self) -> ModelConfig:
@@ -54,7 +55,7 @@ class Learner:
         return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
 
 
-def job(config: Any, learner: Learner, rows: Any, validate: Any) -> train.Job:
+def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
     """The job of a stage with settings `train`; `validate` as in Job."""
     settings, model = config.train, learner.trains
     own = loss_of(
@@ -65,12 +66,12 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any) -> train.Job:
         z_loss=settings.z_loss,
         temperature=learner.temperature,
     )
-    beside = cost.of_rows(learner.beside, shapes(rows)) if learner.beside else 0.0
-    return train.Job(
+    beside = flops.of_rows(learner.beside, shapes(rows)) if learner.beside else 0.0
+    return loop.Job(
         params=learner.params,
         loss=learner.loss or own,
         model=model,
-        flops=3 * cost.of_rows(model, shapes(rows)) + beside,
+        flops=3 * flops.of_rows(model, shapes(rows)) + beside,
         rows=rows,
         validate=validate,
         **learner.how,
@@ -91,7 +92,7 @@ def run(
       unseen: what to validate on.
 
     Raises:
-      Interrupted, WorkError: as `llmctl.train.fit`.
+      Interrupted, WorkError: as `llmctl.train.loop.fit`.
     """
     settings = config.train
     judge = loss_of(
@@ -102,7 +103,7 @@ def run(
     )
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
     made = job(config, learner, rows, held_out)
-    params, metrics = train.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)
+    params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)
     return params, metrics, held_out
 
 

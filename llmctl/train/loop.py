@@ -15,29 +15,31 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from llmctl import hosts, meters, sequence, stopping, weights
-from llmctl import mesh as meshes
-from llmctl.artifact import Artifact
-from llmctl.checkpoints import Checkpoints
-from llmctl.data import pipeline
-from llmctl.errors import Interrupted, RequestError, WorkError
-from llmctl.feed import Feed
-from llmctl.metrics import Reporter
-from llmctl.model import ModelConfig, calls, flash, gpipe
-from llmctl.profiling import Profile
-from llmctl.settings import OptimConfig, TrainConfig
-from llmctl.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, make_step, program, split, state_shardings
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import Interrupted, RequestError, WorkError
+from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.data import prefetch
+from llmctl.data.device_batches import Feed
+from llmctl.distributed import context_parallel, processes
+from llmctl.distributed import mesh as meshes
+from llmctl.model import attention_kernels, functional, pipeline_parallel, weights
+from llmctl.model.config import ModelConfig
+from llmctl.train import preemption, throughput
+from llmctl.train.checkpoints import Checkpoints
+from llmctl.train.profiling import Profile
+from llmctl.train.run_log import Reporter
+from llmctl.train.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, make_step, program, split, state_shardings
 
 if TYPE_CHECKING:
-    from llmctl.stages import Context
+    from llmctl.artifacts.workspace import Context
 
 __all__ = ["Job", "fit", "initialize", "make_step", "pruned", "state_shardings"]
 
 
 def initialize(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh) -> Params:
     """Fresh parameters, each device computing its own part."""
-    shardings = calls.shardings(cfg, calls.abstract(cfg), mesh)
-    return jax.jit(partial(calls.init, cfg), out_shardings=shardings)(jax.random.key(seed))
+    shardings = functional.shardings(cfg, functional.abstract(cfg), mesh)
+    return jax.jit(partial(functional.init, cfg), out_shardings=shardings)(jax.random.key(seed))
 
 
 def pruned(parent: Artifact | None) -> Callable[[str], bool]:
@@ -73,10 +75,10 @@ def fit(
     job = dataclasses.replace(job, params=jax.eval_shape(lambda params=job.params: params))
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stopping.requests(mesh))
+        stop = stack.enter_context(preemption.requests(mesh))
         stack.enter_context(meshes.use(mesh))
-        stack.enter_context(flash.use(train.attention))
-        stack.enter_context(gpipe.use(train.microbatches))
+        stack.enter_context(attention_kernels.use(train.attention))
+        stack.enter_context(pipeline_parallel.use(train.microbatches))
         say: list[str] = []
         checkpoints = stack.enter_context(Checkpoints(ctx.work / "checkpoints", train.keep, say.append))
         found = checkpoints.restore(runs.state)
@@ -94,14 +96,14 @@ def fit(
                 wandb=train.wandb,
             )
         )
-        about = [flash.describe(job.model, train.seq_len, train.dtype)] if job.model else []
-        about += gpipe.describe(train.batch_size // train.accumulate, mesh, train.microbatches)
+        about = [attention_kernels.describe(job.model, train.seq_len, train.dtype)] if job.model else []
+        about += pipeline_parallel.describe(train.batch_size // train.accumulate, mesh, train.microbatches)
         for line in [*say, *about, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
         loop = _Loop(job, train, runs.step, runs.fixed, checkpoints, report, stop, mesh)
         meta = loop.with_best(state, meta)
-        if job.flops and hosts.first():
-            loop.peak = meters.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json")
+        if job.flops and processes.first():
+            loop.peak = throughput.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json")
         loop.profile = stack.enter_context(Profile(train.profile, report.events_folder))
         state, meta = loop.run(state, meta)
         named = _answer(state)
@@ -136,7 +138,7 @@ class _Loop:
         fixed: Params,
         checkpoints: Checkpoints,
         report: Reporter,
-        stop: stopping.Stop,
+        stop: preemption.Stop,
         mesh: jax.sharding.Mesh,
     ) -> None:
         self.job, self.train, self.step, self.fixed = job, train, step, fixed
@@ -168,10 +170,10 @@ class _Loop:
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
         train, done = self.train, meta["step"]
         self.skips = int(state["skips"])
-        timer, compiled = meters.Timer(), False
+        timer, compiled = throughput.Timer(), False
         if meta.pop("unvalidated", False):
             meta = self.validate(done, state, meta)
-        rows = pipeline.batches(
+        rows = prefetch.batches(
             self.job.rows, train.batch_size, done, train.steps, place=self.place, spans=self.feed.spans
         )
         with rows as batches:
@@ -197,7 +199,7 @@ class _Loop:
                     try:
                         with timer.paused():
                             meta = {**meta, "unvalidated": True} if stops else self.validate(done, state, meta)
-                    except stopping.Asked:  # a grace period is for the checkpoint; whoever resumes validates first
+                    except preemption.Asked:  # a grace period is for the checkpoint; whoever resumes validates first
                         meta, stops = {**meta, "unvalidated": True}, True
                 if done % train.checkpoint_every == 0 or last or stops or meta.get("stopped"):
                     with timer.paused():
@@ -227,7 +229,7 @@ class _Loop:
         # Of several processes each counts its own rows, and takes the others for alike.
         return self.feed.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
 
-    def log(self, done: int, metrics: Sums, state: State, timer: meters.Timer) -> None:
+    def log(self, done: int, metrics: Sums, state: State, timer: throughput.Timer) -> None:
         values = {k: float(v) for k, v in metrics.items()}
         skips = int(state["skips"])
         if skips > self.skips:
@@ -237,7 +239,7 @@ class _Loop:
             )
             self.skips = skips
         self.heed_bad(state)
-        values |= timer.read(self.job.flops, self.peak) | meters.memory(self.mesh.devices.flatten().tolist())
+        values |= timer.read(self.job.flops, self.peak) | throughput.memory(self.mesh.devices.flatten().tolist())
         self.report.log(done, values | ({"skipped": skips} if skips else {}))
 
     def validate(self, done: int, state: State, meta: dict[str, Any]) -> dict[str, Any]:
@@ -272,8 +274,8 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
             f"train.seq_len: {train.seq_len} tokens are more than model.max_seq_len = {model.max_seq_len}"
         )
     _check_batch(train, mesh)
-    sequence.check(train.seq_len, mesh.shape["context"])
-    calls.check_mesh(model, mesh)
+    context_parallel.check(train.seq_len, mesh.shape["context"])
+    functional.check_mesh(model, mesh)
 
 
 def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:

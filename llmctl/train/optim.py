@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llmctl.settings import OptimConfig
+from llmctl.config.settings import OptimConfig
 
 Named = dict[str, Any]
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llmctl import hosts
-from llmctl.errors import Interrupted
+from llmctl.config.errors import Interrupted
+from llmctl.distributed import processes
 
 LAG = 2
 """Steps after which an answer of all processes is read: by then it is there, and reading it waits for nothing."""
@@ -40,7 +40,7 @@ class Stop:
 
     def asked(self, now: bool = False) -> bool:
         """All processes call it after each step; of several the answer is what was known `LAG` calls ago, or `now`."""
-        if hosts.count() == 1:
+        if processes.count() == 1:
             self.agreed = self.told.is_set()
         elif not self.agreed:
             mine = np.array([self.told.is_set()])

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmctl import hosts
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.distributed import processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,7 +79,7 @@ class Reporter:
         self.events_folder = lasting / "tensorboard" / title if lasting else self.work_dir / "tensorboard"
         """Where TensorBoard finds this run."""
         self._wandb_folder = lasting or self.work_dir
-        self.writes = hosts.first() if writes is None else writes
+        self.writes = processes.first() if writes is None else writes
         self.every, self.clock = every, clock
         self.console = console or Console(stderr=True)
         self._tensorboard, self._wandb = tensorboard, wandb

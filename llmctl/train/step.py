@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmctl import losses, optim, training_matmul, weights
-from llmctl import mesh as meshes
-from llmctl.model import ModelConfig
-from llmctl.settings import OptimConfig, TrainConfig
+from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import chunked_loss, quantized_matmul, weights
+from llmctl.model.config import ModelConfig
+from llmctl.train import optim
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -130,7 +131,7 @@ def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.shardin
     """Nothing is computed nor traced yet, so `job.params` may be abstract and `mesh` of devices that are not there."""
     trained, fixed = split(job)
     named = {name: _master(a) for name, a in trained.items()}
-    training_matmul.check(train.matmuls, named)
+    quantized_matmul.check(train.matmuls, named)
     step, optimizer = make_step(job, train, config, seed)
     shardings = state_shardings(optimizer, config, named, mesh)
     begin = partial(fresh, optimizer, config)
@@ -169,7 +170,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         updates, opt = optimizer.update(optim.clip(grads, norm, config.clip), state["optimizer"], old)
         updates = optim.freeze_layers(cast(Params, updates), job.frozen_layers)
         new = optim.hold_zeros(old, cast(Params, optax.apply_updates(old, updates)), job.holds_zeros)
-        metrics = losses.means(sums)
+        metrics = chunked_loss.means(sums)
         # A batch without a label, or with a loss that is no number or an outlier, must change nothing at all.
         good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & (sums["weight"] > 0)
         found = jnp.stack([metrics["loss"], norm]).astype(jnp.float32)
@@ -201,7 +202,7 @@ def _gradients(job: Job, accumulate: int, matmuls: Mapping[str, str]) -> Callabl
 
     def loss(named: Params, fixed: Fixed, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         rest, constants = fixed
-        with training_matmul.use(matmuls):
+        with quantized_matmul.use(matmuls):
             return job.loss(weights.rebuild(template, named | rest), batch, key, *constants)
 
     grad = jax.grad(loss, has_aux=True)

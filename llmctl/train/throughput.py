@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from llmctl import chips
-from llmctl.mesh import Device
+from llmctl.distributed import hardware
+from llmctl.distributed.mesh import Device
 
 SIDE = 1536
 """Matrices multiplied to measure a CPU: large enough for full speed, a tenth of a second each on two cores."""
@@ -78,7 +78,7 @@ def peak(devices: list[Device], cache: Path) -> float | None:
     float32 matrix product, and the figure kept in the file `cache`.
     """
     if devices[0].platform != "cpu":
-        one = chips.of_kind(devices[0].device_kind)
+        one = hardware.of_kind(devices[0].device_kind)
         return one and one.peak("bfloat16") * len(devices)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads(cache.read_text(encoding="utf-8"))["flops_per_second"])

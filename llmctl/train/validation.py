@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl import losses, stopping
-from llmctl import mesh as meshes
-from llmctl.data import pipeline
-from llmctl.feed import Feed
-from llmctl.model.loss import Loss
+from llmctl.data import prefetch
+from llmctl.data.device_batches import Feed
+from llmctl.distributed import mesh as meshes
+from llmctl.model import chunked_loss
+from llmctl.model.losses import Loss
+from llmctl.train import preemption
 
 
 class Validation:
@@ -30,10 +31,10 @@ class Validation:
         Raises stopping.Asked in the middle of it where a run is asked for an end.
         """
         total: Any = None
-        read = pipeline.eval_batches(self.rows, self.batch_size, self.limit, self.feed.place, spans=self.feed.spans)
+        read = prefetch.eval_batches(self.rows, self.batch_size, self.limit, self.feed.place, spans=self.feed.spans)
         with meshes.use(self.mesh), read as batches:
             for _, batch in batches:
-                stopping.heed()
+                preemption.heed()
                 sums = self._sums(params, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        return {name: float(value) for name, value in losses.means(total).items()}
+        return {name: float(value) for name, value in chunked_loss.means(total).items()}

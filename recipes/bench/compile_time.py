@@ -23,23 +23,24 @@ def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from llmctl import mesh as meshes
-    from llmctl import step
-    from llmctl.model import ModelConfig, calls, gpipe
-    from llmctl.model.loss import loss_of
-    from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
+    from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
+    from llmctl.distributed import mesh as meshes
+    from llmctl.model import functional, pipeline_parallel
+    from llmctl.model.config import ModelConfig
+    from llmctl.model.losses import loss_of
+    from llmctl.train import step
 
     mesh = meshes.make(MeshConfig(**axes))
     model = ModelConfig(preset="llama-mini", layers=layers, **sizes)
-    shapes = calls.abstract(model)
-    lies = calls.shardings(model, shapes, mesh)
+    shapes = functional.abstract(model)
+    lies = functional.shardings(model, shapes, mesh)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
     job = step.Job(params=params, loss=loss_of(model), rows=None, validate=lambda _: {})
     runs = step.program(job, TrainConfig(batch_size=BATCH, seq_len=LENGTH), OptimConfig(), mesh, 0)
     whole = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=meshes.batch_sharding(mesh, 2))
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), whole)
     batch["weights"] = whole.update(dtype=jnp.dtype("float32"))
-    with meshes.use(mesh), gpipe.use(axes.get("pipeline", 1)):
+    with meshes.use(mesh), pipeline_parallel.use(axes.get("pipeline", 1)):
         return runs.step.lower(runs.state, (runs.fixed, ()), batch)
 
 

@@ -55,7 +55,7 @@ class Program:
 
 def ours(found: Any, params: Any, prompt: list[int], new: int, dtype: str) -> Program:
     """llmctl's cached decoding."""
-    from llmctl.model.decode import Decoder
+    from llmctl.model.generate.decode import Decoder
 
     decoder = Decoder(found.model, params, dtype)
 
@@ -137,17 +137,17 @@ def main() -> None:
 
     import jax
 
-    from llmctl import weights
-    from llmctl.bridge import folder as folders
-    from llmctl.bridge import gguf
-    from llmctl.bridge.importing import placer
-    from llmctl.data import tokenizer
+    from llmctl.convert import gguf
+    from llmctl.convert import hf_folder as folders
+    from llmctl.convert.importing import placer
+    from llmctl.data.tokenizers import loading
+    from llmctl.model import weights
 
     file = weights_file(args.gguf)
     found = gguf.look(file)
     params = folders.load(found, placer(found.model))
     with tempfile.TemporaryDirectory() as work:
-        prompt = tokenizer.load(gguf.tokenizer(file, Path(work) / "words")).prompt(TEXT)
+        prompt = loading.load(gguf.tokenizer(file, Path(work) / "words")).prompt(TEXT)
         folder = Path(work) / "hf"
         folders.save(folder, folders.config_of(found.model, [], {}, "float32"), folders.tensors_of(found.model, params))
         programs = {

@@ -18,33 +18,34 @@ from _figures import show, where
 
 def trained(recipe: str, run: Path, steps: int) -> tuple[str, list[dict[str, float]]]:
     """The first stage's name and the lines of its log that have a speed."""
-    from llmctl import chain, console
-    from llmctl import recipe as recipes
+    from llmctl.pipeline import console, runner
+    from llmctl.pipeline import recipe as recipes
 
     found = recipes.read(recipe, run)
     name = found.steps[0].name
     found = recipes.read(recipe, run, [f"stage.{name}.train.steps={steps}", f"stage.{name}.train.log_every=10"])
-    chain.run(found, only=[name], say=console.say)
+    runner.run(found, only=[name], say=console.say)
     lines = [json.loads(line) for line in (run / name / "log.jsonl").read_text().splitlines()]
     return name, [line for line in lines if "tokens_per_second" in line]
 
 
 def alone(recipe: str, artifact: Path, cache: Path, batches: int) -> float:
     """Tokens a second of the stage's batches, built and placed."""
-    from llmctl import mesh as meshes
-    from llmctl import recipe as recipes
-    from llmctl.data import pipeline, tokenizer
-    from llmctl.data.language import Text
-    from llmctl.feed import Feed
+    from llmctl.data import prefetch
+    from llmctl.data.device_batches import Feed
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers import loading
+    from llmctl.distributed import mesh as meshes
+    from llmctl.pipeline import recipe as recipes
 
     config = recipes.read(recipe).steps[0].config
     feed = Feed(meshes.make(config.mesh), config.train.batch_size)
     rows = Text(config.data).rows(
-        "train", tokenizer.load(artifact / "tokenizer"), config.train.seq_len, cache,
+        "train", loading.load(artifact / "tokenizer"), config.train.seq_len, cache,
         seed=config.seed, packing=config.packing,
     )  # fmt: skip
     first = batches // 10
-    with pipeline.batches(rows, config.train.batch_size, place=feed.place, spans=feed.spans) as built:
+    with prefetch.batches(rows, config.train.batch_size, place=feed.place, spans=feed.spans) as built:
         for _ in range(first):  # threads start, pages come in
             next(built)
         began = time.perf_counter()

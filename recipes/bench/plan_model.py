@@ -64,10 +64,11 @@ def compiled(point: Point) -> dict[str, Any]:
     """What the compiler says of a point."""
     from jax.experimental import topologies as devices
 
-    from llmctl import mesh as meshes
-    from llmctl.config import validate
-    from llmctl.plan import hlo, programs, topologies
-    from llmctl.stages import pretrain
+    from llmctl.config.base import validate
+    from llmctl.distributed import mesh as meshes
+    from llmctl.pipeline.stages import pretrain
+    from llmctl.plan import topologies, training_programs
+    from llmctl.plan.hlo import counts as hlo
 
     model = SIZES[point.size]
     vocab = model.get("vocab_size") or validate_model(model).vocab_size
@@ -81,7 +82,7 @@ def compiled(point: Point) -> dict[str, Any]:
     )  # fmt: skip
     found = devices.get_topology_desc(**topologies.find(point.topology).arguments).devices
     mesh = meshes.make(config.mesh, found)
-    program = programs.of_pretrain(config, None, mesh)[0][0]
+    program = training_programs.of_pretrain(config, None, mesh)[0][0]
     began = time.monotonic()
     done = program.trace().lower().compile()
     memory, counts = done.memory_analysis(), hlo.count(done.as_text(), dict(mesh.shape))
@@ -100,19 +101,19 @@ def compiled(point: Point) -> dict[str, Any]:
 
 def validate_model(model: dict[str, Any]) -> Any:
     """The ModelConfig of a size."""
-    from llmctl.model import ModelConfig
+    from llmctl.model.config import ModelConfig
 
     return ModelConfig(**model)
 
 
 def row(point: Point, found: dict[str, Any]) -> list[str]:
     """A line of the table: compiled, modelled, and how far apart."""
-    from llmctl.plan import analytic, work
-    from llmctl.settings import OptimConfig, TrainConfig
+    from llmctl.config.settings import OptimConfig, TrainConfig
+    from llmctl.plan import analytic_counts, analytic_memory
 
     train = TrainConfig(batch_size=point.rows, seq_len=point.seq_len, dtype="bfloat16", remat=point.remat)  # pyright: ignore[reportArgumentType]
-    setup = analytic.of_training(validate_model(SIZES[point.size]), train, OptimConfig(), point.mesh)
-    memory, counts = analytic.estimate(setup), work.counts(setup)
+    setup = analytic_memory.of_training(validate_model(SIZES[point.size]), train, OptimConfig(), point.mesh)
+    memory, counts = analytic_memory.estimate(setup), analytic_counts.counts(setup)
     flops = counts.flops + counts.kernel_flops
     state = memory.parameters + memory.optimizer + memory.batch
 

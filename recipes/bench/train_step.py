@@ -42,18 +42,18 @@ def ours() -> Callable[[], float]:
     import jax
     import numpy as np
 
-    from llmctl import mesh as meshes
-    from llmctl import step, train
-    from llmctl.model import ModelConfig
-    from llmctl.model.loss import loss_of
-    from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
+    from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
+    from llmctl.distributed import mesh as meshes
+    from llmctl.model.config import ModelConfig
+    from llmctl.model.losses import loss_of
+    from llmctl.train import loop, step
 
     mesh = meshes.make(MeshConfig())
     model = ModelConfig(
         preset="llama-mini", vocab_size=VOCAB, d_model=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=HEADS, d_ff=FF
     )
     config = TrainConfig(batch_size=BATCH, seq_len=LENGTH)
-    params = train.initialize(model, 0, mesh)
+    params = loop.initialize(model, 0, mesh)
     job = step.Job(params=params, loss=loss_of(model, remat=config.remat), rows=None, validate=lambda _: {})
     function, optimizer = step.make_step(job, config, OptimConfig(), 0)
     compiled = jax.jit(function, donate_argnums=0)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.model import ModelConfig, calls
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 TINY = {
     "family": "llama", "vocab_size": 32, "d_model": 16, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 4,
@@ -41,7 +42,7 @@ def tiny() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def fresh(tiny: ModelConfig) -> dict[str, Any]:
-    return jax.jit(lambda key: calls.init(tiny, key))(jax.random.key(0))
+    return jax.jit(lambda key: functional.init(tiny, key))(jax.random.key(0))
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from llmctl.compress.calibrate import Gram, Moments, moments, nothing, walk
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.prune import prune_layer
 from llmctl.compress.quantize import quantize
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
-from llmctl.weights import flatten
+from llmctl.config.errors import RequestError
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.weights import flatten
 
 
 def test_moments_count_real_tokens_only():
@@ -43,7 +44,7 @@ def test_measuring_equals_the_scan(tiny, params, batches):
     front = {**params, "decoder": {"blocks": blocks, "norm": {"scale": scale}}}
     squares = 0.0
     for batch in batches:
-        x_BTD = jax.jit(partial(calls.hidden, two))(front, batch)
+        x_BTD = jax.jit(partial(functional.hidden, two))(front, batch)
         squares += jnp.sum(jnp.square(jnp.where(batch["segments"][..., None] > 0, x_BTD, 0.0)), axis=(0, 1))
     np.testing.assert_allclose(reports[2].stats["attn/q"].squares, squares, rtol=1e-5)
     assert reports[2].stats["attn/q"].count == sum((b["segments"] > 0).sum() for b in batches)
@@ -80,7 +81,7 @@ def test_changes_propagate_and_reports_say_how_far(tiny, params, batches):
 def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
     """Of 24 layers no second set is ever there; integers and their scales are put back like floats."""
     deep = tiny.model_copy(update={"layers": 24})
-    floats = jax.jit(lambda key: calls.init(deep, key))(jax.random.key(0))
+    floats = jax.jit(lambda key: functional.init(deep, key))(jax.random.key(0))
     params = jax.tree.map(jnp.copy, quantize(floats, bits=4, group=8)[0])
     kept, blocks = flatten(jax.tree.map(np.array, params)), jax.tree.leaves(params["decoder"]["blocks"])
     before, most = sum(a.nbytes for a in jax.live_arrays()), 0
@@ -117,7 +118,7 @@ def test_influence_of_a_silent_layer_is_zero(tiny, params, batches):
 def test_both_stacks_of_an_encoder_decoder_are_walked(tiny, make_rows):
     change = {"architecture": "encoder_decoder", "encoder_layers": 2, "layers": 1, "positions": "relative"}
     cfg = ModelConfig.model_validate({**tiny.model_dump(), **change})
-    params = jax.jit(lambda key: calls.init(cfg, key))(jax.random.key(1))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(1))
     batch = make_rows(cfg, 0)
     batch["encoder_segments"] = np.ones_like(batch["encoder_segments"])
     _, reports = walk(cfg, params, [batch], moments, keep=True)

@@ -9,8 +9,8 @@ import qwix
 from llmctl.compress.calibrate import Moments, moments, walk
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.prune import METHODS, apply, check, mask, prune, prune_layer, prune_uncalibrated, sparsity
-from llmctl.errors import RequestError
-from llmctl.weights import LowRank, Quantized, dense, flatten
+from llmctl.config.errors import RequestError
+from llmctl.model.weights import LowRank, Quantized, dense, flatten
 
 W = jnp.array([[1.0, -5.0], [-2.0, 6.0], [3.0, 7.0], [-4.0, 0.5]])  # [in 4, out 2]
 STATS = Moments(jnp.array([16.0, 1.0, 0.0, 4.0]), jnp.zeros(4), jnp.array(1.0))  # norms 4, 1, 0, 2

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from llmctl.compress.quantize import SCHEMES, quantize, relative_error
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
-from llmctl.weights import LowRank, Quantized, dense, flatten, unflatten
+from llmctl.config.errors import RequestError
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.weights import LowRank, Quantized, dense, flatten, unflatten
 
 
 def error(w, bits, group=0) -> float:
@@ -72,7 +73,7 @@ def test_which_weights_are_taken(tiny, params):
 ])  # fmt: skip
 def test_the_model_runs_on_integers(tiny, params, batches, bits, group, activations, tolerance):
     got, _ = quantize(params, bits=bits, group=group, embeddings=bits == 8, activations=activations)
-    hidden = jax.jit(partial(calls.hidden, tiny))
+    hidden = jax.jit(partial(functional.hidden, tiny))
     plain, quantized = (hidden(p, batches[0]) for p in (params, got))
     assert float(jnp.linalg.norm(plain - quantized) / jnp.linalg.norm(plain)) < tolerance
 
@@ -94,7 +95,7 @@ def test_refusals(params):
 def test_every_family_is_reached_through_the_tree():
     cfg = ModelConfig(architecture="encoder_decoder", encoder_layers=1, layers=1, d_model=8, heads=2, kv_heads=2,
                       head_dim=4, d_ff=8, vocab_size=16, gated=False, positions="relative", tied=False)  # fmt: skip
-    params = jax.jit(lambda key: calls.init(cfg, key))(jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     _, errors = quantize(params, bits=8, head=True)
     assert {"encoder/blocks/attn/q/kernel", "decoder/blocks/cross/k/kernel", "lm_head/kernel"} <= set(errors)
     assert "decoder/relative_bias/table" not in errors

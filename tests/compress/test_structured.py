@@ -20,9 +20,10 @@ from llmctl.compress.structured import (
     prune_layers,
     prune_widths,
 )
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
-from llmctl.weights import flatten, unflatten
+from llmctl.config.errors import RequestError
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.weights import flatten, unflatten
 
 
 def zero(params: dict[str, Any], path: str, layer: int, rows: slice) -> dict[str, Any]:
@@ -32,12 +33,12 @@ def zero(params: dict[str, Any], path: str, layer: int, rows: slice) -> dict[str
 
 
 def assert_shapes(cfg: ModelConfig, params: dict[str, Any]) -> None:
-    expected = {path: x.shape for path, x in flatten(calls.abstract(cfg)).items()}
+    expected = {path: x.shape for path, x in flatten(functional.abstract(cfg)).items()}
     assert {path: x.shape for path, x in flatten(params).items()} == expected
 
 
 def hidden(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, Any]) -> jax.Array:
-    return jax.jit(partial(calls.hidden, cfg))(params, batch)
+    return jax.jit(partial(functional.hidden, cfg))(params, batch)
 
 
 def real(batch, x_BTD):
@@ -150,7 +151,7 @@ def test_encoder_decoder_with_biases_and_a_shared_position_bias(tiny, make_rows)
         "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm": "layer",
     }  # fmt: skip
     big = ModelConfig.model_validate({**tiny.model_dump(), **flags})
-    params = jax.jit(lambda key: calls.init(big, key))(jax.random.key(3))
+    params = jax.jit(lambda key: functional.init(big, key))(jax.random.key(3))
     flat = flatten(params)
     for path in flat:
         if path.endswith("bias"):

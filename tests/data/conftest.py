@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Letters(Tokenizer):

@@ -6,8 +6,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from llmctl.data import DataConfig, SourceConfig, scan, splits
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data import dedup, splits
+from llmctl.data.config import DataConfig, SourceConfig
 
 FILM = int.from_bytes(hashlib.sha256(b"thefilmwasgreat").digest()[:6], "big") / 2**48
 COLUMNS = {"text": "review", "label": "stars"}
@@ -32,9 +33,9 @@ def write(path, rows, header=("review", "stars", "site")):
 def test_the_fraction_is_written_down():
     # sha256("thefilmwasgreat")[:6] / 2^48: changing it would move texts between splits of finished work
     for spelling in ("The film was great.", "the  FILM, was<br />great", "the film was gre\uff41t!"):
-        assert scan.fraction(spelling) == pytest.approx(FILM, abs=1e-12)
-    assert scan.fraction("...") != scan.fraction("?!")
-    assert 0 <= scan.fraction("漢字") < 1
+        assert dedup.fraction(spelling) == pytest.approx(FILM, abs=1e-12)
+    assert dedup.fraction("...") != dedup.fraction("?!")
+    assert 0 <= dedup.fraction("漢字") < 1
 
 
 def test_splits_have_their_sizes_and_share_no_text(reviews):
@@ -43,7 +44,7 @@ def test_splits_have_their_sizes_and_share_no_text(reviews):
     assert sum(sizes.values()) == 600
     assert 90 < sizes["validation"] < 150
     assert 90 < sizes["test"] < 150
-    texts = [{scan.normal(t) for t in e.texts()} for e in found.examples.values()]
+    texts = [{dedup.normal(t) for t in e.texts()} for e in found.examples.values()]
     assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
 
 
@@ -82,7 +83,7 @@ def test_duplicates_are_dropped_before_splitting(tmp_path, sentences):
     assert sum(map(len, kept.examples.values())) == 100
     # copies that are kept still lie in one split
     for examples in kept.examples.values():
-        texts = [scan.normal(t) for t in examples.texts()]
+        texts = [dedup.normal(t) for t in examples.texts()]
         assert all(texts.count(t) == 2 for t in texts)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llmctl.evaluate import perplexity as P
-from llmctl.model import ModelConfig, calls
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 MODEL = ModelConfig(vocab_size=23, d_model=8, layers=2, heads=2, kv_heads=1, head_dim=4, d_ff=12, max_seq_len=64)
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [4, 9], [20], [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -16,7 +17,7 @@ DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [4, 9], [20], [3, 1, 4, 1,
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda w: w * 3, jax.jit(lambda key: calls.init(MODEL, key))(jax.random.key(0)))
+    return jax.tree.map(lambda w: w * 3, jax.jit(lambda key: functional.init(MODEL, key))(jax.random.key(0)))
 
 
 @jax.jit
@@ -24,7 +25,9 @@ def log_probabilities(params, tokens_T, length):
     """After the last of `length` tokens, from a forward over them alone."""
     here_T = jnp.arange(tokens_T.shape[0])
     batch = {"tokens": tokens_T[None], "segments": (here_T < length)[None].astype(jnp.int32), "positions": here_T[None]}
-    return jax.nn.log_softmax(calls.lm_logits(MODEL, params, calls.hidden(MODEL, params, batch)[0, length - 1]))
+    return jax.nn.log_softmax(
+        functional.lm_logits(MODEL, params, functional.hidden(MODEL, params, batch)[0, length - 1])
+    )
 
 
 def by_hand(params, documents, context, stride):

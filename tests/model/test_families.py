@@ -11,9 +11,10 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 
-from llmctl.bridge import folder as folders
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
+from llmctl.config.errors import RequestError
+from llmctl.convert import hf_folder as folders
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 VOCAB = 67
 SMALL = {
@@ -182,9 +183,9 @@ def answers(cfg, params, batch):
 
     Not jitted: the models share the shapes of most operations, which are compiled once so.
     """
-    x = calls.hidden(cfg, params, batch)
-    lm = calls.lm_logits(cfg, params, x) if cfg.head == "lm" else None
-    return lm, calls.outputs(cfg, params, x, batch) if cfg.head != "lm" or cfg.next_sentence else None
+    x = functional.hidden(cfg, params, batch)
+    lm = functional.lm_logits(cfg, params, x) if cfg.head == "lm" else None
+    return lm, functional.outputs(cfg, params, x, batch) if cfg.head != "lm" or cfg.next_sentence else None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -294,7 +295,7 @@ def test_a_t5_encoder_alone_is_an_embedding_model(tmp_path):
 
 
 def test_every_preset_has_consistent_shapes_and_a_counterpart_with_the_same_config():
-    from llmctl.model import family, presets
+    from llmctl.model.config import family, presets
 
     for name in presets():
         cfg = ModelConfig(preset=name)

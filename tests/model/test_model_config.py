@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from llmctl.model import ModelConfig
+from llmctl.model.config import ModelConfig
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from llmctl import weights
-from llmctl.model import ModelConfig, calls
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
 
 SIZES = {"vocab_size": 31, "d_model": 12, "layers": 2, "encoder_layers": 3, "heads": 3, "kv_heads": 3, "head_dim": 4}
 CONFIG = ModelConfig(preset="transformer-tiny", **SIZES, d_ff=20, dropout=0.0)
@@ -55,7 +55,7 @@ def test_logits_are_those_of_torchs_layers():
     rng = np.random.default_rng(0)
     flat = {
         k: jnp.asarray(rng.normal(0, 0.3, s.shape) + k.endswith("norm/scale"), jnp.float32)
-        for k, s in weights.flatten(calls.abstract(CONFIG)).items()
+        for k, s in weights.flatten(functional.abstract(CONFIG)).items()
     }
     source, target = rng.integers(0, 31, 7), rng.integers(0, 31, 5)
     table = np.array(flat["embed/tokens"], np.float64)
@@ -78,7 +78,7 @@ def test_logits_are_those_of_torchs_layers():
         return {f"{prefix}{k}": jnp.asarray(v, jnp.int32) for k, v in arrays.items()}
 
     params = weights.unflatten(flat)
-    hidden = calls.hidden(CONFIG, params, row("encoder_", source) | row("", target))
-    logits = calls.lm_logits(CONFIG, params, hidden)[0, :5]
+    hidden = functional.hidden(CONFIG, params, row("encoder_", source) | row("", target))
+    logits = functional.lm_logits(CONFIG, params, hidden)[0, :5]
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, atol=1e-4)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import transformers as hf
 
-from llmctl.bridge import folder as folders
-from llmctl.bridge import mapping, names
-from llmctl.bridge.tensors import of_array
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, family
-from llmctl.model.names import Keys
+from llmctl.config.errors import RequestError
+from llmctl.convert import architectures, name_map
+from llmctl.convert import hf_folder as folders
+from llmctl.convert.lazy_tensors import of_array
+from llmctl.model.config import ModelConfig, family
+from llmctl.model.hf_config import Keys
 
 LLAMA = {
     "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
@@ -143,7 +143,7 @@ def test_old_names_and_heads_that_the_config_does_not_mention(tmp_path):
     ours = {"d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 12}
     cfg = ModelConfig(preset="bert-tiny", vocab_size=11, max_seq_len=6, **ours)
     tensors = {}
-    for name, joint in mapping.joints(cfg, *names.of(cfg)).items():
+    for name, joint in name_map.joints(cfg, *architectures.of(cfg)).items():
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         tensors[old] = of_array(np.zeros(joint.shape, np.float32))
     assert "bert.embeddings.LayerNorm.gamma" in tensors

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl import mesh as meshes
-from llmctl.model import ModelConfig, calls
-from llmctl.model.loss import NEARNESS, loss_of, nearness, soft_sums
-from llmctl.settings import MeshConfig
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import NEARNESS, loss_of, nearness, soft_sums
 
 SIZES = {"d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 8, "vocab_size": 11}
 B, T = 8, 6
@@ -36,7 +37,7 @@ def batch_of(head, scored=False):
 
 
 def params_of(head):
-    params = calls.init(MODELS[head], jax.random.key(0))
+    params = functional.init(MODELS[head], jax.random.key(0))
     return jax.tree.map(lambda a: a + 0.1, params)
 
 
@@ -47,7 +48,7 @@ def log_softmax(x):
 def test_words_count_where_they_are_labelled():
     cfg, params, batch = MODELS["tokens"], params_of("tokens"), batch_of("tokens")
     total, sums = loss_of(cfg)(params, batch)
-    logits = np.asarray(calls.outputs(cfg, params, calls.hidden(cfg, params, batch), batch), np.float64)
+    logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch), np.float64)
     nll = -np.take_along_axis(log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
     assert total == pytest.approx((nll * batch["weights"]).sum(), rel=1e-5)
     assert sums["weight"] == batch["weights"].sum()
@@ -57,7 +58,7 @@ def test_words_count_where_they_are_labelled():
 def test_places_are_told_from_those_of_the_context_alone():
     cfg, params, batch = MODELS["span"], params_of("span"), batch_of("span")
     total, sums = loss_of(cfg, label_smoothing=0.1)(params, batch)
-    logits = np.asarray(calls.outputs(cfg, params, calls.hidden(cfg, params, batch), batch), np.float64)
+    logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch), np.float64)
     want = plain = 0.0
     for b in range(B):
         at = np.flatnonzero(batch["among"][b])
@@ -74,7 +75,7 @@ def test_embeddings_are_told_from_all_others_of_the_batch():
     z = []
     for prefix in ("", "pair_"):
         one = {k: jnp.asarray(batch[prefix + k]) for k in ("tokens", "segments", "positions")}
-        z.append(np.asarray(calls.outputs(cfg, params, calls.hidden(cfg, params, one), one), np.float64))
+        z.append(np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, one), one), np.float64))
     near = z[0] @ z[1].T
     for temperature in (NEARNESS, 0.5):
         total, sums = loss_of(cfg, temperature=temperature)(params, batch)
@@ -99,7 +100,7 @@ def test_a_mesh_agrees_with_one_device(head, axes):
     one = jax.jit(grad)(params, batch)
     mesh = meshes.make(MeshConfig(**axes))
     with meshes.use(mesh):
-        there = jax.device_put(params, calls.shardings(cfg, params, mesh))
+        there = jax.device_put(params, functional.shardings(cfg, params, mesh))
         many = jax.jit(grad)(there, meshes.place(batch, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, jax.device_get(many))
 
@@ -114,7 +115,7 @@ def test_taught_by_itself_nothing_is_left_but_the_labels():
                 rows = jax.random.normal(jax.random.key(1), (2 * B, 8))
                 y = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
             else:
-                y = calls.outputs(cfg, params, calls.hidden(cfg, params, batch), batch)
+                y = functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch)
                 mixed, sums = soft_sums(head, y, y, batch, 2.0, 0.25)
                 assert mixed == pytest.approx(0.25 * float(hard), rel=1e-5) and abs(float(sums["kl"])) < 1e-5
             soft, _ = soft_sums(head, y, y, batch, 2.0, 0.0)

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from llmctl import cli
-from llmctl.model import ModelConfig, cost
+from llmctl.cli import app
+from llmctl.model import flops
+from llmctl.model.config import ModelConfig
 
 RECIPE = """
 [data]
@@ -68,7 +69,7 @@ SMALL = ModelConfig(**SIZES, layers=1, heads=2, kv_heads=2, d_ff=64, **LABELS)
 def share(model):
     """Entries of a device: matrices split over fsdp x tensor, the head's over fsdp, norms whole."""
     norms, head = 64 * (2 * model.layers + 1), 64 * 2 if model.head == "classify" else 0
-    return (cost.parameters(model)["total"] - norms - head) // 4 + norms + head // 2
+    return (flops.parameters(model)["total"] - norms - head) // 4 + norms + head // 2
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,9 @@ def found(chain):
     """Programs by (stage, title)."""
     with pytest.MonkeyPatch.context() as patch:
         said = []
-        patch.setattr("llmctl.console.result", lambda found: said.append(json.dumps(found)))
+        patch.setattr("llmctl.pipeline.console.result", lambda found: said.append(json.dumps(found)))
         words = [word for stage in STAGES for word in ("--stage", stage)]
-        assert cli.run(["plan", str(chain), "--topology", "cpu:8", "--generate", "2x30x20", "--json", *words]) == 0
+        assert app.run(["plan", str(chain), "--topology", "cpu:8", "--generate", "2x30x20", "--json", *words]) == 0
     return {(p["stage"], p["program"]): p for p in json.loads(said[0])["programs"]}
 
 
@@ -104,7 +105,7 @@ def test_every_stage_has_its_programs(found):
 def test_every_program_is_modelled_for_gpus(chain, found, capsys):
     """Lowered, not compiled; what lies in memory is the same, but for what CPUs alone keep."""
     words = [word for stage in STAGES for word in ("--stage", stage)]
-    assert cli.run(["plan", str(chain), "--topology", "h100:8", "--generate", "2x30x20", "--json", *words]) == 0
+    assert app.run(["plan", str(chain), "--topology", "h100:8", "--generate", "2x30x20", "--json", *words]) == 0
     got = {(p["stage"], p["program"]): p for p in json.loads(capsys.readouterr().out)["programs"]}
     assert list(got) == list(found) and not any(p["compiled"] for p in got.values())
     for name, one in got.items():
@@ -112,7 +113,7 @@ def test_every_program_is_modelled_for_gpus(chain, found, capsys):
         if "generate" not in name[0]:
             assert one["hbm_bytes"]["parameters"] == found[name]["hbm_bytes"]["parameters"], name
     generated = got["generate by pretrain", "decoding step"]["hbm_bytes"]
-    assert generated["parameters"] == 4 * cost.parameters(WHOLE)["total"]  # a tied table once
+    assert generated["parameters"] == 4 * flops.parameters(WHOLE)["total"]  # a tied table once
 
 
 def test_low_rank_pairs_alone_have_moments(found):
@@ -161,9 +162,9 @@ def test_integers_are_held_as_integers(found):
 def test_generation_is_whole_on_every_device(found):
     for title in ("prefill", "decoding step"):
         hbm = found["generate by pretrain", title]["hbm_bytes"]
-        assert hbm["cache"] == 2 * 128 * cost.kv_cache(WHOLE, 4)  # 64 slots for the prompt, 64 for 20 new tokens
+        assert hbm["cache"] == 2 * 128 * flops.kv_cache(WHOLE, 4)  # 64 slots for the prompt, 64 for 20 new tokens
         # The step reads a tied table the other way round on CPUs, which is kept beside it.
-        assert hbm["parameters"] == 4 * (cost.parameters(WHOLE)["total"] + 512 * 64)
+        assert hbm["parameters"] == 4 * (flops.parameters(WHOLE)["total"] + 512 * 64)
     step = found["generate by pretrain", "decoding step"]
-    matrices = cost.parameters(WHOLE)["total"] - 5 * 64
+    matrices = flops.parameters(WHOLE)["total"] - 5 * 64
     assert step["flops_per_step"] == 2 * (2 * matrices + 4 * 64 * 2 * 50)

@@ -4,7 +4,7 @@
 import pytest
 from hlo_samples import module
 
-from llmctl.plan import hlo
+from llmctl.plan.hlo import counts
 
 ASYNC = """
 %a = bf16[128]{0} parameter(0)
@@ -25,7 +25,7 @@ ROOT %t = (bf16[512], f32[8,8]) tuple(%came, %x)"""
     ],
 )
 def test_what_runs_beside_computation(between, hidden):
-    (found,) = hlo.count(module(ASYNC.replace("BETWEEN", between)), {"data": 2, "fsdp": 4}).collectives
+    (found,) = counts.count(module(ASYNC.replace("BETWEEN", between)), {"data": 2, "fsdp": 4}).collectives
     assert (found.kind, found.axis, found.count) == ("all-gather", "fsdp", 1)
     assert (found.payload, found.bytes) == (1024, 768)
     assert (found.overlapped, found.hidden) == (hidden, 768 * hidden)
@@ -53,7 +53,7 @@ def test_a_gather_fused_with_other_work_counts_once():
 %x = f32[8,8]{1,0} parameter(1)
 %s = (bf16[4,8], bf16[16,8]) fusion(%a), kind=kCustom, calls=%start
 ROOT %f = f32[8,8]{1,0} fusion(%a, %x), kind=kOutput, calls=%beside"""
-    found = hlo.count(module(body, FUSED_GATHER), {"fsdp": 4})
+    found = counts.count(module(body, FUSED_GATHER), {"fsdp": 4})
     (one,) = found.collectives
     assert (one.count, one.overlapped, one.bytes) == (1, 1, 4 * 8 * 2 * 3) and found.flops == 2 * 8**3
 
@@ -71,5 +71,5 @@ def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
 %a = f32[16,8]{1,0} parameter(0)
 %n = s32[] parameter(1)
 ROOT %f = f32[4,8]{1,0} fusion(%a, %n), kind=kCustom, calls=%scatter"""
-    (found,) = hlo.count(module(body, more), {"fsdp": 4}).collectives
+    (found,) = counts.count(module(body, more), {"fsdp": 4}).collectives
     assert (found.kind, found.bytes) == ("reduce-scatter", 16 * 8 * 4 * 3 / 4)

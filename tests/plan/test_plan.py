@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llmctl import cli
-from llmctl.errors import WorkError
-from llmctl.model import ModelConfig, cost
+from llmctl.cli import app
+from llmctl.config.errors import WorkError
+from llmctl.model import flops
+from llmctl.model.config import ModelConfig
 from llmctl.plan import compile as compiling
 from llmctl.plan import modelled
 
@@ -17,7 +18,7 @@ MODEL = ModelConfig(vocab_size=512, d_model=64, layers=2, heads=4, kv_heads=2, h
 
 
 def planned(capsys, *words):
-    assert cli.run(["plan", *map(str, words), "--json"]) == 0
+    assert app.run(["plan", *map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -27,7 +28,7 @@ def test_a_step_is_compiled_from_settings_alone(small, capsys):
             "mfu", "compiled"} <= set(got)  # fmt: skip
     assert (got["topology"], got["chips"], got["compiled"], got["fits"]) == ("cpu:8", 8, True, True)
     assert {axis: n for axis, n in got["mesh"].items() if n > 1} == {"data": 2, "fsdp": 2, "tensor": 2}
-    counts = cost.parameters(MODEL)
+    counts = flops.parameters(MODEL)
     norms = 64 * 5  # whole on every device
     hbm = got["hbm_bytes"]
     assert hbm["parameters"] == 4 * ((counts["total"] - norms) // 4 + norms)  # fsdp 2 x tensor 2
@@ -35,7 +36,7 @@ def test_a_step_is_compiled_from_settings_alone(small, capsys):
     assert hbm["batch"] == 5 * 4 * 8 * 32 // 4
     assert hbm["temporaries"] > 0
     assert hbm["total"] == sum(hbm[k] for k in ("parameters", "optimizer", "batch", "temporaries", "cache"))
-    assert got["flops_per_step"] == pytest.approx(3 * 8 * 32 * cost.flops(MODEL, 32))
+    assert got["flops_per_step"] == pytest.approx(3 * 8 * 32 * flops.flops(MODEL, 32))
     # Attention in plain XLA multiplies masked pairs too, and again on the way back.
     assert 1.0 <= 8 * got["device_flops"] / got["flops_per_step"] < 1.4
     assert got["collective_bytes"] > 0 and not got["unknown_loops"]
@@ -46,7 +47,7 @@ def test_stages_follow_one_another(small, capsys):
     got = planned(capsys, small, "--topology", "cpu:4", "--set", "stage.0.mesh={fsdp=2, tensor=2, data=1}")
     assert [p["stage"] for p in got["programs"]] == ["pretrain", "finetune"]
     classifier = MODEL.model_copy(update={"head": "classify", "labels": 2, "head_bias": False})
-    assert got["programs"][1]["hbm_bytes"]["parameters"] == 4 * cost.parameters(classifier)["total"]
+    assert got["programs"][1]["hbm_bytes"]["parameters"] == 4 * flops.parameters(classifier)["total"]
 
 
 def test_bytes_have_the_sentinels_that_spans_need(tmp_path, capsys):
@@ -57,7 +58,7 @@ def test_bytes_have_the_sentinels_that_spans_need(tmp_path, capsys):
     (tmp_path / "t5.toml").write_text(f'[data]\nsource = "csv"\npath = "no.csv"\n\n[[stage]]\n{stage}\n')
     got = planned(capsys, tmp_path / "t5.toml", "--topology", "h100:1")
     whole = ModelConfig(preset="t5-tiny", vocab_size=5 + 256 + 100)
-    assert got["hbm_bytes"]["parameters"] == 4 * cost.parameters(whole)["total"]
+    assert got["hbm_bytes"]["parameters"] == 4 * flops.parameters(whole)["total"]
 
 
 def test_a_gpu_is_modelled_and_says_so(small, capsys):
@@ -118,6 +119,6 @@ def test_the_compilers_refusals_are_read():
     ],
 )
 def test_what_is_refused_is_one_line(small, capsys, words, says):
-    assert cli.run(["plan", str(small), *words]) == 2
+    assert app.run(["plan", str(small), *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert says in said[-1]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from llmctl import cli, console
-from llmctl.config import parse_value, spelled
+from llmctl.cli import app
+from llmctl.config.base import parse_value, spelled
+from llmctl.pipeline import console
 from llmctl.plan import report
 
 
@@ -34,14 +35,14 @@ def test_what_is_spelled_is_read_again():
 
 
 def test_a_loop_that_counts_once_is_named(small, capsys):
-    assert cli.run(["plan", str(small), "--topology", "h100:4", "--stage", "finetune", "--json"]) == 0
+    assert app.run(["plan", str(small), "--topology", "h100:4", "--stage", "finetune", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["programs"][0] | {"unknown_loops": ["while.7"]}
     console.show(report.work_table(found))
     assert "loop while.7" in capsys.readouterr().out
 
 
 def test_every_program_is_in_the_summary(small, capsys):
-    assert cli.run(["plan", str(small), "--topology", "h100:4", "--set", "stage.0.mesh={data=4}"]) == 0
+    assert app.run(["plan", str(small), "--topology", "h100:4", "--set", "stage.0.mesh={data=4}"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("train step on h100:4") == 2 and shown.count("lowering for CUDA was checked") == 1
     rows = [line.split("│")[1:-1] for line in shown.split("all of it")[1].splitlines() if line.startswith("│")]

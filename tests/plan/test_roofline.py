@@ -3,7 +3,7 @@
 import pytest
 
 from llmctl.plan import roofline, topologies
-from llmctl.plan.hlo import Collective, Counts
+from llmctl.plan.hlo.counts import Collective, Counts
 
 V5E = topologies.find("v5e:16x16")
 

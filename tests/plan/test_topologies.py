@@ -2,8 +2,8 @@
 
 import pytest
 
-from llmctl import chips
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.distributed import hardware
 from llmctl.plan import topologies
 
 
@@ -69,7 +69,7 @@ def test_the_number_of_chips_picks_a_slice():
 
 
 def test_a_type_without_a_figure_takes_that_of_bfloat16():
-    v5e = chips.chip("v5e")
+    v5e = hardware.chip("v5e")
     assert v5e.peak("int8") == 393e12 and v5e.peak("float32") == 197e12
-    assert chips.chip("h100").peak("float32") == 494.5e12
-    assert chips.CPU.peak("float32") == 0.0
+    assert hardware.chip("h100").peak("float32") == 494.5e12
+    assert hardware.CPU.peak("float32") == 0.0

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from llmctl import mesh as meshes
-from llmctl import step
-from llmctl.model import ModelConfig, calls, flash
-from llmctl.model.loss import loss_of
-from llmctl.plan import analytic, hlo, topologies, work
-from llmctl.settings import MeshConfig, OptimConfig, TrainConfig
+from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import attention_kernels, functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import loss_of
+from llmctl.plan import analytic_counts, analytic_memory, topologies
+from llmctl.plan.hlo import counts as hlo
+from llmctl.train import step
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
@@ -45,8 +47,8 @@ def found(request, uncached):
 
         there = devices.get_topology_desc(**topologies.find("v5e:2x2").arguments).devices
         mesh = meshes.make(MeshConfig(**SIZES), there)
-        params = calls.abstract(MODEL)
-        lies = calls.shardings(MODEL, params, mesh)
+        params = functional.abstract(MODEL)
+        lies = functional.shardings(MODEL, params, mesh)
         params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, lies)
         loss = loss_of(MODEL, dtype=jnp.bfloat16, remat="full")
         job = step.Job(params=params, loss=loss, rows=None, validate=lambda _: {})
@@ -59,7 +61,7 @@ def found(request, uncached):
         batch = {
             n: jax.ShapeDtypeStruct((4, 1024), t, sharding=meshes.batch_sharding(mesh, 2)) for n, t in types.items()
         }
-        with meshes.use(mesh), flash.use("auto"):
+        with meshes.use(mesh), attention_kernels.use("auto"):
             lowered = jax.jit(fn, donate_argnums=0, out_shardings=(lies, None)).lower(state, (fixed, ()), batch)
         done = lowered.compile()
     return train, hlo.count(done.as_text(), dict(mesh.shape))
@@ -67,7 +69,7 @@ def found(request, uncached):
 
 def test_operations_are_those_of_the_model(found):
     train, counts = found
-    expected = work.counts(analytic.of_training(MODEL, train, OptimConfig(), SIZES))
+    expected = analytic_counts.counts(analytic_memory.of_training(MODEL, train, OptimConfig(), SIZES))
     assert counts.flops == pytest.approx(expected.flops, rel=0.01) and not counts.unknown_loops
     assert counts.kernel_flops == pytest.approx(expected.kernel_flops, rel=0.01)
 

@@ -13,8 +13,8 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what this machine has: devices, versions, memory, disk; and whether a recipe can run on it."""
-    from llmctl import console, recipe
-    from llmctl import doctor as doctors
+    from llmctl.cli import doctor as doctors
+    from llmctl.pipeline import console, recipe
 
     chosen = recipe.read(recipe_file) if recipe_file else None
     platforms = [step.config.platform for step in chosen.steps] if chosen else []

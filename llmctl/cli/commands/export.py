@@ -20,8 +20,9 @@ def export(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an artifact as others load it, read it back and prove that it answers the same."""
-    from llmctl import atomic, console
-    from llmctl.bridge import exporting
+    from llmctl.artifacts import atomic
+    from llmctl.convert import exporting
+    from llmctl.pipeline import console
 
     atomic.check(out)
     made = exporting.run(source, out, to=to, dtype=dtype, kind=kind, shard_bytes=int(shard_size * 1e9), say=console.say)

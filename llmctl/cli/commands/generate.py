@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl import console
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.pipeline import console
 
 if TYPE_CHECKING:
-    from llmctl.artifact import Artifact
-    from llmctl.filling import Filler
-    from llmctl.model.decode import Decoder
-    from llmctl.model.sampling import Sampling
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.generate.decode import Decoder
+    from llmctl.model.generate.fill_mask import Filler
+    from llmctl.model.generate.sampling import Sampling
 
 
 def generate(
@@ -67,12 +67,12 @@ def generate(
         )
     texts = None if chat else _texts(prompt or [], file)
 
-    from llmctl.artifact import load, read_manifest
-    from llmctl.data import tokenizer as tokenizers
-    from llmctl.filling import Filler
-    from llmctl.model.beam import Beams, BeamSearch
-    from llmctl.model.decode import Decoder
-    from llmctl.model.sampling import Sampling
+    from llmctl.artifacts.artifact import load, read_manifest
+    from llmctl.data.tokenizers import loading as tokenizers
+    from llmctl.model.generate.beam import Beams, BeamSearch
+    from llmctl.model.generate.decode import Decoder
+    from llmctl.model.generate.fill_mask import Filler
+    from llmctl.model.generate.sampling import Sampling
 
     try:
         rules = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -123,8 +123,8 @@ def _continue(
     stops: Iterable[str],
 ) -> None:
     """Prints prompts with what follows them, a single one as it is made."""
-    from llmctl.data import tokenizer as tokenizers
-    from llmctl.generation import Speed, begin, continue_rows, search_rows
+    from llmctl.data.tokenizers import loading as tokenizers
+    from llmctl.model.generate.continuations import Speed, begin, continue_rows, search_rows
 
     words, encoded = tokenizers.load(loaded.tokenizer_dir), decoder.model.architecture == "encoder_decoder"
     speed, done = Speed(), []
@@ -157,8 +157,8 @@ def _continue(
 
 def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str, json: bool, **options: Any) -> None:
     """Answers the messages of a file, or every line of standard input; prints the answers as they are made."""
-    from llmctl import chat
-    from llmctl.data import tokenizer as tokenizers
+    from llmctl.data.tokenizers import loading as tokenizers
+    from llmctl.model.generate import chat
 
     words = tokenizers.load(loaded.tokenizer_dir)
     template = chat.Template(tokenizers.chat_template(loaded.tokenizer_dir), words)

@@ -29,9 +29,10 @@ def import_(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make an artifact of a model from elsewhere; what is not understood is an error, and nothing is dropped."""
-    from llmctl import atomic, console
-    from llmctl.bridge import importing, peft
-    from llmctl.errors import RequestError
+    from llmctl.artifacts import atomic
+    from llmctl.config.errors import RequestError
+    from llmctl.convert import importing, peft
+    from llmctl.pipeline import console
 
     atomic.check(out)
     if source.is_dir() and peft.is_adapter(source):

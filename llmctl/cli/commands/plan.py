@@ -43,8 +43,8 @@ def plan(
 
     Needs no accelerator, no data and little memory.
     """
-    from llmctl import console, recipe
-    from llmctl.errors import RequestError
+    from llmctl.config.errors import RequestError
+    from llmctl.pipeline import console, recipe
     from llmctl.plan import environment, report, topologies
 
     if bool(topology) + bool(chips) + fit != 1:
@@ -66,7 +66,7 @@ def plan(
     from llmctl.plan import planner
 
     if search or fit:
-        from llmctl.plan import searching
+        from llmctl.plan import search as searching
 
         one = stage[0] if stage else ""
         if fit:

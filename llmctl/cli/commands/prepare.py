@@ -32,8 +32,8 @@ def prepare(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table
 
-    from llmctl import console, recipe
-    from llmctl.data.prepare import prepare
+    from llmctl.data.pretraining.prepare import prepare
+    from llmctl.pipeline import console, recipe
 
     config = recipe.single("pretrain", {"name": name} if name else {}, out, recipe_file, sets or ()).steps[0].config
     screen = console.Console(stderr=True)

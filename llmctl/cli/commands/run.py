@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.flags import Coordinator, NumProcesses, ProcessId
+from llmctl.cli.flags import Coordinator, NumProcesses, ProcessId
 
 
 def run(
@@ -30,12 +30,12 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print the closing table as one JSON object.")] = False,
 ) -> None:
     """Run a recipe: every stage that is not done yet, then a table of all artifacts."""
-    from llmctl import chain, console, recipe
-    from llmctl import show as shown
+    from llmctl.cli import summary as shown
+    from llmctl.pipeline import console, recipe, runner
 
     chosen = recipe.read(recipe_file, folder, sets or ())
     processes = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    chain.run(chosen, only or (), console.say, processes)
+    runner.run(chosen, only or (), console.say, processes)
     found = shown.run(chosen.run)
     for report in shown.reports(chosen.run):
         console.say(f"report: {report}")

@@ -15,17 +15,17 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show an artifact, or a whole run as a table in lineage order; or what a model of some config would take."""
-    from llmctl import console
-    from llmctl import show as shown
-    from llmctl.errors import RequestError
-    from llmctl.recipe import MANIFEST
+    from llmctl.cli import summary as shown
+    from llmctl.config.errors import RequestError
+    from llmctl.pipeline import console
+    from llmctl.pipeline.recipe import MANIFEST
 
     if (path is None) == (not config):
         raise RequestError("show: name an artifact or a run, or else --config with a preset or a TOML file")
     if path is None:
-        from llmctl.model import size
+        from llmctl.model import size_report
 
-        sizes = {"config": config, **size.report(shown.model(config), seq_len)}
+        sizes = {"config": config, **size_report.report(shown.model(config), seq_len)}
         if json:
             console.result(sizes)
         else:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.config.errors import RequestError
 from llmctl.data.corpus import batched
-from llmctl.data.examples import ExampleRows, padded
-from llmctl.data.objectives import Batch
+from llmctl.data.examples.labelled import ExampleRows, padded
+from llmctl.data.pretraining.objectives import Batch
 from llmctl.data.splits import Examples
-from llmctl.errors import RequestError
+from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Window(NamedTuple):

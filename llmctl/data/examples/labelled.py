@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmctl.data import Truncate
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Truncate
 from llmctl.data.corpus import Corpus, tokenize
-from llmctl.data.objectives import Batch
-from llmctl.data.order import Epochs
+from llmctl.data.pretraining.objectives import Batch
+from llmctl.data.shuffle import Epochs
 from llmctl.data.splits import Examples
-from llmctl.errors import RequestError
+from llmctl.data.tokenizers.base import Tokenizer
 
 
 class ExampleRows:

@@ -6,20 +6,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmctl.data import Truncate, pretraining
-from llmctl.data.answers import AnswerRows
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
-from llmctl.data.examples import ClassificationRows, CompletionRows, SequencePairRows
-from llmctl.data.language import Text, check_epochs
-from llmctl.data.retrieval import TwoTextRows
+from llmctl.data.examples.extractive_qa import AnswerRows
+from llmctl.data.examples.labelled import ClassificationRows, CompletionRows, SequencePairRows
+from llmctl.data.examples.text_pairs import TwoTextRows
+from llmctl.data.examples.token_labels import TagRows
+from llmctl.data.pretraining import objective_rows
+from llmctl.data.pretraining.lm_corpus import Text, check_epochs
 from llmctl.data.splits import Examples
-from llmctl.data.tagging import TagRows
-from llmctl.data.tokenizer import Tokenizer
-from llmctl.errors import RequestError
+from llmctl.data.tokenizers.loading import Tokenizer
 
 
 class Model(Protocol):
-    """What rows depend on (a `llmctl.model.ModelConfig`)."""
+    """What rows depend on (a `llmctl.model.config.ModelConfig`)."""
 
     @property
     def architecture(self) -> str:
@@ -71,9 +72,9 @@ def task_rows(
     raise RequestError(f"no data rows for a model with head {model.head!r}")
 
 
-def objective(model: Model) -> pretraining.Objective:
+def objective(model: Model) -> objective_rows.Objective:
     """What text asks of a language model."""
-    return pretraining.Objective(pretraining.default(model.architecture, model.next_sentence))
+    return objective_rows.Objective(objective_rows.default(model.architecture, model.next_sentence))
 
 
 def completes(model: Model, columns: Iterable[str]) -> bool:

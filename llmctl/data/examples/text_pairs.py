@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmctl.data import Truncate
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
-from llmctl.data.examples import ExampleRows, cut, padded
-from llmctl.data.objectives import Batch
+from llmctl.data.examples.labelled import ExampleRows, cut, padded
+from llmctl.data.pretraining.objectives import Batch
 from llmctl.data.splits import Examples
-from llmctl.errors import RequestError
+from llmctl.data.tokenizers.base import Tokenizer
 
 
 class TwoTextRows(ExampleRows):

@@ -16,7 +16,7 @@ def guesses(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, f
     """Scores of the best constant answers to the first `limit` rows, judged on these rows themselves.
 
     Args:
-        rows: as `llmctl.data.pipeline.Rows`.
+        rows: as `llmctl.data.prefetch.Rows`.
         limit: rows to look at.
         sentinels: those of span corruption. Whoever writes spans knows their form without reading a text: a sentinel
             comes first, then a word, and the next sentinel is the next of the list. So an answer may depend on what

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from llmctl.data import DataConfig, Packing, TokenizerConfig, prepared, splits
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.config.errors import RequestError
+from llmctl.data import splits
+from llmctl.data.config import DataConfig, Packing, TokenizerConfig
 from llmctl.data.corpus import Documents, cached
-from llmctl.data.mixing import MixedRows
-from llmctl.data.packing import PackedRows
-from llmctl.data.pairs import PairRows
-from llmctl.data.pretraining import Objective
-from llmctl.errors import RequestError
+from llmctl.data.pretraining import prepared
+from llmctl.data.pretraining.mixing import MixedRows
+from llmctl.data.pretraining.next_sentence import PairRows
+from llmctl.data.pretraining.objective_rows import Objective
+from llmctl.data.pretraining.packing import PackedRows
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Text:

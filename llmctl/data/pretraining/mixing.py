@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmctl.data.objectives import Batch
-from llmctl.data.order import permutation
-from llmctl.data.packing import PackedRows
-from llmctl.data.pairs import PairRows
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.pretraining.next_sentence import PairRows
+from llmctl.data.pretraining.objectives import Batch
+from llmctl.data.pretraining.packing import PackedRows
+from llmctl.data.shuffle import permutation
 
 BLOCK = 1024
 """Rows in which the shares hold exactly, up to rounding; every source has a row in each block."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmctl.config.errors import RequestError
 from llmctl.data.corpus import Documents
-from llmctl.data.objectives import Batch, Packed, masked, places, uniform
-from llmctl.data.order import Epochs
-from llmctl.data.vocabulary import Vocabulary
-from llmctl.errors import RequestError
+from llmctl.data.pretraining.objectives import Batch, Packed, masked, places, uniform
+from llmctl.data.shuffle import Epochs
+from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 LEAST = 3
 """Tokens of the document before and after a cut, at least: a space at the end is no sentence."""

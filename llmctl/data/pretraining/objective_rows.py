@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from llmctl.data import Packing, spans
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Packing
 from llmctl.data.corpus import Documents
-from llmctl.data.objectives import causal, masked
-from llmctl.data.packing import PackedRows
-from llmctl.data.pairs import PairRows
-from llmctl.data.vocabulary import Vocabulary
-from llmctl.errors import RequestError
+from llmctl.data.pretraining import span_corruption
+from llmctl.data.pretraining.next_sentence import PairRows
+from llmctl.data.pretraining.objectives import causal, masked
+from llmctl.data.pretraining.packing import PackedRows
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 ObjectiveName = Literal["causal", "masked", "next_sentence", "spans", "prefix"]
 LEARNS: dict[str, tuple[ObjectiveName, ...]] = {
@@ -59,9 +60,9 @@ class Objective:
         if self.name == "masked":
             objective = partial(masked, words=words, rate=self.rate, whole_words=self.whole_words, seed=seed)
         if self.name == "prefix":
-            objective = partial(spans.prefix, words=words, seed=seed)
+            objective = partial(span_corruption.prefix, words=words, seed=seed)
         if self.name == "spans":
-            width, decoder, sentinels = spans.sizes(seq_len, self.rate, self.span)
+            width, decoder, sentinels = span_corruption.sizes(seq_len, self.rate, self.span)
             have = len(tokenizer.sentinel_ids)
             if have < sentinels:
                 raise RequestError(
@@ -69,7 +70,7 @@ class Objective:
                     "set tokenizer.sentinels"
                 )
             objective = partial(
-                spans.corrupted, words=words, encoder=seq_len, decoder=decoder,
+                span_corruption.corrupted, words=words, encoder=seq_len, decoder=decoder,
                 rate=self.rate, span=self.span, seed=seed,
             )  # fmt: skip
         return PackedRows(documents, tokenizer, width, seed=seed, packing=packing, shuffle=shuffle, objective=objective)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmctl.data.order import hashed
-from llmctl.data.vocabulary import Vocabulary
+from llmctl.data.shuffle import hashed
+from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
 

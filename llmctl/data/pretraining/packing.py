@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmctl.data import Packing
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Packing
 from llmctl.data.corpus import Documents
-from llmctl.data.objectives import Batch, Packed, causal
-from llmctl.data.order import permutation
-from llmctl.errors import RequestError
+from llmctl.data.pretraining.objectives import Batch, Packed, causal
+from llmctl.data.shuffle import permutation
+from llmctl.data.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.config import keyed
-from llmctl.data import DataConfig, TokenizerConfig, splits
-from llmctl.data import tokenizer as tokenizers
-from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.data.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, read
-from llmctl.data.scan import Scan, scan
-from llmctl.data.source import Chain
-from llmctl.data.views import View
-from llmctl.errors import Interrupted, RequestError
+from llmctl.config.base import keyed
+from llmctl.config.errors import Interrupted, RequestError
+from llmctl.data import splits
+from llmctl.data.columns import View
+from llmctl.data.config import DataConfig, TokenizerConfig
+from llmctl.data.dedup import Scan, scan
+from llmctl.data.pretraining.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, read
+from llmctl.data.sources.base import Chain
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Is told how many documents are done, and of how many."""
@@ -59,7 +60,7 @@ def prepare(
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Writes the folder `out` (`llmctl.data.prepared` says what is in it) and returns its description.
+    """Writes the folder `out` (`llmctl.data.pretraining.prepared` says what is in it) and returns its description.
 
     The work grows in `out` with the suffix `.partial` and is renamed when it is whole.
 

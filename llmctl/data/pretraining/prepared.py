@@ -16,10 +16,10 @@ import numpy as np
 from etils import epath
 from pydantic import BaseModel, ValidationError
 
-from llmctl.data import DataConfig, SourceConfig
-from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.data.paths import folder, is_local, keep_open
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.config import DataConfig, SourceConfig
+from llmctl.data.sources.paths import folder, is_local, keep_open
+from llmctl.data.tokenizers.base import Tokenizer
 
 DESCRIPTION = "prepared.json"
 FORMAT = 1

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llmctl.data.objectives import Batch, Packed, draws, eights, uniform
-from llmctl.data.vocabulary import Vocabulary
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.pretraining.objectives import Batch, Packed, draws, eights, uniform
+from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 
 def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:

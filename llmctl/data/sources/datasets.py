@@ -13,11 +13,11 @@ from typing import Any
 
 from etils import epath
 
-from llmctl.config import hint
-from llmctl.data import SourceConfig
-from llmctl.data.paths import folder, is_local, keep_open
-from llmctl.data.source import Chain, Groups, Row, Source
-from llmctl.errors import RequestError
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.data.config import SourceConfig
+from llmctl.data.sources.base import Chain, Groups, Row, Source
+from llmctl.data.sources.paths import folder, is_local, keep_open
 
 TFDS_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 

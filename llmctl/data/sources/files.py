@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from llmctl.data import SourceConfig
-from llmctl.data.paths import is_local
-from llmctl.data.source import Groups, Row, Source, Table
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.config import SourceConfig
+from llmctl.data.sources.base import Groups, Row, Source, Table
+from llmctl.data.sources.paths import is_local
 
 
 class TextFile(Source):

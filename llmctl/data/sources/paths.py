@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from etils import epath
 
-from llmctl.config import hint
-from llmctl.errors import RequestError
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
 
 GLOB = re.compile(r"[*?\[]")
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from etils import epath
 
-from llmctl.data import SourceConfig, datasets, files
-from llmctl.data.paths import keep_open, resolve
-from llmctl.data.source import Chain, Source
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.config import SourceConfig
+from llmctl.data.sources import datasets, files
+from llmctl.data.sources.base import Chain, Source
+from llmctl.data.sources.paths import keep_open, resolve
 
 
 def _each(read: Callable[[epath.Path, SourceConfig], Source]) -> Callable[[SourceConfig], Source]:

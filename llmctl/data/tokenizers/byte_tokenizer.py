@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from llmctl.data.abstract_tokenizer import Tokenizer
+from llmctl.data.tokenizers.base import Tokenizer
 
 FIRST = 5
 """Id of byte 0; before it pad, unk, bos, eos, mask."""

@@ -9,12 +9,13 @@ from typing import Any
 
 from etils import epath
 
-from llmctl.data import TokenizerConfig, sentencepieces
-from llmctl.data.abstract_tokenizer import DESCRIPTOR, Tokenizer
-from llmctl.data.byte_tokenizer import ByteTokenizer
-from llmctl.data.json_tokenizer import JsonTokenizer
-from llmctl.data.paths import folder
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.config import TokenizerConfig
+from llmctl.data.sources.paths import folder
+from llmctl.data.tokenizers import sentencepieces
+from llmctl.data.tokenizers.base import DESCRIPTOR, Tokenizer
+from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
 __all__ = ["Tokenizer", "chat_template", "load", "obtain", "train"]
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import sentencepiece as spm
 
-from llmctl.data import TokenizerConfig
-from llmctl.data.abstract_tokenizer import MASK, SENTINEL, Tokenizer
-from llmctl.data.order import permutation
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.config import TokenizerConfig
+from llmctl.data.shuffle import permutation
+from llmctl.data.tokenizers.base import MASK, SENTINEL, Tokenizer
 
 SPACE = "▁"
 """How pieces write a space."""

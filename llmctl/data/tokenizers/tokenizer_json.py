@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from etils import epath
 from tokenizers import Tokenizer as Backend
 
-from llmctl.data.abstract_tokenizer import MASK, SENTINEL, SPOILED, Tokenizer
+from llmctl.data.tokenizers.base import MASK, SENTINEL, SPOILED, Tokenizer
 
 SPELLINGS = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),

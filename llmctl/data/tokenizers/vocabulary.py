@@ -10,8 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.errors import RequestError
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers.base import Tokenizer
 
 STOPS = ".!?"
 """They end a sentence where a new word follows."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import names
-from llmctl.model.names import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config
+from llmctl.model.hf_config import Bridge, Fields, Head, Keys
 
 FLAGS: Fields = {
     "architecture": "encoder", "norm": "layer", "norm_position": "post", "norm_eps": 1e-12, "activation": "gelu",
@@ -58,7 +58,7 @@ def to_config(cfg: Any) -> Fields:
     """Inverse of `from_config`."""
     free = ("max_seq_len", "norm_eps", "activation", "token_types", "vocab_size", "head_transform", "pooler")
     needed = {k: v for k, v in FLAGS.items() if k not in (*free, "next_sentence", "pooling")}
-    names.refuse(
+    hf_config.refuse(
         cfg, "BERT", **needed, kv_heads=cfg.heads, head_dim=cfg.d_model / cfg.heads, qk_norm=False, attn_scale=0.0,
         attn_softcap=0.0, final_softcap=0.0, window=0, embed_scale=1.0, logit_scale=1.0,
         head_transform=cfg.head == "lm",
@@ -85,19 +85,19 @@ def names_of(cfg: Any) -> Fields:
         "embed/tokens": "embeddings.word_embeddings.weight",
         "embed/positions": "embeddings.position_embeddings.weight",
         "embed/types": "embeddings.token_type_embeddings.weight",
-        **names.norm({"embed/norm": "embeddings.LayerNorm"}),
-        **names.blocks("encoder/blocks", "encoder.layer.{}", names.linear(MATRICES) | names.norm(NORMS)),
+        **hf_config.norm({"embed/norm": "embeddings.LayerNorm"}),
+        **hf_config.blocks("encoder/blocks", "encoder.layer.{}", hf_config.linear(MATRICES) | hf_config.norm(NORMS)),
     }
 
 
 MASKED = {
-    **names.linear({"lm_head/transform": "cls.predictions.transform.dense"}),
-    **names.norm({"lm_head/norm": "cls.predictions.transform.LayerNorm"}),
+    **hf_config.linear({"lm_head/transform": "cls.predictions.transform.dense"}),
+    **hf_config.norm({"lm_head/norm": "cls.predictions.transform.LayerNorm"}),
     "lm_head/bias": "cls.predictions.bias",
     "lm_head/kernel": "cls.predictions.decoder.weight",
 }
-POOLER = names.linear({"head/pooler": "bert.pooler.dense"})
-OUT = names.linear({"head/out": "classifier"})
+POOLER = hf_config.linear({"head/pooler": "bert.pooler.dense"})
+OUT = hf_config.linear({"head/out": "classifier"})
 NO_LM: Fields = {"head_transform": False, "next_sentence": False}
 
 BRIDGE = Bridge(
@@ -107,13 +107,15 @@ BRIDGE = Bridge(
     {
         "lm": Head("BertForMaskedLM", MASKED, {"pooler": False, "next_sentence": False}),
         "lm+next_sentence": Head(
-            "BertForPreTraining", MASKED | POOLER | names.linear({"head/out": "cls.seq_relationship"})
+            "BertForPreTraining", MASKED | POOLER | hf_config.linear({"head/out": "cls.seq_relationship"})
         ),
         "classify": Head("BertForSequenceClassification", POOLER | OUT, {"pooler": True, "pooling": "first", **NO_LM}),
         "regress": Head("BertForSequenceClassification", POOLER | OUT, {"pooler": True, "pooling": "first", **NO_LM}),
         "tokens": Head("BertForTokenClassification", OUT, {"pooler": False, **NO_LM}),
-        "span": Head("BertForQuestionAnswering", names.linear({"head/out": "qa_outputs"}), {"pooler": False, **NO_LM}),
-        "embed": Head("BertModel", names.linear({"head/pooler": "pooler.dense"}), {"pooler": True, **NO_LM}),
+        "span": Head(
+            "BertForQuestionAnswering", hf_config.linear({"head/out": "qa_outputs"}), {"pooler": False, **NO_LM}
+        ),
+        "embed": Head("BertModel", hf_config.linear({"head/pooler": "pooler.dense"}), {"pooler": True, **NO_LM}),
     },
     from_config,
     to_config,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.errors import RequestError
-from llmctl.model import llama, names
-from llmctl.model.names import Bridge, Fields, Keys
+from llmctl.config.errors import RequestError
+from llmctl.model import hf_config
+from llmctl.model.families import llama
+from llmctl.model.hf_config import Bridge, Fields, Keys
 
 FLAGS = {
     **llama.FLAGS, "norm_position": "sandwich", "norm_plus_one": True, "norm_eps": 1e-6, "activation": "gelu_tanh",
@@ -41,7 +42,7 @@ def take(keys: Keys, every: int) -> Fields:
     bias = keys.take("attention_bias", False)
     return {
         **sizes,
-        **names.take_windows(keys, sizes["layers"], keys.take("sliding_window", 4096), every),
+        **hf_config.take_windows(keys, sizes["layers"], keys.take("sliding_window", 4096), every),
         "activation": keys.activation("hidden_activation", "gelu_pytorch_tanh"),
         "qkv_bias": bias,
         "out_bias": bias,
@@ -65,7 +66,7 @@ def give(cfg: Any) -> Fields:
         "attn_logit_softcapping": cfg.attn_softcap or None,
         "final_logit_softcapping": cfg.final_softcap or None,
         "sliding_window": cfg.window or cfg.max_seq_len,
-        "layer_types": names.give_windows(cfg),
+        "layer_types": hf_config.give_windows(cfg),
         "tie_word_embeddings": cfg.tied,
     }
 
@@ -81,13 +82,13 @@ def from_config(keys: Keys) -> Fields:
     """A Gemma 2's config.json as fields of ModelConfig."""
     keys.absent("attn_logit_softcapping", 50.0)
     keys.absent("final_logit_softcapping", 30.0)
-    return {**names.take_rope(keys), **take(keys, 2)}
+    return {**hf_config.take_rope(keys), **take(keys, 2)}
 
 
 def to_config(cfg: Any) -> Fields:
     """Inverse of `from_config`."""
     relative_of_gemma(cfg, "Gemma 2")
-    return {**names.give_rope(cfg), **give(cfg)}
+    return {**hf_config.give_rope(cfg), **give(cfg)}
 
 
 def names_of(cfg: Any) -> Fields:

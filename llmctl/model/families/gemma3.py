@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import gemma2, llama, names
-from llmctl.model.names import Bridge, Fields, Keys
+from llmctl.model import hf_config
+from llmctl.model.families import gemma2, llama
+from llmctl.model.hf_config import Bridge, Fields, Keys
 
 FLAGS = {
     **gemma2.FLAGS, "attn_softcap": 0.0, "final_softcap": 0.0, "qk_norm": True, "window": 1024, "window_every": 6,
@@ -35,13 +36,13 @@ def from_config(keys: Keys) -> Fields:
     """A Gemma 3 text model's config.json as fields of ModelConfig."""
     every = keys.take("sliding_window_pattern", None) or keys.take("_sliding_window_pattern", 6)
     keys.drop("_sliding_window_pattern")
-    return {**names.take_rope(keys, 1_000_000.0, local=True), **gemma2.take(keys, every)}
+    return {**hf_config.take_rope(keys, 1_000_000.0, local=True), **gemma2.take(keys, every)}
 
 
 def to_config(cfg: Any) -> Fields:
     """Inverse of `from_config`."""
     gemma2.relative_of_gemma(cfg, "Gemma 3", qk_norm=True, rope_local_theta=None)
-    return {**names.give_rope(cfg, local=True), **gemma2.give(cfg)}
+    return {**hf_config.give_rope(cfg, local=True), **gemma2.give(cfg)}
 
 
 def names_of(cfg: Any) -> Fields:

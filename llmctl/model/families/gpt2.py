@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import names
-from llmctl.model.names import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config
+from llmctl.model.hf_config import Bridge, Fields, Head, Keys
 
 FLAGS: Fields = {
     "architecture": "decoder", "norm": "layer", "activation": "gelu_tanh", "gated": False, "positions": "learned",
@@ -62,7 +62,7 @@ def to_config(cfg: Any) -> Fields:
     """Inverse of `from_config`."""
     activation = {"gelu_tanh": "gelu_new"}.get(cfg.activation, cfg.activation)
     needed = {k: v for k, v in FLAGS.items() if k not in ("max_seq_len", "activation", "head_bias")}
-    names.refuse(
+    hf_config.refuse(
         cfg, "GPT-2", **needed, norm_position="pre", kv_heads=cfg.heads, head_dim=cfg.d_model / cfg.heads,
         position_offset=0, qk_norm=False, attn_scale=0.0, attn_softcap=0.0, final_softcap=0.0, window=0,
         embed_scale=1.0, logit_scale=1.0, embed_norm=False, token_types=0, head_transform=False,
@@ -85,12 +85,12 @@ def to_config(cfg: Any) -> Fields:
 
 def names_of(cfg: Any) -> Fields:
     """The name map; the same for every config."""
-    layer = names.linear(MATRICES) | names.norm({"attn_norm": "ln_1", "mlp_norm": "ln_2"})
+    layer = hf_config.linear(MATRICES) | hf_config.norm({"attn_norm": "ln_1", "mlp_norm": "ln_2"})
     return {
         "embed/tokens": "wte.weight",
         "embed/positions": "wpe.weight",
-        **names.blocks("decoder/blocks", "h.{}", layer),
-        **names.norm({"decoder/norm": "ln_f"}),
+        **hf_config.blocks("decoder/blocks", "h.{}", layer),
+        **hf_config.norm({"decoder/norm": "ln_f"}),
     }
 
 
@@ -104,8 +104,8 @@ BRIDGE = Bridge(
         "lm": Head("GPT2LMHeadModel", {"lm_head/kernel": "lm_head.weight"}),
         "classify": Head("GPT2ForSequenceClassification", SCORE, {"head_bias": False, "pooling": "last"}),
         "regress": Head("GPT2ForSequenceClassification", SCORE, {"head_bias": False, "pooling": "last"}),
-        "tokens": Head("GPT2ForTokenClassification", names.linear({"head/out": "classifier"}), {"head_bias": True}),
-        "span": Head("GPT2ForQuestionAnswering", names.linear({"head/out": "qa_outputs"}), {"head_bias": True}),
+        "tokens": Head("GPT2ForTokenClassification", hf_config.linear({"head/out": "classifier"}), {"head_bias": True}),
+        "span": Head("GPT2ForQuestionAnswering", hf_config.linear({"head/out": "qa_outputs"}), {"head_bias": True}),
         "embed": Head("GPT2Model"),
     },
     from_config,

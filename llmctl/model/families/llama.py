@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import names
-from llmctl.model.names import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config
+from llmctl.model.hf_config import Bridge, Fields, Head, Keys
 
 FLAGS: Fields = {
     "architecture": "decoder", "norm": "rms", "activation": "silu", "gated": True, "positions": "rope",
@@ -76,10 +76,10 @@ NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 def body(norms: dict[str, str]) -> dict[str, str]:
     """The name map of Llama and its relatives, with these norms in a layer."""
-    layer = names.linear(MATRICES) | names.norm(norms)
+    layer = hf_config.linear(MATRICES) | hf_config.norm(norms)
     return {
         "embed/tokens": "embed_tokens.weight",
-        **names.blocks("decoder/blocks", "layers.{}", layer),
+        **hf_config.blocks("decoder/blocks", "layers.{}", layer),
         "decoder/norm/scale": "norm.weight",
     }
 
@@ -89,7 +89,7 @@ def heads(name: str, model: str = "", asked: str = "") -> dict[str, Head]:
 
     `asked`: what the network's names begin with in the class that answers questions; there is none where empty.
     """
-    outputs = names.linear({"head/out": "qa_outputs"})
+    outputs = hf_config.linear({"head/out": "qa_outputs"})
     spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, asked)} if asked else {}
     score = {"head/out/kernel": "score.weight", "head/out/bias": "score.bias"}
     return {
@@ -147,7 +147,7 @@ def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
         ("attn_scale", "attn_softcap", "final_softcap", "window", "rope_local_theta", "token_types"), 0
     )
     plain |= {"norm_position": "pre", "embed_scale": 1.0, "logit_scale": 1.0}
-    names.refuse(cfg, name, **{k: v for k, v in (plain | differs).items() if v is not None})
+    hf_config.refuse(cfg, name, **{k: v for k, v in (plain | differs).items() if v is not None})
 
 
 def from_config(keys: Keys) -> Fields:
@@ -157,7 +157,7 @@ def from_config(keys: Keys) -> Fields:
     bias = keys.take("attention_bias", False)
     return {
         **take_sizes(keys),
-        **names.take_rope(keys),
+        **hf_config.take_rope(keys),
         "activation": keys.activation("hidden_act", "silu"),
         "qkv_bias": bias,
         "out_bias": bias,
@@ -171,7 +171,7 @@ def to_config(cfg: Any) -> Fields:
     relative_of_llama(cfg, "Llama", qkv_bias=None, out_bias=cfg.qkv_bias, mlp_bias=None)
     return {
         **give_sizes(cfg),
-        **names.give_rope(cfg),
+        **hf_config.give_rope(cfg),
         "hidden_act": "silu",
         "attention_bias": cfg.qkv_bias,
         "mlp_bias": cfg.mlp_bias,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import llama, names
-from llmctl.model.names import Bridge, Fields, Keys
+from llmctl.model import hf_config
+from llmctl.model.families import llama
+from llmctl.model.hf_config import Bridge, Fields, Keys
 
 FLAGS = {**llama.FLAGS, "tied": False}
 
@@ -27,8 +28,8 @@ def from_config(keys: Keys) -> Fields:
     keys.absent("sliding_window", 4096)
     return {
         **sizes,
-        **names.take_rope(keys),
-        **names.take_windows(keys, sizes["layers"], keys.take("sliding_window", 0)),
+        **hf_config.take_rope(keys),
+        **hf_config.take_windows(keys, sizes["layers"], keys.take("sliding_window", 0)),
         "activation": keys.activation("hidden_act", "silu"),
         "tied": keys.take("tie_word_embeddings", False),
     }
@@ -39,7 +40,7 @@ def to_config(cfg: Any) -> Fields:
     llama.relative_of_llama(cfg, "Mistral", window=None, window_every=1, window_layers=())
     return {
         **llama.give_sizes(cfg),
-        **names.give_rope(cfg),
+        **hf_config.give_rope(cfg),
         "hidden_act": "silu",
         "sliding_window": cfg.window or None,
         "tie_word_embeddings": cfg.tied,

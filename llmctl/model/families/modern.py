@@ -5,7 +5,7 @@ What arXiv:2412.13663 found to work, on our blocks; its own weights (a first lay
 
 from __future__ import annotations
 
-from llmctl.model.names import Fields
+from llmctl.model.hf_config import Fields
 
 FLAGS: Fields = {
     "architecture": "encoder", "norm": "rms", "norm_position": "pre", "activation": "gelu", "gated": True,

@@ -3,7 +3,7 @@ both inputs and the output (arXiv:1706.03762)."""
 
 from __future__ import annotations
 
-from llmctl.model.names import Fields
+from llmctl.model.hf_config import Fields
 
 FLAGS: Fields = {
     "architecture": "encoder_decoder", "norm": "layer", "norm_position": "post", "norm_eps": 1e-6,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import llama, names
-from llmctl.model.names import Bridge, Fields, Keys
+from llmctl.model import hf_config
+from llmctl.model.families import llama
+from llmctl.model.hf_config import Bridge, Fields, Keys
 
 FLAGS = {**llama.FLAGS, "qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
 
@@ -35,8 +36,8 @@ def take(keys: Keys) -> Fields:
         ]
     return {
         **sizes,
-        **names.take_rope(keys),
-        **names.take_windows(keys, sizes["layers"], window),
+        **hf_config.take_rope(keys),
+        **hf_config.take_windows(keys, sizes["layers"], window),
         "activation": keys.activation("hidden_act", "silu"),
         "tied": keys.take("tie_word_embeddings", False),
     }
@@ -44,15 +45,15 @@ def take(keys: Keys) -> Fields:
 
 def give(cfg: Any) -> Fields:
     """Inverse of `take`."""
-    first = next((i for i, local in enumerate(names.local_layers(cfg, cfg.layers)) if local), cfg.layers)
+    first = next((i for i, local in enumerate(hf_config.local_layers(cfg, cfg.layers)) if local), cfg.layers)
     return {
         **llama.give_sizes(cfg),
-        **names.give_rope(cfg),
+        **hf_config.give_rope(cfg),
         "hidden_act": "silu",
         "use_sliding_window": cfg.window > 0,
         "sliding_window": cfg.window or None,
         "max_window_layers": first,
-        "layer_types": names.give_windows(cfg),
+        "layer_types": hf_config.give_windows(cfg),
         "tie_word_embeddings": cfg.tied,
     }
 
@@ -67,7 +68,7 @@ def to_config(cfg: Any) -> Fields:
     llama.relative_of_llama(cfg, "Qwen2", qkv_bias=True, window=None)
     fields = give(cfg)
     if fields.pop("head_dim") * cfg.heads != cfg.d_model:
-        names.refuse(cfg, "Qwen2", head_dim=cfg.d_model / cfg.heads)
+        hf_config.refuse(cfg, "Qwen2", head_dim=cfg.d_model / cfg.heads)
     return fields
 
 

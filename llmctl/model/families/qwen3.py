@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import llama, qwen2
-from llmctl.model.names import Bridge, Fields, Keys
+from llmctl.model.families import llama, qwen2
+from llmctl.model.hf_config import Bridge, Fields, Keys
 
 FLAGS = {**llama.FLAGS, "qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import names
-from llmctl.model.names import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config
+from llmctl.model.hf_config import Bridge, Fields, Head, Keys
 
 FLAGS: Fields = {
     "architecture": "encoder_decoder", "norm": "rms", "norm_eps": 1e-6, "activation": "relu", "gated": False,
@@ -73,7 +73,7 @@ def from_config(keys: Keys) -> Fields:
 def to_config(cfg: Any) -> Fields:
     """Inverse of `from_config`."""
     alone = cfg.architecture == "encoder"
-    names.refuse(
+    hf_config.refuse(
         cfg, "T5", **{k: FLAGS[k] for k in ("norm", "positions", "attn_scale")}, norm_position="pre",
         norm_plus_one=False, kv_heads=cfg.heads, qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False,
         attn_softcap=0.0, final_softcap=0.0, window=0, embed_scale=1.0, embed_norm=False, token_types=0,
@@ -104,7 +104,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def _attention(ours: str, theirs: str) -> dict[str, str]:
-    return names.linear({f"{ours}/{x}": f"{theirs}.{x}" for x in "qkvo"})
+    return hf_config.linear({f"{ours}/{x}": f"{theirs}.{x}" for x in "qkvo"})
 
 
 def names_of(cfg: Any) -> Fields:
@@ -114,15 +114,17 @@ def names_of(cfg: Any) -> Fields:
     def stack(name: str, mlp: int) -> dict[str, str]:
         layer = {
             **_attention("attn", "layer.0.SelfAttention"),
-            **names.norm({"attn_norm": "layer.0.layer_norm"}),
-            **names.linear({f"mlp/{k}": f"layer.{mlp}.DenseReluDense.{v}" for k, v in wi.items()}),
-            **names.norm({"mlp_norm": f"layer.{mlp}.layer_norm"}),
+            **hf_config.norm({"attn_norm": "layer.0.layer_norm"}),
+            **hf_config.linear({f"mlp/{k}": f"layer.{mlp}.DenseReluDense.{v}" for k, v in wi.items()}),
+            **hf_config.norm({"mlp_norm": f"layer.{mlp}.layer_norm"}),
         }
         if name == "decoder":
-            layer |= _attention("cross", "layer.1.EncDecAttention") | names.norm({"cross_norm": "layer.1.layer_norm"})
+            layer |= _attention("cross", "layer.1.EncDecAttention") | hf_config.norm(
+                {"cross_norm": "layer.1.layer_norm"}
+            )
         return {
-            **names.blocks(f"{name}/blocks", f"{name}.block.{{}}", layer),
-            **names.norm({f"{name}/norm": f"{name}.final_layer_norm"}),
+            **hf_config.blocks(f"{name}/blocks", f"{name}.block.{{}}", layer),
+            **hf_config.norm({f"{name}/norm": f"{name}.final_layer_norm"}),
             f"{name}/relative_bias/table": f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         }
 
@@ -140,7 +142,7 @@ BRIDGE = Bridge(
     names_of,
     {
         "lm": Head("T5ForConditionalGeneration", {"lm_head/kernel": "lm_head.weight"}, BOTH),
-        "tokens": Head(TAGGER, names.linear({"head/out": "classifier"}), ALONE, prefix="transformer."),
+        "tokens": Head(TAGGER, hf_config.linear({"head/out": "classifier"}), ALONE, prefix="transformer."),
         "embed": Head(ENCODER, {}, ALONE),
     },
     from_config,

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.model import calls
+from llmctl.model import functional
 from llmctl.model.attention import cache_shape
-from llmctl.model.decode import NOTHING, Decoder, Prompts, Served, State, padded_ends
+from llmctl.model.generate.decode import NOTHING, Decoder, Prompts, Served, State, padded_ends
 
 STOPS = ("no", "yes", "never")
 WORST = -jnp.inf
@@ -135,7 +135,7 @@ class BeamSearch:
     ) -> Search:
         """One token more for every live answer; `x_BD` [B * W, D] are the hidden states after them."""
         (B, W), penalty, made = search.live_BW.shape, self.beams.length_penalty, search.made
-        logits = calls.lm_logits(self.decoder.model, served[0], x_BD, self.decoder.dtype)
+        logits = functional.lm_logits(self.decoder.model, served[0], x_BD, self.decoder.dtype)
         V = logits.shape[-1]
         sums_BWV = search.live_BW[..., None] + jax.nn.log_softmax(logits).reshape(B, W, V)
         sum_BC, at_BC = jax.lax.top_k(sums_BWV.reshape(B, W * V), candidates)

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llmctl.data.abstract_tokenizer import SPOILED, Tokenizer
-from llmctl.errors import RequestError
-from llmctl.generation import Continuation, Speed, continue_rows
-from llmctl.model.decode import Decoder
-from llmctl.model.sampling import Sampling
-from llmctl.model.session import Session
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers.base import SPOILED, Tokenizer
+from llmctl.model.generate.chat_cache import Session
+from llmctl.model.generate.continuations import Continuation, Speed, continue_rows
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.sampling import Sampling
 
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content"}."""

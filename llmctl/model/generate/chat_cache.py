@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.model import ModelConfig
-from llmctl.model.decode import NOTHING, ROUND, Decoder, Served, State, empty_cache, padded_ends, round_up
-from llmctl.model.sampling import Sampling, row_keys
+from llmctl.model.config import ModelConfig
+from llmctl.model.generate.decode import NOTHING, ROUND, Decoder, Served, State, empty_cache, padded_ends, round_up
+from llmctl.model.generate.sampling import Sampling, row_keys
 
 
 class Session:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmctl.data.abstract_tokenizer import Tokenizer
-from llmctl.errors import RequestError
-from llmctl.model.beam import BeamSearch
-from llmctl.model.decode import NOTHING, Decoder
-from llmctl.model.sampling import Sampling
-from llmctl.model.session import Session
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.model.generate.beam import BeamSearch
+from llmctl.model.generate.chat_cache import Session
+from llmctl.model.generate.decode import NOTHING, Decoder
+from llmctl.model.generate.sampling import Sampling
 
 INCOMPLETE = "\ufffd"
 """What an unfinished character decodes to."""

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl import mesh as meshes
-from llmctl import weights
-from llmctl.model import ModelConfig, calls
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional, weights
 from llmctl.model.attention import cache_shape
-from llmctl.model.sampling import Sampling, choose, row_keys
+from llmctl.model.config import ModelConfig
+from llmctl.model.generate.sampling import Sampling, choose, row_keys
 
 State = dict[str, Any]
-Served = tuple[calls.Params, list[calls.Params]]
+Served = tuple[functional.Params, list[functional.Params]]
 """Parameters as a step reads them: all but the decoder's blocks, and those one tree a layer."""
 
 NOTHING = -1
@@ -52,7 +52,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: ModelConfig, params: calls.Params, dtype: Any = jnp.float32, start: int = 0, platform: str = ""
+        self,
+        model: ModelConfig,
+        params: functional.Params,
+        dtype: Any = jnp.float32,
+        start: int = 0,
+        platform: str = "",
     ) -> None:
         """Splits the stacked layers of `params` [L, ...] into one tree a layer.
 
@@ -66,7 +71,7 @@ class Decoder:
         model, params = served(model, params, platform)
         self.model, self.dtype, self.start = model, dtype, start
         rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
-        self.weights: Served = rest, [calls.layer_params(params, "decoder", i) for i in range(model.layers)]
+        self.weights: Served = rest, [functional.layer_params(params, "decoder", i) for i in range(model.layers)]
         self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
 
@@ -141,19 +146,19 @@ class Decoder:
     def run(self, served: Served, batch: dict[str, Any], cache: list[Any], last: jax.Array | int = -1) -> Any:
         """Hidden state [B, D] of the token at index `last`, and the cache with these tokens in it."""
         rest, layers = served
-        carry = calls.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
+        carry = functional.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
         kept = []
         for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
-            carry, new = calls.cached_block(self.model, "decoder", layer, carry, i, old, self.dtype)
+            carry, new = functional.cached_block(self.model, "decoder", layer, carry, i, old, self.dtype)
             kept.append(new)
         carry = carry._replace(x_BTD=jax.lax.dynamic_slice_in_dim(carry.x_BTD, last, 1, axis=1))
-        return calls.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
+        return functional.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
 
     def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
         """Chooses the token after `x_BD` for the rows that have not ended."""
-        logits_BV = calls.lm_logits(self.model, served[0], x_BD, self.dtype)
+        logits_BV = functional.lm_logits(self.model, served[0], x_BD, self.dtype)
         chosen_B = choose(logits_BV, state.get("seen"), keys_B, state["step"], rules)
         token_B = jnp.where(state["done"], NOTHING, chosen_B)
         out = {**state, "token": token_B, "step": state["step"] + 1}
@@ -174,7 +179,7 @@ class Decoder:
         batch |= {"cached_segments": real_BS, "slot": 0}
         source = prompts.source
         if source:
-            batch |= source | {"memory": calls.encode(cfg, served[0], source, self.dtype)}
+            batch |= source | {"memory": functional.encode(cfg, served[0], source, self.dtype)}
         x_BD, cache = self.run(served, batch, empty_cache(cfg, B, slots, self.dtype))
         state: State = {
             "cache": cache,
@@ -282,7 +287,7 @@ def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     return {"encoder_tokens": tokens_BS, "encoder_segments": segments_BS, "encoder_positions": positions_BS}
 
 
-def served(model: ModelConfig, params: calls.Params, platform: str = "") -> tuple[ModelConfig, calls.Params]:
+def served(model: ModelConfig, params: functional.Params, platform: str = "") -> tuple[ModelConfig, functional.Params]:
     """The same network in the form that a step reads fastest.
 
     Low-rank updates are merged. On a CPU, which would convert integers one token after the other, weights that are

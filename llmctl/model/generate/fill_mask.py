@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.data.abstract_tokenizer import MASK, Tokenizer
-from llmctl.data.vocabulary import Vocabulary
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers.base import MASK, Tokenizer
+from llmctl.data.tokenizers.vocabulary import Vocabulary
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 ROUND = 32
 """Lengths are rounded up to this many tokens, so that few compile."""
@@ -46,8 +47,8 @@ class Filler:
         never_V[: len(special_V)][~special_V] = 0
 
         def likeliest(params: Any, batch: dict[str, jax.Array], places_P: jax.Array, k: int) -> Any:
-            x_BTD = calls.hidden(model, params, batch, dtype=dtype)
-            logits_PV = calls.lm_logits(model, params, x_BTD[0, places_P], dtype)
+            x_BTD = functional.hidden(model, params, batch, dtype=dtype)
+            logits_PV = functional.lm_logits(model, params, x_BTD[0, places_P], dtype)
             return jax.lax.top_k(jax.nn.softmax(logits_PV + never_V, axis=-1), k)
 
         self._likeliest = jax.jit(likeliest, static_argnames="k")

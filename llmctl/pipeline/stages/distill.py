@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.data import DataConfig, Truncate
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
-from llmctl.settings import OptimConfig, TrainConfig
-from llmctl.stages import Context, StageConfig
+from llmctl.artifacts.workspace import Context
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.data.config import DataConfig, Truncate
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stage import StageConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from llmctl.artifact import Artifact
-    from llmctl.model.loss import Loss
-    from llmctl.trainer import Learner
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.losses import Loss
+    from llmctl.train.learner import Learner
 
 
 class Config(StageConfig):
@@ -58,16 +59,18 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the student in `ctx.out`."""
-    from llmctl import artifact, mesh, trainer
-    from llmctl.data import tokenizer
-    from llmctl.data.language import Text
-    from llmctl.data.tasks import stage_rows
+    from llmctl.artifacts import artifact
+    from llmctl.data.examples.task_rows import stage_rows
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers import loading
+    from llmctl.distributed import mesh
+    from llmctl.train import learner
 
     devices = mesh.make(config.mesh)
     teacher = artifact.load(next(iter(ctx.siblings.values())), devices)
     student = artifact.load(parent, devices) if parent and config.model is None else None
-    learns = learner(config, teacher, student, devices)
-    tokens = tokenizer.load(teacher.tokenizer_dir)
+    learns = make_learner(config, teacher, student, devices)
+    tokens = loading.load(teacher.tokenizer_dir)
     text = Text(config.data)
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
         raise RequestError(f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}")
@@ -79,7 +82,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         )  # fmt: skip
 
     learn = rows("train", True, config.train.steps * config.train.batch_size)
-    params, metrics, _ = trainer.run(config, ctx, devices, learns, learn, rows("validation", False))
+    params, metrics, _ = learner.run(config, ctx, devices, learns, learn, rows("validation", False))
     origin = student or teacher
     ctx.leave(
         config,
@@ -92,27 +95,27 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
 
 
-def learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
+def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
     """The student, whole or fresh, and the loss that has it answer like the teacher."""
     import jax.numpy as jnp
 
-    from llmctl import train, trainer
+    from llmctl.train import learner, loop
 
     model = _student_model(config, teacher, student)
     for reads in (model, teacher.model):
-        train.check(reads, config.train, mesh)
+        loop.check(reads, config.train, mesh)
     trains = model.model_copy(update={"dropout": config.dropout})
-    return trainer.Learner(
+    return learner.Learner(
         model,
-        student.params if student else train.initialize(model, config.seed, mesh),
+        student.params if student else loop.initialize(model, config.seed, mesh),
         config.dropout,
         _loss(config, trains, teacher.model, jnp.dtype(config.train.dtype)),
         beside=teacher.model,
         labels=teacher.manifest.labels,
         how={
             "constants": (teacher.params,),
-            "holds_zeros": train.pruned(student),
-            **trainer.chooses(model.head, teacher.manifest.labels),
+            "holds_zeros": loop.pruned(student),
+            **learner.chooses(model.head, teacher.manifest.labels),
         },
     )
 
@@ -154,31 +157,30 @@ def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype:
     """(student params, batch, key, teacher params) -> the mixed loss and its sums."""
     import jax
 
-    from llmctl import losses
-    from llmctl.model import calls
-    from llmctl.model.loss import predicted, project, reads, row_weight, soft_class_sums, soft_sums
+    from llmctl.model import chunked_loss, functional
+    from llmctl.model.losses import predicted, project, reads, row_weight, soft_class_sums, soft_sums
 
     def loss(params: Any, batch: Any, key: Any, teacher: Any) -> Any:
         batch = reads(batch)
-        taught = jax.lax.stop_gradient(calls.hidden(teacher_model, teacher, batch, dtype=dtype))
-        x = calls.hidden(model, params, batch, train=True, rng=key, dtype=dtype, remat=config.train.remat)
+        taught = jax.lax.stop_gradient(functional.hidden(teacher_model, teacher, batch, dtype=dtype))
+        x = functional.hidden(model, params, batch, train=True, rng=key, dtype=dtype, remat=config.train.remat)
         if model.head != "lm":
-            soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
-            logits = calls.outputs(model, params, x, batch, dtype)
+            soft = functional.outputs(teacher_model, teacher, taught, batch, dtype)
+            logits = functional.outputs(model, params, x, batch, dtype)
             return soft_sums(model.head, soft, logits, batch, config.temperature, config.hard)
         shown, targets, weights = predicted(batch, x)
-        total, sums = losses.distillation(
-            project(model, dtype), calls.head_params(model, params), shown,
-            project(teacher_model, dtype), calls.head_params(teacher_model, teacher), predicted(batch, taught)[0],
+        total, sums = chunked_loss.distillation(
+            project(model, dtype), functional.head_params(model, params), shown,
+            project(teacher_model, dtype), functional.head_params(teacher_model, teacher), predicted(batch, taught)[0],
             targets, weights, model.vocab_size, config.temperature, config.hard,
         )  # fmt: skip
         found = {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
         if not (model.next_sentence and teacher_model.next_sentence and "next_label" in batch):
             return total, found
-        soft = calls.outputs(teacher_model, teacher, taught, batch, dtype)
+        soft = functional.outputs(teacher_model, teacher, taught, batch, dtype)
         label = batch["next_label"]
         follows, sums = soft_class_sums(
-            soft, calls.outputs(model, params, x, batch, dtype), label, row_weight(batch, label) * (label >= 0),
+            soft, functional.outputs(model, params, x, batch, dtype), label, row_weight(batch, label) * (label >= 0),
             config.temperature, config.hard,
         )  # fmt: skip
         return total + targets.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}

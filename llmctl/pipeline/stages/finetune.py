@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.config import Config as Settings
-from llmctl.data import DataConfig, Truncate
-from llmctl.errors import RequestError
-from llmctl.settings import OptimConfig, TrainConfig
-from llmctl.stages import Context, StageConfig
+from llmctl.artifacts.workspace import Context
+from llmctl.config.base import Config as Settings
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.data.config import DataConfig, Truncate
+from llmctl.pipeline.stage import StageConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from llmctl.artifact import Artifact
-    from llmctl.model import ModelConfig
-    from llmctl.trainer import Learner
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.config import ModelConfig
+    from llmctl.train.learner import Learner
 
 
 class LoraConfig(Settings):
@@ -78,19 +79,22 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the finetuned artifact in `ctx.out`."""
     import jax
 
-    from llmctl import artifact, mesh, trainer, weights
-    from llmctl.data import tokenizer
-    from llmctl.data.language import Text
-    from llmctl.data.tasks import stage_rows
+    from llmctl.artifacts import artifact
+    from llmctl.data.examples.task_rows import stage_rows
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers import loading
+    from llmctl.distributed import mesh
+    from llmctl.model import weights
+    from llmctl.train import learner
 
     if parent is None:
         raise RequestError("finetune: nothing to start from; name an artifact with `from` (--from)")
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices)
-    tokens = tokenizer.load(base.tokenizer_dir)
+    tokens = loading.load(base.tokenizer_dir)
     text = Text(config.data)
     labels = list(text.classes) if config.task in ("classify", "tokens") else []
-    learns = learner(config, base, labels, devices)
+    learns = make_learner(config, base, labels, devices)
 
     def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
         return stage_rows(
@@ -99,7 +103,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         )  # fmt: skip
 
     learn = rows("train", True, config.train.steps * config.train.batch_size)
-    params, metrics, held_out = trainer.run(config, ctx, devices, learns, learn, rows("validation", False))
+    params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, rows("validation", False))
     if config.method == "lora" and config.merge:
         params = jax.jit(weights.merge_low_rank)(params)
         metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
@@ -114,15 +118,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
 
 
-def learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:
+def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:
     """What is trained: the parent under the task's head, whole or through low-rank pairs."""
     import jax
 
-    from llmctl import train, trainer
-    from llmctl.tune import lora
+    from llmctl.train import learner, loop
+    from llmctl.train.adapters import lora
 
     _refuse_undoing(config, base)
-    train.check(base.model, config.train, mesh)
+    loop.check(base.model, config.train, mesh)
     model, params = _with_head(config, base, labels, mesh)
     if config.freeze_layers > model.layers:
         raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
@@ -134,15 +138,15 @@ def learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Le
     how = {
         "trains": (lambda name: lora.is_pair(name) or name.startswith("head/")) if low_rank else (lambda _: True),
         "frozen_layers": config.freeze_layers,
-        "holds_zeros": train.pruned(base),
-        **trainer.chooses(model.head, labels),
+        "holds_zeros": loop.pruned(base),
+        **learner.chooses(model.head, labels),
     }
-    return trainer.Learner(model, params, config.dropout, temperature=config.temperature, labels=labels, how=how)
+    return learner.Learner(model, params, config.dropout, temperature=config.temperature, labels=labels, how=how)
 
 
 def _refuse_undoing(config: Config, base: Artifact) -> None:
     """A stage never undoes its parent's work in silence."""
-    from llmctl import weights
+    from llmctl.model import weights
 
     nodes = weights.flatten(base.params).values()
     quantized = any(isinstance(w, weights.Quantized) for w in nodes)
@@ -164,7 +168,8 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
     """The parent's network under the task's head; a head that fits is kept, another is replaced by a fresh one."""
     import jax
 
-    from llmctl.model import ModelConfig, calls
+    from llmctl.model import functional
+    from llmctl.model.config import ModelConfig
 
     cfg, params = base.model, dict(base.params)
     if config.task == "lm":
@@ -192,8 +197,8 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
     new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
     params.pop("lm_head", None)
     pooler = {k: v for k, v in params.pop("head", {}).items() if k == "pooler" and new.pooler}  # BERT's is pretrained
-    shardings = calls.shardings(new, calls.abstract(new), devices).get("head")
+    shardings = functional.shardings(new, functional.abstract(new), devices).get("head")
     if not shardings:  # an embedding may be no more than a mean
         return new, params
-    fresh = jax.jit(lambda key: calls.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
+    fresh = jax.jit(lambda key: functional.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
     return new, params | {"head": fresh | pooler}

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.data import DataConfig, TokenizerConfig
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig
-from llmctl.settings import OptimConfig, TrainConfig
-from llmctl.stages import Context, StageConfig
+from llmctl.artifacts.workspace import Context
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.data.config import DataConfig, TokenizerConfig
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stage import StageConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from llmctl.artifact import Artifact
-    from llmctl.data.pretraining import Objective
-    from llmctl.trainer import Learner
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.data.pretraining.objective_rows import Objective
+    from llmctl.train.learner import Learner
 
 
 class Config(StageConfig):
@@ -53,21 +54,25 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves a language model in `ctx.out`."""
-    from llmctl import artifact, console, hosts, mesh, trainer
-    from llmctl.data import baselines, tokenizer
-    from llmctl.data.language import Text
+    from llmctl.artifacts import artifact
+    from llmctl.data.pretraining import baselines
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers import loading
+    from llmctl.distributed import mesh, processes
+    from llmctl.pipeline import console
+    from llmctl.train import learner
 
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
     objective = aim(config, base, devices)
     text = Text(config.data)
     words = ctx.work / "tokenizer"
-    with hosts.in_turn():  # the first process trains it
+    with processes.in_turn():  # the first process trains it
         if (ctx.work / "tokenizer.done").exists():
-            tokens = tokenizer.load(words)
+            tokens = loading.load(words)
         else:
             wanted = with_sentinels(config.tokenizer, objective, config.train.seq_len)
-            tokens = tokenizer.load(base.tokenizer_dir) if base else text.tokenizer(wanted)
+            tokens = loading.load(base.tokenizer_dir) if base else text.tokenizer(wanted)
             tokens.save(words)
             (ctx.work / "tokenizer.done").touch()
 
@@ -84,8 +89,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         held_out = config.train.batch_size * config.train.eval_batches
         blind = baselines.guesses(unseen, held_out, objective.sentinels(tokens))
         console.say(f"{config.title}: knowing nothing of the context {baselines.describe(blind)}")
-    learns = learner(config, base, tokens.vocab_size, devices)
-    params, metrics, _ = trainer.run(config, ctx, devices, learns, learn, unseen)
+    learns = make_learner(config, base, tokens.vocab_size, devices)
+    params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)
     ctx.leave(
         config,
         params,
@@ -96,41 +101,41 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
 
 
-def learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
+def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
     """What is trained: the parent, or a fresh network over `vocab_size` tokens."""
-    from llmctl import train, trainer
+    from llmctl.train import learner, loop
 
     if base:
         model, params = base.model, base.params
     else:
         answers = config.model.next_sentence and aim(config, None, mesh).name == "next_sentence"
         model = config.model.model_copy(update={"vocab_size": vocab_size, "next_sentence": answers})
-        params = train.initialize(model, config.seed, mesh)
-    return trainer.Learner(model, params, how={"holds_zeros": train.pruned(base)})
+        params = loop.initialize(model, config.seed, mesh)
+    return learner.Learner(model, params, how={"holds_zeros": loop.pruned(base)})
 
 
 def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
     """What the network is to learn. Raises RequestError where it cannot, or not on this mesh."""
-    from llmctl import train
-    from llmctl.data import pretraining
+    from llmctl.data.pretraining import objective_rows
+    from llmctl.train import loop
 
     model = base.model if base else config.model
     if base and (not base.plain or model.head != "lm"):
         raise RequestError(
             f"{base.path}: cannot be pretrained further: it is quantized, has low-rank pairs or another head than lm"
         )
-    train.check(model, config.train, mesh)
-    name = config.objective or pretraining.default(model.architecture, model.next_sentence)
-    pretraining.check(name, model.architecture, model.next_sentence)
-    return pretraining.Objective(name, config.rate, config.span, config.whole_words)
+    loop.check(model, config.train, mesh)
+    name = config.objective or objective_rows.default(model.architecture, model.next_sentence)
+    objective_rows.check(name, model.architecture, model.next_sentence)
+    return objective_rows.Objective(name, config.rate, config.span, config.whole_words)
 
 
 def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
     """The sentinels that span corruption needs, where a tokenizer is trained and nobody said how many."""
-    from llmctl.data import spans
+    from llmctl.data.pretraining import span_corruption
 
     if objective.name != "spans" or tokenizer.path or tokenizer.sentinels:
         return tokenizer
-    needed = spans.sizes(seq_len, objective.rate, objective.span)[2]
+    needed = span_corruption.sizes(seq_len, objective.rate, objective.span)[2]
     # T5's hundred where the vocabulary is large: longer rows later need more of them
     return tokenizer.model_copy(update={"sentinels": max(needed, min(100, tokenizer.vocab_size // 40))})

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmctl.artifacts.workspace import Context
 from llmctl.compress.pattern import Pattern
-from llmctl.data import DataConfig, Split, Truncate
-from llmctl.errors import RequestError
-from llmctl.settings import Dtype
-from llmctl.stages import Context, StageConfig
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import Dtype
+from llmctl.data.config import DataConfig, Split, Truncate
+from llmctl.pipeline.stage import StageConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmctl.artifact import Artifact
+    from llmctl.artifacts.artifact import Artifact
     from llmctl.compress.calibrate import LayerReport
-    from llmctl.model import ModelConfig
+    from llmctl.model.config import ModelConfig
 
     Pruned = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
@@ -78,8 +79,10 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Prunes and leaves the artifact in `ctx.out`."""
-    from llmctl import artifact, mesh, metrics
+    from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
+    from llmctl.distributed import mesh
+    from llmctl.train import run_log
 
     if parent is None:
         raise RequestError("prune: nothing to start from; name an artifact with `from` (--from)")
@@ -88,7 +91,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     base = artifact.load(parent, devices)
     walks = (bool(config.layers) + bool(config.heads or config.ffn)) if config.method == "structured" else 1
     total = walks * (base.model.layers + base.model.encoder_layers)
-    with metrics.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
+    with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
         done = 0
 
         def progress(report: LayerReport) -> None:
@@ -121,13 +124,13 @@ def _structured(
 ) -> Pruned:
     """Layers first, then widths on what is left, so that heads and neurons are judged by the inputs they will see."""
     from llmctl.compress import shrink, structured
-    from llmctl.model import calls
+    from llmctl.model import functional
 
     model = base.model
     target = shrink.target(
         model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by, multiple=config.multiple
     )
-    calls.shardings(target, calls.abstract(target), devices)  # refuses what the mesh cannot split
+    functional.shardings(target, functional.abstract(target), devices)  # refuses what the mesh cannot split
     shrink.check_cuttable(model, params, target)
     batches = _batches(config, base, devices)
     found: dict[str, Any] = {}
@@ -178,8 +181,8 @@ def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
 
 
 def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any]]:
-    from llmctl.compress.samples import calibration_batches
-    from llmctl.data import tokenizer
+    from llmctl.compress.calibration_data import calibration_batches
+    from llmctl.data.tokenizers import loading
 
     seq_len = config.seq_len or base.manifest.seq_len
     if not seq_len:
@@ -191,7 +194,7 @@ def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any
     return calibration_batches(
         base.model,
         config.data,
-        tokenizer.load(base.tokenizer_dir),
+        loading.load(base.tokenizer_dir),
         devices,
         split=config.split,
         examples=config.examples,

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from llmctl.errors import RequestError
-from llmctl.stages import Context, StageConfig
+from llmctl.artifacts.workspace import Context
+from llmctl.config.errors import RequestError
+from llmctl.pipeline.stage import StageConfig
 
 
 class Config(StageConfig):
@@ -36,9 +37,11 @@ class Config(StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Quantizes and leaves the artifact in `ctx.out`."""
-    from llmctl import artifact, console, mesh
+    from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
     from llmctl.compress.quantize import quantize
+    from llmctl.distributed import mesh
+    from llmctl.pipeline import console
 
     if parent is None:
         raise RequestError("quantize: nothing to start from; name an artifact with `from` (--from)")

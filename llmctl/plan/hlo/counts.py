@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmctl.plan import groups, loops, operations, traffic
-from llmctl.plan.hlo_text import Computation, Instruction, Module, parse
+from llmctl.plan.hlo import hbm_traffic, operations, replica_groups, trip_counts
+from llmctl.plan.hlo.parser import Computation, Instruction, Module, parse
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
     )
 
 
-HOUSEKEEPING = traffic.FREE_CALLS | {
+HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
     "AsyncCollectiveStart", "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "TopK", "SliceId",
     "ZeroCrop", "GatherScatterIndicesBitpacked",
 }  # fmt: skip
@@ -131,7 +131,7 @@ class _Counter:
                 if kind := _kind(i):
                     tally.add(self.collective(where, i, kind, _hides(where, n, apart)))
                 elif kind := _between_slices(i):
-                    size, done = groups.slices_of(i), _received(where, i)
+                    size, done = replica_groups.slices_of(i), _received(where, i)
                     hidden = any(other.work for other in apart[n + 1 : done])
                     tally.add(_summed(kind, SLICES, size, sum(a.bytes for a in where.inputs(i)), hidden))
             self.done[where.name] = tally
@@ -139,12 +139,12 @@ class _Counter:
 
     def instruction(self, where: Computation, i: Instruction) -> _Tally:
         """Everything but collectives that are `i` itself."""
-        tally = _Tally(bytes=traffic.of(self.module, where, i))
+        tally = _Tally(bytes=hbm_traffic.of(self.module, where, i))
         flops, dtype = operations.matrix(where, i)
         if flops:
             tally.flops[dtype] = flops
         if i.opcode == "while":
-            turns = loops.trips(self.module, where, i)
+            turns = trip_counts.trips(self.module, where, i)
             tally.add(self.of(self.module.computations[i.called["body"][0]]), 1 if turns is None else turns)
             tally.unknown |= {i.name} if turns is None else set()
         elif i.opcode == "conditional":
@@ -163,12 +163,12 @@ class _Counter:
 
     def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
         """The sums of one run of a collective."""
-        group = groups.group_of(i, math.prod(self.mesh.values()))
+        group = replica_groups.group_of(i, math.prod(self.mesh.values()))
         if len(group) < 2:
             return _Tally()
         kind = "reduce-scatter" if kind == "all-reduce" and _scatters(where, i) else kind
         given = sum(a.bytes for a in where.inputs(i))
-        return _summed(kind, groups.axis_of(group, self.mesh), len(group), given, hidden)
+        return _summed(kind, replica_groups.axis_of(group, self.mesh), len(group), given, hidden)
 
 
 def _summed(kind: str, axis: str, n: int, given: float, hidden: bool) -> _Tally:

@@ -6,7 +6,7 @@ in place, the slice counts.
 
 from __future__ import annotations
 
-from llmctl.plan.hlo_text import Array, Computation, Instruction, Module
+from llmctl.plan.hlo.parser import Array, Computation, Instruction, Module
 
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",

@@ -6,7 +6,7 @@ import json
 import math
 import re
 
-from llmctl.plan.hlo_text import Array, Computation, Instruction
+from llmctl.plan.hlo.parser import Array, Computation, Instruction
 
 TYPES = {
     "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8", "u8": "int8",

@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-from llmctl.plan.hlo_text import Instruction
+from llmctl.plan.hlo.parser import Instruction
 
 
 def group_of(i: Instruction, devices: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-from llmctl.plan.hlo_text import Computation, Instruction, Module
+from llmctl.plan.hlo.parser import Computation, Instruction, Module
 
 Affine = tuple[dict[int, int], int]
 """A sum: {element of the loop's tuple: factor}, and a constant."""

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl import weights
-from llmctl.errors import RequestError
-from llmctl.model import ModelConfig, calls
+from llmctl.config.errors import RequestError
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
 
 
 def attach(
@@ -48,7 +48,7 @@ def attach(
     if missing := sorted(set(targets) - seen):
         raise RequestError(f"lora.targets: the model has no matrix {', '.join(missing)} in its blocks")
     tree = weights.unflatten(flat)
-    return jax.device_put(tree, calls.shardings(cfg, tree, mesh))
+    return jax.device_put(tree, functional.shardings(cfg, tree, mesh))
 
 
 def is_pair(name: str) -> bool:

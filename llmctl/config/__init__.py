@@ -1,0 +1,1 @@
+"""Settings: frozen, strict configuration classes, the sections that stages share, and errors."""

@@ -1,0 +1,1 @@
+"""Data: sources, tokenizers, rows of examples and of pretraining text, and batches on devices."""

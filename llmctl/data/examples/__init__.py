@@ -1,0 +1,1 @@
+"""Rows of labelled examples: one file per kind of task."""

@@ -1,0 +1,1 @@
+"""Rows of self-supervised training: objectives, packing, mixtures and prepared corpora."""

@@ -1,0 +1,1 @@
+"""Sources: random access to the rows of files and data sets."""

@@ -1,0 +1,1 @@
+"""Tokenizers: bytes, SentencePiece and tokenizer.json behind one interface."""

@@ -1,0 +1,1 @@
+"""Models: one Transformer for every family, its weights, losses and generation."""

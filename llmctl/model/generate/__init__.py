@@ -1,0 +1,1 @@
+"""Text generation: key-value cache decoding, sampling, beam search, chat, and filled masks."""

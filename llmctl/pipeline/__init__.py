@@ -1,0 +1,1 @@
+"""Pipelines: recipes, the registry of stages and commands, and the runner."""

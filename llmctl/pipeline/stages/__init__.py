@@ -1,0 +1,1 @@
+"""Stages: one file each with a `Config` and a function `run`."""

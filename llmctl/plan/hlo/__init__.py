@@ -1,0 +1,1 @@
+"""Counts from a compiled program's text: FLOPs, bytes and collectives, with loops evaluated."""

@@ -1,0 +1,311 @@
+"""import and export as people run them: there and back, and every kind of bad input in one line with exit code 2."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
+from llmctl.convert import compressed_tensors, safetensors
+from llmctl.convert import hf_folder as folders
+from llmctl.convert.lazy_tensors import of_array
+from llmctl.data.tokenizers import loading
+from llmctl.model import weights
+
+
+def test_there_and_back_is_the_same_artifact(saved, exported, call, tmp_path):
+    code, made, err = call("import", exported, "--out", tmp_path / "a")
+    assert code == 0, err
+    before, after = artifact.read_manifest(saved), artifact.read_manifest(tmp_path / "a")
+    assert made["digest"] == after.digest == before.digest
+    assert after.model == before.model
+    assert after.tokenizer == before.tokenizer == made["tokenizer"]
+    ids = loading.load(tmp_path / "a" / "tokenizer").encode("the cat 12")
+    assert ids == loading.load(saved / "tokenizer").encode("the cat 12")
+
+
+def test_later_stages_see_that_another_tokenizer_was_imported(exported, call, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(exported, other)
+    said = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": "{{ messages }}"}))
+    keys = {}
+    for name, more in (("a", ()), ("b", ()), ("c", ("--tokenizer", other))):
+        assert call("import", exported, "--out", tmp_path / name, *more)[0] == 0
+        keys[name] = artifact.read_manifest(tmp_path / name).key
+    assert keys["a"] == keys["b"] != keys["c"]
+
+
+def test_a_chat_template_goes_out_and_comes_back(saved, call, tmp_path):
+    said = "{{ bos_token }}{{ messages[0]['content'] }}"
+    spoken = tmp_path / "spoken"
+    shutil.copytree(saved, spoken)
+    (spoken / "tokenizer" / "chat_template.jinja").write_text(said)
+    for to, source in (("hf", tmp_path / "hf"), ("gguf", tmp_path / "gguf" / "model.gguf")):
+        assert call("export", spoken, "--to", to, "--out", tmp_path / to)[0] == 0
+        assert call("import", source, "--out", tmp_path / f"from-{to}")[0] == 0
+        assert loading.chat_template(tmp_path / f"from-{to}" / "tokenizer") == said
+
+
+def test_shards_and_types(saved, call, tmp_path):
+    code, made, _ = call("export", saved, "--out", tmp_path / "hf", "--dtype", "bfloat16", "--shard-size", 2e-5)
+    assert code == 0
+    assert made["parity"] == 0
+    assert sum(f.startswith("model-") for f in made["files"]) > 3
+    assert {str(t.dtype) for t in safetensors.read_folder(tmp_path / "hf").values()} == {"bfloat16"}
+    code, _, _ = call("import", tmp_path / "hf", "--out", tmp_path / "a")
+    assert code == 0
+    assert artifact.read_manifest(tmp_path / "a").bits == 16
+
+
+def test_a_reference_is_reproduced_or_nothing_is_written(
+    saved, exported, call, tmp_path, config, params, batch, logits
+):
+    expected = logits(config, params, batch)
+    ids = np.asarray(batch["tokens"], np.int64)
+    for shift, wanted in ((0.0, 0), (0.01, 2)):
+        reference = tmp_path / f"{shift}.safetensors"
+        safetensors.write_file(
+            reference, {"input_ids": of_array(ids), "logits": of_array(expected + np.float32(shift))}
+        )
+        out = tmp_path / f"a{shift}"
+        code, made, err = call("import", exported, "--out", out, "--reference", reference)
+        assert code == wanted, err
+        assert out.exists() == (wanted == 0)
+        if wanted == 0:
+            assert made["parity"] < 1e-4
+        else:
+            assert "differ by 0.01" in err
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """A copy of the folder that a test may spoil, and a way to change its config and tensors."""
+    folder = tmp_path / "spoiled"
+    folder.mkdir()
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def change(folder, tensors=lambda found: found, **config):
+    said = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(said))
+    found = {k: of_array(np.array(t.read())) for k, t in safetensors.read_folder(folder).items()}
+    safetensors.write_file(folder / safetensors.SINGLE, tensors(found))
+
+
+def cut(folder, file=None):
+    file = file or folder / safetensors.SINGLE
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shards(folder):
+    """The folder's tensors again, in three files with an index."""
+    found = {k: of_array(np.array(t.read())) for k, t in safetensors.read_folder(folder).items()}
+    (folder / safetensors.SINGLE).unlink()
+    files = safetensors.write_folder(folder, found, safetensors.total(found.values()) // 2)
+    assert len(files) == 3
+    return files
+
+
+def without(name):
+    return lambda found: {k: t for k, t in found.items() if k != name}
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+SPOILED = {
+    "cut off": cut,
+    "holds a pickle (pytorch_model.bin)": lambda folder: (folder / safetensors.SINGLE).rename(
+        folder / "pytorch_model.bin"
+    ),
+    "model-00002-of-00003.safetensors: cut off": lambda folder: cut(folder, shards(folder)[1]),
+    "model-00003-of-00003.safetensors: no such file": lambda folder: shards(folder)[2].unlink(),
+    "not readable JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "no such file": lambda folder: (folder / "config.json").unlink(),
+    f"missing tensors {NORM}": lambda folder: change(folder, without(NORM)),
+    "not understood: model.layers.0.extra.weight": lambda folder: change(
+        folder, lambda found: found | {"model.layers.0.extra.weight": of_array(np.zeros(3, np.float32))}
+    ),
+    "contradict the config": lambda folder: change(folder, intermediate_size=48),
+    "missing tensors model.layers.3": lambda folder: change(folder, num_hidden_layers=4),
+    "must be a multiple of kv_heads": lambda folder: change(folder, num_key_value_heads=3),
+    "model_type 'mamba' is not known": lambda folder: change(folder, model_type="mamba"),
+    "architecture LlamaForVision is not known": lambda folder: change(folder, architectures=["LlamaForVision"]),
+    "residual_multiplier = 2.0 is not understood": lambda folder: change(folder, residual_multiplier=2.0),
+    "hidden_act = 'mish' is not a known activation": lambda folder: change(folder, hidden_act="mish"),
+    "rope scaling of type longrope": lambda folder: change(
+        folder, rope_parameters={"rope_type": "longrope", "factor": 2.0}
+    ),
+    "rope scaling of type linear lacks factor": lambda folder: change(
+        folder, rope_parameters={"rope_type": "linear"}
+    ),
+    "model_type ['llama'] is not known": lambda folder: change(folder, model_type=["llama"]),
+    "names no single class": lambda folder: change(folder, architectures=[["LlamaForCausalLM"]]),
+    "id2label and num_labels cannot be understood": lambda folder: change(folder, id2label={"first": "a"}),
+    "num_attention_heads is missing": lambda folder: change(folder, num_attention_heads=None),
+    "cannot be understood": lambda folder: change(folder, hidden_size="wide"),
+    "not floating-point": lambda folder: change(
+        folder, lambda found: found | {NORM: of_array(np.zeros(64, np.int32))}
+    ),
+    "quantized by gptq": lambda folder: change(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "they do not belong together": lambda folder: (folder / "tokenizer.json").write_text(
+        json.dumps(json.loads((folder / "tokenizer.json").read_text()) | SMALLER)
+    ),
+}  # fmt: skip
+SMALLER = {
+    "model": {"type": "BPE", "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, "merges": []},
+}
+
+
+@pytest.mark.parametrize("said", SPOILED)
+def test_bad_input_is_one_line_and_leaves_nothing(said, copied, call, tmp_path):
+    SPOILED[said](copied)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    code, made, err = call("import", copied, "--out", tmp_path / "a")
+    assert (code, made) == (2, None), err
+    assert said in err
+    assert err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_an_import_replaces_neither_its_source_nor_what_is_no_artifact(copied, saved, exported, call, tmp_path):
+    kept = tmp_path / "models" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for out, said in (
+        (copied, "would replace what it is made of"),
+        (tmp_path, "would replace"),
+        (kept.parent, "is there already and is not an artifact"),
+        (kept, "is there already"),
+    ):
+        code, _, err = call("import", copied, "--out", out)
+        assert code == 2, out
+        assert said in err
+    assert kept.read_text() == "mine"
+    assert (copied / "config.json").is_file()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    code, _, err = call("import", tmp_path / "adapter", "--base", saved, "--out", saved)
+    assert (code, "would replace" in err) == (2, True)
+    shutil.copytree(saved, tmp_path / "old")
+    assert call("import", exported, "--out", tmp_path / "old")[0] == 0  # an artifact of another time
+    assert artifact.read_manifest(tmp_path / "old").stage == "import"
+
+
+def test_options_without_meaning_are_refused(saved, exported, call, tmp_path):
+    for argv, said in (
+        (("import", exported, "--drop", "*.bias"), "--drop *.bias: not a regular expression"),
+        (("export", saved, "--to", "gguf", "--dtype", "bfloat16"), "--dtype has no meaning for --to gguf"),
+        (("export", saved, "--to", "peft", "--dtype", "bfloat16"), "--dtype has no meaning for --to peft"),
+        (("export", saved, "--type", "q8_0"), "--type q8_0 is for --to gguf"),
+    ):
+        code, _, err = call(*argv, "--out", tmp_path / "x")
+        assert code == 2
+        assert said in err
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_key_can_be_declared_irrelevant(copied, call, tmp_path):
+    change(copied, made_up=1)
+    assert call("import", copied, "--out", tmp_path / "a")[0] == 2
+    assert call("import", copied, "--out", tmp_path / "a", "--ignore", "made_up")[0] == 0
+
+
+def test_the_rotary_base_may_stand_beside_its_scaling(copied):
+    change(copied, rope_theta=5e5, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    found = folders.look(copied).model
+    assert (found.rope_theta, found.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 2.0})
+
+
+def test_what_is_stored_twice_is_dropped_only_where_it_is_the_same(copied, call, tmp_path, config):
+    """transformers does not tie two tables that differ; a tied table that is repeated is one table."""
+    table = safetensors.read_folder(copied)["model.embed_tokens.weight"]
+    change(copied, tie_word_embeddings=True)
+    assert call("import", copied, "--out", tmp_path / "a")[0] == 0
+    assert artifact.read_manifest(tmp_path / "a").model.tied is False
+    change(copied, lambda found: found | {"lm_head.weight": of_array(np.array(table.read()))})
+    assert call("import", copied, "--out", tmp_path / "b")[0] == 0
+    assert artifact.read_manifest(tmp_path / "b").model.tied is True
+
+
+def test_a_family_without_counterpart_and_settings_without_place_are_refused(save, config, params, call, tmp_path):
+    for update, said in (({"family": "modern"}, "no counterpart"), ({"attn_softcap": 5.0}, "attn_softcap = 5.0")):
+        made = save(config.model_copy(update=update), params)
+        code, _, err = call("export", made, "--out", tmp_path / "x")
+        assert code == 2
+        assert said in err
+        assert not (tmp_path / "x").exists()
+
+
+def test_export_does_not_overwrite(saved, exported, call):
+    code, _, err = call("export", saved, "--out", exported)
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_pruned_models_go_with_their_zeros_and_their_new_shapes(save, config, params, call, tmp_path):
+    from llmctl.compress import shrink
+
+    flat = weights.flatten(params)
+    up = "decoder/blocks/mlp/up/kernel"
+    flat[up] = jnp.where(jnp.abs(flat[up]) < 0.1, 0, flat[up])
+    cfg, cut_params = shrink.drop_layers(config, weights.unflatten(flat), {"decoder": [0, 2]})
+    made = save(cfg, cut_params)
+    assert call("export", made, "--out", tmp_path / "hf")[0] == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_hidden_layers"] == 2
+    zeros = safetensors.read_folder(tmp_path / "hf")["model.layers.1.mlp.up_proj.weight"].read() == 0
+    np.testing.assert_array_equal(zeros, np.asarray(flat[up][2] == 0).T)
+
+
+@pytest.mark.parametrize(("bits", "group", "activations"), [(8, 0, "int8"), (8, 16, ""), (4, 16, ""), (4, 0, "")])
+def test_quantized_models_go_dense_and_as_integers(bits, group, activations, save, config, params, call, tmp_path):
+    from llmctl.compress.quantize import quantize
+
+    quantized, _ = quantize(params, bits=bits, group=group, head=True, activations=activations)
+    made = save(config, quantized)
+    name = "model.layers.2.self_attn.k_proj.weight"
+    ours = weights.flatten(quantized)["decoder/blocks/attn/k/kernel"]
+    for to in ("hf", "compressed-tensors"):
+        code, said, err = call("export", made, "--to", to, "--out", tmp_path / to)
+        assert code == 0, err
+        assert said["parity"] < 1e-4
+        # what is not quantized may be narrower
+        code, _, err = call("export", made, "--to", to, "--dtype", "bfloat16", "--out", tmp_path / f"{to}-narrow")
+        assert code == 0, err
+    stored = safetensors.read_folder(tmp_path / "compressed-tensors")
+    scheme = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    assert scheme["config_groups"]["group_0"]["weights"]["num_bits"] == bits
+    assert scheme["ignore"] == []
+    assert name in safetensors.read_folder(tmp_path / "hf")
+    assert stored[f"{name}_scale"].shape == (32, 64 // group if group else 1)
+    values = np.asarray(ours.array.qvalue[2]).astype(int).T
+    if activations:
+        np.testing.assert_array_equal(stored[name].read(), values.astype(np.int8), strict=True)
+    else:
+        first, many = int(np.asarray(stored[f"{name}_packed"].read())[0, 0].view(np.uint32)), 32 // bits
+        found = [((first >> (bits * i)) & (2**bits - 1)) - 2 ** (bits - 1) for i in range(many)]
+        assert found == values[0, :many].tolist()
+        assert stored[f"{name}_shape"].read().tolist() == [32, 64]
+
+
+def test_scales_of_a_tensor_an_output_and_a_group_are_read():
+    values = np.arange(-12, 12, dtype=np.int8).reshape(4, 6)
+    scheme = {"type": "int", "symmetric": True, "num_bits": 8}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    settings["config_groups"] = {"group_0": {"weights": scheme}}
+
+    def dense(scale):
+        tensors = {"w": of_array(values), "w_scale": of_array(np.asarray(scale, np.float32))}
+        return compressed_tensors.unpack("here", settings, tensors)["w"].read()
+
+    np.testing.assert_array_equal(dense([2.0]), values * 2.0)
+    np.testing.assert_array_equal(dense(2.0), values * 2.0)
+    np.testing.assert_array_equal(dense([1.0, 2.0, 3.0, 4.0]), values * np.arange(1.0, 5)[:, None])
+    np.testing.assert_array_equal(dense([[1.0, 2.0]] * 4), values * np.repeat([1.0, 2.0], 3))
+    for scale in ([1.0, 2.0], [[1.0] * 4] * 4, [[[1.0]]]):
+        with pytest.raises(RequestError, match=r"here: w_scale is .* does not fit w"):
+            dense(scale)

@@ -1,0 +1,196 @@
+"""GGUF files: what the gguf package reads in ours, there and back, rounding by kind, vocabularies."""
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.convert import gguf as ours
+from llmctl.data.tokenizers import loading
+from llmctl.model.config import ModelConfig
+from llmctl.model.families.llama import LLAMA3_ROPE
+
+
+@pytest.fixture(scope="session")
+def files(saved, tmp_path_factory):
+    """kind -> the tiny Llama as a file of that kind, made once."""
+    from llmctl.convert import exporting
+
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            out = tmp_path_factory.mktemp(kind) / "out"
+            assert exporting.run(saved, out, to="gguf", kind=kind)["parity"] < 1e-4
+            made[kind] = out / "model.gguf"
+        return made[kind]
+
+    return make
+
+
+def test_rows_of_queries_are_paired_as_llama_cpp_rotates_them():
+    w = np.arange(8)[:, None]  # one head of 4 after the other: halves (0, 1) and (2, 3)
+    np.testing.assert_array_equal(ours.interleaved(w, 2).ravel(), [0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_array_equal(ours.halves(ours.interleaved(w, 2), 2), w)
+
+
+def test_metadata_names_and_types_are_those_of_llama_cpp(files, config, params):
+    reader = gguf.GGUFReader(files("q4_0"))
+    said = {k: f.contents() for k, f in reader.fields.items()}
+    assert said["general.architecture"] == "llama"
+    assert (said["llama.block_count"], said["llama.attention.head_count_kv"]) == (3, 2)
+    assert said["tokenizer.ggml.model"] == "gpt2"
+    assert said["tokenizer.ggml.pre"] == "smollm"
+    tensors = {t.name: t for t in reader.tensors}
+    kinds = {n: tensors[n].tensor_type.name for n in ("token_embd.weight", "blk.0.attn_k.weight", "output_norm.weight")}
+    assert kinds == {"token_embd.weight": "Q8_0", "blk.0.attn_k.weight": "Q4_0", "output_norm.weight": "F32"}
+    q = {t.name: t for t in gguf.GGUFReader(files("f32")).tensors}["blk.1.attn_q.weight"].data
+    theirs = np.asarray(params["decoder"]["blocks"]["attn"]["q"]["kernel"])[1].T
+    np.testing.assert_array_equal(q.reshape(64, 64)[:4], theirs[[0, 8, 1, 9]])
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 0.01), ("q4_1", 0.15)])
+def test_comes_back_with_the_rounding_of_its_kind_and_no_more(kind, worst, files, call, tmp_path, saved):
+    code, made, err = call("import", files(kind), "--out", tmp_path / "a")
+    assert code == 0, err
+    a, b = artifact.load(saved), artifact.load(tmp_path / "a")
+    assert b.model == a.model
+    for part in ("q", "k", "v", "o"):
+        x, y = (np.asarray(f.params["decoder"]["blocks"]["attn"][part]["kernel"]) for f in (a, b))
+        assert np.linalg.norm(x - y) <= worst * np.linalg.norm(x)
+    if kind == "f32":
+        assert made["digest"] == a.manifest.digest
+    text = "The cat looked at 345, it's so!\n\nünï"
+    ids = loading.load(a.tokenizer_dir).encode(text)
+    assert loading.load(b.tokenizer_dir).encode(text) == ids
+    assert loading.load(b.tokenizer_dir).decode(ids) == text
+
+
+def test_rotary_factors_of_llama3_are_those_of_transformers():
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    cfg = LlamaConfig(hidden_size=64, num_attention_heads=1, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5})
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](cfg, torch.device("cpu"))[0].numpy()
+    plain = 5e5 ** (-np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(ours.llama3_factors(LLAMA3_ROPE, 5e5, 64), plain / scaled, rtol=1e-5)
+
+
+FAMILIES = {
+    "llama3": {"family": "llama", "rope_scaling": LLAMA3_ROPE, "tied": True},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3"},
+    "gemma2": {"family": "gemma2", "attn_scale": 16**-0.5, "window": 5},
+    "gemma3": {"family": "gemma3", "attn_scale": 16**-0.5, "window": 5},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_relatives_of_llama_go_there_and_back(name, save, wild, words, call, tmp_path):
+    sizes = {"d_model": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "d_ff": 64, "max_seq_len": 64}
+    cfg = ModelConfig(vocab_size=words.vocab_size, **sizes, **FAMILIES[name])
+    made = save(cfg, wild(cfg))
+    code, said, err = call("export", made, "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")
+    assert code == 0, err
+    assert said["parity"] < 1e-4
+    assert call("import", tmp_path / "g" / "model.gguf", "--out", tmp_path / "a")[0] == 0
+    back = artifact.read_manifest(tmp_path / "a").model
+    assert {k: v for k, v in back if v != getattr(cfg, k)} == {}
+
+
+def test_what_llama_cpp_does_otherwise_with_a_vocabulary_is_said():
+    from llmctl.convert import gguf_vocabulary
+    from llmctl.data.config import TokenizerConfig
+
+    texts = [f"{a}{b} {b}{a}" for a in ("ka", "mo", "ri", "ten", "lu") for b in ("san", "pe", "do", "shi")]
+    said = {}
+    for kind, normalize in (("bpe", "identity"), ("bpe", "nfkc"), ("unigram", "identity")):
+        words = loading.train(texts, TokenizerConfig(kind=kind, vocab_size=280, normalize=normalize))
+        said[kind, normalize] = gguf_vocabulary._difference(words)
+    assert said["bpe", "identity"] == ""
+    assert "does not normalize" in said["bpe", "nfkc"]
+    assert "unknown token" in said["unigram", "identity"]
+
+
+def test_llama_3_begins_where_its_file_does_not_say_so(tmp_path):
+    from llmctl.convert import gguf_vocabulary, tokenizers
+
+    for pre, said in (("llama-bpe", True), ("smollm", False)):
+        writer = gguf.GGUFWriter(tmp_path / f"{pre}.gguf", "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(["<|begin_of_text|>", "<|end_of_text|>", "a", "aa"])
+        writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 2)
+        writer.add_token_merges(["a a"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        words = loading.load(gguf_vocabulary.read(tmp_path / f"{pre}.gguf", tmp_path / pre))
+        assert words.prompt("a") == [0] * said + [2]
+        (tmp_path / f"{pre}-hf").mkdir()
+        tokenizers.hand_on(tmp_path / pre, tmp_path / f"{pre}-hf", ends=False)
+        assert loading.load(tmp_path / f"{pre}-hf").prompt("a") == words.prompt("a")
+
+
+def test_tensors_of_a_file_can_be_left_out_by_either_name(files, call, tmp_path):
+    for n, name in enumerate((r"blk\.\d+\.ffn_up\.weight", r".*up_proj.*")):
+        code, _, err = call("import", files("f32"), "--out", tmp_path / "a", "--drop", name)
+        assert code == 2
+        assert "missing tensors model.layers.0.mlp.up_proj.weight" in err, n
+    code, _, err = call("import", files("f32"), "--out", tmp_path / "a", "--ignore", "rope_theta")
+    assert code == 2
+    assert "has no config.json" in err
+
+
+def test_bad_files_are_refused(files, saved, call, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(files("f16").read_bytes()[:5000])
+    code, _, err = call("import", cut, "--out", tmp_path / "a")
+    assert code == 2
+    assert "not a readable GGUF file" in err
+    # an array of 2^60 bytes, in a file of a hundred
+    array = b"x" + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8, 2**60)
+    cut.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + array + bytes(64))
+    code, _, err = call("import", cut, "--out", tmp_path / "a")
+    assert code == 2
+    assert "shorter than its header says" in err
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    code, _, err = call("import", tmp_path / "other.gguf", "--out", tmp_path / "a")
+    assert code == 2
+    assert "'mamba' is not known" in err
+    assert call("export", saved, "--to", "gguf", "--type", "q9", "--out", tmp_path / "x")[0] == 2
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", *FAMILIES])
+def test_llama_cpp_answers_as_we_do(name, save, wild, words, call, tmp_path, logits):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    # Its kernels take rows of 32 and more; Gemma's configs get a window that the text outgrows.
+    sizes = {"d_model": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "d_ff": 96, "max_seq_len": 64}
+    changes = {"attn_scale": 32**-0.5} if name.startswith("gemma") else {}
+    cfg = ModelConfig(vocab_size=words.vocab_size, **sizes, **({"family": name} | FAMILIES.get(name, {}) | changes))
+    params = wild(cfg)
+    code, _, err = call("export", save(cfg, params), "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")
+    assert code == 0, err
+    model = llama_cpp.Llama(str(tmp_path / "g" / "model.gguf"), logits_all=True, n_ctx=64, verbose=False)
+    text = "The cat looked at 345, it's so!"
+    ids = words.encode(text)
+    assert model.tokenize(text.encode(), add_bos=False, special=False) == ids
+    model.eval(ids)
+    theirs = np.array(model.scores[: len(ids)])
+    tokens = np.array([ids], np.int32)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": np.arange(len(ids), dtype=np.int32)[None]}
+    ours = logits(cfg, params, batch)[0]
+    # Its cache of keys and values is float16.
+    assert np.abs(ours - theirs).max() < 0.01 * np.abs(ours).max()

@@ -1,0 +1,115 @@
+"""LoRA adapters in PEFT's format: the arithmetic by hand, there and back, variants refused."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
+from llmctl.convert import peft, safetensors
+from llmctl.convert.lazy_tensors import of_array
+from llmctl.model import weights
+
+
+@pytest.fixture(scope="session")
+def tuned(params):
+    """The base with pairs of rank 3 on queries and down projections."""
+    flat, rng = weights.flatten(params), np.random.default_rng(3)
+    for path in ("decoder/blocks/attn/q/kernel", "decoder/blocks/mlp/down/kernel"):
+        L, i, o = flat[path].shape
+        a, b = (jnp.asarray(rng.normal(0, 0.2, s), jnp.float32) for s in ((L, i, 3), (L, 3, o)))
+        flat[path] = weights.LowRank(flat[path], a, b, 2.0)
+    return weights.unflatten(flat)
+
+
+@pytest.fixture
+def adapter(save, config, tuned, call, tmp_path):
+    code, made, err = call("export", save(config, tuned), "--to", "peft", "--out", tmp_path / "adapter")
+    assert code == 0, err
+    assert made["parity"] == 0
+    return tmp_path / "adapter"
+
+
+def test_an_exported_adapter_says_what_peft_multiplies(adapter, tuned):
+    said = json.loads((adapter / peft.CONFIG).read_text())
+    assert (said["r"], said["lora_alpha"], said["target_modules"]) == (3, 6, ["down_proj", "q_proj"])
+    stored = safetensors.read_file(adapter / peft.WEIGHTS)
+    assert len(stored) == 2 * 2 * 3
+    a, b = (
+        np.asarray(stored[f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight"].read()) for x in "AB"
+    )
+    ours = weights.flatten(tuned)["decoder/blocks/attn/q/kernel"]
+    delta = np.asarray(weights.dense(ours) - ours.base)[1].T  # theirs is [out, in]
+    np.testing.assert_allclose(said["lora_alpha"] / said["r"] * b @ a, delta, atol=1e-5)
+
+
+def test_pairs_are_merged_in_a_dense_export(save, config, tuned, call, tmp_path):
+    code, made, err = call("export", save(config, tuned), "--out", tmp_path / "hf")
+    assert code == 0, err
+    assert made["parity"] < 1e-4
+    stored = safetensors.read_folder(tmp_path / "hf")["model.layers.2.mlp.down_proj.weight"].read()
+    merged = weights.dense(weights.flatten(tuned)["decoder/blocks/mlp/down/kernel"])[2].T
+    np.testing.assert_allclose(stored, merged, atol=1e-6)
+
+
+def test_there_and_back(adapter, saved, tuned, call, tmp_path):
+    code, _, err = call("import", adapter, "--base", saved, "--out", tmp_path / "a")
+    assert code == 0, err
+    back = artifact.load(tmp_path / "a")
+    assert back.manifest.parent.digest == artifact.read_manifest(saved).digest
+    for path, w in weights.flatten(tuned).items():
+        got = weights.flatten(back.params)[path]
+        assert type(got) is type(w)
+        np.testing.assert_allclose(weights.dense(got), weights.dense(w), atol=1e-6)
+
+
+def test_layers_that_differ_in_rank_and_scale_come_in_as_one_pair(saved, tmp_path):
+    base, rng = artifact.load(saved), np.random.default_rng(0)
+    module = "model.layers.{}.self_attn.v_proj"
+    arrays, expected = {}, np.zeros((3, 64, 32))
+    for layer, rank in ((0, 2), (2, 4)):
+        a, b = rng.normal(size=(rank, 64)).astype(np.float32), rng.normal(size=(32, rank)).astype(np.float32)
+        name = f"base_model.model.{module.format(layer)}"
+        arrays |= {f"{name}.lora_A.weight": of_array(a), f"{name}.lora_B.weight": of_array(b)}
+        expected[layer] = ({0: 8, 2: 16}[layer] / np.sqrt(rank) * b @ a).T
+    safetensors.write_file(tmp_path / peft.WEIGHTS, arrays)
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {module.format(2): 4}}
+    for pattern in ("layers.2.self_attn.v_proj", r"layers\.[2-9]\.self_attn\..*"):
+        (tmp_path / peft.CONFIG).write_text(json.dumps(said | {"alpha_pattern": {pattern: 16}}))
+        w = weights.flatten(peft.load(base, tmp_path))["decoder/blocks/attn/v/kernel"]
+        np.testing.assert_allclose(np.asarray(weights.dense(w) - w.base), expected, atol=1e-4)
+    (tmp_path / peft.CONFIG).write_text(json.dumps(said | {"alpha_pattern": {"*.v_proj": 16}}))
+    with pytest.raises(RequestError, match="alpha_pattern holds no regular expression"):
+        peft.load(base, tmp_path)
+
+
+def test_what_is_not_plain_lora_is_refused(adapter, saved, call, tmp_path):
+    said = json.loads((adapter / peft.CONFIG).read_text())
+    for change, message in (
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ):
+        (adapter / peft.CONFIG).write_text(json.dumps(said | change))
+        code, _, err = call("import", adapter, "--base", saved, "--out", tmp_path / "a")
+        assert code == 2
+        assert message in err
+    (adapter / peft.CONFIG).write_text(json.dumps(said))
+    assert "--base" in call("import", adapter, "--out", tmp_path / "a")[2]
+    code, _, err = call("import", adapter, "--base", saved, "--out", tmp_path / "a", "--dtype", "bfloat16")
+    assert code == 2 and "--base alone has a meaning" in err
+    stored = safetensors.read_file(adapter / peft.WEIGHTS)
+    strays = {k: of_array(np.array(t.read())) for k, t in stored.items()} | {
+        "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": of_array(np.zeros((3, 64), np.float32))
+    }
+    safetensors.write_file(adapter / peft.WEIGHTS, strays)
+    code, _, err = call("import", adapter, "--base", saved, "--out", tmp_path / "a")
+    assert code == 2
+    assert "layers.9" in err
+    assert not (tmp_path / "a").exists()
+    code, _, err = call("export", saved, "--to", "peft", "--out", tmp_path / "x")
+    assert code == 2
+    assert "no low-rank pairs" in err

@@ -1,0 +1,108 @@
+"""Our reader and writer against the library's, and every kind of damage."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+
+from llmctl.config.errors import RequestError
+from llmctl.convert import safetensors as ours
+from llmctl.convert.lazy_tensors import of_array
+
+ARRAYS = {
+    "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "a": np.arange(5, dtype=ml_dtypes.bfloat16),
+    "c": np.array([[1, -2]], np.int8),
+    "empty": np.zeros((0, 4), np.float16),
+    "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+}
+
+
+def write(path, **more):
+    ours.write_file(path, {k: of_array(v) for k, v in (ARRAYS | more).items()})
+    return path
+
+
+def test_the_library_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
+    file = write(tmp_path / "ours.safetensors")
+    with safe_open(file, "np") as f:
+        assert f.metadata() == {"format": "pt"}
+        for name in ("b", "c", "empty", "turned"):
+            np.testing.assert_array_equal(f.get_tensor(name), ARRAYS[name], strict=True)
+        assert f.get_slice("a").get_dtype() == "BF16"
+    contiguous = {k: np.ascontiguousarray(v) for k, v in ARRAYS.items() if k != "a"}
+    safetensors.numpy.save_file(contiguous, tmp_path / "theirs.safetensors")
+    found = ours.read_file(tmp_path / "theirs.safetensors")
+    assert found.keys() == contiguous.keys()
+    for name, t in found.items():
+        np.testing.assert_array_equal(t.read(), contiguous[name], strict=True)
+    np.testing.assert_array_equal(ours.read_file(file)["a"].read(), ARRAYS["a"], strict=True)
+
+
+def test_shards_hold_at_most_their_size_and_their_index_is_read_back(tmp_path):
+    arrays = {f"w{i}": np.full((10,), i, np.float32) for i in range(5)}
+    files = ours.write_folder(tmp_path, {k: of_array(v) for k, v in arrays.items()}, most=80)
+    assert [f.name for f in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / ours.INDEX).read_text())
+    assert index["metadata"]["total_size"] == 200
+    assert index["weight_map"]["w4"] == files[2].name
+    found = ours.read_folder(tmp_path)
+    assert {k: t.read()[0] for k, t in found.items()} == {f"w{i}": i for i in range(5)}
+    files[1].unlink()
+    with pytest.raises(RequestError, match="no such file"):
+        ours.read_folder(tmp_path)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    alive, most = set(), 0
+
+    def reading(name):
+        def read():
+            nonlocal most
+            array = np.zeros(1000, np.float32)
+            alive.add(name)
+            most = max(most, len(alive))
+            return array
+
+        return read
+
+    lazy = {f"w{i}": ours.Tensor((1000,), np.dtype(np.float32), reading(f"w{i}")) for i in range(4)}
+    ours.write_file(tmp_path / "x.safetensors", lazy, wrote=lambda _: alive.clear())
+    assert most == 1
+
+
+@pytest.mark.parametrize("keep", [4, 30, -1])
+def test_a_file_that_was_cut_off_is_refused_before_anything_is_read(tmp_path, keep):
+    file = write(tmp_path / "x.safetensors")
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(RequestError, match="cut off"):
+        ours.read_file(file)
+
+
+def test_a_damaged_header_is_refused(tmp_path):
+    file = tmp_path / "x.safetensors"
+    for header in ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, {"w": 3}, {"w": {"dtype": "F32"}}):
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 64)
+        with pytest.raises(RequestError, match="damaged header"):
+            ours.read_file(file)
+    text = json.dumps({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 64)
+    with pytest.raises(RequestError, match="type F4"):
+        ours.read_file(file)
+
+
+def test_a_pickle_is_refused_with_advice(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(RequestError, match=r"pickle.*safetensors"):
+        ours.read_folder(tmp_path)
+
+
+def test_an_index_cannot_point_outside_its_folder(tmp_path):
+    (tmp_path / ours.INDEX).write_text(json.dumps({"weight_map": {"w": "../secret.safetensors"}}))
+    with pytest.raises(RequestError, match="damaged index"):
+        ours.read_folder(tmp_path)

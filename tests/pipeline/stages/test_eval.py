@@ -1,0 +1,147 @@
+"""The eval stage on tiny artifacts: what it counts is what a person would count, and it names the weights it scored."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.artifacts.workspace import Context
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.data import splits
+from llmctl.data.config import DataConfig, TokenizerConfig
+from llmctl.data.tokenizers import loading
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline import runner
+from llmctl.pipeline.stages import eval as stage
+
+WORDS = ("fine", "dull", "grand", "poor", "bright", "grey", "warm", "cold", "quick", "slow")
+SIZES = {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "d_ff": 24, "max_seq_len": 64}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "reviews.csv"
+    rng = np.random.default_rng(0)
+    with file.open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["text", "label"])
+        for i in range(300):
+            writer.writerow([f"{i} " + " ".join(rng.choice(WORDS, 12)), "pos" if i % 3 else "neg"])
+    return DataConfig(source="csv", path=str(file), validation=0.1, test=0.2)
+
+
+@pytest.fixture(scope="module")
+def run_folder(data, tmp_path_factory):
+    """A language model, a classifier that always says "pos", the same in int8."""
+    run = tmp_path_factory.mktemp("run")
+    words = loading.train(splits.examples(data, "train").texts(), TokenizerConfig(vocab_size=300))
+    words.save(run / "words")
+    lm = ModelConfig(vocab_size=words.vocab_size, **SIZES)
+    config = {"train": {"seq_len": 32}}
+    common = {"key": "k", "tokenizer_dir": run / "words"}
+    base = artifact.save(
+        run / "lm",
+        jax.jit(lambda key: functional.init(lm, key))(jax.random.key(0)),
+        lm,
+        stage="pretrain",
+        config=config,
+        **common,
+    )
+    model = lm.model_copy(update={"head": "classify", "labels": 2})
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(1))
+    params["head"]["out"]["bias"] = jnp.array([0.0, 50.0])
+    labels = ["neg", "pos"]
+    trained = config | {"truncate": "head_tail"}
+    big = artifact.save(
+        run / "big", params, model, stage="finetune", config=trained, labels=labels, parent=base, **common
+    )
+    import qwix
+
+    flat = weights.flatten(params)
+    for path, w in flat.items():
+        if path.endswith("/q/kernel"):
+            flat[path] = weights.Quantized(qwix.quantize(w, "int8", channelwise_axes=[0, 2]))
+    artifact.save(
+        run / "small", weights.unflatten(flat), model, stage="quantize", config={}, labels=labels, parent=big, **common
+    )
+    return run
+
+
+def measured(run_folder, tmp_path, data, names, **settings):
+    config = stage.Config(data=data, batch_size=16, repeats=2, **settings)
+    work = tmp_path / "work"
+    work.mkdir()
+    ctx = Context(tmp_path / "out", work, "key", {n: run_folder / n for n in names})
+    stage.run(config, None, ctx)
+    return json.loads((ctx.out / "results.json").read_text())
+
+
+def test_what_is_timed_elsewhere_is_measured_anew(data):
+    config = stage.Config(data=data)
+    assert runner.key(config, None) != runner.key(config.model_copy(update={"platform": "tpu"}), None)
+    assert runner.key(config, None) == runner.key(config.model_copy(update={"name": "again"}), None)
+
+
+def test_classifiers_are_scored_on_every_held_out_example(run_folder, tmp_path, data):
+    big, small = measured(run_folder, tmp_path, data, ["big", "small"])
+    held = splits.examples(data, "test")
+    positive = int((held.labels == 1).sum())
+    assert big["task"] == "classification"
+    assert big["metrics"]["confusion"] == [[0, len(held) - positive], [0, positive]]
+    assert big["metrics"]["accuracy"] == positive / len(held)
+    assert big["timed_on"] == "1 x cpu"
+    assert big["digest"] == artifact.read_manifest(run_folder / "big").digest != small["digest"]
+    # What the trained artifact was cut to holds for what was made from it, though only its ancestor says so.
+    assert big["protocol"] == small["protocol"]
+    assert big["protocol"].startswith(f"test split, {len(held)} examples, first and last halves of 32 tokens")
+    assert all(r["metrics"][m] > 0 for r in (big, small) for m in ("latency_p50", "latency_p90", "examples_per_second"))
+
+    out = tmp_path / "out"
+    manifest = artifact.read_manifest(out)
+    assert (manifest.stage, manifest.key, manifest.parameters) == ("eval", "key", 0)
+    assert (out / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    table = (out / "table.md").read_text()
+    assert big["digest"] in table and f"{big['metrics']['accuracy']:.2%}" in table and big["protocol"] in table
+
+
+def test_language_models_get_a_perplexity_with_its_protocol(run_folder, tmp_path, data):
+    (got,) = measured(run_folder, tmp_path, data, ["lm"], stride=8, examples=10, speed=False, plot=False)
+    assert got["task"] == "perplexity"
+    assert got["protocol"].startswith("test split, 10 documents each alone, context 32, stride 8, every token once")
+    # Fresh weights know next to nothing: near the size of the vocabulary.
+    vocab = artifact.read_manifest(run_folder / "lm").model.vocab_size
+    assert 0.5 * vocab < got["metrics"]["perplexity"] < 2 * vocab
+    texts = list(splits.examples(data, "test").sample(10).texts())
+    assert got["metrics"]["text_bytes"] == sum(len(t) for t in texts)
+    assert not (tmp_path / "out" / "tradeoff.png").exists()
+
+
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 4, "context": 2}], ids=str)
+def test_eight_devices_count_what_one_counts(run_folder, tmp_path, data, axes):
+    settings = {"examples": 20, "speed": False, "plot": False}
+    (tmp_path / "one").mkdir()
+    one = measured(run_folder, tmp_path / "one", data, ["lm", "small"], **settings)
+    many = measured(run_folder, tmp_path, data, ["lm", "small"], mesh=MeshConfig(**axes), **settings)
+    assert one[1]["metrics"]["confusion"] == many[1]["metrics"]["confusion"]
+    assert one[0]["metrics"]["nll"] == pytest.approx(many[0]["metrics"]["nll"], rel=1e-5)
+
+
+def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(run_folder, tmp_path, data):
+    cases = [
+        ({"names": ["big"], "data": data.model_copy(update={"columns": {"text": "text"}})}, "no labels"),
+        ({"names": ["lm"], "seq_len": 128}, "longest sequence"),
+        ({"names": ["big"], "seq_len": 128}, "longest sequence"),
+        ({"names": ["lm"], "stride": 64}, "stride"),
+        ({"names": []}, "nothing to measure"),
+    ]
+    for i, (case, message) in enumerate(cases):
+        (tmp_path / str(i)).mkdir()
+        with pytest.raises(RequestError, match=message):
+            measured(run_folder, tmp_path / str(i), case.pop("data", data), case.pop("names"), **case)
+        assert not (tmp_path / str(i) / "out").exists()

@@ -1,0 +1,117 @@
+"""The prune stage: what it writes loads, has the shapes or the zeros it claims, and bad requests write nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from llmctl.artifacts import artifact
+from llmctl.artifacts.workspace import Context
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.model import weights
+from llmctl.pipeline.stages import prune as stage
+from llmctl.pipeline.stages import quantize
+
+
+def run(artifacts, tmp_path, parent, **settings):
+    (tmp_path / "work").mkdir(exist_ok=True, parents=True)
+    ctx = Context(tmp_path / "out", tmp_path / "work", "key")
+    stage.run(stage.Config(**settings), artifacts / parent, ctx)
+    return artifact.load(ctx.out)
+
+
+def test_structured_pruning_of_a_classifier(artifacts, tmp_path, reviews):
+    made = run(artifacts, tmp_path, "classifier", heads=0.5, ffn=0.5, layers=1 / 3, data=reviews, examples=40)
+    model, manifest = made.model, made.manifest
+    assert (model.layers, model.heads, model.kv_heads, model.d_ff, model.head) == (2, 2, 1, 12, "classify")
+    before = artifact.load(artifacts / "classifier")
+    assert manifest.parameters == weights.count(made.params) < before.manifest.parameters
+    assert manifest.metrics["parameters_before"] == before.manifest.parameters
+    assert manifest.labels == ["neg", "pos"]
+    assert manifest.parent is not None and manifest.parent.digest == before.manifest.digest
+    np.testing.assert_array_equal(made.params["head"]["out"]["kernel"], before.params["head"]["out"]["kernel"])
+    kept = manifest.metrics["layers_kept"]["decoder"]
+    assert len(kept) == 2 and len(manifest.metrics["layer_error"]["decoder"]) == 2
+    norm = made.params["decoder"]["blocks"]["mlp_norm"]["scale"]
+    np.testing.assert_array_equal(norm, before.params["decoder"]["blocks"]["mlp_norm"]["scale"][jnp.array(kept)])
+    assert (made.path / "log.jsonl").read_text().count("\n") == 3 + 2  # a line a layer of each walk
+
+
+@pytest.mark.parametrize(("settings", "share"), [
+    ({"method": "wanda", "sparsity": 0.25}, 0.25), ({"method": "wanda", "pattern": "2:4"}, 0.5),
+    ({"method": "magnitude", "sparsity": 0.75}, 0.75), ({"method": "magnitude", "pattern": "1:8"}, 0.875),
+])  # fmt: skip
+def test_zeros_are_counted(artifacts, tmp_path, reviews, settings, share):
+    made = run(artifacts, tmp_path, "lm", data=reviews, examples=40, **settings)
+    assert made.manifest.metrics["block_sparsity"] == made.manifest.sparsity == share
+    assert made.manifest.parameters == artifact.read_manifest(artifacts / "lm").parameters
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews, axes):
+    settings = {"method": "wanda", "data": reviews, "examples": 40}
+    one = run(artifacts, tmp_path / "one", "lm", **settings)
+    many = run(artifacts, tmp_path / "many", "lm", **settings, mesh=MeshConfig(**axes))
+    for a, b in zip(*(weights.flatten(m.params).values() for m in (one, many)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a) != 0, np.asarray(b) != 0)
+
+
+def test_integers_stay_integers(artifacts, tmp_path, reviews):
+    ctx = Context(tmp_path / "int8", tmp_path, "key")
+    quantize.run(quantize.Config(), artifacts / "lm", ctx)
+    made = run(tmp_path, tmp_path, "int8", method="wanda", data=reviews, examples=20)
+    assert made.manifest.seq_len == artifact.read_manifest(artifacts / "lm").seq_len == 32  # its lineage tells it
+    assert made.manifest.bits == artifact.read_manifest(tmp_path / "int8").bits
+    assert made.manifest.sparsity >= 0.5
+
+
+def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
+    base = artifact.load(artifacts / "lm")
+    flat = weights.flatten(base.params)
+    path = "decoder/blocks/attn/q/kernel"
+    a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((3, 16, 2), (3, 2, 32))))
+    flat[path] = weights.LowRank(flat[path], a, b, 0.5)
+    artifact.save(
+        tmp_path / "lora", weights.unflatten(flat), base.model, stage="finetune", key="k", config={},
+        tokenizer_dir=base.tokenizer_dir,
+    )  # fmt: skip
+    made = run(tmp_path, tmp_path, "lora", method="magnitude", data=reviews)
+    got, want = made.params["decoder"]["blocks"]["attn"]["q"]["kernel"], weights.dense(flat[path])
+    np.testing.assert_allclose(got, np.where(np.asarray(got) != 0, want, 0), rtol=1e-5)
+    assert "merges the low-rank pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"heads": 0.5, "sparsity": 0.5}, "sparsity: not for method 'structured'"),
+    ({"method": "wanda", "ffn": 0.5}, "ffn: not for method 'wanda'"),
+    ({}, "at least one of heads, ffn and layers"),
+    ({"method": "wanda", "sparsity": 1.5}, "less than 1"),
+    ({"method": "magnitude", "pattern": "4:2"}, "N < M"),
+    ({"method": "wanda", "sparsity": 0.6, "pattern": "2:4"}, "contradicts pattern 2:4, which has 0.5"),
+])  # fmt: skip
+def test_settings_that_contradict_one_another(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        stage.Config(**settings)
+
+
+def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews):
+    cases = [
+        (
+            {"method": "magnitude", "pattern": "2:5"},
+            r"2:5 does not divide the 16 inputs of decoder/blocks/attn/k/kernel",
+        ),
+        ({"heads": 3}, "multiple of 2"),
+        ({"ffn": 0.5}, "path"),
+        ({"ffn": 0.5, "seq_len": 128, "data": reviews}, "128 is longer than its longest sequence .64."),
+        ({"ffn": 23, "mesh": MeshConfig(tensor=2), "data": reviews}, "mlp of size 23 is not divisible"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(RequestError, match=message):
+            run(artifacts, tmp_path, "lm", **settings)
+        assert not (tmp_path / "out").exists()
+    run(artifacts, tmp_path, "lm", method="magnitude")
+    (tmp_path / "out").rename(tmp_path / "sparse")
+    with pytest.raises(RequestError, match=r"50.0% zeros already; sparsity 0.4 changes nothing"):
+        run(tmp_path, tmp_path, "sparse", method="magnitude", sparsity=0.4)

@@ -1,0 +1,326 @@
+"""A recipe is wholly understood before anything runs; then only what is due runs."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.cli import summary
+from llmctl.config.errors import Interrupted, RequestError, WorkError
+from llmctl.pipeline import recipe, runner
+
+CHAIN = """
+seed = 7
+[data]
+columns = { text = "t" }
+[train]
+steps = 20
+[[stage]]
+kind = "make"
+[[stage]]
+kind = "change"
+sparsity = 0.25
+[[stage]]
+kind = "change"
+name = "again"
+from = "make"
+train.steps = 5
+[[stage]]
+kind = "teach"
+teacher = "make"
+[[stage]]
+kind = "score"
+"""
+
+
+@pytest.fixture
+def write(tmp_path, fake_stages):
+    def written(text: str = CHAIN) -> Path:
+        (tmp_path / "r.toml").write_text(text)
+        return tmp_path / "r.toml"
+
+    return written
+
+
+@pytest.fixture
+def go(write, tmp_path):
+    """Runs the recipe; the names of what ran, and what was said."""
+
+    def gone(text: str = CHAIN, sets=(), only=()):
+        said: list[str] = []
+        ran = runner.run(recipe.read(write(text), tmp_path / "run", sets), only, said.append)
+        return ran, said
+
+    return gone
+
+
+def refused(path: Path, **options) -> str:
+    with pytest.raises(RequestError) as e:
+        recipe.read(path, **options)
+    assert "\n" not in str(e.value)
+    return str(e.value).replace(str(path), "r.toml")
+
+
+def test_defaults_then_recipe_then_stage_then_set(write):
+    got = recipe.read(write(), sets=["stage.2.sparsity=0.75", "stage.teach.train.log_every=9", "seed=8"])
+    make, change, again, teach, score = (s.config for s in got.steps)
+    assert [s.name for s in got.steps] == ["make", "change", "again", "teach", "score"]
+    assert (make.train.steps, again.train.steps, teach.train.log_every, make.seed) == (20, 5, 9, 8)
+    assert (change.sparsity, again.sparsity) == (0.25, 0.75)
+    assert score.data.columns == {"text": "t"}
+    assert (got.name, got.run) == ("r", Path("runs/r"))
+
+
+def test_a_shared_setting_that_is_set_goes_over_what_stages_say(write):
+    got = recipe.read(write(), sets=["train.steps=3"])
+    assert {s.config.train.steps for s in got.steps if "train" in type(s.config).model_fields} == {3}
+
+
+def test_links(write):
+    steps = recipe.read(write()).steps
+    assert [s.parent for s in steps] == [None, "make", "make", "again", "teach"]
+    assert steps[3].others == {"make": "make"}
+    assert list(steps[4].others) == ["make", "change", "again", "teach"]
+
+
+def test_a_stage_default_survives_a_section_given_in_part(write):
+    got = recipe.read(write('[[stage]]\nkind = "make"\ntrain.bold = true'))
+    assert got.steps[0].config.train.steps == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "r.toml: a recipe needs stages"),
+        ("[[stage]]\nname='x'", "r.toml: stage.0.kind: is required; one of change, make, score, teach"),
+        ("[[stage]]\nkind='mak'", "r.toml: stage.0.kind: no stage 'mak', did you mean 'make'?"),
+        ("[[stage]]\nkind='make'\n[[stage]]\nkind='make'", "r.toml: stage.1.name: 'make' is stage.0 already"),
+        ("[[stage]]\nkind='make'\nname='../x'", "r.toml: stage.0.name: must be letters"),
+        ("[[stage]]\nkind='change'", "r.toml: stage.0 (change): from: there is no model before this stage"),
+        ("[[stage]]\nkind='make'\ntrain.stepps=3", "r.toml: stage.0.train.stepps (make): unknown key, did you mean"),
+        ("[[stage]]\nkind='make'\n[[stage]]\nkind='change'\nsparsity=1.5", "stage.1.sparsity (change): must be <= 1"),
+        ("[train]\nsteps='x'\n[[stage]]\nkind='make'", "r.toml: train.steps: must be a whole number"),
+        (
+            "[train]\nstepps=3\n[[stage]]\nkind='make'",
+            "r.toml: train.stepps: unknown key, no stage of this recipe has it,",
+        ),
+        ("teacher='x'\n[[stage]]\nkind='make'", "r.toml: teacher: unknown key, no stage of this recipe has it"),
+        ("sparsity=1\n[[stage]]\nkind='make'\n[[stage]]\nkind='change'", "r.toml: sparsity: unknown key, no stage"),
+        (
+            "[[stage]]\nkind='make'\n[[stage]]\nkind='change'\nfrom='mak'",
+            "from: no artifact 'mak', did you mean 'make'?",
+        ),
+        ("[[stage]]\nkind='make'\n[[stage]]\nkind='teach'\nteacher='nobody'", "(teach): teacher: no artifact 'nobody'"),
+        (f"seed = {2**63}\n[[stage]]\nkind='make'", "r.toml: seed: must be < 9223372036854775808"),
+        ("run = 3\n[[stage]]\nkind='make'", "r.toml: run: must be a string"),
+    ],
+)
+def test_one_line_for_what_is_wrong(write, text, line):
+    assert line in refused(write(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("stage.9.sparsity=0.5", "--set stage.9.sparsity=0.5: no stage 9; there are 0 to 4: make, change"),
+        ("stage.chnge.sparsity=0.5", "no stage chnge, did you mean 'change'?"),
+        ("stage.1=0.5", "say which stage and which key"),
+        ("sparsity", "must look like"),
+        ("stage.1.sparsty=0.5", "r.toml: stage.1.sparsty (change): unknown key, did you mean 'sparsity'?"),
+    ],
+)
+def test_one_line_for_a_wrong_set(write, text, line):
+    assert line in refused(write(), sets=[text])
+
+
+def test_run_skip_and_rerun_what_changed(go):
+    assert go()[0] == ["make", "change", "again", "teach", "score"]
+    ran, said = go()
+    assert ran == [] and all("up to date, skipped" in line for line in said)
+    ran, said = go(sets=["stage.teach.train.steps=21"])
+    assert ran == ["teach", "score"]
+    assert said[3:] == [
+        "[4/5] teach from again: changed: train.steps 20 → 21",
+        "[5/5] score from teach: teach is made anew",
+    ]
+    assert go(sets=["stage.teach.train.steps=21", "stage.make.train.log_every=5"])[0] == []
+
+
+def test_a_changed_parent_changes_what_follows(go):
+    go()
+    assert go(sets=["stage.again.sparsity=0.9"])[0] == ["again", "teach", "score"]
+
+
+def test_an_input_file_counts_by_its_content(go, tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("one")
+    text = f"[[stage]]\nkind='make'\ndata.path='{file}'"
+    assert go(text)[0] == ["make"] and go(text)[0] == []
+    file.write_text("another")
+    ran, said = go(text)
+    assert ran == ["make"] and "its input changed" in said[0]
+    file.unlink()
+    with pytest.raises(RequestError, match=r"x\.csv: cannot be read: No such file"):
+        go(text)
+
+
+def test_only(go):
+    with pytest.raises(RequestError, match=r"change: needs make, which is not up to date \(new\)"):
+        go(only=["change"])
+    with pytest.raises(RequestError, match="--only mak: no such stage, did you mean 'make'"):
+        go(only=["mak"])
+    assert go(only=["make"])[0] == ["make"]
+    assert go(only=["change"])[0] == ["change"]
+    assert go(only=["change"])[0] == []
+
+
+def test_siblings_reach_the_stage(go, tmp_path):
+    go()
+    found = json.loads((tmp_path / "run/score/siblings.json").read_text())
+    assert {n: Path(p).name for n, p in found.items()} == {n: n for n in ("make", "change", "again", "teach")}
+
+
+def test_work_survives_an_interruption_and_stale_work_does_not(go, tmp_path):
+    text = "[[stage]]\nkind='make'\ntrain.steps={}"
+    with pytest.raises(Interrupted):
+        go(text.format(13))
+    work = tmp_path / "run/.work/make"
+    (work / "checkpoint").touch()
+    with pytest.raises(Interrupted):
+        go(text.format(13))
+    assert (work / "checkpoint").exists()
+    _, said = go(text.format(12))
+    assert any("is discarded" in line for line in said) and not work.exists()
+
+
+def test_a_stage_that_leaves_nothing_is_an_error(go):
+    with pytest.raises(WorkError, match="without leaving its artifact"):
+        go("[[stage]]\nkind='make'\ntrain.steps=17")
+
+
+def test_a_folder_that_is_no_artifact_is_left_alone(go, tmp_path):
+    (tmp_path / "run/make").mkdir(parents=True)
+    (tmp_path / "run/make/thesis.txt").write_text("years of work")
+    with pytest.raises(RequestError, match="is not an artifact; move it away"):
+        go()
+    assert (tmp_path / "run/make/thesis.txt").exists()
+
+
+def test_a_damaged_artifact_is_made_again(go, tmp_path):
+    go()
+    (tmp_path / "run/change/manifest.json").write_text("{")
+    ran, said = go()
+    assert ran == ["change"] and "cannot be read" in said[1]
+    (tmp_path / "run/change/params/array").unlink()
+    ran, said = go()
+    assert ran == ["change"] and "is damaged" in said[1]
+
+
+def test_what_a_killed_process_left_is_not_taken_for_an_artifact(go, tmp_path):
+    go()
+    (tmp_path / "run/make").rename(tmp_path / "run/.make.old")
+    (tmp_path / "run/.work/make").mkdir()
+    go()
+    assert not (tmp_path / "run/.work/make").exists()
+    assert "make" in [a["name"] for a in summary.run(tmp_path / "run")["artifacts"]]
+    (tmp_path / "run/.work/change").mkdir()  # killed between the artifact and the end
+    go()
+    assert not (tmp_path / "run/.work/change").exists()
+
+
+def test_a_stage_never_replaces_what_it_is_made_of(go, tmp_path):
+    go()
+    made = tmp_path / "run/make"
+    with pytest.raises(RequestError, match="would replace what it is made of"):
+        recipe.single("change", {"from": str(made)}, made)
+
+
+def _hold(path, ready, done):
+    with runner.lock(path):
+        ready.set()
+        done.wait(60)
+
+
+def test_two_runs_do_not_collide(go, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "run/.work/run.lock", ready, done))
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(RequestError, match=rf"another llmctl \(process {other.pid}\) is at work there"):
+            go()
+    finally:
+        done.set()
+        other.join()
+    assert go()[0][0] == "make"
+
+
+def test_a_single_stage_from_a_folder(go, tmp_path):
+    go()
+    one = recipe.single("change", {"from": str(tmp_path / "run/make"), "sparsity": 0.125}, tmp_path / "b")
+    assert runner.run(one, say=lambda text: None) == ["b"]
+    assert runner.run(one, say=lambda text: None) == []
+    manifest = artifact.read_manifest(tmp_path / "b")
+    assert (manifest.name, manifest.parent.name, manifest.config["sparsity"]) == ("b", "make", 0.125)
+
+
+def test_a_single_stage_takes_settings_of_a_recipe(write, go, tmp_path):
+    go()
+    start = str(tmp_path / "run/make")
+    flags = {"from": start, "train": {"bold": True}}
+    (step,) = recipe.single("teach", flags, tmp_path / "run/b", write(), ["train.log_every=3"]).steps
+    train = step.config.train
+    assert (train.steps, train.bold, train.log_every, step.config.seed) == (20, True, 3, 7)
+    assert step.others == {"make": tmp_path / "run/make"}  # found by its name, beside the new artifact
+    with pytest.raises(RequestError, match="has 2 change stages, say which with --name"):
+        recipe.single("change", {"from": start}, tmp_path / "b", write())
+    named = recipe.single("teach", flags | {"name": "b"}, tmp_path / "run/b", write())
+    assert named.steps[0].config.teacher == "make"
+    with pytest.raises(RequestError, match=r"r\.toml: sed: unknown key, no stage of this recipe has it, did you mean"):
+        recipe.single("teach", flags, tmp_path / "run/b", write("sed = 7\n" + CHAIN))
+    again = recipe.single("change", {"from": start, "name": "again"}, tmp_path / "b", write())
+    assert again.steps[0].config.train.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"from": "nowhere"}, "llmctl change: from: no artifact 'nowhere'"),
+        ({}, "llmctl change: --from: say which artifact to start from"),
+        ({"from": "x", "train": {"steps": 0}}, "--train.steps: must be >= 1, got 0"),
+        ({"from": "x", "name": "../y"}, "--name: must be letters, digits"),
+    ],
+)
+def test_one_line_for_a_wrong_flag(fake_stages, tmp_path, flags, line):
+    with pytest.raises(RequestError) as e:
+        recipe.single("change", flags, tmp_path / "b")
+    assert str(e.value).startswith(line)
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_a_folder_is_called_by_its_name(go, tmp_path, monkeypatch, out):
+    """It comes into its place by renaming; and its name is that of the scratch folder."""
+    go()
+    (tmp_path / "run/make/inside").mkdir()
+    monkeypatch.chdir(tmp_path / "run/make" if out == "." else tmp_path / "run/make/inside")
+    with pytest.raises(RequestError, match=r"--out \.+: say the folder's name, such as .*/make"):
+        runner.run(recipe.single("make", {}, out))
+    assert (tmp_path / "run/make/inside").exists()
+
+
+def test_a_folder_without_a_manifest_is_no_artifact(fake_stages, tmp_path):
+    with pytest.raises(RequestError, match=r"is not an artifact: it has no manifest\.json"):
+        recipe.single("change", {"from": str(tmp_path)}, tmp_path / "b")
+
+
+def test_a_later_format_is_refused_in_time(go, tmp_path):
+    go()
+    file = tmp_path / "run/make/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": artifact.FORMAT + 1}))
+    one = recipe.single("change", {"from": str(tmp_path / "run/make")}, tmp_path / "b")
+    with pytest.raises(RequestError, match="later than this llmctl reads"):
+        runner.run(one)
+    assert not (tmp_path / "b").exists()
