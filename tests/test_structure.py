@@ -21,7 +21,7 @@ ROOT = README.parent
 PACKAGE = ROOT / "llmctl"
 
 ROOMS = (
-    *("config", "distributed", "data", "model", "artifacts", "convert", "evaluate", "compress", "train"),
+    *("config", "distributed", "data", "model", "artifacts", "evaluate", "convert", "compress", "train"),
     *("pipeline", "plan", "cli"),
 )
 """The folders of the package, from the lowest up: each imports itself and those before it, type checkers' imports

@@ -33,6 +33,8 @@ class Config(BaseModel):
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
     """Fields that cannot change the result (mesh, logging); left out of a stage's key."""
+    added: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are younger than released recipes; left out of a stage's key while they have their default."""
     deciding: ClassVar[tuple[str, ...]] = ()
     """Fields that decide the defaults of the others (a preset): see `_filled`."""
 
@@ -143,9 +145,14 @@ def hint(word: str, known: list[str]) -> str:
 
 
 def keyed(value: Any) -> Any:
-    """`value` (a Config, or anything inside one) as JSON data, without the fields that cannot change a result."""
+    """Return `value` (a Config, or anything inside one) as JSON data, without the fields that cannot change a result.
+
+    A field of `added` is left out while it has its default, so that a setting that comes later changes no older key.
+    """
     if isinstance(value, Config):
-        return {k: keyed(getattr(value, k)) for k in type(value).model_fields if k not in value.unkeyed}
+        fields = type(value).model_fields
+        unset = {k for k in value.added if getattr(value, k) == fields[k].get_default(call_default_factory=True)}
+        return {k: keyed(getattr(value, k)) for k in fields if k not in value.unkeyed | unset}
     if isinstance(value, dict):
         return {str(k): keyed(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

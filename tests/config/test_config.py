@@ -115,3 +115,16 @@ def test_files_that_cannot_be_read(tmp_path):
         read_toml(tmp_path / "dem.toml")
     with pytest.raises(RequestError, match="cannot be read: Is a directory"):
         read_toml(tmp_path)
+
+
+def test_a_setting_that_comes_later_changes_no_older_key():
+    class Old(Config):
+        a: int = 1
+        """A."""
+
+    class New(Old):
+        added: ClassVar[frozenset[str]] = frozenset({"b"})
+        b: int = 2
+        """B."""
+
+    assert keyed(New()) == keyed(Old()) == {"a": 1} and keyed(New(b=3)) == {"a": 1, "b": 3}

@@ -1,0 +1,86 @@
+"""Registries: named things that llmctl and other packages provide, imported when they are first used.
+
+A package of somebody else's adds a thing by an entry point of the group `llmctl`, whose name is KIND.NAME:
+
+    [project.entry-points."llmctl"]
+    "source.arrow" = "my_package.arrow:read"
+
+Our own things are written the same way, `module:attribute`, in the table that each registry starts with.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Generic, TypeVar
+
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+
+GROUP = "llmctl"
+T = TypeVar("T")
+
+
+@functools.cache
+def entry_points() -> dict[str, metadata.EntryPoint]:
+    """Return the entry points of the group by name, those of all installed packages."""
+    return {point.name: point for point in metadata.entry_points(group=GROUP)}
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name: our own, then those of installed packages. Ours cannot be replaced.
+
+    Args:
+      kind: what they are, as in `source`; the first part of an entry point's name.
+      own: name -> "module:attribute" of the things that llmctl itself provides.
+    """
+
+    def __init__(self, kind: str, own: Mapping[str, str]) -> None:
+        self.kind, self.own = kind, own
+
+    def names(self) -> list[str]:
+        """Return every name, ours first in the order of the table, then the others sorted. Nothing is imported."""
+        start = f"{self.kind}."
+        return [
+            *self.own,
+            *sorted({n.removeprefix(start) for n in entry_points() if n.startswith(start)} - {*self.own}),
+        ]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or f"{self.kind}.{name}" in entry_points()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __getitem__(self, name: str) -> T:
+        """Import and return the thing called `name`.
+
+        Raises:
+          RequestError: there is none of this name, or the package that provides it cannot be imported.
+        """
+        if name in self.own:
+            module, _, attribute = self.own[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        try:
+            self.check(name)
+        except ValueError as e:
+            raise RequestError(str(e)) from None
+        point = entry_points()[f"{self.kind}.{name}"]
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as e:
+            package = point.dist.name if point.dist else "an installed package"
+            raise RequestError(f"{self.kind} {name!r} of {package} cannot be loaded: {e}") from e
+
+    def check(self, name: str) -> str:
+        """Return `name` if it is known; for pydantic's `AfterValidator`.
+
+        Raises:
+          ValueError: it is not; one line with a near match.
+        """
+        if name not in self:
+            known = self.names()
+            raise ValueError(f"unknown {self.kind} {name!r}{hint(name, known)}; known: {', '.join(known)}")
+        return name
