@@ -1,1 +1,14 @@
-"""Model families: flags and sizes on the shared blocks, and name maps to Hugging Face."""
+"""Model families: architecture flags and sizes for the shared blocks, and name maps to Hugging Face checkpoints.
+
+A family is one module of this folder, found by its file name. It defines:
+
+- `FLAGS`: fields of ModelConfig that all sizes of the family share.
+- `SIZES`: fields of ModelConfig for each named preset.
+- `BRIDGE`: a `hf_config.Bridge`, if checkpoints of this family exist in the Hugging Face format.
+
+Example:
+    >>> from llmctl.model.config import family
+    >>> llama = family("llama")
+    >>> llama.FLAGS["norm"], llama.SIZES["llama-tiny"]["d_model"], llama.BRIDGE.model_type
+    ('rms', 128, 'llama')
+"""

@@ -1,4 +1,7 @@
-"""BERT: post-norm encoder with token types, trained to fill masks and to tell what follows (arXiv:1810.04805)."""
+"""BERT: post-norm encoder with token types, for masked language modelling and next-sentence prediction.
+
+(Devlin et al., 2018, arXiv:1810.04805)
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ NORMS = {"attn_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNor
 
 
 def from_config(keys: Keys) -> Fields:
-    """A BERT's config.json as fields of ModelConfig."""
+    """Convert a BERT config.json to fields of ModelConfig."""
     keys.must("position_embedding_type", "absolute")
     keys.must("is_decoder", False)
     keys.must("add_cross_attention", False)
@@ -55,7 +58,7 @@ def from_config(keys: Keys) -> Fields:
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a BERT config.json; inverse of `from_config`."""
     free = ("max_seq_len", "norm_eps", "activation", "token_types", "vocab_size", "head_transform", "pooler")
     needed = {k: v for k, v in FLAGS.items() if k not in (*free, "next_sentence", "pooling")}
     hf_config.refuse(
@@ -80,7 +83,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     return {
         "embed/tokens": "embeddings.word_embeddings.weight",
         "embed/positions": "embeddings.position_embeddings.weight",

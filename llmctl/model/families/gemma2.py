@@ -1,4 +1,7 @@
-"""Gemma 2: norms around every sublayer, soft caps, every other layer local (arXiv:2408.00118)."""
+"""Gemma 2: decoder with norms around every sublayer, soft caps, and alternating local and global attention layers.
+
+(Gemma Team, 2024, arXiv:2408.00118)
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,14 @@ NORMS = {
 
 
 def take(keys: Keys, every: int) -> Fields:
-    """What the configs of Gemma 2 and 3 share; of `every` layers the last is global."""
+    """Convert the config keys that Gemma 2 and 3 share to fields of ModelConfig.
+
+    Args:
+        keys: The config.json to read.
+        every: Period of the attention pattern: the last of every `every` layers is global, the others are local.
+    """
     keys.must("use_bidirectional_attention", False)
-    keys.drop("hidden_act")  # early configs carry it and do not use it
+    keys.drop("hidden_act")  # early configs have this key, but the model ignores it
     sizes = llama.take_sizes(keys)
     bias = keys.take("attention_bias", False)
     return {
@@ -54,7 +62,7 @@ def take(keys: Keys, every: int) -> Fields:
 
 
 def give(cfg: Any) -> Fields:
-    """Inverse of `take`."""
+    """Convert a ModelConfig to the config keys that Gemma 2 and 3 share; inverse of `take`."""
     scalar = (cfg.attn_scale or cfg.head_dim**-0.5) ** -2
     if abs(scalar - round(scalar)) > 1e-6 * scalar:
         raise RequestError(f"Gemma models have no attn_scale = {cfg.attn_scale}: its square is not one over an integer")
@@ -72,27 +80,33 @@ def give(cfg: Any) -> Fields:
 
 
 def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
-    """Refuses a config that Gemma, but for what differs, cannot express."""
+    """Raise RequestError if a Gemma model cannot express this config.
+
+    Args:
+        cfg: The ModelConfig to export.
+        name: Name of the family in the error message.
+        **differs: Fields in which this family differs from Gemma 2, with the required value; None allows any value.
+    """
     free = dict.fromkeys(("attn_scale", "attn_softcap", "final_softcap", "window", "qkv_bias"))
     flags = {k: FLAGS[k] for k in ("norm_position", "norm_plus_one", "activation", "embed_scale")}
     llama.relative_of_llama(cfg, name, **flags, **free, out_bias=cfg.qkv_bias, **differs)
 
 
 def from_config(keys: Keys) -> Fields:
-    """A Gemma 2's config.json as fields of ModelConfig."""
+    """Convert a Gemma 2 config.json to fields of ModelConfig."""
     keys.absent("attn_logit_softcapping", 50.0)
     keys.absent("final_logit_softcapping", 30.0)
     return {**hf_config.take_rope(keys), **take(keys, 2)}
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a Gemma 2 config.json; inverse of `from_config`."""
     relative_of_gemma(cfg, "Gemma 2")
     return {**hf_config.give_rope(cfg), **give(cfg)}
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     return llama.body(NORMS)
 
 

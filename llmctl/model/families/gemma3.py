@@ -1,5 +1,7 @@
-"""Gemma 3 (its text model): Gemma 2 with normalized queries and keys instead of soft caps, five local layers for one
-global, and rotary bases of their own for the two kinds (arXiv:2503.19786)."""
+"""Gemma 3 (text model): Gemma 2 with query and key norms instead of soft caps (Gemma Team, 2025, arXiv:2503.19786).
+
+Five local layers precede each global layer. Local and global layers have separate rotary bases.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +35,20 @@ NORMS = {**gemma2.NORMS, "attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self
 
 
 def from_config(keys: Keys) -> Fields:
-    """A Gemma 3 text model's config.json as fields of ModelConfig."""
+    """Convert the config.json of a Gemma 3 text model to fields of ModelConfig."""
     every = keys.take("sliding_window_pattern", None) or keys.take("_sliding_window_pattern", 6)
     keys.drop("_sliding_window_pattern")
     return {**hf_config.take_rope(keys, 1_000_000.0, local=True), **gemma2.take(keys, every)}
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a Gemma 3 config.json; inverse of `from_config`."""
     gemma2.relative_of_gemma(cfg, "Gemma 3", qk_norm=True, rope_local_theta=None)
     return {**hf_config.give_rope(cfg, local=True), **gemma2.give(cfg)}
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     return llama.body(NORMS)
 
 

@@ -35,7 +35,7 @@ MATRICES = {
 
 
 def from_config(keys: Keys) -> Fields:
-    """A GPT-2's config.json as fields of ModelConfig."""
+    """Convert a GPT-2 config.json to fields of ModelConfig."""
     keys.must("scale_attn_weights", True)
     keys.must("scale_attn_by_inverse_layer_idx", False)
     keys.must("add_cross_attention", False)
@@ -59,7 +59,7 @@ def from_config(keys: Keys) -> Fields:
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a GPT-2 config.json; inverse of `from_config`."""
     activation = {"gelu_tanh": "gelu_new"}.get(cfg.activation, cfg.activation)
     needed = {k: v for k, v in FLAGS.items() if k not in ("max_seq_len", "activation", "head_bias")}
     hf_config.refuse(
@@ -84,7 +84,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     layer = hf_config.linear(MATRICES) | hf_config.norm({"attn_norm": "ln_1", "mlp_norm": "ln_2"})
     return {
         "embed/tokens": "wte.weight",

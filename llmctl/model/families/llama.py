@@ -1,6 +1,8 @@
-"""Llama: pre-norm decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv:2302.13971, 2307.09288).
+"""Llama: pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
 
-SmolLM2 is a Llama. Mistral, Qwen and Gemma are its relatives: their files say what differs.
+(Touvron et al., 2023, arXiv:2302.13971 and arXiv:2307.09288)
+
+SmolLM2 uses the Llama architecture. Mistral, Qwen and Gemma derive from it: their modules define the differences.
 """
 
 from __future__ import annotations
@@ -75,7 +77,11 @@ NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 def body(norms: dict[str, str]) -> dict[str, str]:
-    """The name map of Llama and its relatives, with these norms in a layer."""
+    """Return the name map of Llama and its derivatives.
+
+    Args:
+        norms: Name map of the norms in one layer, {our name: Hugging Face name}.
+    """
     layer = hf_config.linear(MATRICES) | hf_config.norm(norms)
     return {
         "embed/tokens": "embed_tokens.weight",
@@ -85,9 +91,12 @@ def body(norms: dict[str, str]) -> dict[str, str]:
 
 
 def heads(name: str, model: str = "", asked: str = "") -> dict[str, Head]:
-    """The heads of Llama and its relatives, whose classes begin with `name`.
+    """Return the heads of Llama and its derivatives.
 
-    `asked`: what the network's names begin with in the class that answers questions; there is none where empty.
+    Args:
+        name: Prefix of the class names in `transformers`, such as "Llama".
+        model: Class name of the base model; `name` + "Model" if empty.
+        asked: Prefix of the network's tensor names in the question-answering class; no such head if empty.
     """
     outputs = hf_config.linear({"head/out": "qa_outputs"})
     spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, asked)} if asked else {}
@@ -106,7 +115,7 @@ BUFFERS = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"(model\.
 
 
 def take_sizes(keys: Keys) -> Fields:
-    """The sizes of Llama and its relatives."""
+    """Convert the size keys that Llama and its derivatives share to fields of ModelConfig."""
     d_model, heads = keys.take("hidden_size"), keys.take("num_attention_heads")
     return {
         "vocab_size": keys.take("vocab_size"),
@@ -122,7 +131,7 @@ def take_sizes(keys: Keys) -> Fields:
 
 
 def give_sizes(cfg: Any) -> Fields:
-    """Inverse of `take_sizes`."""
+    """Convert the sizes of a ModelConfig to config keys; inverse of `take_sizes`."""
     return {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
@@ -138,7 +147,13 @@ def give_sizes(cfg: Any) -> Fields:
 
 
 def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
-    """Refuses a config that Llama, but for what differs, cannot express."""
+    """Raise RequestError if a derivative of Llama cannot express this config.
+
+    Args:
+        cfg: The ModelConfig to export.
+        name: Name of the family in the error message.
+        **differs: Fields in which this family differs from Llama, with the required value; None allows any value.
+    """
     plain: Fields = {k: v for k, v in FLAGS.items() if k != "head_bias"}
     plain |= dict.fromkeys(
         ("norm_plus_one", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "embed_norm", "head_transform"), False
@@ -151,7 +166,7 @@ def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
 
 
 def from_config(keys: Keys) -> Fields:
-    """A Llama's config.json as fields of ModelConfig."""
+    """Convert a Llama config.json to fields of ModelConfig."""
     keys.must("rope_interleaved", False)
     keys.drop("is_llama_config")
     bias = keys.take("attention_bias", False)
@@ -167,7 +182,7 @@ def from_config(keys: Keys) -> Fields:
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a Llama config.json; inverse of `from_config`."""
     relative_of_llama(cfg, "Llama", qkv_bias=None, out_bias=cfg.qkv_bias, mlp_bias=None)
     return {
         **give_sizes(cfg),
@@ -180,7 +195,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     return body(NORMS)
 
 

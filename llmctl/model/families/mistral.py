@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers look back a window only (arXiv:2310.06825)."""
+"""Mistral: Llama with sliding-window attention (Jiang et al., 2023, arXiv:2310.06825)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Fields] = {
 
 
 def from_config(keys: Keys) -> Fields:
-    """A Mistral's config.json as fields of ModelConfig."""
+    """Convert a Mistral config.json to fields of ModelConfig."""
     sizes = llama.take_sizes(keys)
     keys.absent("sliding_window", 4096)
     return {
@@ -36,7 +36,7 @@ def from_config(keys: Keys) -> Fields:
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a Mistral config.json; inverse of `from_config`."""
     llama.relative_of_llama(cfg, "Mistral", window=None, window_every=1, window_layers=())
     return {
         **llama.give_sizes(cfg),
@@ -48,7 +48,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     return llama.body(llama.NORMS)
 
 

@@ -1,6 +1,7 @@
-"""A modern encoder: pre-norm RMSNorm, rotary positions, gated GELU, every third layer global and the others local.
+"""Modern encoder: pre-norm RMSNorm, rotary positions, gated GELU, and global attention in every third layer.
 
-What arXiv:2412.13663 found to work, on our blocks; its own weights (a first layer without norm) do not fit them.
+The other layers have local attention. The design follows ModernBERT (Warner et al., 2024, arXiv:2412.13663) on the
+shared blocks. ModernBERT's own checkpoints cannot be imported, because their first layer has no norm.
 """
 
 from __future__ import annotations

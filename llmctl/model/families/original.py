@@ -1,5 +1,7 @@
-"""The Transformer of "Attention Is All You Need": post-norm encoder-decoder, sinusoidal positions, one table shared by
-both inputs and the output (arXiv:1706.03762)."""
+"""Original Transformer: post-norm encoder-decoder with sinusoidal positions (Vaswani et al., 2017, arXiv:1706.03762).
+
+Both inputs and the output projection share one embedding table.
+"""
 
 from __future__ import annotations
 

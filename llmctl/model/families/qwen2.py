@@ -1,4 +1,4 @@
-"""Qwen2: a Llama with biases on queries, keys and values (arXiv:2407.10671)."""
+"""Qwen2: Llama with biases on queries, keys and values (Yang et al., 2024, arXiv:2407.10671)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Fields] = {
 
 
 def take(keys: Keys) -> Fields:
-    """What the configs of Qwen2 and Qwen3 share."""
+    """Convert the config keys that Qwen2 and Qwen3 share to fields of ModelConfig."""
     keys.must("use_mrope", False)
     sizes = llama.take_sizes(keys)
     keys.absent("sliding_window", 4096)
@@ -44,7 +44,7 @@ def take(keys: Keys) -> Fields:
 
 
 def give(cfg: Any) -> Fields:
-    """Inverse of `take`."""
+    """Convert a ModelConfig to the config keys that Qwen2 and Qwen3 share; inverse of `take`."""
     first = next((i for i, local in enumerate(hf_config.local_layers(cfg, cfg.layers)) if local), cfg.layers)
     return {
         **llama.give_sizes(cfg),
@@ -59,12 +59,12 @@ def give(cfg: Any) -> Fields:
 
 
 def from_config(keys: Keys) -> Fields:
-    """A Qwen2's config.json as fields of ModelConfig."""
+    """Convert a Qwen2 config.json to fields of ModelConfig."""
     return take(keys)
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a Qwen2 config.json; inverse of `from_config`."""
     llama.relative_of_llama(cfg, "Qwen2", qkv_bias=True, window=None)
     fields = give(cfg)
     if fields.pop("head_dim") * cfg.heads != cfg.d_model:
@@ -73,7 +73,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     return llama.body(llama.NORMS)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3: a Llama that normalizes each query and key head (arXiv:2505.09388)."""
+"""Qwen3: Llama with RMSNorm on each query and key head (Yang et al., 2025, arXiv:2505.09388)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ NORMS = {**llama.NORMS, "attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_
 
 
 def from_config(keys: Keys) -> Fields:
-    """A Qwen3's config.json as fields of ModelConfig."""
+    """Convert a Qwen3 config.json to fields of ModelConfig."""
     bias = keys.take("attention_bias", False)
     return {**qwen2.take(keys), "qkv_bias": bias, "out_bias": bias}
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a Qwen3 config.json; inverse of `from_config`."""
     llama.relative_of_llama(cfg, "Qwen3", qk_norm=True, qkv_bias=None, out_bias=cfg.qkv_bias, window=None)
     return {**qwen2.give(cfg), "attention_bias": cfg.qkv_bias}
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the same for every config."""
+    """Return the name map, which is the same for every config."""
     return llama.body(NORMS)
 
 

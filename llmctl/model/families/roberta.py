@@ -1,4 +1,7 @@
-"""RoBERTa: a BERT without token types and next sentences; positions start after the padding's (arXiv:1907.11692)."""
+"""RoBERTa: BERT without token types and next-sentence prediction (Liu et al., 2019, arXiv:1907.11692).
+
+Position ids start after the padding token's id.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,17 @@ SIZES: dict[str, Fields] = {
 
 
 def from_config(keys: Keys) -> Fields:
-    """A RoBERTa's config.json as fields of ModelConfig; positions start after the padding token's id."""
+    """Convert a RoBERTa config.json to fields of ModelConfig.
+
+    Position ids start after the padding token's id, so the table has `pad_token_id + 1` rows before position 0.
+    """
     offset = keys.all.get("pad_token_id", 1) + 1
     fields = bert.from_config(keys)
     return {**fields, "max_seq_len": fields["max_seq_len"] - offset, "position_offset": offset}
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a RoBERTa config.json; inverse of `from_config`."""
     return {**bert.to_config(cfg), "pad_token_id": cfg.position_offset - 1}
 
 

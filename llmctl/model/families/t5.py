@@ -1,7 +1,9 @@
-"""T5: encoder-decoder with relative position biases, RMSNorm and no biases elsewhere (arXiv:1910.10683).
+"""T5: encoder-decoder with relative position biases and RMSNorm, without other biases.
 
-Version 1.0 has ReLU and a tied output projection behind a scale of d_model ** -0.5; 1.1 has gated GELU and unties it
-(arXiv:2002.05202).
+(Raffel et al., 2019, arXiv:1910.10683)
+
+Version 1.0 has ReLU, and a tied output projection with a scale of d_model ** -0.5 before it. Version 1.1 has gated GELU
+and an untied output projection (Shazeer, 2020, arXiv:2002.05202).
 """
 
 from __future__ import annotations
@@ -36,15 +38,15 @@ SIZES: dict[str, Fields] = {
 
 
 def from_config(keys: Keys) -> Fields:
-    """A T5's config.json as fields of ModelConfig."""
+    """Convert a T5 config.json to fields of ModelConfig."""
     alone = keys.all.get("architectures") in ([ENCODER], [TAGGER])
-    keys.must("is_encoder_decoder", *((True, False) if alone else (True,)))  # files of an encoder alone have either
+    keys.must("is_encoder_decoder", *((True, False) if alone else (True,)))  # encoder-only files have either value
     keys.must("is_decoder", False)
     kind = keys.take("feed_forward_proj", "relu")
     gate, _, activation = kind.rpartition("-")
     if gate not in ("", "gated"):
         keys.problems.append(f"feed_forward_proj = {kind!r} is not supported")
-    keys.drop("dense_act_fn", "is_gated_act")  # said by feed_forward_proj
+    keys.drop("dense_act_fn", "is_gated_act")  # redundant: feed_forward_proj implies both
     keys.given["activation"] = "gelu_new" if kind == "gated-gelu" else activation
     tied = keys.take("tie_word_embeddings", True)
     layers, heads = keys.take("num_layers"), keys.take("num_heads")
@@ -63,7 +65,8 @@ def from_config(keys: Keys) -> Fields:
         "norm_eps": keys.take("layer_norm_epsilon", 1e-6),
         "activation": keys.activation("activation", "relu"),
         "gated": gate == "gated",
-        # Only tied outputs were scaled. transformers 5 has a key for it, and ties unless two tables are stored.
+        # Only tied output projections are scaled. transformers 5 has a key for this scale. It ties the output
+        # projection unless the file has two tables.
         "logit_scale": 0.0 if keys.take("scale_decoder_outputs", tied) else 1.0,
         "tied": tied,
         "dropout": keys.take("dropout_rate", 0.1),
@@ -71,7 +74,7 @@ def from_config(keys: Keys) -> Fields:
 
 
 def to_config(cfg: Any) -> Fields:
-    """Inverse of `from_config`."""
+    """Convert a ModelConfig to a T5 config.json; inverse of `from_config`."""
     alone = cfg.architecture == "encoder"
     hf_config.refuse(
         cfg, "T5", **{k: FLAGS[k] for k in ("norm", "positions", "attn_scale")}, norm_position="pre",
@@ -95,7 +98,7 @@ def to_config(cfg: Any) -> Fields:
         "layer_norm_epsilon": cfg.norm_eps,
         "feed_forward_proj": gated if cfg.gated else activation,
         "dropout_rate": cfg.dropout,
-        # without an output there is nothing to tie, and both keys are as they were found
+        # Encoder-only models have no output projection to tie, so both keys keep their imported values.
         "tie_word_embeddings": cfg.tied if alone else cfg.logit_scale == 0.0,
         **({"scale_decoder_outputs": cfg.logit_scale == 0.0} if alone else {}),
         "is_encoder_decoder": not alone,
@@ -108,7 +111,7 @@ def _attention(ours: str, theirs: str) -> dict[str, str]:
 
 
 def names_of(cfg: Any) -> Fields:
-    """The name map; the feed-forward layer's names depend on its gate."""
+    """Return the name map; the feed-forward names depend on whether the layer is gated."""
     wi = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if cfg.gated else {"up": "wi", "down": "wo"}
 
     def stack(name: str, mlp: int) -> dict[str, str]:
@@ -132,7 +135,7 @@ def names_of(cfg: Any) -> Fields:
 
 
 ENCODER, TAGGER = "T5EncoderModel", "T5ForTokenClassification"
-"""Their classes of the encoder alone."""
+"""Encoder-only classes of `transformers`."""
 BOTH: Fields = {"architecture": "encoder_decoder"}
 ALONE: Fields = {"architecture": "encoder", "pooler": False}
 
@@ -155,5 +158,8 @@ BRIDGE = Bridge(
         for stack in ("encoder", "decoder")
     },
 )
-"""A classifier, a regressor or a finder of answers reads with the encoder alone here; transformers' classes of these
-(T5ForSequenceClassification, T5ForQuestionAnswering) let the decoder read the text once more: other networks."""
+"""Mapping between T5 and the Hugging Face format. Its task heads read the encoder output only.
+
+The T5ForSequenceClassification and T5ForQuestionAnswering classes of `transformers` also run the decoder over the text.
+They are different networks, so no head maps to them.
+"""

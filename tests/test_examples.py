@@ -1,0 +1,16 @@
+"""Examples in docstrings give the output that they show."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = [
+    "llmctl.model.families",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert found.attempted and not found.failed
