@@ -7,6 +7,8 @@ import pytest
 
 MODULES = [
     "llmctl.model.families",
+    "llmctl.model.generate.decode",
+    "llmctl.model.generate.sampling",
 ]
 
 

@@ -1,1 +1,1 @@
-"""Text generation: key-value cache decoding, sampling, beam search, chat, and filled masks."""
+"""Text generation: decoding with a key-value cache, sampling, beam search, chat, and mask filling."""

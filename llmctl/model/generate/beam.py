@@ -1,11 +1,12 @@
-"""Beam search: the likeliest whole answers instead of the likeliest next tokens, in one compiled program.
+"""Beam search: maximize the probability of complete answers, in one compiled program.
 
-Each prompt has W live answers, which may go on, and up to W finished ones. A step takes the best continuations of all
-live answers together; those that end compete for the finished places by their score, the sum of their log probabilities
-over length ** penalty (arXiv:1609.08144, section 7), and the best of the others live on. Their caches follow by index;
-what the prompt left in the cache is the same for all of them and stays where it is.
+Each prompt has W live beams, which can be continued, and up to W finished answers. A step ranks the continuations of
+all live beams together. Continuations that end compete for the finished slots by score. The score is the sum of their
+log probabilities divided by length ** penalty (Wu et al., 2016, arXiv:1609.08144, section 7). The best of the other
+continuations become the live beams. Key-value caches follow their beams by a gather. The prompt's part of the cache is
+the same for all beams and is not gathered.
 
-Shapes: B prompts, W beams, C candidates a prompt, N new tokens at most, D model width, V vocabulary, E end tokens.
+Shapes: B prompts, W beams, C candidates per prompt, N maximum new tokens, D model width, V vocabulary, E end tokens.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ from llmctl.model.generate.decode import NOTHING, Decoder, Prompts, Served, Stat
 
 STOPS = ("no", "yes", "never")
 WORST = -jnp.inf
-"""Score of a place that nothing has taken."""
+"""Score of a slot that holds no answer."""
 
 
 @dataclass(frozen=True)
 class Beams:
-    """How wide to search, how to compare answers of unequal length, and when to stop."""
+    """Settings of a beam search: width, length normalization and stopping rule."""
 
     width: int
     length_penalty: float = 1.0
-    """Power of the length that divides a sum of log probabilities; above 0 favours long answers."""
+    """Exponent of the length by which a sum of log probabilities is divided; above 0 favours long answers."""
     early_stopping: str = "no"
-    """Ends a prompt's search with W finished answers: "yes" at once; "no" when its best live answer, as long as it is
-    now, is no better than the worst of them; "never" when it could not become so at any length."""
+    """When a prompt's search stops after W answers have finished.
+
+    "yes": at once. "no": when the best live beam, normalized by its current length, scores no better than the worst
+    finished answer. "never": when no length could let that beam score better.
+    """
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.early_stopping not in STOPS:
@@ -44,24 +48,29 @@ class Beams:
 
 
 class Search(NamedTuple):
-    """Where a search is after `made` tokens."""
+    """State of a beam search after `made` tokens."""
 
     made: jax.Array
     live_BW: jax.Array
     """Sums of log probabilities, best first."""
     live_BWN: jax.Array
-    """Tokens; NOTHING where none is yet."""
+    """Tokens; NOTHING at positions that are not generated yet."""
     done_BW: jax.Array
-    """Scores, best first; WORST where nothing is finished yet."""
+    """Scores, best first; WORST in slots without a finished answer."""
     done_BWN: jax.Array
     open_B: jax.Array
-    """A better answer is possible still."""
+    """Whether a better answer is still possible."""
     parent_BW: jax.Array
-    """Which of the live answers before the last token each one continues."""
+    """Index of the live beam, before the last token, that each beam continues."""
 
 
 class BeamSearch:
-    """A decoder's beam search; one compiled program a shape."""
+    """Beam search on a Decoder, with one compiled program per shape.
+
+    Args of the constructor:
+        decoder: The model that generates.
+        beams: Settings of the search.
+    """
 
     def __init__(self, decoder: Decoder, beams: Beams) -> None:
         self.decoder, self.beams = decoder, beams
@@ -70,14 +79,24 @@ class BeamSearch:
     def __call__(
         self, prompts: Sequence[Sequence[int]], max_new: int, ends: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The W best answers to each prompt, best first: tokens int32 [B, W, N] and scores float32 [B, W].
+        """Return the W best answers to each prompt, best first.
 
-        An answer that ends has its end token, and NOTHING after it. Where fewer than W were found, the score is -inf.
-        Raises ValueError as `Decoder.generate`.
+        Args:
+            prompts: Token ids of B prompts.
+            max_new: Maximum number of new tokens N.
+            ends: Token ids that end an answer.
+
+        Returns:
+            Tokens int32 [B, W, N] and scores float32 [B, W]. A finished answer includes its end token and has NOTHING
+            after it. If fewer than W answers were found, the remaining scores are -inf.
+
+        Raises:
+            ValueError: In the cases of `Decoder.generate`, or if there are more candidates than tokens in the
+                vocabulary.
         """
         decoder = self.decoder
         inputs, slots = decoder.inputs(prompts, max_new)
-        # So many that W answers are left to go on if every beam's best continuations are its end tokens.
+        # Enough candidates to keep W live beams even if the best continuations of every beam are its end tokens.
         candidates = max(2, 1 + len(ends)) * self.beams.width
         if candidates > decoder.model.vocab_size:
             raise ValueError(f"{self.beams.width} beams are too many for {decoder.model.vocab_size} tokens")
@@ -100,7 +119,7 @@ class BeamSearch:
         empty_BWN = jnp.full((B, W, slots - T), NOTHING, jnp.int32)
         begun = Search(
             jnp.int32(0),
-            jnp.full((B, W), WORST).at[:, 0].set(0.0),  # all beams are the prompt: only one of them counts
+            jnp.full((B, W), WORST).at[:, 0].set(0.0),  # all beams equal the prompt at first, so only one may count
             empty_BWN,
             jnp.full((B, W), WORST),
             empty_BWN,
@@ -133,7 +152,16 @@ class BeamSearch:
         max_new: jax.Array,
         candidates: int,
     ) -> Search:
-        """One token more for every live answer; `x_BD` [B * W, D] are the hidden states after them."""
+        """Extend every live beam by one token.
+
+        Args:
+            served: Parameters, as `Decoder.weights` holds them.
+            x_BD: Hidden states [B * W, D] after the live beams.
+            search: State of the search.
+            ends_E: End tokens.
+            max_new: Maximum number of new tokens, int32 scalar.
+            candidates: Number of candidates C per prompt.
+        """
         (B, W), penalty, made = search.live_BW.shape, self.beams.length_penalty, search.made
         logits = functional.lm_logits(self.decoder.model, served[0], x_BD, self.decoder.dtype)
         V = logits.shape[-1]
@@ -144,7 +172,7 @@ class BeamSearch:
         answer_BCN = jax.lax.dynamic_update_slice_in_dim(answer_BCN, token_BC[..., None], made, axis=2)
         ends_BC = jnp.any(token_BC[..., None] == ends_E, axis=-1) | (made + 1 == max_new)
 
-        # A finished answer takes a place only from among the W best; nothing is taken where a prompt's search is over.
+        # Only the W best candidates may finish, and none may after a prompt's search has stopped.
         taken_BC = ends_BC & (jnp.arange(candidates) < W) & search.open_B[:, None]
         if self.beams.early_stopping == "yes":
             taken_BC &= ~jnp.all(search.done_BW > WORST, axis=1, keepdims=True)
@@ -155,7 +183,7 @@ class BeamSearch:
         done_BWN = jnp.take_along_axis(done_BWN, best_BW[..., None], axis=1)
 
         live_BW, best_BW = jax.lax.top_k(jnp.where(ends_BC, WORST, sum_BC), W)
-        # Never: a positive penalty helps long answers most, so the best that can come has the full length.
+        # A positive penalty favours long answers most, so "never" takes the full length as the upper bound.
         longest = max_new if self.beams.early_stopping == "never" and penalty > 0 else length
         hope_B = live_BW[:, 0] / longest**penalty
         return Search(
@@ -170,10 +198,10 @@ class BeamSearch:
 
 
 def _repeated(state: State, B: int, W: int) -> State:
-    """What `Decoder.read` left of B prompts, W times each."""
+    """Repeat the state that `Decoder.read` returned for B prompts W times per prompt."""
 
     def cached(a: jax.Array) -> jax.Array:
-        rows = jnp.repeat(a.reshape(B, -1, *a.shape[-2:]), W, axis=0)  # without the axes of size 1: see `cache_shape`
+        rows = jnp.repeat(a.reshape(B, -1, *a.shape[-2:]), W, axis=0)  # merge axes of size 1; see `cache_shape`
         return rows.reshape(cache_shape(*rows.shape))
 
     out = {k: jnp.repeat(v, W, axis=0) if v.ndim else v for k, v in state.items() if k != "cache"}
@@ -181,7 +209,7 @@ def _repeated(state: State, B: int, W: int) -> State:
 
 
 def _follow(cache: list[Any], parent_BW: jax.Array, prompt: int) -> list[Any]:
-    """Every live answer with the keys and values of the answer that it continues, from slot `prompt` on."""
+    """Gather the keys and values of the beam that each live beam continues, from cache slot `prompt` on."""
     B, W = parent_BW.shape
     rows = (parent_BW + jnp.arange(B)[:, None] * W).reshape(-1)
 

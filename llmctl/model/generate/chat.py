@@ -1,9 +1,10 @@
-"""Conversations: a tokenizer's chat template, the tokens that it stands for, and answers that stream.
+"""Chat: render conversations with a tokenizer's chat template, encode them, and stream the model's answers.
 
-A template is a program that comes with an artifact, so it runs in a sandbox that changes nothing; what people say never
-becomes a special token, however it is spelled. Every turn is the whole conversation in the template's words, for they
-may write earlier turns otherwise than the model was shown them; as far as it is the very tokens that the model has read
-or written, it is not read again (`model/session.py`).
+A template is a program that comes with an artifact. It runs in a sandbox without side effects. Text in a message never
+becomes a special token, whatever its spelling.
+
+The template renders the whole conversation at every turn, because it may render earlier turns differently from the
+tokens in the cache. The longest common prefix with the cached tokens is not computed again (`generate/chat_cache.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.sampling import Sampling
 
 Message = dict[str, str]
-"""{"role": "system", "user" or "assistant", "content"}."""
+"""A chat message: {"role": "system", "user" or "assistant", "content": text}."""
 
 
 def ends(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those of a generation_config.json beside it."""
+    """Return the token ids that end an answer.
+
+    They are the tokenizer's end token and those of a generation_config.json in the same folder.
+    """
     file = folder / "generation_config.json"
     try:
         said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
@@ -37,7 +41,7 @@ def ends(folder: Path, tokenizer: Tokenizer) -> list[int]:
 
 
 def read_messages(file: Path) -> list[Message]:
-    """The messages of a JSON file: a list, or an object with the list "messages"."""
+    """Read the messages of a JSON file, which holds a list or an object with the list "messages"."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,10 +58,18 @@ def read_messages(file: Path) -> list[Message]:
 
 
 class Template:
-    """A chat template, compiled once. Its messages alone decide what it writes, but for the date where it asks."""
+    """Chat template, compiled once. Its output depends on the messages only, unless the template asks for the date."""
 
     def __init__(self, text: str | None, tokenizer: Tokenizer) -> None:
-        """Raises RequestError for a text that is no template, or none at all."""
+        """Compile the template.
+
+        Args:
+            text: Source of the Jinja template; None if the tokenizer has none.
+            tokenizer: Tokenizer that encodes the rendered text.
+
+        Raises:
+            RequestError: If the text is not a valid template, or is None.
+        """
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -67,7 +79,7 @@ class Template:
         inside = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        inside.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)  # not for HTML
+        inside.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)  # no HTML escapes
         inside.globals |= {"raise_exception": _refuse, "strftime_now": lambda f: datetime.datetime.now().strftime(f)}
         try:
             self._compiled = inside.from_string(text)
@@ -75,9 +87,10 @@ class Template:
             raise RequestError(f"the chat template is damaged ({e})") from None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, up to where the assistant answers.
+        """Render the conversation as text, up to the start of the assistant's answer.
 
-        Raises RequestError where the template refuses (roles that do not alternate, say) or fails.
+        Raises:
+            RequestError: If the template refuses the messages (for example roles that do not alternate) or fails.
         """
         try:
             return self._compiled.render(
@@ -86,11 +99,14 @@ class Template:
             )  # fmt: skip
         except RequestError:
             raise
-        except Exception as e:  # a template is a program of others: whatever it raises is its fault
+        except Exception as e:  # a template is third-party code and may raise anything
             raise RequestError(f"the chat template fails on these messages ({type(e).__name__}: {e})") from None
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the conversation. Special tokens are the template's alone: spelled in a message, they are text."""
+        """Return the token ids of the conversation.
+
+        Only the template can produce special tokens. If a message spells one, it is encoded as text.
+        """
         own = self.tokenizer.special_ids
 
         def harmless(text: str) -> str:
@@ -106,7 +122,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 class Conversation:
-    """Messages so far, and a model that answers them."""
+    """Conversation with a model: the messages so far, and a session that answers them."""
 
     def __init__(self, template: Template, decoder: Decoder, end_ids: Sequence[int]) -> None:
         self.template, self.session, self.end_ids = template, Session(decoder), end_ids
@@ -116,9 +132,19 @@ class Conversation:
     def answer(
         self, max_new: int, *, sampling: Sampling | None = None, seed: int = 0, stops: Sequence[str] = ()
     ) -> Iterator[str]:
-        """The assistant's answer to the messages, piece by piece; at its end it is one of the messages.
+        """Generate the assistant's answer in pieces of text, and append it to the messages at the end.
 
-        Raises RequestError where the conversation leaves no room for an answer.
+        Args:
+            max_new: Maximum number of new tokens.
+            sampling: Sampling rules; greedy if None.
+            seed: Seed of the sampling.
+            stops: Strings that end the answer; they are not part of it.
+
+        Yields:
+            The next piece of text.
+
+        Raises:
+            RequestError: If the conversation leaves no room for an answer.
         """
         tokenizer = self.template.tokenizer
         row = Continuation("", self.template.prompt(self.messages), [s for s in stops if s])

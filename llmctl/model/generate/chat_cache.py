@@ -1,9 +1,9 @@
-"""One conversation's cache: of a prompt that goes on from what was read before, only what is new is read.
+"""Key-value cache of one conversation: only the new tokens of a longer prompt are computed.
 
-Tokens stand in the cache from slot 0 on without gaps. A prompt is compared with the tokens that are there, one by one:
-what differs, and all behind it, is read anew, so the answer is that of a fresh run whatever the prompt kept.
+Tokens fill the cache from slot 0 without gaps. A new prompt is compared with the cached tokens one by one. Everything
+after the first difference is computed again, so the answer equals that of a run without the cache.
 
-Shapes: T new tokens with padding, S slots of the cache, V vocabulary, E end tokens; there is one row.
+Shapes: T new tokens with padding, S cache slots, V vocabulary, E end tokens. The batch size is 1.
 """
 
 from __future__ import annotations
@@ -21,22 +21,26 @@ from llmctl.model.generate.sampling import Sampling, row_keys
 
 
 class Session:
-    """A decoder that remembers; `generate` is `Decoder.generate` for one prompt at a time."""
+    """Decoder that keeps its cache between calls; `generate` has the interface of `Decoder.generate` for one prompt."""
 
     def __init__(self, decoder: Decoder) -> None:
-        """Raises ValueError for an encoder-decoder, whose prompts are no beginning of what it writes."""
+        """Start with an empty cache.
+
+        Raises:
+            ValueError: If the model is an encoder-decoder, because its answer does not continue the prompt.
+        """
         if decoder.model.encoder_layers:
             raise ValueError("an encoder-decoder holds no conversations")
         self.decoder = decoder
         self.read = 0
-        """Tokens of prompts that were read so far."""
+        """Number of prompt tokens computed so far."""
         self._ids: list[int] = []
         self._cache: list[Any] = []
         self._extend = jax.jit(self._go_on, static_argnames="rules", donate_argnames="cache")
 
     @property
     def model(self) -> ModelConfig:
-        """What the decoder runs."""
+        """Config of the decoder's model."""
         return self.decoder.model
 
     def generate(
@@ -51,15 +55,15 @@ class Session:
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
-        """Continues the only prompt; yields and raises as `Decoder.generate`."""
+        """Continue one prompt; yields and raises as `Decoder.generate` does."""
         (prompt,) = prompts
         self.decoder.check([prompt], max_new)
         rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, 1, first)
         kept = next((i for i, (a, b) in enumerate(zip(self._ids, prompt, strict=False)) if a != b), len(self._ids))
-        kept = min(kept, len(prompt) - 1)  # the last token is read for what follows it
+        kept = min(kept, len(prompt) - 1)  # the last token's hidden state predicts the next one
         new = np.asarray(prompt[kept:], np.int32)
         T = round_up(len(new))
-        # The loop goes on to the end of its last chunk; padding behind the prompt is overwritten.
+        # The loop runs to the end of its last chunk. Padding after the prompt is overwritten later.
         cache = self._room(max(kept + T, len(prompt) + round_up(max_new, chunk)))
         seen_1V = np.zeros((1, self.model.vocab_size), bool)
         seen_1V[0, np.asarray(prompt)] = True
@@ -71,13 +75,17 @@ class Session:
         ids, left = list(prompt), max_new
         for state, out_1N in self.decoder.follow(begun, max_new, keys_B, ends_E, rules, chunk, stopped_B):
             ids += [i for i in out_1N[0].tolist() if i != NOTHING]
-            # Ours until the loop takes it back; the last token was chosen and not read.
+            # The caller may use the cache until the next chunk, which donates it. The last token was sampled but not
+            # yet computed.
             self._ids, self._cache = ids[:-1], state["cache"]
             yield out_1N[:, :left]
             left -= out_1N.shape[1]
 
     def _room(self, slots: int) -> list[Any]:
-        """The cache with room for so many tokens, no longer ours. Doubled where it grows, so that few sizes compile."""
+        """Return the cache with at least `slots` slots, and give up this object's reference to it.
+
+        The size doubles when the cache grows, so that few sizes are compiled.
+        """
         cfg, cache = self.model, self._cache
         held = cache[0]["attn"]["past_k"].shape[-2] if cache else 0
         self._ids, self._cache = [], []
@@ -101,7 +109,7 @@ class Session:
         ends_E: jax.Array,
         rules: Sampling,
     ) -> State:
-        """`new` tokens behind the `kept` ones in the cache, and the token after them chosen."""
+        """Compute `new` tokens after the `kept` ones in the cache, and choose the next token."""
         at_1T = jnp.arange(tokens_1T.shape[1])[None]
         segments_1S = (jnp.arange(cache[0]["attn"]["past_k"].shape[-2])[None] < kept + new).astype(jnp.int32)
         batch = {

@@ -1,4 +1,4 @@
-"""Text from a language model: prompts in, continuations out as they are made, cut at stop strings, and counted."""
+"""Text continuations of a language model: streamed as they are generated, cut at stop strings, and timed."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from llmctl.model.generate.decode import NOTHING, Decoder
 from llmctl.model.generate.sampling import Sampling
 
 INCOMPLETE = "\ufffd"
-"""What an unfinished character decodes to."""
+"""Character that an incomplete UTF-8 sequence decodes to."""
 
 
 @dataclass
 class Continuation:
-    """One prompt and what follows it, as far as it is known."""
+    """One prompt and its continuation so far."""
 
     prompt: str
     prompt_ids: list[int]
-    """What the new text goes on from; empty where an encoder has read the prompt."""
+    """Token ids that the new text continues; empty if an encoder reads the prompt."""
     stops: Sequence[str] = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    """What is certain: no unfinished character, nothing that may still turn out to be a stop string."""
+    """Text that can no longer change: no incomplete character, and no possible prefix of a stop string."""
     source_ids: list[int] = field(default_factory=list)
-    """The prompt as an encoder-decoder's encoder reads it."""
+    """Token ids of the prompt for the encoder of an encoder-decoder."""
     score: float | None = None
-    """Of a beam search's answer."""
+    """Score of the answer, if it comes from a beam search."""
     ended: str = ""
-    """Why it ended: "end" (an end token), "stop" (a stop string), "length"; empty while it goes on."""
+    """Reason for the end: "end" (an end token), "stop" (a stop string) or "length"; empty while the row is active."""
 
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
-        """Takes new tokens (NOTHING is none) and returns the text that has become certain."""
+        """Append new tokens (NOTHING stands for none) and return the text that has become final."""
         if self.ended:
             return ""
         self.ids += [i for i in ids if i != NOTHING]
         if self.ids and self.ids[-1] in end_ids:
             self.ended = "end"
-        # Decoded with the prompt: alone, a first word would lose the space before it.
+        # Decode together with the prompt, because a first word decoded alone loses the space before it.
         whole = decode([*self.prompt_ids, *self.ids])[len(decode(self.prompt_ids)) :]
         found = [at for stop in self.stops if (at := whole.find(stop)) >= 0]
         if found:
@@ -52,7 +52,7 @@ class Continuation:
         return self._settle(whole if self.ended else whole[: len(whole) - self._doubtful(whole)])
 
     def finish(self, decode: Callable[[Sequence[int]], str]) -> str:
-        """The length is reached: what was held back is certain now."""
+        """End the row at the maximum length, and return the text that was held back."""
         if self.ended:
             return ""
         self.ended = "length"
@@ -63,7 +63,7 @@ class Continuation:
         return new
 
     def _doubtful(self, text: str) -> int:
-        """Length of the end of `text` that may change or be the beginning of a stop string."""
+        """Return the length of the suffix of `text` that may still change or begin a stop string."""
         unfinished = len(text) - len(text.rstrip(INCOMPLETE))
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return max([unfinished, *begun])
@@ -71,7 +71,7 @@ class Continuation:
 
 @dataclass
 class Speed:
-    """New tokens and the time they took; the chunk in which the loop compiles is not timed."""
+    """Count of new tokens and time spent on them. The chunk that includes compilation is not timed."""
 
     tokens: int = 0
     timed_tokens: int = 0
@@ -79,16 +79,23 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over all rows; None when all was over before the first timed chunk."""
+        """Throughput over all rows; None if every row ended before the first timed chunk."""
         return self.timed_tokens / self.seconds if self.seconds else None
 
 
 def begin(
     tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str] = (), *, encoded: bool = False
 ) -> list[Continuation]:
-    """A continuation a prompt, nothing generated yet. Raises RequestError for an empty prompt.
+    """Create one continuation per prompt, with nothing generated yet.
 
-    `encoded`: for an encoder-decoder, whose encoder reads prompts as documents, with the end of sequence.
+    Args:
+        tokenizer: Tokenizer of the model.
+        prompts: Texts to continue.
+        stops: Strings that end a continuation; empty strings are ignored.
+        encoded: True for an encoder-decoder. Its encoder reads each prompt as a document with an end-of-sequence token.
+
+    Raises:
+        RequestError: If a prompt is empty and the tokenizer has no token to begin with.
     """
     stops = [s for s in stops if s]
     if encoded:
@@ -112,12 +119,22 @@ def continue_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
-    """Continues a batch in place; yields the text of each row that has become certain, chunk by chunk.
+    """Continue a batch in place, and yield the new final text of each row after every chunk.
 
-    Rows end with a token of `ends`, by default the tokenizer's end of sequence. Each draws by its number, of which
-    `first` is the first here: batches with one seed count on.
+    Args:
+        decoder: Decoder, or Session for a single row.
+        tokenizer: Tokenizer of the model.
+        rows: Rows from `begin`; they are updated.
+        max_new: Maximum number of new tokens.
+        sampling: Sampling rules; greedy if None.
+        seed: Seed of the sampling.
+        first: Index of the first row among all rows that share the seed. Later batches of one run continue the count.
+        chunk: Number of tokens between two yields.
+        speed: Counter to update.
+        ends: Tokens that end a row; the tokenizer's end-of-sequence token if empty.
 
-    Raises RequestError where a prompt leaves no room for a continuation.
+    Raises:
+        RequestError: If a prompt leaves no room for a continuation.
     """
     speed, ends = speed or Speed(), ends or [tokenizer.eos_id]
     stopped_B = np.zeros(len(rows), bool)
@@ -135,7 +152,7 @@ def continue_rows(
     for n, out_BN in enumerate(chunks):
         made = int((out_BN != NOTHING).sum())
         speed.tokens += made
-        if n > 1:  # 0 is the prefill's token, in 1 the loop compiles
+        if n > 1:  # chunk 0 is the token of the prefill; chunk 1 includes the compilation
             speed.timed_tokens += made
             speed.seconds += time.perf_counter() - begun
         new = [row.add(ids.tolist(), tokenizer.decode, ends) for row, ids in zip(rows, out_BN, strict=True)]
@@ -154,12 +171,13 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Gives every row the best answer of a beam search, whole, with its score; a stop string cuts it afterwards.
+    """Set every row to the best answer of a beam search, with its score. A stop string cuts the answer afterwards.
 
-    Raises RequestError where a prompt leaves no room for a continuation.
+    Raises:
+        RequestError: If a prompt leaves no room for a continuation.
     """
     speed, ends = speed or Speed(), ends or [tokenizer.eos_id]
-    begun, timed = time.perf_counter(), speed.tokens > 0  # the first batch compiles
+    begun, timed = time.perf_counter(), speed.tokens > 0  # the first batch includes the compilation
     tokens_BWN, scores_BW = search(_prompts(rows), min(max_new, _room(search.decoder, rows)), ends)
     for row, ids, score in zip(rows, tokens_BWN[:, 0], scores_BW[:, 0], strict=True):
         row.score = float(score)
@@ -177,7 +195,11 @@ def _prompts(rows: Sequence[Continuation]) -> list[list[int]]:
 
 
 def _room(decoder: Decoder | Session, rows: Sequence[Continuation]) -> int:
-    """New tokens that fit beside the longest prompt. Raises RequestError where none does."""
+    """Return how many new tokens fit after the longest prompt.
+
+    Raises:
+        RequestError: If none fits.
+    """
     longest, most = max(map(len, _prompts(rows))), decoder.model.max_seq_len
     reads = decoder.model.encoder_layers > 0
     room = most - (1 if reads and longest <= most else longest)

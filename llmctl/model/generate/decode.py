@@ -1,13 +1,15 @@
-"""Generation with a key-value cache: one compiled prefill, one compiled loop, the layers' own code in both.
+"""Generation with a key-value cache: one compiled prefill and one compiled loop, both on the code of the layers.
 
-An encoder-decoder reads prompts with its encoder, once; its decoder begins with one token.
+An encoder-decoder computes the prompt once, in its encoder. Its decoder starts from a single token.
 
-Prompts of unequal length are padded on the left, so that all rows write the same slot of the cache and a step costs one
-in-place update; padding is masked out and positions count from each prompt's first token, so a row's result is what it
-would be alone. Layers are unrolled, their parameters split once: a scan would copy every layer's weights out of the
-stack at every step, and one token is nothing but a pass over the weights.
+Prompts of unequal length are padded on the left. All rows then write the same cache slot, and a step costs one in-place
+update. Padding is masked, and positions count from each prompt's first token, so a row's result does not depend on the
+other rows.
 
-Shapes: B rows, T prompt slots, S slots of the cache, G key/value heads, K head width, V vocabulary, E end tokens.
+Layers are unrolled, and their parameters are split once. A scan would copy every layer's weights out of the stack at
+each step, and a step of one token is bound by reading the weights.
+
+Shapes: B rows, T prompt slots, S cache slots, G key/value heads, K head width, V vocabulary, E end tokens.
 """
 
 from __future__ import annotations
@@ -27,28 +29,36 @@ from llmctl.model.generate.sampling import Sampling, choose, row_keys
 
 State = dict[str, Any]
 Served = tuple[functional.Params, list[functional.Params]]
-"""Parameters as a step reads them: all but the decoder's blocks, and those one tree a layer."""
+"""Parameters in the form that a step uses: all but the decoder's blocks, and one tree per decoder layer."""
 
 NOTHING = -1
-"""Stands in a row of output after the row has ended."""
+"""Output value in a row after the row has ended."""
 
 ROUND = 64
-"""Prompt slots and cache slots are rounded up to this many, so that few lengths compile."""
+"""Prompt slots and cache slots are rounded up to a multiple of this, so that few lengths are compiled."""
 
 
 class Prompts(NamedTuple):
-    """What `Decoder.read` reads."""
+    """Padded inputs of `Decoder.read`."""
 
     tokens_BT: Any
     segments_BT: Any
     source: dict[str, Any]
-    """What an encoder reads; empty without one."""
+    """Encoder inputs; empty for a model without an encoder."""
 
 
 class Decoder:
-    """A model ready to generate.
+    """Language model that generates text.
 
-    Invariant: greedy tokens are those of repeated full forwards over prompt and continuation.
+    Invariant: greedy tokens equal those of repeated full forward passes over the prompt and its continuation.
+
+    Example:
+        >>> from llmctl.model import functional
+        >>> from llmctl.model.config import ModelConfig
+        >>> cfg = ModelConfig(preset="llama-tiny", layers=1, vocab_size=16)
+        >>> decoder = Decoder(cfg, functional.init(cfg, jax.random.key(0)))
+        >>> [chunk.shape for chunk in decoder.generate([[1, 2, 3]], max_new=4, chunk=3)]
+        [(1, 1), (1, 3)]
     """
 
     def __init__(
@@ -59,10 +69,17 @@ class Decoder:
         start: int = 0,
         platform: str = "",
     ) -> None:
-        """Splits the stacked layers of `params` [L, ...] into one tree a layer.
+        """Split the stacked layers of `params` [L, ...] into one tree per layer.
 
-        `start` is the first token of an encoder-decoder's decoder; `platform` is where it will run, by default where
-        JAX computes here. Raises ValueError for a model that writes no text.
+        Args:
+            model: Config of the model.
+            params: Its parameters.
+            dtype: Dtype of the computation and of the cache.
+            start: First token of the decoder of an encoder-decoder.
+            platform: Platform that will run the programs; the platform of the current mesh or device if empty.
+
+        Raises:
+            ValueError: If the model does not generate text.
         """
         if model.architecture == "encoder" or model.head != "lm":
             raise ValueError(
@@ -87,14 +104,24 @@ class Decoder:
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
-        """Continues prompts of token ids; yields int32 [B, n] of new tokens, first one, then `chunk` at a time.
+        """Continue prompts and yield the new tokens in chunks.
 
-        A row ends with the first token in `ends` (which is yielded) and has NOTHING after it; the generator stops when
-        all rows have ended, or after `max_new` tokens, and may be closed at any time before. Between two chunks the
-        caller may end rows of its own accord by setting `stopped_B` (bool [B]). Where prompts are a part of those that
-        share a seed, `first` is the number of the first one.
+        Args:
+            prompts: Token ids of B prompts.
+            max_new: Maximum number of new tokens per row.
+            ends: Token ids that end a row. The end token is part of the output, and NOTHING follows it.
+            sampling: Sampling rules; greedy if None.
+            seed: Seed of the sampling.
+            first: Index of the first prompt among all prompts that share the seed.
+            chunk: Number of tokens per yield, after a first yield of one token.
+            stopped_B: bool [B]. The caller may set an element between two chunks to end that row.
 
-        Raises ValueError for an empty prompt, or one that leaves no room within the model's longest sequence.
+        Yields:
+            New tokens int32 [B, n]. The generator stops when all rows have ended or after `max_new` tokens. It may be
+            closed earlier.
+
+        Raises:
+            ValueError: If a prompt is empty or leaves no room within the model's maximum sequence length.
         """
         inputs, slots = self.inputs(prompts, max_new)
         rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, len(prompts), first)
@@ -114,9 +141,10 @@ class Decoder:
         chunk: int,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[tuple[State, np.ndarray]]:
-        """What comes after a prompt, of the state that `first` gave: (state, tokens [B, n]) as `generate` has them.
+        """Yield (state, tokens [B, n]) from the state of `first` on, in the chunks of `generate`.
 
-        A state is good until the next one is asked for. The last chunk is whole, though `max_new` may cut it.
+        Each state is valid until the next one is requested, because it is then donated. The last chunk has full length,
+        even if it exceeds `max_new`.
         """
         yield state, np.asarray(state["token"])[:, None]
         for _ in range(1, max_new, chunk):
@@ -128,7 +156,11 @@ class Decoder:
             yield state, np.asarray(out_BN)
 
     def inputs(self, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Prompts, int]:
-        """What `read` takes, and the number of slots. Raises ValueError as `generate`."""
+        """Return the padded inputs of `read` and the number of cache slots.
+
+        Raises:
+            ValueError: In the cases of `generate`.
+        """
         self.check(prompts, max_new)
         reads = self.model.encoder_layers > 0
         tokens_BT, segments_BT = left_padded([[self.start]] * len(prompts) if reads else prompts, 1 if reads else ROUND)
@@ -136,7 +168,11 @@ class Decoder:
         return Prompts(tokens_BT, segments_BT, source), round_up(tokens_BT.shape[1] + max_new)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
-        """Raises ValueError as `generate`."""
+        """Check the prompts.
+
+        Raises:
+            ValueError: In the cases of `generate`.
+        """
         longest = max(map(len, prompts))
         if not min(map(len, prompts)):
             raise ValueError("a prompt has no tokens; begin it with the BOS token")
@@ -144,7 +180,11 @@ class Decoder:
             raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
 
     def run(self, served: Served, batch: dict[str, Any], cache: list[Any], last: jax.Array | int = -1) -> Any:
-        """Hidden state [B, D] of the token at index `last`, and the cache with these tokens in it."""
+        """Run the decoder layers on `batch`.
+
+        Returns:
+            The hidden state [B, D] of the token at index `last`, and the cache with the new keys and values.
+        """
         rest, layers = served
         carry = functional.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
         kept = []
@@ -157,7 +197,7 @@ class Decoder:
     def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
-        """Chooses the token after `x_BD` for the rows that have not ended."""
+        """Choose the token after `x_BD` for the rows that have not ended."""
         logits_BV = functional.lm_logits(self.model, served[0], x_BD, self.dtype)
         chosen_B = choose(logits_BV, state.get("seen"), keys_B, state["step"], rules)
         token_B = jnp.where(state["done"], NOTHING, chosen_B)
@@ -168,9 +208,12 @@ class Decoder:
         return out
 
     def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
-        """Left-padded prompts into a cache of `slots` -> the hidden state [B, D] after each, and where that leaves us.
+        """Write left-padded prompts into a cache of `slots` slots.
 
-        To be traced: parameters are arguments, so that no program has them as constants.
+        Call it within a traced function. Parameters are arguments, so that no program holds them as constants.
+
+        Returns:
+            The hidden state [B, D] after each prompt, and the state from which `advance` continues.
         """
         cfg, (B, T) = self.model, prompts.tokens_BT.shape
         real_BS = jnp.pad(prompts.segments_BT, ((0, 0), (0, slots - T)))
@@ -192,15 +235,19 @@ class Decoder:
         return x_BD, state
 
     def advance(self, served: Served, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
-        """One more token a row, of the state that `read` gave -> the hidden state [B, D] after it, and the state."""
+        """Compute one more token per row.
+
+        Returns:
+            The hidden state [B, D] after the token, and the new state.
+        """
         ones_B1 = jnp.ones((len(token_B), 1), jnp.int32)
         slot = state["slot"]
         segments_BS = jax.lax.dynamic_update_slice(state["segments"], ones_B1, (0, slot))
         batch = {
             "tokens": token_B[:, None],
             "segments": ones_B1,
-            # The last chunk may go on behind the longest sequence. Those tokens are cut, but where a table of positions
-            # ends they would be no numbers, and so would a conversation that finds them in its cache.
+            # The last chunk may run past the maximum sequence length. Those tokens are cut. Without the limit a lookup
+            # beyond the position table gives NaN, which would also enter a conversation's cache.
             "positions": jnp.minimum(state["position"], self.model.max_seq_len - 1)[:, None],
             "cached_segments": segments_BS,
             "slot": slot,
@@ -220,7 +267,7 @@ class Decoder:
         slots: int,
         rules: Sampling,
     ) -> State:
-        """Prompts (as `inputs` gives them) read, and the token after each chosen."""
+        """Compute prompts in the form of `inputs`, and choose the token after each."""
         B = len(prompts.tokens_BT)
         x_BD, state = self.read(served, prompts, slots)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
@@ -230,14 +277,14 @@ class Decoder:
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def one(self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling) -> State:
-        """One step of the loop, of the state that `first` gave: the last token is read and the next one chosen."""
+        """Run one step of the loop: compute the last token and choose the next one."""
         x_BD, state = self.advance(served, state, jnp.maximum(state["token"], 0))
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def _decode_loop(
         self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling, count: int
     ) -> tuple[State, jax.Array]:
-        """Up to `count` steps; stops early when all rows have ended."""
+        """Run up to `count` steps; stop early if all rows have ended."""
 
         def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
             n, state, out_BN = carry
@@ -254,18 +301,21 @@ class Decoder:
 
 
 def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
-    """Room for the keys and values of so many tokens a row, of every layer."""
+    """Allocate an empty key-value cache of `slots` slots for every layer."""
     shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
     return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]
 
 
 def padded_ends(ends: Sequence[int]) -> np.ndarray:
-    """End tokens int32 [E]; a few more or less must not compile anew. NOTHING marks rows that have ended already."""
+    """Return end tokens int32 [E], padded with NOTHING to at least 8.
+
+    The padding avoids a compilation for every number of end tokens. NOTHING is also the token of rows that have ended.
+    """
     return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) int32 [B, T], T the longest prompt rounded up to a multiple."""
+    """Return tokens and segments int32 [B, T]; T is the longest prompt rounded up to a multiple."""
     T = round_up(max(map(len, prompts)), multiple)
     tokens_BT = np.zeros((len(prompts), T), np.int32)
     segments_BT = np.zeros_like(tokens_BT)
@@ -276,7 +326,7 @@ def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tupl
 
 
 def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """What an encoder reads: encoder_tokens, encoder_segments, encoder_positions, int32 [B, S]."""
+    """Return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]."""
     S = round_up(max(map(len, prompts)))
     tokens_BS = np.zeros((len(prompts), S), np.int32)
     segments_BS = np.zeros_like(tokens_BS)
@@ -288,12 +338,15 @@ def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
 
 
 def served(model: ModelConfig, params: functional.Params, platform: str = "") -> tuple[ModelConfig, functional.Params]:
-    """The same network in the form that a step reads fastest.
+    """Convert a model to the form that a decoding step reads fastest.
 
-    Low-rank updates are merged. On a CPU, which would convert integers one token after the other, weights that are
-    quantized alone become dense once (those that quantize their activations stay, for they compute something else); and
-    the output projection of tied embeddings gets a table of its own that lies the other way round, [D, V], which XLA's
-    CPU backend reads up to twice as fast as the transpose of [V, D].
+    Low-rank updates are merged. On a CPU, weight-only quantized matrices become dense, because the CPU would convert
+    their integers again for every token. Matrices with quantized activations stay, because they compute a different
+    function. Also on a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU backend reads it up to twice
+    as fast as the transpose of [V, D].
+
+    Returns:
+        The config and the parameters of the same function.
     """
     mesh = meshes.current()
     on_cpu = (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"
@@ -313,5 +366,5 @@ def served(model: ModelConfig, params: functional.Params, platform: str = "") ->
 
 
 def round_up(n: int, multiple: int = ROUND) -> int:
-    """The next multiple."""
+    """Round `n` up to a multiple."""
     return -(-n // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Masks in a text, filled by an encoder."""
+"""Mask filling with an encoder."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
 ROUND = 32
-"""Lengths are rounded up to this many tokens, so that few compile."""
+"""Lengths are rounded up to a multiple of this many tokens, so that few lengths are compiled."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """One text and what stands behind its masks."""
+    """One text and the predictions for its masks."""
 
     prompt: str
     text: str
-    """With the likeliest token for every mask, each chosen without the others."""
+    """The text with the most probable token at every mask. Each mask is predicted independently of the others."""
     masks: list[list[tuple[str, float]]]
-    """For every mask the likeliest tokens with their probabilities."""
+    """Most probable tokens with their probabilities, for every mask."""
 
 
 class Filler:
-    """An encoder with its tokenizer; one compiled program a length."""
+    """Encoder and tokenizer that fill masks, with one compiled program per length."""
 
     def __init__(self, model: ModelConfig, params: Any, tokenizer: Tokenizer, dtype: Any = jnp.float32):
-        """Raises RequestError where model or tokenizer cannot fill masks."""
+        """Prepare the prediction function.
+
+        Raises:
+            RequestError: If the model or the tokenizer cannot fill masks.
+        """
         if model.architecture != "encoder" or model.head != "lm":
             raise RequestError(f"a {model.architecture} with the head {model.head!r} does not fill masks")
         if tokenizer.mask_id is None:
@@ -43,7 +47,7 @@ class Filler:
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self._pieces = tokenizer.pieces()
         special_V = Vocabulary(tokenizer).special
-        never_V = np.full(model.vocab_size, -np.inf, np.float32)  # a table may have rows that no token uses
+        never_V = np.full(model.vocab_size, -np.inf, np.float32)  # the table may have rows without a token
         never_V[: len(special_V)][~special_V] = 0
 
         def likeliest(params: Any, batch: dict[str, jax.Array], places_P: jax.Array, k: int) -> Any:
@@ -54,9 +58,10 @@ class Filler:
         self._likeliest = jax.jit(likeliest, static_argnames="k")
 
     def fill(self, prompts: Sequence[str], k: int = 5) -> list[Filled]:
-        """Fills `<mask>` in every text, with the `k` likeliest tokens.
+        """Predict the `k` most probable tokens for every `<mask>` of every text.
 
-        Raises RequestError for a text without a mask, or longer than the model's longest sequence.
+        Raises:
+            RequestError: If a text has no mask or exceeds the model's maximum sequence length.
         """
         return [self._one(prompt, k) for prompt in prompts]
 

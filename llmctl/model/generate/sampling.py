@@ -1,7 +1,7 @@
-"""From logits to the next token: greedy, or drawn from a distribution that rules have narrowed.
+"""Sampling: choose the next token from logits, greedily or from a truncated distribution.
 
-The rules apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Each row draws from a key of its
-own that depends on the seed, the row's number and the step alone, so a batch draws what its rows would in another.
+The rules apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Each row has its own random key,
+which depends only on the seed, the row's index and the step. The tokens of a row are therefore the same in every batch.
 
 Shapes: B rows, V vocabulary.
 """
@@ -18,18 +18,28 @@ EXCLUDED = -jnp.inf
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The default is greedy."""
+    """Sampling rules; the default is greedy.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rules = Sampling(temperature=0.8, top_k=2)
+        >>> narrow(jnp.array([[1.0, 3.0, 2.0]]), rules).tolist()
+        [[-inf, 3.0, 2.0]]
+    """
 
     temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divisor of the logits; 0 chooses the most probable token."""
     top_k: int = 0
-    """Keeps the k likeliest tokens; 0 keeps all."""
+    """Number of most probable tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Keeps the likeliest tokens that together reach this probability (arXiv:1904.09751)."""
+    """Total probability of the most probable tokens that are kept (Holtzman et al., 2019, arXiv:1904.09751)."""
     min_p: float = 0.0
-    """Keeps tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)."""
+    """Smallest probability to keep, as a fraction of the highest one (Nguyen et al., 2024, arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that were there before (arXiv:1909.05858)."""
+    """Penalty on tokens seen before: a divisor of positive logits and a factor on negative logits.
+
+    (Keskar et al., 2019, arXiv:1909.05858)
+    """
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
@@ -39,25 +49,25 @@ class Sampling:
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """The repetition penalty on tokens that are in the prompt or were generated."""
+    """Apply the repetition penalty to the tokens in the prompt or the generated text."""
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def narrow(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
-    """Logits with the tokens that top-k, top-p and min-p leave out at -inf. Ties at a limit all stay."""
+    """Set the logits of tokens that top-k, top-p or min-p exclude to -inf. All tokens tied at a limit are kept."""
     if rules.top_k and rules.top_k < logits_BV.shape[-1]:
         limit_B1 = jax.lax.top_k(logits_BV, rules.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < limit_B1, EXCLUDED, logits_BV)
     if rules.top_p < 1.0:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        # A token stays while those before it have not reached top_p; the first always stays.
+        # A token is kept if those before it have not reached top_p, so the first one is always kept.
         before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
         kept_B1 = jnp.sum(before_BV < rules.top_p, axis=-1, keepdims=True)
         limit_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
         logits_BV = jnp.where(logits_BV < limit_B1, EXCLUDED, logits_BV)
     if rules.min_p > 0.0:
-        # p >= min_p * max p, in logarithms: no sum over the vocabulary is needed.
+        # p >= min_p * max p, compared as logarithms, needs no sum over the vocabulary.
         limit_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(rules.min_p)
         logits_BV = jnp.where(logits_BV < limit_B1, EXCLUDED, logits_BV)
     return logits_BV
@@ -66,7 +76,18 @@ def narrow(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
 def choose(
     logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, step: jax.Array | int, rules: Sampling
 ) -> jax.Array:
-    """The next token of each row -> int32 [B]. `seen_BV` is read where there is a repetition penalty."""
+    """Choose the next token of each row.
+
+    Args:
+        logits_BV: Logits.
+        seen_BV: Tokens seen before; used only with a repetition penalty.
+        keys_B: One random key per row.
+        step: Index of the step, folded into the keys.
+        rules: Sampling rules.
+
+    Returns:
+        Token ids int32 [B].
+    """
     if rules.repetition_penalty != 1.0 and seen_BV is not None:
         logits_BV = penalize(logits_BV, seen_BV, rules.repetition_penalty)
     if rules.temperature == 0.0:
@@ -77,5 +98,5 @@ def choose(
 
 
 def row_keys(seed: int, rows: int, first: int = 0) -> jax.Array:
-    """One key a row, by its number; the first row here has the number `first`."""
+    """Return one random key per row, derived from its index; `first` is the index of the first row."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(rows))
