@@ -6,6 +6,7 @@ import importlib
 import pytest
 
 MODULES = [
+    "llmctl.distributed.mesh",
     "llmctl.model.families",
     "llmctl.model.generate.decode",
     "llmctl.model.generate.sampling",

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh and its sharding rules, several processes as one run, hardware figures."""
+"""Devices and processes: the mesh and its sharding rules, multi-process runs, and hardware figures."""

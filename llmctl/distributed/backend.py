@@ -1,4 +1,4 @@
-"""Which devices JAX may use: the platform is settled before JAX is imported, and nothing falls back in silence."""
+"""Select the JAX platform before JAX is imported, and fail if the requested one is missing."""
 
 from __future__ import annotations
 
@@ -13,27 +13,37 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
-"""What JAX_PLATFORMS says for each platform of ours. The CPU stays beside an accelerator, for work on the host."""
+"""Value of JAX_PLATFORMS for each platform. An accelerator's value keeps the CPU backend for work on the host."""
 
 
 TPU_FILES = ("accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*")
-"""Device files of TPUs, below /dev; vfio's may be other devices'."""
+"""Glob patterns of TPU device files below /dev. Files below vfio may belong to other devices."""
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-"""Answers to what libtpu, installed to plan with, asks a cloud where it finds no TPU; without them it complains."""
+"""Environment variables that libtpu reads. Without them it queries a cloud metadata server and logs errors if the
+machine has no TPU."""
 
 
 def hush(dev: Path = Path("/dev")) -> None:
-    """Keeps libtpu silent on a machine without a TPU, before JAX loads it; it still looks, so nothing is hidden."""
+    """Silence libtpu on a machine without a TPU. Call this before JAX loads libtpu.
+
+    libtpu still searches for TPUs, so an attached TPU is found.
+    """
     if not any(any(dev.glob(files)) for files in TPU_FILES):
         for name, value in NO_TPU.items():
             os.environ.setdefault(name, value)
 
 
 def choose(platforms: Iterable[str]) -> str:
-    """Tells JAX, before it is imported, which platform to use; the one that is asked for, empty for no wish.
+    """Set JAX_PLATFORMS to the requested platform, unless JAX is imported already.
+
+    Args:
+      platforms: platforms requested by the stages of a run; an empty string requests none.
+
+    Returns:
+      The requested platform, or an empty string.
 
     Raises:
-      RequestError: two platforms are named.
+      RequestError: two different platforms are requested.
     """
     named = sorted({p for p in platforms if p})
     if len(named) > 1:
@@ -45,17 +55,17 @@ def choose(platforms: Iterable[str]) -> str:
 
 
 def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: None) -> str:
-    """Makes JAX use the platform that is asked for, and starts it.
+    """Initialize the requested JAX backend and check that it is present.
 
     Args:
-      platforms: what the stages of a run name (cpu, gpu, tpu; empty for no wish).
-      say: told, in one line, when an accelerator is plugged in that JAX does not use.
+      platforms: platforms requested by the stages of a run (cpu, gpu, tpu); an empty string requests none.
+      say: called with a one-line message if an accelerator is attached that JAX does not use.
 
     Returns:
       The platform in use.
 
     Raises:
-      RequestError: two platforms are named, or the one that is named is not there.
+      RequestError: two different platforms are requested, or the requested one is absent.
     """
     forced = os.environ.get("JAX_PLATFORMS", "")
     wanted = choose(platforms)
@@ -76,7 +86,10 @@ def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: N
 
 
 def plugged() -> set[str]:
-    """Accelerators that the machine has, by the extra that drives them (cuda, tpu), from the device files alone."""
+    """Return the accelerators attached to this machine, as names of pip extras (cuda, tpu).
+
+    Only device files are read, so no driver is loaded.
+    """
     found = set()
     if Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists():
         found.add("cuda")

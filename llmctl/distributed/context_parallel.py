@@ -1,8 +1,9 @@
-"""How a sequence lies over the devices that share it, so that causal attention is even work for all of them.
+"""Context parallelism: split a sequence over devices so that causal attention gives each device equal work.
 
-For n devices a sequence is cut into 2n chunks, of which device i holds chunks i and 2n - 1 - i ("zig-zag"): everybody
-has one early chunk, which sees little, and one late chunk, which sees much. Losses are sums over places and attention
-is told which place a token has, so rows are brought into this order once, on the host, and stay in it.
+For n devices a sequence is cut into 2n chunks, and device i holds chunks i and 2n - 1 - i ("zig-zag" order). Each
+device then has one early chunk, which attends to few keys, and one late chunk, which attends to many. Losses are sums
+over positions, and attention receives each token's position. Rows are therefore permuted once, on the host, and stay in
+this order.
 """
 
 from __future__ import annotations
@@ -15,28 +16,35 @@ import numpy as np
 from llmctl.config.errors import RequestError
 
 ALONG = frozenset({"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"})
-"""Arrays [B, T] of a batch that run along the sequence; those of an encoder beside a decoder begin with `encoder_`, of
-the second of two texts with `pair_`."""
+"""Batch arrays [B, T] whose second axis is the sequence.
+
+The prefix `encoder_` marks the arrays of an encoder in an encoder-decoder model, and `pair_` those of the second text
+of a pair.
+"""
 PLACES = ("places", "start", "end")
-"""Arrays of places in it."""
+"""Batch arrays that hold positions in the sequence."""
 
 
 def runs_along(name: str) -> bool:
-    """Whether the second axis of this array of a batch is the sequence."""
+    """Return whether the second axis of this batch array is the sequence."""
     return name.removeprefix("encoder_").removeprefix("pair_") in ALONG | {"order"}
 
 
 def order(length: int, devices: int) -> np.ndarray:
-    """[T]: the place in the text of the token in each slot; slots go to devices in equal, contiguous parts."""
+    """Return the position in the text of the token in each slot, int [T].
+
+    Slots are assigned to devices in equal, contiguous parts.
+    """
     chunks = np.arange(length).reshape(2 * devices, -1)
     early, late = chunks[:devices], chunks[devices:][::-1]
     return np.stack([early, late], axis=1).reshape(-1)
 
 
 def balanced(batch: Mapping[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
-    """A batch in this order, with the order itself [B, T] as `order` (`encoder_order`).
+    """Permute a batch into zig-zag order and add the permutation as `order` and `encoder_order`, int32 [B, T].
 
-    Lengths that 2 * devices does not divide are filled up with padding. The first token stays in the first slot.
+    Sequences are padded if 2 * devices does not divide their length. The first token stays in the first slot. With one
+    device the batch is unchanged.
     """
     if devices == 1:
         return dict(batch)
@@ -59,7 +67,11 @@ def _permuted(a_BT: np.ndarray, devices: int) -> np.ndarray:
 
 
 def check(length: int, devices: int) -> None:
-    """Raises RequestError where the devices of the context axis cannot share a sequence evenly."""
+    """Check that the devices of the context axis can share a sequence evenly.
+
+    Raises:
+      RequestError: 2 * devices does not divide the length.
+    """
     if devices > 1 and length % (2 * devices):
         raise RequestError(
             f"train.seq_len: {length} tokens do not divide into two chunks for each of mesh.context = {devices} "
@@ -68,11 +80,22 @@ def check(length: int, devices: int) -> None:
 
 
 def pairs(causal: bool, step: Any, device: Any, where: Any = np.where) -> list[tuple[Any, Any]]:
-    """The block products of one device at one step of the ring: (chunk of its queries, chunk of the keys it holds).
+    """Return the block products of one device at one ring step, as (query chunk, key chunk) pairs.
 
-    At step s, device i holds the keys of device i - s. Causal: of two chunks each, those that see nothing are left out.
-    Its own keys: three products. Keys from before its first chunk: both its chunks see their first and not their last
-    chunk. Keys from after it: its last chunk sees both. So at every later step all devices have two products.
+    At step s, device i holds the keys of device i - s. With a causal mask, chunk pairs that are masked in full are left
+    out:
+
+    - At step 0 a device holds its own keys and computes three products.
+    - If the keys come from before its first chunk, both query chunks attend to the first key chunk only.
+    - If the keys come from after its first chunk, its last query chunk attends to both key chunks.
+
+    Every device therefore computes two products at each later step.
+
+    Args:
+      causal: whether attention is causal. Without a mask a device multiplies everything at once: one product.
+      step: ring step; a traced value is allowed if it is not 0.
+      device: index of the device on the context axis; may be traced.
+      where: `np.where`, or `jnp.where` for traced values.
     """
     if not causal:
         return [(0, 0)]

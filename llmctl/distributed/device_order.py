@@ -1,4 +1,4 @@
-"""Which device stands where in the mesh: neighbours on the fast network, slices along the data axis alone."""
+"""Device order in the mesh: neighbors share the fast network, and only the data axis spans slices."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from llmctl.config.errors import RequestError
 
 
 def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], slices: int) -> np.ndarray:
-    """Devices [*sizes]: the outer part of the data axis runs over slices, everything else stays inside one.
+    """Arrange devices into an array of shape `sizes`, with slices along the outer part of the data axis.
 
     Args:
-      devices: as many as the product of `sizes`.
-      axes: their names, "data" among them.
-      sizes: devices an axis.
-      slices: how many there are; 0 is as many as the devices say, 1 takes all for one.
+      devices: as many devices as the product of `sizes`.
+      axes: names of the mesh axes, "data" among them.
+      sizes: number of devices per axis.
+      slices: number of slices. 0 takes the number that the devices report; 1 treats all devices as one slice.
+
+    Returns:
+      Object array [*sizes] of devices. Every axis except data stays inside one slice.
 
     Raises:
-      RequestError: the data axis or the devices do not divide into the slices.
+      RequestError: the data axis or the devices do not divide by the number of slices.
     """
     groups = _groups(devices, slices)
     data = list(axes).index("data")
@@ -35,7 +38,7 @@ def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], s
 
 
 def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
-    """One slice: on TPUs the axes follow the wires of the torus, where they can."""
+    """Arrange the devices of one slice. On TPUs the mesh axes follow the links of the torus if possible."""
     if devices[0].platform == "tpu" and len(devices) > 1:
         return mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
     found = np.empty(len(devices), object)
@@ -44,7 +47,7 @@ def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 
 def _groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """The devices of each slice. Where the hardware knows of none, whole processes in order are taken for one."""
+    """Group devices by slice. If the hardware reports no slices, consecutive processes form one."""
     told = sorted({getattr(d, "slice_index", 0) for d in devices})
     if len(told) > 1 and slices != 1:
         if slices and slices != len(told):

@@ -1,10 +1,13 @@
-"""Chips by name: their memory and their speeds, by their makers' data sheets. The one place where such figures stand.
+"""Hardware table: memory, FLOP/s and bandwidths of accelerators, from their makers' data sheets.
 
-TPUs: the "Key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; memory is what libtpu 0.0.42
-leaves to a program (its own message when one does not fit), a little below the data sheet. The interconnect there is
-of both directions: half of it leaves a chip. The network between slices: their "DCN bandwidth per chip", v5e's from
-6.4 Tbps a pod of 256. GPUs: the data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity; NVLink halved
-likewise; between nodes one InfiniBand port a GPU, as in DGX A100 (200 Gb/s) and DGX H100 and H200 (400 Gb/s).
+TPU figures come from the "Key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. TPU memory is
+what libtpu 0.0.42 leaves to a program, as its own out-of-memory message reports. It is slightly below the data sheet.
+The data sheet's interconnect bandwidth counts both directions, so half of it is outgoing. The bandwidth between slices
+is the "DCN bandwidth per chip"; v5e's is derived from 6.4 Tbps per pod of 256.
+
+GPU figures come from the data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. NVLink bandwidth is
+halved in the same way. Between nodes each GPU has one InfiniBand port, as in DGX A100 (200 Gb/s) and in DGX H100 and
+H200 (400 Gb/s).
 """
 
 from __future__ import annotations
@@ -14,28 +17,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them."""
+    """Hardware figures of one accelerator, per JAX device."""
 
     name: str
     kinds: tuple[str, ...]
-    """What it calls itself: parts of JAX's `device_kind`."""
+    """Substrings of JAX's `device_kind` that identify it."""
     hbm_bytes: int
-    """Memory that a program can have; 0 where nobody knows (a CPU)."""
+    """Device memory available to a program, in bytes; 0 if unknown (a CPU)."""
     flops: dict[str, float]
-    """FLOP/s by type of the operands (bfloat16, float32, int8, …), without sparsity."""
+    """FLOP/s by operand type (bfloat16, float32, int8, …), without sparsity."""
     hbm_bandwidth: float
-    """Bytes a second."""
+    """Memory bandwidth in bytes per second."""
     ici_bandwidth: float
-    """Bytes a second that leave it for its neighbours, over all links."""
+    """Outgoing bandwidth to neighbors over all links, in bytes per second."""
     dcn_bandwidth: float = 0.0
-    """Bytes a second that leave it for another slice."""
+    """Outgoing bandwidth to other slices or nodes, in bytes per second."""
     dimensions: int = 0
-    """Of the torus of links; 0 where a switch joins all."""
+    """Number of dimensions of the torus of links; 0 if a switch connects all devices."""
     devices: int = 1
-    """JAX devices of what is rented as one chip."""
+    """Number of JAX devices per physical chip."""
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s with operands of this type; TPUs multiply float32 in bfloat16, and so does a type without a figure."""
+        """Return the peak FLOP/s for operands of this type.
+
+        A type without a figure takes bfloat16's, because TPUs multiply float32 operands in bfloat16.
+        """
         return self.flops.get(dtype) or self.flops.get("bfloat16", 0.0)
 
 
@@ -58,7 +64,7 @@ CHIPS: tuple[Chip, ...] = (
         "v6e", ("TPU v6",), int(31.25 * GIB), {"bfloat16": 918e12, "int8": 1836e12, "float8": 918e12},
         1638e9, 400e9, 12.5e9, dimensions=2,
     ),
-    # A chip is two devices, each with half of it.
+    # Each physical chip appears as two JAX devices with half of the memory and speed each.
     Chip(
         "tpu7x", ("TPU7x", "TPU v7"), int(94.75 * GIB), {"bfloat16": 1153.5e12, "float8": 2307e12},
         3690e9, 300e9, 6.25e9, dimensions=3, devices=2,
@@ -67,7 +73,7 @@ CHIPS: tuple[Chip, ...] = (
         "h200", ("H200",), 141 * 10**9,
         {"bfloat16": 989e12, "float32": 494.5e12, "int8": 1979e12, "float8": 1979e12}, 4800e9, 450e9, 50e9,
     ),
-    # Not to be planned for (no topology): what meters know of the slower relatives.
+    # Throughput reports use these; `plan` does not, because they have no topology here.
     Chip("h100-pcie", ("H100 PCIe",), 80 * 10**9, {"bfloat16": 756e12}, 2000e9, 64e9),
     Chip("h100-nvl", ("H100 NVL",), 94 * 10**9, {"bfloat16": 835e12}, 3900e9, 300e9),
     Chip(
@@ -79,17 +85,21 @@ CHIPS: tuple[Chip, ...] = (
         {"bfloat16": 312e12, "float32": 156e12, "int8": 624e12}, 2039e9, 300e9, 25e9,
     ),
 )  # fmt: skip
-"""The first whose kind is part of a device's `device_kind` is that device's."""
+"""All known accelerators. The first one with a matching kind describes a device, so specific kinds come first."""
 
 CPU = Chip("cpu", (), 0, {}, 0.0, 0.0)
 
 
 def chip(name: str) -> Chip:
-    """The chip of this name; KeyError where there is none."""
+    """Return the accelerator called `name`.
+
+    Raises:
+      KeyError: the table has no such name.
+    """
     return {c.name: c for c in (*CHIPS, CPU)}[name]
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip that calls itself `device_kind`, or None for one that the table lacks."""
+    """Return the accelerator whose kind matches JAX's `device_kind`, or None if the table lacks it."""
     kind = device_kind.lower()
     return next((c for c in CHIPS if any(k.lower() in kind for k in c.kinds)), None)

@@ -1,4 +1,4 @@
-"""Arrays between the host and devices, some of which other processes may hold."""
+"""Transfer arrays between host and devices when some devices belong to other processes."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmctl.distributed import processes
 
 PIECE = 1 << 28
-"""Bytes of a spread array that are gathered at once, into the memory of every device."""
+"""Bytes of a sharded array that are gathered at once into the memory of every device."""
 
 
 def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A host array, the same in every process, on the devices."""
+    """Transfer a host array to the devices. The array must be the same in every process."""
     if processes.count() == 1:
         return jax.device_put(a, sharding)
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
 
 def read(a: jax.Array) -> np.ndarray:
-    """The whole array on every host; all processes call it."""
+    """Return the full array on every host. All processes must call this."""
     found = list(pieces(a))
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def pieces(a: jax.Array) -> Iterator[np.ndarray]:
-    """The array on every host, as successive parts along its first axis; all processes call it.
+    """Yield the array on every host, as successive parts along its first axis. All processes must call this.
 
-    One part where this process can reach all of it; what is spread over processes comes in parts of about `PIECE`.
+    If this process can address the full array, it is one part. An array that is sharded over processes is gathered in
+    parts of about `PIECE` bytes, which bounds the memory.
     """
     if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
         yield np.asarray(a)
@@ -48,5 +49,5 @@ def pieces(a: jax.Array) -> Iterator[np.ndarray]:
 
 @cache
 def _gather(length: int, whole: NamedSharding) -> Any:
-    """Compiled (array, start) -> its part of this length on every device; compiled once a shape."""
+    """Return a jitted function (array, start) -> replicated slice of `length` rows. It is compiled once per shape."""
     return jax.jit(partial(jax.lax.dynamic_slice_in_dim, slice_size=length), out_shardings=whole)

@@ -1,8 +1,9 @@
-"""Memory of large arrays on a CPU: kept by the process instead of given back, in huge pages.
+"""Configure the C allocator of a CPU process to keep freed memory, in huge pages.
 
-A training step makes and frees hundreds of megabytes of temporaries. The C library gives such memory back to the kernel
-at once, which clears every page of it when the next step touches it again: an eighth of the step's time and more. Here
-freed memory stays, and a reserve of addresses is marked for huge pages, of which there are 512 times fewer.
+A training step allocates and frees hundreds of megabytes of temporaries. By default glibc returns such memory to the
+kernel at once, and the kernel clears every page of it when the next step touches it. This costs an eighth of the step's
+time or more. Here freed memory stays in the process. A reserved address range is marked for huge pages, which needs 512
+times fewer pages.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 HUGEPAGE = 14
 """MADV_HUGEPAGE of Linux's madvise."""
 HUGE = 2 << 20
-"""Bytes of a huge page."""
+"""Size of a huge page in bytes."""
 
 
 @functools.cache
 def keep() -> bool:
-    """Makes this process keep what it frees; True where that was possible (Linux with glibc). Once a process.
+    """Configure this process to keep freed memory. Repeated calls have no effect.
 
-    The process then holds on to the most that it ever used. Half of the machine's memory is reserved as addresses; a
-    page is taken only when it is first written to.
+    The process then keeps the most memory that it ever used. Half of the machine's memory is reserved as addresses; a
+    page is allocated only when it is first written.
+
+    Returns:
+      True if the allocator was configured (Linux with glibc).
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
@@ -34,14 +38,14 @@ def keep() -> bool:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # one arena, that grows in one piece and never shrinks
+    # With one arena, without mmap and without trimming, the heap grows in one piece and never shrinks.
     for parameter, value in ((MMAP_MAX, 0), (ARENA_MAX, 1), (TRIM_THRESHOLD, -1)):
         if not libc.mallopt(parameter, value):
             return False
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     start = libc.malloc(size)
     if not start:
-        return False  # no such addresses are to be had (ulimit -v); freed memory stays all the same
+        return False  # The limit of `ulimit -v` refuses the range; freed memory is kept all the same.
     first, end = -(-start // HUGE) * HUGE, (start + size) // HUGE * HUGE
     advised = libc.madvise(first, end - first, HUGEPAGE) == 0
     libc.free(start)

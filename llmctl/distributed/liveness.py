@@ -1,7 +1,8 @@
-"""How the processes of a run end: together. Who ends badly says why, who dies is noticed, and nobody is left waiting.
+"""Process liveness: end all processes of a run together, report failures, and detect dead processes.
 
-Every process keeps a TCP connection to process 0, which passes on what it hears. The kernel closes the connection of a
-process that dies, and its keep-alive finds a host that is gone, so a process that is busy is never taken for dead.
+Every process keeps a TCP connection to process 0, which forwards messages to the others. The kernel closes the
+connection of a process that dies, and TCP keep-alive detects an unreachable host. A busy process is therefore never
+reported as dead.
 """
 
 from __future__ import annotations
@@ -21,33 +22,34 @@ from collections.abc import Callable
 from typing import Any
 
 GRACE = 10.0
-"""Seconds in which a process may end by itself once another has ended."""
+"""Seconds in which a process may exit by itself after another process has ended."""
 RESUME = "the same command goes on from the last checkpoint"
 
 
 class _Run:
-    """This process's part: its connections, and whether it is ending."""
+    """Liveness state of this process: its connections and whether it is ending."""
 
     def __init__(self, index: int, count: int) -> None:
         self.index, self.count = index, count
         self.links: dict[int, socket.socket] = {}
         self.ended: set[int] = set()
-        """Those that have said so: when their connection closes nobody is lost."""
+        """Processes that sent their final message; a closed connection is then no failure."""
         self.failed = False
         self.ending = threading.Lock()
         self.over = threading.Event()
-        """All have ended well."""
+        """Set when all processes have ended successfully."""
         self.answered = threading.Event()
-        """Process 0 has spoken, so it is alive."""
+        """Set when a message from process 0 has arrived, which shows that it is alive."""
 
     def send(self, message: dict[str, Any]) -> None:
+        """Send a message to every connected process."""
         text = (json.dumps(message) + "\n").encode()
         for link in list(self.links.values()):
-            with contextlib.suppress(OSError):  # whoever is gone is noticed by reading
+            with contextlib.suppress(OSError):  # a lost process is detected by the reading thread
                 link.sendall(text)
 
     def heard(self, who: int, message: dict[str, Any]) -> None:
-        """A process has come to its end."""
+        """Handle the final message of process `who`."""
         self.answered.set()
         self.ended.add(who)
         if message["code"]:
@@ -59,18 +61,18 @@ class _Run:
             self.finish()
 
     def finish(self) -> None:
-        """Process 0 waits for all to be done."""
+        """Release all processes if every process has ended successfully (process 0 only)."""
         if len(self.ended) == self.count and not self.failed:
             self.send({"from": 0, "code": 0})
             self.over.set()
 
     def lost(self, who: int) -> None:
-        """A connection closed without a word."""
+        """Handle a closed connection. The process is reported as dead unless it sent its final message."""
         if not (self.over.is_set() or who in self.ended):
             self.follow({"from": who, "code": 1, "line": f"died or cannot be reached; {RESUME}", "dead": True})
 
     def follow(self, message: dict[str, Any]) -> None:
-        """Ends this process as another has ended, unless it comes to its own end in time."""
+        """End this process because another one has ended, unless it exits by itself within the grace period."""
         if self.index == 0:
             self.send(message)
         line = f"process {message['from']} of {self.count}: {message['line']}"
@@ -81,22 +83,22 @@ class _Run:
         timer.start()
 
     def end(self, code: int, line: str, message: dict[str, Any] | None = None) -> None:
-        """Ends this process, once: says `line`, tells the others `message`."""
+        """Exit this process, at most once, after printing `line` and sending `message` to the others."""
         if not self.ending.acquire(blocking=False):
             return
         if line:
             sys.stderr.write(f"llmctl: {line}\n")
         if message:
             self.send(message)
-        if self.index == 0:  # JAX aborts whoever loses process 0: it goes last
+        if self.index == 0:  # JAX aborts every process that loses process 0, so process 0 exits last
             self.wait_for_others()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(code)  # without the farewells of libraries, which wait for processes that are gone
+        os._exit(code)  # skips libraries' exit handlers, which would wait for lost processes
 
     def wait_for_others(self) -> None:
-        """Until their connections are closed; not for ever, as one may hang."""
+        """Wait until all connections are closed, at most 2 * GRACE seconds, because a process may hang."""
         until = time.monotonic() + 2 * GRACE
         while self.links and time.monotonic() < until:
             time.sleep(0.02)
@@ -106,7 +108,10 @@ _run: _Run | None = None
 
 
 def silence() -> None:
-    """Standard output stays ours: what native libraries print there (Gloo greets its peers) would end up in results."""
+    """Redirect file descriptor 1 to the null device and keep `sys.stdout` on the original one.
+
+    Native libraries print to standard output (Gloo logs its peers), which would corrupt JSON results.
+    """
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -115,13 +120,14 @@ def silence() -> None:
 
 
 def bind(index: int, count: int, host: str, seconds: int, tell: Callable[[Any], Any]) -> None:
-    """Connects this process to process 0 on `host`.
+    """Connect this process to process 0 on `host` and start the listening thread.
 
     Args:
-      index, count: this process, and how many there are.
-      host: where process 0 runs.
-      seconds: after which a host that is silent is given up.
-      tell: gives every process what process 0 passes to it.
+      index: index of this process.
+      count: number of processes.
+      host: host of process 0.
+      seconds: time after which a silent host is considered dead.
+      tell: broadcasts a value of process 0 to every process and returns it.
     """
     global _run
     _run = run = _Run(index, count)
@@ -132,8 +138,8 @@ def bind(index: int, count: int, host: str, seconds: int, tell: Callable[[Any], 
     if server:
         threading.Thread(target=_serve, args=(run, server, secret, seconds), daemon=True).start()
         return
-    # JAX aborts this process when it loses process 0, before Python hears of it. The handler is libc's `sleep`, which
-    # takes the signal's number for seconds: time enough for the thread below to say what happened and to exit.
+    # JAX aborts this process when it loses process 0, before Python code can run. The signal handler is libc's `sleep`,
+    # which reads the signal's number as seconds. This gives the listening thread time to report the error and to exit.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
@@ -160,7 +166,7 @@ def _listen(run: _Run, link: socket.socket) -> None:
 
 
 def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
-    """Process 0's ear: one thread, however many processes there are."""
+    """Accept connections and read messages in process 0, with one thread for all processes."""
     chosen = selectors.DefaultSelector()
     chosen.register(server, selectors.EVENT_READ)
     unread: dict[socket.socket, bytes] = {}
@@ -193,7 +199,10 @@ def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
 
 
 def _known(line: bytes, secret: str) -> int | None:
-    """The process that says this first; None for a stranger, for whoever scans a network knocks here too."""
+    """Return the index of the process that sent this first message, or None if the secret is wrong.
+
+    Network scanners also connect to the port, so a connection is anonymous until it sends the secret.
+    """
     with contextlib.suppress(ValueError, TypeError, KeyError):
         message = json.loads(line)
         return message["from"] if secrets.compare_digest(str(message["secret"]), secret) else None
@@ -201,19 +210,22 @@ def _known(line: bytes, secret: str) -> int | None:
 
 
 def leave(code: int, line: str) -> None:
-    """Ends this process with the others: returns when all have ended well (code 0), does not return otherwise."""
+    """End this process together with the others.
+
+    With code 0 the function returns when all processes have ended successfully. Otherwise it does not return.
+    """
     run = _run
     if run is None:
         return
     if code:
         message = {"from": run.index, "code": code, "line": line}
         if run.index:
-            # Process 0 says the line, and passes the message on to this process too. Where its death is why this one
-            # failed, nothing comes back, and `lost` says so instead.
+            # Process 0 prints the line and forwards the message to this process too. If process 0 is dead there is no
+            # reply, and `lost` reports its death instead.
             run.send(message)
             run.answered.wait(GRACE)
         run.end(code, "", None if run.index else message)
-        threading.Event().wait()  # another thread is ending this process
+        threading.Event().wait()  # another thread calls os._exit
     if run.index:
         run.send({"from": run.index, "code": 0})
         run.over.wait()

@@ -1,4 +1,11 @@
-"""The device mesh and the one table that decides sharding: logical axis name -> mesh axes."""
+"""Build the device mesh and map logical axes to mesh axes through one table of sharding rules.
+
+Example:
+  >>> from llmctl.config.settings import MeshConfig
+  >>> mesh = make(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+  >>> spec(("embed", "mlp"), mesh) == PartitionSpec(None, "tensor")
+  True
+"""
 
 from __future__ import annotations
 
@@ -22,37 +29,45 @@ AXES = ("pipeline", "data", "fsdp", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "batch_out": ("data", "fsdp", "pipeline"),  # after the last stage, where all would compute the same
+    # after the last pipeline stage, where all stages would otherwise compute the same
+    "batch_out": ("data", "fsdp", "pipeline"),
     "seq": ("context",),
-    # Parameters: the fsdp axis splits the width of the residual stream, the tensor axis what a layer fans out to.
-    # Devices that share a sequence share the parameters as well: they would hold the same ones.
+    # Parameters: the fsdp axis shards the residual stream's width, and the tensor axis shards a layer's wide dimension.
+    # Context parallel devices shard parameters as well, because they would otherwise hold copies.
     "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    # The input table has axes of its own: a gather over a table split on both is what XLA rematerializes in full.
+    # The input embedding has its own axes: XLA rematerializes a gather in full if its table is sharded on both axes.
     "vocab_in": ("tensor",),
     "embed_in": ("fsdp", "context"),
     "layers": ("pipeline",),
     "norm": (),
     "labels": (),
-    # Activations: the residual stream is whole on every device of a tensor group.
+    # Activations: the residual stream is replicated within a tensor parallel group.
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
 }
+"""Rules: logical axis name -> mesh axes. To change a layout, change a row here."""
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
 def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
-    """A mesh over all devices (axes `AXES`, type Auto).
+    """Build a mesh over all devices, with the axes `AXES` of type Auto.
 
-    Raises RequestError where the axes do not multiply to the number of devices. One CPU is left to itself: with every
-    axis at its default, the CPU platform gets one device, for fake devices only split the same cores. The memory of
-    CPUs is kept (`pages.keep`).
+    On the CPU platform with every axis at its default, the mesh has one device: fake CPU devices only split the same
+    cores. On CPUs the process also keeps freed memory (`host_memory.keep`).
+
+    Args:
+      config: number of devices per axis; -1 takes the remaining ones.
+      devices: devices to use; all of them by default.
+
+    Raises:
+      RequestError: the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -80,7 +95,7 @@ def _show(sizes: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[Mesh]:
-    """Makes `mesh` the one that `constrain` refers to while a computation is traced."""
+    """Set `mesh` as the current mesh, which `constrain` reads during tracing."""
     token = _current.set(mesh)
     try:
         yield mesh
@@ -89,20 +104,23 @@ def use(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def current() -> Mesh | None:
-    """The mesh in `use`."""
+    """Return the current mesh, or None outside `use`."""
     return _current.get()
 
 
 def splits_sequences() -> bool:
-    """Whether the mesh in `use` does."""
+    """Return whether the current mesh shards sequences over devices (context parallelism)."""
     mesh = _current.get()
     return mesh is not None and mesh.shape["context"] > 1
 
 
 def spec(names: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> PartitionSpec:
-    """Logical axis names -> PartitionSpec; mesh axes of size 1 are left out, and none is used twice.
+    """Convert logical axis names to a PartitionSpec. Mesh axes of size 1 are left out, and no axis is used twice.
 
-    Inside `per_device` its axes are left out too; where a shape is given, so are those that do not divide it.
+    Args:
+      names: one logical axis name per dimension; None for a replicated dimension.
+      mesh: the mesh. Inside `per_device` its manual axes are left out too.
+      shape: shape of the array. If given, mesh axes that do not divide a dimension are left out.
     """
     used = set(jax.sharding.get_abstract_mesh().manual_axes)
     entries: list[tuple[str, ...] | None] = []
@@ -116,17 +134,17 @@ def spec(names: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = 
 
 
 def axes_of(spec: PartitionSpec) -> list[str]:
-    """The mesh axes of a PartitionSpec."""
+    """Return the mesh axes that a PartitionSpec uses."""
     return [axis for entry in spec if entry for axis in ([entry] if isinstance(entry, str) else entry)]
 
 
 def sharding(names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
-    """Logical axis names -> NamedSharding on `mesh`."""
+    """Convert logical axis names to a NamedSharding on `mesh`."""
     return NamedSharding(mesh, spec(names, mesh))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation to the rules of its logical axes; does nothing outside `use` or on one device."""
+    """Constrain the sharding of an activation by its logical axes. Outside `use` or on one device this does nothing."""
     mesh = _current.get()
     if mesh is None or mesh.size == 1:
         return x
@@ -138,7 +156,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def per_device(
     fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, automatic: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """`fn` on every device's own part (`shard_map`), over all axes but those left to XLA; may stand inside another."""
+    """Map `fn` over the local shards of every device with `shard_map`. Calls may be nested.
+
+    Args:
+      fn: function of local shards.
+      mesh: the mesh.
+      in_specs: PartitionSpecs of the arguments.
+      out_specs: PartitionSpecs of the results.
+      automatic: mesh axes that XLA continues to partition by itself; all others become manual.
+    """
     inside = jax.sharding.get_abstract_mesh()
     axes = set(AXES) - set(inside.manual_axes) - set(automatic)
     return jax.shard_map(
@@ -152,17 +178,17 @@ def per_device(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Return the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """The sharding of a batch array [B, ...]."""
+    """Return the sharding of a batch array [B, ...]."""
     return sharding(["batch"] + [None] * (ndim - 1), mesh)
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """How the arrays of a batch lie: split over its rows and, those that run along it, over the sequence."""
+    """Return the sharding of each batch array: rows are sharded, and so is a sequence axis."""
 
     def names(name: str, ndim: int) -> list[str | None]:
         return (["batch", "seq" if context_parallel.runs_along(name) else None] + [None] * ndim)[:ndim]
@@ -171,9 +197,10 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host rows, the same in every process -> device arrays, in balanced order where devices share a sequence.
+    """Transfer a host batch to the devices, in zig-zag order if the mesh shards sequences.
 
-    `llmctl.data.device_batches` places rows that each process built for itself.
+    The batch must be the same in every process. `llmctl.data.device_batches` places rows that each process builds for
+    itself.
     """
     batch = context_parallel.balanced(batch, mesh.shape["context"])
     shardings = batch_shardings(batch, mesh)

@@ -1,6 +1,6 @@
-"""Several processes as one run: how they find each other, what process 0 decides for all, and in which order they work.
+"""Run several processes as one: rendezvous, broadcasts of process 0's decisions, barriers and ordering.
 
-Without a word about other processes nothing here imports JAX, and everything means "the only process".
+Without other processes nothing here imports JAX, and every function treats this process as the only one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from llmctl.distributed import backend, liveness
 T = TypeVar("T")
 
 HEARTBEAT = "LLMCTL_HEARTBEAT"
-"""Environment variable: seconds after which a host that says nothing is given up."""
+"""Environment variable: seconds without a reply after which a host is considered dead."""
 SECONDS = 60
-"""Its default."""
+"""Default of `HEARTBEAT`."""
 FOREVER = 7 * 24 * 3600 * 1000
-"""Milliseconds to wait for a process that works: one that dies is noticed elsewhere (`llmctl.distributed.liveness`)."""
+"""Timeout in milliseconds for a process that is busy. `llmctl.distributed.liveness` detects one that dies."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all."""
+    """Index of this process and the number of processes."""
 
     index: int = 0
     count: int = 1
@@ -41,31 +41,33 @@ _decisions = 0
 
 
 def index() -> int:
-    """The number of this process, from 0."""
+    """Return the index of this process, from 0."""
     return _place.index
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return _place.count
 
 
 def first() -> bool:
-    """Whether this is the process that speaks and writes for all."""
+    """Return whether this is process 0, which prints and writes files for all."""
     return _place.index == 0
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Joins the other processes of this run, before any JAX backend starts; alone it does nothing.
+    """Connect to the other processes of this run, before any JAX backend starts.
+
+    Without arguments, processes that were started together by Slurm or on a TPU pod find each other. A single process
+    does nothing.
 
     Args:
       coordinator: address of process 0 as HOST:PORT.
-      num_processes: how many there are; 1 keeps this one alone whatever the machine says.
-      process_id: which one this is.
-      Without them, processes that Slurm or a TPU pod has started together find each other.
+      num_processes: number of processes; 1 keeps this process alone in any environment.
+      process_id: index of this process.
 
     Raises:
-      RequestError: the three are given in part or contradict each other, or the others cannot be reached.
+      RequestError: only some of the three are given, they contradict each other, or a process cannot be reached.
     """
     global _place
     if _place.count > 1:
@@ -83,8 +85,9 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     liveness.silence()
     if "cpu" in (os.environ.get("JAX_PLATFORMS") or "cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: `llmctl.train.preemption`
-    # JAX aborts the others with a stack trace where one dies; told that it may be recovered it leaves that to us.
+    jax.config.update("jax_enable_preemption_service", False)  # `llmctl.train.preemption` handles SIGTERM
+    # By default JAX aborts all processes with a stack trace when one dies. As "recoverable" they are left to
+    # `liveness`.
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(**told, heartbeat_timeout_seconds=2 * seconds)
@@ -107,7 +110,7 @@ def _heartbeat() -> int:
 
 
 def _told(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` takes, from the flags."""
+    """Convert the flags to arguments of `jax.distributed.initialize`, or None for a single process."""
     if num_processes == 1 and not coordinator and process_id <= 0:
         return None
     host, _, port = coordinator.rpartition(":")
@@ -124,18 +127,22 @@ def _told(coordinator: str, num_processes: int, process_id: int) -> dict[str, An
         "coordinator_address": coordinator,
         "num_processes": num_processes,
         "process_id": process_id,
-        "cluster_detection_method": "deactivate",  # all devices of the host are this process's
+        "cluster_detection_method": "deactivate",  # each process uses all devices of its host
     }
 
 
 def found() -> dict[str, Any] | None:
-    """What Slurm or a TPU pod says about the processes that it started; None for one alone."""
+    """Return arguments of `jax.distributed.initialize` from the environment of Slurm or a TPU pod.
+
+    For a single process the result is None.
+    """
     env = os.environ
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
         from jax._src.clusters.slurm_cluster import SlurmCluster
 
         if env.get("SLURM_STEP_NUM_NODES") != env["SLURM_NTASKS"]:
-            return {"cluster_detection_method": "slurm"}  # several a host: JAX gives each its own GPU
+            # With several processes per host, JAX assigns each its own GPU.
+            return {"cluster_detection_method": "slurm"}
         address = SlurmCluster.get_coordinator_address(None, env.get("JAX_COORDINATOR_PORT"))
         return _told(address, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
     if env.get("JAX_PLATFORMS", "tpu").startswith("cpu"):
@@ -152,9 +159,15 @@ def found() -> dict[str, Any] | None:
 
 
 def tell(decide: Callable[[], T]) -> T:
-    """What `decide` says in process 0, in all processes; it must be JSON. All call it, in the same order.
+    """Broadcast the result of `decide` in process 0 to all processes. All must call it, in the same order.
 
-    A process 0 that raises instead ends the run for all.
+    If `decide` raises in process 0, the run ends for all processes.
+
+    Args:
+      decide: function without arguments, called in process 0 only; its result must be JSON.
+
+    Returns:
+      The result, the same in all processes.
     """
     global _decisions
     if _place.count == 1:
@@ -169,7 +182,7 @@ def tell(decide: Callable[[], T]) -> T:
 
 
 def together(name: str) -> None:
-    """Returns once every process is here."""
+    """Wait until every process has reached this barrier."""
     global _decisions
     if _place.count > 1:
         _decisions += 1
@@ -177,7 +190,11 @@ def together(name: str) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """What every process says (JSON), by process; all call it, in the same order."""
+    """Return the values of all processes, by process index. All must call it, in the same order.
+
+    Args:
+      value: this process's value; must be JSON.
+    """
     global _decisions
     if _place.count == 1:
         return [value]
@@ -189,7 +206,10 @@ def gather(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
-    """The block runs in process 0 first, then in the others, which find on the disk what it left there."""
+    """Run the block in process 0 first, then in the others.
+
+    The other processes can then read the files that process 0 wrote.
+    """
     if not first():
         together("turn")
     yield
@@ -198,7 +218,11 @@ def in_turn() -> Iterator[None]:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Raises RequestError where this process holds another value (JSON) than process 0."""
+    """Check that this process has the same value as process 0. The value must be JSON.
+
+    Raises:
+      RequestError: the values differ.
+    """
     if _place.count == 1:
         return
     text = json.dumps(value, sort_keys=True)
@@ -207,7 +231,11 @@ def check_same(value: Any, what: str) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises RequestError where this process does not see what process 0 writes into `folder`."""
+    """Check that this process can read what process 0 writes into `folder`.
+
+    Raises:
+      RequestError: the file of process 0 is absent or differs.
+    """
     if _place.count == 1:
         return
     mark = folder / "shared"
@@ -234,10 +262,14 @@ def _client() -> Any:
 
 
 def leave(code: int, line: str) -> int:
-    """The end of a command in every process: `line` is for people, `code` the exit code, which is returned.
+    """End a command in every process and return its exit code.
 
-    With other processes, all end well together; a process that ends otherwise takes the others along, and does not
-    return.
+    With several processes, all end together if all succeed. If a process fails, it ends the others and this function
+    does not return.
+
+    Args:
+      code: exit code.
+      line: message that process 0 prints to standard error.
     """
     if first() and line:
         sys.stderr.write(f"llmctl: {line}\n")
