@@ -1,1 +1,1 @@
-"""Artifacts: the folders that stages read and write, saved atomically and identified by digest."""
+"""Artifacts: the folders that stages read and write. They are saved atomically and identified by a digest."""

@@ -1,7 +1,14 @@
-"""Artifacts: what stages read and write. A folder with `manifest.json`, `params/` (Orbax) and the tokenizer.
+"""Read and write artifacts: folders with `manifest.json`, the parameters in `params/` (Orbax) and the tokenizer.
 
-An artifact appears whole or not at all: it is written beside its place and renamed. Its manifest names every array, so
-it is restored with explicit types and shardings onto any mesh, and its digest is checked whenever it is loaded.
+An artifact is written to a draft folder and then renamed, so it is never incomplete. The manifest lists every array.
+Parameters are therefore restored with explicit types and shardings onto any mesh. The digest is checked at every load.
+
+Example:
+  >>> found = load(folder)
+  >>> found.model.family, found.manifest.stage, sorted(found.params)
+  ('llama', 'pretrain', ['decoder', 'embed'])
+  >>> abstract(folder).params["decoder"]["norm"]["scale"].dtype
+  dtype('float32')
 """
 
 from __future__ import annotations
@@ -26,11 +33,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 FORMAT = 1
-"""Version of the layout; a reader refuses a later one."""
+"""Version of the folder layout. A later version is refused."""
 
 
 class Parent(BaseModel):
-    """Where an artifact came from."""
+    """Identity of the artifact that a stage started from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +46,7 @@ class Parent(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything about an artifact but its arrays. JAX is not needed to read it."""
+    """Metadata of an artifact: all but its arrays. Reading it does not need JAX."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -50,36 +57,39 @@ class Manifest(BaseModel):
     family: str
     model: ModelConfig
     labels: list[str] = []
-    """Names of the classes, where the head has classes."""
+    """Class names, if the model has a classification head."""
     parameters: int
     bytes: int
-    """Size of `params/` on disk."""
+    """Size of `params/` on disk in bytes."""
     sparsity: float
-    """Share of zeros among the matrices' entries."""
+    """Fraction of zeros in the weight matrices."""
     pruned: bool = False
-    """Zeros were put there by pruning (not by rounding to integers), and stages that follow keep them."""
+    """Whether pruning set these zeros, rather than rounding to integers. Later stages keep such zeros."""
     bits: float
-    """Stored bits a parameter, scales included."""
+    """Stored bits per parameter, scales included."""
     digest: str
     """SHA-256 over names, types, shapes and values of all arrays."""
     parent: Parent | None = None
     tokenizer: str = ""
     """Digest of the tokenizer."""
     config: dict[str, Any] = {}
-    """The resolved config of the stage."""
+    """Resolved config of the stage."""
     metrics: dict[str, Any] = {}
     seq_len: int = 0
-    """Tokens a text that it was trained with; 0 where nobody knows."""
+    """Sequence length in training, in tokens; 0 if unknown."""
     truncate: Literal["", "tail", "head_tail"] = ""
-    """What a text too long kept in training; empty where nobody knows."""
+    """Truncation of long texts in training; empty if unknown."""
     weights: dict[str, dict[str, Any]] = {}
-    """Type of each weight, as `llmctl.model.weights.describe` gives it."""
+    """Node type, dtypes and shapes of each weight, as `llmctl.model.weights.describe` returns them."""
     versions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact."""
+    """Artifact in memory: its folder, manifest and parameter tree.
+
+    `load` restores the arrays; `abstract` returns shapes, types and shardings in their place.
+    """
 
     path: Path
     manifest: Manifest
@@ -87,22 +97,26 @@ class Artifact:
 
     @property
     def model(self) -> ModelConfig:
-        """The config that the parameters have the shapes of."""
+        """Return the model config, which matches the shapes of the parameters."""
         return self.manifest.model
 
     @property
     def plain(self) -> bool:
-        """Every weight is a plain array: neither quantized nor with a low-rank pair."""
+        """Return whether every weight is a plain array: neither quantized nor with a low-rank pair."""
         return all("" in record["parts"] for record in self.manifest.weights.values())
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The folder of the tokenizer."""
+        """Return the tokenizer's folder."""
         return self.path / "tokenizer"
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the artifact at `path`. Raises RequestError where there is none that can be read."""
+    """Read the manifest of the artifact at `path`.
+
+    Raises:
+      RequestError: there is no manifest, it is damaged, or its format is later than `FORMAT`.
+    """
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise RequestError(f"{path}: not an artifact (it has no manifest.json); name a folder that a stage wrote")
@@ -120,9 +134,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def load(path: Path, mesh: Mesh | None = None) -> Artifact:
-    """Manifest and parameters, sharded over `mesh` by the rules (all on the default mesh where None).
+    """Load an artifact: manifest and parameters, sharded over `mesh` by the rules.
 
-    Raises RequestError where the folder is no artifact, or is damaged, or does not fit the mesh.
+    Args:
+      path: folder of the artifact.
+      mesh: target mesh; by default the mesh of the default `MeshConfig`.
+
+    Raises:
+      RequestError: the folder is no artifact, is damaged, or does not fit the mesh.
     """
     import orbax.checkpoint as ocp
 
@@ -149,7 +168,15 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
 
 
 def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
-    """As `load`, with shapes, types and shardings in place of arrays: only the manifest is read."""
+    """Load an artifact with shapes, types and shardings in place of arrays. Only the manifest is read.
+
+    Args:
+      path: folder of the artifact.
+      mesh: target mesh, as in `load`.
+
+    Raises:
+      RequestError: as `load`, or the artifact has no parameters.
+    """
     import jax
 
     from llmctl.config.settings import MeshConfig
@@ -180,7 +207,7 @@ def _lookup(tree: Any, path: str) -> Any:
 
 
 def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The arrays are those of the config: no more, no fewer, of the same shapes."""
+    """Check that the stored arrays are exactly those of the model config, with the same shapes."""
     odd = sorted(stored.keys() ^ expected.keys())
     odd += [k for k in stored.keys() & expected.keys() if tuple(stored[k].shape) != tuple(expected[k].shape)]
     if odd:
@@ -190,7 +217,15 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
 
 
 def check_place(out: Path, *reads: Path) -> None:
-    """Raises RequestError where an artifact at `out` would replace what is none, or what it is made of (`reads`)."""
+    """Check that an artifact may be written to `out`.
+
+    Args:
+      out: target folder.
+      reads: folders that the new artifact is made from.
+
+    Raises:
+      RequestError: `out` contains one of `reads`, or it exists and is neither empty nor an artifact.
+    """
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
         raise RequestError(f"{out}: would replace what it is made of; choose another folder")
     if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):
@@ -213,10 +248,25 @@ def save(
     log: Path | None = None,
     written: Path | None = None,
 ) -> Manifest:
-    """Writes the artifact `out` atomically and returns its manifest; a full disk is a WorkError and leaves nothing.
+    """Save an artifact to `out` atomically and return its manifest.
 
-    Where `written` is a folder that has the arrays already, it becomes the artifact's `params`, and `params` is what it
-    holds by path, read one weight at a time.
+    Args:
+      out: target folder; an existing artifact is replaced.
+      params: parameter tree. If `written` is given, a flat mapping {path: weight} that is read one weight at a time.
+      model: config that matches the parameters' shapes.
+      stage: kind of the stage.
+      key: content key of the stage.
+      config: resolved config of the stage.
+      name: name of the artifact; by default the folder's name.
+      parent: manifest of the artifact that the stage started from.
+      labels: class names.
+      metrics: measured metrics.
+      tokenizer_dir: tokenizer folder to copy.
+      log: log file to copy.
+      written: folder that already holds the arrays in Orbax format; it is moved to `params/`.
+
+    Raises:
+      WorkError: the disk is full; nothing is left at `out`.
     """
     import orbax.checkpoint as ocp
 
@@ -264,12 +314,12 @@ def save(
 
 
 def versions() -> dict[str, str]:
-    """What made the artifact."""
+    """Return the versions of the libraries that write an artifact."""
     return {p: metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "qwix")}
 
 
 def _first(text: str) -> str:
-    """What is wrong, without the dump that follows where an array cannot be read."""
+    """Return the first part of an error message, without the TensorStore dump that follows it."""
     return _one_line(text.partition(". See full TensorStore details")[0])
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and what a full disk looks like."""
+"""Write folders atomically, and recognize errors of a full disk."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from llmctl.distributed import processes
 
 
 def check(out: Path) -> None:
-    """Raises RequestError for a folder that is not called by its name: it comes into its place by renaming."""
+    """Check that an output path ends in a folder name, because the folder is created by renaming.
+
+    Raises:
+      RequestError: the path ends in nothing or in "..".
+    """
     if out.name in ("", ".."):
         raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
-"""What NumPy says where an array did not fit."""
+"""Message of NumPy's OSError if the disk had no room for an array."""
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """A draft folder that becomes `out` when the block ends well, and vanishes when it does not.
+    """Yield a draft folder that is renamed to `out` if the block succeeds and deleted if it raises.
 
-    Of several processes the first makes, renames and removes it; the others have it while the block lasts.
+    With several processes, process 0 creates, renames and deletes the folder. The others may use it inside the block.
+
+    Raises:
+      WorkError: the disk is full.
     """
     out = Path(out)
     draft = out.parent / f".{out.name}.draft"
@@ -40,7 +47,8 @@ def writing(out: Path) -> Iterator[Path]:
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not out.exists():  # killed between the two renames below: what was there is still good
+        # an earlier process was killed between the two renames below; the old folder is intact
+        if old.exists() and not out.exists():
             old.rename(out)
         for stale in (draft, old):
             shutil.rmtree(stale, ignore_errors=True)
@@ -66,7 +74,10 @@ def writing(out: Path) -> Iterator[Path]:
 
 
 def disk_is_full(e: BaseException | None) -> bool:
-    """True where an error, or what caused it, is about space (TensorStore, ArrayRecord and NumPy say it in words)."""
+    """Return whether an error or one of its causes reports a full disk or an exhausted quota.
+
+    TensorStore, ArrayRecord and NumPy report it only in the error's message.
+    """
     while e is not None:
         if isinstance(e, OSError) and (e.errno in (errno.ENOSPC, errno.EDQUOT) or WRITTEN_IN_PART.search(str(e))):
             return True
@@ -77,5 +88,5 @@ def disk_is_full(e: BaseException | None) -> bool:
 
 
 def size(folder: Path) -> int:
-    """Bytes of the files below a folder."""
+    """Return the total size of the files below a folder, in bytes."""
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -1,4 +1,4 @@
-"""What a manifest says of its weights: digest, counts and types, taken in one pass that holds one weight at a time."""
+"""Compute what a manifest records of the weights: digest, counts and types, in one pass over one weight at a time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 PRUNED = 0.01
-"""From this share of zeros on, matrices count as pruned: training leaves exact zeros behind almost never."""
+"""Minimum fraction of zeros for matrices to count as pruned. Training almost never leaves exact zeros."""
 
 
 def digest(flat: Mapping[str, Any]) -> str:
-    """SHA-256 over the arrays of all weights, one at a time on the host: {path: weight} -> hex.
+    """Return the SHA-256 digest of all arrays, as hex. One weight at a time is copied to the host.
 
-    Of several processes all call it.
+    With several processes, all must call this.
+
+    Args:
+      flat: weights by path.
     """
     total = hashlib.sha256()
     for name in sorted(flat):
@@ -22,6 +25,7 @@ def digest(flat: Mapping[str, Any]) -> str:
 
 
 def _add(total: Any, name: str, w: Any) -> None:
+    """Update the hash with name, type, shape and values of each array of a weight."""
     import numpy as np
 
     from llmctl.distributed import host_arrays
@@ -34,9 +38,14 @@ def _add(total: Any, name: str, w: Any) -> None:
 
 
 def take(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"digest", "parameters", "sparsity", "pruned", "bits", "weights"} of {path: weight}, each looked at once.
+    """Return the manifest fields that describe the weights, in one pass.
 
-    Integers do not tell whether they were pruned.
+    Args:
+      flat: weights by path.
+
+    Returns:
+      A dict with "digest", "parameters", "sparsity", "pruned", "bits" and "weights". Only floating-point matrices
+        decide "pruned", because rounding to integers also creates zeros.
     """
     import jax.numpy as jnp
 

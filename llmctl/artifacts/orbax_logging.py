@@ -1,7 +1,8 @@
-"""What is said too late: of several arrays that cannot be read or written Orbax raises the first one's error.
+"""Silence log lines for reads and writes that fail after the first error was already reported.
 
-It then closes its event loop. TensorStore's other operations end later, find no loop and print so, or fail as well and
-nobody asks why: a traceback a file on the terminal. The error itself is told by whoever caught it.
+If several arrays cannot be read or written, Orbax raises the first error and closes its event loop. TensorStore's other
+operations end later and find no event loop, or fail as well. Each of them then prints a traceback, although the caller
+reports the error.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import sys
 from typing import Any
 
 LATE = ("Event loop is closed", "Encountered error while reading array index")
-"""How the messages of such exceptions begin."""
+"""Prefixes of the messages of such exceptions."""
 
 
 @functools.cache
 def hush() -> None:
-    """Keeps those off the terminal, from here on."""
+    """Silence these log lines from now on. Repeated calls have no effect."""
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     before = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""Workspace of a running stage: its output folder, its scratch folder, and the artifacts it may read."""
+"""Workspace of a running stage: its output folder, its scratch folder, and the artifacts that it may read."""
 
 from __future__ import annotations
 
@@ -14,19 +14,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage is told besides its config."""
+    """Hold what a stage's `run` function needs besides its config.
+
+    Example:
+      >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")
+      >>> checkpoints = ctx.work / "checkpoints"
+      >>> ctx.siblings.get("teacher") is None
+      True
+    """
 
     out: Path
-    """The artifact's final folder; appears whole or not at all."""
+    """Final folder of the artifact, written atomically."""
     work: Path
-    """Scratch folder of this stage (checkpoints, log); survives an interruption, removed on success."""
+    """Scratch folder of this stage (checkpoints, log). It is kept after an interruption and removed on success."""
     key: str
     """Content key: equal keys mean equal results."""
     siblings: dict[str, Path] = field(default_factory=dict)
-    """Artifacts of the same run by name, in order (what `eval` measures, what `distill` calls its teacher)."""
+    """Artifacts of the same run that the config names, by name in order, such as the teacher of `distill`."""
 
     def leave(self, config: Any, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
-        """Writes what the stage made as the artifact `out`; `about` as for `llmctl.artifacts.artifact.save`."""
+        """Save the stage's result as the artifact `out`.
+
+        Args:
+          config: config of the stage.
+          params: parameter tree.
+          model: config that matches the parameters' shapes.
+          about: further arguments of `llmctl.artifacts.artifact.save`.
+        """
         from llmctl.artifacts import artifact
 
         said = {"stage": config.kind, "key": self.key, "config": keyed(config), "log": self.work / "log.jsonl"}
