@@ -3,9 +3,15 @@
 import doctest
 import importlib
 
+import numpy as np
 import pytest
 
+from llmctl.artifacts import artifact
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+
 MODULES = [
+    "llmctl.artifacts.workspace",
     "llmctl.distributed.mesh",
     "llmctl.model.families",
     "llmctl.model.generate.decode",
@@ -16,4 +22,14 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name):
     found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert found.attempted and not found.failed
+
+
+def test_artifact_examples_run(tmp_path):
+    """The examples of the artifact module read a saved artifact, which is `folder`."""
+    config = ModelConfig(vocab_size=16, d_model=8, layers=1, heads=2, kv_heads=2, head_dim=4, d_ff=16)
+    flat = weights.flatten(functional.abstract(config))
+    params = weights.unflatten({name: np.zeros(a.shape, a.dtype) for name, a in flat.items()})
+    artifact.save(tmp_path / "base", params, config, stage="pretrain", key="k", config={})
+    found = doctest.testmod(artifact, extraglobs={"folder": tmp_path / "base"})
     assert found.attempted and not found.failed
