@@ -12,6 +12,9 @@ from llmctl.model.config import ModelConfig
 
 MODULES = [
     "llmctl.artifacts.workspace",
+    "llmctl.convert.hf_folder",
+    "llmctl.convert.importing",
+    "llmctl.convert.name_map",
     "llmctl.distributed.mesh",
     "llmctl.model.families",
     "llmctl.model.generate.decode",

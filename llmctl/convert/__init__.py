@@ -1,1 +1,1 @@
-"""Weights from and for elsewhere: Hugging Face folders, GGUF files, adapters; and the proof that they are the same."""
+"""Import and export of models: Hugging Face folders, GGUF files and PEFT adapters, verified by comparing outputs."""

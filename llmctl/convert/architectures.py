@@ -1,4 +1,4 @@
-"""Which bridge a model goes over, and which head it has there."""
+"""Selection of the Bridge and the Head that convert a model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from llmctl.model.hf_config import Bridge, Head
 
 
 def bridges() -> dict[str, tuple[str, Bridge]]:
-    """{their model_type: (our family, its bridge)}."""
+    """Return {model_type of Hugging Face: (our family name, its Bridge)}."""
     found = {f: getattr(family(f), "BRIDGE", None) for f in families()}
     return {b.model_type: (f, b) for f, b in found.items() if b}
 
 
 def of(model: ModelConfig) -> tuple[Bridge, Head]:
-    """The bridge and the head of a model. Raises RequestError where the other side has no such thing."""
+    """Return the Bridge and the Head of a model.
+
+    Raises:
+        RequestError: If the family has no Hugging Face counterpart, or the counterpart has no such head.
+    """
     bridge: Bridge | None = getattr(family(model.family), "BRIDGE", None)
     if bridge is None:
         known = sorted(f for f, _ in bridges().values())

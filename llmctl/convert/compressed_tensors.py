@@ -1,8 +1,9 @@
-"""The compressed-tensors format: integers and scales of quantized linear layers, as vLLM and transformers read them.
+"""compressed-tensors format: integers and scales of quantized linear layers, as vLLM and transformers read them.
 
-Where activations are quantized too (W8A8): weight [out, in] int8 and weight_scale [out, groups]. Weights alone:
-weight_packed [out, in * bits / 32] int32, whose elements hold offset values, lowest bits first, weight_scale and
-weight_shape.
+If activations are quantized too (W8A8), a layer has `weight` [out, in] int8 and `weight_scale` [out, groups].
+
+If only weights are quantized, it has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. An
+element of `weight_packed` holds several values with an offset, the first one in the lowest bits.
 """
 
 from __future__ import annotations
@@ -27,12 +28,20 @@ WORD = 32
 
 
 def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-    """The tensors with quantized linear layers as integers, and the quantization_config that says so.
+    """Convert quantized linear layers to integer tensors.
 
-    Embeddings have no place in the format and stay dense, dequantized.
+    Embeddings have no representation in the format. They are dequantized and stay dense.
+
+    Args:
+        cfg: Config of the model.
+        params: Its parameters.
+        dense: All tensors of the model in dense form, by their Hugging Face names.
+
+    Returns:
+        The tensors to write, and the `quantization_config` that describes them.
 
     Raises:
-      RequestError: nothing is quantized, layers differ in bits or groups, or the family has no linear layers.
+        RequestError: If nothing is quantized, layers differ in bits or groups, or the family has no linear layers.
     """
     bridge, head = bridge_names.of(cfg)
     if bridge.in_out:
@@ -85,12 +94,12 @@ def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, bits: int) ->
 
 
 def packed_length(inputs: int, bits: int) -> int:
-    """Elements that hold this many values."""
+    """Return the number of int32 elements that hold `inputs` values."""
     return -(-inputs * bits // WORD)
 
 
 def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
-    """Signed values [out, in] -> int32 [out, in * bits / 32], the last element padded with zero bits."""
+    """Pack signed values [out, in] into int32 [out, in * bits / 32]; the last element is padded with zero bits."""
     per_word = WORD // bits
     shifted = (values.astype(np.int32) + (1 << (bits - 1))).astype(np.uint32)
     shifted = np.pad(shifted, ((0, 0), (0, -values.shape[1] % per_word))).reshape(len(values), -1, per_word)
@@ -99,7 +108,7 @@ def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_words(words: np.ndarray, inputs: int, bits: int) -> np.ndarray:
-    """Inverse of `pack_words`."""
+    """Unpack int32 elements to signed values [out, in]; inverse of `pack_words`."""
     shifts = bits * np.arange(WORD // bits, dtype=np.uint32)
     parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & ((1 << bits) - 1)
     return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - (1 << (bits - 1))).astype(np.int8)
@@ -136,10 +145,15 @@ def _config(bits: int, group: int, activations: str, untouched: list[str]) -> di
 
 
 def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors with the quantized layers dequantized when they are read.
+    """Return the tensors with quantized layers replaced by tensors that dequantize when they are read.
+
+    Args:
+        where: Name of the source in error messages.
+        settings: The `quantization_config` of the model.
+        tensors: The stored tensors.
 
     Raises:
-      RequestError: another method, or a scheme that is not symmetric integers with scales.
+        RequestError: If the method is another one, or a scheme is not symmetric integers with scales.
     """
     schemes: list[Any] = []
     method, kind = (settings.get(k, "") if isinstance(settings, dict) else "" for k in ("quant_method", "format"))
@@ -177,7 +191,7 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _dense(where: str, name: str, shape: tuple[int, ...], scale: Tensor, read: Any) -> Tensor:
-    rows, groups = (*scale.shape, 1, 1)[:2]  # one for all, one an output, or one a group of its inputs
+    rows, groups = (*scale.shape, 1, 1)[:2]  # one scale per tensor, per output, or per group of inputs
     if len(shape) != 2 or len(scale.shape) > 2 or rows not in (1, shape[0]) or not groups or shape[1] % groups:
         raise RequestError(f"{where}: {name}_scale is {list(scale.shape)}, which does not fit {name} {list(shape)}")
 

@@ -1,4 +1,4 @@
-"""`export`: an artifact becomes files that others load; they are read back and must answer as the artifact does."""
+"""`export`: write an artifact in another format, then read it back and compare its outputs with the artifact's."""
 
 from __future__ import annotations
 
@@ -41,25 +41,26 @@ def run(
     shard_bytes: int = folders.SHARD_BYTES,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Writes the artifact `source` to `out` and proves that what was written answers the same.
+    """Write the artifact `source` to `out` and verify that the written model gives the same outputs.
 
     Args:
-      source: an artifact.
-      out: a new folder, or for GGUF a new file; appears whole or not at all.
-      to: "hf" (dense weights), "compressed-tensors" (a quantized artifact's integers), "peft" (a low-rank adapter) or
-        "gguf".
-      dtype: of the weights; as they are where empty (quantized weights: their scales' type).
-      kind: for GGUF: f32, f16, q8_0, q4_0 or q4_1.
-      shard_bytes: largest file of tensors.
-      say: hears one line about what is noteworthy.
+        source: Folder of an artifact.
+        out: A new folder, or a new file for GGUF. It appears only after everything was written and verified.
+        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact), "peft" (a low-rank adapter)
+            or "gguf".
+        dtype: Dtype of the written weights. If empty, weights keep theirs, and quantized weights take that of their
+            scales.
+        kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
+        shard_bytes: Largest size of a weight file in bytes.
+        say: Called with one line of text for each message to the user.
 
     Returns:
-      {"artifact", "digest", "format", "out", "files", "bytes", "parity"}; parity is the largest difference between the
-      artifact's answers and those of the weights read back.
+        {"artifact", "digest", "format", "out", "files", "bytes", "parity"}; parity is the largest difference between
+        the outputs of the artifact and those of the weights read back.
 
     Raises:
-      RequestError: the artifact has no counterpart in that format, or `out` is taken.
-      WorkError: what was written answers differently; it is removed.
+        RequestError: If the artifact has no counterpart in that format, or `out` exists.
+        WorkError: If the written model gives other outputs; it is removed.
     """
     if to not in FORMATS:
         raise RequestError(f"--to {to}: not a known format; known: {', '.join(FORMATS)}")
@@ -132,14 +133,14 @@ FREE = {
     "head_bias",
     "attn_scale",
 }
-"""Fields that a format may say in other words without changing what is computed; the answers prove it."""
+"""Fields that a format may express differently for the same function; the comparison of outputs covers them."""
 
 
 def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
-    """Every weight as it is meant to be written: a narrower type, where one is asked for, is not a difference.
+    """Cast the weights to the dtype in which they are written, so that rounding to it does not count as a difference.
 
-    Where matrices are `packed` integers, these stay. Activations are not rounded here: that is for whoever runs the
-    exported weights.
+    If matrices are `packed` integers, they stay quantized. Activations are not rounded, because the program that runs
+    the exported weights does that.
     """
 
     def cast(path: str, w: Any) -> Any:
@@ -162,7 +163,7 @@ def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], 
 
 
 def sentence_transformer(cfg: ModelConfig, folder: Path) -> None:
-    """The files from which sentence-transformers knows how to pool and normalize."""
+    """Write the config files from which sentence-transformers reads the pooling and the normalization."""
     import json
 
     modes = {flag: cfg.pooling == pooling for pooling, flag in SENTENCE.items()}

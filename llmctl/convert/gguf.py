@@ -1,7 +1,11 @@
-"""GGUF files, as llama.cpp reads them: their metadata as a config.json, their tensors under the names of transformers.
+"""GGUF files of llama.cpp: read their metadata as a config.json and their tensors under the names of transformers.
 
-What differs from a Hugging Face folder: names; rows of queries and keys of the "llama" architecture are permuted for
-interleaved rotary positions; Gemma's norms are stored with the 1 added; llama3's rotary scaling is a tensor of factors.
+They differ from a Hugging Face folder in four points:
+
+- Tensors have other names.
+- The "llama" architecture permutes the rows of queries and keys for interleaved rotary positions.
+- Gemma's norms include the added 1.
+- The rotary scaling of llama3 is a tensor of factors.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from llmctl.convert.lazy_tensors import Tensor
 from llmctl.model.families.llama import LLAMA3_ROPE
 
 TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-"""Their architecture -> model_type."""
+"""Architecture name of llama.cpp -> model_type of transformers."""
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
 
 PLAIN = {
@@ -38,12 +42,16 @@ GEMMA = PLAIN | {
 
 
 def stems(model_type: str) -> dict[str, str]:
-    """Their stem -> the name in transformers, of one architecture."""
+    """Return {tensor name of llama.cpp without layer and suffix: name in transformers} of one architecture."""
     return GEMMA if model_type.startswith("gemma") else PLAIN
 
 
 def library() -> Any:
-    """The gguf package. Raises RequestError where it is not installed."""
+    """Import the gguf package.
+
+    Raises:
+        RequestError: If it is not installed.
+    """
     try:
         import gguf
     except ImportError:
@@ -52,10 +60,14 @@ def library() -> Any:
 
 
 def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
-    """What a GGUF file holds, its tensors dequantized when they are read. `drop`: tensors to leave out, by either name.
+    """Inspect a GGUF file; its tensors are dequantized when they are read.
+
+    Args:
+        file: The file.
+        drop: Regular expressions of tensors to leave out, by either name.
 
     Raises:
-      RequestError: no such file, damaged, an architecture or tensor that is not understood.
+        RequestError: If the file is absent or damaged, or an architecture or tensor is unknown.
     """
     metadata, stored = _open(file)
     architecture = metadata.get("general.architecture")
@@ -87,13 +99,16 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         stored = {t.name: _tensor(file, t) for t in reader.tensors}
     except RequestError:
         raise
-    except Exception as e:  # the reader raises whatever numpy does for a damaged file
+    except Exception as e:  # the reader raises many exception types for a damaged file
         raise RequestError(f"{file}: not a readable GGUF file ({e}); fetch it again") from None
     return metadata, stored
 
 
 def _bounded(reader: Any) -> Any:
-    """A reader that stops at the end of its file. Left alone it reads on there, as often as a header demands."""
+    """Return a subclass of the reader that raises at the end of the file.
+
+    The original continues to read there as often as a damaged header demands.
+    """
 
     class Bounded(reader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> np.ndarray:
@@ -127,7 +142,7 @@ def _rename(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, Any], factors: Tensor | None) -> Any:
-    """The metadata as a config.json of transformers."""
+    """Convert the metadata to a config.json of transformers."""
 
     def take(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
@@ -160,7 +175,7 @@ def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, 
         config["sliding_window"] = take("attention.sliding_window", 4096)
         config["attn_logit_softcapping"] = metadata.get(f"{architecture}.attn_logit_softcapping")
         config["final_logit_softcapping"] = metadata.get(f"{architecture}.final_logit_softcapping")
-        # llama.cpp knows the scale of the two sizes that differ from their head's width by the number of layers.
+        # llama.cpp identifies the two sizes with another attention scale by their number of layers.
         largest = {("gemma2", 46): width // heads, ("gemma3_text", 62): width // heads}
         config["query_pre_attn_scalar"] = largest.get((model_type, take("block_count")), head_dim)
     elif model_type == "qwen3":
@@ -170,7 +185,7 @@ def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, 
 
 
 def _short(x: float) -> float:
-    """A float32 as people wrote it: 1e-5, not 9.999999747378752e-06."""
+    """Return a float32 as its shortest decimal: 1e-5, not 9.999999747378752e-06."""
     return float(np.format_float_scientific(np.float32(x), trim="-"))
 
 
@@ -195,7 +210,7 @@ def _scaling(
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """What every rotary frequency is divided by under llama3 scaling [K/2]."""
+    """Return the divisor of every rotary frequency under llama3 scaling, float32 [K/2]."""
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -204,7 +219,7 @@ def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> n
 
 
 def heads_of(config: Mapping[str, Any], name: str) -> int:
-    """Heads of a query or key projection, by its name in transformers; 0 for another tensor."""
+    """Return the number of heads of a query or key projection, by its transformers name; 0 for other tensors."""
     if re.search(r"self_attn\.q_proj\.", name):
         return config["num_attention_heads"]
     return config["num_key_value_heads"] if re.search(r"self_attn\.k_proj\.", name) else 0
@@ -220,16 +235,20 @@ def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor)
 
 
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection [H*K, …] from halves to pairs, as llama.cpp rotates them."""
+    """Permute the rows of a query or key projection [H*K, …] from halves to the interleaved pairs of llama.cpp."""
     return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Inverse of `interleaved`."""
+    """Permute the rows from interleaved pairs to halves; inverse of `interleaved`."""
     return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def tokenizer(file: Path, work: Path) -> Path:
-    """The file's vocabulary as a tokenizer's file in `work`. Raises RequestError for a kind that is not understood."""
+    """Write the file's vocabulary as a tokenizer file into `work`, and return its path.
+
+    Raises:
+        RequestError: If the kind of vocabulary is unknown.
+    """
     library()
     return gguf_vocabulary.read(file, work)

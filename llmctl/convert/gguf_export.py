@@ -1,4 +1,4 @@
-"""GGUF files on the way out: an artifact's weights under llama.cpp's names, rounded as a kind of file rounds them."""
+"""GGUF export: write an artifact's weights under llama.cpp's names, rounded to the precision of the file."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ ARCHITECTURES = {v: k for k, v in TYPES.items()} | {"mistral": "llama"}
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
 BLOCK = 32
-"""Inputs that share a scale in the quantized kinds."""
+"""Number of inputs that share a scale in the quantized kinds."""
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """How a tensor (by its name in transformers) is stored: vectors in float32, a table of a 4-bit file in 8 bits."""
+    """Return the storage kind of a tensor, by its transformers name.
+
+    Vectors are float32. Embedding tables of a 4-bit file have 8 bits.
+    """
     if len(shape) < 2 or kind == "f32":
         return "f32"
     if shape[-1] % BLOCK and kind.startswith("q"):
@@ -38,10 +41,13 @@ def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
 
 
 def write(found: Artifact, file: Path, kind: str) -> str:
-    """Writes an artifact's model and vocabulary; returns what llama.cpp will do otherwise, or nothing.
+    """Write an artifact's model and vocabulary to a GGUF file.
+
+    Returns:
+        A description of how llama.cpp will deviate from llmctl; empty if it will not.
 
     Raises:
-      RequestError: an unknown kind, a family that GGUF has no architecture for, settings that it cannot say.
+        RequestError: If the kind is unknown, or GGUF cannot express the family or one of its settings.
     """
     gguf = library()
     cfg = found.model
@@ -83,7 +89,8 @@ def write(found: Artifact, file: Path, kind: str) -> str:
 
 def _refuse(cfg: ModelConfig, architecture: str) -> None:
     every = {"gemma2": 2, "gemma3": 6}.get(architecture)
-    # llama.cpp runs Mistral without its window: exact up to that many tokens, so the context ends there.
+    # llama.cpp runs Mistral without its window. This is exact up to `window` tokens, so the context length is limited
+    # to it.
     odd = every is None or bool(cfg.window_layers) or cfg.window_every != every
     if cfg.window and odd and cfg.family != "mistral":
         raise RequestError("GGUF has no place for this pattern of windows; nothing was written")
@@ -138,7 +145,7 @@ def _to_gguf(name: str, table: Mapping[str, str]) -> str:
 
 
 def expected(found: Artifact, kind: str, batch: dict[str, jax.Array]) -> jax.Array:
-    """The artifact's answers with its weights rounded as this kind rounds them: what the file must answer."""
+    """Compute the artifact's outputs with weights rounded as `kind` rounds them; the file must reproduce them."""
     quants, cfg = library().quants, found.model
     flat = {}
     for path, w in weights.flatten(found.params).items():

@@ -1,4 +1,4 @@
-"""Vocabularies inside GGUF files: byte-level BPE as a tokenizer.json, SentencePiece as a tokenizer.model, and back."""
+"""Vocabularies of GGUF files: byte-level BPE to and from tokenizer.json, SentencePiece to and from tokenizer.model."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from llmctl.data.tokenizers.sentencepieces import SentencePieces
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
-"""Kinds of tokens; SentencePiece's own numbers."""
+"""Token types, with the numbers of SentencePiece."""
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"llama-bpe": CONTRACTIONS + r"\p{N}{1,3}" + REST, "qwen2": CONTRACTIONS + r"\p{N}" + REST}
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 WHOLE = ("gpt-2", "default")
-"""How text is cut before the merges, by the name that llama.cpp gives it."""
+"""Pre-tokenization patterns, by the names that llama.cpp gives them."""
 
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
 def read(file: Path, work: Path) -> Path:
-    """Writes the vocabulary of a GGUF file into `work` and returns that folder.
+    """Write the vocabulary of a GGUF file into `work`, and return that folder.
 
     Raises:
-      RequestError: a kind of vocabulary that is not understood.
+        RequestError: If the kind of vocabulary is unknown.
     """
     import gguf
 
@@ -44,7 +44,7 @@ def read(file: Path, work: Path) -> Path:
     if kind == "gpt2":
         special = {name: tokens[i] for name, key in SPECIAL.items() if (i := get(key)) is not None}
         made = _bpe(file, get("pre", "default"), tokens, kinds, get("merges", []))
-        # where a file does not say, llama.cpp goes by how it cuts text
+        # without this key, llama.cpp decides by the pre-tokenizer
         words = JsonTokenizer(made, bool(get("add_bos_token", get("pre") == "llama-bpe")), special)
         words.save(_epath(work))
     elif kind == "llama":
@@ -101,7 +101,7 @@ def _bpe(file: Path, pre: str, tokens: list[str], kinds: list[int], merges: list
 
 
 def _protobuf() -> Any:
-    """SentencePiece's own description of its files."""
+    """Return the protobuf classes of the SentencePiece file format."""
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2
@@ -129,12 +129,18 @@ def _sentencepiece(tokens: list[str], scores: list[float] | None, kinds: list[in
 
 
 def write(writer: Any, folder: Path, rows: int) -> str:
-    """Adds an artifact's tokenizer to a GGUF writer, filled up to the `rows` of the model's table.
+    """Add an artifact's tokenizer to a GGUF writer.
 
-    Returns where llmctl and llama.cpp cut text differently; empty where they do not.
+    Args:
+        writer: A `gguf.GGUFWriter`.
+        folder: Folder of the tokenizer.
+        rows: Number of rows of the model's embedding table. The vocabulary is padded to it.
+
+    Returns:
+        A description of how llama.cpp tokenizes differently from llmctl; empty if it does not.
 
     Raises:
-      RequestError: a tokenizer that GGUF has no kind for.
+        RequestError: If GGUF cannot express the tokenizer.
     """
     if not (folder / DESCRIPTOR).is_file():
         return "the artifact has no tokenizer, and neither has the file"
@@ -159,7 +165,7 @@ def write(writer: Any, folder: Path, rows: int) -> str:
 
 
 def _difference(words: SentencePieces) -> str:
-    """What llama.cpp leaves out of SentencePiece: seen by comparing the two on text."""
+    """Describe the parts of SentencePiece that llama.cpp does not implement; found by comparing the two on text."""
     pb = _protobuf()
     model = pb.ModelProto.FromString(words.model)
     if model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM:
@@ -189,7 +195,7 @@ def _write_bpe(writer: Any, words: JsonTokenizer, where: str) -> tuple[list[str]
 
 
 def _pre(cut: Any, where: str) -> str:
-    """llama.cpp's name for how a tokenizer.json cuts text."""
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json."""
     steps = (cut or {}).get("pretokenizers", [cut] if cut else [])
     kinds = [s["type"] for s in steps]
     if kinds == ["ByteLevel"]:

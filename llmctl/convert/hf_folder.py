@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors into a model, and a model into such a folder."""
+"""Hugging Face folders: read config.json and safetensors into a model, and write a model as such a folder."""
 
 from __future__ import annotations
 
@@ -26,23 +26,27 @@ POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first
 
 @dataclass(frozen=True)
 class Found:
-    """A model in a folder, its arrays not read yet."""
+    """Model found in a folder; its arrays are not read yet."""
 
     model: ModelConfig
     tensors: Tensors
     wanted: dict[str, name_map.Joint]
     labels: list[str]
     config: Fields
-    """Their config.json."""
+    """The config.json of the folder."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that will be read."""
+        """Size in bytes of the tensors that will be read."""
         return sum(self.tensors[n].nbytes for n in self.wanted)
 
 
 def read_json(path: Path) -> Fields:
-    """A JSON object. Raises RequestError where there is none."""
+    """Read a JSON object from a file.
+
+    Raises:
+        RequestError: If the file is absent, unreadable, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -55,15 +59,16 @@ def read_json(path: Path) -> Fields:
 
 
 def look(folder: Path, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Found:
-    """What a folder holds, checked by its headers: nothing is read but names and shapes.
+    """Inspect a Hugging Face folder and check it by its headers; only names and shapes are read.
 
     Args:
-      folder: config.json and safetensors, single or with an index.
-      ignore: keys of config.json that are known not to matter.
-      drop: regular expressions of tensors to leave out.
+        folder: Folder with config.json and safetensors, as a single file or shards with an index.
+        ignore: Keys of config.json that are known to be irrelevant.
+        drop: Regular expressions of tensors to leave out.
 
     Raises:
-      RequestError: an unknown architecture or key, a pickle, a damaged file, tensors that contradict the config.
+        RequestError: If an architecture or key is unknown, the weights are a pickle, a file is damaged, or tensors
+            contradict the config.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
@@ -74,7 +79,7 @@ def look(folder: Path, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ())
 def understand(
     folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()
 ) -> Found:
-    """`look`, with the config and the tensors in hand."""
+    """Check a config and its tensors; the part of `look` after reading the files."""
     where = folder / CONFIG
     known = architectures.bridges()
     if config.get("model_type") not in list(known):
@@ -113,7 +118,7 @@ def understand(
 
 
 def _now(bridge: Bridge, name: str) -> str:
-    """A tensor's name in today's words."""
+    """Return the current name of a tensor that has an outdated name."""
     return next((name.removesuffix(old) + new for old, new in bridge.renamed.items() if name.endswith(old)), name)
 
 
@@ -139,7 +144,7 @@ def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tupl
     if not found:
         known = sorted({h.architecture for h in bridge.heads.values()})
         raise RequestError(f"{where}: architecture {name} is not known; known: {', '.join(known)}")
-    # BERT's own files say that they fill masks, and hold the next-sentence head too.
+    # BERT's original files declare masked language modelling only, but also hold the next-sentence head.
     both = bridge.heads.get(f"{found[0][0]}+next_sentence")
     if both and all(n in tensors for n in both.names.values() if n not in found[0][1].names.values()):
         return f"{found[0][0]}+next_sentence", both
@@ -148,7 +153,7 @@ def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tupl
 
 
 def _labels(where: Path, config: Fields) -> list[str]:
-    """Names of the classes; transformers has two where it says nothing."""
+    """Return the names of the classes; transformers has two classes by default."""
     given = config.get("id2label")
     try:
         if isinstance(given, dict):
@@ -159,7 +164,7 @@ def _labels(where: Path, config: Fields) -> list[str]:
 
 
 def _pooling(folder: Path) -> str:
-    """How sentence-transformers pools this model's tokens; the mean where it does not say."""
+    """Return the pooling that the sentence-transformers files declare; the default is the mean."""
     files = [f for f in sorted(folder.glob("*_Pooling/config.json")) if f.is_file()]
     if not files:
         return "mean"
@@ -170,12 +175,15 @@ def _pooling(folder: Path) -> str:
 
 
 def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, config: Fields) -> ModelConfig:
-    """Settings that only the tensors tell: two tables that differ are not tied; a pooler may have been left out."""
+    """Set the fields that only the tensors determine.
+
+    Embedding and output tables that differ are untied. A pooler may be absent.
+    """
     update: Fields = {}
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
     if model.head == "lm" and table_out and table_out in tensors:
         update["tied"] = model.tied and _same(tensors[table_out], tensors.get(table_in))
-    elif model.head == "lm" and model.family == "t5":  # transformers 5 ties whatever is not stored apart
+    elif model.head == "lm" and model.family == "t5":  # transformers 5 ties all tables that are not stored separately
         update["tied"] = True
     if model.head == "embed" and model.pooler:
         update["pooler"] = table["head/pooler/kernel"] in tensors
@@ -187,7 +195,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
-    """Tensors that repeat another one: the family's, and a tied output table."""
+    """Return tensors that duplicate another one: those of the family, and a tied output table."""
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}
     if model.tied and model.head == "lm" and table.get("lm_head/kernel") in tensors:
         copies[table["lm_head/kernel"]] = table["embed/tokens"]
@@ -206,7 +214,7 @@ def load(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """The parameters of what `look` found, one at a time to where `place` puts them."""
+    """Read the parameters of a Found model one at a time, and return what `place` makes of them."""
     return name_map.read(found.model, found.wanted, found.tensors, place, dtype=dtype, wrote=wrote)
 
 
@@ -214,20 +222,25 @@ def load(
 
 
 def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str) -> Fields:
-    """The config.json of a model.
+    """Create the config.json of a model.
 
     Args:
-      model: the model.
-      labels: names of its classes.
-      tokens: ids of special tokens ("bos_token_id", …).
-      dtype: type of its weights, by name.
+        model: Config of the model.
+        labels: Names of its classes.
+        tokens: Ids of special tokens ("bos_token_id", …).
+        dtype: Name of the dtype of its weights.
 
     Raises:
-      RequestError: the family's format cannot express this config.
+        RequestError: If the family's format cannot express this config.
+
+    Example:
+        >>> config = config_of(ModelConfig(preset="llama-tiny"), [], {"eos_token_id": 2}, "bfloat16")
+        >>> config["architectures"], config["hidden_size"], config["eos_token_id"]
+        (['LlamaForCausalLM'], 128, 2)
     """
     bridge, head = architectures.of(model)
     needed = dict(head.fields)
-    if model.head == "embed":  # the pooler may be left out, and pooling is not in this file
+    if model.head == "embed":  # the pooler is optional, and pooling is stored in another file
         needed.pop("pooler", None)
     odd = [f"{k} = {getattr(model, k)!r}" for k, v in needed.items() if getattr(model, k) != v]
     if odd:
@@ -243,7 +256,7 @@ def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str)
 
 
 def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of a model under the names of the other side, none of them fetched yet."""
+    """Return the tensors of a model under their Hugging Face names; none is copied to the host yet."""
     bridge, head = architectures.of(model)
     return name_map.write(params, name_map.joints(model, bridge, head, bare=model.head == "embed"), dtype)
 
@@ -255,7 +268,7 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes config.json and the tensors, one of them in memory at a time."""
+    """Write config.json and the tensors, with one tensor in host memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.write_folder(folder, dict(sorted(tensors.items())), shard_bytes, wrote)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`import`: a model from elsewhere becomes an artifact, shown to be the same model where a reference is given."""
+"""`import`: convert a model from another format to an artifact, and compare its outputs with an optional reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 REFERENCE = "reference.safetensors"
-"""In the folder: {input_ids, logits} that the imported model must reproduce."""
+"""File in the folder with {input_ids, logits} that the imported model must reproduce."""
 
 
 def run(
@@ -40,29 +40,38 @@ def run(
     name: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Makes the artifact `out` of a Hugging Face folder or a GGUF file.
+    """Convert a Hugging Face folder or a GGUF file to the artifact `out`.
 
-    Everything is checked by headers before anything is read. Parameters are read and written one at a time; a run that
-    was killed goes on after the last one that it wrote.
+    All headers are checked before any tensor is read. Parameters are read and written one at a time. After a kill, the
+    same call resumes after the last written parameter.
 
     Args:
-      source: the folder, or the file.
-      out: the artifact's folder; appears whole or not at all.
-      dtype: of the parameters; as stored where empty (GGUF: float32).
-      tokenizer: a folder or file with another tokenizer than the source's.
-      reference: logits to reproduce; `reference.safetensors` of the folder by default, where it has one.
-      ignore: keys of config.json that are known not to matter.
-      drop: regular expressions of tensors to leave out.
-      name: of the artifact; the folder's by default.
-      say: hears one line about what is noteworthy.
+        source: The folder or file.
+        out: Folder of the artifact. It appears only after everything was written.
+        dtype: Dtype of the parameters; as stored if empty (float32 for GGUF).
+        tokenizer: Folder or file of a tokenizer that replaces the source's.
+        reference: File with logits to reproduce; `reference.safetensors` of the folder by default, if it exists.
+        ignore: Keys of config.json that are known to be irrelevant.
+        drop: Regular expressions of tensors to leave out.
+        name: Name of the artifact; that of the folder by default.
+        say: Called with one line of text for each message to the user.
 
     Returns:
-      {"artifact", "family", "parameters", "bytes", "digest", "source", "tokenizer", "parity"}; parity is the largest
-      difference from the reference, or None.
+        {"artifact", "family", "parameters", "bytes", "digest", "source", "tokenizer", "parity"}; parity is the largest
+        difference from the reference, or None.
 
     Raises:
-      RequestError: whatever is wrong with the source, in one line; `out` holds something else than an artifact, or the
-        source. Nothing is written then.
+        RequestError: If the source has a defect, or `out` holds something other than an artifact, or the source.
+            Nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> work, cfg = tempfile.TemporaryDirectory(), ModelConfig(preset="llama-tiny", layers=1, vocab_size=64)
+        >>> tensors = folders.tensors_of(cfg, functional.init(cfg, jax.random.key(0)))
+        >>> folders.save(Path(work.name) / "hf", folders.config_of(cfg, [], {}, "float32"), tensors)
+        >>> run(Path(work.name) / "hf", Path(work.name) / "artifact")["family"]
+        'llama'
+        >>> work.cleanup()
     """
     artifact.check_place(out, source)
     kind = lazy_tensors.dtype(dtype) if dtype else None
@@ -131,12 +140,13 @@ def _report(out: Path, manifest: artifact.Manifest, source: Path, delta: float |
 
 
 def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
-    """Makes the artifact `out` of a base and an adapter in PEFT's format, its pairs unmerged.
+    """Create the artifact `out` from a base and an adapter in PEFT's format; its low-rank pairs stay unmerged.
 
-    Returns as `run` does.
+    Returns:
+        The same report as `run`.
 
     Raises:
-      RequestError: an adapter that is not plain LoRA or does not fit the base.
+        RequestError: If the adapter is not plain LoRA or does not fit the base.
     """
     artifact.check_place(out, source, base)
     found = artifact.load(base)
@@ -157,19 +167,22 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
 
 
 def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> name_map.Place:
-    """Puts parameters on a mesh (the default one), each where the rules say; every device's part is read alone."""
+    """Return a function that puts parameters on a mesh (the default mesh if None), sharded by the rules.
+
+    Every device's shard is read separately.
+    """
     where = shardings(cfg, mesh)
     return lambda path, w: jax.make_array_from_callback(w.shape, where[path], lambda i: w.read(i or ()))
 
 
 def shardings(cfg: ModelConfig, mesh: MeshConfig | None = None) -> dict[str, Any]:
-    """Where every parameter lies on a mesh (the default one), by its path."""
+    """Return the sharding of every parameter on a mesh (the default mesh if None), by its path."""
     return weights.flatten(functional.shardings(cfg, functional.abstract(cfg), meshes.make(mesh or MeshConfig())))
 
 
 @contextlib.contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of bytes on stderr, where that is a terminal."""
+    """Show a progress bar in bytes on stderr, if stderr is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -178,7 +191,7 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _key(source: Path, dtype: str) -> str:
-    """Equal for equal files: later stages are keyed by it."""
+    """Return a hash of the source's files; later stages are keyed by it."""
     files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
     total = hashlib.sha256(f"import:{dtype}\n".encode())
     for file in files:

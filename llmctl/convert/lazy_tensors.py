@@ -1,4 +1,4 @@
-"""Tensors that are not in memory yet: what a file holds, by name, and what is about to be written."""
+"""Lazy tensors: shape and dtype of tensors in a file, or of tensors to write, with a function that reads the values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from llmctl.config.errors import RequestError
 
 SHOWN = 6
-"""Names that an error lists before it counts the rest."""
+"""Maximum number of names that an error message lists."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor, read when it is asked for."""
+    """Tensor whose values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -26,7 +26,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -34,12 +34,12 @@ Tensors = Mapping[str, Tensor]
 
 
 def of_array(array: np.ndarray) -> Tensor:
-    """An array as a tensor."""
+    """Wrap an array as a Tensor."""
     return Tensor(tuple(array.shape), array.dtype, lambda: array)
 
 
 def listed(names: Iterable[str]) -> str:
-    """Some names and how many more there are."""
+    """Join the first names and the number of the others for an error message."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -53,7 +53,11 @@ DTYPES: dict[str, Any] = {
 
 
 def dtype(name: str) -> np.dtype:
-    """A floating type by name. Raises RequestError for another name."""
+    """Return a floating-point dtype by name.
+
+    Raises:
+        RequestError: If the name is another one.
+    """
     if name not in DTYPES:
         raise RequestError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]

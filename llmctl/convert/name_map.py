@@ -1,6 +1,14 @@
-"""A family's name map applied: their tensors into our tree, and our tree as their tensors, one at a time.
+"""Name-map conversion: assemble parameters from the tensors of another format, and split them back, one at a time.
 
-Our layers are stacked on axis 0 and our matrices are [in, out]; what differs on the other side is in the name map.
+Our parameters stack layers on axis 0, and our matrices are [in, out]. The name map describes how the other format
+differs.
+
+Example:
+    >>> from llmctl.convert import architectures
+    >>> cfg = ModelConfig(preset="llama-tiny")
+    >>> query = joints(cfg, *architectures.of(cfg))["model.layers.0.self_attn.q_proj.weight"].slots[0]
+    >>> query.path, query.layer, query.shape, query.transposed
+    ('decoder/blocks/attn/q/kernel', 0, (128, 128), True)
 """
 
 from __future__ import annotations
@@ -24,52 +32,58 @@ from llmctl.model.hf_config import Bridge, Head
 
 @dataclass(frozen=True)
 class Pending:
-    """One of our parameters, in their tensors still; a device's part of it is read alone."""
+    """One of our parameters, not read yet. The shard of each device can be read separately."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[tuple[slice, ...]], np.ndarray]
-    """Index of a part -> the part; () is the whole."""
+    """Function from the index of a shard to its values; the index () means the whole parameter."""
 
 
 Place = Callable[[str, Pending], Any]
-"""(our path, parameter) -> the array where it is to stay."""
+"""Function of (our path, parameter) that reads the parameter and returns the placed array."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One of our matrices or vectors as a piece of one of their tensors."""
+    """One matrix or vector of ours as a slice of a tensor in the other format."""
 
     path: str
-    """Our parameter."""
+    """Path of our parameter."""
     layer: int
-    """Its layer, or -1 where it is not stacked."""
+    """Index of the layer; -1 if the parameter is not stacked."""
     shape: tuple[int, ...]
-    """Our shape, without layers."""
+    """Shape of one layer of our parameter."""
     first: int
-    """Where its outputs begin in their tensor."""
+    """Offset of its outputs in the tensor."""
     transposed: bool
 
 
 @dataclass(frozen=True)
 class Joint:
-    """One of their tensors: the pieces of ours that it is made of, along our last axis."""
+    """One tensor of the other format: our slots concatenated along our last axis."""
 
     slots: tuple[Slot, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """Shape of the tensor in the other format."""
         first = self.slots[0]
         ours = (*first.shape[:-1], sum(s.shape[-1] for s in self.slots))
         return ours[::-1] if first.transposed else ours
 
 
 def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, Joint]:
-    """Every tensor that the other side has for this config, by its name there.
+    """Return every tensor that the other format has for this config, by its name there.
+
+    Args:
+        cfg: Config of the model.
+        bridge: Bridge of its family.
+        head: Head of the bridge.
+        bare: True to omit the prefix of the network's names, as base models do.
 
     Raises:
-      RequestError: the config has parameters that the name map does not know.
+        RequestError: If the name map lacks a parameter of the config.
     """
     table = bridge.table(cfg, head, bare)
     expected = weights.flatten(functional.abstract(cfg))
@@ -106,15 +120,17 @@ def read(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Our parameters from their tensors; what one device holds of one parameter is in host memory at a time.
+    """Assemble our parameters from tensors of the other format.
+
+    Host memory holds one device's shard of one parameter at a time.
 
     Args:
-      cfg: the model that the tensors are of.
-      wanted: what `joints` says of it.
-      tensors: theirs, checked by `check`.
-      place: reads a parameter and puts it where it is to stay.
-      dtype: of all floating parameters; theirs where None.
-      wrote: hears the bytes of every tensor that was read.
+        cfg: Config of the model.
+        wanted: Result of `joints` for it.
+        tensors: Tensors that passed `check`.
+        place: Function that reads a parameter and puts it on its devices.
+        dtype: Dtype of all parameters; that of the tensors if None.
+        wrote: Called with the size in bytes of every slice that was read.
     """
     pieces: dict[str, list[tuple[Slot, str]]] = {}
     for name, joint in wanted.items():
@@ -136,7 +152,7 @@ def _part(
     wrote: Callable[[int], None],
     index: tuple[slice, ...] = (),
 ) -> np.ndarray:
-    """Part of one of our parameters. Files are mapped, so only what the part needs is read."""
+    """Read a shard of one parameter. Files are memory-mapped, so only the bytes of the shard are read."""
     ranges = [range(n)[s] for n, s in zip(shape, index or (slice(None),) * len(shape), strict=True)]
     out = np.empty([len(r) for r in ranges], dtype)
     for slot, name in sources:
@@ -153,10 +169,10 @@ def _part(
 
 
 def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:
-    """Every wanted tensor is there with its shape, and no other but those whose names match `ignored`.
+    """Check that every wanted tensor exists with its shape, and no other except those that match `ignored`.
 
     Raises:
-      RequestError: names what is missing, what is not understood and what has another shape.
+        RequestError: If tensors are missing, unknown, of another shape, or not floating-point.
     """
     problems = []
     if missing := [n for n in wanted if n not in tensors]:
@@ -176,9 +192,9 @@ def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tu
 
 
 def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype | None = None) -> dict[str, Tensor]:
-    """Our parameters as their tensors, each brought to the host when it is read.
+    """Return our parameters as tensors of the other format, each copied to the host when it is read.
 
-    Quantized and low-rank weights are written as the dense arrays that they stand for.
+    Quantized and low-rank weights are written as dense arrays.
     """
     flat = weights.flatten(params)
 
@@ -203,7 +219,10 @@ def _slice(w: Any, layer: int, dtype: np.dtype) -> np.ndarray:
 
 
 def host(a: jax.Array, layer: int = -1) -> np.ndarray:
-    """One layer of a stacked array (-1: the whole) on the host. On a CPU that is a view; elsewhere only it travels."""
+    """Copy one layer of a stacked array (all layers if -1) to the host.
+
+    On a CPU this is a view. On other devices only the layer is transferred.
+    """
     if len(a.devices()) == 1 and next(iter(a.devices())).platform == "cpu":
         whole = np.asarray(a)
         return whole if layer < 0 else whole[layer]

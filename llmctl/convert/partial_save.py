@@ -1,7 +1,7 @@
-"""Parameters on their way into an artifact, written one at a time: the peak is one parameter, and a kill costs one.
+"""Incremental save of an artifact's parameters: at most one parameter is in memory, and a kill loses at most one.
 
-What is written lies beside the artifact's place under the key of its source. The same import finds it there and goes
-on; another one begins anew.
+The parameters are written to a folder next to the artifact's path, together with a key of the source. The same import
+resumes from this folder. An import with another key deletes it and starts again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from llmctl.model import weights
 
 @contextlib.contextmanager
 def opened(out: Path, key: str) -> Iterator[Stream]:
-    """The stream of an artifact that is to be `out`, of the source that `key` stands for.
+    """Open the stream of parameters for the artifact `out`.
 
-    It is gone afterwards, also where something fails; only a process that is killed or interrupted leaves it.
+    The folder is deleted at the end, also after an exception. It remains only if the process is killed or interrupted.
+
+    Args:
+        out: Folder of the future artifact.
+        key: Identity of the source and the settings.
     """
     stream = Stream(out, key)
     try:
@@ -41,10 +45,15 @@ def opened(out: Path, key: str) -> Iterator[Stream]:
 
 
 class Stream:
-    """A folder of parameters that grows. Each is committed whole, and noted down, before the next is read."""
+    """Folder of parameters that are written one by one. Each is committed and recorded before the next is read."""
 
     def __init__(self, out: Path, key: str) -> None:
-        """`out` is the artifact's place; `key` says what the parameters come from."""
+        """Open or create the folder.
+
+        Args:
+            out: Folder of the future artifact.
+            key: Identity of the source; parameters under another key are deleted.
+        """
         self.folder = out.parent / f".{out.name}.import"
         self._arrays, self._log, said = (self.folder / name for name in ("arrays", "written", "key"))
         taken = self._arrays.exists() and not (self._arrays / "state").exists()  # killed while it became an artifact
@@ -53,11 +62,16 @@ class Stream:
             self.folder.mkdir(parents=True)
             said.write_text(key)
         self.before = set(self._log.read_text().splitlines()) if self._log.is_file() else set()
-        """Parameters that an earlier process has written."""
+        """Paths of the parameters that an earlier process wrote."""
         self._targets: dict[str, jax.ShapeDtypeStruct] = {}
 
     def place(self, placer: name_map.Place, passed: Callable[[int], None]) -> name_map.Place:
-        """Writes parameters instead of keeping them; `passed` hears the bytes of those that are written already."""
+        """Return a function that writes parameters instead of keeping them.
+
+        Args:
+            placer: Function that reads a parameter onto its devices.
+            passed: Called with the size in bytes of each parameter that was written before.
+        """
 
         def write(path: str, w: name_map.Pending) -> None:
             from orbax.checkpoint._src.handlers.base_pytree_checkpoint_handler import PartialSaveReplacementError
@@ -67,7 +81,7 @@ class Stream:
             if path in self.before:
                 passed(math.prod(w.shape) * w.dtype.itemsize)
                 return
-            with contextlib.suppress(PartialSaveReplacementError):  # killed after it was committed, before it was noted
+            with contextlib.suppress(PartialSaveReplacementError):  # killed between commit and record
                 partial.save(str(self._arrays.absolute()), weights.unflatten({path: placer(path, w)}))
             with self._log.open("a") as log:
                 log.write(f"{path}\n")
@@ -75,7 +89,7 @@ class Stream:
         return write
 
     def finish(self, shardings: Mapping[str, Any]) -> Stored:
-        """All parameters are written: their folder, as an artifact has it, to be read again."""
+        """Finish the folder after all parameters were written, and return them for reading."""
         from orbax.checkpoint.experimental.v1 import partial
 
         if not self._arrays.exists():
@@ -84,12 +98,12 @@ class Stream:
         return Stored(self._arrays / "state", targets)
 
     def remove(self) -> None:
-        """Nothing is left of it."""
+        """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Stored(Mapping[str, Any]):
-    """Parameters by path, each read from disk whenever it is asked for."""
+    """Parameters by path, each read from disk on every access."""
 
     def __init__(self, folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         self.folder, self.targets = folder, targets

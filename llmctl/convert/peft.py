@@ -1,4 +1,7 @@
-"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors (arXiv:2106.09685)."""
+"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+(Hu et al., 2021, arXiv:2106.09685)
+"""
 
 from __future__ import annotations
 
@@ -33,17 +36,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,), "ensure_weight_tying": (False,), "exclude_modules": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
-"""Settings that would mean another computation, and the values under which they do not. Other ways to initialize
-(PiSSA, OLoRA, LoftQ, …) changed the base's matrices too."""
+"""Settings that change the computation, and the values under which they do not.
+
+Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base.
+"""
 
 
 def is_adapter(folder: Path) -> bool:
-    """True for a folder with an adapter."""
+    """Return True if the folder holds an adapter."""
     return (folder / CONFIG).is_file()
 
 
 def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
-    """Their linear layers that one of our matrices is: module name -> our matrix."""
+    """Return the linear layers of the other format that equal one of our matrices: {module name: our slot}."""
     bridge, head = architectures.of(cfg)
     found = name_map.joints(cfg, bridge, head, bare=cfg.head == "embed")
     return {
@@ -54,10 +59,13 @@ def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
 
 
 def load(base: Artifact, folder: Path) -> dict[str, Any]:
-    """The base's parameters with the adapter's pairs around its matrices, and its trained heads.
+    """Load an adapter: wrap the base's matrices in its low-rank pairs, and replace the heads that it trained.
+
+    Returns:
+        The parameters of the base with the adapter.
 
     Raises:
-      RequestError: not LoRA, or a variant that is not supported, or pairs that do not fit the base.
+        RequestError: If the adapter is not LoRA, is an unsupported variant, or does not fit the base.
     """
     config = folders.read_json(folder / CONFIG)
     odd = [f"{k} = {config[k]!r}" for k, ok in NEUTRAL.items() if config.get(k) not in (None, [], {}, *ok)]
@@ -94,7 +102,7 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}  # regular expressions of the ends of names
+    patterns = config.get("alpha_pattern") or {}  # regular expressions that match the end of a name
     try:
         found = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module))
         alpha = next(found, config.get("lora_alpha", rank))
@@ -109,7 +117,7 @@ def _pair(w: Any, path: str, layers: dict[int, tuple[Tensor, Tensor, float]]) ->
     scales = {s for _, _, s in layers.values()}
     ranks = {a.shape[0] for a, _, _ in layers.values()}
     stacked = set(layers) != {-1}
-    # Layers without a pair have one of zeros; differing scales go into b. The result is the same matrix.
+    # Layers without a pair get zeros, and differing scales are multiplied into b. The product stays the same.
     scale, rank = (scales.pop() if len(scales) == 1 else 1.0), max(ranks)
     shape = w.shape
     a = np.zeros((*shape[:-1], rank), np.float32)
@@ -123,7 +131,7 @@ def _pair(w: Any, path: str, layers: dict[int, tuple[Tensor, Tensor, float]]) ->
 
 
 def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
-    """Puts wholly trained heads into `flat`; returns the names used."""
+    """Copy fully trained heads into `flat`, and return the names of their tensors."""
     _, head = architectures.of(cfg)
     used = set()
     for ours, theirs in head.names.items():
@@ -138,10 +146,13 @@ def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any],
 
 
 def export(found: Artifact, folder: Path) -> float:
-    """Writes an artifact's low-rank pairs and returns the largest difference when they are read back.
+    """Write an artifact's low-rank pairs as an adapter.
+
+    Returns:
+        The largest difference of outputs after the adapter is read back.
 
     Raises:
-      RequestError: it has no pairs, or pairs on matrices that have no module of their own on the other side.
+        RequestError: If the artifact has no pairs, or has pairs on matrices that share a tensor in the other format.
     """
     cfg, flat = found.model, weights.flatten(found.params)
     pairs = {p: w for p, w in flat.items() if isinstance(w, weights.LowRank)}
@@ -157,7 +168,7 @@ def export(found: Artifact, folder: Path) -> float:
         out[f"{PREFIX}{module}.lora_A.weight"] = of_array(np.asarray(one.a, np.float32).T)
         out[f"{PREFIX}{module}.lora_B.weight"] = of_array(np.asarray(one.b, np.float32).T)
     saved = []
-    if cfg.head != "lm":  # a task head is trained beside the pairs
+    if cfg.head != "lm":  # a task head is trained in addition to the pairs
         for ours, theirs in architectures.of(cfg)[1].names.items():
             if ours in flat:
                 array = np.asarray(weights.dense(flat[ours]), np.float32)

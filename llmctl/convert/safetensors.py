@@ -1,7 +1,7 @@
-"""The safetensors format, read lazily and written tensor by tensor: a length, a JSON header, the raw values.
+"""safetensors format: lazy reader and incremental writer for files of a length, a JSON header and the raw values.
 
-Written here because a folder is then never in memory as a whole (nor a shard), every type of the format is at hand as a
-numpy type, and damage is found before anything is read. Pickles are refused.
+This module has three advantages over the official library. Neither a folder nor a shard is ever in memory as a whole.
+Every dtype of the format maps to a NumPy dtype. Damage is found before any tensor is read. Pickles are refused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ NAMES = {np.dtype(t): name for name, t in TYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 MOST_HEADER = 100_000_000
-"""Bytes of a header; the format allows no more."""
+"""Maximum size of a header in bytes, as the format defines it."""
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, none of them read yet.
+    """Return the tensors of one file; no values are read yet.
 
     Raises:
-      RequestError: no such file, no safetensors, or it ends before its tensors do.
+        RequestError: If the file is absent, is not a safetensors file, or is truncated.
     """
     try:
         size = path.stat().st_size
@@ -78,10 +78,11 @@ def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tenso
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model's folder, from one file or the shards of an index, none of them read yet.
+    """Return the tensors of a model folder, from one file or from shards with an index; no values are read yet.
 
     Raises:
-      RequestError: only a pickle there, a shard missing or damaged, a tensor that is not where the index says.
+        RequestError: If the folder holds only a pickle, a shard is missing or damaged, or a tensor is not in the shard
+            that the index names.
     """
     if (folder / INDEX).is_file():
         return _read_shards(folder)
@@ -100,7 +101,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     try:
         placed = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
         files = sorted(set(placed.values()))
-        if any(Path(f).name != f for f in files):  # a shard lies beside its index, nowhere else
+        if any(Path(f).name != f for f in files):  # a shard outside the folder could be any file of the machine
             raise ValueError("a shard outside the folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise RequestError(f"{folder / INDEX}: damaged index ({e})") from None
@@ -116,10 +117,18 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda _: None) -> None:
-    """Writes the tensors in the order of their names, one in memory at a time; `wrote` hears the bytes of each."""
+    """Write tensors with one in memory at a time.
+
+    Tensors are ordered by item size, then by name.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name.
+        wrote: Called with the size in bytes of each tensor.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    # Wider types first: every tensor then lies at a multiple of its item size.
+    # Wider dtypes come first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
     for name in order:
         t = tensors[name]
@@ -138,7 +147,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int],
 
 
 def shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Names in shards of at most `most` bytes (a larger tensor has one of its own), in the order given."""
+    """Group names into shards of at most `most` bytes, in the given order; a larger tensor gets its own shard."""
     out: list[list[str]] = []
     room = 0
     for name, t in tensors.items():
@@ -153,7 +162,7 @@ def shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
 def write_folder(
     folder: Path, tensors: Mapping[str, Tensor], most: int, wrote: Callable[[int], None] = lambda _: None
 ) -> list[Path]:
-    """Writes one file, or shards of at most `most` bytes and their index; returns the files of tensors."""
+    """Write one file, or shards of at most `most` bytes with an index, and return the paths of the weight files."""
     groups = shards(tensors, most)
     files = [SINGLE] if len(groups) <= 1 else [_shard(i, len(groups)) for i in range(len(groups))]
     for file, group in zip(files, groups, strict=True):
@@ -171,5 +180,5 @@ def _shard(i: int, of: int) -> str:
 
 
 def total(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all of them."""
+    """Return the size of all tensors in bytes."""
     return sum(t.nbytes for t in tensors)

@@ -1,4 +1,7 @@
-"""A SentencePiece model as a tokenizer.json, for programs that read only that; kept only where both cut texts alike."""
+"""Conversion of SentencePiece models to tokenizer.json, for programs that read only that format.
+
+The result is used only if both tokenize a set of samples identically.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from llmctl.data.tokenizers.sentencepieces import SentencePieces
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
-"""SentencePiece's kinds of pieces."""
+"""Piece types of SentencePiece."""
 SPACE = "▁"
 
 SAMPLES = (
@@ -20,11 +23,15 @@ SAMPLES = (
     "lines\nand\ttabs\n\n",
     "",
 )
-"""Texts that both must cut alike."""
+"""Texts that both tokenizers must split identically."""
 
 
 def convert(words: SentencePieces) -> Tokenizer | None:
-    """A SentencePiece model as such a tokenizer; None where it would cut one of the samples differently."""
+    """Convert a SentencePiece model to a `tokenizers` tokenizer.
+
+    Returns:
+        The tokenizer, or None if it would split one of the samples differently.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2
@@ -45,7 +52,7 @@ def convert(words: SentencePieces) -> Tokenizer | None:
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    # Not the Metaspace step: it adds no space before a text that begins with one, and SentencePiece does.
+    # The Metaspace step is not used: it adds no space before a text that begins with one, but SentencePiece does.
     steps += [normalizers.Prepend(SPACE)] if spec.add_dummy_prefix else []
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     ending = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
@@ -60,7 +67,7 @@ def convert(words: SentencePieces) -> Tokenizer | None:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece BPE model means: every way to make a piece of two others, best pieces first."""
+    """Return the merges of a SentencePiece BPE model: all splits of a piece into two others, best pieces first."""
     found: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece, i in vocab.items():
         for cut in range(1, len(piece)):

@@ -1,4 +1,4 @@
-"""Tokenizers that come with a model, and go with it: found, checked against the model's table, handed on."""
+"""Tokenizers of imported and exported models: find them, check them against the embedding table, and write them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "generation_config.json", "sentence_bert_config.json"),
 )
-"""Files that go with a tokenizer and that others read: they are kept as they are."""
+"""Files that belong to a tokenizer and that other programs read; they are copied unchanged."""
 LEAST = 0.9
-"""Part of the table that a model's tokenizer covers at least; tables are padded to round numbers, but not by more."""
+"""Minimum fraction of the embedding table that the tokenizer must cover. Tables are padded to round numbers only."""
 
 
 def bring(source: Path, work: Path, model: ModelConfig) -> Path | None:
-    """The tokenizer in `source` (a folder or a file), put into `work` for an artifact; None where there is none.
+    """Copy the tokenizer of `source` (a folder or a file) into `work` for an artifact.
+
+    Returns:
+        The folder, or None if the source has no tokenizer.
 
     Raises:
-      RequestError: a tokenizer that is damaged, or of another size than the model's table, or lacks its added tokens.
+        RequestError: If the tokenizer is damaged, does not fit the model's table, or lacks its added tokens.
     """
     found = _find(source)
     if found is None:
@@ -49,7 +52,11 @@ def bring(source: Path, work: Path, model: ModelConfig) -> Path | None:
 
 
 def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
-    """The model has a row for every token. Raises RequestError where its table has another size."""
+    """Check that the model has an embedding row for every token.
+
+    Raises:
+        RequestError: If the table has another size.
+    """
     if not LEAST * model.vocab_size <= words.vocab_size <= model.vocab_size:
         raise RequestError(
             f"{where}: the tokenizer has {words.vocab_size:,} tokens and the model's table {model.vocab_size:,} rows; "
@@ -74,7 +81,7 @@ def _epath(path: Path) -> Any:
 
 
 def _from_vocabulary(folder: Path) -> bytes | None:
-    """A tokenizer.json from the files that older folders have instead: vocab.txt, or vocab.json and merges.txt."""
+    """Build a tokenizer.json from the files of older folders: vocab.txt, or vocab.json and merges.txt."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     said = _json(folder / "tokenizer_config.json")
@@ -104,7 +111,7 @@ def _from_vocabulary(folder: Path) -> bytes | None:
         made.pre_tokenizer = byte_level  # pyright: ignore[reportAttributeAccessIssue]
         made.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
         special = [t for t in ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>") if t in vocab]
-        ends = ("<s>", "</s>")  # RoBERTa's; GPT-2's vocabulary has neither
+        ends = ("<s>", "</s>")  # RoBERTa has these tokens; GPT-2's vocabulary has neither
     else:
         return None
     made.add_special_tokens(special)
@@ -114,12 +121,15 @@ def _from_vocabulary(folder: Path) -> bytes | None:
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a file. Only line feeds end them: some vocabularies hold other separators as tokens."""
+    """Return the lines of a file, split at line feeds only.
+
+    Some vocabularies contain other line separators as tokens.
+    """
     return file.read_text("utf-8").removesuffix("\n").split("\n")
 
 
 def _put_between(made: Any, begin: Sequence[str], end: Sequence[str]) -> None:
-    """Texts that a tokenizer of the `tokenizers` library encodes with special tokens begin and end so from now on."""
+    """Make a tokenizer of the `tokenizers` library add `begin` and `end` tokens when it encodes with special tokens."""
     from tokenizers import processors
 
     made.post_processor = processors.TemplateProcessing(
@@ -140,7 +150,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
-    """How the special tokens of a SentencePiece model are written."""
+    """Return the spellings of a SentencePiece model's special tokens."""
     if not isinstance(words, SentencePieces):
         return {}
     ids = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id, "unk": words.unk_id, "mask": words.mask_id}
@@ -148,7 +158,7 @@ def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
 
 
 def _untold(words: tokenizers.Tokenizer) -> Any:
-    """A tokenizer of the `tokenizers` library, where that is to be told how texts begin."""
+    """Return a `tokenizers` tokenizer that still needs a rule for the first token; None if it needs none."""
     from tokenizers import Tokenizer
 
     if isinstance(words, SentencePieces):
@@ -160,10 +170,18 @@ def _untold(words: tokenizers.Tokenizer) -> Any:
 
 
 def hand_on(folder: Path, out: Path, ends: bool) -> dict[str, int]:
-    """Writes an artifact's tokenizer as others read it; returns its special ids, as a config.json names them.
+    """Write an artifact's tokenizer in formats that other programs read.
 
-    A tokenizer.json stays one; a SentencePiece model also becomes one. Where the file does not say how texts begin and,
-    for models that read whole ones (`ends`), end, it is told. What else came with it is copied.
+    A tokenizer.json stays one. A SentencePiece model is also converted to one. If the file has no rule for the first
+    token, the rule is added. The other files of the tokenizer are copied.
+
+    Args:
+        folder: Folder of the artifact's tokenizer.
+        out: Folder to write to.
+        ends: Whether encoded texts end with the end token, as models that read complete texts need.
+
+    Returns:
+        Ids of the special tokens under the names of config.json.
     """
     if not (folder / tokenizers.DESCRIPTOR).is_file():
         return {}
