@@ -30,7 +30,7 @@ included. At most twelve."""
 JAX_FREE = (
     *("cli", "pipeline", "__main__", "artifacts.workspace", "artifacts.atomic", "artifacts.artifact"),
     *("config", "distributed.backend", "distributed.processes", "data.config", "model.config", "model.families"),
-    *("evaluate.settings", "train.run_log"),
+    *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "train.run_log"),
 )
 """Modules (and all below a package) that import nothing heavy when they are imported."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "qwix", "tensorflow_datasets", "torch", "transformers"}

@@ -109,6 +109,7 @@ def summary(module: types.ModuleType) -> str:
 
 def _report(step: Step, json: bool) -> None:
     from llmctl.cli import summary as shown
+    from llmctl.evaluate.metrics import base as metrics
     from llmctl.pipeline import console
 
     results = shown.results(step.out)
@@ -117,7 +118,9 @@ def _report(step: Step, json: bool) -> None:
     elif results:
         for r in results:
             console.show(f"{r['artifact']}: {r['task']} ({r['protocol']})".replace("[", r"\["))
-            console.show("  ".join(f"{k}={v:.6g}" for k, v in r["metrics"].items() if isinstance(v, (int, float))))
+            console.show(
+                "  ".join(f"{k}={metrics.text(k, v)}" for k, v in r["metrics"].items() if isinstance(v, (int, float)))
+            )
     elif json:
         console.result(shown.one(step.out))
     else:

@@ -12,6 +12,7 @@ from rich.table import Table
 from llmctl.artifacts import artifact
 from llmctl.config.base import read_toml, validate
 from llmctl.config.errors import RequestError
+from llmctl.evaluate.metrics.base import VALIDATION, Metric, columns, find
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.recipe import MANIFEST
 
@@ -104,32 +105,32 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
     }
 
 
-HEADLINES = {
-    "accuracy": ("accuracy", "{:.2%}"),
-    "perplexity": ("perplexity", "{:,.2f}"),
-    "examples_per_second": ("examples/s", "{:,.0f}"),
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
-}
-"""The metrics that the table of a run has room for; `--json` and `show ARTIFACT` have them all."""
-UNMEASURED = {"validation_loss": ("val. loss", "{:.4f}"), "validation_accuracy": ("val. accuracy", "{:.2%}")}
-"""What it shows of a run that no eval has measured."""
-
-
 def table(entries: list[dict[str, Any]], title: str) -> Table:
-    """The closing table of a run: one line an artifact; a metric that none of them has is left out."""
-    there = {name for e in entries for name, value in e["metrics"].items() if value is not None}
-    shown = {n: c for n, c in HEADLINES.items() if n in there} or {n: c for n, c in UNMEASURED.items() if n in there}
+    """Return the closing table of a run: one row per artifact, one column per metric that any of them has.
+
+    If no eval has measured the run, the columns are those of the validations during training.
+    """
+    shown = _shown({name for e in entries for name, value in e["metrics"].items() if value is not None})
     out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("artifact", "stage", "from"):
         out.add_column(column, overflow="fold")
-    for column in ("parameters", "bytes", "sparsity", "bits", *(title for title, _ in shown.values())):
+    for column in ("parameters", "bytes", "sparsity", "bits", *(m.title for m in shown)):
         out.add_column(column, justify="right", overflow="fold")
     for e in entries:
         fixed = (e["name"], e["stage"], e["parent"]["name"] if e["parent"] else "")
         figures = (f"{e['parameters']:,}", size(e["bytes"]), f"{e['sparsity']:.0%}", f"{e['bits']:.3g}")
-        values = [(form, e["metrics"].get(name)) for name, (_, form) in shown.items()]
-        out.add_row(*fixed, *figures, *("" if v is None else form.format(v) for form, v in values))
+        values = ((m, e["metrics"].get(m.name)) for m in shown)
+        out.add_row(*fixed, *figures, *("" if v is None else m.text(v) for m, v in values))
     return out
+
+
+def _shown(there: set[str]) -> list[Metric]:
+    """Return the metrics that the closing table has columns for, of those that are `there`."""
+    measured = columns(there, "run")
+    if any(m.aspect == "quality" for m in measured):
+        return measured
+    validated = columns({n.removeprefix(VALIDATION) for n in there if n.startswith(VALIDATION)}, "run")
+    return [m for v in validated if (m := find(VALIDATION + v.name))] + measured
 
 
 def size(count: float) -> str:

@@ -34,10 +34,11 @@ class Registry(Generic[T]):
 
     Args:
       kind: what they are, as in `source`; the first part of an entry point's name.
-      own: name -> "module:attribute" of the things that llmctl itself provides.
+      own: name -> the things that llmctl itself provides: "module:attribute", or the thing itself where importing it
+        costs nothing (a record).
     """
 
-    def __init__(self, kind: str, own: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, own: Mapping[str, str | T]) -> None:
         self.kind, self.own = kind, own
 
     def names(self) -> list[str]:
@@ -61,7 +62,10 @@ class Registry(Generic[T]):
           RequestError: there is none of this name, or the package that provides it cannot be imported.
         """
         if name in self.own:
-            module, _, attribute = self.own[name].partition(":")
+            own = self.own[name]
+            if not isinstance(own, str):
+                return own
+            module, _, attribute = own.partition(":")
             return getattr(importlib.import_module(module), attribute)
         try:
             self.check(name)

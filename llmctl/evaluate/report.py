@@ -9,35 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmctl.evaluate.metrics.base import columns
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 Result = dict[str, Any]
 
-_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+_ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("artifact", "artifact", str),
     ("stage", "stage", str),
     ("parameters", "parameters", lambda n: f"{n:,}"),
     ("bytes", "bytes", lambda n: f"{n:,}"),
     ("sparsity", "sparsity", lambda s: f"{s:.0%}" if s else "–"),
     ("bits", "bits", lambda b: f"{b:.3g}"),
-    ("accuracy", "accuracy", lambda a: f"{a:.2%}"),
-    ("macro_f1", "macro F1", lambda f: f"{f:.4f}"),
-    ("entity_f1", "entity F1", lambda f: f"{f:.4f}"),
-    ("exact_match", "exact match", lambda e: f"{e:.2%}"),
-    ("answer_f1", "answer F1", lambda f: f"{f:.4f}"),
-    ("recall_at_1", "recall@1", lambda r: f"{r:.2%}"),
-    ("spearman", "Spearman", lambda r: f"{r:.3f}"),
-    ("rmse", "RMSE", lambda e: f"{e:.4g}"),
-    ("pearson", "Pearson", lambda r: f"{r:.3f}"),
-    ("token_accuracy", "token accuracy", lambda a: f"{a:.2%}"),
-    ("next_sentence_accuracy", "next sentence", lambda a: f"{a:.2%}"),
-    ("perplexity", "perplexity", lambda p: f"{p:.3f}"),
-    ("word_perplexity", "per word", lambda p: f"{p:.2f}"),
-    ("bits_per_byte", "bits/byte", lambda b: f"{b:.4f}"),
-    ("latency_p50", "p50 ms", lambda s: f"{s * 1e3:.2f}"),
-    ("examples_per_second", "examples/s", lambda r: f"{r:,.0f}"),
-    ("tokens_per_second", "tokens/s", lambda r: f"{r:,.0f}"),
 )
 
 
@@ -50,16 +35,36 @@ def lines(results: Sequence[Result]) -> list[Result]:
     return list(merged.values())
 
 
-_WIDE = frozenset({"stage", "macro_f1", "word_perplexity", "bits_per_byte", "latency_p50"})
-"""Columns that the file has and a terminal of 100 places has no room for."""
-
-
 def cells(results: Sequence[Result], wide: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of text; a column that no artifact has is left out, a missing value is a dash."""
+    """Return the headings and rows of the table as text; a missing value is a dash.
+
+    Args:
+      results: what was measured.
+      wide: whether there is room for more than about 100 characters; else the stage and some metrics are left out.
+    """
     records = lines(results)
-    columns = [c for c in _COLUMNS if any(r.get(c[0]) is not None for r in records) and (wide or c[0] not in _WIDE)]
-    body = [[form(r[key]) if r.get(key) is not None else "–" for key, _, form in columns] for r in records]
-    return [title for _, title, _ in columns], body
+    there = {k for r in records for k, v in r.items() if v is not None}
+    shown = [c for c in _ARTIFACT if c[0] in there and (wide or c[0] != "stage")]
+    shown += [(m.name, m.title, m.text) for m in columns(there, "file" if wide else "terminal")]
+    body = [[form(r[key]) if r.get(key) is not None else "–" for key, _, form in shown] for r in records]
+    return [title for _, title, _ in shown], body
+
+
+def headline(result: Result) -> str:
+    """Return the result's quality in words, each metric with its interval and its baseline if it has them."""
+    found = {k: v for k, v in result["metrics"].items() if v is not None}
+    said = []
+    for m in columns(found, "file"):
+        if m.aspect != "quality":
+            continue
+        part = f"{m.title} {m.text(found[m.name])}"
+        if f"{m.name}_low" in found:
+            low, high = (m.text(found[f"{m.name}_{end}"]) for end in ("low", "high"))
+            part += f" (95 % interval {low} to {high})"
+        if m.baseline in found:
+            part += f" (without reading {m.text(found[m.baseline])})"
+        said.append(part)
+    return f"{result['task']}: {', '.join(said)}"
 
 
 def protocols(results: Sequence[Result]) -> list[str]:

@@ -13,7 +13,7 @@ from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
 from llmctl.evaluate import speed, tasks
-from llmctl.evaluate.report import Result
+from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
 
@@ -48,32 +48,6 @@ def results(
         say(f"timing {', '.join(programs)}, in turn, {config.repeats} rounds")
         _time(programs, out, config)
     return out
-
-
-def headline(result: Result) -> str:
-    """The figure that a result is about, in words."""
-    m = result["metrics"]
-    if result["task"] == "classification":
-        return f"accuracy {m['accuracy']:.2%} (95 % interval {m['accuracy_low']:.2%} to {m['accuracy_high']:.2%})"
-    if result["task"] == "regression":
-        return f"error {m['rmse']:.4g} (constant answer {m['baseline_rmse']:.4g}), Pearson {m['pearson']:.3f}"
-    if result["task"] == "token classification":
-        found = f", entities F1 {m['entity_f1']:.2%}" if "entity_f1" in m else f", macro F1 {m['macro_f1']:.4f}"
-        return f"accuracy {m['accuracy']:.2%} a word{found}"
-    if result["task"] == "answers":
-        return f"exact match {m['exact_match']:.2%}, F1 {m['answer_f1']:.2%}"
-    if result["task"] == "embedding":
-        if "spearman" in m:
-            return f"Spearman {m['spearman']:.3f}, Pearson {m['pearson']:.3f}"
-        return f"nearest is its own {m['recall_at_1']:.2%} of {m['candidates']}, among ten {m['recall_at_10']:.2%}"
-    if "perplexity" not in m:
-        text = f"{result['task']}: accuracy {m['token_accuracy']:.2%} (without context {m['baseline_accuracy']:.2%})"
-        text += f", {m['nll']:.4g} nats a token (without context {m['baseline_loss']:.4g})"
-        pair = m.get("next_sentence_accuracy")
-        return text if pair is None else f"{text}, next sentence {pair:.2%}"
-    if m["perplexity"] is None:
-        return f"perplexity beyond counting ({m['nll']:.4g} nats a token)"
-    return f"perplexity {m['perplexity']:.4g} a token, {m['bits_per_byte']:.4g} bits a byte"
 
 
 def _result(name: str, manifest: Manifest, measured: Measured) -> Result:

@@ -7,46 +7,56 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.evaluate import report
+from llmctl.evaluate.metrics.base import METRICS, Metric, columns
 
 _INK, _QUIET, _LINE, _POINT = "#1b1f24", "#6e7781", "#d0d7de", "#0b6bcb"
 
 
 def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
-    """Writes a PNG of accuracy (with its 95 % interval, where it has one), or perplexity, against bytes; False if no
-    artifact has either.
+    """Write a PNG of quality against bytes, with a 95 % interval if the results have one.
 
-    Needs matplotlib (the `demo` extra); ImportError otherwise.
+    Quality is the first metric of the registry that any artifact has and a run's closing table shows. A second picture
+    shows it against the examples per second, if those were measured.
+
+    Returns:
+      Whether there was anything to draw.
+
+    Raises:
+      ImportError: matplotlib (the `demo` extra) is not installed.
     """
     records = [r for r in report.lines(results) if r.get("bytes")]
-    metric = next((m for m in ("accuracy", "perplexity") if any(r.get(m) is not None for r in records)), None)
+    there = {k for r in records for k, v in r.items() if v is not None}
+    metric = next((m for m in columns(there, "run") if m.aspect == "quality"), None)
     if metric is None:
         return False
     # The object interface needs no global state and no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [r for r in records if r.get(metric) is not None]
-    sized = [r for r in records if r.get("examples_per_second")] if metric == "accuracy" else []
-    figure = Figure(figsize=(10.5 if sized else 6.5, 4.4), dpi=160, layout="constrained")
-    axes = figure.subplots(1, 2 if sized else 1, squeeze=False)[0]
+    records = [r for r in records if r.get(metric.name) is not None]
+    timed = [r for r in records if r.get("examples_per_second")]
+    figure = Figure(figsize=(10.5 if timed else 6.5, 4.4), dpi=160, layout="constrained")
+    axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
     _draw(axes[0], records, "bytes", metric)
-    if sized:
-        _draw(axes[1], sized, "examples_per_second", metric)
+    if timed:
+        _draw(axes[1], timed, "examples_per_second", metric)
         axes[1].set_ylabel("")
     FigureCanvasAgg(figure).print_png(path)
     return True
 
 
-def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: str) -> None:
+def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-    xs, ys = [r[x] for r in records], [r[metric] for r in records]
+    name, (low, high) = metric.name, (f"{metric.name}_low", f"{metric.name}_high")
+    xs, ys = [r[x] for r in records], [r[name] for r in records]
     ax.plot(xs, ys, color=_LINE, linewidth=1.2, zorder=1)  # the order of the chain
-    judged = [r for r in records if "accuracy_low" in r]  # words of one text are no independent examples: no interval
-    if metric == "accuracy":
-        off = [[r[metric] - r["accuracy_low"] for r in judged], [r["accuracy_high"] - r[metric] for r in judged]]
-        at = [r[x] for r in judged], [r[metric] for r in judged]
+    judged = [r for r in records if low in r]  # words of one text are no independent examples: no interval
+    if judged:
+        off = [[r[name] - r[low] for r in judged], [r[high] - r[name] for r in judged]]
+        at = [r[x] for r in judged], [r[name] for r in judged]
         ax.errorbar(*at, yerr=off, fmt="none", ecolor=_QUIET, elinewidth=1, capsize=3, zorder=2)
+    if metric.format.endswith("%}"):
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     ax.scatter(xs, ys, s=46, color=_POINT, edgecolor="white", linewidth=1, zorder=3)
     ax.set_xscale("log")
@@ -56,7 +66,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: str) -> Non
         above, left = at % 2 == 0, record[x] > middle  # labels grow inwards, neighbours in the chain to different sides
         ax.annotate(
             record["artifact"],
-            (record[x], record[metric]),
+            (record[x], record[name]),
             xytext=(-6 if left else 6, 6 if above else -6),
             textcoords="offset points",
             ha="right" if left else "left",
@@ -66,13 +76,11 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: str) -> Non
         )
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    low, high = min(xs), max(xs)
-    if high < 20 * low:  # within about a decade the powers of ten alone would leave the axis bare
-        ax.set_xticks(_ticks(low, high))
-    label = "bytes of weights on disk" if x == "bytes" else "examples a second"
+    if max(xs) < 20 * min(xs):  # within about a decade the powers of ten alone would leave the axis bare
+        ax.set_xticks(_ticks(min(xs), max(xs)))
+    label = "bytes of weights on disk" if x == "bytes" else METRICS[x].unit
     ax.set_xlabel(f"{label} (log scale)", color=_QUIET)
-    accuracy = "held-out accuracy" + " (95 % interval)" * bool(judged)
-    ax.set_ylabel(accuracy if metric == "accuracy" else "perplexity", color=_QUIET)
+    ax.set_ylabel(f"held-out {metric.title}" + " (95 % interval)" * bool(judged), color=_QUIET)
     ax.grid(axis="y", color=_LINE, linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 def chooses(head: str, labels: Sequence[str] = ()) -> dict[str, Any]:
     """What the best parameters of a task are chosen by: what it is measured by, where validation has that."""
     if head == "tokens" and entities.is_scheme(labels):
-        return {"metric": "entity_f1", "maximize": True, "keep_best": True}
-    right = head in ("classify", "tokens", "span")
-    return {"metric": "accuracy" if right else "loss", "maximize": right, "keep_best": True}
+        return {"metric": "entity_f1", "keep_best": True}
+    return {"metric": "accuracy" if head in ("classify", "tokens", "span") else "loss", "keep_best": True}
 
 
 @dataclass(frozen=True)

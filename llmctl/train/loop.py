@@ -22,6 +22,7 @@ from llmctl.data import prefetch
 from llmctl.data.device_batches import Feed
 from llmctl.distributed import context_parallel, processes
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.metrics.base import METRICS
 from llmctl.model import attention_kernels, functional, pipeline_parallel, weights
 from llmctl.model.config import ModelConfig
 from llmctl.train import preemption, throughput
@@ -143,10 +144,7 @@ class _Loop:
     ) -> None:
         self.job, self.train, self.step, self.fixed = job, train, step, fixed
         self.checkpoints, self.report, self.stop, self.mesh = checkpoints, report, stop, mesh
-        self.metric, self.maximize = job.metric, job.maximize
-        if train.best_by:
-            self.metric = train.best_by
-            self.maximize = job.maximize if train.best_by == job.metric else not train.best_by.endswith(LESS_IS_BETTER)
+        self.metric = train.best_by or job.metric
         self.keeps_best = job.keep_best or bool(train.best_by)
         self.skips = 0
         self.feed = Feed(mesh, train.batch_size)
@@ -249,7 +247,8 @@ class _Loop:
         if self.metric not in found:
             raise RequestError(f"train.best_by: no metric {self.metric!r} here; there are {', '.join(sorted(found))}")
         value = found[self.metric]
-        better = meta["best"] is None or (value > meta["best"] if self.maximize else value < meta["best"])
+        less = METRICS[self.metric].better == "minimize"
+        better = meta["best"] is None or (value < meta["best"] if less else value > meta["best"])
         if better:
             if self.keeps_best:
                 self.checkpoints.save_best(done, named)
@@ -261,10 +260,6 @@ class _Loop:
                 f"step {done}: {bad} validations without a better {self.metric} than {meta['best']:.4g}; stopping early"
             )
         return {**meta, "bad": bad, "stopped": stopped}
-
-
-LESS_IS_BETTER = ("loss", "error")
-"""Ends of the names of metrics that `train.best_by` minimizes (`next_sentence_loss`)."""
 
 
 def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> None:

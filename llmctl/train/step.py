@@ -63,9 +63,7 @@ class Job:
     constants: tuple[Any, ...] = ()
     """Arrays that the loss reads besides (a teacher's parameters)."""
     metric: str = "loss"
-    """The validation metric that chooses the best parameters."""
-    maximize: bool = False
-    """Whether more of it is better."""
+    """Validation metric that chooses the best parameters; its record in `METRICS` has the direction."""
     keep_best: bool = False
     """End with the best validated parameters rather than the last."""
     trains: Callable[[str], bool] = lambda _: True

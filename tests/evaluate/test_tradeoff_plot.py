@@ -19,6 +19,7 @@ CASES = {
         result("b", 100, perplexity=None),
         result("c", 90, perplexity=9),
     ],
+    "numbers": [result("a", 900, rmse=1.5, pearson=0.5), result("b", 100, rmse=2.0, pearson=0.25)],
 }
 
 
@@ -29,6 +30,6 @@ def test_what_was_measured_is_drawn(results, tmp_path):
 
 
 def test_what_has_neither_is_not(tmp_path):
-    for metrics in ({"rmse": 1.0}, {"perplexity": None}):
+    for metrics in ({"examples_per_second": 1.0}, {"perplexity": None}):
         assert not tradeoff_plot.tradeoff([result("a", 900, **metrics)], tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()

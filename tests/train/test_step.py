@@ -177,8 +177,8 @@ def test_skipped_steps_are_shown(one, tmp_path, capsys):
 
 def test_best_by_a_named_metric(one, tmp_path):
     found = iter([1.0, 3.0, 2.0, 9.0, 0.0])
-    job = job_of(validate=lambda p: {"loss": 0.0, "score": next(found)})
-    config = TRAIN.model_copy(update={"eval_every": 2, "best_by": "score"})
+    job = job_of(validate=lambda p: {"loss": 0.0, "entity_f1": next(found)})
+    config = TRAIN.model_copy(update={"eval_every": 2, "best_by": "entity_f1"})
     _, metrics = fit(tmp_path / "a", one, job, {}, config)
     assert metrics["best_step"] == 8  # 9.0, and more is better
     with pytest.raises(RequestError, match="no metric 'f1' here; there are loss"):

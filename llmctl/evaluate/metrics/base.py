@@ -1,0 +1,119 @@
+"""Registry of metrics: name, title, unit, format and direction of every figure that llmctl reports.
+
+The closing table of a run, `show`, the tables, headlines and pictures of `eval`, and the choice of the best checkpoint
+read these records. Metrics without a record are recorded in JSON and appear in no table.
+
+A package adds a metric by the entry point `metric.NAME` of the group `llmctl`; `eval` computes it when its setting
+`metrics` names it:
+
+    >>> def brevity(truth, predicted):
+    ...     return sum(len(p) <= len(t) for t, p in zip(truth, predicted)) / len(truth)
+    >>> BREVITY = Metric("brevity", "brevity", "maximize", "{:.1%}", compute=brevity)
+    >>> BREVITY.text(0.25)
+    '25.0%'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmctl.config.registry import Registry
+
+Direction = Literal["maximize", "minimize", "neither"]
+Table = Literal["run", "terminal", "file", "none"]
+"""Tables from the narrowest: a run's closing table, eval's in a terminal, eval's in a file; each holds those before."""
+TABLES: tuple[Table, ...] = ("run", "terminal", "file")
+VALIDATION = "validation_"
+"""Prefix of the metrics that a stage measures while it trains."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Describe one metric: how it is printed, where it is printed, which way is better, and how it is computed."""
+
+    name: str
+    """Key in JSON."""
+    title: str
+    """Heading of its column and its name in sentences."""
+    better: Direction
+    """Direction of improvement."""
+    format: str = "{:.4f}"
+    """Format of the printed value, which is the value times `scale`."""
+    unit: str = ""
+    """Unit of the value in JSON; empty for shares and other pure numbers."""
+    scale: float = 1.0
+    """Factor from the unit in JSON to the printed unit, such as 1e3 from seconds to milliseconds."""
+    table: Table = "terminal"
+    """Narrowest table with a column for it; "none" appears in no table."""
+    aspect: Literal["quality", "speed"] = "quality"
+    """Whether it describes the answers or the time they take."""
+    baseline: str = ""
+    """Name of the metric that holds what an answer without reading the input scores."""
+    compute: Callable[[Any, Any], float] | None = None
+    """(truth, predictions) of all held-out examples -> value; None for metrics that the tasks themselves compute."""
+
+    def text(self, value: float) -> str:
+        """Return `value` as people read it."""
+        return self.format.format(value * self.scale)
+
+
+_OWN = (
+    Metric("accuracy", "accuracy", "maximize", "{:.2%}", table="run"),
+    Metric("macro_f1", "macro F1", "maximize", table="file"),
+    Metric("micro_f1", "micro F1", "maximize", table="none"),
+    Metric("weighted_f1", "weighted F1", "maximize", table="none"),
+    Metric("entity_f1", "entity F1", "maximize", table="run"),
+    Metric("entity_precision", "entity precision", "maximize", table="none"),
+    Metric("entity_recall", "entity recall", "maximize", table="none"),
+    Metric("exact_match", "exact match", "maximize", "{:.2%}", table="run"),
+    Metric("answer_f1", "answer F1", "maximize", table="run"),
+    Metric("recall_at_1", "recall@1", "maximize", "{:.2%}", table="run"),
+    Metric("recall_at_10", "recall@10", "maximize", "{:.2%}", table="none"),
+    Metric("mrr", "mean reciprocal rank", "maximize", table="none"),
+    Metric("spearman", "Spearman", "maximize", "{:.3f}", table="run"),
+    Metric("rmse", "RMSE", "minimize", "{:.4g}", "the label's unit", table="run", baseline="baseline_rmse"),
+    Metric("mae", "mean absolute error", "minimize", "{:.4g}", "the label's unit", table="none"),
+    Metric("pearson", "Pearson", "maximize", "{:.3f}"),
+    Metric("token_accuracy", "token accuracy", "maximize", "{:.2%}", table="run", baseline="baseline_accuracy"),
+    Metric("next_sentence_accuracy", "next sentence", "maximize", "{:.2%}"),
+    Metric("perplexity", "perplexity", "minimize", "{:,.2f}", "per token", table="run"),
+    Metric("word_perplexity", "per word", "minimize", "{:.2f}", table="file"),
+    Metric("bits_per_byte", "bits/byte", "minimize", unit="bits per byte", table="file"),
+    Metric("nll", "nats/token", "minimize", unit="nats per token", table="file", baseline="baseline_loss"),
+    Metric("loss", "loss", "minimize", table="run"),
+    Metric("error", "mean absolute error", "minimize", unit="the label's unit", table="none"),
+    Metric("next_sentence_loss", "next sentence loss", "minimize", unit="nats", table="none"),
+    Metric("kl", "KL divergence", "minimize", unit="nats", table="none"),
+    Metric("latency_p50", "p50 ms", "minimize", "{:.2f}", "s", 1e3, "file", "speed"),
+    Metric("latency_p90", "p90 ms", "minimize", "{:.2f}", "s", 1e3, "none", "speed"),
+    Metric("examples_per_second", "examples/s", "maximize", "{:,.0f}", "examples per second", 1.0, "run", "speed"),
+    Metric("tokens_per_second", "tokens/s", "maximize", "{:,.0f}", "tokens per second", 1.0, "run", "speed"),
+)
+
+METRICS: Registry[Metric] = Registry("metric", {m.name: m for m in _OWN})
+"""Every metric with a record, in the order of the columns of tables."""
+
+
+def find(name: str) -> Metric | None:
+    """Return the record behind a key of JSON, also behind `validation_loss`; None if there is no record."""
+    if name in METRICS:
+        return METRICS[name]
+    bare = name.removeprefix(VALIDATION)
+    if bare in (name, "") or bare not in METRICS:
+        return None
+    return dataclasses.replace(METRICS[bare], name=name, title=f"val. {METRICS[bare].title}")
+
+
+def columns(names: Iterable[str], table: Table) -> list[Metric]:
+    """Return the metrics among `names` that have a column in `table`, in the order of the registry."""
+    given, shown = set(names), TABLES[: TABLES.index(table) + 1]
+    return [METRICS[n] for n in METRICS if n in given and METRICS[n].table in shown]
+
+
+def text(name: str, value: float) -> str:
+    """Return `value` in the format of its record; in six digits if there is none."""
+    record = find(name)
+    return record.text(value) if record else f"{value:.6g}"

@@ -1,0 +1,34 @@
+"""The closing table of a run shows how good every artifact is, whatever its task."""
+
+import pytest
+
+from llmctl.cli import summary
+
+ENTRY = {"name": "a", "stage": "finetune", "parent": None, "parameters": 1, "bytes": 4, "sparsity": 0.0, "bits": 32.0}
+
+
+def shown(*metrics):
+    """The columns of the table: heading -> cells."""
+    columns = summary.table([{**ENTRY, "metrics": m} for m in metrics], "t").columns
+    return {str(c.header): list(c.cells) for c in columns}
+
+
+@pytest.mark.parametrize(("measured", "title", "cell"), [
+    ({"accuracy": 0.8196}, "accuracy", "81.96%"),
+    ({"exact_match": 0.5, "answer_f1": 0.625}, "exact match", "50.00%"),
+    ({"recall_at_1": 0.25}, "recall@1", "25.00%"),
+    ({"rmse": 1.25, "pearson": 0.5}, "RMSE", "1.25"),
+    ({"spearman": 0.5}, "Spearman", "0.500"),
+    ({"entity_f1": 0.5}, "entity F1", "0.5000"),
+    ({"token_accuracy": 0.125}, "token accuracy", "12.50%"),
+])  # fmt: skip
+def test_every_task_shows_its_quality_beside_its_speed(measured, title, cell):
+    found = shown({**measured, "examples_per_second": 3.0})
+    assert found[title] == [cell] and found["examples/s"] == ["3"]
+
+
+def test_validation_is_shown_as_long_as_no_eval_has_measured():
+    found = shown({"validation_loss": 0.5, "validation_accuracy": 0.75, "steps": 3})
+    assert [*found][-2:] == ["val. accuracy", "val. loss"]
+    found = shown({"validation_loss": 0.5}, {"validation_loss": 0.25, "rmse": 1.0})
+    assert found["RMSE"] == ["", "1"] and "val. loss" not in found

@@ -1,0 +1,68 @@
+"""The registry of metrics: what tables, headlines and the choice of the best checkpoint read."""
+
+import doctest
+
+import pytest
+
+from llmctl.evaluate import report
+from llmctl.evaluate.metrics import base
+
+RESULT = {"artifact": "a", "digest": "d", "protocol": "p", "parameters": 1, "bytes": 4, "sparsity": 0.0, "bits": 32.0}
+
+
+def result(task, **metrics):
+    return {**RESULT, "task": task, "stage": "finetune", "metrics": metrics}
+
+
+def test_the_example_holds():
+    assert doctest.testmod(base).failed == 0
+
+
+def test_records_are_complete():
+    for name in base.METRICS.own:
+        metric = base.METRICS[name]
+        assert metric.name == name and metric.title and metric.text(0.5)
+        assert metric.table == "none" or metric.better != "neither"
+
+
+@pytest.mark.parametrize(("name", "value", "says"), [
+    ("accuracy", 0.8196, "81.96%"),
+    ("latency_p50", 0.0125, "12.50"),  # seconds in JSON, milliseconds on paper
+    ("perplexity", 12345.678, "12,345.68"),
+    ("validation_accuracy", 0.5, "50.00%"),
+    ("text_words", 12, "12"),
+])  # fmt: skip
+def test_a_value_is_printed_by_its_record(name, value, says):
+    assert base.text(name, value) == says
+
+
+def test_a_validation_metric_is_found_behind_its_prefix():
+    found = base.find("validation_loss")
+    assert found and (found.title, found.better) == ("val. loss", "minimize")
+    assert base.find("validation_") is base.find("steps") is None
+
+
+def test_tables_hold_one_another():
+    narrow, middle, wide = ({m.name for m in base.columns(base.METRICS, t)} for t in base.TABLES)
+    assert narrow < middle < wide and {"accuracy", "rmse", "exact_match", "recall_at_1"} <= narrow
+
+
+def test_columns_keep_the_order_of_the_registry():
+    assert [m.name for m in base.columns(["perplexity", "nothing", "accuracy"], "run")] == ["accuracy", "perplexity"]
+
+
+def test_a_headline_has_intervals_and_baselines():
+    interval = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9}
+    says = "classification: accuracy 80.00% (95 % interval 70.00% to 90.00%), macro F1 0.7500"
+    assert report.headline(result("classification", **interval, macro_f1=0.75, examples_per_second=3.0)) == says
+    says = "regression: RMSE 1.25 (without reading 2.5), Pearson 0.500"
+    assert report.headline(result("regression", rmse=1.25, baseline_rmse=2.5, pearson=0.5)) == says
+    assert report.headline(result("perplexity", perplexity=None, nll=800.0)) == "perplexity: nats/token 800.0000"
+
+
+def test_a_table_has_what_there_is_room_for():
+    metrics = {"exact_match": 0.5, "latency_p50": 0.0125, "windows": 3}
+    head, body = report.cells([result("answers", **metrics)])
+    assert head == ["artifact", "stage", "parameters", "bytes", "sparsity", "bits", "exact match", "p50 ms"]
+    assert body == [["a", "finetune", "1", "4", "–", "32", "50.00%", "12.50"]]
+    assert report.cells([result("answers", **metrics)], wide=False)[0][-2:] == ["bits", "exact match"]
