@@ -16,9 +16,13 @@ MODULES = [
     "llmctl.convert.importing",
     "llmctl.convert.name_map",
     "llmctl.distributed.mesh",
+    "llmctl.evaluate.metrics.classification",
+    "llmctl.evaluate.perplexity",
     "llmctl.model.families",
     "llmctl.model.generate.decode",
     "llmctl.model.generate.sampling",
+    "llmctl.plan.hlo.counts",
+    "llmctl.plan.topologies",
 ]
 
 

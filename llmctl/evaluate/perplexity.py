@@ -1,9 +1,11 @@
-"""Perplexity under a protocol that is part of the number: split, context, stride, and what is counted.
+"""Perplexity with an explicit protocol: split, context, stride and units are part of the result.
 
-Every document is scored alone: nothing of another document is its context, its first token is conditioned on the
-prefix token (BOS), its end is not scored. Each target is scored exactly once whatever the stride (see `windows`).
-Perplexity a token compares models of one tokenizer; a word (white-space separated, of the raw text) or a byte
-compares across tokenizers, as every model must predict the same text.
+Every document is scored independently. Its context never includes another document, its first token is conditioned on
+the prefix token (BOS), and its end is not scored. Each target is scored exactly once for every stride (see
+`sliding_window`).
+
+Perplexity per token compares models with the same tokenizer. Perplexity per word (split at white space of the raw text)
+or per byte compares across tokenizers, because every model must predict the same text.
 
 Shapes: N rows, B batch, T context.
 """
@@ -29,7 +31,12 @@ from llmctl.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a perplexity was measured on, and how."""
+    """Protocol of a perplexity measurement: what was scored, and how.
+
+    Example:
+        >>> print(Protocol(split="test", documents=50, context=512, stride=256))
+        test split, 50 documents each alone, context 512, stride 256, every token once, float32
+    """
 
     split: str
     documents: int
@@ -37,9 +44,9 @@ class Protocol:
     stride: int
     dtype: str = "float32"
     first: bool = True
-    """Whether the first token of a document is scored (it is where documents begin with BOS)."""
+    """Whether the first token of a document is scored, as it is if documents begin with BOS."""
     unit: str = "document"
-    """What is scored: a document, or the completion of a prompt."""
+    """Unit of scoring: a document, or the completion of a prompt."""
 
     def __str__(self) -> str:
         scored = "every token" if self.first else "every token but the first"
@@ -51,7 +58,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Counts:
-    """The units of the raw text."""
+    """Numbers of tokens, words and bytes in the raw text."""
 
     tokens: int
     words: int
@@ -59,12 +66,15 @@ class Counts:
 
 
 def count(texts: Sequence[str], tokens: int) -> Counts:
-    """Words are separated by white space; bytes are those of UTF-8."""
+    """Count words, split at white space, and UTF-8 bytes."""
     return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 
 def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
-    """From the summed negative log-likelihood (nats) to every unit; None (JSON has no infinity) where exp overflows."""
+    """Convert the summed negative log-likelihood (in nats) to all units.
+
+    A perplexity is None if exp overflows, because JSON has no infinity.
+    """
 
     def exponential(x: float) -> float | None:
         return math.exp(x) if x < 700 else None
@@ -82,7 +92,10 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
 
 
 def row_nll(model: ModelConfig, dtype: str) -> Any:
-    """Compiled (params, batch) -> summed NLL [B] (nats) of the weighted targets. Logits exist a chunk at a time."""
+    """Compile (params, batch) -> summed NLL [B] in nats of the weighted targets.
+
+    Logits are computed in chunks, never for all positions at once.
+    """
 
     def step(params: functional.Params, batch: dict[str, jax.Array]) -> jax.Array:
         x_BTD = functional.hidden(model, params, batch, dtype=dtype)
@@ -111,17 +124,22 @@ def total_nll(
     dtype: str = "float32",
     feed: Feed | None = None,
 ) -> tuple[float, int]:
-    """(summed NLL in nats, tokens scored) of tokenized documents.
+    """Compute the summed NLL of tokenized documents.
 
     Args:
-      model, params: what is scored.
-      documents: token ids by number, without begin and end of sequence.
-      prefix: the token before each document (see `windows.rows`).
-      context, stride: the windows.
-      batch_size: windows rows a step.
-      given: tokens of each document that are context alone.
-      dtype: compute type; the sum over rows is taken in float64 on the host.
-      feed: the way onto the devices.
+        model: Config of the model.
+        params: Its parameters.
+        documents: Token ids by document number, without begin and end of sequence.
+        prefix: Token before each document (see `sliding_window.Rows`).
+        context: Maximum number of inputs per window.
+        stride: Number of newly scored tokens per window.
+        batch_size: Number of rows per step.
+        given: Number of leading tokens of each document that are context only.
+        dtype: Dtype of the computation. The sum over rows is in float64 on the host.
+        feed: Transfer of batches to the devices.
+
+    Returns:
+        The summed NLL in nats, and the number of scored tokens.
     """
     rows = sliding_window.Rows(documents, prefix, context, stride, given)
     step = row_nll(model, dtype)

@@ -1,4 +1,4 @@
-"""Settings of a measurement."""
+"""Config of a measurement."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from llmctl.data.config import Split
 
 
 class MeasureConfig(Config):
-    """How artifacts are measured."""
+    """Settings of the evaluation: data, truncation, batches and speed."""
 
     split: Split = "test"
-    """Which split of the data."""
+    """Split of the data to measure on."""
     examples: int = Field(default=0, ge=0)
-    """Examples to measure on at most, chosen by their hash; 0 takes all."""
+    """Maximum number of examples, chosen by their hash; 0 takes all."""
     seq_len: int = Field(default=0, ge=0)
-    """Tokens a text is cut to for a classifier, and the context of a prediction; 0 takes what was trained with."""
+    """Tokens per text for a classifier, or context per prediction; 0 takes the value from training."""
     truncate: Literal["", "tail", "head_tail"] = ""
-    """What is cut from a text that is classified; empty takes what was trained with."""
+    """How a long text is shortened for classification; empty takes the value from training."""
     stride: int = Field(default=0, ge=0)
-    """Perplexity: new tokens a window; 0 is the context, so that windows do not overlap."""
+    """New tokens per window for perplexity; 0 takes the context, so that windows do not overlap."""
     batch_size: int = Field(default=32, ge=1)
-    """Sequences a batch; also the batch whose throughput is measured."""
+    """Sequences per batch, also in the throughput measurement."""
     dtype: Dtype = "float32"
-    """Compute type."""
+    """Dtype of the computation."""
     speed: bool = True
-    """Measure latency (batch 1) and throughput, all artifacts in turn."""
+    """Measure latency (batch 1) and throughput of all artifacts in alternation."""
     repeats: int = Field(default=15, ge=1)
-    """Rounds of the speed measurement."""
+    """Number of rounds in the speed measurement."""

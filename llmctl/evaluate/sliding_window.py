@@ -1,9 +1,9 @@
-"""How held-out documents become scored windows: each token is predicted exactly once, whatever the stride.
+"""Sliding windows over held-out documents; each token is scored exactly once for every stride.
 
-A document is `prefix + tokens`. A window holds at most `context` of those as inputs; the first window of a document
-scores all it holds, each later one starts so that `stride` new tokens fit and scores only those, with the rest as
-context. Windows of several documents share a row as separate segments, which attention keeps apart, so packing
-changes the cost and never the score.
+A document is `prefix + tokens`. A window has at most `context` inputs. The first window of a document scores all its
+targets. Each later window adds `stride` new tokens and scores only those, with the earlier ones as context. Windows of
+several documents share a row as separate segments, which attention separates. Packing therefore changes the cost, but
+never the score.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class Documents(Protocol):
-    """Token ids of document d by number: a list of lists, or a Corpus."""
+    """Token ids by document number, such as a list of lists or a Corpus."""
 
     def __len__(self) -> int: ...
 
@@ -24,7 +24,7 @@ class Documents(Protocol):
 
 
 class Window(NamedTuple):
-    """Inputs [begin, end) of document `document`; targets of the inputs from `fresh` on are scored."""
+    """Inputs [begin, end) of one document; the targets of the inputs from `fresh` on are scored."""
 
     document: int
     begin: int
@@ -33,9 +33,10 @@ class Window(NamedTuple):
 
 
 def slide(document: int, inputs: int, context: int, stride: int) -> Iterable[Window]:
-    """Windows over a document of `inputs` predicted tokens.
+    """Yield the windows of a document with `inputs` predicted tokens.
 
-    Raises ValueError unless 1 <= stride <= context: a longer stride would leave tokens unscored.
+    Raises:
+        ValueError: Unless 1 <= stride <= context, because a larger stride would leave tokens unscored.
     """
     if not 1 <= stride <= context:
         raise ValueError(f"stride ({stride}) must be between 1 and the context ({context})")
@@ -47,9 +48,20 @@ def slide(document: int, inputs: int, context: int, stride: int) -> Iterable[Win
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers, none above `capacity`: best fit, longest first (deterministic)."""
+    """Pack items into bins of size `capacity` by best fit, longest first; the result is deterministic.
+
+    Args:
+        lengths: Length of each item.
+        capacity: Maximum total length per bin.
+
+    Returns:
+        The item numbers in each bin.
+
+    Raises:
+        ValueError: If an item exceeds the capacity.
+    """
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free places, bin), sorted
+    room: list[tuple[int, int]] = []  # (free length, bin), sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[item] > capacity:
             raise ValueError(f"item of {lengths[item]} does not fit a bin of {capacity}")
@@ -65,19 +77,28 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Rows:
-    """Language-model rows (tokens, targets, weights, segments, positions, each [context]) that score every document
-    once, built when they are asked for."""
+    """Language-model rows that score every document once, built on demand.
+
+    A row has tokens, targets, weights, segments and positions, each [context].
+    """
 
     def __init__(
         self, documents: Documents, prefix: int | None, context: int, stride: int, given: Sequence[int] | None = None
     ) -> None:
-        """`prefix` (the BOS token) conditions the first token; without one the first token of a document cannot be
-        scored. Of document d the first `given[d]` tokens are context alone (a prompt)."""
+        """Compute the windows and pack them into rows.
+
+        Args:
+            documents: Token ids of each document.
+            prefix: Token (BOS) that conditions the first token; if None, first tokens are not scored.
+            context: Maximum number of inputs per window, and the row length.
+            stride: Number of newly scored tokens per window.
+            given: Number of leading tokens (the prompt) of each document that are context only.
+        """
         self._documents, self._context = documents, context
         self._start = np.array([] if prefix is None else [prefix], np.int32)
         self._windows: list[Window] = []
         for d in range(len(documents)):
-            # Input i predicts entry i + 1 of the sequence, whose first entry is the prefix.
+            # Input i predicts entry i + 1 of the sequence, which starts with the prefix.
             known = given[d] + len(self._start) - 1 if given is not None else 0
             for w in slide(d, len(self._start) + len(documents[d]) - 1, context, stride):
                 self._windows.append(w._replace(fresh=min(max(w.fresh, known), w.end)))
@@ -88,11 +109,11 @@ class Rows:
 
     @property
     def scored(self) -> int:
-        """Targets of all rows together."""
+        """Number of scored targets in all rows."""
         return sum(w.end - w.fresh for w in self._windows)
 
     def batch(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of these numbers."""
+        """Build the rows with these numbers."""
         names, shape = ("tokens", "targets", "weights", "segments", "positions"), (len(rows_B), self._context)
         out: dict[str, np.ndarray] = {n: np.zeros(shape, np.float32 if n == "weights" else np.int32) for n in names}
         for row, members in enumerate(self._bins[i] for i in rows_B):

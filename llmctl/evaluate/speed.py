@@ -1,7 +1,7 @@
-"""Latency and throughput of several programs, measured so that their ratios are fair on a noisy machine.
+"""Latency and throughput of several programs, measured in alternation so that noise affects all of them equally.
 
-The programs run in turn (A B C A B C …) in one process: a neighbour that steals the processor for a while slows one
-round of all of them, not every repeat of one. Medians then drop such rounds. Compilation happens in the warm-up.
+The programs run round-robin (A B C A B C …) in one process. A load spike on the machine therefore slows one round of
+all programs, not all repeats of one program. The median removes such rounds. Compilation happens in the warm-up.
 """
 
 import time
@@ -13,22 +13,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call took, one entry a round."""
+    """Duration of each call in seconds, one entry per round."""
 
     seconds: tuple[float, ...]
 
     @property
     def p50(self) -> float:
-        """Median seconds."""
+        """Median in seconds."""
         return float(np.percentile(self.seconds, 50))
 
     @property
     def p90(self) -> float:
-        """Seconds that nine calls in ten stay below."""
+        """90th percentile in seconds."""
         return float(np.percentile(self.seconds, 90))
 
     def rate(self, units: float) -> float:
-        """Units a second at the median, for a call that handles `units` of them."""
+        """Return the median rate in units per second of a call that processes `units`."""
         return units / self.p50
 
 
@@ -38,9 +38,9 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times every program `repeats` times, round-robin, after `warmup` unmeasured rounds.
+    """Time every program `repeats` times, round-robin, after `warmup` unmeasured rounds.
 
-    A program must not return before its work is done (`jax.block_until_ready` for JAX programs).
+    A program must block until its work is done (`jax.block_until_ready` for JAX programs).
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats ({repeats}) must be positive and warmup ({warmup}) not negative")
@@ -50,7 +50,8 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     names = list(programs)
     for round_ in range(repeats):
-        # Alternate the direction, so that nobody always runs after the same (possibly cache-hungry) neighbour.
+        # Alternate the direction, so that no program always runs after the same one, which may have evicted its cache
+        # lines.
         for name in names if round_ % 2 == 0 else reversed(names):
             start = clock()
             programs[name]()

@@ -1,4 +1,4 @@
-"""Compiling ahead of time for devices that are not attached: the compiler runs here, on this machine's CPU."""
+"""Ahead-of-time compilation for devices that are not attached; the compiler runs on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from llmctl.plan.training_programs import Program
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, of one device."""
+    """Result of a compilation: HLO text and the compiler's memory figures for one device."""
 
     text: str
-    """The optimized HLO; empty where it was refused for want of memory."""
+    """Optimized HLO text; empty if the compiler ran out of device memory."""
     arguments: int
-    """Bytes of what goes in, and stays while it runs."""
+    """Bytes of the arguments, which stay allocated during the run."""
     outputs: int
-    """Bytes of what comes out and does not take an argument's place."""
+    """Bytes of the outputs that are not aliased to an argument."""
     temporaries: int
-    """Bytes of everything between."""
+    """Bytes of the temporaries."""
     peak: int
-    """Bytes in use at the worst moment."""
+    """Bytes at the peak."""
     wants: int
-    """Bytes that a refused program asked for; 0 where it compiled."""
+    """Bytes that a program too large for the device needs; 0 if it compiled."""
     seconds: float
     says: dict[str, float]
-    """The compiler's own cost figures, which count loop bodies once and leave kernels out: to be shown, not used."""
+    """Cost figures of the compiler, for display only. They count loop bodies once and omit kernels."""
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The topology's devices, to make a mesh of."""
+    """Return the topology's devices, for a mesh."""
     import jax
     from jax.experimental import topologies
 
-    if topology.platform != "tpu":  # CPU devices also stand for GPUs, whose programs are lowered alone
+    if topology.platform != "tpu":  # CPU devices also stand in for GPUs, whose programs are only lowered
         there = jax.devices("cpu")
         if len(there) < topology.devices:
             raise RequestError(f"plan: {topology.name}: this process has {len(there)} CPU devices")
@@ -47,16 +47,17 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def compiled(program: Program) -> Compiled:
-    """Compiles. A program that does not fit the memory of its device is a result, not an error.
+    """Compile a program; a program that exceeds the device memory gives a result, not an error.
 
-    Raises WorkError where the compiler fails for another reason.
+    Raises:
+        WorkError: If the compiler fails for another reason.
     """
     began = time.monotonic()
     try:
         found = program.trace().lower().compile()
     except RequestError:
         raise
-    except Exception as e:  # XLA raises one type for everything
+    except Exception as e:  # XLA raises the same type for all errors
         wants = wanted(str(e))
         if not wants:
             raise WorkError(f"plan: {program.title} does not compile: {e}") from e
@@ -81,12 +82,12 @@ REFUSALS = (
     rf"Used {SIZE} of [\d.]+[KMGT]?i?B? hbm",
     rf"[Tt]otal memory required for HLO temporaries \({SIZE}\) exceeds available HBM",
 )
-"""How libtpu says that a program needs more memory than there is."""
+"""Messages of libtpu for a program that needs more memory than available."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def wanted(message: str) -> int:
-    """Bytes that a refused program asked for, from the compiler's own words; 0 where it was about something else."""
+    """Return the bytes that the compiler's out-of-memory message reports; 0 for other messages."""
     for pattern in REFUSALS:
         if found := re.search(pattern, message):
             return int(float(found[1]) * UNITS[found[2]])

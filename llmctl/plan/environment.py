@@ -1,4 +1,4 @@
-"""What must be settled before JAX is imported, so that it compiles for chips that are not there."""
+"""Process environment for ahead-of-time compilation; it must be set before JAX is imported."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from llmctl.distributed.backend import NO_TPU
 from llmctl.plan.topologies import Topology
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # also where there is a TPU: it may be at work, and is not the one that is asked about
-    "TPU_SKIP_MDS_QUERY": "1",  # no machine of a cloud, whose metadata would be asked
+    "JAX_PLATFORMS": "cpu",  # an attached TPU may be busy, and is not the planned one
+    "TPU_SKIP_MDS_QUERY": "1",  # skip the metadata query, which needs a cloud machine
     **NO_TPU,
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-"""What JAX and libtpu must find before they are imported."""
+"""Environment variables that JAX and libtpu read when they are imported."""
 
 
 def prepare(topology: Topology) -> None:
-    """Sets the environment that JAX must find when it is imported, with as many CPU devices as are asked for.
+    """Set the environment for the import of JAX, with the topology's number of CPU devices.
 
-    Raises RequestError where the compiler for the topology is not installed.
+    Raises:
+        RequestError: If the compiler for the topology is not installed.
     """
     if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise RequestError(
@@ -33,6 +34,6 @@ def prepare(topology: Topology) -> None:
     if "jax" in sys.modules:
         return
     os.environ |= ENVIRONMENT
-    if topology.platform != "tpu":  # also in place of GPUs, whose programs are lowered alone
+    if topology.platform != "tpu":  # CPU devices also stand in for GPUs, whose programs are only lowered
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()

@@ -1,4 +1,4 @@
-"""What a plan says: one JSON object a program, and the tables made of it."""
+"""Output of a plan: one JSON object per program, and the tables made from it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ BINDS = {
     "ici": "links between chips (ICI)",
     "dcn": "the network between slices or nodes (DCN)",
 }
-"""What a roofline's limits are, in words."""
+"""Description of each limit of the roofline."""
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
@@ -34,7 +34,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Format seconds with a unit."""
     for unit, least in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= least:
             return f"{seconds / least:,.3g} {unit}"
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 
 def memory_table(found: dict[str, Any]) -> Table:
-    """Memory of one device by class, against its capacity."""
+    """Create the table of one device's memory by class, with its capacity."""
     from rich.table import Table
 
     table = Table("memory (HBM) of a device")
@@ -63,7 +63,7 @@ def memory_table(found: dict[str, Any]) -> Table:
 
 
 def summary(found: list[dict[str, Any]]) -> Table:
-    """All programs of a plan, one a line."""
+    """Create the table of all programs of a plan, one per row."""
     from rich.table import Table
 
     table = Table("stage", "program", title="all of it", title_justify="left")
@@ -81,13 +81,13 @@ def summary(found: list[dict[str, Any]]) -> Table:
 
 
 def heading(found: dict[str, Any]) -> str:
-    """Stage, program, topology and mesh in one line."""
+    """Format stage, program, topology and mesh in one line."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
     return f"{found['stage']}: {found['program']} on {found['topology']} ({found['chips']} chips, {mesh})"
 
 
 def work_table(found: dict[str, Any]) -> Table:
-    """Operations, traffic, collectives and time of one step."""
+    """Create the table of operations, traffic, collectives and time of one step."""
     from rich.table import Table
 
     table = Table(show_header=False)
@@ -102,7 +102,7 @@ def work_table(found: dict[str, Any]) -> Table:
 def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     counted = "compiled, loops counted" if found["compiled"] else "model"
     rows: list[tuple[str, str, str]] = []
-    if found["tokens_per_step"]:  # a weight's turn in compression reads none
+    if found["tokens_per_step"]:  # compression programs read no tokens for a single weight
         rows = [
             ("tokens a step", f"{found['tokens_per_step']:,}", f"{found['rows_per_step']} x {found['seq_len']}"),
             ("FLOPs a step", f"{found['flops_per_step']:.4g}", "of the model, all devices"),
@@ -146,7 +146,7 @@ def _types(found: dict[str, Any]) -> str:
 
 
 def facts(found: dict[str, Any]) -> str:
-    """What of it was compiled and what was reckoned."""
+    """Describe which figures come from the compiler and which from the model."""
     if not found["compiled"] and not found.get("checked"):
         return "compiled fact: the compiler refused it for want of memory, and says how much it needs"
     if not found["compiled"]:
@@ -160,5 +160,5 @@ def facts(found: dict[str, Any]) -> str:
 
 
 def whole(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One object of a plan: the program that takes most memory, and all of them."""
+    """Return one object for a plan: the program with the largest memory, plus the list of all programs."""
     return max(found, key=lambda one: one["hbm_bytes"]["total"]) | {"programs": found}

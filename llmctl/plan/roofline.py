@@ -1,11 +1,14 @@
-"""Step time from a stated roofline: no operation runs faster than its chip's peak, its memory or its links allow.
+"""Roofline model of the step time: a lower bound from peak FLOPs, HBM bandwidth and network bandwidth.
 
-    seconds = max(compute, HBM, collectives that overlap) + collectives that do not
+    seconds = max(compute, HBM, overlapped collectives) + other collectives
 
-Matrix products run at the peak of their operands' type; everything is read and written at the full bandwidth of HBM;
-collectives over an axis run on the links of the torus dimensions that the axis spans, both ways around a ring where
-there is one; of those that leave a slice the data center's network carries what the devices of a slice do not have
-from one another, shared out among them. Real steps are slower: this is a bound, and so is the utilization it gives.
+- Matrix products run at the peak rate of their operand dtype.
+- All data is read and written at the full bandwidth of HBM.
+- Collectives over an axis use the links of the torus dimensions that the axis spans, in both directions of a ring.
+- In collectives across slices, the data-center network carries only what the devices of a slice cannot get from each
+  other. The devices of a slice share this traffic.
+
+Real steps are slower. The time is therefore a lower bound, and the utilization an upper bound.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from llmctl.plan.topologies import Topology
 
 @dataclass(frozen=True)
 class Roofline:
-    """A step's time and what bounds it. Seconds."""
+    """Times of one step by resource, in seconds."""
 
     compute: float
     hbm: float
@@ -29,39 +32,45 @@ class Roofline:
     dcn: float
     """All collectives between slices."""
     exposed: float
-    """Collectives that nothing hides."""
+    """Collectives that do not overlap with computation."""
 
     @property
     def seconds(self) -> float:
-        """The step."""
+        """Time of the step."""
         return max(self.compute, self.hbm, self.ici + self.dcn - self.exposed) + self.exposed
 
     @property
     def binds(self) -> str:
-        """What takes longest: compute, hbm, ici or dcn."""
+        """Resource with the longest time: compute, hbm, ici or dcn."""
         times = {"compute": self.compute, "hbm": self.hbm, "ici": self.ici, "dcn": self.dcn}
         return max(times, key=lambda name: times[name])
 
     def mfu(self, model_flops: float, topology: Topology, dtype: str) -> float:
-        """The share of the peak that the model's own operations (of the whole step, all devices) reach at best.
+        """Return the upper bound of the model FLOPs utilization (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
 
-        arXiv:2204.02311, appendix B.
+        Args:
+            model_flops: FLOPs of the model per step, over all devices.
+            topology: Hardware of the step.
+            dtype: Operand dtype whose peak is the reference.
         """
         return model_flops / (self.seconds * topology.devices * topology.chip.peak(dtype))
 
     def chip_hours(self, tokens: float, tokens_a_step: float, topology: Topology) -> float:
-        """Chips times hours for so many tokens."""
+        """Return the number of chips times hours for `tokens` tokens."""
         return self.seconds * math.ceil(tokens / tokens_a_step) * topology.chips / 3600
 
 
 def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: str = "bfloat16") -> Roofline | None:
-    """The roofline of a step (compiled or modelled), or None for chips whose speed nobody knows (CPUs).
+    """Compute the roofline of a compiled or modelled step.
 
     Args:
-      counts: of one device.
-      topology: where it runs.
-      mesh: axes and sizes in order, the last axis over neighbouring devices.
-      attention: type of the operands of attention kernels.
+        counts: Counts of one device.
+        topology: Hardware of the step.
+        mesh: Axes of the mesh and their sizes, in order; neighbouring devices differ in the last axis.
+        attention: Operand dtype of the attention kernels.
+
+    Returns:
+        The roofline, or None for chips without known peak FLOPs (CPUs).
     """
     chip = topology.chip
     if not chip.flops:
@@ -69,7 +78,7 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
     compute = sum(flops / chip.peak(dtype) for dtype, flops in counts.flops_by_type.items())
     compute += counts.kernel_flops / chip.peak(attention)
     ici = dcn = exposed = 0.0
-    told = any(c.axis == SLICES for c in counts.collectives)  # a TPU's compiler has taken apart what leaves a slice
+    told = any(c.axis == SLICES for c in counts.collectives)  # the TPU compiler lists DCN traffic separately
     for c in counts.collectives:
         here, away = (c.bytes, 0.0) if told and c.axis != SLICES else sent(c, topology, mesh)
         inside = here / bandwidth(c.axis, topology, mesh)
@@ -80,7 +89,7 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
 
 
 def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Axis -> (devices between neighbours, size)."""
+    """Return {axis: (distance between neighbours in device numbers, size)}."""
     found, stride = {}, 1
     for axis, size in reversed(list(mesh.items())):
         found[axis] = (stride, size)
@@ -89,7 +98,7 @@ def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, int]:
-    """Of a group of devices along `axis`: (those in one slice, slices)."""
+    """Return the size of a group along `axis` as (devices in one slice, slices)."""
     inside = topology.devices // topology.slices
     strides = _strides(mesh)
     names = [a for a in axis.split(",") if a in strides]
@@ -100,15 +109,15 @@ def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, 
 
 
 def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[float, float]:
-    """Bytes that a device sends inside its slice, and to other slices.
+    """Return the bytes that a device sends within its slice and to other slices.
 
-    Devices of a slice sum or gather among themselves, so that each needs to send its share of the slice's alone.
+    The devices of a slice first reduce or gather among themselves. Each then sends only its share of the slice's data.
     """
     here, slices = group(c.axis, topology, mesh)
     devices = here * slices
     if slices == 1:
         return c.bytes, 0.0
-    if here == 1 or c.kind == "collective-permute":  # the slowest of its ways is to another slice
+    if here == 1 or c.kind == "collective-permute":  # for a permutation, the path to another slice is the slowest
         return 0.0, c.bytes
     if c.kind == "all-to-all":
         return c.bytes * (here - 1) / (devices - 1), c.bytes * (devices - here) / (devices - 1)
@@ -117,14 +126,14 @@ def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[fl
 
 
 def bandwidth(axis: str, topology: Topology, mesh: Mapping[str, int]) -> float:
-    """Bytes a second that leave a device along a mesh axis, inside a slice.
+    """Return the bytes per second that a device sends along a mesh axis inside a slice.
 
-    Devices are numbered along the torus, its last dimension slowest, so a mesh axis spans whole dimensions or parts of
-    them: two links a dimension where it goes all the way around a ring, one where it is a line, of which the longest
-    way bounds a collective.
+    Devices are numbered along the torus, with its last dimension slowest. A mesh axis therefore spans complete
+    dimensions or parts of them. Each dimension contributes two links if the axis covers a full ring. It contributes one
+    link if the axis covers a line, because the longest path bounds a collective.
     """
     chip = topology.chip
-    if not chip.dimensions:  # a switch
+    if not chip.dimensions:  # switched network
         return chip.ici_bandwidth
     link = chip.ici_bandwidth / (2 * chip.dimensions)
     strides = _strides(mesh)

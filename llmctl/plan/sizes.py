@@ -1,4 +1,4 @@
-"""Bytes of abstract arrays."""
+"""Size of abstract arrays in bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def bytes_of(tree: Any, whole: bool = False) -> int:
-    """Bytes of a tree of arrays on one device, or of all of them together."""
+    """Return the bytes of a tree of arrays, on one device or (if `whole`) in total over all devices."""
     total = 0
     for a in jax.tree.leaves(tree):
         shape = a.shape if whole or a.sharding is None else a.sharding.shard_shape(a.shape)

@@ -1,4 +1,4 @@
-"""Topologies by name: which chips are rented together, and how they are joined."""
+"""Hardware topologies by name: TPU slices, GPU nodes and CPU devices, with their networks."""
 
 from __future__ import annotations
 
@@ -23,48 +23,57 @@ SHAPES = {
     "v6e": FLAT,
     "tpu7x": (*CUBES, "16x16x24"),
 }
-"""Slices that are rented (docs.cloud.google.com/tpu/docs)."""
+"""Slice shapes on offer (docs.cloud.google.com/tpu/docs)."""
 GPUS = ("a100", "h100", "h200")
 NODE = 8
-"""GPUs that share an NVLink switch; more are nodes on a network."""
+"""Number of GPUs that share an NVLink switch; more GPUs form several nodes on a network."""
 MOST = {"tpu": 2**15, "cuda": 2**12, "cpu": 2**12}
-"""Devices that a plan can be for, by platform: JAX makes an object of each."""
+"""Maximum number of devices in a plan, by platform, because JAX creates an object for each."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips that are rented together."""
+    """Chips that are used together, and the shape of their network.
+
+    Example:
+        >>> topology = find("2*v5e:4x4")
+        >>> topology.chips, topology.shape, topology.slices
+        (32, (4, 4), 2)
+    """
 
     name: str
-    """As people write it: v5e:4x4, 2*v5p:4x4x4, h100:8, cpu:8."""
+    """Name such as v5e:4x4, 2*v5p:4x4x4, h100:8 or cpu:8."""
     platform: str
-    """tpu, cuda or cpu."""
+    """One of tpu, cuda and cpu."""
     chip: Chip
     shape: tuple[int, ...]
     """Chips of a slice (GPUs of a node) along each axis."""
     slices: int = 1
-    """Slices (nodes) joined by the data center's network."""
+    """Number of slices (nodes) that the data-center network connects."""
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Number of chips in all slices."""
         return self.slices * math.prod(self.shape)
 
     @property
     def devices(self) -> int:
-        """As JAX counts them: what the mesh's axes multiply to."""
+        """Number of JAX devices, which the product of the mesh axes must equal."""
         return self.chips * self.chip.devices
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Which axes of a slice are rings: 16 chips of the flat ones, 4 and its multiples of those made of cubes."""
+        """Whether each axis of a slice is a ring.
+
+        On 2D chips, an axis of 16 chips is a ring. On 3D chips, all axes are rings if every size is a multiple of 4.
+        """
         if self.chip.dimensions == 2:
             return tuple(n == 16 for n in self.shape)
         return tuple(all(m % 4 == 0 for m in self.shape) for _ in self.shape)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For `jax.experimental.topologies.get_topology_desc`, TPUs alone."""
+        """Arguments of `jax.experimental.topologies.get_topology_desc`; for TPUs only."""
         found: dict[str, Any] = {
             "platform": "tpu",
             "topology_name": f"{self.chip.name}:{'x'.join(map(str, self.shape))}",
@@ -72,7 +81,7 @@ class Topology:
         }
         if any(self.wrap):
             found["wrap"] = (*self.wrap, *[False] * (3 - len(self.shape)))
-        if self.chip.name == "v4":  # its two cores are one device
+        if self.chip.name == "v4":  # the two cores of a v4 chip form one device
             found["chip_config_name"] = "megacore"
         if self.slices > 1:
             found["num_slices"] = self.slices
@@ -80,15 +89,16 @@ class Topology:
 
 
 def known() -> list[str]:
-    """Every name of one slice, with N where any number goes."""
+    """Return every name of a single slice, with N for any number."""
     slices = [f"{chip}:{shape}" for chip, shapes in SHAPES.items() for shape in shapes]
     return [*slices, *(f"{gpu}:N" for gpu in GPUS), "cpu:N"]
 
 
 def find(name: str) -> Topology:
-    """The topology that people call `name`: CHIP:SHAPE, SLICES*CHIP:SHAPE, or a number of GPUs or CPU devices.
+    """Return the topology with this name: CHIP:SHAPE, SLICES*CHIP:SHAPE, or a number of GPUs or CPU devices.
 
-    Raises RequestError for one that is not known.
+    Raises:
+        RequestError: If the name is unknown.
     """
     parts = re.fullmatch(r"(?:(\d+)\*)?([\w-]+):([\dx]+)", name.strip().lower())
     slices, chip, shape = int(parts[1] or 1) if parts else 1, parts[2] if parts else "", parts[3] if parts else ""
@@ -102,7 +112,7 @@ def find(name: str) -> Topology:
 
 
 def _counted(chip: str, number: int) -> Topology:
-    """GPUs or CPU devices by number."""
+    """Return a topology of `number` GPUs or CPU devices."""
     if chip == "cpu":
         return Topology(f"cpu:{number}", "cpu", hardware.CPU, (number,))
     if number > NODE and number % NODE:
@@ -123,9 +133,10 @@ def _summary() -> str:
 
 
 def smallest_first(chip: str) -> list[Topology]:
-    """Every topology of a chip (one slice, one node), the fewest chips first; for `--fit` and `--chips`.
+    """Return every single-slice or single-node topology of a chip, smallest first; for `--fit` and `--chips`.
 
-    Raises RequestError for a chip that is not known.
+    Raises:
+        RequestError: If the chip is unknown.
     """
     if chip in SHAPES:
         return sorted((find(f"{chip}:{shape}") for shape in SHAPES[chip]), key=lambda t: t.chips)
@@ -135,9 +146,13 @@ def smallest_first(chip: str) -> list[Topology]:
 
 
 def with_chips(chip: str, number: int) -> Topology:
-    """The slice of exactly `number` chips; raises RequestError, naming the sizes there are."""
+    """Return the topology with exactly `number` chips.
+
+    Raises:
+        RequestError: If there is no slice of this size; the message lists the existing sizes.
+    """
     found = smallest_first(chip)
-    if chip in GPUS:  # any number, to whole nodes
+    if chip in GPUS:  # any number of complete nodes
         return find(f"{chip}:{number}")
     if match := next((t for t in found if t.chips == number), None):
         return match

@@ -1,4 +1,11 @@
-"""Scores of a classifier from its predictions: accuracy with an interval, F1 three ways, the confusion matrix."""
+"""Classification metrics: accuracy with a confidence interval, F1 (macro, micro, weighted), and the confusion matrix.
+
+Example:
+    >>> import numpy as np
+    >>> found = scores(confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2), ["no", "yes"])
+    >>> round(found["accuracy"], 3), round(found["macro_f1"], 3)
+    (0.667, 0.667)
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +13,22 @@ from typing import Any
 import numpy as np
 
 Z_95 = 1.959963984540054
-"""Half-width of the central 95 % of a standard normal, in standard deviations."""
+"""Half-width of the central 95 % interval of the standard normal distribution, in standard deviations."""
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Counts [C, C] (int64): row is the true class, column the predicted one.
+    """Count predictions per class.
 
-    Raises ValueError when a label or prediction is outside 0..classes-1 or the lengths differ.
+    Args:
+        labels: True classes [N], integers from 0 to classes - 1.
+        predictions: Predicted classes [N].
+        classes: Number of classes C.
+
+    Returns:
+        Counts int64 [C, C]; rows are true classes, columns are predicted classes.
+
+    Raises:
+        ValueError: If a label or prediction is outside the classes, or the lengths differ.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1:
@@ -26,9 +42,9 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 
 
 def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927): stays inside [0, 1] and honest near the ends.
+    """Return the Wilson score interval of a proportion (Wilson, 1927).
 
-    With nothing observed every proportion is possible: (0, 1).
+    It stays inside [0, 1] and keeps its coverage near both ends. Without observations it is (0, 1).
     """
     if total == 0:
         return 0.0, 1.0
@@ -40,15 +56,19 @@ def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float,
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Elementwise quotient; 0 where nothing was counted (a class never predicted has precision 0)."""
+    """Divide elementwise; the result is 0 if the denominator is 0 (a class that is never predicted has precision 0)."""
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator > 0)
 
 
 def scores(confusion_CC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Every score that a confusion matrix determines.
+    """Compute all metrics that a confusion matrix determines.
 
-    Macro F1 is the plain mean over the classes that occur as a label or a prediction, weighted F1 their mean by
-    support, micro F1 pools the counts (equal to accuracy when every example has one label).
+    Macro F1 is the mean over the classes that occur as a label or a prediction. Weighted F1 is the mean weighted by
+    support. Micro F1 pools the counts, and equals accuracy because every example has one label.
+
+    Args:
+        confusion_CC: Counts [C, C], rows are true classes.
+        names: Names of the C classes.
     """
     confusion_CC = np.asarray(confusion_CC, np.float64)
     if confusion_CC.shape != (len(names), len(names)):
@@ -66,7 +86,7 @@ def scores(confusion_CC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
         "accuracy_low": low,
         "accuracy_high": high,
         "macro_f1": float(f1_C[seen_C].mean()) if total else 0.0,
-        "micro_f1": accuracy,  # one label an example: pooled precision = pooled recall = accuracy
+        "micro_f1": accuracy,  # with one label per example, pooled precision = pooled recall = accuracy
         "weighted_f1": float((f1_C * support_C).sum() / total) if total else 0.0,
         "examples": int(total),
         "per_class": {

@@ -1,4 +1,4 @@
-"""Entities in tagged words: what begins and ends where, and how many of them were found (as conlleval counts them)."""
+"""Entity-level metrics of tagged words: entity boundaries, precision, recall and F1, as conlleval computes them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from typing import Any
 import numpy as np
 
 Entity = tuple[str, int, int]
-"""Type, first word, last word."""
+"""Entity: type, index of the first word, index of the last word."""
 
 
 def is_scheme(tags: Iterable[str]) -> bool:
-    """Whether labels mark entities: "O", or a letter of BIOES, a dash and a type; and some do."""
+    """Return True if the tags mark entities.
+
+    Each tag must be "O", or a letter of BIES, a dash and a type. At least one must differ from "O".
+    """
     tags = set(tags)
     return bool(tags - {"O"}) and all(t == "O" or (t[:1] in "BIES" and t[1:2] == "-" and t[2:]) for t in tags)
 
 
 def marks(labels: Sequence[str]) -> np.ndarray | None:
-    """Letter (its place in "OBIES") and number of the type of each label, int32 [C, 2]; None where none are marked."""
+    """Return the letter (index in "OBIES") and type number of each label.
+
+    Returns:
+        int32 [C, 2], or None if the labels mark no entities.
+    """
     if not is_scheme(labels):
         return None
     kinds = sorted({tag[2:] for tag in labels})
@@ -27,11 +34,11 @@ def marks(labels: Sequence[str]) -> np.ndarray | None:
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:
-    """The entities of one text's tags.
+    """Return the entities that the tags of one text mark.
 
-    One begins at B- and S-, at I- and E- after O, after the end of another (E-, S-) or after another type (so "I-PER"
-    after "O" begins one), and goes on to the word before the next beginning or O. This is the lenient reading of
-    conlleval and of seqeval's default.
+    An entity begins at B- and S-. It also begins at I- and E- after O, after the end of another entity (E-, S-) or
+    after another type, so "I-PER" after "O" begins one. It ends before the next beginning or O. This is the lenient
+    interpretation of conlleval and of seqeval's default.
     """
     found: set[Entity] = set()
     begun, last = -1, ("O", "")
@@ -48,7 +55,10 @@ def entities(tags: Sequence[str]) -> set[Entity]:
 
 
 def scores(truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Precision, recall and F1 of entities, exact in type and both ends, pooled over all texts; and of each type."""
+    """Compute precision, recall and F1 of entities, pooled over all texts and per type.
+
+    An entity is correct if its type and both boundaries match.
+    """
     right, there, named = Counter(), Counter(), Counter()
     for true_tags, said_tags in zip(truth, said, strict=True):
         a, b = entities(true_tags), entities(said_tags)
@@ -61,7 +71,7 @@ def scores(truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dic
 
 
 def _f1(right: int, named: int, there: int) -> dict[str, float]:
-    """0 where nothing is there or nothing was named."""
+    """Compute precision, recall and F1; 0 if there are no entities or no predictions."""
     return {
         "precision": right / named if named else 0.0,
         "recall": right / there if there else 0.0,

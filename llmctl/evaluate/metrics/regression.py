@@ -1,4 +1,4 @@
-"""Scores of predicted numbers: errors in the label's unit, correlations."""
+"""Regression metrics: errors in the label's unit, and correlations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import numpy as np
 
 
 def scores(label_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
-    """Scores by name.
+    """Compute all regression metrics.
 
-    rmse and mae (the label's unit), pearson and spearman (0 where either side is constant), baseline_rmse of the best
-    constant answer, examples.
+    Args:
+        label_N: True values [N].
+        predicted_N: Predicted values [N].
+
+    Returns:
+        rmse and mae in the label's unit; pearson and spearman, which are 0 if either side is constant; baseline_rmse of
+        the best constant prediction; examples.
     """
     y, p = np.asarray(label_N, np.float64), np.asarray(predicted_N, np.float64)
     return {
@@ -29,6 +34,6 @@ def _correlation(a_N: np.ndarray, b_N: np.ndarray) -> float:
 
 
 def _ranks(x_N: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share the mean of theirs."""
+    """Return ranks from 0; equal values share the mean of their ranks."""
     _, place_N, counts = np.unique(x_N, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[place_N]

@@ -1,4 +1,4 @@
-"""Answers compared as SQuAD compares them: exact match and F1 of words, against the best of the accepted answers."""
+"""SQuAD metrics: exact match and word F1, each the maximum over the accepted answers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ _DROPPED = str.maketrans("", "", string.punctuation)
 
 
 def normal(answer: str) -> str:
-    """Lower case, without punctuation and articles, words a space apart (arXiv:1606.05250)."""
+    """Normalize an answer: lower case, no punctuation, no articles, single spaces.
+
+    (Rajpurkar et al., 2016, arXiv:1606.05250)
+    """
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_DROPPED)).split())
 
 
 def exact(said: str, truth: Sequence[str]) -> float:
-    """1 where the answer is one of the accepted ones; none accepted means that no answer ("") is right."""
+    """Return 1 if the answer equals an accepted one, else 0.
+
+    Without accepted answers, only the empty answer is correct.
+    """
     return float(any(normal(said) == normal(t) for t in truth or [""]))
 
 
 def f1(said: str, truth: Sequence[str]) -> float:
-    """Largest F1 of the words of the answer and of an accepted one; without words it is 1 or 0 as they agree."""
+    """Return the largest word F1 with an accepted answer. If either has no words, F1 is 1 if both are empty, else 0."""
     return max(_overlap(normal(said).split(), normal(t).split()) for t in truth or [""])
 
 

@@ -1,1 +1,1 @@
-"""Counts from a compiled program's text: FLOPs, bytes and collectives, with loops evaluated."""
+"""Analysis of compiled HLO text: FLOPs, bytes and collectives per step, with the trip counts of loops."""

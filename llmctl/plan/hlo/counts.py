@@ -1,4 +1,16 @@
-"""Compiled HLO text -> what a step does: FLOPs, bytes, collectives, with loops evaluated. Of one device."""
+"""Count the FLOPs, HBM bytes and collectives of a compiled step, per device, with the trip counts of loops.
+
+Example:
+    >>> text = '''
+    ... ENTRY main (a: f32[2,8], b: f32[8,4]) -> f32[2,4] {
+    ...   a = f32[2,8]{1,0} parameter(0)
+    ...   b = f32[8,4]{1,0} parameter(1)
+    ...   ROOT dot = f32[2,4]{1,0} dot(a, b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    ... }'''
+    >>> counts = count(text, {"data": 1})
+    >>> counts.flops, counts.bytes
+    (128.0, 224.0)
+"""
 
 from __future__ import annotations
 
@@ -13,45 +25,53 @@ from llmctl.plan.hlo.parser import Computation, Instruction, Module, parse
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over one group of devices, summed over a step; of one device."""
+    """Collectives of one kind over one group of devices, summed over a step, per device."""
 
     kind: str
-    """all-gather, reduce-scatter, all-reduce, all-to-all, collective-permute."""
+    """One of all-gather, reduce-scatter, all-reduce, all-to-all and collective-permute."""
     bytes: float
-    """What a device sends and receives of it, one way."""
+    """Bytes that a device sends; it receives as many."""
     axis: str
-    """The mesh axis it runs over ("data,fsdp" for several; "?" where it is none; "slices" between those of TPUs)."""
+    """Mesh axis of the collective.
+
+    "data,fsdp" names two axes, "?" means no axis of the mesh, and "slices" means between TPU slices.
+    """
     count: float
-    """How often it runs."""
+    """Number of runs per step."""
     overlapped: float
-    """Of these, how many are started and awaited apart, with computation in between."""
+    """Number of these runs with separate start and done instructions and with computation between the two."""
     payload: float = 0.0
-    """Bytes of the whole arrays, the larger of what goes in and what comes out."""
+    """Bytes of the full arrays: the larger of the total input and the total output."""
     hidden: float = 0.0
-    """Of `bytes`, those of the overlapped ones."""
+    """Part of `bytes` that belongs to overlapped runs."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A compiled step, of one device."""
+    """Counts of one compiled step, per device."""
 
     flops: float
-    """Of matrix products and convolutions; kernels are apart."""
+    """FLOPs of matrix products and convolutions, without custom kernels."""
     bytes: float
-    """Read and written in HBM by all operations."""
+    """Bytes that all operations read from and write to HBM."""
     collectives: list[Collective] = field(default_factory=list)
     flops_by_type: dict[str, float] = field(default_factory=dict)
-    """The same by type of the operands: bfloat16, int8, …"""
+    """`flops` by the operand dtype: bfloat16, int8, …"""
     kernels: dict[str, float] = field(default_factory=dict)
-    """How often each custom kernel (splash attention) runs, by name."""
+    """Number of runs of each custom kernel (splash attention), by name."""
     kernel_flops: float = 0.0
-    """Of the attention kernels, by arithmetic on their shapes: the compiler does not say."""
+    """FLOPs of the attention kernels, computed from their shapes because the compiler does not report them."""
     unknown_loops: list[str] = field(default_factory=list)
-    """Loops whose turns could not be told; each counts once."""
+    """Loops with an unknown trip count; each is counted as one iteration."""
 
 
 def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
-    """Counts a compiled module; `mesh_axes` has the mesh's axes and sizes in order, which collectives run over."""
+    """Count the operations of a compiled module.
+
+    Args:
+        hlo_text: Text of the optimized HLO.
+        mesh_axes: Axes of the mesh and their sizes, in order. Collectives are attributed to these axes.
+    """
     module = parse(hlo_text)
     tally = _Counter(module, mesh_axes).of(module.computations[module.entry])
     collectives = [Collective(kind, axis=axis, **sums) for (kind, axis), sums in sorted(tally.collectives.items())]
@@ -70,17 +90,17 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
     "AsyncCollectiveStart", "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "TopK", "SliceId",
     "ZeroCrop", "GatherScatterIndicesBitpacked",
 }  # fmt: skip
-"""Custom calls that are no kernels."""
+"""Custom calls that are not kernels."""
 APART = ("async-start", "call-start")
-"""Computations that run beside what follows, the second on cores of their own."""
+"""Opcodes that start asynchronous computations. Those of call-start run on separate cores."""
 SLICES = "slices"
-"""What collectives between slices of TPUs run over, beside the names of mesh axes."""
+"""Name of the network between TPU slices, used in the place of a mesh axis."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
 @dataclass
 class _Tally:
-    """Sums of one run of a computation."""
+    """Sums over one run of a computation."""
 
     flops: dict[str, float] = field(default_factory=dict)
     bytes: float = 0.0
@@ -91,16 +111,16 @@ class _Tally:
 
     @property
     def work(self) -> float:
-        """What a collective can hide behind."""
+        """FLOPs that a collective can overlap with."""
         return sum(self.flops.values()) + self.kernel_flops
 
     def hide(self) -> None:
-        """Its collectives run beside other work."""
+        """Mark all collectives as overlapped."""
         for sums in self.collectives.values():
             sums |= {"overlapped": sums["count"], "hidden": sums["bytes"]}
 
     def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
-        """`other`, so many times; of what is fused the bytes are counted outside."""
+        """Add `other` multiplied by `times`; without its bytes if the caller counts those, as for a fusion."""
         for mine, theirs in ((self.flops, other.flops), (self.kernels, other.kernels)):
             for key, value in theirs.items():
                 mine[key] = mine.get(key, 0.0) + times * value
@@ -114,14 +134,14 @@ class _Tally:
 
 
 class _Counter:
-    """Counts computations, each once however often it is called."""
+    """Count computations and cache the result of each, because several instructions may call it."""
 
     def __init__(self, module: Module, mesh: Mapping[str, int]) -> None:
         self.module, self.mesh = module, mesh
         self.done: dict[str, _Tally] = {}
 
     def of(self, where: Computation) -> _Tally:
-        """The sums of one run."""
+        """Return the sums over one run of a computation."""
         if where.name not in self.done:
             tally, apart = _Tally(), [self.instruction(where, i) for i in where.instructions]
             for n, i in enumerate(where.instructions):
@@ -138,7 +158,7 @@ class _Counter:
         return self.done[where.name]
 
     def instruction(self, where: Computation, i: Instruction) -> _Tally:
-        """Everything but collectives that are `i` itself."""
+        """Return the sums over one run of `i`, without those of a collective that is `i` itself."""
         tally = _Tally(bytes=hbm_traffic.of(self.module, where, i))
         flops, dtype = operations.matrix(where, i)
         if flops:
@@ -152,7 +172,7 @@ class _Counter:
             tally.add(max(branches, key=lambda b: (b.work, b.bytes)))
         elif i.opcode == "fusion":
             tally.add(self.of(self.module.computations[i.called["calls"][0]]), bytes_too=False)
-        elif i.opcode in ("call", *APART):  # what is begun here is counted here
+        elif i.opcode in ("call", *APART):  # asynchronous work is counted at its start
             inner = i.called.get("calls") or i.called["to_apply"]
             tally.add(self.of(self.module.computations[inner[0]]), bytes_too=i.opcode == "call")
         elif i.opcode == "custom-call" and i.target not in HOUSEKEEPING and not flops:
@@ -162,7 +182,7 @@ class _Counter:
         return tally
 
     def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
-        """The sums of one run of a collective."""
+        """Return the sums over one run of a collective."""
         group = replica_groups.group_of(i, math.prod(self.mesh.values()))
         if len(group) < 2:
             return _Tally()
@@ -172,7 +192,7 @@ class _Counter:
 
 
 def _summed(kind: str, axis: str, n: int, given: float, hidden: bool) -> _Tally:
-    """The sums of one run of a collective of `n` devices, each of which gives so many bytes."""
+    """Return the sums over one run of a collective of `n` devices that each contribute `given` bytes."""
     payload = given * n if kind == "all-gather" else given
     sent = payload * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
     sums = {
@@ -191,7 +211,10 @@ def _branches(i: Instruction) -> list[str]:
 
 
 def _kind(i: Instruction) -> str:
-    """The kind of a collective that begins at `i`; a TPU repeats one inside every fusion that it runs beside."""
+    """Return the kind of collective that starts at `i`, or an empty string.
+
+    A TPU program repeats an asynchronous collective in every fusion that overlaps it. Only the first is counted.
+    """
     kind = i.opcode.removesuffix("-start")
     config = i.attributes.partition('"async_collective_fusion_config":')[2].partition("}")[0]
     if kind not in KINDS or (config and '"flag_start":"-1"' not in config):
@@ -200,14 +223,17 @@ def _kind(i: Instruction) -> str:
 
 
 def _between_slices(i: Instruction) -> str:
-    """The kind of a collective between slices of TPUs: their hosts run it, on what a device sends them."""
+    """Return the kind of a collective between TPU slices, or an empty string.
+
+    The hosts run it on data that a device sends.
+    """
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes) if i.opcode == "send" else None
     kind = found[1].lower().replace("_", "-") if found else ""
     return {"one-to-one": "collective-permute"}.get(kind, kind)
 
 
 def _received(where: Computation, sent: Instruction) -> int:
-    """The place of the instruction that awaits what comes back for `sent`; its own where that is elsewhere."""
+    """Return the index of the instruction that waits for the reply to `sent`; the index of `sent` if there is none."""
     meeting = sent.attributes.partition('_xla_host_transfer_rendezvous="')[2].partition('"')[0]
     names = [i.name for i in where.instructions if i.opcode == "recv" and f'rendezvous="{meeting}"' in i.attributes]
     ends = (n for n, i in enumerate(where.instructions) if i.opcode == "recv-done" and set(names) & set(i.operands))
@@ -215,16 +241,16 @@ def _received(where: Computation, sent: Instruction) -> int:
 
 
 def _scatters(where: Computation, i: Instruction) -> bool:
-    """Whether only a slice of an all-reduce is used: a reduce-scatter, fused."""
+    """Return True if only slices of an all-reduce are used, which makes it a fused reduce-scatter."""
     users = where.users[i.name]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
 
 def _hides(where: Computation, n: int, apart: list[_Tally]) -> bool:
-    """Whether matrix products run between the start of collective `n` and its end."""
+    """Return True if matrix products run between the start and the end of collective `n`."""
     start = where.instructions[n]
     if any(i.target == "AsyncCollectiveStart" for i in where.instructions):
-        return True  # its fusions are those of other work
+        return True  # the fusions of this computation also contain other work
     if not start.opcode.endswith("-start"):
         return False
     work = 0.0

@@ -1,7 +1,7 @@
-"""Bytes that one instruction of compiled HLO reads and writes in HBM.
+"""HBM traffic of one instruction of compiled HLO, in bytes.
 
-What stays in the chip's own memory (the layout says so) is free; of an array that an operation only slices or updates
-in place, the slice counts.
+Arrays that the layout puts in on-chip memory cost nothing. If an operation only slices an array, or updates it in
+place, only the slice counts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _SAME = {"bitcast", "reshape", "get-tuple-element", "copy", "convert"}
 
 
 def of(module: Module, where: Computation, i: Instruction) -> float:
-    """Bytes of `i`, one run."""
+    """Return the bytes that one run of `i` reads and writes in HBM."""
     if i.opcode in FREE or i.opcode.endswith("-done") or i.target in FREE_CALLS:
         return 0.0
     if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.endswith("-start"):
         return _started(where, i)
-    if i.opcode in ("send", "recv"):  # what is sent stands among the results too
+    if i.opcode in ("send", "recv"):  # the sent array is also among the results
         return _hbm(i.arrays[:1])
     if i.opcode in SLICES:
         source = where.operand(i, 0).arrays[0]
@@ -44,20 +44,20 @@ def _hbm(arrays: list[Array]) -> float:
 
 
 def _like(place: Array, moved: list[Array]) -> float:
-    """Bytes of `moved` where `place` lies in HBM."""
+    """Return the bytes of `moved` if `place` is in HBM, else 0."""
     return sum(a.bytes for a in moved) if place.space == 0 else 0.0
 
 
 def _started(where: Computation, i: Instruction) -> float:
-    """Begun here, awaited elsewhere: the operands are read and the rest of the result is written.
+    """Return the bytes of an asynchronous operation at its start: it reads its operands and writes its outputs.
 
-    The result holds the operands again, then what comes out, then flags.
+    The result of such an instruction contains the operands, the outputs and flags, in this order.
     """
     inputs = where.inputs(i)
     outputs = i.arrays[len(inputs) :] or i.arrays
     if i.opcode == "slice-start":
         return _like(inputs[0], outputs[:1]) + _hbm(outputs[:1])
-    if i.opcode == "copy-start":  # the result comes first on some backends, the operand on others
+    if i.opcode == "copy-start":  # backends disagree on the order of result and operand
         spaces = [a for a in i.arrays if a.dims == inputs[0].dims][:2]
         return _hbm(spaces)
     return _hbm(inputs) + _hbm([a for a in outputs if a.size > 1])
@@ -73,7 +73,7 @@ def _fusion(module: Module, where: Computation, i: Instruction) -> float:
 
 
 def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
-    """Bytes of a fusion's parameter that are looked at."""
+    """Return the bytes of a fusion's parameter that the fusion reads."""
     total = 0.0
     for user in inner.users[parameter.name]:
         if user.opcode in _SAME:
@@ -81,7 +81,7 @@ def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
         elif user.opcode in SLICES and user.operands[0] == parameter.name:
             total += sum(a.bytes for a in user.arrays)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            continue  # in place
+            continue  # in-place update
         elif user.opcode == "fusion":
             nested = module.computations[user.called["calls"][0]]
             places = [n for n, o in enumerate(user.operands) if o == parameter.name]
@@ -92,7 +92,7 @@ def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
 
 
 def _written(inner: Computation, i: Instruction) -> float:
-    """Bytes of a fusion's result that are written: of an update in place, what is new."""
+    """Return the bytes of a fusion's results that are written; for an in-place update only the new part."""
     parts = [inner.by_name[o] for o in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
     if len(parts) != len(i.arrays):
         return _hbm(i.arrays)

@@ -1,4 +1,4 @@
-"""Floating-point operations of one instruction of compiled HLO, two a multiply-add."""
+"""FLOPs of one instruction of compiled HLO; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TYPES = {
     "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8", "u8": "int8",
     "s4": "int4", "u4": "int4", "s32": "int32",
 }  # fmt: skip
-"""HLO's names for types -> ours; all float8 are "float8"."""
+"""HLO dtype name -> our name; all float8 types are "float8"."""
 
 
 def matrix(where: Computation, i: Instruction) -> tuple[float, str]:
-    """(operations, type of the operands) of a dot, a convolution or a library's matrix product; (0, "") otherwise."""
+    """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product; (0, "") for others."""
     if i.opcode == "dot":
         contracted = i.numbers("lhs_contracting_dims")
         left = where.operand(i, 0).arrays[0]
@@ -33,13 +33,16 @@ def matrix(where: Computation, i: Instruction) -> tuple[float, str]:
 
 
 def _dtype(where: Computation, i: Instruction) -> str:
-    """The wider of both operands' types: a product runs at its speed."""
+    """Return the wider dtype of the two operands, which determines the speed of the product."""
     wider = max((where.operand(i, n).arrays[0] for n in (0, 1)), key=lambda a: a.bytes / max(a.size, 1))
     return "float8" if wider.dtype.startswith("f8") else TYPES.get(wider.dtype, wider.dtype)
 
 
 def _convolution(where: Computation, i: Instruction) -> float:
-    """TPUs write matrix products as convolutions. Products with padding are none: only real positions count."""
+    """Return the FLOPs of a convolution; TPU programs express matrix products as convolutions.
+
+    Products with padding do not count.
+    """
     left, right, out = (*(where.operand(i, n).arrays[0] for n in (0, 1)), i.arrays[0])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     if not labels:
@@ -70,7 +73,7 @@ def _window(i: Instruction, spatial: int) -> list[dict[str, int]]:
 
 
 def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, apart: int, within: int) -> int:
-    """Pairs (position of the output, position of the kernel) along one dimension that meet an entry of the input."""
+    """Count the pairs (output position, kernel position) along one dimension that meet an input element."""
     last = (size - 1) * apart
     if kernel == 1 and low == 0 and apart == 1:
         return out
@@ -82,15 +85,18 @@ def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, apart: int
 
 
 PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
-"""Matrix products [T, S, K] that splash attention's kernels make: forward scores and values; for keys and values the
-scores again, the gradient of the probabilities, and two more; for queries one less."""
+"""Number of matrix products [T, S, K] in each kernel of splash attention.
+
+The forward kernel computes scores and outputs. The kernel for keys and values computes the scores again, the gradient
+of the probabilities, and two more. The kernel for queries computes one fewer.
+"""
 
 
 def attention(where: Computation, i: Instruction) -> float:
-    """Operations of a splash attention kernel, from its shapes: only blocks that may attend run.
+    """Return the FLOPs of a splash attention kernel from its shapes; only blocks inside the mask run.
 
-    Queries [B, H, T, K] and keys [B, G, S, K], or without B where it is 1. Where the kernel skips blocks, its table of
-    blocks [., rows, columns] says how many columns a row has: that many, ending at the diagonal.
+    Queries are [B, H, T, K] and keys [B, G, S, K]; B is absent if it is 1. If the kernel skips blocks, its block table
+    is [., rows, columns]. Each row of blocks then has at most that many columns, and ends at the diagonal.
     """
     products = next((n for part, n in PRODUCTS.items() if f"_{part}_" in i.name), 0)
     if "splash" not in i.name or not products:
@@ -106,8 +112,8 @@ def attention(where: Computation, i: Instruction) -> float:
 
 
 def _share(inputs: list[Array]) -> float:
-    """The part of all pairs of blocks that runs."""
-    table = inputs[0]  # there is none where every block runs
+    """Return the fraction of block pairs that run."""
+    table = inputs[0]  # absent if every block runs
     if len(table.dims) != 3 or not table.dtype.startswith("s"):
         return 1.0
     shortest, longest = sorted(table.dims[1:])

@@ -1,7 +1,7 @@
-"""Compiled HLO text -> computations and their instructions, as far as counting needs them.
+"""Parser of compiled HLO text: computations and instructions, with the details that counting needs.
 
-The text is what `compiled.as_text()` gives: after optimization, scheduled, with layouts. Backends differ in what they
-print (percent signs, memory spaces, attributes over several lines); this reads them all.
+The input is the result of `compiled.as_text()`: optimized, scheduled, with layouts. The parser accepts the output of
+all backends, which differ in percent signs, memory spaces and attributes over several lines.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
 }  # fmt: skip
-"""Bits of a number; the many float8 types have 8, tokens none."""
+"""Bits per element; the float8 types have 8, and tokens none."""
 DEVICE = 0
-"""The memory space that is HBM; others are the chip's own memories (VMEM, SMEM) and the host's."""
+"""Memory space of HBM; other numbers are on-chip memories (VMEM, SMEM) and host memory."""
 
 _LEAF = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -30,7 +30,7 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 @dataclass(frozen=True)
 class Array:
-    """Type of one array."""
+    """Dtype, shape and memory space of one array."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -38,78 +38,78 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Entries."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> float:
-        """As if packed; the padding of tiled layouts is not counted."""
+        """Size in bytes as a packed array; the padding of tiled layouts is not counted."""
         return self.size * BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0) / 8
 
     @property
     def hbm(self) -> float:
-        """Bytes where it lies in HBM, else 0."""
+        """Size in bytes if the array is in HBM, else 0."""
         return self.bytes if self.space == DEVICE else 0.0
 
 
 @dataclass
 class Instruction:
-    """One line of a computation."""
+    """One instruction of a computation."""
 
     name: str
     opcode: str
     arrays: list[Array]
-    """Leaves of the result's type, in order."""
+    """Leaf arrays of the result type, in order."""
     operands: list[str]
     inside: str
-    """What stands between the parentheses: operands, or a constant's value."""
+    """Text between the parentheses: operands, or the value of a constant."""
     attributes: str
     root: bool = False
 
     @cached_property
     def called(self) -> dict[str, list[str]]:
-        """Computations by attribute: calls, body, condition, to_apply, branch_computations, …"""
+        """Called computations by attribute: calls, body, condition, to_apply, branch_computations, …"""
         found: dict[str, list[str]] = {}
         for key, many, one in re.findall(r"(\w+)=(?:\{((?:%[\w.\-]+(?:, )?)+)\}|%([\w.\-]+))", self.attributes):
             found[key] = _NAMES.findall(many) if many else [one]
         return found
 
     def attribute(self, name: str) -> str:
-        """The text of an attribute up to the next one, or nothing."""
+        """Return the text of an attribute up to the next one, or an empty string."""
         found = re.search(rf"(?:^|[ ,]){name}=(\{{[^}}]*\}}|[^,\s]*)", self.attributes)
         return found[1] if found else ""
 
     def numbers(self, name: str) -> list[int]:
-        """The integers of an attribute such as lhs_contracting_dims={1,2}."""
+        """Return the integers of an attribute such as lhs_contracting_dims={1,2}."""
         return [int(n) for n in re.findall(r"-?\d+", self.attribute(name))]
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """Target of a custom call; empty for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
 
 @dataclass
 class Computation:
-    """Instructions in the order in which they run."""
+    """Computation: instructions in execution order."""
 
     name: str
     instructions: list[Instruction] = field(default_factory=list)
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """Its instructions by name."""
+        """Instructions by name."""
         return {i.name: i for i in self.instructions}
 
     @cached_property
     def root(self) -> Instruction:
-        """What it returns."""
+        """Root instruction, whose result the computation returns."""
         return next((i for i in self.instructions if i.root), self.instructions[-1])
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction's result."""
+        """Instructions that read each instruction's result."""
         found: dict[str, list[Instruction]] = {i.name: [] for i in self.instructions}
         for i in self.instructions:
             for name in dict.fromkeys(i.operands):
@@ -118,28 +118,32 @@ class Computation:
 
     @cached_property
     def parameters(self) -> list[Instruction]:
-        """Its parameters, by number."""
+        """Parameter instructions, in the order of their numbers."""
         return sorted((i for i in self.instructions if i.opcode == "parameter"), key=lambda i: int(i.inside))
 
     def operand(self, i: Instruction, n: int) -> Instruction:
-        """The instruction whose result is the n-th operand of `i`."""
+        """Return the instruction that produces the n-th operand of `i`."""
         return self.by_name[i.operands[n]]
 
     def inputs(self, i: Instruction) -> list[Array]:
-        """The arrays that `i` reads."""
+        """Return the arrays that `i` reads."""
         return [a for name in i.operands for a in self.by_name[name].arrays]
 
 
 @dataclass
 class Module:
-    """A compiled program."""
+    """Compiled program: its computations and the name of the entry."""
 
     computations: dict[str, Computation]
     entry: str
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a compiled module. Raises ValueError where there is no ENTRY computation."""
+    """Parse the text of a compiled module.
+
+    Raises:
+        ValueError: If there is no ENTRY computation.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in _logical_lines(text):
@@ -158,7 +162,10 @@ def parse(text: str) -> Module:
 
 
 def _logical_lines(text: str) -> list[str]:
-    """Lines, with what continues an instruction (attributes may hold newlines) joined to it."""
+    """Split the text into lines, one per instruction.
+
+    Continuation lines are joined, because attributes may contain newlines.
+    """
     out: list[str] = []
     inside = False
     for line in text.splitlines():
@@ -194,7 +201,7 @@ def _operands(inside: str) -> list[str]:
 
 
 def _closing(text: str, opens: int) -> int:
-    """The place of the parenthesis that closes the one at `opens`."""
+    """Return the position of the parenthesis that closes the one at `opens`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, opens):
         depth += 1 if found[0] == "(" else -1
@@ -204,7 +211,7 @@ def _closing(text: str, opens: int) -> int:
 
 
 def arrays(kind: str) -> list[Array]:
-    """The leaves of a type such as f32[2,8]{1,0:T(8,128)S(1)} or a tuple of them."""
+    """Return the leaf arrays of a type such as f32[2,8]{1,0:T(8,128)S(1)} or a tuple of them."""
     found = []
     for dtype, dims, layout in _LEAF.findall(_COMMENT.sub("", kind)):
         space = _SPACE.search(layout or "")

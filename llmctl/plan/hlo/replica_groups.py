@@ -1,6 +1,6 @@
-"""Which devices a collective joins, and which mesh axes those are.
+"""Replica groups of collectives, and the mesh axes that they span.
 
-Devices are numbered along the mesh, its last axis fastest.
+Devices are numbered in mesh order, with the last axis fastest.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from llmctl.plan.hlo.parser import Instruction
 
 
 def group_of(i: Instruction, devices: int) -> list[int]:
-    """The devices that one of them (mostly 0) exchanges with in `i`, itself included.
+    """Return the devices in one replica group of `i`, mostly that of device 0.
 
-    Reads every form that is printed: {{0,1},{2,3}}, [4,2]<=[2,4]T(1,0), mesh['a'=2,'b'=4] {'b'}, and pairs.
+    All printed forms are read: {{0,1},{2,3}}, [4,2]<=[2,4]T(1,0), mesh['a'=2,'b'=4] {'b'}, and source-target pairs.
+
+    Args:
+        i: A collective.
+        devices: Number of devices of the program, which form the group if `i` names none.
     """
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", i.attributes):
         return _chain([(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])])
@@ -33,7 +37,10 @@ def group_of(i: Instruction, devices: int) -> list[int]:
 
 
 def slices_of(i: Instruction) -> int:
-    """How many slices take part in what `i` sends to other slices: {1,2}x{0:3} are 2, of 4 devices each."""
+    """Return the number of slices that take part when `i` sends between slices.
+
+    {1,2}x{0:3} means 2 slices with 4 devices each.
+    """
     found = re.search(r'_xla_megascale_target="\{*([\d,:]+)\}', i.attributes)
     spans = (part.split(":") for part in found[1].split(",")) if found else ()
     return max(2, sum(int(span[-1]) - int(span[0]) + 1 for span in spans))
@@ -44,13 +51,13 @@ def _ints(text: str) -> list[int]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """0, 1, 2, … in the shape `dims`, its axes in another order."""
+    """Return 0, 1, 2, … in the shape `dims`, transposed to `order`."""
     ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
     return ids.transpose(_ints(order)) if order else ids
 
 
 def _chain(pairs: list[tuple[int, int]]) -> list[int]:
-    """All devices that are joined with the first source, however many steps away."""
+    """Return all devices that are connected with the first source by any number of pairs."""
     joined = {pairs[0][0]} if pairs else {0}
     while more := {d for p in pairs if set(p) & joined for d in p} - joined:
         joined |= more
@@ -58,7 +65,10 @@ def _chain(pairs: list[tuple[int, int]]) -> list[int]:
 
 
 def _of_mesh(text: str) -> list[int]:
-    """mesh['a'=2,'b'=4] {'b'}: names are XLA's own; a part of an axis is 'a':(1)2, by what is before it and size."""
+    """Return the group of the form mesh['a'=2,'b'=4] {'b'}.
+
+    XLA chooses the names. Part of an axis is written 'a':(1)2, with the size before it and its own size.
+    """
     names = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text.partition("]")[0])}
     over = re.search(r"\{([^}]*)\}", text.partition("]")[2])
     parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over[1]) if over else []
@@ -82,7 +92,7 @@ def _of_mesh(text: str) -> list[int]:
 
 
 def axis_of(group: list[int], mesh: Mapping[str, int]) -> str:
-    """The mesh axes along which devices of a group differ, joined by commas; "?" where they are outside the mesh."""
+    """Return the mesh axes along which the devices of a group differ, joined by commas; "?" outside the mesh."""
     shape = tuple(mesh.values())
     if max(group, default=0) >= math.prod(shape):
         return "?"

@@ -1,7 +1,7 @@
-"""How often a while loop of compiled HLO runs.
+"""Trip counts of while loops in compiled HLO.
 
-The compiler says so for many loops (known_trip_count); for the others the counter is followed: where it starts, what a
-turn adds to it, and what it is compared with.
+The compiler records many of them (known_trip_count). For other loops, this module derives the count from the counter's
+start, its increment per iteration, and the loop condition.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import re
 from llmctl.plan.hlo.parser import Computation, Instruction, Module
 
 Affine = tuple[dict[int, int], int]
-"""A sum: {element of the loop's tuple: factor}, and a constant."""
+"""Affine sum: {index in the loop's tuple: factor} and a constant."""
 
 _SAME = {"copy", "bitcast", "convert", "copy-done", "reshape"}
 
 
 def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """Turns of `loop`, or None where it cannot be told."""
+    """Return the trip count of `loop`, or None if it is unknown."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(known[1])
     condition = module.computations[loop.called["condition"][0]]
@@ -27,7 +27,7 @@ def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
     if compared is None:
         return None
     left, right, direction = compared
-    # What does not change inside the loop is the constant that it starts as.
+    # Elements that the loop does not change equal the constants that they start with.
     left, right = (_settle(module, caller, loop, body, side) for side in (left, right))
     if left is None or right is None:
         return None
@@ -38,7 +38,7 @@ def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
     start, step = _start(module, caller, loop, counter), _step(module, body, counter)
     if start is None or not step:
         return None
-    value, step = factor * start + offset, factor * step  # runs while `value` compares to 0
+    value, step = factor * start + offset, factor * step  # the loop runs while `value` compares to 0
     if direction in ("GT", "GE"):
         value, step, direction = -value, -step, {"GT": "LT", "GE": "LE"}[direction]
     if direction == "NE":
@@ -49,7 +49,7 @@ def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine, str] | None:
-    """Both sides of the condition's comparison, and its direction."""
+    """Return both sides of the comparison in the loop condition, and its direction."""
     root = condition.root
     if root.opcode == "fusion" or root.opcode == "call":
         inner = module.computations[next(iter(root.called.values()))[0]]
@@ -65,7 +65,10 @@ def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine,
 
 
 def _affine(module: Module, where: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
-    """`i` as a sum over elements of the loop's tuple. `given`: the parameters of a computation called in the loop."""
+    """Return `i` as an affine sum over the loop's tuple, or None.
+
+    `given` holds the parameters of a computation that the loop calls.
+    """
     if i.opcode == "constant":
         return ({}, int(i.inside)) if re.fullmatch(r"-?\d+", i.inside.strip()) else None
     if i.opcode == "parameter" and given:
@@ -101,7 +104,7 @@ def _add(left: Affine, right: Affine, sign: int) -> Affine:
 
 
 def _settle(module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine) -> Affine | None:
-    """`side` with elements that the body hands on unchanged replaced by their constants."""
+    """Replace the elements of `side` that the body does not change by their constants."""
     out: Affine = ({}, side[1])
     for index, factor in side[0].items():
         if _step(module, body, index) == 0:
@@ -115,7 +118,7 @@ def _settle(module: Module, caller: Computation, loop: Instruction, body: Comput
 
 
 def _start(module: Module, caller: Computation, loop: Instruction, index: int) -> int | None:
-    """The constant that element `index` of the loop's tuple starts as."""
+    """Return the constant that element `index` of the loop's tuple starts with, or None."""
     source = caller.operand(loop, 0)
     while source.opcode in _SAME and source.operands:
         source = caller.operand(source, 0)
@@ -126,7 +129,7 @@ def _start(module: Module, caller: Computation, loop: Instruction, index: int) -
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """What a turn adds to element `index`."""
+    """Return the increment of element `index` per iteration, or None."""
     if body.root.opcode != "tuple":
         return None
     found = _affine(module, body, body.operand(body.root, index), [])
