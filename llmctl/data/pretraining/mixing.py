@@ -63,6 +63,8 @@ class MixedRows:
         """Tokens of all sources, once."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
         """Fraction of row places that hold padding, in the shares of the weights."""
+        self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
+        """Fraction of rows with a labelled next-sentence pair, in the shares of the weights."""
 
     def __len__(self) -> int:
         """Rows of all sources, once."""

@@ -5,6 +5,8 @@ Legend: B rows, T tokens a row, D documents, W tokens of a window.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from llmctl.config.errors import RequestError
@@ -13,6 +15,10 @@ from llmctl.data.pretraining.objectives import Batch, Packed, masked, places, un
 from llmctl.data.shuffle import Epochs
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
+GROUP = 8
+"""Passages among which pairs of two documents are formed; they are 2 * GROUP rows."""
+FEWEST = 0.05
+"""Smallest fraction of rows with a labelled pair; with fewer the next-sentence head would hardly be trained."""
 LEAST = 3
 """Tokens of the document before and after a cut, at least: a space at the end is no sentence."""
 IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
@@ -20,19 +26,22 @@ IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
 
 
 class PairRows:
-    """Masked rows `bos A eos B eos`, of which half say the truth: B follows A. Endless; `len(rows)` are an epoch.
+    """Masked rows `bos A eos B eos`; B follows A in exactly half of the labelled ones. Endless; `len(rows)` per epoch.
 
     A ends where a sentence of its document ends and B begins where one begins, in A's document (next_label 0) or in
-    another (next_label 1). Both take up to half a row, whatever the label, so that lengths say nothing about it. Where
-    a document has no second sentence near, a row is `bos A eos` with next_label -1: masks, but no pair.
+    another (next_label 1). Both take up to half a row, whatever the label, so that lengths say nothing about it.
 
-    Four rows are of two documents: each A with its own B, then each with the other's, and the masks of a passage are
-    the same in both. Every passage is true as often as it is false, side by side, so that what A or B alone might say
-    cancels out of a step's gradient. Without this a small network is busy with such chance for thousands of steps
+    Four rows are of two documents: each A with its own B, then each A with the other's B. The masks of a passage are
+    the same in both of its rows. Every passage is true as often as it is false, side by side, so that what A or B alone
+    might say cancels out of a step's gradient. Without this a small network learns such chance for thousands of steps
     before it compares the two.
 
-    A document of n tokens has about n / T such passages an epoch, one for each of its parts, in two rows each; where
-    exactly a pair is cut is drawn anew in every epoch.
+    Passages are taken in groups of `GROUP`. Within a group those that have a second sentence near are combined in twos
+    of different documents, so the labels are balanced in every group. A passage that finds no partner, or has no second
+    sentence near, fills two rows `bos A eos B eos` or `bos A eos` with next_label -1: masks, but no pair.
+
+    A document of n tokens has about n / T such passages per epoch, one for each of its parts, in two rows each. The
+    exact cut of a pair is sampled anew in every epoch.
     """
 
     def __init__(
@@ -48,7 +57,8 @@ class PairRows:
     ):
         """`rate` and `whole_words` as in `objectives.masked`.
 
-        Raises RequestError for rows too short for a pair, or a corpus without a document of two tokens.
+        Raises:
+          RequestError: rows are too short for a pair, or no document has two tokens.
         """
         if seq_len < 8:
             raise RequestError(f"train.seq_len: {seq_len} tokens are too few for a pair of sentences; 8 at least")
@@ -64,6 +74,14 @@ class PairRows:
         self._shuffle, self._order = shuffle, Epochs(self._count, seed, shuffle=True)
         self.tokens = int(self._length_D.sum())
         """Tokens of the documents."""
+
+    @cached_property
+    def labelled(self) -> float:
+        """Fraction of the rows that have a labelled pair, half of them true; measured on up to 512 passages."""
+        groups = np.unique(np.linspace(0, (len(self) - 1) // (2 * GROUP), 64).astype(np.int64))
+        place_N = (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
+        doc_N, _, length_N2 = self._passages(place_N)
+        return float((_partners(doc_N, length_N2[:, 1] > 0) >= 0).mean())
 
     @property
     def _count(self) -> int:
@@ -86,14 +104,16 @@ class PairRows:
     def batch(self, rows_B: np.ndarray) -> Batch:
         """Rows `rows_B` (any numbers >= 0): what `objectives.masked` gives, types [B, T] and next_label [B]."""
         B, T = len(rows_B), self.seq_len
-        first_B, k_B = rows_B // 4 * 2, rows_B % 4
-        place_N, at_2B = np.unique([first_B + k_B % 2, first_B + 1 - k_B % 2], return_inverse=True)
-        own_B, other_B = at_2B.reshape(2, B)
+        group_G = np.unique(rows_B // (2 * GROUP))
+        place_N = (group_G[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
         doc_N, start_N2, length_N2 = self._passages(place_N)
-        pair_N = length_N2[:, 1] > 0
-        pair_B = pair_N[own_B]
-        false_B = pair_B & (k_B > 1) & pair_N[other_B] & (doc_N[own_B] != doc_N[other_B])
-        second_B = np.where(false_B, other_B, own_B)
+        partner_N = _partners(doc_N, length_N2[:, 1] > 0)
+        at_B = np.searchsorted(group_G, rows_B // (2 * GROUP)) * 2 * GROUP + rows_B % (2 * GROUP)
+        own_B, second_B, label_B = (column[at_B] for column in _rows(partner_N))
+        used_N, again = np.unique(np.concatenate([own_B, second_B]), return_inverse=True)
+        own_B, second_B = again.reshape(2, B)
+        place_N, doc_N, start_N2, length_N2 = (a[used_N] for a in (place_N, doc_N, start_N2, length_N2))
+        pair_B = length_N2[own_B, 1] > 0
         masked_NT = self._masked(
             (place_N[:, None] * 2 + [0, 1]).ravel(), doc_N.repeat(2), start_N2.ravel(), length_N2.ravel()
         )
@@ -124,7 +144,7 @@ class PairRows:
             "positions": (at * segments_BT).astype(np.int32),
             "places": places(weights_BT > 0, self._rate),
             "types": ((at > a_B1 + 1) * segments_BT).astype(np.int32),
-            "next_label": np.where(pair_B, np.where(false_B, NOT_NEXT, IS_NEXT), NO_PAIR).astype(np.int32),
+            "next_label": label_B.astype(np.int32),
         }
 
     def _masked(self, number_N: np.ndarray, doc_N: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> Batch:
@@ -167,10 +187,54 @@ class PairRows:
         real_NW = (at_NW >= 0) & (at_NW < length_N1)
         tokens_NW = np.full(at_NW.shape, self._words.pad_id, np.int64)
         tokens_NW[real_NW] = self._corpus.gather(np.broadcast_to(doc_N[:, None], at_NW.shape)[real_NW], at_NW[real_NW])
-        words, last_NW, this_NW = self._words, tokens_NW[:, :-1], tokens_NW[:, 1:]
-        begins_NW = words.stops[last_NW] & words.spaced[this_NW] | words.hard_stops[last_NW]
+        begins_NW = self._words.begins_sentence(tokens_NW[:, :-1], tokens_NW[:, 1:])
         begins_NW &= (at_NW[:, 1:] >= LEAST) & (at_NW[:, 1:] <= length_N1 - LEAST)
         distance_NW = np.where(begins_NW, np.abs(at_NW[:, 1:] - near_N[:, None]), np.iinfo(np.int64).max)
         best_N = distance_NW.argmin(1)
         found_N = np.take_along_axis(at_NW[:, 1:], best_N[:, None], 1)[:, 0]
         return np.where(begins_NW.any(1), found_N, -1)
+
+
+def check(labelled: float) -> None:
+    """Raise RequestError if too few rows have a labelled pair to train the next-sentence head."""
+    if labelled < FEWEST:
+        raise RequestError(
+            f"next-sentence pairs: {labelled:.1%} of the rows have one, and {FEWEST:.0%} at least are needed: too few "
+            "documents have two sentences; use objective = 'masked', or longer documents (data.documents)"
+        )
+
+
+def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
+    """Return the index of each passage's partner in its group: another document's, and both have a pair; -1 for none.
+
+    In order: each passage takes the next free one. The arrays hold whole groups.
+    """
+    partner_N = np.full(len(doc_N), -1)
+    for start in range(0, len(doc_N), GROUP):
+        free = [start + k for k in range(GROUP) if pair_N[start + k]]
+        while free:
+            one = free.pop(0)
+            other = next((n for n in free if doc_N[n] != doc_N[one]), None)
+            if other is not None:
+                free.remove(other)
+                partner_N[[one, other]] = other, one
+    return partner_N
+
+
+def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (passage of A, passage of B, next_label) of every row [2N], a group's four-row blocks one after the other.
+
+    A block of two partners a and b: (a, a), (b, b) true, (a, b), (b, a) false. The passages without a partner follow,
+    two to a block: (c, c), (d, d) and the same again, unlabelled.
+    """
+    first, second, label = [], [], []
+    for start in range(0, len(partner_N), GROUP):
+        here = range(start, start + GROUP)
+        twos = [(n, int(partner_N[n])) for n in here if n < partner_N[n]]
+        alone = [n for n in here if partner_N[n] < 0]
+        blocks = [(two, True) for two in twos] + [(two, False) for two in zip(alone[::2], alone[1::2], strict=True)]
+        for (a, b), paired in blocks:
+            first += [a, b, a, b]
+            second += [a, b, b, a] if paired else [a, b, a, b]
+            label += [IS_NEXT, IS_NEXT, NOT_NEXT, NOT_NEXT] if paired else [NO_PAIR] * 4
+    return np.array(first), np.array(second), np.array(label)

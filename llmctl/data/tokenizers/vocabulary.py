@@ -14,9 +14,9 @@ from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.base import Tokenizer
 
 STOPS = ".!?"
-"""They end a sentence where a new word follows."""
-HARD_STOPS = "\n。！？"
-"""They end a sentence whatever follows."""
+"""End a sentence if white space follows."""
+HARD_STOPS = "\n。｡！？।॥؟۔։።။។"
+"""End a sentence whatever follows: Chinese, Japanese, Hindi, Arabic, Urdu, Armenian, Amharic, Burmese, Khmer."""
 CLOSERS = "\"')]”’"
 
 
@@ -80,6 +80,37 @@ class Vocabulary:
     def hard_stops(self) -> np.ndarray:
         """bool: a sentence ends with this token."""
         return np.array([p != "" and p[-1] in HARD_STOPS for p in self._pieces])
+
+    @cached_property
+    def _marks(self) -> np.ndarray:
+        """bool: the token ends with an exclamation or question mark, as NFKC writes the full-width ones."""
+        return np.array([p.rstrip(CLOSERS)[-1:] in ("!", "?") for p in self._pieces])
+
+    @cached_property
+    def _ideographs(self) -> np.ndarray:
+        """bool: the token begins with a Chinese or Japanese character, which no space precedes."""
+        return np.array([_in(p[:1], "\u3040", "\u30ff") or _in(p[:1], "\u3400", "\u9fff") for p in self._pieces])
+
+    @cached_property
+    def _thai(self) -> tuple[np.ndarray, np.ndarray]:
+        """bool: the token ends with a Thai character; it is a space, or begins with one before a Thai character."""
+        thai = [(p, p.strip()) for p in self._pieces]
+        ends = np.array([_in(p[-1:], "\u0e01", "\u0e5b") for p, _ in thai])
+        return ends, np.array([p[:1] == " " and (not text or _in(text[0], "\u0e01", "\u0e5b")) for p, text in thai])
+
+    def begins_sentence(self, last: np.ndarray, this: np.ndarray) -> np.ndarray:
+        """Return a bool array: a sentence begins with token `this` if token `last` stands before it.
+
+        A full stop, exclamation or question mark needs a space behind it, or a Chinese or Japanese character (after an
+        exclamation or question mark). Thai writes a space between sentences and nowhere within words.
+        """
+        thai_ends, thai_begins = self._thai
+        found = self.stops[last] & self.spaced[this] | self.hard_stops[last]
+        return found | self._marks[last] & self._ideographs[this] | thai_ends[last] & thai_begins[this]
+
+
+def _in(character: str, first: str, last: str) -> bool:
+    return character != "" and first <= character <= last
 
 
 def _of_word(character: str) -> bool:

@@ -55,7 +55,7 @@ class Config(StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves a language model in `ctx.out`."""
     from llmctl.artifacts import artifact
-    from llmctl.data.pretraining import baselines
+    from llmctl.data.pretraining import baselines, next_sentence
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh, processes
@@ -84,6 +84,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     learn = rows("train", True, config.train.steps * config.train.batch_size)
     unseen = rows("validation", False)
+    if objective.name == "next_sentence":
+        next_sentence.check(learn.labelled)
+        console.say(f"{config.title}: {learn.labelled:.0%} of the rows have a next-sentence pair, half of them true")
     blind: dict[str, float] = {}
     if objective.name != "causal":
         held_out = config.train.batch_size * config.train.eval_batches

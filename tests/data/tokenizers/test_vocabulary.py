@@ -56,7 +56,7 @@ def test_words_begin_at_spaces_and_punctuation(words):
 
 def test_sentences_end_at_stops(words):
     ids = np.array(words.tokenizer.encode(TEXT))
-    ends = words.stops[ids[:-1]] & words.spaced[ids[1:]] | words.hard_stops[ids[:-1]]
+    ends = words.begins_sentence(ids[:-1], ids[1:])
     said = words.tokenizer.decode(ids[: np.flatnonzero(ends)[0] + 1].tolist())
     assert said.replace(" ", "") == "thefilmwasgood."
 
@@ -71,3 +71,32 @@ def test_a_mask_stands_for_a_word_and_its_space(words):
     assert ids[at + 1 :] == plain[len(plain) - (len(ids) - at - 1) :]  # what follows is tokenized as ever
     assert t.encode_masked("<mask><mask>")[-2:] == [t.mask_id] * 2
     assert t.mask_id not in t.encode("the <mask> was good.")
+
+
+@pytest.mark.parametrize("normalize", ["identity", "nfkc"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["我很喜欢这部电影！", "你觉得怎么样？", "它很好。", "真的吗？", "是的，非常好。"],
+        ["この映画が好きです。", "本当に？", "はい、とても！", "また見たいです。"],
+        ["यह फिल्म अच्छी है।", " मुझे पसंद आई।", " क्या आपने देखी?", " हाँ।"],
+        ["هذا الفيلم جيد.", " هل شاهدته؟", " نعم شاهدته.", " كان رائعا!"],
+        ["ฉันชอบหนังเรื่องนี้", " มันดีมาก", " คุณดูหรือยัง"],
+        ["He said 3.5 is good.", " Yes!", " Is it?", " It is, e.g. here."],
+    ],
+    ids=["zh", "ja", "hi", "ar", "th", "en"],
+)
+def test_sentence_ends_in_other_scripts(parts, normalize, sentences):
+    """NFKC makes ASCII of the full-width marks, behind which Chinese and Japanese write no space."""
+    text = "".join(parts)
+    corpus = [*sentences, *[text, *parts] * 20]
+    config = TokenizerConfig(vocab_size=316 if text.isascii() else 324, normalize=normalize)
+    words = Vocabulary(loading.train(corpus, config))
+    ids = np.array(words.tokenizer.encode(text))
+    at = np.flatnonzero(words.begins_sentence(ids[:-1], ids[1:])) + 1
+    found = [words.tokenizer.decode(part.tolist()) for part in np.split(ids, at)]
+    right = [words.tokenizer.decode(words.tokenizer.encode(s)) for s in parts]
+    if "e.g." in text:  # an abbreviation before a space looks like an end
+        assert [f.strip() for f in found] == [r.strip() for r in right[:-1]] + ["It is, e.g.", "here."]
+    else:
+        assert [f.strip() for f in found] == [r.strip() for r in right]
