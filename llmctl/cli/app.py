@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_LEVEL": "2"}
 """What keeps the C++ libraries below us from talking."""
+_stop_requested = threading.Event()
 GOES_ON = ("run", "prepare", "import")
 """Commands, beside the stages, that go on where they were stopped."""
 
@@ -77,13 +79,21 @@ def _function(name: str, stage: bool) -> Callable[..., Any]:
 
 
 def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
-    """Ctrl-C inside a command is ours to report: typer would turn it into an exit code of its own."""
+    """Wrap a command so that an interrupt ends as `Interrupted`, whatever a library below makes of it.
+
+    Typer would exit with a code of its own. Orbax and SentencePiece raise errors of their own, which would be reported
+    as a damaged file.
+    """
 
     @functools.wraps(command)
     def stoppable(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except KeyboardInterrupt:
+        except Interrupted:
+            raise
+        except BaseException as e:
+            if not isinstance(e, KeyboardInterrupt) and not _stop_requested.is_set():
+                raise
             more = "; the same command goes on from the last checkpoint" if goes_on else ""
             raise Interrupted(f"interrupted{more}") from None
 
@@ -152,7 +162,11 @@ def _be_quiet() -> None:
         # What Orbax logs here with a traceback it also raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
 
-    signal.signal(signal.SIGTERM, stop)
+
+def _stop(*_: Any) -> None:
+    """Handle SIGTERM and Ctrl-C: raise, and remember it, because libraries turn KeyboardInterrupt into other errors."""
+    _stop_requested.set()
+    raise KeyboardInterrupt

@@ -3,14 +3,17 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from llmctl.artifacts import artifact
 from llmctl.cli import app
+from llmctl.config.errors import RequestError
 from llmctl.distributed import backend
 
 RECIPE = """
@@ -209,6 +212,26 @@ def test_only_what_goes_on_says_so(place, call, monkeypatch):
     call("make", "--out", "a")
     monkeypatch.setattr(artifact, "read_manifest", interrupted)
     assert call("show", "a") == (3, "", "llmctl: interrupted\n")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_turns_into_its_own_error_is_an_interrupt(place, call, monkeypatch, stop):
+    """Orbax does so while weights load, and the line said that the artifact was damaged."""
+
+    def load(path):
+        try:
+            signal.raise_signal(stop)
+        except KeyboardInterrupt:
+            raise RequestError("a/params: damaged (RuntimeError); run the stage that made it again") from None
+
+    call("make", "--out", "a")
+    monkeypatch.setattr(artifact, "read_manifest", load)
+    monkeypatch.setattr(app, "_stop_requested", threading.Event())
+    before = signal.signal(stop, app._stop)
+    try:
+        assert call("show", "a") == (3, "", "llmctl: interrupted\n")
+    finally:
+        signal.signal(stop, before)
 
 
 def test_of_several_stages_prepare_is_told_which(tmp_path, call):
