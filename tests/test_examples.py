@@ -15,6 +15,8 @@ MODULES = [
     "llmctl.convert.hf_folder",
     "llmctl.convert.importing",
     "llmctl.convert.name_map",
+    "llmctl.data.sources.base",
+    "llmctl.data.tokenizers.base",
     "llmctl.distributed.mesh",
     "llmctl.evaluate.metrics.classification",
     "llmctl.evaluate.perplexity",

@@ -1,1 +1,1 @@
-"""Data: sources, tokenizers, rows of examples and of pretraining text, and batches on devices."""
+"""Data: sources, tokenizers, example rows, pretraining rows, and batches on devices."""

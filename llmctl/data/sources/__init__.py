@@ -1,1 +1,1 @@
-"""Sources: random access to the rows of files and data sets."""
+"""Data sources: random access to the rows of files and datasets."""

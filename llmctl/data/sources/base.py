@@ -1,7 +1,7 @@
-"""What a source is: rows by number that know where they stand in their file.
+"""Base classes of data sources: sequences of rows that know each row's location in its file.
 
-A source is a sequence of dicts of column -> value (so Grain reads it as it is) that also names the place of each row,
-because an error about data is worth little without the place.
+A source is a sequence of dicts {column: value}, so Grain can read it directly. It also returns the location of each
+row, because an error in the data is hard to fix without one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ Row = dict[str, Any]
 
 
 class Source:
-    """Rows by number. `columns` lists what a row can have (jsonl rows may differ: those of the first)."""
+    """Represent a dataset with random access to its rows.
+
+    A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the possible columns. The rows
+    of JSON lines may differ, so there it lists the columns of the first row.
+
+    Example:
+      >>> source = Table("quotes.txt", ("text",), [("To be",), ("or not to be",)], lines=[1, 3])
+      >>> source[1], source.where(1)
+      ({'text': 'or not to be'}, 'quotes.txt:3')
+    """
 
     columns: tuple[str, ...] = ()
 
     def where(self, i: int) -> str:
-        """File and line (or row) of row i, for messages."""
+        """Return the location of row i for error messages: the file and the line or row number."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -35,7 +44,7 @@ class Source:
 
 
 class Chain(Source):
-    """Sources one after the other."""
+    """Concatenation of sources."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = [s for s in sources if len(s)] or list(sources[:1])
@@ -61,7 +70,7 @@ class Chain(Source):
 
 
 class Table(Source):
-    """Rows held in memory as tuples, with the line each began on."""
+    """Source of rows held in memory as tuples, with the line number of each row's first line."""
 
     def __init__(self, file: object, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], lines: Sequence[int]):
         self.file, self.columns, self._rows, self._lines = file, tuple(columns), rows, lines
@@ -77,7 +86,14 @@ class Table(Source):
 
 
 class Groups(Source):
-    """Rows that are stored in groups (of a Parquet or Arrow file), a few of which are kept in memory."""
+    """Source of rows that are stored in groups, as in a Parquet or Arrow file. A few groups are cached in memory.
+
+    Args:
+      file: the file, for error messages.
+      columns: column names.
+      counts: number of rows per group.
+      read: returns the rows of a group.
+    """
 
     def __init__(self, file: object, columns: Sequence[str], counts: Sequence[int], read: Callable[[int], list[Row]]):
         self.file, self.columns = file, tuple(columns)

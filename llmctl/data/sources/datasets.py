@@ -1,4 +1,4 @@
-"""Data sets that other libraries wrote to disk: TFDS (ArrayRecord) and Hugging Face `datasets` (Arrow).
+"""Read datasets on disk: TFDS (ArrayRecord) and Hugging Face `datasets` (Arrow).
 
 Both are read by random access, without TensorFlow and without the `datasets` library.
 """
@@ -23,7 +23,10 @@ TFDS_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\
 
 
 class Tfds(Source):
-    """A split of a TFDS data set; nested features are columns such as `translation/en`, sequences are lists."""
+    """Source of the rows of a TFDS split.
+
+    Nested features become columns such as `translation/en`. Sequences become lists.
+    """
 
     def __init__(self, named: str, data: Any):
         self._named, self._data = named, data
@@ -50,15 +53,15 @@ def _plain(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return value  # an image, say: only an error if it is asked for as text
+            return value  # an image, for example: an error only if it is read as text
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def tfds(cfg: SourceConfig) -> Source:
-    """`name` and `split` of TensorFlow Datasets, stored as ArrayRecord (https://www.tensorflow.org/datasets/data_source).
+    """Open a split of a TFDS dataset stored as ArrayRecord (https://www.tensorflow.org/datasets/data_source).
 
     Raises:
-        RequestError: no such data set on disk, no such split, a file format without random access.
+      RequestError: the dataset is not on disk, it has no such split, or its file format has no random access.
     """
     fetch(cfg)
     import tensorflow_datasets
@@ -83,10 +86,10 @@ def tfds(cfg: SourceConfig) -> Source:
 
 
 def fetch(cfg: SourceConfig) -> None:
-    """Downloads and prepares the TFDS data set of a source that may be downloaded and is not there.
+    """Download and prepare a TFDS dataset if it is absent and the config permits a download.
 
     Raises:
-        RequestError: TFDS knows no such data set.
+      RequestError: TFDS has no such dataset.
     """
     if cfg.source != "tfds" or not cfg.download or _versions(cfg):
         return
@@ -100,10 +103,10 @@ def fetch(cfg: SourceConfig) -> None:
 
 
 def tfds_folder(cfg: SourceConfig) -> epath.Path:
-    """Folder of the newest version of the data set that fits `cfg.name`. Imports no TFDS.
+    """Return the folder of the newest dataset version that matches `cfg.name`, without importing TFDS.
 
     Raises:
-        RequestError: there is none, or several configs.
+      RequestError: there is no match, or several configs match.
     """
     found = _versions(cfg)
     if not found:
@@ -121,10 +124,10 @@ def tfds_folder(cfg: SourceConfig) -> epath.Path:
 
 
 def tfds_files(cfg: SourceConfig) -> list[epath.Path]:
-    """Every file of the data set; none while it has yet to be downloaded.
+    """Return every file of the dataset, or an empty list if it has yet to be downloaded.
 
     Raises:
-        RequestError: as `tfds_folder`.
+      RequestError: as `tfds_folder`.
     """
     if cfg.download and not _versions(cfg):
         return []
@@ -136,7 +139,7 @@ def _tfds_root(cfg: SourceConfig) -> epath.Path:
 
 
 def _versions(cfg: SourceConfig) -> list[epath.Path]:
-    """Folders `name[/config]/version` that hold a prepared data set and fit `cfg.name`."""
+    """Return folders `name[/config]/version` that hold a prepared dataset and match `cfg.name`."""
     named = TFDS_NAME.fullmatch(cfg.name)
     if not named:
         raise RequestError(f"data.name = {cfg.name!r} should read name, name/config or name/config:1.2.3")
@@ -153,17 +156,17 @@ def _folders(path: epath.Path) -> list[epath.Path]:
 def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in features.items():
-        # a sequence of records is a list for every field: one column, as SQuAD's answers are elsewhere
+        # TFDS stores a sequence of records as one list per field. It stays one column, as in SQuAD's `answers`.
         nested = isinstance(value, dict) and not all(isinstance(v, list) for v in value.values())
         flat |= _flat(value, f"{prefix}{name}/") if nested else {prefix + name: value}
     return flat
 
 
 def hf(cfg: SourceConfig) -> Source:
-    """The folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote: Arrow streams, memory-mapped.
+    """Open a folder that `save_to_disk` of Hugging Face `datasets` wrote. Arrow streams are memory-mapped.
 
     Raises:
-        RequestError: not such a folder, no such split, a damaged file.
+      RequestError: it is not such a folder, it has no such split, or a file is damaged.
     """
     path = folder(cfg.path)
     if (path / "dataset_dict.json").exists():
@@ -178,7 +181,7 @@ def hf(cfg: SourceConfig) -> Source:
     state = _said(path / "state.json")
     if state.get("_indices_files"):
         raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
-    keep_open(len(state["_data_files"]))  # they stay mapped
+    keep_open(len(state["_data_files"]))  # memory-mapped files stay open
     return Chain([_arrow(path / file["filename"]) for file in state["_data_files"]])
 
 

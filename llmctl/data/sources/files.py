@@ -1,4 +1,4 @@
-"""The rows of one file: text, JSON lines, CSV, Parquet; one function a kind."""
+"""Read the rows of one file: text, JSON lines, CSV or Parquet, with one function per format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmctl.data.sources.paths import is_local
 
 
 class TextFile(Source):
-    """A whole file as one document, read when asked for."""
+    """Source with a whole text file as its only document. The file is read at each access."""
 
     columns = ("text",)
 
@@ -39,7 +39,7 @@ class TextFile(Source):
 
 
 class JsonLines(Source):
-    """One JSON object a line; lines are found at once and parsed when asked for."""
+    """Source of JSON lines: one object per line. Line offsets are found at construction; rows are parsed at access."""
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -64,7 +64,7 @@ class JsonLines(Source):
 
 
 def text(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Plain UTF-8 text: the file, each line or each paragraph is a document (column `text`)."""
+    """Read plain UTF-8 text. The file, each line, or each paragraph is one document (column `text`)."""
     if cfg.documents == "file":
         return TextFile(path)
     lines = _text(path, bytes(_buffer(path))).split("\n")
@@ -81,15 +81,15 @@ def text(path: epath.Path, cfg: SourceConfig) -> Source:
 
 
 def jsonl(path: epath.Path, cfg: SourceConfig) -> Source:
-    """One JSON object a line."""
+    """Read JSON lines: one JSON object per line."""
     return JsonLines(path)
 
 
 def table(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Delimited text with a header line; fields may be quoted and span lines (RFC 4180)."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
+    """Read delimited text with a header line. Fields may be quoted and contain line breaks (RFC 4180)."""
+    csv.field_size_limit(2**31 - 1)  # The default limit refuses documents larger than 128 KiB.
     content = io.StringIO(_text(path, bytes(_buffer(path))), newline="")
-    # strict: a quote that nobody closes would make one field of the rest of the file
+    # Without `strict`, an unclosed quote would turn the rest of the file into one field.
     reader = csv.reader(content, delimiter=cfg.delimiter, strict=True)
     rows, lines, line = [], [], 1
     try:
@@ -108,7 +108,7 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
 
 
 def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Apache Parquet."""
+    """Read an Apache Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -128,7 +128,7 @@ def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
 
 
 def _buffer(path: epath.Path) -> bytes | mmap.mmap:
-    """The bytes of a file: decompressed (.gz, .zst), else mapped where it is local and not empty, else read."""
+    """Return a file's bytes: decompressed (.gz, .zst), memory-mapped if local and not empty, or read."""
     if path.suffix in (".gz", ".zst"):
         return _decompressed(path)
     if not is_local(path) or not path.stat().length:
@@ -146,7 +146,7 @@ def _text(path: epath.Path, data: bytes) -> str:
 
 
 def _lines(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, ends and line numbers of the lines that are not blank."""
+    """Return byte offsets of starts and ends, and line numbers, of all lines that are not blank."""
     start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0x0A) if len(data) else np.zeros(0, np.int64)
     if len(data) and (not len(ends) or ends[-1] != len(data) - 1):

@@ -1,4 +1,4 @@
-"""From what a person writes (`a/*.csv`, `pkg:NAME/file`, `gs://…`) to paths that exist."""
+"""Resolve path specifications (`a/*.csv`, `pkg:NAME/file`, `gs://…`) to existing paths."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ GLOB = re.compile(r"[*?\[]")
 
 
 def resolve(spec: str) -> list[epath.Path]:
-    """The files that `spec` names, sorted.
+    """Return the files that `spec` matches, sorted.
+
+    Args:
+      spec: path, glob, or `pkg:NAME/path` for a file inside an installed Python package.
 
     Raises:
-        RequestError: nothing there, a folder, or a package that is not installed.
+      RequestError: nothing matches, the path is a folder, or the package is not installed.
     """
     if not spec:
         raise RequestError("data has no path: set data.path")
     path = folder(spec)
-    if GLOB.search(str(path)) and not path.exists():  # a file may be called "reviews [1].csv"
+    # a file name may contain glob characters, such as "reviews [1].csv"
+    if GLOB.search(str(path)) and not path.exists():
         found = sorted(p for p in _glob(path) if p.is_file())
         if not found:
             raise RequestError(f"no file matches {spec!r}")
@@ -39,37 +43,37 @@ def resolve(spec: str) -> list[epath.Path]:
 
 
 def files_below(spec: str) -> list[epath.Path]:
-    """`spec` itself if it is a file (or glob), else every file of the folder, sorted.
+    """Return every file below the folder `spec`, sorted. A file or glob is resolved as by `resolve`.
 
     Raises:
-        RequestError: nothing there.
+      RequestError: nothing matches.
     """
     path = folder(spec)
     return sorted(at / name for at, _, names in path.walk() for name in names) if path.is_dir() else resolve(spec)
 
 
 def folder(spec: str) -> epath.Path:
-    """The path of `spec`, which may be a folder, inside a package or not; existence is the caller's question.
+    """Convert `spec` to a path, which may be a folder or lie inside a package. The path may be absent.
 
     Raises:
-        RequestError: a package that is not installed.
+      RequestError: the package is not installed.
     """
     return _inside_package(spec) if spec.startswith("pkg:") else epath.Path(spec).expanduser()
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether `path` is a file of this machine, which can be mapped into memory."""
+    """Return whether `path` is on a local file system, so that the file can be memory-mapped."""
     return "://" not in str(path)
 
 
 def keep_open(files: int) -> None:
-    """Lets this process hold so many more files open, as far as the system allows; shells often allow 1024."""
+    """Raise this process's limit of open files by `files`, up to the system's limit. Shells often permit only 1024."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         most = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS has another limit beside
+        with contextlib.suppress(ValueError, OSError):  # macOS has a second, lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
@@ -88,7 +92,7 @@ def _glob(path: epath.Path) -> Iterable[epath.Path]:
 
 
 def _inside_package(spec: str) -> epath.Path:
-    """`pkg:NAME/path`: found without importing NAME, which may be slow or have side effects."""
+    """Convert `pkg:NAME/path` to a path without importing NAME, which may be slow or have side effects."""
     name, _, inner = spec.removeprefix("pkg:").partition("/")
     if not name.isidentifier() or not inner:
         raise RequestError(f"{spec!r} should read pkg:NAME/path/of/file, NAME an installed Python package")

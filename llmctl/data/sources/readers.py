@@ -1,4 +1,4 @@
-"""Sources: one function a kind of data, from a config to random access to its rows."""
+"""Open data sources by name: one function per kind of data, from a config to a `Source`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llmctl.data.sources.paths import keep_open, resolve
 
 
 def _each(read: Callable[[epath.Path, SourceConfig], Source]) -> Callable[[SourceConfig], Source]:
-    """A source of all the files that `path` names, in the order of the sorted paths."""
+    """Build a source function for all files that `path` matches, in sorted order."""
 
     def source(cfg: SourceConfig) -> Source:
         paths = resolve(cfg.path)
-        keep_open(len(paths))  # some stay mapped
+        keep_open(len(paths))  # memory-mapped files stay open
         return Chain([read(path, cfg) for path in paths])
 
     return source
@@ -35,10 +35,10 @@ SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
 
 
 def open_source(cfg: SourceConfig) -> Source:
-    """The rows that `cfg` names.
+    """Open the source that `cfg` describes.
 
     Raises:
-        RequestError: missing data, data that is not what `source` says.
+      RequestError: the data is missing, or it does not have the format of `source`.
     """
     if cfg.source == "prepared":
         raise RequestError(f"{cfg.path}: prepared data holds tokens, and this needs the text; name the raw source")

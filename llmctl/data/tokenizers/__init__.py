@@ -1,1 +1,1 @@
-"""Tokenizers: bytes, SentencePiece and tokenizer.json behind one interface."""
+"""Tokenizers: bytes, SentencePiece and tokenizer.json with one interface."""

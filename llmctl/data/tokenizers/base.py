@@ -1,4 +1,4 @@
-"""What every kind of tokenizer can do."""
+"""Base class of all tokenizers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,39 @@ import numpy as np
 from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
-"""Beside the model file in an artifact: kind, digest and options."""
+"""File beside the model file in an artifact: the tokenizer's kind, digest and options."""
 
 
 SENTINEL = "<extra_id_{}>"
-"""How the sentinels of span corruption are written (T5, arXiv:1910.10683)."""
+"""Spelling of the sentinels of span corruption (Raffel et al., 2020, arXiv:1910.10683)."""
 
 
 MASK = "<mask>"
-"""How people write the mask, whatever the tokenizer's own spelling."""
+"""Spelling of the mask token in user input, whatever the tokenizer's own spelling."""
 
 
 SPOILED = "\ufdd0"
-"""Stands inside a special token's spelling that is meant as text; Unicode gives no text this character."""
+"""Character inserted into a special token's spelling to mark it as text. It is a Unicode noncharacter, so no text
+contains it."""
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Ids of special tokens never come from text, and decode to nothing."""
+    """Convert text to token ids and back. Text never encodes to ids of special tokens, and these decode to nothing.
+
+    A subclass sets the attributes below and defines `encode`, `encode_batch`, `offsets` and `decode`.
+
+    Example:
+      >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+      >>> tokenizer: Tokenizer = ByteTokenizer.new()
+      >>> tokenizer.encode("ab"), tokenizer.decode([102, 103])
+      ([102, 103], 'ab')
+    """
 
     kind: ClassVar[str]
     file: ClassVar[str]
     """Name of the model file in a folder."""
     foreign: ClassVar[tuple[str, ...]] = ()
-    """Other names that it has in foreign folders."""
+    """Other names of the model file, in folders that llmctl did not write."""
     vocab_size: int
     pad_id: int
     unk_id: int
@@ -44,47 +54,53 @@ class Tokenizer(ABC):
     eos_id: int
     mask_id: int | None
     sentinel_ids: tuple[int, ...]
-    """`<extra_id_0>` and on."""
+    """Ids of the sentinels `<extra_id_0>`, `<extra_id_1>`, …"""
     add_bos: bool
-    """Documents and prompts begin with `bos_id`."""
+    """Whether documents and prompts begin with `bos_id`."""
     model: bytes
     """Content of the model file."""
 
     @classmethod
     def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> Self:
-        """The tokenizer of a model file.
+        """Build the tokenizer from the content of a model file.
 
         Args:
-            model: content of the file.
-            described: what `options` said when it was saved; empty beside foreign tokenizers.
-            folder: where foreign tokenizers may have other files.
+          model: content of the file.
+          described: the saved `options`; empty for tokenizers that llmctl did not write.
+          folder: folder of the model file, which may hold configuration files.
 
         Raises:
-            ValueError: what is wrong with them, in a few words.
+          ValueError: the files are not usable; the message is a few words.
         """
         return cls(model, described.get("bos", True))  # pyright: ignore[reportCallIssue]
 
     def options(self) -> dict[str, Any]:
-        """What the model file does not say, kept beside it."""
+        """Return the options that are saved beside the model file, because it does not contain them."""
         return {"bos": self.add_bos}
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end of sequence."""
+        """Return the token ids of a text, without begin and end of sequence."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
+        """Return `encode` of every text, computed on all cores."""
 
     @abstractmethod
     def offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, the characters [first, last) that each stands for) of every text; (n, n) for none."""
+        """Return (ids, character ranges [first, last)) of every text.
+
+        A token without characters has the range (n, n).
+        """
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids int32 [N], spans int32 [N, 2]) of every text, as `encode` cuts it.
+        """Return token ids and character spans of every text, with the ids of `encode`.
 
-        A span is the characters that a token stands for, without white space at its ends: empty where that is all.
-        Several tokens of one character have the same span.
+        A span covers a token's characters without surrounding white space, so it is empty for a token of white space.
+        If one character takes several tokens, they have the same span.
+
+        Returns:
+          For each text, ids int32 [N] and spans int32 [N, 2].
         """
         out = []
         for text, (ids, found) in zip(texts, self.offsets(texts), strict=True):
@@ -98,16 +114,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special ones, and ids beyond the vocabulary, are left out."""
+        """Return the text of token ids. Special tokens and ids beyond the vocabulary are skipped."""
 
     def pieces(self) -> list[str]:
-        """The text of every token by id, with a space where it begins a word after a space; "" for special ones."""
+        """Return the text of every token by id; "" for special tokens. A leading space marks the begin of a word."""
         return [self.decode([i]) for i in range(self.vocab_size)]
 
     def encode_masked(self, text: str) -> list[int]:
-        """Ids of a text in which `MASK` stands for the mask token.
+        """Return the token ids of a text in which `MASK` stands for the mask token.
 
-        A space before it belongs to the word that is masked. Raises ValueError where the tokenizer has no mask.
+        A space before the mask belongs to the masked word.
+
+        Raises:
+          ValueError: the tokenizer has no mask token.
         """
         if self.mask_id is None:
             raise ValueError("the tokenizer has no mask token")
@@ -116,20 +135,20 @@ class Tokenizer(ABC):
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Every special token as it is written -> its id."""
+        """Return the id of every special token by its spelling."""
         return {}
 
     @property
     def spelled(self) -> dict[str, str]:
-        """How chat templates name the special tokens ("bos_token", …) -> how they are written."""
+        """Return the spelling of special tokens by their name in chat templates ("bos_token", …)."""
         names = {i: text for text, i in self.special_ids.items()}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         return {name: names[i] for name, i in ids.items() if i in names}
 
     def encode_spelled(self, text: str) -> list[int]:
-        """`encode` of what a chat template wrote: special tokens that are spelled out are those tokens.
+        """Encode the output of a chat template, in which spelled-out special tokens become special tokens.
 
-        A spelling with `SPOILED` in it is text, without that character.
+        A spelling that contains `SPOILED` is encoded as text, without that character.
         """
         special = self.special_ids
         if not special:
@@ -142,16 +161,16 @@ class Tokenizer(ABC):
         return out
 
     def prompt(self, text: str) -> list[int]:
-        """Ids of a text that the model is to continue."""
+        """Return the token ids of a prompt, which begin with `bos_id` if `add_bos` is set."""
         return [self.bos_id] * self.add_bos + self.encode(text)
 
     @property
     def digest(self) -> str:
-        """sha256 of the model file."""
+        """Return the SHA-256 of the model file, as hex."""
         return hashlib.sha256(self.model).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Writes the model file and its descriptor into folder `path`."""
+        """Write the model file and its descriptor into the folder `path`."""
         path.mkdir(parents=True, exist_ok=True)
         (path / self.file).write_bytes(self.model)
         described = {"kind": self.kind, "file": self.file, "digest": self.digest, **self.options()}

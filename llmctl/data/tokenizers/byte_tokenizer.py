@@ -1,4 +1,4 @@
-"""Bytes as tokens: no training, no unknown text, long sequences."""
+"""Byte tokenizer: needs no training and has no unknown text, but gives long sequences."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import numpy as np
 from llmctl.data.tokenizers.base import Tokenizer
 
 FIRST = 5
-"""Id of byte 0; before it pad, unk, bos, eos, mask."""
+"""Id of byte 0. The ids below it are pad, unk, bos, eos and mask."""
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes b as ids b + 5; sentinels come after them."""
+    """Tokenizer that maps each UTF-8 byte b to the id b + 5. Sentinels follow the bytes."""
 
     kind: ClassVar[str] = "bytes"
     file: ClassVar[str] = "bytes.json"
 
     def __init__(self, model: bytes, add_bos: bool = True):
-        """`model`: JSON with the number of sentinels. Raises ValueError on anything else."""
+        """Read the number of sentinels from `model`, a JSON object.
+
+        Raises:
+          ValueError: the JSON is invalid or has no number of sentinels.
+        """
         try:
             sentinels = int(json.loads(model)["sentinels"])
         except (ValueError, KeyError, TypeError):
@@ -33,7 +37,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def new(cls, sentinels: int = 0, add_bos: bool = True) -> ByteTokenizer:
-        """The tokenizer of bytes with this many sentinels."""
+        """Build a byte tokenizer with this number of sentinels."""
         return cls((json.dumps({"sentinels": sentinels}) + "\n").encode(), add_bos)
 
     def encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The way to a tokenizer: train it, load it, find its kind in a folder."""
+"""Train a tokenizer, load one, and detect its kind from the files in a folder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 __all__ = ["Tokenizer", "chat_template", "load", "obtain", "train"]
 
 KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (JsonTokenizer, sentencepieces.SentencePieces, ByteTokenizer)}
-"""Class of each kind that a descriptor can name, in the order in which foreign folders are searched."""
+"""Tokenizer class of each kind that a descriptor may contain. Folders without descriptor are searched in this order."""
 BOS = {"auto": None, "yes": True, "no": False}
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
-    """A tokenizer from `texts`; the same texts and config give the same bytes.
+    """Train a tokenizer on `texts`. The same texts and config give the same bytes.
 
     Raises:
-        RequestError: a vocabulary that the corpus cannot fill (says the largest possible) or that is too small.
+      RequestError: the vocabulary is too small, or larger than the corpus supports; the message gives the limit.
     """
     if cfg.kind == "bytes":
         return ByteTokenizer.new(cfg.sentinels, cfg.bos != "no")
@@ -36,23 +36,24 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
 
 
 def obtain(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that `cfg.path` names, or else one trained on `texts`.
+    """Load the tokenizer at `cfg.path`, or train one on `texts` if no path is set.
 
     Raises:
-        RequestError: as `load` and `train`.
+      RequestError: as `load` and `train`.
     """
     return load(folder(cfg.path), BOS[cfg.bos]) if cfg.path else train(texts, cfg)
 
 
 def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
-    """The tokenizer in folder (or file) `path`; nothing is unpickled or executed.
+    """Load the tokenizer at `path`. Nothing is unpickled or executed.
 
     Args:
-        path: an artifact's tokenizer folder, a folder that holds `tokenizer.json` or `tokenizer.model`, or such a file.
-        add_bos: overrides what the descriptor or, of foreign tokenizers, tokenizer_config.json or the file itself says.
+      path: an artifact's tokenizer folder, a folder with `tokenizer.json` or `tokenizer.model`, or such a file.
+      add_bos: overrides the descriptor. Without a descriptor, it overrides tokenizer_config.json or the file itself.
 
     Raises:
-        RequestError: nothing there, an unknown kind, a file that is damaged; a begin that it has no token for.
+      RequestError: there is no tokenizer, its kind is unknown, a file is damaged, or `add_bos` is set but there is no
+        begin-of-sequence token.
     """
     path = epath.Path(path)
     described: dict = {}
@@ -90,22 +91,24 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
 
 
 def chat_template(folder: epath.PathLike) -> str | None:
-    """The chat template that lies in a tokenizer's folder, alone or in tokenizer_config.json; None where none does.
+    """Return the chat template of a tokenizer folder, or None if there is none.
+
+    It is read from chat_template.jinja or from tokenizer_config.json.
 
     Raises:
-        RequestError: a damaged file.
+      RequestError: a file is damaged.
     """
     alone = epath.Path(folder) / "chat_template.jinja"
     if alone.is_file():
         return alone.read_text()
     found = _config(epath.Path(folder)).get("chat_template")
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # a list holds several templates with names
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
 
 
 def _config(folder: epath.Path) -> dict[str, Any]:
-    """The tokenizer_config.json of a folder; empty where there is none."""
+    """Return the content of a folder's tokenizer_config.json, or an empty dict if there is none."""
     file = folder / "tokenizer_config.json"
     try:
         return dict(json.loads(file.read_text())) if file.is_file() else {}

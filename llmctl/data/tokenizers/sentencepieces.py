@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers, unigram and BPE (arXiv:1808.06226), with bytes for what no piece covers."""
+"""SentencePiece tokenizers: unigram and BPE (Kudo and Richardson, 2018, arXiv:1808.06226), with byte fallback."""
 
 from __future__ import annotations
 
@@ -17,25 +17,32 @@ from llmctl.data.shuffle import permutation
 from llmctl.data.tokenizers.base import MASK, SENTINEL, Tokenizer
 
 SPACE = "▁"
-"""How pieces write a space."""
+"""Spelling of a space in pieces."""
 STANDS_IN = "\ue000"
-"""A private character that no vocabulary has: bytes while a text with masks is encoded."""
+"""Private-use character that no vocabulary contains. It replaces the mask while a text with masks is encoded, and
+becomes bytes."""
 THREADS = 4
-"""Training sums over threads in a fixed order: the same number on every machine gives the same model."""
+"""Number of training threads. Training sums over threads in a fixed order, so a fixed number gives the same model
+everywhere."""
 SENTENCE = 2000
-"""Characters a training sentence; the trainer drops sentences beyond a limit, so longer texts are cut at a space."""
+"""Maximum length of a training sentence in characters. The trainer drops longer sentences, so texts are cut at a space.
+"""
 NORMALIZE = {"identity": "identity", "nfkc": "nmt_nfkc", "nfkc_lowercase": "nmt_nfkc_cf"}
 
 
 class SentencePieces(Tokenizer):
-    """A SentencePiece model; ids of special tokens are read from it."""
+    """Tokenizer with a SentencePiece model. The ids of special tokens are read from the model."""
 
     kind: ClassVar[str] = "sentencepiece"
     file: ClassVar[str] = "tokenizer.model"
     foreign: ClassVar[tuple[str, ...]] = ("spiece.model", "sentencepiece.bpe.model")
 
     def __init__(self, model: bytes, add_bos: bool = True):
-        """Raises ValueError on bytes that are no SentencePiece model."""
+        """Parse a serialized SentencePiece model.
+
+        Raises:
+          ValueError: the bytes are no SentencePiece model, or it has no end-of-sequence token.
+        """
         try:
             self._sp = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -45,7 +52,7 @@ class SentencePieces(Tokenizer):
         self.unk_id, self.bos_id, self.eos_id = self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id()
         if self.eos_id < 0:
             raise ValueError("it has no end-of-sequence token")
-        # foreign models may lack a padding token; weights and segments hide padding, so any id serves
+        # Other models may lack a padding token. Weights and segments mask padding, so any id serves.
         self.pad_id = max(self._sp.pad_id(), 0)
         self.bos_id = self.pad_id if self.bos_id < 0 else self.bos_id
         self.mask_id = self._special(MASK)
@@ -57,7 +64,7 @@ class SentencePieces(Tokenizer):
         return None if i == self.unk_id else i
 
     def piece(self, i: int) -> str:
-        """How a token is written."""
+        """Return the spelling of a token."""
         return self._sp.id_to_piece(i)
 
     @property
@@ -84,7 +91,7 @@ class SentencePieces(Tokenizer):
     def encode_masked(self, text: str) -> list[int]:
         if self.mask_id is None:
             raise ValueError("the tokenizer has no mask token")
-        # encoded as a whole: a part on its own would get a space before it
+        # The whole text is encoded at once, because the model would put a space before each separate part.
         ids = self.encode(text.replace(MASK, STANDS_IN))
         mark = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in STANDS_IN.encode()]
         space, out, at = self._sp.piece_to_id("▁"), [], 0
@@ -112,23 +119,27 @@ class SentencePieces(Tokenizer):
 
 
 def _spans(text: str, found: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and their characters. The library counts UTF-8 bytes, and gives a character to the last of its pieces."""
-    char_at = np.cumsum([0, *((byte & 0xC0) != 0x80 for byte in text.encode())])  # bytes before -> characters before
+    """Return token ids and their character ranges.
+
+    The library counts UTF-8 bytes, and assigns a character of several pieces to the last of them.
+    """
+    # number of characters before each byte offset
+    char_at = np.cumsum([0, *((byte & 0xC0) != 0x80 for byte in text.encode())])
     spans, last = [], len(text)
     for piece in reversed(found.pieces):
         first = int(char_at[piece.begin])
         if piece.end > piece.begin:
             last = int(char_at[piece.end])
-        # a piece without text is part of the character that the next one ends, or the space put before the text
+        # A piece without text belongs to the character that the next piece ends, or is the space put before the text.
         spans.append((first, first if piece.end == piece.begin and piece.piece == SPACE else last))
     return [piece.id for piece in found.pieces], spans[::-1]
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
-    """Trains on at most `cfg.sample` characters; deterministic.
+    """Train on at most `cfg.sample` characters. Training is deterministic.
 
     Raises:
-        RequestError: the vocabulary is larger than the corpus supports, or smaller than bytes and characters need.
+      RequestError: the vocabulary is larger than the corpus supports, or smaller than its bytes and characters need.
     """
     sample = _sample(list(texts), cfg.sample)
     if not sample:
@@ -138,21 +149,21 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
         spm.SentencePieceTrainer.train(
             sentence_iterator=_sentences(sample), model_writer=model, model_type=cfg.kind, vocab_size=cfg.vocab_size,
             pad_id=0, unk_id=1, bos_id=2, eos_id=3,
-            # control symbols: text that spells <mask> is not the mask
+            # control symbols never match text, so a text that spells <mask> does not become the mask
             control_symbols=[MASK, *(SENTINEL.format(k) for k in range(cfg.sentinels))],
             byte_fallback=True, character_coverage=0.9995, normalization_rule_name=NORMALIZE[cfg.normalize],
             remove_extra_whitespaces=False, split_digits=True, num_threads=THREADS, shuffle_input_sentence=False,
             max_sentence_length=16 * SENTENCE, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        if "KeyboardInterrupt" in str(error):  # the library wraps what its iterator raises
+        if "KeyboardInterrupt" in str(error):  # the library wraps exceptions of its iterator
             raise KeyboardInterrupt from None
         raise RequestError(_explained(str(error), cfg)) from None
     return SentencePieces(model.getvalue(), cfg.bos != "no")
 
 
 def _cores() -> int:
-    """Cores this process may use; macOS knows no affinity."""
+    """Return the number of cores that this process may use. macOS has no CPU affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -171,7 +182,7 @@ def _explained(error: str, cfg: TokenizerConfig) -> str:
 
 
 def _sample(texts: list[str], budget: int) -> list[str]:
-    """Whole texts in a fixed pseudo-random order until `budget` characters, the last one cut."""
+    """Return whole texts in a fixed pseudo-random order, up to `budget` characters. The last text is cut."""
     if sum(map(len, texts)) <= budget:
         return [t for t in texts if t.strip()]
     order = permutation(len(texts), 0, 0)

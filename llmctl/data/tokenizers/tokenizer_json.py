@@ -1,4 +1,4 @@
-"""`tokenizer.json` of the Hugging Face `tokenizers` library: what most published models come with."""
+"""Tokenizers in `tokenizer.json` format (Hugging Face `tokenizers`), which most published models use."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ SPELLINGS = {
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
 }
-"""How special tokens are usually written, for folders that do not say."""
+"""Usual spellings of special tokens, for folders that do not specify them."""
 FOREIGN = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",),
            "unk": ("unk_token",), "mask": ("mask_token",)}  # fmt: skip
-"""Where tokenizer_config.json and special_tokens_map.json say it."""
+"""Keys of special tokens in tokenizer_config.json and special_tokens_map.json."""
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json`. BERT's [CLS] and [SEP] are its begin and end of sequence."""
+    """Tokenizer with a `tokenizer.json` file. BERT's [CLS] and [SEP] serve as begin and end of sequence."""
 
     kind: ClassVar[str] = "json"
     file: ClassVar[str] = "tokenizer.json"
 
     def __init__(self, model: bytes, add_bos: bool | None = None, special: dict[str, str] | None = None):
-        """`special`: bos, eos, pad, unk, mask -> how they are written; what is absent is guessed.
+        """Parse a `tokenizer.json` file.
 
-        `add_bos` by default as the file's own post-processor does. Raises ValueError on other bytes.
+        Args:
+          model: content of the file.
+          add_bos: whether texts begin with `bos_id`; by default as the file's post-processor does.
+          special: spellings of bos, eos, pad, unk and mask; missing ones are guessed.
+
+        Raises:
+          ValueError: the file is invalid, or it has no known end-of-sequence token.
         """
         try:
             self._backend = Backend.from_buffer(model)
@@ -41,7 +47,7 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(str(error).splitlines()[0]) from None
         self._backend.no_padding()
         self._backend.no_truncation()
-        # text that spells a special token is text
+        # A text that spells a special token is encoded as text.
         self._backend.encode_special_tokens = True
         self.model = model
         self.vocab_size = max(self._backend.get_vocab().values(), default=0) + 1
@@ -51,7 +57,7 @@ class JsonTokenizer(Tokenizer):
         if eos is None:
             raise ValueError("it has no end-of-sequence token that is known; say which in tokenizer_config.json")
         self.eos_id = eos
-        # weights and segments hide padding, so any id serves where there is none
+        # Weights and segments mask padding, so any id serves if there is no padding token.
         self.pad_id = eos if ids["pad"] is None else ids["pad"]
         self.bos_id = self.pad_id if ids["bos"] is None else ids["bos"]
         self.unk_id = eos if ids["unk"] is None else ids["unk"]
@@ -66,15 +72,15 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> JsonTokenizer:
-        """As described, or as the files beside it say."""
+        """Build the tokenizer from its descriptor, or from the configuration files beside it."""
         return cls(model, described.get("bos"), described.get("special") or _foreign(folder))
 
     def options(self) -> dict[str, Any]:
-        """What the model file does not say."""
+        """Return the options, with the spellings of special tokens."""
         return super().options() | {"special": self.special}
 
     def _find(self, name: str) -> int | None:
-        """The id of a special token; how it is written is noted in `special`, so that it is looked for only once."""
+        """Return the id of a special token, and record its spelling in `special` so that it is searched only once."""
         spellings = (self.special[name],) if name in self.special else SPELLINGS[name]
         for spelling in spellings:
             if (i := self._backend.token_to_id(spelling)) is not None:
@@ -92,10 +98,10 @@ class JsonTokenizer(Tokenizer):
     def encode_spelled(self, text: str) -> list[int]:
         if SPOILED in text:
             return super().encode_spelled(text)
-        return self._encode_special(text)  # as a whole: a part on its own may get a space before it
+        return self._encode_special(text)  # whole text at once: the backend may put a space before each separate part
 
     def _encode_special(self, text: str) -> list[int]:
-        """`encode`, this once with special tokens where they are spelled."""
+        """Encode a text in which spelled-out special tokens become special tokens, for this call only."""
         self._backend.encode_special_tokens = False
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
@@ -119,21 +125,22 @@ class JsonTokenizer(Tokenizer):
         if self.mask_id is None:
             raise ValueError("the tokenizer has no mask token")
         own = self.special["mask"]
-        # only an added token that takes the space before it does so by itself
+        # Only an added token with `lstrip` absorbs the space before it, so that space is removed here.
         return self._encode_special(text.replace(f" {MASK}", own).replace(MASK, own))
 
     def pieces(self) -> list[str]:
         raw = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
-        if any(piece.startswith("##") for piece in raw):  # WordPiece marks what continues a word instead
+        # WordPiece marks the pieces that continue a word, instead of those that begin one
+        if any(piece.startswith("##") for piece in raw):
             said = [piece[2:] if piece.startswith("##") else f" {piece}" for piece in raw]
         else:
-            # byte-level BPE writes bytes as letters, the newline as "Ċ"; Metaspace writes spaces as "▁"
+            # Byte-level BPE spells bytes as letters, such as the newline as "Ċ". Metaspace spells spaces as "▁".
             said = [piece.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ") for piece in raw]
         return ["" if i in self._hidden else piece for i, piece in enumerate(said)]
 
 
 def _foreign(folder: epath.Path) -> dict[str, str]:
-    """Special tokens as the files of a Hugging Face folder name them."""
+    """Return the spellings of special tokens from the configuration files of a Hugging Face folder."""
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
