@@ -1,4 +1,4 @@
-"""Views: the rows of a source under our column names, filtered and with replacements made."""
+"""Map the columns of a source to canonical column names, filter rows and replace text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llmctl.data.sources.readers import open_source
 
 
 class View(Source):
-    """A source in canonical columns, with replacements made; filtered rows are None to `read`.
+    """Source with canonical column names and replaced text. `read` returns None for filtered rows.
 
-    Words (`tokens`) are also a text, with one space between them, where no other text is mapped.
+    If `tokens` (a list of words) is mapped but no text is, the words joined by spaces also become the column `text`.
     """
 
     def __init__(self, cfg: SourceConfig):
@@ -33,12 +33,12 @@ class View(Source):
                 )
         partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
         given = cfg.columns or {c: c for c in COLUMNS if c in known and c not in partial}
-        # In our order, however they were written down: texts are split by their first column.
+        # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
         self._map = {c: given[c] for c in COLUMNS if c in given}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         self.texts = (*self._joined, *self._texts)
-        """The text columns; the first decides which split a row is in."""
+        """Text columns. The first one decides the split of a row."""
         self.columns = (*self._joined, *self._map)
         if len(self._source) and not self.texts:
             raise RequestError(f"{cfg.title}: none of its columns is a text column; set data.columns, such as "
@@ -55,7 +55,7 @@ class View(Source):
         return self._canonical(self._source[i], i)
 
     def read(self, i: int) -> Row | None:
-        """Row i, or None if the filter drops it."""
+        """Return row i, or None if the filter drops it."""
         raw = self._source[i]
         for column, allowed in self._keep.items():
             if column not in raw:
@@ -90,7 +90,7 @@ class View(Source):
         return row
 
     def _clean(self, value: str) -> str:
-        if not value.isascii():  # JSON may hold half a surrogate pair, which is no text: U+FFFD
+        if not value.isascii():  # JSON may contain half a surrogate pair, which is not valid text: it becomes U+FFFD
             value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         for old, new in self._cfg.replace.items():
             value = value.replace(old, new)
@@ -109,7 +109,7 @@ class View(Source):
         row["tags"] = [plain(tag) for tag in tags]
 
     def _answers(self, row: Row, i: int) -> list[tuple[str, int]]:
-        """(text, its first character in the context) of every accepted answer."""
+        """Return (text, index of its first character in the context) of every accepted answer."""
         given: Any = row["answers"] or {"text": [], "answer_start": []}
         try:
             found = [(str(t), int(s)) for t, s in zip(given["text"], given["answer_start"], strict=True)]
@@ -128,7 +128,7 @@ class View(Source):
 
 
 def plain(value: Scalar | None) -> str:
-    """One spelling for a value, whether a file gave it as text, integer, boolean or float."""
+    """Convert a value to canonical text, whether a file stores it as text, integer, boolean or float."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

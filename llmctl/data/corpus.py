@@ -1,4 +1,4 @@
-"""Corpus: the tokens of many documents as one flat array, on disk as two plain .npy files."""
+"""Tokenized corpus: the token ids of many documents in one flat array, stored as two .npy files."""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ from llmctl.distributed import processes
 T = TypeVar("T")
 
 CHUNK = 1024
-"""Documents tokenized at a time: enough for all cores, few enough for Python lists of ids."""
+"""Documents per tokenizer call. It keeps all cores busy, and bounds the memory of Python lists of ids."""
 
 
 class Documents(Protocol):
-    """Documents of tokens, wherever they lie: all that packing needs."""
+    """Protocol of tokenized documents, in any storage. Packing needs nothing else."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64."""
+        """Return the number of tokens of each document, int64 [D]."""
         ...
 
     def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Token at `offset` of each `doc`, int32 [N]."""
+        """Return the token at `offset` of each `doc`, int32 [N]."""
         ...
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """D documents; document d is `tokens[starts[d]:starts[d + 1]]`, without begin and end of sequence."""
+    """Tokenized documents, held as one array. Document d is `tokens[starts[d]:starts[d + 1]]`.
+
+    Documents have no begin and end of sequence.
+    """
 
     tokens: np.ndarray
-    """[N] uint16 where the vocabulary allows, else uint32."""
+    """Token ids [N]: uint16 if the vocabulary fits, else uint32."""
     starts: np.ndarray
-    """int64 [D + 1], first 0, last the number of tokens."""
+    """Offset of each document, int64 [D + 1]: the first is 0, the last is the number of tokens."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -51,17 +54,22 @@ class Corpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document."""
+        """Return the number of tokens of each document, int64 [D]."""
         return np.diff(self.starts)
 
     def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Token at `offset` of each `doc`, int32 [N]."""
+        """Return the token at `offset` of each `doc`, int32 [N]."""
         return self.tokens[self.starts[doc_N] + offset_N].astype(np.int32)
 
     def save(self, folder: Path, tokenizer: str, texts: str) -> None:
-        """Writes the arrays; `tokenizer` and `texts` are the digests that `load` will ask for.
+        """Save the arrays and a description to a folder.
 
-        The description comes last and by renaming, so an interrupted write is never taken for a whole one.
+        The description is written last and renamed into place, so `load` ignores an interrupted write.
+
+        Args:
+          folder: target folder.
+          tokenizer: digest of the tokenizer, which `load` checks.
+          texts: digest of the texts, which `load` checks.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "corpus.json").unlink(missing_ok=True)
@@ -73,7 +81,7 @@ class Corpus:
 
     @staticmethod
     def load(folder: Path, tokenizer: str, texts: str) -> Corpus | None:
-        """The corpus saved under these digests, memory-mapped; None if there is none, or another."""
+        """Load the corpus with these digests, memory-mapped. Return None if it is missing or its digests differ."""
         try:
             described = json.loads((folder / "corpus.json").read_text())
             if (described["tokenizer"], described["texts"]) != (tokenizer, texts):
@@ -87,10 +95,10 @@ class Corpus:
 
 
 def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
-    """Encodes every text, in order.
+    """Tokenize every text, in order.
 
     Raises:
-        RequestError: no text at all.
+      RequestError: there is no text.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     chunks, lengths = [], []
@@ -104,12 +112,12 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
 
 
 def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer) -> Corpus:
-    """`tokenize(texts)`, kept in `folder` under the digests of texts and tokenizer.
+    """Return `tokenize(texts)`, cached in `folder` under the digests of texts and tokenizer.
 
     Raises:
-        RequestError: no text at all.
+      RequestError: there is no text.
     """
-    with processes.in_turn():  # the first process tokenizes for all
+    with processes.in_turn():  # process 0 tokenizes and the others load the result
         if (corpus := Corpus.load(folder, tokenizer.digest, digest)) is None:
             tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)
             corpus = Corpus.load(folder, tokenizer.digest, digest)
@@ -118,8 +126,8 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
 
 
 def batched(things: Iterable[T]) -> Iterator[tuple[T, ...]]:
-    """CHUNK at a time."""
-    # itertools.batched is younger than Python 3.11
+    """Yield tuples of `CHUNK` things; the last may be shorter."""
+    # itertools.batched needs Python 3.12.
     it = iter(things)
     while batch := tuple(itertools.islice(it, CHUNK)):
         yield batch

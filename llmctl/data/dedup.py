@@ -1,6 +1,7 @@
-"""Scanning: what is kept of each row, and where its text falls; ranges of rows independently, in any process.
+"""Scan rows for deduplication and splitting. Ranges of rows are scanned independently, in any process.
 
-A text's place in [0, 1) is a function of the text alone, never of its position, the filters or the other texts.
+A text's value in [0, 1) decides its split. It depends on the text alone, not on its position, the filters or other
+texts.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from llmctl.data.config import DataConfig
 
 KEPT, FILTERED, BLANK = 0, 1, 2
 RANGE = 8192
-"""Rows that are scanned at a time."""
+"""Number of rows scanned at a time."""
 
 _TAG = re.compile(r"<[^<>]{1,80}>")
 _NOT_CONTENT = bytes(set(range(128)) - set((string.ascii_letters + string.digits).encode()))
 
 
 def normal(text: str) -> str:
-    """The form in which two texts are duplicates: NFKC, case folded, runs of white space as one space."""
+    """Normalize a text for the duplicate test: NFKC, case folding, and one space per run of white space."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def fraction(text: str) -> float:
-    """Where in [0, 1) a text falls: sha256 of its letters and digits (tags, punctuation, case and space left out).
+    """Hash a text to [0, 1) with SHA-256 over its letters and digits. Tags, punctuation, case and space are ignored.
 
-    Coarser than `normal`, so that light cleaning (`replace`) does not move a text into another split.
+    This is coarser than `normal`, so light cleaning (`replace`) does not move a text to another split.
     """
     bare = normal(_TAG.sub(" ", text) if "<" in text else text).encode()
     content = bare.translate(None, _NOT_CONTENT) or bare
@@ -46,29 +47,29 @@ def fraction(text: str) -> float:
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of a range of rows; `state` is of every row, the other fields of the kept ones."""
+    """Scan result of a range of rows. `state` has an entry per row, the other fields one per kept row."""
 
     state: np.ndarray
     """KEPT, FILTERED or BLANK."""
     fraction: np.ndarray
-    """Where each text falls in [0, 1)."""
+    """Hash of each text in [0, 1), which decides its split."""
     key: np.ndarray
-    """16 bytes of the form in which texts are duplicates."""
+    """First 16 bytes of the SHA-256 of the normalized texts. Equal keys mean duplicates."""
     digest: np.ndarray
-    """16 bytes of the exact text."""
+    """First 16 bytes of the SHA-256 of the exact texts."""
     chars: np.ndarray
-    """Characters of the first text."""
+    """Length of the first text in characters."""
     labels: list[str | float]
-    """Label values; empty where there are no labels."""
+    """Label values; empty if rows have no labels."""
     tags: set[str]
-    """Labels of words; empty where words have none."""
+    """Distinct labels of words; empty if words have none."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
-    """Rows first..last - 1 of a source.
+    """Scan the rows first..last - 1 of a source.
 
     Raises:
-        RequestError: a row that cannot be read, a label outside the classes.
+      RequestError: a row cannot be read, or its label is not among the classes.
     """
     allowed = {c: k for k, c in enumerate(cfg.classes)}
     state = np.full(last - first, KEPT, np.uint8)
@@ -87,12 +88,12 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
             labels.append(_label(cfg, row["label"], allowed, view, i))
         for tag in set(row.get("tags", ())) - tags:
             tags.add(str(_label(cfg, tag, allowed, view, i)))
-        # pairs and prompts split by their first text: one question's answers stay together
+        # Pairs and prompts are split by their first text, so all answers to a question are in one split.
         fractions.append(fraction(values[0] if values[0].strip() else "\0".join(values)))
         keys.append(_digest(map(normal, values)))
         digests.append(_digest(values))
         chars.append(len(values[0]))
-    # S16 compares all 16 bytes: short values are padded with zeros, which is what they had there
+    # S16 compares all 16 bytes: NumPy strips trailing zero bytes and pads with zeros again, which restores the value.
     key, digest = (np.frombuffer(b"".join(d), "S16") for d in (keys, digests))
     return Scan(state, np.array(fractions), key, digest, np.array(chars, np.int64), labels, tags)
 

@@ -1,7 +1,7 @@
-"""Orders that are a pure function of (seed, epoch) on every machine and every NumPy version.
+"""Permutations that depend only on (seed, epoch), on every machine and with every NumPy version.
 
-NumPy keeps its bit generators stable but not what `Generator.permutation` makes of them, and a resumed run may
-meet another version; so the order is an argsort of hashed indices.
+NumPy keeps its bit generators stable, but not the algorithm of `Generator.permutation`. A resumed run may use another
+version, so the permutation is an argsort of hashed indices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """The SplitMix64 finalizer (Steele, Lea, Flood 2014): uint64 to well-mixed uint64, one to one."""
+    """Apply the SplitMix64 finalizer, a bijection of uint64 (Steele, Lea and Flood, 2014)."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -22,7 +22,10 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def hashed(n: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A uint64 for every index below n (or in array n), independent for every (seed, epoch)."""
+    """Hash every index below n, or every index in array n, to uint64.
+
+    Hashes of different (seed, epoch) are independent.
+    """
     i = np.arange(n, dtype=np.uint64) if isinstance(n, int) else n.astype(np.uint64)
     with np.errstate(over="ignore"):
         key = mix(np.array([seed % 2**64], np.uint64) + _GOLDEN)
@@ -31,12 +34,12 @@ def hashed(n: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The numbers below n, int64, shuffled."""
+    """Return a pseudo-random permutation of the numbers below n, int64 [n]."""
     return np.argsort(hashed(n, seed, epoch), kind="stable").astype(np.int64)
 
 
 class Epochs:
-    """Numbers of endless rows -> numbers below `count`: every epoch all of them, shuffled, or in order."""
+    """Map endless row numbers to indices below `count`. Each epoch has every index once, shuffled or in order."""
 
     def __init__(self, count: int, seed: int, shuffle: bool):
         self._count, self._seed, self._shuffle = count, seed, shuffle
@@ -44,7 +47,7 @@ class Epochs:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, rows_B: np.ndarray) -> np.ndarray:
-        """What rows `rows_B` (any numbers >= 0) show."""
+        """Return the indices of rows `rows_B` (any numbers >= 0)."""
         if not self._shuffle:
             return rows_B % self._count
         epoch_B = rows_B // self._count
@@ -55,9 +58,9 @@ class Epochs:
         return found_B
 
     def _order(self, epoch: int) -> np.ndarray:
-        with self._lock:  # several reading threads
+        with self._lock:  # several threads read rows
             if epoch not in self._orders:
-                while len(self._orders) > 1:  # two: a batch may straddle epochs
+                while len(self._orders) > 1:  # two, because a batch may contain rows of two epochs
                     del self._orders[next(iter(self._orders))]
                 self._orders[epoch] = permutation(self._count, self._seed, epoch)
             return self._orders[epoch]

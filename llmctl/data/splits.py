@@ -1,7 +1,7 @@
-"""Examples: rows in our columns, without duplicates, split by what they say.
+"""Read the rows of a data config, remove duplicates, and split them by their text.
 
-A text's split is a function of the text alone, never of its place, the filters or the other texts: the review that
-a classifier is tested on was in no stage's training data, whatever each stage filtered.
+A text's split depends on the text alone, not on its position, the filters or other texts. A classifier's test texts are
+therefore in no stage's training data, whatever each stage filters.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, Scan, scan
 from llmctl.data.sources.base import Chain, Row, Source
 
 Range = tuple[int, int, int]
-"""Number of a source, first row, one beyond the last."""
+"""(index of the source, first row, last row + 1)."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of one split, read when asked for: dicts of text columns and, where there are labels, `label`.
+    """Rows of one split, read at access: dicts of text columns and, if the data is labeled, `label`.
 
-    Also `tokens`, `tags` (lists of text) and `answers` (a list of (text, first character)) where the data has them.
-    `label` is the class index (int) or the number (float). Arrays are [N], one entry a row.
+    Rows also have `tokens`, `tags` (lists of text) and `answers` if the data has them. An answer is a pair of text and
+    index of its first character. `label` is the class index (int) or the number (float). Arrays are [N], with one entry
+    per row.
     """
 
     source: Source
     columns: tuple[str, ...]
     index: np.ndarray
-    """Rows of `source`, ascending unless sampled."""
+    """Row numbers in `source`, ascending."""
     fraction: np.ndarray
-    """Where each text falls in [0, 1)."""
+    """Hash of each text in [0, 1), which decides its split."""
     digests: np.ndarray
-    """16 bytes of each row's exact text."""
+    """First 16 bytes of the SHA-256 of each row's exact text."""
     chars: np.ndarray
-    """Characters of each row's first text."""
+    """Length of each row's first text in characters."""
     labels: np.ndarray | None
     """Class indices (int32) or numbers (float32)."""
     part: np.ndarray
-    """Which source of a mixture each row is from."""
+    """Index of each row's source in a mixture."""
     classes: tuple[str, ...]
-    """Label values (of texts or of words) by class index; empty for numbers and where there are no labels."""
+    """Label values (of texts or words) by class index; empty for numbers and unlabeled data."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,30 +69,33 @@ class Examples:
         return (self[i] for i in range(len(self)))
 
     def take(self, which: np.ndarray) -> Examples:
-        """These rows, in this order."""
+        """Return these rows, in this order."""
         arrays = ("index", "fraction", "digests", "chars", "labels", "part")
         held = {name: getattr(self, name) for name in arrays}
         return dataclasses.replace(self, **{k: None if v is None else v[which] for k, v in held.items()})
 
     def sample(self, n: int) -> Examples:
-        """At most n rows, chosen by their hash: representative of a sorted file, and the same in every run."""
+        """Return at most n rows, chosen by their hash.
+
+        The sample is the same in every run, and represents a sorted file well.
+        """
         return self if n >= len(self) else self.take(np.sort(np.argsort(self.fraction, kind="stable")[:n]))
 
     def within(self, chars: int) -> Examples:
-        """As `sample`: as many rows as have at most so many characters together, but one at least."""
+        """Return a sample with at most `chars` characters in total, but at least one row."""
         order = np.argsort(self.fraction, kind="stable")
         n = int(np.searchsorted(np.cumsum(self.chars[order]), chars, "right"))
         return self.sample(max(n, 1))
 
     def parts(self) -> list[tuple[int, Examples]]:
-        """(number, rows) of every source of the mixture that has rows here."""
+        """Return (index, rows) of every source of the mixture that has rows here."""
         return [(int(p), self.take(np.flatnonzero(self.part == p))) for p in np.unique(self.part)]
 
     def texts(self, column: str = "text") -> Iterator[str]:
-        """One column.
+        """Iterate over one column.
 
         Raises:
-            RequestError: the data has no such column.
+          RequestError: the data has no such column.
         """
         if column not in self.columns:
             raise RequestError(
@@ -101,35 +105,35 @@ class Examples:
 
     @property
     def digest(self) -> str:
-        """sha256 of all rows' texts, in order."""
+        """Return the SHA-256 over the texts of all rows in order, as hex."""
         return hashlib.sha256(self.digests.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits of one DataConfig; `splits["train"]`."""
+    """Train, validation and test split of a data config, such as `splits["train"]`."""
 
     config: DataConfig
     examples: dict[str, Examples]
     rows: int
-    """Rows the files hold."""
+    """Number of rows in the files."""
     filtered: int
-    """Rows that the filter dropped."""
+    """Number of rows that the filter dropped."""
     blank: int
-    """Rows without text, dropped."""
+    """Number of rows without text, which are dropped."""
     duplicates: int
-    """Rows whose text stood there before, dropped."""
+    """Number of rows with the text of an earlier row, which are dropped."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Label values by class index."""
+        """Return the label values by class index."""
         return self.examples["train"].classes
 
     def __getitem__(self, split: str) -> Examples:
-        """The examples of a split.
+        """Return the examples of a split.
 
         Raises:
-            RequestError: no such split, or nothing in it.
+          RequestError: there is no such split, or it is empty.
         """
         if split not in self.examples:
             raise RequestError(
@@ -143,23 +147,24 @@ class Splits:
 
 
 def examples(cfg: DataConfig, split: Split) -> Examples:
-    """One split; `load` gives all three for the same work.
+    """Load one split. `load` returns all three for the same work.
 
     Raises:
-        RequestError: as `load`; or the split is empty.
+      RequestError: as `load`, or the split is empty.
     """
     return load(cfg)[split]
 
 
 def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | None = None) -> Splits:
-    """Reads every row once: filters, maps labels, drops blanks and duplicates, splits.
+    """Read every row once: filter, map labels, drop blanks and duplicates, and split.
 
     Args:
-        cfg: the data.
-        scans: scans ranges of rows (source, first, last), in order; say, in several processes.
+      cfg: the data.
+      scans: scans ranges of rows (source, first, last + 1) in order, for example in several processes.
 
     Raises:
-        RequestError: missing files or columns, rows that cannot be read, labels outside the classes, no text at all.
+      RequestError: files or columns are missing, rows cannot be read, labels are not among the classes, or there is no
+        text.
     """
     views = [View(part) for part in cfg.parts()]
     if any(v.columns != views[0].columns for v in views):
@@ -192,11 +197,11 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
         part=np.searchsorted(ends, index_N, "right").astype(np.int32),
         classes=classes,
     )
-    if cfg.dedup:  # the first of its kind stays
+    if cfg.dedup:  # of duplicates the first row stays
         first = np.unique(np.concatenate([f.key for f in found]), return_index=True)[1]
         everything = everything.take(np.sort(first))
     f_N = everything.fraction
-    # test comes first, so that another validation fraction leaves it as it is
+    # The test split takes the lowest values, so that another validation fraction does not change it.
     of_N = np.where(f_N < cfg.test, 2, np.where(f_N < cfg.test + cfg.validation, 1, 0))
     split = {name: everything.take(np.flatnonzero(of_N == k)) for k, name in enumerate(get_args(Split))}
     return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything))
