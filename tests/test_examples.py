@@ -20,9 +20,12 @@ MODULES = [
     "llmctl.distributed.mesh",
     "llmctl.evaluate.metrics.classification",
     "llmctl.evaluate.perplexity",
+    "llmctl.model.config",
     "llmctl.model.families",
+    "llmctl.model.flops",
     "llmctl.model.generate.decode",
     "llmctl.model.generate.sampling",
+    "llmctl.model.hf_config",
     "llmctl.plan.hlo.counts",
     "llmctl.plan.topologies",
 ]

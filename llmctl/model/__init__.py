@@ -1,1 +1,1 @@
-"""Models: one Transformer for every family, its weights, losses and generation."""
+"""Models: one Transformer for all families, with weights, losses and text generation."""

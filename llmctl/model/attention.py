@@ -1,4 +1,4 @@
-"""Attention: grouped-query, self or cross, and what its layers share (masks, rotary tables, position bias).
+"""Attention: grouped-query self-attention and cross-attention, with masks, rotary tables and position bias.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K head width, D model width.
 """
@@ -22,14 +22,17 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
 
 PROJECTED = "projected"
-"""Name of queries, keys and values as the products made them, for rematerialization policies."""
+"""Checkpoint name of projected queries, keys and values, for rematerialization policies."""
 
 
 class Shared(NamedTuple):
-    """What all layers of a stack read; `local_*` serve layers with a window. Absent parts are None."""
+    """Inputs that all layers of a stack share.
+
+    The `local_*` fields serve layers with a sliding window. Absent parts are None.
+    """
 
     mask_BTS: jax.Array | None
-    """None where a ring of devices attends (`llmctl.model.ring_attention`), which makes masks from segments."""
+    """None under ring attention (`llmctl.model.ring_attention`), which derives masks from segments."""
     local_mask_BTS: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
@@ -38,26 +41,32 @@ class Shared(NamedTuple):
     memory_mask_BTS: jax.Array | None = None
     memory_segments_BS: jax.Array | None = None
     bias_table_UH: jax.Array | None = None
-    """A ring has these instead of masks and bias."""
+    """Table of the position bias. Ring attention uses it and the segments in the place of bias and masks."""
     slot: jax.Array | int | None = None
-    """Where in the cache these tokens go; None without a cache."""
+    """Cache slot of the first token; None without a cache."""
     causal_BT: jax.Array | None = None
-    """Segments of the tokens, which see what is before them. This or the next is there without a cache."""
+    """Segments of tokens under causal attention. Without a cache, this field or the next is set."""
     mutual_BT: jax.Array | None = None
-    """Segments of the tokens, which see one another."""
+    """Segments of tokens under bidirectional attention."""
     rows_B: jax.Array | None = None
-    """Index of each row in its batch, of which these may be a piece."""
+    """Index of each row in the full batch, of which these rows may be a part."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """[B, T, S]: same document, and no padding (segment 0)."""
+    """Return the mask [B, T, S] of pairs in the same document, without padding (segment 0)."""
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 
 def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.Array | None) -> jax.Array:
-    """[T, S]: from each query, of which the first stands at `slot`, to each key, in places."""
+    """Return the distance [T, S] from each query to each key, in positions.
+
+    Args:
+        mask_BTS: Mask, for its shape.
+        slot: Cache slot of the first query; None without a cache.
+        order_BT: Positions of the tokens if they differ from their array order.
+    """
     T, S = mask_BTS.shape[1:]
-    if order_BT is not None:  # every row has the same
+    if order_BT is not None:  # all rows have the same order
         return order_BT[0][None, :] - order_BT[0][:, None]
     return jnp.arange(S)[None, :] - jnp.arange(T)[:, None] - (0 if slot is None else slot)
 
@@ -72,10 +81,16 @@ def share(
     slot: jax.Array | int | None = None,
     order_BT: jax.Array | None = None,
 ) -> Shared:
-    """Masks and rotary tables of a self-attention stack.
+    """Build the masks and rotary tables of a self-attention stack.
 
-    With a cache, these T tokens are slots `slot` to `slot + T` of S, and `cached_BS` has the segments of all slots.
-    Rows in balanced order (`llmctl.distributed.context_parallel`) come with it.
+    Args:
+        cfg: Config of the model.
+        segments_BT: Document of each token; 0 is padding.
+        positions_BT: Position of each token in its document.
+        causal: Whether tokens attend to earlier tokens only.
+        cached_BS: Segments of all S cache slots. The T tokens occupy the slots from `slot` to `slot + T`.
+        slot: Cache slot of the first token; None without a cache.
+        order_BT: Order of the tokens, if rows are in balanced order (`llmctl.distributed.context_parallel`).
     """
     mask = local = None
     if order_BT is None or not meshes.splits_sequences():
@@ -99,21 +114,22 @@ def share(
 
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
-    """[L] bool: which layers see a window only."""
+    """Return which layers have local attention, bool [L]."""
     return jnp.asarray(hf_config.local_layers(cfg, layers))
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
-    """Shape of the cached keys or values of a layer: [B, G, S, K] without axes of size 1 among B and G.
+    """Return the shape of a layer's cached keys or values: [B, G, S, K] without those of B and G that are 1.
 
-    So they lie as the products of `attend` read them, and XLA updates them in place: where an axis of size 1 has to be
-    dropped between the update and the product, its CPU backend fuses the two apart and copies the cache at every step.
+    This is the layout that the products of `attend` read, so that XLA can update the cache in place. If an axis of size
+    1 had to be dropped between the update and the product, XLA's CPU backend would fuse the two separately and copy the
+    cache at every step.
     """
     return (*(n for n in (B, G) if n > 1), S, K)
 
 
 class Attention(nn.Module):
-    """Self-attention, or attention to `shared.memory_BSD` where `cross`."""
+    """Self-attention, or cross-attention to `shared.memory_BSD` if `cross` is set."""
 
     config: ModelConfig
     dtype: Any
@@ -125,7 +141,8 @@ class Attention(nn.Module):
         cfg = self.config
         K, H, G = cfg.head_dim, cfg.heads, cfg.kv_heads
         source_BSD = cast(jax.Array, shared.memory_BSD) if self.cross else x_BTD
-        # Scores of about unit variance at first, whatever their factor: T5's, which is 1, would saturate the softmax.
+        # The scale gives initial scores of about unit variance for any score factor. T5's factor of 1 would saturate
+        # the softmax.
         q = self._heads("q", x_BTD, H, "heads", K**-0.5 / (cfg.attn_scale or K**-0.5))
         q = Norm(cfg, self.dtype, name="q_norm")(q) if cfg.qk_norm else q
         if self.cross and self.has_variable("cache", "memory_k"):
@@ -134,7 +151,7 @@ class Attention(nn.Module):
             k = self._heads("k", source_BSD, G, "kv_heads")
             v = self._heads("v", source_BSD, G, "kv_heads")
             k = Norm(cfg, self.dtype, name="k_norm")(k) if cfg.qk_norm else k
-            if self.cross and shared.slot is not None:  # the memory stays the same: later tokens read these
+            if self.cross and shared.slot is not None:  # the memory is constant, so later tokens reuse it
                 self.put_variable("cache", "memory_k", _laid_out(k))
                 self.put_variable("cache", "memory_v", _laid_out(v))
         if not self.cross and shared.rotary is not None:
@@ -151,7 +168,11 @@ class Attention(nn.Module):
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array | None, shared: Shared, local: jax.Array
     ) -> jax.Array:
-        """In a ring over devices, by the platform's kernel where it can, else in plain XLA -> [B, T, H, K]."""
+        """Compute attention by ring attention, by the platform's kernel if it applies, or else in plain XLA.
+
+        Returns:
+            Outputs [B, T, H, K].
+        """
         cfg, causal = self.config, shared.causal_BT is not None
         segments_BT = shared.mutual_BT if shared.causal_BT is None else shared.causal_BT
         if mask_BTS is None:
@@ -178,7 +199,7 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def _remember(self, name: str, new_BTGK: jax.Array, slot: jax.Array | int) -> jax.Array:
-        """Writes keys or values into the cache (collection "cache", `cache_shape`) -> all of them [B, S, G, K]."""
+        """Write keys or values into the cache (collection "cache", `cache_shape`), and return all [B, S, G, K]."""
         B, T, G, K = new_BTGK.shape
         kept = self.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), self.dtype))
         new = _laid_out(new_BTGK).astype(kept.value.dtype)
@@ -186,7 +207,7 @@ class Attention(nn.Module):
         return self._recall(f"past_{name}", B)
 
     def _recall(self, name: str, B: int) -> jax.Array:
-        """What the cache holds as `name` -> [B, S, G, K]."""
+        """Return the cached array `name` as [B, S, G, K]."""
         kept = self.get_variable("cache", name)
         return kept.reshape(B, self.config.kv_heads, -1, self.config.head_dim).transpose(0, 2, 1, 3)
 
@@ -198,7 +219,7 @@ class Attention(nn.Module):
 
 
 def _laid_out(x_BTGK: jax.Array) -> jax.Array:
-    """Keys or values as the cache has them (`cache_shape`)."""
+    """Transpose keys or values to the layout of the cache (`cache_shape`)."""
     B, T, G, K = x_BTGK.shape
     return x_BTGK.transpose(0, 2, 1, 3).reshape(cache_shape(B, G, T, K))
 
@@ -210,7 +231,10 @@ def _pick(local: jax.Array, when_local: Any, otherwise: Any) -> Any:
 
 
 class RelativeBias(nn.Module):
-    """T5's learned bias by bucketed distance, shared by all layers of a stack (arXiv:1910.10683): its table [U, H]."""
+    """Table [U, H] of T5's learned relative position bias, shared by all layers of a stack.
+
+    (Raffel et al., 2019, arXiv:1910.10683)
+    """
 
     config: ModelConfig
 
@@ -222,12 +246,12 @@ class RelativeBias(nn.Module):
 
 
 def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:
-    """Bucket of each key-minus-query distance."""
+    """Return the bucket of each key-minus-query distance under this config."""
     return relative_bucket(distance, cfg.relative_buckets, cfg.relative_max_distance, bidirectional)
 
 
 def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:
-    """Bucket of each key-minus-query distance: exact when near, logarithmic when far."""
+    """Return the bucket of each key-minus-query distance: exact for short distances, logarithmic for long ones."""
     offset = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2

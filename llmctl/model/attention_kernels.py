@@ -1,8 +1,12 @@
-"""Attention kernels that never hold all scores, where the platform has one: Pallas' splash attention on TPUs, cuDNN's
-on GPUs (arXiv:2205.14135). Elsewhere, and for what they cannot do, the plain form in `llmctl.model.attention_xla`.
+"""Fused attention kernels that never store all scores: Pallas splash attention on TPUs, cuDNN on GPUs.
 
-The choice is made when a computation is traced, from the mesh's platform and the shapes; `describe` says it, and why.
-Padding (segment 0) attends to padding here and to nothing in the plain form: rows that nobody reads.
+(Dao et al., 2022, arXiv:2205.14135)
+
+If no kernel applies, `llmctl.model.attention_xla` is used. The choice is made at tracing time, from the platform of the
+mesh and the shapes. `describe` reports the choice and its reason.
+
+Padding (segment 0) attends to padding in these kernels, and to nothing in plain XLA. The outputs of padding are never
+used.
 
 Shapes: B batch, T sequence, H query heads, G key/value heads, K head width.
 """
@@ -21,13 +25,13 @@ from llmctl.distributed import mesh as meshes
 from llmctl.model.config import ModelConfig
 
 LANES = 128
-"""Splash attention works on blocks of this many tokens."""
+"""Block size of splash attention in tokens."""
 
 _setting: ContextVar[str] = ContextVar("attention", default="auto")
 
 
 class Choice(NamedTuple):
-    """A kernel, and the reason for it."""
+    """Name of a kernel, and the reason for its choice."""
 
     kernel: str
     why: str
@@ -35,7 +39,11 @@ class Choice(NamedTuple):
 
 @contextlib.contextmanager
 def use(setting: str) -> Iterator[None]:
-    """While a computation is traced: "auto", "xla" (always the plain form) or "interpret" (splash on any platform)."""
+    """Set the kernel for computations traced in this context.
+
+    Args:
+        setting: "auto", "xla" (always plain XLA) or "interpret" (splash attention on any platform).
+    """
     token = _setting.set(setting)
     try:
         yield
@@ -44,7 +52,7 @@ def use(setting: str) -> Iterator[None]:
 
 
 def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
-    """The kernel of self-attention over sequences of `length` tokens: "ring", "splash", "cudnn" or "xla"."""
+    """Return the kernel for self-attention over `length` tokens: "ring", "splash", "cudnn" or "xla"."""
     mesh = meshes.current()
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     setting, platform = _setting.get(), device.platform
@@ -79,17 +87,17 @@ def _on_gpu(cfg: ModelConfig, length: int, dtype: Any, device: Any) -> Choice:
 
 
 def _has_cudnn() -> bool:
-    """Whether this JAX finds a cuDNN: its own attention is traced, not run, and tells."""
+    """Return True if JAX finds cuDNN; its attention is traced but not run."""
     q = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
     try:
         jax.eval_shape(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn"), q)
-    except Exception:  # whatever a missing or old library raises
+    except Exception:  # a missing or old library raises various types
         return False
     return True
 
 
 def describe(cfg: ModelConfig, length: int, dtype: Any) -> str:
-    """For the log."""
+    """Describe the chosen kernel for the log."""
     return "attention: {} ({})".format(*choose(cfg, length, dtype))
 
 
@@ -103,9 +111,21 @@ def splash(
     *,
     causal: bool,
 ) -> jax.Array:
-    """Self-attention by Pallas' splash kernel -> [B, T, H, K]; `local` (bool) says whether this layer has the window.
+    """Compute self-attention with Pallas' splash kernel.
 
-    On a mesh every device runs the kernel on its own rows and heads.
+    On a mesh, every device runs the kernel on its own rows and heads.
+
+    Args:
+        q_BTHK: Queries.
+        k_BTGK: Keys.
+        v_BTGK: Values.
+        segments_BT: Document of each token; 0 is padding.
+        local: Whether this layer has the sliding window, a bool scalar.
+        cfg: Config of the model.
+        causal: Whether tokens attend to earlier tokens only.
+
+    Returns:
+        Outputs [B, T, H, K].
     """
     mesh = meshes.current()
 
@@ -162,7 +182,11 @@ def _splash(
 
 
 def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask_BTS: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Self-attention by cuDNN's fused kernel -> [B, T, H, K]. `mask_BTS` is what `softmax.attend` takes."""
+    """Compute self-attention with cuDNN's fused kernel; `mask_BTS` is the mask of `attention_xla.attend`.
+
+    Returns:
+        Outputs [B, T, H, K].
+    """
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BTGK,

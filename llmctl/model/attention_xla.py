@@ -1,7 +1,7 @@
-"""Softmax attention in plain XLA. What the backward pass needs of the scores it computes again from queries and keys.
+"""Softmax attention in plain XLA; the backward pass recomputes the scores from queries and keys.
 
-Saving the probabilities of every layer costs more memory traffic than recomputing them (FlashAttention's observation,
-arXiv:2205.14135); kept are q, k, v, the output and two numbers a row.
+Saving the probabilities of every layer costs more memory traffic than computing them again (FlashAttention; Dao et al.,
+2022, arXiv:2205.14135). Only q, k, v, the output and two numbers per row are saved.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width.
 """
@@ -18,9 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from llmctl.model.config import ModelConfig
 
 KEPT = "attention"
-"""Name of what the backward pass reads, for rematerialization policies: kept, no product of the scores is repeated."""
+"""Checkpoint name of the residuals of the backward pass, for rematerialization policies.
+
+If a policy saves them, no product of the scores runs again.
+"""
 MASKED = -1e30
-"""Score of a pair that may not attend; finite, so that a row with nothing to see (padding) stays finite."""
+"""Score of a masked pair; finite, so that a row without any visible key (padding) stays finite."""
 
 
 def attend(
@@ -31,9 +34,20 @@ def attend(
     bias_HTS: jax.Array | None,
     cfg: ModelConfig,
 ) -> jax.Array:
-    """Attention with scores and softmax in float32 -> [B, T, H, K].
+    """Compute attention with scores and softmax in float32.
 
-    The query heads of one key head are folded into its rows, so all products are batched matrix products over (B, G).
+    The query heads of one key head are folded into its rows. All products are then batched matrix products over (B, G).
+
+    Args:
+        q_BTHK: Queries.
+        k_BSGK: Keys.
+        v_BSGK: Values.
+        mask_BTS: Whether a query may attend to a key.
+        bias_HTS: Additive bias of the scores, or None.
+        cfg: Config of the model.
+
+    Returns:
+        Outputs [B, T, H, K].
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
@@ -45,22 +59,22 @@ def attend(
 
 
 def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: Any) -> jax.Array:
-    """Batched matrix product over (B, G), contracting one axis of each."""
+    """Compute a batched matrix product over (B, G) that contracts one axis of each operand."""
     dims = (((contract_a,), (contract_b,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
 
 def _gather(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
-    """p [B, G, N, S] transposed times rows [B, G, N, K] -> [B, G, S, K].
+    """Multiply the transpose of p [B, G, N, S] by rows [B, G, N, K] -> [B, G, S, K].
 
-    Taken as (rows transposed times p), transposed, which XLA's CPU backend runs faster (1.4 to 2x); the barrier
-    keeps it from turning the one into the other.
+    The product is computed as transpose(transpose(rows) p), which XLA's CPU backend runs 1.4 to 2x faster. The barrier
+    stops XLA from rewriting it.
     """
     return jax.lax.optimization_barrier(_product(rows, p, 2, 2, dtype)).swapaxes(2, 3)
 
 
 def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None) -> Any:
-    """Masked scores [B, G, R, T, S] in float32, and the slope of the soft cap."""
+    """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap."""
     B, G, N, _ = q.shape
     T, S = mask_BTS.shape[1:]
     scores = _product(q, k, 3, 3, jnp.float32).reshape(B, G, N // T, T, S)
@@ -74,18 +88,21 @@ def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bia
 
 
 class Sums(NamedTuple):
-    """What queries have of the keys they have seen: with more keys, it is added to (arXiv:1805.02867)."""
+    """Running softmax sums of queries over the keys so far; sums over more keys can be merged.
+
+    (Milakov and Gimelshein, 2018, arXiv:1805.02867)
+    """
 
     values: jax.Array
-    """[B, G, N, K]: sum of exp(score - top) * value, float32."""
+    """Sum of exp(score - top) * value, float32 [B, G, N, K]."""
     top: jax.Array
-    """[B, G, R, T, 1]: the greatest score."""
+    """Maximum score [B, G, R, T, 1]."""
     total: jax.Array
-    """[B, G, R, T, 1]: sum of exp(score - top)."""
+    """Sum of exp(score - top), [B, G, R, T, 1]."""
 
 
 def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -> Sums:
-    """The softmax's sums over a block of keys, for scaled queries [B, G, N, K]."""
+    """Compute the softmax sums over a block of keys, for scaled queries [B, G, N, K]."""
     scores, _ = _scores(softcap, q, k, mask_BTS, bias_HTS)
     top = jnp.max(scores, axis=-1, keepdims=True)
     p = jnp.exp(scores - top)
@@ -96,9 +113,21 @@ def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -
 def pull(
     softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any, seen: Any, d_y: Any, wide: bool = False
 ) -> Any:
-    """Gradients (queries, keys, values, scores [B, G, R, T, S]) of a block of keys; `wide`: in float32.
+    """Compute the gradients of a block of keys.
 
-    `seen` is (top, total, share) over all keys; share is the sum over K of d_y * y.
+    Args:
+        softcap: Soft cap of the scores; 0 means none.
+        q: Scaled queries [B, G, N, K].
+        k: Keys [B, G, S, K].
+        v: Values [B, G, S, K].
+        mask_BTS: Whether a query may attend to a key.
+        bias_HTS: Additive bias of the scores, or None.
+        seen: (top, total, share) over all keys; share is the sum over K of d_y * y.
+        d_y: Gradient of the outputs [B, G, N, K].
+        wide: Whether the gradients of q, k and v are float32.
+
+    Returns:
+        Gradients of queries, keys, values and scores [B, G, R, T, S].
     """
     top, total, share = seen
     kinds = [jnp.float32 if wide else a.dtype for a in (q, k, v)]
@@ -114,7 +143,7 @@ def pull(
 
 
 def share_of(d_y: jax.Array, y: jax.Array) -> jax.Array:
-    """[..., N]: the sum over K of d_y * y, which every score's gradient is held against."""
+    """Compute the sum over K of d_y * y, [..., N], which the softmax gradient subtracts from every score's gradient."""
     return jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
 

@@ -1,12 +1,14 @@
-"""How an encoder of BERT's kind begins: its first layer looks for equal tokens.
+"""Initialization of BERT-style encoders: equal tokens attend to each other in the first layer.
 
-Whether a passage follows another shows in the words that both have. From random queries and keys attention is a plain
-mean at first, and the smallest BERTs do not find out in millions of tokens that they could compare. Here queries equal
-keys, are sharp, and do not see which passage a token is of; and a token's embedding outweighs its place. So attention
-goes to equal tokens of either passage from the first step, and what it brings back tells of which. To begin as trained
-networks look is mimetic initialization (arXiv:2305.09828).
+Whether a passage follows another one shows in the words that both contain. With random queries and keys, attention is a
+uniform mean at first. The smallest BERTs do not learn to compare tokens within millions of tokens.
 
-Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width, U segment types but one.
+Here queries equal keys, are scaled up, and ignore the segment type. A token embedding also outweighs the position
+embedding. Attention therefore finds equal tokens of either passage from the first step, and its output shows their
+segment type. To start with the structure of trained networks is mimetic initialization (Trockman and Kolter, 2023,
+arXiv:2305.09828).
+
+Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width, U segment types minus one.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ import jax.numpy as jnp
 from llmctl.model.config import ModelConfig
 
 SHARES = {"tokens": 5.0, "positions": 0.25, "types": 3.5}
-"""Factors on the embeddings' initial deviation of 0.02; the norm after their sum sees but the proportions."""
+"""Factors on the embeddings' initial standard deviation of 0.02; the norm after their sum keeps only the ratios."""
 SHARPNESS = 2.5
-"""Factor on the first layer's queries and keys: equal tokens must stand out among hundreds of others."""
+"""Factor on the first layer's queries and keys, so that equal tokens stand out among hundreds of others."""
 
 
 def suits(cfg: ModelConfig) -> bool:
-    """Whether a fresh network begins like this: encoders with a table of positions (BERT, RoBERTa)."""
+    """Return True if a new network uses this initialization: encoders with learned positions (BERT, RoBERTa)."""
     return cfg.architecture == "encoder" and cfg.positions == "learned"
 
 
 def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Fresh parameters of which the embeddings and the first layer's queries and keys are as said above."""
+    """Return new parameters with these embeddings and these queries and keys in the first layer."""
     embed = {name: value * SHARES[name] if name in SHARES else value for name, value in params["embed"].items()}
     blocks = params["encoder"]["blocks"]
     attention = blocks["attn"]
@@ -46,7 +48,7 @@ def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _blind(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
-    """The kernel without what it makes of the difference between segment types, as a LayerNorm passes it on."""
+    """Remove from the kernel its response to differences of segment types, in the form that a LayerNorm passes on."""
     if types_UD is None or len(types_UD) < 2:
         return kernel_DI
     apart_UD = types_UD[1:] - types_UD[0]

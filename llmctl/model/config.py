@@ -1,4 +1,7 @@
-"""ModelConfig: the only source of shapes. Families are files beside this one: flags and sizes on shared blocks."""
+"""ModelConfig: sizes and flags of a model, the single source of all shapes.
+
+Families are modules in `llmctl/model/families` that define flags and sizes for the shared blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ FAMILIES = "llmctl.model.families"
 
 
 class ModelConfig(Config):
-    """Sizes and flags of one Transformer; what pruning left of a model is written here too."""
+    """Sizes and flags of one Transformer, including the sizes that structured pruning left.
+
+    Example:
+        >>> cfg = ModelConfig(preset="llama-tiny", layers=3)
+        >>> cfg.family, cfg.layers, cfg.d_model, cfg.gated
+        ('llama', 3, 128, True)
+    """
 
     unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
@@ -23,64 +32,64 @@ class ModelConfig(Config):
     preset: str = ""
     """Family and size to start from, such as llama-tiny; every other field overrides it."""
     family: str = "llama"
-    """Name map and default flags; a file in `llmctl/model/families`."""
+    """Name map and default flags; the name of a module in `llmctl/model/families`."""
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-    """Which stacks there are."""
+    """Stacks of the model: decoder, encoder, or both."""
 
     vocab_size: int = Field(default=4096, ge=2)
-    """Rows of the embedding table; set by the tokenizer when a model is trained from scratch."""
+    """Rows of the embedding table; set by the tokenizer if a model is trained from scratch."""
     d_model: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     layers: int = Field(default=2, ge=1)
-    """Layers of the decoder, or of the encoder where there is no decoder."""
+    """Number of decoder layers, or of encoder layers if there is no decoder."""
     encoder_layers: int = Field(default=0, ge=0)
-    """Layers of the encoder beside a decoder."""
+    """Number of encoder layers in an encoder-decoder."""
     heads: int = Field(default=4, ge=1)
-    """Query heads a layer."""
+    """Number of query heads per layer."""
     kv_heads: int = Field(default=4, ge=1)
-    """Key and value heads a layer; fewer than `heads` is grouped-query attention."""
+    """Number of key and value heads per layer; fewer than `heads` gives grouped-query attention."""
     head_dim: int = Field(default=32, ge=1)
     """Width of a head."""
     d_ff: int = Field(default=512, ge=1)
-    """Neurons of a feed-forward layer."""
+    """Width of the feed-forward layer."""
     max_seq_len: int = Field(default=2048, ge=2)
-    """Longest sequence, in tokens."""
+    """Maximum sequence length in tokens."""
 
     norm: Literal["rms", "layer"] = "rms"
-    """RMSNorm or LayerNorm."""
+    """Type of normalization: RMSNorm or LayerNorm."""
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
-    """Normalize before each sublayer, after its residual sum, or before and after it."""
+    """Position of the norms: before each sublayer, after its residual sum, or before and after the sublayer."""
     norm_eps: float = Field(default=1e-5, gt=0)
-    """Added to the variance."""
+    """Constant added to the variance in norms."""
     norm_plus_one: bool = False
-    """RMSNorm scales by 1 + weight."""
+    """Scale RMSNorm by 1 + weight."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     """Nonlinearity of the feed-forward layer."""
     gated: bool = True
-    """Gated feed-forward layer (SwiGLU, GeGLU)."""
+    """Use a gated feed-forward layer (SwiGLU, GeGLU)."""
     qkv_bias: bool = False
-    """Biases on queries, keys and values."""
+    """Add biases to queries, keys and values."""
     out_bias: bool = False
-    """Bias on the attention output."""
+    """Add a bias to the attention output."""
     mlp_bias: bool = False
-    """Biases in the feed-forward layer."""
+    """Add biases to the feed-forward layer."""
     qk_norm: bool = False
-    """RMSNorm on each query and key head."""
+    """Apply RMSNorm to each query and key head."""
     attn_scale: float = Field(default=0.0, ge=0)
     """Factor on attention scores; 0 takes head_dim ** -0.5."""
     attn_softcap: float = Field(default=0.0, ge=0)
-    """Soft cap on attention scores; 0 is none."""
+    """Soft cap on attention scores; 0 means none."""
     final_softcap: float = Field(default=0.0, ge=0)
-    """Soft cap on logits; 0 is none."""
+    """Soft cap on logits; 0 means none."""
     window: int = Field(default=0, ge=0)
-    """Tokens a local layer looks back, itself included; 0 sees all."""
+    """Window of local layers in tokens, the current one included; 0 means full attention."""
     window_every: int = Field(default=1, ge=1)
-    """Of this many layers the last is global and the others local; 1 makes every layer local."""
+    """Period of the attention pattern: the last layer of each period is global; 1 makes every layer local."""
     window_layers: tuple[int, ...] = ()
-    """The local layers, from 0, where they are not those of window_every; ones beyond the last layer are nothing."""
+    """Indices of the local layers, if they do not follow window_every; indices beyond the last layer are ignored."""
 
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
-    """How order is told."""
+    """Encoding of positions."""
     position_offset: int = Field(default=0, ge=0)
     """Rows of the learned position table before position 0."""
     rope_theta: float = Field(default=10_000.0, gt=0)
@@ -88,14 +97,14 @@ class ModelConfig(Config):
     rope_local_theta: float = Field(default=0.0, ge=0)
     """Base of the rotary frequencies in local layers; 0 takes rope_theta."""
     rope_scaling: dict[str, Any] = {}
-    """Scaling of the rotary frequencies, in the words of the Hugging Face config; empty is none."""
+    """Scaling of the rotary frequencies, with the keys of the Hugging Face config; empty means none."""
     relative_buckets: int = Field(default=32, ge=4)
-    """Buckets of the relative position bias."""
+    """Number of buckets of the relative position bias."""
     relative_max_distance: int = Field(default=128, ge=2)
-    """Distance from which on all relative positions share a bucket."""
+    """Distance from which all relative positions share one bucket."""
 
     tied: bool = True
-    """The output projection is the embedding table."""
+    """Use the embedding table as the output projection."""
     embed_scale: float = Field(default=1.0, ge=0)
     """Factor on token embeddings; 0 takes d_model ** 0.5."""
     logit_scale: float = Field(default=1.0, ge=0)
@@ -103,24 +112,24 @@ class ModelConfig(Config):
     embed_norm: bool = False
     """Normalize the sum of the embeddings."""
     token_types: int = Field(default=0, ge=0)
-    """Rows of the segment-type table; 0 is none."""
+    """Rows of the segment-type table; 0 means no table."""
     head_transform: bool = False
-    """Dense layer, activation and norm before the output projection, and a bias on it (BERT)."""
+    """Apply a dense layer, activation and norm before the output projection, and a bias after it (BERT)."""
     pooler: bool = False
-    """Dense layer with tanh on the pooled token, before a classification."""
+    """Apply a dense layer with tanh to the pooled token before classification."""
     next_sentence: bool = False
-    """Two-way head on the pooler beside the language model: do two passages belong together (BERT)."""
+    """Add a next-sentence head on the pooler to a language model: two classes (BERT)."""
     head_bias: bool = True
-    """Bias on the task head."""
+    """Add a bias to the task head."""
 
     head: Literal["lm", "classify", "regress", "tokens", "span", "embed"] = "lm"
-    """What the model answers with."""
+    """Output of the model."""
     labels: int = Field(default=0, ge=0)
-    """Classes of a classification head."""
+    """Number of classes of a classification head."""
     pooling: Literal["last", "mean", "first"] = "last"
-    """How a sequence becomes one vector: last real token, mean, or first token."""
+    """Reduction of a sequence to one vector: last real token, mean, or first token."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on embeddings and sublayer outputs while training."""
+    """Dropout rate on embeddings and sublayer outputs during training."""
 
     @model_validator(mode="before")
     @classmethod
@@ -157,23 +166,23 @@ class ModelConfig(Config):
 
 
 def families() -> list[str]:
-    """Every family, from the file names."""
+    """Return the names of all families, which are the modules in their folder."""
     folder = importlib.import_module(FAMILIES)
     return sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
 
 
 def presets() -> list[str]:
-    """Every preset: the names in the families' tables of sizes."""
+    """Return the names of all presets of all families."""
     return [name for f in families() for name in family(f).SIZES]
 
 
 def family(name: str) -> ModuleType:
-    """The module of a family: FLAGS, SIZES and, where the world has its weights, BRIDGE."""
+    """Import the module of a family: FLAGS, SIZES and, if Hugging Face checkpoints exist, BRIDGE."""
     return importlib.import_module(f"{FAMILIES}.{name}")
 
 
 def defaults(preset: str, name: str) -> dict[str, Any]:
-    """Flags and sizes that a preset, or the family `name` alone, stands for."""
+    """Return the fields that a preset, or the family `name` alone, sets."""
     if preset:
         given, name = name, next((f for f in families() if preset in family(f).SIZES), "")
         if not name:

@@ -1,10 +1,11 @@
-"""Embeddings from a table whose columns are split over devices of other tokens.
+"""Embedding lookup in a table whose columns are sharded over devices with different tokens.
 
-Either the table comes to the tokens, or the tokens go to the table: every device looks up its columns of all tokens and
-trades them for all columns of its own. Shapes decide, by what a device sends. All but indices travels in the compute
-type; devices' own sums are float32.
+There are two methods. In the first, every device gathers the table. In the second, every device looks up its columns
+for all tokens, and an all-to-all exchanges them for all columns of its own tokens. The shapes decide, by the number of
+bytes that a device sends. Everything except indices is sent in the compute dtype. The local sums on each device are
+float32.
 
-Shapes: V rows of the table, D width, B x T tokens; n devices share the columns; of one device: N tokens [b, t], v rows,
+Shapes: V rows of the table, D width, B x T tokens; n devices share the columns. On one device: N tokens [b, t], v rows,
 d columns.
 """
 
@@ -24,33 +25,43 @@ from llmctl.model import weights
 
 
 def take(table_VD: weights.Weight, ids_BT: jax.Array, rows: str | None, dtype: Any) -> jax.Array:
-    """Rows of the table at `ids` -> [B, T, D] in `dtype`. The table's axes are `rows` and embed_in."""
+    """Look up the rows of a table.
+
+    Args:
+        table_VD: Embedding table with the logical axes `rows` and embed_in.
+        ids_BT: Token ids.
+        rows: Logical axis of the table's rows.
+        dtype: Dtype of the result.
+
+    Returns:
+        Embeddings [B, T, D].
+    """
     if not isinstance(table_VD, jax.Array):
         return weights.take(table_VD, ids_BT, dtype)
     if lies := _layout(table_VD.shape, ids_BT.shape, rows, jnp.dtype(dtype)):
         return cast(jax.Array, _take(table_VD, ids_BT, lies, jnp.dtype(dtype)))
-    # Rows are taken whole: of tokens and a table that are split over the same devices XLA would gather both.
+    # Constrain the table to full rows. If tokens and table are sharded over the same devices, XLA gathers both.
     return weights.take(meshes.constrain(table_VD, rows, None), ids_BT, dtype)
 
 
 class _Layout(NamedTuple):
-    """How a table and the tokens that look into it lie."""
+    """Sharding of a table and of the tokens that are looked up."""
 
     mesh: Mesh
     tokens: PartitionSpec
     table: PartitionSpec
     shares: tuple[str, ...]
-    """The axes that split the table's columns, and tokens."""
+    """Mesh axes that shard both the columns of the table and the tokens."""
     copies: tuple[str, ...]
-    """The axes that split tokens alone."""
+    """Mesh axes that shard only the tokens."""
     rows: tuple[str, ...]
-    """The axes that split the table's rows."""
+    """Mesh axes that shard the rows of the table."""
     trades: bool
-    """Whether columns of tokens, there and back, are less to send than the table and its gradient."""
+    """Whether exchanging columns of tokens, forward and backward, sends less than the table and its gradient."""
 
 
 def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:
-    """None where no device shares the columns with devices that have other tokens."""
+    """Return the sharding, or None if no device shares columns with devices that have other tokens."""
     mesh = meshes.current()
     if mesh is None:
         return None
@@ -108,7 +119,7 @@ _take.defvjp(_forward, _backward)
 
 
 def _rows_of(table_v: jax.Array, ids: jax.Array, lies: _Layout) -> jax.Array:
-    """The table's rows at `ids`, of which a device has a part."""
+    """Look up rows of a table that may be sharded by rows."""
     if not lies.rows:
         return jnp.take(table_v, ids, axis=0)
     at, here = _places(ids, len(table_v), lies)
@@ -116,7 +127,7 @@ def _rows_of(table_v: jax.Array, ids: jax.Array, lies: _Layout) -> jax.Array:
 
 
 def _summed(ids: jax.Array, d_x: jax.Array, rows: int, lies: _Layout) -> jax.Array:
-    """Float32 [v, ...]: the gradient of the rows that a device has."""
+    """Sum the gradient of the local rows, float32 [v, ...]."""
     d_x = d_x.astype(jnp.float32)
     if lies.rows:
         ids, here = _places(ids, rows, lies)
@@ -125,7 +136,7 @@ def _summed(ids: jax.Array, d_x: jax.Array, rows: int, lies: _Layout) -> jax.Arr
 
 
 def _places(ids: jax.Array, rows: int, lies: _Layout) -> tuple[jax.Array, jax.Array]:
-    """Where ids stand among the rows that a device has, and whether they do."""
+    """Return the indices of ids among the local rows, and whether each id is local."""
     at = ids - rows * jax.lax.axis_index(lies.rows)
     here = (at >= 0) & (at < rows)
     return jnp.where(here, at, 0), here

@@ -1,6 +1,6 @@
-"""Entities in tagged words, counted where the tags are: so that validation can choose parameters by their F1.
+"""Entity counts of tagged words on the devices, so that validation can select checkpoints by entity F1.
 
-`llmctl.evaluate.metrics.entities` reads the same entities in words and says more about them.
+`llmctl.evaluate.metrics.entities` finds the same entities on the host, and reports more about them.
 
 Shapes: B texts, T tokens, W words (T at most), C labels.
 """
@@ -19,22 +19,26 @@ def sums(
     weight_BT: jax.Array,
     place_BT: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """{"entity_f1", "entity_weight"}: their quotient, over whatever they are summed, is the F1 of all entities.
+    """Count entities; the sum of "entity_f1" divided by the sum of "entity_weight" is the F1 over all texts.
 
     Args:
-      mark_C2: letter (place in "OBIES") and number of the type of each label.
-      truth_BT, said_BT: labels; they count where a word begins.
-      weight_BT: above 0 where a word begins.
-      place_BT: places of the tokens, where those are not their slots.
+        mark_C2: Letter (index in "OBIES") and type number of each label.
+        truth_BT: True labels; only those at the first token of a word count.
+        said_BT: Predicted labels, at the same tokens.
+        weight_BT: Positive at the first token of each word.
+        place_BT: Positions of the tokens, if they differ from their array order.
+
+    Returns:
+        {"entity_f1": twice the number of correct entities, "entity_weight": true plus predicted entities}.
     """
     word_BT = weight_BT > 0
     T = word_BT.shape[1]
     place_BT = jnp.arange(T) if place_BT is None else place_BT
-    order_BW = jnp.argsort(jnp.where(word_BT, place_BT, T), axis=1)  # words first, in their order
+    order_BW = jnp.argsort(jnp.where(word_BT, place_BT, T), axis=1)  # words first, in text order
     real_BW = jnp.take_along_axis(word_BT, order_BW, axis=1)
 
     def found(label_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(whether an entity begins at each word, its type, the word after its last)."""
+        """Return whether an entity begins at each word, its type, and the word after its end."""
         label_BW = jnp.take_along_axis(label_BT, order_BW, axis=1)
         letter_BW, kind_BW = (jnp.where(real_BW, jnp.asarray(mark_C2[:, k])[label_BW], 0) for k in (0, 1))
         before_BW, kind_before_BW = (jnp.pad(a, ((0, 0), (1, 0)))[:, :-1] for a in (letter_BW, kind_BW))

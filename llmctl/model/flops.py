@@ -1,7 +1,7 @@
-"""What a model costs, from its config alone: no array is built.
+"""Cost of a model from its config: parameters, FLOPs and cache size, without building arrays.
 
-Operations are those of matrix products, two a multiply-add: norms, activations, the softmax and what is recomputed
-count nothing (as arXiv:2204.02311, appendix B, has it for utilization), of attention only the pairs that may attend.
+FLOPs are those of matrix products, with two per multiply-add. Norms, activations, softmax and recomputation do not
+count (Chowdhery et al., 2022, arXiv:2204.02311, appendix B). In attention, only pairs inside the mask count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from llmctl.model.config import ModelConfig
 
 
 def parameters(cfg: ModelConfig) -> dict[str, int]:
-    """Entries of the parameter tree: {"embed", "encoder", "decoder", "head", "total"}."""
+    """Count the parameters by part: {"embed", "encoder", "decoder", "head", "total"}.
+
+    Example:
+        >>> parameters(ModelConfig(preset="llama-tiny", vocab_size=1000))["embed"]
+        128000
+    """
     D = cfg.d_model
     embed = cfg.vocab_size * D + cfg.token_types * D
     embed += (cfg.max_seq_len + cfg.position_offset) * D if cfg.positions == "learned" else 0
@@ -28,13 +33,13 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
 
 
 def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = None) -> float:
-    """Operations of a forward pass over one row; a backward pass takes twice as many.
+    """Compute the FLOPs of a forward pass over one row; a backward pass takes twice as many.
 
     Args:
-        cfg: the model.
-        length: tokens of the row (of the decoder, where there are two stacks).
-        source: tokens of the encoder beside a decoder.
-        predicted: tokens that a language model's output projection runs over; all by default.
+        cfg: Config of the model.
+        length: Number of tokens in the row; those of the decoder in an encoder-decoder.
+        source: Number of encoder tokens in an encoder-decoder.
+        predicted: Number of tokens with an output projection in a language model; all by default.
     """
     matrices = 0.0
     if cfg.head == "lm":
@@ -49,29 +54,33 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
     if cfg.encoder_layers:
         pairs += cfg.layers * length * source + cfg.encoder_layers * source * _seen(source, 0, causal=False)
         total += 2.0 * source * cfg.encoder_layers * _matrices(cfg)
-        # cross-attention: queries and outputs of the decoder's tokens, keys and values of the encoder's
+        # Cross-attention: queries and outputs of decoder tokens, keys and values of encoder tokens.
         width = 2 * cfg.d_model * cfg.head_dim
         total += 2.0 * cfg.layers * width * (length * cfg.heads + source * cfg.kv_heads)
     return total + 4.0 * cfg.heads * cfg.head_dim * pairs
 
 
 def flops(cfg: ModelConfig, length: int) -> float:
-    """Operations of a forward pass, a token of sequences of `length`; a backward pass takes twice as many.
+    """Compute the FLOPs per token of a forward pass over sequences of `length` tokens.
 
-    Of an encoder-decoder: a token of the decoder, whose encoder reads as many.
+    A backward pass takes twice as many. In an encoder-decoder, the count is per decoder token, and the encoder has as
+    many tokens as the decoder.
     """
     return row(cfg, length, length) / length
 
 
 def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
-    """Operations of a forward pass, a token of rows with arrays of these shapes; both stacks' tokens count."""
+    """Compute the FLOPs per token of a forward pass over rows with arrays of these shapes.
+
+    The tokens of both stacks count.
+    """
     length = shapes["tokens"][-1]
     source = shapes.get("encoder_tokens", (0,))[-1]
     return row(cfg, length, source, shapes.get("places", (length,))[-1]) / (length + source)
 
 
 def kv_cache(cfg: ModelConfig, itemsize: int = 2) -> int:
-    """Bytes of cached keys and values, a token, with `itemsize` bytes a number."""
+    """Return the bytes of cached keys and values per token, with `itemsize` bytes per element."""
     return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * itemsize
 
 
@@ -80,7 +89,7 @@ def _norm(cfg: ModelConfig, width: int) -> int:
 
 
 def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
-    """Entries of the matrices of one layer."""
+    """Count the entries of one layer's matrices."""
     attention = cfg.d_model * cfg.head_dim * 2 * (cfg.heads + cfg.kv_heads)
     return attention * (2 if cross else 1) + cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2)
 
@@ -113,7 +122,7 @@ def _head(cfg: ModelConfig) -> int:
 
 
 def _seen(length: int, window: int, causal: bool) -> float:
-    """Tokens that a token attends to, on average over a sequence: fewer than `window` away, or all."""
+    """Return the mean number of visible keys per token: those fewer than `window` tokens away, or all."""
     reach = min(window or length, length)
     if causal:
         return (reach * (reach + 1) / 2 + (length - reach) * reach) / length

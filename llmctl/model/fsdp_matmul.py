@@ -1,6 +1,6 @@
-"""Products with a matrix split over devices of other tokens: a pass gathers it once and scatters its gradient.
+"""Matrix product under FSDP: the weight is gathered once per pass, and its gradient is reduce-scattered.
 
-Left to itself, XLA gathers apart what the backward pass recomputes with and what it multiplies by.
+Without this, XLA gathers the weight separately for recomputation and for the backward product.
 
 Shapes: I inputs, O outputs.
 """
@@ -19,7 +19,7 @@ Axes = tuple[str, str]
 
 
 def splits(axes: Axes) -> bool:
-    """Whether the mesh in use splits the matrix over devices that see different tokens, of whole sequences."""
+    """Return True if the mesh shards the weight over devices that have different tokens of complete sequences."""
     mesh = meshes.current()
     if mesh is None or meshes.splits_sequences() or "embed" not in axes:
         return False
@@ -32,7 +32,7 @@ def _whole(w_IO: jax.Array, axes: Axes) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, w_IO: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """x [..., I] @ w [I, O] in `dtype`, where `axes` names the axes of w."""
+    """Compute x [..., I] @ w [I, O] in `dtype`; `axes` are the logical axes of w."""
     return _forward(x, w_IO, axes, dtype)[0]
 
 

@@ -1,4 +1,4 @@
-"""Task heads on any stack: how hidden states become an answer.
+"""Task heads: map hidden states of any stack to the outputs of a task.
 
 Shapes: B batch, T sequence, D model width, C classes.
 """
@@ -16,9 +16,13 @@ from llmctl.model.layers import Dense
 
 
 def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.Array | None = None) -> jax.Array:
-    """One vector a sequence [B, D]: the last real token's, the mean over real tokens, or the first token's.
+    """Reduce each sequence to one vector [B, D].
 
-    `order_BT`: the places of the tokens, where those are not their slots; the first is in the first slot.
+    Args:
+        x_BTD: Hidden states.
+        segments_BT: Document of each token; 0 is padding.
+        pooling: "last" (last real token), "mean" (over real tokens) or "first" (first token).
+        order_BT: Positions of the tokens, if they differ from their array order. The first token is always at index 0.
     """
     real_BT = segments_BT > 0
     if pooling == "first":
@@ -32,9 +36,11 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
 
 
 class TaskHead(nn.Module):
-    """Answers in float32: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] (unit length).
+    """Task head with outputs in float32.
 
-    Beside a language model it says whether the next sentence follows: [B, 2], 0 for yes as BERT has it.
+    Shapes: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] with unit length.
+
+    In a language model, it is the next-sentence head with outputs [B, 2]; class 0 means "is next", as in BERT.
     """
 
     config: ModelConfig
@@ -46,7 +52,7 @@ class TaskHead(nn.Module):
         x = x_BTD if cfg.head in ("tokens", "span") else pool(x_BTD, segments_BT, cfg.pooling, order_BT)
         if cfg.pooler and cfg.head not in ("tokens", "span"):
             pooled = jnp.tanh(Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="pooler")(x))
-            x = x if cfg.head == "embed" else pooled  # an embedding model keeps the pooler it does not use
+            x = x if cfg.head == "embed" else pooled  # an embedding model keeps its pooler but does not use it
         if cfg.head == "embed":
             x = x.astype(jnp.float32)
             return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,8 +1,12 @@
-"""How a family's weights are called elsewhere: its name map, and its config read and written key by key. No arrays.
+"""Conversion between a family and Hugging Face: name maps, and the keys of config.json, without arrays.
 
-A name map is a table {our path: their name}. "{}" in a name stands for the layer, which our arrays stack on axis 0.
-A matrix of ours is [in, out]; theirs is [out, in] unless the family says otherwise. "name#i" is the i-th of the parts
-that share one tensor, in the order of their outputs (a fused query-key-value matrix).
+A name map is a table {our path: Hugging Face name}. "{}" in a name stands for the layer index; our arrays stack layers
+on axis 0. Our matrices are [in, out]. Theirs are [out, in] unless the family declares otherwise. "name#i" is part i of
+a tensor that several of our matrices share, in the order of their outputs (a fused query-key-value matrix).
+
+Example:
+    >>> linear({"attn/q": "q_proj"})
+    {'attn/q/kernel': 'q_proj.weight', 'attn/q/bias': 'q_proj.bias'}
 """
 
 from __future__ import annotations
@@ -18,53 +22,53 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """One head of a family: the class that holds it in `transformers`, and the names of its weights."""
+    """One head of a family: its class in `transformers`, and the name map of its weights."""
 
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What this class means for ModelConfig, and needs of it."""
+    """Fields of ModelConfig that this class sets on import and requires on export."""
     prefix: str = ""
-    """What this class's names of the network begin with instead of the family's prefix."""
+    """Prefix of the network's tensor names in this class, if it differs from the family's prefix."""
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """A family's way to and from Hugging Face folders."""
+    """Conversion of a family to and from Hugging Face folders."""
 
     model_type: str
     prefix: str
-    """What every name of the network (not of its heads) begins with; a bare base model is stored without it."""
+    """Prefix of the tensor names of the network, without its heads. Base models are stored without it."""
     names: Callable[[Any], Mapping[str, str]]
-    """The network's name map under a config."""
+    """Function from a ModelConfig to the name map of the network."""
     heads: Mapping[str, Head]
-    """By our head; "lm+next_sentence" is the language model with the next-sentence head beside it."""
+    """Heads by our name. "lm+next_sentence" is a language model that also has the next-sentence head."""
     from_config: Callable[[Keys], Fields]
-    """Their config -> fields of ModelConfig beyond the family's flags. Takes every key that matters."""
+    """Function from a config.json to fields of ModelConfig beyond the family's flags; it takes every relevant key."""
     to_config: Callable[[Any], Fields]
-    """ModelConfig -> their config, or a RequestError for what the family cannot express."""
+    """Function from ModelConfig to config.json keys; it raises RequestError for what the family cannot express."""
     buffers: tuple[str, ...] = ()
-    """Regular expressions of stored tensors that are computed, not learned."""
+    """Regular expressions of stored tensors that are computed, not trained."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that some files repeat: their name -> the name of the tensor it must equal."""
+    """Tensors that some files duplicate: name -> name of the tensor that it must equal."""
     in_out: str = ""
-    """Regular expression of their matrices that are [in, out], as ours."""
+    """Regular expression of the names of matrices that are stored as [in, out], as ours."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Older names: what their tensors or classes are called in some files -> what they are called now."""
+    """Outdated names of tensors or classes -> current names."""
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
-        """The whole name map of a model with this head; `bare` leaves the prefix out."""
+        """Return the full name map of a model with this head; `bare` omits the prefix."""
         prefix = "" if bare else head.prefix or self.prefix
         return {ours: prefix + theirs for ours, theirs in self.names(cfg).items()} | dict(head.names)
 
 
 def blocks(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
-    """A name map whose both sides are put under a stack's prefix."""
+    """Prefix both sides of a name map with the path of a stack."""
     return {f"{ours}/{k}": f"{theirs}.{v}" for k, v in table.items()}
 
 
 def linear(table: Mapping[str, str]) -> dict[str, str]:
-    """{"attn/q": "q_proj"} -> kernel and bias of each."""
+    """Expand names of linear layers to their kernel and bias: {"attn/q": "q_proj"} gives two entries."""
     return {
         f"{ours}/{ours_leaf}": _part(theirs, theirs_leaf)
         for ours, theirs in table.items()
@@ -73,7 +77,7 @@ def linear(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def norm(table: Mapping[str, str]) -> dict[str, str]:
-    """{"attn_norm": "ln_1"} -> scale and bias of each."""
+    """Expand names of norms to their scale and bias: {"attn_norm": "ln_1"} gives two entries."""
     return {
         f"{ours}/{ours_leaf}": f"{theirs}.{theirs_leaf}"
         for ours, theirs in table.items()
@@ -102,7 +106,7 @@ IRRELEVANT = frozenset({
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "transformers.js_config",
 })  # fmt: skip
-"""Keys that change neither what a network computes nor the shapes of its weights (labels are read elsewhere)."""
+"""Keys that affect neither the network's function nor its shapes; labels are read elsewhere."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -117,7 +121,7 @@ ACTIVATIONS = {
 
 
 class Keys:
-    """A config.json that is being read. What was neither taken, required nor known to be irrelevant is an error."""
+    """Reader of a config.json. A key that is neither taken, required nor known to be irrelevant is an error."""
 
     def __init__(self, given: Mapping[str, Any], ignore: frozenset[str] = frozenset()):
         self.given = {k: v for k, v in given.items() if k not in IRRELEVANT | ignore}
@@ -125,7 +129,7 @@ class Keys:
         self.problems: list[str] = []
 
     def take(self, key: str, default: Any = ...) -> Any:
-        """The value of a key, or the default where it is absent or null."""
+        """Return the value of a key, or the default if it is absent or null."""
         value = self.given.pop(key, None)
         if value is not None:
             return value
@@ -135,38 +139,38 @@ class Keys:
         return default
 
     def absent(self, key: str, value: Any) -> None:
-        """What transformers takes where the file does not have the key at all; null is something else to it."""
+        """Set the value that transformers assumes if the key is absent; null has another meaning."""
         self.given.setdefault(key, value)
 
     def must(self, key: str, *allowed: Any) -> None:
-        """The key, where it is there and not null, has one of these values: nothing else is implemented."""
+        """Require one of these values if the key is present and not null; other values are not implemented."""
         value = self.given.pop(key, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{key} = {value!r} is not supported")
 
     def activation(self, key: str, default: str) -> str:
-        """An activation in our words."""
+        """Return an activation under our name."""
         value = self.take(key, default)
         if value not in ACTIVATIONS:
             self.problems.append(f"{key} = {value!r} is not a known activation")
         return ACTIVATIONS.get(value, "silu")
 
     def drop(self, *keys: str) -> None:
-        """Keys that do not matter for this family."""
+        """Ignore keys that are irrelevant for this family."""
         for key in keys:
             self.given.pop(key, None)
 
     def finish(self, where: str) -> None:
-        """Raises RequestError with everything that was wrong."""
+        """Raise RequestError with all problems, if there are any."""
         unknown = [f"{k} = {v!r} is not understood" for k, v in sorted(self.given.items()) if v is not None]
         if self.problems + unknown:
             raise RequestError(f"{where}: {'; '.join((self.problems + unknown)[:8])}")
 
 
 def take_rope(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
-    """Rotary bases and scaling, from the older keys (rope_theta, rope_scaling) or the newer rope_parameters.
+    """Read the rotary bases and scaling, from rope_theta and rope_scaling (older) or rope_parameters (newer).
 
-    The base is rope_theta also where rope_parameters says all but that.
+    rope_theta also gives the base if rope_parameters lacks it.
     """
     theta = keys.take("rope_theta", theta)
     given = {"rope_theta": theta, **(keys.take("rope_scaling", None) or {})}
@@ -187,11 +191,11 @@ SCALINGS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"},
 }
-"""Kinds of rotary scaling, and the numbers of each."""
+"""Types of rotary scaling, with the parameters of each."""
 
 
 def wrong_scaling(scaling: Mapping[str, Any]) -> str:
-    """What is wrong with a `rope_scaling`; empty where nothing is."""
+    """Return the problem with a `rope_scaling`, or an empty string."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     numbers = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     if not scaling or kind == "default":
@@ -225,7 +229,10 @@ def _rope(keys: Keys, given: Mapping[str, Any], theta: float) -> Fields:
 
 
 def give_rope(cfg: Any, local: bool = False) -> Fields:
-    """Inverse of `take_rope`, in the older keys beside the newer: every release of transformers reads one of them."""
+    """Convert the rotary settings to config keys; inverse of `take_rope`.
+
+    Both the older and the newer keys are written, so that every release of transformers finds one of them.
+    """
     scaling = dict(cfg.rope_scaling)
     old = {"rope_scaling": scaling} if scaling else {}
     full = {"rope_type": "default", **scaling, "rope_theta": cfg.rope_theta}
@@ -244,7 +251,10 @@ def give_rope(cfg: Any, local: bool = False) -> Fields:
 
 
 def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields:
-    """Which layers see a window, from `layer_types` or else the family's rule (of every `every` the last is global)."""
+    """Read which layers are local, from `layer_types` or else by the family's rule.
+
+    Under the rule, the last of every `every` layers is global.
+    """
     kinds = keys.take("layer_types", None)
     if not window:
         if kinds and set(kinds) != {"full_attention"}:
@@ -270,12 +280,12 @@ def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields
 
 
 def give_windows(cfg: Any) -> list[str]:
-    """`layer_types` of a config."""
+    """Return the `layer_types` of a config."""
     return ["sliding_attention" if local else "full_attention" for local in local_layers(cfg, cfg.layers)]
 
 
 def local_layers(cfg: Any, layers: int) -> list[bool]:
-    """Which of a stack's layers see a window only: those of `window_layers`, or all but every `window_every`-th."""
+    """Return which layers of a stack are local: those of `window_layers`, or all except every `window_every`-th."""
     if not cfg.window:
         return [False] * layers
     if cfg.window_layers:
@@ -284,7 +294,7 @@ def local_layers(cfg: Any, layers: int) -> list[bool]:
 
 
 def refuse(cfg: Any, what: str, **needed: Any) -> None:
-    """Raises RequestError where a field of the config is not what the family can express."""
+    """Raise RequestError if a field of the config differs from the value that the family requires."""
     odd = [f"{k} = {getattr(cfg, k)!r}" for k, v in needed.items() if getattr(cfg, k) != v]
     if odd:
         raise RequestError(f"{what} models have no {', '.join(odd)}; this model has no counterpart to export to")

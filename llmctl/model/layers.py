@@ -1,6 +1,6 @@
-"""The blocks every family is made of: dense layers, norms, feed-forward, rotary positions, dropout.
+"""Shared blocks of all families: dense layers, norms, feed-forward layers, rotary positions and dropout.
 
-Shapes: B batch, T sequence, D model width, F feed-forward neurons, K head width, I inputs, O outputs.
+Shapes: B batch, T sequence, D model width, F feed-forward width, K head width, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ACTIVATIONS = {
 
 
 class Dense(nn.Module):
-    """x [..., I] @ kernel [I, O] + bias [O]. Its input can be tapped (collection "taps") for calibration."""
+    """Dense layer x [..., I] @ kernel [I, O] + bias [O]; calibration can capture its input (collection "taps")."""
 
     features: int
     axes: tuple[str, str]
     bias: bool
     dtype: Any
     scale: float = 1.0
-    """Factor on the standard deviation (fan in) of the initial kernel."""
+    """Factor on the standard deviation (fan-in) of the initial kernel."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ class Dense(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last axis, computed in float32."""
+    """RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467) or LayerNorm over the last axis, computed in float32."""
 
     config: ModelConfig
     dtype: Any
@@ -85,7 +85,10 @@ class Norm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) where the config is gated (arXiv:2002.05202)."""
+    """Feed-forward layer: down(act(up(x))), or down(act(gate(x)) * up(x)) if gated.
+
+    (Shazeer, 2020, arXiv:2002.05202)
+    """
 
     config: ModelConfig
     dtype: Any
@@ -106,15 +109,15 @@ class FeedForward(nn.Module):
 
 
 def residual_scale(layers: int) -> float:
-    """Initial scale of what is added to the residual stream, so that its variance does not grow with depth (GPT-2)."""
+    """Return the initial scale of residual branches that keeps the variance constant with depth (GPT-2)."""
     return 1.0 / math.sqrt(2 * layers)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array) -> jax.Array:
-    """Inverted dropout of x [B, ...]; none without a key.
+    """Apply inverted dropout to x [B, ...]; none without a key.
 
-    What a row loses is told by the key and its index in the batch alone, so that it is the same in whatever pieces the
-    batch is computed.
+    The mask of a row depends only on the key and the row's index in the batch. It is therefore the same when the batch
+    is computed in parts.
     """
     if key is None or rate == 0.0:
         return x
@@ -124,7 +127,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array)
 
 
 def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, K/2] of the rotary angles (RoPE, arXiv:2104.09864), scaled as `rope_scaling` says."""
+    """Compute cos and sin [B, T, K/2] of the rotary angles, with the config's `rope_scaling`.
+
+    (RoPE; Su et al., 2021, arXiv:2104.09864)
+    """
     half = cfg.head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     frequency, magnitude = _scale_frequencies(frequency, cfg)
@@ -133,9 +139,11 @@ def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tup
 
 
 def _scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
-    """Longer contexts by stretched frequencies: linear, llama3 (by wavelength) and yarn (arXiv:2309.00071).
+    """Scale rotary frequencies for longer contexts: linear, llama3 (by wavelength) or yarn.
 
-    The config has checked the words (`names.wrong_scaling`).
+    (YaRN; Peng et al., 2023, arXiv:2309.00071)
+
+    ModelConfig has already checked the keys (`hf_config.wrong_scaling`).
     """
     scaling = cfg.rope_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -163,7 +171,7 @@ def _scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Arra
 
 
 def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the halves of each head (the "rotate half" convention of Hugging Face weights)."""
+    """Rotate the two halves of each head (the "rotate half" convention of Hugging Face weights)."""
     cos, sin = (t[:, :, None, :] for t in table)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)

@@ -1,4 +1,4 @@
-"""Shardings of a parameter tree: the logical axes of each weight, applied to every part of it."""
+"""Sharding of a parameter tree: the logical axes of each weight apply to all of its arrays."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from llmctl.model import weights
 
 
 def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The sharding of every array in `params` (arrays or abstract), given the logical axes of each weight.
+    """Return the sharding of every array in `params`.
 
-    The parts of a Quantized or LowRank weight follow the weight: a dimension that a part does not have at full length
-    (a scale's single row, a rank) is left whole. Raises RequestError where an axis does not divide.
+    The arrays of a Quantized or LowRank weight follow the weight. A dimension that an array does not have at full
+    length (a scale's single row, a rank) is replicated.
+
+    Args:
+        axes: Logical axes of each weight.
+        params: Arrays or abstract arrays.
+        mesh: The mesh.
+
+    Raises:
+        RequestError: If a mesh axis does not divide a dimension.
     """
     flat_axes = weights.flatten(axes)
     flat: dict[str, Any] = {}

@@ -1,11 +1,14 @@
-"""Stages of layers on successive devices, and microbatches that follow one another through them (arXiv:1811.06965).
+"""Pipeline parallelism: layers are split into stages on successive devices, and microbatches flow through the stages.
 
-It is one program: the stages are an axis of the state, split over the mesh's `pipeline`. At each tick every stage runs
-its layers on another microbatch and hands the result to the next stage. M microbatches leave P stages after M + P - 1
-ticks, of which P - 1 are each stage's bubble; automatic differentiation runs the same schedule backwards. Only the
-residual stream (and an encoder's memory) moves. Microbatch m has the rows m, m + M, …: each device keeps its own.
+(GPipe; Huang et al., 2018, arXiv:1811.06965)
 
-Shapes: B batch, M microbatches, b rows of one, P stages, L layers, T sequence, D model width.
+The pipeline is one program. Its state has a stage axis, sharded over the mesh axis `pipeline`. At each tick, every
+stage runs its layers on a different microbatch and sends the result to the next stage. M microbatches pass P stages in
+M + P - 1 ticks, of which each stage is idle for P - 1 (the bubble). Automatic differentiation runs the same schedule
+backwards. Only the residual stream (and an encoder's memory) is sent. Microbatch m consists of rows m, m + M, …, so
+that each device keeps its own rows.
+
+Shapes: B batch, M microbatches, b rows per microbatch, P stages, L layers, T sequence, D model width.
 """
 
 from __future__ import annotations
@@ -25,17 +28,17 @@ from llmctl.model.attention import Shared
 
 Tree = Any
 Layer = Callable[..., jax.Array]
-"""(parameters of a layer, x [b, T, D], what the layers share, *what is the layer's own) -> x [b, T, D]."""
+"""Function of (layer parameters, x [b, T, D], shared inputs, *per-layer inputs) that returns x [b, T, D]."""
 
 A_STAGE = 4
-"""Microbatches a stage at most where nobody says how many: a bubble of a fifth."""
+"""Default maximum number of microbatches per stage, which gives a bubble of one fifth."""
 
 _wanted: ContextVar[int] = ContextVar("microbatches", default=0)
 
 
 @contextlib.contextmanager
 def use(microbatches: int) -> Iterator[None]:
-    """While a computation is traced: so many microbatches at most; 0 takes up to A_STAGE a stage."""
+    """Set the maximum number of microbatches for computations traced in this context; 0 takes A_STAGE per stage."""
     token = _wanted.set(microbatches)
     try:
         yield
@@ -44,13 +47,13 @@ def use(microbatches: int) -> Iterator[None]:
 
 
 def stages() -> int:
-    """Stages of the mesh in use."""
+    """Return the number of pipeline stages of the current mesh."""
     mesh = meshes.current()
     return 1 if mesh is None else mesh.shape["pipeline"]
 
 
 def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
-    """The largest number of pieces that a batch of rows can have on `mesh`, up to `wanted`."""
+    """Return the largest number of microbatches, up to `wanted`, that divides the rows of each device on `mesh`."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batch // ways if batch % ways == 0 else batch
     most = wanted or A_STAGE * mesh.shape["pipeline"]
@@ -58,7 +61,7 @@ def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
 
 
 def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
-    """For the log; nothing without a pipeline."""
+    """Describe the pipeline for the log; the list is empty without a pipeline."""
     P = mesh.shape["pipeline"]
     if P == 1:
         return []
@@ -68,10 +71,21 @@ def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
 
 
 def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, shared: Shared) -> jax.Array:
-    """The layers' stack on the mesh in use -> [B, T, D]. `params` and `own` have the layers [L, ...] in front.
+    """Run the stack of layers as a pipeline on the current mesh.
 
-    Each stage, and each copy of it along `data`, is a program of its own, in which XLA splits what the other axes
-    split; so the gradients of its parameters add up there, and over the copies once, after the last tick.
+    Each stage, and each of its replicas along `data`, is a separate program in which XLA shards over the other axes.
+    Gradients of its parameters therefore accumulate locally. They are summed over the replicas once, after the last
+    tick.
+
+    Args:
+        layer: The layer function.
+        params: Layer parameters with a leading axis of layers [L, ...].
+        own: Per-layer inputs with the same leading axis.
+        x_BTD: Input of the first layer.
+        shared: Inputs that all layers share.
+
+    Returns:
+        Output of the last layer [B, T, D].
     """
     mesh = meshes.current()
     assert mesh is not None
@@ -93,23 +107,26 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
 
 
 def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shared, whole: Tree) -> jax.Array:
-    """What one stage does with the rows of its copy."""
+    """Run one stage on the rows of its replica."""
     stage = jax.lax.axis_index("pipeline")
     entering = jax.tree.map(partial(_split, M, "seq"), moving)
     still = jax.tree.map(partial(_split, M, None), still)
-    entering = jax.tree.map(lambda a: jnp.concatenate([a, *[a[:1]] * (P - 1)]), entering)  # nobody reads what is last
+    # The padding at the end is never read.
+    entering = jax.tree.map(lambda a: jnp.concatenate([a, *[a[:1]] * (P - 1)]), entering)
 
     def tick(made: Tree, now: Tree) -> tuple[Tree, jax.Array]:
         new, at = now
         moving = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, _hand_on(P, old)), new, made)
-        moving = jax.tree.map(lambda a: meshes.constrain(a, "batch", "seq", "act_embed"), moving)  # and its gradient
+        # Also constrains its gradient.
+        moving = jax.tree.map(lambda a: meshes.constrain(a, "batch", "seq", "act_embed"), moving)
         piece = jnp.clip(at - stage, 0, M - 1)
         here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, piece, keepdims=False), still)
         here = here._replace(memory_BSD=moving[1], **whole)
         x = jax.lax.scan(lambda x, each: (layer(each[0], x, here, *each[1]), None), moving[0], layers)[0]
         return (x, moving[1]), x
 
-    begin = jax.tree.map(lambda a: a[0], entering)  # real rows: nothing in a bubble may be NaN, not even times zero
+    # Start with real rows, because NaN in the bubble would also survive a multiplication by zero.
+    begin = jax.tree.map(lambda a: a[0], entering)
     _, made = jax.lax.scan(tick, begin, (entering, jnp.arange(M + P - 1)))
     x_MbTD = jnp.where(stage == P - 1, made[P - 1 :], 0)
     x_MbTD = jax.lax.psum(x_MbTD, "pipeline")
@@ -117,18 +134,18 @@ def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shar
 
 
 def _split(M: int, along: str | None, a: jax.Array) -> jax.Array:
-    """[B, ...] -> [M, b, ...]; `along` is the rule of the axis after the rows."""
+    """Split rows into microbatches, [B, ...] -> [M, b, ...]; `along` is the logical axis after the rows."""
     a = a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
     return meshes.constrain(a, *[None, "batch", along, None][: a.ndim])
 
 
 def _hand_on(P: int, a: jax.Array) -> jax.Array:
-    """To the next stage; the first, which does not read it, gets nothing."""
+    """Send an array to the next stage; the first stage receives zeros and does not read them."""
     return jax.lax.ppermute(a, "pipeline", [(i, i + 1) for i in range(P - 1)])
 
 
 def spread(x_BTD: jax.Array) -> jax.Array:
-    """Hands the rows of what leaves the pipeline to its stages, which share what comes after it (the output head)."""
+    """Shard the rows of the pipeline's output over its stages, which then share the work of the output head."""
     mesh = meshes.current()
     if stages() == 1 or mesh is None or len(x_BTD) % (mesh.size // mesh.shape["tensor"]):
         return x_BTD

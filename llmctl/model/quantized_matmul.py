@@ -1,9 +1,12 @@
-"""Matrix products of training in 8 bits, forward and backward, on qwix's arrays; the master weights stay.
+"""Quantized training: matrix products in 8 bits, forward and backward, on qwix arrays; master weights keep their dtype.
 
-Every operand is rounded anew at every step with the scales of its own rows or columns, so nothing is calibrated and
-nothing is kept: x per token, w per output, and in the backward pass the gradient per row of what is computed. Scales
-that would vary along the axis that is summed over are multiplied into the gradient before it is rounded, as qwix's own
-quantized training does. int8 on both ways; fp8 is e4m3 forward and e5m2 for gradients (arXiv:2209.05433).
+Operands are quantized at every step with scales of their own rows or columns. Nothing is calibrated or stored.
+Activations have one scale per token, weights one per output. In the backward pass, the gradient has one scale per row
+of the result. A scale that varies along the contracted axis is multiplied into the gradient before it is rounded, as in
+qwix's own quantized training.
+
+int8 is used in both directions. fp8 is e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022,
+arXiv:2209.05433).
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -23,14 +26,18 @@ import qwix
 from llmctl.config.errors import RequestError
 
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
-"""Name of a setting -> (type of operands, type of gradients)."""
+"""Setting -> (dtype of operands, dtype of gradients)."""
 
 _rules: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
 
 
 @contextlib.contextmanager
 def use(rules: Mapping[str, str]) -> Iterator[None]:
-    """While a computation is traced: {pattern of a matrix's path: a name of TYPES}; the first that matches counts."""
+    """Set the rules for computations traced in this context.
+
+    Args:
+        rules: {pattern of a matrix's path: name in TYPES}; the first match applies.
+    """
     token = _rules.set(rules)
     try:
         yield
@@ -39,12 +46,16 @@ def use(rules: Mapping[str, str]) -> Iterator[None]:
 
 
 def kind_of(path: str) -> str:
-    """What the rules in use say of the matrix at `path` ("decoder/blocks/mlp/up"); empty is the plain product."""
+    """Return the setting of the matrix at `path` ("decoder/blocks/mlp/up"); an empty string means the plain product."""
     return next((kind for pattern, kind in (_rules.get() or {}).items() if _matches(path, pattern)), "")
 
 
 def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
-    """Raises RequestError for a rule that no matrix of the layers among `names` follows."""
+    """Check that every rule matches a layer matrix.
+
+    Raises:
+        RequestError: If a rule matches none of `names`.
+    """
     paths = [name.removesuffix("/kernel") for name in names if name.endswith("/kernel") and "/blocks/" in name]
     for pattern in rules:
         if not any(_matches(path, pattern) for path in paths):
@@ -54,13 +65,13 @@ def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whole paths, or their last parts: `mlp/*` means the feed-forward matrices of every stack."""
+    """Match a complete path or its last parts: `mlp/*` matches the feed-forward matrices of every stack."""
     return "/blocks/" in path and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*/{pattern}"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w_IO: jax.Array, kind: str) -> jax.Array:
-    """x [..., I] times w [I, O] in the operand type of `kind` -> [..., O] in the type of x."""
+    """Multiply x [..., I] by w [I, O] in the operand dtype of `kind`; the result has the dtype of x."""
     return _forward(x, w_IO, kind)[0]
 
 

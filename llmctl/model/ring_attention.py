@@ -1,12 +1,13 @@
-"""Attention over a sequence split over devices: keys and values travel around them in a ring (arXiv:2310.01889).
+"""Ring attention: keys and values of a sequence sharded over devices are passed around in a ring.
 
-Rows lie in the balanced order of `llmctl.distributed.context_parallel`, so that causal attention is the same work on
-every device at every
-step; what nobody sees is not computed. Softmax sums are merged in float32 from step to step. The backward pass goes
-around once more: kept are q, k, v, the output and one number a row.
+(Liu et al., 2023, arXiv:2310.01889)
 
-Shapes: B batch, T queries and S keys in all, t and s of one device, P chunks a device (2 where causal, else 1),
-c = t / P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.
+Rows are in the balanced order of `llmctl.distributed.context_parallel`. Causal attention is then the same work on every
+device at every step. Fully masked blocks are not computed. Softmax sums are merged in float32 between steps. The
+backward pass goes around the ring a second time. Only q, k, v, the output and one number per row are saved.
+
+Shapes: B batch, T queries and S keys in total, t and s per device, P chunks per device (2 if causal, else 1), c = t /
+P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ AXIS = "context"
 
 
 class Plan(NamedTuple):
-    """What is known when a computation is traced."""
+    """Static settings of the computation."""
 
     mesh: Mesh
     causal: bool
     softcap: float
     window: int
     bucket: Callable[[jax.Array], jax.Array] | None
-    """Key-minus-query distance -> bucket of the position bias."""
+    """Function from the key-minus-query distance to the bucket of the position bias."""
 
 
 class Block(NamedTuple):
-    """Keys of a device, on their way around: [P, B, G, s / P, K], values alike, and their segments [P, B, s / P]."""
+    """Keys and values of one device as they pass around: [P, B, G, s / P, K], and their segments [P, B, s / P]."""
 
     k: jax.Array
     v: jax.Array
@@ -60,15 +61,22 @@ def attend(
     table_UH: jax.Array | None = None,
     bucket: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Attention within segments, for rows in balanced order -> [B, T, H, K].
+    """Compute attention within segments, for rows in balanced order.
 
     Args:
-      q_BTHK, k_BSGK, v_BSGK: queries and keys and values, those of a memory too.
-      segments_BT, segments_BS: documents of queries and keys; 0 is padding.
-      cfg: scale, soft cap and window.
-      causal: whether a token sees no later one.
-      local: whether this layer has the window.
-      table_UH, bucket: T5's position bias, as buckets and the way to them.
+        q_BTHK: Queries.
+        k_BSGK: Keys, or keys of the encoder memory.
+        v_BSGK: Values of the same tokens.
+        segments_BT: Documents of the queries; 0 is padding.
+        segments_BS: Documents of the keys; 0 is padding.
+        cfg: Config with the score scale, soft cap and window.
+        causal: Whether tokens attend to earlier tokens only.
+        local: Whether this layer has the sliding window.
+        table_UH: Table of T5's position bias, or None.
+        bucket: Function from distance to bucket of the table.
+
+    Returns:
+        Outputs [B, T, H, K].
     """
     mesh = meshes.current()
     assert mesh is not None
@@ -83,7 +91,7 @@ def _attend(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> ja
 
 
 def _specs(plan: Plan) -> Any:
-    """How the operands (q, k, v, about, table) lie: rows, tokens and heads are split."""
+    """Return the shardings of the operands (q, k, v, about, table), which split rows, tokens and heads."""
     heads, rows = (meshes.spec(n, plan.mesh) for n in (("batch", "seq", "act_heads", None), ("batch", "seq")))
     return heads, heads, heads, (rows, rows, PartitionSpec()), meshes.spec((None, "act_heads"), plan.mesh)
 
@@ -114,7 +122,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> Any:
-    """(y [B, t, H, K], log of the softmax's denominator [B, t, H])."""
+    """Compute the output [B, t, H, K] and the log of the softmax denominator [B, t, H] of one device."""
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     N = here.q.shape[-2]
     numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
@@ -128,7 +136,7 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
 
     def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
         seen, block = carry
-        further = here.pass_on(block)  # does not wait for the products
+        further = here.pass_on(block)  # independent of the products, so that XLA can overlap them
         return (look(seen, block, step), further), None
 
     further = here.pass_on(block)
@@ -141,7 +149,7 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
 def _backward_here(
     plan: Plan, sharers: list[str], q: Any, k: Any, v: Any, about: Any, table_UH: Any, y: Any, top: Any, d_y: Any
 ) -> Any:
-    """Gradients of q, k, v and the table, which the devices along `sharers` have in common."""
+    """Compute the gradients of q, k, v and the table on one device; the devices along `sharers` share the table."""
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     P, N = here.q.shape[0], here.q.shape[-2]
     d_y_PBGNK = _fold(d_y, P, here.q.shape[2])
@@ -174,7 +182,8 @@ def _backward_here(
     further = here.pass_on(block)
     d_q, d_table, d_kv = look(zero, d_table, d_kv, block, 0)
     start = (d_q, d_table, here.pass_on(d_kv), further)
-    d_q, d_table, d_kv, _ = jax.lax.scan(turn, start, jnp.arange(1, here.devices))[0]  # gradients are home again
+    # After a full round, gradients are on the device of their keys.
+    d_q, d_table, d_kv, _ = jax.lax.scan(turn, start, jnp.arange(1, here.devices))[0]
     if table_UH is not None:
         d_table = jax.lax.psum(d_table, sharers).astype(table_UH.dtype)
     d_k, d_v = (_unfold(d, k.shape).astype(k.dtype) for d in d_kv)
@@ -182,7 +191,7 @@ def _backward_here(
 
 
 class _Here:
-    """What a device knows of itself: its queries, and which of the keys that come by they see."""
+    """State of one device: its queries, and the visibility of the keys that arrive."""
 
     def __init__(self, plan: Plan, q: jax.Array, k: jax.Array, about: Any, table_UH: jax.Array | None) -> None:
         self.plan, self.table_UH, self.local = plan, table_UH, about[2]
@@ -200,7 +209,10 @@ class _Here:
         return _at(a, self.q), _at(b, block.k), _at(b, block.v)
 
     def visible(self, a: Any, b: Any, block: Block, step: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Mask [B, c, s / P] and bias [H, c, s / P] of a product. Causality masks in the first step alone."""
+        """Return the mask [B, c, s / P] and bias [H, c, s / P] of a product.
+
+        Causal masking is needed in the first step only.
+        """
         mine, theirs = _at(a, self.segments_PBc)[:, :, None], _at(b, block.segments)[:, None, :]
         mask = (mine == theirs) & (theirs > 0)
         if self.plan.window or (self.plan.causal and isinstance(step, int)):
@@ -218,13 +230,16 @@ class _Here:
         return self.plan.bucket(self.distance(a, b, step))
 
     def distance(self, a: Any, b: Any, step: Any) -> jax.Array:
-        """[c, s / P]: from each query to each key, in places."""
+        """Return the distance [c, s / P] from each query to each key, in positions."""
         mine = self._places(self.device, a, self.length)
         theirs = self._places((self.device - step) % self.devices, b, self.keys)
         return theirs[None, :] - mine[:, None]
 
     def _places(self, device: Any, chunk: Any, length: int) -> jax.Array:
-        """The places of a chunk's tokens; one chunk a device is its early and its late one together."""
+        """Return the positions of a chunk's tokens.
+
+        Without causality, the device's early and late part form one chunk.
+        """
         late = 2 * self.devices - 1 - device
         if self.chunks == 2:
             return jnp.where(chunk == 0, device, late) * length + jnp.arange(length)
@@ -232,7 +247,7 @@ class _Here:
         return jnp.concatenate([device * (length // 2) + half, late * (length // 2) + half])
 
     def pass_on(self, tree: Any) -> Any:
-        """To the next device; what the one before had comes instead."""
+        """Send a tree to the next device, and receive that of the previous device."""
         ring = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, ring), tree)
 
@@ -261,19 +276,19 @@ def _put(chunk: Any, a: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def _chunks(segments_Bt: jax.Array, P: int) -> jax.Array:
-    """[B, t] -> [P, B, c]."""
+    """Split segments into chunks, [B, t] -> [P, B, c]."""
     return segments_Bt.reshape(len(segments_Bt), P, -1).swapaxes(0, 1)
 
 
 def _fold(x_BtHK: jax.Array, P: int, G: int) -> jax.Array:
-    """[B, t, H, K] -> [P, B, G, N, K]: the heads of one key head are rows of one product."""
+    """Fold [B, t, H, K] into [P, B, G, N, K], so that the query heads of one key head are rows of one product."""
     B, t, H, K = x_BtHK.shape
     x = x_BtHK.reshape(B, P, t // P, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(P, B, G, -1, K)
 
 
 def _unfold(x_PBGNK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse, to [B, t, H, ...] of `shape`."""
+    """Restore the shape [B, t, H, ...]; inverse of `_fold`."""
     P, _, G, _, K = x_PBGNK.shape
     B, t, H = shape[:3]
     return x_PBGNK.reshape(P, B, G, H // G, t // P, K).transpose(1, 0, 4, 2, 3, 5).reshape(B, t, H, K)

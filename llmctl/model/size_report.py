@@ -1,4 +1,4 @@
-"""What `llmctl show --config` says of a model before it exists: `llmctl.model.flops` as one JSON object."""
+"""Size report of a model before training, for `llmctl show --config`: `llmctl.model.flops` as one JSON object."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def report(cfg: ModelConfig, seq_len: int = 0) -> dict[str, Any]:
-    """Parameters, bytes, operations a token and cache of a model.
+    """Compute the parameters, bytes, FLOPs per token and cache size of a model.
 
     Args:
-      cfg: the model.
-      seq_len: length of the sequences; 0 takes the model's longest, but 2,048 at most.
+        cfg: Config of the model.
+        seq_len: Sequence length in tokens; 0 takes the model's maximum, limited to 2,048.
     """
     length = seq_len or min(cfg.max_seq_len, 2048)
     counts, forward = flops.parameters(cfg), flops.flops(cfg, length)

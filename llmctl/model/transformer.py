@@ -1,4 +1,4 @@
-"""The Transformer of every family: stacks of scanned blocks over embeddings. Family flags live in ModelConfig.
+"""Transformer of all families: stacks of scanned blocks on embeddings, with the flags of ModelConfig.
 
 Shapes: B batch, T sequence, D model width, L layers, V vocabulary.
 """
@@ -44,7 +44,7 @@ REMAT = {
 
 
 class Block(nn.Module):
-    """One layer: attention (and cross-attention) and feed-forward, each with residual and norms."""
+    """One layer: attention (and cross-attention) and feed-forward, each with residual connection and norms."""
 
     config: ModelConfig
     dtype: Any
@@ -55,7 +55,14 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
-        """`local` (bool): this layer has the window; `key`: of its dropout, which there is none without."""
+        """Apply the layer.
+
+        Args:
+            x_BTD: Input.
+            shared: Inputs that all layers share.
+            local: Whether this layer has the sliding window, a bool scalar.
+            key: Random key of the dropout; no dropout if None.
+        """
         cfg, rows_B = self.config, cast(jax.Array, shared.rows_B)
         attention = partial(Attention, cfg, self.dtype, self.layers)
         sublayers: dict[str, Any] = {"attn": lambda x: attention(name="attn")(x, shared, local)}
@@ -81,9 +88,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """L blocks as one scan, whose parameters are stacked on axis 0; compile time does not grow with L.
+    """Stack of L blocks as one scan, with parameters stacked on axis 0. Compile time does not grow with L.
 
-    On a mesh with a `pipeline` axis each of its devices scans over its own layers (`llmctl.model.pipeline_parallel`).
+    On a mesh with a `pipeline` axis, each stage scans over its own layers (`llmctl.model.pipeline_parallel`).
     """
 
     config: ModelConfig
@@ -119,7 +126,7 @@ class Stack(nn.Module):
         slot: jax.Array | int | None = None,
         order_BT: jax.Array | None = None,
     ) -> Shared:
-        """What the layers share, computed once; `cached_BS`, `slot` and `order_BT` as in `attention.share`."""
+        """Compute the shared inputs of the layers once; see `attention.share` for the arguments."""
         cfg = self.config
         shared = share(
             cfg, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot, order_BT=order_BT
@@ -146,17 +153,17 @@ class Stack(nn.Module):
         return self.finish(x_BTD)
 
     def _layer(self, params: Any, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: Any) -> jax.Array:
-        """One layer of `blocks` as a function of its parameters."""
+        """Apply one layer of `blocks` as a function of its parameters."""
         at: Any = Scope({"params": params}, path=(*self.path, "blocks"))
         return Block(self.config, self.dtype, self.layers, self.cross, parent=at)(x_BTD, shared, local, key)[0]
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
-        """The final norm, where the family has one."""
+        """Apply the final norm, if the family has one."""
         return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)
 
 
 class Embed(nn.Module):
-    """Token, position and segment-type embeddings -> [B, T, D]."""
+    """Sum of token, position and segment-type embeddings [B, T, D]."""
 
     config: ModelConfig
     dtype: Any
@@ -172,8 +179,8 @@ class Embed(nn.Module):
             w = cast(weights.Weight, self.param(name, init, (rows, cfg.d_model)))
             return partial(embedding_lookup.take, w, rows=axis, dtype=self.dtype)
 
-        # Where hidden states are scaled by d_model ** -0.5 before the table is the output projection, logits of about
-        # unit variance ask for entries of unit variance (T5).
+        # If hidden states are scaled by d_model ** -0.5 before the tied output projection, unit variance of the logits
+        # needs table entries of unit variance (T5).
         x = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)(tokens_BT)
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
@@ -182,7 +189,7 @@ class Embed(nn.Module):
         if cfg.positions == "sinusoidal":
             x = x + sinusoids(positions_BT, cfg.d_model).astype(self.dtype)
         if cfg.token_types:
-            # RoBERTa's single type stands for both texts of a pair
+            # RoBERTa's single segment type stands for both texts of a pair.
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else jnp.minimum(types_BT, cfg.token_types - 1)
             x = x + table("types", cfg.token_types, None)(types_BT)
         if cfg.embed_norm:
@@ -193,21 +200,33 @@ class Embed(nn.Module):
 
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Fixed sine and cosine positions (arXiv:1706.03762, section 3.5), interleaved -> [B, T, D]."""
+    """Compute sine and cosine position encodings, interleaved [B, T, D].
+
+    (Vaswani et al., 2017, arXiv:1706.03762, section 3.5)
+    """
     rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions_BT.astype(jnp.float32)[..., None] * rate
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions_BT.shape, -1)[..., :width]
 
 
 class LMHead(nn.Module):
-    """Hidden states [..., D] -> logits [..., V] in float32, tied or not; BERT transforms them first."""
+    """Output head of a language model: hidden states [..., D] -> logits [..., V] in float32.
+
+    The projection is tied or untied. BERT transforms the hidden states first.
+    """
 
     config: ModelConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, table: weights.Weight | None, output: jax.Array | None = None) -> jax.Array:
-        """`table` [V, D]: the embeddings of a tied model; `output` [D, V]: the same, transposed beforehand."""
+        """Compute the logits.
+
+        Args:
+            x: Hidden states [..., D].
+            table: Embedding table [V, D] of a tied model.
+            output: The same table, already transposed [D, V].
+        """
         cfg = self.config
         if cfg.head_transform:
             x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
@@ -234,7 +253,7 @@ class LMHead(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, an encoder and/or a decoder stack. Heads are beside it (`llmctl.model.heads`)."""
+    """Embeddings with an encoder stack, a decoder stack, or both. Task heads are in `llmctl.model.heads`."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -251,7 +270,7 @@ class Transformer(nn.Module):
             self.decoder = Stack(cfg, cfg.layers, causal=True, cross=cfg.encoder_layers > 0, **common)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Final hidden states [B, T, D] of the (last) stack."""
+        """Compute the final hidden states [B, T, D] of the last stack."""
         if self.config.architecture == "encoder":
             x_BTD = self.encoder(*self.start(batch))
         else:
@@ -260,9 +279,9 @@ class Transformer(nn.Module):
         return pipeline_parallel.spread(x_BTD)
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
-        """Embeddings and shared masks of the stack that reads `tokens`.
+        """Compute the embeddings and shared inputs of the stack that reads `tokens`.
 
-        With a cache, `cached_segments` [B, S] and `slot` in the batch say where the tokens stand in it.
+        With a cache, `cached_segments` [B, S] and `slot` of the batch give the tokens' slots in it.
         """
         stack = self.encoder if self.config.architecture == "encoder" else self.decoder
         x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), self.train)
@@ -271,21 +290,21 @@ class Transformer(nn.Module):
         )
         if not self.config.encoder_layers:
             return x, shared
-        shared = shared._replace(memory_BSD=memory_BSD)  # with a cache the memory may be known already
+        shared = shared._replace(memory_BSD=memory_BSD)  # with a cache, the memory may already be cached
         if shared.mask_BTS is None:
             return x, shared._replace(memory_segments_BS=batch["encoder_segments"])
         return x, shared._replace(memory_mask_BTS=visible(batch["segments"], batch["encoder_segments"]))
 
     def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
-        """Embeddings and shared masks of the encoder beside a decoder."""
+        """Compute the embeddings and shared inputs of the encoder in an encoder-decoder."""
         x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, self.train)
         order_BS = batch.get("encoder_order")
         return x, self.encoder.share(batch["encoder_segments"], batch["encoder_positions"], order_BT=order_BS)
 
     def encode(self, batch: Batch) -> jax.Array:
-        """The memory [B, S, D] that the decoder attends to."""
+        """Compute the encoder output [B, S, D] that the decoder attends to."""
         return self.encoder(*self.start_encoder(batch))
 
     def finish(self, x_BTD: jax.Array, stack: str) -> jax.Array:
-        """The final norm of the named stack."""
+        """Apply the final norm of the named stack."""
         return getattr(self, stack).finish(x_BTD)
