@@ -15,6 +15,7 @@ MODULES = [
     "llmctl.convert.hf_folder",
     "llmctl.convert.importing",
     "llmctl.convert.name_map",
+    "llmctl.data.pretraining.objective_rows",
     "llmctl.data.sources.base",
     "llmctl.data.tokenizers.base",
     "llmctl.distributed.mesh",

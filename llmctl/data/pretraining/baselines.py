@@ -1,4 +1,4 @@
-"""What can be scored on rows without looking at their context; a model that has learned something does better."""
+"""Baselines without context: scores of constant predictions, which a model that learns must exceed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any
 import numpy as np
 
 CHUNK = 256
-"""Rows built at a time."""
+"""Number of rows built at a time."""
 
 
 def guesses(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, float]:
-    """Scores of the best constant answers to the first `limit` rows, judged on these rows themselves.
+    """Return the scores of the best constant predictions on the first `limit` rows, fitted on these rows.
 
     Args:
-        rows: as `llmctl.data.prefetch.Rows`.
-        limit: rows to look at.
-        sentinels: those of span corruption. Whoever writes spans knows their form without reading a text: a sentinel
-            comes first, then a word, and the next sentinel is the next of the list. So an answer may depend on what
-            was just written (nothing, a sentinel or a word), and sentinels count as one.
+      rows: training rows, as `llmctl.data.device_batches.Rows`.
+      limit: number of rows to read.
+      sentinels: sentinels of span corruption; empty for other objectives. The form of the targets is known without
+        reading the text: a sentinel comes first, then a word, and sentinels are numbered in order. The baseline
+        therefore predicts sentinels exactly: all count as one token. Its prediction may depend on the previous target
+        (none, a sentinel or a word).
 
     Returns:
-        baseline_accuracy: of always saying the most frequent target; baseline_loss: nats a target of saying how
-        frequent each is; baseline_next_sentence_accuracy, where rows ask for it: of always giving one answer.
+      baseline_accuracy: accuracy if the most frequent target is always predicted. baseline_loss: nats per target if
+        target frequencies are predicted. baseline_next_sentence_accuracy: accuracy if one label is always predicted;
+        only if rows have pairs.
     """
     found, labels = collections.Counter[tuple[int, int]](), np.zeros(2, np.int64)
     last = min(limit, len(rows))
@@ -49,7 +51,7 @@ def guesses(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, f
 
 
 def describe(found: dict[str, float]) -> str:
-    """The baselines in words."""
+    """Format the baselines for a log line."""
     text = f"one scores accuracy {found['baseline_accuracy']:.2%} and loss {found['baseline_loss']:.4g}"
     pair = found.get("baseline_next_sentence_accuracy")
     return text if pair is None else f"{text}, next sentence {pair:.2%}"

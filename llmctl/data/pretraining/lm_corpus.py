@@ -1,4 +1,4 @@
-"""Text for language models: from a data config, raw or prepared, one source or many, to rows of a split."""
+"""Language-model corpus: from a data config, raw or prepared, with one source or many, to the rows of a split."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Text:
-    """The text that a data config names. Raw text is read when first needed; prepared text is tokens already."""
+    """Text of a data config. Raw text is read at first use; prepared text is already tokenized."""
 
     def __init__(self, cfg: DataConfig):
-        """Raises RequestError where prepared and raw sources are mixed, or prepared ones are missing, differ or were
-        prepared with other settings."""
+        """Open prepared sources and check their settings.
+
+        Raises:
+          RequestError: prepared and raw sources are mixed, or prepared ones are missing, have different tokenizers, or
+            were prepared with other settings.
+        """
         self._cfg = cfg
         kinds = {part.source == "prepared" for part in cfg.parts()}
         if len(kinds) > 1:
@@ -38,29 +42,29 @@ class Text:
 
     @functools.cached_property
     def splits(self) -> splits.Splits:
-        """The raw text, split."""
+        """Return the raw text, split."""
         return splits.load(self._cfg)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Label values by class index; prepared text has none."""
+        """Return the label values by class index; empty for prepared text."""
         return () if self._prepared else self.splits.classes
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the text has; prepared text is only text."""
+        """Return the columns of the text; prepared text has only `text`."""
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     @property
     def epochs(self) -> float:
-        """How often examples may be read, 0 for ever; those of a mixture are read alike, so the fewest count."""
+        """Return the maximum number of epochs, 0 if unlimited. For a mixture it is the smallest limit of a source."""
         return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
 
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:
-        """The tokenizer of prepared text; of raw text the one that `cfg` says, trained on the train split.
+        """Return the tokenizer of prepared text. For raw text, load the one of `cfg` or train it on the train split.
 
         Raises:
-            RequestError: as `tokenizer.obtain`; `cfg.path` is not the tokenizer of the prepared text.
+          RequestError: as `loading.obtain`, or `cfg.path` is not the tokenizer of the prepared text.
         """
         if not self._prepared:
             return tokenizers.obtain(self.splits["train"].within(cfg.sample).texts(), cfg)
@@ -71,15 +75,15 @@ class Text:
         return own
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """(weight, epochs, documents) of every source that has text in the split.
+        """Return (weight, epochs, documents) of every source that has text in the split.
 
         Args:
-            split: train, validation or test.
-            tokenizer: the model's.
-            cache: folder where raw text is kept tokenized.
+          split: train, validation or test.
+          tokenizer: the model's tokenizer.
+          cache: folder that caches tokenized raw text.
 
         Raises:
-            RequestError: the split is empty, or was prepared with another tokenizer.
+          RequestError: the split is empty, or it was prepared with another tokenizer.
         """
         if not self._prepared:
             parts = self._cfg.parts()
@@ -95,7 +99,7 @@ class Text:
             inner = said.splits.get(split, [])
             whole = sum(i.weight for i in inner)
             for i in inner:
-                # of several prepared mixtures each keeps its own shares inside its share
+                # Several prepared mixtures: each keeps its inner shares, scaled to its own share.
                 weight = part.weight * i.weight / whole if several else i.weight
                 found.append((weight, part.epochs or i.epochs, prepared.Shards(where, i, said.dtype)))
         if not found:
@@ -115,21 +119,22 @@ class Text:
         needed: int = 0,
         objective: Objective | None = None,
     ) -> PackedRows | PairRows | MixedRows:
-        """Rows of a split: shuffled in the shares of the mixture, or (`shuffle=False`) every document once, in order.
+        """Build the rows of a split.
 
         Args:
-            split: train, validation or test.
-            tokenizer: the model's.
-            seq_len: tokens a row.
-            cache: folder where raw text is kept tokenized.
-            seed: of the order.
-            packing: how documents share rows.
-            shuffle: for training.
-            needed: rows that will be read; more than the sources' epochs hold is an error now, not at the end.
-            objective: what the rows ask for; the next token by default.
+          split: train, validation or test.
+          tokenizer: the model's tokenizer.
+          seq_len: sequence length in tokens.
+          cache: folder that caches tokenized raw text.
+          seed: seed of the shuffle.
+          packing: how documents are packed into rows.
+          shuffle: if true, rows are shuffled and mixed by the sources' weights. If false, every document is read once,
+            in order.
+          needed: number of rows that will be read. Too few epochs are then an error now, not at the end of training.
+          objective: training objective; causal language modeling by default.
 
         Raises:
-            RequestError: as `documents`; too few tokens for a row, or too few epochs for `needed`.
+          RequestError: as `documents`; also too few tokens for a row, or too few epochs for `needed` rows.
         """
         found = self.documents(split, tokenizer, cache)
 
@@ -149,7 +154,11 @@ class Text:
 
 
 def check_epochs(needed: int, total: int) -> None:
-    """Raises RequestError where more rows are needed than the sources' epochs hold: now, and not at the end."""
+    """Check that the sources' epochs have enough rows, before training and not at its end.
+
+    Raises:
+      RequestError: more rows are needed than the epochs have.
+    """
     if needed > total:
         raise RequestError(
             f"{needed} rows are to be read and the sources' epochs hold {total}: more epochs (0 is endless), "
@@ -158,7 +167,7 @@ def check_epochs(needed: int, total: int) -> None:
 
 
 class Joined:
-    """Documents of several sources, one after the other (a `corpus.Documents`)."""
+    """Concatenation of documents of several sources (a `corpus.Documents`)."""
 
     def __init__(self, parts: list[Documents]):
         self._parts = parts
@@ -166,7 +175,7 @@ class Joined:
         self.lengths = np.concatenate([p.lengths for p in parts])
 
     def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Token at `offset` of each `doc`, int32 [N]."""
+        """Return the token at `offset` of each `doc`, int32 [N]."""
         part_N = np.searchsorted(self._starts, doc_N, "right") - 1
         tokens_N = np.empty(len(doc_N), np.int32)
         for p in np.unique(part_N):

@@ -1,4 +1,4 @@
-"""Mixtures: rows of several sources in the shares that their weights say.
+"""Mixtures: rows of several sources, in proportion to their weights.
 
 Legend: S sources, B rows.
 """
@@ -17,28 +17,34 @@ from llmctl.data.pretraining.packing import PackedRows
 from llmctl.data.shuffle import permutation
 
 BLOCK = 1024
-"""Rows in which the shares hold exactly, up to rounding; every source has a row in each block."""
+"""Rows per block. Within each block the proportions are exact up to rounding, and every source has a row."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Blocks of rows with the same number of rows from each source."""
+    """Blocks with the same number of rows of each source."""
 
     start: int
-    """First row."""
+    """Index of the first row."""
     blocks: float
-    """How many blocks; infinite where no source is ever used up."""
+    """Number of blocks; infinite if no source is ever exhausted."""
     counts: np.ndarray
-    """Rows of each source in a block [S]."""
+    """Rows of each source per block, int [S]."""
     done: np.ndarray
-    """Rows of each source before this phase [S]."""
+    """Rows of each source before this phase, int [S]."""
 
 
 class MixedRows:
-    """Rows of S sources, shuffled block by block; row i is a pure function of the sources, the weights, the seed and i.
+    """Rows of S sources, shuffled within blocks. Row i depends only on the sources, the weights, the seed and i.
 
-    A source that has had its epochs is used up, and the others share its place. Where all are, `total` is the number
-    of rows there are, and rows beyond it raise RequestError; else `total` is None and rows are endless.
+    A source is exhausted after its epochs, and the other sources then share its part. `total` is the number of rows
+    until all sources are exhausted; rows beyond it raise RequestError. If sources are endless, `total` is None.
+
+    Args:
+      sources: rows of each source.
+      weights: relative weight of each source.
+      epochs: maximum number of epochs of each source, 0 if unlimited; all unlimited by default.
+      seed: seed of the shuffle.
     """
 
     def __init__(
@@ -48,7 +54,6 @@ class MixedRows:
         epochs: Sequence[float] = (),
         seed: int = 0,
     ):
-        """`epochs`: how often each source may be read, 0 for ever; all for ever by default."""
         self._sources, self._seed = sources, seed
         limits = [
             np.inf if not e else max(1, round(e * len(s)))
@@ -60,14 +65,14 @@ class MixedRows:
         self.total = None if np.isinf(end) else int(end)
         self._starts = np.array([p.start for p in self._phases])
         self.tokens = sum(s.tokens for s in sources)
-        """Tokens of all sources, once."""
+        """Total number of tokens of all sources, in one epoch each."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
-        """Fraction of row places that hold padding, in the shares of the weights."""
+        """Fraction of positions with padding, averaged by the weights."""
         self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
-        """Fraction of rows with a labelled next-sentence pair, in the shares of the weights."""
+        """Fraction of rows with a labeled next-sentence pair, averaged by the weights."""
 
     def __len__(self) -> int:
-        """Rows of all sources, once."""
+        """Return the number of rows of all sources, in one epoch each."""
         return sum(map(len, self._sources))
 
     def __getitem__(self, i: int) -> Batch:
@@ -76,7 +81,7 @@ class MixedRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Rows `rows_B` (any numbers >= 0) as arrays with leading [B]."""
+        """Return rows `rows_B` (any numbers >= 0) as arrays with a leading axis [B]."""
         source_B, index_B = self.places(rows_B)
         order_B = np.argsort(source_B, kind="stable")
         parts = [self._sources[s].batch(index_B[source_B == s]) for s in np.unique(source_B)]
@@ -84,7 +89,7 @@ class MixedRows:
         return {name: np.concatenate([part[name] for part in parts])[back_B] for name in parts[0]}
 
     def places(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each row the source and the row of that source."""
+        """Return the source of each row and the row's index in that source, int [B] each."""
         if self.total is not None and rows_B.max() >= self.total:
             raise RequestError(f"the sources' epochs are used up after {self.total} rows; more epochs, or fewer steps")
         phase_B = np.searchsorted(self._starts, rows_B, "right") - 1
@@ -95,9 +100,10 @@ class MixedRows:
             here_B = (phase_B == phase) & (block_B == block)
             counts, done = self._phases[phase].counts, self._phases[phase].done
             members = np.repeat(np.arange(len(counts)), counts)
-            first = int(self._starts[phase] + block * counts.sum())  # names the block, over all phases
+            # identifies the block over all phases, as the epoch of the permutation
+            first = int(self._starts[phase] + block * counts.sum())
             members = members[permutation(len(members), self._seed, first)]
-            # the k-th row of a source in the block, counted at each slot
+            # Index of each slot among the slots of its source.
             rank = np.empty(len(members), np.int64)
             for s in range(len(counts)):
                 rank[members == s] = np.arange(counts[s])
@@ -108,7 +114,7 @@ class MixedRows:
 
 
 def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
-    """The blocks of a mixture whose sources are used up after `limits` rows (infinite for never)."""
+    """Return the phases of a mixture. Source s is exhausted after `limits[s]` rows; infinity means never."""
     found: list[Phase] = []
     start, done = 0, np.zeros(len(weights), np.int64)
     while (done < limits).any():
@@ -117,7 +123,7 @@ def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
         whole = float(np.min(np.floor(left[counts > 0] / counts[counts > 0])))
         if whole >= 1:
             blocks = whole
-        else:  # a source ends inside this block: a shorter block with what is left of it
+        else:  # a source ends inside this block, so a shorter block holds the remaining rows
             counts, blocks = np.minimum(counts, left).astype(np.int64), 1
         found.append(Phase(start, blocks, counts, done))
         if np.isinf(blocks):
@@ -127,7 +133,10 @@ def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
 
 
 def shares(weights: np.ndarray) -> np.ndarray:
-    """Rows a block of each source, by largest remainder; at least one where the weight is not 0."""
+    """Return the rows of each source per block by the largest-remainder method.
+
+    Every source with a positive weight has at least one row.
+    """
     exact = weights / weights.sum() * BLOCK
     counts = np.maximum(np.floor(exact), weights > 0).astype(np.int64)
     short = BLOCK - int(counts.sum())

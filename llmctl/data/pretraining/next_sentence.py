@@ -1,6 +1,8 @@
-"""Sentence pairs of documents, to learn from them whether the second passage follows the first (BERT).
+"""Next-sentence prediction: pairs of passages, the second of which follows the first or not.
 
-Legend: B rows, T tokens a row, D documents, W tokens of a window.
+The objective is BERT's (Devlin et al., 2018, arXiv:1810.04805).
+
+Legend: B rows, T tokens per row, D documents, N passages, W tokens of a window.
 """
 
 from __future__ import annotations
@@ -16,32 +18,34 @@ from llmctl.data.shuffle import Epochs
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 GROUP = 8
-"""Passages among which pairs of two documents are formed; they are 2 * GROUP rows."""
+"""Number of passages per group. Pairs of different documents are formed within a group, which fills 2 * GROUP rows."""
 FEWEST = 0.05
-"""Smallest fraction of rows with a labelled pair; with fewer the next-sentence head would hardly be trained."""
+"""Minimum fraction of rows with a labeled pair. With fewer, the next-sentence head would hardly be trained."""
 LEAST = 3
-"""Tokens of the document before and after a cut, at least: a space at the end is no sentence."""
+"""Minimum number of document tokens before and after a cut, because a space at the end is no sentence."""
 IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
-"""`next_label`, as BERT has it."""
+"""Values of `next_label`, as in BERT."""
 
 
 class PairRows:
-    """Masked rows `bos A eos B eos`; B follows A in exactly half of the labelled ones. Endless; `len(rows)` per epoch.
+    """Masked rows `bos A eos B eos` for next-sentence prediction. Rows are endless; `len(rows)` is one epoch.
 
-    A ends where a sentence of its document ends and B begins where one begins, in A's document (next_label 0) or in
-    another (next_label 1). Both take up to half a row, whatever the label, so that lengths say nothing about it.
+    B follows A in exactly half of the labeled rows. A ends at the end of a sentence. B begins at the begin of a
+    sentence, in A's document (next_label 0) or in another one (next_label 1). Both take up to half a row for either
+    label, so lengths do not reveal the label.
 
-    Four rows are of two documents: each A with its own B, then each A with the other's B. The masks of a passage are
-    the same in both of its rows. Every passage is true as often as it is false, side by side, so that what A or B alone
-    might say cancels out of a step's gradient. Without this a small network learns such chance for thousands of steps
-    before it compares the two.
+    Four rows combine two documents: each A with its own B, then each A with the other's B. The masks of a passage are
+    the same in both of its rows. Every passage is thus labeled true and false equally often within four rows. Features
+    of A or B alone then cancel out of a step's gradient. Without this a small network fits such chance correlations for
+    thousands of steps before it compares the passages.
 
-    Passages are taken in groups of `GROUP`. Within a group those that have a second sentence near are combined in twos
-    of different documents, so the labels are balanced in every group. A passage that finds no partner, or has no second
-    sentence near, fills two rows `bos A eos B eos` or `bos A eos` with next_label -1: masks, but no pair.
+    Passages are taken in groups of `GROUP`. Within a group, passages with a second sentence nearby are paired across
+    documents. Labels are therefore balanced in every group. A passage without a partner fills two rows `bos A eos B
+    eos` with next_label -1. If it has no second sentence nearby, these rows are `bos A eos`. Such rows have masks but
+    no label.
 
-    A document of n tokens has about n / T such passages per epoch, one for each of its parts, in two rows each. The
-    exact cut of a pair is sampled anew in every epoch.
+    A document of n tokens has about n / T passages per epoch, one for each of its parts. Each passage has two rows. The
+    exact cut is sampled again in every epoch.
     """
 
     def __init__(
@@ -55,7 +59,16 @@ class PairRows:
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """`rate` and `whole_words` as in `objectives.masked`.
+        """Index the passages of the corpus.
+
+        Args:
+          corpus: tokenized documents.
+          words: the tokenizer's vocabulary, with a mask token.
+          seq_len: tokens per row.
+          rate: fraction of tokens to predict, as in `objectives.masked`.
+          whole_words: mask whole words, as in `objectives.masked`.
+          seed: seed of the shuffle, cuts and masks.
+          shuffle: use another order in every epoch.
 
         Raises:
           RequestError: rows are too short for a pair, or no document has two tokens.
@@ -73,11 +86,11 @@ class PairRows:
             raise RequestError("the corpus has no document of two tokens; nothing to make pairs of")
         self._shuffle, self._order = shuffle, Epochs(self._count, seed, shuffle=True)
         self.tokens = int(self._length_D.sum())
-        """Tokens of the documents."""
+        """Total number of tokens of the documents."""
 
     @cached_property
     def labelled(self) -> float:
-        """Fraction of the rows that have a labelled pair, half of them true; measured on up to 512 passages."""
+        """Return the fraction of rows with a labeled pair, half of them true. It is measured on up to 512 passages."""
         groups = np.unique(np.linspace(0, (len(self) - 1) // (2 * GROUP), 64).astype(np.int64))
         place_N = (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
         doc_N, _, length_N2 = self._passages(place_N)
@@ -92,7 +105,7 @@ class PairRows:
 
     @property
     def waste(self) -> float:
-        """Fraction of row places that hold padding, of some rows."""
+        """Return the fraction of positions with padding, estimated on 64 rows."""
         some = np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64))
         return float(1 - (self.batch(some)["segments"] > 0).mean())
 
@@ -102,7 +115,10 @@ class PairRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Rows `rows_B` (any numbers >= 0): what `objectives.masked` gives, types [B, T] and next_label [B]."""
+        """Return rows `rows_B` (any numbers >= 0): the arrays of `objectives.masked`, plus types and next_label.
+
+        `types` is [B, T] and `next_label` is [B].
+        """
         B, T = len(rows_B), self.seq_len
         group_G = np.unique(rows_B // (2 * GROUP))
         place_N = (group_G[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
@@ -148,7 +164,7 @@ class PairRows:
         }
 
     def _masked(self, number_N: np.ndarray, doc_N: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> Batch:
-        """Passages as rows of their own [N, T], masked; what is drawn depends on a passage's number."""
+        """Mask passages as separate rows [N, T]. Random choices depend on the passage's number."""
         at = np.arange(self.seq_len)
         inside_NT = at < length_N[:, None]
         tokens_NT = np.full(inside_NT.shape, self._words.pad_id, np.int32)
@@ -160,10 +176,10 @@ class PairRows:
         return masked(packed, self._words, rate=self._rate, whole_words=self._whole_words, seed=self._seed)
 
     def _passages(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(document [N], start and length of A and B [N, 2]) at places of the order; B is empty where there is no pair.
+        """Return document [N], and start and length of A and B [N, 2], of passages by their position in the order.
 
-        Without `shuffle` it is the order of the first epoch again and again: in the documents' own order, neighbours
-        would be of one document.
+        B is empty if there is no pair. Without `shuffle` every epoch has the shuffled order of the first one. In the
+        documents' own order, consecutive passages would come from one document.
         """
         if not self._shuffle:
             place_N = place_N % self._count
@@ -174,14 +190,17 @@ class PairRows:
         cut_N = self._boundary(doc_N, near_N)
         pair_N = cut_N >= 0
         room, alone = self.seq_len - 3, self.seq_len - 2
-        around_N = np.clip(near_N - alone // 2, 0, np.maximum(length_N - alone, 0))  # without a pair
+        around_N = np.clip(near_N - alone // 2, 0, np.maximum(length_N - alone, 0))  # position of A if there is no pair
         start_N = np.where(pair_N, np.maximum(cut_N - (room - room // 2), 0), around_N)
         end_N = np.where(pair_N, cut_N, np.minimum(around_N + alone, length_N))
         second_N = np.where(pair_N, np.minimum(length_N - cut_N, room // 2), 0)
         return doc_N, np.stack([start_N, cut_N], 1), np.stack([end_N - start_N, second_N], 1)
 
     def _boundary(self, doc_N: np.ndarray, near_N: np.ndarray) -> np.ndarray:
-        """The begin of a sentence, not the document's first, nearest to a token within half a row; -1 for none."""
+        """Return the sentence begin nearest to a token, within half a row, or -1 if there is none.
+
+        The document's first sentence does not count.
+        """
         at_NW = near_N[:, None] + np.arange(-(self.seq_len // 2) - 1, self.seq_len // 2 + 1)
         length_N1 = self._length_D[doc_N][:, None]
         real_NW = (at_NW >= 0) & (at_NW < length_N1)
@@ -196,7 +215,11 @@ class PairRows:
 
 
 def check(labelled: float) -> None:
-    """Raise RequestError if too few rows have a labelled pair to train the next-sentence head."""
+    """Check that enough rows have a labeled pair to train the next-sentence head.
+
+    Raises:
+      RequestError: the fraction is below `FEWEST`.
+    """
     if labelled < FEWEST:
         raise RequestError(
             f"next-sentence pairs: {labelled:.1%} of the rows have one, and {FEWEST:.0%} at least are needed: too few "
@@ -205,9 +228,10 @@ def check(labelled: float) -> None:
 
 
 def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
-    """Return the index of each passage's partner in its group: another document's, and both have a pair; -1 for none.
+    """Return the index of each passage's partner in its group, or -1 if it has none.
 
-    In order: each passage takes the next free one. The arrays hold whole groups.
+    Partners come from different documents and both have a pair. Each passage takes the next free one, in order. The
+    arrays hold whole groups.
     """
     partner_N = np.full(len(doc_N), -1)
     for start in range(0, len(doc_N), GROUP):
@@ -222,10 +246,10 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
 
 
 def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (passage of A, passage of B, next_label) of every row [2N], a group's four-row blocks one after the other.
+    """Return (passage of A, passage of B, next_label) of every row, int [2N] each, as four-row blocks per group.
 
-    A block of two partners a and b: (a, a), (b, b) true, (a, b), (b, a) false. The passages without a partner follow,
-    two to a block: (c, c), (d, d) and the same again, unlabelled.
+    A block of partners a and b has two true pairs, (a, a) and (b, b), then two false ones, (a, b) and (b, a). The
+    passages without a partner follow, two per block: (c, c), (d, d) and the same again, unlabeled.
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

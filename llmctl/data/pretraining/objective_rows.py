@@ -1,4 +1,4 @@
-"""The rows that self-supervised training reads: an objective by name, applied to documents."""
+"""Build pretraining rows: a self-supervised objective, chosen by name, applied to documents."""
 
 from __future__ import annotations
 
@@ -23,31 +23,51 @@ LEARNS: dict[str, tuple[ObjectiveName, ...]] = {
     "encoder": ("masked", "next_sentence"),
     "encoder_decoder": ("spans", "prefix"),
 }
-"""Objectives by architecture; the first is the default (of an encoder with the head for it: next_sentence)."""
+"""Objectives per architecture. The first is the default, except that an encoder with a next-sentence head takes
+next_sentence."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What rows of text ask for."""
+    """Self-supervised objective of pretraining rows.
+
+    Example:
+      >>> from llmctl.data.corpus import tokenize
+      >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+      >>> words = ByteTokenizer.new()
+      >>> documents = tokenize(["abcdefg"], words)
+      >>> rows = Objective("causal").rows(documents, words, 4, seed=0, packing="segments", shuffle=False)
+      >>> rows[0]["tokens"].tolist(), rows[0]["targets"].tolist()
+      ([2, 102, 103, 104], [102, 103, 104, 105])
+    """
 
     name: ObjectiveName = "causal"
     rate: float = 0.15
-    """masked, next_sentence, spans: fraction of the tokens that is to be predicted."""
+    """Fraction of tokens to predict (masked, next_sentence, spans)."""
     span: float = 3.0
-    """spans: mean length."""
+    """Mean span length in tokens (spans)."""
     whole_words: bool = False
-    """masked, next_sentence: words instead of tokens."""
+    """Mask whole words instead of tokens (masked, next_sentence)."""
 
     def sentinels(self, tokenizer: Tokenizer) -> Sequence[int]:
-        """Those that its targets have."""
+        """Return the ids of the sentinels that appear in the targets."""
         return tokenizer.sentinel_ids if self.name == "spans" else ()
 
     def rows(
         self, documents: Documents, tokenizer: Tokenizer, seq_len: int, *, seed: int, packing: Packing, shuffle: bool
     ) -> PackedRows | PairRows:
-        """Endless rows of `seq_len` tokens (of the encoder where there are two stacks).
+        """Build endless rows of `seq_len` tokens. For an encoder-decoder this is the encoder's length.
 
-        Raises RequestError where the tokenizer lacks special tokens, or the documents are too few.
+        Args:
+          documents: tokenized documents.
+          tokenizer: the model's tokenizer.
+          seq_len: tokens per row.
+          seed: seed of the shuffle and of the objective's random choices.
+          packing: how documents are packed into rows.
+          shuffle: use another order in every epoch.
+
+        Raises:
+          RequestError: the tokenizer lacks special tokens, or there are too few documents.
         """
         words = Vocabulary(tokenizer)
         if self.name in ("masked", "next_sentence"):
@@ -77,12 +97,16 @@ class Objective:
 
 
 def default(architecture: str, next_sentence: bool) -> ObjectiveName:
-    """What a model learns where nothing is said."""
+    """Return the default objective of a model."""
     return "next_sentence" if next_sentence else LEARNS[architecture][0]
 
 
 def check(name: str, architecture: str, next_sentence: bool) -> None:
-    """Raises RequestError where a model cannot learn the objective."""
+    """Check that a model can be trained with the objective.
+
+    Raises:
+      RequestError: the objective is for another architecture, or needs a next-sentence head.
+    """
     if name not in LEARNS[architecture]:
         known = ", ".join(n for n in LEARNS[architecture] if n != "next_sentence" or next_sentence)
         raise RequestError(f"objective {name!r} is not for a model with architecture {architecture!r}: {known}")

@@ -1,9 +1,9 @@
-"""Objectives: what a row of packed tokens asks the model to predict. One function each.
+"""Pretraining objectives: what a row of packed tokens asks the model to predict, with one function per objective.
 
-What an objective draws depends on the row's number and the seed alone, so a row is the same in every process, however
-often it is built, and the rows of another epoch, which have other numbers, are drawn anew.
+The random choices depend only on the row's number and the seed. A row is therefore the same in every process, however
+often it is built. Rows of another epoch have other numbers, so their choices are sampled again.
 
-Legend: B rows, T tokens a row, P predicted places a row, V vocabulary.
+Legend: B rows, T tokens per row, P predicted positions per row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmctl.data.tokenizers.vocabulary import Vocabulary
 Batch = dict[str, np.ndarray]
 
 _STREAM = 2**32
-"""Draws of objectives have "epochs" from here on: they are independent of the orders of rows."""
+"""Offset of the objectives' "epochs" in `hashed`, which makes their numbers independent of the shuffle."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Packed:
 
 
 def draws(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """uint64 [B, width]: a function of (row, column, seed, stream)."""
+    """Return random numbers uint64 [B, width]: a function of (row, column, seed, stream)."""
     numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
     return hashed(numbers_BT.ravel(), seed, _STREAM + stream).reshape(numbers_BT.shape)
 
 
 def uniform(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """float64 [B, width] in [0, 1), as `draws`."""
+    """Return uniform random numbers in [0, 1), float64 [B, width], from `draws`."""
     return (draws(rows_B, width, seed, stream) >> np.uint64(11)) * 2.0**-53
 
 
 def eights(n: float) -> int:
-    """`n` rounded up to a multiple of 8: static sizes that divide into chunks."""
+    """Round `n` up to a multiple of 8, for static sizes that divide into chunks."""
     return -(-int(np.ceil(n)) // 8) * 8
 
 
@@ -67,20 +67,21 @@ def causal(packed: Packed) -> Batch:
 
 
 def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words: bool = False, seed: int = 0) -> Batch:
-    """Masked language modelling (BERT, arXiv:1810.04805): the model says what `rate` of a row's tokens were.
+    """Apply masked language modeling (Devlin et al., 2018, arXiv:1810.04805): predict a fraction of a row's tokens.
 
-    Of those 80 % become the mask, 10 % a random token, and 10 % stay.
+    Of the chosen tokens 80 % become the mask token, 10 % a random token, and 10 % stay.
 
     Args:
-        packed: the rows; special tokens are never chosen.
-        words: the tokenizer's vocabulary, with a mask.
-        rate: fraction of the row's ordinary tokens, rounded; one at least.
-        whole_words: all tokens of a word are chosen, or none; the fraction is an upper bound then, closely met.
-        seed: of the draws.
+      packed: rows; special tokens are never chosen.
+      words: the tokenizer's vocabulary, with a mask token.
+      rate: fraction of the row's ordinary tokens, rounded; at least one token.
+      whole_words: choose all tokens of a word or none. The fraction is then an upper bound, which is nearly reached.
+      seed: seed of the random choices.
 
     Returns:
-        tokens, targets, weights (1 at chosen places), segments, positions, all [B, T], and places int32 [B, P]: where
-        the chosen tokens are, ascending, filled up with places of weight 0. P = `rate` * T rounded up to eights.
+      tokens, targets, weights (1 at chosen positions), segments and positions [B, T], and places int32 [B, P]. `places`
+        has the positions of the chosen tokens, ascending, filled up with positions of weight 0. P is `rate` * T rounded
+        up to a multiple of 8.
     """
     tokens_BT, T = packed.tokens, packed.tokens.shape[1]
     ordinary_BT = (packed.segments > 0) & ~words.special[tokens_BT]
@@ -107,7 +108,10 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
 
 
 def places(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
-    """Where rows are true, int32 [B, P], ascending, filled up with others; P is `rate` * T rounded up to eights."""
+    """Return the positions of true entries, int32 [B, P], ascending, filled up with positions of false ones.
+
+    P is `rate` * T rounded up to a multiple of 8.
+    """
     T = chosen_BT.shape[1]
     most = min(T, eights(np.rint(rate * T)))
     return np.sort(np.argsort(~chosen_BT, axis=1, kind="stable")[:, :most], axis=1).astype(np.int32)
@@ -116,7 +120,7 @@ def places(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
 def _whole_words(
     packed: Packed, words: Vocabulary, ordinary_BT: np.ndarray, wanted_B: np.ndarray, chance_BT: np.ndarray
 ) -> np.ndarray:
-    """Words in random order while they fit into `wanted_B` tokens; a word that does not fit is passed over."""
+    """Choose words in random order while they fit into `wanted_B` tokens. A word that does not fit is skipped."""
     B, T = ordinary_BT.shape
     before_BT = np.pad(packed.tokens, ((0, 0), (1, 0)))[:, :-1]
     apart_BT = np.diff(packed.segments, axis=1, prepend=-1) != 0
@@ -126,12 +130,12 @@ def _whole_words(
     length_BT = np.bincount(word_BT[ordinary_BT], minlength=B * T)[word_BT]
     chance_BT = np.take_along_axis(chance_BT, first_BT, axis=1)
     chosen_BT = np.zeros_like(ordinary_BT)
-    for _ in range(4):  # after every round what is left is less than a word that came too late
+    for _ in range(4):  # after each round the remaining room is smaller than a word that was skipped
         room_B1 = wanted_B[:, None] - chosen_BT.sum(1, keepdims=True)
         open_BT = ordinary_BT & ~chosen_BT & (length_BT <= room_B1)
         order_BT = np.argsort(np.where(open_BT, chance_BT, 2.0), axis=1, kind="stable")
         rank_BT = np.argsort(order_BT, axis=1)
-        # the last token of a word must fit; tokens of a word lie side by side in the order
+        # The last token of a word must fit. The tokens of a word are adjacent in the order.
         last_B = np.zeros(B * T, np.int64)
         np.maximum.at(last_B, word_BT[open_BT], rank_BT[open_BT])
         chosen_BT |= open_BT & (last_B[word_BT] < room_B1)

@@ -1,10 +1,10 @@
-"""Packing: documents of all lengths into rows of T tokens, without attention or loss across documents.
+"""Pack documents of any length into rows of T tokens, without attention or loss across documents.
 
-An epoch is laid out as a line of pieces (whole documents, or parts of them), each starting at a known place of it;
-row r is the stretch [r * T, (r + 1) * T). Building a row is a binary search and a gather, whatever the size of the
-corpus, and depends on nothing but (corpus, settings, row number): that makes resuming and any number of hosts exact.
+An epoch is laid out as a line of pieces (documents or parts of them), each at a known offset. Row r is the range [r *
+T, (r + 1) * T) of the line. Building a row takes a binary search and a gather, whatever the size of the corpus. It
+depends only on (corpus, settings, row number), so resuming and any number of hosts give exactly the same rows.
 
-Legend: P pieces, B rows, T tokens a row, D documents.
+Legend: P pieces, B rows, T tokens per row, D documents.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 @dataclass(frozen=True)
 class Layout:
-    """P pieces of documents on a line (arrays [P]); what no piece covers is padding."""
+    """Line of P pieces of documents (arrays [P]). Positions that no piece covers are padding."""
 
     start: np.ndarray
-    """Place on the line, ascending."""
+    """Offset on the line, ascending."""
     doc: np.ndarray
     first: np.ndarray
     """Offset of the piece in its document."""
@@ -36,17 +36,30 @@ class Layout:
 
 
 class PackedRows:
-    """Endless rows of language-model tokens: `rows[i]` for any i >= 0; `len(rows)` of them are an epoch.
+    """Endless rows of packed documents: `rows[i]` for any i >= 0; `len(rows)` is one epoch.
 
-    packing:
-        segments: an epoch's documents, shuffled, form one stream that is cut every T tokens; a document cut by the end
-            of a row goes on in the next one as a new segment. The stream's last, incomplete row is dropped.
-        concat: the same stream, each row one segment: attention and loss cross documents.
-        fit: documents (cut at T tokens) are put whole into the row they fit best (best fit, longest first);
-            rows are padded, and shuffled each epoch.
+    A document is `bos` (if the tokenizer adds it), its tokens, and `eos`. With `shuffle=False` documents stay in order,
+    and the last row is padded instead of dropped. Validation then sees every token exactly once.
 
-    A document is `bos` (where the tokenizer adds it), its tokens, `eos`. With `shuffle=False` documents stay in order
-    and the last row is padded instead of dropped: validation sees every token exactly once.
+    Packing methods:
+
+    - segments: an epoch's shuffled documents form one stream, which is cut every T tokens. If the end of a row cuts a
+      document, the next row continues it as a new segment. The last, incomplete row is dropped.
+    - concat: the same stream, but each row is one segment, so attention and loss cross documents.
+    - fit: documents (cut at T tokens) are placed whole into the row that they fit best (best fit, longest first). Rows
+      are padded, and shuffled in each epoch.
+
+    Args:
+      corpus: tokenized documents.
+      tokenizer: the model's tokenizer.
+      seq_len: tokens per row, T.
+      seed: seed of the shuffle.
+      packing: packing method.
+      shuffle: use another order in every epoch.
+      objective: converts packed rows to a batch.
+
+    Raises:
+      RequestError: the corpus does not fill one row.
     """
 
     def __init__(
@@ -60,12 +73,11 @@ class PackedRows:
         shuffle: bool = True,
         objective: Callable[[Packed], Batch] = causal,
     ):
-        """Raises RequestError if the corpus does not fill one row."""
         self.seq_len, self.packing, self.shuffle = seq_len, packing, shuffle
         self._corpus, self._tokenizer, self._seed, self._objective = corpus, tokenizer, seed, objective
         self._length_D = corpus.lengths + tokenizer.add_bos + 1
         self.tokens = int(self._length_D.sum())
-        """Tokens an epoch, begin and end of sequence included."""
+        """Number of tokens per epoch, including begin and end of sequence."""
         self._fixed: Layout | None = None
         if packing == "fit":
             self._fixed, self._rows = best_fit(self._length_D, seq_len)
@@ -84,7 +96,7 @@ class PackedRows:
 
     @property
     def waste(self) -> float:
-        """Fraction of an epoch's row places that hold padding."""
+        """Return the fraction of an epoch's positions with padding."""
         placed = min(self.tokens, self._rows * self.seq_len)
         return 1 - placed / (self._rows * self.seq_len)
 
@@ -94,17 +106,17 @@ class PackedRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Rows `rows_B` (any numbers >= 0) as arrays [B, T]; the same as stacking `self[i]`."""
+        """Return rows `rows_B` (any numbers >= 0) as arrays [B, T], equal to stacking `self[i]`."""
         return self._objective(self.packed(rows_B))
 
     def packed(self, rows_B: np.ndarray) -> Packed:
-        """Rows `rows_B` before the objective."""
+        """Return rows `rows_B` before the objective is applied."""
         epoch_B = rows_B // self._rows
         parts = [(epoch_B == e, *self._epoch(int(e))) for e in np.unique(epoch_B)]
         packed = [self._cut(layout, order, rows_B[here]) for here, layout, order in parts]
         if len(packed) == 1:
             return packed[0]
-        # a batch that straddles epochs: put each epoch's rows back where they belong
+        # A batch may contain rows of several epochs: restore the order of its rows.
         place_B = np.argsort(np.concatenate([np.flatnonzero(here) for here, _, _ in parts]))
         return Packed(*(np.concatenate([getattr(p, f) for p in packed])[place_B] for f in Packed.__dataclass_fields__))
 
@@ -122,13 +134,13 @@ class PackedRows:
         positions_BT = at_BT - np.maximum(layout.start[piece_BT], start_B1)
         next_doc_BT, next_offset_BT = doc_BT, offset_BT + 1
         if self.packing == "concat":
-            # one segment a row; the token after a document's last one is the first of the next piece on the line
+            # Each row is one segment. A document's last token is followed by the first token of the next piece.
             segments_BT, positions_BT = np.ones_like(piece_BT), at_BT - start_B1
             joins_BT = real_BT & ~follows_BT & (piece_BT + 1 < len(layout.start))
             after_BT = layout.doc[np.minimum(piece_BT + 1, len(layout.start) - 1)]
             next_doc_BT, next_offset_BT = np.where(joins_BT, after_BT, doc_BT), np.where(joins_BT, 0, offset_BT + 1)
             follows_BT = follows_BT | joins_BT
-        # both at once: stored documents are read only once
+        # One call for tokens and targets, so that stored documents are read only once.
         tokens_BT, next_BT = self._tokens(
             np.stack([doc_BT, next_doc_BT]),
             np.stack([offset_BT, next_offset_BT]),
@@ -144,7 +156,10 @@ class PackedRows:
         )
 
     def _tokens(self, doc: np.ndarray, offset: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """Tokens of wrapped documents (bos, text, eos) at `offset` where `where`, padding elsewhere; any one shape."""
+        """Return tokens of wrapped documents (bos, text, eos) at `offset`, and padding if `where` is false.
+
+        All arguments have the same shape, which may be any.
+        """
         bos = self._tokenizer.add_bos
         out = np.full(doc.shape, self._tokenizer.pad_id, np.int32)
         last = self._length_D[doc] - 1
@@ -156,11 +171,11 @@ class PackedRows:
         return out
 
     def _epoch(self, epoch: int) -> tuple[Layout, np.ndarray | None]:
-        """The line of an epoch and, where rows are shuffled instead of documents, the order of its rows."""
+        """Return the layout of an epoch and the order of its rows, or None if documents are shuffled instead."""
         key = epoch if self.shuffle else 0
-        with self._lock:  # several reading threads; one of them lays the epoch out
+        with self._lock:  # several threads read rows; one of them computes the layout
             if key not in self._epochs:
-                while len(self._epochs) > 1:  # two: a batch may straddle epochs
+                while len(self._epochs) > 1:  # two, because a batch may contain rows of two epochs
                     del self._epochs[next(iter(self._epochs))]
                 self._epochs[key] = self._lay_out(key)
             return self._epochs[key]
@@ -175,10 +190,10 @@ class PackedRows:
 
 
 def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
-    """Packs documents, cut every `seq_len` tokens, into rows: longest first, each into the fullest row that has room.
+    """Pack documents, cut every `seq_len` tokens, by best fit: longest first, each into the fullest row with room.
 
     Returns:
-        The layout (row r is the line's stretch [r * seq_len, (r + 1) * seq_len)) and the number of rows.
+      The layout, in which row r is the range [r * seq_len, (r + 1) * seq_len), and the number of rows.
     """
     count_D = -(-length_D // seq_len)
     doc_P = np.repeat(np.arange(len(length_D)), count_D)
@@ -186,7 +201,7 @@ def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
     length_P = np.minimum(seq_len, length_D[doc_P] - first_P)
     start_P = np.zeros(len(doc_P), np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    rooms = 0  # bit k is set when some row has room for exactly k tokens more
+    rooms = 0  # bit k is set if some row has room for exactly k more tokens
     rows = 0
     for p in np.argsort(-length_P, kind="stable"):
         length = int(length_P[p])

@@ -1,8 +1,8 @@
-"""Preparing: tokenize a corpus once, in parallel processes, into shards that training reads like the raw text.
+"""Prepare a corpus: tokenize it once, in parallel processes, into shards that training can read.
 
-The documents of each split and source are cut into shards by their number alone; each shard is written by one process,
-whichever is free. So the result is the same for any number of workers, and a preparation that was stopped goes on with
-the shards that are missing.
+The documents of each split and source are divided into shards by their index alone. Each shard is written by one free
+process. The result is therefore the same for any number of workers. An interrupted preparation continues with the
+missing shards.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 
 Progress = Callable[[int, int], None]
-"""Is told how many documents are done, and of how many."""
+"""Callback with the number of documents done and their total."""
 
 MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
-"""A source of a split has at most so many shards, and a shard at least so many documents (but for the last)."""
+"""Maximum number of shards per source and split, and minimum number of documents per shard except the last."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,22 @@ def prepare(
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Writes the folder `out` (`llmctl.data.pretraining.prepared` says what is in it) and returns its description.
+    """Tokenize a corpus into the folder `out` and return its description.
 
-    The work grows in `out` with the suffix `.partial` and is renamed when it is whole.
+    The layout is documented in `llmctl.data.pretraining.prepared`. Files are written to a folder with the suffix
+    `.partial`, which is renamed when it is complete.
+
+    Args:
+      data: the data.
+      tokenizer: the tokenizer to load or train.
+      out: target folder.
+      workers: number of processes.
+      progress: called with the number of documents done and their total.
+      say: called with one-line messages.
 
     Raises:
-        RequestError: bad data or tokenizer; `out` holds something else.
-        Interrupted: Ctrl-C; the same call goes on.
+      RequestError: data or tokenizer are invalid, or `out` holds something else.
+      Interrupted: by Ctrl-C; the same call continues the work.
     """
     if any(part.source == "prepared" for part in data.parts()):
         raise RequestError("the data is prepared already")
@@ -121,7 +130,7 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 
 
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
-    """The work folder with its tokenizer; what an earlier call of the same key left there is kept."""
+    """Create the work folder with its tokenizer. The files of an earlier call with the same key are kept."""
     note = work / "key"
     if work.exists() and not (note.exists() and note.read_text() == key):
         say(f"{work}: left by other settings, discarded")
@@ -129,12 +138,12 @@ def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say:
     if not work.exists():
         words = tokenizers.obtain(text["train"].within(cfg.sample).texts(), cfg)
         words.save(work / "tokenizer")
-        note.write_text(key)  # last: with it the tokenizer is whole
+        note.write_text(key)  # written last, so its presence marks a complete tokenizer
     return tokenizers.load(work / "tokenizer")
 
 
 def _jobs(split: str, examples: splits.Examples) -> Iterator[tuple[int, list[Job]]]:
-    """(number of the source, its shards) of a split."""
+    """Yield (index of the source, its shards) of a split."""
     for p, part in examples.parts():
         size = max(LEAST_DOCUMENTS, -(-len(part) // MOST_SHARDS))
         cuts = range(0, len(part), size)
@@ -150,7 +159,7 @@ def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> 
 
 
 def _write(work: Path, jobs: list[Job], pool: Pool, progress: Progress) -> None:
-    """Writes the shards that are not there yet."""
+    """Write the shards that are missing."""
     missing = [job for job in jobs if not _note(work, job).exists()]
     total = sum(len(job.index) for job in jobs)
     done = total - sum(len(job.index) for job in missing)
@@ -168,28 +177,28 @@ def _lengths(work: Path, job: Job) -> Path:
 
 
 Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
-"""Maps a function of a worker and a task over tasks, in order."""
+"""Maps a function of (worker, task) over tasks, in order."""
 
 
 class Worker:
-    """What a process holds: the sources, opened once, and the tokenizer."""
+    """State of a worker process: the sources, opened once, and the tokenizer."""
 
     def __init__(self, data: DataConfig, work: Path):
         self.data, self.work = data, work
 
     @functools.cached_property
     def views(self) -> list[View]:
-        """The sources."""
+        """Open the sources."""
         return [View(part) for part in self.data.parts()]
 
     @functools.cached_property
     def source(self) -> Chain:
-        """All sources as one."""
+        """Return the concatenation of all sources."""
         return Chain(self.views)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, once it is there."""
+        """Load the tokenizer. The main process writes it before the first shard."""
         return tokenizers.load(self.work / "tokenizer")
 
 
@@ -199,7 +208,10 @@ def _scan(worker: Worker, rows: splits.Range) -> Scan:
 
 
 def _shard(worker: Worker, job: Job) -> int:
-    """Writes one shard, its lengths and then its note, which says that it is whole; the number of documents."""
+    """Write one shard, its lengths and then its note, and return the number of documents.
+
+    The note is written last, so its presence marks a complete shard.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     file = worker.work / f"{job.name}.arrayrecord"
@@ -232,12 +244,12 @@ def _dtype(tokenizer: Tokenizer) -> str:
 
 @contextlib.contextmanager
 def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
-    """A pool of `workers` processes; with one worker this process itself."""
+    """Yield a pool of `workers` processes. With one worker, tasks run in this process."""
     if workers == 1:
         worker = Worker(data, work)
         yield lambda function, tasks: (function(worker, task) for task in tasks)
         return
-    # spawned, not forked: the parent has threads
+    # Processes are spawned, because a fork of a process with threads can deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (data, work)) as pool:
         try:
@@ -250,18 +262,19 @@ def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
 
 
 _worker: Any = None
-"""The worker of this process."""
+"""Worker of this process."""
 
 
 def _start(data: DataConfig, work: Path) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    # Ctrl-C reaches the whole process group, but only the parent handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     _worker = Worker(data, work)
 
 
 def _follow_parent() -> None:
-    """A parent that is killed leaves its workers waiting for work for ever; so end with it."""
+    """Exit this process when its parent dies. A killed parent would otherwise leave its workers waiting forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,9 +1,9 @@
-"""Prepared data: a corpus that `llmctl prepare` tokenized, in ArrayRecord shards with a description.
+"""Read prepared data: a corpus that `llmctl prepare` tokenized into ArrayRecord shards.
 
-prepared.json     what is there: tokenizer digest, splits, sources, shards with counts and checksums
+prepared.json     description: tokenizer digest, splits, sources, shards with counts and checksums
 tokenizer/        the tokenizer
-*.arrayrecord     one record a document: its ids as little-endian integers
-*.lengths.npy     tokens of each document
+*.arrayrecord     one record per document: its token ids as little-endian integers
+*.lengths.npy     number of tokens of each document
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 class Shard(BaseModel):
-    """One ArrayRecord file."""
+    """Description of one ArrayRecord file."""
 
     file: str
     documents: int
@@ -36,44 +36,44 @@ class Shard(BaseModel):
 
 
 class Part(BaseModel):
-    """The documents of one source in one split, in order."""
+    """Documents of one source in one split, in order."""
 
     title: str
     weight: float
     epochs: float
     lengths: str
-    """File with the tokens of each document."""
+    """File with the number of tokens of each document."""
     shards: list[Shard]
 
 
 class Prepared(BaseModel):
-    """What `prepared.json` says."""
+    """Content of `prepared.json`."""
 
     format: int
     key: str
-    """sha256 of all that decides the content."""
+    """SHA-256 of everything that determines the content."""
     tokenizer: str
     """Digest of the tokenizer."""
     dtype: str
-    """Type of the ids in a record, such as `<u2`."""
+    """NumPy type of the token ids in a record, such as `<u2`."""
     data: dict[str, Any]
-    """The data config that was prepared."""
+    """Data config of the preparation."""
     splits: dict[str, list[Part]]
 
     def documents(self, split: str) -> int:
-        """Documents of a split."""
+        """Return the number of documents of a split."""
         return sum(s.documents for part in self.splits[split] for s in part.shards)
 
     def tokens(self, split: str) -> int:
-        """Tokens of a split, without begin and end of sequence."""
+        """Return the number of tokens of a split, without begin and end of sequence."""
         return sum(s.tokens for part in self.splits[split] for s in part.shards)
 
 
 def read(path: str) -> tuple[epath.Path, Prepared]:
-    """Folder and description of prepared data.
+    """Return folder and description of prepared data.
 
     Raises:
-        RequestError: nothing prepared there, damaged, or of a later format.
+      RequestError: there is no prepared data, it is damaged, or its format is later than `FORMAT`.
     """
     where = folder(path)
     if not (where / DESCRIPTION).exists():
@@ -88,12 +88,16 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
 
 
 class Shards:
-    """Documents in ArrayRecord shards, read by random access (a `corpus.Documents`)."""
+    """Documents in ArrayRecord shards, with random access (a `corpus.Documents`)."""
 
     def __init__(self, where: epath.Path, part: Part, dtype: str):
-        """Raises RequestError if a shard is missing or has another size than when it was written."""
+        """Check the shards and read the document lengths.
+
+        Raises:
+          RequestError: a shard is missing, or its size differs from the description.
+        """
         self._files = [where / s.file for s in part.shards]
-        keep_open(len(self._files))  # as many as are read stay open
+        keep_open(len(self._files))  # the files that are read stay open
         for file, shard in zip(self._files, part.shards, strict=True):
             if not file.exists() or file.stat().length != shard.bytes:
                 raise RequestError(f"{file}: missing or damaged; prepare the data again")
@@ -106,11 +110,11 @@ class Shards:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document."""
+        """Return the number of tokens of each document, int64 [D]."""
         return self._lengths
 
     def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Token at `offset` of each `doc`, int32 [N]; each document is read once."""
+        """Return the token at `offset` of each `doc`, int32 [N]. Each document is read once."""
         if not len(doc_N):
             return np.zeros(0, np.int32)
         unique, which_N = np.unique(doc_N, return_inverse=True)
@@ -119,7 +123,8 @@ class Shards:
         return np.concatenate(documents)[starts[which_N] + offset_N].astype(np.int32)
 
     def _read(self, docs: list[int]) -> list[np.ndarray]:
-        # a thread a shard pays for remote files only; ours are the pipeline's threads
+        # `__getitems__` uses a thread per shard, which helps for remote files only. Local reads already run in the data
+        # pipeline's threads.
         records = [self._data[d] for d in docs] if is_local(self._files[0]) else self._data.__getitems__(docs)
         documents = [np.frombuffer(r, self._dtype) for r in records]
         for d, document in zip(docs, documents, strict=True):
@@ -135,11 +140,15 @@ class Shards:
 
 
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
-    """Raises RequestError for settings that the data was prepared without: they would change nothing."""
+    """Check that the config has no settings that the data was prepared without. They would have no effect.
+
+    Raises:
+      RequestError: a setting differs from that of the preparation.
+    """
     was = dict(found.data)
     asked = {name: getattr(part, name) for name in ("filter", "replace")}
     asked |= {name: getattr(cfg, name) for name in ("dedup", "validation", "test")}
-    if "text" in part.columns and not was.get("mixture"):  # other columns are for other stages of a recipe
+    if "text" in part.columns and not was.get("mixture"):  # other columns belong to other stages of the recipe
         asked["columns.text"], was["columns.text"] = part.columns["text"], was.get("columns", {}).get("text", "text")
     for name, value in asked.items():
         field = DataConfig.model_fields.get(name)
@@ -150,7 +159,11 @@ def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: s
 
 
 def check(found: Prepared, tokenizer: Tokenizer, path: str) -> None:
-    """Raises RequestError if the data was prepared with another tokenizer."""
+    """Check that the data was prepared with this tokenizer.
+
+    Raises:
+      RequestError: it was prepared with another one.
+    """
     if found.tokenizer != tokenizer.digest:
         raise RequestError(
             f"{path}: prepared with another tokenizer ({found.tokenizer[:12]}) than the model's "

@@ -1,7 +1,7 @@
-"""Objectives of encoder-decoders: the encoder reads a document with parts missing, the decoder writes what is missing.
+"""Objectives of encoder-decoders: the encoder reads a document with parts missing, the decoder predicts these parts.
 
-Documents that share a row stay apart in both: a decoder segment attends to the encoder segment of its number. A decoder
-segment begins with the padding token, as T5 has it (arXiv:1910.10683).
+Documents that share a row are kept apart in both stacks: a decoder segment attends only to the encoder segment with the
+same number. A decoder segment begins with the padding token, as in T5 (Raffel et al., 2020, arXiv:1910.10683).
 
 Legend: B rows, S encoder tokens, T decoder tokens, n tokens of a document.
 """
@@ -19,9 +19,9 @@ from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 
 def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
-    """(tokens a row before corruption, decoder tokens, sentinels) so that about `encoder` are left.
+    """Return the sizes for about `encoder` tokens after corruption: (raw tokens per row, decoder tokens, sentinels).
 
-    Corruption turns n tokens into n - k + s with k = rate * n dropped ones in s = k / span spans.
+    Corruption turns n tokens into n - k + s. It drops k = rate * n tokens in s = k / span spans.
     """
     raw = encoder
     while True:
@@ -30,12 +30,12 @@ def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
             break
         raw += 1
     k, s = _counts(raw, rate, span)
-    # several documents a row: each has its end, and its share of dropped tokens rounded
+    # With several documents per row, each has an end of sequence and its own rounding, hence the margins.
     return raw, eights(k + s + 5), s + 4
 
 
 def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int]:
-    """Tokens to drop of n, and the spans they form; `up` in [0, 1) decides how the fraction is rounded."""
+    """Return the number of tokens to drop out of n, and of spans. `up` in [0, 1) determines the rounding."""
     k = min(int(rate * n + up), n - 1)
     return (0, 0) if k < 1 else (k, min(max(1, round(k / span)), n - k + 1))
 
@@ -43,23 +43,23 @@ def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int
 def choose_spans(
     n: int, rate: float, span: float, up: float, gaps: np.ndarray, cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of n tokens are dropped, and where spans of them start: two bool arrays [n].
+    """Sample which of n tokens are dropped, and where their spans start: two bool arrays [n].
 
-    Spans lie in different gaps between the tokens that stay, any gaps with equal chance, and every way of sharing the
-    dropped tokens out has equal chance too.
+    Spans lie in different gaps between the kept tokens. All choices of gaps are equally likely, and so are all
+    divisions of the dropped tokens into spans.
 
     Args:
-        n: tokens.
-        rate: fraction dropped.
-        span: mean length of a span.
-        up: in [0, 1): rounding, unbiased where it is drawn uniformly.
-        gaps: n numbers; the smallest choose the gaps.
-        cuts: n numbers; the smallest choose where the dropped tokens are divided.
+      n: number of tokens.
+      rate: fraction of tokens to drop.
+      span: mean span length in tokens.
+      up: rounding offset in [0, 1); unbiased if sampled uniformly.
+      gaps: n random numbers; the smallest choose the gaps.
+      cuts: n random numbers; the smallest choose where the dropped tokens are divided.
     """
     dropped, starts = np.zeros(n, bool), np.zeros(n, bool)
     k, s = _counts(n, rate, span, up)
     if k:
-        stay_s = np.sort(np.argsort(gaps[: n - k + 1])[:s])  # tokens that stay before each span
+        stay_s = np.sort(np.argsort(gaps[: n - k + 1])[:s])  # kept tokens before each span
         divide = np.sort(np.argsort(cuts[: k - 1])[: s - 1]) + 1
         length_s = np.diff([0, *divide, k])
         start_s = stay_s + np.cumsum(length_s) - length_s
@@ -79,23 +79,25 @@ def corrupted(
     span: float = 3.0,
     seed: int = 0,
 ) -> Batch:
-    """Span corruption (T5): spans become sentinels in the encoder; the decoder writes each sentinel and its span, and
-    the end of sequence.
+    """Apply span corruption (Raffel et al., 2020, arXiv:1910.10683).
 
-    What does not fit into `encoder` or `decoder` tokens is cut, and no span is asked for whose sentinel was cut.
+    The encoder reads a sentinel in place of each span. The decoder predicts each sentinel and its span, and then the
+    end of sequence. Tokens beyond `encoder` or `decoder` are cut, and a span whose sentinel was cut is not predicted.
 
     Args:
-        packed: rows, best of `sizes(encoder, rate, span)[0]` tokens.
-        words: the tokenizer's vocabulary, with sentinels.
-        encoder: S.
-        decoder: T.
-        rate: fraction of each document's tokens dropped; its begin and end of sequence stay.
-        span: mean length of the dropped spans.
-        seed: of the draws.
+      packed: rows, ideally of `sizes(encoder, rate, span)[0]` tokens.
+      words: the tokenizer's vocabulary, with sentinels.
+      encoder: encoder length S in tokens.
+      decoder: decoder length T in tokens.
+      rate: fraction of each document's tokens to drop; begin and end of sequence stay.
+      span: mean span length in tokens.
+      seed: seed of the random choices.
 
     Returns:
-        encoder_tokens, encoder_segments, encoder_positions [B, S]; tokens, targets, weights, segments, positions
-        [B, T].
+      encoder_tokens, encoder_segments, encoder_positions [B, S]; tokens, targets, weights, segments, positions [B, T].
+
+    Raises:
+      RequestError: the tokenizer has too few sentinels.
     """
     width = packed.tokens.shape[1]
     up_BL = uniform(packed.rows, width, seed, 3)
@@ -124,7 +126,7 @@ def corrupted(
         fits = out.read(b, segment, read[stays])
         count = int(starts[stays][:fits].sum())
         if count:
-            number = np.cumsum(starts)[dropped] - 1  # span of each dropped token
+            number = np.cumsum(starts)[dropped] - 1  # span index of each dropped token
             at = np.flatnonzero(starts[dropped])
             written = np.insert(tokens[dropped], at, sentinels[: len(at)])
             keeps = np.insert(number, at, np.arange(len(at))) < count
@@ -133,9 +135,10 @@ def corrupted(
 
 
 def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
-    """Prefix language modelling (T5): the encoder reads the beginning of each document, the decoder writes the rest.
+    """Apply prefix language modeling (Raffel et al., 2020, arXiv:1910.10683).
 
-    Where a document is divided is drawn uniformly. Encoder and decoder have the width T of the rows.
+    The encoder reads the beginning of each document, and the decoder predicts the rest. The split point is sampled
+    uniformly. Encoder and decoder both have the rows' width T.
     """
     width = packed.tokens.shape[1]
     where_BT = uniform(packed.rows, width, seed, 6)
@@ -150,7 +153,7 @@ def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
 
 
 def _documents(packed: Packed) -> Iterator[tuple[int, int, int, int]]:
-    """(row, segment, first, last): every document's part of a row is tokens[first:last]."""
+    """Yield (row, segment, first, last) of every document: its part of the row is tokens[first:last]."""
     for b, segments in enumerate(packed.segments):
         edges = np.flatnonzero(np.diff(segments, prepend=-1, append=-1))
         for first, last in itertools.pairwise(edges):
@@ -159,7 +162,7 @@ def _documents(packed: Packed) -> Iterator[tuple[int, int, int, int]]:
 
 
 class _Rows:
-    """Rows of an encoder-decoder that are filled from the left."""
+    """Encoder-decoder rows that are filled from the left."""
 
     def __init__(self, B: int, S: int, T: int, pad: int):
         self.pad = pad
@@ -175,7 +178,7 @@ class _Rows:
         self._read, self._written = np.zeros(B, int), np.zeros(B, int)
 
     def read(self, b: int, segment: int, tokens: np.ndarray) -> int:
-        """Puts tokens before the encoder; returns how many there was room for."""
+        """Append tokens to the encoder input of row b and return how many fit."""
         at = self._read[b]
         n = min(len(tokens), self.batch["encoder_tokens"].shape[1] - at)
         here = (b, slice(at, at + n))
@@ -186,7 +189,7 @@ class _Rows:
         return n
 
     def write(self, b: int, segment: int, targets: np.ndarray) -> None:
-        """Asks tokens of the decoder, as far as there is room."""
+        """Append targets to the decoder of row b, as many as fit."""
         at = self._written[b]
         n = min(len(targets), self.batch["tokens"].shape[1] - at)
         here = (b, slice(at, at + n))

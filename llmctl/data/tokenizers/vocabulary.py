@@ -1,4 +1,4 @@
-"""What objectives know about tokens: which are special, where words begin, where sentences end.
+"""Properties of tokens that objectives need: special tokens, word boundaries and sentence ends.
 
 Legend: V vocabulary.
 """
@@ -14,33 +14,37 @@ from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.base import Tokenizer
 
 STOPS = ".!?"
-"""End a sentence if white space follows."""
+"""Characters that end a sentence if white space follows."""
 HARD_STOPS = "\n。｡！？।॥؟۔։።။។"
-"""End a sentence whatever follows: Chinese, Japanese, Hindi, Arabic, Urdu, Armenian, Amharic, Burmese, Khmer."""
+"""Characters that always end a sentence: Chinese, Japanese, Hindi, Arabic, Urdu, Armenian, Amharic, Burmese, Khmer."""
 CLOSERS = "\"')]”’"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's vocabulary as arrays [V]."""
+    """Properties of a tokenizer's vocabulary, as boolean arrays [V]."""
 
     tokenizer: Tokenizer
 
     @property
     def pad_id(self) -> int:
-        """The padding token."""
+        """Return the id of the padding token."""
         return self.tokenizer.pad_id
 
     @property
     def mask_id(self) -> int:
-        """The mask. Raises RequestError where the tokenizer has none."""
+        """Return the id of the mask token.
+
+        Raises:
+          RequestError: the tokenizer has no mask token.
+        """
         if self.tokenizer.mask_id is None:
             raise RequestError("the tokenizer has no mask token, which masked language modelling needs")
         return self.tokenizer.mask_id
 
     @cached_property
     def special(self) -> np.ndarray:
-        """bool: never masked, never part of a span."""
+        """Return a mask bool [V] of special tokens, which are never masked and never part of a span."""
         t = self.tokenizer
         marks = [t.pad_id, t.bos_id, t.eos_id, *t.sentinel_ids]
         special_V = np.zeros(t.vocab_size, bool)
@@ -49,7 +53,7 @@ class Vocabulary:
 
     @cached_property
     def ordinary(self) -> np.ndarray:
-        """Ids of the tokens that text is made of."""
+        """Return the ids of tokens that text consists of, int32."""
         return np.setdiff1d(np.flatnonzero(~self.special), [self.tokenizer.unk_id]).astype(np.int32)
 
     @cached_property
@@ -58,51 +62,54 @@ class Vocabulary:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """bool: a word begins with this token (a space before it, or punctuation)."""
+        """Return a mask bool [V] of tokens that begin a word: a space precedes it, or it is punctuation."""
         return np.array([not p or not _of_word(p[0]) for p in self._pieces])
 
     @cached_property
     def closes(self) -> np.ndarray:
-        """bool: whatever comes after this token begins a word; a lone space belongs to what follows."""
+        """Return a mask bool [V] of tokens after which a word always begins. A lone space belongs to the next word."""
         return np.array([not p or not (_of_word(p[-1]) or p[-1] == " ") for p in self._pieces])
 
     @cached_property
     def spaced(self) -> np.ndarray:
-        """bool: the token begins with white space."""
+        """Return a mask bool [V] of tokens that begin with white space."""
         return np.array([p[:1].isspace() for p in self._pieces])
 
     @cached_property
     def stops(self) -> np.ndarray:
-        """bool: a sentence ends with this token if white space follows."""
+        """Return a mask bool [V] of tokens that end a sentence if white space follows."""
         return np.array([p.rstrip(CLOSERS)[-1:] in STOPS and p.rstrip(CLOSERS) != "" for p in self._pieces])
 
     @cached_property
     def hard_stops(self) -> np.ndarray:
-        """bool: a sentence ends with this token."""
+        """Return a mask bool [V] of tokens that always end a sentence."""
         return np.array([p != "" and p[-1] in HARD_STOPS for p in self._pieces])
 
     @cached_property
     def _marks(self) -> np.ndarray:
-        """bool: the token ends with an exclamation or question mark, as NFKC writes the full-width ones."""
+        """Return a mask bool [V] of tokens that end with "!" or "?". NFKC also writes full-width marks in this form."""
         return np.array([p.rstrip(CLOSERS)[-1:] in ("!", "?") for p in self._pieces])
 
     @cached_property
     def _ideographs(self) -> np.ndarray:
-        """bool: the token begins with a Chinese or Japanese character, which no space precedes."""
+        """Return a mask bool [V] of tokens that begin with a Chinese or Japanese character. No space precedes these."""
         return np.array([_in(p[:1], "\u3040", "\u30ff") or _in(p[:1], "\u3400", "\u9fff") for p in self._pieces])
 
     @cached_property
     def _thai(self) -> tuple[np.ndarray, np.ndarray]:
-        """bool: the token ends with a Thai character; it is a space, or begins with one before a Thai character."""
+        """Return two masks bool [V]: tokens that end with a Thai character, and tokens that separate Thai sentences.
+
+        The latter are a lone space, and a space followed by a Thai character.
+        """
         thai = [(p, p.strip()) for p in self._pieces]
         ends = np.array([_in(p[-1:], "\u0e01", "\u0e5b") for p, _ in thai])
         return ends, np.array([p[:1] == " " and (not text or _in(text[0], "\u0e01", "\u0e5b")) for p, text in thai])
 
     def begins_sentence(self, last: np.ndarray, this: np.ndarray) -> np.ndarray:
-        """Return a bool array: a sentence begins with token `this` if token `last` stands before it.
+        """Return whether a sentence begins with token `this` if token `last` precedes it; bool, elementwise.
 
-        A full stop, exclamation or question mark needs a space behind it, or a Chinese or Japanese character (after an
-        exclamation or question mark). Thai writes a space between sentences and nowhere within words.
+        A full stop, exclamation mark or question mark needs white space behind it. After the last two, a Chinese or
+        Japanese character also begins a sentence. Thai writes a space between sentences and never inside words.
         """
         thai_ends, thai_begins = self._thai
         found = self.stops[last] & self.spaced[this] | self.hard_stops[last]
@@ -114,5 +121,5 @@ def _in(character: str, first: str, last: str) -> bool:
 
 
 def _of_word(character: str) -> bool:
-    # a lone byte of a character decodes to the replacement character
+    # A single byte of a multi-byte character decodes to the replacement character.
     return character.isalnum() or character in "_\ufffd"
