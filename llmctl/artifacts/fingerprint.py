@@ -59,15 +59,16 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
         _add(total, name, w)
         records[name] = weights.describe(w)
         parameters += weights.count({name: w})
-        for part, a in weights.parts(w).items():
+        for a in weights.parts(w).values():
             stored_bits += (
                 a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
             )
-            if part in ("", "qvalue", "base", "base.qvalue") and name.endswith("kernel"):
-                here = int(jnp.sum(jnp.sum(a == 0, axis=-1), dtype=jnp.float32))
-                zeros, entries = zeros + here, entries + a.size
-                if jnp.issubdtype(a.dtype, jnp.floating):
-                    floats = [floats[0] + here, floats[1] + a.size]
+        if weights.is_kernel(name):
+            values = weights.as_node(weights.as_node(w).bare()).values()
+            here = int(jnp.sum(jnp.sum(values == 0, axis=-1), dtype=jnp.float32))
+            zeros, entries = zeros + here, entries + values.size
+            if jnp.issubdtype(values.dtype, jnp.floating):
+                floats = [floats[0] + here, floats[1] + values.size]
     return {
         "digest": total.hexdigest(),
         "parameters": parameters,

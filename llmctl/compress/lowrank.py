@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.model.weights import LowRank, Quantized, flatten, merge_low_rank, parts
+from llmctl.model import weights
 
 PRUNED = 0.01
 """From this share of zeros on a matrix counts as pruned."""
@@ -24,22 +24,21 @@ def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = Fa
     `requantizes`: the stage quantizes what comes out, so pairs on integers may be merged too.
     Raises RequestError where merging would turn integers into floats or fill pruned zeros.
     """
-    pairs = {path: w for path, w in flatten(base.params).items() if isinstance(w, LowRank)}
+    pairs = {path: weights.as_node(w) for path, w in weights.adapted(base.params).items()}
     if not pairs:
         return base.params
     for path, w in pairs.items():
-        integers = isinstance(w.base, Quantized)
-        if integers and not requantizes:
+        if w.is_integer and not requantizes:
             raise RequestError(
                 f"{base.path}: {path} has low-rank pairs on integers, and merging would undo the quantization; "
                 "prune before quantizing"
             )
-        zeros = float(jnp.mean((next(iter(parts(w.base).values())) == 0).astype(jnp.float32)))
-        if zeros > (PRUNED_INTEGERS if integers else PRUNED):
+        zeros = float(jnp.mean((weights.as_node(w.bare()).values() == 0).astype(jnp.float32)))
+        if zeros > (PRUNED_INTEGERS if w.is_integer else PRUNED):
             raise RequestError(
                 f"{base.path}: {path} is {zeros:.0%} zeros under low-rank pairs, and merging would fill them; "
                 "finetune the pruned artifact with method = 'full', which keeps the zeros"
             )
-    on_integers = any(isinstance(w.base, Quantized) for w in pairs.values())
+    on_integers = any(w.is_integer for w in pairs.values())
     say("merges the low-rank pairs" + (" into the dequantized matrices, and quantizes those" if on_integers else ""))
-    return jax.jit(merge_low_rank)(base.params)
+    return jax.jit(weights.merge_adapters)(base.params)

@@ -9,7 +9,7 @@ Shapes: I inputs, O outputs of one layer's matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from llmctl.compress.calibrate import Moments
 from llmctl.compress.pattern import Pattern
 from llmctl.config.errors import RequestError
-from llmctl.model.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
+from llmctl.model import weights
+from llmctl.model.weights import Weight
 
 Score = Callable[[jax.Array, Moments | None], jax.Array]
 
@@ -76,19 +77,14 @@ def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
 
 def apply(w: Weight, mask_IO: jax.Array) -> Weight:
     """The weight with zeros where the mask is False; a quantized weight keeps its integers and scales elsewhere."""
-    if isinstance(w, LowRank):
-        raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
-    if isinstance(w, Quantized):
-        zero = jnp.zeros((), w.array.qvalue.dtype)
-        return replace(w, array=replace(w.array, qvalue=jnp.where(mask_IO, w.array.qvalue, zero)))
-    return jnp.where(mask_IO, w, jnp.zeros((), w.dtype))
+    return weights.as_node(w).masked(mask_IO)
 
 
 @partial(jax.jit, static_argnames=("method", "pattern"))
 def prune(w: Weight, stats: Moments | None, *, method: str, pattern: Pattern) -> Weight:
     """One matrix [I, O] pruned by a method of METHODS. Zeros that are there score lowest, so they stay zeros."""
     chosen = METHODS[method]
-    score_IO = chosen.score(dense(w), stats)
+    score_IO = chosen.score(weights.dense(w), stats)
     return apply(w, mask(score_IO, pattern, chosen.per))
 
 
@@ -97,44 +93,27 @@ def prune_layer(layer: dict[str, Any], stats: dict[str, Moments], *, method: str
 
     `stats` has the moments of each matrix's inputs by its path ("attn/q"); methods without calibration need none.
     """
-    flat = flatten(layer)
-    for path in _matrices(flat):
-        moments = stats.get(path.removesuffix("/kernel"))
-        flat[path] = prune(flat[path], moments, method=method, pattern=pattern)
-    return unflatten(flat)
+    return weights.map_layer(layer, lambda m: prune(m.weight, stats.get(m.module), method=method, pattern=pattern))
 
 
 def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern) -> dict[str, Any]:
     """Every matrix of every stack's blocks ([L, I, O]) pruned layer by layer, by a method that looks at no data."""
-    flat = flatten(params)
-    for path in _matrices(flat, "/blocks/"):
-        w = flat[path]
-        layers = [jax.tree.map(lambda x, i=i: x[i], w) for i in range(w.shape[0])]
-        pruned = [prune(layer, None, method=method, pattern=pattern) for layer in layers]
-        flat[path] = jax.tree.map(lambda *parts: jnp.stack(parts), *pruned)
-    return unflatten(flat)
+    return weights.map_stacks(params, lambda w: prune(w, None, method=method, pattern=pattern))
 
 
 def check(params: dict[str, Any], pattern: Pattern) -> None:
     """Raises RequestError, naming the first matrix of the blocks whose inputs an N:M pattern does not divide."""
-    flat = flatten(params)
-    for path in _matrices(flat, "/blocks/"):
-        inputs = flat[path].shape[-2]
+    for m in weights.matrices(params, "block"):
+        inputs = m.weight.shape[m.inputs]
         if pattern.of and inputs % pattern.of:
-            raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide the {inputs} inputs of {path}")
+            raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide the {inputs} inputs of {m.path}")
 
 
 def sparsity(params: dict[str, Any]) -> float:
     """Share of exact zeros among the entries of the blocks' matrices, counted."""
     zeros = entries = 0
-    flat = flatten(params)
-    for path in _matrices(flat, "/blocks/"):
-        w = flat[path]
-        values = w.array.qvalue if isinstance(w, Quantized) else dense(w)
+    for m in weights.matrices(params, "block"):
+        values = m.node.values()
         zeros += int(jnp.sum(values == 0))
         entries += values.size
     return zeros / max(entries, 1)
-
-
-def _matrices(flat: dict[str, Weight], within: str = "") -> list[str]:
-    return [path for path in flat if path.endswith("/kernel") and within in path]

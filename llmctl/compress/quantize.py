@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import qwix
 
 from llmctl.config.errors import RequestError
-from llmctl.model.weights import LowRank, Quantized, Weight, dense, flatten, unflatten
+from llmctl.model import weights
+from llmctl.model.weights import Quantized, Weight, dense, flatten, unflatten
 
 Scheme = Callable[[jax.Array, int, int], qwix.QArray]
 
@@ -72,21 +73,19 @@ def quantize(
 
 def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[tuple[str, int]]:
     """(path, axis of the inputs) of every weight to quantize."""
-    for path, w in flat.items():
-        name = path.split("/")
-        if name[-1] == "kernel" and w.ndim >= 2:
-            if "blocks" in name or head:
-                yield path, -2
-        elif path == "embed/tokens" and embeddings:
-            yield path, -1
+    wanted = {"block": True, "head": head, "embedding": embeddings}
+    for m in weights.matrices(weights.unflatten(flat)):
+        if wanted[m.place]:
+            yield m.path, m.inputs
 
 
 def check(path: str, w: Weight, inputs: int, group: int) -> None:
     """Raises RequestError as `quantize`."""
-    if isinstance(w, LowRank):
+    node = weights.as_node(w)
+    if node.has_adapter:
         raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
-    if isinstance(w, Quantized):
-        raise RequestError(f"{path} is quantized already ({w.array.qvalue.dtype}); quantize the artifact before it")
+    if node.is_integer:
+        raise RequestError(f"{path} is quantized already ({node.values().dtype}); quantize the artifact before it")
     size = w.shape[inputs]
     if group and size % group:
         divisors = [g for g in range(1, size + 1) if size % g == 0]

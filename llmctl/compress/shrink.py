@@ -13,7 +13,7 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
-from llmctl.model.weights import LowRank, Quantized, Weight, flatten, unflatten
+from llmctl.model.weights import Weight, as_node, flatten, is_kernel, unflatten
 
 Kept = dict[str, dict[str, list[np.ndarray]]]
 """What stays: stack -> "attn/heads", "attn/groups", "mlp/neurons", … -> positions a layer, ascending."""
@@ -122,10 +122,10 @@ def cut(
             readers, writers = {"heads": ("o", "q"), "groups": ("", "kv"), "neurons": ("down", "")}[unit]
             names = {"neurons": ("gate", "up")}.get(unit, tuple(writers))
             for path in (p for p in flat if p.startswith(f"{stack}/blocks/{part}/")):
-                matrix, leaf = path.split("/")[-2:]
+                matrix = path.split("/")[-2]
                 if matrix in names:
                     flat[path] = take(path, flat[path], index_LN, axis=-1)
-                elif matrix == readers and leaf == "kernel":
+                elif matrix == readers and is_kernel(path):
                     flat[path] = take(path, flat[path], index_LN, axis=-2)
             bias = f"{stack}/relative_bias/table"
             if what == "attn/heads" and bias in flat:  # the same heads in every layer
@@ -135,21 +135,7 @@ def cut(
 
 def take(path: str, w: Weight, index_LN: np.ndarray, axis: int) -> Weight:
     """Layer by layer the positions `index_LN` of a stacked weight [L, ...] along `axis` (-1 outputs, -2 inputs)."""
-    if isinstance(w, LowRank):
-        raise RequestError(f"{path} has a low-rank update; merge it into its base before pruning")
-    full = w.shape[axis]
-
-    def one(x: jax.Array) -> jax.Array:
-        if x.shape[axis] == 1 and full > 1:  # one scale for all of them
-            return x
-        if x.shape[axis] != full:
-            size = full // x.shape[axis]
-            raise RequestError(
-                f"{path} is quantized in groups of {size} along what would be cut; prune first and quantize then, "
-                "or quantize with group 0"
-            )
-        shape = [1] * x.ndim
-        shape[0], shape[axis] = index_LN.shape
-        return jnp.take_along_axis(x, jnp.asarray(index_LN).reshape(shape), axis=axis)
-
-    return jax.tree.map(one, w) if isinstance(w, Quantized) else one(w)
+    try:
+        return as_node(w).select(index_LN, axis)
+    except RequestError as e:
+        raise RequestError(f"{path} {e}") from None

@@ -84,7 +84,7 @@ def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, 
 
     whole = PartitionSpec()
     run = meshes.per_device(here, mesh, (whole, whole, rows, rows), (whole, rows), automatic=("tensor",))
-    head = jax.tree.map(lambda w: light(w) if isinstance(w, jax.Array) else w, head, is_leaf=weights.is_weight)
+    head = jax.tree.map(lambda w: light(w) if weights.is_plain(w) else w, head, is_leaf=weights.is_weight)
     return run(head, constants, x_BTD, rest)
 
 

@@ -21,10 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from llmctl.distributed import mesh as meshes
-from llmctl.model import weights
 
 
-def take(table_VD: weights.Weight, ids_BT: jax.Array, rows: str | None, dtype: Any) -> jax.Array:
+def take(table_VD: jax.Array, ids_BT: jax.Array, rows: str | None, dtype: Any) -> jax.Array:
     """Look up the rows of a table.
 
     Args:
@@ -36,12 +35,10 @@ def take(table_VD: weights.Weight, ids_BT: jax.Array, rows: str | None, dtype: A
     Returns:
         Embeddings [B, T, D].
     """
-    if not isinstance(table_VD, jax.Array):
-        return weights.take(table_VD, ids_BT, dtype)
     if lies := _layout(table_VD.shape, ids_BT.shape, rows, jnp.dtype(dtype)):
         return cast(jax.Array, _take(table_VD, ids_BT, lies, jnp.dtype(dtype)))
     # Constrain the table to full rows. If tokens and table are sharded over the same devices, XLA gathers both.
-    return weights.take(meshes.constrain(table_VD, rows, None), ids_BT, dtype)
+    return jnp.take(meshes.constrain(table_VD, rows, None), ids_BT, axis=0).astype(dtype)
 
 
 class _Layout(NamedTuple):

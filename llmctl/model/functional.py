@@ -143,7 +143,7 @@ def head_params(cfg: ModelConfig, params: Params) -> Params:
     if not cfg.tied:
         return head
     table = params["embed"]["tokens"]
-    return head | ({"output": table.T} if isinstance(table, jax.Array) else {"table": table})
+    return head | ({"output": table.T} if weights.is_plain(table) else {"table": table})
 
 
 def head_logits(cfg: ModelConfig, head: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -198,7 +198,7 @@ def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.floa
 
 def layer_params(params: Params, stack: str, layer: int) -> Params:
     """One layer's slice of the stacked parameters."""
-    return jax.tree.map(lambda x: x[layer], params[stack]["blocks"])
+    return weights.layer_of(params[stack]["blocks"], layer)
 
 
 def block(

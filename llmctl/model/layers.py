@@ -12,10 +12,11 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 
 from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
-from llmctl.model import fsdp_matmul, quantized_matmul, weights
+from llmctl.model import quantized_matmul, weights
 from llmctl.model.config import ModelConfig
 
 ACTIVATIONS = {
@@ -24,6 +25,22 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
+    """Return a module's weight: a fresh array while it is initialized, else the array or node in its parameters.
+
+    Flax would compare the shape of a node's first part with the config's; this compares the node's logical shape.
+
+    Raises:
+      ScopeParamShapeError: the weight is not of `shape`.
+    """
+    w = module.get_variable("params", name) if module.has_variable("params", name) else None
+    if w is None or weights.is_plain(w):
+        return module.param(name, nn.with_logical_partitioning(init, axes), shape, unbox=True)
+    if w.shape != shape:
+        raise ScopeParamShapeError(name, "/".join(module.path), w.shape, shape)
+    return w
 
 
 class Dense(nn.Module):
@@ -40,13 +57,9 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         self.sow("taps", "x", x.reshape(-1, x.shape[-1]), reduce_fn=lambda _, new: new, init_fn=lambda: cast(Any, None))
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, unbox=True)
+        kernel = weight_param(self, "kernel", init, self.axes, (x.shape[-1], self.features))
         kind = quantized_matmul.kind_of("/".join(self.path))
-        if isinstance(kernel, jax.Array) and not kind and fsdp_matmul.splits(self.axes):
-            y = cast(jax.Array, fsdp_matmul.matmul(x, kernel, self.axes, self.dtype))
-        else:
-            y = weights.matmul(x, kernel, self.dtype, kind, fold=not meshes.splits_sequences())
+        y = weights.matmul(x, kernel, self.dtype, kind, fold=not meshes.splits_sequences(), axes=self.axes)
         if self.bias:
             b = self.param(
                 "bias",

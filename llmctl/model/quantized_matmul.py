@@ -24,6 +24,7 @@ import jax
 import qwix
 
 from llmctl.config.errors import RequestError
+from llmctl.model.weights.names import is_layer_matrix, is_stacked, module_path
 
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 """Setting -> (dtype of operands, dtype of gradients)."""
@@ -56,7 +57,7 @@ def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
     Raises:
         RequestError: If a rule matches none of `names`.
     """
-    paths = [name.removesuffix("/kernel") for name in names if name.endswith("/kernel") and "/blocks/" in name]
+    paths = [module_path(name) for name in names if is_layer_matrix(name)]
     for pattern in rules:
         if not any(_matches(path, pattern) for path in paths):
             raise RequestError(
@@ -66,7 +67,7 @@ def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
 
 def _matches(path: str, pattern: str) -> bool:
     """Match a complete path or its last parts: `mlp/*` matches the feed-forward matrices of every stack."""
-    return "/blocks/" in path and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*/{pattern}"))
+    return is_stacked(path) and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*/{pattern}"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

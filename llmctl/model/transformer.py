@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.core.scope import Scope
 
 from llmctl.distributed.mesh import constrain
-from llmctl.model import embedding_lookup, pipeline_parallel, weights
+from llmctl.model import pipeline_parallel, weights
 from llmctl.model.attention import (
     PROJECTED,
     Attention,
@@ -28,7 +28,7 @@ from llmctl.model.attention import (
 )
 from llmctl.model.attention_xla import KEPT
 from llmctl.model.config import ModelConfig
-from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout
+from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout, weight_param
 
 Batch = dict[str, jax.Array]
 
@@ -175,9 +175,9 @@ class Embed(nn.Module):
         cfg = self.config
 
         def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
-            init = nn.with_logical_partitioning(nn.initializers.normal(deviation), (axis, "embed_in"))
-            w = cast(weights.Weight, self.param(name, init, (rows, cfg.d_model)))
-            return partial(embedding_lookup.take, w, rows=axis, dtype=self.dtype)
+            axes = (axis, "embed_in")
+            w = weight_param(self, name, nn.initializers.normal(deviation), axes, (rows, cfg.d_model))
+            return partial(weights.take, w, dtype=self.dtype, axes=axes)
 
         # If hidden states are scaled by d_model ** -0.5 before the tied output projection, unit variance of the logits
         # needs table entries of unit variance (T5).
@@ -237,12 +237,9 @@ class LMHead(nn.Module):
         elif cfg.tied:
             logits = weights.transpose_matmul(x, cast(weights.Weight, table), self.dtype)
         else:
-            init = nn.with_logical_partitioning(
-                nn.initializers.variance_scaling(1.0, "fan_in", "normal"), ("embed", "vocab")
-            )
-            logits = weights.matmul(
-                x, self.param("kernel", init, (cfg.d_model, cfg.vocab_size), unbox=True), self.dtype
-            )
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+            kernel = weight_param(self, "kernel", init, ("embed", "vocab"), (cfg.d_model, cfg.vocab_size))
+            logits = weights.matmul(x, kernel, self.dtype)
         logits = logits.astype(jnp.float32)
         if cfg.head_transform:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))

@@ -63,9 +63,9 @@ def of_prune(config: pruning.Config, base: Artifact, mesh: Mesh) -> Plan:
 
 def merged(base: Artifact, mesh: Mesh) -> Tree:
     """The parent's parameters without low-rank pairs, as the stages begin."""
-    if not any(isinstance(w, weights.LowRank) for w in weights.flatten(base.params).values()):
+    if not weights.adapted(base.params):
         return base.params
-    return functional.laid_out(base.model, jax.eval_shape(weights.merge_low_rank, base.params), mesh)
+    return functional.laid_out(base.model, jax.eval_shape(weights.merge_adapters, base.params), mesh)
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:

@@ -174,7 +174,7 @@ def of_finetune(config: finetune.Config, base: Artifact, mesh: Mesh) -> Plan:
     learner = abstractly(mesh, lambda b: finetune.make_learner(config, cast(Artifact, b), labels, mesh), base)
     rows = made_up.of_examples(learner.model, config.data, config.train.seq_len)
     merges = config.method == "lora" and config.merge
-    params = jax.eval_shape(weights.merge_low_rank, learner.params) if merges else learner.params
+    params = jax.eval_shape(weights.merge_adapters, learner.params) if merges else learner.params
     params = abstract_artifact.masters(functional.laid_out(learner.model, params, mesh))
     left = abstract_artifact.left(config, params, learner.model, base=base, labels=labels)
     return [training(config, learner, rows, mesh)], left

@@ -246,7 +246,7 @@ def test_lora_starts_as_the_base_trains_pairs_alone_and_merges_exactly(one):
     fixed = {k: a for k, a in weights.arrays(params).items() if not lora.is_pair(k)}
     tuned = weights.rebuild(params, after["params"] | fixed)
     assert loss(tuned) < loss(base)
-    np.testing.assert_allclose(loss(weights.merge_low_rank(tuned)), loss(tuned), rtol=1e-5)
+    np.testing.assert_allclose(loss(weights.merge_adapters(tuned)), loss(tuned), rtol=1e-5)
 
 
 def test_masters_are_float32_whatever_the_parent_stores(one, tmp_path):

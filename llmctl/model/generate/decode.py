@@ -351,15 +351,9 @@ def served(model: ModelConfig, params: functional.Params, platform: str = "") ->
     mesh = meshes.current()
     on_cpu = (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"
 
-    def ready(w: Any) -> Any:
-        base = w.base if isinstance(w, weights.LowRank) else w
-        if isinstance(base, weights.Quantized) and (base.activations or not on_cpu):
-            return w
-        return weights.dense(w) if base is not w or isinstance(base, weights.Quantized) else w
-
-    params = jax.tree.map(ready, params, is_leaf=weights.is_weight)
+    params = jax.tree.map(lambda w: weights.as_node(w).for_decoding(on_cpu), params, is_leaf=weights.is_weight)
     table = params["embed"]["tokens"]
-    if not model.tied or not on_cpu or not isinstance(table, jax.Array):
+    if not model.tied or not on_cpu or not weights.is_plain(table):
         return model, params
     untied = {**params, "lm_head": {**params.get("lm_head", {}), "kernel": table.T}}
     return model.model_copy(update={"tied": False}), untied

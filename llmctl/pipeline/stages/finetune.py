@@ -105,7 +105,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     learn = rows("train", True, config.train.steps * config.train.batch_size)
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, rows("validation", False))
     if config.method == "lora" and config.merge:
-        params = jax.jit(weights.merge_low_rank)(params)
+        params = jax.jit(weights.merge_adapters)(params)
         metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
     ctx.leave(
         config,

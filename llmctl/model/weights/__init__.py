@@ -1,0 +1,133 @@
+"""Weights: the leaves of the parameter tree, and the only place where a weight meets an activation.
+
+A weight is a plain array or a node (`llmctl.model.weights.base.Node`): integers with scales, a low-rank update around
+another weight, or a class of somebody else's. The functions here take either:
+
+    y = weights.matmul(x, params["lm_head"]["kernel"], jnp.bfloat16)
+    for m in weights.matrices(params, "block"):
+        print(m.stack, m.module, m.node.dense().shape)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.weights.adapter import Adapter
+from llmctl.model.weights.base import Node, Product, node_type, setting
+from llmctl.model.weights.low_rank import LowRank
+from llmctl.model.weights.matrices import (
+    Matrix,
+    layer_matrices,
+    layer_of,
+    map_layer,
+    map_stacks,
+    matrices,
+    per_layer,
+    zero_names,
+)
+from llmctl.model.weights.names import (
+    is_kernel,
+    is_layer_matrix,
+    is_stacked,
+    join,
+    kernel_of,
+    module_path,
+    parse,
+)
+from llmctl.model.weights.plain import as_node, is_plain
+from llmctl.model.weights.quantized import Quantized
+from llmctl.model.weights.records import KINDS, assemble, describe, parts
+from llmctl.model.weights.tree import (
+    adapted,
+    adapter_names,
+    arrays,
+    count,
+    flatten,
+    is_weight,
+    merge_adapters,
+    of_type,
+    rebuild,
+    unflatten,
+    updated,
+    without_adapters,
+)
+
+__all__ = [
+    "KINDS",
+    "Adapter",
+    "LowRank",
+    "Matrix",
+    "Node",
+    "Product",
+    "Quantized",
+    "Weight",
+    "adapted",
+    "adapter_names",
+    "arrays",
+    "as_node",
+    "assemble",
+    "count",
+    "dense",
+    "describe",
+    "flatten",
+    "is_kernel",
+    "is_layer_matrix",
+    "is_plain",
+    "is_stacked",
+    "is_weight",
+    "join",
+    "kernel_of",
+    "layer_matrices",
+    "layer_of",
+    "map_layer",
+    "map_stacks",
+    "matmul",
+    "matrices",
+    "merge_adapters",
+    "module_path",
+    "node_type",
+    "of_type",
+    "parse",
+    "parts",
+    "per_layer",
+    "rebuild",
+    "setting",
+    "take",
+    "transpose_matmul",
+    "unflatten",
+    "updated",
+    "without_adapters",
+    "zero_names",
+]
+
+Weight = jax.Array | Node
+
+
+def dense(w: Weight, dtype: Any = jnp.float32) -> jax.Array:
+    """Return the weight as a plain array of its logical shape."""
+    return as_node(w).dense(dtype)
+
+
+def matmul(
+    x: jax.Array,
+    w: Weight,
+    dtype: Any,
+    kind: str = "",
+    fold: bool = True,
+    axes: tuple[str, str] | None = None,
+) -> jax.Array:
+    """Return x [..., I] times w [I, O] in `dtype` -> [..., O]; the options are those of `Product`."""
+    return as_node(w).matmul(x, dtype, Product(fold, kind, axes))
+
+
+def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:
+    """Return x [..., D] times the transpose of table [V, D] in `dtype` -> [..., V] (tied output projection)."""
+    return as_node(table).transpose_matmul(x, dtype)
+
+
+def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
+    """Return rows of table [V, D] at ids [...] -> [..., D]; `axes` are the table's logical axes."""
+    return as_node(table).take(ids, dtype, axes)

@@ -1,0 +1,207 @@
+"""Define weight nodes: leaves of the parameter tree that stand for one weight and store it as several arrays.
+
+A node is a frozen dataclass that derives from `Node`. Its array fields are its parts, its other fields its settings:
+
+    @node_type
+    class Ternary(Node):
+        kind: ClassVar[str] = "ternary"
+        values: jax.Array   # int8 [..., I, O]
+        scale: jax.Array    # float32 [..., 1, 1]
+
+        shape = property(lambda self: self.values.shape)
+        dtype = property(lambda self: self.scale.dtype)
+
+        def dense(self, dtype=jnp.float32):
+            return (self.values * self.scale).astype(dtype)
+
+With the entry point `"weight.ternary" = "my_package:Ternary"` it runs forward, is saved, loaded, sharded, counted,
+merged and exported like the others. Methods that are slow or impossible by way of `dense` are overridden.
+
+Limits: every part has as many axes as the weight, and the weight's leading axes (layers) in front, because a scan over
+layers and a sharding by axis read them. A part that lacks a dimension's full length is replicated along it.
+
+Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.config.errors import RequestError
+
+if TYPE_CHECKING:
+    from llmctl.model.weights.quantized import Quantized
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Options of a matrix product that the caller knows and a node may use."""
+
+    fold: bool = True
+    """Make the leading axes one, with which XLA's CPU backend runs much faster (see recipes/bench). If devices split
+    more than the first of them, no sharding of the single axis expresses the same, and XLA would gather."""
+    kind: str = ""
+    """Type of 8-bit training, a name of `quantized_matmul.TYPES`; plain arrays only."""
+    axes: tuple[str, str] | None = None
+    """Logical axes of the matrix, by which a plain array decides when it is gathered over devices."""
+
+
+def setting(*, default: Any = MISSING) -> Any:
+    """Declare a field of a node that is no array; the manifest records it."""
+    return field(default=default, metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field, setting))
+def node_type(cls: C) -> C:
+    """Make a class a weight node: a frozen dataclass and a pytree whose leaves are its parts."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+class Node(abc.ABC):
+    """One weight of the parameter tree, whatever arrays it is stored as. See this module's example."""
+
+    kind: ClassVar[str]
+    """Name that the manifest records and the registry `weight` finds."""
+    adapter_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts that an adapter method trains while the others are frozen."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, that of the config; leading axes are layers."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """Type of the weight when it is dense."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @abc.abstractmethod
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """Return the weight as a plain array of its logical shape."""
+
+    # --- products ----------------------------------------------------------------------------------------------------
+
+    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+        """Return x [..., I] times the weight [I, O] in `dtype` -> [..., O]."""
+        x = x.astype(dtype)
+        x_NI = x.reshape(-1, x.shape[-1]) if how.fold else x
+        return self.multiply(x_NI, dtype, how).reshape(*x.shape[:-1], self.shape[-1])
+
+    def multiply(self, x_NI: jax.Array, dtype: Any, how: Product) -> jax.Array:
+        """Return the product of `matmul` for x in `dtype`, whose leading axes are folded."""
+        return jnp.matmul(x_NI, self.dense(dtype))
+
+    def transpose_matmul(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """Return x [..., D] times this table [V, D] transposed, in `dtype` -> [..., V] (tied output projection)."""
+        x_ND = x.astype(dtype).reshape(-1, x.shape[-1])
+        y_NV = jax.lax.dot_general(x_ND, self.dense(dtype), (((1,), (1,)), ((), ())))
+        return y_NV.reshape(*x.shape[:-1], self.shape[0])
+
+    def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
+        """Return rows of this table [V, D] at ids [...] -> [..., D]. `axes` are the logical axes of the table."""
+        return jnp.take(self.dense(dtype), ids, axis=0)
+
+    def for_decoding(self, on_cpu: bool) -> Any:
+        """Return the same weight in the form that a decoding step reads fastest."""
+        return self
+
+    # --- storage -----------------------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, Any]:
+        """Return the arrays that the weight is stored as, by name."""
+        return {name: getattr(self, name) for name in _names(self, static=False)}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the manifest records beside the parts, as JSON. The keys `node` and `parts` are taken."""
+        return {name: getattr(self, name) for name in _names(self, static=True)}
+
+    @classmethod
+    def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
+        """Return the node around its parts: the inverse of `settings` and `parts`. Parts may be abstract."""
+        return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
+
+    def count(self) -> int:
+        """Return the number of parameters by logical shape; an adapter adds its own."""
+        return math.prod(self.shape)
+
+    # --- what training and compression ask ---------------------------------------------------------------------------
+
+    @property
+    def values_part(self) -> str | None:
+        """Name of the part of logical shape whose zeros are the weight's zeros; None if no single part holds them."""
+        return None
+
+    def values(self) -> Any:
+        """Return an array of logical shape whose zeros are the zeros that pruning or rounding stored."""
+        return self.dense() if self.values_part is None else self.parts()[self.values_part]
+
+    @property
+    def is_integer(self) -> bool:
+        """True if the weight is stored as integers, which training cannot change."""
+        return False
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if an adapter that is not merged lies around the weight."""
+        return False
+
+    def bare(self) -> Any:
+        """Return the weight without its adapter."""
+        return self
+
+    def merged(self) -> Any:
+        """Return the weight with its adapter added into it, in the type of its base; itself without one."""
+        return self
+
+    def integers(self) -> Quantized | None:
+        """Return the weight as symmetric integers with scales if it is stored so, for formats that hold those."""
+        return None
+
+    def masked(self, mask: jax.Array) -> Any:
+        """Return the weight with zeros where the mask, of (or broadcast to) logical shape, is False.
+
+        Raises:
+          RequestError: this kind of weight cannot hold zeros.
+        """
+        raise RequestError(f"a {self.kind} weight cannot be pruned; prune before it is made")
+
+    def select(self, index_LN: np.ndarray, axis: int) -> Any:
+        """Return, layer by layer, the positions `index_LN` of a stacked weight along `axis` (-1 outputs, -2 inputs).
+
+        Raises:
+          RequestError: a part stores several positions along `axis` together. The text follows the weight's path.
+        """
+        return jax.tree.map(lambda a: take_along(a, index_LN, axis, self.shape[axis]), self)
+
+
+def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.Array:
+    """Select positions of one part of a weight whose axis is `full` long; a single scale for all stays as it is."""
+    if a.shape[axis] == 1 and full > 1:
+        return a
+    if a.shape[axis] != full:
+        raise RequestError(
+            f"is quantized in groups of {full // a.shape[axis]} along what would be cut; "
+            "prune first and quantize then, or quantize with group 0"
+        )
+    shape = [1] * a.ndim
+    shape[0], shape[axis] = index_LN.shape
+    return jnp.take_along_axis(a, jnp.asarray(index_LN).reshape(shape), axis=axis)
+
+
+def _names(cls: Any, static: bool) -> list[str]:
+    """Return the names of a node's settings (`static`), or of its fields with arrays."""
+    return [f.name for f in fields(cls) if bool(f.metadata.get("static")) is static]

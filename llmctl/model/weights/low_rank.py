@@ -1,0 +1,43 @@
+"""Add a low-rank update to a weight (LoRA, arXiv:2106.09685), which may be quantized (QLoRA, arXiv:2305.14314).
+
+Shapes: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.weights.adapter import Adapter
+from llmctl.model.weights.base import Product, node_type, setting
+from llmctl.model.weights.plain import as_node
+
+
+@node_type
+class LowRank(Adapter):
+    """base + scale * a @ b; a [..., I, R], b [..., R, O]."""
+
+    kind: ClassVar[str] = "low_rank"
+    adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    a: jax.Array
+    b: jax.Array
+    scale: float = setting()
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """See Node."""
+        delta = self.scale * jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32))
+        return (as_node(self.base).dense() + delta).astype(dtype)
+
+    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+        """See Node; the update is never formed."""
+        x, plain = x.astype(dtype), Product(fold=how.fold)
+        low = as_node(self.b).matmul(as_node(self.a).matmul(x, dtype, plain), dtype, plain)
+        return as_node(self.base).matmul(x, dtype, plain) + jnp.asarray(self.scale, dtype) * low
+
+    def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
+        """See Node."""
+        rows = as_node(self.base).take(ids, dtype)
+        return rows + self.scale * jnp.matmul(as_node(self.a).take(ids, dtype), self.b.astype(dtype))

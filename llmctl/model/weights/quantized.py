@@ -1,0 +1,85 @@
+"""Store a weight as symmetric integers with scales, per output channel or in groups of its inputs.
+
+Shapes: N tokens, I inputs, O outputs, G groups, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+from llmctl.model.weights.base import Node, Product, node_type, setting
+
+
+@node_type
+class Quantized(Node):
+    """Integers with scales, symmetric; `activations="int8"` also quantizes what they multiply, per token (W8A8)."""
+
+    kind: ClassVar[str] = "quantized"
+
+    array: qwix.QArray
+    activations: str = setting(default="")
+
+    shape = property(lambda self: self.array.qvalue.shape)
+    dtype = property(lambda self: self.array.scale.dtype)
+    values_part = property(lambda self: "qvalue")
+    is_integer = property(lambda self: True)
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """See Node."""
+        return qwix.dequantize(self.array).astype(dtype)
+
+    def multiply(self, x_NI: jax.Array, dtype: Any, how: Product) -> jax.Array:
+        """See Node."""
+        if self.activations:
+            # One scale per token; grouped weights need the same groups on the activation.
+            groups, last = self.array.scale.shape[0], x_NI.ndim - 1
+            tiles = {last: x_NI.shape[last] // groups} if groups > 1 else None
+            x_q = qwix.quantize(x_NI, self.activations, channelwise_axes=list(range(last)), tiled_axes=tiles)
+            return qwix.dot_general(x_q, self.array, (((last,), (0,)), ((), ()))).astype(dtype)
+        if self.array.scale.shape[0] == 1:  # per output channel: scaling the product is cheaper than scaling the weight
+            return jnp.matmul(x_NI, self.array.qvalue.astype(dtype)) * self.array.scale.astype(dtype)
+        return jnp.matmul(x_NI, self.dense(dtype))
+
+    def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
+        """See Node; only the rows that are taken are dequantized."""
+        q_ND = jnp.take(self.array.qvalue, ids, axis=0)
+        scale = self.array.scale
+        scale_NG = (
+            jnp.take(scale, ids, axis=0)
+            if scale.shape[0] > 1
+            else jnp.broadcast_to(scale[0], (*ids.shape, scale.shape[1]))
+        )
+        return (
+            q_ND.astype(dtype) * jnp.repeat(scale_NG.astype(dtype), q_ND.shape[-1] // scale_NG.shape[-1], axis=-1)
+        ).astype(dtype)
+
+    def for_decoding(self, on_cpu: bool) -> Any:
+        """See Node. A CPU would convert the integers at every token, so they become dense once.
+
+        Weights that quantize their activations stay, because they compute something else.
+        """
+        return self.dense() if on_cpu and not self.activations else self
+
+    def parts(self) -> dict[str, Any]:
+        """See Node."""
+        return {"qvalue": self.array.qvalue, "scale": self.array.scale}
+
+    @classmethod
+    def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
+        """See Node."""
+        array = qwix.QArray(parts["qvalue"], parts["scale"], qtype=parts["qvalue"].dtype)
+        return cls(array, settings["activations"])
+
+    def integers(self) -> Quantized:
+        """See Node."""
+        return self
+
+    def masked(self, mask: jax.Array) -> Quantized:
+        """See Node; integers and scales stay elsewhere."""
+        zero = jnp.zeros((), self.array.qvalue.dtype)
+        return replace(self, array=replace(self.array, qvalue=jnp.where(mask, self.array.qvalue, zero)))
