@@ -1,4 +1,4 @@
-"""Every test runs on 8 fake CPU devices; what XLA compiled once is read from disk the next time."""
+"""Configure every test run: 8 fake CPU devices and a persistent compilation cache. Provide fake stages."""
 
 import os
 import sys
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports JAX: it reads these once.
+# JAX reads these once, so they are set before any module imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # 8 devices on 2 busy cores: a late participant is not a deadlock.
+        # With 8 devices on 2 busy cores, a late participant is not a deadlock.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     )
 ).strip()
@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Subprocesses that tests start must not talk to anyone, nor draw bars.
+# Subprocesses of tests must neither use the network nor draw progress bars.
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TERM", "dumb")
-# They run this checkout from wherever they are.
+# Subprocesses import this checkout from any working directory.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
@@ -124,7 +124,7 @@ def run(config, parent, ctx):
 
 @pytest.fixture
 def fake_stages(tmp_path, monkeypatch):
-    """No stages but `make` (starts), `change` (sparsity), `teach` (teacher) and `score` (measures all)."""
+    """Replace all stages by `make` (starts), `change` (sparsity), `teach` (teacher) and `score` (evaluates)."""
     from llmctl.pipeline import registry, stages
 
     folder = tmp_path / "fake_stages"

@@ -1,4 +1,4 @@
-"""Splits: by content, without duplicates, whatever the order and the filters; labels; every wrong request."""
+"""Test splits by content: deduplication, independence of order and filters, labels, and every invalid request."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ def load(path, **kw):
 
 
 def where(found):
-    """text -> split"""
+    """Map each text to its split."""
     return {t: name for name, examples in found.examples.items() for t in examples.texts()}
 
 
@@ -31,7 +31,7 @@ def write(path, rows, header=("review", "stars", "site")):
 
 
 def test_the_fraction_is_written_down():
-    # sha256("thefilmwasgreat")[:6] / 2^48: changing it would move texts between splits of finished work
+    # sha256("thefilmwasgreat")[:6] / 2^48. Another value would move texts between the splits of existing artifacts.
     for spelling in ("The film was great.", "the  FILM, was<br />great", "the film was gre\uff41t!"):
         assert dedup.fraction(spelling) == pytest.approx(FILM, abs=1e-12)
     assert dedup.fraction("...") != dedup.fraction("?!")
@@ -57,7 +57,7 @@ def test_a_text_keeps_its_split(reviews, tmp_path):
     assert some.items() < base.items()
     cleaned = where(load(reviews, replace={".": "", " the ": " THE "}))
     assert sorted(cleaned.values()) == sorted(base.values())
-    # another validation fraction leaves the test split alone
+    # Another validation fraction does not change the test split.
     other = where(load(reviews, validation=0.1))
     assert {t for t, s in other.items() if s == "test"} == {t for t, s in base.items() if s == "test"}
 
@@ -81,7 +81,7 @@ def test_duplicates_are_dropped_before_splitting(tmp_path, sentences):
     assert sum(map(len, found.examples.values())) == 50
     kept = load(path, dedup=False)
     assert sum(map(len, kept.examples.values())) == 100
-    # copies that are kept still lie in one split
+    # Duplicates that are kept are all in one split.
     for examples in kept.examples.values():
         texts = [dedup.normal(t) for t in examples.texts()]
         assert all(texts.count(t) == 2 for t in texts)

@@ -1,4 +1,4 @@
-"""The balanced order of a sequence over devices: everything moves together, and the work is even."""
+"""Test the zig-zag order of context parallelism: all arrays are permuted together, and the work is balanced."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_a_batch_moves_together_and_is_filled_up():
     assert out["order"].tolist() == [context_parallel.order(8, 2).tolist()] * 2
     assert out["encoder_tokens"][0].tolist() == [10, 13, 11, 12]
     assert out["encoder_order"][1].tolist() == [0, 3, 1, 2]
-    for row in range(2):  # a place is still the same token's
+    for row in range(2):  # a position still refers to the same token
         assert out["tokens"][row][out["places"][row]].tolist() == tokens[row][batch["places"][row]].tolist()
     assert out["label"] is batch["label"]
     assert context_parallel.balanced(batch, 1) == batch
@@ -31,7 +31,7 @@ def test_a_batch_moves_together_and_is_filled_up():
 
 @pytest.mark.parametrize("devices", [2, 3, 8])
 def test_causal_work_is_even_and_complete(devices):
-    """Each chunk of queries meets each chunk of keys that it sees once, and every device has as much to do."""
+    """Each query chunk meets each key chunk that it attends to once, and every device has equal work."""
     met, work = [], []
     for device in range(devices):
         mine = (device, 2 * devices - 1 - device)

@@ -1,4 +1,4 @@
-"""Slices of a mesh: the data axis alone reaches from one to the next."""
+"""Test slices in the mesh: only the data axis spans several slices."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def ids(found):
 
 
 def test_slices_are_the_outer_part_of_the_data_axis():
-    devices = [Device(i, i // 2, i % 2) for i in range(8)]  # slices 0 and 1 take turns
+    devices = [Device(i, i // 2, i % 2) for i in range(8)]  # slices 0 and 1 alternate
     assert ids(arrange(devices, AXES, (4, 2, 1), 0)) == [[[0], [2]], [[4], [6]], [[1], [3]], [[5], [7]]]
     assert ids(arrange(devices, AXES, (4, 2, 1), 1)) == [[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]
 
@@ -75,7 +75,7 @@ def test_a_tpu_mesh_follows_the_wires_and_keeps_slices_apart():
     pytest.importorskip("libtpu")
     from llmctl.plan import topologies
 
-    # libtpu asks the network who it is unless it is told not to; a process of its own keeps that out of this one.
+    # By default libtpu queries the network for its topology. A separate process isolates this one from that state.
     code = DESCRIBED.format(arguments=topologies.find("2*v5e:4x4").arguments)
     env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     found = json.loads(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
@@ -83,4 +83,4 @@ def test_a_tpu_mesh_follows_the_wires_and_keeps_slices_apart():
         slices, coords = np.array(block)[..., 0], np.array(block)[..., 1:3]
         assert (slices == number).all()
         steps = np.abs(np.diff(coords, axis=1)).sum(-1)
-        assert (steps == 1).all()  # neighbours on the tensor axis are one hop apart
+        assert (steps == 1).all()  # neighbors on the tensor axis are one hop apart

@@ -1,4 +1,4 @@
-"""Memory that is freed and taken again costs no new pages."""
+"""Check that memory which is freed and allocated again causes no new page faults."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every architecture on meshes against one device: packed rows, 20 steps, what the compiler made and said of it."""
+"""Compare every architecture on meshes with one device: packed rows, 20 steps, collectives and compiler warnings."""
 
 import os
 import re
@@ -30,7 +30,7 @@ REMATERIALIZED = "Involuntary full rematerialization"
 
 
 def batch_of(architecture, step):
-    """Random rows with three documents and padding."""
+    """Return random rows with three documents and padding."""
     rng = np.random.default_rng(step)
 
     def texts(length):
@@ -42,7 +42,7 @@ def batch_of(architecture, step):
     batch = texts(T)
     batch["targets"] = np.roll(batch["tokens"], 1, axis=1)
     batch["weights"] = ((batch["segments"] > 0) * rng.random((B, T))).astype(np.float32)
-    if architecture == "encoder":  # masked tokens and next sentences
+    if architecture == "encoder":  # masked language modeling and next-sentence prediction
         batch["places"] = np.sort(np.argsort(rng.random((B, T)), axis=1)[:, :6], axis=1).astype(np.int32)
         batch["types"] = (batch["segments"] > 1).astype(np.int32)
         batch["next_label"] = rng.integers(-1, 2, B, np.int32)
@@ -53,7 +53,7 @@ def batch_of(architecture, step):
 
 @cache
 def program(architecture, axes):
-    """(compiled step, first state, mesh)."""
+    """Return (compiled step, initial state, mesh)."""
     mesh = meshes.make(MeshConfig(**dict(axes)))
     cfg = ModelConfig(**{**SIZES, **FAMILIES[architecture]}, dropout=0.0)
     job = loop.Job(params=loop.initialize(cfg, 0, mesh), loss=loss_of(cfg), rows=None, validate=lambda _: {})
@@ -95,7 +95,7 @@ def test_packed_rows_over_devices_that_share_them(architecture, axes):
 
 
 def test_activations_stay_split_and_keys_travel():
-    """What the devices of a ring exchange: parameters (whole matrices), blocks of keys; never a row's activations."""
+    """Devices of a ring exchange parameters (whole matrices) and key blocks, but never the activations of a row."""
     text = program("decoder", CASES[0][1])[0].as_text()
     moved = re.findall(r"= \(?\w+\[([\d,]*)\][^=\n]* (all-gather|all-to-all|collective-permute)\(", text)
     shapes = {kind: {tuple(map(int, s.split(","))) for s, k in moved if k == kind and s} for _, kind in moved}
@@ -133,5 +133,5 @@ def said_by_the_compiler(*arguments):
 
 @pytest.mark.slow
 def test_the_compiler_rematerializes_nothing_against_its_will():
-    said = said_by_the_compiler("and a bad one")  # which shows that this would be seen
+    said = said_by_the_compiler("and a bad one")  # the bad program shows that the warning would be detected
     assert said.count(REMATERIALIZED) == 1, said

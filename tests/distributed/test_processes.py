@@ -1,4 +1,4 @@
-"""Real processes on one machine, joined by gloo: they train as one, stop together, and go on as any number of them."""
+"""Run real processes on one machine, joined by Gloo: they train as one, stop together, and resume in any number."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ def losses(place, folder):
 
 @pytest.fixture(scope="module")
 def alone(place):
-    """One process with the four devices."""
+    """Run one process with the four devices."""
     finished(place, "alone", 1, 4)
     return losses(place, "alone")
 
@@ -49,10 +49,10 @@ def test_two_processes_make_what_one_makes(place, alone):
     with run(place, "two", 2, 2) as processes:
         first, second = finish(processes)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert second[1:] == ("", "")  # the first speaks for both
+    assert second[1:] == ("", "")  # process 0 prints for both
     assert [a["name"] for a in json.loads(first[1])["artifacts"]] == ["pretrain"]
     same(losses(place, "two"), alone)
-    params = artifact.load(place / "two" / "pretrain")  # checks the digest that two processes wrote
+    params = artifact.load(place / "two" / "pretrain")  # checks the digest that two processes computed
     assert params.manifest.metrics["validation_loss"] == pytest.approx(alone_metrics(place), rel=1e-4)
     scores = [json.loads((place / name / "eval" / "results.json").read_text())[0] for name in ("two", "alone")]
     assert scores[0]["metrics"]["nll"] == pytest.approx(scores[1]["metrics"]["nll"], rel=1e-4)
@@ -88,7 +88,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over(tmp_path):
     write(tmp_path, 60, "data = 1, fsdp = 4")
     interrupted(tmp_path, "run", 40, signal.SIGKILL, 2, 2)
     newest = max((tmp_path / "run/.work/pretrain/checkpoints/steps").iterdir(), key=lambda p: int(p.name))
-    for file in newest.rglob("ocdbt.process_1/d/*"):  # what the second process wrote, and it alone reads
+    for file in newest.rglob("ocdbt.process_1/d/*"):  # files that the second process wrote and that only it reads
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with run(tmp_path, "run", 2, 2) as processes:
         first, second = finish(processes)
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_keep_checkpoints_and_bests_beside_each_other(tmp_path):
-    """Saves of both at once waited for each other for ever."""
+    """Regression test: concurrent saves of a checkpoint and of the best parameters deadlocked."""
     write(tmp_path, 60, "data = 1, fsdp = 2")
     sets = [f"stage.0.train.{setting}" for setting in ("eval_every=1", "best_by=loss", "checkpoint_every=2")]
     command = ["-m", "llmctl", "run", "recipe.toml", "--run", "run", *(word for s in sets for word in ("--set", s))]
@@ -165,7 +165,7 @@ plot = false
 
 @pytest.mark.slow
 def test_every_stage_makes_with_two_processes_what_it_makes_with_one(tmp_path):
-    """Six rows a batch, or those of a last one, do not divide over four devices: all of them hold all of it."""
+    """Batches of six rows, and smaller last batches, do not divide over four devices, so they are replicated."""
     write(tmp_path, 60, "data = 2, fsdp = 2", CHAIN)
     texts = (tmp_path / "corpus.txt").read_text().splitlines()
     lines = [f"{text},{'even' if i % 2 else 'odd'}" for i, text in enumerate(texts)]
@@ -252,7 +252,7 @@ UNLIKE = """from llmctl import chain, recipe
 
 
 def test_processes_that_were_told_otherwise_end_at_once(tmp_path):
-    """The frequency of checkpoints is no part of a key, and who saves alone waits for ever."""
+    """The checkpoint frequency is not part of a key, but a process that saves alone waits forever."""
     first, second = joined(UNLIKE, write(tmp_path, 4))
     assert first[:2] == second[:2] == (2, "") and second[2] == ""
     assert "process 1 was given something else as the recipe than process 0; start all alike" in first[2]

@@ -1,4 +1,4 @@
-"""Labelled rows and completions against rows worked out by hand."""
+"""Compare labeled rows and completion rows with rows computed by hand."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_classification_golden(train, letters):
 
 
 def test_head_and_tail_of_long_texts(train, letters):
-    # room for 4 (bos and eos stay) and for 5: the odd one goes to the head
+    # Room for 4 tokens (bos and eos stay) and for 5: the odd token goes to the head.
     for seq_len, kept in ((6, [4, 5, 10, 11]), (7, [4, 5, 6, 10, 11])):
         rows = ClassificationRows(train(LABELLED), letters(True), seq_len, truncate="head_tail", shuffle=False)
         assert rows[1]["tokens"].tolist() == [BOS, *kept, EOS]
@@ -64,14 +64,14 @@ def test_completions_golden(train, letters):
     pairs = [{"prompt": "abc", "completion": "de"}, {"prompt": "abcdef", "completion": "gh"},
              {"prompt": "ab", "completion": "cdefghij"}]  # fmt: skip
     rows = CompletionRows(train(pairs), letters(True), 6, shuffle=False)
-    # ^ a b c | d e .
+    # Expected row: ^ a b c | d e .
     assert rows[0]["tokens"].tolist() == [BOS, 4, 5, 6, 7, 8]
     assert rows[0]["targets"].tolist() == [4, 5, 6, 7, 8, EOS]
     assert rows[0]["weights"].tolist() == [0, 0, 0, 1, 1, 1]
-    # the prompt loses its beginning: ^ d e f | g h .
+    # The beginning of the prompt is cut: ^ d e f | g h .
     assert rows[1]["tokens"].tolist() == [BOS, 7, 8, 9, 10, 11]
     assert rows[1]["targets"].tolist() == [7, 8, 9, 10, 11, EOS]
-    # the completion alone is too long: ^ b? no room is left for the prompt but one: ^ | c d e f g (cut)
+    # The completion alone is too long, so one prompt token stays: ^ b | c d e f g (cut).
     assert rows[2]["tokens"].tolist() == [BOS, 5, 6, 7, 8, 9]
     assert rows[2]["targets"].tolist() == [5, 6, 7, 8, 9, 10]
     assert rows[2]["weights"].tolist() == [0, 1, 1, 1, 1, 1]
@@ -128,7 +128,7 @@ def test_pairs_golden(train, letters):
     i, j, k, m = 12, 13, 14, 15
     assert batch["tokens"].tolist() == [
         [BOS, a, b, EOS, c, d, EOS, 0, 0],
-        [BOS, a, b, c, d, EOS, k, m, EOS],  # the longer one is cut
+        [BOS, a, b, c, d, EOS, k, m, EOS],  # the longer text is cut
         [BOS, a, b, EOS, c, d, e, f, EOS],
         [BOS, a, b, c, EOS, i, j, k, EOS],
     ]

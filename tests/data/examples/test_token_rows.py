@@ -1,4 +1,4 @@
-"""Words, answers and pairs as rows: against rows worked out by hand, with every kind of tokenizer."""
+"""Compare rows of words, answers and text pairs with rows computed by hand, for every kind of tokenizer."""
 
 import json
 
@@ -56,7 +56,7 @@ def pieces():
 
 def test_spans_of_every_kind_of_tokenizer(wordpiece, byte_level, pieces):
     assert wordpiece.encode_spans(["The  cats, é"])[0][1].tolist() == [[0, 3], [5, 8], [8, 9], [9, 10], [11, 12]]
-    # white space at a token's ends is not its own, and every byte of a character is the character's
+    # Surrounding white space is no part of a span, and every byte of a character has the character's span.
     ids, spans = byte_level.encode_spans(["th thë"])[0]
     assert ids.tolist() == [3, 5, 6, 7] and spans.tolist() == [[0, 2], [3, 5], [5, 6], [5, 6]]
     assert ByteTokenizer.new().encode_spans(["aë b"])[0][1].tolist() == [[0, 1], [1, 2], [1, 2], [3, 3], [3, 4]]
@@ -94,12 +94,12 @@ def test_words_begin_at_their_first_token(kind, wordpiece, pieces):
     for w in (0, 1, 3, 4, 5):
         assert spans[at[w]][0] == starts[w] and spans[at[w]][1] > starts[w]
         assert not any(a <= starts[w] < b for a, b in spans[: at[w]])
-    if kind == "wordpiece":  # the cat ##s li ##ly , sat
+    if kind == "wordpiece":  # pieces: the cat ##s li ##ly , sat
         assert ids.tolist() == [4, 5, 6, 9, 10, 8, 7] and at.tolist() == [0, 1, -1, 3, 5, 6]
 
 
 def test_a_token_shared_by_two_words_is_the_first_ones():
-    spans = np.array([[0, 5], [6, 8]])  # "ab cd ef": one token for the first two words
+    spans = np.array([[0, 5], [6, 8]])  # "ab cd ef", in which the first two words are one token
     assert first_tokens(["ab", "cd", "ef"], spans).tolist() == [0, -1, 1]
 
 
@@ -138,7 +138,7 @@ def test_tags_that_are_numbers_and_tags_that_do_not_fit(load, wordpiece):
         load([{"tokens": ["a"], "tags": ["O"], "label": "x"}])
     with pytest.raises(RequestError, match=r'no column "tokens"'):
         TagRows(load([{"text": "a"}]), wordpiece, 8)
-    # tokens alone may be anything (a count, say): not taken unasked
+    # Without tags, `tokens` may be anything, such as a count, so it is not used unless it is mapped.
     assert load([{"text": "a", "tokens": 7, "label": "x"}]).columns == ("text", "label")
 
 
@@ -155,7 +155,7 @@ def asked(context, question, *answers):
 
 def test_answer_rows_golden(load, letters):
     examples = load([asked("cdef", "ab", ("de", 1), ("f", 3)), asked("gh", "a")])
-    assert examples.columns[0] == "context"  # a passage is in one split, whatever is asked about it
+    assert examples.columns[0] == "context"  # a passage is in one split for all of its questions
     batch = AnswerRows(examples, letters(add_bos=True), 10, shuffle=False).batch(np.arange(2))
     assert batch["tokens"].tolist() == [[BOS, 4, 5, EOS, 6, 7, 8, 9, EOS, 0], [BOS, 4, EOS, 10, 11, EOS, 0, 0, 0, 0]]
     assert batch["types"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]]
@@ -167,15 +167,15 @@ def test_answer_rows_golden(load, letters):
 
 
 def test_long_contexts_are_read_in_windows_that_overlap_by_half(load, letters):
-    # 9 tokens a row: bos, a, eos, 5 of the context, eos; windows begin at 0, 3 and 6
+    # 9 tokens per row: bos, a, eos, 5 of the context, eos. Windows begin at 0, 3 and 6.
     rows = AnswerRows(load([asked("bcdefghijk", "a", ("gh", 5))]), letters(add_bos=True), 9, shuffle=False)
     batch = rows.batch(np.arange(len(rows)))
     shown = [letters().decode(t[(t > 3)])[1:] for t in batch["tokens"]]
     assert shown == ["bcdef", "efghi", "hijk"]
-    # the second window alone holds all of "gh"
+    # Only the second window contains all of "gh".
     assert batch["start"].tolist() == [0, 5, 0] and batch["end"].tolist() == [0, 6, 0]
     assert batch["first"][2].tolist() == [0, 0, 0, 6, 7, 8, 9, 0, 0]
-    # a long question keeps half of the room
+    # A long question takes half of the room.
     row = AnswerRows(load([asked("bcd", "aaaaaaaaaa", ("d", 2))]), letters(add_bos=True), 9, shuffle=False)[0]
     assert row["tokens"].tolist() == [BOS, 4, 4, 4, EOS, 5, 6, 7, EOS] and row["start"] == row["end"] == 7
 

@@ -1,4 +1,4 @@
-"""Baselines against counts by hand."""
+"""Compare baselines with counts computed by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from llmctl.data.pretraining.baselines import describe, guesses
 
 
 class Rows:
-    """Targets 7 7 8 | 7 9 9, the third of each row without weight; labels yes, no, none, yes."""
+    """Rows with the targets 7 7 8 | 7 9 9 and the labels yes, no, none, yes. The third target of each row has no
+    weight."""
 
     def __len__(self):
         return 4
@@ -28,7 +29,7 @@ def test_the_best_constant_answers():
 
 
 class Spans:
-    """What a decoder writes (90, 91 are sentinels, 1 the end): 90 7 8 91 7 1, and 90 8 1 with padding."""
+    """Decoder rows 90 7 8 91 7 1 and 90 8 1 with padding; 90 and 91 are sentinels, 1 is the end of sequence."""
 
     def __len__(self):
         return 2
@@ -41,7 +42,7 @@ class Spans:
 
 
 def test_whoever_knows_the_form_of_spans_need_not_read_to_score():
-    """First a sentinel, always; after a sentinel 7, 7 and 8; after a word 8, a sentinel, and the end twice."""
+    """First: always a sentinel. After a sentinel: 7, 7 and 8. After a word: 8, a sentinel, and twice the end."""
     found = guesses(Spans(), 100, sentinels=[90, 91])
     assert found["baseline_accuracy"] == pytest.approx((2 + 2 + 2) / 9)
     after_sentinel = 2 * np.log(2 / 3) + np.log(1 / 3)

@@ -1,4 +1,4 @@
-"""Raw and prepared text give the same rows; preparing is the same for any number of workers and goes on."""
+"""Check that raw and prepared text give the same rows, with any number of workers and after an interruption."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_what_cannot_be_trained_on(data, mixture, tmp_path, sentences):
     for name, value in asked.items():
         with pytest.raises(RequestError, match=rf"was prepared with data.{name}.* = .*; prepare it again"):
             Text(cfg.model_copy(update={name: value}))
-    # the recipe that it was prepared for, in which other stages need other columns
+    # The recipe of the preparation is accepted, although other stages need other columns.
     columns = data.columns | {"label": "stars"}
     Text(data.model_copy(update={"source": "prepared", "path": cfg.path, "columns": columns}))
     with pytest.raises(RequestError, match=r"prepared data holds tokens"):
@@ -184,7 +184,7 @@ def test_epochs_that_do_not_suffice_are_said_at_once(data, tmp_path):
     assert rows.total == 2 * len(rows)
     with pytest.raises(RequestError, match=r"100000 rows are to be read and the sources' epochs hold"):
         text.rows("train", words, 32, tmp_path, needed=100_000)
-    # labelled examples too
+    # Labeled examples have the same limit.
     columns = {"text": "review", "label": "stars"}
     text = Text(data.model_copy(update={"epochs": 2.0, "columns": columns}))
     most, model = 2 * len(text.splits["train"]), ModelConfig(head="classify", labels=2)

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, every row of every source in its turn, sources that end."""
+"""Test mixtures: exact proportions, every row of every source in order, and exhausted sources."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from llmctl.data.pretraining.packing import PackedRows
 
 
 class Numbers:
-    """Row i of source s is [s, i]."""
+    """Source whose row i is [s, i]."""
 
     tokens, waste = 10, 0.5
 
@@ -31,10 +31,10 @@ def test_shares_hold_in_every_block():
     rows = MixedRows([Numbers(0, 5), Numbers(1, 7)], [3, 1])
     found = rows.batch(np.arange(3 * BLOCK))["row"]
     assert [(found[b * BLOCK : (b + 1) * BLOCK, 0] == 0).sum() for b in range(3)] == [768] * 3
-    # each source's rows come in order, none skipped or repeated
+    # The rows of each source come in order, without gaps or repetitions.
     for s in (0, 1):
         np.testing.assert_array_equal(found[found[:, 0] == s, 1], np.arange((found[:, 0] == s).sum()))
-    # within a block they are shuffled, each block in its own way
+    # Each block is shuffled differently.
     assert set(found[:64, 0].tolist()) == {0, 1}
     assert not np.array_equal(found[:BLOCK, 0], found[BLOCK : 2 * BLOCK, 0])
     assert rows.total is None
@@ -52,7 +52,7 @@ def test_rows_are_pure():
 
 
 def test_a_source_that_has_had_its_epochs_leaves_its_place():
-    # 2 of 3 shares, used up after 1000 * 1.5 rows; the other is endless
+    # The first source has 2 of 3 shares and is exhausted after 1000 * 1.5 rows. The other one is endless.
     rows = MixedRows([Numbers(0, 1000), Numbers(1, 7)], [2, 1], epochs=[1.5, 0])
     found = rows.batch(np.arange(5 * BLOCK))["row"]
     assert (found[:, 0] == 0).sum() == 1500

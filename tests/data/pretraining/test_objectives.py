@@ -1,4 +1,4 @@
-"""Objectives against rows worked out by hand, and the statistics of what they draw."""
+"""Compare objectives with rows computed by hand, and check the statistics of their random choices."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def test_masking_chooses_exactly_the_fraction_and_never_special_tokens(words):
     fractions = (shown == words.mask_id).mean(), (shown == tokens[chosen]).mean()
     assert fractions[0] == pytest.approx(0.8, abs=0.02) and fractions[1] == pytest.approx(0.1, abs=0.02)
     assert np.isin(shown[shown != words.mask_id], words.ordinary).all()
-    # every place is as likely as another
+    # Every position is equally likely.
     assert chosen[:, 1:59].mean(0) == pytest.approx(np.full(58, 9 / 58), abs=0.08)
 
 
@@ -79,7 +79,7 @@ def test_a_row_is_a_function_of_its_number_and_the_seed(words):
 
 
 def test_whole_words_are_masked_whole_and_nearly_as_often(words):
-    # a word has its space before it; punctuation is a word of its own
+    # A word includes the space before it; punctuation is a separate word.
     parts = [" abc", " de", ",", " fghi", " jk", " lmnop", " q", "."] * 4
     tokens = [words.tokenizer.encode("".join(parts))] * 600
     batch = masked(packed(np.arange(600), tokens), words, whole_words=True)
@@ -100,13 +100,13 @@ def test_a_tokenizer_without_a_mask_is_refused(letters):
 
 
 def test_spans_golden():
-    # 8 tokens, a quarter dropped in spans of 1: two of the seven gaps, those with the smallest numbers
+    # A quarter of 8 tokens is dropped in spans of 1. The smallest numbers choose two of the seven gaps.
     dropped, starts = span_corruption.choose_spans(8, 0.25, 1.0, 0.5, np.array([9, 9, 1, 9, 9, 9, 0, 9]), np.arange(8))
     assert dropped.tolist() == starts.tolist() == [False, False, True, False, False, False, False, True]
-    # one span of two
+    # One span of two tokens.
     dropped, starts = span_corruption.choose_spans(8, 0.25, 2.0, 0.5, np.array([9, 9, 9, 1, 9, 9, 9, 9]), np.arange(8))
     assert np.flatnonzero(dropped).tolist() == [3, 4] and np.flatnonzero(starts).tolist() == [3]
-    # four dropped in two spans, divided after the third
+    # Four tokens are dropped in two spans, divided after the third.
     dropped, starts = span_corruption.choose_spans(
         8, 0.5, 2.0, 0.5, np.array([0, 9, 9, 1, 9, 9, 9, 9]), np.array([2, 1, 0, 9])
     )
@@ -138,7 +138,7 @@ def test_corruption_golden(words, monkeypatch):
         "weights": [1, 1, 1, 1, 1, 1, 0, 0],
     }
     assert {name: values[0].tolist() for name, values in batch.items()} == expected
-    # the second sentinel does not fit into the encoder: nobody is asked for its span
+    # The second sentinel does not fit into the encoder, so its span is not predicted.
     cut = span_corruption.corrupted(given, words, 4, 8)
     assert cut["encoder_tokens"][0].tolist() == [BOS, 11, S[0], 14]
     assert cut["targets"][0].tolist() == [S[0], 12, 13, EOS, PAD, PAD, PAD, PAD]
@@ -163,7 +163,7 @@ def test_corruption_drops_the_fraction_in_spans_of_the_mean_length_and_loses_not
                 answers[last := t] = []
             elif t != EOS:
                 answers[last].append(t)
-        # putting the spans back gives the document
+        # Inserting the spans restores the document.
         assert [x for t in encoder for x in (answers[t] if t in S else [t])] == source.tokens[b].tolist()
         whole += 1
         dropped += sum(map(len, answers.values()))
@@ -203,7 +203,7 @@ def unmasked(batch):
 
 
 def test_pairs_are_consecutive_sentences_or_of_two_documents(words):
-    # every document has a letter of its own
+    # Every document consists of its own letter.
     texts = [". ".join([c * 6] * 20) for c in "abcdefghijklmnop"]
     batch = pairs(words, texts).batch(np.arange(600))
     tokens, label = unmasked(batch), batch["next_label"]
@@ -221,11 +221,11 @@ def test_pairs_are_consecutive_sentences_or_of_two_documents(words):
 def test_every_passage_is_true_as_often_as_false_in_the_same_four_rows(words):
     texts = [". ".join([c * 6] * 20) for c in "abcdefghijklmnop"]
     batch = pairs(words, texts).batch(np.arange(400))
-    label, types, tokens = batch["next_label"], batch["types"], batch["tokens"]  # as masked
+    label, types, tokens = batch["next_label"], batch["types"], batch["tokens"]  # values after masking
     sides = [{t: bytes(row[where == t]) for t in (0, 1)} for row, where in zip(tokens, types, strict=True)]
     whole = 0
     for g in range(0, 400, 4):
-        if (label[g : g + 4] == -1).all():  # two passages without a partner of another document
+        if (label[g : g + 4] == -1).all():  # two passages without a partner
             continue
         assert label[g : g + 4].tolist() == [0, 0, 1, 1]
         firsts, seconds = ([sides[g + k][t].rstrip(b"\0") for k in range(4)] for t in (0, 1))
@@ -263,7 +263,7 @@ def test_a_document_of_one_sentence_has_masks_and_no_pair(words):
 
 
 def test_labels_are_balanced_by_construction_and_few_pairs_are_refused(words):
-    """Also where most documents have one sentence: a constant answer must be right in half of the labelled rows."""
+    """A constant prediction is right in half of the labeled rows, even if most documents have one sentence."""
     texts = [". ".join([c * 6] * (1 + (i % 3 == 0))) + "." for i, c in enumerate("abcdefghijklmnopqrstuvwxyz" * 8)]
     rows = pairs(words, texts)
     label = rows.batch(np.arange(320))["next_label"]

@@ -1,4 +1,4 @@
-"""Packing against rows worked out by hand; epochs, purity, exact coverage."""
+"""Compare packed rows with rows computed by hand, and test epochs, determinism and exact coverage."""
 
 import numpy as np
 import pytest
@@ -23,13 +23,13 @@ def check(row, **expected):
 
 
 def test_segments_golden_with_a_document_cut_by_a_row(letters):
-    # the stream: a b c . d e . f .   cut every 4
+    # Stream: a b c . d e . f . cut every 4 tokens.
     rows = rows_of(["abc", "de", "f"], letters(), 4, shuffle=False)
     assert len(rows) == 3
     assert rows.tokens == 9
     check(rows[0], tokens=[A, B, C, EOS], targets=[B, C, EOS, PAD], weights=[1, 1, 1, 0], segments=[1, 1, 1, 1],
           positions=[0, 1, 2, 3])  # fmt: skip
-    # f's end lies in the next row: its target is known all the same
+    # The end of f is in the next row, but its target is known here.
     check(rows[1], tokens=[D, E, EOS, F], targets=[E, EOS, PAD, EOS], weights=[1, 1, 0, 1], segments=[1, 1, 1, 2],
           positions=[0, 1, 2, 0])  # fmt: skip
     check(rows[2], tokens=[EOS, PAD, PAD, PAD], targets=[PAD] * 4, weights=[0] * 4, segments=[1, 0, 0, 0],
@@ -38,7 +38,7 @@ def test_segments_golden_with_a_document_cut_by_a_row(letters):
 
 
 def test_segments_golden_with_bos(letters):
-    # the stream: ^ a b c . ^ d .   cut every 3
+    # Stream: ^ a b c . ^ d . cut every 3 tokens.
     rows = rows_of(["abc", "d"], letters(add_bos=True), 3, shuffle=False)
     check(rows[0], tokens=[BOS, A, B], targets=[A, B, C], weights=[1, 1, 1], segments=[1, 1, 1], positions=[0, 1, 2])
     check(rows[1], tokens=[C, EOS, BOS], targets=[EOS, PAD, D], weights=[1, 0, 1], segments=[1, 1, 2],
@@ -58,7 +58,7 @@ def test_concat_golden(letters):
 
 
 def test_fit_golden(letters):
-    # lengths with eos 3, 2, 5, 1 in rows of 4: the 5 becomes 4 + 1; then 4 | 3 + 1 | 2 + 1
+    # Lengths with eos are 3, 2, 5, 1 in rows of 4. The 5 becomes 4 + 1, and the rows are 4 | 3 + 1 | 2 + 1.
     rows = rows_of(["ab", "c", "defa", ""], letters(), 4, shuffle=False, packing="fit")
     assert len(rows) == 3
     check(rows[0], tokens=[D, E, F, A], targets=[E, F, A, EOS], weights=[1] * 4, segments=[1] * 4,
@@ -71,7 +71,7 @@ def test_fit_golden(letters):
 
 
 def test_best_fit_prefers_the_fullest_row_with_room():
-    # 7 and 6 open two rows of 8 (room 1 and 2); 2 goes to the second, 1 to the first
+    # 7 and 6 open two rows of 8 with room 1 and 2. The 2 goes to the second row and the 1 to the first.
     layout, rows = best_fit(np.array([1, 7, 2, 6]), 8)
     assert rows == 2
     placed = {int(d): int(s) for d, s in zip(layout.doc, layout.start, strict=True)}
@@ -87,7 +87,7 @@ def test_an_unshuffled_epoch_holds_every_token_once(letters, packing):
     epoch = rows.batch(np.arange(len(rows)))
     assert (epoch["segments"] > 0).sum() == sum(map(len, TEXTS)) + len(TEXTS)
     assert (epoch["tokens"] == EOS).sum() == len(TEXTS)
-    # every token but a document's first is predicted once (in one stream: every token but the very first)
+    # Every token except a document's first is predicted once. In one stream this is every token except the very first.
     assert epoch["weights"].sum() == sum(map(len, TEXTS)) + (len(TEXTS) - 1 if packing == "concat" else 0)
 
 
@@ -137,7 +137,7 @@ def test_a_corpus_below_one_row_is_refused(letters):
 
 def test_the_order_is_a_permutation_and_never_changes():
     assert sorted(permutation(1000, 3, 2)) == list(range(1000))
-    # written down once: a resumed run must find this order on every machine and NumPy version
+    # Golden values: a resumed run needs the same order on every machine and with every NumPy version.
     assert permutation(8, 0, 0).tolist() == [6, 2, 7, 3, 4, 1, 0, 5]
     assert hashed(2, 0, 0).tolist() == [10709605192711416551, 9429624681588778727]
     assert permutation(8, -1, 0).tolist() != permutation(8, 0, 0).tolist()

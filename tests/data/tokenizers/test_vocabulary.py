@@ -1,4 +1,4 @@
-"""Where words begin and sentences end, for every kind of tokenizer."""
+"""Test word boundaries and sentence ends for every kind of tokenizer."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,8 @@ def test_a_mask_stands_for_a_word_and_its_space(words):
     assert ids.count(t.mask_id) == 1 and t.decode(ids).replace(" ", "") == "thewasgood."
     at = ids.index(t.mask_id)
     assert ids[:at] == t.encode("the" if t.kind != "bytes" else "the ")
-    assert ids[at + 1 :] == plain[len(plain) - (len(ids) - at - 1) :]  # what follows is tokenized as ever
+    # the text behind the mask is tokenized as without a mask
+    assert ids[at + 1 :] == plain[len(plain) - (len(ids) - at - 1) :]
     assert t.encode_masked("<mask><mask>")[-2:] == [t.mask_id] * 2
     assert t.mask_id not in t.encode("the <mask> was good.")
 
@@ -87,7 +88,7 @@ def test_a_mask_stands_for_a_word_and_its_space(words):
     ids=["zh", "ja", "hi", "ar", "th", "en"],
 )
 def test_sentence_ends_in_other_scripts(parts, normalize, sentences):
-    """NFKC makes ASCII of the full-width marks, behind which Chinese and Japanese write no space."""
+    """NFKC maps full-width marks to ASCII. Chinese and Japanese write no space behind them."""
     text = "".join(parts)
     corpus = [*sentences, *[text, *parts] * 20]
     config = TokenizerConfig(vocab_size=316 if text.isascii() else 324, normalize=normalize)
@@ -96,7 +97,7 @@ def test_sentence_ends_in_other_scripts(parts, normalize, sentences):
     at = np.flatnonzero(words.begins_sentence(ids[:-1], ids[1:])) + 1
     found = [words.tokenizer.decode(part.tolist()) for part in np.split(ids, at)]
     right = [words.tokenizer.decode(words.tokenizer.encode(s)) for s in parts]
-    if "e.g." in text:  # an abbreviation before a space looks like an end
+    if "e.g." in text:  # an abbreviation before a space looks like a sentence end
         assert [f.strip() for f in found] == [r.strip() for r in right[:-1]] + ["It is, e.g.", "here."]
     else:
         assert [f.strip() for f in found] == [r.strip() for r in right]
