@@ -1,1 +1,1 @@
-"""Rows of labelled examples: one file per kind of task."""
+"""Rows of labeled examples, with one file per kind of task."""

@@ -1,6 +1,6 @@
-"""Rows of questions whose answers stand in a context: extractive question answering in SQuAD's form (arXiv:1606.05250).
+"""Rows for extractive question answering in SQuAD's form (Rajpurkar et al., 2016, arXiv:1606.05250).
 
-Legend: B rows, T tokens a row, N tokens of a context.
+Legend: B rows, T tokens per row, N tokens of a context.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Window(NamedTuple):
-    """A question and tokens first..last - 1 of its context; where in the row the answer is, or (0, 0)."""
+    """Question with a window of context tokens first..last - 1.
+
+    `start` and `end` are the answer's token positions in the row, or (0, 0) if the window does not contain it.
+    """
 
     example: int
     first: int
@@ -28,18 +31,26 @@ class Window(NamedTuple):
 
 
 class AnswerRows(ExampleRows):
-    """tokens, segments, positions, types, among, first, last [B, T] and start, end, example [B]: one window a row.
+    """Rows of questions with a window of their context, one window per row.
 
-    A row is `bos` (where the tokenizer adds it), the question, `eos`, the context, `eos`; types are 1 from the context
-    on. A context too long is read in windows that overlap by half; the question keeps half a row at most. `start` and
-    `end` are the tokens of the (first) answer, both 0, the row's first token, where the window does not hold all of it
-    or there is none. `among` is 1 where an answer may begin or end: at the first token and at the context's. `first`
-    and `last` are the context's characters [first, last) that a token stands for, `example` is the number of the
-    example.
+    A row is `bos` (if the tokenizer adds it), the question, `eos`, the context, `eos`. A long context is read in
+    windows that overlap by half. The question takes half a row at most. A batch has these int32 arrays:
+
+    - tokens, segments, positions [B, T]
+    - types [B, T]: 1 from the context on
+    - among [B, T]: 1 at candidates for start and end, which are the first token and the context's tokens
+    - first, last [B, T]: the context's characters [first, last) of each token
+    - start, end [B]: first and last token of the (first) answer; both are 0 if there is no answer or the window does
+      not contain all of it
+    - example [B]: index of the example
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
-        """Raises RequestError if the examples have no question or no context, or rows are too short for them."""
+        """Tokenize the examples and cut contexts into windows.
+
+        Raises:
+          RequestError: the examples have no question or no context, or rows are too short for them.
+        """
         if missing := [c for c in ("question", "context") if c not in examples.columns]:
             raise RequestError(f'the data has no column "{missing[0]}"; map one in data.columns')
         self._seq_len, self._tokenizer = seq_len, tokenizer
@@ -60,7 +71,7 @@ class AnswerRows(ExampleRows):
         super().__init__(len(self._windows), seed, shuffle)
 
     def _cut(self, room: int, answer: tuple[str, int] | None) -> list[Window]:
-        """The windows of the newest example."""
+        """Return the windows of the example that was added last."""
         example, spans_N2 = len(self._questions) - 1, self._contexts[-1][1]
         begin = len(self._begin) + len(self._questions[-1]) + 1
         width = room - len(self._questions[-1])
@@ -95,7 +106,7 @@ class AnswerRows(ExampleRows):
 
 
 def token_span(spans_N2: np.ndarray, first: int, last: int) -> tuple[int, int] | None:
-    """The first and the last token that show any of the characters first..last - 1; None where no token does."""
+    """Return the first and last token that overlap the characters first..last - 1, or None if no token does."""
     shows_N = (spans_N2[:, 0] < last) & (spans_N2[:, 1] > first) & (spans_N2[:, 1] > spans_N2[:, 0])
     at = np.flatnonzero(shows_N)
     return (int(at[0]), int(at[-1])) if len(at) else None

@@ -1,6 +1,6 @@
-"""Rows of labelled examples and of prompt-completion pairs: one example a row, padded to T tokens.
+"""Rows of labeled examples and of prompt-completion pairs: one example per row, padded to T tokens.
 
-Legend: B rows, T tokens a row, N examples.
+Legend: B rows, T tokens per row, N examples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class ExampleRows:
-    """One of `count` things a row; `rows[i]` for any i >= 0, each epoch in its own order, or as they come."""
+    """Base class of rows with one example each: `rows[i]` for any i >= 0.
+
+    A subclass defines `_build`, which returns the batch of given example indices [B].
+
+    Args:
+      count: number of examples; one epoch.
+      seed: seed of the shuffle.
+      shuffle: use another order in every epoch; otherwise keep the examples' order.
+    """
 
     def __init__(self, count: int, seed: int, shuffle: bool):
         self._count, self._epochs = count, Epochs(count, seed, shuffle)
@@ -31,7 +39,7 @@ class ExampleRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Rows `rows_B` (any numbers >= 0) as arrays with leading [B]; the same as stacking `self[i]`."""
+        """Return rows `rows_B` (any numbers >= 0) as arrays with a leading axis [B], equal to stacking `self[i]`."""
         return self._build(self._epochs(rows_B))
 
     def _build(self, example_B: np.ndarray) -> Batch:
@@ -39,13 +47,13 @@ class ExampleRows:
 
 
 class ClassificationRows(ExampleRows):
-    """tokens, segments, positions [B, T] and label [B] (int32 class, or float32 number).
+    """Rows of texts with labels: tokens, segments, positions [B, T] and label [B] (int32 class or float32 number).
 
-    A row is `bos` (where the tokenizer adds it), the text, `eos`, padding. Texts too long keep their first T tokens
-    (`tail` is cut) or their first and last halves (`head_tail`); `bos` and `eos` always stay.
+    A row is `bos` (if the tokenizer adds it), the text, `eos`, padding. A long text keeps its first tokens (`tail` is
+    cut) or its first and last halves (`head_tail`). `bos` and `eos` always stay.
 
-    Where the data has a column "pair", a row goes on with that text and another `eos`, and types [B, T] say 1 there.
-    Both texts together too long, the longer one is cut first, then both alike.
+    If the data has a column "pair", a row continues with that text and another `eos`, and types [B, T] are 1 there. If
+    both texts together are too long, the longer one is cut first, then both equally.
     """
 
     def __init__(
@@ -59,10 +67,19 @@ class ClassificationRows(ExampleRows):
         shuffle: bool = True,
         corpus: Corpus | None = None,
     ):
-        """`corpus`: the texts already tokenized (`corpus.cached`), in the order of `examples`.
+        """Tokenize the texts, unless they are given as `corpus`.
+
+        Args:
+          examples: labeled examples.
+          tokenizer: the model's tokenizer.
+          seq_len: tokens per row, T.
+          truncate: what a long text loses.
+          seed: seed of the shuffle.
+          shuffle: use another order in every epoch.
+          corpus: the tokenized texts (`corpus.cached`), in the order of `examples`.
 
         Raises:
-            RequestError: the examples have no text or no label.
+          RequestError: the examples have no text or no label.
         """
         if examples.labels is None:
             raise RequestError('the data has no column "label"; map one in data.columns')
@@ -93,14 +110,18 @@ class ClassificationRows(ExampleRows):
 
 
 class CompletionRows(ExampleRows):
-    """Language-model rows of prompt + completion, with loss on the completion and its `eos` alone.
+    """Language-model rows of prompt and completion, with loss only on the completion and its `eos`.
 
-    Prompt and completion are tokenized apart, as they are when the model generates. Pairs too long lose the beginning
-    of the prompt first (`bos` stays), then the end of the completion.
+    Prompt and completion are tokenized separately, as in generation. A long row loses the beginning of the prompt first
+    (`bos` stays), then the end of the completion.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
-        """Raises RequestError if the examples have no prompt or no completion."""
+        """Tokenize prompts and completions.
+
+        Raises:
+          RequestError: the examples have no prompt or no completion.
+        """
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len = tokenizer, seq_len
         self._prompts = tokenize(examples.texts("prompt"), tokenizer)
@@ -113,7 +134,7 @@ class CompletionRows(ExampleRows):
         segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         bos = [self._tokenizer.bos_id] * self._tokenizer.add_bos
         for b, example in enumerate(map(int, example_B)):
-            # the model reads all but the last token, so a row holds one token more than its inputs
+            # The model reads all tokens but the last, so a row holds one token more than its inputs.
             completion = np.append(self._completions[example], eos)[: self._seq_len - len(bos)]
             room = self._seq_len + 1 - len(bos) - len(completion)
             prompt = self._prompts[example]
@@ -129,10 +150,11 @@ class CompletionRows(ExampleRows):
 
 
 class SequencePairRows(ExampleRows):
-    """For an encoder-decoder: prompts for the encoder, completions and their `eos` for the decoder, T tokens each.
+    """Encoder-decoder rows: prompts for the encoder, completions and their `eos` for the decoder.
 
-    The encoder reads a prompt as it read documents: `bos` where the tokenizer adds it, the tokens, `eos`. The decoder
-    begins with the padding token, as in pretraining. Both lose the end of what is too long; `eos` stays.
+    The encoder reads a prompt like a document in pretraining: `bos` if the tokenizer adds it, the tokens, `eos`. The
+    decoder begins with the padding token, as in pretraining. Both have T tokens and lose the end of a longer text;
+    `eos` stays.
     """
 
     def __init__(
@@ -146,9 +168,19 @@ class SequencePairRows(ExampleRows):
         whole: bool = False,
         ends: bool = True,
     ):
-        """`whole`: completions are never cut, T is theirs then; `ends`: the `eos` after a completion is predicted too.
+        """Tokenize prompts and completions.
 
-        Raises RequestError if the examples have no prompt or no completion.
+        Args:
+          examples: examples with prompts and completions.
+          tokenizer: the model's tokenizer.
+          seq_len: tokens per row, T.
+          seed: seed of the shuffle.
+          shuffle: use another order in every epoch.
+          whole: never cut completions; the longest one then determines the decoder's length.
+          ends: also predict the `eos` after a completion.
+
+        Raises:
+          RequestError: the examples have no prompt or no completion.
         """
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len, self._ends = tokenizer, seq_len, ends
@@ -158,9 +190,9 @@ class SequencePairRows(ExampleRows):
         self._room = seq_len - 1 - len(self._begin)
         count = range(len(examples))
         self.written = max((len(self._completions[i]) for i in count), default=0) + 1 if whole else seq_len
-        """Tokens that the decoder reads and writes."""
+        """Decoder length in tokens."""
         self.cut = sum(len(self._prompts[i]) > self._room for i in count)
-        """Prompts that lose their end."""
+        """Number of prompts that lose their end."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         pad, eos = self._tokenizer.pad_id, self._tokenizer.eos_id
@@ -178,7 +210,7 @@ class SequencePairRows(ExampleRows):
 
 
 def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
-    """At most `room` tokens of a text."""
+    """Truncate a text to at most `room` tokens."""
     if len(text_N) <= room:
         return text_N
     head = room if truncate == "tail" else room - room // 2
@@ -186,7 +218,7 @@ def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
 
 
 def padded(rows: list[np.ndarray], width: int, pad: int, prefix: str = "") -> Batch:
-    """tokens, segments and positions, int32 [B, width], of one text a row; their names begin with `prefix`."""
+    """Pad one text per row to tokens, segments and positions, int32 [B, width]. Their names begin with `prefix`."""
     tokens_BT = np.full((len(rows), width), pad, np.int32)
     segments_BT = np.zeros_like(tokens_BT)
     for b, row in enumerate(rows):

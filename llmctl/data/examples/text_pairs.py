@@ -1,6 +1,6 @@
-"""Rows of two texts each that belong together, or that have a score: what embeddings are learned from.
+"""Rows of two texts that belong together or have a similarity score, for training embeddings.
 
-Legend: B rows, T tokens a row.
+Legend: B rows, T tokens per row.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class TwoTextRows(ExampleRows):
-    """tokens, segments, positions and pair_tokens, pair_segments, pair_positions [B, T], the texts apart.
+    """Rows of two separate texts: tokens, segments, positions and pair_tokens, pair_segments, pair_positions [B, T].
 
-    Each is `bos` (where the tokenizer adds it), the text, `eos`, padding, and is cut as `ClassificationRows` cuts.
-    Where the data has numbers as labels, `label` [B] (float32) is the score of the two.
+    Each text is `bos` (if the tokenizer adds it), the text, `eos`, padding. It is cut as in `ClassificationRows`. If
+    the labels are numbers, `label` [B] (float32) is the similarity score.
     """
 
     def __init__(
@@ -33,7 +33,11 @@ class TwoTextRows(ExampleRows):
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """Raises RequestError if the examples have no text or no pair, or labels that are classes."""
+        """Tokenize both texts.
+
+        Raises:
+          RequestError: the examples have no text or no pair, or their labels are classes.
+        """
         if examples.classes:
             raise RequestError(
                 'embeddings learn from pairs of texts, or from scores of pairs: set data.label_type = "number", or '

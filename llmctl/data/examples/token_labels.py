@@ -1,6 +1,6 @@
-"""Rows of words that carry a label each: named entities, parts of speech.
+"""Rows of words with one label each, for named entities or parts of speech.
 
-Legend: B rows, T tokens a row, N tokens of a text, W words.
+Legend: B rows, T tokens per row, N tokens of a text, W words.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class TagRows(ExampleRows):
-    """tokens, segments, positions, targets [B, T] and weights [B, T] (float32): one text a row.
+    """Rows of labeled words: tokens, segments, positions, targets [B, T] and weights [B, T] (float32).
 
-    A row is `bos` (where the tokenizer adds it), the words with a space between them, `eos`, padding. The label of a
-    word stands at its first token, with weight 1; all else has weight 0. What is too long loses its end.
+    A row is `bos` (if the tokenizer adds it), the words joined by spaces, `eos`, padding. A word's label is the target
+    at its first token, with weight 1. All other positions have weight 0. A long row loses its end.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
-        """Raises RequestError if the examples have no tokens or no tags."""
+        """Tokenize the words and locate their first tokens.
+
+        Raises:
+          RequestError: the examples have no tokens or no tags.
+        """
         if missing := [c for c in ("tokens", "tags") if c not in examples.columns]:
             raise RequestError(f'the data has no column "{missing[0]}" (a list a row); map one in data.columns')
         super().__init__(len(examples), seed, shuffle)
@@ -35,7 +39,7 @@ class TagRows(ExampleRows):
         number = {c: k for k, c in enumerate(examples.classes)}
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.words = self.cut = 0
-        """Words in all, and those of them whose label no row has."""
+        """Total number of words (`words`), and of words whose label no row contains (`cut`)."""
         room = seq_len - len(self._begin) - 1
         for some in batched(examples):
             spans = tokenizer.encode_spans([" ".join(row["tokens"]) for row in some])
@@ -58,13 +62,13 @@ class TagRows(ExampleRows):
 
 
 def first_tokens(words: Sequence[str], spans_N2: np.ndarray) -> np.ndarray:
-    """Which token begins each word, int64 [W], in the words joined by single spaces.
+    """Return the first token of each word, int64 [W], for words joined by single spaces.
 
-    -1 where none does: an empty word, one that the tokenizer drops, or one that shares its token with the word before.
+    The entry is -1 if a word is empty or the tokenizer drops it. If two words share a token, the second one has -1.
     """
     lengths_W = np.array([len(word) for word in words], np.int64)
     starts_W = np.cumsum(lengths_W + 1) - lengths_W - 1
-    # Ends never fall, so the first token that ends after a word's start is the first that can show some of it.
+    # Span ends never decrease, so the first token that ends after a word's start is the first that can overlap it.
     at_W = np.searchsorted(np.maximum.accumulate(spans_N2[:, 1]), starts_W, "right")
     shows_W = np.append(spans_N2[:, 0], np.iinfo(np.int32).max)[at_W] < starts_W + lengths_W
     at_W = np.where(shows_W, at_W, -1)
