@@ -13,7 +13,7 @@ from llmctl.convert import hf_folder as folders
 from llmctl.convert.lazy_tensors import of_array
 from llmctl.data.tokenizers import loading
 from llmctl.model import functional
-from llmctl.model.generate import chat
+from llmctl.model.generate import chat, continuations
 from llmctl.model.generate.decode import Decoder
 
 
@@ -78,7 +78,7 @@ def test_smollm2_knows_the_capital_of_france(tmp_path):
     assert words.decode(greedy(params, rows([ids]))) == " Paris"
     # In a conversation too, whose template the file brings.
     template = chat.Template(loading.chat_template(tmp_path), words)
-    talk = chat.Conversation(template, Decoder(found.model, params), chat.ends(tmp_path, words))
+    talk = chat.Conversation(template, Decoder(found.model, params), continuations.end_ids(tmp_path, words))
     talk.messages.append({"role": "user", "content": "What is the capital of France?"})
     assert "Paris" in "".join(talk.answer(24))
     assert template.prompt(talk.messages)[:2] == [1, 9690]  # <|im_start|>system

@@ -124,9 +124,10 @@ def _continue(
 ) -> None:
     """Prints prompts with what follows them, a single one as it is made."""
     from llmctl.data.tokenizers import loading as tokenizers
-    from llmctl.model.generate.continuations import Speed, begin, continue_rows, search_rows
+    from llmctl.model.generate.continuations import Speed, begin, continue_rows, end_ids, search_rows
 
     words, encoded = tokenizers.load(loaded.tokenizer_dir), decoder.model.architecture == "encoder_decoder"
+    ends = end_ids(loaded.tokenizer_dir, words)
     speed, done = Speed(), []
     for batch in batches:
         live = len(batch) == 1 and not json
@@ -134,12 +135,12 @@ def _continue(
             _write(batch[0])
         rows = begin(words, batch, list(stops), encoded=encoded)
         if search:
-            search_rows(search, words, rows, max_new, speed=speed)
+            search_rows(search, words, rows, max_new, ends=ends, speed=speed)
             if live:
                 _write(rows[0].text)
         else:
             for new in continue_rows(
-                decoder, words, rows, max_new, sampling=sampling, seed=seed, first=len(done), speed=speed
+                decoder, words, rows, max_new, sampling=sampling, seed=seed, first=len(done), ends=ends, speed=speed
             ):
                 if live:
                     _write(new[0])
@@ -159,10 +160,11 @@ def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str
     """Answers the messages of a file, or every line of standard input; prints the answers as they are made."""
     from llmctl.data.tokenizers import loading as tokenizers
     from llmctl.model.generate import chat
+    from llmctl.model.generate.continuations import end_ids
 
     words = tokenizers.load(loaded.tokenizer_dir)
     template = chat.Template(tokenizers.chat_template(loaded.tokenizer_dir), words)
-    talk = chat.Conversation(template, decoder, chat.ends(loaded.tokenizer_dir, words))
+    talk = chat.Conversation(template, decoder, end_ids(loaded.tokenizer_dir, words))
     talk.messages += [{"role": "system", "content": system}] if system else []
     turns = [chat.read_messages(file)] if file else ([{"role": "user", "content": line}] for line in _stdin())
     for turn in turns:
@@ -205,7 +207,10 @@ def _write(text: str) -> None:
 
 
 def _stdin() -> Iterator[str]:
-    return (line.rstrip("\n") for line in sys.stdin if line.strip())
+    """Yield the lines of standard input that are not blank. A byte order mark is skipped."""
+    for number, line in enumerate(sys.stdin):
+        if line.strip():
+            yield (line.removeprefix("\ufeff") if number == 0 else line).rstrip("\n")
 
 
 def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
@@ -217,16 +222,17 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
     """Prompts from flags and a file; None where neither is given, and they come from standard input."""
     if file is None:
         return prompts or None
+    from etils import epath
+
+    from llmctl.data.sources import files
+
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [(n, line) for n, line in files.lines(epath.Path(file)) if line.strip()]
     except FileNotFoundError:
         raise RequestError(f"--file {file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise RequestError(f"--file {file}: cannot be read ({e})") from None
-    found = [
-        *prompts,
-        *((_said(file, i, line) for i, line in enumerate(lines, 1)) if file.suffix == ".jsonl" else lines),
-    ]
+    found = [*prompts, *(_said(file, n, line) if file.suffix == ".jsonl" else line for n, line in lines)]
     if not found:
         raise RequestError(f"{file}: holds no prompt")
     return found

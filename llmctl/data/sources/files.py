@@ -67,17 +67,36 @@ def text(path: epath.Path, cfg: SourceConfig) -> Source:
     """Read plain UTF-8 text. The file, each line, or each paragraph is one document (column `text`)."""
     if cfg.documents == "file":
         return TextFile(path)
-    lines = _text(path, bytes(_buffer(path))).split("\n")
     if cfg.documents == "line":
-        kept = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+        kept = [(n, line) for n, line in lines(path) if line.strip()]
         return Table(path, ("text",), [(line,) for _, line in kept], [n for n, _ in kept])
     rows, numbers = [], []
-    for filled, block in itertools.groupby(enumerate(lines, 1), key=lambda numbered: bool(numbered[1].strip())):
+    for filled, block in itertools.groupby(lines(path), key=lambda numbered: bool(numbered[1].strip())):
         if filled:
             block = list(block)
-            rows.append(("\n".join(line.rstrip("\r") for _, line in block),))
+            rows.append(("\n".join(line for _, line in block),))
             numbers.append(block[0][0])
     return Table(path, ("text",), rows, numbers)
+
+
+def lines(path: epath.Path) -> list[tuple[int, str]]:
+    """Return the lines of a UTF-8 text file with their numbers, from 1.
+
+    A line ends with LF or CRLF only: U+2028, U+0085 and form feeds are part of a text. A byte order mark is skipped.
+
+    Raises:
+      RequestError: the file is not UTF-8 text.
+    """
+    return [(n, line.removesuffix("\r")) for n, line in enumerate(content(path).split("\n"), 1)]
+
+
+def content(path: epath.Path) -> str:
+    """Return the text of a UTF-8 file without a byte order mark.
+
+    Raises:
+      RequestError: the file is not UTF-8 text.
+    """
+    return _text(path, bytes(_buffer(path)))
 
 
 def jsonl(path: epath.Path, cfg: SourceConfig) -> Source:

@@ -26,24 +26,10 @@ Message = dict[str, str]
 """A chat message: {"role": "system", "user" or "assistant", "content": text}."""
 
 
-def ends(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids that end an answer.
-
-    They are the tokenizer's end token and those of a generation_config.json in the same folder.
-    """
-    file = folder / "generation_config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-    except (ValueError, AttributeError) as e:
-        raise RequestError(f"{file}: damaged ({e})") from None
-    more = said if isinstance(said, list) else [said]
-    return sorted({tokenizer.eos_id, *(i for i in more if isinstance(i, int))})
-
-
 def read_messages(file: Path) -> list[Message]:
     """Read the messages of a JSON file, which holds a list or an object with the list "messages"."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise RequestError(f"--file {file}: no such file") from None
     except (OSError, ValueError) as e:
@@ -73,11 +59,13 @@ class Template:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        from llmctl.model.generate.generation_block import GenerationBlock
+
         if text is None:
             raise RequestError("the tokenizer has no chat template, so the model knows no conversations")
         self.tokenizer = tokenizer
         inside = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
         )
         inside.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)  # no HTML escapes
         inside.globals |= {"raise_exception": _refuse, "strftime_now": lambda f: datetime.datetime.now().strftime(f)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -67,6 +69,20 @@ class Continuation:
         unfinished = len(text) - len(text.rstrip(INCOMPLETE))
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return max([unfinished, *begun])
+
+
+def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids that end an answer.
+
+    They are the tokenizer's end token and those of a generation_config.json in the same folder.
+    """
+    file = folder / "generation_config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    except (ValueError, AttributeError) as e:
+        raise RequestError(f"{file}: damaged ({e})") from None
+    more = said if isinstance(said, list) else [said]
+    return sorted({tokenizer.eos_id, *(i for i in more if isinstance(i, int))})
 
 
 @dataclass

@@ -14,7 +14,7 @@ from llmctl.data.tokenizers.base import SPOILED
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.generate import chat
+from llmctl.model.generate import chat, continuations
 from llmctl.model.generate.decode import Decoder
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -93,9 +93,9 @@ def test_templates_and_ends_are_found_where_folders_have_them(words, tmp_path):
     assert loading.chat_template(tmp_path) == "d"
     (tmp_path / "chat_template.jinja").write_text("alone")
     assert loading.chat_template(tmp_path) == "alone"
-    assert chat.ends(tmp_path, words) == [4]
+    assert continuations.end_ids(tmp_path, words) == [4]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 4]}))
-    assert chat.ends(tmp_path, words) == [2, 4]
+    assert continuations.end_ids(tmp_path, words) == [2, 4]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,9 @@ def test_turns_from_standard_input_and_from_a_file_are_answered(talker, tmp_path
 def test_a_turn_reads_what_is_new(talker, words):
     loaded = artifact.load(talker)
     template = chat.Template(CHATML, words)
-    talk = chat.Conversation(template, Decoder(loaded.model, loaded.params), chat.ends(talker / "tokenizer", words))
+    talk = chat.Conversation(
+        template, Decoder(loaded.model, loaded.params), continuations.end_ids(talker / "tokenizer", words)
+    )
     known: list[int] = []
     for said in ("Hello", "Again"):
         talk.messages.append({"role": "user", "content": said})
@@ -177,6 +179,47 @@ def test_prompts_from_lines_of_json_and_beams(talker, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["results"]
     assert [r["prompt"] for r in found] == ["one", "two"]
     assert all(r["score"] < 0 and r["tokens"] == 4 for r in found)
+
+
+def test_lines_and_byte_order_marks_are_those_of_training_data(talker, tmp_path, capsys):
+    """U+2028, U+0085 and form feeds end no line; blank lines count; a byte order mark is no part of a prompt."""
+    texts = ["first\u2028second", "next\u0085el", "form\ffeed"]
+    lines = "\n\n".join(json.dumps(t, ensure_ascii=False) for t in texts)
+    file = tmp_path / "p.jsonl"
+    argv = ["generate", str(talker), "--max-new", "1", "--json", "--file"]
+    file.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert app.run([*argv, str(file)]) == 0
+    assert [r["prompt"] for r in json.loads(capsys.readouterr().out)["results"]] == texts
+    plain = tmp_path / "p.txt"
+    plain.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
+    assert app.run([*argv, str(plain)]) == 0
+    assert [r["prompt"] for r in json.loads(capsys.readouterr().out)["results"]] == texts
+    file.write_text(lines + "\n\n7\n")
+    assert app.run([*argv, str(file)]) == 2 and "line 7 has no prompt" in capsys.readouterr().err
+    talk = tmp_path / "talk.json"
+    talk.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"role": "user", "content": "hi"}]).encode())
+    assert chat.read_messages(talk) == [{"role": "user", "content": "hi"}]
+
+
+def test_a_generation_block_renders_what_is_inside(words):
+    marked = CHATML.replace("{{", "{% generation %}{{").replace("}}", "}}{% endgeneration %}")
+    assert marked != CHATML
+    assert chat.Template(marked, words).prompt(TALK) == chat.Template(CHATML, words).prompt(TALK)
+
+
+def test_plain_generation_stops_at_every_end_token(talker, tmp_path, capsys):
+    """Also at those that only generation_config.json names."""
+    import shutil
+
+    argv = ["--prompt", "Hello", "--max-new", "3", "--json"]
+    assert app.run(["generate", str(talker), *argv]) == 0
+    said = json.loads(capsys.readouterr().out)["results"][0]
+    folder = shutil.copytree(talker, tmp_path / "model")
+    config = json.dumps({"eos_token_id": list(range(artifact.read_manifest(folder).model.vocab_size))})
+    (folder / "tokenizer" / "generation_config.json").write_text(config)
+    assert app.run(["generate", str(folder), *argv]) == 0
+    ended = json.loads(capsys.readouterr().out)["results"][0]
+    assert (said["tokens"], said["ended"]) == (3, "length") and (ended["tokens"], ended["ended"]) == (1, "end")
 
 
 def test_draws_do_not_depend_on_how_many_are_continued_at_a_time(talker, capsys):
