@@ -17,6 +17,7 @@ MODULES = [
     "llmctl.convert.name_map",
     "llmctl.data.pretraining.objective_rows",
     "llmctl.data.sources.base",
+    "llmctl.data.sources.readers",
     "llmctl.data.tokenizers.base",
     "llmctl.distributed.mesh",
     "llmctl.evaluate.metrics.classification",

@@ -17,7 +17,7 @@ def check(out: Path) -> None:
     """Check that an output path ends in a folder name, because the folder is created by renaming.
 
     Raises:
-      RequestError: the path ends in nothing or in "..".
+      RequestError: the path has no last name (such as "." or "/"), or ends in "..".
     """
     if out.name in ("", ".."):
         raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")

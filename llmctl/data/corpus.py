@@ -38,7 +38,7 @@ class Documents(Protocol):
 class Corpus:
     """Tokenized documents, held as one array. Document d is `tokens[starts[d]:starts[d + 1]]`.
 
-    Documents have no begin and end of sequence.
+    They contain no beginning-of-sequence and end-of-sequence tokens.
     """
 
     tokens: np.ndarray

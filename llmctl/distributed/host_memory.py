@@ -45,7 +45,7 @@ def keep() -> bool:
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     start = libc.malloc(size)
     if not start:
-        return False  # The limit of `ulimit -v` refuses the range; freed memory is kept all the same.
+        return False  # The limit of `ulimit -v` refuses the range; freed memory is still kept.
     first, end = -(-start // HUGE) * HUGE, (start + size) // HUGE * HUGE
     advised = libc.madvise(first, end - first, HUGEPAGE) == 0
     libc.free(start)

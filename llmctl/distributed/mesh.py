@@ -188,7 +188,7 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return the sharding of each batch array: rows are sharded, and so is a sequence axis."""
+    """Return the sharding of each batch array, over its rows and over its sequence axis if it has one."""
 
     def names(name: str, ndim: int) -> list[str | None]:
         return (["batch", "seq" if context_parallel.runs_along(name) else None] + [None] * ndim)[:ndim]

@@ -63,7 +63,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 
     Args:
       coordinator: address of process 0 as HOST:PORT.
-      num_processes: number of processes; 1 keeps this process alone in any environment.
+      num_processes: number of processes; 1 disables the search for other processes.
       process_id: index of this process.
 
     Raises:
@@ -75,7 +75,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     if not coordinator and num_processes != 1 and process_id < 0 and not num_processes:
         told = found()
     else:
-        told = _told(coordinator, num_processes, process_id)
+        told = _arguments(coordinator, num_processes, process_id)
     if not told:
         return
     import jax
@@ -109,7 +109,7 @@ def _heartbeat() -> int:
     return int(text)
 
 
-def _told(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any] | None:
+def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any] | None:
     """Convert the flags to arguments of `jax.distributed.initialize`, or None for a single process."""
     if num_processes == 1 and not coordinator and process_id <= 0:
         return None
@@ -144,7 +144,7 @@ def found() -> dict[str, Any] | None:
             # With several processes per host, JAX assigns each its own GPU.
             return {"cluster_detection_method": "slurm"}
         address = SlurmCluster.get_coordinator_address(None, env.get("JAX_COORDINATOR_PORT"))
-        return _told(address, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
+        return _arguments(address, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
     if env.get("JAX_PLATFORMS", "tpu").startswith("cpu"):
         return None
     pods = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""

@@ -30,7 +30,7 @@ IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
 class PairRows:
     """Masked rows `bos A eos B eos` for next-sentence prediction. Rows are endless; `len(rows)` is one epoch.
 
-    B follows A in exactly half of the labeled rows. A ends at the end of a sentence. B begins at the begin of a
+    B follows A in exactly half of the labeled rows. A ends at the end of a sentence. B begins at the start of a
     sentence, in A's document (next_label 0) or in another one (next_label 1). Both take up to half a row for either
     label, so lengths do not reveal the label.
 
@@ -197,7 +197,7 @@ class PairRows:
         return doc_N, np.stack([start_N, cut_N], 1), np.stack([end_N - start_N, second_N], 1)
 
     def _boundary(self, doc_N: np.ndarray, near_N: np.ndarray) -> np.ndarray:
-        """Return the sentence begin nearest to a token, within half a row, or -1 if there is none.
+        """Return the sentence start nearest to a token, within half a row, or -1 if there is none.
 
         The document's first sentence does not count.
         """

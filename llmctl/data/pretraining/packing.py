@@ -77,7 +77,7 @@ class PackedRows:
         self._corpus, self._tokenizer, self._seed, self._objective = corpus, tokenizer, seed, objective
         self._length_D = corpus.lengths + tokenizer.add_bos + 1
         self.tokens = int(self._length_D.sum())
-        """Number of tokens per epoch, including begin and end of sequence."""
+        """Number of tokens per epoch, including beginning-of-sequence and end-of-sequence tokens."""
         self._fixed: Layout | None = None
         if packing == "fit":
             self._fixed, self._rows = best_fit(self._length_D, seq_len)
@@ -156,7 +156,7 @@ class PackedRows:
         )
 
     def _tokens(self, doc: np.ndarray, offset: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """Return tokens of wrapped documents (bos, text, eos) at `offset`, and padding if `where` is false.
+        """Return tokens of wrapped documents (bos, text, eos) at `offset`, or padding if `where` is false.
 
         All arguments have the same shape, which may be any.
         """
@@ -190,7 +190,9 @@ class PackedRows:
 
 
 def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
-    """Pack documents, cut every `seq_len` tokens, by best fit: longest first, each into the fullest row with room.
+    """Pack documents into rows by best fit: longest first, each into the fullest row with room.
+
+    Documents are cut every `seq_len` tokens before.
 
     Returns:
       The layout, in which row r is the range [r * seq_len, (r + 1) * seq_len), and the number of rows.

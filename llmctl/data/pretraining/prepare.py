@@ -74,7 +74,7 @@ def prepare(
       say: called with one-line messages.
 
     Raises:
-      RequestError: data or tokenizer are invalid, or `out` holds something else.
+      RequestError: the data or the tokenizer is invalid, or `out` holds something else.
       Interrupted: by Ctrl-C; the same call continues the work.
     """
     if any(part.source == "prepared" for part in data.parts()):

@@ -65,7 +65,7 @@ class Prepared(BaseModel):
         return sum(s.documents for part in self.splits[split] for s in part.shards)
 
     def tokens(self, split: str) -> int:
-        """Return the number of tokens of a split, without begin and end of sequence."""
+        """Return the number of tokens of a split, without beginning-of-sequence and end-of-sequence tokens."""
         return sum(s.tokens for part in self.splits[split] for s in part.shards)
 
 

@@ -43,7 +43,7 @@ def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int
 def choose_spans(
     n: int, rate: float, span: float, up: float, gaps: np.ndarray, cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample which of n tokens are dropped, and where their spans start: two bool arrays [n].
+    """Sample the dropped tokens of n, and the starts of their spans: two bool arrays [n].
 
     Spans lie in different gaps between the kept tokens. All choices of gaps are equally likely, and so are all
     divisions of the dropped tokens into spans.
@@ -89,7 +89,7 @@ def corrupted(
       words: the tokenizer's vocabulary, with sentinels.
       encoder: encoder length S in tokens.
       decoder: decoder length T in tokens.
-      rate: fraction of each document's tokens to drop; begin and end of sequence stay.
+      rate: fraction of each document's tokens to drop; beginning-of-sequence and end-of-sequence tokens stay.
       span: mean span length in tokens.
       seed: seed of the random choices.
 

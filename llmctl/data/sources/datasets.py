@@ -170,7 +170,7 @@ def hf(cfg: SourceConfig) -> Source:
     """
     path = folder(cfg.path)
     if (path / "dataset_dict.json").exists():
-        splits = _said(path / "dataset_dict.json")["splits"]
+        splits = _read_json(path / "dataset_dict.json")["splits"]
         if cfg.split not in splits:
             raise RequestError(
                 f"{cfg.path}: no split {cfg.split!r}{hint(cfg.split, splits)} (splits: {', '.join(splits)})"
@@ -178,14 +178,14 @@ def hf(cfg: SourceConfig) -> Source:
         path /= cfg.split
     if not (path / "state.json").exists():
         raise RequestError(f"{path}: not a folder that save_to_disk of Hugging Face datasets wrote (no state.json)")
-    state = _said(path / "state.json")
+    state = _read_json(path / "state.json")
     if state.get("_indices_files"):
         raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
     keep_open(len(state["_data_files"]))  # memory-mapped files stay open
     return Chain([_arrow(path / file["filename"]) for file in state["_data_files"]])
 
 
-def _said(file: epath.Path) -> dict[str, Any]:
+def _read_json(file: epath.Path) -> dict[str, Any]:
     try:
         said = json.loads(file.read_text())
     except ValueError:

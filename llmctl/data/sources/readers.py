@@ -37,6 +37,11 @@ SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
 def open_source(cfg: SourceConfig) -> Source:
     """Open the source that `cfg` describes.
 
+    Example:
+      >>> source = open_source(SourceConfig(source="text", path="pkg:llmctl/__init__.py"))
+      >>> source.columns, len(source)
+      (('text',), 1)
+
     Raises:
       RequestError: the data is missing, or it does not have the format of `source`.
     """

@@ -80,7 +80,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without begin and end of sequence."""
+        """Return the token ids of a text, without beginning-of-sequence and end-of-sequence tokens."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -117,7 +117,7 @@ class Tokenizer(ABC):
         """Return the text of token ids. Special tokens and ids beyond the vocabulary are skipped."""
 
     def pieces(self) -> list[str]:
-        """Return the text of every token by id; "" for special tokens. A leading space marks the begin of a word."""
+        """Return the text of every token by id; "" for special tokens. A leading space marks the start of a word."""
         return [self.decode([i]) for i in range(self.vocab_size)]
 
     def encode_masked(self, text: str) -> list[int]:

@@ -158,7 +158,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
     except RuntimeError as error:
         if "KeyboardInterrupt" in str(error):  # the library wraps exceptions of its iterator
             raise KeyboardInterrupt from None
-        raise RequestError(_explained(str(error), cfg)) from None
+        raise RequestError(_error_message(str(error), cfg)) from None
     return SentencePieces(model.getvalue(), cfg.bos != "no")
 
 
@@ -167,7 +167,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _explained(error: str, cfg: TokenizerConfig) -> str:
+def _error_message(error: str, cfg: TokenizerConfig) -> str:
     if most := re.search(r"set it to a value <= (\d+)", error):
         return (
             f"tokenizer.vocab_size = {cfg.vocab_size} is larger than the corpus supports; "

@@ -25,7 +25,10 @@ FOREIGN = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"),
 
 
 class JsonTokenizer(Tokenizer):
-    """Tokenizer with a `tokenizer.json` file. BERT's [CLS] and [SEP] serve as begin and end of sequence."""
+    """Tokenizer with a `tokenizer.json` file.
+
+    BERT's [CLS] and [SEP] serve as beginning-of-sequence and end-of-sequence tokens.
+    """
 
     kind: ClassVar[str] = "json"
     file: ClassVar[str] = "tokenizer.json"
@@ -98,7 +101,8 @@ class JsonTokenizer(Tokenizer):
     def encode_spelled(self, text: str) -> list[int]:
         if SPOILED in text:
             return super().encode_spelled(text)
-        return self._encode_special(text)  # whole text at once: the backend may put a space before each separate part
+        # The text is encoded at once, because the backend may put a space before each separate part.
+        return self._encode_special(text)
 
     def _encode_special(self, text: str) -> list[int]:
         """Encode a text in which spelled-out special tokens become special tokens, for this call only."""
