@@ -1,4 +1,4 @@
-"""What the benchmarks share: where they ran, and how they print what they found."""
+"""Shared code of the benchmarks: description of the machine, and output of the figures."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def where(*packages: str) -> dict[str, Any]:
-    """The machine and the versions that figures belong to."""
+    """Return the machine and the package versions."""
     versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions}
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:
-    """A line a figure, or all of them as one JSON object."""
+    """Print one line per figure, or all figures as one JSON object."""
     if as_json:
         print(json.dumps(result))  # noqa: T201
         return

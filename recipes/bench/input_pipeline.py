@@ -1,7 +1,7 @@
-"""How much faster the input pipeline alone is than the training step that it feeds.
+"""Speed of the input pipeline alone, relative to the training step that it feeds.
 
-Pretrains a recipe's first stage for some steps as `llmctl run` does, reads the steps' speed and input wait from its
-log, then builds the same batches and places them on the devices with no step to wait for, on the same machine.
+The first stage of a recipe is trained for some steps as in `llmctl run`. The step speed and input wait are read from
+its log. The same batches are then built and put on the devices without training, on the same machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from _figures import show, where
 
 
 def trained(recipe: str, run: Path, steps: int) -> tuple[str, list[dict[str, float]]]:
-    """The first stage's name and the lines of its log that have a speed."""
+    """Train the first stage, and return its name and the log lines that contain a speed."""
     from llmctl.pipeline import console, runner
     from llmctl.pipeline import recipe as recipes
 
@@ -30,7 +30,7 @@ def trained(recipe: str, run: Path, steps: int) -> tuple[str, list[dict[str, flo
 
 
 def alone(recipe: str, artifact: Path, cache: Path, batches: int) -> float:
-    """Tokens a second of the stage's batches, built and placed."""
+    """Return the tokens per second of building the stage's batches and putting them on the devices."""
     from llmctl.data import prefetch
     from llmctl.data.device_batches import Feed
     from llmctl.data.pretraining.lm_corpus import Text
@@ -46,7 +46,7 @@ def alone(recipe: str, artifact: Path, cache: Path, batches: int) -> float:
     )  # fmt: skip
     first = batches // 10
     with prefetch.batches(rows, config.train.batch_size, place=feed.place, spans=feed.spans) as built:
-        for _ in range(first):  # threads start, pages come in
+        for _ in range(first):  # threads start and pages are loaded
             next(built)
         began = time.perf_counter()
         for _ in range(batches):
@@ -56,7 +56,7 @@ def alone(recipe: str, artifact: Path, cache: Path, batches: int) -> float:
 
 
 def main() -> None:
-    """Prints a line a figure; `--json` prints one object."""
+    """Print one line per figure; `--json` prints one object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="recipes/demo.toml")
     parser.add_argument("--steps", type=int, default=200)

@@ -1,8 +1,8 @@
-"""The steps of the demo and of Llama 2 7B planned for 16 TPU chips, against the figures of `plan_check.json`.
+"""Regression test of planned steps: demo and Llama 2 7B on 16 TPU chips, compared with `plan_check.json`.
 
-Fails where the TPU compiler refuses a step, or where one takes more than `LIMIT` times the memory or the operations
-that it once took, or so much less that the counting is to be doubted. `--write` takes the figures anew, after a change
-that is meant. No TPU is needed.
+It fails if the TPU compiler refuses a step, or if a step needs more than `LIMIT` times the recorded memory or FLOPs. It
+also fails if they shrink by as much, because then the counting is doubtful. `--write` records new figures after an
+intended change. No TPU is needed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FIGURES = HERE / "plan_check.json"
 LIMIT = 1.5
-"""Well below a doubling, well above what another release of the compiler changes."""
+"""Maximum ratio to the recorded figures: well below 2, and well above the changes between compiler releases."""
 TOPOLOGY = "v5e:4x4"
 SMALL = ("batch_size=16", "accumulate=1", 'remat="full"')
-"""A microbatch of one row a chip: the recipe's own batch is for more chips."""
+"""Overrides for one row per chip in a microbatch, because the recipe's batch is for more chips."""
 STEPS = {
     "demo": ["demo.toml", "--stage", "pretrain"],
     "llama2-7b": ["llama2-7b.toml", *(word for s in SMALL for word in ("--set", f"stage.pretrain.train.{s}"))],
@@ -27,9 +27,10 @@ STEPS = {
 
 
 def planned(words: list[str]) -> dict[str, float]:
-    """`llmctl plan`, in a process of its own: bytes and operations of one device.
+    """Run `llmctl plan` in a separate process, and return the bytes and FLOPs of one device.
 
-    Raises CalledProcessError where it fails; a step too large for the chip is no failure, but a figure.
+    Raises:
+        CalledProcessError: If it fails. A step too large for the chip is not a failure.
     """
     recipe, *rest = words
     command = [sys.executable, "-m", "llmctl", "plan", str(HERE.parent / recipe), "--topology", TOPOLOGY, "--json"]
@@ -38,7 +39,7 @@ def planned(words: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints each figure beside the committed one; exit code 1 where they are too far apart."""
+    """Print each figure with the recorded one; the exit code is 1 if they differ too much."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="commit to what is found")
     args = parser.parse_args()

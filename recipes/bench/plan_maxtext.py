@@ -1,8 +1,8 @@
-"""Our pretraining steps beside MaxText's, compiled for the same TPU topologies: memory, operations, collectives.
+"""Pretraining steps of llmctl versus MaxText, compiled for the same TPU topologies: memory, FLOPs, collectives.
 
-MaxText's figures were taken once, from version 0.2.5 of it with the same jax and libtpu: float32 parameters and Adam,
-bfloat16 compute, FSDP over all chips, sequences of 2,048. Ours are compiled here, without a TPU, in one to three
-minutes of a quiet core each. `plan_maxtext.md` has the table.
+MaxText's figures were measured once, with version 0.2.5 and the same jax and libtpu: float32 parameters and Adam,
+bfloat16 compute, FSDP over all chips, sequences of 2,048. llmctl's steps are compiled here, without a TPU, in one to
+three minutes each on an idle core. `plan_maxtext.md` has the table.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from plan_model import Point, compiled
 
 @dataclass(frozen=True)
 class Theirs:
-    """What MaxText's program takes of one device."""
+    """Requirements of MaxText's program per device."""
 
     peak: float
-    """Bytes."""
+    """Peak memory in bytes."""
     products: float
-    """Operations of matrix products, loops counted; attention kernels are not among them."""
+    """FLOPs of matrix products, with loops counted, without attention kernels."""
     payload: float
-    """Bytes of the whole arrays that its collectives move."""
+    """Bytes of the full arrays that its collectives move."""
 
 
 def _point(size: str, topology: str, chips: int, rows: int, remat: str) -> Point:
@@ -37,13 +37,17 @@ PAIRS = {
     "7B-64-full": (_point("7B", "v5e:8x8", 64, 1, "full"), Theirs(3.422e9, 1.018e14, 36.7 * 2**30)),
     "7B-256-qkv": (_point("7B", "v5e:16x16", 256, 4, "qkv"), Theirs(1.077e10, 3.851e14, 37.2 * 2**30)),
 }
-"""The last of MaxText's keeps queries, keys and values ("save_qkv_proj") and looks embeddings up by a product."""
+"""Pairs of programs.
+
+The last MaxText program saves queries, keys and values ("save_qkv_proj"), and looks up embeddings with a matrix
+product.
+"""
 
 HEAD = ["program", "slice", "rows a device", "peak bytes", "matmul FLOPs", "collectives GiB"]
 
 
 def row(name: str) -> list[str]:
-    """A line of the table: ours / theirs = ratio."""
+    """Return one row of the table: ours / theirs = ratio."""
     point, theirs = PAIRS[name]
     found = compiled(point)
 
@@ -58,7 +62,7 @@ def row(name: str) -> list[str]:
 
 
 def main() -> None:
-    """Prints the table, a line as soon as it is known."""
+    """Print the table, each row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", nargs="+", choices=PAIRS, default=list(PAIRS))
     args = parser.parse_args()

@@ -1,8 +1,9 @@
-"""The model of memory and work that `plan --search` prunes by, against programs that the TPU compiler made.
+"""Accuracy of the cost model behind `plan --search`, compared with programs of the TPU compiler.
 
-Three sizes of Llama, pretraining with AdamW in bfloat16, on meshes that split parameters (fsdp), layers (tensor), both,
-and sequences (context); two recomputation policies each. Every point is the step that the stage runs, compiled ahead of
-time with libtpu; no TPU is needed. A point takes one to two minutes of a quiet core; `plan_model.md` has the table.
+The points are pretraining steps of three Llama sizes with AdamW in bfloat16. The meshes shard parameters (fsdp), layers
+(tensor), both, or sequences (context), with two rematerialization policies each. Every point is the step that the stage
+runs, compiled ahead of time with libtpu; no TPU is needed. A point takes one to two minutes on an idle core.
+`plan_model.md` has the table.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One program."""
+    """One program of the comparison."""
 
     size: str
     layout: str
@@ -40,7 +41,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """As --points takes it."""
+        """Name of the point for --points."""
         return f"{self.size}-{self.layout}-{self.remat}"
 
 
@@ -61,7 +62,7 @@ POINTS = [
 
 
 def compiled(point: Point) -> dict[str, Any]:
-    """What the compiler says of a point."""
+    """Compile a point, and return the compiler's figures."""
     from jax.experimental import topologies as devices
 
     from llmctl.config.base import validate
@@ -100,14 +101,14 @@ def compiled(point: Point) -> dict[str, Any]:
 
 
 def validate_model(model: dict[str, Any]) -> Any:
-    """The ModelConfig of a size."""
+    """Return the ModelConfig of a size."""
     from llmctl.model.config import ModelConfig
 
     return ModelConfig(**model)
 
 
 def row(point: Point, found: dict[str, Any]) -> list[str]:
-    """A line of the table: compiled, modelled, and how far apart."""
+    """Return one row of the table: compiled figure, modelled figure, and their ratio."""
     from llmctl.config.settings import OptimConfig, TrainConfig
     from llmctl.plan import analytic_counts, analytic_memory
 
@@ -132,7 +133,7 @@ HEAD = ["model", "slice", "mesh", "batch", "remat", "compiled GiB", "model GiB",
 
 
 def main() -> None:
-    """Prints the table, a line as soon as it is known; figures once compiled are kept in --keep."""
+    """Print the table, each row as soon as it is known; --keep caches the compiled figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", nargs="+", default=[p.name for p in POINTS], metavar="NAME")
     parser.add_argument("--keep", type=Path, help="a folder for the compiler's figures: what is there is not compiled")

@@ -1,4 +1,4 @@
-"""How long a person waits for `llmctl --help`: the median of fresh processes. The bar is 0.5 s."""
+"""Startup time of `llmctl --help`: the median over new processes. The limit is 0.5 s."""
 
 import statistics
 import subprocess
@@ -9,7 +9,7 @@ RUNS = 11
 
 
 def main() -> None:
-    """Prints the median and the slowest of `RUNS` processes, the first one (cold disk) left out."""
+    """Print the median and maximum of `RUNS` processes, without the first one (cold disk)."""
     seconds = []
     for _ in range(RUNS + 1):
         began = time.perf_counter()

@@ -1,9 +1,11 @@
-"""A training step against Hugging Face transformers + torch (eager and compiled), same machine, same run, same shapes.
+"""Training step versus Hugging Face transformers with torch (eager and compiled): same machine, same run, same shapes.
 
-Llama, 6 layers x 384, vocabulary 8192, batch 16 x 256, float32, AdamW. The programs take turns, so that the ratio holds
-where the machine's speed drifts. Also printed: the share of this machine's measured float32 matmul peak; what of it the
-step's own products reach when each runs alone, and their share of the step, the rest of which is everything else; and
-the peak memory of each, measured in a process of its own.
+The model is a Llama with 6 layers of width 384 and a vocabulary of 8192, in float32 with AdamW and batches of 16 x 256.
+The programs alternate, so that the ratio is robust to drift of the machine's speed. The output also has:
+
+- the fraction of this machine's measured float32 matmul peak that each program reaches;
+- the fraction that the step's matrix products reach when each runs alone, and their share of the step;
+- the peak memory of each program, measured in a separate process.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ PRODUCTS = {
     "values": ("gts,gsk->gtk", LAYERS),
     "vocabulary": ("nd,dv->nv", 1),
 }
-"""The step's products forward, and how often."""
+"""Matrix products of the forward pass, and the number of each."""
 PROGRAMS = ("llmctl", "eager", "compiled")
 
 
 def ours() -> Callable[[], float]:
-    """One step of llmctl, its loss read back."""
+    """Create llmctl's step; it waits for the loss."""
     import jax
     import numpy as np
 
@@ -78,7 +80,7 @@ def ours() -> Callable[[], float]:
 
 
 def theirs(compile_it: bool) -> Callable[[], float]:
-    """One step of transformers' Llama with torch's AdamW, its loss read back."""
+    """Create the step of transformers' Llama with torch's AdamW; it waits for the loss."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,12 +107,12 @@ def theirs(compile_it: bool) -> Callable[[], float]:
 
 
 def build(name: str) -> Callable[[], float]:
-    """The named program."""
+    """Create the program with this name."""
     return ours() if name == "llmctl" else theirs(name == "compiled")
 
 
 def matmul_peak() -> float:
-    """This machine's float32 matmul rate (FLOP/s), the best of several products of 2048 x 2048."""
+    """Measure this machine's float32 matmul rate in FLOP/s: the best of several products of 2048 x 2048."""
     import jax
     import jax.numpy as jnp
 
@@ -120,20 +122,23 @@ def matmul_peak() -> float:
 
 
 def flops(name: str) -> float:
-    """Of one kind of product in one step: forward, and twice that backward; causal attention counted in full."""
+    """Return the FLOPs per step of one kind of product, forward and (twice as many) backward.
+
+    Causal attention is counted in full.
+    """
     spec, times = PRODUCTS[name]
     return 3.0 * times * 2 * math.prod(SIZES[axis] for axis in set(spec) - set(",->"))
 
 
 def products_alone() -> dict[str, float]:
-    """Seconds a step of each kind of product, forward and backward, run alone at its best of several times."""
+    """Measure the seconds per step of each kind of product alone, forward and backward, as the best of several runs."""
     import jax
     import jax.numpy as jnp
 
     seconds = dict.fromkeys(PRODUCTS, 0.0)
     for name, (forward, times) in PRODUCTS.items():
         a, b, c = forward.replace("->", ",").split(",")
-        for x, y, z in ((a, b, c), (c, b, a), (a, c, b)):  # the product, and its gradients for either side
+        for x, y, z in ((a, b, c), (c, b, a), (a, c, b)):  # the product, and its gradients for both operands
             product = jax.jit(lambda p, q, spec=f"{x},{y}->{z}": jnp.einsum(spec, p, q))
             operands = [jnp.ones([SIZES[axis] for axis in axes]) for axes in (x, y)]
             seconds[name] += times * fastest(lambda product=product, operands=operands: product(*operands))
@@ -141,7 +146,7 @@ def products_alone() -> dict[str, float]:
 
 
 def fastest(product: Callable[[], Any]) -> float:
-    """The best seconds of a dozen runs."""
+    """Return the best time of a dozen runs, in seconds."""
     best = float("inf")
     for _ in range(12):
         began = time.perf_counter()
@@ -151,26 +156,26 @@ def fastest(product: Callable[[], Any]) -> float:
 
 
 def memory(name: str) -> int:
-    """Peak resident bytes of a process (on Linux) that runs three steps of the named program."""
+    """Measure the peak resident bytes of a process (on Linux) that runs three steps of the named program."""
     out = subprocess.run([sys.executable, __file__, "--memory", name], check=True, capture_output=True, text=True)
     return int(out.stdout.split()[-1])
 
 
 def main() -> None:
-    """Prints a line a program and the ratio; `--json` prints one object."""
+    """Print one line per program, and the ratio; `--json` prints one object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory", metavar="PROGRAM")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS))
     parser.add_argument("--json", action="store_true")
-    # Both run on the CPU; a library for TPUs, where one is installed to plan with, would count as memory of ours.
+    # All programs run on the CPU. libtpu, if installed for planning, would count as llmctl's memory.
     os.environ["JAX_PLATFORMS"] = "cpu"
     args = parser.parse_args()
     if args.memory:
         run = build(args.memory)
         for _ in range(3):
             run()
-        # Not getrusage: what it says includes the memory of the process that this one was forked from.
+        # getrusage would include the memory of the process that forked this one.
         status = Path("/proc/self/status").read_text()
         print(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024)  # noqa: T201
         return

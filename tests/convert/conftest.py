@@ -1,4 +1,4 @@
-"""A tiny Llama with a byte-level BPE tokenizer: arrays, artifact and Hugging Face folder; tests only read them."""
+"""Fixtures: a tiny Llama with a byte-level BPE tokenizer as arrays, artifact and Hugging Face folder, all read-only."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""import and export as people run them: there and back, and every kind of bad input in one line with exit code 2."""
+"""The import and export commands: round trips, and one-line errors with exit code 2 for every kind of bad input."""
 
 import json
 import shutil

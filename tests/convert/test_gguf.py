@@ -1,4 +1,4 @@
-"""GGUF files: what the gguf package reads in ours, there and back, rounding by kind, vocabularies."""
+"""GGUF files: the gguf package reads our files, round trips, rounding by kind, vocabularies."""
 
 import struct
 

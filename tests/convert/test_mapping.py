@@ -1,4 +1,4 @@
-"""Their tensors into our tree: parts of a mesh are read alone and are the whole; fused tensors; what does not fit."""
+"""Name-map conversion: separate reads of mesh shards form the whole parameter, fused tensors, and mismatches."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: the arithmetic by hand, there and back, variants refused."""
+"""LoRA adapters in PEFT's format: arithmetic by hand, round trips, and rejected variants."""
 
 import json
 

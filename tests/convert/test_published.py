@@ -1,4 +1,4 @@
-"""Real models that ship inside packages: what they are known to answer."""
+"""Published models from installed packages give their known outputs."""
 
 import importlib.util
 from pathlib import Path

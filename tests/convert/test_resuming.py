@@ -1,4 +1,4 @@
-"""An import that dies goes on where it was: the same artifact, and nothing is read twice."""
+"""A killed import resumes: the same artifact results, and no parameter is read twice."""
 
 import os
 import signal

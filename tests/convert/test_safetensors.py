@@ -1,4 +1,4 @@
-"""Our reader and writer against the library's, and every kind of damage."""
+"""Our safetensors reader and writer versus the library's, and every kind of damage."""
 
 import json
 import struct

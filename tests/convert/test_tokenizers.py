@@ -1,4 +1,4 @@
-"""Tokenizers on their way in and out: SentencePiece as tokenizer.json, older vocabularies, what others load."""
+"""Import and export of tokenizers: SentencePiece as tokenizer.json, older vocabularies, other libraries."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The kernels' forms against the plain one: splash attention interpreted, packed documents, windows, caps, meshes."""
+"""Splash attention (interpreted) versus plain XLA attention: packed documents, windows, soft caps, meshes."""
 
 from types import SimpleNamespace
 

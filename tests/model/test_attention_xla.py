@@ -1,4 +1,4 @@
-"""Attention with its own backward pass against the plain formula, values and all gradients."""
+"""Attention with a custom backward pass versus the plain formula: values and all gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A fresh encoder of BERT's kind attends to equal tokens."""
+"""A new BERT-style encoder attends to equal tokens."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Chunked losses against the plain formulas, values and gradients."""
+"""Chunked losses versus the plain formulas: values and gradients."""
 
 import re
 

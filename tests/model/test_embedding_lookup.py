@@ -1,4 +1,4 @@
-"""Embedding tables over devices against the plain lookup: values, gradients, what travels."""
+"""Sharded embedding tables versus the plain lookup: values, gradients and communication."""
 
 import jax
 import jax.numpy as jnp

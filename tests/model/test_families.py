@@ -1,4 +1,4 @@
-"""Every family against `transformers`: random models of odd sizes come in with the same logits, and go back out."""
+"""Families versus `transformers`: random models of unusual sizes keep their logits in import and export."""
 
 import functools
 import json

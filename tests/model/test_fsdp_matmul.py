@@ -1,4 +1,4 @@
-"""Products with split matrices: the plain product's values and gradients, and one gather a pass."""
+"""Products with sharded weights: values and gradients of the plain product, and one all-gather per pass."""
 
 import jax
 import jax.numpy as jnp

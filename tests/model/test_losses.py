@@ -1,4 +1,4 @@
-"""What is minimized is not what is reported: smoothing and z-loss change the first alone."""
+"""Label smoothing and z-loss change the minimized loss, but not the reported metrics."""
 
 import jax
 import jax.numpy as jnp

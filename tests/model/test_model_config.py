@@ -1,4 +1,4 @@
-"""Configs that say what cannot be are refused where they are written, not where they are computed."""
+"""Invalid model configs are rejected at validation, before any computation."""
 
 import pytest
 from pydantic import ValidationError

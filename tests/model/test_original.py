@@ -1,4 +1,4 @@
-"""The Transformer of "Attention Is All You Need" against torch's layers of it, its positions by the paper's formula."""
+"""The original Transformer versus torch's layers, with positions from the paper's formula."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The pipeline against the plain scan over layers: losses, gradients, dropout, and how often each stage runs."""
+"""Pipeline parallelism versus the plain scan over layers: losses, gradients, dropout, and runs per stage."""
 
 from collections import Counter
 

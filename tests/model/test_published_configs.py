@@ -1,4 +1,4 @@
-"""config.json files as they are published, old keys and all, are the presets of their names; and --drop, old names."""
+"""Published config.json files, with old keys, equal the presets of their names; also --drop and renamed tensors."""
 
 import numpy as np
 import pytest

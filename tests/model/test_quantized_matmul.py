@@ -1,4 +1,4 @@
-"""8-bit training products: against qwix's own, against rounding by hand, and through a whole model's step."""
+"""8-bit training products versus qwix, versus rounding by hand, and in the step of a complete model."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Attention around a ring of devices is the plain form: packed documents, windows, caps, grouped heads, biases."""
+"""Ring attention versus plain attention: packed documents, windows, soft caps, grouped heads, biases."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Sizes by arithmetic are those of the arrays, and published counts."""
+"""Sizes from arithmetic equal those of the arrays and the published counts."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What task heads are trained on: values by hand, rows that only fill, and 1 = 8 devices."""
+"""Losses of the task heads: values by hand, filler rows, and equal results on 1 and 8 devices."""
 
 import jax
 import jax.numpy as jnp
