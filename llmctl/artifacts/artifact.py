@@ -299,9 +299,8 @@ def save(
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
             config=config,
             metrics=metrics or {},
-            seq_len=config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),
-            truncate=config.get("truncate") or (parent.truncate if parent else ""),
             versions=versions(),
+            **text_settings(config, parent),
             **measured,
         )
         if processes.first():
@@ -311,6 +310,19 @@ def save(
                 shutil.copy(log, draft / "log.jsonl")
             (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1))
     return manifest
+
+
+def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
+    """Return how texts were read in training, for the manifest: by the stage's settings, else as by its parent.
+
+    Args:
+        config: the resolved config of the stage, as a dictionary.
+        parent: the manifest of the artifact that the stage starts from.
+    """
+    return {
+        "seq_len": config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),
+        "truncate": config.get("truncate") or (parent.truncate if parent else ""),
+    }
 
 
 def versions() -> dict[str, str]:

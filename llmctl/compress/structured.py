@@ -106,6 +106,16 @@ def prune_layers(
     return (*drop_layers(cfg, params, kept), kept)
 
 
+def fewer_layers(cfg: ModelConfig, target: ModelConfig) -> bool:
+    """Return whether `target` has fewer layers in a stack."""
+    return (target.layers, target.encoder_layers) != (cfg.layers, cfg.encoder_layers)
+
+
+def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
+    """Return whether `target` has fewer heads or neurons per layer."""
+    return (target.heads, target.kv_heads, target.d_ff) != (cfg.heads, cfg.kv_heads, cfg.d_ff)
+
+
 def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
     """What has to be known of a layer's inputs to cut it to `target`: of the heads' outputs, of the neurons'."""
 

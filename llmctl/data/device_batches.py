@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,6 +31,24 @@ class Feed:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         whole = self.reading_order and self.size % ways != 0
         return meshes.replicated(self.mesh) if whole else meshes.batch_sharding(self.mesh, ndim)
+
+    def abstract(self, row: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes, types and shardings of a batch on the devices.
+
+        Args:
+          row: one row, arrays without the leading [B].
+        """
+        batch = {name: np.asarray(a)[None] for name, a in row.items()}
+        if self.reading_order:
+            shardings = {name: self.lies(a.ndim) for name, a in batch.items()}
+        else:
+            batch = context_parallel.balanced(batch, self.mesh.shape["context"])
+            shardings = meshes.batch_shardings(batch, self.mesh)
+        types = {name: jax.dtypes.canonicalize_dtype(a.dtype) for name, a in batch.items()}
+        return {
+            name: jax.ShapeDtypeStruct((self.size, *a.shape[1:]), types[name], sharding=shardings[name])
+            for name, a in batch.items()
+        }
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The rows of `spans` -> the whole batch on the devices of all processes."""

@@ -1,21 +1,42 @@
-"""What a stage is: a frozen config and one function `run(config, parent, ctx)`, one file a stage.
+"""Define a stage: a frozen config, a function that runs it, and a function that lists its compiled programs.
 
-It leaves its artifact in `ctx.out`.
+A stage is one module:
+
+    class Config(StageConfig):
+        kind: Literal["average"] = "average"
+
+    def run(config: Config, parent: Path | None, ctx: Context) -> None:
+        ...  # write the artifact to ctx.out, as ctx.leave does
+
+    def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
+        ...  # optional: what `llmctl plan` compiles, and the artifact that the stage leaves
+
+`base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. A stage
+without `programs` is planned as one that compiles nothing and leaves arrays like its parent's.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
 from llmctl.config.base import Config
+from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.pipeline import registry
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.program import Program
+
+    Programs = tuple[list[Program], Artifact | None]
+    """The programs of a stage, and the artifact that it leaves for later stages."""
+
+T = TypeVar("T")
 
 
 class StageConfig(Config):
@@ -49,6 +70,17 @@ class StageConfig(Config):
     def title(self) -> str:
         """What lines for people call this stage."""
         return self.name or self.kind
+
+
+def required(config: StageConfig, parent: T | None) -> T:
+    """Return what a stage starts from.
+
+    Raises:
+      RequestError: there is nothing.
+    """
+    if parent is None:
+        raise RequestError(f"{config.kind}: nothing to start from; name an artifact with `from` (--from)")
+    return parent
 
 
 def kinds() -> list[str]:

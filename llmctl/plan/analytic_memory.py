@@ -119,8 +119,13 @@ def of_training(model: ModelConfig, train: TrainConfig, optim: OptimConfig, mesh
     return Setup(
         model=model, mesh=mesh, rows=train.batch_size, seq_len=train.seq_len, dtype=train.dtype, remat=train.remat,
         accumulate=train.accumulate, optimizer=optim.name, ema=bool(optim.ema),
-        fused=train.attention == "auto" and model.positions != "relative" and mesh.get("context", 1) == 1,
+        fused=has_kernel(model, train.attention, mesh),
     )  # fmt: skip
+
+
+def has_kernel(model: ModelConfig, attention: str, mesh: Mapping[str, int]) -> bool:
+    """Return whether attention may run in the platform's kernel."""
+    return attention == "auto" and model.positions != "relative" and mesh.get("context", 1) == 1
 
 
 @dataclass(frozen=True)

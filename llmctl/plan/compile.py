@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.config.errors import RequestError, WorkError
+from llmctl.model.program import Program
 from llmctl.plan.topologies import Topology
-from llmctl.plan.training_programs import Program
 
 
 @dataclass(frozen=True)

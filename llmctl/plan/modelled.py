@@ -1,7 +1,7 @@
-"""Programs for chips whose compiler is not at hand (GPUs): lowered for their platform, memory and work by the model.
+"""Estimate programs for chips whose compiler is not used (GPUs): lower them for the platform, then model the rest.
 
-What lies in memory is arithmetic on shapes and shardings; temporaries, operations, traffic and collectives are the
-analytic model's.
+Arrays in memory are arithmetic on shapes and shardings. Temporaries, operations, traffic and collectives are those of
+the analytic model.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from dataclasses import replace
 
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.model import attention_kernels
-from llmctl.plan import analytic_counts, analytic_memory
+from llmctl.model.program import Cost, Pass, Program
+from llmctl.plan import analytic_counts, analytic_memory, small_programs
 from llmctl.plan.analytic_memory import Setup
 from llmctl.plan.hlo.counts import Counts
 from llmctl.plan.topologies import Topology
-from llmctl.plan.training_programs import Program
 
 CHECKED = "its lowering for CUDA was checked, with attention in the plain form; no GPU compiler has seen it"
 
 
 def lower(program: Program, platform: str) -> None:
-    """Lowers the program as for devices of `platform`. Raises WorkError where that fails."""
+    """Lower the program as for devices of `platform`.
+
+    Raises:
+      WorkError: the program uses what the platform does not have.
+    """
     try:
         program.trace().lower(lowering_platforms=(platform,))
     except RequestError:
@@ -29,11 +33,32 @@ def lower(program: Program, platform: str) -> None:
         raise WorkError(f"plan: {program.title} does not lower for {platform}: {e}") from e
 
 
-def on(setup: Setup, topology: Topology) -> Setup:
-    """The same step with the attention of these chips: their kernel where it can, else the plain form.
+def setup_of(program: Program, work: Pass) -> Setup:
+    """Return a pass through a model as the analytic model reads it."""
+    mesh = {} if work.replicated else {axis: int(n) for axis, n in program.mesh.shape.items()}
+    model = work.model or program.model
+    return Setup(
+        model=model,
+        mesh=mesh,
+        rows=program.rows,
+        seq_len=program.seq_len,
+        dtype=program.dtype,
+        remat=program.remat,
+        accumulate=program.accumulate,
+        optimizer=work.optim.name if work.optim else "",
+        ema=bool(work.optim and work.optim.ema),
+        trained=work.trained,
+        fused=analytic_memory.has_kernel(model, work.attention, mesh),
+        eight=work.eight,
+        beside=work.beside,
+        cached=work.cached,
+        predicted=work.predicted,
+        written=work.written,
+    )
 
-    `llmctl.model.attention_kernels` chooses so.
-    """
+
+def on(setup: Setup, topology: Topology) -> Setup:
+    """Return the same step with the attention that `llmctl.model.attention_kernels` chooses on these chips."""
     model, kernel = setup.model, False
     if topology.platform == "tpu":
         kernel = not setup.seq_len % attention_kernels.LANES
@@ -45,11 +70,15 @@ def on(setup: Setup, topology: Topology) -> Setup:
 
 
 def step(program: Program, topology: Topology) -> tuple[float, Counts]:
-    """(bytes of temporaries, operations, traffic and collectives) of one device."""
-    if program.guess:
-        return program.guess
-    assert program.setup, f"{program.title}: nothing models it"
-    setup = on(program.setup, topology)
+    """Return the bytes of temporaries, and the operations, traffic and collectives, of one device."""
+    work = program.work
+    if work is None:
+        return small_programs.least(program)
+    if isinstance(work, Cost):
+        return small_programs.described(work)
+    if work.layers:
+        return small_programs.layers(program, work)
+    setup = on(setup_of(program, work), topology)
     own = analytic_memory.entries(setup.model, setup.mesh)
     temporaries = analytic_memory.training(setup, own) if setup.optimizer else analytic_memory.forward(setup, own)
     return temporaries, analytic_counts.counts(setup)

@@ -1,37 +1,33 @@
-"""A recipe's stages planned in their order: each starts from what the one before it would leave."""
+"""Plan the stages of a recipe in order: each starts from the artifact that the stage before it would leave."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from llmctl.artifacts import artifact
+from llmctl.artifacts import abstract_artifact, artifact
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.model.array_bytes import bytes_of
+from llmctl.model.generate.programs import Request, generation
+from llmctl.model.program import Program
+from llmctl.pipeline import stage
 from llmctl.pipeline.recipe import Recipe, Step
-from llmctl.plan import (
-    abstract_artifact,
-    compression_programs,
-    eval_programs,
-    generate_programs,
-    modelled,
-    roofline,
-    training_programs,
-)
 from llmctl.plan import compile as compiling
+from llmctl.plan import modelled, roofline
 from llmctl.plan.hlo import counts as hlo
-from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
-from llmctl.plan.training_programs import Plan, Program
 
 Found = dict[str, Any]
+Say = Callable[[str], None]
 
 
 def plans(
@@ -41,22 +37,22 @@ def plans(
     *,
     tokens: int = 0,
     generate: str = "",
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> list[Found]:
-    """One object a program, in the order of the stages.
+    """Return one object per program, in the order of the stages.
 
     Args:
-      recipe: whose stages; only its settings are read, and the manifests of artifacts outside it.
-      topology: the chips.
-      chosen: names of the stages to plan; all where empty.
-      tokens: budget for the chip-hours; 0 takes each stage's own.
-      generate: also `generate` by the last language model, as ROWSxPROMPTxNEW.
-      say: told what is being done.
+      recipe: the stages; only its settings and the manifests of artifacts outside it are read.
+      topology: the hardware.
+      chosen: names of the stages to plan; empty plans all.
+      tokens: token budget of the chip-hours; 0 takes each stage's own.
+      generate: also plan `generate` by the last language model, as ROWSxPROMPTxNEW.
+      say: called with progress lines.
 
     Raises:
-      RequestError: no such stage; a mesh or a batch that does not divide.
+      RequestError: a stage does not exist; a mesh or a batch does not divide.
     """
-    built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform)
+    built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say)
     out: list[Found] = []
     for name, program in built:  # whatever is refused is refused before anything is compiled
         doing = "lowering" if topology.platform == "cuda" else "compiling"
@@ -66,18 +62,30 @@ def plans(
 
 
 def programs_of(
-    recipe: Recipe, devices: list[Any], chosen: Sequence[str] = (), generate: str = "", platform: str = ""
+    recipe: Recipe,
+    devices: list[Any],
+    chosen: Sequence[str] = (),
+    generate: str = "",
+    platform: str = "",
+    say: Say = lambda text: None,
 ) -> list[tuple[str, Program]]:
-    """The programs of the chosen stages on a mesh of these devices, not compiled, beside their stages' names.
+    """Return the programs of the chosen stages, each with its stage's name; nothing is compiled.
 
-    `platform` is what the devices stand for, where it is not their own. Raises RequestError as `plans`. Stages that are
-    not chosen only say what they leave: their mesh need not fit.
+    For stages that are not chosen only the artifact that they leave is built, so their mesh need not fit.
+
+    Args:
+      recipe, chosen, generate, say: as for `plans`.
+      devices: the devices of the mesh.
+      platform: the platform that they stand for, if it is not their own.
+
+    Raises:
+      RequestError: as `plans`.
     """
     names = [step.name for step in recipe.steps]
     for name in chosen:
         if name not in names:
             raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
-    wants = generate_programs.asked(generate) if generate else None
+    wants = _request(generate) if generate else None
     made: dict[str, Artifact] = {}
     built: list[tuple[str, Program]] = []
     last = max((names.index(name) for name in chosen), default=len(names) - 1)
@@ -85,50 +93,72 @@ def programs_of(
     for step in recipe.steps[: last + 1]:
         wanted = not chosen or step.name in chosen
         mesh = meshes.make(explicit(step.config.mesh, len(devices)), devices) if wanted else alone
-        found, left = _plan(step, made, mesh)
+        found, left = _stage(step, made, mesh)
         if left:
             made[step.name] = left
         if wanted:
             built += [(step.name, program) for program in found]
+        if wanted and not found:
+            say(f"{step.name}: nothing to compile; the stage {step.config.kind!r} exports no programs")
     if wants:
-        writers = {name: there for name, there in made.items() if there.model.head == "lm"}
-        if not writers:
-            raise RequestError("--generate: none of these stages leaves a language model")
-        name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
-        found = generate_programs.of_generate(writers[name], wants, mesh, platform)
-        built += [(f"generate by {name}", program) for program in found]
+        built += _generation(made, wants, devices, platform)
     return built
 
 
-def explicit(mesh: Any, devices: int) -> Any:
-    """The mesh of a recipe with its defaults said: planned CPU devices are all wanted, unlike those of a laptop."""
+def _generation(
+    made: dict[str, Artifact], wants: Request, devices: list[Any], platform: str
+) -> list[tuple[str, Program]]:
+    """Return the programs of `generate` by the last language model."""
+    writers = {name: there for name, there in made.items() if there.model.head == "lm"}
+    if not writers:
+        raise RequestError("--generate: none of these stages leaves a language model")
+    name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
+    there = writers[name]
+    try:
+        found = generation(there.model, there.params, wants, mesh, platform)
+    except ValueError as e:
+        raise RequestError(f"--generate: {there.path}: {e}") from None
+    return [(f"generate by {name}", program) for program in found]
+
+
+def _request(text: str) -> Request:
+    """Parse ROWSxPROMPTxNEW."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise RequestError(f"--generate {text}: must be prompts x tokens of each x new tokens, such as 8x512x128")
+    return Request(*map(int, found.groups()))
+
+
+def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
+    """Return the mesh with its default written out: a plan uses all CPU devices, a run only the first."""
     return mesh.model_copy(update={"data": devices}) if mesh == type(mesh)() else mesh
 
 
-def _plan(step: Step, made: dict[str, Artifact], mesh: Mesh) -> Plan:
+def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
+    """Return a stage's programs and the artifact that it leaves.
+
+    A stage that exports no programs compiles nothing, and leaves arrays like its parent's.
+    """
+
     def there(named: str | Path) -> Artifact:
-        return abstract_artifact.on(made[named], mesh) if isinstance(named, str) else artifact.abstract(named, mesh)
+        if not isinstance(named, str):
+            return artifact.abstract(named, mesh)
+        if named not in made:
+            raise RequestError(
+                f"{step.name}: cannot be planned, as {named} exports no programs that say what it leaves"
+            )
+        return abstract_artifact.on(made[named], mesh)
 
     base = None if step.parent is None else there(step.parent)
     others = {name: there(named) for name, named in step.others.items()}
-    config: Any = step.config
-    if config.kind == "pretrain":
-        return training_programs.of_pretrain(config, base, mesh)
-    if config.kind == "distill":
-        return training_programs.of_distill(config, next(iter(others.values())), base, mesh)
-    if config.kind == "eval":
-        return eval_programs.of_eval(config, others or ({step.name: base} if base else {}), mesh)
-    if base is None:
-        raise RequestError(f"{step.name}: nothing to start from; name an artifact with `from` (--from)")
-    if config.kind == "finetune":
-        return training_programs.of_finetune(config, base, mesh)
-    return {"prune": compression_programs.of_prune, "quantize": compression_programs.of_quantize}[config.kind](
-        config, base, mesh
-    )
+    programs = getattr(stage.load(step.config.kind), "programs", None)
+    if programs:
+        return programs(step.config, base, others, mesh)
+    return [], base if step.config.produces else None
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:
-    """What is known of one program."""
+    """Return the memory, work and time of one program."""
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     found: Found = {
         "program": program.title,
@@ -151,27 +181,27 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
     return found | _memory(program, topology, done) | _work(program, topology, counts, axes, tokens)
 
 
-def _memory(program: Program, topology: Topology, between: compiling.Compiled | float) -> Found:
-    """Bytes of one device: what lies there by arithmetic on the shardings, what comes between by compiler or model.
+def _memory(program: Program, topology: Topology, beside: compiling.Compiled | float) -> Found:
+    """Return the bytes of one device: held arrays by arithmetic on the shardings, the rest by compiler or model.
 
-    On TPUs the compiler says the fullest moment, in all kinds of memory, also the chip's own; the sum of what comes and
-    goes is of HBM, and more than is ever there at once. The smaller of the two bounds is taken.
+    On TPUs the compiler's peak counts all kinds of memory, also the memory on the chip. The sum of arguments, results
+    and temporaries counts HBM alone, but more than is in use at one time. The smaller of the two bounds is taken.
     """
     held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
-    lies, refused = sum(held.values()), False
-    if isinstance(between, compiling.Compiled):
-        refused = bool(between.wants)
-        summed = between.arguments + between.outputs + between.temporaries
-        peak = min(between.peak or summed, summed) if topology.platform == "tpu" else summed
-        total = max(lies, bytes_of(program.beside) + (between.wants or peak))
+    arrays, refused = sum(held.values()), False
+    if isinstance(beside, compiling.Compiled):
+        refused = bool(beside.wants)
+        summed = beside.arguments + beside.outputs + beside.temporaries
+        peak = min(beside.peak or summed, summed) if topology.platform == "tpu" else summed
+        total = max(arrays, bytes_of(program.beside) + (beside.wants or peak))
     else:
-        total = lies + int(between)
-    held |= {"temporaries": total - lies, "total": total, "capacity": topology.chip.hbm_bytes}
+        total = arrays + int(beside)
+    held |= {"temporaries": total - arrays, "total": total, "capacity": topology.chip.hbm_bytes}
     return {"hbm_bytes": held, "fits": not refused and (not held["capacity"] or total <= held["capacity"])}
 
 
 def _work(program: Program, topology: Topology, counts: hlo.Counts, axes: dict[str, int], tokens: int) -> Found:
-    """Operations, traffic and collectives as counted; time by the roofline."""
+    """Return the counted operations, traffic and collectives, and the time of the roofline."""
     bound = roofline.of(counts, topology, axes, program.dtype) if counts.flops or counts.bytes else None
     budget = (tokens or program.steps * program.tokens) if program.tokens else 0
     seconds = bound.seconds if bound else None

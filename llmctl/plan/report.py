@@ -160,5 +160,5 @@ def facts(found: dict[str, Any]) -> str:
 
 
 def whole(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one object for a plan: the program with the largest memory, plus the list of all programs."""
-    return max(found, key=lambda one: one["hbm_bytes"]["total"]) | {"programs": found}
+    """Return one object: the program that takes most memory, with all programs under `programs`."""
+    return max(found, key=lambda one: one["hbm_bytes"]["total"], default={}) | {"programs": found}

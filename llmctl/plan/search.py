@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from llmctl.config.base import spelled
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
+from llmctl.model.array_bytes import bytes_of
+from llmctl.model.program import Pass
 from llmctl.pipeline.recipe import Recipe, Step
 from llmctl.plan import analytic_memory, mesh_search, modelled, planner, report
 from llmctl.plan import compile as compiling
 from llmctl.plan.analytic_memory import Setup
 from llmctl.plan.mesh_search import Candidate
-from llmctl.plan.sizes import bytes_of
 from llmctl.plan.topologies import Topology
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
     # On one device: the recipe's mesh is what is looked for, and every batch divides.
     alone = _edited(recipe, step, {"data": 1}, {})
     _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
-    assert program.setup
-    plain = modelled.on(program.setup, topology)
+    assert isinstance(program.work, Pass)
+    plain = modelled.on(modelled.setup_of(program, program.work), topology)
     own = analytic_memory.entries(program.model, {}).total
     besides = bytes_of(program.parameters) / own - 4.0 * plain.trained * (2 if plain.ema else 1)
     return replace(plain, stored=besides if besides > 0.05 else 0.0)

@@ -21,7 +21,6 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data import prefetch
 from llmctl.data.device_batches import Feed
 from llmctl.distributed import context_parallel, processes
-from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.model import attention_kernels, functional, pipeline_parallel, weights
 from llmctl.model.config import ModelConfig
@@ -29,7 +28,19 @@ from llmctl.train import preemption, throughput
 from llmctl.train.checkpoints import Checkpoints
 from llmctl.train.profiling import Profile
 from llmctl.train.run_log import Reporter
-from llmctl.train.step import TOO_MANY_BAD, Batch, Job, Params, State, Sums, make_step, program, split, state_shardings
+from llmctl.train.step import (
+    TOO_MANY_BAD,
+    Batch,
+    Job,
+    Params,
+    State,
+    Sums,
+    context,
+    make_step,
+    program,
+    split,
+    state_shardings,
+)
 
 if TYPE_CHECKING:
     from llmctl.artifacts.workspace import Context
@@ -77,9 +88,7 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.requests(mesh))
-        stack.enter_context(meshes.use(mesh))
-        stack.enter_context(attention_kernels.use(train.attention))
-        stack.enter_context(pipeline_parallel.use(train.microbatches))
+        stack.enter_context(context(mesh, train))
         say: list[str] = []
         checkpoints = stack.enter_context(Checkpoints(ctx.work / "checkpoints", train.keep, say.append))
         found = checkpoints.restore(runs.state)

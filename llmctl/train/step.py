@@ -7,7 +7,8 @@ outside it. Everything random comes from (seed, step).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -18,7 +19,7 @@ import optax
 
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
-from llmctl.model import chunked_loss, quantized_matmul, weights
+from llmctl.model import attention_kernels, chunked_loss, pipeline_parallel, quantized_matmul, weights
 from llmctl.model.config import ModelConfig
 from llmctl.train import optim
 
@@ -144,6 +145,13 @@ def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.shardin
         fixed,
         state,
     )
+
+
+@contextlib.contextmanager
+def context(mesh: jax.sharding.Mesh, train: TrainConfig) -> Iterator[None]:
+    """Set what the model reads while a step is traced: the mesh, the attention kernel, the microbatches."""
+    with meshes.use(mesh), attention_kernels.use(train.attention), pipeline_parallel.use(train.microbatches):
+        yield
 
 
 def _master(a: Any) -> Any:

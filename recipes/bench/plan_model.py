@@ -68,7 +68,7 @@ def compiled(point: Point) -> dict[str, Any]:
     from llmctl.config.base import validate
     from llmctl.distributed import mesh as meshes
     from llmctl.pipeline.stages import pretrain
-    from llmctl.plan import topologies, training_programs
+    from llmctl.plan import topologies
     from llmctl.plan.hlo import counts as hlo
 
     model = SIZES[point.size]
@@ -83,7 +83,7 @@ def compiled(point: Point) -> dict[str, Any]:
     )  # fmt: skip
     found = devices.get_topology_desc(**topologies.find(point.topology).arguments).devices
     mesh = meshes.make(config.mesh, found)
-    program = training_programs.of_pretrain(config, None, mesh)[0][0]
+    program = pretrain.programs(config, None, {}, mesh)[0][0]
     began = time.monotonic()
     done = program.trace().lower().compile()
     memory, counts = done.memory_analysis(), hlo.count(done.as_text(), dict(mesh.shape))

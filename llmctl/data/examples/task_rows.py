@@ -38,6 +38,17 @@ class Model(Protocol):
         ...
 
 
+COLUMNS = {
+    "classify": ("text", "label"),
+    "regress": ("text", "label"),
+    "tokens": ("tokens", "tags"),
+    "span": ("context", "question", "answers"),
+    "embed": ("text", "pair"),
+    "lm": ("text",),
+}
+"""Columns that a head's rows must have."""
+
+
 def task_rows(
     model: Model,
     examples: Examples,

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers.loading import Tokenizer
     from llmctl.model.losses import Loss
+    from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
 
 
@@ -60,7 +63,6 @@ class Config(StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the student in `ctx.out`."""
     from llmctl.artifacts import artifact
-    from llmctl.data.examples.task_rows import stage_rows
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
@@ -75,14 +77,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
         raise RequestError(f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}")
 
-    def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
-        return stage_rows(
-            learns.model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
-            seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
-        )  # fmt: skip
-
-    learn = rows("train", True, config.train.steps * config.train.batch_size)
-    params, metrics, _ = learner.run(config, ctx, devices, learns, learn, rows("validation", False))
+    cache = ctx.work / "corpus"
+    needed = config.train.steps * config.train.batch_size
+    learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
+    unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
+    params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)
     origin = student or teacher
     ctx.leave(
         config,
@@ -93,6 +92,44 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         metrics=metrics | {"teacher": teacher.manifest.digest},
         tokenizer_dir=teacher.tokenizer_dir,
     )
+
+
+def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
+    """Return the train step, in which the teacher runs as well, and the student that it leaves."""
+    from llmctl.artifacts import abstract_artifact
+    from llmctl.data.examples import made_up
+    from llmctl.data.examples.task_rows import COLUMNS
+    from llmctl.train import programs
+
+    teacher = next(iter(others.values()))
+    student = base if config.model is None else None
+    learns = programs.abstractly(mesh, lambda s: make_learner(config, teacher, s, mesh), student)
+    labels = teacher.manifest.labels
+    text = made_up.MadeUp(config.data, COLUMNS[learns.model.head], config.train.seq_len, labels)
+    rows = _rows(config, learns.model, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    params = abstract_artifact.masters(learns.params)
+    left = abstract_artifact.left(config, params, learns.model, base=student or teacher, labels=labels)
+    return [programs.train_step(config, learns, rows, mesh)], left
+
+
+def _rows(
+    config: Config,
+    model: ModelConfig,
+    text: Text,
+    split: str,
+    tokens: Tokenizer,
+    cache: Path,
+    *,
+    shuffle: bool,
+    needed: int = 0,
+) -> Any:
+    """Return the rows of a split; `cache` keeps its tokens."""
+    from llmctl.data.examples.task_rows import stage_rows
+
+    return stage_rows(
+        model, text, split, tokens, config.train.seq_len, cache,
+        seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
+    )  # fmt: skip
 
 
 def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:

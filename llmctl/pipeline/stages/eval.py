@@ -16,7 +16,10 @@ from llmctl.evaluate.settings import MeasureConfig
 from llmctl.pipeline.stage import StageConfig
 
 if TYPE_CHECKING:
-    from llmctl.artifacts.artifact import Manifest
+    from jax.sharding import Mesh
+
+    from llmctl.artifacts.artifact import Artifact, Manifest
+    from llmctl.pipeline.stage import Programs
 
 
 class Config(MeasureConfig, StageConfig):
@@ -54,6 +57,16 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     with mesh.use(mesh.make(config.mesh)) as devices:
         results = runner.results(config, chosen, examples, devices, ctx.work / "corpus", console.say)
     write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]))
+
+
+def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
+    """Return the scoring of every artifact; no model is left."""
+    from llmctl.evaluate import programs
+
+    chosen = others or ({base.path.name: base} if base else {})
+    if not chosen:
+        raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
+    return [programs.scoring(config, config.data, name, chosen, mesh) for name in chosen], None
 
 
 def _can_draw() -> None:

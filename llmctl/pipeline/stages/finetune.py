@@ -12,13 +12,16 @@ from llmctl.config.base import Config as Settings
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
-from llmctl.pipeline.stage import StageConfig
+from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers.loading import Tokenizer
     from llmctl.model.config import ModelConfig
+    from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
 
 
@@ -80,31 +83,25 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     import jax
 
     from llmctl.artifacts import artifact
-    from llmctl.data.examples.task_rows import stage_rows
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.model import weights
     from llmctl.train import learner
 
-    if parent is None:
-        raise RequestError("finetune: nothing to start from; name an artifact with `from` (--from)")
     devices = mesh.make(config.mesh)
-    base = artifact.load(parent, devices)
+    base = artifact.load(required(config, parent), devices)
     tokens = loading.load(base.tokenizer_dir)
     text = Text(config.data)
-    labels = list(text.classes) if config.task in ("classify", "tokens") else []
+    labels = _labels(config, text)
     learns = make_learner(config, base, labels, devices)
 
-    def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
-        return stage_rows(
-            learns.model, text, split, tokens, config.train.seq_len, ctx.work / "corpus",
-            seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
-        )  # fmt: skip
-
-    learn = rows("train", True, config.train.steps * config.train.batch_size)
-    params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, rows("validation", False))
-    if config.method == "lora" and config.merge:
+    cache = ctx.work / "corpus"
+    needed = config.train.steps * config.train.batch_size
+    learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
+    unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
+    params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
+    if _merges(config):
         params = jax.jit(weights.merge_adapters)(params)
         metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
     ctx.leave(
@@ -116,6 +113,58 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         metrics=metrics,
         tokenizer_dir=base.tokenizer_dir,
     )
+
+
+def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
+    """Return the train step, and the model that it leaves."""
+    import jax
+
+    from llmctl.artifacts import abstract_artifact
+    from llmctl.data.examples import made_up
+    from llmctl.data.examples.task_rows import COLUMNS
+    from llmctl.model import functional, weights
+    from llmctl.train import programs
+
+    base = required(config, base)
+    seq_len = config.train.seq_len
+    text = made_up.MadeUp(config.data, COLUMNS[config.task], seq_len, base.manifest.labels)
+    labels = _labels(config, text)
+    learns = programs.abstractly(mesh, lambda b: make_learner(config, b or base, labels, mesh), base)
+    rows = _rows(config, learns.model, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    params = jax.eval_shape(weights.merge_adapters, learns.params) if _merges(config) else learns.params
+    params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))
+    left = abstract_artifact.left(config, params, learns.model, base=base, labels=labels)
+    return [programs.train_step(config, learns, rows, mesh)], left
+
+
+def _rows(
+    config: Config,
+    model: ModelConfig,
+    text: Text,
+    split: str,
+    tokens: Tokenizer,
+    cache: Path,
+    *,
+    shuffle: bool,
+    needed: int = 0,
+) -> Any:
+    """Return the rows of a split; `cache` keeps its tokens."""
+    from llmctl.data.examples.task_rows import stage_rows
+
+    return stage_rows(
+        model, text, split, tokens, config.train.seq_len, cache,
+        seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
+    )  # fmt: skip
+
+
+def _labels(config: Config, text: Text) -> list[str]:
+    """Return the names of the classes, if the task has classes."""
+    return list(text.classes) if config.task in ("classify", "tokens") else []
+
+
+def _merges(config: Config) -> bool:
+    """Return whether low-rank pairs are added into the matrices at the end."""
+    return config.method == "lora" and config.merge
 
 
 def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:

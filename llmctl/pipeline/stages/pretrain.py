@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.pretraining.objective_rows import Objective
+    from llmctl.data.tokenizers.loading import Tokenizer
+    from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
 
 
@@ -76,14 +79,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             tokens.save(words)
             (ctx.work / "tokenizer.done").touch()
 
-    def rows(split: str, shuffle: bool, needed: int = 0) -> Any:
-        return text.rows(
-            split, tokens, config.train.seq_len, ctx.work / "corpus",
-            seed=config.seed, packing=config.packing, shuffle=shuffle, needed=needed, objective=objective,
-        )  # fmt: skip
-
-    learn = rows("train", True, config.train.steps * config.train.batch_size)
-    unseen = rows("validation", False)
+    cache = ctx.work / "corpus"
+    needed = config.train.steps * config.train.batch_size
+    learn = _rows(config, objective, text, "train", tokens, cache, shuffle=True, needed=needed)
+    unseen = _rows(config, objective, text, "validation", tokens, cache, shuffle=False)
     if objective.name == "next_sentence":
         next_sentence.check(learn.labelled)
         console.say(f"{config.title}: {learn.labelled:.0%} of the rows have a next-sentence pair, half of them true")
@@ -102,6 +101,40 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         metrics=metrics | blind | {"tokens_an_epoch": learn.tokens, "padding": learn.waste},
         tokenizer_dir=words,
     )
+
+
+def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
+    """Return the train step, and the language model that it leaves."""
+    from llmctl.artifacts import abstract_artifact
+    from llmctl.data.examples import made_up
+    from llmctl.train import programs
+
+    objective = aim(config, base, mesh)
+    vocab_size = _vocabulary(config, objective)
+    learns = programs.abstractly(mesh, lambda b: make_learner(config, b, vocab_size, mesh), base)
+    text = made_up.MadeUp(config.data, seq_len=config.train.seq_len)
+    rows = _rows(config, objective, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    params = abstract_artifact.masters(learns.params)
+    left = abstract_artifact.left(config, params, learns.model, base=base)
+    return [programs.train_step(config, learns, rows, mesh)], left
+
+
+def _rows(
+    config: Config,
+    objective: Objective,
+    text: Text,
+    split: str,
+    tokens: Tokenizer,
+    cache: Path,
+    *,
+    shuffle: bool,
+    needed: int = 0,
+) -> Any:
+    """Return the rows of a split; `cache` keeps its tokens."""
+    return text.rows(
+        split, tokens, config.train.seq_len, cache,
+        seed=config.seed, packing=config.packing, shuffle=shuffle, needed=needed, objective=objective,
+    )  # fmt: skip
 
 
 def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
@@ -131,6 +164,20 @@ def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
     name = config.objective or objective_rows.default(model.architecture, model.next_sentence)
     objective_rows.check(name, model.architecture, model.next_sentence)
     return objective_rows.Objective(name, config.rate, config.span, config.whole_words)
+
+
+def _vocabulary(config: Config, objective: Objective) -> int:
+    """Return the vocabulary size of the tokenizer, as far as it is known before the tokenizer exists."""
+    from llmctl.data.tokenizers import loading
+    from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+
+    given = with_sentinels(config.tokenizer, objective, config.train.seq_len)
+    if given.path:
+        try:
+            return loading.obtain((), given).vocab_size
+        except RequestError:
+            return config.model.vocab_size
+    return ByteTokenizer.new(given.sentinels).vocab_size if given.kind == "bytes" else given.vocab_size
 
 
 def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:

@@ -12,14 +12,18 @@ from llmctl.compress.pattern import Pattern
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import Dtype
 from llmctl.data.config import DataConfig, Split, Truncate
-from llmctl.pipeline.stage import StageConfig
+from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jax.sharding import Mesh
+
     from llmctl.artifacts.artifact import Artifact
     from llmctl.compress.calibrate import LayerReport
+    from llmctl.compress.programs import Walk
     from llmctl.model.config import ModelConfig
+    from llmctl.pipeline.stage import Programs
 
     Pruned = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
@@ -84,11 +88,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.distributed import mesh
     from llmctl.train import run_log
 
-    if parent is None:
-        raise RequestError("prune: nothing to start from; name an artifact with `from` (--from)")
     pattern = Pattern.parse(config.pattern, config.sparsity)
     devices = mesh.make(config.mesh)
-    base = artifact.load(parent, devices)
+    base = artifact.load(required(config, parent), devices)
     walks = (bool(config.layers) + bool(config.heads or config.ffn)) if config.method == "structured" else 1
     total = walks * (base.model.layers + base.model.encoder_layers)
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
@@ -114,6 +116,56 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
 
 
+def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
+    """Return the steps of the walk and the change of a matrix, and the smaller or sparser model."""
+    from llmctl.artifacts import abstract_artifact
+    from llmctl.compress import programs, prune
+    from llmctl.model import functional
+
+    base = required(config, base)
+    params = programs.merged(base.model, base.params, mesh)
+    if config.method != "structured":
+        pattern = Pattern.parse(config.pattern, config.sparsity)
+        prune.check(params, pattern)
+        walk = _walk(config, base, mesh) if prune.METHODS[config.method].calibrated else None
+        found = programs.zeros(base.model, params, config.method, pattern, mesh, walk)
+        return found, abstract_artifact.left(config, params, base.model, base=base, pruned=True)
+    target = _target(config, base, params, mesh)
+    small = functional.laid_out(target, functional.abstract(target), mesh)
+    found = programs.cuts(base.model, params, target, mesh, _walk(config, base, mesh))
+    return found, abstract_artifact.left(config, small, target, base=base)
+
+
+def _walk(config: Config, base: Artifact, mesh: Mesh) -> Walk:
+    """Return the calibration walk over made-up texts of the right shapes."""
+    from llmctl.compress import calibration_data
+    from llmctl.compress.programs import Walk
+
+    batch, batches = calibration_data.abstract(
+        base.model, config.data, mesh,
+        examples=config.examples, seq_len=_seq_len(config, base), batch_size=config.batch_size,
+    )  # fmt: skip
+    return Walk(batch, batches, config.dtype, mesh, base.params)
+
+
+def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) -> ModelConfig:
+    """Return the sizes after structured pruning.
+
+    Raises:
+      RequestError: the model cannot be cut to them, or the mesh cannot split them.
+    """
+    from llmctl.compress import shrink
+    from llmctl.model import functional
+
+    target = shrink.target(
+        base.model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by,
+        multiple=config.multiple,
+    )  # fmt: skip
+    functional.shardings(target, functional.abstract(target), mesh)  # refuses what the mesh cannot split
+    shrink.check_cuttable(base.model, params, target)
+    return target
+
+
 def _structured(
     config: Config,
     base: Artifact,
@@ -123,21 +175,15 @@ def _structured(
     progress: Callable[[LayerReport], None],
 ) -> Pruned:
     """Layers first, then widths on what is left, so that heads and neurons are judged by the inputs they will see."""
-    from llmctl.compress import shrink, structured
-    from llmctl.model import functional
+    from llmctl.compress import structured
 
-    model = base.model
-    target = shrink.target(
-        model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by, multiple=config.multiple
-    )
-    functional.shardings(target, functional.abstract(target), devices)  # refuses what the mesh cannot split
-    shrink.check_cuttable(model, params, target)
+    model, target = base.model, _target(config, base, params, devices)
     batches = _batches(config, base, devices)
     found: dict[str, Any] = {}
     how = {"progress": progress, "dtype": config.dtype}
-    if (target.layers, target.encoder_layers) != (model.layers, model.encoder_layers):
+    if structured.fewer_layers(model, target):
         model, params, found["layers_kept"] = structured.prune_layers(model, params, batches, target, **how)
-    if (target.heads, target.kv_heads, target.d_ff) != (model.heads, model.kv_heads, model.d_ff):
+    if structured.narrower(model, target):
         model, params, reports = structured.prune_widths(model, params, batches, target, **how)
         found["layer_error"] = _errors(reports)
     return model, params, found
@@ -180,10 +226,12 @@ def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
     return {s: [round(r.error, 6) for r in reports if r.stack == s] for s in dict.fromkeys(r.stack for r in reports)}
 
 
-def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any]]:
-    from llmctl.compress.calibration_data import calibration_batches
-    from llmctl.data.tokenizers import loading
+def _seq_len(config: Config, base: Artifact) -> int:
+    """Return the length of the calibration texts, in tokens.
 
+    Raises:
+      RequestError: it is unknown, or too long for the model.
+    """
     seq_len = config.seq_len or base.manifest.seq_len
     if not seq_len:
         raise RequestError(f"{base.path}: does not say how long its training texts were; say it with seq_len")
@@ -191,6 +239,13 @@ def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any
         raise RequestError(
             f"{base.path}: seq_len {seq_len} is longer than its longest sequence ({base.model.max_seq_len})"
         )
+    return seq_len
+
+
+def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any]]:
+    from llmctl.compress.calibration_data import calibration_batches
+    from llmctl.data.tokenizers import loading
+
     return calibration_batches(
         base.model,
         config.data,
@@ -198,7 +253,7 @@ def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any
         devices,
         split=config.split,
         examples=config.examples,
-        seq_len=seq_len,
+        seq_len=_seq_len(config, base),
         batch_size=config.batch_size,
         truncate=config.truncate or base.manifest.truncate or "tail",
     )

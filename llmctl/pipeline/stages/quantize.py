@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.config.errors import RequestError
-from llmctl.pipeline.stage import StageConfig
+from llmctl.pipeline.stage import StageConfig, required
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.pipeline.stage import Programs
 
 
 class Config(StageConfig):
@@ -43,20 +48,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
 
-    if parent is None:
-        raise RequestError("quantize: nothing to start from; name an artifact with `from` (--from)")
-    base = artifact.load(parent, mesh.make(config.mesh))
+    base = artifact.load(required(config, parent), mesh.make(config.mesh))
 
     def say(text: str) -> None:
         console.say(f"{config.title}: {text}")
 
     params, errors = quantize(
         merged(base, say, requantizes=True),
-        bits=config.bits,
-        group=config.group,
-        embeddings=config.embeddings,
-        head=config.head,
-        activations=config.activations,
+        **_how(config),
     )
     worst = max(errors, key=lambda path: errors[path])
     say(f"{len(errors)} weights to int{config.bits}; largest relative error {errors[worst]:.2%} ({worst})")
@@ -75,3 +74,20 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         },
         tokenizer_dir=base.tokenizer_dir,
     )
+
+
+def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
+    """Return the rounding of the largest weight, and the model with integers."""
+    from llmctl.artifacts import abstract_artifact
+    from llmctl.compress import programs
+
+    base = required(config, base)
+    params = programs.merged(base.model, base.params, mesh)
+    held = [] if params is base.params else [base.params]
+    found, small = programs.roundings(base.model, params, mesh, held, **_how(config))
+    return [found], abstract_artifact.left(config, small, base.model, base=base)
+
+
+def _how(config: Config) -> dict[str, Any]:
+    """Return the arguments of `llmctl.compress.quantize.quantize`."""
+    return {name: getattr(config, name) for name in ("bits", "group", "embeddings", "head", "activations")}

@@ -1,4 +1,4 @@
-"""Size of abstract arrays in bytes."""
+"""Return the bytes that abstract arrays occupy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import numpy as np
 
 
 def bytes_of(tree: Any, whole: bool = False) -> int:
-    """Return the bytes of a tree of arrays, on one device or (if `whole`) in total over all devices."""
+    """Return the bytes of a tree of arrays.
+
+    Args:
+      tree: arrays or abstract arrays.
+      whole: count every array in full; by default only the shard of one device is counted.
+    """
     total = 0
     for a in jax.tree.leaves(tree):
         shape = a.shape if whole or a.sharding is None else a.sharding.shard_shape(a.shape)

@@ -1,4 +1,4 @@
-"""What a planned stage would leave, for the stages after it: an artifact whose arrays are shapes."""
+"""Build the artifact that a stage would leave, with shapes in place of arrays."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.base import keyed
 from llmctl.model import functional, weights
+from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
-from llmctl.pipeline.stage import StageConfig
-from llmctl.plan.sizes import bytes_of
 
 Params = dict[str, Any]
 
 
 def left(
-    config: StageConfig,
+    config: Any,
     params: Params,
     model: ModelConfig,
     *,
@@ -29,9 +28,17 @@ def left(
     labels: list[str] | None = None,
     pruned: bool | None = None,
 ) -> Artifact:
-    """The artifact of `config`'s stage; what is not said is the parent's."""
+    """Return the artifact that a stage would leave.
+
+    Args:
+      config: the stage's config.
+      params: abstract parameters with shardings.
+      model: the network.
+      base: the parent, from which everything that is not given is taken.
+      labels: names of the classes.
+      pruned: whether zeros are kept by later stages.
+    """
     before = base.manifest if base else None
-    settings = keyed(config)
     parameters = weights.count(params)
     manifest = Manifest(
         format=artifact.FORMAT,
@@ -47,15 +54,14 @@ def left(
         pruned=(before is not None and before.pruned) if pruned is None else pruned,
         bits=8 * bytes_of(params, whole=True) / parameters,
         digest="",
-        seq_len=settings.get("train", {}).get("seq_len") or (before.seq_len if before else 0),
-        truncate=settings.get("truncate") or (before.truncate if before else ""),
         weights={path: weights.describe(w) for path, w in weights.flatten(params).items()},
+        **artifact.text_settings(keyed(config), before),
     )
     return Artifact(Path(config.title), manifest, params)
 
 
 def masters(params: Params) -> Params:
-    """What training leaves: floats in float32."""
+    """Return the parameters as training leaves them: floats in float32."""
 
     def one(a: Any) -> Any:
         return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -64,5 +70,5 @@ def masters(params: Params) -> Params:
 
 
 def on(there: Artifact, mesh: Mesh) -> Artifact:
-    """The artifact laid out over another mesh."""
+    """Return the artifact sharded over another mesh."""
     return Artifact(there.path, there.manifest, functional.laid_out(there.model, there.params, mesh))

@@ -1,0 +1,232 @@
+"""Describe what compression computes as programs: the steps of the calibration walk, and the change of one weight.
+
+Beside the arguments of a program, the walk holds the parameters, in which changed layers replace the unchanged ones,
+and the residual stream of every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llmctl.compress import prune, structured
+from llmctl.compress import quantize as rounding
+from llmctl.compress.calibrate import Collect, empty, moments, nothing, passes, putter
+from llmctl.compress.pattern import Pattern
+from llmctl.distributed import mesh as meshes
+from llmctl.model import flops as cost
+from llmctl.model import functional, weights
+from llmctl.model.array_bytes import bytes_of
+from llmctl.model.config import ModelConfig
+from llmctl.model.program import Cost, Gather, Pass, Program, Tree
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A calibration walk: what it reads and how."""
+
+    batch: Mapping[str, Any]
+    """An abstract batch [B, T]."""
+    batches: int
+    """Number of batches."""
+    dtype: str
+    mesh: Mesh
+    parent: Tree
+    """The parent's abstract parameters, in memory beside others that the walk reads."""
+
+    def programs(self, model: ModelConfig, params: Tree, collect: Collect, changes: bool) -> list[Program]:
+        """Return what `llmctl.compress.calibrate.walk` runs per layer and batch, for the stack that runs last.
+
+        Args:
+          model: the network.
+          params: its abstract parameters.
+          collect: statistics, as for `walk`.
+          changes: whether the walk changes layers.
+        """
+        mesh, batch, dtype = self.mesh, dict(self.batch), jnp.dtype(self.dtype)
+        held = [] if params is self.parent else [self.parent]
+        size, seq_len = batch["tokens"].shape
+        stack = functional.stacks(model)[-1]
+        whole = meshes.replicated(mesh)
+
+        def over_rows(a: Any) -> Any:
+            split = a.ndim > 0 and a.shape[0] == size
+            return a.update(sharding=meshes.batch_sharding(mesh, a.ndim) if split else whole)
+
+        with meshes.use(mesh):
+            memory = (
+                jax.eval_shape(partial(functional.encode, model, dtype=dtype), params, batch)
+                if model.encoder_layers
+                else None
+            )
+            start = partial(functional.embed, model, dtype=dtype)
+            carry = jax.tree.map(over_rows, jax.eval_shape(start, params, batch, memory))
+            layer = _layer_of(params, stack)
+            fresh = empty(model, stack, layer, carry, collect, dtype)
+        stats = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), fresh)
+        look, advance = passes(model, stack, dtype)
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        depth = functional.depth(model, stack)
+        waiting = [(carry, batch)] * (self.batches - 1)
+        no_layers = model.model_copy(update={"layers": 0})
+        flops = (cost.row(model, seq_len) - cost.row(no_layers, seq_len)) / model.layers * size
+
+        def program(title: str, fn: Any, takes: tuple[Any, ...]) -> Program:
+            def trace() -> Any:
+                with meshes.use(mesh):
+                    return fn.trace(*takes)
+
+            layers, apart = ([layer], ()) if fn is look else ([layer, layer], stats)
+            return Program(
+                title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size,
+                seq_len=seq_len, dtype=str(dtype), steps=depth * self.batches, parameters=[params, held, layers],
+                batch=[(carry, batch)] * self.batches, cache=stats, beside=[params, held, waiting, apart],
+                work=Pass(layers=len(layers), attention="xla", statistics=stats if fn is look else {}),
+            )  # fmt: skip
+
+        title = "statistics of a layer" if changes else "influence of a layer"
+        found = [program(title, look, (layer, index, carry, batch, stats))]
+        if changes:
+            found.append(program("pass through a changed layer", advance, (layer, layer, index, carry, batch)))
+            found.append(_putting(found[0], params, held, stack, layer, index))
+        return found
+
+
+def zeros(
+    model: ModelConfig, params: Tree, method: str, pattern: Pattern, mesh: Mesh, walk: Walk | None
+) -> list[Program]:
+    """Return what pruning to zeros runs: the walk, if the method reads data, and the change of the largest matrix.
+
+    Args:
+      model: the network.
+      params: its abstract parameters.
+      method: a method of `llmctl.compress.prune.METHODS`.
+      pattern: which weights compete.
+      mesh: the devices.
+      walk: the calibration; None for a method that reads no data.
+    """
+    found = walk.programs(model, params, moments, changes=True) if walk else []
+    layer = _layer_of(params, functional.stacks(model)[-1])
+    largest = max(weights.layer_matrices(layer), key=lambda m: math.prod(m.weight.shape))
+    w, name = largest.weight, largest.module
+    stats = found[0].cache[name] if found else None
+    held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, what is pruned so far is apart
+    batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
+    others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
+    found.append(Program(
+        f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, method=method, pattern=pattern),
+        steps=model.layers, parameters=[held, w], batch=batch, cache=cache, beside=[held, batch, others],
+        work=_sorting(w, method, pattern),
+    ))  # fmt: skip
+    return found
+
+
+def cuts(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
+    """Return what structured pruning to `target` runs: a walk that chooses layers, and one that chooses widths."""
+    found: list[Program] = []
+    if structured.fewer_layers(model, target):
+        found += walk.programs(model, params, nothing, changes=False)
+    if structured.narrower(model, target):
+        depths = {"layers": target.layers, "encoder_layers": target.encoder_layers}
+        cut = model.model_copy(update=depths)
+        found += walk.programs(cut, _of_depth(cut, params, mesh), structured.collector(cut, target), changes=True)
+    return found
+
+
+def roundings(
+    model: ModelConfig, params: Tree, mesh: Mesh, held: Tree, *, bits: int, group: int, activations: str, **which: bool
+) -> tuple[Program, Tree]:
+    """Return the program that rounds the largest weight, and the abstract parameters with all weights rounded.
+
+    Args:
+      model: the network.
+      params: its abstract parameters.
+      mesh: the devices.
+      held: arrays in memory beside the parameters.
+      bits, group, activations: as for `llmctl.compress.quantize.quantize`.
+      which: `embeddings` and `head`, likewise.
+    """
+    flat = weights.flatten(params)
+    chosen = dict(rounding.targets(flat, embeddings=which["embeddings"], head=which["head"]))
+    for path, inputs in chosen.items():
+        rounding.check(path, flat[path], inputs, group)
+
+    def rounded(path: str, w: Any) -> Any:
+        array, _ = jax.eval_shape(lambda a: rounding.measured(a, bits, chosen[path], group), w)
+        return weights.Quantized(array, "" if chosen[path] == -1 else activations)
+
+    small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
+    left = functional.laid_out(model, weights.unflatten(small), mesh)
+    last = max(chosen, key=lambda path: math.prod(flat[path].shape))
+    w, integers = flat[last], weights.flatten(left)
+    rest = {path: w for path, w in flat.items() if path != last}
+    done = {path: q for path, q in integers.items() if path in chosen and path != last}
+    program = Program(
+        f"rounding of {last}", model, mesh,
+        lambda: rounding.measured.trace(w, bits, chosen[last], group), steps=1,
+        parameters=[params, held, done], beside=[rest, held, done],
+        # Read for the scales, the integers and the error; the integers are written and read.
+        work=Cost(float(bytes_of(integers[last])), 3.0 * bytes_of(w) + 2 * bytes_of(integers[last])),
+    )  # fmt: skip
+    return program, left
+
+
+def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
+    """Return the parameters with low-rank pairs merged, as `llmctl.compress.lowrank.merged` does."""
+    if not weights.adapted(params):
+        return params
+    return functional.laid_out(model, jax.eval_shape(weights.merge_adapters, params), mesh)
+
+
+def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
+    """Return the parameters with the number of layers that `model` has."""
+    out = dict(params)
+    for stack in functional.stacks(model):
+        depth = functional.depth(model, stack)
+        blocks = jax.tree.map(lambda a, n=depth: a.update(shape=(n, *a.shape[1:])), params[stack]["blocks"])
+        out[stack] = {**params[stack], "blocks": blocks}
+    return functional.laid_out(model, out, mesh)
+
+
+def _putting(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:
+    """Return the program that writes a changed layer into the stacked layers, in place."""
+    blocks = params[stack]["blocks"]
+    rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}
+    return replace(
+        walk, title="changed layer put back", trace=lambda: putter(blocks).trace(blocks, layer, index), flops=0.0,
+        tokens=0, rows=0, seq_len=0, steps=functional.depth(walk.model, stack), parameters=[walk.parameters, layer],
+        cache=(), beside=[rest, held, layer, walk.batch], work=Cost(0.0, 2.0 * bytes_of(layer)),
+    )  # fmt: skip
+
+
+def _layer_of(params: Tree, stack: str) -> Tree:
+    """Return the abstract arrays of one layer."""
+
+    def one(a: Any) -> Any:
+        spec = a.sharding.spec
+        lies = a.sharding.update(spec=type(spec)(*spec[1:]))
+        return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=lies)
+
+    return jax.tree.map(one, params[stack]["blocks"])
+
+
+def _sorting(w: Tree, method: str, pattern: Pattern) -> Cost:
+    """Return the cost of sorting a matrix's scores twice, with their positions.
+
+    If scores compete over the whole matrix, every device gathers and sorts all of them. Both sorts are counted as one
+    pass over what they read and write.
+    """
+    leaf = jax.tree.leaves(w)[0]
+    everywhere = prune.METHODS[method].per == "matrix" and not pattern.of
+    own = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    entries, payload = (leaf.size, 4.0 * leaf.size) if everywhere else (own, 0.0)
+    sent = payload * (1 - own / leaf.size)
+    gathers = (Gather(",".join(meshes.axes_of(leaf.sharding.spec)), sent, payload),) if sent else ()
+    return Cost(16.0 * entries + bytes_of(w), 14 * 4.0 * entries, gathers=gathers)

@@ -1,0 +1,92 @@
+"""Make up examples in place of a stage's data, so that rows of the right shapes and types exist without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from llmctl.data import splits
+from llmctl.data.config import DataConfig, Split
+from llmctl.data.corpus import Documents, tokenize
+from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.data.sources.base import Table
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer.new(sentinels=1000)
+"""Stands for the stage's tokenizer: no shape of a row depends on the vocabulary."""
+TEXT = "Once there was a text. It had some sentences! "
+COPIES = 4
+
+
+class MadeUp(Text):
+    """Made-up text with the columns that a data config maps, in place of the data itself.
+
+    text = MadeUp(config.data, ("text", "label"), seq_len=128)
+    rows = stage_rows(model, text, "train", TOKENIZER, 128, Path(), shuffle=False)
+    """
+
+    def __init__(
+        self, cfg: DataConfig, columns: Sequence[str] = (), seq_len: int = 0, classes: Sequence[str] = ()
+    ) -> None:
+        """Make up a few examples.
+
+        Args:
+          cfg: the data; nothing of it is read.
+          columns: columns that the task reads, whether `cfg` maps them or not.
+          seq_len: tokens that a document has at least.
+          classes: names of the classes, if `cfg` does not name them; two by default.
+        """
+        self._examples = examples(cfg, columns, seq_len, classes)
+
+    @property
+    def splits(self) -> splits.Splits:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The same examples in every split."""
+        held = dict.fromkeys(get_args(Split), self._examples)
+        return splits.Splits(DataConfig(), held, rows=COPIES, filtered=0, blank=0, duplicates=0)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self._examples.classes
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the examples."""
+        return self._examples.columns
+
+    @property
+    def epochs(self) -> float:
+        """Made-up examples may be read for ever."""
+        return 0.0
+
+    def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
+        """Return the texts as tokens; nothing is kept in `cache`."""
+        return [(1.0, 0.0, tokenize(self._examples.texts(), tokenizer))]
+
+
+def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Sequence[str] = ()) -> Examples:
+    """Return made-up examples; arguments as for `MadeUp`."""
+    asked = [*(c for c in cfg.columns if c != "label"), *(c for c in columns if c != "label"), "text"]
+    names = tuple(dict.fromkeys(asked))
+    numbers = cfg.label_type == "number"
+    labelled = numbers or "label" in columns
+    found = tuple(cfg.classes) or tuple(classes) or ("no", "yes")
+    long, words = TEXT * (1 + seq_len // len(TEXT)), TEXT.split()
+    values: dict[str, Any] = {"tokens": words, "tags": found[:1] * len(words), "answers": [], "question": TEXT}
+    row = tuple(values.get(name, long) for name in names)
+    return Examples(
+        source=Table("made up", names, [row] * COPIES, range(COPIES)),
+        columns=names,
+        index=np.arange(COPIES),
+        fraction=np.linspace(0, 1, COPIES, endpoint=False),
+        digests=np.zeros((COPIES, 16), np.uint8),
+        chars=np.full(COPIES, len(long)),
+        labels=np.zeros(COPIES, np.float32 if numbers else np.int32) if labelled else None,
+        part=np.zeros(COPIES, np.int32),
+        classes=found if not numbers and (labelled or "tags" in columns) else (),
+    )

@@ -1,0 +1,87 @@
+"""Describe the steps of an evaluation as programs: one that scores a batch, for every artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.config import DataConfig
+from llmctl.data.device_batches import Feed
+from llmctl.data.examples import made_up
+from llmctl.data.examples.task_rows import COLUMNS, task_rows
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate import objectives, runner, tasks
+from llmctl.evaluate.perplexity import row_nll
+from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.setup import READ, Setup
+from llmctl.model import attention_kernels, flops
+from llmctl.model.config import ModelConfig
+from llmctl.model.program import Pass, Program
+
+STREAM = ("tokens", "targets", "weights", "segments", "positions")
+"""Arrays that perplexity reads."""
+
+
+def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh) -> Program:
+    """Return the program that scores a batch of one artifact.
+
+    If the artifacts are timed, the parameters of all of them are in memory.
+
+    Args:
+      config: how artifacts are measured.
+      data: the held-out examples.
+      name: the artifact to score.
+      chosen: all artifacts that are measured, with abstract arrays.
+      mesh: the devices.
+    """
+    model, params = chosen[name].model, chosen[name].params
+    setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
+    tasks.task(model, name)
+    step, batch = _step(model, setup.dtype), _batch(data, model, setup)
+    tokens = sum(a.size for key, a in batch.items() if key in ("tokens", "encoder_tokens"))
+    others = [other.params for other in chosen.values() if other.params is not params] if config.speed else []
+
+    def trace() -> Any:
+        with meshes.use(mesh), attention_kernels.use("auto"):
+            return step.trace(params, batch)
+
+    return Program(
+        f"scoring of {name}",
+        model,
+        mesh,
+        trace,
+        flops=flops.of_rows(model, {key: a.shape[1:] for key, a in batch.items()}) * tokens,
+        tokens=tokens,
+        rows=setup.batch_size,
+        seq_len=setup.seq_len,
+        dtype=setup.dtype,
+        parameters=[params, others],
+        batch=batch,
+        beside=others,
+        work=Pass(written=batch["tokens"].shape[1] if "encoder_tokens" in batch else 0),
+    )
+
+
+def _step(model: ModelConfig, dtype: str) -> Any:
+    """Return the compiled function of the model's task."""
+    if (model.architecture, model.head) == ("decoder", "lm"):
+        return row_nll(model, dtype)
+    return objectives.scorer(model, dtype) if model.head == "lm" else tasks.predictor(model, dtype)
+
+
+def _batch(data: DataConfig, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return an abstract batch of the task, as `llmctl.evaluate.setup.place` shards it."""
+    if (model.architecture, model.head) == ("decoder", "lm"):
+        types = {key: np.float32 if key == "weights" else np.int32 for key in STREAM}
+        row = {key: np.zeros(setup.seq_len, dtype) for key, dtype in types.items()}
+    else:
+        text = made_up.MadeUp(data, COLUMNS[model.head], setup.seq_len)
+        row = task_rows(model, text.splits["train"], made_up.TOKENIZER, setup.seq_len, shuffle=False)[0]
+        row = row if model.head == "lm" else {key: row[key] for key in READ if key in row}
+    return Feed(setup.mesh, setup.batch_size, reading_order=True).abstract(row)

@@ -1,0 +1,110 @@
+"""Describe generation as programs: the pass over the prompts that fills the cache, and one decoding step.
+
+The parameters are replicated over all devices, as `llmctl generate` holds them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import attention_kernels, flops, functional
+from llmctl.model.array_bytes import bytes_of
+from llmctl.model.config import ModelConfig
+from llmctl.model.generate.decode import Decoder, padded_ends
+from llmctl.model.generate.sampling import Sampling, row_keys
+from llmctl.model.program import Cost, Pass, Program
+
+DTYPE = "float32"
+"""The command's default."""
+
+
+class Request(NamedTuple):
+    """Prompts per batch, tokens per prompt, and new tokens after each."""
+
+    rows: int
+    prompt: int
+    new: int
+
+
+def generation(
+    model: ModelConfig, weights: functional.Params, wants: Request, mesh: Mesh, platform: str = ""
+) -> list[Program]:
+    """Return the prefill and one decoding step.
+
+    Args:
+      model: the network.
+      weights: its abstract parameters.
+      wants: the sizes.
+      mesh: devices, which may stand for those of another platform.
+      platform: that platform; by default the devices' own.
+
+    Raises:
+      ValueError: the model writes no text, or no text of this length.
+    """
+    whole = meshes.replicated(mesh)
+    one = meshes.make(MeshConfig(data=1), [mesh.devices.flat[0]])  # nothing is split
+
+    def on_all(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), tree)
+
+    made: list[Decoder] = []
+
+    def served(params: functional.Params) -> Any:
+        made.append(Decoder(model, params, DTYPE, platform=platform))
+        return made[0].weights
+
+    with meshes.use(one):
+        params = on_all(jax.eval_shape(served, weights))
+    decoder, rules = made[0], Sampling()
+    inputs, slots = decoder.inputs([[0] * wants.prompt] * wants.rows, wants.new)
+    inputs, ends = on_all(inputs), on_all(padded_ends(()))
+    keys = on_all(jax.eval_shape(lambda: row_keys(0, wants.rows)))
+    first = jax.jit(decoder.first, static_argnames=("slots", "rules"))
+    step = jax.jit(decoder.one, static_argnames="rules", donate_argnums=1)
+
+    def prefill() -> Any:
+        with meshes.use(one), attention_kernels.use("auto"):
+            return first.trace(params, inputs, keys, ends, slots=slots, rules=rules)
+
+    def decode() -> Any:
+        with meshes.use(one), attention_kernels.use("auto"):
+            return step.trace(params, state, keys, ends, rules=rules)
+
+    with meshes.use(one):
+        state = on_all(prefill().out_info)
+    reads = model.encoder_layers > 0
+    source, begins = (wants.prompt, 1) if reads else (0, wants.prompt)
+    ends_at = begins + wants.new
+    common: dict[str, Any] = {
+        "model": model, "mesh": mesh, "rows": wants.rows, "dtype": DTYPE, "parameters": params,
+        "cache": state["cache"],
+    }  # fmt: skip
+    read = {name: part for name, part in params[0].items() if name != "embed" or model.tied}
+    work = Pass(predicted=1 / begins, cached=begins, replicated=True)
+    if reads:  # the decoder's first token is negligible beside the encoder's pass
+        alone = {"architecture": "encoder", "layers": 0, "vocab_size": 0}
+        work = Pass(model.model_copy(update=alone), replicated=True)
+    last = flops.row(model, ends_at, source, 1) - flops.row(model, ends_at - 1, source, 0)
+    return [
+        Program(
+            "prefill", trace=prefill, flops=wants.rows * flops.row(model, begins, source, 1),
+            tokens=wants.rows * wants.prompt, seq_len=wants.prompt, batch=inputs, work=work, **common,
+        ),
+        Program(
+            "decoding step", trace=decode, flops=wants.rows * last, tokens=wants.rows, seq_len=ends_at,
+            steps=wants.new - 1, work=_one_token(model, wants.rows, slots, last, [read, params[1], state["cache"]]),
+            **common,
+        ),
+    ]  # fmt: skip
+
+
+def _one_token(model: ModelConfig, rows: int, slots: int, flops_per_row: float, read: Any) -> Cost:
+    """Return the cost of one decoding step on one device; `read` are the weights, keys and values that it reads."""
+    per_row = 2 * 4 * (model.vocab_size + model.heads * slots) + 4 * (2 * model.d_model + 2 * model.d_ff)
+    between = float(rows * per_row)
+    return Cost(between, bytes_of(read) + 2 * between, {DTYPE: rows * flops_per_row})

@@ -1,0 +1,103 @@
+"""Describe the train step of a stage as a program, from its config and abstract arrays; nothing is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.device_batches import Feed
+from llmctl.model import flops as cost
+from llmctl.model import functional, quantized_matmul, weights
+from llmctl.model.program import Pass, Program, Tree
+from llmctl.train import learner as training
+from llmctl.train import step
+from llmctl.train.learner import Learner
+
+
+def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
+    """Return the optimizer step of a stage that trains.
+
+    Args:
+      config: the stage's, with `seed`, `train` and `optim`.
+      learner: the model to train, with abstract arrays.
+      rows: training rows, of which the first gives the shapes.
+      mesh: the devices.
+    """
+    train = config.train
+    job = training.job(config, learner, rows, validate=None)
+    runs = step.program(job, train, config.optim, mesh, config.seed)
+    batch = Feed(mesh, train.batch_size).abstract(rows[0])
+
+    def trace() -> Any:
+        with step.context(mesh, train):
+            return runs.step.trace(runs.state, (runs.fixed, job.constants), batch)
+
+    state = dict(runs.state)
+    held = [state.pop("params"), state.pop("ema", ()), runs.fixed, job.constants]
+    tokens = sum(a.shape[1] for name, a in batch.items() if name in ("tokens", "encoder_tokens")) * train.batch_size
+    return Program(
+        "train step",
+        learner.model,
+        mesh,
+        trace,
+        flops=job.flops * tokens,
+        tokens=tokens,
+        rows=train.batch_size,
+        seq_len=train.seq_len,
+        dtype=train.dtype,
+        remat=train.remat,
+        accumulate=train.accumulate,
+        steps=train.steps,
+        parameters=held,
+        optimizer=state,
+        batch=batch,
+        work=_work(learner, runs, config, tokens, rows),
+    )
+
+
+def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
+    """Return the learner that `build` makes of an artifact, with abstract arrays: its computation is only traced.
+
+    learner = abstractly(mesh, lambda b: make_learner(config, b, labels, mesh), base)
+    """
+    made: list[Learner] = []
+
+    def trace(params: Tree) -> Tree:
+        made.append(build(base and replace(base, params=params)))
+        return made[0].params
+
+    shapes = jax.eval_shape(trace, base and base.params)
+    return replace(made[0], params=functional.laid_out(made[0].model, shapes, mesh))
+
+
+def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any) -> Pass:
+    """Return the step in the terms of the analytic model."""
+    sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
+    row = training.shapes(rows)
+    return Pass(
+        optim=config.optim,
+        attention=config.train.attention,
+        trained=sizes[0] / sum(sizes),
+        beside=cost.of_rows(learner.beside, row) * tokens if learner.beside else 0.0,
+        predicted=row["places"][-1] / row["tokens"][-1] if "places" in row else 1.0,
+        written=row["tokens"][-1] if "encoder_tokens" in row else 0,
+        eight=_in_eight_bits(config.train.matmuls, runs.named),
+    )
+
+
+def _in_eight_bits(rules: dict[str, str], named: Tree) -> dict[str, float]:
+    """Return the fraction of the entries of the layers' matrices whose products the rules compute in each type."""
+    matrices = {weights.module_path(n): a.size for n, a in named.items() if weights.is_layer_matrix(n)}
+    found: dict[str, float] = {}
+    with quantized_matmul.use(rules):
+        for path, size in matrices.items():
+            if kind := quantized_matmul.kind_of(path):
+                dtype = {"fp8": "float8"}.get(kind, kind)
+                found[dtype] = found.get(dtype, 0.0) + size / sum(matrices.values())
+    return found
