@@ -25,6 +25,7 @@ MODULES = [
     "llmctl.model.config",
     "llmctl.model.families",
     "llmctl.model.flops",
+    "llmctl.model.functional",
     "llmctl.model.generate.decode",
     "llmctl.model.generate.sampling",
     "llmctl.model.hf_config",

@@ -1,12 +1,12 @@
-"""Losses over a vocabulary, computed in chunks of the sequence so that [B, T, V] never exists.
+"""Losses over a vocabulary, computed in chunks of the sequence, so that logits [B, T, V] are never stored.
 
-`chunked` runs a loss over pieces of the sequence and, where a gradient is wanted, takes it piece by piece in the same
-pass: three matrix products for the output projection instead of the four that rematerializing costs.
+`chunked` sums a loss over chunks of the sequence. If a gradient is needed, it is computed chunk by chunk in the same
+pass. This takes three matrix products for the output projection, in the place of the four that rematerialization takes.
 
-On a mesh every device takes its own rows and tokens, and adds up what it found once, after its last chunk. The
-vocabulary stays split over the `tensor` axis: what crosses it are a few numbers a token, never logits.
+On a mesh, every device processes its own rows and tokens, and sums are reduced once, after the last chunk. The
+vocabulary stays sharded over the `tensor` axis: only a few numbers per token cross it, never logits.
 
-Shapes: B batch, T sequence, c tokens a chunk, D model width, V vocabulary; b and t a device's share of B and T.
+Shapes: B batch, T sequence, c tokens per chunk, D model width, V vocabulary; b and t a device's share of B and T.
 """
 
 from __future__ import annotations
@@ -23,32 +23,35 @@ from llmctl.distributed import mesh as meshes
 from llmctl.model import weights
 
 CHUNK_BYTES = 16 * 2**20
-"""Float32 logits of one chunk, about; large enough for full-speed products, small enough to stay near the cores."""
+"""Approximate bytes of float32 logits per chunk: enough for full-speed products, and few enough for CPU caches."""
 
 Tree = Any
 ChunkLoss = Callable[[Tree, Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
-"""(head params, constants, x [B, c, D], aligned [B, c, ...]) -> (sum of losses, tree of sums)."""
+"""Function of (head params, constants, x [B, c, D], aligned [B, c, ...]) that returns (sum of losses, tree of sums)."""
 
 Project = Callable[[Tree, jax.Array], jax.Array]
-"""(head params, x [..., D]) -> logits [..., V]."""
+"""Function of (head params, x [..., D]) that returns logits [..., V]."""
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
-    """Tokens a chunk and sequence: the largest divisor of `length` whose logits stay within CHUNK_BYTES.
+    """Return the largest divisor of `length` for which the logits of one chunk fit CHUNK_BYTES.
 
-    All three are those of one device.
+    Args:
+        batch: Rows per device.
+        length: Tokens per row and device.
+        vocab: Vocabulary entries per device.
     """
     most = max(1, CHUNK_BYTES // (4 * batch * vocab))
     return max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
 
 
 def _split(tree: Tree, chunk: int) -> Tree:
-    """[B, T, ...] -> [T / c, B, c, ...]."""
+    """Split [B, T, ...] into chunks [T / c, B, c, ...]."""
     return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1), tree)
 
 
 def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tree]]:
-    """The leaves that have gradients, and the way to put others in their place."""
+    """Return the leaves that have gradients, and a function that puts other leaves in their place."""
     leaves, treedef = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
@@ -62,16 +65,19 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 
 
 def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, x_BTD: jax.Array, rest: Tree) -> Tree:
-    """`fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device's rows and tokens -> (sums, [B, T, ...]).
+    """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device's rows and tokens.
 
-    The first of its results are sums, which are added up over the devices. Only the vocabulary is left to XLA.
-    Matrices of the head, and sums of their shapes, travel in the type of `x`.
+    XLA shards only the vocabulary. Matrices of the head, and sums with their shapes, are communicated in the dtype of
+    `x`.
+
+    Returns:
+        The first result of `fn`, summed over the devices, and its second result as [B, T, ...].
     """
     mesh = meshes.current()
     if mesh is None or mesh.size == 1:
         return fn(head, constants, x_BTD, rest)
     rows = meshes.spec(("batch_out", "seq"), mesh, x_BTD.shape[:2])
-    if rows[0] is None:  # too few rows for all stages of a pipeline
+    if rows[0] is None:  # too few rows for all pipeline stages
         rows = meshes.spec(("batch", "seq"), mesh, x_BTD.shape[:2])
     axes = meshes.axes_of(rows)
 
@@ -97,7 +103,7 @@ def _chunk_of(x_btD: jax.Array, vocab: int) -> int:
 def chunked(
     fn: ChunkLoss, vocab: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Sums `fn` over chunks of tokens. Differentiable in `head` and `x_BTD`; the other sums are not."""
+    """Sum `fn` over chunks of tokens; only the first sum is differentiable, in `head` and `x_BTD`."""
 
     def sums(head: Tree, constants: Tree, x: jax.Array, aligned: Tree) -> tuple[Tree, None]:
         def body(carry: Tree, piece: Tree) -> tuple[Tree, None]:
@@ -141,7 +147,7 @@ def _forward(
     d_floats = [
         meshes.constrain(d, "embed", "vocab" if d.shape[1] == vocab else None) if d.ndim == 2 else d for d in d_floats
     ]
-    # Otherwise XLA keeps every device's own gradient through the backward pass, and adds up at the end of the step.
+    # Without the barrier, XLA keeps every device's own gradient through the backward pass, and reduces it at the end.
     d_floats, d_x = jax.lax.optimization_barrier((d_floats, d_x))
     d_floats = [d.astype(f.dtype) for d, f in zip(d_floats, _floats(head)[0], strict=True)]
     return out, (d_floats, d_x, head)
@@ -152,7 +158,7 @@ def _backward(fn: ChunkLoss, vocab: int, saved: Tree, cotangent: Tree) -> Tree:
     scale = cotangent[0]
     leaves, treedef = jax.tree.flatten(head)
     rest = iter(d_floats)
-    # Integer leaves (a quantized head) have no gradient: None says so.
+    # Integer leaves (a quantized head) have no gradient.
     d_head = [
         next(rest) * scale.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else None for leaf in leaves
     ]
@@ -163,9 +169,9 @@ chunked.defvjp(_forward, _backward)
 
 
 def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log p(target), log of the partition sum) for logits [..., V] and targets [...].
+    """Compute the log probability of targets [...] and the log of the partition sum, for logits [..., V].
 
-    The target is picked by comparison, not by a gather, so that a vocabulary split over devices stays split.
+    The target is selected by comparison instead of a gather, so that a sharded vocabulary stays sharded.
     """
     partition = jax.nn.logsumexp(logits_V, axis=-1)
     hit = jnp.arange(logits_V.shape[-1]) == targets[..., None]
@@ -173,7 +179,10 @@ def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax
 
 
 def hits(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
-    """Whether the target is the first of the greatest logits (argmax, of which a split vocabulary makes a gather)."""
+    """Return whether each target is the first maximum of its logits.
+
+    This replaces argmax, which would gather a sharded vocabulary.
+    """
     places = jnp.arange(logits_V.shape[-1])
     top = jnp.max(logits_V, axis=-1, keepdims=True)
     return jnp.min(jnp.where(logits_V == top, places, logits_V.shape[-1]), axis=-1) == targets
@@ -193,10 +202,20 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted sum of token cross-entropies (nats), and the sums {"nll", "correct", "weight"} over the batch.
+    """Compute the weighted sum of token cross-entropies in nats.
 
-    `label_smoothing` mixes in the uniform distribution (arXiv:1512.00567); `z_loss` adds z_loss * log(Z)^2 a token
-    (arXiv:2204.02311). Neither is part of "nll".
+    Args:
+        project: Output projection.
+        head: Its parameters.
+        x_BTD: Hidden states.
+        targets_BT: Target tokens.
+        weights_BT: Weights of the targets.
+        vocab: Size of the vocabulary.
+        label_smoothing: Weight of the uniform distribution in the target (Szegedy et al., 2015, arXiv:1512.00567).
+        z_loss: Coefficient of log(Z)^2 per token (Chowdhery et al., 2022, arXiv:2204.02311).
+
+    Returns:
+        The loss, and the sums {"nll", "correct", "weight"} over the batch. "nll" has neither smoothing nor z-loss.
     """
 
     def fn(head: Tree, _: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
@@ -216,7 +235,7 @@ def cross_entropy(
 
 
 def means(sums: dict[str, Any]) -> dict[str, Any]:
-    """Metrics from sums: each divided by "weight", one named x_... by "x_weight" where the sums have that."""
+    """Convert sums to metrics: each is divided by "weight", or a metric x_... by "x_weight" if that exists."""
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
 
     def weight(name: str) -> Any:
@@ -226,7 +245,7 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:
-    """Negative log-likelihood (nats) of every target [B, T]; for evaluation."""
+    """Compute the negative log-likelihood in nats of every target [B, T]; for evaluation."""
 
     def nll(head: Tree, _: Tree, x_btD: jax.Array, targets_bt: jax.Array) -> tuple[None, jax.Array]:
         def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
@@ -240,7 +259,10 @@ def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Ar
 
 
 def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -> jax.Array:
-    """KL(teacher || student) of logits [..., V] softened by `temperature`, times its square (arXiv:1503.02531)."""
+    """Compute KL(teacher || student) of logits [..., V] at a temperature, times the temperature squared.
+
+    (Hinton et al., 2015, arXiv:1503.02531)
+    """
     log_t = jax.nn.log_softmax(teacher_V / temperature, axis=-1)
     log_s = jax.nn.log_softmax(student_V / temperature, axis=-1)
     return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
@@ -259,7 +281,11 @@ def distillation(
     temperature: float,
     hard: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(1 - hard) * softened KL to the teacher + hard * cross-entropy; sums as in `cross_entropy`, plus "kl"."""
+    """Compute the distillation loss: (1 - hard) * KL to the softened teacher + hard * cross-entropy.
+
+    Returns:
+        The loss, and the sums of `cross_entropy` plus "kl".
+    """
 
     def fn(head: Tree, teacher_head: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
         teacher_x, targets, weights = aligned

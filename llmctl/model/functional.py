@@ -1,6 +1,8 @@
-"""The model as functions of a config and a plain parameter tree; nothing outside `llmctl/model` sees a Flax module.
+"""Functional interface of the model: functions of a config and a plain parameter tree, without Flax modules.
 
-Tree: `embed`, `encoder` and/or `decoder` (`blocks`, `norm`), `lm_head` (untied or transformed), `head` (task heads).
+Only `llmctl/model` uses Flax modules. The parameter tree has `embed`, `encoder` and/or `decoder` (`blocks`, `norm`),
+`lm_head` (if untied or transformed) and `head` (task heads).
+
 Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of a matrix.
 """
 
@@ -28,14 +30,14 @@ Params = dict[str, Any]
 
 
 class Carry(NamedTuple):
-    """Between two blocks of a walk: the residual stream and what the layers share."""
+    """State between two blocks: the residual stream, and the inputs that all layers share."""
 
     x_BTD: jax.Array
     shared: Shared
 
 
 def example_batch(cfg: ModelConfig, batch: int = 1, length: int = 2) -> Batch:
-    """Zeros in the shape of a batch, for tracing."""
+    """Create a batch of zeros, for tracing."""
     zeros = jnp.zeros((batch, length), jnp.int32)
     names = ["tokens", "positions", "segments"]
     names += [f"encoder_{n}" for n in names] if cfg.encoder_layers else []
@@ -58,18 +60,25 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters."""
+    """Initialize float32 parameters.
+
+    Example:
+        >>> cfg = ModelConfig(preset="llama-tiny", layers=1, vocab_size=16)
+        >>> params = init(cfg, jax.random.key(0))
+        >>> hidden(cfg, params, example_batch(cfg, batch=1, length=2)).shape
+        (1, 2, 128)
+    """
     params = nn.meta.unbox(_boxed_init(cfg, key))
     return bert_init.begin(cfg, params) if bert_init.suits(cfg) else params
 
 
 def abstract(cfg: ModelConfig) -> Params:
-    """Shapes and types of the parameters; nothing is computed."""
+    """Return the shapes and dtypes of the parameters, without computing them."""
     return _of_boxes(cfg, lambda box: box.value)
 
 
 def axes(cfg: ModelConfig) -> Params:
-    """The logical axes of every parameter: a tuple of names for `llmctl.distributed.mesh.RULES`."""
+    """Return the logical axes of every parameter: tuples of names in `llmctl.distributed.mesh.RULES`."""
     return _of_boxes(cfg, lambda box: box.names)
 
 
@@ -79,27 +88,36 @@ def _of_boxes(cfg: ModelConfig, part: Callable[[Any], Any]) -> Params:
 
 @functools.lru_cache(64)
 def _boxes(config: str) -> Params:
-    """Shapes with their axes; a trace that callers ask for again and again."""
+    """Trace the initialization; cached, because callers need the result many times."""
     cfg = ModelConfig.model_validate_json(config)
     return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
 
 
 def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """Where every array of `params` (abstract or not) lies on `mesh`.
+    """Return the sharding on `mesh` of every array in `params` (abstract or not).
 
-    Raises RequestError where the mesh does not divide the model; a head is never cut.
+    Raises:
+        RequestError: If the mesh does not divide the model. A head is never split.
     """
     check_mesh(cfg, mesh)
     return shard_params(axes(cfg), params, mesh)
 
 
 def laid_out(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """Abstract parameters with their shardings. Raises RequestError as `shardings`."""
+    """Return abstract parameters with their shardings.
+
+    Raises:
+        RequestError: In the cases of `shardings`.
+    """
     return jax.tree.map(lambda a, s: a.update(sharding=s), params, shardings(cfg, params, mesh))
 
 
 def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
-    """Raises RequestError where the tensor axis would cut a head, or where stages would differ in their layers."""
+    """Check that the mesh fits the model.
+
+    Raises:
+        RequestError: If the tensor axis would split a head, or pipeline stages would differ in their number of layers.
+    """
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
     for stack in stacks(cfg):
         if depth(cfg, stack) % pipeline:
@@ -112,7 +130,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
 
 
 def _apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> Any:
-    """`module.apply`, whose declared result is a union over `mutable` that no caller can use."""
+    """Call `module.apply`; its declared result is a union over `mutable`, which callers cannot use."""
     return module.apply(variables, *args, **options)
 
 
@@ -126,16 +144,29 @@ def hidden(
     dtype: Any = jnp.float32,
     remat: str = "none",
 ) -> jax.Array:
-    """Final hidden states [B, T, D]. `rng` is needed where `train` and the config has dropout."""
+    """Compute the final hidden states.
+
+    Args:
+        cfg: Config of the model.
+        params: Its parameters.
+        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder.
+        train: Whether dropout is applied.
+        rng: Random key; required if `train` is set and the config has dropout.
+        dtype: Dtype of the computation.
+        remat: Rematerialization policy, a name in `transformer.REMAT`.
+
+    Returns:
+        Hidden states [B, T, D] of the last stack.
+    """
     body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
     rngs = {} if rng is None else {"dropout": rng}
-    # Who only looks on (validation, a teacher) computes in `dtype`, also where the products of training have 8 bits.
+    # Validation and teachers compute in `dtype`, even if training uses 8-bit products.
     with contextlib.nullcontext() if train else quantized_matmul.use({}):
         return _apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, rngs=rngs)
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Params:
-    """What `head_logits` reads, prepared for many calls: a tied table is transposed once.
+    """Return the parameters of `head_logits`, prepared for many calls: a tied table is transposed once.
 
     The gradient of a table [V, D] is a product that XLA's CPU backend runs at less than half the speed of [D, V].
     """
@@ -147,12 +178,12 @@ def head_params(cfg: ModelConfig, params: Params) -> Params:
 
 
 def head_logits(cfg: ModelConfig, head: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """Hidden states [..., D] -> logits [..., V], float32, from `head_params`."""
+    """Compute float32 logits [..., V] from hidden states [..., D] and the result of `head_params`."""
     return _apply(LMHead(cfg, dtype), {"params": head["lm_head"]}, x, head.get("table"), head.get("output"))
 
 
 def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """Hidden states [..., D] -> logits [..., V], float32."""
+    """Compute float32 logits [..., V] from hidden states [..., D]."""
     table = params["embed"]["tokens"] if cfg.tied else None
     return _apply(LMHead(cfg, dtype), {"params": params.get("lm_head", {})}, x, table)
 
@@ -167,37 +198,37 @@ def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dt
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
-    """Names of the stacks, in the order they run."""
+    """Return the names of the stacks, in the order of computation."""
     return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
 
 
 def depth(cfg: ModelConfig, stack: str) -> int:
-    """Layers of a stack."""
+    """Return the number of layers in a stack."""
     return cfg.encoder_layers if stack == "encoder" and cfg.encoder_layers else cfg.layers
 
 
 def embed(
     cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32
 ) -> Carry:
-    """What enters the first block of the stack that reads `tokens` (`memory_BSD`: the encoder's output)."""
+    """Compute the input of the first block in the stack that reads `tokens`; `memory_BSD` is the encoder's output."""
     model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
     return Carry(*_apply(model, {"params": body}, batch, memory_BSD, method="start"))
 
 
 def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> Carry:
-    """What enters the first block of the encoder of an encoder-decoder."""
+    """Compute the input of the first encoder block in an encoder-decoder."""
     model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
     return Carry(*_apply(model, {"params": body}, batch, method="start_encoder"))
 
 
 def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
-    """What the encoder of an encoder-decoder makes of `encoder_tokens` -> [B, S, D]."""
+    """Compute the encoder output [B, S, D] of an encoder-decoder from `encoder_tokens`."""
     body = {k: params[k] for k in ("embed", "encoder")}
     return _apply(Transformer(cfg, dtype), {"params": body}, batch, method="encode")
 
 
 def layer_params(params: Params, stack: str, layer: int) -> Params:
-    """One layer's slice of the stacked parameters."""
+    """Return one layer's slice of the stacked parameters."""
     return weights.layer_of(params[stack]["blocks"], layer)
 
 
@@ -211,7 +242,20 @@ def block(
     taps: bool = False,
     dtype: Any = jnp.float32,
 ) -> tuple[Carry, dict[str, jax.Array]]:
-    """One layer. With `taps`, also the input [N, I] of each of its matrices, by path ("attn/q", "mlp/down", …)."""
+    """Apply one layer.
+
+    Args:
+        cfg: Config of the model.
+        stack: Name of the stack.
+        layer: Parameters of the layer.
+        carry: Input.
+        index: Index of the layer in the stack.
+        taps: Whether to capture the inputs of the layer's matrices.
+        dtype: Dtype of the computation.
+
+    Returns:
+        The output, and the captured inputs [N, I] by path ("attn/q", "mlp/down", …).
+    """
     cross = stack == "decoder" and cfg.encoder_layers > 0
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, cross)
@@ -226,11 +270,13 @@ def block(
 def cached_block(
     cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int, cache: Params, dtype: Any = jnp.float32
 ) -> tuple[Carry, Params]:
-    """One layer whose keys and values go into `cache` ({"attn": {"past_k", "past_v"}}) -> (carry, cache).
+    """Apply one layer, and write its keys and values into `cache` ({"attn": {"past_k", "past_v"}}).
 
-    Keys and values of the encoder's output are computed once and kept there too ("cross").
+    Keys and values of the encoder's output are computed once and also cached ("cross"). `carry` comes from `embed` of a
+    batch with `slot` and `cached_segments`.
 
-    `carry` comes from `embed` of a batch with `slot` and `cached_segments`.
+    Returns:
+        The output and the new cache.
     """
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, stack == "decoder" and cfg.encoder_layers > 0)
@@ -242,6 +288,6 @@ def cached_block(
 
 
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
-    """The stack's final hidden states [B, T, D]."""
+    """Compute the stack's final hidden states [B, T, D]."""
     body = {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
     return _apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
