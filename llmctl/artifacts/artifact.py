@@ -14,6 +14,7 @@ Example:
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmctl.artifacts import orbax_logging
 from llmctl.artifacts.atomic import size, writing
-from llmctl.artifacts.fingerprint import digest, take
+from llmctl.artifacts.fingerprint import digest, take, type_bits
 from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
 
@@ -60,7 +61,7 @@ class Manifest(BaseModel):
     """Class names, if the model has a classification head."""
     parameters: int
     bytes: int
-    """Size of `params/` on disk in bytes."""
+    """Size of `params/` on disk in bytes. Equal weights may take a few bytes more or less."""
     sparsity: float
     """Fraction of zeros in the weight matrices."""
     pruned: bool = False
@@ -82,6 +83,12 @@ class Manifest(BaseModel):
     weights: dict[str, dict[str, Any]] = {}
     """Node type, dtypes and shapes of each weight, as `llmctl.model.weights.describe` returns them."""
     versions: dict[str, str] = {}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the arrays as numbers, in bytes: what memory holds. `bytes` is what compression leaves on disk."""
+        arrays = (part for record in self.weights.values() for part in record.get("parts", {}).values())
+        return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,11 @@ def _add(total: Any, name: str, w: Any) -> None:
             total.update(np.ascontiguousarray(piece).tobytes())
 
 
+def type_bits(dtype: str) -> int:
+    """Return the bits of one number by the name of its type: 4 for `int4`, 8 for `float8_e4m3fn` and `bool`."""
+    return int(found.group()) if (found := re.search(r"\d+", dtype)) else 8
+
+
 def take(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the manifest fields that describe the weights, in one pass.
 
@@ -60,9 +66,7 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
         records[name] = weights.describe(w)
         parameters += weights.count({name: w})
         for a in weights.parts(w).values():
-            stored_bits += (
-                a.size * jnp.dtype(a.dtype).itemsize * 8 if str(a.dtype) not in ("int4", "uint4") else a.size * 4
-            )
+            stored_bits += a.size * type_bits(str(a.dtype))
         if weights.is_kernel(name):
             values = weights.as_node(weights.as_node(w).bare()).values()
             here = int(jnp.sum(jnp.sum(values == 0, axis=-1), dtype=jnp.float32))

@@ -97,6 +97,7 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
         "family": manifest.family,
         "parameters": manifest.parameters,
         "bytes": manifest.bytes,
+        "weight_bytes": manifest.weight_bytes,
         "sparsity": manifest.sparsity,
         "bits": manifest.bits,
         "digest": manifest.digest,
@@ -114,11 +115,12 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
     out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("artifact", "stage", "from"):
         out.add_column(column, overflow="fold")
-    for column in ("parameters", "bytes", "sparsity", "bits", *(m.title for m in shown)):
+    for column in ("parameters", "weights", "on disk", "sparsity", "bits", *(m.title for m in shown)):
         out.add_column(column, justify="right", overflow="fold")
     for e in entries:
         fixed = (e["name"], e["stage"], e["parent"]["name"] if e["parent"] else "")
-        figures = (f"{e['parameters']:,}", size(e["bytes"]), f"{e['sparsity']:.0%}", f"{e['bits']:.3g}")
+        sizes = size(e["weight_bytes"]), size(e["bytes"])
+        figures = (f"{e['parameters']:,}", *sizes, f"{e['sparsity']:.0%}", f"{e['bits']:.3g}")
         values = ((m, e["metrics"].get(m.name)) for m in shown)
         out.add_row(*fixed, *figures, *("" if v is None else m.text(v) for m, v in values))
     return out

@@ -1,7 +1,7 @@
 """Results of an evaluation as tables: for people in a terminal and for a file that is read later.
 
-A result is {"artifact", "digest", "task", "protocol", "metrics": {}} with what the artifact is beside it: {"stage",
-"parameters", "bytes", "sparsity", "bits"}. An artifact with several results (one a task) is one line of a table.
+A result is {"artifact", "digest", "task", "protocol", "metrics": {}} with the artifact's {"stage", "parameters",
+"weight_bytes", "bytes", "sparsity", "bits"}. An artifact with several results (one per task) is one line of a table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmctl.evaluate.metrics.base import columns
+from llmctl.evaluate.metrics.base import columns, find
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,8 @@ _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("artifact", "artifact", str),
     ("stage", "stage", str),
     ("parameters", "parameters", lambda n: f"{n:,}"),
-    ("bytes", "bytes", lambda n: f"{n:,}"),
+    ("weight_bytes", "weight bytes", lambda n: f"{n:,}"),
+    ("bytes", "bytes on disk", lambda n: f"{n:,}"),
     ("sparsity", "sparsity", lambda s: f"{s:.0%}" if s else "–"),
     ("bits", "bits", lambda b: f"{b:.3g}"),
 )
@@ -35,6 +36,17 @@ def lines(results: Sequence[Result]) -> list[Result]:
     return list(merged.values())
 
 
+def determined(results: Sequence[Result]) -> list[Result]:
+    """Return the results without what differs when equal weights are measured again: times and bytes on disk."""
+
+    def same(name: str) -> bool:
+        record = find(name)
+        return record is None or record.aspect != "speed"
+
+    kept = [{k: v for k, v in r.items() if k not in ("bytes", "timed_on")} for r in results]
+    return [{**r, "metrics": {k: v for k, v in r["metrics"].items() if same(k)}} for r in kept]
+
+
 def cells(results: Sequence[Result], wide: bool = True) -> tuple[list[str], list[list[str]]]:
     """Return the headings and rows of the table as text; a missing value is a dash.
 
@@ -44,7 +56,7 @@ def cells(results: Sequence[Result], wide: bool = True) -> tuple[list[str], list
     """
     records = lines(results)
     there = {k for r in records for k, v in r.items() if v is not None}
-    shown = [c for c in _ARTIFACT if c[0] in there and (wide or c[0] != "stage")]
+    shown = [c for c in _ARTIFACT if c[0] in there and (wide or c[0] not in ("stage", "bytes"))]
     shown += [(m.name, m.title, m.text) for m in columns(there, "file" if wide else "terminal")]
     body = [[form(r[key]) if r.get(key) is not None else "–" for key, _, form in shown] for r in records]
     return [title for _, title, _ in shown], body

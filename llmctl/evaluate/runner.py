@@ -51,7 +51,8 @@ def results(
 
 
 def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
-    beside = {k: getattr(manifest, k) for k in ("stage", "family", "parameters", "bytes", "sparsity", "bits")}
+    about = ("stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits")
+    beside = {name: getattr(manifest, name) for name in about}
     scored = {"task": measured.task, "protocol": measured.protocol, "metrics": dict(measured.metrics)}
     return {"artifact": name, "digest": manifest.digest, **scored, **beside}
 

@@ -24,7 +24,7 @@ def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
     Raises:
       ImportError: matplotlib (the `demo` extra) is not installed.
     """
-    records = [r for r in report.lines(results) if r.get("bytes")]
+    records = [r for r in report.lines(results) if r.get("weight_bytes")]
     there = {k for r in records for k, v in r.items() if v is not None}
     metric = next((m for m in columns(there, "run") if m.aspect == "quality"), None)
     if metric is None:
@@ -37,7 +37,7 @@ def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
     timed = [r for r in records if r.get("examples_per_second")]
     figure = Figure(figsize=(10.5 if timed else 6.5, 4.4), dpi=160, layout="constrained")
     axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
-    _draw(axes[0], records, "bytes", metric)
+    _draw(axes[0], records, "weight_bytes", metric)
     if timed:
         _draw(axes[1], timed, "examples_per_second", metric)
         axes[1].set_ylabel("")
@@ -78,7 +78,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
     ax.xaxis.set_minor_formatter(NullFormatter())
     if max(xs) < 20 * min(xs):  # within about a decade the powers of ten alone would leave the axis bare
         ax.set_xticks(_ticks(min(xs), max(xs)))
-    label = "bytes of weights on disk" if x == "bytes" else METRICS[x].unit
+    label = "bytes of weights" if x == "weight_bytes" else METRICS[x].unit
     ax.set_xlabel(f"{label} (log scale)", color=_QUIET)
     ax.set_ylabel(f"held-out {metric.title}" + " (95 % interval)" * bool(judged), color=_QUIET)
     ax.grid(axis="y", color=_LINE, linewidth=0.6)

@@ -76,7 +76,8 @@ def test_run_prints_one_json_object_and_nothing_else(place, call):
     found = json.loads(out)["artifacts"]
     assert [a["name"] for a in found] == ["make", "change"]
     assert set(found[0]) == {
-        *("name", "stage", "family", "parameters", "bytes", "sparsity", "bits", "digest", "parent", "metrics")
+        *("name", "stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits", "digest"),
+        *("parent", "metrics"),
     }
     assert found[1]["parent"] == {"name": "make", "digest": found[0]["digest"]}
     assert found[1]["metrics"] == {"loss": 0.5, "accuracy": 0.75}  # the manifest's, and the report's on the same digest

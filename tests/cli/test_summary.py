@@ -4,7 +4,16 @@ import pytest
 
 from llmctl.cli import summary
 
-ENTRY = {"name": "a", "stage": "finetune", "parent": None, "parameters": 1, "bytes": 4, "sparsity": 0.0, "bits": 32.0}
+ENTRY = {
+    "name": "a",
+    "stage": "finetune",
+    "parent": None,
+    "parameters": 1,
+    "bytes": 3,
+    "weight_bytes": 4,
+    "sparsity": 0.0,
+    "bits": 32.0,
+}
 
 
 def shown(*metrics):

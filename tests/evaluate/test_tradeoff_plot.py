@@ -6,7 +6,7 @@ from llmctl.evaluate import tradeoff_plot
 
 
 def result(name, size, **metrics):
-    return {"artifact": name, "digest": name, "bytes": size, "task": "t", "protocol": "p", "metrics": metrics}
+    return {"artifact": name, "digest": name, "weight_bytes": size, "task": "t", "protocol": "p", "metrics": metrics}
 
 
 INTERVAL = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9}

@@ -76,7 +76,7 @@ def _can_draw() -> None:
 
 
 def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest) -> None:
-    """The report as an artifact without parameters; its digest is that of the results."""
+    """Write the report as an artifact without parameters; its digest covers the results that do not vary."""
     from llmctl.artifacts import artifact, atomic
     from llmctl.distributed import processes
     from llmctl.evaluate import report, tradeoff_plot
@@ -100,7 +100,7 @@ def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Man
             bytes=0,
             sparsity=0.0,
             bits=0.0,
-            digest=hashlib.sha256(text.encode()).hexdigest(),
+            digest=hashlib.sha256(json.dumps(report.determined(results), sort_keys=True).encode()).hexdigest(),
             parent=artifact.Parent(name=last.name, digest=last.digest),
             config=keyed(config),
             versions=artifact.versions(),

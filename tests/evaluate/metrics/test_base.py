@@ -7,7 +7,16 @@ import pytest
 from llmctl.evaluate import report
 from llmctl.evaluate.metrics import base
 
-RESULT = {"artifact": "a", "digest": "d", "protocol": "p", "parameters": 1, "bytes": 4, "sparsity": 0.0, "bits": 32.0}
+RESULT = {
+    "artifact": "a",
+    "digest": "d",
+    "protocol": "p",
+    "parameters": 1,
+    "weight_bytes": 4,
+    "bytes": 3,
+    "sparsity": 0.0,
+    "bits": 32.0,
+}
 
 
 def result(task, **metrics):
@@ -63,6 +72,16 @@ def test_a_headline_has_intervals_and_baselines():
 def test_a_table_has_what_there_is_room_for():
     metrics = {"exact_match": 0.5, "latency_p50": 0.0125, "windows": 3}
     head, body = report.cells([result("answers", **metrics)])
-    assert head == ["artifact", "stage", "parameters", "bytes", "sparsity", "bits", "exact match", "p50 ms"]
-    assert body == [["a", "finetune", "1", "4", "–", "32", "50.00%", "12.50"]]
+    assert head == [
+        "artifact",
+        "stage",
+        "parameters",
+        "weight bytes",
+        "bytes on disk",
+        "sparsity",
+        "bits",
+        "exact match",
+        "p50 ms",
+    ]
+    assert body == [["a", "finetune", "1", "4", "3", "–", "32", "50.00%", "12.50"]]
     assert report.cells([result("answers", **metrics)], wide=False)[0][-2:] == ["bits", "exact match"]

@@ -15,6 +15,7 @@ from llmctl.config.settings import MeshConfig
 from llmctl.data import splits
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.tokenizers import loading
+from llmctl.evaluate import report
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline import runner
@@ -105,6 +106,9 @@ def test_classifiers_are_scored_on_every_held_out_example(run_folder, tmp_path, 
     out = tmp_path / "out"
     manifest = artifact.read_manifest(out)
     assert (manifest.stage, manifest.key, manifest.parameters) == ("eval", "key", 0)
+    # Times and bytes on disk vary between equal measurements, and the digest must not.
+    again = report.determined([{**r, "bytes": 1, "metrics": r["metrics"] | {"latency_p50": 1.0}} for r in (big, small)])
+    assert report.determined([big, small]) == again and "confusion" in again[0]["metrics"]
     assert (out / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     table = (out / "table.md").read_text()
     assert big["digest"] in table and f"{big['metrics']['accuracy']:.2%}" in table and big["protocol"] in table

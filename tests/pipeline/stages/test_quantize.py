@@ -64,8 +64,11 @@ def test_int4_is_half_of_int8_on_disk(tmp_path, artifacts):
     sizes = {}
     for bits in (8, 4):
         sizes[bits] = run(tmp_path, tmp_path / str(bits), "wide", bits=bits, embeddings=True).manifest.bytes
-    whole = artifact.read_manifest(tmp_path / "wide").bytes
-    assert sizes[8] < 0.3 * whole
+        made = artifact.read_manifest(tmp_path / str(bits))
+        assert made.weight_bytes == round(made.bits * made.parameters / 8)
+    whole = artifact.read_manifest(tmp_path / "wide")
+    assert whole.weight_bytes == 4 * whole.parameters and whole.bits == 32
+    assert sizes[8] < 0.3 * whole.bytes
     assert sizes[4] < 0.62 * sizes[8]
 
 
