@@ -63,8 +63,8 @@ def test_int4_is_half_of_int8_on_disk(tmp_path, artifacts):
     )
     sizes = {}
     for bits in (8, 4):
-        sizes[bits] = run(tmp_path, tmp_path / str(bits), "wide", bits=bits, embeddings=True).manifest.bytes
-        made = artifact.read_manifest(tmp_path / str(bits))
+        made = run(tmp_path, tmp_path / str(bits), "wide", bits=bits, embeddings=True).manifest
+        sizes[bits] = made.bytes
         assert made.weight_bytes == round(made.bits * made.parameters / 8)
     whole = artifact.read_manifest(tmp_path / "wide")
     assert whole.weight_bytes == 4 * whole.parameters and whole.bits == 32
