@@ -144,9 +144,7 @@ def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
         if not isinstance(named, str):
             return artifact.abstract(named, mesh)
         if named not in made:
-            raise RequestError(
-                f"{step.name}: cannot be planned, as {named} exports no programs that say what it leaves"
-            )
+            raise RequestError(f"{step.name}: cannot be planned: the stage {named!r} exports no programs")
         return abstract_artifact.on(made[named], mesh)
 
     base = None if step.parent is None else there(step.parent)

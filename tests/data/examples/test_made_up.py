@@ -1,0 +1,59 @@
+"""Compare rows of made-up text with rows of data: the same arrays, shapes and types for every task."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmctl.data.config import DataConfig
+from llmctl.data.examples import made_up
+from llmctl.data.examples.task_rows import COLUMNS, stage_rows
+from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.model.config import ModelConfig
+
+SEQ_LEN = 32
+WORDS = ["One", "more", "text", "that", "is", "long", "enough", "for", "a", "row", "of", "this", "length."]
+ROWS = {
+    "classify": {"text": "", "label": "x"},
+    "pair": {"text": "", "pair": "two", "label": "x"},
+    "regress": {"text": "", "label": 0.5},
+    "tokens": {"tokens": WORDS, "tags": ["O"] * len(WORDS)},
+    "span": {"context": "", "question": "How many?", "answers": {"text": ["One"], "answer_start": [0]}},
+    "embed": {"text": "", "pair": "two"},
+    "scored": {"text": "", "pair": "two", "label": 0.5},
+    "completion": {"prompt": "", "completion": "two"},
+    "lm": {"text": ""},
+}
+HEADS = {"pair": "classify", "scored": "embed", "completion": "lm"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_have_the_form_of_the_data(name, tmp_path):
+    columns, head = ROWS[name], HEADS.get(name, name)
+    lines = [{c: v or f"{' '.join(WORDS)} {i}" for c, v in columns.items()} for i in range(8)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cfg = DataConfig(
+        source="jsonl",
+        path=str(tmp_path / "x.jsonl"),
+        columns={c: c for c in columns},
+        label_type="number" if isinstance(columns.get("label"), float) else "class",
+        validation=0,
+        test=0,
+        dedup=False,
+    )
+    model = ModelConfig(head="lm").model_copy(update={"head": head})
+
+    def forms(text, cache):
+        rows = stage_rows(model, text, "train", made_up.TOKENIZER, SEQ_LEN, cache, shuffle=False)
+        return {key: (a.shape, a.dtype) for key, a in rows[0].items()}
+
+    made = made_up.MadeUp(cfg, COLUMNS[head], SEQ_LEN)
+    assert forms(made, Path("no such folder")) == forms(Text(cfg), tmp_path)
+
+
+def test_classes_are_those_of_the_data_then_of_the_parent():
+    plain, told = DataConfig(), DataConfig(classes=["a", "b", "c"])
+    assert made_up.MadeUp(plain, ("text", "label")).classes == ("no", "yes")
+    assert made_up.MadeUp(plain, ("text", "label"), classes=["x", "y"]).classes == ("x", "y")
+    assert made_up.MadeUp(told, ("tokens", "tags"), classes=["x", "y"]).classes == ("a", "b", "c")
+    assert made_up.MadeUp(told, ("text", "pair")).classes == ()
