@@ -214,7 +214,7 @@ def load(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Read the parameters of a Found model one at a time, and return what `place` makes of them."""
+    """Read the parameters of a Found model one at a time, and return them as placed by `place`."""
     return name_map.read(found.model, found.wanted, found.tensors, place, dtype=dtype, wrote=wrote)
 
 

@@ -81,8 +81,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a model folder, from one file or from shards with an index; no values are read yet.
 
     Raises:
-        RequestError: If the folder holds only a pickle, a shard is missing or damaged, or a tensor is not in the shard
-            that the index names.
+        RequestError: If the folder holds only a pickle, a shard is missing or damaged, or the index is wrong.
     """
     if (folder / INDEX).is_file():
         return _read_shards(folder)

@@ -4,8 +4,8 @@ Every document is scored independently. Its context never includes another docum
 the prefix token (BOS), and its end is not scored. Each target is scored exactly once for every stride (see
 `sliding_window`).
 
-Perplexity per token compares models with the same tokenizer. Perplexity per word (split at white space of the raw text)
-or per byte compares across tokenizers, because every model must predict the same text.
+Perplexity per token compares models with the same tokenizer. Perplexity per word or per byte compares across
+tokenizers, because every model must predict the same text. Words are separated by white space in the raw text.
 
 Shapes: N rows, B batch, T context.
 """
@@ -44,7 +44,7 @@ class Protocol:
     stride: int
     dtype: str = "float32"
     first: bool = True
-    """Whether the first token of a document is scored, as it is if documents begin with BOS."""
+    """Whether the first token of a document is scored; true if documents begin with BOS."""
     unit: str = "document"
     """Unit of scoring: a document, or the completion of a prompt."""
 

@@ -41,7 +41,7 @@ class Shared(NamedTuple):
     memory_mask_BTS: jax.Array | None = None
     memory_segments_BS: jax.Array | None = None
     bias_table_UH: jax.Array | None = None
-    """Table of the position bias. Ring attention uses it and the segments in the place of bias and masks."""
+    """Table of the position bias. Ring attention uses it and the segments instead of bias and masks."""
     slot: jax.Array | int | None = None
     """Cache slot of the first token; None without a cache."""
     causal_BT: jax.Array | None = None
@@ -121,9 +121,9 @@ def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
     """Return the shape of a layer's cached keys or values: [B, G, S, K] without those of B and G that are 1.
 
-    This is the layout that the products of `attend` read, so that XLA can update the cache in place. If an axis of size
-    1 had to be dropped between the update and the product, XLA's CPU backend would fuse the two separately and copy the
-    cache at every step.
+    This is the layout that the products of `attend` read, so that XLA can update the cache in place. If
+    the program dropped an axis of size 1 between the update and the product, XLA's CPU backend would fuse the two
+    separately. It would then copy the cache at every step.
     """
     return (*(n for n in (B, G) if n > 1), S, K)
 

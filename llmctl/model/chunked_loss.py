@@ -1,7 +1,7 @@
 """Losses over a vocabulary, computed in chunks of the sequence, so that logits [B, T, V] are never stored.
 
 `chunked` sums a loss over chunks of the sequence. If a gradient is needed, it is computed chunk by chunk in the same
-pass. This takes three matrix products for the output projection, in the place of the four that rematerialization takes.
+pass. This takes three matrix products for the output projection, instead of the four that rematerialization takes.
 
 On a mesh, every device processes its own rows and tokens, and sums are reduced once, after the last chunk. The
 vocabulary stays sharded over the `tensor` axis: only a few numbers per token cross it, never logits.

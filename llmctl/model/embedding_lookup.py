@@ -1,7 +1,7 @@
 """Embedding lookup in a table whose columns are sharded over devices with different tokens.
 
 There are two methods. In the first, every device gathers the table. In the second, every device looks up its columns
-for all tokens, and an all-to-all exchanges them for all columns of its own tokens. The shapes decide, by the number of
+for all tokens. An all-to-all then gives each device all columns of its own tokens. The shapes decide, by the number of
 bytes that a device sends. Everything except indices is sent in the compute dtype. The local sums on each device are
 float32.
 

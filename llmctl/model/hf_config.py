@@ -2,7 +2,7 @@
 
 A name map is a table {our path: Hugging Face name}. "{}" in a name stands for the layer index; our arrays stack layers
 on axis 0. Our matrices are [in, out]. Theirs are [out, in] unless the family declares otherwise. "name#i" is part i of
-a tensor that several of our matrices share, in the order of their outputs (a fused query-key-value matrix).
+a fused tensor (query, key and value), in the order of outputs.
 
 Example:
     >>> linear({"attn/q": "q_proj"})

@@ -281,7 +281,7 @@ def _chunks(segments_Bt: jax.Array, P: int) -> jax.Array:
 
 
 def _fold(x_BtHK: jax.Array, P: int, G: int) -> jax.Array:
-    """Fold [B, t, H, K] into [P, B, G, N, K], so that the query heads of one key head are rows of one product."""
+    """Fold [B, t, H, K] into [P, B, G, N, K]; the query heads of one key head become rows of one product."""
     B, t, H, K = x_BtHK.shape
     x = x_BtHK.reshape(B, P, t // P, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(P, B, G, -1, K)

@@ -36,8 +36,8 @@ def marks(labels: Sequence[str]) -> np.ndarray | None:
 def entities(tags: Sequence[str]) -> set[Entity]:
     """Return the entities that the tags of one text mark.
 
-    An entity begins at B- and S-. It also begins at I- and E- after O, after the end of another entity (E-, S-) or
-    after another type, so "I-PER" after "O" begins one. It ends before the next beginning or O. This is the lenient
+    An entity begins at B- and S-. It also begins at I- and E- if the previous tag is O, ends an entity (E-, S-) or has
+    another type. For example, "I-PER" after "O" begins one. It ends before the next beginning or O. This is the lenient
     interpretation of conlleval and of seqeval's default.
     """
     found: set[Entity] = set()

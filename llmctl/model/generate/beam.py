@@ -36,10 +36,10 @@ class Beams:
     length_penalty: float = 1.0
     """Exponent of the length by which a sum of log probabilities is divided; above 0 favours long answers."""
     early_stopping: str = "no"
-    """When a prompt's search stops after W answers have finished.
+    """Rule that stops a prompt's search once W answers have finished.
 
-    "yes": at once. "no": when the best live beam, normalized by its current length, scores no better than the worst
-    finished answer. "never": when no length could let that beam score better.
+    "yes": stop at once. "no": stop if the best live beam, normalized by its current length, scores no better than the
+    worst finished answer. "never": stop if no length could let that beam score better.
     """
 
     def __post_init__(self) -> None:

@@ -187,7 +187,7 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Set every row to the best answer of a beam search, with its score. A stop string cuts the answer afterwards.
+    """Set every row to the best answer of a beam search, with its score. A stop string then cuts the answer.
 
     Raises:
         RequestError: If a prompt leaves no room for a continuation.

@@ -7,7 +7,7 @@ update. Padding is masked, and positions count from each prompt's first token, s
 other rows.
 
 Layers are unrolled, and their parameters are split once. A scan would copy every layer's weights out of the stack at
-each step, and a step of one token is bound by reading the weights.
+each step. Such copies are expensive, because a step of one token is bound by reading the weights.
 
 Shapes: B rows, T prompt slots, S cache slots, G key/value heads, K head width, V vocabulary, E end tokens.
 """

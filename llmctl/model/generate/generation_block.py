@@ -1,4 +1,4 @@
-"""The `{% generation %}` block of chat templates, which marks what the assistant writes.
+"""`{% generation %}` block of chat templates, which marks the assistant's tokens.
 
 Training reads the marks to know which tokens count. Rendering a prompt needs the text inside only.
 """
@@ -11,7 +11,7 @@ from jinja2.parser import Parser
 
 
 class GenerationBlock(Extension):
-    """Jinja extension that renders `{% generation %} ... {% endgeneration %}` as what is inside."""
+    """Jinja extension that renders `{% generation %} ... {% endgeneration %}` as its content."""
 
     tags = {"generation"}
 

@@ -94,7 +94,7 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
 APART = ("async-start", "call-start")
 """Opcodes that start asynchronous computations. Those of call-start run on separate cores."""
 SLICES = "slices"
-"""Name of the network between TPU slices, used in the place of a mesh axis."""
+"""Name of the network between TPU slices, used instead of a mesh axis."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
