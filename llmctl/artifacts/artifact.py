@@ -113,6 +113,13 @@ class Artifact:
         return all("" in record["parts"] for record in self.manifest.weights.values())
 
     @property
+    def zeros(self) -> frozenset[str]:
+        """Names of the arrays whose zeros later training keeps: the matrices of layers, if the model was pruned."""
+        from llmctl.model import weights
+
+        return weights.zero_names(self.params) if self.manifest.pruned else frozenset()
+
+    @property
     def tokenizer_dir(self) -> Path:
         """Return the tokenizer's folder."""
         return self.path / "tokenizer"

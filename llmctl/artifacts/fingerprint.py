@@ -68,10 +68,11 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
         for a in weights.parts(w).values():
             stored_bits += a.size * type_bits(str(a.dtype))
         if weights.is_kernel(name):
-            values = weights.as_node(weights.as_node(w).bare()).values()
+            node = weights.as_node(weights.as_node(w).bare())
+            values = node.values()
             here = int(jnp.sum(jnp.sum(values == 0, axis=-1), dtype=jnp.float32))
             zeros, entries = zeros + here, entries + values.size
-            if jnp.issubdtype(values.dtype, jnp.floating):
+            if not node.is_integer:
                 floats = [floats[0] + here, floats[1] + values.size]
     return {
         "digest": total.hexdigest(),

@@ -53,8 +53,8 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
         slot = joint.slots[0]
         if not slot.transposed:
             continue
-        module, w = name.removesuffix(".weight"), flat[slot.path]
-        if not isinstance(w, weights.Quantized):
+        module, w = name.removesuffix(".weight"), weights.as_node(flat[slot.path]).integers()
+        if w is None:
             untouched.append(module)
             continue
         bits = 4 if w.array.qvalue.dtype == jnp.int4 else 8

@@ -150,11 +150,11 @@ def expected(found: Artifact, kind: str, batch: dict[str, jax.Array]) -> jax.Arr
     flat = {}
     for path, w in weights.flatten(found.params).items():
         array = np.asarray(weights.dense(w), np.float32)
-        if path.endswith("kernel") or path == "embed/tokens":
-            rows = array if path == "embed/tokens" else array.swapaxes(-1, -2)  # [.., out, in]
+        if place := weights.parse(path).place:
+            rows = array if place == "embedding" else array.swapaxes(-1, -2)  # [.., out, in]
             name = {"embed/tokens": "embed_tokens", "lm_head/kernel": "lm_head"}.get(path, path)
             chosen = getattr(library().GGMLQuantizationType, KINDS[kind_of(name, rows.shape, kind)])
             rows = quants.dequantize(quants.quantize(np.ascontiguousarray(rows), chosen), chosen).reshape(rows.shape)
-            array = rows if path == "embed/tokens" else rows.swapaxes(-1, -2)
+            array = rows if place == "embedding" else rows.swapaxes(-1, -2)
         flat[path] = jnp.asarray(array)
     return parity.answers(cfg, weights.unflatten(flat), batch)

@@ -98,7 +98,7 @@ def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> 
         stacked = "{}" in stem
         for layer in range(shape[0]) if stacked else (-1,):
             name = stem.format(layer)
-            turned = path.endswith("/kernel") and not (bridge.in_out and re.search(bridge.in_out, name))
+            turned = weights.is_kernel(path) and not (bridge.in_out and re.search(bridge.in_out, name))
             slot = Slot(path, layer, shape[1:] if stacked else shape, 0, turned)
             parts.setdefault(name, []).append((int(part or 0), slot))
     out = {}
@@ -213,7 +213,7 @@ def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype |
 
 def _slice(w: Any, layer: int, dtype: np.dtype) -> np.ndarray:
     one = jax.tree.map(lambda a: host(a, layer), w)
-    if isinstance(one, (weights.Quantized, weights.LowRank)):
+    if not weights.is_plain(one):
         one = weights.dense(jax.tree.map(jnp.asarray, one))
     return np.asarray(one).astype(dtype, copy=False)
 

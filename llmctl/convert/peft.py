@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,7 +53,7 @@ def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
     return {
         n.removesuffix(".weight"): j.slots[0]
         for n, j in found.items()
-        if j.slots[0].path.endswith("kernel") and len(j.slots) == 1 and n.endswith(".weight")
+        if weights.is_kernel(j.slots[0].path) and len(j.slots) == 1 and n.endswith(".weight")
     }
 
 
@@ -112,7 +111,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _pair(w: Any, path: str, layers: dict[int, tuple[Tensor, Tensor, float]]) -> weights.LowRank:
-    if isinstance(w, weights.LowRank):
+    if weights.as_node(w).has_adapter:
         raise RequestError(f"{path}: the base has a low-rank pair already; merge it first")
     scales = {s for _, _, s in layers.values()}
     ranks = {a.shape[0] for a, _, _ in layers.values()}
@@ -127,7 +126,7 @@ def _pair(w: Any, path: str, layers: dict[int, tuple[Tensor, Tensor, float]]) ->
         r = theirs_a.shape[0]
         a[at][..., :r] = np.asarray(theirs_a.read(), np.float32).T
         b[at][..., :r, :] = np.asarray(theirs_b.read(), np.float32).T * (s / scale)
-    return weights.LowRank(w, jnp.asarray(a), jnp.asarray(b), scale)
+    return weights.LowRank(w, jnp.asarray(a), jnp.asarray(b), scale=scale)
 
 
 def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
@@ -137,7 +136,7 @@ def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any],
     for ours, theirs in head.names.items():
         if theirs in left and ours in flat:
             array = np.asarray(stored[PREFIX + theirs].read())
-            array = array.T if ours.endswith("kernel") else array
+            array = array.T if weights.is_kernel(ours) else array
             if array.shape != flat[ours].shape:
                 raise RequestError(f"{theirs} is {list(array.shape)}, the base's {list(flat[ours].shape)}")
             flat[ours] = jnp.asarray(array).astype(flat[ours].dtype)
@@ -155,7 +154,7 @@ def export(found: Artifact, folder: Path) -> float:
         RequestError: If the artifact has no pairs, or has pairs on matrices that share a tensor in the other format.
     """
     cfg, flat = found.model, weights.flatten(found.params)
-    pairs = {p: w for p, w in flat.items() if isinstance(w, weights.LowRank)}
+    pairs = weights.of_type(found.params, weights.LowRank)
     if not pairs:
         raise RequestError(f"{found.path}: has no low-rank pairs; finetune with method = 'lora' and merge = false")
     modules = {m: s for m, s in _modules(cfg).items() if s.path in pairs}
@@ -164,7 +163,7 @@ def export(found: Artifact, folder: Path) -> float:
     out: dict[str, Tensor] = {}
     for module, slot in modules.items():
         w = pairs[slot.path]
-        one = w if slot.layer < 0 else jax.tree.map(lambda x, i=slot.layer: x[i], w)
+        one = w if slot.layer < 0 else weights.layer_of(w, slot.layer)
         out[f"{PREFIX}{module}.lora_A.weight"] = of_array(np.asarray(one.a, np.float32).T)
         out[f"{PREFIX}{module}.lora_B.weight"] = of_array(np.asarray(one.b, np.float32).T)
     saved = []
@@ -172,15 +171,14 @@ def export(found: Artifact, folder: Path) -> float:
         for ours, theirs in architectures.of(cfg)[1].names.items():
             if ours in flat:
                 array = np.asarray(weights.dense(flat[ours]), np.float32)
-                out[PREFIX + theirs] = of_array(array.T if ours.endswith("kernel") else array)
+                out[PREFIX + theirs] = of_array(array.T if weights.is_kernel(ours) else array)
                 saved.append(theirs.rpartition(".")[0])
     settings = {m: (pairs[s.path].a.shape[-1], pairs[s.path].scale) for m, s in modules.items()}
     (folder / CONFIG).write_text(
         json.dumps(_config(cfg, settings, sorted(set(saved))), indent=2, sort_keys=True) + "\n"
     )
     safetensors.write_file(folder / WEIGHTS, out)
-    bare = weights.unflatten({p: w.base if isinstance(w, weights.LowRank) else w for p, w in flat.items()})
-    back = load(Artifact(found.path, found.manifest, bare), folder)
+    back = load(Artifact(found.path, found.manifest, weights.without_adapters(found.params)), folder)
     batch = parity.probe(cfg)
     return parity.prove(str(found.path), parity.answers(cfg, back, batch), parity.answers(cfg, found.params, batch))
 

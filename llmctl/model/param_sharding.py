@@ -17,7 +17,7 @@ from llmctl.model import weights
 def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the sharding of every array in `params`.
 
-    The arrays of a Quantized or LowRank weight follow the weight. A dimension that an array does not have at full
+    The arrays of a weight node follow the weight. A dimension that an array does not have at full
     length (a scale's single row, a rank) is replicated.
 
     Args:

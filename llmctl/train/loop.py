@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data import prefetch
@@ -45,25 +43,13 @@ from llmctl.train.step import (
 if TYPE_CHECKING:
     from llmctl.artifacts.workspace import Context
 
-__all__ = ["Job", "fit", "initialize", "make_step", "pruned", "state_shardings"]
+__all__ = ["Job", "fit", "initialize", "make_step", "state_shardings"]
 
 
 def initialize(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh) -> Params:
     """Fresh parameters, each device computing its own part."""
     shardings = functional.shardings(cfg, functional.abstract(cfg), mesh)
     return jax.jit(partial(functional.init, cfg), out_shardings=shardings)(jax.random.key(seed))
-
-
-def pruned(parent: Artifact | None) -> Callable[[str], bool]:
-    """Which arrays of a parent hold their zeros: the matrices of one that was pruned to zeros."""
-    sparse = parent is not None and parent.manifest.pruned
-
-    def holds(name: str) -> bool:
-        path, _, part = name.partition(":")
-        # The pairs of LoRA start at zero and are no part of what was pruned.
-        return sparse and path.endswith("/kernel") and "/blocks/" in path and part in ("", "base")
-
-    return holds
 
 
 def fit(

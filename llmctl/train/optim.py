@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llmctl.config.settings import OptimConfig
+from llmctl.model import weights
 
 Named = dict[str, Any]
 
@@ -62,14 +63,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(name: str) -> bool:
-    """Weight decay acts on matrices, and on the low-rank pairs that change them."""
-    path, _, part = name.partition(":")
-    return path.endswith("/kernel") or part in ("a", "b")
-
-
-def is_stacked(name: str) -> bool:
-    """Whether axis 0 of this array is the layers."""
-    return "/blocks/" in name
+    """Return whether weight decay applies: to matrices, and to the parts of adapters around them."""
+    return weights.is_kernel(name)
 
 
 def _mask(named: Named) -> Named:
@@ -122,7 +117,7 @@ def build(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 
 def _is_muon(name: str, a: Any) -> bool:
-    return is_stacked(name) and name.endswith("/kernel") and a.ndim == 3
+    return weights.is_layer_matrix(name) and a.ndim == 3
 
 
 def _muon_axes(named: Named) -> Named:
@@ -142,7 +137,7 @@ def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     def groups(named: Named) -> dict[str, Named]:
         out: dict[str, Named] = {}
         for name, a in named.items():
-            out.setdefault(str(a.shape[0] if is_stacked(name) else 0), {})[name] = a
+            out.setdefault(str(a.shape[0] if weights.is_stacked(name) else 0), {})[name] = a
         return out
 
     def init(named: Named) -> Any:
@@ -177,7 +172,7 @@ def shardings(state: Any, params: dict[str, NamedSharding], shapes: Named, whole
         if leaf.shape == shape:
             return sharding
         if leaf.ndim == len(shape) - 1 and ("v_row" in keys or "v_col" in keys):
-            first = int(is_stacked(name))
+            first = int(weights.is_stacked(name))
             axis = first + int(np.argsort(shape[first:])[-1 if "v_row" in keys else -2])  # as optax chooses it
             spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
             if leaf.shape == shape[:axis] + shape[axis + 1 :]:
@@ -215,9 +210,9 @@ def freeze_layers(updates: Named, layers: int) -> Named:
     """No update to the embeddings nor to the first `layers` layers of any stack."""
 
     def one(name: str, u: Any) -> Any:
-        if name.startswith("embed/"):
+        if weights.parse(name).embeds:
             return jnp.zeros_like(u)
-        if "/blocks/" in name:
+        if weights.is_stacked(name):
             return jnp.where((jnp.arange(u.shape[0]) >= layers).reshape(-1, *[1] * (u.ndim - 1)), u, 0)
         return u
 

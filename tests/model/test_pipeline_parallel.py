@@ -155,7 +155,7 @@ def test_weights_of_every_kind_pass_through_stages():
     for mesh, remat in ((one, "none"), (many, "minimal")):
         with meshes.use(mesh):
             placed = jax.device_put(params, functional.shardings(PLAIN, params, mesh))
-            pairs = {name: a for name, a in weights.arrays(placed).items() if lora.is_pair(name)}
+            pairs = {name: a for name, a in weights.arrays(placed).items() if name in weights.adapter_names(placed)}
             loss = loss_of(PLAIN, remat=remat)
 
             def run(pairs, placed, batch, loss=loss):

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 Place = Literal["block", "head", "embedding"]
 """Where a matrix stands: in a layer of a stack, in an output head (language model, pooler, task), or a token table."""
 
-BLOCKS, KERNEL, EMBED = "blocks", "kernel", "embed"
+BLOCKS, KERNEL, EMBED, HEAD = "blocks", "kernel", "embed", "head"
 
 
 class Name(NamedTuple):
@@ -44,6 +44,11 @@ class Name(NamedTuple):
     def embeds(self) -> bool:
         """True for everything that makes the embeddings: tokens, positions, types and their norm."""
         return self.path.startswith(f"{EMBED}/")
+
+    @property
+    def task_head(self) -> bool:
+        """True for everything of the task's head, matrices or not; the language model's is not one."""
+        return self.path.startswith(f"{HEAD}/")
 
 
 def parse(name: str) -> Name:

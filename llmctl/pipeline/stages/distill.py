@@ -151,7 +151,7 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
         labels=teacher.manifest.labels,
         how={
             "constants": (teacher.params,),
-            "holds_zeros": loop.pruned(student),
+            **({"holds_zeros": student.zeros.__contains__} if student else {}),
             **learner.chooses(model.head, teacher.manifest.labels),
         },
     )

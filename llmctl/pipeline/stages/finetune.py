@@ -171,6 +171,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
     """What is trained: the parent under the task's head, whole or through low-rank pairs."""
     import jax
 
+    from llmctl.model import weights
     from llmctl.train import learner, loop
     from llmctl.train.adapters import lora
 
@@ -184,10 +185,11 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         settings = config.lora
         params = lora.attach(model, params, settings.rank, settings.alpha, settings.targets, key, mesh)
+    pairs = weights.adapter_names(params)
     how = {
-        "trains": (lambda name: lora.is_pair(name) or name.startswith("head/")) if low_rank else (lambda _: True),
+        "trains": (lambda name: name in pairs or weights.parse(name).task_head) if low_rank else (lambda _: True),
         "frozen_layers": config.freeze_layers,
-        "holds_zeros": loop.pruned(base),
+        "holds_zeros": base.zeros.__contains__,
         **learner.chooses(model.head, labels),
     }
     return learner.Learner(model, params, config.dropout, temperature=config.temperature, labels=labels, how=how)
@@ -197,9 +199,8 @@ def _refuse_undoing(config: Config, base: Artifact) -> None:
     """A stage never undoes its parent's work in silence."""
     from llmctl.model import weights
 
-    nodes = weights.flatten(base.params).values()
-    quantized = any(isinstance(w, weights.Quantized) for w in nodes)
-    if any(isinstance(w, weights.LowRank) for w in nodes):
+    quantized = any(weights.as_node(w).is_integer for w in weights.flatten(base.params).values())
+    if weights.adapted(base.params):
         raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
     if quantized and (config.method == "full" or config.merge):
         raise RequestError(

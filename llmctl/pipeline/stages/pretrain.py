@@ -147,7 +147,7 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
         answers = config.model.next_sentence and aim(config, None, mesh).name == "next_sentence"
         model = config.model.model_copy(update={"vocab_size": vocab_size, "next_sentence": answers})
         params = loop.initialize(model, config.seed, mesh)
-    return learner.Learner(model, params, how={"holds_zeros": loop.pruned(base)})
+    return learner.Learner(model, params, how={"holds_zeros": base.zeros.__contains__} if base else {})
 
 
 def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:

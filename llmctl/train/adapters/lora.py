@@ -30,27 +30,22 @@ def attach(
 
     Raises RequestError where a target names no matrix, or one has a pair already.
     """
-    flat = weights.flatten(params)
+    number = {path: i for i, path in enumerate(weights.flatten(params))}  # each weight's own key, whatever is chosen
+    pairs: dict[str, weights.LowRank] = {}
     seen: set[str] = set()
-    for i, (path, w) in enumerate(sorted(flat.items())):
-        name = path.split("/")[-2] if path.endswith("/kernel") and "/blocks/" in path else ""
-        if not name or (targets and name not in targets):
+    for m in weights.matrices(params, "block"):
+        if targets and m.name not in targets:
             continue
-        if isinstance(w, weights.LowRank):
+        if m.node.has_adapter:
             raise RequestError(
-                f"{path}: has a low-rank pair already; merge the parent first (finetune with merge = true)"
+                f"{m.path}: has a low-rank pair already; merge the parent first (finetune with merge = true)"
             )
-        seen.add(name)
-        *lead, fan_in, fan_out = w.shape
-        bound = fan_in**-0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, fan_in, rank), minval=-bound, maxval=bound)
-        flat[path] = weights.LowRank(w, a, jnp.zeros((*lead, rank, fan_out)), alpha / rank)
+        seen.add(m.name)
+        *lead, fan_in, fan_out = m.weight.shape
+        bound, own = fan_in**-0.5, jax.random.fold_in(key, number[m.path])
+        a = jax.random.uniform(own, (*lead, fan_in, rank), minval=-bound, maxval=bound)
+        pairs[m.path] = weights.LowRank(m.weight, a, jnp.zeros((*lead, rank, fan_out)), scale=alpha / rank)
     if missing := sorted(set(targets) - seen):
         raise RequestError(f"lora.targets: the model has no matrix {', '.join(missing)} in its blocks")
-    tree = weights.unflatten(flat)
+    tree = weights.updated(params, pairs)
     return jax.device_put(tree, functional.shardings(cfg, tree, mesh))
-
-
-def is_pair(name: str) -> bool:
-    """True for the arrays of low-rank pairs, by name."""
-    return name.endswith((":a", ":b"))
