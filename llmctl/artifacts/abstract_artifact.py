@@ -1,4 +1,4 @@
-"""Build the artifact that a stage would leave, with shapes in place of arrays."""
+"""Build the artifact that a stage would save, with shapes in place of arrays."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def left(
     labels: list[str] | None = None,
     pruned: bool | None = None,
 ) -> Artifact:
-    """Return the artifact that a stage would leave.
+    """Return the artifact that a stage would save.
 
     Args:
       config: the stage's config.
       params: abstract parameters with shardings.
-      model: the network.
-      base: the parent, from which everything that is not given is taken.
-      labels: names of the classes.
-      pruned: whether zeros are kept by later stages.
+      model: config of the saved model.
+      base: the parent, which provides everything that is not given.
+      labels: class names.
+      pruned: whether later stages keep zeros.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -61,7 +61,7 @@ def left(
 
 
 def masters(params: Params) -> Params:
-    """Return the parameters as training leaves them: floats in float32."""
+    """Return the parameters in the types that training saves: floats in float32."""
 
     def one(a: Any) -> Any:
         return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a

@@ -86,7 +86,7 @@ class Manifest(BaseModel):
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the arrays as numbers, in bytes: what memory holds. `bytes` is what compression leaves on disk."""
+        """Return the size of the arrays in memory, in bytes. `bytes` is their size on disk, after compression."""
         arrays = (part for record in self.weights.values() for part in record.get("parts", {}).values())
         return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
 
@@ -114,7 +114,7 @@ class Artifact:
 
     @property
     def zeros(self) -> frozenset[str]:
-        """Names of the arrays whose zeros later training keeps: the matrices of layers, if the model was pruned."""
+        """Return the names of arrays whose zeros later training keeps: the layers' matrices if the model was pruned."""
         from llmctl.model import weights
 
         return weights.zero_names(self.params) if self.manifest.pruned else frozenset()
@@ -327,11 +327,11 @@ def save(
 
 
 def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
-    """Return how texts were read in training, for the manifest: by the stage's settings, else as by its parent.
+    """Return the manifest fields of text settings in training, from the stage's config or else from its parent.
 
     Args:
-        config: the resolved config of the stage, as a dictionary.
-        parent: the manifest of the artifact that the stage starts from.
+      config: resolved config of the stage.
+      parent: manifest of the artifact that the stage starts from.
     """
     return {
         "seq_len": config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),

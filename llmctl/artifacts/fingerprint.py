@@ -39,7 +39,7 @@ def _add(total: Any, name: str, w: Any) -> None:
 
 
 def type_bits(dtype: str) -> int:
-    """Return the bits of one number by the name of its type: 4 for `int4`, 8 for `float8_e4m3fn` and `bool`."""
+    """Return the bits per number of a type name: 4 for `int4`, 8 for `float8_e4m3fn` and `bool`."""
     return int(found.group()) if (found := re.search(r"\d+", dtype)) else 8
 
 

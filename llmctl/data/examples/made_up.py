@@ -1,4 +1,4 @@
-"""Make up examples in place of a stage's data, so that rows of the right shapes and types exist without it."""
+"""Generate synthetic examples in place of a stage's data, to build rows with the right shapes and types."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer.new(sentinels=1000)
-"""Stands for the stage's tokenizer: no shape of a row depends on the vocabulary."""
+"""Replacement for the stage's tokenizer. No shape of a row depends on the vocabulary."""
 TEXT = "Once there was a text. It had some sentences! "
 COPIES = 4
 
 
 class MadeUp(Text):
-    """Made-up text with the columns that a data config maps, in place of the data itself.
+    """Synthetic text with the columns that a data config maps.
 
     text = MadeUp(config.data, ("text", "label"), seq_len=128)
     rows = stage_rows(model, text, "train", TOKENIZER, 128, Path(), shuffle=False)
@@ -33,44 +33,44 @@ class MadeUp(Text):
     def __init__(
         self, cfg: DataConfig, columns: Sequence[str] = (), seq_len: int = 0, classes: Sequence[str] = ()
     ) -> None:
-        """Make up a few examples.
+        """Generate a few examples.
 
         Args:
-          cfg: the data; nothing of it is read.
+          cfg: the data config; no data is read.
           columns: columns that the task reads, whether `cfg` maps them or not.
-          seq_len: tokens that a document has at least.
-          classes: names of the classes, if `cfg` does not name them; two by default.
+          seq_len: minimum document length in tokens.
+          classes: class names, if `cfg` has none; two by default.
         """
         self._examples = examples(cfg, columns, seq_len, classes)
 
     @property
     def splits(self) -> splits.Splits:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The same examples in every split."""
+        """Return splits with the same examples in each."""
         held = dict.fromkeys(get_args(Split), self._examples)
         return splits.Splits(DataConfig(), held, rows=COPIES, filtered=0, blank=0, duplicates=0)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Return the class names."""
         return self._examples.classes
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the examples."""
+        """Return the columns of the examples."""
         return self._examples.columns
 
     @property
     def epochs(self) -> float:
-        """Made-up examples may be read for ever."""
+        """Return 0: synthetic examples have no limit of epochs."""
         return 0.0
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return the texts as tokens; nothing is kept in `cache`."""
+        """Return the tokenized texts. `cache` is not used."""
         return [(1.0, 0.0, tokenize(self._examples.texts(), tokenizer))]
 
 
 def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Sequence[str] = ()) -> Examples:
-    """Return made-up examples; arguments as for `MadeUp`."""
+    """Generate synthetic examples. The arguments are those of `MadeUp`."""
     asked = [*(c for c in cfg.columns if c != "label"), *(c for c in columns if c != "label"), "text"]
     names = tuple(dict.fromkeys(asked))
     numbers = cfg.label_type == "number"
