@@ -1,1 +1,1 @@
-"""Making a trained model smaller: calibration, pruning, structured pruning, quantization."""
+"""Compress a trained model: calibration, pruning, structured pruning, quantization."""

@@ -1,4 +1,4 @@
-"""Calibration data: a few texts, as the model was trained to read them, on the devices."""
+"""Calibration data: examples as the model was trained to read them, as batches on the devices."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from llmctl.artifacts.artifact import Artifact
+from llmctl.compress.settings import CalibrationConfig
+from llmctl.config.errors import RequestError
 from llmctl.data import prefetch, splits
-from llmctl.data.config import DataConfig, Split, Truncate
 from llmctl.data.device_batches import Feed
 from llmctl.data.examples import made_up
 from llmctl.data.examples.task_rows import COLUMNS, task_rows
 from llmctl.data.splits import Examples
+from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.loading import Tokenizer
 from llmctl.model.config import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
+"""Arrays of a batch that the walk reads; gradients read labels and targets too."""
 
 
-def calibration_batches(
-    cfg: ModelConfig,
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    *,
-    split: Split,
-    examples: int,
-    seq_len: int,
-    batch_size: int,
-    truncate: Truncate,
-) -> list[dict[str, Any]]:
-    """Batches of `examples` texts (those first by hash) as device arrays [B, seq_len], all of one shape.
+def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False) -> list[dict[str, Any]]:
+    """Return the calibration batches of an artifact as device arrays [B, seq_len], all of one shape.
 
-    A language model reads them as it does in training (an encoder with masks, an encoder-decoder with spans missing),
-    a model that answers questions a question and its context, any other head one a row; labels are not needed.
+    Args:
+        config: which examples, and how they are read.
+        base: the artifact, whose training length and truncation are the defaults.
+        mesh: the devices.
+        labels: batches are those of training, with labels or targets for the loss; else only what the model reads.
 
-    Raises RequestError where the data has no texts in the split.
+    Raises:
+        RequestError: the sequence length is unknown or too long, the data has no texts in the split, or `labels` are
+            asked for and the data has none.
     """
-    rows = _rows(cfg, splits.examples(data, split).sample(examples), tokenizer, seq_len, truncate)
-    feed = Feed(mesh, _size(mesh, min(batch_size, len(rows))))
+    chosen = splits.examples(config.data, config.split).sample(config.examples)
+    if labels and base.manifest.labels and list(chosen.classes) != base.manifest.labels:
+        raise RequestError(f"data: classes {list(chosen.classes)} are not those of {base.path}, {base.manifest.labels}")
+    rows = _rows(config, base, chosen, tokenizers.load(base.tokenizer_dir), labels)
+    feed = Feed(mesh, _size(mesh, min(config.batch_size, len(rows))))
 
     def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         filler = batch["row_weight"][:, None] == 0  # rows that only fill the last batch
-        read = _read(cfg, batch)
+        read = _read(base.model, batch, labels)
         return feed.place(read | {k: np.where(filler, 0, v) for k, v in read.items() if k.endswith("segments")})
 
     with prefetch.eval_batches(rows, feed.size, place=place, spans=feed.spans) as batches:
@@ -53,28 +54,30 @@ def calibration_batches(
 
 
 def abstract(
-    cfg: ModelConfig,
-    data: DataConfig,
-    mesh: Mesh,
-    *,
-    examples: int,
-    seq_len: int,
-    batch_size: int,
+    config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False
 ) -> tuple[dict[str, Any], int]:
     """Return one batch as abstract arrays, and the number of batches, if every example gives one row.
 
-    Args:
-        cfg: the model.
-        data: the texts, of which nothing is read.
-        mesh: the devices.
-        examples: texts to calibrate on.
-        seq_len: tokens per row.
-        batch_size: rows per batch at most.
+    Arguments and errors as of `load`; nothing of the data is read.
     """
-    feed = Feed(mesh, _size(mesh, min(batch_size, examples)))
-    columns = COLUMNS[cfg.head] if cfg.head in ("lm", "span") else ()
-    row = _rows(cfg, made_up.examples(data, columns, seq_len), made_up.TOKENIZER, seq_len, "tail")[0]
-    return feed.abstract(_read(cfg, row)), -(-examples // feed.size)
+    head, seq_len = base.model.head, sequence_length(config, base)
+    feed = Feed(mesh, _size(mesh, min(config.batch_size, config.examples)))
+    columns = COLUMNS[head] if labels or head in ("lm", "span") else ()
+    examples = made_up.examples(config.data, columns, seq_len, base.manifest.labels)
+    row = _rows(config, base, examples, made_up.TOKENIZER, labels)[0]
+    return feed.abstract(_read(base.model, row, labels)), -(-config.examples // feed.size)
+
+
+def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
+    """Return the tokens per sequence: as configured, else the training length. Raises RequestError as `load`."""
+    seq_len = config.seq_len or base.manifest.seq_len
+    if not seq_len:
+        raise RequestError(f"{base.path}: does not say how long its training texts were; say it with seq_len")
+    if seq_len > base.model.max_seq_len:
+        raise RequestError(
+            f"{base.path}: seq_len {seq_len} is longer than its longest sequence ({base.model.max_seq_len})"
+        )
+    return seq_len
 
 
 def _size(mesh: Mesh, rows: int) -> int:
@@ -83,19 +86,26 @@ def _size(mesh: Mesh, rows: int) -> int:
     return -(-rows // ways) * ways
 
 
-def _read(cfg: ModelConfig, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arrays of a batch that the walk reads."""
-    read = {k: batch[k] for k in READ if k in batch}
+def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str, Any]:
+    """Return the arrays of a batch that the walk, or with `labels` the loss, reads."""
+    read = dict(batch) if labels else {k: batch[k] for k in READ if k in batch}
     if cfg.encoder_layers and "encoder_tokens" not in read:
-        read |= {f"encoder_{k}": v for k, v in read.items()}
+        read |= {f"encoder_{k}": v for k, v in read.items() if k in READ}
     return read
 
 
-def _rows(cfg: ModelConfig, chosen: Examples, tokenizer: Tokenizer, seq_len: int, truncate: Truncate) -> Any:
-    """Return the rows of the chosen examples."""
-    reads = cfg if cfg.head in ("lm", "span") else cfg.model_copy(update={"head": "classify"})
-    if reads.head == "classify" and chosen.labels is None:
-        chosen = replace(chosen, labels=np.zeros(len(chosen), np.int32))
-    if cfg.head == "embed":  # reads the texts of a pair apart
-        chosen = replace(chosen, columns=tuple(c for c in chosen.columns if c != "pair"))
-    return task_rows(reads, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
+def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer: Tokenizer, labels: bool) -> Any:
+    """Return the rows of the chosen examples: those of training, or without labels those of any text.
+
+    A language model reads texts as in training (an encoder with masks, an encoder-decoder with spans missing), a model
+    that answers questions reads a question and its context, and any other head one text per row.
+    """
+    cfg = reads = base.model
+    if not labels:
+        reads = cfg if cfg.head in ("lm", "span") else cfg.model_copy(update={"head": "classify"})
+        if reads.head == "classify" and chosen.labels is None:
+            chosen = replace(chosen, labels=np.zeros(len(chosen), np.int32))
+        if cfg.head == "embed":  # reads the texts of a pair apart
+            chosen = replace(chosen, columns=tuple(c for c in chosen.columns if c != "pair"))
+    truncate = config.truncate or base.manifest.truncate or "tail"
+    return task_rows(reads, chosen, tokenizer, sequence_length(config, base), shuffle=False, truncate=truncate)

@@ -1,4 +1,4 @@
-"""Low-rank pairs that a finetuning left apart: merged before compression, unless that would undo a parent's work."""
+"""Merge the low-rank pairs of a finetuned artifact before compression, unless that would undo earlier compression."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from llmctl.config.errors import RequestError
 from llmctl.model import weights
 
 PRUNED = 0.01
-"""From this share of zeros on a matrix counts as pruned."""
+"""Share of zeros from which a matrix counts as pruned."""
 PRUNED_INTEGERS = 0.45
-"""The same for integers, of which rounding alone makes many zeros (about a fifth of normal weights at 4 bits)."""
+"""The same share for integers. Rounding alone makes many zeros: about a fifth of normal weights at 4 bits."""
 
 
 def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = False) -> dict[str, Any]:
-    """The parameters without low-rank pairs; `say` hears of a merge.
+    """Return the artifact's parameters with every low-rank pair merged into its base.
 
-    `requantizes`: the stage quantizes what comes out, so pairs on integers may be merged too.
-    Raises RequestError where merging would turn integers into floats or fill pruned zeros.
+    Args:
+        base: the artifact.
+        say: called with a line for people if anything is merged.
+        requantizes: the stage quantizes the result, so pairs on integers may be merged too.
+
+    Raises:
+        RequestError: merging would turn integers into floats, or fill pruned zeros.
     """
     pairs = {path: weights.as_node(w) for path, w in weights.adapted(base.params).items()}
     if not pairs:

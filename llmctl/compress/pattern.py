@@ -1,4 +1,4 @@
-"""Sparsity patterns: which weights compete for a place. Imports no JAX, so that a request is checked before it runs."""
+"""Sparsity patterns: which weights compete with one another. Imports no JAX, so that settings can be checked early."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from llmctl.config.errors import RequestError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which weights go: the lowest `sparsity` of a matrix or output, all but the best `keep` of every `of` inputs."""
+    """Sparsity pattern: prune the lowest share `sparsity`, or all but the best `keep` of every `of` inputs.
+
+    Example:
+        >>> Pattern.parse("2:4", 0.5)
+        Pattern(sparsity=0.5, keep=2, of=4)
+    """
 
     sparsity: float
     keep: int = 0
@@ -17,9 +22,10 @@ class Pattern:
 
     @staticmethod
     def parse(text: str, sparsity: float) -> Pattern:
-        """ "unstructured" with its sparsity (0 < s < 1), or "N:M" (N kept of M), which has its own.
+        """Parse "unstructured" with its sparsity (0 < s < 1), or "N:M" (N kept of M), which implies one.
 
-        Raises RequestError for anything else.
+        Raises:
+            RequestError: the text is neither, or the sparsity is out of range.
         """
         if text == "unstructured":
             if not 0 < sparsity < 1:

@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl.compress import prune, structured
+from llmctl.compress import gradients, prune, structured
 from llmctl.compress import quantize as rounding
-from llmctl.compress.calibrate import Collect, empty, moments, nothing, passes, putter
+from llmctl.compress.layer_passes import empty, passes
+from llmctl.compress.layer_stack import putter
 from llmctl.compress.pattern import Pattern
+from llmctl.compress.scores import SCORES
+from llmctl.compress.statistics import Collect, moments, nothing
 from llmctl.distributed import mesh as meshes
 from llmctl.model import flops as cost
 from llmctl.model import functional, weights
@@ -98,6 +101,40 @@ class Walk:
             found.append(_putting(found[0], params, held, stack, layer, index))
         return found
 
+    def sums(self, params: Tree, method: str) -> Tree:
+        """Return the abstract sums of gradients that a score reads."""
+        inner = {m.path: m.weight for m in weights.matrices(params, "block")}
+        names = SCORES[method].gradients
+        return {
+            path: {name: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_lies(w)) for name in names}
+            for path, w in inner.items()
+        }
+
+    def gradients(self, model: ModelConfig, params: Tree, method: str) -> Program:
+        """Return what `llmctl.compress.gradients.accumulate` runs per batch."""
+        batch, sums, names = dict(self.batch), self.sums(params, method), SCORES[method].gradients
+        held = [] if params is self.parent else [self.parent]
+        size, seq_len = batch["tokens"].shape
+        inner = {
+            m.path: jax.ShapeDtypeStruct(m.weight.shape, jnp.float32, sharding=_lies(m.weight))
+            for m in weights.matrices(params, "block")
+        }
+
+        def trace() -> Any:
+            with meshes.use(self.mesh):
+                return gradients.adder(model, names, jnp.dtype(self.dtype)).trace(inner, params, sums, batch)
+
+        return Program(
+            "gradients of the loss", model, self.mesh, trace, flops=4 * cost.row(model, seq_len) * size,
+            tokens=size * seq_len, rows=size, seq_len=seq_len, dtype=self.dtype, remat="full", steps=self.batches,
+            parameters=[params, held], batch=[batch] * self.batches, cache=sums,
+            beside=[held, [batch] * (self.batches - 1)],
+        )  # fmt: skip
+
+
+def _lies(w: Tree) -> Any:
+    return jax.tree.leaves(w)[0].sharding
+
 
 def zeros(
     model: ModelConfig, params: Tree, method: str, pattern: Pattern, mesh: Mesh, walk: Walk | None
@@ -107,22 +144,27 @@ def zeros(
     Args:
       model: the network.
       params: its abstract parameters.
-      method: a method of `llmctl.compress.prune.METHODS`.
+      method: name of a score in `llmctl.compress.scores.SCORES`.
       pattern: which weights compete.
       mesh: the devices.
       walk: the calibration; None for a method that reads no data.
     """
-    found = walk.programs(model, params, moments, changes=True) if walk else []
+    score = SCORES[method]
+    found = walk.programs(model, params, moments if score.statistics else nothing, changes=True) if walk else []
     layer = _layer_of(params, functional.stacks(model)[-1])
     largest = max(weights.layer_matrices(layer), key=lambda m: math.prod(m.weight.shape))
     w, name = largest.weight, largest.module
-    stats = found[0].cache[name] if found else None
+    stats = found[0].cache[name] if found and score.statistics else None
+    sums = walk.sums(params, method) if walk and score.gradients else {}
+    own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_lies(w)) for moment in score.gradients}
     held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, what is pruned so far is apart
     batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
+    found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
+    found += [walk.gradients(model, params, method)] if walk and score.gradients else []
     others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
     found.append(Program(
-        f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, method=method, pattern=pattern),
-        steps=model.layers, parameters=[held, w], batch=batch, cache=cache, beside=[held, batch, others],
+        f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method, pattern=pattern),
+        steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own], beside=[held, batch, others, sums],
         work=_sorting(w, method, pattern),
     ))  # fmt: skip
     return found
@@ -141,7 +183,15 @@ def cuts(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk
 
 
 def roundings(
-    model: ModelConfig, params: Tree, mesh: Mesh, held: Tree, *, bits: int, group: int, activations: str, **which: bool
+    model: ModelConfig,
+    params: Tree,
+    mesh: Mesh,
+    held: Tree,
+    *,
+    scheme: str,
+    group: int,
+    activations: str,
+    **which: bool,
 ) -> tuple[Program, Tree]:
     """Return the program that rounds the largest weight, and the abstract parameters with all weights rounded.
 
@@ -150,7 +200,7 @@ def roundings(
       params: its abstract parameters.
       mesh: the devices.
       held: arrays in memory beside the parameters.
-      bits, group, activations: as for `llmctl.compress.quantize.quantize`.
+      scheme, group, activations: as for `llmctl.compress.quantize.quantize`.
       which: `embeddings` and `head`, likewise.
     """
     flat = weights.flatten(params)
@@ -159,7 +209,7 @@ def roundings(
         rounding.check(path, flat[path], inputs, group)
 
     def rounded(path: str, w: Any) -> Any:
-        array, _ = jax.eval_shape(lambda a: rounding.measured(a, bits, chosen[path], group), w)
+        array, _ = jax.eval_shape(lambda a: rounding.measured(a, scheme, chosen[path], group), w)
         return weights.Quantized(array, "" if chosen[path] == -1 else activations)
 
     small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
@@ -170,7 +220,7 @@ def roundings(
     done = {path: q for path, q in integers.items() if path in chosen and path != last}
     program = Program(
         f"rounding of {last}", model, mesh,
-        lambda: rounding.measured.trace(w, bits, chosen[last], group), steps=1,
+        lambda: rounding.measured.trace(w, scheme, chosen[last], group), steps=1,
         parameters=[params, held, done], beside=[rest, held, done],
         # Read for the scales, the integers and the error; the integers are written and read.
         work=Cost(float(bytes_of(integers[last])), 3.0 * bytes_of(w) + 2 * bytes_of(integers[last])),
@@ -224,7 +274,7 @@ def _sorting(w: Tree, method: str, pattern: Pattern) -> Cost:
     pass over what they read and write.
     """
     leaf = jax.tree.leaves(w)[0]
-    everywhere = prune.METHODS[method].per == "matrix" and not pattern.of
+    everywhere = SCORES[method].per == "matrix" and not pattern.of
     own = math.prod(leaf.sharding.shard_shape(leaf.shape))
     entries, payload = (leaf.size, 4.0 * leaf.size) if everywhere else (own, 0.0)
     sent = payload * (1 - own / leaf.size)

@@ -1,60 +1,44 @@
-"""Unstructured and N:M pruning: a method is one score function, a pattern says which scores compete with one another.
+"""Unstructured and N:M pruning: set single weights to zero. The score says which weights, the pattern among which.
 
-The zeros are the mask: nothing else is stored, and training a sparse artifact holds `w != 0`.
-A new method is one function `(w_IO, stats) -> score_IO` and a row in METHODS.
+The zeros are the mask: nothing else is stored, and a stage that trains a sparse artifact keeps `w == 0`.
+Scores are in `llmctl.compress.scores`, patterns in `llmctl.compress.pattern`.
 
 Shapes: I inputs, O outputs of one layer's matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+import zlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from llmctl.compress.calibrate import Moments
 from llmctl.compress.pattern import Pattern
+from llmctl.compress.scores import SCORES
+from llmctl.compress.statistics import Moments
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
-from llmctl.model.weights import Weight
+from llmctl.model.weights import Matrix, Weight
 
-Score = Callable[[jax.Array, Moments | None], jax.Array]
-
-
-def magnitude(w_IO: jax.Array, stats: Moments | None) -> jax.Array:
-    """|W|; needs no data."""
-    return jnp.abs(w_IO)
-
-
-def wanda(w_IO: jax.Array, stats: Moments | None) -> jax.Array:
-    """|W_ij| * ||X_i||_2, the size of what the weight adds to its output on the calibration data (arXiv:2306.11695)."""
-    assert stats is not None, "wanda needs calibration statistics"
-    return jnp.abs(w_IO) * jnp.sqrt(stats.squares)[:, None]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A score, and among which weights it is compared when the pattern is unstructured."""
-
-    score: Score
-    per: Literal["matrix", "output"]
-    calibrated: bool
-
-
-METHODS = {
-    "magnitude": Method(magnitude, per="matrix", calibrated=False),
-    "wanda": Method(wanda, per="output", calibrated=True),
-}
+Sums = Mapping[str, jax.Array]
 
 
 def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]) -> jax.Array:
-    """True where a weight stays. Exactly round(sparsity * size) of each group go; of equal scores the first goes.
+    """Return True for every weight that is kept.
 
-    Raises RequestError when the M of an N:M pattern does not divide the inputs.
+    Exactly round(sparsity * size) weights of each group are pruned; of equal scores the first is pruned first.
+
+    Args:
+        score_IO: scores; the lowest are pruned.
+        pattern: how many weights are pruned, and for N:M among which.
+        per: weights that compete in an unstructured pattern: those of the matrix, or of each output.
+
+    Raises:
+        RequestError: the M of an N:M pattern does not divide the inputs.
     """
     inputs, outputs = score_IO.shape
     if pattern.of:
@@ -69,40 +53,93 @@ def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]
 
 
 def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
-    """True at the `keep` highest scores along `axis`; by rank, so that equal scores cannot change the count."""
+    """Return True at the `keep` highest scores along `axis`, by rank, so that equal scores do not change the count."""
     order = jnp.argsort(score, axis=axis, stable=True)
     rank = jnp.argsort(order, axis=axis)
     return rank >= score.shape[axis] - keep
 
 
 def apply(w: Weight, mask_IO: jax.Array) -> Weight:
-    """The weight with zeros where the mask is False; a quantized weight keeps its integers and scales elsewhere."""
+    """Set weights to zero where the mask is False. A quantized weight keeps its integers and scales elsewhere."""
     return weights.as_node(w).masked(mask_IO)
 
 
 @partial(jax.jit, static_argnames=("method", "pattern"))
-def prune(w: Weight, stats: Moments | None, *, method: str, pattern: Pattern) -> Weight:
-    """One matrix [I, O] pruned by a method of METHODS. Zeros that are there score lowest, so they stay zeros."""
-    chosen = METHODS[method]
-    score_IO = chosen.score(weights.dense(w), stats)
+def prune(
+    w: Weight,
+    statistics: Moments | None = None,
+    gradients: Sums | None = None,
+    key: jax.Array | None = None,
+    *,
+    method: str,
+    pattern: Pattern,
+) -> Weight:
+    """Prune one matrix [I, O].
+
+    Args:
+        w: the matrix.
+        statistics: moments of its inputs, if the score needs them.
+        gradients: sums of the loss's gradient, if the score needs them.
+        key: random key of this matrix; a fixed one by default.
+        method: name of the score in `SCORES`.
+        pattern: how many weights are pruned, and for N:M among which.
+
+    Returns:
+        The matrix with zeros. Weights that were zero are pruned first, so the zeros count towards the sparsity.
+    """
+    chosen, weights_IO = SCORES[method], weights.dense(w)
+    score_IO = chosen.calculate_scores(
+        weights_IO, statistics, gradients or {}, jax.random.key(0) if key is None else key
+    )
+    score_IO = jnp.where(weights_IO == 0, jnp.minimum(score_IO, 0), score_IO)
     return apply(w, mask(score_IO, pattern, chosen.per))
 
 
-def prune_layer(layer: dict[str, Any], stats: dict[str, Moments], *, method: str, pattern: Pattern) -> dict[str, Any]:
-    """Every matrix of one layer ({"attn": {"q": {"kernel": ...}}, ...}) pruned; biases and norms are left alone.
+def prune_layer(
+    layer: dict[str, Any],
+    statistics: Mapping[str, Moments] | None = None,
+    gradients: Mapping[str, Sums] | None = None,
+    *,
+    method: str,
+    pattern: Pattern,
+    at: tuple[int, str, int] = (0, "", 0),
+) -> dict[str, Any]:
+    """Prune every matrix of one layer ({"attn": {"q": {"kernel": ...}}, ...}). Biases and norms stay as they are.
 
-    `stats` has the moments of each matrix's inputs by its path ("attn/q"); methods without calibration need none.
+    Args:
+        layer: parameters of the layer.
+        statistics: moments of each matrix's inputs by its path ("attn/q"), if the score needs them.
+        gradients: sums of the loss's gradient by the same paths, if the score needs them.
+        method: name of the score in `SCORES`.
+        pattern: how many weights are pruned, and for N:M among which.
+        at: (seed, stack, index of the layer), which decide the random key of every matrix.
     """
-    return weights.map_layer(layer, lambda m: prune(m.weight, stats.get(m.module), method=method, pattern=pattern))
+
+    def change(m: Matrix) -> Weight:
+        known = (statistics or {}).get(m.module), (gradients or {}).get(m.module)
+        return prune(m.weight, *known, _key(*at, m.module), method=method, pattern=pattern)
+
+    return weights.map_layer(layer, change)
 
 
-def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern) -> dict[str, Any]:
-    """Every matrix of every stack's blocks ([L, I, O]) pruned layer by layer, by a method that looks at no data."""
-    return weights.map_stacks(params, lambda w: prune(w, None, method=method, pattern=pattern))
+def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern, seed: int = 0) -> dict[str, Any]:
+    """Prune every matrix of every stack's blocks ([L, I, O]) layer by layer, by a score that reads no data."""
+    changed = {}
+    for m in weights.matrices(params, "block"):
+        keys = (_key(seed, m.stack, i, m.module) for i in itertools.count())
+        changed[m.path] = weights.per_layer(
+            m.weight, lambda w, keys=keys: prune(w, key=next(keys), method=method, pattern=pattern)
+        )
+    return weights.updated(params, changed)
+
+
+def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
+    """Return the random key of one matrix, which does not depend on the order of the work."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"{stack}/{index}/{name}".encode()))
 
 
 def check(params: dict[str, Any], pattern: Pattern) -> None:
-    """Raises RequestError, naming the first matrix of the blocks whose inputs an N:M pattern does not divide."""
+    """Raise RequestError, naming the first matrix of the blocks whose inputs an N:M pattern does not divide."""
     for m in weights.matrices(params, "block"):
         inputs = m.weight.shape[m.inputs]
         if pattern.of and inputs % pattern.of:
@@ -110,7 +147,7 @@ def check(params: dict[str, Any], pattern: Pattern) -> None:
 
 
 def sparsity(params: dict[str, Any]) -> float:
-    """Share of exact zeros among the entries of the blocks' matrices, counted."""
+    """Return the share of exact zeros among the entries of the blocks' matrices."""
     zeros = entries = 0
     for m in weights.matrices(params, "block"):
         values = m.node.values()

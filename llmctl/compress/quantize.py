@@ -1,12 +1,12 @@
-"""Weight quantization: integers with scales, round to nearest, symmetric. A scheme is a function `(w, inputs, group)`.
+"""Quantize weights without data: replace matrices by integers with scales, by a scheme of `llmctl.compress.schemes`.
 
-A matrix [..., I, O] has one scale an output, or one for every `group` inputs of an output; an embedding table [V, D]
-one a row, or one for every `group` columns of a row. Leading axes (layers) always have their own scales.
+A matrix [..., I, O] has one scale per output, or one for every `group` inputs of an output. An embedding table [V, D]
+has one scale per row, or one for every `group` columns of a row. Leading axes (layers) always have their own scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,48 +14,36 @@ import jax
 import jax.numpy as jnp
 import qwix
 
+from llmctl.compress.schemes import SCHEMES
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.model.weights import Quantized, Weight, dense, flatten, unflatten
-
-Scheme = Callable[[jax.Array, int, int], qwix.QArray]
-
-
-def int8(w: jax.Array, inputs: int, group: int) -> qwix.QArray:
-    """-127..127; the error of an element is at most half its scale, and the scale is max|w| / 127.5."""
-    return _nearest(w, jnp.int8, inputs, group)
-
-
-def int4(w: jax.Array, inputs: int, group: int) -> qwix.QArray:
-    """-7..7; the error of an element is at most half its scale, and the scale is max|w| / 7.5."""
-    return _nearest(w, jnp.int4, inputs, group)
-
-
-SCHEMES: dict[int, Scheme] = {8: int8, 4: int4}
-
-
-def _nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> qwix.QArray:
-    axis = inputs % w.ndim
-    channels = [a for a in range(w.ndim) if a != axis]
-    return qwix.quantize(w, qtype, channelwise_axes=channels, tiled_axes={axis: group} if group else None)
 
 
 def quantize(
     params: dict[str, Any],
     *,
-    bits: int,
+    scheme: str,
     group: int = 0,
     embeddings: bool = False,
     head: bool = False,
     activations: str = "",
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The tree with its matrices as integers, and the relative error (Frobenius) of every weight that changed.
+    """Quantize the matrices of a parameter tree. Norms, biases and position tables stay as they are.
 
-    The matrices of the blocks always; the token embeddings and the heads (output projection, pooler, task head) by
-    choice. A tied table is both: it counts as an embedding. Norms, biases and position tables stay as they are.
-    `activations="int8"` makes the products of the blocks and heads W8A8, with one scale a token found as it goes by.
+    Args:
+        params: the parameters.
+        scheme: name of the scheme in `SCHEMES`.
+        group: inputs per scale; 0 has one scale per output channel.
+        embeddings: also quantize the token embeddings. A tied table counts as an embedding.
+        head: also quantize the output projection, pooler and task head.
+        activations: "int8" makes the products of the blocks and heads W8A8, with one scale per token.
 
-    Raises RequestError, naming the weight, when a group does not divide its inputs, or it is quantized or low-rank.
+    Returns:
+        The tree with quantized weights, and the relative error (Frobenius) of each by path.
+
+    Raises:
+        RequestError: a group does not divide the inputs of a weight, or a weight is quantized or low-rank.
     """
     flat = flatten(params)
     chosen = dict(targets(flat, embeddings=embeddings, head=head))
@@ -64,23 +52,23 @@ def quantize(
     errors: dict[str, float] = {}
     for path, inputs in chosen.items():
         w = flat[path]
-        array, error = measured(w, bits, inputs, group)
+        array, error = measured(w, scheme, inputs, group)
         errors[path] = float(error)
-        table = inputs == -1  # looked up by row; where it is tied the activations still meet it as they are
+        table = inputs == -1  # rows are looked up; the product with a tied table keeps its activations
         flat[path] = Quantized(array, "" if table else activations)
     return unflatten(flat), errors
 
 
 def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[tuple[str, int]]:
-    """(path, axis of the inputs) of every weight to quantize."""
+    """Yield (path, axis of the inputs) of every weight to quantize."""
     wanted = {"block": True, "head": head, "embedding": embeddings}
-    for m in weights.matrices(weights.unflatten(flat)):
+    for m in weights.matrices(unflatten(flat)):
         if wanted[m.place]:
             yield m.path, m.inputs
 
 
 def check(path: str, w: Weight, inputs: int, group: int) -> None:
-    """Raises RequestError as `quantize`."""
+    """Raise RequestError as `quantize` does."""
     node = weights.as_node(w)
     if node.has_adapter:
         raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
@@ -94,14 +82,17 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def measured(w: jax.Array, bits: int, inputs: int, group: int) -> tuple[qwix.QArray, jax.Array]:
-    """One weight as integers, and its relative error."""
-    array = SCHEMES[bits](w, inputs, group)
+def measured(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[qwix.QArray, jax.Array]:
+    """Quantize one weight and return it with its relative error."""
+    array = SCHEMES[scheme](w, inputs, group)
     return array, relative_error(w, array)
 
 
 def relative_error(w: jax.Array, array: qwix.QArray) -> jax.Array:
-    """||w - dequantized|| / ||w||, Frobenius; 0 for a weight of zeros."""
+    """Return ||w - dequantized|| / ||w|| in the Frobenius norm; 0 for a weight of zeros."""
     w = w.astype(jnp.float32)
-    square, lost = jnp.sum(jnp.square(w)), jnp.sum(jnp.square(w - dense(Quantized(array))))  # flat, w would be gathered
+    square, lost = (
+        jnp.sum(jnp.square(w)),
+        jnp.sum(jnp.square(w - dense(Quantized(array)))),
+    )  # not flattened: w would be gathered
     return jnp.sqrt(lost / jnp.where(square == 0, 1.0, square))

@@ -1,4 +1,4 @@
-"""Cutting arrays to a smaller ModelConfig: which widths a request asks for, and taking what stays out of every weight.
+"""Cut arrays to a smaller ModelConfig: find the widths that a request asks for, and select what every weight keeps.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons.
 """
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.config.errors import RequestError
+from llmctl.model import wiring
 from llmctl.model.config import ModelConfig
-from llmctl.model.weights import Weight, as_node, flatten, is_kernel, unflatten
+from llmctl.model.weights import Weight, as_node, flatten, kernel_of, unflatten
 
 Kept = dict[str, dict[str, list[np.ndarray]]]
-"""What stays: stack -> "attn/heads", "attn/groups", "mlp/neurons", … -> positions a layer, ascending."""
+"""Kept positions: stack -> name of the units ("attn/heads", "mlp/neurons", …) -> positions per layer, ascending."""
 
 
 def target(
@@ -28,12 +29,20 @@ def target(
     by: Literal["groups", "queries"] = "groups",
     multiple: int = 1,
 ) -> ModelConfig:
-    """The config after pruning. Below 1 a number is the fraction removed, from 1 on how many are kept; 0 leaves all.
+    """Return the config after pruning. A number below 1 is the fraction removed, from 1 the number kept; 0 keeps all.
 
-    What a fraction keeps is rounded to the nearest whole number (neurons: of `multiple`), and at least 1 is kept.
-    Heads go `by` "groups" (a key/value head with all its queries) or by "queries" (as many in each group).
-    `layers` holds for every stack of an encoder-decoder. Raises RequestError for what cannot be, and for a fraction
-    that removes nothing, whatever the others remove.
+    The number that a fraction keeps is rounded to the nearest whole number, and at least 1 is kept.
+
+    Args:
+        cfg: the config before.
+        heads: query heads per layer.
+        ffn: neurons per feed-forward layer.
+        layers: layers of every stack.
+        by: remove "groups" (a key/value head with all its queries) or "queries" (as many in each group).
+        multiple: the number of neurons kept is a multiple of this.
+
+    Raises:
+        RequestError: a number is impossible, or a fraction removes nothing, whatever the others remove.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}
@@ -66,7 +75,7 @@ def target(
 
 
 def _keep(field: str, request: float, units: float, unit: int) -> int:
-    """How many of `units` stay, where one unit is `unit` of what the request counts."""
+    """Return how many of `units` are kept, if one unit is `unit` of what the request counts."""
     if request < 1:
         return max(1, round(units * (1 - request)))
     if request != int(request) or int(request) % unit:
@@ -78,24 +87,21 @@ def _keep(field: str, request: float, units: float, unit: int) -> int:
 
 
 def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig) -> None:
-    """Raises what `cut` to `target` would raise, before anything is computed."""
+    """Raise what `cut` to `target` would raise, before anything is computed."""
     kept: Kept = {}
     for stack in (name for name in ("encoder", "decoder") if name in params):
         kept[stack] = choices = {}
         depth = jax.tree.leaves(params[stack]["blocks"])[0].shape[0]
-        if target.heads != cfg.heads:
-            for part in ("attn", "cross"):
-                choices[f"{part}/heads"] = [np.arange(target.heads)] * depth
-                choices[f"{part}/groups"] = [np.arange(target.kv_heads)] * depth
-        if target.d_ff != cfg.d_ff:
-            choices["mlp/neurons"] = [np.arange(target.d_ff)] * depth
+        for units, after in zip(wiring.units(cfg, stack), wiring.units(target, stack), strict=True):
+            if units.count != after.count:
+                choices[units.name] = [np.arange(after.count)] * depth
     jax.eval_shape(lambda p: cut(cfg, p, target, kept)[1], params)
 
 
 def drop_layers(
     cfg: ModelConfig, params: dict[str, Any], kept: dict[str, list[int]]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model with only the named layers of each stack, in their order."""
+    """Return the model with only the named layers of each stack, in their order."""
     update: dict[str, Any] = {"preset": ""}
     for stack, layers in kept.items():
         index = jnp.asarray(layers)
@@ -108,33 +114,35 @@ def drop_layers(
 def cut(
     cfg: ModelConfig, params: dict[str, Any], target: ModelConfig, kept: Kept
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model with only the heads and neurons in `kept`; biases and the relative position bias are cut with them.
+    """Return the model with only the heads and neurons in `kept`. Biases and the relative position bias are cut too.
 
-    Raises RequestError where a weight is quantized in groups along what is cut, or has a low-rank update.
+    Raises:
+        RequestError: a weight is quantized in groups along what is cut, or has a low-rank update.
     """
     flat = flatten(params)
     for stack, choices in kept.items():
-        for what, layers in choices.items():
-            part, unit = what.split("/")
-            index_LN = np.stack(layers)
-            if unit != "neurons":
-                index_LN = (index_LN[..., None] * cfg.head_dim + np.arange(cfg.head_dim)).reshape(len(layers), -1)
-            readers, writers = {"heads": ("o", "q"), "groups": ("", "kv"), "neurons": ("down", "")}[unit]
-            names = {"neurons": ("gate", "up")}.get(unit, tuple(writers))
-            for path in (p for p in flat if p.startswith(f"{stack}/blocks/{part}/")):
-                matrix = path.split("/")[-2]
-                if matrix in names:
-                    flat[path] = take(path, flat[path], index_LN, axis=-1)
-                elif matrix == readers and is_kernel(path):
-                    flat[path] = take(path, flat[path], index_LN, axis=-2)
-            bias = f"{stack}/relative_bias/table"
-            if what == "attn/heads" and bias in flat:  # the same heads in every layer
-                flat[bias] = jnp.take(flat[bias], jnp.asarray(layers[0]), axis=-1)
+        for units in wiring.units(cfg, stack):
+            if units.name not in choices:
+                continue
+            layers = choices[units.name]
+            index_LN = columns(np.stack(layers), units.width)
+            written = [f"{stack}/blocks/{writer}" for writer in units.writers]
+            for path in (p for p in flat if p.rpartition("/")[0] in written):  # kernels and biases
+                flat[path] = take(path, flat[path], index_LN, axis=-1)
+            for path in (kernel_of(f"{stack}/blocks/{reader}") for reader in units.readers):
+                flat[path] = take(path, flat[path], index_LN, axis=-2)
+            for path in (f"{stack}/{table}" for table in units.tables):  # the same heads in every layer
+                flat[path] = jnp.take(flat[path], jnp.asarray(layers[0]), axis=-1)
     return target, unflatten(flat)
 
 
+def columns(units: np.ndarray, width: int) -> np.ndarray:
+    """Return the columns [..., N * width] of units [..., N] that are `width` wide."""
+    return (units[..., None] * width + np.arange(width)).reshape(*units.shape[:-1], -1)
+
+
 def take(path: str, w: Weight, index_LN: np.ndarray, axis: int) -> Weight:
-    """Layer by layer the positions `index_LN` of a stacked weight [L, ...] along `axis` (-1 outputs, -2 inputs)."""
+    """Select positions `index_LN` of a stacked weight [L, ...] per layer, along `axis` (-1 outputs, -2 inputs)."""
     try:
         return as_node(w).select(index_LN, axis)
     except RequestError as e:

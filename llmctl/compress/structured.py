@@ -1,9 +1,9 @@
-"""Structured pruning: whole attention heads, feed-forward neurons and layers go, and the arrays really shrink.
+"""Structured pruning: remove attention heads, feed-forward neurons and layers, so that arrays become smaller.
 
-Every layer keeps the same widths (layers are scanned) but chooses for itself which heads and neurons. Importance is
-the size of what a part adds to the residual stream on the calibration data. Parts that go are first silenced (zero rows
-where they are read) while the walk goes on, so that later layers choose with the inputs they will really see, and are
-cut at the end.
+All layers of a stack end with the same widths, because they are scanned, but each layer chooses its own heads and
+neurons. The importance of a part is the norm of its contribution to the residual stream on the calibration data. During
+the walk removed parts are silenced by zero rows in the matrix that reads them. So later layers choose by the inputs
+that they will have. The arrays are cut at the end.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons, D model width.
 """
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.compress import prune
-from llmctl.compress.calibrate import Batch, Collect, Gram, LayerReport, Moments, Statistic, Stats, nothing, walk
-from llmctl.compress.shrink import Kept, cut, drop_layers
-from llmctl.model import functional, hf_config
+from llmctl.compress.calibrate import Batch, LayerReport, Visit, walk
+from llmctl.compress.shrink import Kept, columns, cut, drop_layers
+from llmctl.compress.statistics import Collect, Gram, Moments, Statistic, nothing
+from llmctl.model import functional, hf_config, wiring
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import dense
 
@@ -28,7 +29,7 @@ Progress = Callable[[LayerReport], None] | None
 
 
 def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
-    """||X_h O_h||_F of each query head: what it adds to the residual stream. `o` [H*K, D] -> [H]."""
+    """Return ||X_h O_h||_F of each query head, its contribution to the residual stream. `o` [H*K, D] -> [H]."""
     heads, width, _ = gram.products.shape
     o_HKD = o.astype(jnp.float32).reshape(heads, width, -1)
     square_H = jnp.einsum("hkl,hkd,hld->h", gram.products, o_HKD, o_HKD)
@@ -36,14 +37,14 @@ def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
 
 
 def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
-    """||x_f||_2 * ||down_f||_2 of each neuron: what it adds to the residual stream. `down` [F, D] -> [F]."""
+    """Return ||x_f||_2 * ||down_f||_2 of each neuron, its contribution to the residual stream. `down` [F, D] -> [F]."""
     return jnp.sqrt(stats.squares) * jnp.linalg.norm(down.astype(jnp.float32), axis=1)
 
 
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """The (query heads, key/value heads) that stay, ascending, so that every group that stays keeps the same number.
+    """Return the (query heads, key/value heads) to keep, ascending; every kept group keeps the same number of queries.
 
-    First the queries that stay in each group, then the groups, by the norm of the scores of those queries.
+    The best queries of each group are chosen first, then the groups, by the norm of those queries' scores.
     """
     each = keep_heads // keep_groups
     score_GR = score_H.reshape(groups, -1)
@@ -55,15 +56,15 @@ def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads:
 
 
 def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
-    """The `keep` neurons of the highest score, ascending."""
+    """Return the `keep` neurons of the highest score, ascending."""
     return np.sort(_highest(score_F[None], keep)[0])
 
 
 def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[bool]) -> list[int]:
-    """The `keep` layers of the highest total influence, ascending, such that the i-th is of kind `kinds_L[i]`.
+    """Return the `keep` layers of the highest total influence, ascending, such that the i-th is of kind `kinds_L[i]`.
 
-    Kinds are local and global attention: their pattern belongs to the config, so a layer may only move to a place of
-    its own kind. Where all are of one kind these are simply the best. Solved exactly, by dynamic programming.
+    Kinds are local and global attention. Their pattern belongs to the config, so a layer may only move to an index of
+    its own kind. If all layers are of one kind the best ones are kept. Solved exactly, by dynamic programming.
     """
     layers = len(influence_L)
     total = np.full((layers + 1, keep + 1), -np.inf)
@@ -81,7 +82,7 @@ def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[boo
 
 
 def _highest(score: np.ndarray, keep: int) -> np.ndarray:
-    """Positions of the `keep` highest along the last axis; of equal scores the first stays."""
+    """Return the positions of the `keep` highest along the last axis; of equal scores the first is kept."""
     return np.argsort(-score, axis=-1, kind="stable")[..., :keep]
 
 
@@ -93,9 +94,10 @@ def prune_layers(
     progress: Progress = None,
     dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]]]:
-    """Drops the layers of least block influence (ShortGPT, arXiv:2403.03853) until each stack has `target`'s depth.
+    """Drop the layers of least block influence (ShortGPT, arXiv:2403.03853) until each stack has `target`'s depth.
 
-    The walk computes in `dtype`. Returns the config, the parameters and the layers that stayed, a stack.
+    Returns:
+        The config, the parameters, and the kept layers of each stack.
     """
     _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
     kept: dict[str, list[int]] = {}
@@ -117,14 +119,24 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
-    """What has to be known of a layer's inputs to cut it to `target`: of the heads' outputs, of the neurons'."""
+    """Return what the walk collects to cut layers to `target`: Gram matrices per head, moments of neurons."""
+    read = _read(cfg, target)
 
     def collect(path: str, inputs: int) -> Statistic | None:
-        if path.endswith("/o") and (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads):
-            return Gram.start(inputs, cfg.heads)
-        return Moments.start(inputs) if path == "mlp/down" and target.d_ff != cfg.d_ff else None
+        units = read.get(path)
+        if units is None:
+            return None
+        return Moments.start(inputs) if units.width == 1 else Gram.start(inputs, units.count)
 
     return collect
+
+
+def _read(cfg: ModelConfig, target: ModelConfig) -> dict[str, wiring.Units]:
+    """Return the units to remove by the path of the matrix that reads them, over all stacks."""
+    heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
+    found = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
+    neurons = {p for p, u in found.items() if not u.name.endswith("/heads")}
+    return {p: u for p, u in found.items() if (target.d_ff != cfg.d_ff if p in neurons else heads)}
 
 
 def prune_widths(
@@ -135,10 +147,13 @@ def prune_widths(
     progress: Progress = None,
     dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
-    """Cuts every layer to `target`'s heads, kv_heads and d_ff, each layer choosing its own; `walk` takes the blocks.
+    """Cut every layer to `target`'s heads, kv_heads and d_ff, each layer choosing its own. The blocks are donated.
 
-    With relative positions the layers of a stack share one bias a head, so there self-attention keeps the same heads in
-    all of them, by scores normalized a layer and summed. Returns the config, the parameters and a report a layer.
+    With relative positions the layers of a stack share one bias per head. So self-attention keeps the same heads in all
+    of them, by scores that are normalized per layer and summed.
+
+    Returns:
+        The config, the parameters, and a report per layer.
     """
     collect = collector(cfg, target)
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
@@ -146,20 +161,21 @@ def prune_widths(
     common = _common_heads(cfg, params, batches, collect, dtype) if shared_bias else {}
     kept: Kept = {stack: {} for stack in functional.stacks(cfg)}
 
-    def change(stack: str, index: int, layer: dict[str, Any], stats: Stats) -> dict[str, Any]:
-        out = {name: dict(part) for name, part in layer.items()}
-        for path, stat in stats.items():
+    def change(visit: Visit) -> dict[str, Any]:
+        out, choices = {name: dict(part) for name, part in visit.layer.items()}, kept[visit.stack]
+        for path, stat in visit.stats.items():
             part, name = path.split("/")
             kernel = out[part][name]["kernel"]
             if isinstance(stat, Gram):
-                scores = common[stack] if part == "attn" and common else np.asarray(head_scores(stat, dense(kernel)))
+                own = part != "attn" or not common
+                scores = np.asarray(head_scores(stat, dense(kernel))) if own else common[visit.stack]
                 heads, groups = choose_heads(scores, cfg.kv_heads, target.kv_heads, target.heads)
-                kept[stack].setdefault(f"{part}/heads", []).append(heads)
-                kept[stack].setdefault(f"{part}/groups", []).append(groups)
-                rows = (heads[:, None] * cfg.head_dim + np.arange(cfg.head_dim)).reshape(-1)
+                choices.setdefault(f"{part}/heads", []).append(heads)
+                choices.setdefault(f"{part}/groups", []).append(groups)
+                rows = columns(heads, cfg.head_dim)
             else:
                 rows = choose_neurons(np.asarray(neuron_scores(stat, dense(kernel))), target.d_ff)
-                kept[stack].setdefault(f"{part}/neurons", []).append(rows)
+                choices.setdefault(f"{part}/neurons", []).append(rows)
             mask = np.zeros((kernel.shape[0], 1), bool)
             mask[rows] = True
             out[part][name] = {**out[part][name], "kernel": prune.apply(kernel, jnp.asarray(mask))}
@@ -172,7 +188,7 @@ def prune_widths(
 def _common_heads(
     cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], collect: Collect, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """Scores [H] of the self-attention heads of a stack over all its layers, each layer's normalized to sum 1."""
+    """Return scores [H] of the self-attention heads of each stack over its layers, each layer's normalized to sum 1."""
     _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
     scores = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}
     for r in reports:

@@ -25,6 +25,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.heads import TaskHead
 from llmctl.model.param_sharding import shard_params
 from llmctl.model.transformer import Batch, Block, LMHead, Transformer
+from llmctl.model.wiring import crosses, stacks
 
 Params = dict[str, Any]
 
@@ -197,11 +198,6 @@ def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dt
 # --- the same network block by block, for calibration ----------------------------------------------------------------
 
 
-def stacks(cfg: ModelConfig) -> list[str]:
-    """Return the names of the stacks, in the order of computation."""
-    return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
-
-
 def depth(cfg: ModelConfig, stack: str) -> int:
     """Return the number of layers in a stack."""
     return cfg.encoder_layers if stack == "encoder" and cfg.encoder_layers else cfg.layers
@@ -256,9 +252,8 @@ def block(
     Returns:
         The output, and the captured inputs [N, I] by path ("attn/q", "mlp/down", …).
     """
-    cross = stack == "decoder" and cfg.encoder_layers > 0
     layers = depth(cfg, stack)
-    module = Block(cfg, dtype, layers, cross)
+    module = Block(cfg, dtype, layers, crosses(cfg, stack))
     local = local_layers(cfg, layers)[index]
     (x, _), state = _apply(
         module, {"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else []
@@ -279,7 +274,7 @@ def cached_block(
         The output and the new cache.
     """
     layers = depth(cfg, stack)
-    module = Block(cfg, dtype, layers, stack == "decoder" and cfg.encoder_layers > 0)
+    module = Block(cfg, dtype, layers, crosses(cfg, stack))
     variables = {"params": layer, "cache": cache}
     (x, _), state = _apply(
         module, variables, carry.x_BTD, carry.shared, local_layers(cfg, layers)[index], mutable=["cache"]
@@ -291,3 +286,27 @@ def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: An
     """Compute the stack's final hidden states [B, T, D]."""
     body = {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
     return _apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
+
+
+def head_taps(
+    cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32
+) -> dict[str, jax.Array]:
+    """Return the inputs [N, I] of the output head's matrices, by their path in `wiring.matrices`.
+
+    N is the number of tokens, or of sequences for a matrix behind the pooling.
+    """
+    found: dict[str, jax.Array] = {}
+    if cfg.head == "lm":
+        table = params["embed"]["tokens"] if cfg.tied else None
+        lm_head = {"params": params.get("lm_head", {})}
+        _, state = _apply(LMHead(cfg, dtype), lm_head, x_BTD, table, mutable=["taps"])
+        tapped = weights.flatten({"lm_head": state["taps"]})
+        found = {path.removesuffix("/x"): x for path, x in tapped.items()}
+        if cfg.tied:
+            found["embed/tokens"] = found.pop("lm_head")
+    if "head" in params:
+        head = {"params": params["head"]}
+        _, state = _apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"), mutable=["taps"])
+        tapped = weights.flatten({"head": state.get("taps", {})})
+        found |= {path.removesuffix("/x"): x for path, x in tapped.items()}
+    return found

@@ -43,6 +43,12 @@ def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...],
     return w
 
 
+def tap(module: nn.Module, x: jax.Array) -> None:
+    """Leave a matrix's input [N, I] in the collection "taps" if a caller asks for it (calibration)."""
+    rows = x.reshape(-1, x.shape[-1])
+    module.sow("taps", "x", rows, reduce_fn=lambda _, new: new, init_fn=lambda: cast(Any, None))
+
+
 class Dense(nn.Module):
     """Dense layer x [..., I] @ kernel [I, O] + bias [O]; calibration can capture its input (collection "taps")."""
 
@@ -55,7 +61,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        self.sow("taps", "x", x.reshape(-1, x.shape[-1]), reduce_fn=lambda _, new: new, init_fn=lambda: cast(Any, None))
+        tap(self, x)
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
         kernel = weight_param(self, "kernel", init, self.axes, (x.shape[-1], self.features))
         kind = quantized_matmul.kind_of("/".join(self.path))

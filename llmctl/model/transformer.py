@@ -28,7 +28,7 @@ from llmctl.model.attention import (
 )
 from llmctl.model.attention_xla import KEPT
 from llmctl.model.config import ModelConfig
-from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout, weight_param
+from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout, tap, weight_param
 
 Batch = dict[str, jax.Array]
 
@@ -232,6 +232,7 @@ class LMHead(nn.Module):
             x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
             x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.activation](x))
         x = x * jnp.asarray(cfg.logit_scale or cfg.d_model**-0.5, x.dtype)
+        tap(self, x)
         if output is not None:
             logits = weights.matmul(x, output, self.dtype)
         elif cfg.tied:

@@ -1,5 +1,6 @@
 """The walk equals the scanned model, counts real tokens only, and lets errors through."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,21 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.compress.calibrate import Gram, Moments, moments, nothing, walk
+from llmctl.compress.calibrate import Visit, walk
+from llmctl.compress.layer_files import Saved
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.prune import prune_layer
 from llmctl.compress.quantize import quantize
+from llmctl.compress.schemes import SCHEMES
+from llmctl.compress.statistics import Gram, Moments, moments, nothing
 from llmctl.config.errors import RequestError
-from llmctl.model import functional
+from llmctl.model import functional, heads
 from llmctl.model.config import ModelConfig
-from llmctl.model.weights import flatten
+from llmctl.model.weights import Quantized, flatten, unflatten
 
 
 def test_moments_count_real_tokens_only():
     x = jnp.array([[1.0, -2.0], [3.0, 0.5], [100.0, 100.0]])
     got = Moments.start(2).fold(x, jnp.array([True, True, False]))
     np.testing.assert_allclose(got.squares, [10.0, 4.25])
-    np.testing.assert_allclose(got.absolute, [4.0, 2.5])
     assert got.count == 2
 
 
@@ -53,8 +56,9 @@ def test_measuring_equals_the_scan(tiny, params, batches):
 def test_changes_propagate_and_reports_say_how_far(tiny, params, batches):
     """Silencing both sublayers of layer 0 makes layer 1 see the embeddings, and its report say error 1."""
 
-    def silence_first(stack, index, layer, stats):
-        if index:
+    def silence_first(visit):
+        layer = visit.layer
+        if visit.index:
             return layer
         attn, mlp = layer["attn"], layer["mlp"]
         return {
@@ -82,7 +86,7 @@ def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
     """Of 24 layers no second set is ever there; integers and their scales are put back like floats."""
     deep = tiny.model_copy(update={"layers": 24})
     floats = jax.jit(lambda key: functional.init(deep, key))(jax.random.key(0))
-    params = jax.tree.map(jnp.copy, quantize(floats, bits=4, group=8)[0])
+    params = jax.tree.map(jnp.copy, quantize(floats, scheme="int4", group=8)[0])
     kept, blocks = flatten(jax.tree.map(np.array, params)), jax.tree.leaves(params["decoder"]["blocks"])
     before, most = sum(a.nbytes for a in jax.live_arrays()), 0
 
@@ -90,8 +94,9 @@ def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
         nonlocal most
         most = max(most, sum(a.nbytes for a in jax.live_arrays()) - before)
 
-    def prune_one(stack, index, layer, stats):
-        return prune_layer(layer, stats, method="magnitude", pattern=Pattern(0.5)) if index == 3 else layer
+    def prune_one(visit):
+        pattern = Pattern(0.5)
+        return prune_layer(visit.layer, method="magnitude", pattern=pattern) if visit.index == 3 else visit.layer
 
     changed, reports = walk(deep, params, batches, nothing, prune_one, progress=progress)
     assert all(a.is_deleted() for a in blocks)
@@ -133,3 +138,98 @@ def test_no_tokens_is_refused(tiny, params):
     empty = {k: np.zeros((1, 4), np.int32) for k in ("tokens", "segments", "positions")}
     with pytest.raises(RequestError, match="no tokens"):
         walk(tiny, params, [empty], moments)
+
+
+def rounded(visit: Visit) -> dict:
+    """Every matrix as integers; the rest stays."""
+    flat = flatten(visit.layer)
+    for path in (p for p in flat if p.endswith("/kernel")):
+        flat[path] = Quantized(SCHEMES["int8"](flat[path], -2, 0))
+    return unflatten(flat)
+
+
+def test_a_method_may_leave_other_node_types(tiny, params, batches):
+    """Matrices that become integers layer by layer are those of the whole tree's rounding; norms keep their memory."""
+    whole = flatten(quantize(params, scheme="int8")[0]["decoder"]["blocks"])
+    norm = params["decoder"]["blocks"]["mlp_norm"]["scale"]
+    changed, reports = walk(tiny, params, batches, nothing, rounded)
+    assert all(0 < r.error < 0.1 for r in reports) and norm.is_deleted()
+    got = flatten(changed["decoder"]["blocks"])
+    assert jax.tree.structure(got) == jax.tree.structure(whole)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_layers_that_end_with_different_types_are_refused(tiny, params, batches):
+    with pytest.raises(ValueError, match="layers change different weights"):
+        walk(tiny, params, batches, nothing, lambda visit: rounded(visit) if visit.index else visit.layer)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("stack", ["decoder", "encoder"])
+def test_a_killed_walk_goes_on_at_its_layer(tiny, make_rows, tmp_path, stack):
+    """Killed in a layer of either stack and run again, the walk visits the rest only, and every bit is the same."""
+    change = {"architecture": "encoder_decoder", "encoder_layers": 2, "layers": 3, "positions": "relative"}
+    cfg = ModelConfig.model_validate({**tiny.model_dump(), **change})
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(1))
+    batches, visited = [make_rows(cfg, seed) for seed in range(2)], []
+
+    def method(visit, kill=False):
+        if kill and (visit.stack, visit.index) == (stack, 1):
+            raise Killed
+        visited.append((visit.stack, visit.index))
+        pruned = prune_layer(visit.layer, visit.stats, method="wanda", pattern=Pattern(0.5))
+        return rounded(replace(visit, layer=pruned))
+
+    def run(kill=False, saved=None):
+        own = jax.tree.map(jnp.copy, params)
+        return walk(cfg, own, batches, moments, partial(method, kill=kill), saved=saved)
+
+    whole, reports = run()
+    saved = Saved(tmp_path / "layers")
+    with pytest.raises(Killed):
+        run(kill=True, saved=saved)
+    (tmp_path / "layers" / "decoder.00002.draft").write_bytes(b"half a layer")
+    visited.clear()
+    again, repeated = run(saved=saved)
+    layers = [("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1), ("decoder", 2)]
+    assert visited == layers[layers.index((stack, 1)) :]
+    assert repeated == reports
+    assert jax.tree.structure(again) == jax.tree.structure(whole)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("flags", [{"tied": False}, {"tied": True}, {"head": "classify", "labels": 3}], ids=str)
+def test_the_output_head_is_visited(tiny, batches, flags, tmp_path):
+    """Its inputs are the final hidden states (or their pooled rows), and a change of it is measured and kept."""
+    cfg = ModelConfig.model_validate({**tiny.model_dump(), **flags})
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(2))
+
+    def halve(visit):
+        return jax.tree.map(lambda a: a / 2, visit.layer) if visit.stack == "head" else visit.layer
+
+    own = jax.tree.map(jnp.copy, params)
+    changed, reports = walk(cfg, own, batches, moments, halve, head=True, keep=True)
+    squares = 0.0
+    for batch in batches:
+        x_BTD = jax.jit(partial(functional.hidden, cfg))(params, batch)
+        real = jnp.asarray(batch["segments"]) > 0
+        rows = heads.pool(x_BTD, batch["segments"], cfg.pooling) if cfg.head == "classify" else x_BTD[real]
+        squares += jnp.sum(jnp.square(rows), axis=0)
+    path = {"lm": "embed/tokens" if cfg.tied else "lm_head"}.get(cfg.head, "head/out")
+    assert list(reports[-1].stats) == [path] and (reports[-1].stack, reports[-1].layer) == ("head", 0)
+    np.testing.assert_allclose(reports[-1].stats[path].squares, squares, rtol=1e-4)
+    assert reports[-1].error == pytest.approx(0.5 if not (cfg.head == "lm" and cfg.tied) else 0.0, rel=1e-5)
+    leaf = {"lm": ("embed", "tokens") if cfg.tied else ("lm_head", "kernel")}.get(cfg.head, ("head", "out", "kernel"))
+    before, after = (get(p, leaf) for p in (params, changed))
+    np.testing.assert_array_equal(after, before if cfg.head == "lm" and cfg.tied else before / 2)
+
+
+def get(tree, keys):
+    for key in keys:
+        tree = tree[key]
+    return tree

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.compress.quantize import SCHEMES, quantize, relative_error
+from llmctl.compress.quantize import quantize, relative_error
+from llmctl.compress.schemes import SCHEMES
 from llmctl.config.errors import RequestError
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -15,22 +16,22 @@ from llmctl.model.weights import LowRank, Quantized, dense, flatten, unflatten
 
 
 def error(w, bits, group=0) -> float:
-    return float(relative_error(w, SCHEMES[bits](w, -2, group)))
+    return float(relative_error(w, SCHEMES[f"int{bits}"](w, -2, group)))
 
 
 def test_by_hand():
     w = jnp.array([[7.5, 150.0], [-3.2, 20.0], [0.49, -10.0]])
-    got = SCHEMES[4](w, -2, 0)  # scales 7.5 / 7.5 and 150 / 7.5
+    got = SCHEMES["int4"](w, -2, 0)  # scales 7.5 / 7.5 and 150 / 7.5
     np.testing.assert_allclose(got.scale, [[1.0, 20.0]])
     np.testing.assert_array_equal(np.asarray(got.qvalue, np.int32), [[7, 7], [-3, 1], [0, 0]])
 
 
-@pytest.mark.parametrize("bits", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES.names())
 @pytest.mark.parametrize("group", [0, 8])
-def test_error_is_at_most_half_a_scale(bits, group):
+def test_error_is_at_most_half_a_scale(scheme, group):
     w = jax.random.normal(jax.random.key(0), (2, 32, 8))
-    q = SCHEMES[bits](w, -2, group)
-    assert q.qvalue.dtype == {8: jnp.int8, 4: jnp.int4}[bits]
+    q = SCHEMES[scheme](w, -2, group)
+    assert q.qvalue.dtype == {"int8": jnp.int8, "int4": jnp.int4}[scheme]
     assert q.scale.shape == (2, 32 // group if group else 1, 8)
     half = np.repeat(q.scale, group or 32, axis=1) / 2
     rounding = 2 * np.finfo(np.float32).eps * np.abs(w)  # of the quotient and of the product
@@ -42,14 +43,16 @@ def test_more_bits_and_smaller_groups_err_less():
     spiked = w.at[::16].mul(20.0)  # outliers that stretch the scale of everything that shares it
     assert error(w, 8) < 0.1 * error(w, 4)
     body = np.arange(64) % 16 != 0
-    rest = {g: float(jnp.linalg.norm((spiked - dense(Quantized(SCHEMES[4](spiked, -2, g))))[body])) for g in (0, 4)}
+    rest = {
+        g: float(jnp.linalg.norm((spiked - dense(Quantized(SCHEMES["int4"](spiked, -2, g))))[body])) for g in (0, 4)
+    }
     assert rest[4] < 0.6 * rest[0]
     assert error(spiked, 4, 4) < error(spiked, 4)
 
 
 def test_zeros_stay_zeros_and_a_zero_weight_is_exact():
     w = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, (16, 8)), 1.3, 0.0)
-    assert np.all(dense(Quantized(SCHEMES[4](w, -2, 0)))[w == 0] == 0)
+    assert np.all(dense(Quantized(SCHEMES["int4"](w, -2, 0)))[w == 0] == 0)
     assert error(jnp.zeros((16, 8)), 8) == 0.0
 
 
@@ -61,10 +64,10 @@ def test_which_weights_are_taken(tiny, params):
         (True, False, {"embed/tokens"}),
         (False, True, {"head/out/kernel"}),
     ):
-        got, errors = quantize(params, bits=8, embeddings=embeddings, head=head)
+        got, errors = quantize(params, scheme="int8", embeddings=embeddings, head=head)
         assert {p for p, w in flatten(got).items() if isinstance(w, Quantized)} == blocks | more == set(errors)
         assert all(0 <= e < 0.02 for e in errors.values())
-    table = flatten(quantize(params, bits=8, embeddings=True)[0])["embed/tokens"]
+    table = flatten(quantize(params, scheme="int8", embeddings=True)[0])["embed/tokens"]
     assert table.array.scale.shape == (32, 1)  # one a row
 
 
@@ -72,7 +75,7 @@ def test_which_weights_are_taken(tiny, params):
     (8, 0, "", 0.02), (8, 8, "int8", 0.04), (4, 4, "", 0.25), (4, 0, "int8", 0.35),
 ])  # fmt: skip
 def test_the_model_runs_on_integers(tiny, params, batches, bits, group, activations, tolerance):
-    got, _ = quantize(params, bits=bits, group=group, embeddings=bits == 8, activations=activations)
+    got, _ = quantize(params, scheme=f"int{bits}", group=group, embeddings=bits == 8, activations=activations)
     hidden = jax.jit(partial(functional.hidden, tiny))
     plain, quantized = (hidden(p, batches[0]) for p in (params, got))
     assert float(jnp.linalg.norm(plain - quantized) / jnp.linalg.norm(plain)) < tolerance
@@ -81,21 +84,21 @@ def test_the_model_runs_on_integers(tiny, params, batches, bits, group, activati
 def test_refusals(params):
     down = {"decoder": {"blocks": {"mlp": {"down": params["decoder"]["blocks"]["mlp"]["down"]}}}}
     with pytest.raises(RequestError, match=r"group 5 does not divide the 24 inputs of decoder/blocks/mlp/down/.* 4, 6"):
-        quantize(down, bits=4, group=5)
-    once, _ = quantize(params, bits=8)
+        quantize(down, scheme="int4", group=5)
+    once, _ = quantize(params, scheme="int8")
     with pytest.raises(RequestError, match="quantized already"):
-        quantize(once, bits=4)
+        quantize(once, scheme="int4")
     flat = flatten(params)
     path = "decoder/blocks/attn/q/kernel"
     flat[path] = LowRank(flat[path], jnp.ones((3, 16, 1)), jnp.ones((3, 1, 16)), 1.0)
     with pytest.raises(RequestError, match="merge"):
-        quantize(unflatten(flat), bits=8)
+        quantize(unflatten(flat), scheme="int8")
 
 
 def test_every_family_is_reached_through_the_tree():
     cfg = ModelConfig(architecture="encoder_decoder", encoder_layers=1, layers=1, d_model=8, heads=2, kv_heads=2,
                       head_dim=4, d_ff=8, vocab_size=16, gated=False, positions="relative", tied=False)  # fmt: skip
     params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
-    _, errors = quantize(params, bits=8, head=True)
+    _, errors = quantize(params, scheme="int8", head=True)
     assert {"encoder/blocks/attn/q/kernel", "decoder/blocks/cross/k/kernel", "lm_head/kernel"} <= set(errors)
     assert "decoder/relative_bias/table" not in errors

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.compress.calibrate import Gram, Moments
 from llmctl.compress.quantize import quantize
 from llmctl.compress.shrink import target
+from llmctl.compress.statistics import Gram, Moments
 from llmctl.compress.structured import (
     choose_heads,
     choose_layers,
@@ -133,8 +133,8 @@ def test_the_walk_computes_in_the_type_that_is_asked_for(cuts, tiny, params, bat
 
 
 def test_a_quantized_model_is_cut_exactly(tiny, params, batches):
-    int8, _ = quantize(params, bits=8)
-    grouped, _ = quantize(jax.tree.map(jnp.copy, params), bits=8, group=4)
+    int8, _ = quantize(params, scheme="int8")
+    grouped, _ = quantize(jax.tree.map(jnp.copy, params), scheme="int8", group=4)
     smaller = target(tiny, heads=2, ffn=0.5)
     cfg, got, _ = prune_widths(tiny, int8, batches, smaller)
     assert_shapes(cfg, got)

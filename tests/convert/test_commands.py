@@ -265,7 +265,7 @@ def test_pruned_models_go_with_their_zeros_and_their_new_shapes(save, config, pa
 def test_quantized_models_go_dense_and_as_integers(bits, group, activations, save, config, params, call, tmp_path):
     from llmctl.compress.quantize import quantize
 
-    quantized, _ = quantize(params, bits=bits, group=group, head=True, activations=activations)
+    quantized, _ = quantize(params, scheme=f"int{bits}", group=group, head=True, activations=activations)
     made = save(config, quantized)
     name = "model.layers.2.self_attn.k_proj.weight"
     ours = weights.flatten(quantized)["decoder/blocks/attn/k/kernel"]

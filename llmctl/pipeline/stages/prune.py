@@ -1,17 +1,18 @@
-"""`prune`: heads, neurons and layers that add little go, or single weights become zeros; chosen on calibration data."""
+"""`prune`: remove heads, neurons and layers, or set single weights to zero, chosen on calibration data."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.artifacts.workspace import Context
 from llmctl.compress.pattern import Pattern
+from llmctl.compress.scores import SCORES
+from llmctl.compress.settings import CalibrationConfig
+from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
-from llmctl.config.settings import Dtype
-from llmctl.data.config import DataConfig, Split, Truncate
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
@@ -28,49 +29,47 @@ if TYPE_CHECKING:
     Pruned = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
 
-class Config(StageConfig):
-    """Make a model smaller: really (structured), or by zeros that later training keeps (magnitude, wanda)."""
+STRUCTURED = "structured"
+"""Method that removes whole parts; every other method is the name of a score."""
+
+
+def _method(name: str) -> str:
+    known = [STRUCTURED, *SCORES]
+    if name not in known:
+        raise ValueError(f"unknown method {name!r}{hint(name, known)}; known: {', '.join(known)}")
+    return name
+
+
+class Config(CalibrationConfig, StageConfig):
+    """Prune a model: remove whole parts (structured), or set weights to zero by a score (magnitude, wanda, …)."""
 
     kind: Literal["prune"] = "prune"
-    method: Literal["structured", "magnitude", "wanda"] = "structured"
-    """Whole heads, neurons and layers; or single weights, by size or by size times the norm of their inputs."""
+    method: Annotated[str, AfterValidator(_method), SCORES] = STRUCTURED
+    """structured removes heads, neurons and layers. A score sets single weights to zero: magnitude (absolute value),
+    wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient), random."""
     heads: float = Field(default=0.0, ge=0)
-    """Structured: query heads a layer; below 1 the fraction removed, from 1 on how many are kept, 0 leaves all."""
+    """Structured: query heads per layer; below 1 the fraction to remove, from 1 the number to keep, 0 keeps all."""
     heads_by: Literal["groups", "queries"] = "groups"
     """Structured: remove key/value heads with all their queries, or as many queries from each key/value head."""
     ffn: float = Field(default=0.0, ge=0)
-    """Structured: neurons a feed-forward layer; below 1 the fraction removed, from 1 on how many are kept."""
+    """Structured: neurons per feed-forward layer; below 1 the fraction to remove, from 1 the number to keep."""
     multiple: int = Field(default=1, ge=1)
-    """Structured: the neurons kept are a multiple of this (128 suits TPUs)."""
+    """Structured: keep a multiple of this many neurons (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
-    """Structured: layers; below 1 the fraction removed, from 1 on how many are kept."""
+    """Structured: layers; below 1 the fraction to remove, from 1 the number to keep."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Magnitude and wanda: fraction of each matrix (wanda: of each output's inputs) that becomes zero."""
+    """Scores: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
     pattern: str = "unstructured"
-    """Magnitude and wanda: unstructured, or N:M to keep N of every M inputs, such as 2:4 (its own sparsity)."""
-    data: DataConfig = DataConfig()
-    """Calibration texts; labels are not needed. Magnitude needs none."""
-    split: Split = "train"
-    """Split of the data to calibrate on."""
-    examples: int = Field(default=256, ge=1)
-    """Texts to calibrate on at most, chosen by their hash."""
-    seq_len: int = Field(default=0, ge=0)
-    """Tokens a sequence; 0 takes what was trained with."""
-    truncate: Literal["", Truncate] = ""
-    """What a text too long keeps; empty takes what was trained with."""
-    batch_size: int = Field(default=16, ge=1)
-    """Sequences a batch."""
-    dtype: Dtype = "float32"
-    """Compute type of the calibration."""
+    """Scores: unstructured, or N:M to keep N of every M inputs, such as 2:4 (which implies the sparsity)."""
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
         structured = {"heads", "heads_by", "ffn", "multiple", "layers"}
-        other = {"sparsity", "pattern"} if self.method == "structured" else structured
+        other = {"sparsity", "pattern"} if self.method == STRUCTURED else structured
         stray = sorted(self.model_fields_set & other)
         if stray:
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}")
-        if self.method == "structured" and not (self.heads or self.ffn or self.layers):
+        if self.method == STRUCTURED and not (self.heads or self.ffn or self.layers):
             raise ValueError("structured pruning needs at least one of heads, ffn and layers")
         try:
             own = Pattern.parse(self.pattern, self.sparsity).sparsity
@@ -82,16 +81,15 @@ class Config(StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Prunes and leaves the artifact in `ctx.out`."""
+    """Prune the parent and leave the artifact in `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
     from llmctl.distributed import mesh
     from llmctl.train import run_log
 
-    pattern = Pattern.parse(config.pattern, config.sparsity)
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices)
-    walks = (bool(config.layers) + bool(config.heads or config.ffn)) if config.method == "structured" else 1
+    walks = (bool(config.layers) + bool(config.heads or config.ffn)) if config.method == STRUCTURED else 1
     total = walks * (base.model.layers + base.model.encoder_layers)
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
         done = 0
@@ -102,9 +100,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             reporter.log(done, {"layer": report.layer, "influence": report.influence, "error": report.error})
 
         params = merged(base, reporter.say)
-        structured = config.method == "structured"
-        work = _structured if structured else _unstructured
-        model, params, found = work(config, base, params, devices, pattern, progress)
+        if config.method == STRUCTURED:
+            model, params, found = _structured(config, base, params, devices, progress)
+        else:
+            model, params, found = _unstructured(config, base, params, devices, ctx.work / "layers", progress)
     ctx.leave(
         config,
         params,
@@ -124,10 +123,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)
-    if config.method != "structured":
+    if config.method != STRUCTURED:
         pattern = Pattern.parse(config.pattern, config.sparsity)
         prune.check(params, pattern)
-        walk = _walk(config, base, mesh) if prune.METHODS[config.method].calibrated else None
+        score = SCORES[config.method]
+        walk = _walk(config, base, mesh, bool(score.gradients)) if score.calibrated else None
         found = programs.zeros(base.model, params, config.method, pattern, mesh, walk)
         return found, abstract_artifact.left(config, params, base.model, base=base, pruned=True)
     target = _target(config, base, params, mesh)
@@ -136,16 +136,12 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     return found, abstract_artifact.left(config, small, target, base=base)
 
 
-def _walk(config: Config, base: Artifact, mesh: Mesh) -> Walk:
+def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
     """Return the calibration walk over made-up texts of the right shapes."""
     from llmctl.compress import calibration_data
     from llmctl.compress.programs import Walk
 
-    batch, batches = calibration_data.abstract(
-        base.model, config.data, mesh,
-        examples=config.examples, seq_len=_seq_len(config, base), batch_size=config.batch_size,
-    )  # fmt: skip
-    return Walk(batch, batches, config.dtype, mesh, base.params)
+    return Walk(*calibration_data.abstract(config, base, mesh, labels=labels), config.dtype, mesh, base.params)
 
 
 def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) -> ModelConfig:
@@ -171,14 +167,13 @@ def _structured(
     base: Artifact,
     params: dict[str, Any],
     devices: Any,
-    pattern: Pattern,
     progress: Callable[[LayerReport], None],
 ) -> Pruned:
-    """Layers first, then widths on what is left, so that heads and neurons are judged by the inputs they will see."""
-    from llmctl.compress import structured
+    """Prune layers first, then widths, so that heads and neurons are scored on the inputs that they will have."""
+    from llmctl.compress import calibration_data, structured
 
     model, target = base.model, _target(config, base, params, devices)
-    batches = _batches(config, base, devices)
+    batches = calibration_data.load(config, base, devices)
     found: dict[str, Any] = {}
     how = {"progress": progress, "dtype": config.dtype}
     if structured.fewer_layers(model, target):
@@ -194,66 +189,40 @@ def _unstructured(
     base: Artifact,
     params: dict[str, Any],
     devices: Any,
-    pattern: Pattern,
+    layers: Path,
     progress: Callable[[LayerReport], None],
 ) -> Pruned:
-    """Zeros, layer by layer; magnitude looks at no data."""
-    from llmctl.compress import prune
-    from llmctl.compress.calibrate import Stats, moments, walk
+    """Set weights to zero by a score, layer by layer. Finished layers are saved in the folder `layers`."""
+    from llmctl.compress import calibration_data, gradients, prune
+    from llmctl.compress.calibrate import Visit, walk
+    from llmctl.compress.layer_files import Saved
+    from llmctl.compress.statistics import moments, nothing
 
+    score, pattern = SCORES[config.method], Pattern.parse(config.pattern, config.sparsity)
     prune.check(params, pattern)
     before = prune.sparsity(params)
     if not pattern.of and before >= pattern.sparsity:
         raise RequestError(
             f"{base.path}: its matrices are {before:.1%} zeros already; sparsity {pattern.sparsity} changes nothing"
         )
+    how: dict[str, Any] = {"method": config.method, "pattern": pattern}
+    if not score.calibrated:
+        params = prune.prune_uncalibrated(params, **how, seed=config.seed)
+        return base.model, params, {"block_sparsity": prune.sparsity(params)}
 
-    def change(stack: str, index: int, layer: dict[str, Any], stats: Stats) -> dict[str, Any]:
-        return prune.prune_layer(layer, stats, method=config.method, pattern=pattern)
+    def change(visit: Visit) -> dict[str, Any]:
+        at = (config.seed, visit.stack, visit.index)
+        return prune.prune_layer(visit.layer, visit.stats, visit.gradients, **how, at=at)
 
-    found: dict[str, Any] = {}
-    if prune.METHODS[config.method].calibrated:
-        batches = _batches(config, base, devices)
-        params, reports = walk(base.model, params, batches, moments, change, progress=progress, dtype=config.dtype)
-        found["layer_error"] = _errors(reports)
-    else:
-        params = prune.prune_uncalibrated(params, method=config.method, pattern=pattern)
-    return base.model, params, found | {"block_sparsity": prune.sparsity(params)}
+    batches = calibration_data.load(config, base, devices, labels=bool(score.gradients))
+    sums = gradients.accumulate(base.model, params, batches, score.gradients, config.dtype) if score.gradients else None
+    params, reports = walk(
+        base.model, params, batches, moments if score.statistics else nothing, change,
+        gradients=sums, progress=progress, saved=Saved(layers), dtype=config.dtype,
+    )  # fmt: skip
+    return base.model, params, {"layer_error": _errors(reports), "block_sparsity": prune.sparsity(params)}
 
 
 def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
-    """Relative output error of the layers of each stack, on the inputs that pruning left them."""
+    """Return the relative output error of each stack's layers, on the outputs of the pruned layers before them."""
     return {s: [round(r.error, 6) for r in reports if r.stack == s] for s in dict.fromkeys(r.stack for r in reports)}
-
-
-def _seq_len(config: Config, base: Artifact) -> int:
-    """Return the length of the calibration texts, in tokens.
-
-    Raises:
-      RequestError: it is unknown, or too long for the model.
-    """
-    seq_len = config.seq_len or base.manifest.seq_len
-    if not seq_len:
-        raise RequestError(f"{base.path}: does not say how long its training texts were; say it with seq_len")
-    if seq_len > base.model.max_seq_len:
-        raise RequestError(
-            f"{base.path}: seq_len {seq_len} is longer than its longest sequence ({base.model.max_seq_len})"
-        )
-    return seq_len
-
-
-def _batches(config: Config, base: Artifact, devices: Any) -> list[dict[str, Any]]:
-    from llmctl.compress.calibration_data import calibration_batches
-    from llmctl.data.tokenizers import loading
-
-    return calibration_batches(
-        base.model,
-        config.data,
-        loading.load(base.tokenizer_dir),
-        devices,
-        split=config.split,
-        examples=config.examples,
-        seq_len=_seq_len(config, base),
-        batch_size=config.batch_size,
-        truncate=config.truncate or base.manifest.truncate or "tail",
-    )

@@ -1,13 +1,14 @@
-"""`quantize`: weights as integers with scales, round to nearest; stored and computed as such."""
+"""`quantize`: store the matrices as integers with scales and compute with them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmctl.artifacts.workspace import Context
+from llmctl.compress.schemes import SCHEMES
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
@@ -16,21 +17,42 @@ if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
     from llmctl.pipeline.stage import Programs
 
+SHORT = {"int8": 8, "int4": 4}
+"""Schemes that have a short form in bits."""
+
+
+def _scheme(name: str) -> str:
+    return name and SCHEMES.check(name)
+
 
 class Config(StageConfig):
-    """Store the matrices as int8 or int4; needs no data."""
+    """Quantize the matrices, by default to int8. Needs no data."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"scheme"})
 
     kind: Literal["quantize"] = "quantize"
     bits: int = 8
-    """Bits of a weight: 8 or 4."""
+    """Bits per weight: 8 or 4, short for the schemes int8 and int4."""
+    scheme: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
+    """Quantization scheme by name, also of an installed package; empty leaves it to bits."""
     group: int = Field(default=0, ge=0)
-    """Inputs that share a scale; 0 is one scale for each output channel. Must divide the inputs of every matrix."""
+    """Inputs per scale; 0 has one scale per output channel. Must divide the inputs of every matrix."""
     embeddings: bool = False
-    """Quantize the token embeddings too, one scale a row; tied ones are also the output projection."""
+    """Quantize the token embeddings too, one scale per row; tied ones are also the output projection."""
     head: bool = False
     """Quantize the output projection and task head too."""
     activations: Literal["", "int8"] = ""
-    """Also quantize what is multiplied with the integers, one scale a token, as it goes by (W8A8)."""
+    """Also quantize the activations that meet the integers, with one scale per token (W8A8)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        """Write a scheme that bits can express as bits, so that both forms have the same key."""
+        if not isinstance(given, dict) or (bits := SHORT.get(given.get("scheme", ""))) is None:
+            return given
+        if given.get("bits", bits) != bits:
+            raise ValueError(f"bits {given['bits']} contradicts scheme {given['scheme']}")
+        return {key: value for key, value in given.items() if key != "scheme"} | {"bits": bits}
 
     @field_validator("bits")
     @classmethod
@@ -39,9 +61,14 @@ class Config(StageConfig):
             raise ValueError(f"must be 8 or 4, got {bits}")
         return bits
 
+    @property
+    def scheme_name(self) -> str:
+        """Name of the scheme in `SCHEMES`."""
+        return self.scheme or f"int{self.bits}"
+
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Quantizes and leaves the artifact in `ctx.out`."""
+    """Quantize the parent and leave the artifact in `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
     from llmctl.compress.quantize import quantize
@@ -58,7 +85,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         **_how(config),
     )
     worst = max(errors, key=lambda path: errors[path])
-    say(f"{len(errors)} weights to int{config.bits}; largest relative error {errors[worst]:.2%} ({worst})")
+    say(f"{len(errors)} weights to {config.scheme_name}; largest relative error {errors[worst]:.2%} ({worst})")
     ctx.leave(
         config,
         params,
@@ -90,4 +117,5 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 def _how(config: Config) -> dict[str, Any]:
     """Return the arguments of `llmctl.compress.quantize.quantize`."""
-    return {name: getattr(config, name) for name in ("bits", "group", "embeddings", "head", "activations")}
+    given = {name: getattr(config, name) for name in ("group", "embeddings", "head", "activations")}
+    return {"scheme": config.scheme_name, **given}

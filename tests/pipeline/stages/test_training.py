@@ -156,7 +156,7 @@ def test_zeros_are_kept_or_refused_and_integers_are_not_trained(sentiment, base,
     assert made.manifest.sparsity > 0.5
     with pytest.raises(RequestError, match="which merged low-rank pairs would fill"):
         go(finetune, classify(sentiment, method="lora"), sparse, tmp_path / "filled")
-    integers = quantize(base.params, bits=8, group=0, embeddings=False, head=False, activations="")[0]
+    integers = quantize(base.params, scheme="int8", group=0, embeddings=False, head=False, activations="")[0]
     integers = changed(base, tmp_path / "integers", integers)
     with pytest.raises(RequestError, match="integers cannot be trained"):
         go(finetune, classify(sentiment), integers, tmp_path / "trained")

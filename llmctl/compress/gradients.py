@@ -1,0 +1,82 @@
+"""Gradients of the task loss with respect to the matrices, summed over the calibration batches.
+
+One backward pass per batch covers the whole model, recomputing activations (`remat = "full"`). Memory beside the
+parameters: one gradient and one float32 array per matrix and requested sum. A pass per layer would need only one
+layer's sums, but as many backward passes as there are layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.config.errors import RequestError
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import loss_of
+
+Params = dict[str, Any]
+
+SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
+"""What is summed over batches, of the gradient g of a batch's total loss."""
+
+Gradients = dict[str, dict[str, jax.Array]]
+"""Path of a matrix -> name in `SUMS` -> array of the matrix's shape, float32."""
+
+
+def accumulate(
+    cfg: ModelConfig, params: Params, batches: Sequence[dict[str, Any]], sums: Sequence[str], dtype: Any = jnp.float32
+) -> Gradients:
+    """Sum functions of the loss's gradient over batches, for every matrix [L, I, O] of the stacks.
+
+    The gradient is that of the loss summed over tokens (or examples), so the sum of g does not depend on the batch
+    size. For a quantized matrix it is the gradient with respect to the dequantized values.
+
+    Args:
+        cfg: the model.
+        params: its parameters.
+        batches: as in training: what the model reads, and labels or targets.
+        sums: names in `SUMS`.
+        dtype: compute type.
+
+    Raises:
+        RequestError: no batch has a label or target.
+    """
+    step = adder(cfg, sums, dtype)
+    inner = {m.path: m.node.dense() for m in weights.matrices(params, "block")}
+    totals: Gradients = {path: {name: jnp.zeros_like(w) for name in sums} for path, w in inner.items()}
+    weight = 0.0
+    for batch in batches:
+        totals, more = step(inner, params, totals, batch)
+        weight += float(more)
+    if not weight:
+        raise RequestError("calibration has no labels or targets: the loss has no gradient")
+    return totals
+
+
+def adder(cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
+    """Return the compiled step (matrices, parameters, totals, batch) -> (totals, weight); the totals are donated."""
+    loss = loss_of(cfg, dtype=dtype, remat="full")
+
+    def total(inner: dict[str, jax.Array], params: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        value, found = loss(weights.updated(params, inner), batch)
+        return value, found["weight"]
+
+    @partial(jax.jit, donate_argnums=2)
+    def step(inner: dict[str, jax.Array], params: Params, totals: Gradients, batch: dict[str, Any]) -> Any:
+        grads, weight = jax.grad(total, has_aux=True)(inner, params, batch)
+        return {p: {n: totals[p][n] + SUMS[n](g) for n in sums} for p, g in grads.items()}, weight
+
+    return step
+
+
+def of_layer(gradients: Gradients, stack: str, index: int) -> Gradients:
+    """Return one layer's slice, by the path of the matrix within the layer ("attn/q")."""
+    named = [(weights.parse(path), sums) for path, sums in gradients.items()]
+    return {
+        name.module: {moment: a[index] for moment, a in sums.items()} for name, sums in named if name.stack == stack
+    }

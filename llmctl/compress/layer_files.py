@@ -1,0 +1,75 @@
+"""Finished layers of a calibration walk on disk, from which an interrupted walk goes on.
+
+A layer is one file, written beside its place and renamed. It holds the changed layer and its report, not the residual
+streams: those are recomputed from the changed layers. The streams of all batches take examples x tokens x width, and
+each layer would write them anew: 4.3 GB per layer for a model of 7B and 128 sequences of 2,048 tokens in float32, where
+the layer itself has 0.4 to 0.8 GB.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.compress.layer_stack import sharding
+from llmctl.distributed import host_arrays, processes
+from llmctl.model import weights
+
+if TYPE_CHECKING:
+    from llmctl.compress.calibrate import Layer, LayerReport
+
+ABOUT = "about"
+"""Entry of a file with JSON: the type of every weight and the numbers of the report."""
+
+
+class Saved:
+    """Folder of finished layers. All processes call its methods; the first writes, all read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, layer: Layer, report: LayerReport) -> None:
+        """Save one changed layer; the file appears whole or not at all."""
+        flat = weights.flatten(layer)
+        records = {path: weights.describe(w) for path, w in flat.items()}
+        numbers = {k: v for k, v in asdict(report).items() if k != "stats"}
+        arrays = {name: host_arrays.read(a) for name, a in weights.arrays(layer).items()}
+        if not processes.first():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(report.stack, report.layer)
+        draft = file.with_suffix(".draft")
+        with draft.open("wb") as f:
+            # Bytes, as NumPy's format has no bfloat16 and no int4.
+            values: dict[str, Any] = {name: np.frombuffer(a.tobytes(), np.uint8) for name, a in arrays.items()}
+            about = json.dumps({"weights": records, "report": numbers}).encode()
+            np.savez(f, **values, **{ABOUT: np.frombuffer(about, np.uint8)})
+        draft.replace(file)
+
+    def read(self, stack: str, index: int, like: Layer) -> tuple[Layer, dict[str, Any]] | None:
+        """Return a finished layer and its report's numbers; None if the layer is not finished.
+
+        Its arrays are sharded as those of `like`, the unchanged layer.
+        """
+        file = self._file(stack, index)
+        if not processes.tell(file.is_file):
+            return None
+        old = weights.flatten(like)
+        flat = {}
+        with np.load(file, allow_pickle=False) as stored:
+            about = json.loads(stored[ABOUT].tobytes())
+            for path, record in about["weights"].items():
+                parts = {}
+                for part, (dtype, shape) in record["parts"].items():
+                    a = np.frombuffer(stored[weights.join(path, part)].tobytes(), jnp.dtype(dtype)).reshape(shape)
+                    parts[part] = host_arrays.put(a, sharding(tuple(shape), old[path]))
+                flat[path] = weights.assemble(record, parts)
+        return weights.unflatten(flat), about["report"]
+
+    def _file(self, stack: str, index: int) -> Path:
+        return self.folder / f"{stack}.{index:05d}.npz"

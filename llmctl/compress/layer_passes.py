@@ -1,0 +1,118 @@
+"""Compiled programs of the calibration walk. They take abstract arrays too, so that `llmctl plan` compiles them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.compress.statistics import Collect, Stats
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+
+Batch = dict[str, Any]
+Layer = dict[str, Any]
+
+
+def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
+    """Return two compiled functions for the layers of a stack: look at a layer, and advance through a changed one."""
+    beside = stack == "encoder" and cfg.encoder_layers > 0
+
+    def real(batch: Batch, path: str) -> jax.Array:
+        """[N] which rows of a matrix's input are tokens; cross-attention's keys and values read the encoder's."""
+        memory = beside or path in ("cross/k", "cross/v")
+        return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
+
+    @jax.jit
+    def look(
+        layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
+    ) -> tuple[Any, Stats, Any]:
+        """Run one batch through the layer; return its output, the statistics with the batch, and the influence."""
+        out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
+        stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
+        return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
+
+    @jax.jit
+    def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
+        """Run one batch through the changed layer; return its output and [error, change] as square norms."""
+        before, _ = functional.block(cfg, stack, old, carry, index, dtype=dtype)
+        after, _ = functional.block(cfg, stack, new, carry, index, dtype=dtype)
+        mask = real(batch, "")
+        strayed = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
+        return after, jnp.stack(strayed)
+
+    return look, advance
+
+
+def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any) -> Stats:
+    """Return the statistics of one layer before any token."""
+    run = partial(functional.block, cfg, stack, taps=True, dtype=dtype)
+    _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
+    return _wanted(taps, collect)
+
+
+def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
+    """Return the two compiled functions of a visit to the output head: look at its inputs, and compare its outputs."""
+
+    @jax.jit
+    def look(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
+        """Return the statistics with the final hidden states of one batch."""
+        taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
+        real_BT = jnp.asarray(batch["segments"]) > 0
+
+        def real(rows: int) -> jax.Array:  # a pooled input has a row per sequence
+            return real_BT.reshape(-1) if rows == real_BT.size else real_BT.any(axis=1)
+
+        return {path: stat.fold(taps[path], real(len(taps[path]))) for path, stat in stats.items()}
+
+    @jax.jit
+    def compare(old: Layer, new: Layer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+        """Return [||changed answer - unchanged answer||^2, ||unchanged answer||^2] over real tokens."""
+        real_BT = jnp.asarray(batch["segments"]) > 0
+        total = jnp.zeros(2)
+        if cfg.head == "lm":
+
+            def one(position: tuple[jax.Array, jax.Array]) -> jax.Array:  # logits of all positions may not fit
+                x_BD, real_B = position
+                before, after = (functional.lm_logits(cfg, params, x_BD, dtype) for params in (old, new))
+                return jnp.stack([_square_norm(after - before, real_B), _square_norm(before, real_B)])
+
+            total += jnp.sum(jax.lax.map(one, (jnp.swapaxes(x_BTD, 0, 1), real_BT.T)), axis=0)
+        if "head" in old or cfg.head != "lm":
+            before, after = (functional.outputs(cfg, params, x_BTD, batch, dtype) for params in (old, new))
+            real = real_BT.any(axis=1)
+            if before.ndim == 3:  # an answer per token
+                real = real_BT.reshape(-1)
+            before, after = (a.reshape(len(real), -1) for a in (before, after))
+            total += jnp.stack([_square_norm(after - before, real), _square_norm(before, real)])
+        return total
+
+    return look, compare
+
+
+def empty_of_head(
+    cfg: ModelConfig, params: Layer, x_BTD: jax.Array, batch: Batch, collect: Collect, dtype: Any
+) -> Stats:
+    """Return the statistics of the output head before any token."""
+    taps = jax.eval_shape(partial(functional.head_taps, cfg, dtype=dtype), params, x_BTD, batch)
+    return _wanted(taps, collect)
+
+
+def _wanted(taps: dict[str, Any], collect: Collect) -> Stats:
+    found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
+    return {path: stat for path, stat in found.items() if stat is not None}
+
+
+def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:
+    """[sum over real tokens of 1 - cosine(x, y), number of them]."""
+    x_ND, y_ND = (v.astype(jnp.float32).reshape(-1, v.shape[-1]) for v in (x_BTD, y_BTD))
+    norms = jnp.linalg.norm(x_ND, axis=-1) * jnp.linalg.norm(y_ND, axis=-1)
+    cosine = jnp.sum(x_ND * y_ND, axis=-1) / jnp.maximum(norms, 1e-30)
+    return jnp.stack([jnp.sum(jnp.where(real_N, 1.0 - cosine, 0.0)), jnp.sum(real_N).astype(jnp.float32)])
+
+
+def _square_norm(x_BTD: jax.Array, real_N: jax.Array) -> jax.Array:
+    x_ND = x_BTD.astype(jnp.float32).reshape(-1, x_BTD.shape[-1])
+    return jnp.sum(jnp.where(real_N[:, None], jnp.square(x_ND), 0.0))

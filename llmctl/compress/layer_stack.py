@@ -1,0 +1,113 @@
+"""Layers of a stack, replaced one after the other while the rest is still read.
+
+Weights that keep their type are written into the memory of the unchanged ones, so a second set of layers never exists.
+Weights that change their type (dense to quantized) are collected in new stacked arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from llmctl.model.weights import flatten, unflatten
+
+Layer = dict[str, Any]
+
+
+class LayerStack:
+    """Stacked parameters [L, ...] that `put` replaces layer by layer, in any order; `finish` returns the new ones.
+
+    The arrays given are donated by the first `put`.
+    """
+
+    def __init__(self, blocks: Layer) -> None:
+        self._old, self._made = blocks, {}
+        self._changed: set[str] | None = None
+        self._puts: list[Any] = []
+
+    def __getitem__(self, index: int) -> Layer:
+        """Return one layer: unchanged if it was not put yet, and undefined afterwards."""
+        return jax.tree.map(lambda a: a[index], self._old)
+
+    def put(self, index: int, layer: Layer) -> None:
+        """Replace one layer.
+
+        Raises:
+            ValueError: its parameters are not those of the stack, or change other types than the first layer put.
+        """
+        new, old = flatten(layer), flatten(self._old)
+        if new.keys() != old.keys():
+            raise ValueError(f"a changed layer has other parameters: {sorted(new.keys() ^ old.keys())}")
+        changed = {path for path in new if not _same_type(old[path], new[path])}
+        if self._changed is None:
+            depth = jax.tree.leaves(self._old)[0].shape[0]
+            self._changed = changed
+            self._made = {path: _room(depth, new[path], old[path]) for path in changed}
+            self._puts = [putter({p: w for p, w in old.items() if p not in changed}), putter(self._made)]
+        if changed != self._changed:
+            raise ValueError(f"layers change different weights: {sorted(changed ^ self._changed)}")
+        at = jnp.int32(index)
+        if len(changed) < len(new):
+            kept = {p: w for p, w in old.items() if p not in changed}
+            self._old = unflatten(old | self._puts[0](kept, {p: new[p] for p in kept}, at))
+        if changed:
+            self._made = self._puts[1](self._made, {p: new[p] for p in changed}, at)
+
+    def finish(self) -> Layer:
+        """Return the stack with every layer that was put. Raises ValueError if weights changed type in some alone."""
+        return unflatten(flatten(self._old) | self._made)
+
+
+def putter(blocks: Layer) -> Any:
+    """Return the compiled (blocks [L, ...], one layer, its index) -> blocks with that layer; the blocks are donated."""
+
+    def put(blocks: Layer, layer: Layer, index: jax.Array) -> Layer:
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), blocks, layer)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=jax.tree.map(lambda a: a.sharding, blocks))
+
+
+def shard_like(new: Layer, old: Layer) -> Layer:
+    """Shard a changed layer as the unchanged one; see `sharding`."""
+    before = flatten(old)
+
+    def one(path: str, w: Any) -> Any:
+        return jax.tree.map(lambda part: jax.device_put(part, sharding(part.shape, before[path])), w)
+
+    return unflatten({path: one(path, w) if path in before else w for path, w in flatten(new).items()})
+
+
+def sharding(shape: tuple[int, ...], old: Any) -> Sharding:
+    """Return the sharding of an array of a changed weight: that of the weight `old` that it replaces.
+
+    A dimension that the array does not have at full length is replicated.
+    """
+    first = jax.tree.leaves(old)[0]
+    if not isinstance(first.sharding, NamedSharding):
+        return first.sharding
+    names = [*first.sharding.spec, *[None] * (first.ndim - len(first.sharding.spec))]
+    same = len(shape) == first.ndim
+    axes = [
+        name if same and n == first.shape[i] else None for i, (name, n) in enumerate(zip(names, shape, strict=False))
+    ]
+    return first.sharding.update(spec=PartitionSpec(*(axes if same else [None] * len(shape))))
+
+
+def _same_type(stacked: Any, layer: Any) -> bool:
+    if jax.tree.structure(stacked) != jax.tree.structure(layer):
+        return False
+    pairs = zip(jax.tree.leaves(stacked), jax.tree.leaves(layer), strict=True)
+    return all((a.shape[1:], a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+
+
+def _room(depth: int, layer: Any, old: Any) -> Any:
+    """Zeros for `depth` layers of a weight."""
+
+    def one(a: jax.Array) -> jax.Array:
+        shape = (depth, *a.shape)
+        return jnp.zeros(shape, a.dtype, device=sharding(shape, old))
+
+    return jax.tree.map(one, layer)

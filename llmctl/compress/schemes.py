@@ -1,0 +1,48 @@
+"""Quantization schemes: how a weight becomes integers with scales. Imports JAX only inside the functions.
+
+A new scheme is one function here and its name in `SCHEMES`. Another package provides one as the entry point
+`scheme.NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.registry import Registry
+
+if TYPE_CHECKING:
+    import jax
+    import qwix
+
+Scheme = Callable[["jax.Array", int, int], "qwix.QArray"]
+"""(weight, axis of its inputs, inputs per scale) -> integers with scales.
+
+A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
+output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales.
+
+Example:
+    def int8(w, inputs, group):
+        return nearest(w, "int8", inputs, group)
+"""
+
+SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in ("int8", "int4")})
+
+
+def int8(w: jax.Array, inputs: int, group: int) -> qwix.QArray:
+    """Round to -127..127. The error of an element is at most half its scale; the scale is max|w| / 127.5."""
+    return nearest(w, "int8", inputs, group)
+
+
+def int4(w: jax.Array, inputs: int, group: int) -> qwix.QArray:
+    """Round to -7..7. The error of an element is at most half its scale; the scale is max|w| / 7.5."""
+    return nearest(w, "int4", inputs, group)
+
+
+def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> qwix.QArray:
+    """Round to the nearest integer, symmetric around zero."""
+    import qwix
+
+    axis = inputs % w.ndim
+    channels = [a for a in range(w.ndim) if a != axis]
+    return qwix.quantize(w, qtype, channelwise_axes=channels, tiled_axes={axis: group} if group else None)

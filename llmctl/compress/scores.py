@@ -1,0 +1,100 @@
+"""Pruning scores: how important each weight of a matrix is. Sparsity pattern and score are independent.
+
+A new score is one function here and its name in `SCORES`. Another package provides one as the entry point
+`score.NAME`. The module imports JAX only inside the functions, so that settings can check names without it.
+
+Shapes: I inputs, O outputs of one layer's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from llmctl.config.registry import Registry
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.compress.statistics import Moments
+
+Calculate = Callable[["jax.Array", "Moments | None", Mapping[str, "jax.Array"], "jax.Array"], "jax.Array"]
+"""(weights [I, O] float32, statistics, gradients, random key) -> scores [I, O]; the lowest scores are pruned.
+
+`statistics` are the moments of the matrix's inputs. `gradients` has the sums of `Score.gradients` by name, each [I, O].
+The key differs for every matrix of every layer. Zero weights always count as the least important.
+"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Pruning score: a function and what it needs to know.
+
+    Example:
+        @score(per="matrix", gradients=("absolute",))
+        def taylor(weights_IO, statistics, gradients, key):
+            return abs(weights_IO) * gradients["absolute"]
+    """
+
+    calculate_scores: Calculate
+    per: Literal["matrix", "output"] = "matrix"
+    """Weights that compete in an unstructured pattern: those of the matrix, or those of each output."""
+    statistics: bool = False
+    """Needs the moments of each matrix's inputs."""
+    gradients: tuple[Literal["sum", "absolute", "square"], ...] = ()
+    """Needs these sums over calibration batches of the loss's gradient: of g, |g| or g^2."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the score reads calibration data."""
+        return self.statistics or bool(self.gradients)
+
+
+def score(
+    *,
+    per: Literal["matrix", "output"] = "matrix",
+    statistics: bool = False,
+    gradients: tuple[Literal["sum", "absolute", "square"], ...] = (),
+) -> Callable[[Calculate], Score]:
+    """Make a Score of the decorated function; arguments as the fields of `Score`."""
+    return lambda calculate_scores: Score(calculate_scores, per, statistics, gradients)
+
+
+SCORES: Registry[Score] = Registry(
+    "score", {name: f"{__name__}:{name}" for name in ("magnitude", "wanda", "taylor", "fisher", "random")}
+)
+
+
+@score(per="matrix")
+def magnitude(weights_IO, statistics, gradients, key):
+    """Score by absolute value, without data."""
+    return abs(weights_IO)
+
+
+@score(per="output", statistics=True)
+def wanda(weights_IO, statistics, gradients, key):
+    """Score by |W_ij| * ||X_i||_2, the weight's contribution to its output (Sun et al., 2023, arXiv:2306.11695)."""
+    from jax import numpy as jnp
+
+    return abs(weights_IO) * jnp.sqrt(statistics.squares)[:, None]
+
+
+@score(per="matrix", gradients=("absolute",))
+def taylor(weights_IO, statistics, gradients, key):
+    """Score by the loss's first-order change, sum over batches of |w g| (Molchanov et al., 2019, arXiv:1906.10771)."""
+    return abs(weights_IO) * gradients["absolute"]
+
+
+@score(per="matrix", gradients=("square",))
+def fisher(weights_IO, statistics, gradients, key):
+    """Score by w^2 times the sum of g^2, the diagonal Fisher information (Theis et al., 2018, arXiv:1801.05787)."""
+    return weights_IO**2 * gradients["square"]
+
+
+@score(per="matrix")
+def random(weights_IO, statistics, gradients, key):
+    """Score uniformly at random, the baseline of every other score."""
+    import jax
+
+    return jax.random.uniform(key, weights_IO.shape)

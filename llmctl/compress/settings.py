@@ -1,0 +1,35 @@
+"""Settings of calibration: which examples a compression method reads, and how. Imports no JAX."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmctl.config.base import Config
+from llmctl.config.settings import Dtype
+from llmctl.data.config import DataConfig, Split, Truncate
+
+
+class CalibrationConfig(Config):
+    """Calibration data of a stage. A stage's config inherits these fields, so recipes write them in `[[stage]]`.
+
+    Example:
+        class Config(CalibrationConfig, StageConfig): ...
+        batches = calibration_data.load(config, base, mesh)
+    """
+
+    data: DataConfig = DataConfig()
+    """Calibration texts. Only methods that need gradients read labels; methods that need no data read nothing."""
+    split: Split = "train"
+    """Split of the data to calibrate on."""
+    examples: int = Field(default=256, ge=1)
+    """Maximum number of calibration examples, chosen by their hash."""
+    seq_len: int = Field(default=0, ge=0)
+    """Tokens per sequence; 0 uses the training length."""
+    truncate: Literal["", Truncate] = ""
+    """Part of a long text that is kept; empty uses the setting of training."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per batch."""
+    dtype: Dtype = "float32"
+    """Compute type of the calibration."""

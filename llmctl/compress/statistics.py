@@ -1,0 +1,85 @@
+"""Statistics of the inputs of a layer's matrices: sums over tokens, collected by the calibration walk.
+
+Shapes: N tokens of a batch, I inputs of a matrix, H blocks of K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+
+class Statistic(Protocol):
+    """Sum over tokens of a function of a matrix's inputs; a pytree of float32 arrays.
+
+    Example:
+        stat = Moments.start(4).fold(jnp.ones((3, 4)), jnp.array([True, True, False]))
+        assert stat.squares.tolist() == [2, 2, 2, 2]
+    """
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Self:
+        """Add the tokens where `real_N` is True and return the new statistic."""
+        ...
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["squares", "count"], meta_fields=[])
+@dataclass(frozen=True)
+class Moments:
+    """Sum of squares [I] and number of tokens of a matrix's inputs."""
+
+    squares: jax.Array
+    count: jax.Array
+
+    @staticmethod
+    def start(inputs: int) -> Moments:
+        """Return the statistic of no tokens."""
+        return Moments(jnp.zeros(inputs, jnp.float32), jnp.zeros((), jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Moments:
+        """Add tokens; see `Statistic`."""
+        x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
+        return Moments(self.squares + jnp.sum(jnp.square(x_NI), axis=0), self.count + jnp.sum(real_N))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["products"], meta_fields=[])
+@dataclass(frozen=True)
+class Gram:
+    """Gram matrices X^T X of the inputs in H blocks of K, [H, K, K].
+
+    One block of all inputs is the Hessian of the layer's squared error. One block per head serves head pruning.
+    """
+
+    products: jax.Array
+
+    @staticmethod
+    def start(inputs: int, blocks: int = 1) -> Gram:
+        """Return the statistic of no tokens."""
+        width = inputs // blocks
+        return Gram(jnp.zeros((blocks, width, width), jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Gram:
+        """Add tokens; see `Statistic`."""
+        x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
+        x_NHK = x_NI.reshape(x_NI.shape[0], self.products.shape[0], -1)
+        return Gram(self.products + jnp.einsum("nhk,nhl->hkl", x_NHK, x_NHK))
+
+
+Stats = dict[str, Any]
+"""Statistics of one layer by the path of the matrix ("attn/q", "mlp/down")."""
+
+Collect = Callable[[str, int], Statistic | None]
+"""(path of a matrix, its number of inputs) -> an empty statistic, or None to collect nothing for this matrix."""
+
+
+def moments(path: str, inputs: int) -> Statistic:
+    """Collect Moments for every matrix."""
+    return Moments.start(inputs)
+
+
+def nothing(path: str, inputs: int) -> None:
+    """Collect nothing: the walk measures block influence alone."""

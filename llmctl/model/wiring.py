@@ -1,0 +1,172 @@
+"""Wiring: which norm or matrix feeds which matrices, derived from a ModelConfig. Imports no JAX.
+
+Structured pruning asks it which columns and rows belong to a head or a neuron. Methods that move a scale from one
+matrix to the next ask it where the network stays the same (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
+Rotations ask it what writes to the residual stream and what reads it (QuaRot, arXiv:2404.00456).
+
+Paths are those of the parameter tree without the leaf: "decoder/blocks/attn/q" stands for its kernel and its bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmctl.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One activation: the module that produces it and every matrix that reads it.
+
+    Example:
+        >>> cfg = ModelConfig(preset="llama-tiny")
+        >>> next(f for f in feeds(cfg) if f.source == "decoder/blocks/mlp_norm").readers
+        ('decoder/blocks/mlp/gate', 'decoder/blocks/mlp/up')
+    """
+
+    source: str
+    """Path of the norm or matrix whose output channels are the readers' inputs; empty for a residual stream itself."""
+    readers: tuple[str, ...]
+    """Paths of the matrices whose inputs these are; the table `embed/tokens` if the output projection is tied."""
+    foldable: bool
+    """Whether the network stays the same if a channel of the source is multiplied by a positive number and its rows in
+    the readers are divided by it. False if anything else reads the activation, or if a nonlinearity is between."""
+    repeat: int = 1
+    """Readers' heads per head of the source: grouped queries read each value head this many times."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """Heads or neurons of a sublayer: columns and rows that a model loses together."""
+
+    name: str
+    """"attn/heads" (of the queries), "attn/groups" (of keys and values), "cross/…" or "mlp/neurons"."""
+    writers: tuple[str, ...]
+    """Matrices (within a block) whose output columns, and biases, belong to the units."""
+    readers: tuple[str, ...]
+    """Matrices (within a block) whose input rows belong to the units."""
+    count: int
+    """Units per layer."""
+    width: int
+    """Columns or rows per unit."""
+    tables: tuple[str, ...] = ()
+    """Parameters of the stack, shared by its layers, whose last axis has one entry per unit."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Residual stream of a stack: everything that adds to it and everything that reads it."""
+
+    stack: str
+    writers: tuple[str, ...]
+    """Embedding tables, matrices and norms whose output is added to the stream or, after a post-norm, is the stream."""
+    readers: tuple[str, ...]
+    """Norms and matrices that read the stream directly."""
+
+
+def stacks(cfg: ModelConfig) -> list[str]:
+    """Return the names of the stacks in the order they run."""
+    return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
+
+
+def crosses(cfg: ModelConfig, stack: str) -> bool:
+    """Return whether the layers of a stack attend to the output of an encoder."""
+    return stack == "decoder" and cfg.encoder_layers > 0
+
+
+def feeds(cfg: ModelConfig) -> list[Feed]:
+    """Return every activation that a matrix reads. Each matrix of the network is a reader of exactly one of them."""
+    found: list[Feed] = []
+    for stack in stacks(cfg):
+        found += _block_feeds(cfg, stack)
+    if cfg.encoder_layers:  # every decoder layer reads the encoder's output
+        memory = ("decoder/blocks/cross/k", "decoder/blocks/cross/v")
+        found.append(Feed(_end(cfg, "encoder"), memory, cfg.norm_position != "post"))
+    return found + _head_feeds(cfg)
+
+
+def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
+    block, post = f"{stack}/blocks", cfg.norm_position == "post"
+    parts = ["attn", "cross", "mlp"] if crosses(cfg, stack) else ["attn", "mlp"]
+    found: list[Feed] = []
+    for i, part in enumerate(parts):
+        # A post-norm's output is also the residual stream, so no scale can be moved out of it.
+        norm = (f"{block}/{parts[i - 1]}_norm" if i else "") if post else f"{block}/{part}_norm"
+        names = {"attn": "qkv", "cross": "q"}.get(part) or (("gate", "up") if cfg.gated else ("up",))
+        found.append(Feed(norm, tuple(f"{block}/{part}/{name}" for name in names), not post))
+        if part == "mlp":
+            # down(act(gate) * up) is linear in up; down(act(up)) is only if act(s x) = s act(x) for s > 0.
+            linear = cfg.gated or cfg.activation == "relu"
+            found.append(Feed(f"{block}/mlp/up", (f"{block}/mlp/down",), linear))
+        else:  # attention averages values, which is linear
+            repeat = cfg.heads // cfg.kv_heads
+            found.append(Feed(f"{block}/{part}/v", (f"{block}/{part}/o",), True, repeat))
+    return found
+
+
+def _end(cfg: ModelConfig, stack: str) -> str:
+    """Path of the norm whose output leaves the stack."""
+    return f"{stack}/blocks/mlp_norm" if cfg.norm_position == "post" else f"{stack}/norm"
+
+
+def _head_feeds(cfg: ModelConfig) -> list[Feed]:
+    """What reads the last stack's output. Pooling is linear, so a scale passes through it."""
+    end, found, readers = _end(cfg, stacks(cfg)[-1]), [], []
+    tied, alone = False, True
+    if cfg.head == "lm":
+        output = "embed/tokens" if cfg.tied else "lm_head"
+        if cfg.head_transform:
+            readers.append("lm_head/transform")
+            found.append(Feed("lm_head/norm", (output,), not cfg.tied))
+        else:
+            readers.append(output)
+            tied = cfg.tied  # the table's columns also are embeddings
+    pooled = cfg.head not in ("tokens", "span")
+    if cfg.head != "lm" or cfg.next_sentence:
+        if cfg.pooler and pooled:
+            readers.append("head/pooler")
+            if cfg.head != "embed":
+                found.append(Feed("head/pooler", ("head/out",), False))  # tanh is between
+        elif cfg.head != "embed":
+            readers.append("head/out")
+        alone = cfg.head != "embed"  # the answer is the pooled hidden state itself
+    foldable = alone and not tied and cfg.norm_position != "post"
+    return [*([Feed(end, tuple(readers), foldable)] if readers else []), *found]
+
+
+def matrices(cfg: ModelConfig) -> list[str]:
+    """Return the path of every matrix that multiplies activations, sorted."""
+    return sorted(reader for feed in feeds(cfg) for reader in feed.readers)
+
+
+def units(cfg: ModelConfig, stack: str) -> list[Units]:
+    """Return the heads and neurons of a layer of `stack`, which structured pruning may remove."""
+    found: list[Units] = []
+    for part in ("attn", "cross") if crosses(cfg, stack) else ("attn",):
+        tables = ("relative_bias/table",) if part == "attn" and cfg.positions == "relative" else ()
+        heads = Units(f"{part}/heads", (f"{part}/q",), (f"{part}/o",), cfg.heads, cfg.head_dim, tables)
+        found += [heads, Units(f"{part}/groups", (f"{part}/k", f"{part}/v"), (), cfg.kv_heads, cfg.head_dim)]
+    neurons = ("mlp/gate", "mlp/up") if cfg.gated else ("mlp/up",)
+    return [*found, Units("mlp/neurons", neurons, ("mlp/down",), cfg.d_ff, 1)]
+
+
+def residual(cfg: ModelConfig, stack: str) -> Residual:
+    """Return the writers and readers of a stack's residual stream."""
+    block = f"{stack}/blocks"
+    tables = ["embed/tokens"]
+    tables += ["embed/positions"] if cfg.positions == "learned" else []
+    tables += ["embed/types"] if cfg.token_types else []
+    writers = ["embed/norm"] if cfg.embed_norm else tables
+    readers: list[str] = []
+    for part in ("attn", "cross", "mlp") if crosses(cfg, stack) else ("attn", "mlp"):
+        norm = f"{block}/{part}_norm"
+        if cfg.norm_position == "post":  # the sum is normalized, and the norm's output is the stream from there on
+            inner = next(f.readers for f in _block_feeds(cfg, stack) if f.readers[0].startswith(f"{block}/{part}/"))
+            readers += [*inner, norm]
+            writers.append(norm)
+        readers += [norm] if cfg.norm_position != "post" else []
+        last = f"{block}/{part}/{'down' if part == 'mlp' else 'o'}"
+        writers.append(f"{block}/{part}_post_norm" if cfg.norm_position == "sandwich" else last)
+    if cfg.norm_position != "post":
+        readers.append(f"{stack}/norm")
+    return Residual(stack, tuple(writers), tuple(readers))

@@ -1,0 +1,119 @@
+"""The wiring names the matrices of every preset, and scales may be moved where it says so."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.model import functional, wiring
+from llmctl.model.config import ModelConfig, families, presets
+from llmctl.model.weights import flatten, unflatten
+
+SMALL = {
+    "vocab_size": 32, "d_model": 16, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 4, "d_ff": 24,
+    "max_seq_len": 16, "dropout": 0.0,
+}  # fmt: skip
+HEADS = [
+    {}, {"tied": False}, {"head": "classify", "labels": 3, "next_sentence": False},
+    {"head": "regress", "pooler": True, "next_sentence": False}, {"head": "embed", "next_sentence": False},
+    {"head": "tokens", "labels": 3, "next_sentence": False, "pooler": False},
+    {"head": "span", "next_sentence": False, "pooler": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_matrix_is_read_once(preset):
+    for flags in HEADS:
+        cfg = ModelConfig.model_validate({"preset": preset, **flags})
+        tree = flatten(functional.abstract(cfg))
+        kernels = {p.removesuffix("/kernel") for p in tree if p.endswith("/kernel")}
+        kernels |= {"embed/tokens"} if cfg.head == "lm" and cfg.tied else set()
+        assert wiring.matrices(cfg) == sorted(kernels), flags
+        modules = {p.rpartition("/")[0] for p in tree} | {"embed/tokens", "embed/positions", "embed/types", ""}
+        assert {feed.source for feed in wiring.feeds(cfg)} <= modules
+        for stack in wiring.stacks(cfg):
+            found = wiring.residual(cfg, stack)
+            assert {*found.writers, *found.readers} <= modules
+
+
+def tiny(name: str, **flags: Any) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """A small model of a family with every parameter away from its initial value, and a batch."""
+    size = SMALL | ({"encoder_layers": 2} if "encoder_layers" in next(iter(SIZES[name].values())) else {})
+    size |= {"kv_heads": 2} if name in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3") else {}
+    cfg = ModelConfig.model_validate({"family": name, **size, "norm_eps": 1e-9, **flags})
+    flat = flatten(jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0)))
+    for i, (path, w) in enumerate(flat.items()):
+        flat[path] = w + 0.1 * jax.random.normal(jax.random.key(i), w.shape)
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 32, (2, 8), dtype=np.int32), "segments": np.ones((2, 8), np.int32)}
+    batch["positions"] = np.tile(np.arange(8, dtype=np.int32), (2, 1))
+    if cfg.encoder_layers:
+        batch |= {f"encoder_{k}": np.flip(v, 1) if k == "tokens" else v for k, v in batch.items()}
+    return cfg, unflatten(flat), batch
+
+
+SIZES = {name: __import__(f"llmctl.model.families.{name}", fromlist=["SIZES"]).SIZES for name in families()}
+
+
+def answers(cfg: ModelConfig, batch: dict[str, Any]) -> Any:
+    """The compiled outputs of all heads."""
+
+    def run(params):
+        x_BTD = functional.hidden(cfg, params, batch)
+        found = [functional.lm_logits(cfg, params, x_BTD)] if cfg.head == "lm" else []
+        return found + ([functional.outputs(cfg, params, x_BTD, batch)] if cfg.head != "lm" or "head" in params else [])
+
+    return jax.jit(run)
+
+
+def moved(cfg: ModelConfig, params: dict[str, Any], feed: wiring.Feed) -> dict[str, Any]:
+    """The source's channels times random positive numbers, and the readers' rows divided by them."""
+    flat = flatten(params)
+    source = [p for p in (f"{feed.source}/{leaf}" for leaf in ("kernel", "bias", "scale")) if p in flat]
+    width = flat[source[0]].shape[-1]
+    s = jnp.exp(jax.random.normal(jax.random.key(7), (width,)))
+    for path in source:
+        plus = cfg.norm_plus_one and path.endswith("/scale")
+        flat[path] = (flat[path] + plus) * s - plus
+    per = jnp.repeat(s.reshape(-1, cfg.head_dim), feed.repeat, axis=0).reshape(-1) if feed.repeat > 1 else s
+    for reader in feed.readers:
+        path = f"{reader}/kernel"
+        flat[path] = flat[path] / per[:, None]
+    return unflatten(flat)
+
+
+CASES = [(name, {}) for name in families()] + [
+    ("llama", {"tied": False}), ("llama", {"activation": "relu", "gated": False, "mlp_bias": True}),
+    ("llama", {"head": "classify", "labels": 3}), ("modern", {"tied": False}), ("t5", {"tied": False, "gated": True}),
+    ("bert", {"tied": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "flags"), CASES, ids=str)
+def test_scales_move_where_the_wiring_says_so(name, flags):
+    cfg, params, batch = tiny(name, **flags)
+    run = answers(cfg, batch)
+    before = run(params)
+    folds = [feed for feed in wiring.feeds(cfg) if feed.foldable]
+    assert len(folds) >= (1 if cfg.norm_position == "post" else 4)
+    for feed in folds:
+        for a, b in zip(run(moved(cfg, params, feed)), before, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=str(feed))
+
+
+@pytest.mark.parametrize("name", [n for n in families() if next(iter(SIZES[n].values()))])
+def test_the_residual_stream_has_all_its_writers(name):
+    """Norms read the stream, so twice everything that is written to it changes nothing, unless norms follow the sum."""
+    cfg, params, batch = tiny(name)
+    if cfg.norm_position == "post":
+        pytest.skip("a post-norm's output is the stream")
+    flat = flatten(params)
+    for path in sorted({w for stack in wiring.stacks(cfg) for w in wiring.residual(cfg, stack).writers}):
+        for full in (p for p in (path, f"{path}/kernel", f"{path}/bias", f"{path}/scale") if p in flat):
+            plus = cfg.norm_plus_one and full.endswith("/scale")
+            flat[full] = 2 * (flat[full] + plus) - plus
+    twice = unflatten(flat)
+    both = [jax.jit(lambda p: functional.hidden(cfg, p, batch))(p) for p in (params, twice)]
+    np.testing.assert_allclose(both[1], both[0], rtol=1e-4, atol=1e-5)
