@@ -31,6 +31,7 @@ JAX_FREE = (
     *("cli", "pipeline", "__main__", "artifacts.workspace", "artifacts.atomic", "artifacts.artifact"),
     *("config", "distributed.backend", "distributed.processes", "data.config", "model.config", "model.families"),
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "train.run_log"),
+    *("compress.settings", "compress.scores", "compress.schemes", "compress.pattern", "model.wiring"),
 )
 """Modules (and all below a package) that import nothing heavy when they are imported."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "qwix", "tensorflow_datasets", "torch", "transformers"}

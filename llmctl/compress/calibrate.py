@@ -56,7 +56,7 @@ class Visit:
     stats: Stats
     """Statistics of the inputs of its matrices, by path; what `collect` asked for."""
     gradients: Gradients = field(default_factory=dict)
-    """Sums of the loss's gradients, by path, if the walk was given any."""
+    """Sums of the loss's gradients of its matrices, by path, if the walk was given any; none for the head."""
 
 
 Change = Callable[[Visit], Layer]
@@ -76,7 +76,12 @@ class LayerReport:
     """||changed output - unchanged output|| / ||unchanged output - input|| on the same inputs. Removing a layer has
     error 1. For the head the denominator is ||unchanged output||."""
     stats: Stats
-    """Statistics of the layer if the walk keeps them, else empty."""
+    """Statistics of the layer if the walk keeps them, else empty. A layer that was read from disk has none."""
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Every field but the statistics."""
+        return {"stack": self.stack, "layer": self.layer, "influence": self.influence, "error": self.error}
 
 
 def walk(
@@ -183,7 +188,7 @@ class _Walk:
                 report = replace(report, error=_share(strayed))
                 layers.put(i, new)
                 if self.saved is not None and done is None:
-                    self.saved.write(new, report)
+                    self.saved.write(report.stack, report.layer, new, report.numbers)
             self.note(report)
         return {**params, stack: {**params[stack], "blocks": layers.finish()}} if self.change else params
 
@@ -196,8 +201,7 @@ class _Walk:
             stats = empty_of_head(self.cfg, params, x_BTDs[0], self.batches[0], self.collect, self.dtype)
             for x_BTD, batch in zip(x_BTDs, self.batches, strict=True):
                 stats = look(params, x_BTD, batch, stats)
-            gradients = of_layer(self.gradients, "", 0)
-            new = self._changed(Visit(HEAD, 0, layer, stats, gradients))
+            new = self._changed(Visit(HEAD, 0, layer, stats))
             report = LayerReport(HEAD, 0, 0.0, 0.0, stats if self.keep else {})
         else:
             new, report = done
@@ -207,7 +211,7 @@ class _Walk:
                 strayed += compare(params, changed, x_BTD, batch)
             report, params = replace(report, error=_share(strayed)), changed
             if self.saved is not None and done is None:
-                self.saved.write(new, report)
+                self.saved.write(report.stack, report.layer, new, report.numbers)
         self.note(report)
         return params
 

@@ -9,9 +9,8 @@ the layer itself has 0.4 to 0.8 GB.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +19,7 @@ from llmctl.compress.layer_stack import sharding
 from llmctl.distributed import host_arrays, processes
 from llmctl.model import weights
 
-if TYPE_CHECKING:
-    from llmctl.compress.calibrate import Layer, LayerReport
+Layer = dict[str, Any]
 
 ABOUT = "about"
 """Entry of a file with JSON: the type of every weight and the numbers of the report."""
@@ -33,22 +31,21 @@ class Saved:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, layer: Layer, report: LayerReport) -> None:
-        """Save one changed layer; the file appears whole or not at all."""
+    def write(self, stack: str, index: int, layer: Layer, report: dict[str, Any]) -> None:
+        """Save one changed layer and the numbers of its report; the file appears whole or not at all."""
         flat = weights.flatten(layer)
         records = {path: weights.describe(w) for path, w in flat.items()}
-        numbers = {k: v for k, v in asdict(report).items() if k != "stats"}
         arrays = {name: host_arrays.read(a) for name, a in weights.arrays(layer).items()}
         if not processes.first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(report.stack, report.layer)
+        file = self._file(stack, index)
         draft = file.with_suffix(".draft")
         with draft.open("wb") as f:
             # Bytes, as NumPy's format has no bfloat16 and no int4.
             values: dict[str, Any] = {name: np.frombuffer(a.tobytes(), np.uint8) for name, a in arrays.items()}
-            about = json.dumps({"weights": records, "report": numbers}).encode()
-            np.savez(f, **values, **{ABOUT: np.frombuffer(about, np.uint8)})
+            about = json.dumps({"weights": records, "report": report}).encode()
+            np.savez(f, **values | {ABOUT: np.frombuffer(about, np.uint8)})
         draft.replace(file)
 
     def read(self, stack: str, index: int, like: Layer) -> tuple[Layer, dict[str, Any]] | None:

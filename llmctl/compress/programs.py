@@ -164,8 +164,8 @@ def zeros(
     others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
     found.append(Program(
         f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method, pattern=pattern),
-        steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own], beside=[held, batch, others, sums],
-        work=_sorting(w, method, pattern),
+        steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own],
+        beside=[held, batch, others, sums], work=_sorting(w, method, pattern),
     ))  # fmt: skip
     return found
 

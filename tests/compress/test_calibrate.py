@@ -150,7 +150,7 @@ def rounded(visit: Visit) -> dict:
 
 def test_a_method_may_leave_other_node_types(tiny, params, batches):
     """Matrices that become integers layer by layer are those of the whole tree's rounding; norms keep their memory."""
-    whole = flatten(quantize(params, scheme="int8")[0]["decoder"]["blocks"])
+    whole = flatten(jax.tree.map(jnp.copy, quantize(params, scheme="int8")[0]["decoder"]["blocks"]))
     norm = params["decoder"]["blocks"]["mlp_norm"]["scale"]
     changed, reports = walk(tiny, params, batches, nothing, rounded)
     assert all(0 < r.error < 0.1 for r in reports) and norm.is_deleted()

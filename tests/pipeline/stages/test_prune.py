@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
+from llmctl.compress import prune
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.model import weights
@@ -115,3 +116,43 @@ def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews)
     (tmp_path / "out").rename(tmp_path / "sparse")
     with pytest.raises(RequestError, match=r"50.0% zeros already; sparsity 0.4 changes nothing"):
         run(tmp_path, tmp_path, "sparse", method="magnitude", sparsity=0.4)
+
+
+@pytest.mark.parametrize(("parent", "method"), [("lm", "taylor"), ("classifier", "fisher"), ("lm", "random")])
+def test_scores_that_read_gradients_or_nothing(artifacts, tmp_path, reviews, parent, method):
+    made = run(artifacts, tmp_path, parent, data=reviews, examples=20, method=method, sparsity=0.25)
+    assert made.manifest.sparsity == 0.25
+    assert ("layer_error" in made.manifest.metrics) == (method != "random")
+
+
+def test_gradients_need_the_labels_of_the_artifact(artifacts, tmp_path, reviews):
+    other = reviews.model_copy(update={"columns": {"text": "text", "label": "text"}})
+    with pytest.raises(RequestError, match="are not those of"):
+        run(artifacts, tmp_path, "classifier", data=other, examples=20, method="taylor")
+
+
+def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monkeypatch):
+    """Of three layers the first is done when the stage is killed; run again, it prunes the others to the same bits."""
+    settings = {"method": "wanda", "data": reviews, "examples": 20}
+    whole = run(artifacts, tmp_path / "whole", "lm", **settings)
+    prune_layer, pruned = prune.prune_layer, []
+
+    def killed(layer, *args, at, **how):
+        pruned.append(at[2])
+        if len(pruned) == 2:
+            raise KeyboardInterrupt
+        return prune_layer(layer, *args, at=at, **how)
+
+    monkeypatch.setattr(prune, "prune_layer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(artifacts, tmp_path / "killed", "lm", **settings)
+    made = run(artifacts, tmp_path / "killed", "lm", **settings)
+    assert pruned == [0, 1, 1, 2]
+    assert made.manifest.digest == whole.manifest.digest
+    assert made.manifest.metrics == whole.manifest.metrics
+    assert (made.path / "log.jsonl").read_text().count("\n") == 3
+
+
+def test_unknown_methods_are_named_with_what_was_meant():
+    with pytest.raises(ValidationError, match=r"unknown method 'wand', did you mean 'wanda'\?; known: structured, "):
+        stage.Config(method="wand")

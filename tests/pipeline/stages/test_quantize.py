@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
 from llmctl.compress.schemes import SCHEMES
+from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.pipeline.stages import prune
@@ -127,3 +128,14 @@ def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path):
     with pytest.raises(RequestError, match="quantized already"):
         run(tmp_path, tmp_path, "once", bits=4)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scheme_and_its_short_form_have_one_key():
+    """`bits` and `scheme` write the same config, which is that of recipes before schemes had names."""
+    assert keyed(stage.Config(scheme="int4")) == keyed(stage.Config(bits=4))
+    assert keyed(stage.Config(scheme="int8")) == keyed(stage.Config())
+    assert "scheme" not in keyed(stage.Config()) and stage.Config(bits=4).scheme_name == "int4"
+    with pytest.raises(ValidationError, match="bits 8 contradicts scheme int4"):
+        stage.Config(bits=8, scheme="int4")
+    with pytest.raises(ValidationError, match="unknown scheme 'int5', did you mean 'int4'"):
+        stage.Config(scheme="int5")
