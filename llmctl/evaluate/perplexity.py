@@ -66,7 +66,7 @@ class Counts:
 
 
 def count(texts: Sequence[str], tokens: int) -> Counts:
-    """Count words, split at white space, and UTF-8 bytes."""
+    """Count the words (separated by white space) and the UTF-8 bytes of texts."""
     return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 

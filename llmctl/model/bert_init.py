@@ -37,7 +37,7 @@ def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
     blocks = params["encoder"]["blocks"]
     attention = blocks["attn"]
     q, k = attention["q"], attention["k"]
-    queries_DI = SHARPNESS * _blind(q["kernel"][0], params["embed"].get("types"))
+    queries_DI = SHARPNESS * _without_type_response(q["kernel"][0], params["embed"].get("types"))
     keys_DGK = queries_DI.reshape(cfg.d_model, cfg.heads, cfg.head_dim)[:, :: cfg.heads // cfg.kv_heads]
     alike = {
         "q": q | {"kernel": q["kernel"].at[0].set(queries_DI)},
@@ -47,7 +47,7 @@ def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
     return params | {"embed": embed, "encoder": encoder}
 
 
-def _blind(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
+def _without_type_response(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
     """Remove from the kernel its response to differences of segment types, in the form that a LayerNorm passes on."""
     if types_UD is None or len(types_UD) < 2:
         return kernel_DI

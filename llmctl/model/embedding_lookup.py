@@ -35,8 +35,8 @@ def take(table_VD: jax.Array, ids_BT: jax.Array, rows: str | None, dtype: Any) -
     Returns:
         Embeddings [B, T, D].
     """
-    if lies := _layout(table_VD.shape, ids_BT.shape, rows, jnp.dtype(dtype)):
-        return cast(jax.Array, _take(table_VD, ids_BT, lies, jnp.dtype(dtype)))
+    if layout := _layout(table_VD.shape, ids_BT.shape, rows, jnp.dtype(dtype)):
+        return cast(jax.Array, _take(table_VD, ids_BT, layout, jnp.dtype(dtype)))
     # Constrain the table to full rows. If tokens and table are sharded over the same devices, XLA gathers both.
     return jnp.take(meshes.constrain(table_VD, rows, None), ids_BT, axis=0).astype(dtype)
 
@@ -53,7 +53,7 @@ class _Layout(NamedTuple):
     """Mesh axes that shard only the tokens."""
     rows: tuple[str, ...]
     """Mesh axes that shard the rows of the table."""
-    trades: bool
+    exchanges: bool
     """Whether exchanging columns of tokens, forward and backward, sends less than the table and its gradient."""
 
 
@@ -71,69 +71,69 @@ def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtyp
         return math.prod(mesh.shape[a] for a in axes)
 
     N, V, row = math.prod(ids) // ways(over), table[0] // ways(split), table[1] * dtype.itemsize
-    trades = 2 * N * row + 4 * N * ways(shares) < 2 * V * row
-    return _Layout(mesh, tokens, table_spec, shares, tuple(a for a in over if a not in shares), split, trades)
+    exchanges = 2 * N * row + 4 * N * ways(shares) < 2 * V * row
+    return _Layout(mesh, tokens, table_spec, shares, tuple(a for a in over if a not in shares), split, exchanges)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _take(table_VD: jax.Array, ids_BT: jax.Array, lies: _Layout, dtype: Any) -> jax.Array:
-    return _forward(table_VD, ids_BT, lies, dtype)[0]
+def _take(table_VD: jax.Array, ids_BT: jax.Array, layout: _Layout, dtype: Any) -> jax.Array:
+    return _forward(table_VD, ids_BT, layout, dtype)[0]
 
 
-def _forward(table_VD: jax.Array, ids_BT: jax.Array, lies: _Layout, dtype: Any) -> Any:
+def _forward(table_VD: jax.Array, ids_BT: jax.Array, layout: _Layout, dtype: Any) -> Any:
     def here(table_vd: jax.Array, ids_bt: jax.Array) -> jax.Array:
         table_vd, ids_N = table_vd.astype(dtype), ids_bt.reshape(-1)
-        if lies.trades:
-            x_nNd = _rows_of(table_vd, jax.lax.all_gather(ids_N, lies.shares), lies)
-            x_ND = jax.lax.all_to_all(x_nNd, lies.shares, 0, 2, tiled=True)
+        if layout.exchanges:
+            x_nNd = _rows_of(table_vd, jax.lax.all_gather(ids_N, layout.shares), layout)
+            x_ND = jax.lax.all_to_all(x_nNd, layout.shares, 0, 2, tiled=True)
         else:
-            x_ND = _rows_of(jax.lax.all_gather(table_vd, lies.shares, axis=1, tiled=True), ids_N, lies)
+            x_ND = _rows_of(jax.lax.all_gather(table_vd, layout.shares, axis=1, tiled=True), ids_N, layout)
         return x_ND.reshape(*ids_bt.shape, -1)
 
-    run = meshes.per_device(here, lies.mesh, (lies.table, lies.tokens), lies.tokens)
+    run = meshes.per_device(here, layout.mesh, (layout.table, layout.tokens), layout.tokens)
     return run(table_VD, ids_BT), (table_VD, ids_BT)
 
 
-def _backward(lies: _Layout, dtype: Any, saved: tuple[jax.Array, jax.Array], d_x_BTD: jax.Array) -> Any:
+def _backward(layout: _Layout, dtype: Any, saved: tuple[jax.Array, jax.Array], d_x_BTD: jax.Array) -> Any:
     table_VD, ids_BT = saved
 
     def here(table_vd: jax.Array, ids_bt: jax.Array, d_x_btD: jax.Array) -> jax.Array:
         ids_N, d_x_ND = ids_bt.reshape(-1), d_x_btD.reshape(-1, d_x_btD.shape[-1])
-        if lies.trades:
-            d_x_nNd = jax.lax.all_to_all(d_x_ND[None], lies.shares, 2, 0, tiled=True)
-            d_vd = _summed(jax.lax.all_gather(ids_N, lies.shares), d_x_nNd, len(table_vd), lies)
+        if layout.exchanges:
+            d_x_nNd = jax.lax.all_to_all(d_x_ND[None], layout.shares, 2, 0, tiled=True)
+            d_vd = _summed(jax.lax.all_gather(ids_N, layout.shares), d_x_nNd, len(table_vd), layout)
         else:
-            d_vD = _summed(ids_N, d_x_ND, len(table_vd), lies).astype(dtype)
-            d_vd = jax.lax.psum_scatter(d_vD, lies.shares, scatter_dimension=1, tiled=True)
-        d_vd = jax.lax.psum(d_vd.astype(dtype), lies.copies) if lies.copies else d_vd
+            d_vD = _summed(ids_N, d_x_ND, len(table_vd), layout).astype(dtype)
+            d_vd = jax.lax.psum_scatter(d_vD, layout.shares, scatter_dimension=1, tiled=True)
+        d_vd = jax.lax.psum(d_vd.astype(dtype), layout.copies) if layout.copies else d_vd
         return d_vd.astype(table_vd.dtype)
 
-    run = meshes.per_device(here, lies.mesh, (lies.table, lies.tokens, lies.tokens), lies.table)
+    run = meshes.per_device(here, layout.mesh, (layout.table, layout.tokens, layout.tokens), layout.table)
     return run(table_VD, ids_BT, d_x_BTD), None
 
 
 _take.defvjp(_forward, _backward)
 
 
-def _rows_of(table_v: jax.Array, ids: jax.Array, lies: _Layout) -> jax.Array:
+def _rows_of(table_v: jax.Array, ids: jax.Array, layout: _Layout) -> jax.Array:
     """Look up rows of a table that may be sharded by rows."""
-    if not lies.rows:
+    if not layout.rows:
         return jnp.take(table_v, ids, axis=0)
-    at, here = _places(ids, len(table_v), lies)
-    return jax.lax.psum(jnp.where(here[..., None], jnp.take(table_v, at, axis=0), 0), lies.rows)
+    at, here = _local_index(ids, len(table_v), layout)
+    return jax.lax.psum(jnp.where(here[..., None], jnp.take(table_v, at, axis=0), 0), layout.rows)
 
 
-def _summed(ids: jax.Array, d_x: jax.Array, rows: int, lies: _Layout) -> jax.Array:
+def _summed(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) -> jax.Array:
     """Sum the gradient of the local rows, float32 [v, ...]."""
     d_x = d_x.astype(jnp.float32)
-    if lies.rows:
-        ids, here = _places(ids, rows, lies)
+    if layout.rows:
+        ids, here = _local_index(ids, rows, layout)
         d_x = jnp.where(here[..., None], d_x, 0)
     return jnp.zeros((rows, d_x.shape[-1]), jnp.float32).at[ids].add(d_x)
 
 
-def _places(ids: jax.Array, rows: int, lies: _Layout) -> tuple[jax.Array, jax.Array]:
+def _local_index(ids: jax.Array, rows: int, layout: _Layout) -> tuple[jax.Array, jax.Array]:
     """Return the indices of ids among the local rows, and whether each id is local."""
-    at = ids - rows * jax.lax.axis_index(lies.rows)
+    at = ids - rows * jax.lax.axis_index(layout.rows)
     here = (at >= 0) & (at < rows)
     return jnp.where(here, at, 0), here

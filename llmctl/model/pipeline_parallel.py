@@ -116,7 +116,7 @@ def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shar
 
     def tick(made: Tree, now: Tree) -> tuple[Tree, jax.Array]:
         new, at = now
-        moving = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, _hand_on(P, old)), new, made)
+        moving = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, _send_to_next(P, old)), new, made)
         # Also constrains its gradient.
         moving = jax.tree.map(lambda a: meshes.constrain(a, "batch", "seq", "act_embed"), moving)
         piece = jnp.clip(at - stage, 0, M - 1)
@@ -139,7 +139,7 @@ def _split(M: int, along: str | None, a: jax.Array) -> jax.Array:
     return meshes.constrain(a, *[None, "batch", along, None][: a.ndim])
 
 
-def _hand_on(P: int, a: jax.Array) -> jax.Array:
+def _send_to_next(P: int, a: jax.Array) -> jax.Array:
     """Send an array to the next stage; the first stage receives zeros and does not read them."""
     return jax.lax.ppermute(a, "pipeline", [(i, i + 1) for i in range(P - 1)])
 

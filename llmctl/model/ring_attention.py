@@ -128,19 +128,19 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
     numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
     seen = attention_xla.Sums(jnp.zeros(here.q.shape, jnp.float32), numbers + attention_xla.MASKED, numbers)
 
-    def look(seen: attention_xla.Sums, block: Block, step: Any) -> attention_xla.Sums:
+    def visit(seen: attention_xla.Sums, block: Block, step: Any) -> attention_xla.Sums:
         for a, b in here.pairs(step):
             new = attention_xla.sums(plan.softcap, *here.operands(a, b, block), *here.visible(a, b, block, step))
             seen = jax.tree.map(partial(_put, a), seen, _merge(jax.tree.map(partial(_at, a), seen), new))
         return seen
 
-    def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
+    def ring_step(carry: Any, step: jax.Array) -> tuple[Any, None]:
         seen, block = carry
-        further = here.pass_on(block)  # independent of the products, so that XLA can overlap them
-        return (look(seen, block, step), further), None
+        further = here.send_on(block)  # independent of the products, so that XLA can overlap them
+        return (visit(seen, block, step), further), None
 
-    further = here.pass_on(block)
-    seen, _ = jax.lax.scan(turn, (look(seen, block, 0), further), jnp.arange(1, here.devices))[0]
+    further = here.send_on(block)
+    seen, _ = jax.lax.scan(ring_step, (visit(seen, block, 0), further), jnp.arange(1, here.devices))[0]
     y = seen.values / seen.total.reshape(*here.q.shape[:-1], 1)
     denominator = seen.top + jnp.log(seen.total)
     return _unfold(y.astype(v.dtype), q.shape), _unfold(denominator.reshape(*y.shape[:-1], 1), q.shape)[..., 0]
@@ -156,7 +156,7 @@ def _backward_here(
     rows = (*here.q.shape[:3], N // here.length, here.length, 1)
     top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, attention_xla.share_of(d_y, y)))
 
-    def look(d_q: jax.Array, d_table: Any, d_kv: Any, block: Block, step: Any) -> Any:
+    def visit(d_q: jax.Array, d_table: Any, d_kv: Any, block: Block, step: Any) -> Any:
         for a, b in here.pairs(step):
             seen = (_at(a, top), 1.0, _at(a, share))
             visible = here.visible(a, b, block, step)
@@ -170,20 +170,20 @@ def _backward_here(
                 d_table = d_table.at[here.buckets(a, b, step)].add(jnp.moveaxis(d_HTS, 0, -1))
         return d_q, d_table, d_kv
 
-    def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
+    def ring_step(carry: Any, step: jax.Array) -> tuple[Any, None]:
         d_q, d_table, d_kv, block = carry
-        further = here.pass_on(block)
-        d_q, d_table, d_kv = look(d_q, d_table, d_kv, block, step)
-        return (d_q, d_table, here.pass_on(d_kv), further), None
+        further = here.send_on(block)
+        d_q, d_table, d_kv = visit(d_q, d_table, d_kv, block, step)
+        return (d_q, d_table, here.send_on(d_kv), further), None
 
     zero = jnp.zeros(here.q.shape, jnp.float32)
     d_kv = (jnp.zeros(block.k.shape, jnp.float32),) * 2
     d_table = None if table_UH is None else jnp.zeros(table_UH.shape, jnp.float32)
-    further = here.pass_on(block)
-    d_q, d_table, d_kv = look(zero, d_table, d_kv, block, 0)
-    start = (d_q, d_table, here.pass_on(d_kv), further)
+    further = here.send_on(block)
+    d_q, d_table, d_kv = visit(zero, d_table, d_kv, block, 0)
+    start = (d_q, d_table, here.send_on(d_kv), further)
     # After a full round, gradients are on the device of their keys.
-    d_q, d_table, d_kv, _ = jax.lax.scan(turn, start, jnp.arange(1, here.devices))[0]
+    d_q, d_table, d_kv, _ = jax.lax.scan(ring_step, start, jnp.arange(1, here.devices))[0]
     if table_UH is not None:
         d_table = jax.lax.psum(d_table, sharers).astype(table_UH.dtype)
     d_k, d_v = (_unfold(d, k.shape).astype(k.dtype) for d in d_kv)
@@ -231,11 +231,11 @@ class _Here:
 
     def distance(self, a: Any, b: Any, step: Any) -> jax.Array:
         """Return the distance [c, s / P] from each query to each key, in positions."""
-        mine = self._places(self.device, a, self.length)
-        theirs = self._places((self.device - step) % self.devices, b, self.keys)
+        mine = self._positions(self.device, a, self.length)
+        theirs = self._positions((self.device - step) % self.devices, b, self.keys)
         return theirs[None, :] - mine[:, None]
 
-    def _places(self, device: Any, chunk: Any, length: int) -> jax.Array:
+    def _positions(self, device: Any, chunk: Any, length: int) -> jax.Array:
         """Return the positions of a chunk's tokens.
 
         Without causality, the device's early and late part form one chunk.
@@ -246,7 +246,7 @@ class _Here:
         half = jnp.arange(length // 2)
         return jnp.concatenate([device * (length // 2) + half, late * (length // 2) + half])
 
-    def pass_on(self, tree: Any) -> Any:
+    def send_on(self, tree: Any) -> Any:
         """Send a tree to the next device, and receive that of the previous device."""
         ring = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, ring), tree)
