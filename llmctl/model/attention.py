@@ -199,7 +199,7 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def _remember(self, name: str, new_BTGK: jax.Array, slot: jax.Array | int) -> jax.Array:
-        """Write keys or values into the cache (collection "cache", `cache_shape`), and return all [B, S, G, K]."""
+        """Write keys or values into the cache (see `cache_shape`), and return all cached ones [B, S, G, K]."""
         B, T, G, K = new_BTGK.shape
         kept = self.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), self.dtype))
         new = _laid_out(new_BTGK).astype(kept.value.dtype)

@@ -169,7 +169,7 @@ def hidden(
 def head_params(cfg: ModelConfig, params: Params) -> Params:
     """Return the parameters of `head_logits`, prepared for many calls: a tied table is transposed once.
 
-    The gradient of a table [V, D] is a product that XLA's CPU backend runs at less than half the speed of [D, V].
+    For the gradient of a table [V, D], XLA's CPU backend runs at less than half the speed of [D, V].
     """
     head = {"lm_head": params.get("lm_head", {})}
     if not cfg.tied:
@@ -190,7 +190,7 @@ def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.f
 
 
 def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
-    """The task head's answer, float32: [B, C], [B], [B, T, C], [B, T, 2] or [B, D]."""
+    """Compute the task head's outputs in float32: [B, C], [B], [B, T, C], [B, T, 2] or [B, D]."""
     head = {"params": params.get("head", {})}
     return _apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"))
 
