@@ -29,6 +29,10 @@ MODULES = [
     "llmctl.model.generate.decode",
     "llmctl.model.generate.sampling",
     "llmctl.model.hf_config",
+    "llmctl.model.weights",
+    "llmctl.model.weights.base",
+    "llmctl.model.weights.matrices",
+    "llmctl.model.weights.names",
     "llmctl.plan.hlo.counts",
     "llmctl.plan.topologies",
 ]

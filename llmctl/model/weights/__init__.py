@@ -3,9 +3,17 @@
 A weight is a plain array or a node (`llmctl.model.weights.base.Node`): integers with scales, a low-rank update around
 another weight, or a class of somebody else's. The functions here take either:
 
-    y = weights.matmul(x, params["lm_head"]["kernel"], jnp.bfloat16)
-    for m in weights.matrices(params, "block"):
-        print(m.stack, m.module, m.node.dense().shape)
+    >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
+    >>> pair = LowRank(w, jnp.ones((8, 1)), jnp.ones((1, 4)), scale=0.5)
+    >>> matmul(x, w, jnp.float32)[0, 0].item(), matmul(x, pair, jnp.float32)[0, 0].item()
+    (8.0, 12.0)
+    >>> as_node(pair).has_adapter, as_node(w).has_adapter, is_plain(as_node(pair).merged())
+    (True, False, True)
+
+Only plain arrays call `fsdp_matmul`, `quantized_matmul` and `embedding_lookup`. Other products of the package multiply
+activations with activations (attention, similarities), or weights with statistics (scores of heads).
+
+`matrices` finds what compression works on, `names` says what a parameter is, and `tree` names its arrays.
 """
 
 from __future__ import annotations

@@ -2,20 +2,22 @@
 
 A node is a frozen dataclass that derives from `Node`. Its array fields are its parts, its other fields its settings:
 
-    @node_type
-    class Ternary(Node):
-        kind: ClassVar[str] = "ternary"
-        values: jax.Array   # int8 [..., I, O]
-        scale: jax.Array    # float32 [..., 1, 1]
-
-        shape = property(lambda self: self.values.shape)
-        dtype = property(lambda self: self.scale.dtype)
-
-        def dense(self, dtype=jnp.float32):
-            return (self.values * self.scale).astype(dtype)
+    >>> @node_type
+    ... class Ternary(Node):
+    ...     kind: ClassVar[str] = "ternary"
+    ...     values_IO: jax.Array  # int8 [..., I, O]
+    ...     scale: jax.Array  # float32 [..., 1, 1]
+    ...     shape = property(lambda self: self.values_IO.shape)
+    ...     dtype = property(lambda self: self.scale.dtype)
+    ...     def dense(self, dtype=jnp.float32):
+    ...         return (self.values_IO * self.scale).astype(dtype)
+    >>> w = Ternary(jnp.array([[1, 0], [-1, 1]], jnp.int8), jnp.full((1, 1), 0.5))
+    >>> w.matmul(jnp.ones((3, 2)), jnp.float32, Product())[0].tolist(), w.count(), [*w.parts()]
+    ([0.0, 0.5], 4, ['values_IO', 'scale'])
 
 With the entry point `"weight.ternary" = "my_package:Ternary"` it runs forward, is saved, loaded, sharded, counted,
-merged and exported like the others. Methods that are slow or impossible by way of `dense` are overridden.
+merged and exported like the others. Methods that are slow or impossible by way of `dense` are overridden. A node around
+another weight derives from `llmctl.model.weights.adapter.Adapter`.
 
 Limits: every part has as many axes as the weight, and the weight's leading axes (layers) in front, because a scan over
 layers and a sharding by axis read them. A part that lacks a dimension's full length is replicated along it.

@@ -155,3 +155,32 @@ def test_a_shape_that_the_config_has_not_is_refused(params, batch):
     wrong = weights.updated(params, {PATH: ternary(jnp.ones((2, 16, 28)))})
     with pytest.raises(Exception, match=r"\(16, 28\)"):
         functional.hidden(TINY, wrong, batch)
+
+
+@weights.node_type
+class Scaled(weights.Adapter):
+    """Outputs times a trained factor each (IA3, arXiv:2205.05638)."""
+
+    kind: ClassVar[str] = "scaled"
+    adapter_parts: ClassVar[tuple[str, ...]] = ("factor",)
+
+    factor: jax.Array  # [..., 1, O]
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        return (weights.dense(self.base) * self.factor).astype(dtype)
+
+
+def test_a_new_adapter_says_its_parts_and_dense_and_no_more():
+    base = jnp.arange(8.0).reshape(1, 4, 2)
+    w = Scaled(base, jnp.array([[[2.0, 3.0]]]))
+    tree = {"decoder": {"blocks": {"mlp": {"up": {"kernel": w}}}}}
+    assert weights.describe(w) == {
+        "parts": {"base": ["float32", [1, 4, 2]], "factor": ["float32", [1, 1, 2]]}, "node": "scaled", "base": {},
+    }  # fmt: skip
+    assert weights.count(tree) == 8 + 2 and weights.adapter_names(tree) == {f"{PATH}:factor"}
+    assert weights.zero_names(tree) == {f"{PATH}:base"}
+    np.testing.assert_array_equal(weights.flatten(weights.merge_adapters(tree))[PATH], base * jnp.array([2.0, 3.0]))
+    one = weights.layer_of(w, 0)
+    np.testing.assert_array_equal(weights.matmul(jnp.eye(4), one, jnp.float32), weights.dense(one))
+    with pytest.raises(RequestError, match="merge it into its base before pruning"):
+        weights.as_node(w).masked(jnp.ones((1, 4, 2), bool))
