@@ -53,7 +53,8 @@ def ternary(w: jax.Array) -> Ternary:
     codes = (jnp.clip(jnp.round(w / scale), -1, 1) + 1).astype(jnp.uint8)
     *lead, inputs, outputs = w.shape
     codes = codes.reshape(*lead, inputs // 4, 4, outputs)
-    return Ternary(sum(codes[..., i, :] << (2 * i) for i in range(4)), scale, outputs=outputs)
+    packed = sum((codes[..., i, :] << (2 * i) for i in range(4)), jnp.zeros((), jnp.uint8))
+    return Ternary(packed, scale, outputs=outputs)
 
 
 @pytest.fixture
