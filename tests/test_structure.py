@@ -29,8 +29,9 @@ included. At most twelve."""
 
 JAX_FREE = (
     *("cli", "pipeline", "__main__", "artifacts.workspace", "artifacts.atomic", "artifacts.artifact"),
-    *("config", "distributed.backend", "distributed.processes", "data.config", "model.config", "model.families"),
-    *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "train.run_log"),
+    *("config", "distributed.backend", "distributed.processes", "model.config", "model.families"),
+    *("data.config", "data.source", "data.sources", "train.run_log"),
+    *("evaluate.metrics.base", "evaluate.report", "evaluate.settings"),
     *("compress.settings", "compress.scores", "compress.schemes", "compress.pattern", "model.wiring"),
 )
 """Modules (and all below a package) that import nothing heavy when they are imported."""

@@ -11,6 +11,7 @@ import typer
 
 from llmctl.config.base import Config, parse_value, section
 from llmctl.config.errors import RequestError
+from llmctl.config.registry import Registry
 from llmctl.pipeline import stage
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Para
         text += f" [default: {_text(default)}]"
     if kind is bool:
         return _parameter(_variable(path), bool, f"--{name}/--no-{name}", help=text)
-    return _parameter(_variable(path), str, f"--{name}", metavar=_metavar(field.annotation), help=text)
+    return _parameter(_variable(path), str, f"--{name}", metavar=_metavar(field), help=text)
 
 
 def _parameter(variable: str, kind: Any, flag: str, **option: Any) -> inspect.Parameter:
@@ -180,8 +181,14 @@ def _parsed(field: FieldInfo, value: Any) -> Any:
         return value
     if get_origin(kind) is list and not value.lstrip().startswith("["):
         texts = [part.strip() for part in value.split(",") if part.strip()]
-        return texts if get_args(kind) == (str,) else [parse_value(t) for t in texts]
+        return texts if _item(kind) is str else [parse_value(t) for t in texts]
     return parse_value(value)
+
+
+def _item(kind: Any) -> Any:
+    """Return the type of a list's items, without its annotations."""
+    (item,) = get_args(kind)[:1] or (None,)
+    return getattr(item, "__origin__", item)
 
 
 def _base(annotation: Any) -> Any:
@@ -192,12 +199,22 @@ def _base(annotation: Any) -> Any:
     return annotation
 
 
-def _metavar(annotation: Any) -> str:
-    kind = _base(annotation)
+def _metavar(field: FieldInfo) -> str:
+    """Return the choices of a Literal or a registry, else the type."""
+    kind = _base(field.annotation)
+    registered = next((m for m in (*field.metadata, *_metadata(kind)) if isinstance(m, Registry)), None)
+    if registered:
+        return "|".join(registered)
     if get_origin(kind) is Literal:
         return "|".join(str(a) for a in get_args(kind) if a != "")
     names = {int: "INT", float: "FLOAT", str: "TEXT", list: "LIST", tuple: "LIST", dict: "TABLE"}
     return names.get(get_origin(kind) or kind, "VALUE")
+
+
+def _metadata(kind: Any) -> Iterator[Any]:
+    """Yield what annotates the items of a list, and the branches of a union."""
+    for part in get_args(kind) if get_origin(kind) is not Literal else ():
+        yield from getattr(part, "__metadata__", ())
 
 
 def _text(value: Any) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.data.config import COLUMNS, TEXT_COLUMNS, TOGETHER, Scalar, SourceConfig
-from llmctl.data.sources.base import Row, Source
-from llmctl.data.sources.readers import open_source
+from llmctl.data.source import Row, Source, open_source
 
 
 class View(Source):

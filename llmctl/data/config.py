@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.config.base import Config
+from llmctl.data.sources import SOURCES
 
 Split = Literal["train", "validation", "test"]
 Packing = Literal["segments", "concat", "fit"]
@@ -28,7 +29,7 @@ Scalar = str | bool | int | float
 class SourceConfig(Config):
     """One place that rows come from, and how its columns map to ours."""
 
-    source: Literal["text", "jsonl", "csv", "parquet", "tfds", "hf", "prepared"] = "text"
+    source: Annotated[str, AfterValidator(SOURCES.check), SOURCES] = "text"
     """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set, or
     the tokens that `llmctl prepare` wrote."""
     path: str = ""
@@ -65,20 +66,12 @@ class SourceConfig(Config):
         return self.path or self.name or self.source
 
     def inputs(self) -> list[str]:
-        """Files that are read; their content belongs to a stage's key.
+        """Return the files that are read; their content belongs to a stage's key.
 
         Raises:
-            RequestError: a path that leads to no file.
+          RequestError: a path matches no file.
         """
-        from llmctl.data.sources import datasets, paths
-
-        if self.source == "tfds":
-            return [str(path) for path in datasets.tfds_files(self)]
-        if self.source == "prepared":  # it lists the checksums of the shards
-            return [str(path) for path in paths.resolve(f"{self.path.rstrip('/')}/prepared.json")]
-        if self.source == "hf":
-            return [str(path) for path in paths.files_below(self.path)]
-        return [str(path) for path in paths.resolve(self.path)] if self.path else []
+        return [str(path) for path in SOURCES[self.source].inputs(self)]
 
 
 class DataConfig(SourceConfig):
@@ -149,6 +142,6 @@ class TokenizerConfig(Config):
         """
         if not self.path:
             return []
-        from llmctl.data.sources.paths import files_below
+        from llmctl.data.paths import files_below
 
         return [str(path) for path in files_below(self.path)]

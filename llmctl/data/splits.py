@@ -20,7 +20,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.columns import View
 from llmctl.data.config import DataConfig, Split
 from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, Scan, scan
-from llmctl.data.sources.base import Chain, Row, Source
+from llmctl.data.source import Chain, Row, Source
 
 Range = tuple[int, int, int]
 """(index of the source, first row, last row + 1)."""

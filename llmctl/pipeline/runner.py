@@ -17,6 +17,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.config.base import Config, hint, keyed
 from llmctl.config.errors import LlmctlError, RequestError, WorkError
 from llmctl.data.config import SourceConfig
+from llmctl.data.sources import SOURCES
 from llmctl.distributed import backend
 from llmctl.distributed import processes as hosts
 from llmctl.pipeline import stage
@@ -152,11 +153,9 @@ def sections(config: Any) -> Iterator[Any]:
 
 def fetch(config: Any) -> None:
     """Downloads what a config may download and is not there: before keys are taken, which are over what is read."""
-    from llmctl.data.sources import datasets
-
     for section in sections(config):
         if isinstance(section, SourceConfig):
-            datasets.fetch(section)
+            SOURCES[section.source].fetch(section)
 
 
 @contextlib.contextmanager

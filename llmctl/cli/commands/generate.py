@@ -224,10 +224,10 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
         return prompts or None
     from etils import epath
 
-    from llmctl.data.sources import files
+    from llmctl.data import file_bytes
 
     try:
-        lines = [(n, line) for n, line in files.lines(epath.Path(file)) if line.strip()]
+        lines = [(n, line) for n, line in file_bytes.lines(epath.Path(file)) if line.strip()]
     except FileNotFoundError:
         raise RequestError(f"--file {file}: no such file") from None
     except OSError as e:

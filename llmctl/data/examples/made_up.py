@@ -12,7 +12,7 @@ from llmctl.data import splits
 from llmctl.data.config import DataConfig, Split
 from llmctl.data.corpus import Documents, tokenize
 from llmctl.data.pretraining.lm_corpus import Text
-from llmctl.data.sources.base import Table
+from llmctl.data.source import Table
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer

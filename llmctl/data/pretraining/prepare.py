@@ -31,7 +31,7 @@ from llmctl.data.columns import View
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.dedup import Scan, scan
 from llmctl.data.pretraining.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, read
-from llmctl.data.sources.base import Chain
+from llmctl.data.source import Chain
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 

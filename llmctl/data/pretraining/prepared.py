@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from llmctl.config.errors import RequestError
 from llmctl.data.config import DataConfig, SourceConfig
-from llmctl.data.sources.paths import folder, is_local, keep_open
+from llmctl.data.paths import folder, is_local, keep_open
 from llmctl.data.tokenizers.base import Tokenizer
 
 DESCRIPTION = "prepared.json"

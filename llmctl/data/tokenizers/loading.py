@@ -11,7 +11,7 @@ from etils import epath
 
 from llmctl.config.errors import RequestError
 from llmctl.data.config import TokenizerConfig
-from llmctl.data.sources.paths import folder
+from llmctl.data.paths import folder
 from llmctl.data.tokenizers import sentencepieces
 from llmctl.data.tokenizers.base import DESCRIPTOR, Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer

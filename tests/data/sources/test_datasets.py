@@ -9,8 +9,8 @@ import pytest
 from llmctl.config.errors import RequestError
 from llmctl.data import splits
 from llmctl.data.config import DataConfig, SourceConfig
-from llmctl.data.sources.datasets import tfds_folder
-from llmctl.data.sources.readers import open_source
+from llmctl.data.source import open_source
+from llmctl.data.sources.tfds import tfds_folder
 from llmctl.pipeline import runner
 from llmctl.pipeline.stages import pretrain
 

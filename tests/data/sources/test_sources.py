@@ -11,7 +11,7 @@ import pytest
 
 from llmctl.config.errors import RequestError
 from llmctl.data.config import SourceConfig
-from llmctl.data.sources.readers import open_source
+from llmctl.data.source import open_source
 
 
 def rows(path, source, **kw):

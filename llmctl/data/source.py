@@ -1,4 +1,4 @@
-"""Base classes of data sources: sequences of rows that know each row's location in its file.
+"""Base classes of data sources: sequences of rows that know each row's location in its file, and what opens them.
 
 A source is a sequence of dicts {column: value}, so Grain can read it directly. It also returns the location of each
 row, because an error in the data is hard to fix without one.
@@ -10,7 +10,14 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from etils import epath
+
+from llmctl.data.config import SourceConfig
+from llmctl.data.paths import keep_open, resolve
+from llmctl.data.sources import SOURCES
 
 Row = dict[str, Any]
 
@@ -111,3 +118,50 @@ class Groups(Source):
 
     def where(self, i: int) -> str:
         return f"{self.file}: row {i + 1}"
+
+
+def _named(cfg: SourceConfig) -> list[epath.Path]:
+    return resolve(cfg.path) if cfg.path else []
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Open one kind of data source; the entry of `SOURCES`.
+
+    Example:
+      >>> letters = Reader(lambda cfg: Table("letters", ("text",), [(c,) for c in cfg.name], [1] * len(cfg.name)))
+      >>> [row["text"] for row in letters.open(SourceConfig(name="abc"))]
+      ['a', 'b', 'c']
+    """
+
+    open: Callable[[SourceConfig], Source]
+    """Return the rows. Raises RequestError if the data is missing or damaged."""
+    inputs: Callable[[SourceConfig], list[epath.Path]] = _named
+    """Return the files whose content belongs to a stage's key; those that `path` matches by default."""
+    fetch: Callable[[SourceConfig], None] = lambda cfg: None
+    """Download the data if the config allows it and the data is missing."""
+
+
+def of_files(read: Callable[[epath.Path, SourceConfig], Source]) -> Reader:
+    """Return the reader of all files that `path` matches, in sorted order; `read` opens one of them."""
+
+    def source(cfg: SourceConfig) -> Source:
+        paths = resolve(cfg.path)
+        keep_open(len(paths))  # memory-mapped files stay open
+        return Chain([read(path, cfg) for path in paths])
+
+    return Reader(source)
+
+
+def open_source(cfg: SourceConfig) -> Source:
+    """Open the source that `cfg` describes.
+
+    Example:
+      >>> source = open_source(SourceConfig(source="text", path="pkg:llmctl/__init__.py"))
+      >>> source.columns, len(source)
+      (('text',), 1)
+
+    Raises:
+      RequestError: the data is missing, or it does not have the format of `source`.
+    """
+    return SOURCES[cfg.source].open(cfg)

@@ -1,0 +1,69 @@
+"""Read the bytes of files: decompressed or memory-mapped, as text, and by line."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from llmctl.config.errors import RequestError
+from llmctl.data.paths import is_local
+
+
+def lines(path: epath.Path) -> list[tuple[int, str]]:
+    """Return the lines of a UTF-8 text file with their numbers, from 1.
+
+    A line ends with LF or CRLF only: U+2028, U+0085 and form feeds are part of a text. A byte order mark is skipped.
+
+    Raises:
+      RequestError: the file is not UTF-8 text.
+    """
+    return [(n, line.removesuffix("\r")) for n, line in enumerate(content(path).split("\n"), 1)]
+
+
+def content(path: epath.Path) -> str:
+    """Return the text of a UTF-8 file without a byte order mark.
+
+    Raises:
+      RequestError: the file is not UTF-8 text.
+    """
+    data = bytes(buffer(path))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RequestError(f"{path}:{line}: not UTF-8 text (byte {error.start}); convert the file first") from None
+
+
+def buffer(path: epath.Path) -> bytes | mmap.mmap:
+    """Return a file's bytes: decompressed (.gz, .zst), memory-mapped if local and not empty, or read."""
+    if path.suffix in (".gz", ".zst"):
+        return _decompressed(path)
+    if not is_local(path) or not path.stat().length:
+        return path.read_bytes()
+    with Path(path).open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def line_offsets(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return byte offsets of starts and ends, and line numbers, of all lines that are not blank."""
+    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0x0A) if len(data) else np.zeros(0, np.int64)
+    if len(data) and (not len(ends) or ends[-1] != len(data) - 1):
+        ends = np.append(ends, len(data))
+    starts = np.concatenate([[start], ends[:-1] + 1]) if len(ends) else ends
+    full = np.array([bool(data[a:b].strip()) for a, b in zip(starts, ends, strict=True)], bool)
+    return starts[full], ends[full], np.flatnonzero(full) + 1
+
+
+def _decompressed(path: epath.Path) -> bytes:
+    import pyarrow as pa
+
+    kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+    try:
+        with pa.input_stream(pa.BufferReader(path.read_bytes()), compression=kind) as stream:
+            return stream.read()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RequestError(f"{path}: damaged {path.suffix} file ({str(error).splitlines()[0]})") from None

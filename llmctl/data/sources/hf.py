@@ -1,0 +1,62 @@
+"""Read Hugging Face datasets saved by `save_to_disk` (`data.source = "hf"`), without the `datasets` library."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.data.config import SourceConfig
+from llmctl.data.paths import files_below, folder, is_local, keep_open
+from llmctl.data.source import Chain, Groups, Reader, Source
+
+
+def hf(cfg: SourceConfig) -> Source:
+    """Open a folder that `save_to_disk` of Hugging Face `datasets` wrote. Arrow streams are memory-mapped.
+
+    Raises:
+      RequestError: it is not such a folder, it has no such split, or a file is damaged.
+    """
+    path = folder(cfg.path)
+    if (path / "dataset_dict.json").exists():
+        splits = _read_json(path / "dataset_dict.json")["splits"]
+        if cfg.split not in splits:
+            raise RequestError(
+                f"{cfg.path}: no split {cfg.split!r}{hint(cfg.split, splits)} (splits: {', '.join(splits)})"
+            )
+        path /= cfg.split
+    if not (path / "state.json").exists():
+        raise RequestError(f"{path}: not a folder that save_to_disk of Hugging Face datasets wrote (no state.json)")
+    state = _read_json(path / "state.json")
+    if state.get("_indices_files"):
+        raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
+    keep_open(len(state["_data_files"]))  # memory-mapped files stay open
+    return Chain([_arrow(path / file["filename"]) for file in state["_data_files"]])
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    try:
+        said = json.loads(file.read_text())
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise RequestError(f"{file}: damaged; save the data set again")
+    return said
+
+
+def _arrow(path: epath.Path) -> Source:
+    import pyarrow as pa
+
+    try:
+        file = pa.memory_map(str(path)) if is_local(path) else pa.BufferReader(path.read_bytes())
+        with pa.ipc.open_stream(file) as stream:
+            columns, batches = stream.schema.names, list(stream)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RequestError(f"{path}: not an Arrow stream ({str(error).splitlines()[0]})") from None
+    return Groups(path, columns, [b.num_rows for b in batches], lambda g: batches[g].to_pylist())
+
+
+SOURCE = Reader(hf, lambda cfg: files_below(cfg.path))

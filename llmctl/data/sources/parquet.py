@@ -1,0 +1,35 @@
+"""Read Apache Parquet files (`data.source = "parquet"`)."""
+
+from __future__ import annotations
+
+import io
+
+from etils import epath
+
+from llmctl.config.errors import RequestError
+from llmctl.data.config import SourceConfig
+from llmctl.data.paths import is_local
+from llmctl.data.source import Groups, Row, Source, of_files
+
+
+def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
+    """Read an Apache Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
+    except (OSError, pa.ArrowException) as error:
+        raise RequestError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+    counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+
+    def read(group: int) -> list[Row]:
+        try:
+            return file.read_row_group(group).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise RequestError(f"{path}: damaged in row group {group} ({str(error).splitlines()[0]})") from None
+
+    return Groups(path, file.schema_arrow.names, counts, read)
+
+
+SOURCE = of_files(parquet)
