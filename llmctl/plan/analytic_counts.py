@@ -1,7 +1,7 @@
-"""Operations, memory traffic and collectives of a step from config and mesh alone, in the words of a compiled one.
+"""Estimate operations, memory traffic and collectives of a step from config and mesh, as counts of a compiled step.
 
-What is counted is what XLA makes of the step: weights gathered over fsdp and context in the compute type, once a pass,
-gradients scattered back, activations reduced over tensor after each half of a layer.
+The model follows what XLA compiles: weights are gathered over fsdp and context in the compute type, once per pass;
+gradients are scattered back; activations are reduced over tensor after each half of a layer.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from llmctl.plan.analytic_memory import AGAIN, AXES, Setup, entries, scores, wid
 from llmctl.plan.hlo.counts import Collective, Counts
 
 BLOCK = 512
-"""Tokens a block of the attention kernel: whole blocks run or do not."""
+"""Tokens per block of the attention kernel, which skips blocks that are masked completely."""
 
 
 def counts(setup: Setup) -> Counts:
-    """A step of one device, all its microbatches."""
+    """Return the counts of a step on one device, over all microbatches."""
     model, trains = setup.model, bool(setup.optimizer)
     again = trains and setup.remat != "none"
     tokens = setup.tokens * setup.accumulate
     tensor = setup.size("tensor")
     own = entries(model, setup.mesh)
-    whole = own.layers * setup.size("fsdp", "context")  # a tensor group's share of the matrices, gathered
+    whole = own.layers * setup.size("fsdp", "context")  # the gathered matrices, split over tensor alone
     passes = 3.0 if trains else 1.0
     layers = 2 * tokens * whole
     last = layers * model.d_model * model.d_ff / cost._matrices(model)  # its output is not needed again
@@ -48,7 +48,7 @@ def counts(setup: Setup) -> Counts:
 
 
 def _attention(setup: Setup, trains: bool, again: bool) -> float:
-    """Scores and what follows, of all layers: 2 products forward, 7 backward in the kernels and 5 in the plain form."""
+    """Return the operations of attention: 2 products forward; backward 7 in the kernels and 5 in the plain form."""
     model = setup.model
     T = setup.seq_len
     window = min(model.window or T, T)
@@ -57,11 +57,11 @@ def _attention(setup: Setup, trains: bool, again: bool) -> float:
         blocks = max(1, T // BLOCK)
         share = (blocks + 1) / (2 * blocks) if causal else 1.0
         share *= min(1.0, 2 * window / T)
-    elif (ring := setup.size("context")) > 1 and causal:  # of 2 x 2 pairs of pieces 3 with itself, 2 with others
+    elif (ring := setup.size("context")) > 1 and causal:  # of 2 x 2 pairs of chunks: 3 own, 2 of others
         share = (2 * ring + 1) / (4 * ring)
     else:
         share = 1.0
-    # "minimal" keeps what the plain form made; recomputed, its scores serve the backward pass as well
+    # "minimal" keeps the results of the plain form. Recomputed scores are also those of the backward pass.
     repeated = again * (2 if setup.fused else 0 if setup.remat == "minimal" else 1)
     products = 2 + (7 if setup.fused else 5) * trains + repeated
     tokens = setup.tokens * setup.accumulate
@@ -70,9 +70,9 @@ def _attention(setup: Setup, trains: bool, again: bool) -> float:
 
 
 def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
-    """Bytes in HBM: weights read for every pass, activations written and read, the state once a step.
+    """Return the bytes of HBM traffic: weights per pass, activations written and read, the state once per step.
 
-    Scores that no kernel hides are written and read twice in each pass, and twice as often backward.
+    The scores of plain attention are written and read twice per pass, and twice as often backward.
     """
     D, F, heads = widths(setup)
     weights = passes * setup.accumulate * setup.item * whole * 2
@@ -80,7 +80,7 @@ def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
     projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor")
     head = 3 * setup.accumulate * (setup.item + 4) * projection if setup.model.head == "lm" else 0.0
     state = 32.0 * own * setup.trained if setup.optimizer else 0.0
-    if setup.accumulate > 1:  # gradients are added to those of the microbatches before: two read, one written
+    if setup.accumulate > 1:  # gradients are added to those of earlier microbatches: two read, one written
         state += 12.0 * own * setup.trained * setup.accumulate
     seen = scores(setup) / 3 * setup.size("context") * setup.accumulate * setup.depth
     return weights + a_token * setup.tokens * setup.accumulate + head + state + 4 * passes * seen
@@ -102,33 +102,33 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     layers, pieces = setup.depth, setup.accumulate
     projection = model.vocab_size * D / setup.size("tensor") if model.head == "lm" else 0.0
     shards = ("fsdp", "context")
-    # Weights of the next layer come while this one computes; the projection comes when everything waits for it.
-    # The backward pass multiplies by what it recomputes with.
+    # The next layer's weights are gathered while this layer computes; nothing hides the projection's gather.
+    # The backward pass uses the weights that its recomputation gathered.
     uses = 1 + trains
     add("all-gather", shards, uses * pieces * item * whole, uses * pieces * layers, 0.9)
     add("all-gather", shards, pieces * item * projection, pieces, 0.0)
     if trains:
         add("reduce-scatter", shards, pieces * item * whole * setup.trained, pieces * layers, 0.9)
-        # Among devices that hold the same parameters each microbatch's gradients are summed as they are made, in the
-        # compute type; those of the table once, in float32 where XLA looks it up (`llmctl.model.embedding_lookup`).
+        # Over data, each microbatch's gradients are summed in the compute type as soon as they exist. The table's are
+        # summed once, in float32 if XLA does the lookup (`llmctl.model.embedding_lookup`).
         own, wide = entries(model, setup.mesh), item if setup.size(*shards) > 1 else 4.0
         add("all-reduce", ("data",), item * own.layers * setup.trained * pieces, pieces * layers, 0.0)
         add("all-reduce", ("data",), wide * own.table * setup.trained, 1, 0.0)
         add("all-reduce", ("data", *shards), item * projection * pieces * setup.trained, pieces, 0.0)
-    # Embeddings: columns of tokens are traded, or the table is gathered and its gradient scattered.
+    # Embeddings: devices exchange columns of tokens, or gather the table and scatter its gradient.
     passes, table = pieces * (1 + trains), model.vocab_size / setup.size("tensor")
     if setup.tokens < table:
         add("all-to-all", shards, passes * item * D * setup.tokens, passes, 0.0)
     else:
         add("all-gather", shards, passes * item * D * table, passes, 0.0)
-    # After attention and after the feed-forward layer, forward and backward; the second is not needed again.
+    # After attention and after the feed-forward layer, forward and backward; recomputation repeats only the first.
     halves = 2 * (1 + trains) + (again and setup.remat in AGAIN)
     stream = item * D * setup.tokens
     add("all-reduce", ("tensor",), halves * pieces * layers * stream, halves * pieces * layers, 0.0)
-    # Around the ring once a pass, with one block too many at the end, which a recomputation leaves out; backward: keys,
-    # values and their float32 gradients.
+    # Keys and values pass around the ring once per pass, plus one unused block that a recomputation leaves out. The
+    # backward pass also sends their float32 gradients.
     ring = setup.size("context")
-    turns = (ring * (1 + 3 * trains) + (ring - 1) * (again and setup.remat in AGAIN)) * pieces * layers
+    sends = (ring * (1 + 3 * trains) + (ring - 1) * (again and setup.remat in AGAIN)) * pieces * layers
     keys = heads - model.heads * model.head_dim / setup.size("tensor")
-    add("collective-permute", ("context",), turns * item * keys * setup.tokens, turns, 0.9)
+    add("collective-permute", ("context",), sends * item * keys * setup.tokens, sends, 0.9)
     return found

@@ -1,8 +1,8 @@
-"""Memory of a step from config and mesh alone: arithmetic, no compiler and no arrays.
+"""Estimate the memory of a step from config and mesh alone, without a compiler.
 
-It follows what XLA keeps: the state (arguments), what the forward scan saves of every layer, and the fullest of three
-moments: the loss, with the output projection whole on every device; the backward pass of the layer that runs first,
-beside the gradients of all; the update. `recipes/bench/plan_model.md` holds it against compiled programs.
+The model follows what XLA keeps: the state (arguments), what the forward scan saves per layer, and the larger of two
+peaks. One is the loss, with the output projection gathered on every device. The other is the backward pass of the last
+layer to finish, beside the gradients of all layers. `recipes/bench/plan_model.md` compares it with compiled programs.
 """
 
 from __future__ import annotations
@@ -18,104 +18,104 @@ from llmctl.model.config import ModelConfig
 ITEM = {"float32": 4, "bfloat16": 2}
 AXES = ("pipeline", "data", "fsdp", "context", "tensor")
 LOGITS = 16 * 2**20
-"""Bytes of the float32 logits that a chunk of the loss makes (`llmctl.model.chunked_loss.CHUNK_BYTES`)."""
+"""Bytes of the float32 logits per chunk of the loss (`llmctl.model.chunked_loss.CHUNK_BYTES`)."""
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "lion": 1.0, "adafactor": 0.0, "muon": 1.0}
-"""Float32 arrays of the optimizer beside a matrix of a layer; muon leaves the rest to AdamW."""
+"""Float32 arrays of the optimizer per matrix of a layer; muon uses AdamW for all other parameters."""
 AGAIN = ("full", "qkv")
-"""Recomputations that repeat matrix products."""
+"""Settings of `remat` that repeat matrix products."""
 FACTORED_FROM = 128
-"""As `llmctl.train.optim` has it."""
+"""Least side of a matrix with factored statistics; the same as in `llmctl.train.optim`."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device."""
+    """Memory of one device, in bytes."""
 
     parameters: float
     optimizer: float
     temporaries: float
-    """Gradients, activations and what lives between operations."""
+    """Gradients, activations and intermediate results."""
     batch: float
     cache: float
     """Keys and values, or calibration statistics."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all classes."""
         return self.parameters + self.optimizer + self.temporaries + self.batch + self.cache
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A step to be estimated."""
+    """A training step or forward pass whose memory and work are estimated."""
 
     model: ModelConfig
     mesh: Mapping[str, int]
-    """Axis -> size; axes that are not there are 1."""
+    """Size of each axis; a missing axis has size 1."""
     rows: int
-    """Sequences a step, over all devices and microbatches."""
+    """Sequences per step, over all devices and microbatches."""
     seq_len: int
-    """Tokens of one, of an encoder's where there is one."""
+    """Tokens per sequence; of the encoder, if there is one."""
     dtype: str = "bfloat16"
     """Compute type."""
     remat: str = "none"
     accumulate: int = 1
     optimizer: str = ""
-    """Empty: nothing is trained."""
+    """Name of the optimizer; empty for a forward pass."""
     ema: bool = False
     trained: float = 1.0
-    """Share of the parameters that is trained (LoRA's pairs: entries over the model's)."""
+    """Fraction of the parameters that is trained (LoRA: entries of the pairs over those of the model)."""
     stored: float = 0.0
-    """Bytes held besides, a parameter of the model: a frozen base, a teacher; without training the model itself."""
+    """Further bytes held per parameter of the model: a frozen base, a teacher, or the model of a forward pass."""
     fused: bool = True
-    """The platform's attention kernel, which holds no scores."""
+    """Attention runs in the platform's kernel, which stores no scores."""
     eight: Mapping[str, float] = field(default_factory=dict)
-    """Share of the layers' products that are in 8 bits, by type: int8, float8."""
+    """Fraction of the layers' matrix products that is in 8 bits, by type: int8, float8."""
     beside: float = 0.0
-    """Operations of a step, over all devices, of what runs beside the model (a teacher)."""
+    """Operations per step, over all devices, of another model that runs beside it (a teacher)."""
     cached: int = 0
-    """Tokens a row in the cache of keys and values."""
+    """Tokens per sequence in the cache of keys and values."""
     predicted: float = 1.0
-    """Share of the tokens that the output projection runs over."""
+    """Fraction of the tokens that the output projection reads."""
     written: int = 0
-    """Tokens a sequence of the decoder beside an encoder, where they are others."""
+    """Tokens per sequence of a decoder beside an encoder, if they differ from the encoder's."""
     hessians: bool = False
-    """Whether calibration keeps the second moments [I, I] of every matrix's input, of one layer."""
+    """Calibration keeps the second moments [I, I] of every matrix's input, of one layer."""
 
     def size(self, *axes: str) -> int:
-        """Devices along these axes."""
+        """Return the number of devices along these axes."""
         return math.prod(self.mesh.get(axis, 1) for axis in axes)
 
     @property
     def item(self) -> int:
-        """Bytes a number of activations."""
+        """Bytes per number of an activation."""
         return ITEM[self.dtype]
 
     @property
     def own_rows(self) -> float:
-        """Sequences of one device and one microbatch."""
+        """Sequences per device and microbatch."""
         return self.rows / self.accumulate / self.size("data", "fsdp")
 
     @property
     def last(self) -> float:
-        """Tokens of one device and one microbatch, in the stack that runs last."""
+        """Tokens per device and microbatch, in the stack that runs last."""
         return self.own_rows * (self.written or self.seq_len) / self.size("context")
 
     @property
     def tokens(self) -> float:
-        """Tokens of one device and one microbatch, on average over the layers."""
+        """Tokens per device and microbatch, averaged over the layers."""
         first, layers = self.model.encoder_layers, self.model.layers
         read = self.own_rows * self.seq_len / self.size("context")
         return (first * read + layers * self.last) / (first + layers) if self.written else read
 
     @property
     def depth(self) -> float:
-        """Layers of one device, both stacks."""
+        """Layers per device, of both stacks."""
         return (self.model.layers + self.model.encoder_layers) / self.size("pipeline")
 
 
 def of_training(model: ModelConfig, train: TrainConfig, optim: OptimConfig, mesh: Mapping[str, int]) -> Setup:
-    """The step of `pretrain` or a full `finetune`; `replace` fields for LoRA, a teacher or the plain attention."""
+    """Return the step of a training in which all parameters are trained."""
     return Setup(
         model=model, mesh=mesh, rows=train.batch_size, seq_len=train.seq_len, dtype=train.dtype, remat=train.remat,
         accumulate=train.accumulate, optimizer=optim.name, ema=bool(optim.ema),
@@ -130,25 +130,25 @@ def has_kernel(model: ModelConfig, attention: str, mesh: Mapping[str, int]) -> b
 
 @dataclass(frozen=True)
 class Entries:
-    """Parameters of one device."""
+    """Number of parameters on one device."""
 
     layers: float
     """Matrices of the layers."""
     table: float
     """Input embeddings."""
     head: float
-    """Output projection of its own; 0 where it is the table."""
+    """Output projection; 0 if it is tied to the table."""
     rest: float
-    """Norms and biases, whole everywhere, and tables of positions."""
+    """Norms and biases, which are replicated, and tables of positions."""
 
     @property
     def total(self) -> float:
-        """All."""
+        """Sum of all."""
         return self.layers + self.table + self.head + self.rest
 
 
 def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
-    """What a device of a mesh holds: fsdp, context and tensor split every matrix, pipeline the layers."""
+    """Return the parameters per device: fsdp, context and tensor split every matrix, pipeline splits the layers."""
     found = flops.parameters(model)
     ways = math.prod(size.get(a, 1) for a in ("fsdp", "context", "tensor"))
     matrices = model.layers * flops._matrices(model, cross=model.encoder_layers > 0)
@@ -160,13 +160,13 @@ def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
     pooled = model.pooler and model.head not in ("tokens", "span") and (model.head != "lm" or model.next_sentence)
     squares = pooled + (model.head == "lm" and model.head_transform)
     wide = model.d_model * (rows + model.d_model * squares)
-    residual = size.get("fsdp", 1) * size.get("context", 1)  # what is as wide as the residual stream, but no matrix
+    residual = size.get("fsdp", 1) * size.get("context", 1)  # as wide as the residual stream, but no matrices
     rest += wide / residual - wide
     return Entries(matrices / ways / size.get("pipeline", 1), table / ways, head / ways, rest)
 
 
 def estimate(setup: Setup) -> Memory:
-    """Bytes of one device at the fullest moment of a step."""
+    """Return the bytes of one device at the peak of a step."""
     own = entries(setup.model, setup.mesh)
     trained = 4.0 * setup.trained * (2 if setup.ema else 1) if setup.optimizer else 0.0
     return Memory(
@@ -189,7 +189,7 @@ def _optimizer(setup: Setup, own: Entries) -> float:
 
 
 def _factored(setup: Setup, own: Entries) -> float:
-    """Adafactor: a row and a column of statistics of a matrix whose sides are long enough, else all of it."""
+    """Return the bytes of Adafactor's statistics: a row and a column per matrix if its sides are long, else all."""
     model = setup.model
     D, F = model.d_model, model.d_ff
     sides = [(D, model.heads * model.head_dim)] * 2 + [(D, model.kv_heads * model.head_dim)] * 2
@@ -200,34 +200,34 @@ def _factored(setup: Setup, own: Entries) -> float:
 
 
 def widths(setup: Setup) -> tuple[float, float, float]:
-    """Numbers a token of one device: (residual stream, a feed-forward activation, queries, keys and values)."""
+    """Return the numbers per token and device of the residual stream, one feed-forward activation, and q, k and v."""
     model, tensor = setup.model, setup.size("tensor")
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
     return float(model.d_model), model.d_ff / tensor, heads / tensor
 
 
 def saved(setup: Setup) -> float:
-    """Bytes that the forward pass keeps of one layer for the backward pass."""
+    """Return the bytes per layer that the forward pass keeps for the backward pass."""
     D, F, heads = widths(setup)
     ffs, item = (2 if setup.model.gated else 1), setup.item
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
-    if setup.remat in ("full", "offload"):  # its input; the rest of what "minimal" keeps waits in the host's memory
+    if setup.remat in ("full", "offload"):  # the layer's input; offload moves the rest to the host
         numbers = item * D
     elif setup.remat == "qkv":
         numbers = item * (D + heads)
-    elif setup.remat == "minimal":  # and what the products made, but the last one, which nothing reads again
+    elif setup.remat == "minimal":  # and the results of the products; the last one is not read again
         numbers = item * (D + heads + D + ffs * F)
-        if not setup.fused:  # the plain form's backward pass finds its result as well, and two numbers a head
+        if not setup.fused:  # plain attention also keeps its result, and two numbers per head
             numbers += item * queries + 8.0 * setup.model.heads / setup.size("tensor")
-    else:  # norms in float32 as well, what is multiplied, and the steps of the activation
+    else:  # also norms in float32, operands of the products, and intermediate results of the activation
         numbers = 4 * 3 * D + item * (3 * D + 2 * heads + queries + (ffs + 2) * F) + 4.0
     return numbers * setup.tokens + (0.0 if setup.remat != "none" else scores(setup) / 3)
 
 
 def scores(setup: Setup) -> float:
-    """Bytes of attention's scores where no kernel hides them: probabilities, their gradient and a copy, float32.
+    """Return the bytes of attention's scores in the plain form: probabilities, their gradient and a copy, float32.
 
-    Around a ring a device sees its own queries against one device's keys at a time.
+    In ring attention a device computes its own queries against one device's keys at a time.
     """
     if setup.fused:
         return 0.0
@@ -236,7 +236,7 @@ def scores(setup: Setup) -> float:
 
 
 def training(setup: Setup, own: Entries) -> float:
-    """Temporary bytes of a training step."""
+    """Return the temporary bytes of a training step."""
     D, F, heads = widths(setup)
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
     unit = setup.item * setup.tokens
@@ -244,39 +244,39 @@ def training(setup: Setup, own: Entries) -> float:
     copies = setup.item * own.layers if setup.item < 4 else 0.0  # of the matrices, in the compute type
     projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor") if setup.model.head == "lm" else 0
     gradients = 4.0 * setup.trained * (own.layers + own.table + own.head)
-    sums = gradients if setup.accumulate > 1 else 0.0  # of the microbatches so far
-    # The projection and its gradient, in float32, are whole while the loss is taken.
+    sums = gradients if setup.accumulate > 1 else 0.0  # of earlier microbatches
+    # The loss gathers the projection, and its gradient is in float32.
     loss = projection * (setup.item + 4.0) + 3 * unit * D + 2 * logits(setup)
-    # What the last layer's backward pass has in hand: five times the residual stream and four of the feed-forward
-    # activations ("minimal": without what was saved), queries, keys and values, and what attention made of them.
+    # The backward pass of one layer holds five residual streams and four feed-forward activations ("minimal": without
+    # the saved ones), queries, keys and values, and the result of attention.
     layer = 5 * D + 4 * F + heads + queries if setup.remat != "minimal" else 4 * D + 2 * F + queries
-    backward = gradients + unit * layer + scores(setup) + whole(setup, own)
+    backward = gradients + unit * layer + scores(setup) + gathered(setup, own)
     return kept + copies + sums + max(loss, backward)
 
 
-def whole(setup: Setup, own: Entries) -> float:
-    """Bytes of the gathered matrices that the backward pass of a layer holds: the one at hand.
+def gathered(setup: Setup, own: Entries) -> float:
+    """Return the bytes of gathered matrices that the backward pass of a layer holds: one matrix.
 
-    Those that it recomputes with it keeps for what follows: a pass gathers them once.
+    If the layer is recomputed, the matrices stay gathered from the recomputation to the gradients.
     """
     ways = setup.size("fsdp", "context")
     if ways == 1:
         return 0.0
     if setup.remat in AGAIN:
-        kept = setup.model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0  # whose matrices are not needed
+        kept = setup.model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0  # their matrices are not needed
         return setup.item * (own.layers * ways / setup.depth - kept)
     return setup.item * setup.model.d_model * setup.model.d_ff / setup.size("tensor")
 
 
 def forward(setup: Setup, own: Entries) -> float:
-    """Temporary bytes of a forward pass: of one layer, of the logits, and keys and values on their way to the cache."""
-    gathered = setup.item * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
+    """Return the temporary bytes of a forward pass: one layer, the logits, and keys and values for the cache."""
+    projection = setup.item * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
     written = _cache(setup) if setup.seq_len > 1 else 0.0
-    return layer(setup) + logits(setup) + gathered + written
+    return layer(setup) + logits(setup) + projection + written
 
 
 def logits(setup: Setup) -> float:
-    """Bytes of the float32 logits of a chunk: of a token of every row at least."""
+    """Return the bytes of the float32 logits of a chunk, which has at least one token of every sequence."""
     if setup.model.head != "lm":
         return 0.0
     a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")
@@ -284,8 +284,11 @@ def logits(setup: Setup) -> float:
 
 
 def layer(setup: Setup, times: int = 1) -> float:
-    """Temporary bytes of so many forward passes through a layer: scores and their probabilities where no kernel hides
-    them, else two feed-forward activations; the residual stream twice; the largest matrix, where it is gathered."""
+    """Return the temporary bytes of `times` forward passes through a layer.
+
+    They are scores and probabilities (plain attention) or two feed-forward activations, whichever is larger; two
+    residual streams; and the largest matrix, if it is gathered.
+    """
     D, F, _ = widths(setup)
     unit = setup.item * setup.tokens
     matrix = setup.item * D * F if setup.size("fsdp", "context") > 1 else 0.0
@@ -300,7 +303,7 @@ def _cache(setup: Setup) -> float:
 
 
 def _statistics(setup: Setup) -> float:
-    """Float32 second moments of the inputs of every matrix of one layer."""
+    """Return the bytes of the float32 second moments of the inputs of every matrix of one layer."""
     if not setup.hessians:
         return 0.0
     model = setup.model

@@ -1,6 +1,6 @@
-"""The best ways to lay a step over a slice: every mesh, recomputation and accumulation, by the model first.
+"""Search the meshes, recomputations and accumulations of a step for the fastest and the smallest.
 
-Few programs are compiled: those that the model finds fastest among the ones that fit.
+The analytic model ranks all of them. Only the programs that it finds fastest among those that fit are compiled.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from llmctl.plan.topologies import Topology
 
 REMATS = ("none", "minimal", "qkv", "full")
 MARGIN = 1.1
-"""The model may be that much above what it says fits: what it is wrong by, and more is compiled than refused."""
+"""Tolerance of the memory estimate: a candidate up to this factor above the capacity is still compiled."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run a step, and what it costs."""
+    """One layout of a step and its cost."""
 
     setup: Setup
     memory: float
     """Bytes of one device."""
     seconds: float
-    """A step."""
+    """Time of a step."""
     compiled: bool = False
     recipe: tuple[str, ...] = ()
-    """Lines of the stage's recipe that say so."""
+    """Lines of the stage's recipe with this layout."""
 
     @property
     def axes(self) -> dict[str, int]:
-        """The mesh, without the axes that are not used."""
+        """The mesh without axes of size 1."""
         sizes = {axis: self.setup.size(axis) for axis in analytic_memory.AXES}
         return {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
-"""A setup -> (bytes of one device, seconds a step) of the compiled program, or None where it does not fit."""
+"""Compile a setup: return the bytes of one device and the seconds per step, or None if it does not fit."""
 
 
 def meshes(
     setup: Setup, devices: int, *, axes: Sequence[str] = ("data", "fsdp", "context", "tensor")
 ) -> Iterator[Setup]:
-    """The step on every mesh of `devices` that divides the model and the batch."""
+    """Yield the step on every mesh of `devices` that divides the model and the batch."""
     model = setup.model
     for sizes in _splits(devices, len(axes)):
         mesh = dict.fromkeys(analytic_memory.AXES, 1) | dict(zip(axes, sizes, strict=True))
@@ -60,7 +60,7 @@ def meshes(
 
 
 def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write `number` as a product of so many factors, in order."""
+    """Yield every ordered factorization of `number` into `parts` factors."""
     if parts == 1:
         yield (number,)
         return
@@ -69,23 +69,23 @@ def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def pieces(setup: Setup) -> Iterable[int]:
-    """Numbers of microbatches that divide the batch over the mesh."""
+    """Yield the numbers of microbatches that divide the batch over the mesh."""
     rows = setup.rows // setup.size("data", "fsdp")
     return (n for n in range(1, rows + 1) if rows % n == 0 and n & (n - 1) == 0)
 
 
 def modelled(setup: Setup, topology: Topology) -> Candidate:
-    """What the model says of a step."""
+    """Return the analytic model's cost of a step."""
     memory, line = analytic_memory.estimate(setup), roofline.of(analytic_counts.counts(setup), topology, setup.mesh)
     return Candidate(setup, memory.total, line.seconds if line else float("inf"))
 
 
 def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
-    """Every way that the model finds to fit, fastest first, the emptier memory first among equals."""
+    """Return every layout that fits by the model: fastest first, then smallest first."""
     found = []
     for on_mesh in meshes(setup, topology.devices):
         if topology.platform == "tpu" and on_mesh.size("data") % topology.slices:
-            continue  # the data axis runs over the slices
+            continue  # the data axis spans the slices
         for remat in REMATS:
             for accumulate in pieces(on_mesh):
                 one = modelled(replace(on_mesh, remat=remat, accumulate=accumulate), topology)
@@ -95,7 +95,7 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
 
 
 def front(found: Iterable[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both time and memory, fastest first (the Pareto front)."""
+    """Return the Pareto front of time and memory, fastest first."""
     out: list[Candidate] = []
     for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
         if not out or c.memory < out[-1].memory:
@@ -104,9 +104,9 @@ def front(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
-    """The front of the compiled programs; `best` of them are compiled, taken from the model's front, then its fastest.
+    """Return the Pareto front of the compiled programs.
 
-    One that turns out not to fit is left out, and the next takes its place.
+    Candidates are compiled in the order of the model's own front, then of its speed, until `best` of them fit.
     """
     ordered = candidates(setup, topology)
     first = front(ordered)
@@ -121,9 +121,10 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 
 
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
-    """The smallest of `slices` (ordered) on which a compiled program fits, and that program; None where none does.
+    """Return the first of `slices` on which a compiled program fits, and that program; None if there is none.
 
-    Tried are the fastest by the model, the fastest that fits however wrong the model is, and the emptiest.
+    Three candidates are compiled per slice: the fastest by the model, the fastest with a margin of memory, and the
+    smallest.
     """
     for topology in slices:
         ordered = candidates(setup, topology)

@@ -1,4 +1,4 @@
-"""`plan --search` and `plan --fit`: what `llmctl.plan.mesh_search` finds for a recipe's stage, by its own programs."""
+"""Search layouts of a recipe's training stage with its own programs: `plan --search` and `plan --fit`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ Say = Callable[[str], None]
 
 
 def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[Candidate]:
-    """The front of step time against memory of a training stage over the meshes of `topology`, all of it compiled.
+    """Return the Pareto front of step time and memory of a training stage on `topology`, all of it compiled.
 
-    Raises RequestError where no such stage trains, or nothing fits.
+    Raises:
+      RequestError: there is no such training stage, or nothing fits.
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, topology)
@@ -42,9 +43,10 @@ def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[C
 
 
 def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> tuple[Topology, Candidate]:
-    """The first of `slices` on which a training stage fits, compiled there.
+    """Return the first of `slices` on which a training stage fits, and the compiled candidate.
 
-    Raises RequestError where no such stage trains, or it fits none.
+    Raises:
+      RequestError: there is no such training stage, or it fits on none.
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, slices[0])
@@ -58,7 +60,11 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
 
 
 def training_step(recipe: Recipe, stage: str) -> Step:
-    """The named stage, or the first that trains. Raises RequestError where there is none."""
+    """Return the named stage, or the first that trains.
+
+    Raises:
+      RequestError: there is none.
+    """
     found = {step.name: step for step in recipe.steps if hasattr(step.config, "optim")}
     if not found or (stage and stage not in found):
         raise RequestError(
@@ -68,8 +74,8 @@ def training_step(recipe: Recipe, stage: str) -> Step:
 
 
 def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
-    """The model's view of a stage: what it trains and what it holds besides are read off its own arrays."""
-    # On one device: the recipe's mesh is what is looked for, and every batch divides.
+    """Return a stage's step for the analytic model; trained and held parameters are counted from its own arrays."""
+    # One device: the mesh is the unknown of the search, and every batch divides by 1.
     alone = _edited(recipe, step, {"data": 1}, {})
     _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
     assert isinstance(program.work, Pass)
@@ -80,11 +86,11 @@ def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
 
 
 def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
-    """A candidate with its lines to paste: the mesh, and all that the stage's training settings say, changed."""
+    """Return a candidate with its lines for the recipe: the mesh and the stage's training settings, changed."""
     config: Any = step.config
     changed = config.train.model_copy(update={"remat": one.setup.remat, "accumulate": one.setup.accumulate})
     train = changed.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
-    # Axes that the recipe names are said also where they are 1: those of a shared section would be merged in.
+    # Axes that the recipe names are written even if they are 1: a shared section would be merged in otherwise.
     named = {name: one.setup.mesh.get(name, config.mesh.dcn) for name in config.mesh.model_fields_set}
     mesh = one.axes | named
     return replace(
@@ -93,7 +99,7 @@ def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
 
 
 def _edited(recipe: Recipe, step: Step, mesh: Mapping[str, int], train: dict[str, Any]) -> Recipe:
-    """The recipe with another mesh and other settings of training in one stage."""
+    """Return the recipe with another mesh and other training settings in one stage."""
     config: Any = step.config
     update = {"mesh": MeshConfig(**mesh), "train": config.train.model_copy(update=train)}
     new = replace(step, config=config.model_copy(update=update))
@@ -110,7 +116,7 @@ def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> mesh_
         say(f"{axes}, remat {setup.remat}, accumulate {setup.accumulate}:")
         try:
             found = planner.plans(edited, topology, [step.name], say=say)[-1]
-        except RequestError as e:  # a mesh that this network or objective does not run on
+        except RequestError as e:  # the network or the objective does not run on this mesh
             say(str(e))
             return None
         seconds, memory = found["step_seconds"], report.size(found["hbm_bytes"]["total"])
@@ -122,7 +128,7 @@ def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> mesh_
 
 
 def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
-    """The front as one object, fastest first."""
+    """Return the front as one JSON object, fastest first."""
     return {
         "topology": topology.name,
         "chips": topology.chips,
@@ -137,7 +143,7 @@ def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
 
 
 def table(found: Sequence[Candidate], topology: Topology) -> Table:
-    """The front, fastest first."""
+    """Return the table of the front, fastest first."""
     from rich.table import Table
 
     out = Table(title=f"{topology.name}: step time against memory", title_justify="left")
@@ -156,7 +162,7 @@ def table(found: Sequence[Candidate], topology: Topology) -> Table:
 
 
 def lines(found: Sequence[Candidate]) -> Text:
-    """What to put in the stage's place of its own mesh and train, for each of the front: to be copied, so not boxed."""
+    """Return the lines that replace the stage's mesh and train, per candidate: without a frame, to be copied."""
     from rich.text import Text
 
     said = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))

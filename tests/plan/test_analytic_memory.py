@@ -132,10 +132,11 @@ def test_matrices_that_recomputation_gathered_wait_for_the_gradients():
     small = {"batch_size": 8, "seq_len": 2, "mesh": {"fsdp": 8}}
     layer, ff = 128 * 32 * 2 * 6 + 3 * 128 * 384, 128 * 384
     sizes = {
-        r: analytic_memory.whole(setup(remat=r, **small), analytic_memory.entries(MODEL, {"fsdp": 8})) for r in REMATS
+        r: analytic_memory.gathered(setup(remat=r, **small), analytic_memory.entries(MODEL, {"fsdp": 8}))
+        for r in REMATS
     }
     assert sizes == {"full": 2 * layer, "qkv": 2 * (layer - 128 * 32 * 8), "minimal": 2 * ff, "none": 2 * ff}
-    assert analytic_memory.whole(setup(mesh={"data": 8}), analytic_memory.entries(MODEL, {"data": 8})) == 0
+    assert analytic_memory.gathered(setup(mesh={"data": 8}), analytic_memory.entries(MODEL, {"data": 8})) == 0
 
 
 def test_logits_are_those_of_a_chunk():
