@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from llmctl.artifacts.artifact import Artifact
 from llmctl.compress.settings import CalibrationConfig
 from llmctl.config.errors import RequestError
-from llmctl.data import prefetch, splits
-from llmctl.data.device_batches import Feed
+from llmctl.data import splits
+from llmctl.data.device_batches import DeviceBatches
 from llmctl.data.examples import made_up
 from llmctl.data.examples.task_rows import COLUMNS, task_rows
 from llmctl.data.splits import Examples
@@ -42,15 +42,15 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
     if labels and base.manifest.labels and list(chosen.classes) != base.manifest.labels:
         raise RequestError(f"data: classes {list(chosen.classes)} are not those of {base.path}, {base.manifest.labels}")
     rows = _rows(config, base, chosen, tokenizers.load(base.tokenizer_dir), labels)
-    feed = Feed(mesh, _size(mesh, min(config.batch_size, len(rows))))
+    batches = DeviceBatches.covering(mesh, config.batch_size, len(rows))
 
     def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         filler = batch["row_weight"][:, None] == 0  # rows that only fill the last batch
         read = _read(base.model, batch, labels)
-        return feed.place(read | {k: np.where(filler, 0, v) for k, v in read.items() if k.endswith("segments")})
+        return batches.place(read | {k: np.where(filler, 0, v) for k, v in read.items() if k.endswith("segments")})
 
-    with prefetch.eval_batches(rows, feed.size, place=place, spans=feed.spans) as batches:
-        return [batch for _, batch in batches]
+    with batches.once(rows, place=place) as steps:
+        return [batch for _, batch in steps]
 
 
 def abstract(
@@ -61,11 +61,11 @@ def abstract(
     Arguments and errors as of `load`; nothing of the data is read.
     """
     head, seq_len = base.model.head, sequence_length(config, base)
-    feed = Feed(mesh, _size(mesh, min(config.batch_size, config.examples)))
+    batches = DeviceBatches.covering(mesh, config.batch_size, config.examples)
     columns = COLUMNS[head] if labels or head in ("lm", "span") else ()
     examples = made_up.examples(config.data, columns, seq_len, base.manifest.labels)
     row = _rows(config, base, examples, made_up.TOKENIZER, labels)[0]
-    return feed.abstract(_read(base.model, row, labels)), -(-config.examples // feed.size)
+    return batches.abstract(_read(base.model, row, labels)), -(-config.examples // batches.size)
 
 
 def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
@@ -78,12 +78,6 @@ def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
             f"{base.path}: seq_len {seq_len} is longer than its longest sequence ({base.model.max_seq_len})"
         )
     return seq_len
-
-
-def _size(mesh: Mesh, rows: int) -> int:
-    """Return the rows of a batch, rounded up to what the mesh splits."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-rows // ways) * ways
 
 
 def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str, Any]:

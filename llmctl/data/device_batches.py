@@ -1,82 +1,273 @@
-"""The way of a batch onto the devices: each process builds the rows that its devices hold, and no others."""
+"""Turn rows into batches on the devices, built in background threads ahead of the step that reads them.
+
+Step k holds rows [k * B, (k + 1) * B). The only state is the next step, so a run that stops and resumes, on any number
+of processes, reads the same global batches. Each process builds the rows that its own devices hold, and no others.
+
+    batches = DeviceBatches(mesh, 32)
+    with batches.training(rows, start=100, stop=200) as steps:
+        for step, batch in steps:
+            state, metrics = train_step(state, batch)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
+import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
-from llmctl.data import prefetch
+from llmctl.config.settings import TrainConfig
+from llmctl.data.pretraining.packing import Batch
 from llmctl.distributed import context_parallel, host_arrays, processes
 from llmctl.distributed import mesh as meshes
 
+T = TypeVar("T")
 
-class Feed:
-    """Batches of `size` rows over `mesh`: `spans` for `llmctl.data.prefetch` to build, `place` for what it built.
 
-    Where devices share sequences rows are put in balanced order, unless `reading_order` leaves them as they are, split
-    by rows alone (on every device whole, where the rows do not divide).
+class Rows(Protocol):
+    """Random-access rows; `batch` builds many at once."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows_B: np.ndarray) -> Batch:
+        """Return the rows of these numbers as arrays with leading axis B."""
+        ...
+
+
+def training_rows(train: TrainConfig) -> int:
+    """Return the number of rows that a whole training run reads."""
+    return train.steps * train.batch_size
+
+
+def validation_rows(train: TrainConfig) -> int:
+    """Return the number of rows that a validation reads at most."""
+    return train.eval_batches * train.batch_size
+
+
+def row_shapes(rows: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array of one row."""
+    return {name: a.shape for name, a in rows[0].items()}
+
+
+class Prefetch(Iterator[tuple[int, T]], Generic[T]):
+    """Iterate over (step, batch) of batches that threads build ahead. Close it, or use it as a context manager.
+
+    A failure in a thread is raised by `next` at the step it belongs to.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, size: int, reading_order: bool = False) -> None:
-        self.mesh, self.size, self.reading_order = mesh, size, reading_order
-        self.spans = prefetch.local_spans(self.lies(1), size) if processes.count() > 1 else None
-        """Parts [first, last) of a batch that this process needs; None is all of it."""
+    def __init__(self, build: Callable[[int], T], start: int, stop: int, threads: int, buffer: int):
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+        steps = grain.MapDataset.source(_Steps(build, stop)).to_iter_dataset(options)
+        self._iterator = iter(steps)
+        self._step = start
+        self._iterator.set_state({"next_index": start})
+        self.wait_seconds = 0.0
+        """Time spent in `next` so far, in seconds: what the input costs the training loop."""
 
-    def lies(self, ndim: int) -> NamedSharding:
-        """How an array of rows [B, ...] lies in reading order."""
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        whole = self.reading_order and self.size % ways != 0
-        return meshes.replicated(self.mesh) if whole else meshes.batch_sharding(self.mesh, ndim)
+    @property
+    def step(self) -> int:
+        """The step that `next` returns."""
+        return self._step
+
+    def get_state(self) -> dict[str, int]:
+        """Return the state that a checkpoint keeps: the next step."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continue from a saved state, an earlier or a later one."""
+        self._step = state["step"]
+        self._iterator.set_state({"next_index": self._step})
+
+    def __next__(self) -> tuple[int, T]:
+        begun = time.perf_counter()
+        try:
+            batch = next(self._iterator)
+        except BaseException:
+            self.close()
+            raise
+        self.wait_seconds += time.perf_counter() - begun
+        self._step += 1
+        return self._step - 1, batch
+
+    def close(self) -> None:
+        """Stop the threads and drop the batches they have begun. Idempotent."""
+        self._iterator.close()
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_iterator"):
+            self.close()
+
+
+class _Steps(Generic[T]):
+    """Batch number k, for Grain to read: random access, so that threads may build several at once."""
+
+    def __init__(self, build: Callable[[int], T], steps: int):
+        self._build, self._steps = build, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, index: int) -> T:
+        return self._build(int(index))
+
+
+def prefetch(
+    rows: Rows,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    place: Callable[[Batch], Any] | None = None,
+    *,
+    spans: Sequence[tuple[int, int]] | None = None,
+    once: bool = False,
+    threads: int = 2,
+    buffer: int = 4,
+) -> Prefetch[Any]:
+    """Iterate over batches [batch_size, ...], without end if `stop` is not given.
+
+    Args:
+      rows: Random-access rows.
+      batch_size: Rows per global batch, over all processes.
+      start: First step. A resumed run passes the step it stopped at.
+      stop: Step to end before.
+      place: Called with each batch in a background thread (to copy it to the devices). Its result is the batch.
+      spans: Parts [first, last) of the global batch that this process builds, ascending (`local_spans`). A batch then
+        holds only those rows, concatenated. None builds all rows.
+      once: Read every row of the first epoch exactly once. Batches have `row_weight` float32 [B], 1 for rows that
+        count. The last batch is filled with copies of the last row, whose `row_weight` (and `weights`) are 0.
+      threads: Number of background threads.
+      buffer: Most batches built ahead.
+    """
+    local_L = np.concatenate([np.arange(a, b) for a, b in spans]) if spans is not None else np.arange(batch_size)
+
+    def build(step: int) -> Any:
+        index_B = step * batch_size + local_L
+        batch = _filled(rows, index_B) if once else rows.batch(index_B)
+        return batch if place is None else place(batch)
+
+    end = -(-len(rows) // batch_size) if once else 2**62 // batch_size
+    if stop is not None:
+        end = min(end, max(stop, start))
+    return Prefetch(build, start, end, threads, buffer)
+
+
+def _filled(rows: Rows, index_B: np.ndarray) -> Batch:
+    """Return rows of the first epoch; copies of the last row, of weight 0, stand for those after it."""
+    batch = rows.batch(np.minimum(index_B, len(rows) - 1))
+    batch["row_weight"] = (index_B < len(rows)).astype(np.float32)
+    if "weights" in batch:
+        batch["weights"] = batch["weights"] * batch["row_weight"][:, None]
+    return batch
+
+
+class DeviceBatches:
+    """Batches of `size` rows, sharded over `mesh`.
+
+    If devices share sequences (mesh axis `context`), the tokens of a row are put in balanced order. `reading_order`
+    keeps the order of the text and shards by rows alone; a size that does not divide is replicated.
+    """
+
+    def __init__(self, mesh: Mesh, size: int, reading_order: bool = False) -> None:
+        self.mesh, self.size, self.reading_order = mesh, size, reading_order
+        self.spans = local_spans(self.row_sharding(1), size) if processes.count() > 1 else None
+        """Parts [first, last) of a batch that this process builds; None is all of it."""
+
+    @classmethod
+    def covering(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
+        """Return batches that read so many rows once: `size` rows each, or all of them, rounded up to the mesh."""
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        return cls(mesh, -(-min(size, rows) // ways) * ways)
+
+    def training(self, rows: Rows, start: int, stop: int, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
+        """Iterate over the batches of steps [start, stop), placed on the devices (by `place` if given)."""
+        return prefetch(rows, self.size, start, stop, place or self.place, spans=self.spans)
+
+    def once(self, rows: Rows, limit: int | None = None, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
+        """Iterate over every row once, at most `limit` batches, with `row_weight` as in `prefetch`."""
+        return prefetch(rows, self.size, stop=limit, place=place or self.place, spans=self.spans, once=True)
 
     def abstract(self, row: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes, types and shardings of a batch on the devices.
-
-        Args:
-          row: one row, arrays without the leading [B].
-        """
+        """Return the shapes, dtypes and shardings of a batch of rows like `row`; the mesh need not be attached."""
         batch = {name: np.asarray(a)[None] for name, a in row.items()}
-        if self.reading_order:
-            shardings = {name: self.lies(a.ndim) for name, a in batch.items()}
-        else:
+        if not self.reading_order:
             batch = context_parallel.balanced(batch, self.mesh.shape["context"])
-            shardings = meshes.batch_shardings(batch, self.mesh)
-        types = {name: jax.dtypes.canonicalize_dtype(a.dtype) for name, a in batch.items()}
+        shardings, types = self.shardings(batch), jax.dtypes.canonicalize_dtype
         return {
-            name: jax.ShapeDtypeStruct((self.size, *a.shape[1:]), types[name], sharding=shardings[name])
+            name: jax.ShapeDtypeStruct((self.size, *a.shape[1:]), types(a.dtype), sharding=shardings[name])
+            for name, a in batch.items()
+        }
+
+    def row_sharding(self, ndim: int) -> NamedSharding:
+        """Return the sharding of an array of rows [B, ...] in reading order."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        replicated = self.reading_order and self.size % ways != 0
+        return meshes.replicated(self.mesh) if replicated else meshes.batch_sharding(self.mesh, ndim)
+
+    def shardings(self, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
+        """Return the sharding of each array: over its rows, and over the sequence if devices share sequences."""
+        if self.reading_order or self.mesh.shape["context"] == 1:
+            return {name: self.row_sharding(a.ndim) for name, a in batch.items()}
+        along = {name: a.ndim > 1 and context_parallel.runs_along(name) for name, a in batch.items()}
+        return {
+            name: meshes.sharding(["batch", "seq"] + [None] * (a.ndim - 2), self.mesh)
+            if along[name]
+            else self.row_sharding(a.ndim)
             for name, a in batch.items()
         }
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The rows of `spans` -> the whole batch on the devices of all processes."""
-        spans = self.spans
-        if self.reading_order:
-            shardings = {name: self.lies(a.ndim) for name, a in batch.items()}
-        elif spans is None:
-            return meshes.place(batch, self.mesh)
-        else:
+        """Return the whole batch on the devices of all processes, from the rows of `spans`."""
+        if not self.reading_order and self.mesh.shape["context"] > 1:
             batch = context_parallel.balanced(batch, self.mesh.shape["context"])
-            shardings = meshes.batch_shardings(batch, self.mesh)
-        if spans is None:
+        shardings = self.shardings(batch)
+        if self.spans is None:
             return jax.device_put(batch, shardings)
+        return {name: self._assembled(a, shardings[name], self.spans) for name, a in batch.items()}
+
+    def _assembled(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
+        """Return the global array of which this process holds `rows`."""
         begins = np.cumsum([0, *(last - first for first, last in spans)])
 
-        def held(index: Any, rows: np.ndarray) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(self.size)
             at = next(i for i, (a, b) in enumerate(spans) if a <= first and last <= b)
             start = begins[at] + first - spans[at][0]
             return rows[(slice(start, start + last - first), *index[1:])]
 
-        return {
-            name: jax.make_array_from_callback(
-                (self.size, *a.shape[1:]), shardings[name], lambda index, a=a: held(index, a)
-            )
-            for name, a in batch.items()
-        }
+        return jax.make_array_from_callback((self.size, *rows.shape[1:]), sharding, part)
 
-    def whole(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-        """The rows of all processes on the host of each, of a `batch` in reading order and how it was `placed`."""
+    def gathered(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+        """Return the rows of all processes on every host, from a `batch` in reading order and how it was `placed`."""
         return batch if self.spans is None else {name: host_arrays.read(a) for name, a in placed.items()}
+
+
+def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) -> dict[str, jax.Array]:
+    """Return a host batch, the same in every process, as device arrays; arguments as in `DeviceBatches`."""
+    found = {name: np.asarray(a) for name, a in batch.items()}
+    layout = DeviceBatches(mesh, len(next(iter(found.values()))), reading_order)
+    if not reading_order:
+        found = context_parallel.balanced(found, mesh.shape["context"])
+    return {name: host_arrays.put(found[name], s) for name, s in layout.shardings(found).items()}
+
+
+def local_spans(sharding: Any, batch_size: int) -> list[tuple[int, int]]:
+    """Return the parts [first, last) of the batch axis that this process's devices hold under a sharding."""
+    index = sharding.addressable_devices_indices_map((batch_size,)).values()
+    found = sorted({s.indices(batch_size)[:2] for (s,) in index})
+    merged: list[tuple[int, int]] = []
+    for first, last in found:
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return merged

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
-from llmctl.distributed import context_parallel, device_order, host_arrays, host_memory, processes
+from llmctl.distributed import device_order, host_memory
 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stubs: this has no type
 
@@ -185,25 +184,3 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Return the sharding of a batch array [B, ...]."""
     return sharding(["batch"] + [None] * (ndim - 1), mesh)
-
-
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return the sharding of each batch array, over its rows and over its sequence axis if it has one."""
-
-    def names(name: str, ndim: int) -> list[str | None]:
-        return (["batch", "seq" if context_parallel.runs_along(name) else None] + [None] * ndim)[:ndim]
-
-    return {name: sharding(names(name, a.ndim), mesh) for name, a in batch.items()}
-
-
-def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Transfer a host batch to the devices, in zig-zag order if the mesh shards sequences.
-
-    The batch must be the same in every process. `llmctl.data.device_batches` places rows that each process builds for
-    itself.
-    """
-    batch = context_parallel.balanced(batch, mesh.shape["context"])
-    shardings = batch_shardings(batch, mesh)
-    if processes.count() > 1:
-        return {k: host_arrays.put(a, shardings[k]) for k, a in batch.items()}
-    return jax.device_put(batch, shardings)

@@ -15,8 +15,7 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data import prefetch
-from llmctl.data.device_batches import Feed
+from llmctl.data.device_batches import DeviceBatches
 from llmctl.data.examples.labelled import SequencePairRows
 from llmctl.data.examples.task_rows import objective, task_rows
 from llmctl.data.pretraining import baselines
@@ -35,7 +34,9 @@ Outcome = tuple[str, str, dict[str, Any], Any, dict[str, np.ndarray]]
 """(task, protocol, metrics, compiled step, one host batch)."""
 
 
-def measure(artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, feed: Feed) -> Outcome:
+def measure(
+    artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, batches: DeviceBatches
+) -> Outcome:
     """A language model on all rows of the held-out texts.
 
     Args:
@@ -44,22 +45,24 @@ def measure(artifact: Artifact, examples: Examples, split: str, seq_len: int, dt
         split: their name.
         seq_len: tokens a row.
         dtype: compute type.
-        feed: the way onto the devices.
+        batches: size and sharding of the batches.
 
     Raises RequestError where the tokenizer lacks the special tokens.
     """
     model = artifact.model
     tokenizer, asked = tokenizers.load(artifact.tokenizer_dir), objective(model)
     rows, name = task_rows(model, examples, tokenizer, seq_len, shuffle=False), asked.name
-    step, metrics = _scored(artifact, rows, dtype, feed, asked.sentinels(tokenizer))
+    step, metrics = _scored(artifact, rows, dtype, batches, asked.sentinels(tokenizer))
     task = {"masked": "masked tokens", "next_sentence": "masked tokens"}.get(name, name)
     protocol = (
         f"{split} split, {len(examples)} examples in {len(rows)} rows of {seq_len} tokens, {ASKED[name]}, {dtype}"
     )
-    return task, protocol, metrics, step, _inputs(rows, feed)
+    return task, protocol, metrics, step, _inputs(rows, batches)
 
 
-def complete(artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, feed: Feed) -> Outcome:
+def complete(
+    artifact: Artifact, examples: Examples, split: str, seq_len: int, dtype: str, batches: DeviceBatches
+) -> Outcome:
     """Perplexity of completions given prompts that an encoder reads, `seq_len` tokens of each. As `measure`.
 
     Completions are whole, however long, and their ends are not scored: a word and a byte are then what they are for
@@ -74,22 +77,22 @@ def complete(artifact: Artifact, examples: Examples, split: str, seq_len: int, d
             f"{artifact.path}: the longest completion and its end have {rows.written} tokens, its longest sequence "
             f"{most}; leave such pairs out with data.filter, or shorten them"
         )
-    step, metrics = _scored(artifact, rows, dtype, feed)
+    step, metrics = _scored(artifact, rows, dtype, batches)
     metrics |= perplexity.metrics(metrics["nll"] * metrics["predicted_tokens"],
                                   perplexity.count(texts, metrics["predicted_tokens"]))  # fmt: skip
     protocol = f"{split} split, {len(examples)} completions each given its prompt ({rows.cut} cut to {seq_len} tokens "
     protocol += f"for the encoder), every token once, {dtype}"
-    return "perplexity", protocol, metrics, step, _inputs(rows, feed)
+    return "perplexity", protocol, metrics, step, _inputs(rows, batches)
 
 
 def _scored(
-    artifact: Artifact, rows: Any, dtype: str, feed: Feed, sentinels: Sequence[int] = ()
+    artifact: Artifact, rows: Any, dtype: str, batches: DeviceBatches, sentinels: Sequence[int] = ()
 ) -> tuple[Any, dict[str, Any]]:
     """(compiled step, its means over all rows beside what one scores without looking)."""
     step = scorer(artifact.model, dtype)
     total: dict[str, float] = {}
-    with prefetch.eval_batches(rows, feed.size, place=feed.place, spans=feed.spans) as batches:
-        for _, batch in batches:
+    with batches.once(rows) as steps:
+        for _, batch in steps:
             found = {k: float(v) for k, v in step(artifact.params, batch).items()}
             total = {k: total.get(k, 0.0) + v for k, v in found.items()}
     metrics: dict[str, Any] = {k: float(v) for k, v in chunked_loss.means(total).items()}
@@ -98,9 +101,9 @@ def _scored(
     return step, metrics | baselines.guesses(rows, len(rows), sentinels) | {"predicted_tokens": int(total["weight"])}
 
 
-def _inputs(rows: Any, feed: Feed) -> dict[str, np.ndarray]:
+def _inputs(rows: Any, batches: DeviceBatches) -> dict[str, np.ndarray]:
     """The first rows, to time."""
-    return rows.batch(np.arange(feed.size) % len(rows)) | {"row_weight": np.ones(feed.size, np.float32)}
+    return rows.batch(np.arange(batches.size) % len(rows)) | {"row_weight": np.ones(batches.size, np.float32)}
 
 
 def scorer(model: ModelConfig, dtype: str) -> Any:

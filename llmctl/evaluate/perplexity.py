@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.data import prefetch
-from llmctl.data.device_batches import Feed
+from llmctl.data.device_batches import DeviceBatches
 from llmctl.distributed import host_arrays
 from llmctl.evaluate import sliding_window
 from llmctl.model import chunked_loss, functional
@@ -119,10 +118,9 @@ def total_nll(
     *,
     context: int,
     stride: int,
-    batch_size: int,
+    batches: DeviceBatches,
     given: Sequence[int] | None = None,
     dtype: str = "float32",
-    feed: Feed | None = None,
 ) -> tuple[float, int]:
     """Compute the summed NLL of tokenized documents.
 
@@ -133,10 +131,9 @@ def total_nll(
         prefix: Token before each document (see `sliding_window.Rows`).
         context: Maximum number of inputs per window.
         stride: Number of newly scored tokens per window.
-        batch_size: Number of rows per step.
+        batches: Size and sharding of the batches of windows.
         given: Number of leading tokens of each document that are context only.
         dtype: Dtype of the computation. The sum over rows is in float64 on the host.
-        feed: Transfer of batches to the devices.
 
     Returns:
         The summed NLL in nats, and the number of scored tokens.
@@ -144,8 +141,7 @@ def total_nll(
     rows = sliding_window.Rows(documents, prefix, context, stride, given)
     step = row_nll(model, dtype)
     total = 0.0
-    place, spans = (feed.place, feed.spans) if feed else (None, None)
-    with prefetch.eval_batches(rows, batch_size, place=place, spans=spans) as batches:
-        for _, batch in batches:
+    with batches.once(rows) as steps:
+        for _, batch in steps:
             total += float(np.sum(host_arrays.read(step(params, batch)), dtype=np.float64))
     return total, rows.scored

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import DataConfig
-from llmctl.data.device_batches import Feed
 from llmctl.data.examples import made_up
 from llmctl.data.examples.task_rows import COLUMNS, task_rows
 from llmctl.distributed import mesh as meshes
@@ -84,4 +83,4 @@ def _batch(data: DataConfig, model: ModelConfig, setup: Setup) -> dict[str, jax.
         text = made_up.MadeUp(data, COLUMNS[model.head], setup.seq_len)
         row = task_rows(model, text.splits["train"], made_up.TOKENIZER, setup.seq_len, shuffle=False)[0]
         row = row if model.head == "lm" else {key: row[key] for key in READ if key in row}
-    return Feed(setup.mesh, setup.batch_size, reading_order=True).abstract(row)
+    return setup.batches().abstract(row)

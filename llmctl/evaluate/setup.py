@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llmctl.config.errors import RequestError
-from llmctl.data import prefetch
+from llmctl.data import device_batches
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import Corpus, cached
-from llmctl.data.device_batches import Feed
+from llmctl.data.device_batches import DeviceBatches, Rows
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import host_arrays
@@ -59,6 +59,10 @@ class Setup:
     truncate: Truncate
     dtype: str
 
+    def batches(self) -> DeviceBatches:
+        """Return the batches that the model is evaluated on, in reading order."""
+        return DeviceBatches(self.mesh, self.batch_size, reading_order=True)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -73,12 +77,6 @@ class Measured:
     """Runs the model on one batch and waits for it."""
     units: dict[str, int]
     """What a batch holds, by the name of its rate: {"examples_per_second": 32}."""
-
-
-def place(mesh: Mesh, batch: Batch) -> Batch:
-    """A host batch, the same in every process, on the devices of `mesh` as `answers` puts it there."""
-    lies = Feed(mesh, len(next(iter(batch.values()))), reading_order=True).lies
-    return {name: host_arrays.put(np.asarray(a), lies(np.ndim(a))) for name, a in batch.items()}
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
@@ -101,7 +99,7 @@ READ = ("tokens", "segments", "positions", "types")
 def answers(
     step: Callable[[functional.Params, Batch], Any],
     params: functional.Params,
-    rows: prefetch.Rows,
+    rows: Rows,
     setup: Setup,
     reads: tuple[str, ...] = READ,
 ) -> Iterator[tuple[Batch, Any]]:
@@ -109,20 +107,20 @@ def answers(
 
     Each process builds the rows that its devices hold; all of them are told all rows.
     """
-    feed = Feed(setup.mesh, setup.batch_size, reading_order=True)
+    batches = setup.batches()
 
     def place(batch: Batch) -> tuple[Batch, Batch]:
-        return batch, feed.place({k: a for k, a in batch.items() if k in reads or feed.spans is not None})
+        return batch, batches.place({k: a for k, a in batch.items() if k in reads or batches.spans is not None})
 
-    with prefetch.eval_batches(rows, setup.batch_size, place=place, spans=feed.spans) as batches:
-        for _, (batch, placed) in batches:
+    with batches.once(rows, place=place) as steps:
+        for _, (batch, placed) in steps:
             found = step(params, {k: placed[k] for k in reads if k in placed})
-            batch = feed.whole(batch, placed)
+            batch = batches.gathered(batch, placed)
             real = batch["row_weight"] > 0
             yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: host_arrays.read(a)[r], found)
 
 
-def first(rows: prefetch.Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
+def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
     """A batch of the first rows, to time."""
     batch = rows.batch(np.arange(setup.batch_size) % len(rows))
     return {k: batch[k] for k in reads if k in batch}
@@ -132,5 +130,7 @@ def programs(
     step: Callable[..., Any], params: functional.Params, inputs: Batch, mesh: Mesh
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """(one row, the whole batch) as calls that wait for their result; the inputs are on the devices already."""
-    one, many = (place(mesh, {k: v[:n] for k, v in inputs.items()}) for n in (1, None))
+    one, many = (
+        device_batches.place({k: v[:n] for k, v in inputs.items()}, mesh, reading_order=True) for n in (1, None)
+    )
     return lambda: jax.block_until_ready(step(params, one)), lambda: jax.block_until_ready(step(params, many))

@@ -13,7 +13,6 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data.device_batches import Feed
 from llmctl.data.examples.labelled import ClassificationRows
 from llmctl.data.examples.task_rows import completes
 from llmctl.data.tokenizers import loading as tokenizers
@@ -97,10 +96,9 @@ def predict_text(artifact: Artifact, held: Held, setup: Setup) -> Measured:
         prefix,
         context=setup.seq_len,
         stride=setup.stride,
-        batch_size=setup.batch_size,
+        batches=setup.batches(),
         given=given,
         dtype=setup.dtype,
-        feed=Feed(setup.mesh, setup.batch_size, reading_order=True),
     )
     protocol = likelihood.Protocol(
         held.split,
@@ -130,9 +128,8 @@ def predict_parts(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     pairs = completes(artifact.model, held.examples.columns)
     measure = objectives.complete if pairs else objectives.measure
     task, protocol, metrics, step, inputs = measure(
-        artifact, held.examples, held.split, setup.seq_len, setup.dtype,
-        Feed(setup.mesh, setup.batch_size, reading_order=True),
-    )  # fmt: skip
+        artifact, held.examples, held.split, setup.seq_len, setup.dtype, setup.batches()
+    )
     single, batched = programs(step, artifact.params, inputs, setup.mesh)
     tokens = setup.batch_size * sum(a.shape[1] for name, a in inputs.items() if name.endswith("tokens"))
     return Measured(task, protocol, metrics, single, batched, {"tokens_per_second": tokens})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from llmctl.data.device_batches import row_shapes
 from llmctl.evaluate.metrics import entities
 from llmctl.model import flops
 from llmctl.model.config import ModelConfig
@@ -65,12 +66,12 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
         z_loss=settings.z_loss,
         temperature=learner.temperature,
     )
-    beside = flops.of_rows(learner.beside, shapes(rows)) if learner.beside else 0.0
+    beside = flops.of_rows(learner.beside, row_shapes(rows)) if learner.beside else 0.0
     return loop.Job(
         params=learner.params,
         loss=learner.loss or own,
         model=model,
-        flops=3 * flops.of_rows(model, shapes(rows)) + beside,
+        flops=3 * flops.of_rows(model, row_shapes(rows)) + beside,
         rows=rows,
         validate=validate,
         **learner.how,
@@ -104,8 +105,3 @@ def run(
     made = job(config, learner, rows, held_out)
     params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)
     return params, metrics, held_out
-
-
-def shapes(rows: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of each array of a row."""
-    return {name: a.shape for name, a in rows[0].items()}

@@ -16,8 +16,7 @@ import numpy as np
 
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.config.settings import OptimConfig, TrainConfig
-from llmctl.data import prefetch
-from llmctl.data.device_batches import Feed
+from llmctl.data.device_batches import DeviceBatches
 from llmctl.distributed import context_parallel, processes
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.model import attention_kernels, functional, pipeline_parallel, weights
@@ -142,7 +141,7 @@ class _Loop:
         self.metric = train.best_by or job.metric
         self.keeps_best = job.keep_best or bool(train.best_by)
         self.skips = 0
-        self.feed = Feed(mesh, train.batch_size)
+        self.batches = DeviceBatches(mesh, train.batch_size)
 
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint's `meta` where the best parameters that it names are not there.
@@ -166,10 +165,7 @@ class _Loop:
         timer, compiled = throughput.Timer(), False
         if meta.pop("unvalidated", False):
             meta = self.validate(done, state, meta)
-        rows = prefetch.batches(
-            self.job.rows, train.batch_size, done, train.steps, place=self.place, spans=self.feed.spans
-        )
-        with rows as batches:
+        with self.batches.training(self.job.rows, done, train.steps, self.place) as batches:
             while done < train.steps and not meta.get("stopped"):
                 self.profile.before(done + 1)
                 with timer.waiting():
@@ -220,7 +216,7 @@ class _Loop:
         """Host rows -> device arrays split over the batch, and the number of real tokens."""
         tokens = sum(int(np.count_nonzero(batch[name])) for name in ("segments", "encoder_segments") if name in batch)
         # Of several processes each counts its own rows, and takes the others for alike.
-        return self.feed.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
+        return self.batches.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
 
     def log(self, done: int, metrics: Sums, state: State, timer: throughput.Timer) -> None:
         values = {k: float(v) for k, v in metrics.items()}

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.data.device_batches import Feed
+from llmctl.data.device_batches import DeviceBatches, row_shapes
 from llmctl.model import flops as cost
 from llmctl.model import functional, quantized_matmul, weights
 from llmctl.model.program import Pass, Program, Tree
@@ -32,7 +32,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
     train = config.train
     job = training.job(config, learner, rows, validate=None)
     runs = step.program(job, train, config.optim, mesh, config.seed)
-    batch = Feed(mesh, train.batch_size).abstract(rows[0])
+    batch = DeviceBatches(mesh, train.batch_size).abstract(rows[0])
 
     def trace() -> Any:
         with step.context(mesh, train):
@@ -79,7 +79,7 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any) -> Pass:
     """Return the step in the terms of the analytic model."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
-    row = training.shapes(rows)
+    row = row_shapes(rows)
     return Pass(
         optim=config.optim,
         attention=config.train.attention,

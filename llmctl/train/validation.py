@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl.data import prefetch
-from llmctl.data.device_batches import Feed
+from llmctl.data.device_batches import DeviceBatches, Rows
 from llmctl.distributed import mesh as meshes
 from llmctl.model import chunked_loss
 from llmctl.model.losses import Loss
@@ -18,11 +17,9 @@ from llmctl.train import preemption
 class Validation:
     """`validation(params)` -> {"loss", "accuracy", ...}, each the mean by weight over the rows. Compiles once."""
 
-    def __init__(self, loss: Loss, rows: Any, batch_size: int, batches: int, mesh: jax.sharding.Mesh) -> None:
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    def __init__(self, loss: Loss, rows: Rows, batch_size: int, batches: int, mesh: jax.sharding.Mesh) -> None:
         self.rows, self.limit, self.mesh = rows, batches, mesh
-        self.batch_size = -(-min(batch_size, len(rows)) // ways) * ways
-        self.feed = Feed(mesh, self.batch_size)
+        self.batches = DeviceBatches.covering(mesh, batch_size, len(rows))
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:
@@ -31,9 +28,8 @@ class Validation:
         Raises stopping.Asked in the middle of it where a run is asked for an end.
         """
         total: Any = None
-        read = prefetch.eval_batches(self.rows, self.batch_size, self.limit, self.feed.place, spans=self.feed.spans)
-        with meshes.use(self.mesh), read as batches:
-            for _, batch in batches:
+        with meshes.use(self.mesh), self.batches.once(self.rows, self.limit) as steps:
+            for _, batch in steps:
                 preemption.heed()
                 sums = self._sums(params, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)

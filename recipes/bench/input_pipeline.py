@@ -31,21 +31,20 @@ def trained(recipe: str, run: Path, steps: int) -> tuple[str, list[dict[str, flo
 
 def alone(recipe: str, artifact: Path, cache: Path, batches: int) -> float:
     """Return the tokens per second of building the stage's batches and putting them on the devices."""
-    from llmctl.data import prefetch
-    from llmctl.data.device_batches import Feed
+    from llmctl.data.device_batches import DeviceBatches
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh as meshes
     from llmctl.pipeline import recipe as recipes
 
     config = recipes.read(recipe).steps[0].config
-    feed = Feed(meshes.make(config.mesh), config.train.batch_size)
+    feeding = DeviceBatches(meshes.make(config.mesh), config.train.batch_size)
     rows = Text(config.data).rows(
         "train", loading.load(artifact / "tokenizer"), config.train.seq_len, cache,
         seed=config.seed, packing=config.packing,
     )  # fmt: skip
     first = batches // 10
-    with prefetch.batches(rows, config.train.batch_size, place=feed.place, spans=feed.spans) as built:
+    with feeding.training(rows, 0, first + batches) as built:
         for _ in range(first):  # threads start and pages are loaded
             next(built)
         began = time.perf_counter()

@@ -45,6 +45,7 @@ def ours() -> Callable[[], float]:
     import numpy as np
 
     from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
+    from llmctl.data import device_batches
     from llmctl.distributed import mesh as meshes
     from llmctl.model.config import ModelConfig
     from llmctl.model.losses import loss_of
@@ -69,7 +70,7 @@ def ours() -> Callable[[], float]:
         "segments": ones,
         "positions": np.arange(LENGTH, dtype=np.int32) * ones,
     }
-    batch = meshes.place(batch, mesh)
+    batch = device_batches.place(batch, mesh)
 
     def run() -> float:
         nonlocal state

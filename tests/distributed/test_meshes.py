@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
+from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import loss_of
@@ -63,7 +64,7 @@ def program(architecture, axes):
         lies = loop.state_shardings(optimizer, OPTIM, named, mesh)
         state = jax.jit(lambda n: fresh(optimizer, OPTIM, n), out_shardings=lies)(named)
         lowered = jax.jit(step, out_shardings=(lies, None)).lower(
-            state, ({}, ()), meshes.place(batch_of(architecture, 0), mesh)
+            state, ({}, ()), device_batches.place(batch_of(architecture, 0), mesh)
         )
         return lowered.compile(), state, mesh
 
@@ -72,7 +73,7 @@ def curve(architecture, axes):
     compiled, state, mesh = program(architecture, axes)
     out = []
     for step in range(TRAIN.steps):
-        state, metrics = compiled(state, ({}, ()), meshes.place(batch_of(architecture, step), mesh))
+        state, metrics = compiled(state, ({}, ()), device_batches.place(batch_of(architecture, step), mesh))
         out.append([float(metrics[name]) for name in ("loss", "accuracy")])
     return np.asarray(out)
 

@@ -109,8 +109,10 @@ def test_two_processes_keep_checkpoints_and_bests_beside_each_other(tmp_path):
 
 SCRIPT = """
 import os, sys, time
-from llmctl import cli, fate, hosts
-from llmctl.errors import RequestError
+from llmctl.cli import app as cli
+from llmctl.config.errors import RequestError
+from llmctl.distributed import liveness as fate
+from llmctl.distributed import processes as hosts
 fate.GRACE = 0.2
 def work(*_, **__):
     hosts.join(*[kind(sys.argv[i]) for i, kind in ((2, str), (4, int), (6, int)) if len(sys.argv) > 1])
@@ -186,18 +188,19 @@ def test_every_stage_makes_with_two_processes_what_it_makes_with_one(tmp_path):
 
 BATCHES = """import hashlib
     from pathlib import Path
-    from llmctl import arrays, feed, mesh
-    from llmctl.data import DataConfig, pipeline
-    from llmctl.data.byte_tokenizer import ByteTokenizer
-    from llmctl.data.language import Text
-    from llmctl.settings import MeshConfig
+    from llmctl.config.settings import MeshConfig
+    from llmctl.data.config import DataConfig
+    from llmctl.data.device_batches import DeviceBatches
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+    from llmctl.distributed import host_arrays, mesh
     text = Text(DataConfig(source="text", path="corpus.txt", documents="line"))
     rows = text.rows("train", ByteTokenizer.new(0), 32, Path("cache"))
-    fed = feed.Feed(mesh.make(MeshConfig(data=2, fsdp=2)), 8)
-    assert hosts.count() == 1 or sum(b - a for a, b in fed.spans) == 8 // hosts.count()
-    with pipeline.batches(rows, 8, FIRST, LAST, fed.place, spans=fed.spans) as batches:
-        for step, batch in batches:
-            whole = {name: arrays.read(a).tobytes() for name, a in sorted(batch.items())}
+    batches = DeviceBatches(mesh.make(MeshConfig(data=2, fsdp=2)), 8)
+    assert hosts.count() == 1 or sum(b - a for a, b in batches.spans) == 8 // hosts.count()
+    with batches.training(rows, FIRST, LAST) as steps:
+        for step, batch in steps:
+            whole = {name: host_arrays.read(a).tobytes() for name, a in sorted(batch.items())}
             print(step, hashlib.sha256(repr(whole).encode()).hexdigest())
 """
 
@@ -218,9 +221,9 @@ def test_any_number_of_processes_reads_the_same_global_batches(tmp_path):
 
 
 ANSWERS = """import jax, numpy as np
-    from llmctl import mesh
+    from llmctl.config.settings import MeshConfig
+    from llmctl.distributed import mesh
     from llmctl.evaluate.setup import Setup, answers
-    from llmctl.settings import MeshConfig
     built = set()
     class Rows:
         def __len__(self):
@@ -246,8 +249,8 @@ def test_an_error_in_one_process_ends_the_other(tmp_path):
     assert first == (2, "", "llmctl: process 1 of 2: no such file\n") and second == (2, "", "")
 
 
-UNLIKE = """from llmctl import chain, recipe
-    chain.run(recipe.read('recipe.toml', 'run', [f'stage.0.train.checkpoint_every={2 + hosts.index()}']))
+UNLIKE = """from llmctl.pipeline import recipe, runner
+    runner.run(recipe.read('recipe.toml', 'run', [f'stage.0.train.checkpoint_every={2 + hosts.index()}']))
 """
 
 

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl.config.settings import MeshConfig
+from llmctl.data.device_batches import DeviceBatches
+from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import perplexity as P
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
+ONE = meshes.make(MeshConfig())
 MODEL = ModelConfig(vocab_size=23, d_model=8, layers=2, heads=2, kv_heads=1, head_dim=4, d_ff=12, max_seq_len=64)
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [4, 9], [20], [3, 1, 4, 1, 5, 9, 2, 6]]
 
@@ -49,19 +53,23 @@ def by_hand(params, documents, context, stride):
 
 @pytest.mark.parametrize(("context", "stride"), [(8, 8), (8, 3)])
 def test_each_target_is_scored_once_in_its_own_window(params, context, stride):
-    got, tokens = P.total_nll(MODEL, params, DOCUMENTS, 2, context=context, stride=stride, batch_size=2)
+    got, tokens = P.total_nll(
+        MODEL, params, DOCUMENTS, 2, context=context, stride=stride, batches=DeviceBatches(ONE, 2)
+    )
     assert tokens == sum(len(d) for d in DOCUMENTS)
     assert got == pytest.approx(by_hand(params, DOCUMENTS, context, stride), rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(params):
     nothing = jax.tree.map(jnp.zeros_like, params)
-    nll, tokens = P.total_nll(MODEL, nothing, DOCUMENTS, 2, context=8, stride=8, batch_size=4)
+    nll, tokens = P.total_nll(MODEL, nothing, DOCUMENTS, 2, context=8, stride=8, batches=DeviceBatches(ONE, 4))
     assert math.exp(nll / tokens) == pytest.approx(23, rel=1e-6)
 
 
 def test_the_batch_size_does_not_matter(params):
-    some = [P.total_nll(MODEL, params, DOCUMENTS, 2, context=8, stride=4, batch_size=b)[0] for b in (1, 4)]
+    some = [
+        P.total_nll(MODEL, params, DOCUMENTS, 2, context=8, stride=4, batches=DeviceBatches(ONE, b))[0] for b in (1, 4)
+    ]
     np.testing.assert_allclose(some[0], some[1], rtol=1e-6)
 
 

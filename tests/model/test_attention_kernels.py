@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmctl.config.settings import MeshConfig
+from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
 from llmctl.model import attention_kernels, functional
 from llmctl.model.attention import share
@@ -80,8 +81,8 @@ def test_a_model_on_a_mesh_attends_the_same():
         assert attention_kernels.describe(cfg, T, "float32") == "attention: splash (Pallas, interpreted)"
         placed = jax.device_put(params, functional.shardings(cfg, params, mesh))
         fused = jax.jit(lambda p, b: functional.hidden(cfg, p, b))
-        lowered = fused.lower(placed, meshes.place(batch, mesh))
-        got = lowered.compile()(placed, meshes.place(batch, mesh))
+        lowered = fused.lower(placed, device_batches.place(batch, mesh))
+        got = lowered.compile()(placed, device_batches.place(batch, mesh))
     np.testing.assert_allclose(got, plain, atol=1e-4)
 
 

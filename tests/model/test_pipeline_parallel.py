@@ -11,6 +11,7 @@ from llmctl.artifacts import artifact
 from llmctl.compress.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
+from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, pipeline_parallel, quantized_matmul, weights
 from llmctl.model.config import ModelConfig
@@ -49,7 +50,7 @@ def curve(model, axes):
         runs = step.program(job, TRAIN, OPTIM, mesh, 0)
         state, losses = runs.begin(runs.named), []
         for i in range(20):
-            state, metrics = runs.step(state, (runs.fixed, ()), meshes.place(batch_of(model, seed=i % 4), mesh))
+            state, metrics = runs.step(state, (runs.fixed, ()), device_batches.place(batch_of(model, seed=i % 4), mesh))
             losses.append(float(metrics["loss"]))
     return losses, state
 
@@ -162,7 +163,7 @@ def test_weights_of_every_kind_pass_through_stages():
                 whole = weights.rebuild(placed, weights.arrays(placed) | pairs)
                 return loss(whole, batch, jax.random.key(2))[0]
 
-            batch = meshes.place(batch_of(PLAIN), mesh)
+            batch = device_batches.place(batch_of(PLAIN), mesh)
             found.append(jax.jit(jax.value_and_grad(run))(pairs, placed, batch))
     (a, d_a), (b, d_b) = found
     np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -196,7 +197,7 @@ def test_block_by_block_is_the_pipeline():
     mesh = meshes.make(MeshConfig(pipeline=2, data=4))
     with meshes.use(mesh):
         params = loop.initialize(PLAIN, 0, mesh)
-        batch = meshes.place(batch_of(PLAIN), mesh)
+        batch = device_batches.place(batch_of(PLAIN), mesh)
         whole = jax.jit(lambda p, b: functional.hidden(PLAIN, p, b))(params, batch)
 
         def walk(params, batch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmctl.config.settings import MeshConfig
+from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -101,7 +102,7 @@ def test_a_mesh_agrees_with_one_device(head, axes):
     mesh = meshes.make(MeshConfig(**axes))
     with meshes.use(mesh):
         there = jax.device_put(params, functional.shardings(cfg, params, mesh))
-        many = jax.jit(grad)(there, meshes.place(batch, mesh))
+        many = jax.jit(grad)(there, device_batches.place(batch, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, jax.device_get(many))
 
 

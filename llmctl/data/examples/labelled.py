@@ -10,7 +10,7 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import Corpus, tokenize
-from llmctl.data.pretraining.objectives import Batch
+from llmctl.data.pretraining.packing import Batch
 from llmctl.data.shuffle import Epochs
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer

@@ -11,7 +11,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
 from llmctl.data.examples.labelled import ExampleRows, cut, padded
-from llmctl.data.pretraining.objectives import Batch
+from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 

@@ -12,7 +12,7 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.data.corpus import batched
 from llmctl.data.examples.labelled import ExampleRows, padded
-from llmctl.data.pretraining.objectives import Batch
+from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.data.pretraining.next_sentence import PairRows
-from llmctl.data.pretraining.objectives import Batch
-from llmctl.data.pretraining.packing import PackedRows
+from llmctl.data.pretraining.packing import Batch, PackedRows
 from llmctl.data.shuffle import permutation
 
 BLOCK = 1024

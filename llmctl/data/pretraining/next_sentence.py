@@ -13,7 +13,8 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.data.corpus import Documents
-from llmctl.data.pretraining.objectives import Batch, Packed, masked, places, uniform
+from llmctl.data.pretraining.objectives import masked, places, uniform
+from llmctl.data.pretraining.packing import Batch, Packed
 from llmctl.data.shuffle import Epochs
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 

@@ -12,8 +12,8 @@ from llmctl.data.config import Packing
 from llmctl.data.corpus import Documents
 from llmctl.data.pretraining import span_corruption
 from llmctl.data.pretraining.next_sentence import PairRows
-from llmctl.data.pretraining.objectives import causal, masked
-from llmctl.data.pretraining.packing import PackedRows
+from llmctl.data.pretraining.objectives import masked
+from llmctl.data.pretraining.packing import PackedRows, causal
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 

@@ -8,35 +8,14 @@ Legend: B rows, T tokens per row, P predicted positions per row, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from llmctl.data.pretraining.packing import Batch, Packed
 from llmctl.data.shuffle import hashed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
-Batch = dict[str, np.ndarray]
-
 _STREAM = 2**32
 """Offset of the objectives' "epochs" in `hashed`, which makes their numbers independent of the shuffle."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Rows [B, T] of packed documents, before an objective makes inputs and targets of them."""
-
-    rows: np.ndarray
-    """int64 [B]: the rows' numbers, for objectives that draw: what they draw must depend on nothing else."""
-    tokens: np.ndarray
-    """int32; `pad_id` where the segment is 0."""
-    next: np.ndarray
-    """int32: the token that follows in the same document, even where the row ends; else `pad_id`."""
-    follows: np.ndarray
-    """bool: whether there is such a token."""
-    segments: np.ndarray
-    """int32: 0 padding, 1.. documents."""
-    positions: np.ndarray
-    """int32, from 0 in every segment."""
 
 
 def draws(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
@@ -53,17 +32,6 @@ def uniform(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarra
 def eights(n: float) -> int:
     """Round `n` up to a multiple of 8, for static sizes that divide into chunks."""
     return -(-int(np.ceil(n)) // 8) * 8
-
-
-def causal(packed: Packed) -> Batch:
-    """Every token predicts the next one of its document; each token of a document but its first is predicted once."""
-    return {
-        "tokens": packed.tokens,
-        "targets": packed.next,
-        "weights": packed.follows.astype(np.float32),
-        "segments": packed.segments,
-        "positions": packed.positions,
-    }
 
 
 def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words: bool = False, seed: int = 0) -> Batch:

@@ -18,9 +18,39 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Packing
 from llmctl.data.corpus import Documents
-from llmctl.data.pretraining.objectives import Batch, Packed, causal
 from llmctl.data.shuffle import permutation
 from llmctl.data.tokenizers.base import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows [B, T] of packed documents, before an objective makes inputs and targets of them."""
+
+    rows: np.ndarray
+    """int64 [B]: the rows' numbers, for objectives that draw: what they draw must depend on nothing else."""
+    tokens: np.ndarray
+    """int32; `pad_id` where the segment is 0."""
+    next: np.ndarray
+    """int32: the token that follows in the same document, even where the row ends; else `pad_id`."""
+    follows: np.ndarray
+    """bool: whether there is such a token."""
+    segments: np.ndarray
+    """int32: 0 padding, 1.. documents."""
+    positions: np.ndarray
+    """int32, from 0 in every segment."""
+
+
+def causal(packed: Packed) -> Batch:
+    """Every token predicts the next one of its document; each token of a document but its first is predicted once."""
+    return {
+        "tokens": packed.tokens,
+        "targets": packed.next,
+        "weights": packed.follows.astype(np.float32),
+        "segments": packed.segments,
+        "positions": packed.positions,
+    }
 
 
 @dataclass(frozen=True)

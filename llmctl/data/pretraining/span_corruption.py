@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmctl.config.errors import RequestError
-from llmctl.data.pretraining.objectives import Batch, Packed, draws, eights, uniform
+from llmctl.data.pretraining.objectives import draws, eights, uniform
+from llmctl.data.pretraining.packing import Batch, Packed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 

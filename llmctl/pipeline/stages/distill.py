@@ -63,6 +63,7 @@ class Config(StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves the student in `ctx.out`."""
     from llmctl.artifacts import artifact
+    from llmctl.data.device_batches import training_rows
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
@@ -78,7 +79,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         raise RequestError(f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}")
 
     cache = ctx.work / "corpus"
-    needed = config.train.steps * config.train.batch_size
+    needed = training_rows(config.train)
     learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
     unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
     params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)

@@ -83,6 +83,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     import jax
 
     from llmctl.artifacts import artifact
+    from llmctl.data.device_batches import training_rows
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
@@ -97,7 +98,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     learns = make_learner(config, base, labels, devices)
 
     cache = ctx.work / "corpus"
-    needed = config.train.steps * config.train.batch_size
+    needed = training_rows(config.train)
     learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
     unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)

@@ -58,6 +58,7 @@ class Config(StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Trains and leaves a language model in `ctx.out`."""
     from llmctl.artifacts import artifact
+    from llmctl.data.device_batches import training_rows, validation_rows
     from llmctl.data.pretraining import baselines, next_sentence
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
@@ -80,7 +81,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             (ctx.work / "tokenizer.done").touch()
 
     cache = ctx.work / "corpus"
-    needed = config.train.steps * config.train.batch_size
+    needed = training_rows(config.train)
     learn = _rows(config, objective, text, "train", tokens, cache, shuffle=True, needed=needed)
     unseen = _rows(config, objective, text, "validation", tokens, cache, shuffle=False)
     if objective.name == "next_sentence":
@@ -88,8 +89,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         console.say(f"{config.title}: {learn.labelled:.0%} of the rows have a next-sentence pair, half of them true")
     blind: dict[str, float] = {}
     if objective.name != "causal":
-        held_out = config.train.batch_size * config.train.eval_batches
-        blind = baselines.guesses(unseen, held_out, objective.sentinels(tokens))
+        blind = baselines.guesses(unseen, validation_rows(config.train), objective.sentinels(tokens))
         console.say(f"{config.title}: knowing nothing of the context {baselines.describe(blind)}")
     learns = make_learner(config, base, tokens.vocab_size, devices)
     params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)

@@ -9,7 +9,8 @@ from llmctl.config.errors import RequestError
 from llmctl.data.corpus import tokenize
 from llmctl.data.pretraining import next_sentence, span_corruption
 from llmctl.data.pretraining.objective_rows import Objective, check, default
-from llmctl.data.pretraining.objectives import Packed, eights, masked
+from llmctl.data.pretraining.objectives import eights, masked
+from llmctl.data.pretraining.packing import Packed
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmctl.config.errors import RequestError
-from llmctl.data.prefetch import batches, eval_batches, local_spans
+from llmctl.data.device_batches import local_spans, prefetch
 
 
 class Numbers:
@@ -31,30 +31,30 @@ def taken(found):
 
 
 def test_step_k_holds_rows_k_b_and_on():
-    with batches(Numbers(5), 3, stop=4) as found:
+    with prefetch(Numbers(5), 3, stop=4) as found:
         assert taken(found) == {0: [0, 1, 2], 1: [3, 4, 5], 2: [6, 7, 8], 3: [9, 10, 11]}
         assert found.wait_seconds > 0
 
 
 def test_resuming_gives_what_would_have_followed():
-    with batches(Numbers(5), 4, stop=20) as found:
+    with prefetch(Numbers(5), 4, stop=20) as found:
         whole = taken(found)
-    with batches(Numbers(5), 4) as first:
+    with prefetch(Numbers(5), 4) as first:
         seen = taken(next(first) for _ in range(7))
         state = first.get_state()
         assert first.step == 7
-    with batches(Numbers(5), 4, start=state["step"], stop=20) as second:
+    with prefetch(Numbers(5), 4, start=state["step"], stop=20) as second:
         assert seen | taken(second) == whole
-    with batches(Numbers(5), 4, stop=20) as third:
+    with prefetch(Numbers(5), 4, stop=20) as third:
         next(third)
         third.set_state(state)
         assert seen | taken(third) == whole
-    with batches(Numbers(5), 4, start=9, stop=7) as none:
+    with prefetch(Numbers(5), 4, start=9, stop=7) as none:
         assert taken(none) == {}
 
 
 def test_processes_build_their_own_rows():
-    with batches(Numbers(9), 6, stop=2, spans=[(0, 1), (4, 6)]) as found:
+    with prefetch(Numbers(9), 6, stop=2, spans=[(0, 1), (4, 6)]) as found:
         assert taken(found) == {0: [0, 4, 5], 1: [6, 10, 11]}
 
 
@@ -63,7 +63,7 @@ def test_stopping_on_two_processes_and_going_on_with_one_or_four():
         share = 8 // processes
         each = []
         for p in range(processes):
-            with batches(Numbers(9), 8, start, stop, spans=[(p * share, (p + 1) * share)]) as found:
+            with prefetch(Numbers(9), 8, start, stop, spans=[(p * share, (p + 1) * share)]) as found:
                 each.append(taken(found))
         return {step: [row for process in each for row in process[step]] for step in each[0]}
 
@@ -85,12 +85,12 @@ def test_local_spans_are_the_rows_of_the_addressable_devices():
 
 
 def test_place_runs_on_every_batch():
-    with batches(Numbers(4), 2, stop=3, place=lambda b: {"tokens": -b["tokens"]}) as found:
+    with prefetch(Numbers(4), 2, stop=3, place=lambda b: {"tokens": -b["tokens"]}) as found:
         assert taken(found)[2] == [-4, -5]
 
 
 def test_a_failure_surfaces_at_its_step():
-    with batches(Numbers(100, bad=10), 4) as found:
+    with prefetch(Numbers(100, bad=10), 4) as found:
         assert next(found)[0] == 0
         assert next(found)[0] == 1
         with pytest.raises(RequestError, match=r"row 10 is bad"):
@@ -102,7 +102,7 @@ def prefetching():
 
 
 def test_threads_end_when_the_consumer_stops_early():
-    with batches(Numbers(4), 2) as found:
+    with prefetch(Numbers(4), 2) as found:
         next(found)
         threads = prefetching()
         assert threads
@@ -111,7 +111,7 @@ def test_threads_end_when_the_consumer_stops_early():
         assert not thread.is_alive()
     with pytest.raises(ValueError, match=r"closed"):
         next(found)
-    dropped = batches(Numbers(4), 2)
+    dropped = prefetch(Numbers(4), 2)
     next(dropped)
     threads = prefetching()
     del dropped
@@ -121,7 +121,7 @@ def test_threads_end_when_the_consumer_stops_early():
 
 
 def test_evaluation_covers_each_row_once():
-    with eval_batches(Numbers(7), 3) as found:
+    with prefetch(Numbers(7), 3, once=True) as found:
         last = {}
         rows = []
         for _, last in found:
@@ -129,5 +129,5 @@ def test_evaluation_covers_each_row_once():
     assert rows == list(range(7))
     assert last["tokens"][:, 0].tolist() == [6, 6, 6]
     assert last["row_weight"].tolist() == last["weights"][:, 0].tolist() == [1, 0, 0]
-    with eval_batches(Numbers(7), 3, limit=1) as found:
+    with prefetch(Numbers(7), 3, stop=1, once=True) as found:
         assert len(taken(found)) == 1
