@@ -209,8 +209,8 @@ def roundings(
         rounding.check(path, flat[path], inputs, group)
 
     def rounded(path: str, w: Any) -> Any:
-        array, _ = jax.eval_shape(lambda a: rounding.measured(a, scheme, chosen[path], group), w)
-        return weights.Quantized(array, "" if chosen[path] == -1 else activations)
+        node, _ = jax.eval_shape(lambda a: rounding.measured(a, scheme, chosen[path], group), w)
+        return rounding.with_activations(node, chosen[path], activations)
 
     small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
     left = functional.laid_out(model, weights.unflatten(small), mesh)

@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import qwix
 
 from llmctl.compress.schemes import SCHEMES
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
-from llmctl.model.weights import Quantized, Weight, dense, flatten, unflatten
+from llmctl.model.weights import Node, Weight, flatten, unflatten
 
 
 def quantize(
@@ -52,10 +51,9 @@ def quantize(
     errors: dict[str, float] = {}
     for path, inputs in chosen.items():
         w = flat[path]
-        array, error = measured(w, scheme, inputs, group)
+        node, error = measured(w, scheme, inputs, group)
         errors[path] = float(error)
-        table = inputs == -1  # rows are looked up; the product with a tied table keeps its activations
-        flat[path] = Quantized(array, "" if table else activations)
+        flat[path] = with_activations(node, inputs, activations)
     return unflatten(flat), errors
 
 
@@ -81,18 +79,23 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
         raise RequestError(f"group {group} does not divide the {size} inputs of {path}; groups near it that do: {near}")
 
 
+def with_activations(node: Node, inputs: int, activations: str) -> Node:
+    """Return the weight that also quantizes its activations, if they are wanted.
+
+    The rows of a table (`inputs` -1) are looked up, and the product with a tied table keeps its activations.
+    """
+    return node.with_activations(activations) if activations and inputs != -1 else node
+
+
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def measured(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[qwix.QArray, jax.Array]:
+def measured(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[Node, jax.Array]:
     """Quantize one weight and return it with its relative error."""
-    array = SCHEMES[scheme](w, inputs, group)
-    return array, relative_error(w, array)
+    node = SCHEMES[scheme](w, inputs, group)
+    return node, relative_error(w, node)
 
 
-def relative_error(w: jax.Array, array: qwix.QArray) -> jax.Array:
+def relative_error(w: jax.Array, node: Node) -> jax.Array:
     """Return ||w - dequantized|| / ||w|| in the Frobenius norm; 0 for a weight of zeros."""
     w = w.astype(jnp.float32)
-    square, lost = (
-        jnp.sum(jnp.square(w)),
-        jnp.sum(jnp.square(w - dense(Quantized(array)))),
-    )  # not flattened: w would be gathered
+    square, lost = jnp.sum(jnp.square(w)), jnp.sum(jnp.square(w - node.dense()))  # not flattened: w would be gathered
     return jnp.sqrt(lost / jnp.where(square == 0, 1.0, square))

@@ -1,4 +1,4 @@
-"""Quantization schemes: how a weight becomes integers with scales. Imports JAX only inside the functions.
+"""Quantization schemes: how a weight becomes a node of few bits. Imports JAX only inside the functions.
 
 A new scheme is one function here and its name in `SCHEMES`. Another package provides one as the entry point
 `scheme.NAME`.
@@ -13,10 +13,11 @@ from llmctl.config.registry import Registry
 
 if TYPE_CHECKING:
     import jax
-    import qwix
 
-Scheme = Callable[["jax.Array", int, int], "qwix.QArray"]
-"""(weight, axis of its inputs, inputs per scale) -> integers with scales.
+    from llmctl.model.weights import Node, Quantized
+
+Scheme = Callable[["jax.Array", int, int], "Node"]
+"""(weight, axis of its inputs, inputs per scale) -> a weight node, such as integers with scales.
 
 A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
 output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales.
@@ -29,20 +30,23 @@ Example:
 SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in ("int8", "int4")})
 
 
-def int8(w: jax.Array, inputs: int, group: int) -> qwix.QArray:
+def int8(w: jax.Array, inputs: int, group: int) -> Quantized:
     """Round to -127..127. The error of an element is at most half its scale; the scale is max|w| / 127.5."""
     return nearest(w, "int8", inputs, group)
 
 
-def int4(w: jax.Array, inputs: int, group: int) -> qwix.QArray:
+def int4(w: jax.Array, inputs: int, group: int) -> Quantized:
     """Round to -7..7. The error of an element is at most half its scale; the scale is max|w| / 7.5."""
     return nearest(w, "int4", inputs, group)
 
 
-def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> qwix.QArray:
+def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> Quantized:
     """Round to the nearest integer, symmetric around zero."""
     import qwix
 
+    from llmctl.model.weights import Quantized
+
     axis = inputs % w.ndim
     channels = [a for a in range(w.ndim) if a != axis]
-    return qwix.quantize(w, qtype, channelwise_axes=channels, tiled_axes={axis: group} if group else None)
+    tiles = {axis: group} if group else None
+    return Quantized(qwix.quantize(w, qtype, channelwise_axes=channels, tiled_axes=tiles))

@@ -146,7 +146,7 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
     def cast(path: str, w: Any) -> Any:
         integers = weights.as_node(w).integers()
         if integers and (dtype is None or (packed and weights.is_kernel(path))):
-            return weights.Quantized(integers.array)
+            return integers.with_activations("")
         return w if dtype is None else jnp.asarray(weights.dense(w), dtype)
 
     return {path: cast(path, w) for path, w in weights.flatten(params).items()}

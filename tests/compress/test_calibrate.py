@@ -18,7 +18,7 @@ from llmctl.compress.statistics import Gram, Moments, moments, nothing
 from llmctl.config.errors import RequestError
 from llmctl.model import functional, heads
 from llmctl.model.config import ModelConfig
-from llmctl.model.weights import Quantized, flatten, unflatten
+from llmctl.model.weights import flatten, unflatten
 
 
 def test_moments_count_real_tokens_only():
@@ -144,7 +144,7 @@ def rounded(visit: Visit) -> dict:
     """Every matrix as integers; the rest stays."""
     flat = flatten(visit.layer)
     for path in (p for p in flat if p.endswith("/kernel")):
-        flat[path] = Quantized(SCHEMES["int8"](flat[path], -2, 0))
+        flat[path] = SCHEMES["int8"](flat[path], -2, 0)
     return unflatten(flat)
 
 

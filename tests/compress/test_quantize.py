@@ -21,7 +21,7 @@ def error(w, bits, group=0) -> float:
 
 def test_by_hand():
     w = jnp.array([[7.5, 150.0], [-3.2, 20.0], [0.49, -10.0]])
-    got = SCHEMES["int4"](w, -2, 0)  # scales 7.5 / 7.5 and 150 / 7.5
+    got = SCHEMES["int4"](w, -2, 0).array  # scales 7.5 / 7.5 and 150 / 7.5
     np.testing.assert_allclose(got.scale, [[1.0, 20.0]])
     np.testing.assert_array_equal(np.asarray(got.qvalue, np.int32), [[7, 7], [-3, 1], [0, 0]])
 
@@ -30,12 +30,13 @@ def test_by_hand():
 @pytest.mark.parametrize("group", [0, 8])
 def test_error_is_at_most_half_a_scale(scheme, group):
     w = jax.random.normal(jax.random.key(0), (2, 32, 8))
-    q = SCHEMES[scheme](w, -2, group)
+    node = SCHEMES[scheme](w, -2, group)
+    q = node.array
     assert q.qvalue.dtype == {"int8": jnp.int8, "int4": jnp.int4}[scheme]
     assert q.scale.shape == (2, 32 // group if group else 1, 8)
     half = np.repeat(q.scale, group or 32, axis=1) / 2
     rounding = 2 * np.finfo(np.float32).eps * np.abs(w)  # of the quotient and of the product
-    assert np.all(np.abs(w - dense(Quantized(q))) <= half + rounding)
+    assert np.all(np.abs(w - dense(node)) <= half + rounding)
 
 
 def test_more_bits_and_smaller_groups_err_less():
@@ -43,16 +44,14 @@ def test_more_bits_and_smaller_groups_err_less():
     spiked = w.at[::16].mul(20.0)  # outliers that stretch the scale of everything that shares it
     assert error(w, 8) < 0.1 * error(w, 4)
     body = np.arange(64) % 16 != 0
-    rest = {
-        g: float(jnp.linalg.norm((spiked - dense(Quantized(SCHEMES["int4"](spiked, -2, g))))[body])) for g in (0, 4)
-    }
+    rest = {g: float(jnp.linalg.norm((spiked - dense(SCHEMES["int4"](spiked, -2, g)))[body])) for g in (0, 4)}
     assert rest[4] < 0.6 * rest[0]
     assert error(spiked, 4, 4) < error(spiked, 4)
 
 
 def test_zeros_stay_zeros_and_a_zero_weight_is_exact():
     w = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, (16, 8)), 1.3, 0.0)
-    assert np.all(dense(Quantized(SCHEMES["int4"](w, -2, 0)))[w == 0] == 0)
+    assert np.all(dense(SCHEMES["int4"](w, -2, 0))[w == 0] == 0)
     assert error(jnp.zeros((16, 8)), 8) == 0.0
 
 

@@ -173,6 +173,14 @@ class Node(abc.ABC):
         """Return the weight as symmetric integers with scales if it is stored so, for formats that hold those."""
         return None
 
+    def with_activations(self, kind: str) -> Any:
+        """Return the weight that quantizes what it multiplies, per token, to `kind` (int8).
+
+        Raises:
+          RequestError: this kind of weight has no such product.
+        """
+        raise RequestError(f"a {self.kind} weight cannot quantize its activations to {kind}")
+
     def masked(self, mask: jax.Array) -> Any:
         """Return the weight with zeros where the mask, of (or broadcast to) logical shape, is False.
 

@@ -79,6 +79,10 @@ class Quantized(Node):
         """See Node."""
         return self
 
+    def with_activations(self, kind: str) -> Quantized:
+        """See Node."""
+        return replace(self, activations=kind)
+
     def masked(self, mask: jax.Array) -> Quantized:
         """See Node; integers and scales stay elsewhere."""
         zero = jnp.zeros((), self.array.qvalue.dtype)

@@ -100,7 +100,7 @@ def test_low_rank_pairs_are_merged_and_quantized(artifacts, tmp_path, capsys):
     assert "merges the low-rank pairs" in capsys.readouterr().err
 
     # The same on integers (QLoRA): those many zeros are rounding, and the merged sum is quantized again.
-    int4 = weights.Quantized(SCHEMES["int4"](flat[path].base, -2, 0))
+    int4 = SCHEMES["int4"](flat[path].base, -2, 0)
     flat[path] = weights.LowRank(int4, a, b, 0.5)
     artifact.save(tmp_path / "qlora", weights.unflatten(flat), base.model, **common)
     got = weights.flatten(run(tmp_path, tmp_path, "qlora").params)[path]
