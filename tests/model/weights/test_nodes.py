@@ -146,6 +146,8 @@ def test_what_it_cannot_do_is_refused_by_name(params):
     node = weights.flatten(params)[PATH]
     with pytest.raises(RequestError, match="a ternary weight cannot be pruned"):
         node.masked(jnp.ones(node.shape, bool))
+    with pytest.raises(RequestError, match="a ternary weight cannot quantize its activations to int8"):
+        node.with_activations("int8")
     with pytest.raises(RequestError, match=f"{PATH} is quantized in groups of 4 along"):
         shrink.take(PATH, node, np.zeros((2, 8), np.int64), -2)
     assert shrink.take(PATH, node, np.zeros((2, 8), np.int64), -1).shape == (2, 16, 8)
