@@ -45,7 +45,8 @@ class Saved:
             # Bytes, as NumPy's format has no bfloat16 and no int4.
             values: dict[str, Any] = {name: np.frombuffer(a.tobytes(), np.uint8) for name, a in arrays.items()}
             about = json.dumps({"weights": records, "report": report}).encode()
-            np.savez(f, **values | {ABOUT: np.frombuffer(about, np.uint8)})
+            values[ABOUT] = np.frombuffer(about, np.uint8)
+            np.savez(f, **values)
         draft.replace(file)
 
     def read(self, stack: str, index: int, like: Layer) -> tuple[Layer, dict[str, Any]] | None:

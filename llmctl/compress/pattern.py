@@ -11,9 +11,8 @@ from llmctl.config.errors import RequestError
 class Pattern:
     """Sparsity pattern: prune the lowest share `sparsity`, or all but the best `keep` of every `of` inputs.
 
-    Example:
-        >>> Pattern.parse("2:4", 0.5)
-        Pattern(sparsity=0.5, keep=2, of=4)
+    >>> Pattern.parse("2:4", 0.5)
+    Pattern(sparsity=0.5, keep=2, of=4)
     """
 
     sparsity: float

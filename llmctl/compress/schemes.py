@@ -21,10 +21,6 @@ Scheme = Callable[["jax.Array", int, int], "Node"]
 
 A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
 output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales.
-
-Example:
-    def int8(w, inputs, group):
-        return nearest(w, "int8", inputs, group)
 """
 
 SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in ("int8", "int4")})
@@ -41,7 +37,12 @@ def int4(w: jax.Array, inputs: int, group: int) -> Quantized:
 
 
 def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> Quantized:
-    """Round to the nearest integer, symmetric around zero."""
+    """Round to the nearest integer, symmetric around zero.
+
+    >>> from jax import numpy as jnp
+    >>> nearest(jnp.array([[7.5], [-3.2], [0.49]]), "int4", -2, 0).dense().tolist()
+    [[7.0], [-3.0], [0.0]]
+    """
     import qwix
 
     from llmctl.model.weights import Quantized

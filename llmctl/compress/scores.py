@@ -31,10 +31,11 @@ The key differs for every matrix of every layer. Zero weights always count as th
 class Score:
     """Pruning score: a function and what it needs to know.
 
-    Example:
-        @score(per="matrix", gradients=("absolute",))
-        def taylor(weights_IO, statistics, gradients, key):
-            return abs(weights_IO) * gradients["absolute"]
+    >>> @score(per="matrix", gradients=("square",))
+    ... def newest(weights_IO, statistics, gradients, key):
+    ...     return weights_IO**2 * gradients["square"]
+    >>> newest.calibrated, float(newest.calculate_scores(2.0, None, {"square": 3.0}, None))
+    (True, 12.0)
     """
 
     calculate_scores: Calculate

@@ -14,9 +14,10 @@ from llmctl.data.config import DataConfig, Split, Truncate
 class CalibrationConfig(Config):
     """Calibration data of a stage. A stage's config inherits these fields, so recipes write them in `[[stage]]`.
 
-    Example:
-        class Config(CalibrationConfig, StageConfig): ...
-        batches = calibration_data.load(config, base, mesh)
+    >>> CalibrationConfig(examples=128, seq_len=512).batch_size
+    16
+
+    `llmctl.compress.calibration_data.load(config, base, mesh)` turns it and an artifact into batches.
     """
 
     data: DataConfig = DataConfig()

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 class Statistic(Protocol):
     """Sum over tokens of a function of a matrix's inputs; a pytree of float32 arrays.
 
-    Example:
-        stat = Moments.start(4).fold(jnp.ones((3, 4)), jnp.array([True, True, False]))
-        assert stat.squares.tolist() == [2, 2, 2, 2]
+    >>> stat = Moments.start(2).fold(jnp.array([[1.0, 2.0], [3.0, 0.0], [9.0, 9.0]]), jnp.array([True, True, False]))
+    >>> stat.squares.tolist(), float(stat.count)
+    ([10.0, 4.0], 2.0)
     """
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Self:

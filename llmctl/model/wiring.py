@@ -18,10 +18,9 @@ from llmctl.model.config import ModelConfig
 class Feed:
     """One activation: the module that produces it and every matrix that reads it.
 
-    Example:
-        >>> cfg = ModelConfig(preset="llama-tiny")
-        >>> next(f for f in feeds(cfg) if f.source == "decoder/blocks/mlp_norm").readers
-        ('decoder/blocks/mlp/gate', 'decoder/blocks/mlp/up')
+    >>> cfg = ModelConfig(preset="llama-tiny")
+    >>> next(f for f in feeds(cfg) if f.source == "decoder/blocks/mlp_norm").readers
+    ('decoder/blocks/mlp/gate', 'decoder/blocks/mlp/up')
     """
 
     source: str

@@ -137,5 +137,5 @@ def test_a_scheme_and_its_short_form_have_one_key():
     assert "scheme" not in keyed(stage.Config()) and stage.Config(bits=4).scheme_name == "int4"
     with pytest.raises(ValidationError, match="bits 8 contradicts scheme int4"):
         stage.Config(bits=8, scheme="int4")
-    with pytest.raises(ValidationError, match="unknown scheme 'int5', did you mean 'int4'"):
-        stage.Config(scheme="int5")
+    with pytest.raises(ValidationError, match="unknown scheme 'nt4', did you mean 'int4'"):
+        stage.Config(scheme="nt4")
