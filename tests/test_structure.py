@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import pkgutil
 import re
 import shlex
@@ -214,3 +215,16 @@ def test_benchmarks_need_nothing_that_their_target_does_not_install():
     """Planning for TPUs wants an extra that `make bench` leaves out."""
     said = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "recipes/bench/train_step.py" in said and "recipes/bench/plan_" not in said
+
+
+def test_programs_in_tests_import_modules_that_are_there():
+    """Programs that tests run in other processes are strings, which no linter reads."""
+    names = re.compile(r"^\s*from (llmctl[\w.]*) import (\w+(?:, *\w+)*)", flags=re.M)
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for module, words in names.findall(node.value):
+                    there = importlib.import_module(module)
+                    for word in words.replace(" ", "").split(","):
+                        found = hasattr(there, word) or importlib.util.find_spec(f"{module}.{word}")
+                        assert found, f"{path}: {module} has no {word}"

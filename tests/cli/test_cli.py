@@ -259,7 +259,7 @@ def test_a_platform_that_is_not_there_is_refused(place, call):
 
 
 def test_a_platform_is_settled_before_jax_starts(tmp_path):
-    script = "from llmctl import devices; print(devices.settle(['tpu']))"
+    script = "from llmctl.distributed import backend; print(backend.settle(['tpu']))"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "RequestError: platform 'tpu'" in done.stderr

@@ -20,8 +20,8 @@ AXES = ("data", "fsdp", "tensor")
 DESCRIBED = """
 import json
 from jax.experimental.topologies import get_topology_desc
-from llmctl import mesh
-from llmctl.settings import MeshConfig
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh
 devices = get_topology_desc(**{arguments}).devices
 found = mesh.make(MeshConfig(data=2, fsdp=4, tensor=4), devices).devices.reshape(2, 4, 4)
 print(json.dumps([[[[d.slice_index, *d.coords] for d in row] for row in block] for block in found]))

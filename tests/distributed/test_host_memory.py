@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from llmctl import pages
+from llmctl.distributed import host_memory
 
 def touched(n):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -16,7 +16,7 @@ def touched(n):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 plain = [touched(256) for _ in range(3)][-1]
-kept = pages.keep()
+kept = host_memory.keep()
 first, *_, again = [touched(256) for _ in range(3)]
 print(int(kept), plain, first, again)
 """
