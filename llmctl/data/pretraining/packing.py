@@ -26,24 +26,27 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows [B, T] of packed documents, before an objective makes inputs and targets of them."""
+    """Rows [B, T] of packed documents, before an objective builds inputs and targets from them."""
 
     rows: np.ndarray
-    """int64 [B]: the rows' numbers, for objectives that draw: what they draw must depend on nothing else."""
+    """Row numbers, int64 [B]. The random choices of an objective depend only on them and the seed."""
     tokens: np.ndarray
-    """int32; `pad_id` where the segment is 0."""
+    """Token ids, int32; `pad_id` if the segment is 0."""
     next: np.ndarray
-    """int32: the token that follows in the same document, even where the row ends; else `pad_id`."""
+    """Next token of the same document, int32, also at the end of a row; `pad_id` if there is none."""
     follows: np.ndarray
-    """bool: whether there is such a token."""
+    """Whether the document has a next token, bool."""
     segments: np.ndarray
-    """int32: 0 padding, 1.. documents."""
+    """Segment ids, int32: 0 for padding, 1 and up for documents."""
     positions: np.ndarray
-    """int32, from 0 in every segment."""
+    """Positions, int32, from 0 in every segment."""
 
 
 def causal(packed: Packed) -> Batch:
-    """Every token predicts the next one of its document; each token of a document but its first is predicted once."""
+    """Apply causal language modeling: every token predicts the next token of its document.
+
+    Each token of a document except its first is predicted once.
+    """
     return {
         "tokens": packed.tokens,
         "targets": packed.next,
