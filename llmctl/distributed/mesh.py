@@ -107,6 +107,12 @@ def current() -> Mesh | None:
     return _current.get()
 
 
+def axis_size(axis: str) -> int:
+    """Return the number of devices along an axis of the current mesh; 1 without a mesh."""
+    mesh = _current.get()
+    return 1 if mesh is None else mesh.shape[axis]
+
+
 def splits_sequences() -> bool:
     """Return whether the current mesh shards sequences over devices (context parallelism)."""
     mesh = _current.get()

@@ -115,7 +115,7 @@ def share(
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
     """Return which layers have local attention, bool [L]."""
-    return jnp.asarray(hf_config.local_layers(cfg, layers))
+    return jnp.asarray(hf_config.local_layers(cfg, layers) if cfg.window else [False] * layers)
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:

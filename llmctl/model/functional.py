@@ -162,7 +162,7 @@ def hidden(
     body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
     rngs = {} if rng is None else {"dropout": rng}
     # Validation and teachers compute in `dtype`, even if training uses 8-bit products.
-    with contextlib.nullcontext() if train else quantized_matmul.use({}):
+    with contextlib.nullcontext() if train or not quantized_matmul.rules_in_use.get() else quantized_matmul.use({}):
         return _apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, rngs=rngs)
 
 

@@ -64,7 +64,7 @@ class Dense(nn.Module):
         tap(self, x)
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "normal")
         kernel = weight_param(self, "kernel", init, self.axes, (x.shape[-1], self.features))
-        kind = quantized_matmul.kind_of("/".join(self.path))
+        kind = quantized_matmul.kind_of("/".join(self.path)) if quantized_matmul.rules_in_use.get() else ""
         y = weights.matmul(x, kernel, self.dtype, kind, fold=not meshes.splits_sequences(), axes=self.axes)
         if self.bias:
             b = self.param(

@@ -29,7 +29,7 @@ from llmctl.model.weights.names import is_layer_matrix, is_stacked, module_path
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 """Setting -> (dtype of operands, dtype of gradients)."""
 
-_rules: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
+rules_in_use: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
 
 
 @contextlib.contextmanager
@@ -39,16 +39,16 @@ def use(rules: Mapping[str, str]) -> Iterator[None]:
     Args:
         rules: {pattern of a matrix's path: name in TYPES}; the first match applies.
     """
-    token = _rules.set(rules)
+    token = rules_in_use.set(rules)
     try:
         yield
     finally:
-        _rules.reset(token)
+        rules_in_use.reset(token)
 
 
 def kind_of(path: str) -> str:
     """Return the setting of the matrix at `path` ("decoder/blocks/mlp/up"); an empty string means the plain product."""
-    return next((kind for pattern, kind in (_rules.get() or {}).items() if _matches(path, pattern)), "")
+    return next((kind for pattern, kind in (rules_in_use.get() or {}).items() if _matches(path, pattern)), "")
 
 
 def check(rules: Mapping[str, str], names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import Scope
 
+from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
 from llmctl.model import pipeline_parallel, weights
 from llmctl.model.attention import (
@@ -144,7 +145,7 @@ class Stack(nn.Module):
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
         keys_L = None if key is None else jax.random.split(key, self.layers)
         own = (local_layers(self.config, self.layers), keys_L)
-        if pipeline_parallel.stages() == 1 or self.is_initializing():
+        if meshes.axis_size("pipeline") == 1 or self.is_initializing():
             x_BTD, _ = self.blocks(x_BTD, shared, *own)
         else:
             blocks = self.variables["params"]["blocks"]
@@ -274,7 +275,7 @@ class Transformer(nn.Module):
         else:
             memory = self.encode(batch) if self.config.encoder_layers else None
             x_BTD = self.decoder(*self.start(batch, memory))
-        return pipeline_parallel.spread(x_BTD)
+        return x_BTD if meshes.axis_size("pipeline") == 1 else pipeline_parallel.spread(x_BTD)
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
         """Compute the embeddings and shared inputs of the stack that reads `tokens`.

@@ -167,7 +167,8 @@ class _Loop:
             meta = self.validate(done, state, meta)
         with self.batches.training(self.job.rows, done, train.steps, self.place) as batches:
             while done < train.steps and not meta.get("stopped"):
-                self.profile.before(done + 1)
+                if train.profile:
+                    self.profile.before(done + 1)
                 with timer.waiting():
                     _, (batch, tokens) = next(batches)
                 if compiled:
@@ -178,7 +179,8 @@ class _Loop:
                         state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
                         jax.block_until_ready(metrics)
                 done, compiled = done + 1, True
-                self.profile.after(done, metrics)
+                if train.profile:
+                    self.profile.after(done, metrics)
                 last = done == train.steps
                 stops = self.stop.asked(now=last)
                 if done % train.log_every == 0 or last:
