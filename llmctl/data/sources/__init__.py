@@ -6,14 +6,11 @@ A package adds a source by the entry point `source.NAME` of the group `llmctl`; 
 from __future__ import annotations
 
 import pkgutil
-from typing import TYPE_CHECKING
+from typing import Any
 
 from llmctl.config.registry import Registry
 
-if TYPE_CHECKING:
-    from llmctl.data.source import Reader
-
-SOURCES: Registry[Reader] = Registry(
+SOURCES: Registry[Any] = Registry(
     "source", {found.name: f"{__name__}.{found.name}:SOURCE" for found in pkgutil.iter_modules(__path__)}
 )
-"""Every value of `data.source`."""
+"""Every value of `data.source` and its Reader; not typed as such, because readers are built on the settings."""

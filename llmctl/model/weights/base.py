@@ -30,16 +30,13 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llmctl.config.errors import RequestError
-
-if TYPE_CHECKING:
-    from llmctl.model.weights.quantized import Quantized
 
 C = TypeVar("C", bound=type)
 
@@ -169,8 +166,8 @@ class Node(abc.ABC):
         """Return the weight with its adapter added into it, in the type of its base; itself without one."""
         return self
 
-    def integers(self) -> Quantized | None:
-        """Return the weight as symmetric integers with scales if it is stored so, for formats that hold those."""
+    def integers(self) -> Any:
+        """Return the weight as a `Quantized` if it is stored so, for formats that hold those."""
         return None
 
     def with_activations(self, kind: str) -> Any:
