@@ -13,6 +13,7 @@ from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
 from llmctl.evaluate import speed, tasks
+from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
@@ -38,6 +39,7 @@ def results(
     for name, path in chosen.items():
         measured = found[name](artifact.load(path, mesh), held, setups[name])
         out.append(_result(name, manifests[name], measured))
+        out[-1]["metrics"] |= further(config.metrics, measured, str(path))
         if config.speed:  # keeps the weights of all artifacts in memory: their turns must be close together
             programs[name] = measured
         say(f"{name}: {headline(out[-1])}")
@@ -48,6 +50,23 @@ def results(
         say(f"timing {', '.join(programs)}, in turn, {config.repeats} rounds")
         _time(programs, out, config)
     return out
+
+
+def further(names: Iterable[str], measured: Measured, where: str) -> dict[str, float]:
+    """Compute the metrics `names` from a task's truth and predictions.
+
+    Raises:
+      RequestError: the metric is no function of them, or the task has none.
+    """
+    found = {}
+    for name in names:
+        compute = METRICS[name].compute
+        if compute is None:
+            raise RequestError(f"metrics: {name!r} is computed by its task alone; name one that has a function")
+        if measured.answers is None:
+            raise RequestError(f"{where}: metrics: {measured.task} has no answers to compute {name!r} from")
+        found[name] = float(compute(*measured.answers))
+    return found
 
 
 def _result(name: str, manifest: Manifest, measured: Measured) -> Result:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from llmctl.config.base import Config
 from llmctl.config.settings import Dtype
 from llmctl.data.config import Split
+from llmctl.evaluate.metrics.base import METRICS
 
 
 class MeasureConfig(Config):
     """Settings of the evaluation: data, truncation, batches and speed."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"metrics"})
 
     split: Split = "test"
     """Split of the data to measure on."""
@@ -28,6 +31,8 @@ class MeasureConfig(Config):
     """Sequences per batch, also in the throughput measurement."""
     dtype: Dtype = "float32"
     """Dtype of the computation."""
+    metrics: list[Annotated[str, AfterValidator(METRICS.check), METRICS]] = []
+    """Further metrics to compute from truth and predictions, such as those of installed packages."""
     speed: bool = True
     """Measure latency (batch 1) and throughput of all artifacts in alternation."""
     repeats: int = Field(default=15, ge=1)

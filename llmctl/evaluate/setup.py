@@ -77,6 +77,8 @@ class Measured:
     """Runs the model on one batch and waits for it."""
     units: dict[str, int]
     """What a batch holds, by the name of its rate: {"examples_per_second": 32}."""
+    answers: tuple[Any, Any] | None = field(default=None, repr=False)
+    """(truth, predictions) of all examples for `Metric.compute`: class names, or numbers; None if there are none."""
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:

@@ -47,7 +47,8 @@ def classify(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     protocol = f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
     single, batched = programs(predict, artifact.params, first(rows, setup), setup.mesh)
     units = {"examples_per_second": setup.batch_size}
-    return Measured("classification", protocol, scoring.scores(confusion, names), single, batched, units)
+    named = [names[i] for i in labels], [names[i] for i in predictions]
+    return Measured("classification", protocol, scoring.scores(confusion, names), single, batched, units, named)
 
 
 def regress(artifact: Artifact, held: Held, setup: Setup) -> Measured:
@@ -65,8 +66,9 @@ def regress(artifact: Artifact, held: Held, setup: Setup) -> Measured:
     cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
     protocol = f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
     single, batched = programs(predict, artifact.params, first(rows, setup), setup.mesh)
-    scored = regression.scores(*map(np.concatenate, zip(*found, strict=True)))
-    return Measured("regression", protocol, scored, single, batched, {"examples_per_second": setup.batch_size})
+    truth, predictions = map(np.concatenate, zip(*found, strict=True))
+    scored, units = regression.scores(truth, predictions), {"examples_per_second": setup.batch_size}
+    return Measured("regression", protocol, scored, single, batched, units, (truth, predictions))
 
 
 def predictor(model: ModelConfig, dtype: str) -> Any:
