@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
-from llmctl.data.config import COLUMNS, TEXT_COLUMNS, TOGETHER, Scalar, SourceConfig
+from llmctl.data.config import COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, Scalar, SourceConfig
 from llmctl.data.source import Row, Source, open_source
+
+CHATS = (
+    "chats, which are not trained yet; write each exchange as two text columns, prompt and completion "
+    "(`llmctl generate --chat` answers chats)"
+)
 
 
 class View(Source):
     """Source with canonical column names and replaced text. `read` returns None for filtered rows.
 
     If `tokens` (a list of words) is mapped but no text is, the words joined by spaces also become the column `text`.
+
+    Class numbers become the names that the data declares. `data.classes` without any of these names keeps the numbers.
     """
 
-    def __init__(self, cfg: SourceConfig):
+    def __init__(self, cfg: SourceConfig, classes: Sequence[str] = (), numbers: bool = False):
+        """Open the source and map its columns.
+
+        Args:
+          cfg: the source.
+          classes: label values that the data may have (`data.classes`); empty if any.
+          numbers: whether labels are numbers, which have no class names.
+
+        Raises:
+          RequestError: the source lacks a column, or has no text column.
+        """
         self._cfg, self._source = cfg, open_source(cfg)
         self.where = self._source.where
         known = self._source.columns
@@ -35,13 +53,16 @@ class View(Source):
         # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
         self._map = {c: given[c] for c in COLUMNS if c in given}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
+        named = {c: n for c, n in self._source.names.items() if not classes or set(classes) & set(n)}
+        self._names = {c: named[t] for c, t in self._map.items() if t in named and not (numbers and c == "label")}
+        self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names), ())
+        """Declared names of the labels by class number; empty if the data declares none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         self.texts = (*self._joined, *self._texts)
         """Text columns. The first one decides the split of a row."""
         self.columns = (*self._joined, *self._map)
         if len(self._source) and not self.texts:
-            raise RequestError(f"{cfg.title}: none of its columns is a text column; set data.columns, such as "
-                               f'{{text = "{known[0]}"}} (columns: {", ".join(known)})')  # fmt: skip
+            raise RequestError(f"{cfg.title}: {_without_text(self._source[0])} (columns: {', '.join(known)})")
         self._keep = {
             column: {plain(v) for v in (value if isinstance(value, list) else [value])}
             for column, value in cfg.filter.items()
@@ -59,7 +80,9 @@ class View(Source):
         for column, allowed in self._keep.items():
             if column not in raw:
                 raise RequestError(f"{self.where(i)}: no column {column!r} to filter by (columns: {', '.join(raw)})")
-            if plain(raw[column]) not in allowed:
+            names = self._source.names.get(column, ())
+            # A value that is one of the names means the name, even if another class has it as its number.
+            if plain(_name(names, raw[column])) not in allowed and plain(raw[column]) not in allowed.difference(names):
                 return None
         return self._canonical(raw, i)
 
@@ -71,14 +94,15 @@ class View(Source):
                     f"{self.where(i)}: no column {theirs!r}{hint(theirs, list(raw))} (columns: {', '.join(raw)})"
                 )
             row[ours] = raw[theirs]
+            if ours in self._names:
+                row[ours] = self._class_name(ours, raw[theirs], i)
         for ours in self._texts:
             value = row[ours]
             if value is None:
                 value = ""
             if not isinstance(value, str):
-                raise RequestError(
-                    f"{self.where(i)}: column {self._map[ours]!r} holds {type(value).__name__}, not text"
-                )
+                what = CHATS if _is_chat(value) else f"{type(value).__name__}, not text"
+                raise RequestError(f"{self.where(i)}: column {self._map[ours]!r} holds {what}")
             row[ours] = self._clean(value)
         if "tokens" in row:
             self._check_words(row, i)
@@ -87,6 +111,17 @@ class View(Source):
         if "answers" in row:
             row["answers"] = self._answers(row, i)
         return row
+
+    def _class_name(self, ours: str, value: Any, i: int) -> Any:
+        """Return the declared name of a class number, or of each in a list. A negative number means no label."""
+        names = self._names[ours]
+        found = [_name(names, v) for v in value] if isinstance(value, list) else _name(names, value)
+        if odd := [v for v in (found if isinstance(found, list) else [found]) if isinstance(v, int)]:
+            raise RequestError(
+                f"{self.where(i)}: column {self._map[ours]!r} holds class {odd[0]}, and the data declares "
+                f"{len(names)} ({', '.join(names[:8])}{', …' * (len(names) > 8)})"
+            )
+        return found
 
     def _clean(self, value: str) -> str:
         if not value.isascii():  # JSON may contain half a surrogate pair, which is not valid text: it becomes U+FFFD
@@ -105,7 +140,7 @@ class View(Source):
         if not isinstance(tags, list) or len(tags) != len(words):
             said = f"{len(tags)} for {len(words)} words" if isinstance(tags, list) else "no list"
             raise RequestError(f"{self.where(i)}: column {self._map['tags']!r} must hold one label a word ({said})")
-        row["tags"] = [plain(tag) for tag in tags]
+        row["tags"] = ["" if tag is None else plain(tag) for tag in tags]
 
     def _answers(self, row: Row, i: int) -> list[tuple[str, int]]:
         """Return (text, index of its first character in the context) of every accepted answer."""
@@ -124,6 +159,38 @@ class View(Source):
                     f"{self.where(i)}: the answer {text!r} does not stand at character {start} of the context"
                 )
         return found
+
+
+def _without_text(row: Row) -> str:
+    """Return what to do with data that has no column of our names, by its first row."""
+    if chats := next((column for column, value in row.items() if _is_chat(value)), None):
+        return f"column {chats!r} holds {CHATS}"
+    if text := next((column for column, value in row.items() if isinstance(value, str)), None):
+        return f'none of its columns is a text column; set data.columns, such as {{text = "{text}"}}'
+    return "none of its columns holds text"
+
+
+def _is_chat(value: Any) -> bool:
+    """Return whether a value is a list of messages with roles."""
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        return False
+    return all({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in value)
+
+
+def views(cfg: DataConfig) -> list[View]:
+    """Open every source of a data config.
+
+    Raises:
+      RequestError: as `View`.
+    """
+    return [View(part, cfg.classes, cfg.label_type == "number") for part in cfg.parts()]
+
+
+def _name(names: Sequence[str], value: Any) -> Any:
+    """Return the name of a class number, None if it is negative, or the value itself if it has no name."""
+    if not names or isinstance(value, bool) or not isinstance(value, int) or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
 
 
 def plain(value: Scalar | None) -> str:

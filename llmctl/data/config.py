@@ -80,7 +80,8 @@ class DataConfig(SourceConfig):
     mixture: list[SourceConfig] = []
     """Several sources instead of the one above, each with a weight."""
     classes: list[str] = []
-    """Label values in the order of their class indices. Empty takes the distinct values, sorted."""
+    """Label values in the order of their class indices. Empty takes the distinct values, sorted, or in the order in
+    which the data set declares their names (sources tfds, hf, parquet). Listed numbers keep the numbers."""
     label_type: Literal["class", "number"] = "class"
     """Labels are classes, or numbers for regression."""
     validation: float = Field(default=0.02, ge=0, lt=1)

@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from llmctl.config.errors import RequestError
+from llmctl.data.class_names import Names
 from llmctl.data.config import SourceConfig
 from llmctl.data.paths import keep_open, resolve
 from llmctl.data.sources import SOURCES
@@ -35,6 +37,8 @@ class Source:
     """
 
     columns: tuple[str, ...] = ()
+    names: Names = {}
+    """Class names of the columns that hold class numbers, if the data declares them."""
 
     def where(self, i: int) -> str:
         """Return the location of row i for error messages: the file and the line or row number."""
@@ -56,6 +60,12 @@ class Chain(Source):
     def __init__(self, sources: Sequence[Source]):
         self.sources = [s for s in sources if len(s)] or list(sources[:1])
         self.columns = tuple(dict.fromkeys(c for s in sources for c in s.columns))
+        self.names = self.sources[0].names if self.sources else {}
+        if odd := next((s for s in self.sources if s.names != self.names), None):
+            raise RequestError(
+                f"{odd.where(0)}: declares other class names than the first file ({dict(odd.names)} and "
+                f"{dict(self.names)}); read them as a data.mixture"
+            )
         self._ends = list(itertools.accumulate(len(s) for s in self.sources))
 
     def __len__(self) -> int:
@@ -100,10 +110,18 @@ class Groups(Source):
       columns: column names.
       counts: number of rows per group.
       read: returns the rows of a group.
+      names: class names of the columns that hold class numbers.
     """
 
-    def __init__(self, file: object, columns: Sequence[str], counts: Sequence[int], read: Callable[[int], list[Row]]):
-        self.file, self.columns = file, tuple(columns)
+    def __init__(
+        self,
+        file: object,
+        columns: Sequence[str],
+        counts: Sequence[int],
+        read: Callable[[int], list[Row]],
+        names: Names | None = None,
+    ):
+        self.file, self.columns, self.names = file, tuple(columns), names or {}
         self._ends = list(itertools.accumulate(counts))
         self._group = functools.lru_cache(maxsize=4)(read)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
-from llmctl.data.columns import View
+from llmctl.data import columns
 from llmctl.data.config import DataConfig, Split
 from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, Scan, scan
 from llmctl.data.source import Chain, Row, Source
@@ -166,7 +166,7 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
       RequestError: files or columns are missing, rows cannot be read, labels are not among the classes, or there is no
         text.
     """
-    views = [View(part) for part in cfg.parts()]
+    views = columns.views(cfg)
     if any(v.columns != views[0].columns for v in views):
         listed = "; ".join(", ".join(v.columns) for v in views)
         raise RequestError(f"the sources of a mixture must have the same columns, these have {listed}")
@@ -183,7 +183,8 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
     tags = sorted(set().union(*(f.tags for f in found)))
     if labels and tags:
         raise RequestError(f"{_named(cfg)}: has a label a row and a tag a word; choose one kind with data.columns")
-    classes, labels_N = _classes(cfg, labels or tags) if labels or tags else ((), None)
+    names = [c for v in views for c in v.classes]
+    classes, labels_N = _classes(cfg, labels or tags, names) if labels or tags else ((), None)
     labels_N = None if tags else labels_N
     ends = np.cumsum([len(v) for v in views])
     everything = Examples(
@@ -207,13 +208,25 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
     return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything))
 
 
-def _classes(cfg: DataConfig, labels: list[str | float]) -> tuple[tuple[str, ...], np.ndarray]:
+def _classes(cfg: DataConfig, labels: list[str | float], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the classes and the class index of each label, int32 [N], or the numbers, float32 [N].
+
+    Classes are in the order of `data.classes`, or of the names that the data declares, or sorted.
+    """
     if cfg.label_type == "number":
         return (), np.array(labels, np.float32)
     named = cast(list[str], labels)
     found = set(named)
     numeric = all(re.fullmatch(r"-?\d+", c) for c in found)
-    classes = tuple(cfg.classes) or tuple(sorted(found, key=(lambda c: (int(c), c)) if numeric else None))
+    place = {c: k for k, c in enumerate(dict.fromkeys(names))}
+    if names and (bare := sorted(c for c in found - place.keys() if re.fullmatch(r"-?\d+", c))):
+        raise RequestError(
+            f"{_named(cfg)}: one source declares class names ({', '.join(place)}), another has the labels "
+            f"{', '.join(bare)}; list the names, or the numbers for all sources, in data.classes"
+        )
+    first = sorted(found & place.keys(), key=place.__getitem__)
+    rest = sorted(found - place.keys(), key=(lambda c: (int(c), c)) if numeric else None)
+    classes = tuple(cfg.classes) or (*first, *rest)
     if len(classes) > 1000:
         raise RequestError(f'{_named(cfg)}: {len(classes)} different labels; numbers? (data.label_type = "number")')
     number = {c: k for k, c in enumerate(classes)}

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -148,6 +149,21 @@ def test_wrong_requests(reviews, kw, message):
     path = reviews.parent / kw.get("path", "reviews.csv")
     with pytest.raises(RequestError, match=message):
         load(path, **{k: v for k, v in kw.items() if k != "path"})
+
+
+@pytest.mark.parametrize("said", [{"role": "user", "content": "hi"}, {"from": "human", "value": "hi"}])
+@pytest.mark.parametrize("columns", [{}, {"text": "messages"}])
+def test_chats_are_refused_with_what_works(said, columns, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "a", "messages": [said]}) + "\n")
+    with pytest.raises(RequestError, match=r"'messages' holds chats, .* prompt and completion \(`llmctl generate"):
+        splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), columns=columns))
+
+
+def test_advice_names_a_column_that_holds_text(tmp_path):
+    for row, message in (({"n": 1, "body": "b"}, r'\{text = "body"\}'), ({"n": 1}, "none of its columns holds text")):
+        (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(RequestError, match=message):
+            splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl")))
 
 
 def test_empty_and_missing(tmp_path, reviews):

@@ -26,7 +26,7 @@ import numpy as np
 
 from llmctl.config.base import keyed
 from llmctl.config.errors import Interrupted, RequestError
-from llmctl.data import splits
+from llmctl.data import columns, splits
 from llmctl.data.columns import View
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.dedup import Scan, scan
@@ -189,7 +189,7 @@ class Worker:
     @functools.cached_property
     def views(self) -> list[View]:
         """Open the sources."""
-        return [View(part) for part in self.data.parts()]
+        return columns.views(self.data)
 
     @functools.cached_property
     def source(self) -> Chain:

@@ -9,6 +9,7 @@ from etils import epath
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
+from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
 from llmctl.data.paths import files_below, folder, is_local, keep_open
 from llmctl.data.source import Chain, Groups, Reader, Source
@@ -34,7 +35,9 @@ def hf(cfg: SourceConfig) -> Source:
     if state.get("_indices_files"):
         raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
     keep_open(len(state["_data_files"]))  # memory-mapped files stay open
-    return Chain([_arrow(path / file["filename"]) for file in state["_data_files"]])
+    info = path / "dataset_info.json"
+    names = class_names.of_features(_read_json(info).get("features")) if info.exists() else None
+    return Chain([_arrow(path / file["filename"], names) for file in state["_data_files"]])
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
@@ -47,16 +50,18 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
     return said
 
 
-def _arrow(path: epath.Path) -> Source:
+def _arrow(path: epath.Path, names: class_names.Names | None) -> Source:
+    """Open one Arrow stream; `names` are the class names, None if the stream's schema has them."""
     import pyarrow as pa
 
     try:
         file = pa.memory_map(str(path)) if is_local(path) else pa.BufferReader(path.read_bytes())
         with pa.ipc.open_stream(file) as stream:
-            columns, batches = stream.schema.names, list(stream)
+            schema, batches = stream.schema, list(stream)
     except (OSError, pa.ArrowInvalid) as error:
         raise RequestError(f"{path}: not an Arrow stream ({str(error).splitlines()[0]})") from None
-    return Groups(path, columns, [b.num_rows for b in batches], lambda g: batches[g].to_pylist())
+    names = class_names.of_schema(schema.metadata) if names is None else names
+    return Groups(path, schema.names, [b.num_rows for b in batches], lambda g: batches[g].to_pylist(), names)
 
 
 SOURCE = Reader(hf, lambda cfg: files_below(cfg.path))

@@ -7,6 +7,7 @@ import io
 from etils import epath
 
 from llmctl.config.errors import RequestError
+from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
 from llmctl.data.paths import is_local
 from llmctl.data.source import Groups, Row, Source, of_files
@@ -29,7 +30,8 @@ def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
         except (OSError, pa.ArrowException) as error:
             raise RequestError(f"{path}: damaged in row group {group} ({str(error).splitlines()[0]})") from None
 
-    return Groups(path, file.schema_arrow.names, counts, read)
+    schema = file.schema_arrow
+    return Groups(path, schema.names, counts, read, class_names.of_schema(schema.metadata))
 
 
 SOURCE = of_files(parquet)

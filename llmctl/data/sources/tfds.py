@@ -11,6 +11,7 @@ from etils import epath
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
+from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
 from llmctl.data.source import Reader, Row, Source
 
@@ -23,8 +24,8 @@ class Tfds(Source):
     Nested features become columns such as `translation/en`. Sequences become lists.
     """
 
-    def __init__(self, named: str, data: Any):
-        self._named, self._data = named, data
+    def __init__(self, named: str, data: Any, names: class_names.Names):
+        self._named, self._data, self.names = named, data, names
         self.columns = tuple(self[0]) if len(self) else ()
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ def tfds(cfg: SourceConfig) -> Source:
         raise RequestError(f"{cfg.name}: no split {absent!r}{hint(absent, list(splits))} (splits: {', '.join(splits)})")
     try:
         data = builder.as_data_source(split=cfg.split)
-        return Tfds(f"{cfg.name} {cfg.split}", data)
+        return Tfds(f"{cfg.name} {cfg.split}", data, class_names.of_tfds(builder.info.features))
     except NotImplementedError:
         raise RequestError(
             f"{where}: stored in a file format that has no random access; prepare it again as array_record "

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from llmctl.config.errors import RequestError
@@ -65,15 +66,27 @@ def test_tfds_reads_by_name_and_slices(tfds_dir, reviews):
 
 def test_tfds_differs_from_a_file_in_its_source_alone(tfds_dir, tmp_path, reviews):
     (tmp_path / "x.jsonl").write_text(
-        "\n".join(json.dumps({"text": text, "label": label}) for text, label, _ in reviews[:500])
+        "\n".join(json.dumps({"text": text, "label": ("neg", "pos")[label]}) for text, label, _ in reviews[:500])
     )
     kw = {"columns": {"text": "text", "label": "label"}, "validation": 0.2, "test": 0.2}
     from_file = splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), **kw))
     from_tfds = splits.load(tfds_config(tfds_dir, **kw))
-    assert from_tfds.classes == from_file.classes == ("0", "1")
+    assert from_tfds.classes == from_file.classes == ("neg", "pos")
     for split, examples in from_file.examples.items():
         pairs = [{(r["text"], r["label"]) for r in found} for found in (examples, from_tfds.examples[split])]
         assert pairs[0] == pairs[1]
+
+
+def test_listed_numbers_keep_numbers(tfds_dir):
+    """Artifacts of earlier releases have the classes "0" and "1"."""
+    kw = {"columns": {"text": "text", "label": "label"}}
+    named, numbered = (splits.load(tfds_config(tfds_dir, **kw, classes=c)) for c in (["neg", "pos"], ["0", "1"]))
+    assert numbered.classes == ("0", "1")
+    assert (named["train"].labels == numbered["train"].labels).all()
+    counted = splits.load(tfds_config(tfds_dir, **kw, label_type="number"))
+    assert set(counted["train"].labels) == {0.0, 1.0}
+    by_name, by_number = (splits.load(tfds_config(tfds_dir, filter={"label": v})).filtered for v in ("pos", 1))
+    assert 0 < by_name == by_number < 500
 
 
 def test_tfds_filters_by_nested_columns_and_names_its_files(tfds_dir, reviews):
@@ -125,7 +138,7 @@ def test_tfds_has_words_and_answers(tmp_path):
     FewWords(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     kw = {"name": "few_words", "validation": 0, "test": 0}
     words = splits.load(tfds_config(tmp_path, columns={"tokens": "tokens", "tags": "tags"}, **kw))
-    assert sorted((r["tokens"], r["tags"]) for r in words["train"]) == [(["a", "bé"], ["0", "1"]), (["c"], ["1"])]
+    assert sorted((r["tokens"], r["tags"]) for r in words["train"]) == [(["a", "bé"], ["O", "X"]), (["c"], ["X"])]
     columns = {c: c for c in ("context", "question", "answers")}
     asked = splits.load(tfds_config(tmp_path, columns=columns, **kw))
     assert sorted(r["answers"] for r in asked["train"]) == [[], [("d", 3)]]
@@ -188,6 +201,94 @@ def test_hugging_face_folders(tmp_path):
     (tmp_path / "one" / "state.json").write_text('{"_data_files": [')
     with pytest.raises(RequestError, match=r"state.json: damaged"):
         open_source(SourceConfig(source="hf", path=str(tmp_path / "one")))
+
+
+def features(*names):
+    return {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+
+
+def write_table(folder, rows, features, info=True):
+    """Write the files of `Dataset.save_to_disk` with its features, in dataset_info.json or in the schema alone."""
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist(rows)
+    if info:
+        (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    else:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    return table
+
+
+WHOLE = {"validation": 0, "test": 0, "dedup": False}
+
+
+@pytest.mark.parametrize("source", ["info", "schema", "parquet"])
+def test_class_names_come_from_the_features(source, tmp_path):
+    rows = [{"text": f"text {i}", "label": i % 3} for i in range(9)]
+    table = write_table(tmp_path / "x", rows, features("World", "Sports", "Business", "Rare"), source == "info")
+    if source == "parquet":
+        pa.parquet.write_table(table, tmp_path / "x.parquet")
+    where = {"source": "parquet", "path": f"{tmp_path}/x.parquet"} if source == "parquet" else {}
+    cfg = {"source": "hf", "path": f"{tmp_path}/x", **WHOLE, **where}
+    found = splits.load(DataConfig(**cfg))
+    assert found.classes == ("World", "Sports", "Business")  # in the declared order, without a class that has no row
+    assert [found.classes[k] for k in found["train"].labels[:4]] == ["World", "Sports", "Business", "World"]
+    # as a completion, a class is its name
+    written = splits.load(DataConfig(**cfg, columns={"prompt": "text", "completion": "label"}))
+    assert [r["completion"] for r in written["train"]][:3] == ["World", "Sports", "Business"]
+
+
+@pytest.mark.parametrize("kind", ["Sequence", "List", "list"])
+def test_tags_have_the_names_of_the_features(kind, tmp_path):
+    label = {"names": ["O", "B-PER", "I-PER"], "_type": "ClassLabel"}
+    tags = [label] if kind == "list" else {"feature": label, "_type": kind}
+    rows = [{"tokens": ["Ann", "Lee", "runs"], "tags": [1, 2, 0]}]
+    write_table(tmp_path / "x", rows, {"tokens": {"_type": "Value"}, "tags": tags})
+    found = splits.load(DataConfig(source="hf", path=f"{tmp_path}/x", **WHOLE))
+    assert found["train"][0]["tags"] == ["B-PER", "I-PER", "O"]
+    assert found.classes == ("O", "B-PER", "I-PER")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": -1}], "row 1: the label is empty"),  # how the library stores "no label"
+        ([{"text": "a", "label": 2}], r"row 1: column 'label' holds class 2, and the data declares 2 \(neg, pos\)"),
+        ([{"text": "a", "tokens": ["a"], "tags": [-1]}], "row 1: the label is empty"),
+    ],
+)
+def test_numbers_without_a_class_are_refused(rows, message, tmp_path):
+    tags = {"tags": {"feature": features("neg", "pos")["label"], "_type": "List"}}
+    write_table(tmp_path / "x", rows, features("neg", "pos") | tags)
+    columns = {"text": "text"} | ({"label": "label"} if "label" in rows[0] else {"tokens": "tokens", "tags": "tags"})
+    with pytest.raises(RequestError, match=message):
+        splits.load(DataConfig(source="hf", path=f"{tmp_path}/x", columns=columns, **WHOLE))
+
+
+def test_a_mixture_does_not_take_names_and_numbers_for_four_classes(tmp_path):
+    write_table(tmp_path / "x", [{"text": f"a{i}", "label": i % 2} for i in range(4)], features("neg", "pos"))
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "b{i}", "label": {i % 2}}}\n' for i in range(4)))
+    mixture = [{"source": "hf", "path": f"{tmp_path}/x"}, {"source": "jsonl", "path": f"{tmp_path}/x.jsonl"}]
+    with pytest.raises(RequestError, match=r"declares class names \(neg, pos\), another has the labels 0, 1; list"):
+        splits.load(DataConfig(mixture=mixture, **WHOLE))
+    assert splits.load(DataConfig(mixture=mixture, classes=["0", "1"], **WHOLE)).classes == ("0", "1")
+
+
+def test_a_filter_takes_a_name_before_a_number(tmp_path):
+    write_table(tmp_path / "x", [{"text": f"a{i}", "label": i} for i in range(3)], features("1", "2", "3"))
+    cfg = {"source": "hf", "path": f"{tmp_path}/x", **WHOLE}
+    assert splits.load(DataConfig(**cfg, filter={"label": [1, 2]})).classes == ("1", "2")
+    assert splits.load(DataConfig(**cfg, filter={"label": 0})).classes == ("1",)
+
+
+def test_files_that_declare_different_names_are_refused(tmp_path):
+    for name, classes in (("a", ("neg", "pos")), ("b", ("pos", "neg"))):
+        table = write_table(tmp_path / name, [{"text": name, "label": 0}], features(*classes), info=False)
+        pa.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(RequestError, match=r"b.parquet: row 1: declares other class names than the first file"):
+        open_source(SourceConfig(source="parquet", path=f"{tmp_path}/*.parquet"))
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of the library itself

@@ -1,0 +1,60 @@
+"""Read the class names that a data set declares for columns of class numbers.
+
+Hugging Face `datasets` stores a `ClassLabel` as a number. Its names are in dataset_info.json and in the metadata of the
+Arrow schema, which Parquet files keep.
+
+Example:
+  >>> of_features({"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}, "text": {"_type": "Value"}})
+  {'label': ('neg', 'pos')}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Names = Mapping[str, tuple[str, ...]]
+"""Class names by column, in the order of the class numbers."""
+
+
+def of_features(features: Any) -> dict[str, tuple[str, ...]]:
+    """Return the names of every column of classes, or of lists of classes, in features of Hugging Face `datasets`."""
+    found = {column: _names(feature) for column, feature in dict(features or {}).items()}
+    return {column: names for column, names in found.items() if names}
+
+
+def _names(feature: Any) -> tuple[str, ...]:
+    if isinstance(feature, list):  # older releases write a list of one feature for a list
+        return _names(feature[0]) if len(feature) == 1 else ()
+    if not isinstance(feature, dict):
+        return ()
+    if feature.get("_type") == "ClassLabel":
+        return tuple(map(str, feature.get("names") or ()))
+    return _names(feature.get("feature")) if feature.get("_type") in ("Sequence", "List", "LargeList") else ()
+
+
+def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
+    """Return the names that the metadata of an Arrow schema declares; none if it is unreadable."""
+    try:
+        return of_features(json.loads((metadata or {})[b"huggingface"])["info"]["features"])
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """Return the names of every column of classes, or of lists of classes, in the features of a TFDS data set.
+
+    Nested features have names such as `about/label`, as the columns of the rows.
+    """
+    import tensorflow_datasets
+
+    kinds: Any = tensorflow_datasets.features
+    found: dict[str, tuple[str, ...]] = {}
+    for column, feature in features.items():
+        feature = feature.feature if isinstance(feature, kinds.Sequence) else feature
+        if isinstance(feature, kinds.FeaturesDict):
+            found |= of_tfds(feature, f"{prefix}{column}/")
+        elif isinstance(feature, kinds.ClassLabel):
+            found[prefix + column] = tuple(feature.names)
+    return found
