@@ -204,6 +204,27 @@ def test_readme_links_lead_somewhere():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
+CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_contributing_names_files_and_modules_that_exist():
+    paths = set(re.findall(r"(?<![\w./])(?:llmctl|recipes|tests|\.github)/[\w./]*", CONTRIBUTING))
+    assert {"llmctl/config", "recipes/bench/train_step.py"} <= paths
+    assert not {p for p in paths if not (ROOT / p.rstrip(".")).exists()}
+    for name in re.findall(r"`(llmctl(?:\.\w+)+)`", CONTRIBUTING):
+        module, _, last = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(name), name
+
+
+def test_decisions_are_under_headings_and_give_their_cost():
+    _, *sections = re.split(r"^### ", CONTRIBUTING[CONTRIBUTING.index("## Decisions") :], flags=re.M)
+    for section in sections:
+        heading, *entries = re.split(r"^- ", section, flags=re.M)
+        assert entries, heading
+        for entry in entries:
+            assert entry.startswith("**") and "Cost:" in entry, f"{heading.strip()}: {entry}"
+
+
 def test_python_versions_agree():
     """What pyproject.toml promises is what CI runs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
