@@ -190,7 +190,7 @@ def _flags(command: str) -> set[str]:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert app.run([command, "--help"]) == 0
+        assert app.run([command, "--help-all" if command in registry.stages() else "--help"]) == 0
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w.-]*", out.getvalue()))
 
 

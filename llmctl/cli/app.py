@@ -35,7 +35,6 @@ GOES_ON = ("run", "prepare", "import")
 def app(chosen: str = "") -> typer.Typer:
     """The command line with every command that there is; only the chosen one is imported, the others are names."""
     made = typer.Typer(
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # long flags need whole lines, not columns
         context_settings={
@@ -60,7 +59,8 @@ def app(chosen: str = "") -> typer.Typer:
     for name in sorted([*registry.commands(), *kinds], key=_rank):
         if name == chosen:
             goes_on = name in kinds or name in GOES_ON
-            made.command(name, short_help=registry.summary(name))(_stoppable(_function(name, name in kinds), goes_on))
+            function, cls = _function(name, name in kinds)
+            made.command(name, cls=cls, short_help=registry.summary(name))(_stoppable(function, goes_on))
         else:
             made.command(name, short_help=registry.summary(name))(lambda: None)
     return made
@@ -70,12 +70,13 @@ def _rank(name: str) -> tuple[int, str]:
     return (registry.ORDER.index(name) if name in registry.ORDER else len(registry.ORDER), name)
 
 
-def _function(name: str, stage: bool) -> Callable[..., Any]:
+def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
+    """Return the function of a command, and the class of the command (None is typer's)."""
     if stage:
         from llmctl.cli import flags
 
         return flags.command(name)
-    return getattr(importlib.import_module(registry.module(name)), registry.symbol(name))
+    return getattr(importlib.import_module(registry.module(name)), registry.symbol(name)), None
 
 
 def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def run(argv: list[str]) -> int:
     """Runs one command; its exit code. Whatever went wrong is one line on stderr."""
     try:
-        chosen = next((word for word in argv if not word.startswith("-")), "")
+        words = argv or _completing()
+        chosen = next((word for word in words if not word.startswith("-")), "")
         code = app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
         return processes.leave(code, "")
     except BaseException as e:
@@ -117,6 +119,12 @@ def run(argv: list[str]) -> int:
         if os.environ.get("LLMCTL_DEBUG") == "1":
             traceback.print_exc()
         return processes.leave(code, " ".join(line.split()))
+
+
+def _completing() -> list[str]:
+    """Return the words that a shell asks to complete, without the program's name; empty if none asks."""
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    return line.split()[1:] if os.environ.get("_LLMCTL_COMPLETE") else []
 
 
 def ending(e: BaseException) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 
+from llmctl.cli import stage_help
 from llmctl.config.base import Config, parse_value, section
 from llmctl.config.errors import RequestError
 from llmctl.config.registry import Registry
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 HIDDEN = ("kind",)
 """Fields that the command itself decides."""
+ARTIFACT = "artifact"
+"""Variable of the positional argument that means the same as --from."""
 
 
 Coordinator = Annotated[
@@ -48,8 +51,8 @@ PROCESSES: dict[str, tuple[Any, Any]] = {
 """Flags of every command that works on devices, with their defaults: what `llmctl.distributed.processes.join` takes."""
 
 
-def command(kind: str) -> Callable[..., None]:
-    """`llmctl KIND --from A --out B …`: the function that typer makes the command from."""
+def command(kind: str) -> tuple[Callable[..., None], Any]:
+    """`llmctl KIND --from A --out B …`: the function that typer makes the command from, and the command's class."""
     module = stage.load(kind)
     cls: type[stage.StageConfig] = module.Config
     fields = list(_fields(cls))
@@ -58,6 +61,10 @@ def command(kind: str) -> Callable[..., None]:
         from llmctl.pipeline import console, recipe, runner
 
         out, recipe_file, sets, json = (given.pop(k) for k in ("out", "recipe_file", "sets", "json"))
+        if artifact := given.pop(ARTIFACT, None):
+            if given["parent"]:
+                raise RequestError(f"llmctl {kind}: {artifact} and --from {given['parent']}: say one of the two")
+            given["parent"] = artifact
         processes = {k: given.pop(k) for k in PROCESSES}
         flags: dict[str, Any] = {}
         for path, field in fields:
@@ -90,17 +97,27 @@ def command(kind: str) -> Callable[..., None]:
             help="Override a setting, such as train.steps=10; below a flag.",
         ),
     ]
+    if not cls.starts:
+        named = typer.Argument(metavar="ARTIFACT", help="The artifact to start from, as --from.", show_default=False)
+        first.insert(0, _parameter(ARTIFACT, str, argument=named))
     json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+    everything = typer.Option(
+        stage_help.ALL, is_eager=True, callback=stage_help.help_all, expose_value=False, help="Show every flag."
+    )
     last = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in {**PROCESSES, "json": (json, False)}.items()
-    ]
+        for name, (annotation, default) in {
+            **PROCESSES, "json": (json, False), "help_all": (Annotated[bool, everything], False),
+        }.items()
+    ]  # fmt: skip
     made = [_flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
-    parameters = [*sorted([*first, *made], key=lambda p: p.name not in ("parent", "out")), *last]
+    parameters = [*sorted([*first, *made], key=lambda p: p.name not in (ARTIFACT, "parent", "out")), *last]
     run_stage.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_stage.__annotations__ = {p.name: p.annotation for p in parameters}
     run_stage.__doc__ = summary(module)
-    return run_stage
+    variables = {path: _variable(path) for path, _ in fields}
+    always = [ARTIFACT, "parent", "out", "recipe_file", "sets", "json"]
+    return run_stage, stage_help.of_stage(cls, variables, always, list(PROCESSES))
 
 
 def summary(module: types.ModuleType) -> str:
@@ -162,11 +179,13 @@ def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Para
         text += f" [default: {_text(default)}]"
     if kind is bool:
         return _parameter(_variable(path), bool, f"--{name}/--no-{name}", help=text)
-    return _parameter(_variable(path), str, f"--{name}", metavar=_metavar(field), help=text)
+    metavar = _metavar(field)
+    choices = metavar.split("|") if "|" in metavar else []
+    return _parameter(_variable(path), str, f"--{name}", metavar=metavar, help=text, autocompletion=lambda: choices)
 
 
-def _parameter(variable: str, kind: Any, flag: str, **option: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, typer.Option(flag, show_default=False, **option)]
+def _parameter(variable: str, kind: Any, flag: str = "", argument: Any = None, **option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, argument or typer.Option(flag, show_default=False, **option)]
     return inspect.Parameter(variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

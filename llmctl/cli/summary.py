@@ -13,6 +13,7 @@ from llmctl.artifacts import artifact
 from llmctl.config.base import read_toml, validate
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.metrics.base import VALIDATION, Metric, columns, find
+from llmctl.model import config as model_config
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.recipe import MANIFEST
 
@@ -171,6 +172,34 @@ def model(spec: str) -> ModelConfig:
     inner += [(f"stage.{i}.model", s) for i, s in enumerate(given.get("stage", [])) if isinstance(s, dict)]
     place, values = next(((p, g["model"]) for p, g in inner if isinstance(g.get("model"), dict)), ("", given))
     return validate(ModelConfig, values, lambda at: f"{spec}: {'.'.join(filter(None, (place, at)))}")
+
+
+def presets() -> list[dict[str, Any]]:
+    """Return the name, family, architecture and sizes of every preset; sorted by family, then by parameters."""
+    from llmctl.model import flops
+
+    found = []
+    for name in model_config.presets():
+        cfg = ModelConfig(preset=name)
+        parameters = flops.parameters(cfg)["total"]
+        sizes = {k: getattr(cfg, k) for k in ("layers", "d_model", "vocab_size", "max_seq_len")}
+        layers = sizes["layers"] + cfg.encoder_layers
+        one = {"preset": name, "family": cfg.family, "architecture": cfg.architecture, "parameters": parameters}
+        found.append(one | sizes | {"layers": layers})
+    return sorted(found, key=lambda p: (p["family"], p["parameters"]))
+
+
+def preset_table(found: list[dict[str, Any]]) -> Table:
+    """Return what `presets` found, for people."""
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in ("preset", "family", "architecture"):
+        out.add_column(column, overflow="fold")
+    for column in ("parameters", "layers", "width", "vocabulary", "positions"):
+        out.add_column(column, justify="right")
+    for p in found:
+        figures = (p["parameters"], p["layers"], p["d_model"], p["vocab_size"], p["max_seq_len"])
+        out.add_row(p["preset"], p["family"], p["architecture"], *(f"{n:,}" for n in figures))
+    return out
 
 
 def size_table(found: dict[str, Any]) -> Table:

@@ -37,6 +37,10 @@ class Config(BaseModel):
     """Fields that are younger than released recipes; left out of a stage's key while they have their default."""
     deciding: ClassVar[tuple[str, ...]] = ()
     """Fields that decide the defaults of the others (a preset): see `_filled`."""
+    heading: ClassVar[str] = ""
+    """Heading of the fields in a command's help; empty takes that of the section around."""
+    common: ClassVar[tuple[str, ...] | None] = None
+    """Fields that a command's `--help` lists, by key; the others are in `--help-all`. None lists all."""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,9 @@ Dtype = Literal["float32", "bfloat16"]
 class MeshConfig(Config):
     """Devices a mesh axis; -1 takes what is left. One axis at most may be -1."""
 
+    heading: ClassVar[str] = "Where it runs"
+    common: ClassVar[tuple[str, ...] | None] = ()
+
     data: int = Field(default=-1, ge=-1)
     """Replicas of the model that see different examples."""
     fsdp: int = Field(default=1, ge=-1)
@@ -29,6 +32,9 @@ class MeshConfig(Config):
 
 class OptimConfig(Config):
     """The optimizer and its learning-rate schedule."""
+
+    heading: ClassVar[str] = "Training"
+    common: ClassVar[tuple[str, ...] | None] = ("name", "learning_rate")
 
     name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"
     """The optimizer; muon takes the matrices of the layers and leaves the rest to AdamW. adafactor suits T5, whose
@@ -64,6 +70,8 @@ class OptimConfig(Config):
 class TrainConfig(Config):
     """The length of a run, its batches, and what is kept on the way."""
 
+    heading: ClassVar[str] = "Training"
+    common: ClassVar[tuple[str, ...] | None] = ("steps", "batch_size", "seq_len")
     unkeyed: ClassVar[frozenset[str]] = frozenset(
         {"microbatches", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "profile"}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -28,6 +28,9 @@ Scalar = str | bool | int | float
 
 class SourceConfig(Config):
     """One place that rows come from, and how its columns map to ours."""
+
+    heading: ClassVar[str] = "Data"
+    common: ClassVar[tuple[str, ...] | None] = ("source", "path", "columns")
 
     source: Annotated[str, AfterValidator(SOURCES.check), SOURCES] = "text"
     """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set, or
@@ -118,6 +121,9 @@ class DataConfig(SourceConfig):
 
 class TokenizerConfig(Config):
     """How text becomes token ids: trained on the corpus, or given."""
+
+    heading: ClassVar[str] = "Tokenizer"
+    common: ClassVar[tuple[str, ...] | None] = ("kind", "path", "vocab_size")
 
     kind: Literal["unigram", "bpe", "bytes"] = "unigram"
     """Algorithm of the tokenizer that is trained (SentencePiece, arXiv:1808.06226, with byte fallback); bytes needs no

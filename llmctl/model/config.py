@@ -26,11 +26,14 @@ class ModelConfig(Config):
         ('llama', 3, 128, True)
     """
 
+    heading: ClassVar[str] = "Model"
+    common: ClassVar[tuple[str, ...] | None] = ("preset",)
     unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
     preset: str = ""
-    """Family and size to start from, such as llama-tiny; every other field overrides it."""
+    """Family and size to start from, such as llama-tiny (`llmctl show --presets` lists all); every other field
+    overrides it."""
     family: str = "llama"
     """Name map and default flags; the name of a module in `llmctl/model/families`."""
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"

@@ -317,6 +317,9 @@ def _find(name: str, models: list[str], where: str, beside: Path | None) -> str 
         if (folder / MANIFEST).is_file():
             return folder
     if folders[0].is_dir():
+        inside = sorted(str(f.parent) for f in folders[0].glob(f"[!.]*/{MANIFEST}"))
+        if inside:
+            raise RequestError(f"{where}: {name} is a run, not an artifact; name one of {', '.join(inside)}")
         raise RequestError(f"{where}: {name} is not an artifact: it has no {MANIFEST}")
     known = f"; before it there are {', '.join(models)}" if models else ""
     raise RequestError(f"{where}: no artifact {name!r}{hint(name, models)}{known}")

@@ -42,6 +42,7 @@ T = TypeVar("T")
 class StageConfig(Config):
     """What every stage has."""
 
+    heading: ClassVar[str] = "What it does"
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform"})
     unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent"})
     """Fields that a recipe's shared settings never reach, because each stage must mean its own."""

@@ -98,6 +98,7 @@ def test_show_for_people(place, call):
     assert [word in out for word in ("make", "change", "1,000", "4 kB", "25%", "75.00%")] == [True] * 6
     _, out, _ = call("show", "runs/demo/change")
     assert "digest" in out and "sparsity=0.5" in out
+    assert "window_layers=[]" in out and "\\" not in out
 
 
 def test_a_stage_is_a_command_with_its_fields_as_flags(place, call):

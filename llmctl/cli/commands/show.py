@@ -11,17 +11,29 @@ def show(
     config: Annotated[
         str, typer.Option(metavar="PRESET|TOML", help="Instead: what a model weighs and takes, before it exists.")
     ] = "",
+    presets: Annotated[
+        bool, typer.Option("--presets", help="Instead: every preset of model.preset, with its family and size.")
+    ] = False,
     seq_len: Annotated[int, typer.Option(min=0, help="For --config: tokens a sequence; 0 takes the model's.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show an artifact, or a whole run as a table in lineage order; or what a model of some config would take."""
+    """Show an artifact, a run as a table in lineage order, the presets, or what a model of a config would take."""
+    from rich.markup import escape
+
     from llmctl.cli import summary as shown
     from llmctl.config.errors import RequestError
     from llmctl.pipeline import console
     from llmctl.pipeline.recipe import MANIFEST
 
-    if (path is None) == (not config):
-        raise RequestError("show: name an artifact or a run, or else --config with a preset or a TOML file")
+    if (path is not None) + bool(config) + presets != 1:
+        raise RequestError("show: name an artifact or a run, or --config with a preset or a TOML file, or --presets")
+    if presets:
+        found = shown.presets()
+        if json:
+            console.result({"presets": found})
+        else:
+            console.show(shown.preset_table(found))
+        return
     if path is None:
         from llmctl.model import size_report
 
@@ -47,10 +59,10 @@ def show(
     console.show(shown.table([found], str(path)))
     for key in ("format", "digest", "key", "parent", "labels", "metrics", "model", "config", "versions"):
         if found.get(key):
-            console.show(f"[bold]{key}[/bold] {_plain(found[key])}")
+            console.show(f"[bold]{key}[/bold] {escape(_plain(found[key]))}")
 
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{k}={_plain(v)}" for k, v in value.items()).replace("[", r"\[")
-    return str(value).replace("[", r"\[")
+        return "  ".join(f"{k}={_plain(v)}" for k, v in value.items())
+    return str(value)

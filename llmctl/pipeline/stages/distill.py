@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 class Config(StageConfig):
     """Trains a student to give the teacher's answers: a pruned artifact (`from`), or a new network (`model`)."""
 
+    common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
 

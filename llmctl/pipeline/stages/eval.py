@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class Config(MeasureConfig, StageConfig):
     """Measure artifacts: accuracy, perplexity, size and speed, on the same held-out examples."""
 
+    common: ClassVar[tuple[str, ...] | None] = ("of", "split", "examples", "batch_size", "speed", "plot")
     produces: ClassVar[bool] = False
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent"})  # what is timed depends on where
     artifact_fields: ClassVar[tuple[str, ...]] = ("of",)

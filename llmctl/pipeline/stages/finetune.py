@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class LoraConfig(Settings):
     """Low-rank pairs beside frozen matrices."""
 
+    common: ClassVar[tuple[str, ...] | None] = ("rank",)
+
     rank: int = Field(default=8, ge=1)
     """Rank of each pair."""
     alpha: float = Field(default=16.0, gt=0)
@@ -38,6 +40,8 @@ class LoraConfig(Settings):
 
 class Config(StageConfig):
     """Training on a task's examples; the best parameters by validation are kept."""
+
+    common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()

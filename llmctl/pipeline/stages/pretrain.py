@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 class Config(StageConfig):
     """Self-supervised training on raw text; with `from`, training goes on from that artifact on other text."""
 
+    common: ClassVar[tuple[str, ...] | None] = ("objective", "packing")
     starts: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"

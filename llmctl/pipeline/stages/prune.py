@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -42,6 +42,8 @@ def _method(name: str) -> str:
 
 class Config(CalibrationConfig, StageConfig):
     """Prune a model: remove whole parts (structured), or set weights to zero by a score (magnitude, wanda, …)."""
+
+    common: ClassVar[tuple[str, ...] | None] = ("method", "heads", "ffn", "layers", "sparsity", "pattern", "examples")
 
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), SCORES] = STRUCTURED

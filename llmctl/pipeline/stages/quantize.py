@@ -28,6 +28,7 @@ def _scheme(name: str) -> str:
 class Config(StageConfig):
     """Quantize the matrices, by default to int8. Needs no data."""
 
+    common: ClassVar[tuple[str, ...] | None] = ("bits", "scheme", "group", "embeddings", "head", "activations")
     added: ClassVar[frozenset[str]] = frozenset({"scheme"})
 
     kind: Literal["quantize"] = "quantize"
