@@ -107,6 +107,12 @@ def current() -> Mesh | None:
     return _current.get()
 
 
+def size() -> int:
+    """Return the number of devices of the current mesh; 1 without a mesh."""
+    mesh = _current.get()
+    return 1 if mesh is None else mesh.size
+
+
 def axis_size(axis: str) -> int:
     """Return the number of devices along an axis of the current mesh; 1 without a mesh."""
     mesh = _current.get()

@@ -3,6 +3,7 @@
 A weight is a plain array or a node (`llmctl.model.weights.base.Node`): integers with scales, a low-rank update around
 another weight, or a class of somebody else's. The functions here take either:
 
+    >>> import jax.numpy as jnp
     >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
     >>> pair = LowRank(w, jnp.ones((8, 1)), jnp.ones((1, 4)), scale=0.5)
     >>> matmul(x, w, jnp.float32)[0, 0].item(), matmul(x, pair, jnp.float32)[0, 0].item()
@@ -13,17 +14,19 @@ another weight, or a class of somebody else's. The functions here take either:
 Only plain arrays call `fsdp_matmul`, `quantized_matmul` and `embedding_lookup`. Other products of the package multiply
 activations with activations (attention, similarities), or weights with statistics (scores of heads).
 
-`matrices` finds what compression works on, `names` says what a parameter is, and `tree` names its arrays.
+`tree` multiplies weights and names their arrays, `names` parses the names, `base` defines nodes, and `matrices` finds
+the matrices that compression works on.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-
-from llmctl.model.weights.adapter import Adapter
+from llmctl.model.weights.adapter import (
+    Adapter,
+    adapted,
+    adapter_names,
+    merge_adapters,
+    without_adapters,
+)
 from llmctl.model.weights.base import Node, Product, node_type, setting
 from llmctl.model.weights.low_rank import LowRank
 from llmctl.model.weights.matrices import (
@@ -45,22 +48,24 @@ from llmctl.model.weights.names import (
     module_path,
     parse,
 )
-from llmctl.model.weights.plain import as_node, is_plain
 from llmctl.model.weights.quantized import Quantized
 from llmctl.model.weights.records import KINDS, assemble, describe, parts
 from llmctl.model.weights.tree import (
-    adapted,
-    adapter_names,
+    Weight,
     arrays,
+    as_node,
     count,
+    dense,
     flatten,
+    is_plain,
     is_weight,
-    merge_adapters,
+    matmul,
     of_type,
     rebuild,
+    take,
+    transpose_matmul,
     unflatten,
     updated,
-    without_adapters,
 )
 
 __all__ = [
@@ -110,32 +115,3 @@ __all__ = [
     "without_adapters",
     "zero_names",
 ]
-
-Weight = jax.Array | Node
-
-
-def dense(w: Weight, dtype: Any = jnp.float32) -> jax.Array:
-    """Return the weight as a plain array of its logical shape."""
-    return as_node(w).dense(dtype)
-
-
-def matmul(
-    x: jax.Array,
-    w: Weight,
-    dtype: Any,
-    kind: str = "",
-    fold: bool = True,
-    axes: tuple[str, str] | None = None,
-) -> jax.Array:
-    """Return x [..., I] times w [I, O] in `dtype` -> [..., O]; the options are those of `Product`."""
-    return as_node(w).matmul(x, dtype, Product(fold, kind, axes))
-
-
-def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:
-    """Return x [..., D] times the transpose of table [V, D] in `dtype` -> [..., V] (tied output projection)."""
-    return as_node(table).transpose_matmul(x, dtype)
-
-
-def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-    """Return rows of table [V, D] at ids [...] -> [..., D]; `axes` are the table's logical axes."""
-    return as_node(table).take(ids, dtype, axes)

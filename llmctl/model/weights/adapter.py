@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.model.weights.base import Node
-from llmctl.model.weights.plain import as_node
+from llmctl.model.weights.names import join
 from llmctl.model.weights.records import assemble, typed
+from llmctl.model.weights.tree import Params, as_node, flatten, is_weight
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,23 @@ def _base_part(part: str) -> str:
 
 def _is_base(part: str) -> bool:
     return part == "base" or part.startswith("base.")
+
+
+def adapted(params: Params) -> dict[str, Any]:
+    """Return the weights with an adapter that is not merged, by path."""
+    return {path: w for path, w in flatten(params).items() if as_node(w).has_adapter}
+
+
+def adapter_names(params: Params) -> frozenset[str]:
+    """Return the names of the arrays that adapter methods train."""
+    return frozenset(join(path, part) for path, w in flatten(params).items() for part in as_node(w).adapter_parts)
+
+
+def merge_adapters(params: Params) -> Params:
+    """Return the tree with every adapter added into its base, in the base's type (float32 for a quantized one)."""
+    return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), params, is_leaf=is_weight))
+
+
+def without_adapters(params: Params) -> Params:
+    """Return the tree with the bases alone."""
+    return cast(Params, jax.tree.map(lambda w: as_node(w).bare(), params, is_leaf=is_weight))

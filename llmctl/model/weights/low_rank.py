@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llmctl.model.weights.adapter import Adapter
 from llmctl.model.weights.base import Product, node_type, setting
-from llmctl.model.weights.plain import as_node
+from llmctl.model.weights.tree import as_node
 
 
 @node_type

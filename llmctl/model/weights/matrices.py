@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from llmctl.model.weights import names
 from llmctl.model.weights.base import Node
 from llmctl.model.weights.names import Place
-from llmctl.model.weights.plain import as_node
-from llmctl.model.weights.tree import Params, flatten, updated
+from llmctl.model.weights.tree import Params, as_node, flatten, updated
 
 
 @dataclass(frozen=True)

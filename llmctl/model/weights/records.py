@@ -9,7 +9,7 @@ from typing import Any
 
 from llmctl.config.registry import Registry
 from llmctl.model.weights.base import Node
-from llmctl.model.weights.plain import as_node, is_plain
+from llmctl.model.weights.tree import as_node, is_plain
 
 KINDS: Registry[type[Node]] = Registry(
     "weight",

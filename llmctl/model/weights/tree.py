@@ -1,23 +1,132 @@
-"""Name the weights of a parameter tree, and the arrays they are stored as.
+"""The parameter tree: nested dictionaries of weights, with functions that take a plain array or a node alike.
 
-Optimizers, checkpoints and artifacts work on flat dictionaries by name (`llmctl.model.weights.names`); the model works
-on the tree with its nodes.
+The model works on the tree. Optimizers, checkpoints and artifacts work on flat dictionaries of arrays by name
+(`llmctl.model.weights.names`). A training step of a model with plain arrays enters no other module of this package.
+
+Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from llmctl.model.weights.base import Node
+from llmctl.distributed import mesh as meshes
+from llmctl.model import embedding_lookup, fsdp_matmul, quantized_matmul
+from llmctl.model.weights.base import Node, Product, take_along
 from llmctl.model.weights.names import join
-from llmctl.model.weights.plain import as_node
-from llmctl.model.weights.records import assemble, describe, parts
 
 Params = dict[str, Any]
+Weight = jax.Array | Node
 N = TypeVar("N", bound=Node)
+
+
+@dataclass(frozen=True)
+class Plain(Node):
+    """A view of an array (or its abstract shape); parameter trees hold the array itself."""
+
+    kind: ClassVar[str] = ""
+
+    array: Any
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+    values_part = property(lambda self: "")
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """See Node."""
+        return self.array.astype(dtype)
+
+    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+        """See Node.
+
+        Under FSDP, the array is gathered once per pass. If training sets a type of 8-bit product, it is used.
+        """
+        if how.axes and not how.kind and meshes.size() > 1 and fsdp_matmul.splits(how.axes):
+            return cast(jax.Array, fsdp_matmul.matmul(x, self.array, how.axes, dtype))
+        x = x.astype(dtype)
+        x_NI = x.reshape(-1, x.shape[-1]) if how.fold else x
+        w_IO = self.array.astype(dtype)
+        y_NO = quantized_matmul.matmul(x_NI, w_IO, how.kind) if how.kind else jnp.matmul(x_NI, w_IO)
+        return cast(jax.Array, y_NO).reshape(*x.shape[:-1], self.shape[-1])
+
+    def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
+        """See Node. Devices that share the table exchange embeddings instead of gathering it, if that sends less."""
+        if axes and meshes.size() > 1:
+            return embedding_lookup.take(self.array, ids, axes[0], dtype)
+        return jnp.take(self.array, ids, axis=0).astype(dtype)
+
+    def parts(self) -> dict[str, Any]:
+        """See Node; the array is its own only part, without a name."""
+        return {"": self.array}
+
+    def masked(self, mask: jax.Array) -> jax.Array:
+        """See Node."""
+        return jnp.where(mask, self.array, jnp.zeros((), self.array.dtype))
+
+    def select(self, index_LN: np.ndarray, axis: int) -> jax.Array:
+        """See Node."""
+        return take_along(self.array, index_LN, axis, self.shape[axis])
+
+    def bare(self) -> Any:
+        """See Node."""
+        return self.array
+
+    def merged(self) -> Any:
+        """See Node."""
+        return self.array
+
+    def for_decoding(self, on_cpu: bool) -> Any:
+        """See Node."""
+        return self.array
+
+
+def as_node(w: Any) -> Node:
+    """Return the weight's methods: a node itself, a plain array in a `Plain`."""
+    return w if isinstance(w, Node) else Plain(w)
+
+
+def is_plain(w: Any) -> bool:
+    """True for a weight that is one array."""
+    return not isinstance(w, Node)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def dense(w: Weight, dtype: Any = jnp.float32) -> jax.Array:
+    """Return the weight as a plain array of its logical shape."""
+    return as_node(w).dense(dtype)
+
+
+def matmul(
+    x: jax.Array,
+    w: Weight,
+    dtype: Any,
+    kind: str = "",
+    fold: bool = True,
+    axes: tuple[str, str] | None = None,
+) -> jax.Array:
+    """Return x [..., I] times w [I, O] in `dtype` -> [..., O]; the options are those of `Product`."""
+    return as_node(w).matmul(x, dtype, Product(fold, kind, axes))
+
+
+def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:
+    """Return x [..., D] times the transpose of table [V, D] in `dtype` -> [..., V] (tied output projection)."""
+    return as_node(table).transpose_matmul(x, dtype)
+
+
+def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
+    """Return rows of table [V, D] at ids [...] -> [..., D]; `axes` are the table's logical axes."""
+    return as_node(table).take(ids, dtype, axes)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def is_weight(x: Any) -> bool:
@@ -59,15 +168,16 @@ def updated(params: Params, changes: Mapping[str, Any]) -> Params:
 
 def arrays(params: Params) -> dict[str, Any]:
     """Return every array by name, a flat dictionary that optimizers and checkpoints understand."""
-    return {join(path, part): a for path, w in flatten(params).items() for part, a in parts(w).items()}
+    return {join(path, part): a for path, w in flatten(params).items() for part, a in as_node(w).parts().items()}
 
 
 def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
-    """Return the nodes of `template` (a parameter tree, abstract or not) around other arrays: inverse of `arrays`."""
-    flat = {}
-    for path, w in flatten(template).items():
-        flat[path] = assemble(describe(w), {part: named[join(path, part)] for part in parts(w)})
-    return unflatten(flat)
+    """Return `template` (a parameter tree, abstract or not) with other arrays in it: the inverse of `arrays`."""
+
+    def restored(path: str, node: Node) -> Node:
+        return node.restore(node.settings(), {part: named[join(path, part)] for part in node.parts()})
+
+    return unflatten({path: named[path] if is_plain(w) else restored(path, w) for path, w in flatten(template).items()})
 
 
 def count(params: Params) -> int:
@@ -78,23 +188,3 @@ def count(params: Params) -> int:
 def of_type(params: Params, kind: type[N]) -> dict[str, N]:
     """Return the nodes of one class by path, for formats that hold nothing else (PEFT's LoRA)."""
     return {path: w for path, w in flatten(params).items() if isinstance(w, kind)}
-
-
-def adapted(params: Params) -> dict[str, Any]:
-    """Return the weights with an adapter that is not merged, by path."""
-    return {path: w for path, w in flatten(params).items() if as_node(w).has_adapter}
-
-
-def adapter_names(params: Params) -> frozenset[str]:
-    """Return the names of the arrays that adapter methods train."""
-    return frozenset(join(path, part) for path, w in flatten(params).items() for part in as_node(w).adapter_parts)
-
-
-def merge_adapters(params: Params) -> Params:
-    """Return the tree with every adapter added into its base, in the base's type (float32 for a quantized one)."""
-    return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), params, is_leaf=is_weight))
-
-
-def without_adapters(params: Params) -> Params:
-    """Return the tree with the bases alone."""
-    return cast(Params, jax.tree.map(lambda w: as_node(w).bare(), params, is_leaf=is_weight))

@@ -37,4 +37,4 @@ def test_plain_arrays_alone_reach_the_products_of_sharded_matrices_and_tables():
             r"(fsdp_matmul|quantized_matmul)\.matmul\(|embedding_lookup\.take\(", p.read_text(encoding="utf-8")
         )
     }
-    assert users == {"model/weights/plain.py"}
+    assert users == {"model/weights/tree.py"}
