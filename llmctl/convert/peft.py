@@ -28,16 +28,17 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "use_dora": (False,), "lora_bias": (False,),
-    "layers_to_transform": (), "layers_pattern": (), "megatron_config": (), "trainable_token_indices": (),
-    "target_parameters": (), "layer_replication": (), "corda_config": (), "eva_config": (),
-    "alora_invocation_tokens": (),
-    "use_qalora": (False,), "ensure_weight_tying": (False,), "exclude_modules": (),
+    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "lora_bias": (False,),
+    "megatron_config": (), "trainable_token_indices": (), "target_parameters": (), "layer_replication": (),
+    "alora_invocation_tokens": (), "use_qalora": (False,), "use_bdlora": (False,), "ensure_weight_tying": (False,),
+    "arrow_config": (), "kasa_config": (), "monteclora_config": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
 """Settings that change the computation, and the values under which they do not.
 
-Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base.
+Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Settings that only select modules
+(layers_to_transform, layers_pattern, exclude_modules) are not checked: the stored tensors name the selected modules.
+Neither is fan_in_fan_out. It describes the layout of the base's matrix, and the pair has the same layout either way.
 """
 
 
@@ -46,15 +47,20 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
-    """Return the linear layers of the other format that equal one of our matrices: {module name: our slot}."""
+def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
+    """Return the linear layers of the other format with the matrices of ours that each holds: {module name: slots}."""
     bridge, head = architectures.of(cfg)
     found = name_map.joints(cfg, bridge, head, bare=cfg.head == "embed")
     return {
-        n.removesuffix(".weight"): j.slots[0]
+        n.removesuffix(".weight"): j.slots
         for n, j in found.items()
-        if weights.is_kernel(j.slots[0].path) and len(j.slots) == 1 and n.endswith(".weight")
+        if weights.is_kernel(j.slots[0].path) and n.endswith(".weight")
     }
+
+
+def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
+    """Return the linear layers of the other format that equal one of our matrices: {module name: our slot}."""
+    return {module: slots[0] for module, slots in _layers(cfg).items() if len(slots) == 1}
 
 
 def load(base: Artifact, folder: Path) -> dict[str, Any]:
@@ -76,20 +82,22 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
     left = {n.removeprefix(PREFIX) for n in stored}
     if missing := [n for n in stored if not n.startswith(PREFIX)]:
         raise RequestError(f"{folder / WEIGHTS}: tensors that are not understood: {listed(missing)}")
-    for module, slot in _modules(base.model).items():
+    for module, slots in _layers(base.model).items():
         a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
         if a not in left or b not in left:
             continue
         left -= {a, b}
         pair = stored[PREFIX + a], stored[PREFIX + b]
-        inputs, outputs = slot.shape
+        inputs, outputs = slots[0].shape[0], sum(s.shape[-1] for s in slots)
         rank = pair[0].shape[0]
         if pair[0].shape != (rank, inputs) or pair[1].shape != (outputs, rank):
             raise RequestError(
                 f"{folder / WEIGHTS}: {a} is {list(pair[0].shape)} and its pair {list(pair[1].shape)}, which do not "
                 f"fit the base's matrix [{outputs}, {inputs}]"
             )
-        pairs.setdefault(slot.path, {})[slot.layer] = (*pair, _scale(config, module, rank))
+        for slot in slots:  # the parts of a fused matrix share the inputs' side
+            b_part = pair[1] if len(slots) == 1 else _rows(pair[1], slot.first, slot.shape[-1])
+            pairs.setdefault(slot.path, {})[slot.layer] = (pair[0], b_part, _scale(config, module, rank))
     left -= _heads(base.model, stored, flat, left)
     if left:
         raise RequestError(f"{folder / WEIGHTS}: tensors that are not understood: {listed(sorted(left))}")
@@ -98,6 +106,10 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
     for path, layers in pairs.items():
         flat[path] = _pair(flat[path], path, layers)
     return weights.unflatten(flat)
+
+
+def _rows(t: Tensor, first: int, count: int) -> Tensor:
+    return Tensor((count, *t.shape[1:]), t.dtype, lambda: t.read()[first : first + count])
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

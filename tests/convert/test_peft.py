@@ -10,7 +10,8 @@ from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
 from llmctl.convert import peft, safetensors
 from llmctl.convert.lazy_tensors import of_array
-from llmctl.model import weights
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
 
 
 @pytest.fixture(scope="session")
@@ -85,12 +86,64 @@ def test_layers_that_differ_in_rank_and_scale_come_in_as_one_pair(saved, tmp_pat
         peft.load(base, tmp_path)
 
 
+GPT2 = {
+    "family": "gpt2", "d_model": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "tied": False,
+    "max_seq_len": 16, "norm": "layer", "activation": "gelu_tanh", "gated": False, "positions": "learned",
+    "qkv_bias": True, "out_bias": True, "mlp_bias": True,
+}  # fmt: skip
+SELECTIONS = {
+    "layers_to_transform": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]},
+    "layers_pattern": {"target_modules": ["down_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "exclude_modules": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "up_proj"]},
+    "eva": {"target_modules": ["o_proj"], "init_lora_weights": "gaussian"},
+    "fan_in_fan_out": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of torch and peft
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_merged_logits_are_those_of_peft(name, save, saved, wild, config, words, call, tmp_path):
+    """Settings that select modules, and adapters of fused Conv1D matrices, against the merge of PEFT itself."""
+    theirs, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    if name == "fan_in_fan_out":
+        config = ModelConfig(vocab_size=words.vocab_size, **GPT2)
+        saved = save(config, wild(config))
+    assert call("export", saved, "--out", tmp_path / "base")[0] == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = theirs.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **SELECTIONS[name])
+    tuned = theirs.get_peft_model(model, lora)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, p in tuned.named_parameters():
+            if "lora_" in parameter_name:
+                p.normal_(0, 0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    if name == "eva":  # the initialization reads data; what it leaves in the settings is this
+        said = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+        changed = said | {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
+        (tmp_path / "adapter" / peft.CONFIG).write_text(json.dumps(changed))
+    code, _, err = call("import", tmp_path / "adapter", "--base", saved, "--out", tmp_path / "a")
+    assert code == 0, err
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 12))
+    with torch.no_grad():
+        merged = tuned.merge_and_unload().eval()(torch.tensor(ids)).logits.numpy()
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()(torch.tensor(ids)).logits
+    positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+    batch = {"tokens": ids.astype(np.int32), "segments": np.ones((2, 12), np.int32), "positions": positions}
+    found = artifact.load(tmp_path / "a")
+    got = np.asarray(functional.lm_logits(found.model, found.params, functional.hidden(found.model, found.params, batch)))
+    assert np.abs(merged - plain.numpy()).max() > 0.1  # the adapter matters
+    np.testing.assert_allclose(got, merged, atol=2e-4)
+
+
 def test_what_is_not_plain_lora_is_refused(adapter, saved, call, tmp_path):
     said = json.loads((adapter / peft.CONFIG).read_text())
     for change, message in (
         ({"use_dora": True}, "use_dora"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"bias": "all"}, "bias"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
     ):
         (adapter / peft.CONFIG).write_text(json.dumps(said | change))
