@@ -132,7 +132,9 @@ def test_merged_logits_are_those_of_peft(name, save, saved, wild, config, words,
     positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
     batch = {"tokens": ids.astype(np.int32), "segments": np.ones((2, 12), np.int32), "positions": positions}
     found = artifact.load(tmp_path / "a")
-    got = np.asarray(functional.lm_logits(found.model, found.params, functional.hidden(found.model, found.params, batch)))
+    got = np.asarray(
+        functional.lm_logits(found.model, found.params, functional.hidden(found.model, found.params, batch))
+    )
     assert np.abs(merged - plain.numpy()).max() > 0.1  # the adapter matters
     np.testing.assert_allclose(got, merged, atol=2e-4)
 

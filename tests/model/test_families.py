@@ -12,6 +12,7 @@ import transformers as hf
 from safetensors import safe_open
 
 from llmctl.config.errors import RequestError
+from llmctl.convert import architectures
 from llmctl.convert import hf_folder as folders
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -53,6 +54,7 @@ MODELS = {
     "qwen2-window": lambda: hf.Qwen2ForCausalLM(
         hf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     ),
+    "qwen2-heads-pruned": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPED, head_dim=10)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=10)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(
@@ -84,6 +86,9 @@ HEADS = {
     "qwen3-tokens": lambda: hf.Qwen3ForTokenClassification(hf.Qwen3Config(**GROUPED, head_dim=10, num_labels=3)),
     "gemma2-tokens": lambda: hf.Gemma2ForTokenClassification(
         hf.Gemma2Config(**GROUPED, head_dim=10, sliding_window=5, attn_implementation="eager", num_labels=3)
+    ),
+    "gemma3-classify": lambda: hf.Gemma3TextForSequenceClassification(
+        hf.Gemma3TextConfig(**GROUPED, head_dim=10, sliding_window=5, num_labels=3)
     ),
     "gpt2-tokens": lambda: hf.GPT2ForTokenClassification(
         hf.GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=3, n_positions=48, num_labels=3)
@@ -233,6 +238,22 @@ def test_task_heads_answer_as_those_of_transformers(name, saved):
         else:
             y = ours[i, : len(x)] if cfg.head == "tokens" else ours[i]
             np.testing.assert_allclose(y, expected["logits"][0].squeeze(), atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", architectures.bridges())
+def test_every_class_that_we_write_exists_in_transformers(model_type):
+    heads = architectures.bridges()[model_type][1].heads.values()
+    assert [h.architecture for h in heads if not hasattr(hf, h.architecture)] == []
+
+
+def test_gemma3_classifiers_of_the_earlier_class_name_come_in(saved, tmp_path):
+    """Earlier releases of llmctl wrote the class of the multimodal model."""
+    path, found, _ = saved("gemma3-classify")
+    config = json.loads((path / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3TextForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Gemma3ForSequenceClassification"]}))
+    (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
+    assert folders.look(tmp_path).model == found.model
 
 
 @pytest.mark.parametrize("name", [*MODELS, *HEADS])

@@ -52,7 +52,10 @@ def names_of(cfg: Any) -> Fields:
     return llama.body(NORMS)
 
 
+# transformers has no class that labels tokens, and marks the classes of the text model that need a mark.
+TEXT = {k: h for k, h in llama.heads("Gemma3Text", "Gemma3TextModel").items() if k != "tokens"}
+HEADS = {**TEXT, "lm": llama.heads("Gemma3")["lm"]}
+RENAMED = {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"}
 BRIDGE = Bridge(
-    "gemma3_text", "model.", names_of, llama.heads("Gemma3", "Gemma3TextModel"), from_config, to_config,
-    llama.BUFFERS,
+    "gemma3_text", "model.", names_of, HEADS, from_config, to_config, llama.BUFFERS, renamed=RENAMED
 )  # fmt: skip

@@ -67,8 +67,8 @@ def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Qwen2 config.json; inverse of `from_config`."""
     llama.relative_of_llama(cfg, "Qwen2", qkv_bias=True, window=None)
     fields = give(cfg)
-    if fields.pop("head_dim") * cfg.heads != cfg.d_model:
-        hf_config.refuse(cfg, "Qwen2", head_dim=cfg.d_model / cfg.heads)
+    if cfg.head_dim * cfg.heads == cfg.d_model:  # published configs omit the key, and transformers then computes it
+        fields.pop("head_dim")
     return fields
 
 
