@@ -1,4 +1,4 @@
-"""Where commands speak: results to stdout, everything else to stderr. Of several processes the first speaks."""
+"""Print the output of commands: results to stdout, everything else to stderr. Only process 0 prints."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """One line to people, on stderr."""
+    """Print one line for people to stderr."""
     if processes.first():
         Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def result(value: Any) -> None:
-    """One JSON object on stdout, and nothing else there. Values that JSON does not have (NaN) become null."""
+    """Print one JSON object to stdout. Numbers that JSON lacks (NaN, infinities) become null."""
     if processes.first():
         sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
 def show(renderable: Any) -> None:
-    """A table or a text for people, on stdout. Off a terminal it is as wide as it needs to be: nothing is cut."""
+    """Print a table or a text for people to stdout. If stdout is no terminal, lines are not cut to a width."""
     if not processes.first():
         return
     console = Console()
@@ -41,7 +41,7 @@ def show(renderable: Any) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path | None) -> Iterator[Path]:
-    """`path`, or a temporary folder for a result that is only printed."""
+    """Yield `path`, or a temporary folder if the result is only printed."""
     if path:
         yield path
         return

@@ -1,4 +1,4 @@
-"""A recipe: shared settings and an ordered list of stages, wholly resolved and validated before anything runs.
+"""Read a recipe: shared settings and an ordered list of stages. It is resolved and validated before any stage runs.
 
 Precedence, lowest first: a field's default, a shared setting at the top of the recipe, the stage's own table, `--set`,
 a stage command's flag.
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
 
 MANIFEST = "manifest.json"
-"""The file that makes a folder an artifact."""
+"""Name of the file by which a folder is recognized as an artifact."""
 
 RUNS = Path("runs")
-"""Where runs go unless they are told."""
+"""Default parent folder of runs."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One resolved stage. An artifact that it names is an earlier step of the recipe (str) or a folder (Path)."""
+    """Resolved stage. An artifact that it names is an earlier step of the recipe (str) or a folder (Path)."""
 
     config: StageConfig
     out: Path
     parent: str | Path | None
     others: dict[str, str | Path] = field(default_factory=dict)
-    """Artifacts beside the parent, by the name that the config uses: what is measured, the teacher."""
+    """Artifacts beside the parent, by the name that the config uses, such as the teacher of `distill`."""
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A chain of steps and the folder that their artifacts go to."""
+    """Ordered steps and the folder of their artifacts."""
 
     name: str
     run: Path
@@ -55,16 +55,16 @@ class Recipe:
 
 
 def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file.
+    """Read and validate the recipe in a TOML file.
 
     Args:
       path: the file.
       run: folder of the run; the recipe's `run`, or `runs/<name>`, by default.
-      sets: assignments such as `stage.2.sparsity=0.6`, `stage.prune.sparsity=0.6` (stages by place from 0, or by name)
-        or `data.path=x.csv` (shared). Values are TOML; what is not TOML is a string.
+      sets: assignments such as `stage.2.sparsity=0.6`, `stage.prune.sparsity=0.6` (stages by index from 0, or by name)
+        or `data.path=x.csv` (shared). Values are TOML; a value that is not valid TOML is a string.
 
     Raises:
-      RequestError: anything about it is wrong.
+      RequestError: the file is missing, or a setting in it is wrong.
     """
     doc = read_toml(path)
     for text in sets:
@@ -94,18 +94,18 @@ def single(
     recipe: str | Path | None = None,
     sets: Iterable[str] = (),
 ) -> Recipe:
-    """A recipe of one stage: what `llmctl prune --from A --out B --sparsity 0.5` means.
+    """Return a recipe of one stage, as for `llmctl prune --from A --out B --sparsity 0.5`.
 
     Args:
-      kind: the stage.
-      flags: nested settings from the command line, `from` among them.
+      kind: kind of the stage.
+      flags: nested settings from the command line, including `from`.
       out: the artifact's folder; its parent is the run's folder.
-      recipe: a TOML recipe to start from: its shared settings, and those of its stage of this kind (of several, the
-        one whose name `flags` gives).
+      recipe: a TOML recipe whose shared settings and stage of this kind are used. If it has several such stages,
+        `flags` names one.
       sets: assignments inside the stage, such as `train.steps=10`.
 
     Raises:
-      RequestError: anything about it is wrong.
+      RequestError: the recipe or a setting is wrong.
     """
     cls = stage.load(kind).Config
     values: dict[str, Any] = {}
@@ -154,7 +154,7 @@ def _set(doc: dict[str, Any], text: str) -> None:
 
 
 def _own(table: Any, path: list[str]) -> bool:
-    """Whether a stage's own table says the shared setting `path`."""
+    """Return True if a stage's own table has the shared setting `path`."""
     kind = table.get("kind", "") if isinstance(table, dict) else ""
     return kind in stage.kinds() and path[0] in _shareable(stage.load(kind).Config) and ".".join(path) in _paths(table)
 
@@ -168,7 +168,7 @@ def _assignment(text: str) -> tuple[list[str], Any]:
 
 
 def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The `[[stage]]` tables, their kinds known and their names unique."""
+    """Return the `[[stage]]` tables and their names, after checking that kinds are known and names are unique."""
     tables = doc.get("stage")
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise RequestError(f"{file}: a recipe needs stages, each a table [[stage]] with its kind")
@@ -193,7 +193,7 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
 
 
 def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) -> list[dict[str, Any]]:
-    """The shared settings that each of the stages has; one that none has is an error."""
+    """Return, per stage, the shared settings that it has. A setting that no stage has is an error."""
     shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
     used: set[str] = set()
     found = [_fitting(cls, shared, used) for cls in classes]
@@ -202,13 +202,13 @@ def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) ->
 
 
 def _check_name(name: Any, where: str) -> None:
-    """A name is a folder's."""
+    """Check that a name is valid as the name of a folder."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"{where}: must be letters, digits, '.', '-', '_', got {name!r}")
 
 
 def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:
-    """The part of the shared settings that `cls` has; the paths of what was taken are added to `used`."""
+    """Return the shared settings that `cls` has, and add their paths to `used`."""
     out: dict[str, Any] = {}
     for key, value in shared.items():
         if key not in _shareable(cls):
@@ -238,7 +238,7 @@ def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _no_strays(shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], file: str) -> None:
-    """Every shared setting reaches at least one stage, or it is a mistake."""
+    """Raise RequestError if a shared setting reaches no stage."""
     for path in _paths(shared):
         if path in used:
             continue
@@ -272,7 +272,7 @@ def _holds(values: Any, path: str) -> bool:
 
 
 def _linked(config: StageConfig, before: list[Step], out: Path, where: str, beside: Path | None = None) -> Step:
-    """The step with every artifact that it names found: among the steps before it, or a folder (also in `beside`)."""
+    """Return the step of a config. Artifacts that it names are earlier steps, or folders (also below `beside`)."""
     models = [s.name for s in before if s.config.produces]
     if config.parent:
         parent = _find(config.parent, models, f"{where}: from", beside)
@@ -289,7 +289,7 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
         named = getattr(config, key)
         if isinstance(named, str):
             named = [named] if named else []
-        elif not named:  # an empty list stands for everything there is
+        elif not named:  # an empty list means all earlier models
             others |= {m: m for m in models} or ({out_name(parent): parent} if parent else {})
         others |= {n: _find(n, models, f"{where}: {key}", beside) for n in named}
     for name, read in {"from": parent, **others}.items():
@@ -299,13 +299,13 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
 
 
 def _names_others(config: StageConfig) -> bool:
-    """Whether the artifacts that the config names are all it reads: a new student's teacher, what eval measures."""
+    """Return True if the stage reads only artifacts that its config names: a new student's teacher, those of eval."""
     named = any(getattr(config, key) for key in config.artifact_fields)
     return named and (not config.produces or getattr(config, "model", None) is not None)
 
 
 def out_name(artifact: str | Path) -> str:
-    """What an artifact is called: a step's name, or its folder's."""
+    """Return the name of an artifact: the step's name, or the name of its folder."""
     return artifact if isinstance(artifact, str) else artifact.resolve().name
 
 

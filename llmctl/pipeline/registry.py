@@ -1,4 +1,4 @@
-"""What commands there are, from the files that hold them, without importing any: so `--help` answers at once.
+"""List the commands from their source files, without importing them, so that `--help` is fast.
 
 A stage is a file in `llmctl/pipeline/stages` with a class `Config`. Any other command is a file in
 `llmctl/cli/commands` with a function of the file's name. If the name is a Python keyword, file and function end in an
@@ -17,31 +17,31 @@ ORDER = (
     *("run", "pretrain", "finetune", "prune", "quantize", "distill", "eval"),
     *("generate", "import", "export", "prepare", "plan", "show", "report", "doctor"),
 )
-"""How they are listed; what is not here comes last, by name."""
+"""Order of the commands in the help. Other commands follow, sorted by name."""
 
 
 def stages() -> list[str]:
-    """Every stage's kind."""
+    """Return the kinds of all stages."""
     return _found(STAGES)
 
 
 def commands() -> list[str]:
-    """Every command that is not a stage."""
+    """Return the names of all commands that are not stages."""
     return _found(COMMANDS)
 
 
 def module(name: str) -> str:
-    """The module that holds a stage or a command."""
+    """Return the module name of a stage or a command."""
     return f"llmctl.pipeline.stages.{name}" if name in stages() else f"llmctl.cli.commands.{symbol(name)}"
 
 
 def symbol(name: str) -> str:
-    """A command's file and function: its name, or with an underscore where Python has the word."""
+    """Return the name of a command's file and function. If the name is a Python keyword, it ends in an underscore."""
     return name if (COMMANDS / f"{name}.py").exists() else f"{name}_"
 
 
 def summary(name: str) -> str:
-    """The first paragraph of what the command says about itself, read from its source."""
+    """Return the first paragraph of a command's docstring, read from its source."""
     stage = name in stages()
     source = (STAGES / f"{name}.py") if stage else (COMMANDS / f"{symbol(name)}.py")
     tree = ast.parse(source.read_text(encoding="utf-8"))

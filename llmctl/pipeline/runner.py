@@ -1,4 +1,4 @@
-"""Runs a recipe's steps: what is done already is skipped, what was interrupted goes on, what changed is done again."""
+"""Run a recipe's steps: skip finished ones, resume an interrupted one, and repeat those whose inputs changed."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Recipe, Step
 
 WORK = ".work"
-"""Folder of a run where stages keep what they need while they work."""
+"""Folder of a run for the scratch files of its stages."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A step with its key, and whether its artifact is there already."""
+    """Step with its key, and the reason why it has to run."""
 
     step: Step
     key: str
     why: str
-    """Why it has to run, for people; empty when the artifact is up to date."""
+    """Reason why the step has to run, for people; empty if the artifact is up to date."""
 
 
 def run(
@@ -48,34 +48,35 @@ def run(
     say: Callable[[str], None] = print,
     processes: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Runs the steps that are not done.
+    """Run the steps that are not done.
 
-    Of several processes the first decides what is due and holds the locks; all of them run the stages.
+    If there are several processes, process 0 decides which steps are due and holds the locks. All processes run the
+    stages.
 
     Args:
       recipe: resolved steps.
-      only: names of the steps to run; what they start from must be there and up to date. Empty runs all.
-      say: is told one line a step.
-      processes: what `llmctl.distributed.processes.join` takes.
+      only: names of the steps to run; their inputs must be up to date. Empty runs all steps.
+      say: called with one line per step.
+      processes: arguments of `llmctl.distributed.processes.join`.
 
     Returns:
       The names of the steps that ran.
 
     Raises:
-      RequestError: a name in `only` is unknown, an input is missing, another process is at work in the same place.
-      WorkError, Interrupted: whatever a stage raises.
+      RequestError: a name in `only` is unknown, an input is missing, or another process uses the same folder.
+      WorkError, Interrupted: as raised by a stage.
     """
     names = [s.name for s in recipe.steps]
     for name in only:
         if name not in names:
             raise RequestError(f"--only {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
     platforms = {s.config.platform for s in recipe.steps if not only or s.name in only} - {""}
-    if len(platforms) == 1:  # several are refused once it is known what is due
+    if len(platforms) == 1:  # several are refused below, among the steps that are due
         backend.choose(platforms)
     hosts.join(**processes or {})
-    # All settings, not those of a key alone: a process that saves when others do not waits for them for ever.
+    # Compare all settings, not only keyed ones: a process that saves when others do not would wait for them for ever.
     hosts.check_same([[s.config.model_dump(mode="json") for s in recipe.steps], list(only)], "the recipe")
-    with hosts.in_turn():  # the first process downloads for all that see its disk
+    with hosts.in_turn():  # process 0 downloads; the others then find the files
         for step in recipe.steps:
             if not only or step.name in only:
                 fetch(step.config)
@@ -93,7 +94,7 @@ def run(
             name = task.step.name
             with lock(recipe.run / WORK / f"{name}.lock") if one else contextlib.nullcontext():
                 if hosts.tell(lambda task=task: not task.why or _is_done(task)):
-                    if hosts.first():  # of a process killed at its very end
+                    if hosts.first():  # left by a process that was killed after it wrote the artifact
                         shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)
                     say(f"[{i}/{len(wanted)}] {name}: up to date, skipped")
                     continue
@@ -104,10 +105,10 @@ def run(
 
 
 def plan(recipe: Recipe) -> list[Task]:
-    """Every step with its key and whether it is due, from the recipe and what lies on the disk; runs nothing.
+    """Return every step with its key and the reason why it is due, from the recipe and the files on disk. Run nothing.
 
     Raises:
-      RequestError: an input file or a folder that is started from is missing or damaged.
+      RequestError: an input file or a parent's folder is missing or damaged.
     """
     keys: dict[str, str] = {}
     tasks: list[Task] = []
@@ -120,10 +121,10 @@ def plan(recipe: Recipe) -> list[Task]:
 
 
 def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
-    """The content key of a stage's result: equal keys mean equal results.
+    """Return the content key of a stage's result. Equal keys mean equal results.
 
-    sha256 over the canonical JSON of the config without its unkeyed fields, the keys of all artifacts it reads, the
-    content of its input files, and the version of the artifact format.
+    The key is the SHA-256 of canonical JSON: the config without its unkeyed fields, the keys of all artifacts that the
+    stage reads, the content of its input files, and the version of the artifact format.
 
     Raises:
       RequestError: an input file is missing.
@@ -136,12 +137,12 @@ def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence
 
 
 def inputs(config: Any) -> list[Any]:
-    """The files that a config reads, those of its sections included: each settings class may have `inputs()`."""
+    """Return the files that a config and its sections read: the results of their methods `inputs`."""
     return [path for section in sections(config) if hasattr(section, "inputs") for path in section.inputs()]
 
 
 def sections(config: Any) -> Iterator[Any]:
-    """A config and everything in it that has settings of its own."""
+    """Yield a config and all of its sections, nested ones included."""
     if isinstance(config, (list, tuple)):
         for part in config:
             yield from sections(part)
@@ -152,7 +153,7 @@ def sections(config: Any) -> Iterator[Any]:
 
 
 def fetch(config: Any) -> None:
-    """Downloads what a config may download and is not there: before keys are taken, which are over what is read."""
+    """Download missing data if the config allows it. Keys cover files that are read, so call this before `plan`."""
     for section in sections(config):
         if isinstance(section, SourceConfig):
             SOURCES[section.source].fetch(section)
@@ -160,7 +161,7 @@ def fetch(config: Any) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, shared: bool = False) -> Iterator[None]:
-    """Holds `path` for this process (for all of a run, in the first); the kernel lets go of it however it ends.
+    """Lock the file `path` while the context lasts. Only process 0 of a run locks. The kernel unlocks at its death.
 
     Raises:
       RequestError: another process holds it.
@@ -197,7 +198,7 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     try:
         stage.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
     except RequestError:
-        if made and hosts.first():  # a request that was wrong leaves nothing behind
+        if made and hosts.first():  # a wrong request leaves no scratch files
             shutil.rmtree(work, ignore_errors=True)
         raise
     if not hosts.tell(lambda: _manifest_key(step.out) == task.key):
@@ -207,7 +208,7 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
 
 
 def _begin(step: Step, work: Path, key: str, say: Callable[[str], None]) -> bool:
-    """Makes the stage's scratch folder ready, whatever an earlier run left there; whether it is new."""
+    """Prepare the scratch folder, and discard it first if it belongs to another key. Return True if it is new."""
     artifact.check_place(step.out)
     note = work / "key"
     if work.exists() and (not note.exists() or note.read_text() != key):
@@ -218,12 +219,12 @@ def _begin(step: Step, work: Path, key: str, say: Callable[[str], None]) -> bool
         work.mkdir(parents=True, exist_ok=True)
         draft = work / "key.draft"
         draft.write_text(key)
-        draft.replace(note)  # whole or not at all: a key cut off by a full disk would discard the checkpoints
+        draft.replace(note)  # atomic, because a key truncated by a full disk would discard the checkpoints
     return made
 
 
 def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None:
-    """With `--only`, what a wanted step reads was made before, from the same recipe."""
+    """With `--only`, check that the inputs of the wanted steps are up to date."""
     by_name = {t.step.name: t for t in tasks}
     coming = {t.step.name for t in wanted}
     for task in wanted if some else ():
@@ -237,7 +238,7 @@ def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None
 
 
 def _why(step: Step, key: str, due: set[str]) -> str:
-    """One clause: why the step has to run; empty when its artifact has this key."""
+    """Return why the step has to run, as one clause; empty if its artifact has this key."""
     if not (step.out / MANIFEST).exists():
         return "new"
     try:
@@ -258,12 +259,12 @@ def _why(step: Step, key: str, due: set[str]) -> str:
 
 
 def _is_done(task: Task) -> bool:
-    """Whether another process has made the artifact since it was found missing."""
+    """Return True if another process has made the artifact in the meantime."""
     return _manifest_key(task.step.out) == task.key and _is_whole(task.step.out)
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the parameters lie there at the size that the manifest tells; `load` also checks their digest."""
+    """Return True if the parameters have the size on disk that the manifest records. `load` also checks the digest."""
     manifest = artifact.read_manifest(folder)
     return not manifest.weights or atomic.size(folder / "params") == manifest.bytes
 
@@ -292,7 +293,7 @@ _seen: dict[tuple[str, int, int], str] = {}
 
 
 def _content(path: str) -> str:
-    """sha256 of a file's content; once a process, as several stages read the same files."""
+    """Return the SHA-256 of a file's content. It is computed once per process, because stages share files."""
     file: Any = Path(path)
     if "://" in path:
         from etils import epath

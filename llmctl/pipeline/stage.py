@@ -40,44 +40,44 @@ T = TypeVar("T")
 
 
 class StageConfig(Config):
-    """What every stage has."""
+    """Settings that every stage has."""
 
     heading: ClassVar[str] = "What it does"
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform"})
     unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent"})
-    """Fields that a recipe's shared settings never reach, because each stage must mean its own."""
+    """Fields that shared settings of a recipe never set, because each stage needs its own value."""
     starts: ClassVar[bool] = False
-    """Starts from nothing unless `from` is given (pretrain)."""
+    """Whether the stage has no parent unless `from` is given (pretrain)."""
     produces: ClassVar[bool] = True
-    """Leaves a model that later stages start from by default (eval does not)."""
+    """Whether the stage leaves a model, from which the next stage starts by default (eval leaves none)."""
     artifact_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that name further artifacts (a str, or a list of them: empty means every one before). They come in
-    `Context.siblings` under those names, and their keys are part of this stage's key."""
+    """Fields that name further artifacts: a str, or a list of str. An empty list means all earlier models. These
+    artifacts are in `Context.siblings`, and their keys are part of this stage's key."""
 
     kind: str
-    """Which stage this is; the name of its file in `llmctl/stages`."""
+    """Kind of the stage; the name of its file in `llmctl/pipeline/stages`."""
     name: str = ""
-    """Name of the artifact, and its folder in the run; the kind by default."""
+    """Name of the artifact and of its folder in the run; the kind by default."""
     parent: str = Field(default="", alias="from")
-    """The artifact to start from: a stage's name in a recipe, a folder elsewhere; the stage before by default."""
+    """Artifact to start from: the name of an earlier stage, or a folder; the stage before by default."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of everything random."""
     platform: Literal["", "cpu", "gpu", "tpu"] = ""
-    """The platform this must run on; its absence is an error. Empty takes what JAX finds."""
+    """Platform that the stage requires; empty uses the one that JAX finds."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are laid out."""
+    """Number of devices per mesh axis."""
 
     @property
     def title(self) -> str:
-        """What lines for people call this stage."""
+        """Return the name of this stage in lines for people."""
         return self.name or self.kind
 
 
 def required(config: StageConfig, parent: T | None) -> T:
-    """Return what a stage starts from.
+    """Return the parent of a stage that needs one.
 
     Raises:
-      RequestError: there is nothing.
+      RequestError: there is no parent.
     """
     if parent is None:
         raise RequestError(f"{config.kind}: nothing to start from; name an artifact with `from` (--from)")
@@ -85,10 +85,10 @@ def required(config: StageConfig, parent: T | None) -> T:
 
 
 def kinds() -> list[str]:
-    """Every stage's kind, from the file names."""
+    """Return the kinds of all stages, from the file names."""
     return registry.stages()
 
 
 def load(kind: str) -> ModuleType:
-    """The stage's module: `Config` (a StageConfig) and `run`. Imports no JAX."""
+    """Import a stage's module, which has `Config` (a StageConfig) and `run`. This imports no JAX."""
     return importlib.import_module(f"llmctl.pipeline.stages.{kind}")

@@ -1,4 +1,4 @@
-"""`distill`: a teacher's outputs into a smaller student (arXiv:1503.02531), for language models and classifiers."""
+"""`distill`: train a smaller student on a teacher's outputs (Hinton et al., 2015, arXiv:1503.02531), for every head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Trains a student to give the teacher's answers: a pruned artifact (`from`), or a new network (`model`)."""
+    """Train a student to match a teacher's outputs: a pruned artifact (`from`), or a new network (`model`)."""
 
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
@@ -34,21 +34,21 @@ class Config(StageConfig):
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
-    """The artifact to learn from; its head decides the task."""
+    """Artifact whose outputs the student learns; its head decides the task."""
     model: ModelConfig | None = None
-    """A student from scratch with these sizes, instead of the artifact in `from`."""
+    """Sizes of a new student, which replaces the artifact in `from`."""
     data: DataConfig = DataConfig()
     """Examples, as in finetune."""
     temperature: float = Field(default=2.0, gt=0)
-    """Softens both distributions."""
+    """Temperature of the teacher's and the student's softmax; above 1 softens both."""
     hard: float = Field(default=0.1, ge=0, le=1)
-    """Weight of the cross-entropy with the labels; the rest is the divergence from the teacher."""
+    """Weight of the cross-entropy with the labels; the remainder weighs the KL divergence from the teacher."""
     truncate: Truncate = "tail"
-    """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
+    """Truncation of long texts: cut the tail, or keep both ends (head_tail)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in the student."""
+    """Dropout rate of the student."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
-    """Length of the run and its batches."""
+    """Number of steps, and their batches."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
 
@@ -62,7 +62,7 @@ class Config(StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Trains and leaves the student in `ctx.out`."""
+    """Train the student and leave it in `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data.device_batches import training_rows
     from llmctl.data.pretraining.lm_corpus import Text
@@ -97,7 +97,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the train step, in which the teacher runs as well, and the student that it leaves."""
+    """Return the train step of student and teacher, and the artifact of the student."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
     from llmctl.data.examples.task_rows import COLUMNS
@@ -135,7 +135,7 @@ def _rows(
 
 
 def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
-    """The student, whole or fresh, and the loss that has it answer like the teacher."""
+    """Return the student (from an artifact, or newly initialized) with the distillation loss."""
     import jax.numpy as jnp
 
     from llmctl.train import learner, loop
@@ -160,7 +160,11 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
 
 
 def _student_model(config: Config, teacher: Artifact, student: Artifact | None) -> ModelConfig:
-    """The student's network; it must read the teacher's tokens and answer in its form."""
+    """Return the student's config. It must have the teacher's tokenizer and outputs.
+
+    Raises:
+      RequestError: the student does not fit the teacher.
+    """
     like = teacher.model
     if student is None:
         if config.model is None:
@@ -193,7 +197,7 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
 
 
 def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype: Any) -> Loss:
-    """(student params, batch, key, teacher params) -> the mixed loss and its sums."""
+    """Return the loss: (student params, batch, key, teacher params) -> (mixed loss, sums)."""
     import jax
 
     from llmctl.model import chunked_loss, functional

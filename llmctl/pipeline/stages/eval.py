@@ -1,4 +1,4 @@
-"""eval: measures artifacts on held-out data. Every result carries the digest of the weights that were scored."""
+"""`eval`: measure artifacts on held-out data. Every result has the digest of the weights that were scored."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Config(MeasureConfig, StageConfig):
 
     common: ClassVar[tuple[str, ...] | None] = ("of", "split", "examples", "batch_size", "speed", "plot")
     produces: ClassVar[bool] = False
-    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent"})  # what is timed depends on where
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent"})  # speed depends on mesh and platform
     artifact_fields: ClassVar[tuple[str, ...]] = ("of",)
 
     kind: Literal["eval"] = "eval"
     of: list[str] = []
-    """Artifacts to measure; every one before this stage by default."""
+    """Artifacts to measure; all models of earlier stages by default."""
     data: DataConfig = DataConfig()
-    """What to measure on."""
+    """Data to measure on."""
     plot: bool = True
-    """Draw accuracy against bytes (needs matplotlib, which the extra `demo` brings)."""
+    """Plot quality against size as tradeoff.png. Needs matplotlib (extra `demo`)."""
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Scores `ctx.siblings` (or the parent alone) and leaves results.json, table.md and tradeoff.png in `ctx.out`."""
+    """Score `ctx.siblings`, or the parent alone; leave results.json, table.md and tradeoff.png in `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data import splits
     from llmctl.distributed import mesh
@@ -61,7 +61,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the scoring of every artifact; no model is left."""
+    """Return the scoring program of every artifact, and None because eval leaves no model."""
     from llmctl.evaluate import programs
 
     chosen = others or ({base.path.name: base} if base else {})
@@ -71,13 +71,13 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _can_draw() -> None:
-    """Says that there will be no picture before the work, not after it."""
+    """Raise RequestError before the evaluation if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("eval: the picture needs matplotlib: pip install 'llmctl[demo]', or say plot = false")
 
 
 def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest) -> None:
-    """Write the report as an artifact without parameters; its digest covers the results that do not vary."""
+    """Write the report as an artifact without parameters. Its digest covers the results that do not vary."""
     from llmctl.artifacts import artifact, atomic
     from llmctl.distributed import processes
     from llmctl.evaluate import report, tradeoff_plot

@@ -1,4 +1,4 @@
-"""`finetune`: a pretrained model to a task, in full, above frozen layers, or through LoRA."""
+"""`finetune`: train a pretrained model for a task, with all parameters, above frozen layers, or with LoRA."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 
 class LoraConfig(Settings):
-    """Low-rank pairs beside frozen matrices."""
+    """Low-rank adapters beside frozen matrices."""
 
     common: ClassVar[tuple[str, ...] | None] = ("rank",)
 
     rank: int = Field(default=8, ge=1)
-    """Rank of each pair."""
+    """Rank of each adapter."""
     alpha: float = Field(default=16.0, gt=0)
-    """The update is scaled by alpha / rank."""
+    """Scale of the update, times the rank: updates are scaled by alpha / rank."""
     targets: list[str] = []
-    """Matrices of the blocks that get a pair: q, k, v, o, gate, up, down; all that there are where it is empty."""
+    """Matrices of each block that get an adapter: q, k, v, o, gate, up, down; empty means all."""
 
 
 class Config(StageConfig):
-    """Training on a task's examples; the best parameters by validation are kept."""
+    """Train a model on a task's examples, and keep the best parameters by validation."""
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
 
@@ -52,25 +52,25 @@ class Config(StageConfig):
     answers to questions as spans of a context (span; long contexts in windows), embeddings of texts that are near for
     pairs (embed; or as near as data.label_type = "number" says), or language modelling with loss on completions."""
     method: Literal["full", "lora"] = "full"
-    """Train everything, or low-rank pairs (and the task head)."""
+    """Train all parameters, or low-rank adapters and the task head."""
     lora: LoraConfig = LoraConfig()
     """Settings of method lora."""
     merge: bool = True
-    """Method lora: add the pairs into the matrices at the end; false keeps them apart."""
+    """Method lora: add the adapters to the matrices at the end; false keeps them apart."""
     freeze_layers: int = Field(default=0, ge=0)
-    """Layers, from the first, that stay as they are, and the embeddings with them."""
+    """Number of first layers to freeze, together with the embeddings."""
     pooling: Literal["", "last", "mean", "first"] = ""
-    """The vector of a text that is classified or embedded: last real token, mean, or first token; the model's by
-    default, the mean for embeddings and over the encoder of an encoder-decoder."""
+    """Vector of a text to classify or embed: last token, mean, or first token. Default: the model's; the mean for
+    embeddings and for encoder-decoders."""
     truncate: Truncate = "tail"
-    """What a text too long keeps: its beginning (tail is cut), or its beginning and end."""
+    """Truncation of long texts: cut the tail, or keep both ends (head_tail)."""
     temperature: float = Field(default=0.05, gt=0)
-    """Task embed without scores: divides the similarities of a text to all pairs of the batch (of the part of it that
-    train.accumulate computes at a time), among which its own must stand out."""
+    """Task embed without scores: divisor of the similarities in the contrastive loss over the pairs of a batch (of a
+    microbatch with train.accumulate)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout while finetuning."""
+    """Dropout rate."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
-    """Length of the run and its batches."""
+    """Number of steps, and their batches."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
 
@@ -83,7 +83,7 @@ class Config(StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Trains and leaves the finetuned artifact in `ctx.out`."""
+    """Finetune the parent and leave the artifact in `ctx.out`."""
     import jax
 
     from llmctl.artifacts import artifact
@@ -121,7 +121,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the train step, and the model that it leaves."""
+    """Return the train step and the finetuned artifact."""
     import jax
 
     from llmctl.artifacts import abstract_artifact
@@ -173,7 +173,7 @@ def _merges(config: Config) -> bool:
 
 
 def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:
-    """What is trained: the parent under the task's head, whole or through low-rank pairs."""
+    """Return the parent with the task's head and loss, for full training or low-rank adapters."""
     import jax
 
     from llmctl.model import weights
@@ -201,7 +201,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
 
 
 def _refuse_undoing(config: Config, base: Artifact) -> None:
-    """A stage never undoes its parent's work in silence."""
+    """Raise RequestError if finetuning would undo the parent's pruning or quantization."""
     from llmctl.model import weights
 
     quantized = any(weights.as_node(w).is_integer for w in weights.flatten(base.params).values())
@@ -220,7 +220,7 @@ def _refuse_undoing(config: Config, base: Artifact) -> None:
 
 
 def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """The parent's network under the task's head; a head that fits is kept, another is replaced by a fresh one."""
+    """Return the parent's network with the task's head. A head that does not fit is replaced by a new one."""
     import jax
 
     from llmctl.model import functional
@@ -243,9 +243,9 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
         return cfg, params
     pooling = "mean" if config.task == "embed" else cfg.pooling
     head = {"head": config.task, "labels": len(labels), "pooling": config.pooling or pooling}
-    head |= {"pooler": False, "head_bias": True} if of_places else {}  # nothing is pooled; biases as published
+    head |= {"pooler": False, "head_bias": True} if of_places else {}  # no pooling; biases as in published models
     if cfg.architecture == "encoder_decoder":
-        # A text is read and nothing is written: the encoder is kept alone, as an encoder of the same family.
+        # The task generates no text, so only the encoder is kept, as an encoder of the same family.
         head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0}
         head |= {"pooling": config.pooling or "mean", "preset": ""}
         params.pop("decoder")
@@ -253,7 +253,7 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
     params.pop("lm_head", None)
     pooler = {k: v for k, v in params.pop("head", {}).items() if k == "pooler" and new.pooler}  # BERT's is pretrained
     shardings = functional.shardings(new, functional.abstract(new), devices).get("head")
-    if not shardings:  # an embedding may be no more than a mean
+    if not shardings:  # embeddings by the mean have no head parameters
         return new, params
     fresh = jax.jit(lambda key: functional.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
     return new, params | {"head": fresh | pooler}

@@ -1,4 +1,4 @@
-"""`pretrain`: a tokenizer and a language model from raw text."""
+"""`pretrain`: train a tokenizer and a language model on raw text."""
 
 from __future__ import annotations
 
@@ -26,38 +26,39 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Self-supervised training on raw text; with `from`, training goes on from that artifact on other text."""
+    """Train a language model on raw text; with `from`, continue from that artifact on other text."""
 
     common: ClassVar[tuple[str, ...] | None] = ("objective", "packing")
     starts: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
     data: DataConfig = DataConfig()
-    """The corpus."""
+    """Corpus to train on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """The tokenizer to train or to take; with `from`, the parent's is used."""
+    """Tokenizer to train or to load; with `from`, the parent's is used."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
-    """The network, whose vocabulary is the tokenizer's; with `from`, it is the parent's."""
+    """Sizes of the model; its vocabulary is the tokenizer's. With `from`, the parent's are used."""
     packing: Literal["segments", "concat", "fit"] = "segments"
-    """How documents share rows: cut at row ends, cut and attended across, or put whole with padding."""
+    """How documents share rows: cut at row ends (segments), also attending to each other (concat), or uncut with
+    padding (fit)."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix"] = ""
-    """What is predicted: the next token; masked tokens, alone or with whether a passage follows another
-    (next_sentence); by a decoder beside an encoder dropped spans, or the rest of a text (prefix). Empty takes what the
-    network is for."""
+    """Training objective. causal: the next token. masked: masked tokens. next_sentence: also whether a passage follows
+    another. spans: dropped spans (encoder-decoder). prefix: the rest of a text (encoder-decoder). Default: by the
+    model's architecture."""
     rate: float = Field(default=0.15, gt=0, lt=1)
-    """Objectives masked, next_sentence and spans: fraction of the tokens to predict."""
+    """Objectives masked, next_sentence and spans: fraction of tokens to predict."""
     span: float = Field(default=3.0, ge=1)
-    """Objective spans: mean length of a span, in tokens."""
+    """Objective spans: mean length of a span in tokens."""
     whole_words: bool = False
-    """Objectives masked and next_sentence: choose words rather than tokens."""
+    """Objectives masked and next_sentence: mask whole words, not single tokens."""
     train: TrainConfig = TrainConfig()
-    """Length of the run and its batches."""
+    """Number of steps, and their batches."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and schedule."""
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Trains and leaves a language model in `ctx.out`."""
+    """Train a language model and leave it in `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data.device_batches import training_rows, validation_rows
     from llmctl.data.pretraining import baselines, next_sentence
@@ -72,7 +73,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     objective = aim(config, base, devices)
     text = Text(config.data)
     words = ctx.work / "tokenizer"
-    with processes.in_turn():  # the first process trains it
+    with processes.in_turn():  # process 0 trains the tokenizer; the others read it
         if (ctx.work / "tokenizer.done").exists():
             tokens = loading.load(words)
         else:
@@ -105,7 +106,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the train step, and the language model that it leaves."""
+    """Return the train step and the artifact of the language model."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
     from llmctl.train import programs
@@ -139,7 +140,7 @@ def _rows(
 
 
 def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
-    """What is trained: the parent, or a fresh network over `vocab_size` tokens."""
+    """Return the parent, or a new model with `vocab_size` tokens, with the objective's loss."""
     from llmctl.train import learner, loop
 
     if base:
@@ -152,7 +153,11 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
 
 
 def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
-    """What the network is to learn. Raises RequestError where it cannot, or not on this mesh."""
+    """Return the training objective.
+
+    Raises:
+      RequestError: the model or the mesh does not support it.
+    """
     from llmctl.data.pretraining import objective_rows
     from llmctl.train import loop
 
@@ -182,11 +187,11 @@ def _vocabulary(config: Config, objective: Objective) -> int:
 
 
 def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
-    """The sentinels that span corruption needs, where a tokenizer is trained and nobody said how many."""
+    """Return the tokenizer's config with enough sentinels for span corruption, if a trained one has none set."""
     from llmctl.data.pretraining import span_corruption
 
     if objective.name != "spans" or tokenizer.path or tokenizer.sentinels:
         return tokenizer
     needed = span_corruption.sizes(seq_len, objective.rate, objective.span)[2]
-    # T5's hundred where the vocabulary is large: longer rows later need more of them
+    # At least T5's 100 if the vocabulary is large, because longer rows in later stages need more sentinels.
     return tokenizer.model_copy(update={"sentinels": max(needed, min(100, tokenizer.vocab_size // 40))})

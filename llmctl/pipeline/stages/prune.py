@@ -47,22 +47,22 @@ class Config(CalibrationConfig, StageConfig):
 
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), SCORES] = STRUCTURED
-    """structured removes heads, neurons and layers. A score sets single weights to zero: magnitude (absolute value),
-    wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient), random."""
+    """Method: structured removes heads, neurons and layers. Scores set single weights to zero: magnitude (absolute
+    value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient), random."""
     heads: float = Field(default=0.0, ge=0)
-    """Structured: query heads per layer; below 1 the fraction to remove, from 1 the number to keep, 0 keeps all."""
+    """Structured: query heads per layer. Below 1: fraction to remove; from 1: number to keep; 0 keeps all."""
     heads_by: Literal["groups", "queries"] = "groups"
-    """Structured: remove key/value heads with all their queries, or as many queries from each key/value head."""
+    """Structured: remove key/value heads with all their query heads, or query heads evenly from each of them."""
     ffn: float = Field(default=0.0, ge=0)
-    """Structured: neurons per feed-forward layer; below 1 the fraction to remove, from 1 the number to keep."""
+    """Structured: neurons per feed-forward layer. Below 1: fraction to remove; from 1: number to keep."""
     multiple: int = Field(default=1, ge=1)
-    """Structured: keep a multiple of this many neurons (128 suits TPUs)."""
+    """Structured: keep a multiple of this number of neurons (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
-    """Structured: layers; below 1 the fraction to remove, from 1 the number to keep."""
+    """Structured: layers. Below 1: fraction to remove; from 1: number to keep."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Scores: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
     pattern: str = "unstructured"
-    """Scores: unstructured, or N:M to keep N of every M inputs, such as 2:4 (which implies the sparsity)."""
+    """Scores: unstructured, or N:M (such as 2:4) to keep N of every M inputs, which implies the sparsity."""
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
@@ -118,7 +118,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the steps of the walk and the change of a matrix, and the smaller or sparser model."""
+    """Return the programs of the calibration walk and of pruning a matrix, and the pruned artifact."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs, prune
     from llmctl.model import functional
@@ -139,7 +139,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-    """Return the calibration walk over made-up texts of the right shapes."""
+    """Return the calibration walk over generated texts of the right shapes."""
     from llmctl.compress import calibration_data
     from llmctl.compress.programs import Walk
 
@@ -159,7 +159,7 @@ def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) 
         base.model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by,
         multiple=config.multiple,
     )  # fmt: skip
-    functional.shardings(target, functional.abstract(target), mesh)  # refuses what the mesh cannot split
+    functional.shardings(target, functional.abstract(target), mesh)  # raises if the mesh cannot split the sizes
     shrink.check_cuttable(base.model, params, target)
     return target
 

@@ -26,24 +26,24 @@ def _scheme(name: str) -> str:
 
 
 class Config(StageConfig):
-    """Quantize the matrices, by default to int8. Needs no data."""
+    """Quantize the matrices, by default to int8, without data."""
 
     common: ClassVar[tuple[str, ...] | None] = ("bits", "scheme", "group", "embeddings", "head", "activations")
     added: ClassVar[frozenset[str]] = frozenset({"scheme"})
 
     kind: Literal["quantize"] = "quantize"
     bits: int = 8
-    """Bits per weight: 8 or 4, short for the schemes int8 and int4."""
+    """Bits per weight: 8 or 4, for the schemes int8 and int4."""
     scheme: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
-    """Quantization scheme by name, also of an installed package; empty leaves it to bits."""
+    """Quantization scheme by name, also of an installed package; empty uses bits."""
     group: int = Field(default=0, ge=0)
-    """Inputs per scale; 0 has one scale per output channel. Must divide the inputs of every matrix."""
+    """Number of inputs per scale, which must divide those of every matrix; 0 means one scale per output."""
     embeddings: bool = False
-    """Quantize the token embeddings too, one scale per row; tied ones are also the output projection."""
+    """Also quantize the token embeddings, with one scale per row. Tied ones are the output projection too."""
     head: bool = False
-    """Quantize the output projection and task head too."""
+    """Also quantize the output projection and the task head."""
     activations: Literal["", "int8"] = ""
-    """Also quantize the activations that meet the integers, with one scale per token (W8A8)."""
+    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -105,7 +105,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the rounding of the largest weight, and the model with integers."""
+    """Return the quantization program of the largest weight, and the quantized artifact."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs
 
