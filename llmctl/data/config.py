@@ -80,13 +80,17 @@ class SourceConfig(Config):
 class DataConfig(SourceConfig):
     """The data of a stage: one source or a mixture, its labels, its splits."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"label_separator"})
+
     mixture: list[SourceConfig] = []
     """Several sources instead of the one above, each with a weight."""
     classes: list[str] = []
     """Label values in the order of their class indices. Empty takes the distinct values, sorted, or in the order in
     which the data set declares their names (sources tfds, hf, parquet). Listed numbers keep the numbers."""
-    label_type: Literal["class", "number"] = "class"
-    """Labels are classes, or numbers for regression."""
+    label_type: Literal["class", "number", "set"] = "class"
+    """Labels are classes, numbers for regression, or sets: any number of classes per row, also none."""
+    label_separator: str = ""
+    """Text between the labels of a set in one string, such as ","; empty takes lists only."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, lt=1)

@@ -22,6 +22,8 @@ from llmctl.config.errors import RequestError
 from llmctl.data.columns import View, plain
 from llmctl.data.config import DataConfig
 
+Label = str | float | tuple[str, ...]
+"""Class, number or set of classes."""
 KEPT, FILTERED, BLANK = 0, 1, 2
 RANGE = 8192
 """Number of rows scanned at a time."""
@@ -59,7 +61,7 @@ class Scan:
     """First 16 bytes of the SHA-256 of the exact texts."""
     chars: np.ndarray
     """Length of the first text in characters."""
-    labels: list[str | float]
+    labels: list[Label]
     """Label values; empty if rows have no labels."""
     tags: set[str]
     """Distinct labels of words; empty if words have none."""
@@ -85,7 +87,8 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
             state[i - first] = BLANK
             continue
         if "label" in row:
-            labels.append(_label(cfg, row["label"], allowed, view, i))
+            label = _set if cfg.label_type == "set" else _label
+            labels.append(label(cfg, row["label"], allowed, view, i))
         for tag in set(row.get("tags", ())) - tags:
             tags.add(str(_label(cfg, tag, allowed, view, i)))
         # Pairs and prompts are split by their first text, so all answers to a question are in one split.
@@ -100,6 +103,15 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
 
 def _digest(texts: Iterable[str]) -> bytes:
     return hashlib.sha256("\0".join(texts).encode()).digest()[:16]
+
+
+def _set(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: int) -> tuple[str, ...]:
+    if isinstance(value, str) and cfg.label_separator:
+        value = [part for given in value.split(cfg.label_separator) if (part := given.strip())]
+    if not isinstance(value, list):
+        advice = "set data.label_separator" if isinstance(value, str) else "[] is the empty set"
+        raise RequestError(f"{view.where(i)}: label {value!r} is no list of labels; {advice}")
+    return tuple(dict.fromkeys(str(_label(cfg, v, allowed, view, i)) for v in value))
 
 
 def _label(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: int) -> str | float:

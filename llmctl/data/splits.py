@@ -19,7 +19,7 @@ from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.data import columns
 from llmctl.data.config import DataConfig, Split
-from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, Scan, scan
+from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, Label, Scan, scan
 from llmctl.data.source import Chain, Row, Source
 
 Range = tuple[int, int, int]
@@ -31,8 +31,8 @@ class Examples:
     """Rows of one split, read at access: dicts of text columns and, if the data is labeled, `label`.
 
     Rows also have `tokens`, `tags` (lists of text) and `answers` if the data has them. An answer is a pair of text and
-    index of its first character. `label` is the class index (int) or the number (float). Arrays are [N], with one entry
-    per row.
+    index of its first character. `label` is the class index (int), the number (float), or the set of classes as C zeros
+    and ones. Arrays are [N], with one entry per row.
     """
 
     source: Source
@@ -46,7 +46,7 @@ class Examples:
     chars: np.ndarray
     """Length of each row's first text in characters."""
     labels: np.ndarray | None
-    """Class indices (int32) or numbers (float32)."""
+    """Class indices (int32), numbers (float32), or sets of classes, 0 or 1 per class (uint8 [N, C])."""
     part: np.ndarray
     """Index of each row's source in a mixture."""
     classes: tuple[str, ...]
@@ -63,7 +63,7 @@ class Examples:
         if isinstance(i, slice):
             return self.take(np.arange(len(self))[i])
         row = self.source[int(self.index[i])]
-        return row if self.labels is None else {**row, "label": self.labels[i].item()}
+        return row if self.labels is None else {**row, "label": self.labels[i].tolist()}
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -183,6 +183,8 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
     tags = sorted(set().union(*(f.tags for f in found)))
     if labels and tags:
         raise RequestError(f"{_named(cfg)}: has a label a row and a tag a word; choose one kind with data.columns")
+    if tags and cfg.label_type == "set":
+        raise RequestError(f'{_named(cfg)}: has a tag a word; data.label_type = "set" is for the labels of a row')
     names = [c for v in views for c in v.classes]
     classes, labels_N = _classes(cfg, labels or tags, names) if labels or tags else ((), None)
     labels_N = None if tags else labels_N
@@ -208,14 +210,15 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
     return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything))
 
 
-def _classes(cfg: DataConfig, labels: list[str | float], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes and the class index of each label, int32 [N], or the numbers, float32 [N].
+def _classes(cfg: DataConfig, labels: list[Label], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the classes and the class index of each label, int32 [N], the numbers, float32 [N], or sets, uint8 [N, C].
 
     Classes are in the order of `data.classes`, or of the names that the data declares, or sorted.
     """
     if cfg.label_type == "number":
         return (), np.array(labels, np.float32)
-    named = cast(list[str], labels)
+    sets = cast(list[tuple[str, ...]], labels) if cfg.label_type == "set" else []
+    named = [c for found in sets for c in found] if sets else cast(list[str], labels)
     found = set(named)
     numeric = all(re.fullmatch(r"-?\d+", c) for c in found)
     place = {c: k for k, c in enumerate(dict.fromkeys(names))}
@@ -227,9 +230,13 @@ def _classes(cfg: DataConfig, labels: list[str | float], names: list[str]) -> tu
     first = sorted(found & place.keys(), key=place.__getitem__)
     rest = sorted(found - place.keys(), key=(lambda c: (int(c), c)) if numeric else None)
     classes = tuple(cfg.classes) or (*first, *rest)
-    if len(classes) > 1000:
+    if len(classes) > 1000 and not sets:
         raise RequestError(f'{_named(cfg)}: {len(classes)} different labels; numbers? (data.label_type = "number")')
     number = {c: k for k, c in enumerate(classes)}
+    if sets:
+        hot_NC = np.zeros((len(sets), len(classes)), np.uint8)
+        hot_NC[np.repeat(np.arange(len(sets)), [len(found) for found in sets]), [number[c] for c in named]] = 1
+        return classes, hot_NC
     return classes, np.array([number[c] for c in named], np.int32)
 
 

@@ -131,6 +131,43 @@ def test_a_mixture_keeps_its_parts(tmp_path, sentences):
     assert np.all(np.diff(found["train"].index) > 0)
 
 
+SETS = ["b, a", "", "c", "a,a"]
+
+
+@pytest.mark.parametrize("separated", [True, False])
+def test_sets_of_labels_become_a_row_of_zeros_and_ones(tmp_path, separated):
+    parts = [[p.strip() for p in s.split(",") if p] for s in SETS]
+    rows = [{"text": f"text {i}", "label": given} for i, given in enumerate(SETS if separated else parts)]
+    path = tmp_path / "sets.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"source": "jsonl", "columns": {}, "label_type": "set", "validation": 0, "test": 0}
+    found = load(path, label_separator="," * separated, **given)["train"]
+    assert found.classes == ("a", "b", "c")
+    assert found.labels is not None
+    np.testing.assert_array_equal(found.labels, [[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0]])
+    assert found[2]["label"] == [0, 0, 1]
+    assert found.take(np.array([3, 0])).labels.tolist() == [[1, 0, 0], [1, 1, 0]]
+    ordered = load(path, label_separator="," * separated, classes=["d", "c", "b", "a"], **given)["train"]
+    np.testing.assert_array_equal(ordered.labels, [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    with pytest.raises(RequestError, match=r"sets.jsonl:3: label 'c' is not among data.classes \(a, b\)"):
+        load(path, label_separator="," * separated, classes=["a", "b"], **given)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("a,b", "label 'a,b' is no list of labels; set data.label_separator"),
+        (None, r"label None is no list of labels; \[\] is the empty set"),
+        (["a", None], "the label is empty"),
+    ],
+)
+def test_what_is_no_set_of_labels_is_refused(tmp_path, label, message):
+    path = tmp_path / "sets.jsonl"
+    path.write_text(json.dumps({"text": "one", "label": label}) + "\n")
+    with pytest.raises(RequestError, match=message):
+        load(path, source="jsonl", columns={}, label_type="set")
+
+
 @pytest.mark.parametrize(
     ("kw", "message"),
     [

@@ -47,7 +47,8 @@ class ExampleRows:
 
 
 class ClassificationRows(ExampleRows):
-    """Rows of texts with labels: tokens, segments, positions [B, T] and label [B] (int32 class or float32 number).
+    """Rows of texts with labels: tokens, segments, positions [B, T] and label (int32 class [B], float32 number [B],
+    or uint8 set of classes [B, C]).
 
     A row is `bos` (if the tokenizer adds it), the text, `eos`, padding. A long text keeps its first tokens (`tail` is
     cut) or its first and last halves (`head_tail`). `bos` and `eos` always stay.

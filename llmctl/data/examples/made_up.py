@@ -73,12 +73,14 @@ def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Seq
     """Generate synthetic examples. The arguments are those of `MadeUp`."""
     asked = [*(c for c in cfg.columns if c != "label"), *(c for c in columns if c != "label"), "text"]
     names = tuple(dict.fromkeys(asked))
-    numbers = cfg.label_type == "number"
+    numbers, sets = cfg.label_type == "number", cfg.label_type == "set"
     labelled = numbers or "label" in columns
     found = tuple(cfg.classes) or tuple(classes) or ("no", "yes")
     long, words = TEXT * (1 + seq_len // len(TEXT)), TEXT.split()
     values: dict[str, Any] = {"tokens": words, "tags": found[:1] * len(words), "answers": [], "question": TEXT}
     row = tuple(values.get(name, long) for name in names)
+    labels = np.zeros(COPIES, np.float32 if numbers else np.int32)
+    labels = np.zeros((COPIES, len(found)), np.uint8) if sets else labels
     return Examples(
         source=Table("made up", names, [row] * COPIES, range(COPIES)),
         columns=names,
@@ -86,7 +88,7 @@ def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Seq
         fraction=np.linspace(0, 1, COPIES, endpoint=False),
         digests=np.zeros((COPIES, 16), np.uint8),
         chars=np.full(COPIES, len(long)),
-        labels=np.zeros(COPIES, np.float32 if numbers else np.int32) if labelled else None,
+        labels=labels if labelled else None,
         part=np.zeros(COPIES, np.int32),
         classes=found if not numbers and (labelled or "tags" in columns) else (),
     )
