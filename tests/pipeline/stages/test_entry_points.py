@@ -70,7 +70,7 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
 
 def test_help_lists_what_packages_add(package, capsys):
     for command, names in (("finetune", "quotes"), ("eval", "kappa"), ("prune", "movement"), ("quantize", "ternary")):
-        llmctl(command, "--help")
+        llmctl(command, "--help-all")
         assert names in capsys.readouterr().out
 
 
