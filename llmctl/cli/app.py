@@ -1,4 +1,4 @@
-"""`llmctl`: one command a stage, one a file in `llmctl/commands`, and the one place that decides how a command ends."""
+"""Build the command line: one command per stage and per file in `llmctl/cli/commands`; map exceptions to exit codes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_LEVEL": "2"}
-"""What keeps the C++ libraries below us from talking."""
+"""Environment variables that silence the logs of C++ libraries."""
 _stop_requested = threading.Event()
 GOES_ON = ("run", "prepare", "import")
-"""Commands, beside the stages, that go on where they were stopped."""
+"""Commands, beside the stages, that resume where they were stopped."""
 
 
 def app(chosen: str = "") -> typer.Typer:
-    """The command line with every command that there is; only the chosen one is imported, the others are names."""
+    """Return the command line. Only the chosen command is imported; the others have a name and a summary."""
     made = typer.Typer(
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # long flags need whole lines, not columns
+        rich_markup_mode=None,  # long flags do not fit into columns
         context_settings={
             "max_content_width": 100,
             "help_option_names": ["-h", "--help"],
@@ -48,9 +48,9 @@ def app(chosen: str = "") -> typer.Typer:
     def llmctl(
         version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     ) -> None:
-        """From raw text to a small, fast, measured language model.
+        """Turn raw text into a small, fast, measured language model.
 
-        Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted (the same command goes on).
+        Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted (the same command resumes).
         """
         if version:
             typer.echo(f"llmctl {__version__}")
@@ -71,7 +71,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
-    """Return the function of a command, and the class of the command (None is typer's)."""
+    """Return the function of a command, and the class of the command (None for typer's)."""
     if stage:
         from llmctl.cli import flags
 
@@ -80,10 +80,10 @@ def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
 
 
 def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
-    """Wrap a command so that an interrupt ends as `Interrupted`, whatever a library below makes of it.
+    """Wrap a command so that an interrupt raises `Interrupted`, even if a library converts it to another error.
 
-    Typer would exit with a code of its own. Orbax and SentencePiece raise errors of their own, which would be reported
-    as a damaged file.
+    Typer would exit with another code. Orbax and SentencePiece raise other errors, which would be reported as a damaged
+    file.
     """
 
     @functools.wraps(command)
@@ -102,13 +102,13 @@ def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Runs one command and exits: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted and resumable."""
+    """Run one command and exit: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted and resumable."""
     _be_quiet()
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: list[str]) -> int:
-    """Runs one command; its exit code. Whatever went wrong is one line on stderr."""
+    """Run one command and return its exit code. An error is printed as one line to stderr."""
     try:
         words = argv or _completing()
         chosen = next((word for word in words if not word.startswith("-")), "")
@@ -128,12 +128,12 @@ def _completing() -> list[str]:
 
 
 def ending(e: BaseException) -> tuple[int, str]:
-    """The exit code and the line for people that an exception means."""
+    """Return the exit code of an exception, and the line that is printed for it."""
     if isinstance(e, LlmctlError):
         return e.exit_code, str(e)
     if isinstance(e, (KeyboardInterrupt, typer.Abort)):
         return Interrupted.exit_code, "interrupted"
-    if isinstance(e, BrokenPipeError):  # `llmctl … | head`: nobody is left to tell
+    if isinstance(e, BrokenPipeError):  # `llmctl … | head`: nothing reads the output any more
         return 1, ""
     if isinstance(e, SystemExit):
         return (e.code, "") if isinstance(e.code, int) else (1, str(e.code))
@@ -142,8 +142,8 @@ def ending(e: BaseException) -> tuple[int, str]:
         return 1, f"disk full{where}: what was saved before is intact; free some space and run the same command"
     if isinstance(e, (NotADirectoryError, FileExistsError, PermissionError)) and e.filename:
         return 2, f"{e.filename}: {str(e.strerror).lower()}; choose another place"
-    if callable(complain := getattr(e, "format_message", None)):  # how typer says that the request was wrong
-        unknown = hasattr(e, "possibilities")  # whose own words list every near flag
+    if callable(complain := getattr(e, "format_message", None)):  # typer's exceptions for wrong requests
+        unknown = hasattr(e, "possibilities")  # its formatted message lists every similar flag
         return 2, f"{getattr(e, 'message', '') if unknown else complain()}{_near(e)}"
     return 1, f"{type(e).__name__}: {e} (LLMCTL_DEBUG=1 shows where)"
 
@@ -159,7 +159,7 @@ def _near(e: Any) -> str:
 
 
 def _be_quiet() -> None:
-    """Our own lines are the only ones, and a polite kill ends like Ctrl-C."""
+    """Silence libraries, and handle SIGTERM like Ctrl-C."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     backend.hush()
@@ -167,7 +167,7 @@ def _be_quiet() -> None:
         warnings.simplefilter("ignore")
         for name in ("jax", "orbax", "grain"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        # What Orbax logs here with a traceback it also raises.
+        # Orbax logs errors here with a traceback, and also raises them.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     signal.signal(signal.SIGTERM, _stop)
@@ -175,6 +175,6 @@ def _be_quiet() -> None:
 
 
 def _stop(*_: Any) -> None:
-    """Handle SIGTERM and Ctrl-C: raise, and remember it, because libraries turn KeyboardInterrupt into other errors."""
+    """Raise KeyboardInterrupt, and record it, because libraries convert KeyboardInterrupt to other errors."""
     _stop_requested.set()
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What this machine has: devices as JAX sees them, versions, memory, disk, and what is wrong with any of it."""
+"""Report this machine's devices as JAX sees them, versions, memory and disk, with the problems found."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ EXTRAS = {
     "cuda": ("jax-cuda13-plugin",),
     "tpu": ("libtpu",),
 }
-"""The packages by which an extra is recognized."""
+"""Packages by which an extra is recognized."""
 LOW_DISK, LOW_MEMORY = 2e9, 2e9
 
 
 def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
-    """Everything that `llmctl doctor` prints.
+    """Return all that `llmctl doctor` prints.
 
     Args:
-      platforms: the platforms that a recipe's stages name.
-      folder: where artifacts would go; its disk is looked at.
+      platforms: platforms that a recipe's stages name.
+      folder: folder for artifacts, whose disk is checked.
 
     Raises:
-      RequestError: a platform is named that is not there.
+      RequestError: a named platform is missing.
     """
     problems: list[str] = []
     used = backend.settle(platforms, problems.append)
@@ -77,7 +77,7 @@ def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """The examination for people."""
+    """Return the result of `examine` as a table."""
     out = Table(show_header=False, title="llmctl doctor", title_justify="left")
     kinds: dict[str, int] = {}
     for d in found["devices"]:
@@ -97,7 +97,7 @@ def table(found: dict[str, Any]) -> Table:
 def _device(d: Any) -> dict[str, Any]:
     try:
         memory = (d.memory_stats() or {}).get("bytes_limit")
-    except Exception:  # a backend without statistics says so in its own way
+    except Exception:  # backends without statistics raise various exceptions
         memory = None
     return {"id": d.id, "platform": d.platform, "kind": d.device_kind, "memory_bytes": memory}
 
@@ -110,7 +110,7 @@ def _version(package: str) -> str | None:
 
 
 def _memory() -> dict[str, int]:
-    """Bytes of main memory, all of it and what a new process could have."""
+    """Return the bytes of main memory: the total, and the part that a new process can use."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = os.sysconf("SC_PHYS_PAGES") * page
     if sys.platform == "linux":

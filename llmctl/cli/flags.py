@@ -1,4 +1,4 @@
-"""A stage's command, made from its config class: every field is a flag with its default and its docstring."""
+"""Build a stage's command from its config class: every field is a flag with its default and its docstring."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Step
 
 HIDDEN = ("kind",)
-"""Fields that the command itself decides."""
+"""Fields that the command sets itself."""
 ARTIFACT = "artifact"
-"""Variable of the positional argument that means the same as --from."""
+"""Variable of the positional argument that stands for --from."""
 
 
 Coordinator = Annotated[
     str,
     typer.Option(
-        metavar="HOST:PORT", envvar="LLMCTL_COORDINATOR", help="Of several processes: where process 0 runs, and a port."
+        metavar="HOST:PORT", envvar="LLMCTL_COORDINATOR", help="Several processes: host of process 0, and a free port."
     ),
 ]
 NumProcesses = Annotated[
     int,
     typer.Option(
-        metavar="N", envvar="LLMCTL_NUM_PROCESSES", help="How many processes; Slurm and TPU pods say it themselves."
+        metavar="N", envvar="LLMCTL_NUM_PROCESSES", help="Number of processes; Slurm and TPU pods provide it."
     ),
 ]
 ProcessId = Annotated[
-    int, typer.Option(metavar="I", envvar="LLMCTL_PROCESS_ID", help="Which one this is, from 0.", show_default=False)
+    int,
+    typer.Option(metavar="I", envvar="LLMCTL_PROCESS_ID", help="Number of this process, from 0.", show_default=False),
 ]
 PROCESSES: dict[str, tuple[Any, Any]] = {
     "coordinator": (Coordinator, ""),
     "num_processes": (NumProcesses, 0),
     "process_id": (ProcessId, -1),
 }
-"""Flags of every command that works on devices, with their defaults: what `llmctl.distributed.processes.join` takes."""
+"""Flags of every command that uses devices, with defaults: the arguments of `llmctl.distributed.processes.join`."""
 
 
 def command(kind: str) -> tuple[Callable[..., None], Any]:
-    """`llmctl KIND --from A --out B …`: the function that typer makes the command from, and the command's class."""
+    """Return the function of `llmctl KIND --from A --out B …`, as typer reads it, and the command's class."""
     module = stage.load(kind)
     cls: type[stage.StageConfig] = module.Config
     fields = list(_fields(cls))
@@ -87,18 +88,18 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
             Path,
             "--recipe",
             metavar="FILE",
-            help="Start from a recipe's shared settings and its stage of this kind.",
+            help="Recipe whose shared settings and stage of this kind are used.",
         ),
         _parameter(
             "sets",
             list[str],
             "--set",
             metavar="KEY=VALUE",
-            help="Override a setting, such as train.steps=10; below a flag.",
+            help="Override a setting, such as train.steps=10; flags override it.",
         ),
     ]
     if not cls.starts:
-        named = typer.Argument(metavar="ARTIFACT", help="The artifact to start from, as --from.", show_default=False)
+        named = typer.Argument(metavar="ARTIFACT", help="Artifact to start from, as --from.", show_default=False)
         first.insert(0, _parameter(ARTIFACT, str, argument=named))
     json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
     everything = typer.Option(
@@ -121,7 +122,7 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
 
 
 def summary(module: types.ModuleType) -> str:
-    """What the stage does: the docstring of its config class, or of its file."""
+    """Return the stage's description: the docstring of its config class, or of its file."""
     return inspect.cleandoc(module.Config.__doc__ or module.__doc__ or "")
 
 
@@ -158,7 +159,7 @@ def _fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def _defaults(cls: type[Config], fields: list[tuple[tuple[str, ...], FieldInfo]]) -> Iterator[Any]:
-    """What each flag is when nobody says anything: from the stage's default sections, not from the section's class."""
+    """Yield the default of each flag: from the stage's default sections, not from the sections' classes."""
     tops = {f.alias or n: f.get_default(call_default_factory=True) for n, f in cls.model_fields.items()}
     for path, field in fields:
         at: Any = tops[path[0]]
@@ -194,7 +195,7 @@ def _variable(path: tuple[str, ...]) -> str:
 
 
 def _parsed(field: FieldInfo, value: Any) -> Any:
-    """What TOML would have given for the text of a flag: text stays text where the field wants text."""
+    """Return a flag's text as the value that TOML would give. Text for a str field stays text."""
     kind = _base(field.annotation)
     if not isinstance(value, str) or kind is str or get_origin(kind) is Literal:
         return value
@@ -211,7 +212,7 @@ def _item(kind: Any) -> Any:
 
 
 def _base(annotation: Any) -> Any:
-    """The type without `| None`."""
+    """Return the type without `| None`."""
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [a for a in get_args(annotation) if a is not type(None)]
         return parts[0] if len(parts) == 1 else annotation
@@ -231,7 +232,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _metadata(kind: Any) -> Iterator[Any]:
-    """Yield what annotates the items of a list, and the branches of a union."""
+    """Yield the annotations of a list's items and of a union's branches."""
     for part in get_args(kind) if get_origin(kind) is not Literal else ():
         yield from getattr(part, "__metadata__", ())
 

@@ -1,7 +1,6 @@
-"""Help of a stage's command: the common flags under headings, and all of them with `--help-all`.
+"""Format the help of a stage's command: the common flags under headings, and all flags with `--help-all`.
 
-Which flags are common, and under which heading they are listed, is said by the config classes (`Config.common`,
-`Config.heading`).
+The config classes define which flags are common, and their headings (`Config.common`, `Config.heading`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
 
 FILES = "Artifacts and recipe"
-"""Heading of what every stage's command has beside its fields: where it starts, where it writes, what it prints."""
+"""Heading of the flags that every stage's command has beside its fields: inputs, outputs and printing."""
 WHERE = "Where it runs"
-"""Heading of the devices and the processes; the heading of `MeshConfig`."""
+"""Heading of the flags for devices and processes; the heading of `MeshConfig`."""
 ALL = "--help-all"
 
 
 class StageCommand(TyperCommand):
-    """Command whose help has sections. A subclass per stage says where its flags belong."""
+    """Command whose help has sections. Each stage has a subclass that assigns flags to sections."""
 
     headings: ClassVar[dict[str, str]] = {}
     """Heading of each flag, by its variable, in the order of the sections."""
@@ -81,7 +80,7 @@ def of_stage(cls: type[StageConfig], paths: dict[tuple[str, ...], str], first: l
 
 
 def help_all(ctx: typer.Context, value: bool) -> None:
-    """Print the help with every flag, and end."""
+    """Print the help with every flag, and exit."""
     if not value or ctx.resilient_parsing:
         return
     command: Any = ctx.command

@@ -1,4 +1,4 @@
-"""What lies in a run: its artifacts in lineage order, each with what was measured on exactly its weights."""
+"""List the artifacts of a run in lineage order, each with the metrics that were measured on its weights."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 RESULTS = "results.json"
-"""Written by eval beside its manifest: a list of {artifact, digest, task, protocol, metrics}."""
+"""Name of the file of eval's results: a list of {artifact, digest, task, protocol, metrics}."""
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Everything in a run's folder.
+    """Return the models and reports in a run's folder.
 
     Returns:
       {"artifacts": [...], "reports": [...]}: models in lineage order (parents before children, older before newer),
       each with its manifest's metrics and the results of every report that scored its digest; and the reports.
 
     Raises:
-      RequestError: no artifact is there, or one is damaged.
+      RequestError: the folder has no artifact, or one is damaged.
     """
-    # A dot begins the name of a draft that a killed process left.
+    # Names that begin with a dot are drafts of killed processes.
     there = [p for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
     found = sorted(there, key=lambda p: (p.stat().st_mtime_ns, p.parent.name))
     if not found:
@@ -46,10 +46,10 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def one(folder: Path) -> dict[str, Any]:
-    """One artifact: what `run` says of it, and the rest of its manifest.
+    """Return one artifact: its record in `run`, and the rest of its manifest.
 
     Raises:
-      RequestError: it is not an artifact, or damaged.
+      RequestError: the folder is not an artifact, or it is damaged.
     """
     manifest = artifact.read_manifest(folder)
     beside = [r for p in sorted(folder.parent.glob(f"*/{RESULTS}")) for r in results(p.parent)]
@@ -57,7 +57,7 @@ def one(folder: Path) -> dict[str, Any]:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What an eval wrote into its artifact; nothing where it wrote none.
+    """Return the results that eval wrote into its artifact; an empty list if there are none.
 
     Raises:
       RequestError: the file is damaged.
@@ -73,14 +73,14 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def reports(folder: Path) -> list[Path]:
-    """What the evals of a run left for people: tables and pictures."""
+    """Return the files with tables and plots that the evals of a run wrote."""
     return sorted(f for r in folder.glob(f"*/{RESULTS}") for f in r.parent.iterdir() if f.suffix in (".md", ".png"))
 
 
 def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The line of an artifact: its manifest's figures and the metrics of the reports that scored the same weights.
+    """Return an artifact's record: figures of its manifest, and metrics of the reports that scored the same weights.
 
-    Where two tasks have a metric of one name, the later is called `task/metric`.
+    If two tasks have a metric of the same name, the later one is named `task/metric`.
     """
     metrics, owner = dict(manifest.metrics), dict.fromkeys(manifest.metrics, "")
     for report in reports:
@@ -128,7 +128,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
 
 
 def _shown(there: set[str]) -> list[Metric]:
-    """Return the metrics that the closing table has columns for, of those that are `there`."""
+    """Return those of the metrics `there` that have a column in the closing table."""
     measured = columns(there, "run")
     if any(m.aspect == "quality" for m in measured):
         return measured
@@ -137,7 +137,7 @@ def _shown(there: set[str]) -> list[Metric]:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them: 812 B, 3.4 MB."""
+    """Format a number of bytes with a unit: 812 B, 3.4 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -146,7 +146,7 @@ def size(count: float) -> str:
 
 
 def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parents before children; among those that could come next, the order given (oldest first)."""
+    """Sort parents before children. Otherwise the given order stays (oldest first)."""
     out: list[dict[str, Any]] = []
     waiting = list(entries)
     while waiting:
@@ -160,7 +160,9 @@ def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def model(spec: str) -> ModelConfig:
-    """The model of a preset, or of a TOML file: its `[model]`, the first stage's that has one, or the file itself.
+    """Return the model config of a preset or a TOML file.
+
+    In a file it is the table `[model]`, the `model` of the first stage that has one, or the top level.
 
     Raises:
       RequestError: no such preset or file, or a setting in it is wrong.
@@ -190,7 +192,7 @@ def presets() -> list[dict[str, Any]]:
 
 
 def preset_table(found: list[dict[str, Any]]) -> Table:
-    """Return what `presets` found, for people."""
+    """Return the result of `presets` as a table."""
     out = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in ("preset", "family", "architecture"):
         out.add_column(column, overflow="fold")
@@ -203,7 +205,7 @@ def preset_table(found: list[dict[str, Any]]) -> Table:
 
 
 def size_table(found: dict[str, Any]) -> Table:
-    """What `llmctl.model.size_report` reports, for people."""
+    """Return the result of `llmctl.model.size_report.report` as a table."""
     out = Table(title=found["config"], title_justify="left", show_header=False)
     for _ in range(2):
         out.add_column(overflow="fold")

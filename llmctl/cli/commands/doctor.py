@@ -12,7 +12,7 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what this machine has: devices, versions, memory, disk; and whether a recipe can run on it."""
+    """Report this machine's devices, versions, memory and disk, and whether a recipe can run on it."""
     from llmctl.cli import doctor as doctors
     from llmctl.pipeline import console, recipe
 

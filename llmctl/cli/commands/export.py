@@ -7,19 +7,19 @@ import typer
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="An artifact.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    source: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact to export.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the exported files.")],
     to: Annotated[
-        str, typer.Option(help="hf, compressed-tensors (quantized artifacts), peft (low-rank adapters) or gguf.")
+        str, typer.Option(help="Format: hf, compressed-tensors (quantized), peft (low-rank adapters), gguf.")
     ] = "hf",
     dtype: Annotated[
-        str, typer.Option(help="Type of the weights: float32, bfloat16 or float16; as they are by default.")
+        str, typer.Option(help="Type of the weights: float32, bfloat16 or float16; unchanged by default.")
     ] = "",
-    kind: Annotated[str, typer.Option("--type", help="For GGUF: f32, f16, q8_0, q4_0 or q4_1.")] = "f16",
-    shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest file of weights, in GB.")] = 5.0,
+    kind: Annotated[str, typer.Option("--type", help="GGUF type: f32, f16, q8_0, q4_0 or q4_1.")] = "f16",
+    shard_size: Annotated[float, typer.Option(min=1e-6, help="Maximum size of a weight file in GB.")] = 5.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write an artifact as others load it, read it back and prove that it answers the same."""
+    """Export an artifact for other libraries, read it back and check that its outputs are the same."""
     from llmctl.artifacts import atomic
     from llmctl.convert import exporting
     from llmctl.pipeline import console

@@ -19,45 +19,47 @@ if TYPE_CHECKING:
 
 
 def generate(
-    artifact_dir: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A language model.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; several make a batch.")] = None,
+    artifact_dir: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact of a language model.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue (repeatable).")] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            help='A file with one prompt a line (.jsonl: a text, or an object with "prompt"); with --chat, '
+            help='File with one prompt per line (.jsonl: a text, or an object with "prompt"); with --chat, '
             "a JSON list of messages."
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Answer turns, one a line, in the words of the tokenizer's chat template.")
+        bool, typer.Option("--chat", help="Answer one message per line, in the tokenizer's chat template.")
     ] = False,
-    system: Annotated[str, typer.Option(help="With --chat: the system message that it begins with.")] = "",
-    max_new: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Draw from tokens this fraction as likely as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 lowers what was said before.")] = 1.0,
-    beams: Annotated[int, typer.Option(min=1, help="Beam search for the likeliest whole answer; 1 is none.")] = 1,
+    system: Annotated[str, typer.Option(help="With --chat: system message.")] = "",
+    max_new: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 selects the most likely token.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most likely tokens; 0 from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Minimum probability, as a fraction of the most likely token's.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Penalty of repeated tokens; 1 is none.")] = 1.0,
+    beams: Annotated[int, typer.Option(min=1, help="Number of beams of a beam search; 1 samples.")] = 1,
     length_penalty: Annotated[
-        float, typer.Option(help="Beams: power of its length that divides an answer's score.")
+        float, typer.Option(help="Beams: divide an answer's score by its length to this power.")
     ] = 1.0,
     early_stopping: Annotated[
         str,
         typer.Option(
-            help="Beams end with as many finished answers: no (where none better is likely), yes (at "
-            "once), never (where none better is possible)."
+            help="Beams: stop with enough finished answers at once (yes), if a better one is unlikely (no), or "
+            "if none is possible (never)."
         ),
     ] = "no",
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at a time.")] = 8,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (repeatable).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts per batch.")] = 8,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Continue text, chat, or fill masks: prompts from flags, a file, or line by line from standard input.
+    """Continue text, chat, or fill masks. Prompts come from flags, a file, or lines of standard input.
 
-    An encoder-decoder answers prompts; an encoder fills every <mask> with the likeliest word.
+    An encoder-decoder answers prompts; an encoder fills every <mask> with the most likely word.
     """
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
@@ -122,7 +124,7 @@ def _continue(
     seed: int,
     stops: Iterable[str],
 ) -> None:
-    """Prints prompts with what follows them, a single one as it is made."""
+    """Print prompts with their continuations. A single continuation is printed while it is generated."""
     from llmctl.data.tokenizers import loading as tokenizers
     from llmctl.model.generate.continuations import Speed, begin, continue_rows, end_ids, search_rows
 
@@ -157,7 +159,7 @@ def _continue(
 
 
 def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str, json: bool, **options: Any) -> None:
-    """Answers the messages of a file, or every line of standard input; prints the answers as they are made."""
+    """Answer the messages of a file, or every line of standard input. Print answers while they are generated."""
     from llmctl.data.tokenizers import loading as tokenizers
     from llmctl.model.generate import chat
     from llmctl.model.generate.continuations import end_ids
@@ -178,7 +180,7 @@ def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str
 
 
 def _fill(loaded: "Artifact", filler: "Filler", texts: Iterable[str], k: int, json: bool) -> None:
-    """Prints every text with its masks filled; as JSON with the `k` likeliest tokens a mask."""
+    """Print every text with its masks filled; as JSON with the `k` most likely tokens per mask."""
     done = []
     for text in texts:
         for filled in filler.fill([text], k):
@@ -201,7 +203,7 @@ def _report(loaded: "Artifact", json: bool, result: dict[str, Any], speed: Any) 
 
 
 def _write(text: str) -> None:
-    """Straight to stdout: what a model says is not markup."""
+    """Write directly to stdout, because generated text is not markup."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -219,7 +221,7 @@ def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
 
 
 def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
-    """Prompts from flags and a file; None where neither is given, and they come from standard input."""
+    """Return the prompts from flags and a file; None if both are missing, so that standard input is read."""
     if file is None:
         return prompts or None
     from etils import epath
@@ -239,7 +241,7 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
 
 
 def _said(file: Path, number: int, line: str) -> str:
-    """The prompt in a line of JSON: a text, or an object's "prompt"."""
+    """Return the prompt in a line of JSON: a text, or an object's "prompt"."""
     import json
 
     try:

@@ -8,27 +8,27 @@ import typer
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A Hugging Face folder, a GGUF file, or a folder with a PEFT adapter.")
+        Path, typer.Argument(metavar="DIR", help="Hugging Face folder, GGUF file, or folder with a PEFT adapter.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The artifact to make.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new artifact.")],
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: float32, bfloat16 or float16; as stored by default.")
     ] = "",
-    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The artifact that an adapter belongs to.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer (folder or file) from elsewhere.")] = None,
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="Artifact that an adapter belongs to.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder or file of another tokenizer.")] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Safetensors with input_ids and logits to reproduce; reference.safetensors by default."),
+        typer.Option(help="Safetensors file with input_ids and logits to reproduce; reference.safetensors by default."),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="A key of config.json that does not matter (repeatable).")
+        list[str] | None, typer.Option(metavar="KEY", help="Key of config.json to ignore (repeatable).")
     ] = None,
     drop: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Tensors to leave out, by their whole name (repeatable).")
+        list[str] | None, typer.Option(metavar="REGEX", help="Tensors to omit, by their full name (repeatable).")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make an artifact of a model from elsewhere; what is not understood is an error, and nothing is dropped."""
+    """Convert a published model to an artifact. Unknown settings and tensors are errors; none is dropped."""
     from llmctl.artifacts import atomic
     from llmctl.config.errors import RequestError
     from llmctl.convert import importing, peft

@@ -8,40 +8,40 @@ import typer
 
 
 def plan(
-    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe; its data need not be there.")],
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe; its data are not read.")],
     topology: Annotated[
         str, typer.Option(metavar="NAME", help="Chips to plan for: v5e:16x16, 2*v5p:4x4x4, cpu:8, …")
     ] = "",
-    chips: Annotated[int, typer.Option(min=0, help="Instead: the slice of --chip with so many chips.")] = 0,
+    chips: Annotated[int, typer.Option(min=0, help="Instead: number of chips of a slice of --chip.")] = 0,
     chip: Annotated[
-        str, typer.Option(help="For --chips and --fit: v4, v5e (the default), v5p, v6e, tpu7x, a100, h100, h200.")
+        str, typer.Option(help="Chip of --chips and --fit: v4, v5e (the default), v5p, v6e, tpu7x, a100, h100, h200.")
     ] = "",
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Plan this stage alone (repeatable)."),
+        typer.Option(help="Plan only this stage (repeatable)."),
     ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in `llmctl run`."),
     ] = None,
     tokens: Annotated[
-        float, typer.Option(min=0, help="Tokens to reckon chip-hours for; by default those of the stage's steps.")
+        float, typer.Option(min=0, help="Number of tokens for chip-hours; by default those of the stage's steps.")
     ] = 0,
     generate: Annotated[
-        str, typer.Option(metavar="ROWSxPROMPTxNEW", help="Also plan `llmctl generate` by the last language model.")
+        str, typer.Option(metavar="ROWSxPROMPTxNEW", help="Also plan `llmctl generate` with the last language model.")
     ] = "",
     search: Annotated[
         bool,
-        typer.Option(
-            "--search", help="Look for the meshes, remat and accumulation that are fastest or take least memory."
-        ),
+        typer.Option("--search", help="Search for the meshes, remat and accumulation with the least time or memory."),
     ] = False,
-    fit: Annotated[bool, typer.Option("--fit", help="Find the smallest slice of --chip on which it fits.")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Find the smallest slice of --chip on which a stage fits.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compile a recipe's stages for chips that are not there: what they take of memory and time, and whether they fit.
+    """Compile a recipe's stages for chips that are not attached; report memory, time, and whether they fit.
 
-    Needs no accelerator, no data and little memory.
+    This needs no accelerator, no data and little memory.
     """
     from llmctl.config.errors import RequestError
     from llmctl.pipeline import console, recipe

@@ -12,7 +12,7 @@ def prepare(
     recipe_file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="RECIPE", help="A TOML recipe: its data and tokenizer, and those of its pretrain stage."
+            metavar="RECIPE", help="TOML recipe, for its data and tokenizer and those of its pretrain stage."
         ),
     ] = None,
     sets: Annotated[
@@ -20,14 +20,16 @@ def prepare(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: data.path=x.csv, tokenizer.kind=bpe."),
     ] = None,
     name: Annotated[
-        str, typer.Option(metavar="STAGE", help="Which pretrain stage's, where the recipe has several.")
+        str, typer.Option(metavar="STAGE", help="Name of the pretrain stage, if the recipe has several.")
     ] = "",
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one a core. The result is the same.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Number of processes; 0 is one per core. The result is the same.")
+    ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print what was prepared as one JSON object.")] = False,
 ) -> None:
     """Tokenize a corpus once, in parallel, for training with data.source = "prepared" and data.path = the folder.
 
-    The same command goes on where an interrupted one stopped.
+    The same command resumes where an interrupted one stopped.
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table

@@ -9,7 +9,7 @@ from llmctl.cli.flags import Coordinator, NumProcesses, ProcessId
 
 
 def run(
-    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")],
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe.")],
     folder: Annotated[
         Path | None,
         typer.Option("--run", metavar="DIR", help="Folder of the artifacts; runs/<recipe's name> by default."),
@@ -22,14 +22,14 @@ def run(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGE", help="Run this stage alone (repeatable); its inputs must be up to date."),
+        typer.Option(metavar="STAGE", help="Run only this stage (repeatable); its inputs must be up to date."),
     ] = None,
     coordinator: Coordinator = "",
     num_processes: NumProcesses = 0,
     process_id: ProcessId = -1,
     json: Annotated[bool, typer.Option("--json", help="Print the closing table as one JSON object.")] = False,
 ) -> None:
-    """Run a recipe: every stage that is not done yet, then a table of all artifacts."""
+    """Run all stages of a recipe that are not done, then print a table of all artifacts."""
     from llmctl.cli import summary as shown
     from llmctl.pipeline import console, recipe, runner
 

@@ -7,17 +7,20 @@ import typer
 
 
 def show(
-    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="An artifact, or the folder of a run.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="Artifact, or folder of a run.")] = None,
     config: Annotated[
-        str, typer.Option(metavar="PRESET|TOML", help="Instead: what a model weighs and takes, before it exists.")
+        str,
+        typer.Option(
+            metavar="PRESET|TOML", help="Instead: parameters, bytes and FLOPs of a model that does not exist yet."
+        ),
     ] = "",
     presets: Annotated[
-        bool, typer.Option("--presets", help="Instead: every preset of model.preset, with its family and size.")
+        bool, typer.Option("--presets", help="Instead: all values of model.preset, with family and size.")
     ] = False,
-    seq_len: Annotated[int, typer.Option(min=0, help="For --config: tokens a sequence; 0 takes the model's.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=0, help="With --config: tokens per sequence; 0 uses the model's.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show an artifact, a run as a table in lineage order, the presets, or what a model of a config would take."""
+    """Show an artifact, a run as a table in lineage order, the presets, or the size of a model."""
     from rich.markup import escape
 
     from llmctl.cli import summary as shown
