@@ -26,6 +26,7 @@ def left(
     *,
     base: Artifact | None = None,
     labels: list[str] | None = None,
+    task: str | None = None,
     pruned: bool | None = None,
 ) -> Artifact:
     """Return the artifact that a stage would save.
@@ -36,6 +37,7 @@ def left(
       model: config of the saved model.
       base: the parent, which provides everything that is not given.
       labels: class names.
+      task: name of the task.
       pruned: whether later stages keep zeros.
     """
     before = base.manifest if base else None
@@ -48,6 +50,7 @@ def left(
         family=model.family,
         model=model,
         labels=(before.labels if before else []) if labels is None else labels,
+        task=(before.task if before else "") if task is None else task,
         parameters=parameters,
         bytes=bytes_of(params, whole=True),
         sparsity=0.0,

@@ -59,6 +59,10 @@ class Manifest(BaseModel):
     model: ModelConfig
     labels: list[str] = []
     """Class names, if the model has a classification head."""
+    task: str = ""
+    """Task that it was finetuned for, a name of `llmctl.evaluate.tasks.registry`; empty is that of the head's name."""
+    fitted: dict[str, Any] = {}
+    """Values that the task chose on validation data, such as one threshold per label."""
     parameters: int
     bytes: int
     """Size of `params/` on disk in bytes. Equal weights may take a few bytes more or less."""
@@ -257,6 +261,8 @@ def save(
     name: str = "",
     parent: Manifest | None = None,
     labels: list[str] | None = None,
+    task: str | None = None,
+    fitted: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     tokenizer_dir: Path | None = None,
     log: Path | None = None,
@@ -274,6 +280,8 @@ def save(
       name: name of the artifact; by default the folder's name.
       parent: manifest of the artifact that the stage started from.
       labels: class names.
+      task: name of the task; by default that of the parent, if it has the same head.
+      fitted: values that the task chose; by default those of the parent, if it has the same head.
       metrics: measured metrics.
       tokenizer_dir: tokenizer folder to copy.
       log: log file to copy.
@@ -299,6 +307,7 @@ def save(
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((draft / "params").absolute(), tree)
                 checkpointer.wait_until_finished()
+        like = parent if parent and parent.model.head == model.head else None
         measured["pruned"] |= parent is not None and parent.pruned and measured["bits"] < 32
         manifest = Manifest(
             format=FORMAT,
@@ -308,6 +317,8 @@ def save(
             family=model.family,
             model=model.model_copy(update={"preset": ""}),
             labels=labels or [],
+            task=(like.task if like else "") if task is None else task,
+            fitted=(like.fitted if like else {}) if fitted is None else fitted,
             bytes=size(draft / "params"),
             parent=Parent(name=parent.name, digest=parent.digest) if parent else None,
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from llmctl.config.errors import RequestError
 from llmctl.data import splits
 from llmctl.data.device_batches import DeviceBatches
 from llmctl.data.examples import made_up
-from llmctl.data.examples.task_rows import COLUMNS, task_rows
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.loading import Tokenizer
+from llmctl.evaluate.tasks.registry import of
 from llmctl.model.config import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
@@ -60,9 +59,9 @@ def abstract(
 
     Arguments and errors as of `load`; nothing of the data is read.
     """
-    head, seq_len = base.model.head, sequence_length(config, base)
+    task, seq_len = of(base.manifest), sequence_length(config, base)
     batches = DeviceBatches.covering(mesh, config.batch_size, config.examples)
-    columns = COLUMNS[head] if labels or head in ("lm", "span") else ()
+    columns = task.columns if labels else task.columns_read
     examples = made_up.examples(config.data, columns, seq_len, base.manifest.labels)
     row = _rows(config, base, examples, made_up.TOKENIZER, labels)[0]
     return batches.abstract(_read(base.model, row, labels)), -(-config.examples // batches.size)
@@ -89,17 +88,9 @@ def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str,
 
 
 def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer: Tokenizer, labels: bool) -> Any:
-    """Return the rows of the chosen examples: those of training, or without labels those of any text.
-
-    A language model reads texts as in training (an encoder with masks, an encoder-decoder with spans missing), a model
-    that answers questions reads a question and its context, and any other head one text per row.
-    """
-    cfg = reads = base.model
-    if not labels:
-        reads = cfg if cfg.head in ("lm", "span") else cfg.model_copy(update={"head": "classify"})
-        if reads.head == "classify" and chosen.labels is None:
-            chosen = replace(chosen, labels=np.zeros(len(chosen), np.int32))
-        if cfg.head == "embed":  # reads the texts of a pair apart
-            chosen = replace(chosen, columns=tuple(c for c in chosen.columns if c != "pair"))
+    """Return the rows of the chosen examples: those of training, or without labels those that the model only reads."""
+    task, seq_len = of(base.manifest), sequence_length(config, base)
     truncate = config.truncate or base.manifest.truncate or "tail"
-    return task_rows(reads, chosen, tokenizer, sequence_length(config, base), shuffle=False, truncate=truncate)
+    if labels:
+        return task.rows(base.model, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
+    return task.reading_rows(base.model, chosen, tokenizer, seq_len, truncate=truncate)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.base import Task
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import loss_of
 
 Params = dict[str, Any]
 
@@ -29,7 +29,12 @@ Gradients = dict[str, dict[str, jax.Array]]
 
 
 def accumulate(
-    cfg: ModelConfig, params: Params, batches: Sequence[dict[str, Any]], sums: Sequence[str], dtype: Any = jnp.float32
+    task: Task,
+    cfg: ModelConfig,
+    params: Params,
+    batches: Sequence[dict[str, Any]],
+    sums: Sequence[str],
+    dtype: Any = jnp.float32,
 ) -> Gradients:
     """Sum functions of the loss's gradient over batches, for every matrix [L, I, O] of the stacks.
 
@@ -37,6 +42,7 @@ def accumulate(
     size. For a quantized matrix it is the gradient with respect to the dequantized values.
 
     Args:
+        task: the task, whose loss is differentiated.
         cfg: the model.
         params: its parameters.
         batches: as in training: what the model reads, and labels or targets.
@@ -46,7 +52,7 @@ def accumulate(
     Raises:
         RequestError: no batch has a label or target.
     """
-    step = adder(cfg, sums, dtype)
+    step = adder(task, cfg, sums, dtype)
     inner = {m.path: m.node.dense() for m in weights.matrices(params, "block")}
     totals: Gradients = {path: {name: jnp.zeros_like(w) for name in sums} for path, w in inner.items()}
     weight = 0.0
@@ -58,9 +64,9 @@ def accumulate(
     return totals
 
 
-def adder(cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
+def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
     """Return the compiled step (matrices, parameters, totals, batch) -> (totals, weight); the totals are donated."""
-    loss = loss_of(cfg, dtype=dtype, remat="full")
+    loss = task.loss_of(cfg, dtype=dtype, remat="full")
 
     def total(inner: dict[str, jax.Array], params: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         value, found = loss(weights.updated(params, inner), batch)

@@ -72,7 +72,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
         """Return [||changed answer - unchanged answer||^2, ||unchanged answer||^2] over real tokens."""
         real_BT = jnp.asarray(batch["segments"]) > 0
         total = jnp.zeros(2)
-        if cfg.head == "lm":
+        if cfg.head_kind.vocabulary:
 
             def one(position: tuple[jax.Array, jax.Array]) -> jax.Array:  # logits of all positions may not fit
                 x_BD, real_B = position
@@ -80,7 +80,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
                 return jnp.stack([_square_norm(after - before, real_B), _square_norm(before, real_B)])
 
             total += jnp.sum(jax.lax.map(one, (jnp.swapaxes(x_BTD, 0, 1), real_BT.T)), axis=0)
-        if "head" in old or cfg.head != "lm":
+        if "head" in old or not cfg.head_kind.vocabulary:
             before, after = (functional.outputs(cfg, params, x_BTD, batch, dtype) for params in (old, new))
             real = real_BT.any(axis=1)
             if before.ndim == 3:  # an answer per token

@@ -24,6 +24,7 @@ from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
 from llmctl.compress.statistics import Collect, moments, nothing
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.base import Task
 from llmctl.model import flops as cost
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
@@ -40,6 +41,8 @@ class Walk:
     batches: int
     """Number of batches."""
     dtype: str
+    task: Task
+    """The parent's task."""
     mesh: Mesh
     parent: Tree
     """The parent's abstract parameters, in memory beside others that the walk reads."""
@@ -122,7 +125,7 @@ class Walk:
 
         def trace() -> Any:
             with meshes.use(self.mesh):
-                return gradients.adder(model, names, jnp.dtype(self.dtype)).trace(inner, params, sums, batch)
+                return gradients.adder(self.task, model, names, jnp.dtype(self.dtype)).trace(inner, params, sums, batch)
 
         return Program(
             "gradients of the loss", model, self.mesh, trace, flops=4 * cost.row(model, seq_len) * size,

@@ -49,7 +49,7 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
     flat = weights.flatten(params)
     out, untouched = dict(dense), []
     schemes: set[tuple[int, int, str]] = set()
-    for name, joint in name_map.joints(cfg, bridge, head, bare=cfg.head == "embed").items():
+    for name, joint in name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare).items():
         slot = joint.slots[0]
         if not slot.transposed:
             continue

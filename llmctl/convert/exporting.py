@@ -23,6 +23,7 @@ from llmctl.convert import (
 )
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.importing import bar, placer
+from llmctl.evaluate.tasks import registry
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
@@ -96,19 +97,19 @@ def _folder(
 ) -> float:
     cfg, params = found.model, found.params
     kind = lazy_tensors.dtype(dtype) if dtype else None
-    ends = cfg.architecture != "decoder" or cfg.head != "lm"
+    ends = cfg.architecture != "decoder" or not cfg.head_kind.vocabulary
     tokens = tokenizers.hand_on(found.tokenizer_dir, draft, ends) if found.tokenizer_dir.is_dir() else {}
     if not tokens:
         say(f"{found.path}: has no tokenizer; the folder has none")
     theirs = folders.tensors_of(cfg, params, kind)
     main = str((kind or next(t.dtype for n, t in theirs.items() if n.endswith("weight"))).name)
-    config = folders.config_of(cfg, found.manifest.labels, tokens, main)
+    config = folders.config_of(cfg, registry.of(found.manifest), found.manifest.labels, tokens, main)
     if to == "compressed-tensors":
         theirs, settings = compressed_tensors.pack(cfg, params, theirs)
         config |= {"quantization_config": settings}
     with bar("writing", safetensors.total(theirs.values())) as wrote:
         folders.save(draft, config, theirs, shard_bytes, wrote)
-    if cfg.head == "embed":
+    if cfg.head_kind.bare:
         sentence_transformer(cfg, draft)
     again = folders.look(draft)
     if again.model != cfg.model_copy(update={"preset": ""}):

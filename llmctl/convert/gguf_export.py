@@ -17,6 +17,7 @@ from llmctl.convert import architectures, gguf_vocabulary, parity
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.gguf import TYPES, heads_of, interleaved, library, llama3_factors, stems
 from llmctl.convert.lazy_tensors import listed
+from llmctl.evaluate.tasks import registry
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.families.llama import LLAMA3_ROPE
@@ -54,13 +55,13 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     bridge, _ = architectures.of(cfg)
     if kind not in KINDS:
         raise RequestError(f"--type {kind}: not a known kind; known: {', '.join(KINDS)}")
-    if bridge.model_type not in ARCHITECTURES or cfg.head != "lm":
+    if bridge.model_type not in ARCHITECTURES or not cfg.head_kind.vocabulary:
         raise RequestError(
             f"GGUF export knows language models of {', '.join(sorted(ARCHITECTURES))}, not {cfg.family!r}"
         )
     architecture = ARCHITECTURES[bridge.model_type]
     _refuse(cfg, architecture)
-    config = folders.config_of(cfg, [], {}, "float32")
+    config = folders.config_of(cfg, registry.of(found.manifest), [], {}, "float32")
     theirs = folders.tensors_of(cfg, found.params)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(found.manifest.name)

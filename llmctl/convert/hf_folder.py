@@ -15,7 +15,10 @@ from pydantic import ValidationError
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures, compressed_tensors, name_map, safetensors
 from llmctl.convert.lazy_tensors import Tensor, Tensors, listed
+from llmctl.evaluate.tasks import registry
+from llmctl.evaluate.tasks.base import Task
 from llmctl.model.config import ModelConfig, family
+from llmctl.model.head_kinds import HEAD_KINDS
 from llmctl.model.hf_config import Bridge, Fields, Head, Keys
 
 CONFIG = "config.json"
@@ -32,6 +35,8 @@ class Found:
     tensors: Tensors
     wanted: dict[str, name_map.Joint]
     labels: list[str]
+    task: str
+    """What its outputs mean."""
     config: Fields
     """The config.json of the folder."""
 
@@ -98,12 +103,12 @@ def understand(
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, KeyError) as e:
         raise RequestError(f"{where}: cannot be understood ({'; '.join([*keys.problems, str(e)])})") from None
     keys.finish(str(where))
-    labels = _labels(where, config) if key in ("classify", "tokens") else []
+    word = key.partition("+")[0]
+    labels = _labels(where, config) if HEAD_KINDS[word].labelled else []
     fields = {
-        **family(name).FLAGS, **fields, **head.fields, "family": name, "head": key.partition("+")[0],
-        "labels": len(labels),
+        **family(name).FLAGS, **fields, **head.fields, "family": name, "head": word, "labels": len(labels),
     }  # fmt: skip
-    if key == "embed":
+    if HEAD_KINDS[word].bare:
         fields["pooling"] = _pooling(folder)
     model = _model(where, fields)
     prefix = head.prefix or bridge.prefix
@@ -114,7 +119,7 @@ def understand(
     copies = _copies(bridge, table, tensors, model)
     _check_copies(folder, copies, tensors)
     name_map.check(str(folder), wanted, tensors, (*bridge.buffers, *map(_exactly, copies)))
-    return Found(model, tensors, wanted, labels, config)
+    return Found(model, tensors, wanted, labels, registry.of_problem(word, config.get("problem_type")), config)
 
 
 def _now(bridge: Bridge, name: str) -> str:
@@ -148,8 +153,8 @@ def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tupl
     both = bridge.heads.get(f"{found[0][0]}+next_sentence")
     if both and all(n in tensors for n in both.names.values() if n not in found[0][1].names.values()):
         return f"{found[0][0]}+next_sentence", both
-    single = len(_labels(where, config)) == 1 or config.get("problem_type") == "regression"
-    return next(((k, h) for k, h in found if k == "regress" and single), found[0])
+    numbers = len(_labels(where, config)) == 1 or config.get("problem_type") == "regression"
+    return next(((k, h) for k, h in found if numbers and HEAD_KINDS[k].scalar), found[0])
 
 
 def _labels(where: Path, config: Fields) -> list[str]:
@@ -181,11 +186,11 @@ def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, conf
     """
     update: Fields = {}
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
-    if model.head == "lm" and table_out and table_out in tensors:
+    if model.head_kind.vocabulary and table_out and table_out in tensors:
         update["tied"] = model.tied and _same(tensors[table_out], tensors.get(table_in))
-    elif model.head == "lm" and model.family == "t5":  # transformers 5 ties all tables that are not stored separately
+    elif model.head_kind.vocabulary and model.family == "t5":  # transformers 5 ties unless stored apart
         update["tied"] = True
-    if model.head == "embed" and model.pooler:
+    if model.head_kind.bare and model.pooler:
         update["pooler"] = table["head/pooler/kernel"] in tensors
     return _model(Path(CONFIG), {**model.model_dump(), **update})
 
@@ -197,7 +202,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
     """Return tensors that duplicate another one: those of the family, and a tied output table."""
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}
-    if model.tied and model.head == "lm" and table.get("lm_head/kernel") in tensors:
+    if model.tied and model.head_kind.vocabulary and table.get("lm_head/kernel") in tensors:
         copies[table["lm_head/kernel"]] = table["embed/tokens"]
     return copies
 
@@ -221,11 +226,12 @@ def load(
 # --- out -------------------------------------------------------------------------------------------------------------
 
 
-def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str) -> Fields:
+def config_of(model: ModelConfig, task: Task, labels: list[str], tokens: Fields, dtype: str) -> Fields:
     """Create the config.json of a model.
 
     Args:
         model: Config of the model.
+        task: What its outputs mean.
         labels: Names of its classes.
         tokens: Ids of special tokens ("bos_token_id", …).
         dtype: Name of the dtype of its weights.
@@ -234,31 +240,26 @@ def config_of(model: ModelConfig, labels: list[str], tokens: Fields, dtype: str)
         RequestError: If the family's format cannot express this config.
 
     Example:
-        >>> config = config_of(ModelConfig(preset="llama-tiny"), [], {"eos_token_id": 2}, "bfloat16")
+        >>> model = ModelConfig(preset="llama-tiny")
+        >>> config = config_of(model, registry.default(model), [], {"eos_token_id": 2}, "bfloat16")
         >>> config["architectures"], config["hidden_size"], config["eos_token_id"]
         (['LlamaForCausalLM'], 128, 2)
     """
     bridge, head = architectures.of(model)
     needed = dict(head.fields)
-    if model.head == "embed":  # the pooler is optional, and pooling is stored in another file
+    if model.head_kind.bare:  # the pooler is optional, and pooling is stored in another file
         needed.pop("pooler", None)
     odd = [f"{k} = {getattr(model, k)!r}" for k, v in needed.items() if getattr(model, k) != v]
     if odd:
         raise RequestError(f"{head.architecture} has no {', '.join(odd)}; this model has no counterpart to export to")
     fields = {"architectures": [head.architecture], "model_type": bridge.model_type, **tokens, "dtype": dtype}
-    fields |= {"torch_dtype": dtype, **bridge.to_config(model)}
-    if model.head in ("classify", "tokens"):
-        classes = labels or [f"LABEL_{i}" for i in range(model.labels)]
-        fields |= {"id2label": dict(enumerate(classes)), "label2id": {n: i for i, n in enumerate(classes)}}
-    if model.head == "regress":
-        fields |= {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
-    return fields
+    return fields | {"torch_dtype": dtype, **bridge.to_config(model), **task.hf_fields(model, labels)}
 
 
 def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:
     """Return the tensors of a model under their Hugging Face names; none is copied to the host yet."""
     bridge, head = architectures.of(model)
-    return name_map.write(params, name_map.joints(model, bridge, head, bare=model.head == "embed"), dtype)
+    return name_map.write(params, name_map.joints(model, bridge, head, bare=model.head_kind.bare), dtype)
 
 
 def save(

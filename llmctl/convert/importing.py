@@ -111,6 +111,7 @@ def run(
             config={"source": str(source), "dtype": dtype},
             name=name,
             labels=found.labels,
+            task=found.task,
             metrics={"import_parity": delta} if delta is not None else {},
             tokenizer_dir=brought,
             written=stored.folder,

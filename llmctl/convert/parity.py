@@ -46,12 +46,12 @@ def _answers(config: str, params: dict[str, Any], batch: dict[str, jax.Array]) -
     x_BTD = functional.hidden(cfg, params, batch)
     B = x_BTD.shape[0]
     found = []
-    if cfg.head == "lm":
+    if cfg.head_kind.vocabulary:
         logits_BTV = functional.lm_logits(cfg, params, x_BTD)
         found.append(jnp.where(batch["segments"][..., None] > 0, logits_BTV, 0))
-    if cfg.head != "lm" or cfg.next_sentence:
+    if cfg.task_head:
         y = functional.outputs(cfg, params, x_BTD, batch)
-        per_token = cfg.head in ("tokens", "span")
+        per_token = cfg.head_kind.per_token
         found.append(jnp.where(batch["segments"][..., None] > 0, y, 0) if per_token else y)
     return jnp.concatenate([f.astype(jnp.float32).reshape(B, -1) for f in found], axis=1)
 

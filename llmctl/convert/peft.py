@@ -21,6 +21,7 @@ from llmctl.config.errors import RequestError
 from llmctl.convert import architectures, name_map, parity, safetensors
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.lazy_tensors import Tensor, listed, of_array
+from llmctl.evaluate.tasks import registry
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
@@ -50,7 +51,7 @@ def is_adapter(folder: Path) -> bool:
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
     """Return the linear layers of the other format with the matrices of ours that each holds: {module name: slots}."""
     bridge, head = architectures.of(cfg)
-    found = name_map.joints(cfg, bridge, head, bare=cfg.head == "embed")
+    found = name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare)
     return {
         n.removesuffix(".weight"): j.slots
         for n, j in found.items()
@@ -179,36 +180,31 @@ def export(found: Artifact, folder: Path) -> float:
         out[f"{PREFIX}{module}.lora_A.weight"] = of_array(np.asarray(one.a, np.float32).T)
         out[f"{PREFIX}{module}.lora_B.weight"] = of_array(np.asarray(one.b, np.float32).T)
     saved = []
-    if cfg.head != "lm":  # a task head is trained in addition to the pairs
+    if not cfg.head_kind.vocabulary:  # a task head is trained in addition to the pairs
         for ours, theirs in architectures.of(cfg)[1].names.items():
             if ours in flat:
                 array = np.asarray(weights.dense(flat[ours]), np.float32)
                 out[PREFIX + theirs] = of_array(array.T if weights.is_kernel(ours) else array)
                 saved.append(theirs.rpartition(".")[0])
     settings = {m: (pairs[s.path].a.shape[-1], pairs[s.path].scale) for m, s in modules.items()}
-    (folder / CONFIG).write_text(
-        json.dumps(_config(cfg, settings, sorted(set(saved))), indent=2, sort_keys=True) + "\n"
-    )
+    config = _config(cfg, registry.of(found.manifest).peft_task_type(cfg), settings, sorted(set(saved)))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     safetensors.write_file(folder / WEIGHTS, out)
     back = load(Artifact(found.path, found.manifest, weights.without_adapters(found.params)), folder)
     batch = parity.probe(cfg)
     return parity.prove(str(found.path), parity.answers(cfg, back, batch), parity.answers(cfg, found.params, batch))
 
 
-TASKS = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "regress": "SEQ_CLS", "tokens": "TOKEN_CLS", "span": "QUESTION_ANS"}
-
-
-def _config(cfg: ModelConfig, settings: dict[str, tuple[int, float]], saved: list[str]) -> dict[str, Any]:
+def _config(
+    cfg: ModelConfig, task_type: str, settings: dict[str, tuple[int, float]], saved: list[str]
+) -> dict[str, Any]:
     (rank, scale), _ = Counter(settings.values()).most_common(1)[0]
     leaves = {m.rpartition(".")[2] for m in settings}
     every = {m for m in _modules(cfg) if m.rpartition(".")[2] in leaves}
     odd = {m: s for m, s in settings.items() if s != (rank, scale)}
-    task = "SEQ_2_SEQ_LM" if cfg.encoder_layers else TASKS.get(cfg.head, "FEATURE_EXTRACTION")
-    if cfg.architecture == "encoder" and cfg.head == "lm":
-        task = "FEATURE_EXTRACTION"
     return {
         "peft_type": "LORA",
-        "task_type": task,
+        "task_type": task_type,
         "base_model_name_or_path": "",
         "r": rank,
         "lora_alpha": _whole(scale * rank),

@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import DataConfig
 from llmctl.data.examples import made_up
-from llmctl.data.examples.task_rows import COLUMNS, task_rows
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate import objectives, runner, tasks
-from llmctl.evaluate.perplexity import row_nll
+from llmctl.evaluate import runner
 from llmctl.evaluate.settings import MeasureConfig
-from llmctl.evaluate.setup import READ, Setup
+from llmctl.evaluate.setup import Setup
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.registry import TASKS, of
 from llmctl.model import attention_kernels, flops
 from llmctl.model.config import ModelConfig
 from llmctl.model.program import Pass, Program
-
-STREAM = ("tokens", "targets", "weights", "segments", "positions")
-"""Arrays that perplexity reads."""
 
 
 def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh) -> Program:
@@ -41,8 +37,9 @@ def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[
     """
     model, params = chosen[name].model, chosen[name].params
     setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
-    tasks.task(model, name)
-    step, batch = _step(model, setup.dtype), _batch(data, model, setup)
+    task = TASKS[config.tasks[0]] if config.tasks else of(chosen[name].manifest)
+    task.check_model(model, name)
+    step, batch = task.scorer(model, setup.dtype), _batch(data, task, model, setup)
     tokens = sum(a.size for key, a in batch.items() if key in ("tokens", "encoder_tokens"))
     others = [other.params for other in chosen.values() if other.params is not params] if config.speed else []
 
@@ -67,20 +64,9 @@ def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[
     )
 
 
-def _step(model: ModelConfig, dtype: str) -> Any:
-    """Return the compiled function of the model's task."""
-    if (model.architecture, model.head) == ("decoder", "lm"):
-        return row_nll(model, dtype)
-    return objectives.scorer(model, dtype) if model.head == "lm" else tasks.predictor(model, dtype)
-
-
-def _batch(data: DataConfig, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """Return an abstract batch of the task, as `llmctl.evaluate.setup.place` shards it."""
-    if (model.architecture, model.head) == ("decoder", "lm"):
-        types = {key: np.float32 if key == "weights" else np.int32 for key in STREAM}
-        row = {key: np.zeros(setup.seq_len, dtype) for key, dtype in types.items()}
-    else:
-        text = made_up.MadeUp(data, COLUMNS[model.head], setup.seq_len)
-        row = task_rows(model, text.splits["train"], made_up.TOKENIZER, setup.seq_len, shuffle=False)[0]
-        row = row if model.head == "lm" else {key: row[key] for key in READ if key in row}
+    text = made_up.MadeUp(data, task.columns, setup.seq_len)
+    row = task.rows(model, text.splits["train"], made_up.TOKENIZER, setup.seq_len, shuffle=False)[0]
+    row = {key: row[key] for key in task.reads or row if key in row}
     return setup.batches().abstract(row)

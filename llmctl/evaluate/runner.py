@@ -12,11 +12,12 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
-from llmctl.evaluate import speed, tasks
+from llmctl.evaluate import speed
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
+from llmctl.evaluate.tasks import registry
 
 
 def results(
@@ -32,22 +33,28 @@ def results(
     Raises RequestError where an artifact cannot be measured, before any is.
     """
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
-    found = {name: tasks.task(m.model, str(chosen[name])) for name, m in manifests.items()}
+    asked = {name: [registry.TASKS[t] for t in config.tasks] or [registry.of(m)] for name, m in manifests.items()}
+    for name, manifest in manifests.items():
+        for task in asked[name]:
+            task.check_model(manifest.model, str(chosen[name]))
     setups = {name: setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
     held = Held(examples, config.split, work)
-    out, programs = [], {}
+    out: list[Result] = []
+    programs: dict[str, Measured] = {}
     for name, path in chosen.items():
-        measured = found[name](artifact.load(path, mesh), held, setups[name])
-        out.append(_result(name, manifests[name], measured))
-        out[-1]["metrics"] |= further(config.metrics, measured, str(path))
-        if config.speed:  # keeps the weights of all artifacts in memory: their turns must be close together
-            programs[name] = measured
-        say(f"{name}: {headline(out[-1])}")
+        there = artifact.load(path, mesh)
+        for task in asked[name]:
+            measured = task.evaluate(there, held, setups[name])
+            out.append(_result(name, manifests[name], measured))
+            out[-1]["metrics"] |= further(config.metrics, measured, str(path))
+            if config.speed:  # keeps the weights of all artifacts in memory: they are timed in turn
+                programs[str(len(programs))] = measured
+            say(f"{name}: {headline(out[-1])}")
     if programs:
         kinds = Counter(d.device_kind for d in mesh.devices.flat)
         for result in out:
             result["timed_on"] = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
-        say(f"timing {', '.join(programs)}, in turn, {config.repeats} rounds")
+        say(f"timing {', '.join(chosen)}, in turn, {config.repeats} rounds")
         _time(programs, out, config)
     return out
 
@@ -77,11 +84,10 @@ def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
 
 
 def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: MeasureConfig) -> None:
-    """Adds latency (seconds, batch 1) and throughput to the metrics."""
+    """Add latency (seconds, batch 1) and throughput to the metrics; `programs` has the place of each in `out`."""
     single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
     batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
-    for result in out:
-        name = result["artifact"]
+    for name, result in zip(programs, out, strict=True):
         result["metrics"] |= {
             "latency_p50": single[name].p50,
             "latency_p90": single[name].p90,

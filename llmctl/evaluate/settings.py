@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from llmctl.config.base import Config
 from llmctl.config.settings import Dtype
 from llmctl.data.config import Split
 from llmctl.evaluate.metrics.base import METRICS
+from llmctl.evaluate.tasks.registry import TASKS
 
 
 class MeasureConfig(Config):
     """Settings of the evaluation: data, truncation, batches and speed."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"metrics"})
+    added: ClassVar[frozenset[str]] = frozenset({"metrics", "tasks"})
 
     split: Split = "test"
     """Split of the data to measure on."""
@@ -37,3 +38,11 @@ class MeasureConfig(Config):
     """Measure latency (batch 1) and throughput of all artifacts in alternation."""
     repeats: int = Field(default=15, ge=1)
     """Number of rounds in the speed measurement."""
+    tasks: list[str] = []
+    """Tasks to measure every artifact on, such as masked and next_sentence for one encoder. Empty takes the task that
+    each artifact was finetuned for, or that its network is pretrained for."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        return [TASKS.check(name) for name in names]

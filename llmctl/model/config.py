@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmctl.config.base import Config, hint
+from llmctl.model.head_kinds import HEAD_KINDS, HeadKind
 
 FAMILIES = "llmctl.model.families"
 
@@ -161,11 +162,31 @@ class ModelConfig(Config):
             raise ValueError(wrong)
         if self.window_layers and not self.window:
             raise ValueError("window_layers needs a window")
-        if self.next_sentence and not (self.pooler and self.head == "lm" and self.architecture == "encoder"):
+        if self.next_sentence and not (self.pooler and self.head_kind.vocabulary and self.architecture == "encoder"):
             raise ValueError("next_sentence needs an encoder with a pooler and the lm head")
-        if self.head in ("classify", "tokens") and self.labels < 2:
+        if self.head_kind.labelled and self.labels < 2:
             raise ValueError(f"head {self.head!r} needs labels >= 2")
         return self
+
+    @property
+    def head_kind(self) -> HeadKind:
+        """Structure of the head's answer."""
+        return HEAD_KINDS[self.head]
+
+    @property
+    def task_head(self) -> bool:
+        """Whether there is a task head: instead of the output projection, or beside it for next sentences."""
+        return not self.head_kind.vocabulary or self.next_sentence
+
+    @property
+    def pools(self) -> bool:
+        """Whether the task head has a pooler."""
+        return self.pooler and self.task_head and not self.head_kind.per_token
+
+    @property
+    def answer_width(self) -> int:
+        """Logits per answer of the task head; 0 if there is none, or if it projects nothing."""
+        return 0 if self.head_kind.bare or not self.task_head else self.head_kind.width or self.labels
 
 
 def families() -> list[str]:

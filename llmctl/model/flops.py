@@ -42,10 +42,10 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
         predicted: Number of tokens with an output projection in a language model; all by default.
     """
     matrices = 0.0
-    if cfg.head == "lm":
+    if cfg.head_kind.vocabulary:
         matrices = cfg.d_model * cfg.vocab_size + (cfg.d_model**2 if cfg.head_transform else 0)
-    elif cfg.head in ("tokens", "span"):
-        matrices = cfg.d_model * (cfg.labels if cfg.head == "tokens" else 2)
+    elif cfg.head_kind.per_token:
+        matrices = cfg.d_model * cfg.answer_width
     total = 2.0 * matrices * (length if predicted is None else predicted)
     causal = cfg.architecture != "encoder"
     local = sum(hf_config.local_layers(cfg, cfg.layers))
@@ -110,15 +110,12 @@ def _stack(cfg: ModelConfig, layers: int, *, cross: bool = False) -> int:
 
 def _head(cfg: ModelConfig) -> int:
     D, total = cfg.d_model, 0
-    if cfg.head == "lm":
+    if cfg.head_kind.vocabulary:
         total += 0 if cfg.tied else D * cfg.vocab_size
         total += D * D + D + _norm(cfg, D) + cfg.vocab_size if cfg.head_transform else 0
-    if cfg.pooler and cfg.head not in ("tokens", "span") and (cfg.head != "lm" or cfg.next_sentence):
+    if cfg.pools:
         total += D * D + D
-    answers = {"lm": 2 if cfg.next_sentence else 0, "regress": 1, "span": 2, "embed": 0}.get(cfg.head, cfg.labels)
-    if answers:
-        total += D * answers + (answers if cfg.head_bias else 0)
-    return total
+    return total + D * cfg.answer_width + (cfg.answer_width if cfg.head_bias else 0)
 
 
 def _seen(length: int, window: int, causal: bool) -> float:

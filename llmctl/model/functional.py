@@ -22,8 +22,8 @@ from llmctl.config.errors import RequestError
 from llmctl.model import bert_init, quantized_matmul, weights
 from llmctl.model.attention import Shared, local_layers
 from llmctl.model.config import ModelConfig
-from llmctl.model.heads import TaskHead
 from llmctl.model.param_sharding import shard_params
+from llmctl.model.task_head import TaskHead
 from llmctl.model.transformer import Batch, Block, LMHead, Transformer
 from llmctl.model.wiring import crosses, stacks
 
@@ -50,11 +50,11 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
     body_key, lm_key, head_key = jax.random.split(key, 3)
     params = dict(Transformer(cfg).init(body_key, batch, mutable=["params"])["params"])
     x = jnp.zeros((1, 2, cfg.d_model))
-    if cfg.head == "lm":
+    if cfg.head_kind.vocabulary:
         table = nn.meta.unbox(params["embed"]["tokens"]) if cfg.tied else None
         lm = LMHead(cfg, jnp.float32).init(lm_key, x, table, mutable=["params"]).get("params", {})
         params |= {"lm_head": lm} if lm else {}
-    if cfg.head != "lm" or cfg.next_sentence:
+    if cfg.task_head:
         head = TaskHead(cfg, jnp.float32).init(head_key, x, batch["segments"], mutable=["params"]).get("params", {})
         params |= {"head": head} if head else {}
     return params
@@ -296,7 +296,7 @@ def head_taps(
     N is the number of tokens, or of sequences for a matrix behind the pooling.
     """
     found: dict[str, jax.Array] = {}
-    if cfg.head == "lm":
+    if cfg.head_kind.vocabulary:
         table = params["embed"]["tokens"] if cfg.tied else None
         lm_head = {"params": params.get("lm_head", {})}
         _, state = _apply(LMHead(cfg, dtype), lm_head, x_BTD, table, mutable=["taps"])

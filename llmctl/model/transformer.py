@@ -252,7 +252,7 @@ class LMHead(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings with an encoder stack, a decoder stack, or both. Task heads are in `llmctl.model.heads`."""
+    """Embeddings with an encoder stack, a decoder stack, or both. Task heads are in `llmctl.model.task_head`."""
 
     config: ModelConfig
     dtype: Any = jnp.float32

@@ -112,7 +112,7 @@ def _head_feeds(cfg: ModelConfig) -> list[Feed]:
     """What reads the last stack's output. Pooling is linear, so a scale passes through it."""
     end, found, readers = _end(cfg, stacks(cfg)[-1]), [], []
     tied, alone = False, True
-    if cfg.head == "lm":
+    if cfg.head_kind.vocabulary:
         output = "embed/tokens" if cfg.tied else "lm_head"
         if cfg.head_transform:
             readers.append("lm_head/transform")
@@ -120,15 +120,15 @@ def _head_feeds(cfg: ModelConfig) -> list[Feed]:
         else:
             readers.append(output)
             tied = cfg.tied  # the table's columns also are embeddings
-    pooled = cfg.head not in ("tokens", "span")
-    if cfg.head != "lm" or cfg.next_sentence:
-        if cfg.pooler and pooled:
+    bare = cfg.head_kind.bare
+    if cfg.task_head:
+        if cfg.pools:
             readers.append("head/pooler")
-            if cfg.head != "embed":
+            if not bare:
                 found.append(Feed("head/pooler", ("head/out",), False))  # tanh is between
-        elif cfg.head != "embed":
+        elif not bare:
             readers.append("head/out")
-        alone = cfg.head != "embed"  # the answer is the pooled hidden state itself
+        alone = not bare  # the answer is the pooled hidden state itself
     foldable = alone and not tied and cfg.norm_position != "post"
     return [*([Feed(end, tuple(readers), foldable)] if readers else []), *found]
 

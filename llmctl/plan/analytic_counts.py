@@ -30,7 +30,7 @@ def counts(setup: Setup) -> Counts:
     if setup.trained < 1:  # a frozen matrix needs no gradient
         flops -= (1 - setup.trained) * layers
     types = {dtype: share * flops for dtype, share in setup.eight.items()}
-    if model.head == "lm":
+    if model.head_kind.vocabulary:
         predicted = setup.last * setup.accumulate * setup.predicted
         flops += passes * 2 * predicted * model.d_model * model.vocab_size / tensor
     attention = _attention(setup, trains, again)
@@ -78,7 +78,7 @@ def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
     weights = passes * setup.accumulate * setup.item * whole * 2
     a_token = setup.item * (10 * D + 6 * F + 3 * heads) * setup.depth * passes
     projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor")
-    head = 3 * setup.accumulate * (setup.item + 4) * projection if setup.model.head == "lm" else 0.0
+    head = 3 * setup.accumulate * (setup.item + 4) * projection if setup.model.head_kind.vocabulary else 0.0
     state = 32.0 * own * setup.trained if setup.optimizer else 0.0
     if setup.accumulate > 1:  # gradients are added to those of earlier microbatches: two read, one written
         state += 12.0 * own * setup.trained * setup.accumulate
@@ -100,7 +100,7 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
         found.append(Collective(kind, sent, ",".join(names), count, count * hidden, payload, sent * hidden))
 
     layers, pieces = setup.depth, setup.accumulate
-    projection = model.vocab_size * D / setup.size("tensor") if model.head == "lm" else 0.0
+    projection = model.vocab_size * D / setup.size("tensor") if model.head_kind.vocabulary else 0.0
     shards = ("fsdp", "context")
     # The next layer's weights are gathered while this layer computes; nothing hides the projection's gather.
     # The backward pass uses the weights that its recomputation gathered.

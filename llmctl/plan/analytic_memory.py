@@ -154,11 +154,11 @@ def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
     matrices = model.layers * flops._matrices(model, cross=model.encoder_layers > 0)
     matrices += model.encoder_layers * flops._matrices(model)
     table = model.vocab_size * model.d_model
-    head = table if model.head == "lm" and not model.tied else 0
+    head = table if model.head_kind.vocabulary and not model.tied else 0
     rest = found["total"] - matrices - table - head
     rows = model.token_types + (model.max_seq_len + model.position_offset) * (model.positions == "learned")
-    pooled = model.pooler and model.head not in ("tokens", "span") and (model.head != "lm" or model.next_sentence)
-    squares = pooled + (model.head == "lm" and model.head_transform)
+    pooled = model.pools
+    squares = pooled + (model.head_kind.vocabulary and model.head_transform)
     wide = model.d_model * (rows + model.d_model * squares)
     residual = size.get("fsdp", 1) * size.get("context", 1)  # as wide as the residual stream, but no matrices
     rest += wide / residual - wide
@@ -242,7 +242,9 @@ def training(setup: Setup, own: Entries) -> float:
     unit = setup.item * setup.tokens
     kept = setup.depth * saved(setup)
     copies = setup.item * own.layers if setup.item < 4 else 0.0  # of the matrices, in the compute type
-    projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor") if setup.model.head == "lm" else 0
+    projection = (
+        setup.model.vocab_size * setup.model.d_model / setup.size("tensor") if setup.model.head_kind.vocabulary else 0
+    )
     gradients = 4.0 * setup.trained * (own.layers + own.table + own.head)
     sums = gradients if setup.accumulate > 1 else 0.0  # of earlier microbatches
     # The loss gathers the projection, and its gradient is in float32.
@@ -277,7 +279,7 @@ def forward(setup: Setup, own: Entries) -> float:
 
 def logits(setup: Setup) -> float:
     """Return the bytes of the float32 logits of a chunk, which has at least one token of every sequence."""
-    if setup.model.head != "lm":
+    if not setup.model.head_kind.vocabulary:
         return 0.0
     a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")
     return max(setup.own_rows * a_token, min(setup.last * setup.predicted * a_token, LOGITS))

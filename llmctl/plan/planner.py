@@ -109,7 +109,7 @@ def _generation(
     made: dict[str, Artifact], wants: Request, devices: list[Any], platform: str
 ) -> list[tuple[str, Program]]:
     """Return the programs of `generate` by the last language model."""
-    writers = {name: there for name, there in made.items() if there.model.head == "lm"}
+    writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary}
     if not writers:
         raise RequestError("--generate: none of these stages leaves a language model")
     name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.data.device_batches import row_shapes
-from llmctl.evaluate.metrics import entities
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.setup import Setup
+from llmctl.evaluate.tasks.base import Task
 from llmctl.model import flops
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import NEARNESS, Loss, loss_of
+from llmctl.model.losses import NEARNESS, Loss
 from llmctl.train import loop
 from llmctl.train.validation import Validation
 
@@ -21,11 +23,9 @@ if TYPE_CHECKING:
     from llmctl.artifacts.workspace import Context
 
 
-def chooses(head: str, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """What the best parameters of a task are chosen by: what it is measured by, where validation has that."""
-    if head == "tokens" and entities.is_scheme(labels):
-        return {"metric": "entity_f1", "keep_best": True}
-    return {"metric": "accuracy" if head in ("classify", "tokens", "span") else "loss", "keep_best": True}
+def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the fields of `llmctl.train.step.Job` that keep the best parameters by the task's metric."""
+    return {"metric": task.best(labels), "keep_best": True}
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class Learner:
     """The network as it is left behind."""
     params: dict[str, Any]
     """Where to start."""
+    task: Task
+    """What it learns."""
     dropout: float | None = None
     """While training, instead of the network's own."""
     loss: Loss | None = None
-    """Instead of the loss of the model's head."""
+    """Instead of the task's loss."""
     beside: ModelConfig | None = None
     """What runs forward beside the model (a teacher)."""
     temperature: float = NEARNESS
@@ -58,7 +60,7 @@ class Learner:
 def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
     """The job of a stage with settings `train`; `validate` as in Job."""
     settings, model = config.train, learner.trains
-    own = loss_of(
+    own = learner.task.loss_of(
         model,
         dtype=jnp.dtype(settings.dtype),
         remat=settings.remat,
@@ -95,13 +97,21 @@ def run(
       Interrupted, WorkError: as `llmctl.train.loop.fit`.
     """
     settings = config.train
-    judge = loss_of(
+    judge = learner.task.loss_of(
         learner.trains,
         dtype=jnp.dtype(settings.dtype),
         temperature=learner.temperature,
-        marks=entities.marks(learner.labels),
+        labels=learner.labels,
     )
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
     made = job(config, learner, rows, held_out)
     params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)
     return params, metrics, held_out
+
+
+def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Validation) -> dict[str, Any]:
+    """Return what the task chooses with trained parameters on all validation rows, for the artifact's manifest."""
+    train, mesh = config.train, held_out.mesh
+    setup = Setup(mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)
+    with meshes.use(mesh):
+        return learner.task.fit(learner.model, params, held_out.rows, setup)

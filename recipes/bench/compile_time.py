@@ -25,9 +25,9 @@ def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
 
     from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
     from llmctl.distributed import mesh as meshes
+    from llmctl.evaluate.tasks.registry import default
     from llmctl.model import functional, pipeline_parallel
     from llmctl.model.config import ModelConfig
-    from llmctl.model.losses import loss_of
     from llmctl.train import step
 
     mesh = meshes.make(MeshConfig(**axes))
@@ -35,7 +35,7 @@ def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
     shapes = functional.abstract(model)
     lies = functional.shardings(model, shapes, mesh)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
-    job = step.Job(params=params, loss=loss_of(model), rows=None, validate=lambda _: {})
+    job = step.Job(params=params, loss=default(model).loss_of(model), rows=None, validate=lambda _: {})
     runs = step.program(job, TrainConfig(batch_size=BATCH, seq_len=LENGTH), OptimConfig(), mesh, 0)
     whole = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=meshes.batch_sharding(mesh, 2))
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), whole)

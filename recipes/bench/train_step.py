@@ -47,8 +47,8 @@ def ours() -> Callable[[], float]:
     from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
     from llmctl.data import device_batches
     from llmctl.distributed import mesh as meshes
+    from llmctl.evaluate.tasks.registry import default
     from llmctl.model.config import ModelConfig
-    from llmctl.model.losses import loss_of
     from llmctl.train import loop, step
 
     mesh = meshes.make(MeshConfig())
@@ -57,7 +57,9 @@ def ours() -> Callable[[], float]:
     )
     config = TrainConfig(batch_size=BATCH, seq_len=LENGTH)
     params = loop.initialize(model, 0, mesh)
-    job = step.Job(params=params, loss=loss_of(model, remat=config.remat), rows=None, validate=lambda _: {})
+    job = step.Job(
+        params=params, loss=default(model).loss_of(model, remat=config.remat), rows=None, validate=lambda _: {}
+    )
     function, optimizer = step.make_step(job, config, OptimConfig(), 0)
     compiled = jax.jit(function, donate_argnums=0)
     state = step.fresh(optimizer, OptimConfig(), step.split(job)[0])

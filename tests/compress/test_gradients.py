@@ -13,6 +13,7 @@ from llmctl.compress.prune import prune
 from llmctl.compress.quantize import quantize
 from llmctl.compress.scores import SCORES
 from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional
 from llmctl.model.weights import dense, flatten
 
@@ -39,7 +40,7 @@ def by_hand(tiny, params, batch):
 
 
 def test_sums_over_batches_equal_jax_grad(tiny, params, targets):
-    got = gradients.accumulate(tiny, params, targets, ("sum", "absolute", "square"))
+    got = gradients.accumulate(default(tiny), tiny, params, targets, ("sum", "absolute", "square"))
     each = [by_hand(tiny, params, batch) for batch in targets]
     assert set(got) == {p for p in each[0] if "/blocks/" in p and p.endswith("/kernel")}
     for path, sums in got.items():
@@ -52,7 +53,7 @@ def test_sums_over_batches_equal_jax_grad(tiny, params, targets):
 
 def test_scores_are_the_change_of_the_loss(tiny, params, targets):
     """Taylor is the sum over batches of |w g|, Fisher of (w g)^2; both choose what those choose."""
-    got = gradients.accumulate(tiny, params, targets, ("absolute", "square"))
+    got = gradients.accumulate(default(tiny), tiny, params, targets, ("absolute", "square"))
     layer = gradients.of_layer(got, "decoder", 1)["attn/q"]
     w = np.asarray(params["decoder"]["blocks"]["attn"]["q"]["kernel"][1], np.float64)
     g = [np.asarray(by_hand(tiny, params, batch)[PATH][1], np.float64) for batch in targets]
@@ -66,14 +67,16 @@ def test_scores_are_the_change_of_the_loss(tiny, params, targets):
 def test_gradients_of_integers_are_those_of_their_values(tiny, params, targets):
     integers, _ = quantize(params, scheme="int8")
     values = jax.tree.map(dense, integers, is_leaf=lambda w: not isinstance(w, dict))
-    got, want = (gradients.accumulate(tiny, p, targets[:1], ("sum",))[PATH]["sum"] for p in (integers, values))
+    got, want = (
+        gradients.accumulate(default(tiny), tiny, p, targets[:1], ("sum",))[PATH]["sum"] for p in (integers, values)
+    )
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
 def test_batches_without_targets_are_refused(tiny, params, targets):
     silent = [targets[0] | {"weights": np.zeros_like(targets[0]["weights"])}]
     with pytest.raises(RequestError, match="no labels or targets"):
-        gradients.accumulate(tiny, params, silent, ("sum",))
+        gradients.accumulate(default(tiny), tiny, params, silent, ("sum",))
 
 
 def test_random_scores_depend_on_the_key_alone():

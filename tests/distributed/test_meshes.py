@@ -13,8 +13,8 @@ import pytest
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import loss_of
 from llmctl.train import loop
 from llmctl.train.step import fresh, split
 
@@ -57,7 +57,9 @@ def program(architecture, axes):
     """Return (compiled step, initial state, mesh)."""
     mesh = meshes.make(MeshConfig(**dict(axes)))
     cfg = ModelConfig(**{**SIZES, **FAMILIES[architecture]}, dropout=0.0)
-    job = loop.Job(params=loop.initialize(cfg, 0, mesh), loss=loss_of(cfg), rows=None, validate=lambda _: {})
+    job = loop.Job(
+        params=loop.initialize(cfg, 0, mesh), loss=default(cfg).loss_of(cfg), rows=None, validate=lambda _: {}
+    )
     step, optimizer = loop.make_step(job, TRAIN, OPTIM, 0)
     named, _ = split(job)
     with meshes.use(mesh):

@@ -13,9 +13,9 @@ from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional, pipeline_parallel, quantized_matmul, weights
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import loss_of
 from llmctl.train import loop, step
 from llmctl.train.adapters import lora
 from llmctl.train.checkpoints import Checkpoints
@@ -46,7 +46,7 @@ def curve(model, axes):
     """(losses of 20 steps with AdamW, the state after them)."""
     mesh = meshes.make(MeshConfig(**axes))
     with meshes.use(mesh):
-        job = step.Job(loop.initialize(model, 0, mesh), loss_of(model), rows=None, validate=lambda _: {})
+        job = step.Job(loop.initialize(model, 0, mesh), default(model).loss_of(model), rows=None, validate=lambda _: {})
         runs = step.program(job, TRAIN, OPTIM, mesh, 0)
         state, losses = runs.begin(runs.named), []
         for i in range(20):
@@ -121,7 +121,7 @@ def test_a_stage_runs_once_a_microbatch_and_once_a_tick_of_its_bubble(wanted):
     """Scans over 7 layers are those of a stage: M + P - 1 of them forward, as many backward."""
     model = PLAIN.model_copy(update={"layers": 14})
     mesh = meshes.make(MeshConfig(pipeline=2, data=2, fsdp=2))
-    loss = loss_of(model)
+    loss = default(model).loss_of(model)
     with meshes.use(mesh), pipeline_parallel.use(wanted):
         shapes = jax.eval_shape(lambda: functional.init(model, jax.random.key(0)))
         batch = jax.eval_shape(lambda: batch_of(model, rows=40))
@@ -140,7 +140,11 @@ def test_rules_for_8_bit_products_reach_the_stages():
 
         def traced(rules):
             with quantized_matmul.use(rules):
-                return str(jax.make_jaxpr(lambda p, b: loss_of(PLAIN)(p, b, jax.random.key(0))[0])(shapes, batch))
+                return str(
+                    jax.make_jaxpr(lambda p, b: default(PLAIN).loss_of(PLAIN)(p, b, jax.random.key(0))[0])(
+                        shapes, batch
+                    )
+                )
 
         assert "i8[" in traced({"decoder/blocks/mlp/down": "int8"}) and "i8[" not in traced({"encoder/*": "int8"})
 
@@ -157,7 +161,7 @@ def test_weights_of_every_kind_pass_through_stages():
         with meshes.use(mesh):
             placed = jax.device_put(params, functional.shardings(PLAIN, params, mesh))
             pairs = {name: a for name, a in weights.arrays(placed).items() if name in weights.adapter_names(placed)}
-            loss = loss_of(PLAIN, remat=remat)
+            loss = default(PLAIN).loss_of(PLAIN, remat=remat)
 
             def run(pairs, placed, batch, loss=loss):
                 whole = weights.rebuild(placed, weights.arrays(placed) | pairs)
@@ -180,7 +184,7 @@ def test_stages_save_what_one_device_loads_and_the_other_way_round(tmp_path):
         loaded = artifact.load(folder, target)
         assert saved.digest == loaded.manifest.digest
         jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
-        job = step.Job(params, loss_of(DECODER), rows=None, validate=lambda _: {})
+        job = step.Job(params, default(DECODER).loss_of(DECODER), rows=None, validate=lambda _: {})
         before = step.program(job, TRAIN, OPTIM, source, 0)
         state = before.begin(before.named)
         shapes = step.program(step.Job(**{**vars(job), "params": loaded.params}), TRAIN, OPTIM, target, 0).state

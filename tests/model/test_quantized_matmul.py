@@ -11,10 +11,10 @@ from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional
 from llmctl.model import quantized_matmul as tm
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import loss_of
 from llmctl.train.step import Job, fresh, make_step, split
 
 DIMS = (((1,), (0,)), ((), ()))
@@ -107,7 +107,7 @@ def test_a_model_trains_in_8_bits_and_is_judged_in_full(operands):
         "segments": ones,
         "positions": positions,
     }
-    job = Job(params=params, loss=loss_of(cfg, remat="full"), rows=None, validate=lambda _: {})
+    job = Job(params=params, loss=default(cfg).loss_of(cfg, remat="full"), rows=None, validate=lambda _: {})
     optim, found = OptimConfig(warmup=0), {}
     for name, rules in {"plain": {}, "mlp": {"mlp/*": "int8"}, "all": {"*": "int8"}, "fp8": {"*": "fp8"}}.items():
         step, optimizer = make_step(job, TrainConfig(matmuls=rules), optim, 0)

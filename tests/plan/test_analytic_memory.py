@@ -9,9 +9,9 @@ import pytest
 
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import loss_of
 from llmctl.plan import analytic_counts, analytic_memory, modelled, topologies
 from llmctl.plan.hlo import counts
 from llmctl.train import step
@@ -56,7 +56,7 @@ def test_the_state_is_what_the_step_holds(name, optimizer):
     model, mesh = MODELS[name], meshes.make(MeshConfig(**SPLIT), jax.devices())
     config = OptimConfig(name=optimizer)
     params = abstract(model, mesh)
-    job = step.Job(params=params, loss=loss_of(model), rows=None, validate=lambda _: {})
+    job = step.Job(params=params, loss=default(model).loss_of(model), rows=None, validate=lambda _: {})
     named, _ = step.split(job)
     _, made = step.make_step(job, TrainConfig(), config, 0)
     lies = step.state_shardings(made, config, named, mesh)
@@ -75,7 +75,7 @@ def test_what_is_saved_is_what_the_scan_hands_on(remat):
     batch, length = 2, 64
     rows = {n: jax.ShapeDtypeStruct((batch, length), jnp.int32) for n in ("tokens", "targets", "segments", "positions")}
     rows["weights"] = jax.ShapeDtypeStruct((batch, length), jnp.float32)
-    loss = loss_of(MODEL, dtype=jnp.bfloat16, remat=remat)
+    loss = default(MODEL).loss_of(MODEL, dtype=jnp.bfloat16, remat=remat)
     traced = jax.make_jaxpr(jax.grad(lambda p, b: loss(p, b, jax.random.key(0))[0]))(functional.abstract(MODEL), rows)
     scan = next(e for e in traced.jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == MODEL.layers)
     step = scan.params["jaxpr"]  # a carry leaves the scan as it leaves a step; what is stacked gains an axis
@@ -89,7 +89,9 @@ def test_what_is_saved_is_what_the_scan_hands_on(remat):
 def compiled(remat, mesh_sizes, accumulate=1):
     mesh = meshes.make(MeshConfig(**mesh_sizes), jax.devices())
     train = TrainConfig(batch_size=8, seq_len=64, remat=remat, accumulate=accumulate)
-    job = step.Job(params=abstract(MODEL, mesh), loss=loss_of(MODEL, remat=remat), rows=None, validate=lambda _: {})
+    job = step.Job(
+        params=abstract(MODEL, mesh), loss=default(MODEL).loss_of(MODEL, remat=remat), rows=None, validate=lambda _: {}
+    )
     named, fixed = step.split(job)
     fn, made = step.make_step(job, train, OptimConfig(), 0)
     lies = step.state_shardings(made, OptimConfig(), named, mesh)

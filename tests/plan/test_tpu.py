@@ -9,9 +9,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model import attention_kernels, functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import loss_of
 from llmctl.plan import analytic_counts, analytic_memory, topologies
 from llmctl.plan.hlo import counts as hlo
 from llmctl.train import step
@@ -50,7 +50,7 @@ def found(request, uncached):
         params = functional.abstract(MODEL)
         lies = functional.shardings(MODEL, params, mesh)
         params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, lies)
-        loss = loss_of(MODEL, dtype=jnp.bfloat16, remat="full")
+        loss = default(MODEL).loss_of(MODEL, dtype=jnp.bfloat16, remat="full")
         job = step.Job(params=params, loss=loss, rows=None, validate=lambda _: {})
         named, fixed = step.split(job)
         fn, made = step.make_step(job, train, OptimConfig(), 0)

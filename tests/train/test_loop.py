@@ -16,9 +16,9 @@ from llmctl.artifacts.workspace import Context
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import loss_of
 from llmctl.train import loop
 from llmctl.train.adapters import lora
 from llmctl.train.checkpoints import Checkpoints
@@ -54,9 +54,11 @@ class Rows:
 
 
 def job_of(mesh, model=MODEL, rows=None, **changes):
-    held_out = Validation(loss_of(model), Rows(), 8, 2, mesh)
+    held_out = Validation(default(model).loss_of(model), Rows(), 8, 2, mesh)
     params = changes.pop("params", None) or loop.initialize(model, 0, mesh)
-    return loop.Job(params=params, loss=loss_of(model), rows=rows or Rows(), validate=held_out, **changes)
+    return loop.Job(
+        params=params, loss=default(model).loss_of(model), rows=rows or Rows(), validate=held_out, **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,7 @@ def test_lora_starts_as_the_base_trains_pairs_alone_and_merges_exactly(one):
     base = loop.initialize(plain, 0, one)
     params = lora.attach(plain, base, 4, 8.0, ["q", "v", "down"], jax.random.key(1), one)
     batch = Rows().batch(np.arange(8))
-    loss = jax.jit(lambda p: loss_of(plain)(p, batch)[0])
+    loss = jax.jit(lambda p: default(plain).loss_of(plain)(p, batch)[0])
     assert loss(params) == loss(base)
     job = job_of(one, plain, params=params, trains=weights.adapter_names(params).__contains__)
     before, after, _ = step_once(job)

@@ -82,7 +82,7 @@ def generate(
     except ValueError as e:
         raise RequestError(str(e)) from None
     model = read_manifest(artifact_dir).model
-    if model.head != "lm":
+    if not model.head_kind.vocabulary:
         raise RequestError(
             f"{artifact_dir}: is a {model.architecture} with the head {model.head!r}; it cannot generate"
         )

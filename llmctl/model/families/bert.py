@@ -64,7 +64,7 @@ def to_config(cfg: Any) -> Fields:
     hf_config.refuse(
         cfg, "BERT", **needed, kv_heads=cfg.heads, head_dim=cfg.d_model / cfg.heads, qk_norm=False, attn_scale=0.0,
         attn_softcap=0.0, final_softcap=0.0, window=0, embed_scale=1.0, logit_scale=1.0,
-        head_transform=cfg.head == "lm",
+        head_transform=cfg.head_kind.vocabulary,
     )  # fmt: skip
     return {
         "vocab_size": cfg.vocab_size,

@@ -81,7 +81,7 @@ class Decoder:
         Raises:
             ValueError: If the model does not generate text.
         """
-        if model.architecture == "encoder" or model.head != "lm":
+        if model.architecture == "encoder" or not model.head_kind.vocabulary:
             raise ValueError(
                 f"a model with {model.architecture!r} stacks and head {model.head!r} does not continue text"
             )

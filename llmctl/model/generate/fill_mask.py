@@ -40,7 +40,7 @@ class Filler:
         Raises:
             RequestError: If the model or the tokenizer cannot fill masks.
         """
-        if model.architecture != "encoder" or model.head != "lm":
+        if model.architecture != "encoder" or not model.head_kind.vocabulary:
             raise RequestError(f"a {model.architecture} with the head {model.head!r} does not fill masks")
         if tokenizer.mask_id is None:
             raise RequestError("the tokenizer has no mask token")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers.loading import Tokenizer
-    from llmctl.model.losses import Loss
     from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
 
@@ -81,9 +80,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     cache = ctx.work / "corpus"
     needed = training_rows(config.train)
-    learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
-    unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
-    params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)
+    learn = _rows(config, learns, text, "train", tokens, cache, shuffle=True, needed=needed)
+    unseen = _rows(config, learns, text, "validation", tokens, cache, shuffle=False)
+    params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
     origin = student or teacher
     ctx.leave(
         config,
@@ -91,6 +90,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         learns.model,
         parent=origin.manifest,
         labels=teacher.manifest.labels,
+        task=teacher.manifest.task,
+        fitted=learner.fitted(config, learns, params, held_out),
         metrics=metrics | {"teacher": teacher.manifest.digest},
         tokenizer_dir=teacher.tokenizer_dir,
     )
@@ -100,23 +101,23 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     """Return the train step of student and teacher, and the artifact of the student."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
-    from llmctl.data.examples.task_rows import COLUMNS
     from llmctl.train import programs
 
     teacher = next(iter(others.values()))
     student = base if config.model is None else None
     learns = programs.abstractly(mesh, lambda s: make_learner(config, teacher, s, mesh), student)
     labels = teacher.manifest.labels
-    text = made_up.MadeUp(config.data, COLUMNS[learns.model.head], config.train.seq_len, labels)
-    rows = _rows(config, learns.model, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    text = made_up.MadeUp(config.data, learns.task.columns, config.train.seq_len, labels)
+    rows = _rows(config, learns, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
-    left = abstract_artifact.left(config, params, learns.model, base=student or teacher, labels=labels)
+    task, origin = teacher.manifest.task, student or teacher
+    left = abstract_artifact.left(config, params, learns.model, base=origin, labels=labels, task=task)
     return [programs.train_step(config, learns, rows, mesh)], left
 
 
 def _rows(
     config: Config,
-    model: ModelConfig,
+    learns: Learner,
     text: Text,
     split: str,
     tokens: Tokenizer,
@@ -126,10 +127,8 @@ def _rows(
     needed: int = 0,
 ) -> Any:
     """Return the rows of a split; `cache` keeps its tokens."""
-    from llmctl.data.examples.task_rows import stage_rows
-
-    return stage_rows(
-        model, text, split, tokens, config.train.seq_len, cache,
+    return learns.task.stage_rows(
+        learns.model, text, split, tokens, config.train.seq_len, cache,
         seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
     )  # fmt: skip
 
@@ -138,23 +137,33 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
     """Return the student (from an artifact, or newly initialized) with the distillation loss."""
     import jax.numpy as jnp
 
+    from llmctl.evaluate.tasks.registry import of
     from llmctl.train import learner, loop
 
     model = _student_model(config, teacher, student)
     for reads in (model, teacher.model):
         loop.check(reads, config.train, mesh)
-    trains = model.model_copy(update={"dropout": config.dropout})
+    task, train = of(teacher.manifest), config.train
+    loss = task.soft_loss_of(
+        model.model_copy(update={"dropout": config.dropout}),
+        teacher.model,
+        dtype=jnp.dtype(train.dtype),
+        remat=train.remat,
+        temperature=config.temperature,
+        hard=config.hard,
+    )
     return learner.Learner(
         model,
         student.params if student else loop.initialize(model, config.seed, mesh),
+        task,
         config.dropout,
-        _loss(config, trains, teacher.model, jnp.dtype(config.train.dtype)),
+        loss,
         beside=teacher.model,
         labels=teacher.manifest.labels,
         how={
             "constants": (teacher.params,),
             **({"holds_zeros": student.zeros.__contains__} if student else {}),
-            **learner.chooses(model.head, teacher.manifest.labels),
+            **learner.chooses(task, teacher.manifest.labels),
         },
     )
 
@@ -175,10 +184,10 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
                 "they must read the same rows"
             )
         answer = {name: getattr(like, name) for name in ("head", "labels", "pooling", "vocab_size", "next_sentence")}
-        of_places = like.head in ("tokens", "span")
-        answer["pooler"] = not of_places and (config.model.pooler or like.next_sentence)
-        answer["head_bias"] = config.model.head_bias or of_places
-        answer["head_transform"] = config.model.head_transform and like.head == "lm"
+        per_token = like.head_kind.per_token
+        answer["pooler"] = not per_token and (config.model.pooler or like.next_sentence)
+        answer["head_bias"] = config.model.head_bias or per_token
+        answer["head_transform"] = config.model.head_transform and like.head_kind.vocabulary
         return ModelConfig.model_validate({**config.model.model_dump(), **answer, "preset": ""})
     if (student.model.architecture, student.model.head, student.model.labels) != (
         like.architecture, like.head, like.labels,
@@ -194,38 +203,3 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
             f"{student.path}: has quantized or low-rank weights; distill before quantizing, after merging"
         )
     return student.model
-
-
-def _loss(config: Config, model: ModelConfig, teacher_model: ModelConfig, dtype: Any) -> Loss:
-    """Return the loss: (student params, batch, key, teacher params) -> (mixed loss, sums)."""
-    import jax
-
-    from llmctl.model import chunked_loss, functional
-    from llmctl.model.losses import predicted, project, reads, row_weight, soft_class_sums, soft_sums
-
-    def loss(params: Any, batch: Any, key: Any, teacher: Any) -> Any:
-        batch = reads(batch)
-        taught = jax.lax.stop_gradient(functional.hidden(teacher_model, teacher, batch, dtype=dtype))
-        x = functional.hidden(model, params, batch, train=True, rng=key, dtype=dtype, remat=config.train.remat)
-        if model.head != "lm":
-            soft = functional.outputs(teacher_model, teacher, taught, batch, dtype)
-            logits = functional.outputs(model, params, x, batch, dtype)
-            return soft_sums(model.head, soft, logits, batch, config.temperature, config.hard)
-        shown, targets, weights = predicted(batch, x)
-        total, sums = chunked_loss.distillation(
-            project(model, dtype), functional.head_params(model, params), shown,
-            project(teacher_model, dtype), functional.head_params(teacher_model, teacher), predicted(batch, taught)[0],
-            targets, weights, model.vocab_size, config.temperature, config.hard,
-        )  # fmt: skip
-        found = {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
-        if not (model.next_sentence and teacher_model.next_sentence and "next_label" in batch):
-            return total, found
-        soft = functional.outputs(teacher_model, teacher, taught, batch, dtype)
-        label = batch["next_label"]
-        follows, sums = soft_class_sums(
-            soft, functional.outputs(model, params, x, batch, dtype), label, row_weight(batch, label) * (label >= 0),
-            config.temperature, config.hard,
-        )  # fmt: skip
-        return total + targets.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
-
-    return loss

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.artifacts.workspace import Context
 from llmctl.config.base import Config as Settings
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
+from llmctl.evaluate.tasks.registry import TASKS, of
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Config(StageConfig):
     data: DataConfig = DataConfig()
     """Examples: text (and pair) and label to classify or to regress; tokens and tags; question, context and answers;
     text and pair to embed; prompt and completion, or text alone, to model language."""
-    task: Literal["classify", "regress", "tokens", "span", "embed", "lm"] = "classify"
+    task: Annotated[str, AfterValidator(TASKS.check), TASKS] = "classify"
     """Sequence classification, regression to a number (data.label_type = "number"), a label for every word (tokens),
     answers to questions as spans of a context (span; long contexts in windows), embeddings of texts that are near for
     pairs (embed; or as near as data.label_type = "number" says), or language modelling with loss on completions."""
@@ -115,6 +116,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         learns.model,
         parent=base.manifest,
         labels=labels,
+        task=config.task,
+        fitted=learner.fitted(config, learns, params, held_out),
         metrics=metrics,
         tokenizer_dir=base.tokenizer_dir,
     )
@@ -126,19 +129,18 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
-    from llmctl.data.examples.task_rows import COLUMNS
     from llmctl.model import functional, weights
     from llmctl.train import programs
 
     base = required(config, base)
     seq_len = config.train.seq_len
-    text = made_up.MadeUp(config.data, COLUMNS[config.task], seq_len, base.manifest.labels)
+    text = made_up.MadeUp(config.data, TASKS[config.task].columns, seq_len, base.manifest.labels)
     labels = _labels(config, text)
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b or base, labels, mesh), base)
     rows = _rows(config, learns.model, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
     params = jax.eval_shape(weights.merge_adapters, learns.params) if _merges(config) else learns.params
     params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))
-    left = abstract_artifact.left(config, params, learns.model, base=base, labels=labels)
+    left = abstract_artifact.left(config, params, learns.model, base=base, labels=labels, task=config.task)
     return [programs.train_step(config, learns, rows, mesh)], left
 
 
@@ -154,9 +156,7 @@ def _rows(
     needed: int = 0,
 ) -> Any:
     """Return the rows of a split; `cache` keeps its tokens."""
-    from llmctl.data.examples.task_rows import stage_rows
-
-    return stage_rows(
+    return TASKS[config.task].stage_rows(
         model, text, split, tokens, config.train.seq_len, cache,
         seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def _rows(
 
 def _labels(config: Config, text: Text) -> list[str]:
     """Return the names of the classes, if the task has classes."""
-    return list(text.classes) if config.task in ("classify", "tokens") else []
+    return list(text.classes) if TASKS[config.task].classes else []
 
 
 def _merges(config: Config) -> bool:
@@ -180,6 +180,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
     from llmctl.train import learner, loop
     from llmctl.train.adapters import lora
 
+    task = TASKS[config.task]
     _refuse_undoing(config, base)
     loop.check(base.model, config.train, mesh)
     model, params = _with_head(config, base, labels, mesh)
@@ -195,9 +196,9 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
         "trains": (lambda name: name in pairs or weights.parse(name).task_head) if low_rank else (lambda _: True),
         "frozen_layers": config.freeze_layers,
         "holds_zeros": base.zeros.__contains__,
-        **learner.chooses(model.head, labels),
+        **learner.chooses(task, labels),
     }
-    return learner.Learner(model, params, config.dropout, temperature=config.temperature, labels=labels, how=how)
+    return learner.Learner(model, params, task, config.dropout, temperature=config.temperature, labels=labels, how=how)
 
 
 def _refuse_undoing(config: Config, base: Artifact) -> None:
@@ -225,25 +226,23 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
 
     from llmctl.model import functional
     from llmctl.model.config import ModelConfig
+    from llmctl.model.head_kinds import HEAD_KINDS
 
-    cfg, params = base.model, dict(base.params)
-    if config.task == "lm":
-        if cfg.head != "lm":
+    cfg, params, task = base.model, dict(base.params), TASKS[config.task]
+    if HEAD_KINDS[task.head].vocabulary:
+        if not cfg.head_kind.vocabulary:
             raise RequestError(
                 f"{base.path}: has no language-model head (its head is {cfg.head!r}); start from one that has"
             )
+        task.check_model(cfg, str(base.path))
         return cfg, params
-    if config.task == "regress" and config.data.label_type != "number":
-        raise RequestError('task regress: labels are numbers; set data.label_type = "number"')
-    if config.task in ("classify", "tokens") and len(labels) < 2:
-        raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
-    of_places = config.task in ("tokens", "span")
-    fits = of_places or config.pooling in ("", cfg.pooling)
-    if cfg.head == config.task and fits and (not labels or base.manifest.labels == labels):
+    task.check_data(config.data, labels)
+    per_token = HEAD_KINDS[task.head].per_token
+    fits = per_token or config.pooling in ("", cfg.pooling)
+    if of(base.manifest) is task and fits and (not labels or base.manifest.labels == labels):
         return cfg, params
-    pooling = "mean" if config.task == "embed" else cfg.pooling
-    head = {"head": config.task, "labels": len(labels), "pooling": config.pooling or pooling}
-    head |= {"pooler": False, "head_bias": True} if of_places else {}  # no pooling; biases as in published models
+    head = {"head": task.head, "labels": len(labels), "pooling": config.pooling or task.pooling or cfg.pooling}
+    head |= {"pooler": False, "head_bias": True} if per_token else {}  # no pooling; biases as in published models
     if cfg.architecture == "encoder_decoder":
         # The task generates no text, so only the encoder is kept, as an encoder of the same family.
         head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0}

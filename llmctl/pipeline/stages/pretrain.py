@@ -141,6 +141,7 @@ def _rows(
 
 def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
     """Return the parent, or a new model with `vocab_size` tokens, with the objective's loss."""
+    from llmctl.evaluate.tasks.registry import default
     from llmctl.train import learner, loop
 
     if base:
@@ -149,7 +150,7 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
         answers = config.model.next_sentence and aim(config, None, mesh).name == "next_sentence"
         model = config.model.model_copy(update={"vocab_size": vocab_size, "next_sentence": answers})
         params = loop.initialize(model, config.seed, mesh)
-    return learner.Learner(model, params, how={"holds_zeros": base.zeros.__contains__} if base else {})
+    return learner.Learner(model, params, default(model), how={"holds_zeros": base.zeros.__contains__} if base else {})
 
 
 def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
@@ -162,7 +163,7 @@ def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
     from llmctl.train import loop
 
     model = base.model if base else config.model
-    if base and (not base.plain or model.head != "lm"):
+    if base and (not base.plain or not model.head_kind.vocabulary):
         raise RequestError(
             f"{base.path}: cannot be pretrained further: it is quantized, has low-rank pairs or another head than lm"
         )

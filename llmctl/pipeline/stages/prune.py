@@ -142,8 +142,10 @@ def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> W
     """Return the calibration walk over generated texts of the right shapes."""
     from llmctl.compress import calibration_data
     from llmctl.compress.programs import Walk
+    from llmctl.evaluate.tasks.registry import of
 
-    return Walk(*calibration_data.abstract(config, base, mesh, labels=labels), config.dtype, mesh, base.params)
+    batch, batches = calibration_data.abstract(config, base, mesh, labels=labels)
+    return Walk(batch, batches, config.dtype, of(base.manifest), mesh, base.params)
 
 
 def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) -> ModelConfig:
@@ -199,6 +201,7 @@ def _unstructured(
     from llmctl.compress.calibrate import Visit, walk
     from llmctl.compress.layer_files import Saved
     from llmctl.compress.statistics import moments, nothing
+    from llmctl.evaluate.tasks.registry import of
 
     score, pattern = SCORES[config.method], Pattern.parse(config.pattern, config.sparsity)
     prune.check(params, pattern)
@@ -217,7 +220,10 @@ def _unstructured(
         return prune.prune_layer(visit.layer, visit.stats, visit.gradients, **how, at=at)
 
     batches = calibration_data.load(config, base, devices, labels=bool(score.gradients))
-    sums = gradients.accumulate(base.model, params, batches, score.gradients, config.dtype) if score.gradients else None
+    sums = None
+    if score.gradients:
+        task = of(base.manifest)
+        sums = gradients.accumulate(task, base.model, params, batches, score.gradients, config.dtype)
     params, reports = walk(
         base.model, params, batches, moments if score.statistics else nothing, change,
         gradients=sums, progress=progress, saved=Saved(layers), dtype=config.dtype,

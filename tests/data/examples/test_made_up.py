@@ -7,8 +7,8 @@ import pytest
 
 from llmctl.data.config import DataConfig
 from llmctl.data.examples import made_up
-from llmctl.data.examples.task_rows import COLUMNS, stage_rows
 from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.model.config import ModelConfig
 
 SEQ_LEN = 32
@@ -44,10 +44,10 @@ def test_rows_have_the_form_of_the_data(name, tmp_path):
     model = ModelConfig(head="lm").model_copy(update={"head": head})
 
     def forms(text, cache):
-        rows = stage_rows(model, text, "train", made_up.TOKENIZER, SEQ_LEN, cache, shuffle=False)
+        rows = TASKS[head].stage_rows(model, text, "train", made_up.TOKENIZER, SEQ_LEN, cache, shuffle=False)
         return {key: (a.shape, a.dtype) for key, a in rows[0].items()}
 
-    made = made_up.MadeUp(cfg, COLUMNS[head], SEQ_LEN)
+    made = made_up.MadeUp(cfg, TASKS[head].columns, SEQ_LEN)
     assert forms(made, Path("no such folder")) == forms(Text(cfg), tmp_path)
 
 

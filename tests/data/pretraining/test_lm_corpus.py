@@ -9,13 +9,13 @@ import pytest
 
 from llmctl.config.errors import RequestError
 from llmctl.data.config import DataConfig, SourceConfig, TokenizerConfig
-from llmctl.data.examples.task_rows import stage_rows
 from llmctl.data.pretraining import prepare
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.pretraining.mixing import MixedRows
 from llmctl.data.pretraining.packing import PackedRows
 from llmctl.data.splits import load
 from llmctl.data.tokenizers import loading
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model.config import ModelConfig
 
 WORDS = TokenizerConfig(vocab_size=300)
@@ -189,6 +189,6 @@ def test_epochs_that_do_not_suffice_are_said_at_once(data, tmp_path):
     text = Text(data.model_copy(update={"epochs": 2.0, "columns": columns}))
     most, model = 2 * len(text.splits["train"]), ModelConfig(head="classify", labels=2)
     given = (model, text, "train", words, 32, tmp_path)
-    assert 2 * len(stage_rows(*given, shuffle=True, needed=most)) == most
+    assert 2 * len(default(model).stage_rows(*given, shuffle=True, needed=most)) == most
     with pytest.raises(RequestError, match=rf"{most + 1} rows are to be read and the sources' epochs hold {most}:"):
-        stage_rows(*given, shuffle=True, needed=most + 1)
+        default(model).stage_rows(*given, shuffle=True, needed=most + 1)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from llmctl.distributed import context_parallel
-from llmctl.evaluate import retrieval, token_tasks
 from llmctl.evaluate.metrics import entities, squad
+from llmctl.evaluate.metrics import entity_counts as counted
+from llmctl.evaluate.tasks import embed, span
 from llmctl.model import chunked_loss
-from llmctl.model import entity_counts as counted
 
 
 def test_what_begins_and_ends_an_entity():
@@ -53,7 +53,7 @@ def test_the_best_span_is_legal():
 
     def best(start, end, **more):
         logits = jnp.stack([jnp.asarray([start]), jnp.asarray([end])], -1).astype(jnp.float32)
-        return [float(a[0]) for a in token_tasks.best_span(logits, batch | more)]
+        return [float(a[0]) for a in span.best_span(logits, batch | more)]
 
     # the largest start (token 4) is after the largest end (token 2): 3 to 4 is the best that is legal
     assert best([1, 9, 0, 2, 3, 9], [1, 9, 5, 0, 4, 9]) == [7, 10, 14, 2]
@@ -69,12 +69,12 @@ def test_ranks_by_hand():
     texts = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     candidates = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     # similarities: [1, .8, 0], [0, .6, 1], [.6, .96, .8]
-    rank = retrieval.ranks(texts, candidates, np.array([0, 1, 2]))
+    rank = embed.ranks(texts, candidates, np.array([0, 1, 2]))
     assert rank.tolist() == [1, 2, 2]
-    got = retrieval.scores(rank, 3)
+    got = embed.scores(rank, 3)
     assert got["recall_at_1"] == pytest.approx(1 / 3) and got["mrr"] == pytest.approx(2 / 3) and got["candidates"] == 3
     # what is everywhere the same finds nothing
-    assert retrieval.ranks(np.ones((2, 2)), np.ones((4, 2)), np.array([0, 3])).tolist() == [4, 4]
+    assert embed.ranks(np.ones((2, 2)), np.ones((4, 2)), np.array([0, 3])).tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("labels", [["O", "B-P", "I-P", "B-L", "I-L"], ["O", "B-X", "I-X", "E-X", "S-X", "I-Y"]])

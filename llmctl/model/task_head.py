@@ -48,14 +48,13 @@ class TaskHead(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, order_BT: jax.Array | None = None) -> jax.Array:
-        cfg = self.config
-        x = x_BTD if cfg.head in ("tokens", "span") else pool(x_BTD, segments_BT, cfg.pooling, order_BT)
-        if cfg.pooler and cfg.head not in ("tokens", "span"):
+        cfg, kind = self.config, self.config.head_kind
+        x = x_BTD if kind.per_token else pool(x_BTD, segments_BT, cfg.pooling, order_BT)
+        if cfg.pools:
             pooled = jnp.tanh(Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="pooler")(x))
-            x = x if cfg.head == "embed" else pooled  # an embedding model keeps its pooler but does not use it
-        if cfg.head == "embed":
+            x = x if kind.bare else pooled  # an embedding model keeps its pooler but does not use it
+        if kind.bare:
             x = x.astype(jnp.float32)
             return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        width = {"regress": 1, "span": 2, "lm": 2}.get(cfg.head, cfg.labels)
-        y = Dense(width, ("embed", "labels"), cfg.head_bias, self.dtype, name="out")(x).astype(jnp.float32)
-        return y[..., 0] if cfg.head == "regress" else y
+        y = Dense(cfg.answer_width, ("embed", "labels"), cfg.head_bias, self.dtype, name="out")(x).astype(jnp.float32)
+        return y[..., 0] if kind.scalar else y

@@ -8,9 +8,11 @@ import pytest
 from llmctl.config.settings import MeshConfig
 from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.embed import nearness
+from llmctl.evaluate.tasks.registry import TASKS, default
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import NEARNESS, loss_of, nearness, soft_sums
+from llmctl.model.losses import NEARNESS
 
 SIZES = {"d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 8, "vocab_size": 11}
 B, T = 8, 6
@@ -48,7 +50,7 @@ def log_softmax(x):
 
 def test_words_count_where_they_are_labelled():
     cfg, params, batch = MODELS["tokens"], params_of("tokens"), batch_of("tokens")
-    total, sums = loss_of(cfg)(params, batch)
+    total, sums = default(cfg).loss_of(cfg)(params, batch)
     logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch), np.float64)
     nll = -np.take_along_axis(log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
     assert total == pytest.approx((nll * batch["weights"]).sum(), rel=1e-5)
@@ -58,7 +60,7 @@ def test_words_count_where_they_are_labelled():
 
 def test_places_are_told_from_those_of_the_context_alone():
     cfg, params, batch = MODELS["span"], params_of("span"), batch_of("span")
-    total, sums = loss_of(cfg, label_smoothing=0.1)(params, batch)
+    total, sums = default(cfg).loss_of(cfg, label_smoothing=0.1)(params, batch)
     logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch), np.float64)
     want = plain = 0.0
     for b in range(B):
@@ -79,16 +81,16 @@ def test_embeddings_are_told_from_all_others_of_the_batch():
         z.append(np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, one), one), np.float64))
     near = z[0] @ z[1].T
     for temperature in (NEARNESS, 0.5):
-        total, sums = loss_of(cfg, temperature=temperature)(params, batch)
+        total, sums = default(cfg).loss_of(cfg, temperature=temperature)(params, batch)
         assert total == pytest.approx(-np.diag(log_softmax(near / temperature)).sum(), rel=1e-4)
         assert sums["accuracy"] == (near.argmax(1) == np.arange(B)).sum()
     # rows that only fill are nobody's neighbours
     real = (np.arange(B) < 5).astype(np.float32)
-    total, sums = loss_of(cfg)(params, batch | {"row_weight": real})
+    total, sums = default(cfg).loss_of(cfg)(params, batch | {"row_weight": real})
     assert total == pytest.approx(-np.diag(log_softmax(near[:5, :5] / NEARNESS)).sum(), rel=1e-4)
     assert sums["weight"] == 5
     scored = batch_of("embed", scored=True)
-    total, _ = loss_of(cfg)(params, scored)
+    total, _ = default(cfg).loss_of(cfg)(params, scored)
     assert total == pytest.approx(((np.diag(near) - scored["label"]) ** 2).sum(), rel=1e-4)
 
 
@@ -97,7 +99,7 @@ def test_embeddings_are_told_from_all_others_of_the_batch():
 def test_a_mesh_agrees_with_one_device(head, axes):
     cfg, batch = MODELS[head], batch_of(head)
     params = params_of(head)
-    grad = jax.grad(lambda p, b: loss_of(cfg)(p, b)[0])
+    grad = jax.grad(lambda p, b: default(cfg).loss_of(cfg)(p, b)[0])
     one = jax.jit(grad)(params, batch)
     mesh = meshes.make(MeshConfig(**axes))
     with meshes.use(mesh):
@@ -111,17 +113,17 @@ def test_taught_by_itself_nothing_is_left_but_the_labels():
         for scored in (False, True)[: 1 + (head == "embed")]:
             batch = {k: jnp.asarray(v) for k, v in batch_of(head, scored).items()}
             params = params_of(head)
-            hard, _ = loss_of(cfg)(params, batch)
+            hard, _ = default(cfg).loss_of(cfg)(params, batch)
             if head == "embed":
                 rows = jax.random.normal(jax.random.key(1), (2 * B, 8))
                 y = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
             else:
                 y = functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch)
-                mixed, sums = soft_sums(head, y, y, batch, 2.0, 0.25)
+                mixed, sums = TASKS[head].soft_score(y, y, batch, 2.0, 0.25)
                 assert mixed == pytest.approx(0.25 * float(hard), rel=1e-5) and abs(float(sums["kl"])) < 1e-5
-            soft, _ = soft_sums(head, y, y, batch, 2.0, 0.0)
+            soft, _ = TASKS[head].soft_score(y, y, batch, 2.0, 0.0)
             assert abs(float(soft)) < 1e-5
-            other, _ = soft_sums(head, y[::-1], y, batch, 2.0, 0.0)
+            other, _ = TASKS[head].soft_score(y[::-1], y, batch, 2.0, 0.0)
             assert other > 1e-3
 
 
@@ -130,7 +132,7 @@ def test_a_softened_teacher_by_hand():
     teacher, y = np.array([[[2.0, 0.0]]]), np.array([[[0.0, 1.0]]])
     p, log_p, log_q = np.exp(log_softmax(teacher / 2)), log_softmax(teacher / 2), log_softmax(y / 2)
     want = 2 * (0.75 * 4 * (p * (log_p - log_q)).sum() - 0.25 * log_softmax(y)[0, 0, 1])
-    got, _ = soft_sums("tokens", jnp.asarray(teacher), jnp.asarray(y), batch, 2.0, 0.25)
+    got, _ = TASKS["tokens"].soft_score(jnp.asarray(teacher), jnp.asarray(y), batch, 2.0, 0.25)
     assert got == pytest.approx(want, rel=1e-5)
     z = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
     np.testing.assert_allclose(nearness(z, {}), [[0.0, 0.8], [0.8, 0.96]], atol=1e-6)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model import chunked_loss, flops, functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import class_sums, loss_of
+from llmctl.model.losses import class_sums
 
 SIZES = {"d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 8, "vocab_size": 11}
 
@@ -31,8 +32,8 @@ def test_settings_reach_the_language_model():
     params = functional.init(cfg, jax.random.key(0))
     ones = np.ones((1, 4), np.int32)
     batch = {"tokens": ones * 3, "targets": ones * 5, "weights": ones * 1.0, "segments": ones, "positions": ones}
-    plain, sums = loss_of(cfg)(params, batch)
-    total, same = loss_of(cfg, label_smoothing=0.2, z_loss=0.1)(params, batch)
+    plain, sums = default(cfg).loss_of(cfg)(params, batch)
+    total, same = default(cfg).loss_of(cfg, label_smoothing=0.2, z_loss=0.1)(params, batch)
     logits = np.asarray(functional.lm_logits(cfg, params, functional.hidden(cfg, params, batch)))
     z = np.log(np.exp(logits).sum(-1))
     want = 0.8 * (z - logits[..., 5]) + 0.2 * (z - logits.mean(-1)) + 0.1 * z**2
@@ -63,10 +64,10 @@ def test_predicting_at_the_places_alone_changes_nothing():
     cfg = ModelConfig(preset="bert-tiny", **BERT | {"next_sentence": False})
     params = functional.init(cfg, jax.random.key(0))
     batch = masked_batch()
-    grad = jax.grad(lambda p, b: loss_of(cfg)(p, b)[0])
+    grad = jax.grad(lambda p, b: default(cfg).loss_of(cfg)(p, b)[0])
     everywhere = {name: a for name, a in batch.items() if name != "places"}
-    _, found = loss_of(cfg)(params, batch)
-    _, same = loss_of(cfg)(params, everywhere)
+    _, found = default(cfg).loss_of(cfg)(params, batch)
+    _, same = default(cfg).loss_of(cfg)(params, everywhere)
     assert found["weight"] == 6 and set(found) == {"loss", "accuracy", "weight"}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, same)
     jax.tree.map(
@@ -80,7 +81,7 @@ def test_next_sentences_have_a_mean_of_their_own():
     cfg = ModelConfig(preset="bert-tiny", **BERT)
     params = functional.init(cfg, jax.random.key(0))
     batch = masked_batch()
-    total, sums = loss_of(cfg)(params, batch)
+    total, sums = default(cfg).loss_of(cfg)(params, batch)
     logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch))
     nll = -np.asarray(jax.nn.log_softmax(logits))[[0, 2], [0, 1]]
     assert sums["next_sentence_weight"] == 2
@@ -93,7 +94,7 @@ def test_next_sentences_have_a_mean_of_their_own():
     assert means["loss"] == pytest.approx(float(sums["loss"]) / 6)
     assert means["next_sentence_loss"] == pytest.approx(nll.mean(), rel=1e-5)
     # rows that only fill a batch count for nothing
-    _, less = loss_of(cfg)(params, batch | {"row_weight": np.array([1, 1, 0], np.float32)})
+    _, less = default(cfg).loss_of(cfg)(params, batch | {"row_weight": np.array([1, 1, 0], np.float32)})
     assert less["next_sentence_weight"] == 1 and less["next_sentence_loss"] == pytest.approx(nll[0], rel=1e-5)
 
 
@@ -119,7 +120,7 @@ def test_what_the_backward_pass_recomputes_changes_no_gradient():
     batch["positions"] = positions
     grads, steps = {}, {}
     for remat in ("none", "minimal", "qkv", "full", "offload"):
-        grad = jax.grad(lambda p, remat=remat: loss_of(cfg, remat=remat)(p, batch, jax.random.key(0))[0])
+        grad = jax.grad(lambda p, remat=remat: default(cfg).loss_of(cfg, remat=remat)(p, batch, jax.random.key(0))[0])
         steps[remat] = str(jax.make_jaxpr(grad)(params))
         grads[remat] = jax.jit(grad)(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads[remat], grads["none"])

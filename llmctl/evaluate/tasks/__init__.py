@@ -1,0 +1,1 @@
+"""Tasks: one record owns every fact about what a model is finetuned for and measured on."""

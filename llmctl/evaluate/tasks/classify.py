@@ -1,0 +1,71 @@
+"""Classification of a text, or of a pair of texts: one class per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.splits import Examples
+from llmctl.evaluate.metrics import classification
+from llmctl.evaluate.setup import Batch, label_map
+from llmctl.evaluate.tasks.base import Found, Options, Scored, Task
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
+
+
+class Classify(Task):
+    """Softmax over the classes, cross-entropy; accuracy, F1 and the confusion matrix. Labels are matched by name."""
+
+    name = "classify"
+    head = "classify"
+    title = "classification"
+    architectures = ("decoder", "encoder", "encoder_decoder")
+    classes = True
+    peft_type = "SEQ_CLS"
+
+    def best(self, labels: Sequence[str] = ()) -> str:
+        """Return accuracy."""
+        return "accuracy"
+
+    def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
+        """Return the cross-entropy of logits [B, C]."""
+        label_B = batch["label"]
+        return class_sums(y, label_B, row_weight(batch, label_B), options.label_smoothing, options.z_loss)
+
+    def soft_score(
+        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
+    ) -> tuple[jax.Array, Sums]:
+        """Return the softened divergence from the teacher's logits [B, C], mixed with the cross-entropy."""
+        return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), temperature, hard)
+
+    def check_examples(self, artifact: Artifact, examples: Examples) -> None:
+        """Check that the model knows every class of the data."""
+        label_map(examples.classes, artifact.manifest.labels, str(artifact.path))
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return (params, batch) -> the likeliest class [B]."""
+
+        @jax.jit
+        def predict(params: functional.Params, batch: Batch) -> jax.Array:
+            x_BTD = functional.hidden(model, params, batch, dtype=dtype)
+            return functional.outputs(model, params, x_BTD, batch, dtype).argmax(-1)
+
+        return predict
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+        """Return every score that the confusion matrix determines."""
+        names = artifact.manifest.labels
+        truth_of = label_map(examples.classes, names, str(artifact.path))
+        pairs = [(truth_of[batch["label"]], predicted) for batch, predicted in found]
+        labels, predictions = map(np.concatenate, zip(*pairs, strict=True))
+        confusion = classification.confusion_matrix(labels, predictions, len(names))
+        named = [names[i] for i in labels], [names[i] for i in predictions]
+        return classification.scores(confusion, names), named
+
+
+TASK = Classify()

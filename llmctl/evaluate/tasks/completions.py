@@ -1,0 +1,74 @@
+"""Completions of prompts: a decoder reads both, an encoder-decoder reads the prompt with its encoder."""
+
+from __future__ import annotations
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Truncate
+from llmctl.data.examples.labelled import CompletionRows, SequencePairRows
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate import perplexity
+from llmctl.evaluate.setup import Held, Measured, Setup
+from llmctl.evaluate.tasks.base import Corpora
+from llmctl.evaluate.tasks.language import Language, scored, timed
+from llmctl.evaluate.tasks.objectives import sliding
+from llmctl.model.config import ModelConfig
+
+
+class Completions(Language):
+    """Cross-entropy of the tokens of a completion, given its prompt; measured as perplexity."""
+
+    name = "completions"
+    title = "perplexity"
+    architectures = ("decoder", "encoder_decoder")
+    columns = ("prompt", "completion")
+    columns_read = columns
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+    ) -> CompletionRows | SequencePairRows:
+        """Return one prompt and its completion per row."""
+        kind = SequencePairRows if model.architecture == "encoder_decoder" else CompletionRows
+        return kind(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
+        """Measure perplexity of completions given prompts.
+
+        An encoder-decoder reads `seq_len` tokens of each prompt. Completions are whole, however long, and their ends
+        are not scored: a word and a byte are then the same as for a decoder.
+
+        Raises:
+          RequestError: a completion is longer than the model's longest sequence.
+        """
+        tokenizer = tokenizers.load(artifact.tokenizer_dir)
+        texts = list(held.examples.texts("completion"))
+        if artifact.model.architecture == "decoder":
+            documents, given = held.pairs(tokenizer)
+            return sliding(self, artifact, held, setup, tokenizer, texts, documents, given)
+        most = artifact.model.max_seq_len
+        rows = SequencePairRows(held.examples, tokenizer, setup.seq_len, shuffle=False, whole=True, ends=False)
+        if rows.written > most:
+            raise RequestError(
+                f"{artifact.path}: the longest completion and its end have {rows.written} tokens, its longest sequence "
+                f"{most}; leave such pairs out with data.filter, or shorten them"
+            )
+        step, metrics = scored(self, artifact, rows, setup)
+        count = perplexity.count(texts, metrics["predicted_tokens"])
+        metrics |= perplexity.metrics(metrics["nll"] * metrics["predicted_tokens"], count)
+        protocol = f"{held.split} split, {len(held.examples)} completions each given its prompt ({rows.cut} cut to "
+        protocol += f"{setup.seq_len} tokens for the encoder), every token once, {setup.dtype}"
+        return timed(self, protocol, metrics, artifact, rows, step, setup)
+
+
+TASK = Completions()

@@ -1,0 +1,164 @@
+"""Embeddings of texts: each text is nearest to its own pair among all, or two texts are as near as their score says.
+
+Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Truncate
+from llmctl.data.examples.text_pairs import TwoTextRows
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.metrics import regression
+from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Setup
+from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored, Task
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import NEARNESS, Sums, class_sums, number_sums, row_weight, soft_class_sums, soft_number_sums
+
+CHUNK = 1024
+"""Texts that are compared with all candidates at a time."""
+
+
+class Embed(Task):
+    """Contrastive loss over the pairs of the batch (arXiv:1807.03748); with scores the squared error of the cosine."""
+
+    name = "embed"
+    head = "embed"
+    title = "embedding"
+    columns = ("text", "pair")
+    pooling = "mean"
+    reads = (*READ, *(f"pair_{name}" for name in READ))
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+    ) -> TwoTextRows:
+        """Return two texts per row."""
+        return TwoTextRows(examples, tokenizer, seq_len, truncate=truncate, seed=seed, shuffle=shuffle)
+
+    def reading_rows(
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
+    ) -> Any:
+        """Return one text per row: the network reads the texts of a pair apart."""
+        alone = replace(examples, columns=tuple(c for c in examples.columns if c != "pair"))
+        return super().reading_rows(model, alone, tokenizer, seq_len, truncate=truncate)
+
+    def woven(self, batch: Batch) -> Batch:
+        """Return the two texts [B, T] of each row as successive rows [2B, T]."""
+
+        def both(name: str) -> jax.Array:
+            two = jnp.stack([batch[name], batch.get(f"pair_{name}", batch[name])], axis=1)
+            return meshes.constrain(two.reshape(-1, two.shape[-1]), "batch", "seq")
+
+        return batch | {name: both(name) for name in ("tokens", "segments", "positions", "order") if name in batch}
+
+    def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
+        """Return the loss of unit vectors [2B, D]."""
+        near = nearness(y, batch)
+        weight_B = row_weight(batch, near)
+        if "label" in batch:
+            return number_sums(near, batch["label"], weight_B)
+        own, smoothing, z = jnp.arange(len(near)), options.label_smoothing, options.z_loss
+        return class_sums(near / options.temperature, own, weight_B, smoothing, z, weight_B)
+
+    def soft_score(
+        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
+    ) -> tuple[jax.Array, Sums]:
+        """Return the divergence of the similarities from the teacher's, mixed with the loss on labels."""
+        taught, near = nearness(teacher, batch), nearness(y, batch)
+        weight_B = row_weight(batch, near)
+        if "label" in batch:
+            return soft_number_sums(taught, near, batch["label"], weight_B, hard)
+        own = jnp.arange(len(near))
+        return soft_class_sums(taught / NEARNESS, near / NEARNESS, own, weight_B, temperature, hard, weight_B)
+
+    def check_examples(self, artifact: Artifact, examples: Examples) -> None:
+        """Check that the data has pairs."""
+        if "pair" not in examples.columns:
+            raise RequestError(f"{artifact.path}: embeds texts, and the data has no pairs; map a second text to pair")
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return (params, batch) -> the vectors of the texts and of their pairs, [B, D] each."""
+
+        @jax.jit
+        def predict(params: functional.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            batch = self.woven(batch)
+            x_BTD = functional.hidden(model, params, batch, dtype=dtype)
+            z_B2D = functional.outputs(model, params, x_BTD, batch, dtype).reshape(-1, 2, model.d_model)
+            return z_B2D[:, 0], z_B2D[:, 1]
+
+        return predict
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: TwoTextRows, found: Found) -> Scored:
+        """Return recall of every text's pair among all pairs; with scores their correlation with the cosine."""
+        text_ND, pair_ND = map(np.concatenate, zip(*(vectors for _, vectors in found), strict=True))
+        if examples.labels is not None:
+            scored = regression.scores(examples.labels, (text_ND * pair_ND).sum(-1))
+            return {k: scored[k] for k in ("spearman", "pearson", "examples")}, None
+        # The same text twice is one candidate: no model can tell which is meant.
+        _, first_M, own_N = np.unique(list(examples.texts("pair")), return_index=True, return_inverse=True)
+        return scores(ranks(text_ND, pair_ND[first_M], own_N), len(first_M)), None
+
+    def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TwoTextRows, metrics: dict[str, Any]) -> str:
+        """Return what the cosine was compared with."""
+        text = f"{held.split} split, {len(held.examples)} pairs, {KEPT[setup.truncate]} {setup.seq_len} tokens, "
+        if held.examples.labels is not None:
+            return text + f"cosine against the score, {setup.dtype}"
+        return text + f"cosine to {metrics['candidates']} candidates, {setup.dtype}"
+
+
+def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
+    """Return cosine similarities [B, B] of every text to every pair, from unit vectors of texts and pairs in turn.
+
+    The pairs are those of the whole batch, on all devices: a text's own must stand out among those of the others
+    (arXiv:1807.03748, arXiv:1705.00652). If rows have scores, return the similarity of the two texts of each row, [B].
+    """
+    # not z_ND[::2]: XLA's partitioner makes wrong programs of the gradient of such a slice
+    text_BD, pair_BD = (z_ND.reshape(-1, 2, z_ND.shape[-1])[:, k] for k in (0, 1))
+    if "label" in batch:
+        return jnp.sum(text_BD * pair_BD, axis=-1)
+    pair_BD = meshes.constrain(pair_BD, None, None)
+    return jnp.matmul(text_BD, pair_BD.T, precision="highest")
+
+
+def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> np.ndarray:
+    """Return the rank of each text's own candidate by similarity, from 1; one that is just as near counts as nearer."""
+    out = []
+    for a in range(0, len(text_ND), CHUNK):
+        near_CM = text_ND[a : a + CHUNK] @ candidate_MD.T
+        own_C1 = np.take_along_axis(near_CM, own_N[a : a + CHUNK, None], 1)
+        out.append((near_CM >= own_C1).sum(1))
+    return np.concatenate(out)
+
+
+def scores(rank_N: np.ndarray, candidates: int) -> dict[str, float]:
+    """Return the share of texts whose own pair is first, or among the first ten, and the mean of 1 / rank."""
+    return {
+        "recall_at_1": float(np.mean(rank_N <= 1)),
+        "recall_at_10": float(np.mean(rank_N <= 10)),
+        "mrr": float(np.mean(1 / rank_N)),
+        "candidates": candidates,
+        "examples": len(rank_N),
+    }
+
+
+TASK = Embed()

@@ -1,0 +1,199 @@
+"""Language modelling: the losses that all its tasks share, and the task that chooses among them by data and network.
+
+Shapes: B rows, T tokens per row, P predicted positions per row, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.config import Truncate
+from llmctl.data.pretraining import baselines, objective_rows
+from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate.perplexity import row_nll
+from llmctl.evaluate.setup import Batch, Held, Measured, Setup, programs
+from llmctl.evaluate.tasks.base import Corpora, Network, Options, Task, completes
+from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.model import chunked_loss, functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
+
+
+class Language(Task):
+    """Cross-entropy of tokens, and of the next sentence if the network predicts it. Its tasks differ in their rows."""
+
+    head = "lm"
+    architectures = ("decoder", "encoder", "encoder_decoder")
+    columns = ("text",)
+    columns_read = columns
+    reads = ()
+
+    def reading_rows(
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
+    ) -> Any:
+        """Return rows as in training."""
+        return self.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
+
+    def loss(
+        self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
+    ) -> tuple[jax.Array, Sums]:
+        """Return the cross-entropy at the predicted positions; the vocabulary's logits exist a chunk at a time."""
+        smoothing, z = options.label_smoothing, options.z_loss
+        head = functional.head_params(cfg, params)
+        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
+        total, sums = chunked_loss.cross_entropy(
+            project(cfg, options.dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
+        )
+        found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
+        if not (cfg.next_sentence and "next_label" in batch):
+            return total, found
+        logits_B2 = functional.outputs(cfg, params, x_BTD, batch, options.dtype)
+        label_B = batch["next_label"]
+        follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
+        # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a row.
+        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+
+    def soft_loss(
+        self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
+    ) -> tuple[jax.Array, Sums]:
+        """Return the softened divergence from the teacher's tokens and next sentences, mixed with the cross-entropy."""
+        (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
+        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
+        total, sums = chunked_loss.distillation(
+            project(cfg, dtype), functional.head_params(cfg, params), x_BPD,
+            project(teacher_cfg, dtype), functional.head_params(teacher_cfg, teacher_params),
+            predicted(batch, taught_BTE)[0], targets_BP, weights_BP, cfg.vocab_size, temperature, hard,
+        )  # fmt: skip
+        found = {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
+        if not (cfg.next_sentence and teacher_cfg.next_sentence and "next_label" in batch):
+            return total, found
+        soft_B2 = functional.outputs(teacher_cfg, teacher_params, taught_BTE, batch, dtype)
+        label_B = batch["next_label"]
+        follows, sums = soft_class_sums(
+            soft_B2, functional.outputs(cfg, params, x_BTD, batch, dtype), label_B,
+            row_weight(batch, label_B) * (label_B >= 0), temperature, hard,
+        )  # fmt: skip
+        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return (params, batch) -> negative log-likelihoods [B] of a decoder, or the sums of the loss of others."""
+        if model.architecture == "decoder":
+            return row_nll(model, dtype)
+        loss = self.loss_of(model, dtype=dtype)
+        return jax.jit(lambda params, batch: loss(params, batch)[1])
+
+    def peft_task_type(self, model: ModelConfig) -> str:
+        """Return PEFT's name, which it has for networks that write."""
+        return "CAUSAL_LM" if model.architecture == "decoder" else super().peft_task_type(model)
+
+
+def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
+    """Return (`functional.head_params`, hidden states) -> logits, for the chunked losses."""
+    return lambda head, x: functional.head_logits(cfg, head, x, dtype)
+
+
+def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (hidden states, targets, weights) at the positions where something is predicted.
+
+    Rows with `places` [B, P] predict only there: the output projection, which for a small encoder costs more than all
+    its layers, then runs over P instead of T tokens per row.
+    """
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
+    if "places" not in batch:
+        return x_BTD, targets_BT, weights_BT
+    at_BP = batch["places"]
+    x_BPD = jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
+    return x_BPD, jnp.take_along_axis(targets_BT, at_BP, axis=1), jnp.take_along_axis(weights_BT, at_BP, axis=1)
+
+
+def scored(
+    task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """Return the compiled step, and its means over all rows beside what is scored without looking at the context."""
+    step = task.scorer(artifact.model, setup.dtype)
+    total: dict[str, float] = {}
+    with setup.batches().once(rows) as steps:
+        for _, batch in steps:
+            found = {k: float(v) for k, v in step(artifact.params, batch).items()}
+            total = {k: total.get(k, 0.0) + v for k, v in found.items()}
+    metrics: dict[str, Any] = {k: float(v) for k, v in chunked_loss.means(total).items()}
+    # The share of right tokens is not the accuracy of a classifier, which has a column of its own.
+    metrics |= {"token_accuracy": metrics.pop("accuracy"), "nll": metrics.pop("loss")}
+    return step, metrics | baselines.guesses(rows, len(rows), sentinels) | {"predicted_tokens": int(total["weight"])}
+
+
+def timed(
+    task: Language, protocol: str, metrics: dict[str, Any], artifact: Artifact, rows: Any, step: Any, setup: Setup
+) -> Measured:
+    """Return the outcome with the step on the first rows as the programs to time."""
+    size = setup.batch_size
+    inputs = rows.batch(np.arange(size) % len(rows)) | {"row_weight": np.ones(size, np.float32)}
+    single, batched = programs(step, artifact.params, inputs, setup.mesh)
+    tokens = size * sum(a.shape[1] for name, a in inputs.items() if name.endswith("tokens"))
+    units = {"tokens_per_second": tokens}
+    return Measured(task.title, protocol, metrics, single, batched, units)
+
+
+class LanguageModel(Language):
+    """The task that the data asks for: completions if it has them, else what the architecture is pretrained for."""
+
+    name = "lm"
+    title = "language model"
+
+    def among(self, model: ModelConfig, columns: Iterable[str]) -> Task:
+        """Return the task that the data asks of the model."""
+        if completes(model, columns):
+            return TASKS["completions"]
+        return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+    ) -> Any:
+        """Return the rows of the task that the data asks for."""
+        task = self.among(model, examples.columns)
+        return task.rows(model, examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
+
+    def stage_rows(
+        self,
+        model: ModelConfig,
+        text: Text,
+        split: str,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        cache: Path,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        needed: int = 0,
+    ) -> Any:
+        """Return the rows of the task that the data asks for."""
+        return self.among(model, text.columns).stage_rows(
+            model, text, split, tokenizer, seq_len, cache,
+            seed=seed, shuffle=shuffle, truncate=truncate, needed=needed,
+        )  # fmt: skip
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
+        """Measure the task that the data asks for."""
+        return self.among(artifact.model, held.examples.columns).evaluate(artifact, held, setup)
+
+
+TASK = LanguageModel()

@@ -1,0 +1,164 @@
+"""Pretraining objectives as tasks: perplexity, filled masks, next sentences, corrupted spans, the rest of a text.
+
+Every row is a pure function of the held-out text and a fixed seed, so all artifacts of one tokenizer and length are
+asked the same. Beside every score stands what is scored without looking at the context.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.config import Truncate
+from llmctl.data.corpus import tokenize
+from llmctl.data.pretraining import objective_rows
+from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate import perplexity as likelihood
+from llmctl.evaluate.setup import Held, Measured, Setup, programs
+from llmctl.evaluate.tasks.base import Corpora
+from llmctl.evaluate.tasks.language import Language, scored, timed
+from llmctl.model.config import ModelConfig
+
+
+class TextObjective(Language):
+    """What an objective of `llmctl.data.pretraining.objective_rows` makes of text.
+
+    Args:
+      name: the objective.
+      title: the task in results.
+      asked: what its rows ask for, in words.
+    """
+
+    def __init__(self, name: objective_rows.ObjectiveName, title: str, asked: str) -> None:
+        self.name, self.title, self.asked = name, title, asked  # type: ignore[misc]
+        self.objective = objective_rows.Objective(name)
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+    ) -> Any:
+        """Return the objective's rows of the texts."""
+        documents = corpus(tokenizer) if corpus else tokenize(examples.texts(), tokenizer)
+        return self.objective.rows(documents, tokenizer, seq_len, seed=seed, packing="segments", shuffle=shuffle)
+
+    def stage_rows(
+        self,
+        model: ModelConfig,
+        text: Text,
+        split: str,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        cache: Path,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        needed: int = 0,
+    ) -> Any:
+        """Return the objective's rows of the texts, which may be prepared, or mixed by weight."""
+        objective_rows.check(self.name, model.architecture, model.next_sentence)
+        return text.rows(
+            split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed, objective=self.objective
+        )
+
+    def check_model(self, model: ModelConfig, where: str) -> None:
+        """Check that the model has the head and learns the objective."""
+        super().check_model(model, where)
+        objective_rows.check(self.name, model.architecture, model.next_sentence)
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
+        """Measure all rows of the held-out texts."""
+        tokenizer = tokenizers.load(artifact.tokenizer_dir)
+        rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False)
+        step, metrics = scored(self, artifact, rows, setup, tuple(self.objective.sentinels(tokenizer)))
+        protocol = f"{held.split} split, {len(held.examples)} examples in {len(rows)} rows of {setup.seq_len} tokens, "
+        return timed(self, f"{protocol}{self.asked}, {setup.dtype}", metrics, artifact, rows, step, setup)
+
+
+class Causal(TextObjective):
+    """The next token of a decoder; measured by sliding windows over each text alone."""
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
+        """Measure perplexity of the held-out texts per token, word and byte."""
+        tokenizer = tokenizers.load(artifact.tokenizer_dir)
+        texts = list(held.examples.texts())
+        return sliding(self, artifact, held, setup, tokenizer, texts, held.corpus(tokenizer))
+
+
+def sliding(
+    task: Language,
+    artifact: Artifact,
+    held: Held,
+    setup: Setup,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    documents: Any,
+    given: list[int] | None = None,
+) -> Measured:
+    """Measure a decoder's perplexity of documents.
+
+    Args:
+      task: whose step is timed.
+      artifact: the decoder.
+      held: the held-out examples.
+      setup: context, stride and batch.
+      tokenizer: the artifact's.
+      texts: what is scored, for its words and bytes.
+      documents: token ids by number.
+      given: tokens at the beginning of each document that are context alone (prompts of completions).
+    """
+    # A model that never saw BOS before a text knows nothing about first tokens.
+    prefix = tokenizer.bos_id if tokenizer.add_bos else None
+    nll, tokens = likelihood.total_nll(
+        artifact.model,
+        artifact.params,
+        documents,
+        prefix,
+        context=setup.seq_len,
+        stride=setup.stride,
+        batches=setup.batches(),
+        given=given,
+        dtype=setup.dtype,
+    )
+    protocol = likelihood.Protocol(
+        held.split,
+        len(texts),
+        setup.seq_len,
+        setup.stride,
+        setup.dtype,
+        first=given is not None or prefix is not None,
+        unit="document" if given is None else "completion",
+    )
+    full = np.ones((setup.batch_size, setup.seq_len), np.int32)
+    inputs = {
+        "tokens": full,
+        "targets": full,
+        "weights": full.astype(np.float32),
+        "segments": full,
+        "positions": full * np.arange(setup.seq_len, dtype=np.int32),
+    }
+    single, batched = programs(task.scorer(artifact.model, setup.dtype), artifact.params, inputs, setup.mesh)
+    units = {"tokens_per_second": setup.batch_size * setup.seq_len}
+    metrics = likelihood.metrics(nll, likelihood.count(texts, tokens))
+    return Measured(task.title, str(protocol), metrics, single, batched, units)
+
+
+CAUSAL = Causal("causal", "perplexity", "")
+MASKED = TextObjective("masked", "masked tokens", "15 % of the tokens masked")
+NEXT_SENTENCE = TextObjective("next_sentence", "masked tokens", "15 % of the tokens masked, half of the pairs true")
+SPANS = TextObjective("spans", "spans", "15 % of the tokens dropped in spans of 3")
+PREFIX = TextObjective("prefix", "rest of a text", "the rest of each text after a prefix")

@@ -1,0 +1,74 @@
+"""Regression: one number per text, or per pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.config import DataConfig
+from llmctl.data.splits import Examples
+from llmctl.evaluate.metrics import regression
+from llmctl.evaluate.setup import Batch
+from llmctl.evaluate.tasks.base import Found, Options, Scored, Task
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums, number_sums, row_weight, soft_number_sums
+
+
+class Regress(Task):
+    """Squared error; errors in the label's unit and correlations."""
+
+    name = "regress"
+    head = "regress"
+    title = "regression"
+    label_type = "number"
+    peft_type = "SEQ_CLS"
+    problem_type = "regression"
+
+    def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:
+        """Check that labels are numbers."""
+        if data.label_type != self.label_type:
+            raise RequestError('task regress: labels are numbers; set data.label_type = "number"')
+
+    def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
+        """Return the squared error of answers [B]."""
+        return number_sums(y, batch["label"], row_weight(batch, batch["label"]))
+
+    def soft_score(
+        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
+    ) -> tuple[jax.Array, Sums]:
+        """Return the squared error to the teacher's answers [B], mixed with that to the labels."""
+        return soft_number_sums(teacher, y, batch["label"], row_weight(batch, y), hard)
+
+    def check_examples(self, artifact: Artifact, examples: Examples) -> None:
+        """Check that labels are numbers."""
+        if examples.classes:
+            raise RequestError(f'{artifact.path}: predicts numbers; set data.label_type = "number"')
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return (params, batch) -> the number [B]."""
+
+        @jax.jit
+        def predict(params: functional.Params, batch: Batch) -> jax.Array:
+            x_BTD = functional.hidden(model, params, batch, dtype=dtype)
+            return functional.outputs(model, params, x_BTD, batch, dtype)
+
+        return predict
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+        """Return errors and correlations."""
+        pairs = [(batch["label"], predicted) for batch, predicted in found]
+        truth_N, predicted_N = map(np.concatenate, zip(*pairs, strict=True))
+        return regression.scores(truth_N, predicted_N), (truth_N, predicted_N)
+
+    def hf_fields(self, model: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
+        """Return one nameless label and the problem type."""
+        return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": self.problem_type}
+
+
+TASK = Regress()

@@ -1,0 +1,153 @@
+"""Extractive question answering: the span of a context that answers a question (SQuAD, arXiv:1606.05250).
+
+Shapes: B rows, T tokens per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.config import Truncate
+from llmctl.data.examples.extractive_qa import AnswerRows
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate.metrics import squad
+from llmctl.evaluate.setup import READ, Batch, Held, Setup
+from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored, Task
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums, class_sums, only, row_weight, soft_class_sums
+
+LONGEST = 200
+"""Characters of an answer at most. A limit in tokens would differ between tokenizers."""
+
+
+class Span(Task):
+    """Cross-entropy of the first and the last token of the answer; exact match and F1 of the best span."""
+
+    name = "span"
+    head = "span"
+    title = "answers"
+    columns = ("context", "question", "answers")
+    columns_read = columns
+    reads = (*READ, "among", "first", "last")
+    peft_type = "QUESTION_ANS"
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+    ) -> AnswerRows:
+        """Return a question and one window of its context per row."""
+        return AnswerRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+
+    def reading_rows(
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
+    ) -> AnswerRows:
+        """Return questions and contexts; answers are not needed."""
+        return self.rows(model, examples, tokenizer, seq_len, shuffle=False)
+
+    def best(self, labels: Sequence[str] = ()) -> str:
+        """Return accuracy: the mean over first and last tokens."""
+        return "accuracy"
+
+    def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
+        """Return the cross-entropy of logits [B, T, 2] over the tokens where an answer may begin or end."""
+        smoothing, z = options.label_smoothing, options.z_loss
+        return ends(lambda k, at, weight: class_sums(y[..., k], at, weight, smoothing, z, batch["among"]), batch)
+
+    def soft_score(
+        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
+    ) -> tuple[jax.Array, Sums]:
+        """Return the softened divergence from the teacher's logits [B, T, 2], mixed with the cross-entropy."""
+
+        def one(k: int, at: jax.Array, weight: jax.Array) -> tuple[jax.Array, Sums]:
+            return soft_class_sums(teacher[..., k], y[..., k], at, weight, temperature, hard, batch["among"])
+
+        return ends(one, batch)
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return (params, batch) -> `best_span`."""
+
+        @jax.jit
+        def predict(params: functional.Params, batch: Batch) -> Any:
+            x_BTD = functional.hidden(model, params, batch, dtype=dtype)
+            return best_span(functional.outputs(model, params, x_BTD, batch, dtype), batch)
+
+        return predict
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
+        """Return exact match and F1 of the best span over all windows of a context.
+
+        If the data has questions without an answer, the first token's score twice is that of no answer.
+        """
+        asked = list(examples)
+        N = len(asked)
+        best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)
+        for batch, spans in found:
+            for n, score, begin, end, none in zip(batch["example"], *spans, strict=True):
+                none_N[n] = min(none_N[n], none)
+                if score > best_N[n]:
+                    best_N[n], span_N2[n] = score, (begin, end)
+        truth = [[text for text, _ in row["answers"]] for row in asked]
+        impossible = sum(not t for t in truth)
+        silent_N = (none_N > best_N) & (impossible > 0)
+        given = ["" if silent_N[n] else row["context"][slice(*span_N2[n])] for n, row in enumerate(asked)]
+        metrics = {
+            "exact_match": float(np.mean([squad.exact(g, t) for g, t in zip(given, truth, strict=True)])),
+            "answer_f1": float(np.mean([squad.f1(g, t) for g, t in zip(given, truth, strict=True)])),
+            "examples": N,
+            "unanswerable": impossible,
+            "windows": len(rows),
+        }
+        return metrics, None
+
+    def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: AnswerRows, metrics: dict[str, Any]) -> str:
+        """Return the windows, the longest answer, and how no answer is chosen."""
+        none = metrics["unanswerable"]
+        text = f"{held.split} split, {metrics['examples']} questions in {len(rows)} windows of {setup.seq_len} tokens "
+        text += f"that overlap by half, spans of at most {LONGEST} characters, SQuAD's normalization, {setup.dtype}"
+        return text + f", no answer where the first token scores more ({none} questions have none)" * (none > 0)
+
+
+def ends(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.Array, Sums]:
+    """Return the mean of `one`(0, start, weight) and `one`(1, end, weight)."""
+    weight_B = row_weight(batch, batch["start"])
+    first, last = (one(k, batch[name], weight_B) for k, name in enumerate(("start", "end")))
+    return jax.tree.map(lambda a, b: (a + b) / 2, first, last)
+
+
+def best_span(logits_BT2: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+    """Return (score, first character, last character + 1, score of no answer) of each row's best span, all [B].
+
+    A span begins and ends at tokens of the context, ends no earlier than it begins and has LONGEST characters at most.
+    Its score is the sum of its two logits; no answer is the first token, twice. A row without such a span scores -2e30.
+    """
+    start_BT, end_BT = (only(logits_BT2[..., k], batch["among"]) for k in (0, 1))
+    first_BT, last_BT = batch["first"], batch["last"]
+    T = first_BT.shape[1]
+    length_BTT = last_BT[:, None, :] - first_BT[:, :, None]
+    context_T = jnp.arange(T) > 0
+    fits_BTT = (length_BTT <= LONGEST) & (jnp.arange(T)[:, None] <= jnp.arange(T)) & context_T[:, None]
+    sums_BTT = jnp.where(fits_BTT, start_BT[:, :, None] + end_BT[:, None, :], -2e30)
+    best_B = sums_BTT.reshape(len(sums_BTT), -1).argmax(1)
+    rows_B = jnp.arange(len(best_B))
+    score_B = sums_BTT.reshape(len(sums_BTT), -1)[rows_B, best_B]
+    none_B = start_BT[:, 0] + end_BT[:, 0]
+    return score_B, first_BT[rows_B, best_B // T], last_BT[rows_B, best_B % T], none_B
+
+
+TASK = Span()
