@@ -66,9 +66,11 @@ def run(
 
     Example:
         >>> import tempfile
+        >>> from llmctl.evaluate.tasks.registry import default
         >>> work, cfg = tempfile.TemporaryDirectory(), ModelConfig(preset="llama-tiny", layers=1, vocab_size=64)
         >>> tensors = folders.tensors_of(cfg, functional.init(cfg, jax.random.key(0)))
-        >>> folders.save(Path(work.name) / "hf", folders.config_of(cfg, [], {}, "float32"), tensors)
+        >>> config = folders.config_of(cfg, default(cfg), [], {}, "float32")
+        >>> folders.save(Path(work.name) / "hf", config, tensors)
         >>> run(Path(work.name) / "hf", Path(work.name) / "artifact")["family"]
         'llama'
         >>> work.cleanup()
