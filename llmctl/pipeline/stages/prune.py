@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 STRUCTURED = "structured"
 """Method that removes whole parts; every other method is the name of a score."""
+PARTS = ("heads", "ffn", "layers")
+"""Fields that say how much structured pruning removes; each has the explicit forms keep_ and remove_."""
 
 
 def _method(name: str) -> str:
@@ -43,26 +45,61 @@ def _method(name: str) -> str:
 class Config(CalibrationConfig, StageConfig):
     """Prune a model: remove whole parts (structured), or set weights to zero by a score (magnitude, wanda, …)."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("method", "heads", "ffn", "layers", "sparsity", "pattern", "examples")
+    added: ClassVar[frozenset[str]] = frozenset({f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")})
+    common: ClassVar[tuple[str, ...] | None] = (
+        *("method", "keep_layers", "remove_layers", "keep_heads", "remove_heads", "keep_ffn", "remove_ffn"),
+        *("sparsity", "pattern", "examples"),
+    )
 
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), SCORES] = STRUCTURED
     """Method: structured removes heads, neurons and layers. Scores set single weights to zero: magnitude (absolute
     value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient), random."""
     heads: float = Field(default=0.0, ge=0)
-    """Structured: query heads per layer. Below 1: fraction to remove; from 1: number to keep; 0 keeps all."""
+    """Short form of keep_heads (from 1) and remove_heads (below 1); 0 keeps all."""
+    keep_heads: int = Field(default=0, ge=0)
+    """Structured: number of query heads to keep per layer."""
+    remove_heads: float = Field(default=0.0, ge=0, lt=1)
+    """Structured: fraction of the query heads to remove per layer."""
     heads_by: Literal["groups", "queries"] = "groups"
     """Structured: remove key/value heads with all their query heads, or query heads evenly from each of them."""
     ffn: float = Field(default=0.0, ge=0)
-    """Structured: neurons per feed-forward layer. Below 1: fraction to remove; from 1: number to keep."""
+    """Short form of keep_ffn (from 1) and remove_ffn (below 1); 0 keeps all."""
+    keep_ffn: int = Field(default=0, ge=0)
+    """Structured: number of neurons to keep per feed-forward layer."""
+    remove_ffn: float = Field(default=0.0, ge=0, lt=1)
+    """Structured: fraction of the neurons to remove per feed-forward layer."""
     multiple: int = Field(default=1, ge=1)
     """Structured: keep a multiple of this number of neurons (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
-    """Structured: layers. Below 1: fraction to remove; from 1: number to keep."""
+    """Short form of keep_layers (from 1) and remove_layers (below 1); 0 keeps all."""
+    keep_layers: int = Field(default=0, ge=0)
+    """Structured: number of layers to keep."""
+    remove_layers: float = Field(default=0.0, ge=0, lt=1)
+    """Structured: fraction of the layers to remove."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Scores: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
     pattern: str = "unstructured"
     """Scores: unstructured, or N:M (such as 2:4) to keep N of every M inputs, which implies the sparsity."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        """Write keep_layers = 3 as layers = 3 and remove_layers = 0.75 as layers = 0.75, so that the keys are equal."""
+        if not isinstance(given, dict):
+            return given
+        given = dict(given)
+        for part in PARTS:
+            forms = [name for name in (part, f"keep_{part}", f"remove_{part}") if given.get(name)]
+            if len(forms) > 1:
+                raise ValueError(f"{' and '.join(forms)}: say one of them")
+            if forms in ([], [part]):
+                continue
+            value, keeps = given[forms[0]], forms[0].startswith("keep_")
+            right = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if right and (isinstance(value, int) and value >= 1 if keeps else 0 < value < 1):
+                given[part] = float(given.pop(forms[0]))
+        return given
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
@@ -72,7 +109,7 @@ class Config(CalibrationConfig, StageConfig):
         if stray:
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}")
         if self.method == STRUCTURED and not (self.heads or self.ffn or self.layers):
-            raise ValueError("structured pruning needs at least one of heads, ffn and layers")
+            raise ValueError("structured pruning needs at least one of heads, ffn and layers, such as keep_layers = 2")
         try:
             own = Pattern.parse(self.pattern, self.sparsity).sparsity
         except RequestError as e:
@@ -103,7 +140,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
         params = merged(base, reporter.say)
         if config.method == STRUCTURED:
-            model, params, found = _structured(config, base, params, devices, progress)
+            model, params, found = _structured(config, base, params, devices, progress, reporter.say)
         else:
             model, params, found = _unstructured(config, base, params, devices, ctx.work / "layers", progress)
     ctx.leave(
@@ -166,17 +203,31 @@ def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) 
     return target
 
 
+def sizes(config: Config, before: ModelConfig, after: ModelConfig) -> str:
+    """Return one line about what structured pruning does: the request, and each size before and after."""
+    fields = {"layers": "layers", "heads": "heads", "ffn": "d_ff"}
+    said = []
+    for part, field in fields.items():
+        asked, old, new = getattr(config, part), getattr(before, field), getattr(after, field)
+        if asked:
+            meaning = f"removes {asked:.3g} of all" if asked < 1 else "is the number to keep"
+            said.append(f"{part} = {asked:g} {meaning}: {old} → {new}")
+    return "; ".join(said)
+
+
 def _structured(
     config: Config,
     base: Artifact,
     params: dict[str, Any],
     devices: Any,
     progress: Callable[[LayerReport], None],
+    say: Callable[[str], None],
 ) -> Pruned:
     """Prune layers first, then widths, so that heads and neurons are scored on the inputs that they will have."""
     from llmctl.compress import calibration_data, structured
 
     model, target = base.model, _target(config, base, params, devices)
+    say(sizes(config, model, target))
     batches = calibration_data.load(config, base, devices)
     found: dict[str, Any] = {}
     how = {"progress": progress, "dtype": config.dtype}

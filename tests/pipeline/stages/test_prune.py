@@ -9,9 +9,11 @@ from pydantic import ValidationError
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
 from llmctl.compress import prune
+from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.model import weights
+from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import prune as stage
 from llmctl.pipeline.stages import quantize
 
@@ -95,6 +97,34 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
 def test_settings_that_contradict_one_another(settings, message):
     with pytest.raises(ValidationError, match=message):
         stage.Config(**settings)
+
+
+def test_what_to_keep_and_what_to_remove_have_a_setting_each():
+    """Three quarters removed and three kept read alike in the short form; the keys are those of the short form."""
+    for explicit, short in (
+        ({"keep_layers": 3}, {"layers": 3}),
+        ({"remove_layers": 0.75}, {"layers": 0.75}),
+        ({"keep_heads": 2, "remove_ffn": 0.5}, {"heads": 2, "ffn": 0.5}),
+    ):
+        assert keyed(stage.Config(**explicit)) == keyed(stage.Config(**short))
+    assert "keep_layers" not in keyed(stage.Config(layers=3))
+    for wrong, message in (
+        ({"keep_layers": 2, "layers": 0.5}, "layers and keep_layers: say one"),
+        ({"keep_layers": 0.75}, "keep_layers"),
+        ({"remove_layers": 3}, "remove_layers"),
+        ({"method": "wanda", "keep_ffn": 2}, "ffn: not for method 'wanda'"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            stage.Config(**wrong)
+
+
+def test_structured_pruning_says_what_it_did():
+    before, after = ModelConfig(preset="llama-tiny", layers=4), ModelConfig(preset="llama-tiny", layers=1, d_ff=64)
+    config = stage.Config(layers=0.75, keep_ffn=64)
+    d_ff = before.d_ff
+    assert stage.sizes(config, before, after) == (
+        f"layers = 0.75 removes 0.75 of all: 4 → 1; ffn = 64 is the number to keep: {d_ff} → 64"
+    )
 
 
 def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews):
