@@ -12,13 +12,35 @@ Entity = tuple[str, int, int]
 """Entity: type, index of the first word, index of the last word."""
 
 
+SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
+"""Letters of tagging schemes: IOB2 and IOBES, BILOU, BMES and BMEWO."""
+LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
+"""Letters that mean what one of "BIES" means: middle, last, unit and whole."""
+UNTYPED = "entity"
+"""Type of entities whose tags are letters alone, as in word segmentation."""
+
+
 def is_scheme(tags: Iterable[str]) -> bool:
     """Return True if the tags mark entities.
 
-    Each tag must be "O", or a letter of BIES, a dash and a type. At least one must differ from "O".
+    Each tag must be "O", or a letter of one of `SCHEMES`, a dash and a type. At least one must differ from "O". Letters
+    without a type count if there are three different ones at least, B among them.
+
+    >>> is_scheme(["O", "B-PER", "L-PER", "U-PER"]), is_scheme(["B", "M", "E", "S"]), is_scheme(["B", "E"])
+    (True, True, False)
     """
     tags = set(tags)
-    return bool(tags - {"O"}) and all(t == "O" or (t[:1] in "BIES" and t[1:2] == "-" and t[2:]) for t in tags)
+    marked = tags - {"O"}
+    if not any({tag[:1] for tag in marked} <= set(letters) for letters in SCHEMES):
+        return False
+    typed = all(t[1:2] == "-" and t[2:] for t in marked)
+    return bool(marked) and (typed or (all(len(t) == 1 for t in marked) and "B" in tags and len(tags) >= 3))
+
+
+def parsed(tag: str) -> tuple[str, str]:
+    """Return the letter (of "OBIES") and the type that a tag of any scheme means; O has no type."""
+    letter, _, kind = tag.partition("-")
+    return LETTER.get(letter, letter), "" if tag == "O" else kind or UNTYPED
 
 
 def marks(labels: Sequence[str]) -> np.ndarray | None:
@@ -29,8 +51,9 @@ def marks(labels: Sequence[str]) -> np.ndarray | None:
     """
     if not is_scheme(labels):
         return None
-    kinds = sorted({tag[2:] for tag in labels})
-    return np.array([("OBIES".index(tag[0]), kinds.index(tag[2:])) for tag in labels], np.int32)
+    found = [parsed(tag) for tag in labels]
+    kinds = sorted({kind for _, kind in found})
+    return np.array([("OBIES".index(letter), kinds.index(kind)) for letter, kind in found], np.int32)
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:
@@ -38,12 +61,15 @@ def entities(tags: Sequence[str]) -> set[Entity]:
 
     An entity begins at B- and S-. It also begins at I- and E- if the previous tag is O, ends an entity (E-, S-) or has
     another type. For example, "I-PER" after "O" begins one. It ends before the next beginning or O. This is the lenient
-    interpretation of conlleval and of seqeval's default.
+    interpretation of conlleval and of seqeval's default. L- counts as E-, M- as I-, U- and W- as S-.
+
+    >>> sorted(entities(["B-PER", "L-PER", "O", "U-LOC", "B-ORG", "M-ORG", "E-ORG"]))
+    [('LOC', 3, 3), ('ORG', 4, 6), ('PER', 0, 1)]
     """
     found: set[Entity] = set()
     begun, last = -1, ("O", "")
     for n, tag in enumerate([*tags, "O"]):
-        letter, _, kind = tag.partition("-")
+        letter, kind = parsed(tag)
         begins = letter in ("B", "S") or (letter != "O" and (last[0] in ("O", "E", "S") or kind != last[1]))
         if begun >= 0 and (begins or letter == "O"):
             found.add((last[1], begun, n - 1))

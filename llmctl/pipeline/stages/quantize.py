@@ -87,6 +87,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
     worst = max(errors, key=lambda path: errors[path])
     say(f"{len(errors)} weights to {config.scheme_name}; largest relative error {errors[worst]:.2%} ({worst})")
+    for line in left_out(params, base.manifest.parameters):
+        say(line)
     ctx.leave(
         config,
         params,
@@ -102,6 +104,22 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         },
         tokenizer_dir=base.tokenizer_dir,
     )
+
+
+def left_out(params: dict[str, Any], parameters: int) -> list[str]:
+    """Return a line for each kind of matrix that is not quantized: its share of the weights, and the setting."""
+    from llmctl.model import weights
+
+    lines = []
+    for place, setting, what in (
+        ("embedding", "embeddings", "the embeddings"),
+        ("head", "head", "the output projection and task head"),
+    ):
+        plain = [m.weight for m in weights.matrices(params, place) if not m.node.is_integer]
+        if plain:
+            share, dtype = sum(w.size for w in plain) / parameters, plain[0].dtype
+            lines.append(f"{what} ({share:.1%} of the weights) stay {dtype}; {setting} = true quantizes them too")
+    return lines
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:

@@ -36,6 +36,27 @@ def test_entity_scores_by_hand():
     assert not entities.is_scheme(["O"]) and not entities.is_scheme(["B", "O"])
 
 
+def test_bilou_and_bmes_mark_what_iobes_marks():
+    """Worked out by hand: L ends as E does, U and W stand alone as S does, M is inside as I is."""
+
+    def found(tags):
+        return sorted(entities.entities(tags.split()))
+
+    assert found("B-P L-P U-P I-P") == [("P", 0, 1), ("P", 2, 2), ("P", 3, 3)]
+    assert found("O B-P I-P L-P B-P U-L O") == [("L", 5, 5), ("P", 1, 3), ("P", 4, 4)]
+    assert found("B-P M-P M-P E-P S-P M-L") == [("L", 5, 5), ("P", 0, 3), ("P", 4, 4)]
+    assert found("B-P E-P W-P") == [("P", 0, 1), ("P", 2, 2)]
+    assert found("B E S B M E") == [("entity", 0, 1), ("entity", 2, 2), ("entity", 3, 5)]  # words of Chinese
+    # there: P(0,1) P(2); named: P(0,1) P(2,3); right: P(0,1)
+    got = entities.scores([["B-P", "L-P", "U-P", "O"]], [["B-P", "L-P", "B-P", "L-P"]])
+    assert (got["entity_precision"], got["entity_recall"], got["entity_f1"]) == (1 / 2, 1 / 2, 1 / 2)
+    for labels in ("B-P I-P L-P U-P O", "B-P M-P E-P S-P O", "B-P M-P E-P W-P O", "B M E S", "B I O"):
+        assert entities.is_scheme(labels.split()), labels
+    for labels in ("B-P L-P E-P O", "N V A", "B O", "B- O", "B I-P O", "X-P O"):
+        assert not entities.is_scheme(labels.split()), labels
+    assert np.array_equal(entities.marks(["O", "B-P", "L-P", "U-P", "I-P"])[:, 0], [0, 1, 3, 4, 2])
+
+
 def test_answers_are_compared_as_squad_compares_them():
     assert squad.normal("  The Cat's an  (old) Hat! ") == "cats old hat"
     assert squad.exact("The cat", ["dog", "cat."]) == 1 and squad.exact("cats", ["cat"]) == 0
@@ -77,7 +98,14 @@ def test_ranks_by_hand():
     assert embed.ranks(np.ones((2, 2)), np.ones((4, 2)), np.array([0, 3])).tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("labels", [["O", "B-P", "I-P", "B-L", "I-L"], ["O", "B-X", "I-X", "E-X", "S-X", "I-Y"]])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["O", "B-P", "I-P", "B-L", "I-L"],
+        ["O", "B-X", "I-X", "E-X", "S-X", "I-Y"],
+        ["O", "B-X", "I-X", "L-X", "U-X", "I-Y"],
+    ],
+)
 def test_entities_counted_on_devices_are_those_of_words(labels):
     rng = np.random.default_rng(0)
     truth_BT, said_BT = rng.integers(0, len(labels), (2, 64, 12))

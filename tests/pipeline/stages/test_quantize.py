@@ -52,6 +52,19 @@ def test_integers_in_the_artifact(artifacts, tmp_path, settings, type_, most):
     assert made.manifest.labels == ["neg", "pos"]
 
 
+def test_what_stays_as_it_is_has_a_line_with_its_setting(artifacts, tmp_path, capsys):
+    """8 bits a weight was followed by 27.5 bits on average, with no word about the embeddings."""
+    base = artifact.load(artifacts / "classifier")
+    sizes = {p: w.size / base.manifest.parameters for p, w in weights.flatten(base.params).items()}
+    run(artifacts, tmp_path, "classifier")
+    said = " ".join(capsys.readouterr().err.split())
+    share = f"({sizes['embed/tokens']:.1%} of the weights)"
+    assert f"the embeddings {share} stay float32; embeddings = true quantizes them too" in said
+    assert f"task head ({sizes['head/out/kernel']:.1%} of the weights) stay float32; head = true" in said
+    run(artifacts, tmp_path / "whole", "classifier", embeddings=True, head=True)
+    assert "stay float32" not in capsys.readouterr().err
+
+
 def test_int4_is_half_of_int8_on_disk(tmp_path, artifacts):
     """Values that do not compress, so that the bytes are those of the numbers."""
     base = artifact.load(artifacts / "lm")
