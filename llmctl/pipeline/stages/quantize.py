@@ -110,11 +110,12 @@ def left_out(params: dict[str, Any], parameters: int) -> list[str]:
     """Return a line for each kind of matrix that is not quantized: its share of the weights, and the setting."""
     from llmctl.model import weights
 
-    lines = []
-    for place, setting, what in (
+    kinds: list[tuple[Literal["embedding", "head"], str, str]] = [
         ("embedding", "embeddings", "the embeddings"),
         ("head", "head", "the output projection and task head"),
-    ):
+    ]
+    lines = []
+    for place, setting, what in kinds:
         plain = [m.weight for m in weights.matrices(params, place) if not m.node.is_integer]
         if plain:
             share, dtype = sum(w.size for w in plain) / parameters, plain[0].dtype
