@@ -1,7 +1,7 @@
-"""Frozen, strict configuration classes: the one place where a setting has its name, type, default and meaning.
+"""Define frozen, strict settings classes. A setting's name, type, default and meaning are written only there.
 
-TOML in, frozen models out. Whatever is wrong ends as one line that names the file, the path inside it as `--set` would
-write it, the problem, and the word that was probably meant.
+TOML is validated into frozen models. An error is one line with the file, the path inside it as for `--set`, the
+problem, and the word that was probably meant.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Config(BaseModel):
     )
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
-    """Fields that cannot change the result (mesh, logging); left out of a stage's key."""
+    """Fields that cannot change the result (mesh, logging); a stage's key omits them."""
     added: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are younger than released recipes; left out of a stage's key while they have their default."""
+    """Fields that are newer than released recipes; a stage's key omits them while they have their default."""
     deciding: ClassVar[tuple[str, ...]] = ()
     """Fields that decide the defaults of the others (a preset): see `_filled`."""
     heading: ClassVar[str] = ""
@@ -44,10 +44,10 @@ class Config(BaseModel):
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The TOML file as a dict.
+    """Return the TOML file as a dict.
 
     Raises:
-      RequestError: there is no such file, it cannot be read, or it is not TOML (with the line).
+      RequestError: the file is missing, unreadable, or not TOML (with the line).
     """
     file = Path(path)
     try:
@@ -62,23 +62,23 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) -> C:
-    """`values` as a `cls`: types as TOML gave them (no "3" for 3, no true for 1), and no key that `cls` does not have.
+    """Return `values` as a `cls`. Types are strict (no "3" for 3, no true for 1), and unknown keys are errors.
 
     Args:
       cls: the settings class.
       values: nested dicts and lists, as read from TOML.
-      place: from the dotted path inside `values` (empty for the whole) to what an error starts with, such as
-        `demo.toml: stage.2.train.steps (prune)` or `--train.steps`.
+      place: returns the beginning of an error, such as `demo.toml: stage.2.train.steps (prune)` or `--train.steps`,
+        from the dotted path inside `values` (empty for all of it).
 
     Raises:
-      RequestError: one line with the first problem: the place, what was expected, a near match.
+      RequestError: one line with the first problem: its place, the expected value, and a similar word.
     """
     try:
-        # The JSON mode is the strict one that still takes a list for a tuple and a string for a path.
+        # The JSON mode is strict, but it accepts a list for a tuple and a string for a path.
         return cls.model_validate_json(json.dumps(_filled(cls, values), default=str), strict=True)
     except ValidationError as e:
         errors = e.errors(include_url=False)
-        # A misspelt key often causes a second error elsewhere: name the key.
+        # A misspelt key often causes a second error elsewhere, so report the key first.
         first = next((x for x in errors if x["type"] == "extra_forbidden"), errors[0])
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         place_of_first = place(".".join(str(part) for part in first["loc"]))
@@ -86,7 +86,7 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
 
 
 def parse_value(text: str) -> Any:
-    """`text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"); what is not one is a string."""
+    """Parse `text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"). Other text is returned as a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -95,7 +95,7 @@ def parse_value(text: str) -> Any:
 
 
 def spelled(value: Any) -> str:
-    """`value` (JSON data) as TOML on one line; what `parse_value` reads."""
+    """Format `value` (JSON data) as TOML on one line, as `parse_value` reads it."""
     if isinstance(value, dict):
         pairs = (f"{k if k.replace('_', 'a').isalnum() else json.dumps(k)} = {spelled(v)}" for k, v in value.items())
         return f"{{ {', '.join(pairs)} }}" if value else "{}"
@@ -105,10 +105,10 @@ def spelled(value: Any) -> str:
 
 
 def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
-    """Sets `values[path[0]][path[1]]… = value`, making tables on the way.
+    """Set `values[path[0]][path[1]]… = value`, and create missing tables.
 
     Raises:
-      RequestError: something on the way is not a table.
+      RequestError: an existing value on the path is not a table.
     """
     for part in path[:-1]:
         values = values.setdefault(part, {})
@@ -118,7 +118,7 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
-    """`above` over `below`. Tables that are settings classes of `cls` merge key by key; any other table is a value."""
+    """Override `below` by `above`. Tables that are settings classes of `cls` merge key by key; others are replaced."""
     out = copy.deepcopy(below)
     for key, value in above.items():
         inner = section(cls, key)
@@ -130,12 +130,12 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
 
 
 def field_names(cls: type[Config]) -> list[str]:
-    """The keys of `cls` as people write them (`from`, not `parent`)."""
+    """Return the keys of `cls` as in TOML (`from`, not `parent`)."""
     return [f.alias or name for name, f in cls.model_fields.items()]
 
 
 def section(cls: type[Config], key: str) -> type[Config] | None:
-    """The settings class behind `key` of `cls`, if it is one (also where it may be absent: `Section | None`)."""
+    """Return the settings class of the field `key` of `cls`, also of `Section | None`; None for other fields."""
     for name, field in cls.model_fields.items():
         if key in (name, field.alias):
             return _config_in(field.annotation)
@@ -143,7 +143,7 @@ def section(cls: type[Config], key: str) -> type[Config] | None:
 
 
 def hint(word: str, known: list[str]) -> str:
-    """`, did you mean …?` where a known word is near; else nothing."""
+    """Return `, did you mean …?` if a known word is similar, else an empty string."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
@@ -167,10 +167,10 @@ def keyed(value: Any) -> Any:
 
 
 def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` where a section that is given in part keeps what the field's default says of the rest.
+    """Fill sections that are given in part with the values of the field's default.
 
-    `train: TrainConfig = TrainConfig(steps=300)` means 300 steps also when somebody writes `train.batch_size = 8`. Of a
-    section with deciding fields only those are kept, unless one of them is given: they bring the others along.
+    `train: TrainConfig = TrainConfig(steps=300)` means 300 steps also if `train.batch_size = 8` is given. In a section
+    with deciding fields only those are filled, unless one of them is given, because they decide the others.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():
@@ -195,7 +195,7 @@ def _config_in(annotation: Any) -> type[Config] | None:
 
 
 def _class_at(cls: type[Config], path: tuple[Any, ...]) -> type[Config] | None:
-    """The settings class that the inside of `path` belongs to; list indices and the like are stepped over."""
+    """Return the settings class that contains the last key of `path`. Keys that name no section are skipped."""
     at: type[Config] | None = cls
     for part in path:
         if not isinstance(part, str) or at is None:

@@ -1,4 +1,4 @@
-"""What people write about their data: where it lies, which columns count, how it is split, how it becomes tokens."""
+"""Settings of data: sources, columns, splits and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from llmctl.data.sources import SOURCES
 
 Split = Literal["train", "validation", "test"]
 Packing = Literal["segments", "concat", "fit"]
-"""How documents share rows: `llmctl.data.pretraining.packing`."""
+"""Packing method of documents into rows; see `llmctl.data.pretraining.packing`."""
 Truncate = Literal["tail", "head_tail"]
-"""What a text too long keeps: its beginning, or its beginning and its end."""
+"""Truncation of long texts: cut the tail, or keep both ends."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "context", "question")
-"""Canonical columns that hold text. The first that there is decides a row's split, so a passage and all that is asked
-about it are in one."""
+"""Canonical columns that hold text. The first one in a row decides its split, so that a context and all of its
+questions are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers")
 """All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
-"""Columns that are taken unasked only where all of a set are there: alone they may mean anything."""
+"""Sets of columns that are mapped by default only if all of the set are present. Alone they may mean anything."""
 
 Scalar = str | bool | int | float
 
 
 class SourceConfig(Config):
-    """One place that rows come from, and how its columns map to ours."""
+    """One source of rows, and the mapping of its columns."""
 
     heading: ClassVar[str] = "Data"
     common: ClassVar[tuple[str, ...] | None] = ("source", "path", "columns")
@@ -36,36 +36,36 @@ class SourceConfig(Config):
     """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set, or
     the tokens that `llmctl prepare` wrote."""
     path: str = ""
-    """File, glob (`reviews/*.csv`) or a file inside an installed package (`pkg:NAME/path`); local or `gs://` alike.
-    Sources hf and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
+    """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. Sources hf
+    and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
-    """Source tfds: name of the data set, with config and version if wanted (`glue/sst2:2.0.0`)."""
+    """Source tfds: name of the data set, optionally with config and version (`glue/sst2:2.0.0`)."""
     split: str = "train"
-    """Sources tfds and hf: which of their splits to read; tfds may slice and add (`train[:80%]+test`)."""
+    """Sources tfds and hf: split of the data set to read. tfds can slice and add (`train[:80%]+test`)."""
     data_dir: str = ""
-    """Source tfds: where data sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    """Source tfds: folder of the data sets; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     download: bool = False
-    """Source tfds: download and prepare the data set if it is not there."""
+    """Source tfds: download and prepare the data set if it is missing."""
     columns: dict[str, str] = {}
-    """Our column = their column, such as {text = "review"}; empty takes what is called as ours: text, pair, prompt,
-    completion, label; tokens (words) and tags (a label each), both lists; context, question and answers as SQuAD has
-    them, {text = [...], answer_start = [...]}, empty lists where there is no answer."""
+    """Map of canonical to source columns, such as {text = "review"}; empty uses columns with canonical names. These are
+    text, pair, prompt, completion, label; the lists tokens (words) and tags (one label per word); context, question and
+    answers in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if there is no answer."""
     filter: dict[str, Scalar | list[Scalar]] = {}
-    """Keeps the rows whose column (their name) has this value, or one of these values."""
+    """Keep only rows whose column (in the source's naming) has this value, or one of these values."""
     replace: dict[str, str] = {}
-    """Substrings replaced in every text column, in this order."""
+    """Substrings to replace in every text column, in this order."""
     documents: Literal["file", "line", "paragraph"] = "file"
-    """Source text: what one document is. Paragraphs are separated by blank lines."""
+    """Source text: unit of one document. Blank lines separate paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
-    """Source csv: the character between fields."""
+    """Source csv: character between fields."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the training rows of a mixture, relative to the other weights."""
     epochs: float = Field(default=0.0, ge=0)
-    """How often training may read this source; then it is used up. 0 is endless."""
+    """Maximum number of passes of training over this source; 0 means no limit."""
 
     @property
     def title(self) -> str:
-        """The source in messages."""
+        """Return the name of the source in messages."""
         return self.path or self.name or self.source
 
     def inputs(self) -> list[str]:
@@ -78,12 +78,12 @@ class SourceConfig(Config):
 
 
 class DataConfig(SourceConfig):
-    """The data of a stage: one source or a mixture, its labels, its splits."""
+    """Data of a stage: one source or a mixture, labels and splits."""
 
     added: ClassVar[frozenset[str]] = frozenset({"label_separator"})
 
     mixture: list[SourceConfig] = []
-    """Several sources instead of the one above, each with a weight."""
+    """List of several sources, each with a weight, instead of one source."""
     classes: list[str] = []
     """Label values in the order of their class indices. Empty takes the distinct values, sorted, or in the order in
     which the data set declares their names (sources tfds, hf, parquet). Listed numbers keep the numbers."""
@@ -111,20 +111,20 @@ class DataConfig(SourceConfig):
         return self
 
     def parts(self) -> list[SourceConfig]:
-        """The sources, one or many."""
+        """Return the sources: those of the mixture, or this one."""
         return list(self.mixture) or [self]
 
     def inputs(self) -> list[str]:
-        """Files that are read, over all sources.
+        """Return the files that are read, over all sources.
 
         Raises:
-            RequestError: a path that leads to no file.
+          RequestError: a path matches no file.
         """
         return [path for part in self.mixture for path in part.inputs()] if self.mixture else super().inputs()
 
 
 class TokenizerConfig(Config):
-    """How text becomes token ids: trained on the corpus, or given."""
+    """Settings of the tokenizer: trained on the corpus, or given."""
 
     heading: ClassVar[str] = "Tokenizer"
     common: ClassVar[tuple[str, ...] | None] = ("kind", "path", "vocab_size")
@@ -133,23 +133,23 @@ class TokenizerConfig(Config):
     """Algorithm of the tokenizer that is trained (SentencePiece, arXiv:1808.06226, with byte fallback); bytes needs no
     training."""
     path: str = ""
-    """Take this tokenizer (tokenizer.json or SentencePiece model, or a folder with one) instead of training."""
+    """Tokenizer to use instead of training one: tokenizer.json, a SentencePiece model, or a folder with one."""
     vocab_size: int = Field(default=4096, ge=264)
-    """Tokens, the special ones and 256 bytes included."""
+    """Number of tokens, including special tokens and 256 bytes."""
     sample: int = Field(default=10_000_000, ge=1000)
-    """Characters of the corpus to train on at most, drawn as whole documents by a fixed hash."""
+    """Maximum number of characters to train on. A fixed hash selects complete documents."""
     normalize: Literal["identity", "nfkc", "nfkc_lowercase"] = "identity"
-    """Text form before tokenization; identity decodes to exactly the text that was encoded."""
+    """Unicode normalization before tokenization; identity decodes to exactly the encoded text."""
     sentinels: int = Field(default=0, ge=0, le=1000)
-    """Extra ids `<extra_id_0>` and on, for span corruption."""
+    """Number of extra tokens `<extra_id_0>`, `<extra_id_1>`, … for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"
-    """Documents and prompts begin with a begin-of-sequence token; auto: yes if trained, as the file says if given."""
+    """Begin documents and prompts with a begin-of-sequence token. auto: yes if trained; as in the file if given."""
 
     def inputs(self) -> list[str]:
-        """Files of the given tokenizer; their content belongs to a stage's key.
+        """Return the files of the given tokenizer; their content belongs to a stage's key.
 
         Raises:
-            RequestError: a path that leads nowhere.
+          RequestError: the path matches no file.
         """
         if not self.path:
             return []

@@ -1,4 +1,4 @@
-"""Results of an evaluation as tables: for people in a terminal and for a file that is read later.
+"""Format the results of an evaluation as tables, for a terminal and for a Markdown file.
 
 A result is {"artifact", "digest", "task", "protocol", "metrics": {}} with the artifact's {"stage", "parameters",
 "weight_bytes", "bytes", "sparsity", "bits"}. An artifact with several results (one per task) is one line of a table.
@@ -28,7 +28,7 @@ _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def lines(results: Sequence[Result]) -> list[Result]:
-    """One flat record an artifact, in the order of the results; metrics of all its tasks side by side."""
+    """Return one flat record per artifact, with the metrics of all its tasks, in the order of the results."""
     merged: dict[str, Result] = {}
     for result in results:
         flat = {k: v for k, v in result.items() if k not in ("metrics", "task", "protocol")}
@@ -37,7 +37,7 @@ def lines(results: Sequence[Result]) -> list[Result]:
 
 
 def determined(results: Sequence[Result]) -> list[Result]:
-    """Return the results without what differs when equal weights are measured again: times and bytes on disk."""
+    """Return the results without values that vary between measurements of equal weights: times and bytes on disk."""
 
     def same(name: str) -> bool:
         record = find(name)
@@ -51,8 +51,8 @@ def cells(results: Sequence[Result], wide: bool = True) -> tuple[list[str], list
     """Return the headings and rows of the table as text; a missing value is a dash.
 
     Args:
-      results: what was measured.
-      wide: whether there is room for more than about 100 characters; else the stage and some metrics are left out.
+      results: results to show.
+      wide: whether more than about 100 characters fit; if not, the stage and some metrics are omitted.
     """
     records = lines(results)
     there = {k for r in records for k, v in r.items() if v is not None}
@@ -80,12 +80,12 @@ def headline(result: Result) -> str:
 
 
 def protocols(results: Sequence[Result]) -> list[str]:
-    """What was measured and how, once each: a number without these words cannot be compared."""
+    """Return the distinct protocols of the results, each with its task. Numbers compare only under one protocol."""
     return list(dict.fromkeys(f"{r['task']}: {r['protocol']}" for r in results))
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The table as Markdown with the protocols and the digests of the scored weights under it."""
+    """Return the table as Markdown, followed by the protocols and the digests of the scored weights."""
     head, body = cells(results)
     table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *body)]
     digests = [f"- `{r['artifact']}`: `{r['digest']}`" for r in lines(results)]
@@ -94,7 +94,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def table(results: Sequence[Result], title: str = "") -> Table:
-    """The table for a terminal, protocols as its caption."""
+    """Return the table for a terminal, with the protocols as its caption."""
     from rich.table import Table
 
     head, body = cells(results, wide=False)

@@ -1,4 +1,4 @@
-"""The trade-off of a chain as a picture: how good every artifact is against the bytes it takes."""
+"""Plot the quality of all artifacts of a run against their size and speed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _INK, _QUIET, _LINE, _POINT = "#1b1f24", "#6e7781", "#d0d7de", "#0b6bcb"
 def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
     """Write a PNG of quality against bytes, with a 95 % interval if the results have one.
 
-    Quality is the first metric of the registry that any artifact has and a run's closing table shows. A second picture
-    shows it against the examples per second, if those were measured.
+    Quality is the first metric of the registry that any artifact has and that a run's closing table shows. A second
+    plot shows it against the examples per second, if those were measured.
 
     Returns:
-      Whether there was anything to draw.
+      True if the results have values to plot.
 
     Raises:
       ImportError: matplotlib (the `demo` extra) is not installed.
@@ -50,8 +50,8 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
 
     name, (low, high) = metric.name, (f"{metric.name}_low", f"{metric.name}_high")
     xs, ys = [r[x] for r in records], [r[name] for r in records]
-    ax.plot(xs, ys, color=_LINE, linewidth=1.2, zorder=1)  # the order of the chain
-    judged = [r for r in records if low in r]  # words of one text are no independent examples: no interval
+    ax.plot(xs, ys, color=_LINE, linewidth=1.2, zorder=1)  # in the order of the stages
+    judged = [r for r in records if low in r]  # no interval for words, which are not independent
     if judged:
         off = [[r[name] - r[low] for r in judged], [r[high] - r[name] for r in judged]]
         at = [r[x] for r in judged], [r[name] for r in judged]
@@ -63,7 +63,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
     ax.margins(x=0.18, y=0.16)
     middle = (min(xs) * max(xs)) ** 0.5
     for at, record in enumerate(records):
-        above, left = at % 2 == 0, record[x] > middle  # labels grow inwards, neighbours in the chain to different sides
+        above, left = at % 2 == 0, record[x] > middle  # labels extend inwards, neighbours to different sides
         ax.annotate(
             record["artifact"],
             (record[x], record[name]),
@@ -76,7 +76,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
         )
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    if max(xs) < 20 * min(xs):  # within about a decade the powers of ten alone would leave the axis bare
+    if max(xs) < 20 * min(xs):  # powers of ten are too few ticks within about a decade
         ax.set_xticks(_ticks(min(xs), max(xs)))
     label = "bytes of weights" if x == "weight_bytes" else METRICS[x].unit
     ax.set_xlabel(f"{label} (log scale)", color=_QUIET)
@@ -91,7 +91,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """The 1-2-5 numbers from just below `low` to just above `high`."""
+    """Return the numbers 1, 2 and 5 times powers of ten from just below `low` to just above `high`."""
     out, power = [], 1.0
     while power * 10 <= low:
         power *= 10
@@ -102,7 +102,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """1200 -> 1.2k, 3.5e6 -> 3.5M."""
+    """Format a number with a unit prefix: 1200 -> 1.2k, 3.5e6 -> 3.5M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:g}{unit}"
