@@ -1,1 +1,1 @@
-"""Measuring artifacts: what a model gets right, how well it predicts text, how fast it is."""
+"""Evaluation of artifacts: tasks, metrics, speed, and reports."""

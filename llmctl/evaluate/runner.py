@@ -1,4 +1,4 @@
-"""An evaluation: every artifact scored, then all of them timed in turn, and one result each."""
+"""Evaluate artifacts: score each of them, then time all of them in alternation, and return one result per task."""
 
 from __future__ import annotations
 
@@ -28,9 +28,18 @@ def results(
     work: Path,
     say: Callable[[str], None],
 ) -> list[Result]:
-    """Measures the artifacts `chosen` (name -> folder) on `examples`, whose tokens are kept in the folder `work`.
+    """Measure artifacts on held-out examples.
 
-    Raises RequestError where an artifact cannot be measured, before any is.
+    Args:
+      config: tasks, metrics, batches and speed.
+      chosen: folder of each artifact, by name.
+      examples: held-out examples.
+      mesh: the devices.
+      work: folder for tokenized examples.
+      say: called with one line per result.
+
+    Raises:
+      RequestError: an artifact cannot be measured. This is checked before any is.
     """
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     asked = {name: [registry.TASKS[t] for t in config.tasks] or [registry.of(m)] for name, m in manifests.items()}
@@ -47,7 +56,7 @@ def results(
             measured = task.evaluate(there, held, setups[name])
             out.append(_result(name, manifests[name], measured))
             out[-1]["metrics"] |= further(config.metrics, measured, str(path))
-            if config.speed:  # keeps the weights of all artifacts in memory: they are timed in turn
+            if config.speed:  # this keeps the weights of all artifacts in memory, because they are timed in alternation
                 programs[str(len(programs))] = measured
             say(f"{name}: {headline(out[-1])}")
     if programs:
@@ -63,7 +72,7 @@ def further(names: Iterable[str], measured: Measured, where: str) -> dict[str, f
     """Compute the metrics `names` from a task's truth and predictions.
 
     Raises:
-      RequestError: the metric is no function of them, or the task has none.
+      RequestError: a metric has no function, or the task has no predictions.
     """
     found = {}
     for name in names:
@@ -84,7 +93,7 @@ def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
 
 
 def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: MeasureConfig) -> None:
-    """Add latency (seconds, batch 1) and throughput to the metrics; `programs` has the place of each in `out`."""
+    """Add latency (seconds, batch 1) and throughput to the metrics. `programs` has the order of `out`."""
     single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
     batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
     for name, result in zip(programs, out, strict=True):
@@ -96,7 +105,11 @@ def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: Measu
 
 
 def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
-    """How an artifact is measured by the stage's settings and its own. Raises RequestError where they contradict."""
+    """Return how an artifact is measured, from the stage's settings and the artifact's.
+
+    Raises:
+      RequestError: the settings contradict each other or the artifact.
+    """
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:
         raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")

@@ -1,4 +1,4 @@
-"""How artifacts are measured: the held-out examples, the settings, the outcome, and the loop over all rows."""
+"""Prepare a measurement: held-out examples, settings of an artifact, results, and the loop over all rows."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ from llmctl.model import functional
 Batch = dict[str, Any]
 
 KEPT = {"tail": "first", "head_tail": "first and last halves of"}
-"""What a protocol says is left of a long text."""
+"""Words of a protocol for the part of a long text that is read, by truncation."""
 
 
 class Held:
-    """The held-out examples, tokenized once for each tokenizer among the artifacts and kept in `folder`."""
+    """Held-out examples, tokenized once per tokenizer and cached in `folder`."""
 
     def __init__(self, examples: Examples, split: str, folder: Path) -> None:
         self.examples, self.split, self._folder = examples, split, folder
         self._corpora: dict[str, Corpus] = {}
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """The texts as tokens, in the order of the examples."""
+        """Return the tokens of the texts, in the order of the examples."""
         if tokenizer.digest not in self._corpora:
             folder = self._folder / tokenizer.digest[:16]
             self._corpora[tokenizer.digest] = cached(folder, self.examples.texts(), self.examples.digest, tokenizer)
         return self._corpora[tokenizer.digest]
 
     def pairs(self, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
-        """(prompt and completion as one document each, tokens of each prompt), tokenized apart as in training."""
+        """Return prompts with their completions as documents, and the number of tokens of each prompt.
+
+        Prompts and completions are tokenized separately, as in training.
+        """
         prompts = tokenizer.encode_batch(list(self.examples.texts("prompt")))
         completions = tokenizer.encode_batch(list(self.examples.texts("completion")))
         return [p + c for p, c in zip(prompts, completions, strict=True)], [len(p) for p in prompts]
@@ -50,7 +53,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure one artifact."""
+    """Settings to measure one artifact."""
 
     mesh: Mesh
     seq_len: int
@@ -66,25 +69,34 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """One task's outcome on one artifact."""
+    """Result of one task on one artifact."""
 
     task: str
     protocol: str
     metrics: dict[str, Any]
     single: Callable[[], object] = field(repr=False)
-    """Runs the model on one example and waits for it."""
+    """Run the model on one example, and block until it is done."""
     batched: Callable[[], object] = field(repr=False)
-    """Runs the model on one batch and waits for it."""
+    """Run the model on one batch, and block until it is done."""
     units: dict[str, int]
-    """What a batch holds, by the name of its rate: {"examples_per_second": 32}."""
+    """Number of units per batch by the name of their rate: {"examples_per_second": 32}."""
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
     """(truth, predictions) of all examples for `Metric.compute`: class names, or numbers; None if there are none."""
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
-    """Class index in the data -> class index of the artifact, by name.
+    """Map class indices of the data to those of the artifact, by name.
 
-    Raises RequestError where the data has no labels, or one that the classifier does not know.
+    Args:
+      classes: class names of the data.
+      names: class names of the artifact.
+      where: beginning of an error.
+
+    Returns:
+      The artifact's class index of each class of the data.
+
+    Raises:
+      RequestError: the data has no labels, or a label that the classifier does not know.
     """
     if not classes:
         raise RequestError(f"{where}: is a classifier, and the data has no labels; map one in data.columns")
@@ -95,7 +107,7 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
 
 
 READ = ("tokens", "segments", "positions", "types")
-"""What a model with a task head reads."""
+"""Arrays of a batch that a model with a task head reads."""
 
 
 def answers(
@@ -105,9 +117,12 @@ def answers(
     setup: Setup,
     reads: tuple[str, ...] = READ,
 ) -> Iterator[tuple[Batch, Any]]:
-    """(host batch, what the compiled `step` says of it, on the host), every row once and no row that only fills.
+    """Run the compiled `step` on all rows.
 
-    Each process builds the rows that its devices hold; all of them are told all rows.
+    Each process builds the rows that its devices hold. All rows are returned to every process.
+
+    Yields:
+      (batch, outputs of `step`), both on the host. Every row occurs once, without padding rows.
     """
     batches = setup.batches()
 
@@ -123,7 +138,7 @@ def answers(
 
 
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
-    """A batch of the first rows, to time."""
+    """Return a batch of the first rows, for timing."""
     batch = rows.batch(np.arange(setup.batch_size) % len(rows))
     return {k: batch[k] for k in reads if k in batch}
 
@@ -131,7 +146,10 @@ def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
 def programs(
     step: Callable[..., Any], params: functional.Params, inputs: Batch, mesh: Mesh
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(one row, the whole batch) as calls that wait for their result; the inputs are on the devices already."""
+    """Return two functions that run `step` on one row and on the full batch, and block until the result is ready.
+
+    The inputs are placed on the devices beforehand.
+    """
     one, many = (
         device_batches.place({k: v[:n] for k, v in inputs.items()}, mesh, reading_order=True) for n in (1, None)
     )

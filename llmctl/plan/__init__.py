@@ -1,1 +1,1 @@
-"""What a stage will cost on a topology that is not attached: its own step compiled, and a model beside it."""
+"""Plan of a stage's memory and time on hardware that is not attached: its programs are compiled or modelled."""

@@ -23,18 +23,18 @@ def lower(program: Program, platform: str) -> None:
     """Lower the program as for devices of `platform`.
 
     Raises:
-      WorkError: the program uses what the platform does not have.
+      WorkError: the program uses a feature that the platform lacks.
     """
     try:
         program.trace().lower(lowering_platforms=(platform,))
     except RequestError:
         raise
-    except Exception as e:  # JAX has no one type for what a platform cannot do
+    except Exception as e:  # JAX raises various types for unsupported operations
         raise WorkError(f"plan: {program.title} does not lower for {platform}: {e}") from e
 
 
 def setup_of(program: Program, work: Pass) -> Setup:
-    """Return a pass through a model as the analytic model reads it."""
+    """Return the analytic model's description of a pass through a model."""
     mesh = {} if work.replicated else {axis: int(n) for axis, n in program.mesh.shape.items()}
     model = work.model or program.model
     return Setup(

@@ -54,7 +54,7 @@ def plans(
     """
     built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say)
     out: list[Found] = []
-    for name, program in built:  # whatever is refused is refused before anything is compiled
+    for name, program in built:  # refuse before compiling
         doing = "lowering" if topology.platform == "cuda" else "compiling"
         say(f"{name}: {doing} the {program.title} for {topology.name}")
         out.append({"stage": name, **one(program, topology, tokens)})
@@ -76,7 +76,7 @@ def programs_of(
     Args:
       recipe, chosen, generate, say: as for `plans`.
       devices: the devices of the mesh.
-      platform: the platform that they stand for, if it is not their own.
+      platform: the platform to plan for, if it differs from that of `devices`.
 
     Raises:
       RequestError: as `plans`.

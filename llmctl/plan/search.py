@@ -116,7 +116,7 @@ def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> mesh_
         say(f"{axes}, remat {setup.remat}, accumulate {setup.accumulate}:")
         try:
             found = planner.plans(edited, topology, [step.name], say=say)[-1]
-        except RequestError as e:  # the network or the objective does not run on this mesh
+        except RequestError as e:  # the model or the objective does not support this mesh
             say(str(e))
             return None
         seconds, memory = found["step_seconds"], report.size(found["hbm_bytes"]["total"])

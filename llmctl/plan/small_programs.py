@@ -1,7 +1,7 @@
-"""Estimate programs smaller than a pass through a model: a layer of the calibration walk, and what a stage describes.
+"""Estimate programs smaller than a pass through a model: a layer of the calibration walk, and costs given by a stage.
 
-For chips whose compiler is not used. `tests/plan/test_small_programs.py` compares each with the program that XLA
-compiled.
+They are used for chips whose compiler is not used. `tests/plan/test_small_programs.py` compares each with the program
+that XLA compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Estimate = tuple[float, Counts]
 
 
 def described(cost: Cost) -> Estimate:
-    """Return the estimate that a stage describes."""
+    """Return the estimate of a cost that a stage gives."""
     gathers = [Collective("all-gather", g.sent, g.axes, 1, 0, g.payload) for g in cost.gathers]
     types = dict(cost.flops_by_type)
     return cost.temporaries, Counts(sum(types.values()), cost.moved, gathers, types)

@@ -1,7 +1,7 @@
 """Objectives of encoder-decoders: the encoder reads a document with parts missing, the decoder predicts these parts.
 
 Documents that share a row are kept apart in both stacks: a decoder segment attends only to the encoder segment with the
-same number. A decoder segment begins with the padding token, as in T5 (Raffel et al., 2020, arXiv:1910.10683).
+same number. A decoder segment begins with the padding token, as in T5 (Raffel et al., 2019, arXiv:1910.10683).
 
 Legend: B rows, S encoder tokens, T decoder tokens, n tokens of a document.
 """
@@ -80,7 +80,7 @@ def corrupted(
     span: float = 3.0,
     seed: int = 0,
 ) -> Batch:
-    """Apply span corruption (Raffel et al., 2020, arXiv:1910.10683).
+    """Apply span corruption (Raffel et al., 2019, arXiv:1910.10683).
 
     The encoder reads a sentinel in place of each span. The decoder predicts each sentinel and its span, and then the
     end of sequence. Tokens beyond `encoder` or `decoder` are cut, and a span whose sentinel was cut is not predicted.
@@ -136,7 +136,7 @@ def corrupted(
 
 
 def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
-    """Apply prefix language modeling (Raffel et al., 2020, arXiv:1910.10683).
+    """Apply prefix language modeling (Raffel et al., 2019, arXiv:1910.10683).
 
     The encoder reads the beginning of each document, and the decoder predicts the rest. The split point is sampled
     uniformly. Encoder and decoder both have the rows' width T.

@@ -18,7 +18,7 @@ DESCRIPTOR = "llmctl_tokenizer.json"
 
 
 SENTINEL = "<extra_id_{}>"
-"""Spelling of the sentinels of span corruption (Raffel et al., 2020, arXiv:1910.10683)."""
+"""Spelling of the sentinels of span corruption (Raffel et al., 2019, arXiv:1910.10683)."""
 
 
 MASK = "<mask>"

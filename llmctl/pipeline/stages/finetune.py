@@ -46,12 +46,12 @@ class Config(StageConfig):
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
-    """Examples: text (and pair) and label to classify or to regress; tokens and tags; question, context and answers;
-    text and pair to embed; prompt and completion, or text alone, to model language."""
+    """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
+    question, context and answers (span); text and pair (embed); prompt and completion, or text (lm)."""
     task: Annotated[str, AfterValidator(TASKS.check), TASKS] = "classify"
-    """Sequence classification, regression to a number (data.label_type = "number"), a label for every word (tokens),
-    answers to questions as spans of a context (span; long contexts in windows), embeddings of texts that are near for
-    pairs (embed; or as near as data.label_type = "number" says), or language modelling with loss on completions."""
+    """Task. classify: a class per text. regress: a number per text (data.label_type = "number"). tokens: a label per
+    word. span: answers as spans of a context. embed: vectors that are similar for pairs of texts, or as given by
+    numbers. lm: language modelling, with loss on completions if the data has them."""
     method: Literal["full", "lora"] = "full"
     """Train all parameters, or low-rank adapters and the task head."""
     lora: LoraConfig = LoraConfig()
