@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,30 @@ def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
             raise RequestError(f"{file}: tensor {name} is not understood")
         back[ours] = _from_gguf(model_type, config, ours, tensor)
     config["tie_word_embeddings"] = "lm_head.weight" not in back
+    if model_type == "llama":
+        config |= _biases(back)
     return folders.understand(file, config, back, drop=drop)
+
+
+def _biases(back: dict[str, Tensor]) -> dict[str, bool]:
+    """Return which biases a Llama has: llama.cpp adds those that the file holds.
+
+    transformers has biases on queries, keys, values and output together, or on none of them. If a file has them on
+    some, the others are added to `back` as zeros.
+    """
+    ends = {
+        "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+    }
+    found = {}
+    for key, projections in ends.items():
+        found[key] = any(n.endswith(tuple(f"{p}.bias" for p in projections)) for n in back)
+        matrices = [n for n in back if n.endswith(tuple(f"{p}.weight" for p in projections))] if found[key] else []
+        for name in matrices:
+            shape = back[name].shape[:1]
+            zeros = Tensor(shape, np.dtype(np.float32), partial(np.zeros, shape, np.float32))
+            back.setdefault(name.removesuffix("weight") + "bias", zeros)
+    return found
 
 
 def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -97,6 +97,10 @@ def _refuse(cfg: ModelConfig, architecture: str) -> None:
         raise RequestError("GGUF has no place for this pattern of windows; nothing was written")
     if architecture.startswith("gemma") and abs((cfg.attn_scale or cfg.head_dim**-0.5) - cfg.head_dim**-0.5) > 1e-6:
         raise RequestError(f"GGUF has no place for attn_scale = {cfg.attn_scale}; nothing was written")
+    if architecture != "llama" and (cfg.out_bias or cfg.mlp_bias or (cfg.qkv_bias and architecture != "qwen2")):
+        raise RequestError(
+            f"llama.cpp reads no such biases in models of {cfg.family}; export --to hf; nothing was written"
+        )
     if cfg.rope_local_theta not in (0.0, 10_000.0):
         raise RequestError(f"GGUF has no place for rope_local_theta = {cfg.rope_local_theta}; nothing was written")
     llama3 = cfg.rope_scaling.get("rope_type") == "llama3"

@@ -63,13 +63,19 @@ def read_json(path: Path) -> Fields:
     return content
 
 
-def look(folder: Path, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Found:
+def look(
+    folder: Path,
+    ignore: tuple[str, ...] = (),
+    drop: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> Found:
     """Inspect a Hugging Face folder and check it by its headers; only names and shapes are read.
 
     Args:
         folder: Folder with config.json and safetensors, as a single file or shards with an index.
         ignore: Keys of config.json that are known to be irrelevant.
         drop: Regular expressions of tensors to leave out.
+        say: Called with one line of text if the folder holds its weights twice.
 
     Raises:
         RequestError: If an architecture or key is unknown, the weights are a pickle, a file is damaged, or tensors
@@ -78,7 +84,7 @@ def look(folder: Path, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ())
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
     config = read_json(folder / CONFIG)
-    return understand(folder, config, safetensors.read_folder(folder), ignore, drop)
+    return understand(folder, config, safetensors.read_folder(folder, say), ignore, drop)
 
 
 def understand(

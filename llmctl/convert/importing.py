@@ -81,7 +81,7 @@ def run(
     _check_patterns(drop)
     if is_gguf and ignore:
         raise RequestError(f"--ignore: {source} has no config.json with keys to ignore")
-    found = gguf.look(source, drop) if is_gguf else folders.look(source, ignore, drop)
+    found = gguf.look(source, drop) if is_gguf else folders.look(source, ignore, drop, say)
     reference = reference or ((source / REFERENCE) if (source / REFERENCE).is_file() else None)
     expected = {k: np.asarray(t.read()) for k, t in safetensors.read_file(reference).items()} if reference else None
     made_of = f"{_key(source, dtype)} {drop} {found.model.model_dump_json()}"

@@ -179,7 +179,10 @@ def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tu
         problems.append(f"missing tensors {listed(missing)}")
     strays = [n for n in tensors if n not in wanted and not any(re.fullmatch(p, n) for p in ignored)]
     if strays:
-        problems.append(f"tensors that are not understood: {listed(strays)} (import --drop leaves them out)")
+        problems.append(
+            f"tensors that are not understood: {listed(strays)} (import --drop leaves them out, which changes the "
+            "answers if the model uses them)"
+        )
     wrong = [n for n in wanted if n in tensors and tensors[n].shape != wanted[n].shape]
     if wrong:
         shown = listed(f"{n} is {list(tensors[n].shape)}, the config says {list(wanted[n].shape)}" for n in wrong)

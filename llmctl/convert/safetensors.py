@@ -77,16 +77,26 @@ def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tenso
     return Tensor(shape, dtype, read)
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a model folder, from one file or from shards with an index; no values are read yet.
+def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tensor]:
+    """Return the tensors of a model folder, from one file or from shards with an index.
+
+    If the folder has both, the one file is taken, as transformers does. Values are read here only to compare the two.
+
+    Args:
+        folder: The folder.
+        say: Called with one line of text if the folder has both.
 
     Raises:
-        RequestError: If the folder holds only a pickle, a shard is missing or damaged, or the index is wrong.
+        RequestError: If the folder holds only a pickle, a shard is missing or damaged, the index is wrong, or one file
+            and shards hold different tensors.
     """
+    if (folder / SINGLE).is_file():
+        whole = read_file(folder / SINGLE)
+        if (folder / INDEX).is_file():
+            say(f"{folder}: {SINGLE} is taken; {_beside(folder, whole)}")
+        return whole
     if (folder / INDEX).is_file():
         return _read_shards(folder)
-    if (folder / SINGLE).is_file():
-        return read_file(folder / SINGLE)
     if pickle := next((p for p in PICKLES if (folder / p).exists()), None):
         raise RequestError(
             f"{folder}: holds a pickle ({pickle}), which can run any code when it is opened, and no safetensors; take "
@@ -94,6 +104,38 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             "AutoModel.from_pretrained(...).save_pretrained(...)"
         )
     raise RequestError(f"{folder}: no weights there (looked for {SINGLE} and {INDEX})")
+
+
+def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
+    """Describe the index beside a whole file.
+
+    Raises:
+        RequestError: If its shards hold other tensors.
+    """
+    try:
+        placed = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        gone = sorted(f for f in set(placed.values()) if not (folder / f).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{INDEX} is damaged"
+    if gone:
+        return f"{INDEX} is of shards that are not there ({listed(gone)})"
+    if set(placed.values()) <= {SINGLE}:
+        return f"{INDEX} is of this file"
+    shards = _read_shards(folder)
+    odd = sorted(whole.keys() ^ shards.keys())
+    if odd or (odd := [n for n, t in whole.items() if not _equal(t, shards[n])]):
+        raise RequestError(
+            f"{folder}: {SINGLE} and the shards of {INDEX} are two different models (they differ in {listed(odd)}); "
+            "keep one of them"
+        )
+    return f"the shards of {INDEX} hold the same"
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same bits."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return np.array_equal(a.read().reshape(-1).view(np.uint8), b.read().reshape(-1).view(np.uint8))
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 import struct
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
 from llmctl.convert import gguf as ours
 from llmctl.data.tokenizers import loading
+from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.families.llama import LLAMA3_ROPE
 
@@ -80,6 +82,7 @@ def test_rotary_factors_of_llama3_are_those_of_transformers():
 
 
 FAMILIES = {
+    "llama-biases": {"family": "llama", "qkv_bias": True, "out_bias": True, "mlp_bias": True},
     "llama3": {"family": "llama", "rope_scaling": LLAMA3_ROPE, "tied": True},
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3"},
@@ -99,6 +102,30 @@ def test_the_relatives_of_llama_go_there_and_back(name, save, wild, words, call,
     assert call("import", tmp_path / "g" / "model.gguf", "--out", tmp_path / "a")[0] == 0
     back = artifact.read_manifest(tmp_path / "a").model
     assert {k: v for k, v in back if v != getattr(cfg, k)} == {}
+
+
+@pytest.mark.parametrize("gone", ["attn_output", "attn_k", "ffn_gate"])
+def test_a_bias_that_the_file_lacks_is_zero(gone, save, wild, words, call, tmp_path, batch, logits):
+    sizes = {"d_model": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "d_ff": 64, "max_seq_len": 64}
+    cfg = ModelConfig(vocab_size=words.vocab_size, **sizes, **FAMILIES["llama-biases"])
+    assert call("export", save(cfg, wild(cfg)), "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")[0] == 0
+    args = (tmp_path / "g" / "model.gguf", "--out", tmp_path / "a", "--drop", rf"blk\.\d+\.{gone}\.bias")
+    code, _, err = call("import", *args)
+    assert code == 0, err
+    flat = weights.flatten(wild(cfg))
+    part = {"attn_output": "attn/o", "attn_k": "attn/k", "ffn_gate": "mlp/gate"}[gone]
+    path = f"decoder/blocks/{part}/bias"
+    expected = logits(cfg, weights.unflatten(flat | {path: jnp.zeros_like(flat[path])}), batch)
+    np.testing.assert_allclose(logits(cfg, artifact.load(tmp_path / "a").params, batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_biases_that_llama_cpp_does_not_read_are_refused(name, save, wild, words, call, tmp_path):
+    sizes = {"d_model": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "d_ff": 64, "max_seq_len": 64}
+    cfg = ModelConfig(vocab_size=words.vocab_size, **sizes, **FAMILIES[name], qkv_bias=True, out_bias=True)
+    code, _, err = call("export", save(cfg, wild(cfg)), "--to", "gguf", "--out", tmp_path / "g")
+    assert code == 2
+    assert "llama.cpp reads no such biases" in err and "--drop" not in err
 
 
 def test_what_llama_cpp_does_otherwise_with_a_vocabulary_is_said():

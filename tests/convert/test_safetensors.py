@@ -106,3 +106,46 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path):
     (tmp_path / ours.INDEX).write_text(json.dumps({"weight_map": {"w": "../secret.safetensors"}}))
     with pytest.raises(RequestError, match="damaged index"):
         ours.read_folder(tmp_path)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """A folder with shards, their index, and one file with the same tensors."""
+    arrays = {f"w{i}": of_array(np.full((10,), i, np.float32)) for i in range(5)}
+    ours.write_folder(tmp_path, arrays, most=80)
+    ours.write_file(tmp_path / ours.SINGLE, arrays)
+    return tmp_path, arrays
+
+
+def shards_of(folder):
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+@pytest.mark.parametrize("case", ["same", "gone", "one gone", "damaged", "of this file"])
+def test_one_file_is_taken_beside_an_index_and_it_is_said(both, case):
+    folder, arrays = both
+    for file in {"gone": shards_of(folder), "one gone": shards_of(folder)[:1]}.get(case, []):
+        file.unlink()
+    if case == "damaged":
+        (folder / ours.INDEX).write_text("{")
+    if case == "of this file":
+        (folder / ours.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(arrays, ours.SINGLE)}))
+    said = []
+    found = ours.read_folder(folder, said.append)
+    assert {k: t.read()[0] for k, t in found.items()} == {f"w{i}": i for i in range(5)}
+    why = {
+        "same": "hold the same", "gone": "of shards that are not there", "one gone": "of shards that are not there",
+        "damaged": "is damaged", "of this file": "is of this file",
+    }[case]  # fmt: skip
+    assert len(said) == 1 and f"{ours.SINGLE} is taken" in said[0] and why in said[0]
+
+
+@pytest.mark.parametrize("change", ["value", "shape", "name"])
+def test_one_file_and_shards_that_differ_are_refused(both, change):
+    folder, arrays = both
+    changed = dict(arrays)
+    other = {"value": np.full((10,), 9, np.float32), "shape": np.zeros((2, 5), np.float32)}
+    changed["extra" if change == "name" else "w3"] = of_array(other.get(change, np.zeros(1, np.float32)))
+    ours.write_file(folder / ours.SINGLE, changed)
+    with pytest.raises(RequestError, match=r"two different models \(they differ in (w3|extra)\); keep one"):
+        ours.read_folder(folder)
