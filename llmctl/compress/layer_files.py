@@ -1,9 +1,9 @@
-"""Finished layers of a calibration walk on disk, from which an interrupted walk goes on.
+"""Save finished layers of a calibration walk to disk, from which an interrupted walk resumes.
 
-A layer is one file, written beside its place and renamed. It holds the changed layer and its report, not the residual
-streams: those are recomputed from the changed layers. The streams of all batches take examples x tokens x width, and
-each layer would write them anew: 4.3 GB per layer for a model of 7B and 128 sequences of 2,048 tokens in float32, where
-the layer itself has 0.4 to 0.8 GB.
+A layer is one file, which is written under another name and renamed. It has the changed layer and its report, not the
+residual streams: those are recomputed from the changed layers. The streams of all batches take examples x tokens x
+width numbers, and each layer would write them again: 4.3 GB per layer for a model of 7B and 128 sequences of 2,048
+tokens in float32. The layer itself has 0.4 to 0.8 GB.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Saved:
         self.folder = folder
 
     def write(self, stack: str, index: int, layer: Layer, report: dict[str, Any]) -> None:
-        """Save one changed layer and the numbers of its report; the file appears whole or not at all."""
+        """Save one changed layer and the numbers of its report atomically."""
         flat = weights.flatten(layer)
         records = {path: weights.describe(w) for path, w in flat.items()}
         arrays = {name: host_arrays.read(a) for name, a in weights.arrays(layer).items()}

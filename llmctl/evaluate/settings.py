@@ -1,4 +1,4 @@
-"""Config of a measurement."""
+"""Settings of a measurement."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class MeasureConfig(Config):
     split: Split = "test"
     """Split of the data to measure on."""
     examples: int = Field(default=0, ge=0)
-    """Maximum number of examples, chosen by their hash; 0 takes all."""
+    """Maximum number of examples, chosen by their hash; 0 uses all."""
     seq_len: int = Field(default=0, ge=0)
-    """Tokens per text for a classifier, or context per prediction; 0 takes the value from training."""
+    """Tokens per text for a classifier, or context per prediction; 0 uses the value of training."""
     truncate: Literal["", "tail", "head_tail"] = ""
-    """How a long text is shortened for classification; empty takes the value from training."""
+    """Truncation of long texts for classification; empty uses the value of training."""
     stride: int = Field(default=0, ge=0)
-    """New tokens per window for perplexity; 0 takes the context, so that windows do not overlap."""
+    """New tokens per window for perplexity; 0 uses the context, so that windows do not overlap."""
     batch_size: int = Field(default=32, ge=1)
     """Sequences per batch, also in the throughput measurement."""
     dtype: Dtype = "float32"
@@ -39,8 +39,8 @@ class MeasureConfig(Config):
     repeats: int = Field(default=15, ge=1)
     """Number of rounds in the speed measurement."""
     tasks: list[str] = []
-    """Tasks to measure every artifact on, such as masked and next_sentence for one encoder. Empty takes the task that
-    each artifact was finetuned for, or that its network is pretrained for."""
+    """Tasks to measure every artifact on, such as masked and next_sentence for one encoder. Empty uses the task that
+    each artifact was finetuned or pretrained for."""
 
     @field_validator("tasks")
     @classmethod

@@ -1,4 +1,4 @@
-"""Checkpoints of a running stage: saved in the background, the newest intact one on resume, the best beside them."""
+"""Save checkpoints of a stage in the background, restore the newest intact one, and keep the best parameters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llmctl.distributed import processes
 
 
 class Checkpoints:
-    """The training state of one stage under `folder`; a context manager that waits for saves under way.
+    """Checkpoints of one stage under `folder`; a context manager that waits for unfinished saves at its end.
 
-    A save that the disk has no room for is a WorkError that names the checkpoint which is intact.
+    If the disk is full, a save raises WorkError, which names the newest intact checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -56,17 +56,17 @@ class Checkpoints:
         return WorkError(f"{self.folder}: a checkpoint could not be written ({' '.join(str(e).split())[:160]}); {left}")
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, wait: bool = False) -> None:
-        """Writes state and JSON meta of `step` in the background; `wait` returns once they are on disk."""
+        """Write state and JSON metadata of `step` in the background; with `wait`, return when they are on disk."""
         self._save(self._latest, step, state, meta, wait)
 
     def has_best(self, step: int) -> bool:
-        """Whether the best parameters that are kept are those of `step`."""
+        """Return True if the stored best parameters are those of `step`."""
         return step in self._best.all_steps()
 
     def save_best(self, step: int, named: Any) -> None:
-        """Keeps these parameters as the best so far, instead of those before.
+        """Store these parameters as the best, and remove the previous best.
 
-        A resumed run that comes by a step again finds there what it would write, bit for bit.
+        If a resumed run reaches a step again, the stored parameters already have the same bits.
         """
         if self.has_best(step):
             return
@@ -76,7 +76,7 @@ class Checkpoints:
         try:
             if (
                 processes.count() > 1
-            ):  # Orbax tells both managers' barriers apart by their order alone: one save at a time
+            ):  # Orbax distinguishes the barriers of both managers only by order, so saves must not overlap
                 (self._best if manager is self._latest else self._latest).wait_until_finished()
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             manager.save(step, args=args, force=True)
@@ -86,15 +86,15 @@ class Checkpoints:
             raise self._explain(e) from e
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest intact checkpoint as (state, meta), onto the shardings of `abstract`; None where there is none.
+        """Restore the newest intact checkpoint as (state, metadata), sharded as `abstract`; None if there is none.
 
-        A damaged one is named and set aside; of several processes one that cannot read its part is enough.
+        A checkpoint is damaged if any process cannot read its part. Damaged ones are reported and moved away.
         """
         for step in sorted(self._latest.all_steps(), reverse=True):
             found, reason = None, ""
             try:
                 found = self._read(step, abstract)
-            except Exception as e:  # whatever Orbax and TensorStore raise for a damaged file
+            except Exception as e:  # Orbax and TensorStore raise various types for damaged files
                 reason = " ".join(str(e).split())[:90]
             reasons: list[str] = [r for r in processes.gather(reason) if r]
             if found and not reasons:
@@ -107,21 +107,22 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> Any:
-        """What this process reads of a checkpoint. With Orbax's manager who can read would wait for who cannot."""
+        """Read this process's part of a checkpoint, without Orbax's manager, which would wait for failed processes."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         return ocp.CompositeCheckpointHandler().restore(epath.Path(self.folder / "steps" / str(step)), args=args)
 
     def _set_aside(self, step: int) -> None:
-        """Not deleted: what made it unreadable may have been the machine and not the file."""
+        """Move a checkpoint away. It is not deleted, because the machine may be the cause, not the file."""
         aside = self.folder / "damaged" / str(step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         shutil.move(self.folder / "steps" / str(step), aside)
 
     def restore_best(self, step: int, abstract: Any) -> Any:
-        """The best parameters, saved at `step`.
+        """Restore the best parameters, saved at `step`.
 
-        Raises WorkError where they cannot be read.
+        Raises:
+          WorkError: they cannot be read.
         """
         self._best.wait_until_finished()
         try:

@@ -1,4 +1,4 @@
-"""What the stages that train share: from their settings and rows to trained parameters and their validation."""
+"""Train the model of a stage: from its settings and rows to trained parameters and validation metrics."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Learner:
-    """What a stage trains, before there are rows: the arrays may be abstract."""
+    """Model, task and options of a stage that trains, without rows. The arrays may be abstract."""
 
     model: ModelConfig
-    """The network as it is left behind."""
+    """Config of the model that the stage leaves."""
     params: dict[str, Any]
-    """Where to start."""
+    """Initial parameters."""
     task: Task
-    """What it learns."""
+    """Task to learn."""
     dropout: float | None = None
-    """While training, instead of the network's own."""
+    """Dropout rate in training; None uses the model's."""
     loss: Loss | None = None
-    """Instead of the task's loss."""
+    """Loss; None uses the task's."""
     beside: ModelConfig | None = None
-    """What runs forward beside the model (a teacher)."""
+    """Config of another model that runs forward in each step (a teacher)."""
     temperature: float = NEARNESS
-    """Divides the similarities of embeddings."""
+    """Divisor of the similarities of embeddings."""
     labels: Sequence[str] = ()
-    """Names of its classes."""
+    """Names of the classes."""
     how: dict[str, Any] = field(default_factory=dict)
     """Further fields of `llmctl.train.step.Job`."""
 
     @property
     def trains(self) -> ModelConfig:
-        """The network as it trains."""
+        """Config of the model in training."""
         return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
 
 
 def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
-    """The job of a stage with settings `train`; `validate` as in Job."""
+    """Return the job of a stage with settings `train`; `validate` as in Job."""
     settings, model = config.train, learner.trains
     own = learner.task.loss_of(
         model,
@@ -83,15 +83,18 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
 def run(
     config: Any, ctx: Context, mesh: jax.sharding.Mesh, learner: Learner, rows: Any, unseen: Any
 ) -> tuple[dict[str, Any], dict[str, Any], Validation]:
-    """Trains by a stage's settings: (parameters, metrics, the validation that they were measured with).
+    """Train by a stage's settings.
 
     Args:
-      config: the stage's, with `title`, `seed`, `train` and `optim`.
-      ctx: where checkpoints and the log go.
+      config: the stage's config, with `title`, `seed`, `train` and `optim`.
+      ctx: folders of checkpoints and the log.
       mesh: the devices.
-      learner: what to train.
-      rows: what to learn from.
-      unseen: what to validate on.
+      learner: the model and its task.
+      rows: training rows.
+      unseen: validation rows.
+
+    Returns:
+      The parameters, their metrics, and the validation that measured them.
 
     Raises:
       Interrupted, WorkError: as `llmctl.train.loop.fit`.
@@ -110,7 +113,7 @@ def run(
 
 
 def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Validation) -> dict[str, Any]:
-    """Return what the task chooses with trained parameters on all validation rows, for the artifact's manifest."""
+    """Return the values that the task fits on all validation rows, for the artifact's manifest."""
     train, mesh = config.train, held_out.mesh
     setup = Setup(mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)
     with meshes.use(mesh):

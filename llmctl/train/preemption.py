@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and Ctrl-C ask for a checkpoint, and all processes of a run heed it at the same step."""
+"""Stop training at SIGTERM or Ctrl-C with a checkpoint, in all processes of a run at the same step."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Steps after which an answer of all processes is read: by then it is there, and reading it waits for nothing."""
+"""Number of steps after which the answer of all processes is read. It has arrived by then, so reading does not wait."""
 
 
 class Asked(Interrupted):
-    """Somebody asked for an end in the middle of what can be left undone."""
+    """A stop was requested during work that may be abandoned, such as a validation."""
 
 
 class Stop:
-    """Whether somebody asked for an end. Of several processes each says what it was told, and all hear the same."""
+    """Stop request. Processes exchange their requests, so that all of them stop at the same step."""
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.told = threading.Event()
-        """This process was asked."""
+        """Whether this process received a signal."""
         self.agreed = False
-        """All processes know of it."""
+        """Whether all processes know of the request."""
         self._answers: deque[jax.Array] = deque()
         every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._every, self._size = every, mesh.size
         self._any = jax.jit(lambda told: told.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def asked(self, now: bool = False) -> bool:
-        """All processes call it after each step; of several the answer is what was known `LAG` calls ago, or `now`."""
+        """Return True if a stop was requested. All processes must call it after each step.
+
+        With several processes the result is that of `LAG` calls ago, or with `now` the present one.
+        """
         if processes.count() == 1:
             self.agreed = self.told.is_set()
         elif not self.agreed:
@@ -55,7 +58,7 @@ _current: ContextVar[Stop | None] = ContextVar("stop", default=None)
 
 
 def heed() -> None:
-    """Raises Asked where somebody asked the run in progress for an end; all processes call it, in the same order."""
+    """Raise Asked if a stop of the current run was requested. All processes must call it in the same order."""
     stop = _current.get()
     if stop and stop.asked():
         raise Asked("stopped while validating; the same command goes on from the last checkpoint")
@@ -63,7 +66,7 @@ def heed() -> None:
 
 @contextlib.contextmanager
 def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
-    """SIGTERM and the first Ctrl-C ask for a checkpoint and an end; a second Ctrl-C ends at once."""
+    """Handle signals: SIGTERM and the first Ctrl-C request a checkpoint and a stop; a second Ctrl-C exits at once."""
     stop = Stop(mesh)
 
     def ask(number: int, frame: Any) -> None:
@@ -78,5 +81,5 @@ def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
         _current.reset(token)
         for s, handler in before.items():
             signal.signal(s, handler)
-    if stop.told.is_set():  # it came after the last look, while a checkpoint was still being written
+    if stop.told.is_set():  # the signal came after the last check, during the final save
         raise Interrupted("stopped after the last checkpoint; the same command goes on from there")

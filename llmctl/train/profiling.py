@@ -1,4 +1,4 @@
-"""A trace of a few training steps, as TensorBoard's profile plugin and XProf open it."""
+"""Profile a few training steps, for TensorBoard's profile plugin and XProf."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import jax
 
 
 class Profile:
-    """Traces the steps `first:last` (from 1, both included); a context manager that ends a trace under way.
+    """Trace of the steps `first:last` (from 1, both included); a context manager that ends an unfinished trace.
 
-    Nothing where `steps` is empty. The folder is the one that TensorBoard reads: the trace stands beside the curves.
+    If `steps` is empty, nothing is traced. The folder is that of TensorBoard's events.
     """
 
     def __init__(self, steps: str, folder: Path) -> None:
@@ -29,13 +29,15 @@ class Profile:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Call it before `step` is begun; a run resumed in the middle traces the rest."""
+        """Start the trace if `step` is in it. Call this before each step; a resumed run traces the remaining steps."""
         if self.first <= step <= self.last and not self._running:
             jax.profiler.start_trace(self.folder)
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """Call it when `step` has been dispatched; at the last one its results are waited for."""
+        """End the trace if `step` is its last. Call this after each step is dispatched; the last step's results are
+        awaited.
+        """
         if self._running and step >= self.last:
             jax.block_until_ready(results)
             self._stop()

@@ -1,4 +1,4 @@
-"""How a run reports itself: `log.jsonl` always, a progress bar for people, TensorBoard and W&B where asked for."""
+"""Log a training run to `log.jsonl`, a progress bar, and optionally TensorBoard and Weights & Biases (W&B)."""
 
 from __future__ import annotations
 
@@ -29,35 +29,34 @@ SHORT = {
     "input_wait": "wait",
     "memory_gib": "GiB",
 }
-"""Names as the progress line shows them."""
+"""Short names of metrics in the progress line."""
 UNSHOWN = frozenset({"step_seconds"})
-"""Metrics that the log has and the progress line spares people: others say the same."""
+"""Metrics that are only in the log; the progress line shows others with the same information."""
 
 
 class Reporter:
-    """One stage's log. A context manager; every `log` call is one line of `<work_dir>/log.jsonl`, flushed at once.
+    """Log of one stage; a context manager. Each `log` call writes one line to `<work_dir>/log.jsonl` and flushes it.
 
-    A resumed run passes the step it goes on from as `start`: lines of later steps, which the interrupted run wrote and
-    the resumed one will write again, are dropped, so that the log holds every step once.
+    A resumed run gives its first step as `start`. Lines of later steps are removed, because the resumed run writes them
+    again. So the log has every step once.
 
-    On a terminal a bar shows step, metrics, elapsed and remaining time; elsewhere a plain line appears at most every
-    `every` seconds, and at the last step. Both go to stderr: stdout belongs to results.
+    On a terminal a bar shows step, metrics, elapsed and remaining time. Otherwise a plain line is printed at most every
+    `every` seconds, and at the last step. Both go to stderr, because stdout is for results.
 
     Args:
-      work_dir: folder of the log; made if need be.
-      total_steps: steps of the whole run, those before `start` included.
-      title: what the bar is called, usually the stage's name.
-      tensorboard: also write events into `<work_dir>/tensorboard`.
-      start: the step resumed from; 0 starts afresh.
-      lasting: folder for what should outlive `work_dir`: TensorBoard events in `tensorboard/<title>`, W&B's files in
-        `wandb`. By default they lie in `work_dir`, the events in `tensorboard`.
-      wandb: a Weights & Biases project to log to as well (extra `wandb`); empty does not. A resumed run goes on as the
-        same W&B run.
-      writes: whether this process writes and shows anything; by default the first of several does.
-      console: where people read; stderr by default.
+      work_dir: folder of the log; it is created if it is missing.
+      total_steps: steps of the complete run, including those before `start`.
+      title: title of the bar, usually the stage's name.
+      tensorboard: also write events to `<work_dir>/tensorboard`.
+      start: step from which the run resumes; 0 starts a new log.
+      lasting: folder for files that remain after `work_dir` is removed: TensorBoard events in `tensorboard/<title>`,
+        W&B's files in `wandb`. By default they are in `work_dir`, the events in `tensorboard`.
+      wandb: W&B project to log to (extra `wandb`); empty disables it. A resumed run continues the same W&B run.
+      writes: whether this process writes and prints; by default only process 0 does.
+      console: console of the bar and of plain lines; stderr by default.
 
     Raises:
-      RequestError: W&B is asked for and not installed.
+      RequestError: W&B is requested and not installed.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Reporter:
     ) -> None:
         self.work_dir, self.total, self.title, self.start = Path(work_dir), total_steps, title, start
         self.events_folder = lasting / "tensorboard" / title if lasting else self.work_dir / "tensorboard"
-        """Where TensorBoard finds this run."""
+        """Folder of this run's TensorBoard events."""
         self._wandb_folder = lasting or self.work_dir
         self.writes = processes.first() if writes is None else writes
         self.every, self.clock = every, clock
@@ -103,7 +102,7 @@ class Reporter:
         if self._tensorboard:
             from tensorboardX import SummaryWriter
 
-            if self.start == 0:  # another run's curves, left by different settings
+            if self.start == 0:  # curves of an earlier run with other settings
                 shutil.rmtree(self.events_folder, ignore_errors=True)
             self._events = SummaryWriter(str(self.events_folder), purge_step=self.start + 1)
         if self.console.is_terminal:
@@ -134,19 +133,19 @@ class Reporter:
         self._bar = self._file = self._events = self._run = None
 
     def _wandb_id(self) -> str:
-        """W&B's name of this run, kept with the work so that a resumed one has the same."""
+        """Return W&B's id of this run. It is stored in `work_dir`, so that a resumed run has the same."""
         file = self.work_dir / "wandb_id"
         if self.start == 0 or not file.exists():
             file.write_text(secrets.token_hex(8), encoding="utf-8")
         return file.read_text(encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one line for `step` (the number of steps done) and moves the bar there.
+        """Write one line for `step` and update the bar.
 
         Args:
-          step: optimizer steps finished.
-          metrics: scalars by name: numbers, or anything `float` takes (arrays of no dimension). A value that is not
-            finite is written as null, because JSON has no NaN.
+          step: number of finished optimizer steps.
+          metrics: scalars by name: numbers, or values that `float` accepts (arrays of no dimension). A value that is
+            not finite is written as null, because JSON has no NaN.
         """
         values = {name: _number(value) for name, value in metrics.items()}
         self._latest.update({k: v for k, v in values.items() if isinstance(v, (int, float))})
@@ -163,7 +162,7 @@ class Reporter:
         self._show(step)
 
     def _add_events(self, values: Mapping[str, Any], step: int) -> None:
-        """TensorBoard, as long as its writing thread lives; without one (full disk) its queue would block the run."""
+        """Write to TensorBoard unless its writing thread has died (full disk); its queue would then block the run."""
         if not self._events:
             return
         if not self._events.file_writer.event_writer._worker.is_alive():
@@ -174,7 +173,7 @@ class Reporter:
             self._events.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """One line for people, above the bar."""
+        """Print one line above the bar."""
         if self.writes:
             self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
@@ -185,7 +184,7 @@ class Reporter:
             self._bar.update(self._task, completed=step, metrics=text)
             return
         now = self.clock()
-        first, began = self._first = self._first or (step, now)  # the time before it was spent on compiling
+        first, began = self._first = self._first or (step, now)  # earlier time includes compilation
         if now - self._shown >= self.every or step >= self.total:
             self._shown = now
             left = (now - began) / (step - first) * (self.total - step) if step > first else 0
@@ -193,7 +192,7 @@ class Reporter:
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a killed process left half-written."""
+    """Remove the lines of later steps, and an incomplete last line of a killed process."""
     if not log.exists():
         return
     kept = []
@@ -222,7 +221,7 @@ def _number(value: Any) -> int | float:
 
 
 def _brief(value: float) -> str:
-    """Four digits that a person can compare from line to line: 12,345  3.142  1.0e-05."""
+    """Format a number with four digits: 12,345  3.142  1.0e-05."""
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
     if value and math.isfinite(value) and abs(value) < 1e-3:

@@ -1,4 +1,4 @@
-"""Metrics of parameters on held-out rows: exact means over every row, whatever the batch size and the mesh."""
+"""Compute validation metrics: exact means over all held-out rows, independent of batch size and mesh."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from llmctl.train import preemption
 
 
 class Validation:
-    """`validation(params)` -> {"loss", "accuracy", ...}, each the mean by weight over the rows. Compiles once."""
+    """Validation metrics: `validation(params)` returns {"loss", "accuracy", ...}, weighted means over the rows.
+
+    The function is compiled once.
+    """
 
     def __init__(self, loss: Loss, rows: Rows, batch_size: int, batches: int, mesh: jax.sharding.Mesh) -> None:
         self.rows, self.limit, self.mesh = rows, batches, mesh
@@ -23,9 +26,10 @@ class Validation:
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:
-        """One pass over the rows, `batches` batches at most.
+        """Evaluate the rows once, at most `batches` batches.
 
-        Raises stopping.Asked in the middle of it where a run is asked for an end.
+        Raises:
+          preemption.Asked: a stop of the run was requested.
         """
         total: Any = None
         with meshes.use(self.mesh), self.batches.once(self.rows, self.limit) as steps:

@@ -1,1 +1,1 @@
-"""Tasks: one record owns every fact about what a model is finetuned for and measured on."""
+"""Tasks: one record has all facts about a task that models are finetuned for and measured on."""

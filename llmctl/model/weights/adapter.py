@@ -18,7 +18,7 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight
 
 @dataclass(frozen=True)
 class Adapter(Node):
-    """A node around another weight. A kind of adapter adds its fields, names the trained ones, and says `dense`."""
+    """Node around another weight. A kind of adapter adds its fields, names the trained ones, and defines `dense`."""
 
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """The fields that are trained; the others are frozen."""

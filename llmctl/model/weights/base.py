@@ -155,7 +155,7 @@ class Node(abc.ABC):
 
     @property
     def has_adapter(self) -> bool:
-        """True if an adapter that is not merged lies around the weight."""
+        """Return True if the weight has an adapter that is not merged."""
         return False
 
     def bare(self) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Place = Literal["block", "head", "embedding"]
-"""Where a matrix stands: in a layer of a stack, in an output head (language model, pooler, task), or a token table."""
+"""Location of a matrix: a layer of a stack, an output head (language model, pooler, task), or a token table."""
 
 BLOCKS, KERNEL, EMBED, HEAD = "blocks", "kernel", "embed", "head"
 
@@ -35,7 +35,7 @@ class Name(NamedTuple):
 
     @property
     def place(self) -> Place | None:
-        """Where this matrix stands; None for what is not a matrix (norms, biases, tables of positions)."""
+        """Location of this matrix; None for other weights (norms, biases, tables of positions)."""
         if self.leaf == KERNEL:
             return "block" if self.stack else "head"
         return "embedding" if self.path == f"{EMBED}/tokens" else None
@@ -74,7 +74,7 @@ def join(path: str, part: str) -> str:
 
 
 def is_kernel(path: str) -> bool:
-    """True for a matrix [.., in, out]: of a layer, or of an output head. `path` may be relative to a layer."""
+    """Return True for a matrix [.., in, out] of a layer or an output head. `path` may be relative to a layer."""
     return parse(path).leaf == KERNEL
 
 

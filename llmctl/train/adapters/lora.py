@@ -1,4 +1,7 @@
-"""LoRA (arXiv:2106.09685): low-rank pairs around frozen matrices, dense or quantized (QLoRA, arXiv:2305.14314)."""
+"""Add LoRA adapters (Hu et al., 2021, arXiv:2106.09685): low-rank pairs beside frozen matrices.
+
+The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314).
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,16 @@ def attach(
     key: jax.Array,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-    """Puts a pair of `rank` around every matrix of the blocks whose name (q, k, v, o, gate, up, down) is in `targets`,
-    or around all of them where that is empty.
+    """Add a low-rank pair to every matrix of the blocks whose name (q, k, v, o, gate, up, down) is in `targets`.
 
-    a [..., I, R] starts uniform as the LoRA authors' code does (Kaiming, a = sqrt(5)), b [..., R, O] at zero, so the
-    model is unchanged at first. The update is scaled by alpha / rank.
+    If `targets` is empty, all matrices get a pair. a [..., I, R] is initialized uniformly, as in the LoRA authors' code
+    (Kaiming, a = sqrt(5)), and b [..., R, O] to zero, so the model is unchanged at first. The update is scaled by
+    alpha / rank.
 
-    Raises RequestError where a target names no matrix, or one has a pair already.
+    Raises:
+      RequestError: a target names no matrix, or a matrix has a pair already.
     """
-    number = {path: i for i, path in enumerate(weights.flatten(params))}  # each weight's own key, whatever is chosen
+    number = {path: i for i, path in enumerate(weights.flatten(params))}  # random keys do not depend on `targets`
     pairs: dict[str, weights.LowRank] = {}
     seen: set[str] = set()
     for m in weights.matrices(params, "block"):
