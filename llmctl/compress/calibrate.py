@@ -220,7 +220,7 @@ class _Walk:
         return found and (found[0], LayerReport(**found[1], stats={}))
 
     def _changed(self, visit: Visit) -> Layer:
-        """The layer as the method leaves it, sharded as the unchanged one."""
+        """Return the layer changed by the method, sharded as the unchanged one."""
         return visit.layer if self.change is None else shard_like(self.change(visit), visit.layer)
 
 

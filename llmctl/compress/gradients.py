@@ -22,7 +22,7 @@ from llmctl.model.config import ModelConfig
 Params = dict[str, Any]
 
 SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
-"""What is summed over batches, of the gradient g of a batch's total loss."""
+"""Functions of the gradient g of a batch's total loss that are summed over batches."""
 
 Gradients = dict[str, dict[str, jax.Array]]
 """Path of a matrix -> name in `SUMS` -> array of the matrix's shape, float32."""

@@ -21,7 +21,7 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     beside = stack == "encoder" and cfg.encoder_layers > 0
 
     def real(batch: Batch, path: str) -> jax.Array:
-        """[N] which rows of a matrix's input are tokens; cross-attention's keys and values read the encoder's."""
+        """Return which rows of a matrix's input are tokens, [N]. Cross-attention's keys and values read the encoder."""
         memory = beside or path in ("cross/k", "cross/v")
         return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
 
@@ -62,7 +62,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
         taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
 
-        def real(rows: int) -> jax.Array:  # a pooled input has a row per sequence
+        def real(rows: int) -> jax.Array:  # pooled inputs have one row per sequence
             return real_BT.reshape(-1) if rows == real_BT.size else real_BT.any(axis=1)
 
         return {path: stat.fold(taps[path], real(len(taps[path]))) for path, stat in stats.items()}
@@ -106,7 +106,7 @@ def _wanted(taps: dict[str, Any], collect: Collect) -> Stats:
 
 
 def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:
-    """[sum over real tokens of 1 - cosine(x, y), number of them]."""
+    """Return [sum over real tokens of 1 - cosine(x, y), number of real tokens]."""
     x_ND, y_ND = (v.astype(jnp.float32).reshape(-1, v.shape[-1]) for v in (x_BTD, y_BTD))
     norms = jnp.linalg.norm(x_ND, axis=-1) * jnp.linalg.norm(y_ND, axis=-1)
     cosine = jnp.sum(x_ND * y_ND, axis=-1) / jnp.maximum(norms, 1e-30)

@@ -104,7 +104,7 @@ def _same_type(stacked: Any, layer: Any) -> bool:
 
 
 def _room(depth: int, layer: Any, old: Any) -> Any:
-    """Zeros for `depth` layers of a weight."""
+    """Return zeros for `depth` layers of a weight."""
 
     def one(a: jax.Array) -> jax.Array:
         shape = (depth, *a.shape)

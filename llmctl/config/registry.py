@@ -1,6 +1,6 @@
 """Registries: named things that llmctl and other packages provide, imported when they are first used.
 
-A package of somebody else's adds a thing by an entry point of the group `llmctl`, whose name is KIND.NAME:
+Another package adds a thing by an entry point of the group `llmctl`, whose name is KIND.NAME:
 
     [project.entry-points."llmctl"]
     "source.arrow" = "my_package.arrow:read"

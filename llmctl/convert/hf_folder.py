@@ -36,7 +36,7 @@ class Found:
     wanted: dict[str, name_map.Joint]
     labels: list[str]
     task: str
-    """What its outputs mean."""
+    """Task that defines the meaning of the outputs."""
     config: Fields
     """The config.json of the folder."""
 
@@ -237,7 +237,7 @@ def config_of(model: ModelConfig, task: Task, labels: list[str], tokens: Fields,
 
     Args:
         model: Config of the model.
-        task: What its outputs mean.
+        task: Task that defines the meaning of the outputs.
         labels: Names of its classes.
         tokens: Ids of special tokens ("bos_token_id", …).
         dtype: Name of the dtype of its weights.

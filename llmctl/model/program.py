@@ -32,7 +32,7 @@ class Pass:
     attention: str = "auto"
     """As `train.attention`: auto takes the platform's kernel."""
     replicated: bool = False
-    """Every device computes all of it."""
+    """Whether every device computes the full program."""
     trained: float = 1.0
     """Fraction of the parameters that is trained."""
     beside: float = 0.0
@@ -115,6 +115,6 @@ class Program:
     beside: Tree = ()
     """Those of the arrays above that are not arguments of the program."""
     work: Pass | Cost | None = None
-    """What the analytic model assumes on platforms whose compiler is not used (GPUs).
+    """Assumptions of the analytic model on platforms whose compiler is not used (GPUs).
 
     None counts `flops`, and the arguments and results as memory traffic."""

@@ -1,8 +1,8 @@
 """Wiring: which norm or matrix feeds which matrices, derived from a ModelConfig. Imports no JAX.
 
-Structured pruning asks it which columns and rows belong to a head or a neuron. Methods that move a scale from one
-matrix to the next ask it where the network stays the same (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
-Rotations ask it what writes to the residual stream and what reads it (QuaRot, arXiv:2404.00456).
+Structured pruning needs the columns and rows of a head or a neuron. Methods that move a scale from one matrix to the
+next without changing the outputs need the pairs of matrices (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
+Rotations need the matrices that write to and read from the residual stream (QuaRot, arXiv:2404.00456).
 
 Paths are those of the parameter tree without the leaf: "decoder/blocks/attn/q" stands for its kernel and its bias.
 """
@@ -104,12 +104,12 @@ def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
 
 
 def _end(cfg: ModelConfig, stack: str) -> str:
-    """Path of the norm whose output leaves the stack."""
+    """Return the path of the norm whose output leaves the stack."""
     return f"{stack}/blocks/mlp_norm" if cfg.norm_position == "post" else f"{stack}/norm"
 
 
 def _head_feeds(cfg: ModelConfig) -> list[Feed]:
-    """What reads the last stack's output. Pooling is linear, so a scale passes through it."""
+    """Return the matrices that read the last stack's output. Pooling is linear, so a scale passes through it."""
     end, found, readers = _end(cfg, stacks(cfg)[-1]), [], []
     tied, alone = False, True
     if cfg.head_kind.vocabulary:

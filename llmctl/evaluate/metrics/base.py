@@ -1,6 +1,6 @@
 """Registry of metrics: name, title, unit, format and direction of every figure that llmctl reports.
 
-The closing table of a run, `show`, the tables, headlines and pictures of `eval`, and the choice of the best checkpoint
+The closing table of a run, `show`, the tables, headlines and plots of `eval`, and the choice of the best checkpoint
 read these records. Metrics without a record are recorded in JSON and appear in no table.
 
 A package adds a metric by the entry point `metric.NAME` of the group `llmctl`; `eval` computes it when its setting
@@ -49,14 +49,14 @@ class Metric:
     table: Table = "terminal"
     """Narrowest table with a column for it; "none" appears in no table."""
     aspect: Literal["quality", "speed"] = "quality"
-    """Whether it describes the answers or the time they take."""
+    """Whether it describes the predictions or their speed."""
     baseline: str = ""
-    """Name of the metric that holds what an answer without reading the input scores."""
+    """Name of the metric with the score of a baseline that does not read the input."""
     compute: Callable[[Any, Any], float] | None = None
     """(truth, predictions) of all held-out examples -> value; None for metrics that the tasks themselves compute."""
 
     def text(self, value: float) -> str:
-        """Return `value` as people read it."""
+        """Format `value` for people."""
         return self.format.format(value * self.scale)
 
 
@@ -114,6 +114,6 @@ def columns(names: Iterable[str], table: Table) -> list[Metric]:
 
 
 def text(name: str, value: float) -> str:
-    """Return `value` in the format of its record; in six digits if there is none."""
+    """Format `value` by the metric's record, or with six digits if there is none."""
     record = find(name)
     return record.text(value) if record else f"{value:.6g}"

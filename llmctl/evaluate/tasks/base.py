@@ -1,6 +1,6 @@
-"""Task: the record that owns every fact about what a model is finetuned for and measured on.
+"""Define a task: the record with all facts about what a model is finetuned for and measured on.
 
-A new task is a subclass whose instance is registered in `llmctl.evaluate.tasks.registry`. It overrides what differs:
+A new task is a subclass whose instance is registered in `llmctl.evaluate.tasks.registry`. It overrides methods:
 
     class Ordinal(Classify):
         name, title = "ordinal", "ordinal classification"
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from llmctl.data.device_batches import Rows
 
 Corpora = Callable[[Tokenizer], Corpus]
-"""The texts of the examples as a tokenizer encodes them, kept from an earlier call."""
+"""Function from a tokenizer to the tokens of the examples' texts, which are cached."""
 Found = Iterable[tuple[Batch, Any]]
-"""Host batches and what the model answered to each, once, without rows that only fill a batch."""
+"""Host batches with the model's outputs; every row once, without padding rows."""
 Scored = tuple[dict[str, Any], tuple[Any, Any] | None]
 """Metrics by name, and (truth, predictions) of all examples, or None if there are none."""
 
@@ -56,9 +56,9 @@ class Options:
     dtype: Any = jnp.float32
     """Compute type."""
     label_smoothing: float = 0.0
-    """Share of the uniform distribution in the targets; changes what is minimized, not the metrics."""
+    """Weight of the uniform distribution in the targets; it changes the loss, not the metrics."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2; changes what is minimized, not the metrics."""
+    """Weight of log(Z)^2; it changes the loss, not the metrics."""
     temperature: float = NEARNESS
     """Divisor of the similarities of embeddings."""
     labels: Sequence[str] = ()
@@ -170,11 +170,11 @@ class Task:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return the validation metric that chooses the best parameters."""
+        """Return the validation metric that selects the best parameters."""
         return "loss"
 
     def woven(self, batch: Batch) -> Batch:
-        """Return the batch as the network reads it."""
+        """Return the batch in the form that the network reads."""
         return batch
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
@@ -203,7 +203,7 @@ class Task:
         return self.score(functional.outputs(cfg, params, x_BTD, batch, options.dtype), batch, options)
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the loss and its sums from the task head's answer."""
+        """Return the loss and its sums from the outputs of the task head."""
         raise NotImplementedError
 
     def soft_loss_of(
@@ -223,8 +223,8 @@ class Task:
           teacher_cfg: the teacher.
           dtype: compute type.
           remat: what the backward pass recomputes.
-          temperature: softens both distributions.
-          hard: weight of the loss on labels; the rest is the divergence from the teacher.
+          temperature: softmax temperature of both distributions.
+          hard: weight of the loss on labels; the remainder weighs the divergence from the teacher.
         """
 
         def loss(
@@ -250,11 +250,11 @@ class Task:
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and its sums from the answers of both task heads."""
+        """Return the distillation loss and its sums from the outputs of both task heads."""
         raise NotImplementedError
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
-        """Return what the task chooses on validation rows after training; the artifact stores it as `fitted`."""
+        """Return values that the task fits on validation rows after training; the artifact stores them as `fitted`."""
         return {}
 
     # --- evaluation --------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class Task:
         """
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled step (params, batch) -> answer that `eval` runs and times."""
+        """Return the compiled step (params, batch) -> outputs that `eval` runs and times."""
         raise NotImplementedError
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
@@ -309,18 +309,18 @@ class Task:
         return Measured(self.title, protocol, metrics, single, batched, units, predictions)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the metrics by name from the answers to all rows, and what `Measured.answers` holds."""
+        """Return the metrics by name from the outputs of all rows, and the value of `Measured.answers`."""
         raise NotImplementedError
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return how the metrics were measured, in words: without them two figures cannot be compared."""
+        """Return how the metrics were measured, in words. Figures compare only under the same protocol."""
         cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
         return f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
 
     # --- export ------------------------------------------------------------------------------------------------------
 
     def hf_fields(self, model: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of Hugging Face's config.json that say what the outputs mean."""
+        """Return the fields of Hugging Face's config.json that describe the outputs."""
         if not self.classes:
             return {}
         names = list(labels) or [f"LABEL_{i}" for i in range(model.labels)]

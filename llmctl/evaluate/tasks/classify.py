@@ -48,7 +48,7 @@ class Classify(Task):
         label_map(examples.classes, artifact.manifest.labels, str(artifact.path))
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return (params, batch) -> the likeliest class [B]."""
+        """Return (params, batch) -> the most likely class [B]."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:

@@ -45,8 +45,8 @@ class Completions(Language):
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure perplexity of completions given prompts.
 
-        An encoder-decoder reads `seq_len` tokens of each prompt. Completions are whole, however long, and their ends
-        are not scored: a word and a byte are then the same as for a decoder.
+        An encoder-decoder reads `seq_len` tokens of each prompt. Completions are never cut, and their ends are not
+        scored, so that words and bytes are those of a decoder.
 
         Raises:
           RequestError: a completion is longer than the model's longest sequence.

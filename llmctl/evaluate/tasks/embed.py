@@ -1,4 +1,4 @@
-"""Embeddings of texts: each text is nearest to its own pair among all, or two texts are as near as their score says.
+"""Embeddings of texts: each text is nearest to its own pair, or the similarity of two texts equals a given score.
 
 Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
 """
@@ -114,12 +114,12 @@ class Embed(Task):
         if examples.labels is not None:
             scored = regression.scores(examples.labels, (text_ND * pair_ND).sum(-1))
             return {k: scored[k] for k in ("spearman", "pearson", "examples")}, None
-        # The same text twice is one candidate: no model can tell which is meant.
+        # Equal texts are one candidate, because no model can distinguish them.
         _, first_M, own_N = np.unique(list(examples.texts("pair")), return_index=True, return_inverse=True)
         return scores(ranks(text_ND, pair_ND[first_M], own_N), len(first_M)), None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TwoTextRows, metrics: dict[str, Any]) -> str:
-        """Return what the cosine was compared with."""
+        """Return the figures that the cosine was compared with."""
         text = f"{held.split} split, {len(held.examples)} pairs, {KEPT[setup.truncate]} {setup.seq_len} tokens, "
         if held.examples.labels is not None:
             return text + f"cosine against the score, {setup.dtype}"

@@ -92,7 +92,7 @@ class Language(Task):
         return jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def peft_task_type(self, model: ModelConfig) -> str:
-        """Return PEFT's name, which it has for networks that write."""
+        """Return PEFT's name for models that generate text."""
         return "CAUSAL_LM" if model.architecture == "decoder" else super().peft_task_type(model)
 
 
@@ -118,7 +118,7 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
 def scored(
     task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the compiled step, and its means over all rows beside what is scored without looking at the context."""
+    """Return the compiled step, and its means over all rows together with the scores of a baseline without context."""
     step = task.scorer(artifact.model, setup.dtype)
     total: dict[str, float] = {}
     with setup.batches().once(rows) as steps:
@@ -126,7 +126,7 @@ def scored(
             found = {k: float(v) for k, v in step(artifact.params, batch).items()}
             total = {k: total.get(k, 0.0) + v for k, v in found.items()}
     metrics: dict[str, Any] = {k: float(v) for k, v in chunked_loss.means(total).items()}
-    # The share of right tokens is not the accuracy of a classifier, which has a column of its own.
+    # The fraction of correct tokens is not a classifier's accuracy, which has its own column.
     metrics |= {"token_accuracy": metrics.pop("accuracy"), "nll": metrics.pop("loss")}
     return step, metrics | baselines.guesses(rows, len(rows), sentinels) | {"predicted_tokens": int(total["weight"])}
 
@@ -134,7 +134,7 @@ def scored(
 def timed(
     task: Language, protocol: str, metrics: dict[str, Any], artifact: Artifact, rows: Any, step: Any, setup: Setup
 ) -> Measured:
-    """Return the outcome with the step on the first rows as the programs to time."""
+    """Return the result, with the step on the first rows as the programs to time."""
     size = setup.batch_size
     inputs = rows.batch(np.arange(size) % len(rows)) | {"row_weight": np.ones(size, np.float32)}
     single, batched = programs(step, artifact.params, inputs, setup.mesh)
@@ -144,7 +144,7 @@ def timed(
 
 
 class LanguageModel(Language):
-    """The task that the data asks for: completions if it has them, else what the architecture is pretrained for."""
+    """Language modelling: completions if the data has them, else the pretraining objective of the architecture."""
 
     name = "lm"
     title = "language model"

@@ -1,7 +1,7 @@
 """Pretraining objectives as tasks: perplexity, filled masks, next sentences, corrupted spans, the rest of a text.
 
-Every row is a pure function of the held-out text and a fixed seed, so all artifacts of one tokenizer and length are
-asked the same. Beside every score stands what is scored without looking at the context.
+Every row is a pure function of the held-out text and a fixed seed, so all artifacts with the same tokenizer and length
+get the same rows. Every score is reported with that of a baseline without context.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llmctl.model.config import ModelConfig
 
 
 class TextObjective(Language):
-    """What an objective of `llmctl.data.pretraining.objective_rows` makes of text.
+    """Task with the rows that an objective of `llmctl.data.pretraining.objective_rows` builds from text.
 
     Args:
-      name: the objective.
-      title: the task in results.
-      asked: what its rows ask for, in words.
+      name: name of the objective.
+      title: name of the task in results.
+      asked: description of the targets.
     """
 
     def __init__(self, name: objective_rows.ObjectiveName, title: str, asked: str) -> None:
@@ -51,7 +51,7 @@ class TextObjective(Language):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> Any:
-        """Return the objective's rows of the texts."""
+        """Return the objective's rows."""
         documents = corpus(tokenizer) if corpus else tokenize(examples.texts(), tokenizer)
         return self.objective.rows(documents, tokenizer, seq_len, seed=seed, packing="segments", shuffle=shuffle)
 
@@ -69,7 +69,7 @@ class TextObjective(Language):
         truncate: Truncate = "tail",
         needed: int = 0,
     ) -> Any:
-        """Return the objective's rows of the texts, which may be prepared, or mixed by weight."""
+        """Return the objective's rows. The texts may be prepared, or mixed by weight."""
         objective_rows.check(self.name, model.architecture, model.next_sentence)
         return text.rows(
             split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed, objective=self.objective
@@ -90,7 +90,7 @@ class TextObjective(Language):
 
 
 class Causal(TextObjective):
-    """The next token of a decoder; measured by sliding windows over each text alone."""
+    """Next-token prediction of a decoder, measured by sliding windows over each text separately."""
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure perplexity of the held-out texts per token, word and byte."""
@@ -112,16 +112,16 @@ def sliding(
     """Measure a decoder's perplexity of documents.
 
     Args:
-      task: whose step is timed.
+      task: task whose step is timed.
       artifact: the decoder.
       held: the held-out examples.
       setup: context, stride and batch.
       tokenizer: the artifact's.
-      texts: what is scored, for its words and bytes.
+      texts: scored texts, whose words and bytes are counted.
       documents: token ids by number.
-      given: tokens at the beginning of each document that are context alone (prompts of completions).
+      given: number of tokens at the beginning of each document that are only context (prompts of completions).
     """
-    # A model that never saw BOS before a text knows nothing about first tokens.
+    # Without BOS in training a model cannot predict first tokens.
     prefix = tokenizer.bos_id if tokenizer.add_bos else None
     nll, tokens = likelihood.total_nll(
         artifact.model,

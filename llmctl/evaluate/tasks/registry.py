@@ -1,6 +1,6 @@
-"""Registry of tasks: names without an import of JAX, records when they are first used.
+"""Registry of tasks. Names need no import of JAX; a record is imported when it is first used.
 
-Example, in a package of somebody else's:
+Another package adds a task by an entry point:
 
     [project.entry-points."llmctl"]
     "task.ordinal" = "my_package.ordinal:TASK"

@@ -25,7 +25,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, only, row_weight, soft_class_sums
 
 LONGEST = 200
-"""Characters of an answer at most. A limit in tokens would differ between tokenizers."""
+"""Maximum number of characters of an answer. A limit in tokens would differ between tokenizers."""
 
 
 class Span(Task):
@@ -65,7 +65,7 @@ class Span(Task):
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy of logits [B, T, 2] over the tokens where an answer may begin or end."""
+        """Return the cross-entropy of logits [B, T, 2] over the tokens at which an answer may begin or end."""
         smoothing, z = options.label_smoothing, options.z_loss
         return ends(lambda k, at, weight: class_sums(y[..., k], at, weight, smoothing, z, batch["among"]), batch)
 
@@ -92,7 +92,7 @@ class Span(Task):
     def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
         """Return exact match and F1 of the best span over all windows of a context.
 
-        If the data has questions without an answer, the first token's score twice is that of no answer.
+        If the data has questions without an answer, no answer is scored as the span of the first token alone.
         """
         asked = list(examples)
         N = len(asked)
@@ -116,7 +116,7 @@ class Span(Task):
         return metrics, None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: AnswerRows, metrics: dict[str, Any]) -> str:
-        """Return the windows, the longest answer, and how no answer is chosen."""
+        """Return the windows, the maximum length of answers, and how questions without an answer are predicted."""
         none = metrics["unanswerable"]
         text = f"{held.split} split, {metrics['examples']} questions in {len(rows)} windows of {setup.seq_len} tokens "
         text += f"that overlap by half, spans of at most {LONGEST} characters, SQuAD's normalization, {setup.dtype}"

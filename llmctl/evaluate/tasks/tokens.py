@@ -54,7 +54,7 @@ class Tokens(Classify):
         return "entity_f1" if entities.is_scheme(labels) else "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy of logits [B, T, C] where a word begins."""
+        """Return the cross-entropy of logits [B, T, C] at the first token of each word."""
         targets_BT, weights_BT = batch["targets"], batch["weights"]
         loss, sums = class_sums(y, targets_BT, weights_BT, options.label_smoothing, options.z_loss)
         if (marks := entities.marks(options.labels)) is not None:

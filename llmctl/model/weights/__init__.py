@@ -1,7 +1,7 @@
 """Weights: the leaves of the parameter tree, and the only place where a weight meets an activation.
 
 A weight is a plain array or a node (`llmctl.model.weights.base.Node`): integers with scales, a low-rank update around
-another weight, or a class of somebody else's. The functions here take either:
+another weight, or a class of another package. The functions here take either:
 
     >>> import jax.numpy as jnp
     >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))

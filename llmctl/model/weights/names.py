@@ -79,12 +79,12 @@ def is_kernel(path: str) -> bool:
 
 
 def is_stacked(name: str) -> bool:
-    """True if axis 0 of this array is the layers of a stack."""
+    """Return True if axis 0 of this array is the layers of a stack."""
     return parse(name).stacked
 
 
 def is_layer_matrix(name: str) -> bool:
-    """True for a matrix of a layer that is stored as one plain array."""
+    """Return True for a matrix of a layer that is stored as one plain array."""
     found = parse(name)
     return found.place == "block" and not found.part
 

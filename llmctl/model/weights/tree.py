@@ -92,7 +92,7 @@ def as_node(w: Any) -> Node:
 
 
 def is_plain(w: Any) -> bool:
-    """True for a weight that is one array."""
+    """Return True for a weight that is one array."""
     return not isinstance(w, Node)
 
 
@@ -130,7 +130,7 @@ def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str]
 
 
 def is_weight(x: Any) -> bool:
-    """True for a leaf of a tree of weights, nodes included; use as `is_leaf`."""
+    """Return True for a leaf of a tree of weights, nodes included; use as `is_leaf`."""
     return not isinstance(x, dict)
 
 
