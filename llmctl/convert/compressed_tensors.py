@@ -49,7 +49,15 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
     flat = weights.flatten(params)
     out, untouched = dict(dense), []
     schemes: set[tuple[int, int, str]] = set()
-    for name, joint in name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare).items():
+    bare = cfg.head_kind.bare
+    wanted = name_map.joints(cfg, bridge, head, bare)
+    # transformers constructs these layers although nothing is stored for them: a tied output layer, an unused pooler.
+    built = [
+        theirs.removesuffix(".weight")
+        for ours, theirs in bridge.table(cfg, head, bare).items()
+        if weights.is_kernel(ours) and "{}" not in theirs and theirs not in wanted
+    ]
+    for name, joint in wanted.items():
         slot = joint.slots[0]
         if not slot.transposed:
             continue
@@ -67,7 +75,7 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
         raise RequestError("no linear layer is quantized; export --to hf writes it as it is")
     if len(schemes) > 1:
         raise RequestError(f"linear layers differ in bits, groups or activations ({listed(map(str, sorted(schemes)))})")
-    return out, _config(*schemes.pop(), untouched)
+    return out, _config(*schemes.pop(), [*untouched, *built])
 
 
 def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, bits: int) -> dict[str, Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmctl.artifacts import artifact, atomic
-from llmctl.config.errors import RequestError
+from llmctl.config.errors import RequestError, WorkError
 from llmctl.convert import (
     compressed_tensors,
     gguf,
@@ -19,6 +22,8 @@ from llmctl.convert import (
     parity,
     peft,
     safetensors,
+    text_proof,
+    tokenizer_export,
     tokenizers,
 )
 from llmctl.convert import hf_folder as folders
@@ -56,8 +61,9 @@ def run(
         say: Called with one line of text for each message to the user.
 
     Returns:
-        {"artifact", "digest", "format", "out", "files", "bytes", "parity"}; parity is the largest difference between
-        the outputs of the artifact and those of the weights read back.
+        {"artifact", "digest", "format", "out", "files", "bytes", "parity", "transformers", "proof"}: parity is the
+        largest difference between the outputs of the artifact and those of the written weights in llmctl, transformers
+        that of transformers with the written files (None if it did not read them), and proof says what was compared.
 
     Raises:
         RequestError: If the artifact has no counterpart in that format, or `out` exists.
@@ -74,11 +80,11 @@ def run(
     found = artifact.load(source)
     with atomic.writing(out) as draft:
         if to == "gguf":
-            delta = _gguf(found, draft / "model.gguf", kind, say)
+            delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, OUR_READER
         elif to == "peft":
-            delta = peft.export(found, draft)
+            delta, theirs, proof = _adapter(found, draft)
         else:
-            delta = _folder(found, draft, to, dtype, shard_bytes, say)
+            delta, theirs, proof = _folder(found, draft, to, dtype, shard_bytes, say)
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         names, size = [str(p.relative_to(draft)) for p in files], sum(p.stat().st_size for p in files)
     return {
@@ -89,18 +95,28 @@ def run(
         "files": names,
         "bytes": size,
         "parity": delta,
+        "transformers": theirs,
+        "proof": proof,
     }
+
+
+OUR_READER = "llmctl reads the written weights"
 
 
 def _folder(
     found: artifact.Artifact, draft: Path, to: str, dtype: str, shard_bytes: int, say: Callable[[str], None]
-) -> float:
+) -> tuple[float, float | None, str]:
     cfg, params = found.model, found.params
     kind = lazy_tensors.dtype(dtype) if dtype else None
-    ends = cfg.architecture != "decoder" or not cfg.head_kind.vocabulary
-    tokens = tokenizers.hand_on(found.tokenizer_dir, draft, ends) if found.tokenizer_dir.is_dir() else {}
-    if not tokens:
-        say(f"{found.path}: has no tokenizer; the folder has none")
+    seq_len = found.manifest.seq_len
+    written = tokenizer_export.hand_on(found.tokenizer_dir, draft, cfg, seq_len)
+    for line in written.said if written else ("has no tokenizer; the folder has none",):
+        say(f"{found.path}: {line}")
+    if written and written.rows:
+        cfg, params = _with_rows(cfg, params, written.rows)
+    if tokenizers.reads_texts(cfg) and found.manifest.truncate == "head_tail":
+        say(f"{found.path}: long texts lose their middle in llmctl, and their end in other programs")
+    tokens = written.ids if written else {}
     theirs = folders.tensors_of(cfg, params, kind)
     main = str((kind or next(t.dtype for n, t in theirs.items() if n.endswith("weight"))).name)
     config = folders.config_of(cfg, registry.of(found.manifest), found.manifest.labels, tokens, main)
@@ -118,9 +134,55 @@ def _folder(
             raise RequestError(f"{found.path}: {', '.join(odd)} cannot be written in this format; nothing was written")
     with bar("proving", again.nbytes) as wrote:
         back = folders.load(again, placer(again.model), None, wrote)
-    batch = parity.probe(cfg)
     ours = weights.unflatten(_cast(params, kind, packed=to == "compressed-tensors"))
-    return parity.prove(str(found.path), parity.answers(again.model, back, batch), parity.answers(cfg, ours, batch))
+    return _prove(found, draft, cfg, ours, again.model, back, seq_len, to, say)
+
+
+def _prove(
+    found: artifact.Artifact,
+    draft: Path,
+    cfg: ModelConfig,
+    ours: dict[str, Any],
+    model: ModelConfig,
+    back: dict[str, Any],
+    seq_len: int,
+    to: str,
+    say: Callable[[str], None],
+) -> tuple[float, float | None, str]:
+    """Compare texts in llmctl with the same texts through the written files.
+
+    Returns:
+        The largest difference if llmctl reads the weights, that if transformers reads them (None if it cannot), and
+        what was compared.
+    """
+    what = str(found.path)
+    missing = text_proof.available(4 * found.manifest.parameters, to.replace("-", "_") if to != "hf" else "")
+    rows, T = text_proof.texts_of(cfg, found.tokenizer_dir, seq_len)
+    from_text = (draft / "tokenizer.json").is_file()
+    if from_text:
+        there = text_proof.tokens_there(cfg, draft, T, theirs=not missing)
+        if differs := text_proof.same_tokens(what, rows, there):
+            if tokenizers.reads_texts(cfg):
+                raise WorkError(f"{differs}; nothing was written")
+            say(differs)
+            rows = there
+    with jax.default_matmul_precision("highest"):
+        batch = text_proof.batch_of(cfg, rows, T)
+        expected = np.asarray(parity.answers(cfg, ours, batch))
+        delta = parity.prove(what, parity.answers(model, back, batch), expected)
+    begin = "from text, " if from_text else ""
+    if missing:
+        return delta, None, f"{begin}{OUR_READER} ({missing})"
+    theirs = parity.prove(what, text_proof.answers_there(cfg, draft, rows, T), expected[-len(rows) :])
+    return delta, theirs, f"{begin}transformers reads what was written"
+
+
+def _with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
+    """Append zeros to the embedding table, for tokens that no text contains."""
+    flat = weights.flatten(params)
+    table_VD = weights.dense(flat["embed/tokens"], flat["embed/tokens"].dtype)
+    flat["embed/tokens"] = jnp.pad(table_VD, ((0, rows - len(table_VD)), (0, 0)))
+    return cfg.model_copy(update={"vocab_size": rows}), weights.unflatten(flat)
 
 
 FREE = {
@@ -133,6 +195,7 @@ FREE = {
     "window_layers",
     "head_bias",
     "attn_scale",
+    "head_activation",
 }
 """Fields that a format may express differently for the same function; the comparison of outputs covers them."""
 
@@ -153,12 +216,35 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
     return {path: cast(path, w) for path, w in weights.flatten(params).items()}
 
 
+def _adapter(found: artifact.Artifact, draft: Path) -> tuple[float, float | None, str]:
+    """Write an adapter, and compare the base with it, as PEFT loads both, with the artifact."""
+    delta, cfg = peft.export(found, draft), found.model
+    integers = [weights.as_node(w).integers() for w in weights.flatten(found.params).values()]
+    missing = text_proof.available(4 * found.manifest.parameters, "peft")
+    if any(w is not None and w.activations for w in integers):
+        missing = "the base quantizes activations, which a dense base does not"
+    if missing:
+        return delta, None, f"{OUR_READER} ({missing})"
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
+        kind, base = lazy_tensors.dtype("float32"), Path(work) / "base"
+        tensors = folders.tensors_of(cfg, peft.base_of(found), kind)
+        folders.save(
+            base, folders.config_of(cfg, registry.of(found.manifest), found.manifest.labels, {}, "float32"), tensors
+        )
+        if cfg.head_kind.bare:
+            sentence_transformer(cfg, base)
+        rows, T = text_proof.texts_of(cfg, base)
+        theirs = text_proof.answers_there(cfg, base, rows, T, adapter=draft)
+        expected = np.asarray(parity.answers(cfg, found.params, text_proof.batch_of(cfg, rows, T)))
+    return delta, parity.prove(str(found.path), theirs, expected[-len(rows) :]), "PEFT reads what was written"
+
+
 def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:
     if differs := gguf_export.write(found, file, kind):
         say(f"{found.path}: {differs}")
     again = gguf.look(file)
     back = name_map.read(again.model, again.wanted, again.tensors, placer(again.model))
-    batch = parity.probe(found.model, min(16, found.model.window or 16))
+    batch = parity.probe(found.model)
     return parity.prove(
         str(found.path), parity.answers(again.model, back, batch), gguf_export.expected(found, kind, batch)
     )

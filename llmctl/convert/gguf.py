@@ -27,7 +27,14 @@ from llmctl.model.families.llama import LLAMA3_ROPE
 
 TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 """Architecture name of llama.cpp -> model_type of transformers."""
-CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+}
 
 PLAIN = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -75,6 +82,8 @@ def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
     if architecture not in TYPES:
         raise RequestError(f"{file}: architecture {architecture!r} is not known; known: {', '.join(sorted(TYPES))}")
     model_type = TYPES[architecture]
+    if architecture == "llama" and metadata.get("llama.attention.sliding_window"):
+        model_type = "mistral"
     factors = stored.pop("rope_freqs.weight", None)
     config = _config(file, model_type, architecture, metadata, factors)
     back = {}
@@ -202,6 +211,8 @@ def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, 
         # llama.cpp identifies the two sizes with another attention scale by their number of layers.
         largest = {("gemma2", 46): width // heads, ("gemma3_text", 62): width // heads}
         config["query_pre_attn_scalar"] = largest.get((model_type, take("block_count")), head_dim)
+    elif model_type == "mistral":
+        config["sliding_window"] = take("attention.sliding_window")
     elif model_type == "qwen3":
         config["attention_bias"] = False
     scaling = _scaling(file, architecture, metadata, factors, config)
@@ -250,7 +261,7 @@ def heads_of(config: Mapping[str, Any], name: str) -> int:
 
 
 def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor) -> Tensor:
-    heads = heads_of(config, name) if model_type == "llama" else 0
+    heads = heads_of(config, name) if model_type in ("llama", "mistral") else 0
     if heads:
         return Tensor(t.shape, t.dtype, lambda: halves(t.read(), heads))
     if model_type.startswith("gemma") and name.endswith("norm.weight"):

@@ -85,13 +85,15 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if cfg.family == "mistral" and cfg.window:
+        ignored = f"llama.cpp runs this architecture without its window: exact up to {cfg.window:,} tokens of context"
+        differs = "; ".join(filter(None, (differs, ignored)))
     return differs
 
 
 def _refuse(cfg: ModelConfig, architecture: str) -> None:
     every = {"gemma2": 2, "gemma3": 6}.get(architecture)
-    # llama.cpp runs Mistral without its window. This is exact up to `window` tokens, so the context length is limited
-    # to it.
+    # llama.cpp runs Mistral without its window, which `write` says.
     odd = every is None or bool(cfg.window_layers) or cfg.window_every != every
     if cfg.window and odd and cfg.family != "mistral":
         raise RequestError("GGUF has no place for this pattern of windows; nothing was written")
@@ -112,9 +114,8 @@ def _refuse(cfg: ModelConfig, architecture: str) -> None:
 
 def _write_metadata(writer: Any, cfg: ModelConfig, kind: str) -> None:
     gguf = library()
-    length = min(cfg.max_seq_len, cfg.window) if cfg.family == "mistral" and cfg.window else cfg.max_seq_len
     writer.add_vocab_size(cfg.vocab_size)
-    writer.add_context_length(length)
+    writer.add_context_length(cfg.max_seq_len)
     writer.add_embedding_length(cfg.d_model)
     writer.add_block_count(cfg.layers)
     writer.add_feed_forward_length(cfg.d_ff)
@@ -133,8 +134,9 @@ def _write_metadata(writer: Any, cfg: ModelConfig, kind: str) -> None:
         writer.add_rope_scaling_factor(scaling["factor"])
         if "original_max_position_embeddings" in scaling:
             writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-    if cfg.family.startswith("gemma"):
+    if cfg.window or cfg.family.startswith("gemma"):
         writer.add_sliding_window(cfg.window)
+    if cfg.family.startswith("gemma"):
         if cfg.attn_softcap:
             writer.add_attn_logit_softcapping(cfg.attn_softcap)
         if cfg.final_softcap:

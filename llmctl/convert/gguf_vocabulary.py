@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config.errors import RequestError
+from llmctl.convert.tokenizers import GENERATION
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import DESCRIPTOR
 from llmctl.data.tokenizers.sentencepieces import SentencePieces
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
+from llmctl.model.generate.continuations import end_ids
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 """Token types, with the numbers of SentencePiece."""
@@ -22,6 +24,10 @@ DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 WHOLE = ("gpt-2", "default")
 """Pre-tokenization patterns, by the names that llama.cpp gives them."""
 
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""Tokens that end an answer: of a text, of a turn, of a message to a tool."""
+TURNS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
+"""Control tokens of which llama.cpp takes the first to end a turn, if a file names none."""
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
@@ -53,6 +59,13 @@ def read(file: Path, work: Path) -> Path:
         )
     else:
         raise RequestError(f"{file}: a vocabulary of kind {kind!r} is not understood; --tokenizer names another one")
+    ends = [i for key in ENDS if (i := get(key)) is not None]
+    if get("eot_token_id") is None:
+        control = {t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k == CONTROL}
+        ends += [control[t] for t in TURNS if t in control][:1]
+    if len(set(ends)) > 1:
+        generation = {"eos_token_id": sorted(set(ends))}
+        (work / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
     if "tokenizer.chat_template" in fields:
         template = {"chat_template": fields["tokenizer.chat_template"].contents()}
         (work / "tokenizer_config.json").write_text(json.dumps(template, indent=2) + "\n")
@@ -156,12 +169,17 @@ def write(writer: Any, folder: Path, rows: int) -> str:
     writer.add_token_types(kinds + [UNUSED] * len(filler))
     writer.add_bos_token_id(words.bos_id)
     writer.add_eos_token_id(words.eos_id)
+    if others := [i for i in end_ids(folder, words) if i != words.eos_id]:
+        writer.add_eot_token_id(others[0])
+    if others[1:]:
+        writer.add_eom_token_id(others[1])
     writer.add_pad_token_id(words.pad_id)
     writer.add_unk_token_id(words.unk_id)
     writer.add_add_bos_token(words.add_bos)
     if template := tokenizers.chat_template(folder):
         writer.add_chat_template(template)
-    return _difference(words) if isinstance(words, SentencePieces) else ""
+    more = f"llama.cpp has no key for the end tokens {others[2:]}" if others[2:] else ""
+    return "; ".join(filter(None, (more, _difference(words) if isinstance(words, SentencePieces) else "")))
 
 
 def _difference(words: SentencePieces) -> str:

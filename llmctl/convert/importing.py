@@ -90,12 +90,14 @@ def run(
         words = work / "tokenizer"
         if is_gguf and not tokenizer:
             tokenizer = gguf.tokenizer(source, work / "found")
-        brought = tokenizers.bring(tokenizer or source, words, found.model)
+        brought = tokenizers.bring(tokenizer or source, words, found.model, found.config, None if is_gguf else source)
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
         stream = closing.enter_context(partial_save.opened(out, made_of))
         if stream.before:
             say(f"{out}: going on after the {len(stream.before)} parameters that were written before")
+        if not kind and (differ := name_map.mixed(found.wanted, found.tensors)):
+            say(f"{source}: {differ} (--dtype chooses another type)")
         with bar("reading", found.nbytes) as wrote:
             folders.load(found, stream.place(placer(found.model), wrote), kind, wrote)
         stored = stream.finish(shardings(found.model))

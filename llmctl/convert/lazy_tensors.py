@@ -52,6 +52,27 @@ DTYPES: dict[str, Any] = {
 }
 
 
+def common(kinds: Iterable[np.dtype]) -> np.dtype:
+    """Return the narrowest of the given dtypes, float16, bfloat16 and float32 that holds every value of all of them.
+
+    NumPy promotes no float8 or bfloat16 with another 16-bit or 8-bit type.
+
+    Example:
+        >>> common([np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)])
+        dtype('float32')
+        >>> common([np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)])
+        dtype(bfloat16)
+    """
+    kinds = list(dict.fromkeys(kinds))
+    wider = sorted({*kinds, *DTYPES.values()}, key=lambda k: (k.itemsize, k not in kinds, str(k)))
+    return next((k for k in wider if all(_holds(k, other) for other in kinds)), np.dtype(np.float64))
+
+
+def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
+    a, b = ml_dtypes.finfo(wide), ml_dtypes.finfo(narrow)
+    return wide == narrow or (a.nmant >= b.nmant and a.maxexp >= b.maxexp and a.minexp - a.nmant <= b.minexp - b.nmant)
+
+
 def dtype(name: str) -> np.dtype:
     """Return a floating-point dtype by name.
 

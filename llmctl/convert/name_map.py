@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.config.errors import RequestError
-from llmctl.convert.lazy_tensors import Tensor, Tensors, listed
+from llmctl.convert.lazy_tensors import Tensor, Tensors, common, listed
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.hf_config import Bridge, Head
@@ -129,19 +129,39 @@ def read(
         wanted: Result of `joints` for it.
         tensors: Tensors that passed `check`.
         place: Function that reads a parameter and puts it on its devices.
-        dtype: Dtype of all parameters; that of the tensors if None.
+        dtype: Dtype of all parameters; that of the tensors if None, or the `common` one if layers differ.
         wrote: Called with the size in bytes of every slice that was read.
     """
-    pieces: dict[str, list[tuple[Slot, str]]] = {}
-    for name, joint in wanted.items():
-        for slot in joint.slots:
-            pieces.setdefault(slot.path, []).append((slot, name))
+    pieces = _pieces(wanted)
     flat = {}
     for path, abstract in weights.flatten(functional.abstract(cfg)).items():
-        kind = dtype or np.result_type(*{tensors[name].dtype for _, name in pieces[path]})
+        kind = dtype or common(tensors[name].dtype for _, name in pieces[path])
         part = partial(_part, pieces[path], tensors, tuple(abstract.shape), kind, wrote)
         flat[path] = place(path, Pending(tuple(abstract.shape), kind, part))
     return weights.unflatten(flat)
+
+
+def _pieces(wanted: Mapping[str, Joint]) -> dict[str, list[tuple[Slot, str]]]:
+    """Return the slots of every parameter, with the name of each one's tensor."""
+    found: dict[str, list[tuple[Slot, str]]] = {}
+    for name, joint in wanted.items():
+        for slot in joint.slots:
+            found.setdefault(slot.path, []).append((slot, name))
+    return found
+
+
+def mixed(wanted: Mapping[str, Joint], tensors: Tensors) -> str:
+    """Describe parameters whose layers are stored in several dtypes; empty if there are none."""
+    odd: dict[tuple[str, ...], int] = {}
+    for slots in _pieces(wanted).values():
+        kinds = {tensors[name].dtype for _, name in slots}
+        if len(kinds) > 1:
+            at = (*sorted(k.name for k in kinds), common(kinds).name)
+            odd[at] = odd.get(at, 0) + 1
+    return "; ".join(
+        f"{n} parameters have layers in {' and '.join(kinds)}, and become {into}, which holds both exactly"
+        for (*kinds, into), n in sorted(odd.items())
+    )
 
 
 def _part(
@@ -202,7 +222,7 @@ def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype |
     flat = weights.flatten(params)
 
     def tensor(joint: Joint) -> Tensor:
-        kind = dtype or np.dtype(flat[joint.slots[0].path].dtype)
+        kind = dtype or common(np.dtype(flat[s.path].dtype) for s in joint.slots)
 
         def fetch() -> np.ndarray:
             arrays = [_slice(flat[s.path], s.layer, kind) for s in joint.slots]

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl.artifacts import fingerprint
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures, name_map, parity, safetensors
@@ -164,7 +165,8 @@ def export(found: Artifact, folder: Path) -> float:
         The largest difference of outputs after the adapter is read back.
 
     Raises:
-        RequestError: If the artifact has no pairs, or has pairs on matrices that share a tensor in the other format.
+        RequestError: If the artifact has no pairs, has pairs on matrices that share a tensor in the other format, or
+            differs from its base in weights that an adapter cannot hold.
     """
     cfg, flat = found.model, weights.flatten(found.params)
     pairs = weights.of_type(found.params, weights.LowRank)
@@ -179,20 +181,45 @@ def export(found: Artifact, folder: Path) -> float:
         one = w if slot.layer < 0 else weights.layer_of(w, slot.layer)
         out[f"{PREFIX}{module}.lora_A.weight"] = of_array(np.asarray(one.a, np.float32).T)
         out[f"{PREFIX}{module}.lora_B.weight"] = of_array(np.asarray(one.b, np.float32).T)
-    saved = []
-    if not cfg.head_kind.vocabulary:  # a task head is trained in addition to the pairs
-        for ours, theirs in architectures.of(cfg)[1].names.items():
-            if ours in flat:
-                array = np.asarray(weights.dense(flat[ours]), np.float32)
-                out[PREFIX + theirs] = of_array(array.T if weights.is_kernel(ours) else array)
-                saved.append(theirs.rpartition(".")[0])
+    trained = _trained(found)
+    for ours, theirs in trained.items():
+        array = np.asarray(weights.dense(flat[ours]), np.float32)
+        out[PREFIX + theirs] = of_array(array.T if weights.is_kernel(ours) else array)
+    saved = [theirs.rpartition(".")[0] for theirs in trained.values()]
     settings = {m: (pairs[s.path].a.shape[-1], pairs[s.path].scale) for m, s in modules.items()}
     config = _config(cfg, registry.of(found.manifest).peft_task_type(cfg), settings, sorted(set(saved)))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     safetensors.write_file(folder / WEIGHTS, out)
-    back = load(Artifact(found.path, found.manifest, weights.without_adapters(found.params)), folder)
+    back = load(Artifact(found.path, found.manifest, base_of(found)), folder)
     batch = parity.probe(cfg)
     return parity.prove(str(found.path), parity.answers(cfg, back, batch), parity.answers(cfg, found.params, batch))
+
+
+def base_of(found: Artifact) -> dict[str, Any]:
+    """Return the base for a proof: without pairs, and with zeros where the adapter must bring trained weights."""
+    base = weights.flatten(weights.without_adapters(found.params))
+    base |= {path: jnp.zeros(base[path].shape, jnp.float32) for path in _trained(found)}
+    return weights.unflatten(base)
+
+
+def _trained(found: Artifact) -> dict[str, str]:
+    """Return the weights of the heads that were trained beside the pairs: {our path: name in the other format}.
+
+    Finetuning trains task heads only. An imported adapter may also have brought a language-model head.
+    """
+    flat, names = weights.flatten(found.params), architectures.of(found.model)[1].names
+    heads = {ours: theirs for ours, theirs in names.items() if ours in flat}
+    parent = found.manifest.parent
+    if found.manifest.stage == "import" and parent is not None:
+        if fingerprint.digest(weights.flatten(weights.without_adapters(found.params))) == parent.digest:
+            return {}
+        if not heads:
+            raise RequestError(
+                f"{found.path}: differs from its base in more than low-rank pairs and its head, which an adapter "
+                "cannot hold; merge the pairs and export --to hf"
+            )
+        return heads
+    return {ours: theirs for ours, theirs in heads.items() if weights.parse(ours).task_head}
 
 
 def _config(

@@ -1,32 +1,47 @@
-"""Tokenizers of imported and exported models: find them, check them against the embedding table, and write them."""
+"""Tokenizers of imported models: find them, check them against the embedding table, and copy them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmctl.config.errors import RequestError
-from llmctl.convert import sentencepiece_json
+from llmctl.convert import post_processor
 from llmctl.convert.lazy_tensors import listed
 from llmctl.data.tokenizers import loading as tokenizers
-from llmctl.data.tokenizers.sentencepieces import SentencePieces
+from llmctl.data.tokenizers.base import TextTemplate
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model.config import ModelConfig
 
+GENERATION = "generation_config.json"
+"""File with the tokens that end an answer, if there are more than the tokenizer's own."""
 BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.txt", "vocab.json", "merges.txt", "generation_config.json", "sentence_bert_config.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", GENERATION, "sentence_bert_config.json"),
 )
 """Files that belong to a tokenizer and that other programs read; they are copied unchanged."""
 LEAST = 0.9
 """Minimum fraction of the embedding table that the tokenizer must cover. Tables are padded to round numbers only."""
 
 
-def bring(source: Path, work: Path, model: ModelConfig) -> Path | None:
+def bring(
+    source: Path, work: Path, model: ModelConfig, config: Mapping[str, Any] | None = None, of: Path | None = None
+) -> Path | None:
     """Copy the tokenizer of `source` (a folder or a file) into `work` for an artifact.
+
+    If the model reads complete texts, the special tokens that transformers puts around them are recorded. All tokens
+    that end an answer are written to a generation_config.json.
+
+    Args:
+        source: A folder or a file.
+        work: The folder to write.
+        model: Config of the model.
+        config: The model's config.json.
+        of: Folder of the model, if the tokenizer is from elsewhere.
 
     Returns:
         The folder, or None if the source has no tokenizer.
@@ -39,16 +54,79 @@ def bring(source: Path, work: Path, model: ModelConfig) -> Path | None:
         return None
     check(found, model, str(source))
     folder = source if source.is_dir() else source.parent
-    if beyond := [t for t, i in _json(folder / "added_tokens.json").items() if i >= found.vocab_size]:
+    if beyond := [t for t, i in read_json(folder / "added_tokens.json").items() if i >= found.vocab_size]:
         raise RequestError(
             f"{source}: its added tokens ({listed(beyond)}) are only read from a tokenizer.json; make one with "
             "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    config = config or {}
+    if reads_texts(model) and not (folder / tokenizers.DESCRIPTOR).is_file():
+        found.own_template = _recorded(found, folder, model, config)
     found.save(work)
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copy(folder / name, work / name)
+    _write_ends(work, found, [config.get("eos_token_id"), read_json((of or folder) / GENERATION).get("eos_token_id")])
     return work
+
+
+def reads_texts(model: ModelConfig) -> bool:
+    """Return True if the model reads complete texts, in contrast to a decoder that continues them."""
+    return not model.head_kind.vocabulary or model.architecture != "decoder"
+
+
+def projects_pooled(model: ModelConfig) -> bool:
+    """Return True if the model projects one vector per text (classes, a number)."""
+    kind = model.head_kind
+    return not (kind.vocabulary or kind.per_token or kind.bare)
+
+
+def pools_last(model: ModelConfig) -> bool:
+    """Return True if transformers pools at the last token that is not the padding token."""
+    return model.architecture == "decoder" and projects_pooled(model)
+
+
+def _recorded(
+    words: tokenizers.Tokenizer, folder: Path, model: ModelConfig, config: Mapping[str, Any]
+) -> TextTemplate | None:
+    """Return the template that transformers applies to texts, or None if it is that of llmctl."""
+    found = _template(words, folder)
+    pad = config.get("pad_token_id")
+    if pools_last(model) and isinstance(pad, int):
+        # Pooling in transformers skips padding tokens at the end of a text, also those that the template puts there.
+        # A decoder's states at the tokens before them are the same with and without them.
+        end = list(found.end)
+        while end and end[-1] == pad:
+            end.pop()
+        found = replace(found, end=tuple(end))
+    return None if found == words.template else found
+
+
+def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
+    """Return the special tokens that transformers puts around a text, by the files in a folder."""
+    said = read_json(folder / "tokenizer_config.json")
+    ids: dict[str, int | None] = {"bos": words.bos_id, "eos": words.eos_id}
+    if isinstance(words, JsonTokenizer):
+        return post_processor.read(words.backend, said, ids)
+    if str(said.get("tokenizer_class", "")).startswith("T5") or (folder / "spiece.model").is_file():
+        return TextTemplate((), (words.eos_id,), (words.eos_id,))  # T5's class appends the end token by itself
+    begin = (words.bos_id,) * words.add_bos
+    end = (words.eos_id,) * bool(said.get("add_eos_token", False))
+    return TextTemplate(begin, end, (*end, *begin))
+
+
+def _write_ends(folder: Path, words: tokenizers.Tokenizer, said: Iterable[Any]) -> None:
+    """Add end tokens of other files to the generation_config.json of a tokenizer's folder."""
+    content = read_json(folder / GENERATION)
+    own = ids_of(content.get("eos_token_id"))
+    every = list(dict.fromkeys([*(own or [words.eos_id]), *(i for ids in said for i in ids_of(ids))]))
+    if set(every) - set(own) - {words.eos_id}:
+        (folder / GENERATION).write_text(json.dumps(content | {"eos_token_id": every}, indent=2) + "\n")
+
+
+def ids_of(said: Any) -> list[int]:
+    """Return the token ids of a field that holds one, several or none."""
+    return [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
 
 
 def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
@@ -84,7 +162,7 @@ def _from_vocabulary(folder: Path) -> bytes | None:
     """Build a tokenizer.json from the files of older folders: vocab.txt, or vocab.json and merges.txt."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    said = _json(folder / "tokenizer_config.json")
+    said = read_json(folder / "tokenizer_config.json")
     if (folder / "vocab.txt").is_file():
         vocab = {token: i for i, token in enumerate(_lines(folder / "vocab.txt"))}
         made = Tokenizer(models.WordPiece(vocab, unk_token=str(said.get("unk_token", "[UNK]"))))
@@ -99,7 +177,7 @@ def _from_vocabulary(folder: Path) -> bytes | None:
         special = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab]
         ends = ("[CLS]", "[SEP]")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = _json(folder / "vocab.json")
+        vocab = read_json(folder / "vocab.json")
         lines = _lines(folder / "merges.txt")
         pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
         merges = [(left, right) for left, _, right in pairs]
@@ -116,7 +194,9 @@ def _from_vocabulary(folder: Path) -> bytes | None:
         return None
     made.add_special_tokens(special)
     if all(t in vocab for t in ends):
-        _put_between(made, ends[:1], ends[1:])
+        begin, end = (vocab[t] for t in ends)
+        # RoBERTa separates the texts of a pair by two end tokens.
+        post_processor.put(made, TextTemplate((begin,), (end,), (end,) * (2 if ends[1] == "</s>" else 1)))
     return made.to_str().encode()
 
 
@@ -128,18 +208,8 @@ def _lines(file: Path) -> list[str]:
     return file.read_text("utf-8").removesuffix("\n").split("\n")
 
 
-def _put_between(made: Any, begin: Sequence[str], end: Sequence[str]) -> None:
-    """Make a tokenizer of the `tokenizers` library add `begin` and `end` tokens when it encodes with special tokens."""
-    from tokenizers import processors
-
-    made.post_processor = processors.TemplateProcessing(
-        single=[*begin, "$A", *end],
-        pair=[*begin, "$A", *end, "$B:1", *(f"{t}:1" for t in end)],
-        special_tokens=[(t, made.token_to_id(t)) for t in dict.fromkeys([*begin, *end])],
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; empty if there is no such file or it holds something else."""
     if not path.is_file():
         return {}
     try:
@@ -147,60 +217,3 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise RequestError(f"{path}: not readable JSON ({e})") from None
     return content if isinstance(content, dict) else {}
-
-
-def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
-    """Return the spellings of a SentencePiece model's special tokens."""
-    if not isinstance(words, SentencePieces):
-        return {}
-    ids = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id, "unk": words.unk_id, "mask": words.mask_id}
-    return {name: words.piece(i) for name, i in ids.items() if i is not None}
-
-
-def _untold(words: tokenizers.Tokenizer) -> Any:
-    """Return a `tokenizers` tokenizer that still needs a rule for the first token; None if it needs none."""
-    from tokenizers import Tokenizer
-
-    if isinstance(words, SentencePieces):
-        return sentencepiece_json.convert(words)
-    if not isinstance(words, JsonTokenizer) or not words.add_bos:
-        return None
-    made = Tokenizer.from_buffer(words.model)
-    return made if made.post_processor is None else None
-
-
-def hand_on(folder: Path, out: Path, ends: bool) -> dict[str, int]:
-    """Write an artifact's tokenizer in formats that other programs read.
-
-    A tokenizer.json stays one. A SentencePiece model is also converted to one. If the file has no rule for the first
-    token, the rule is added. The other files of the tokenizer are copied.
-
-    Args:
-        folder: Folder of the artifact's tokenizer.
-        out: Folder to write to.
-        ends: Whether encoded texts end with the end token, as models that read complete texts need.
-
-    Returns:
-        Ids of the special tokens under the names of config.json.
-    """
-    if not (folder / tokenizers.DESCRIPTOR).is_file():
-        return {}
-    words = tokenizers.load(folder)
-    (out / words.file).write_bytes(words.model)
-    for name in BESIDE:
-        if (folder / name).is_file():
-            shutil.copy(folder / name, out / name)
-    special = words.special if isinstance(words, JsonTokenizer) else _special(words)
-    made = _untold(words)
-    if made is not None:
-        if words.add_bos or ends:
-            _put_between(made, [special["bos"]] * words.add_bos, [special["eos"]] * ends)
-        (out / JsonTokenizer.file).write_text(made.to_str(), encoding="utf-8")
-    if not (out / "tokenizer_config.json").is_file():
-        content: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{k}_token": v for k, v in special.items()},
-        }
-        content["clean_up_tokenization_spaces"] = False
-        (out / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
-    return {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}

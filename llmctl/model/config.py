@@ -30,6 +30,7 @@ class ModelConfig(Config):
     heading: ClassVar[str] = "Model"
     common: ClassVar[tuple[str, ...] | None] = ("preset",)
     unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
+    added: ClassVar[frozenset[str]] = frozenset({"head_activation"})
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
     preset: str = ""
@@ -119,6 +120,8 @@ class ModelConfig(Config):
     """Rows of the segment-type table; 0 means no table."""
     head_transform: bool = False
     """Apply a dense layer, activation and norm before the output projection, and a bias after it (BERT)."""
+    head_activation: Literal["", "silu", "gelu", "gelu_tanh", "relu"] = ""
+    """Nonlinearity of head_transform; empty takes that of the feed-forward layer."""
     pooler: bool = False
     """Apply a dense layer with tanh to the pooled token before classification."""
     next_sentence: bool = False

@@ -184,8 +184,9 @@ def _scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Arra
 
     low = max(math.floor(dimension(float(scaling.get("beta_fast", 32)))), 0)
     high = min(math.ceil(dimension(float(scaling.get("beta_slow", 1)))), 2 * half - 1)
-    ramp = jnp.clip((jnp.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
-    magnitude = float(scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0)
+    # As in transformers, a range that ends before it begins gives a descending ramp.
+    ramp = jnp.clip((jnp.arange(half) - low) / ((high - low) or 0.001), 0.0, 1.0)
+    magnitude = float(scaling.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0)
     return frequency / factor * ramp + frequency * (1 - ramp), magnitude
 
 

@@ -231,7 +231,7 @@ class LMHead(nn.Module):
         cfg = self.config
         if cfg.head_transform:
             x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
-            x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.activation](x))
+            x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.head_activation or cfg.activation](x))
         x = x * jnp.asarray(cfg.logit_scale or cfg.d_model**-0.5, x.dtype)
         tap(self, x)
         if output is not None:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import warnings
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -309,3 +311,64 @@ def test_scales_of_a_tensor_an_output_and_a_group_are_read():
     for scale in ([1.0, 2.0], [[1.0] * 4] * 4, [[[1.0]]]):
         with pytest.raises(RequestError, match=r"here: w_scale is .* does not fit w"):
             dense(scale)
+
+
+def test_transformers_loads_integers_of_tied_models(save, config, wild, batch, logits, call, tmp_path):
+    """It constructs the tied output layer, for which nothing is stored, and wants integers if `ignore` lacks it."""
+    pytest.importorskip("compressed_tensors")
+    hf, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    from llmctl.compress.quantize import quantize
+
+    cfg = config.model_copy(update={"tied": True})
+    quantized, _ = quantize(wild(cfg), scheme="int4", group=16)
+    code, _, err = call("export", save(cfg, quantized), "--to", "compressed-tensors", "--out", tmp_path / "ct")
+    assert code == 0, err
+    said = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert said["ignore"] == ["lm_head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32).eval()
+        with torch.no_grad():
+            theirs = model(torch.tensor(np.asarray(batch["tokens"]))).logits.numpy()
+    np.testing.assert_allclose(theirs, logits(cfg, quantized, batch), atol=1e-4)
+
+
+def test_layers_of_several_types_become_one_that_holds_them_exactly(copied, call, tmp_path):
+    up = "model.layers.{}.mlp.up_proj.weight".format
+    kinds = {up(0): np.dtype("float16"), up(1): np.dtype(ml_dtypes.bfloat16), up(2): np.dtype(ml_dtypes.bfloat16)}
+    kinds["model.layers.0.mlp.down_proj.weight"] = np.dtype(ml_dtypes.float8_e4m3fn)
+    kinds |= {f"model.layers.{i}.mlp.down_proj.weight": np.dtype(ml_dtypes.bfloat16) for i in (1, 2)}
+    change(copied, lambda found: found | {n: of_array(found[n].read().astype(k)) for n, k in kinds.items()})
+    stored = {n: np.array(t.read()) for n, t in safetensors.read_folder(copied).items()}
+    code, _, err = call("import", copied, "--out", tmp_path / "a")
+    assert code == 0, err
+    assert "layers in bfloat16 and float16, and become float32" in err
+    assert "layers in bfloat16 and float8_e4m3fn, and become bfloat16" in err
+    mlp = artifact.load(tmp_path / "a").params["decoder"]["blocks"]["mlp"]
+    assert (mlp["up"]["kernel"].dtype, mlp["down"]["kernel"].dtype) == (jnp.float32, jnp.bfloat16)
+    for part in ("up", "down"):
+        for i in range(3):
+            theirs = stored[f"model.layers.{i}.mlp.{part}_proj.weight"].astype(np.float32).T
+            np.testing.assert_array_equal(np.asarray(mlp[part]["kernel"][i], np.float32), theirs)
+    code, _, err = call("import", copied, "--out", tmp_path / "b", "--dtype", "bfloat16")
+    assert (code, "become" in err) == (0, False)
+
+
+@pytest.mark.parametrize("at", ["config.json", "generation_config.json"])
+def test_every_end_token_of_a_folder_ends_an_answer_and_goes_out_again(at, copied, call, tmp_path):
+    from llmctl.model.generate.continuations import end_ids
+
+    said = json.loads((copied / at).read_text()) if (copied / at).is_file() else {}
+    (copied / at).write_text(json.dumps(said | {"eos_token_id": [2, 0]}))
+    # with another folder's tokenizer too
+    words = tmp_path / "words"
+    words.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(copied / file, words / file)
+    for name, more in (("a", ()), ("b", ("--tokenizer", words))):
+        assert call("import", copied, "--out", tmp_path / name, *more)[0] == 0
+        folder = tmp_path / name / "tokenizer"
+        assert end_ids(folder, loading.load(folder)) == [0, 2]
+    assert call("export", tmp_path / "a", "--out", tmp_path / "hf")[0] == 0
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / file).read_text())["eos_token_id"] == [2, 0]

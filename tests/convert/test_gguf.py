@@ -1,5 +1,6 @@
 """GGUF files: the gguf package reads our files, round trips, rounding by kind, vocabularies."""
 
+import shutil
 import struct
 
 import gguf
@@ -84,6 +85,7 @@ def test_rotary_factors_of_llama3_are_those_of_transformers():
 FAMILIES = {
     "llama-biases": {"family": "llama", "qkv_bias": True, "out_bias": True, "mlp_bias": True},
     "llama3": {"family": "llama", "rope_scaling": LLAMA3_ROPE, "tied": True},
+    "mistral": {"family": "mistral", "window": 5},
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3"},
     "gemma2": {"family": "gemma2", "attn_scale": 16**-0.5, "window": 5},
@@ -99,6 +101,9 @@ def test_the_relatives_of_llama_go_there_and_back(name, save, wild, words, call,
     code, said, err = call("export", made, "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")
     assert code == 0, err
     assert said["parity"] < 1e-4
+    assert ("without its window" in err) == (name == "mistral")
+    metadata = gguf.GGUFReader(tmp_path / "g" / "model.gguf").fields
+    assert metadata[f"{metadata['general.architecture'].contents()}.context_length"].contents() == 64
     assert call("import", tmp_path / "g" / "model.gguf", "--out", tmp_path / "a")[0] == 0
     back = artifact.read_manifest(tmp_path / "a").model
     assert {k: v for k, v in back if v != getattr(cfg, k)} == {}
@@ -143,7 +148,7 @@ def test_what_llama_cpp_does_otherwise_with_a_vocabulary_is_said():
 
 
 def test_llama_3_begins_where_its_file_does_not_say_so(tmp_path):
-    from llmctl.convert import gguf_vocabulary, tokenizers
+    from llmctl.convert import gguf_vocabulary, tokenizer_export
 
     for pre, said in (("llama-bpe", True), ("smollm", False)):
         writer = gguf.GGUFWriter(tmp_path / f"{pre}.gguf", "llama")
@@ -160,8 +165,40 @@ def test_llama_3_begins_where_its_file_does_not_say_so(tmp_path):
         words = loading.load(gguf_vocabulary.read(tmp_path / f"{pre}.gguf", tmp_path / pre))
         assert words.prompt("a") == [0] * said + [2]
         (tmp_path / f"{pre}-hf").mkdir()
-        tokenizers.hand_on(tmp_path / pre, tmp_path / f"{pre}-hf", ends=False)
+        tokenizer_export.hand_on(tmp_path / pre, tmp_path / f"{pre}-hf", ModelConfig(vocab_size=4))
         assert loading.load(tmp_path / f"{pre}-hf").prompt("a") == words.prompt("a")
+
+
+def test_every_end_token_of_a_file_ends_an_answer(saved, call, tmp_path):
+    """The end of a turn too; llama.cpp guesses it from the spelling if the file has no key for it."""
+    from llmctl.convert import gguf_vocabulary
+    from llmctl.model.generate.continuations import end_ids
+
+    for name, key in (("<|eot_id|>", False), ("<stop>", True), ("<other>", False)):
+        file = tmp_path / f"{key}{len(name)}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(["<|begin_of_text|>", "<|end_of_text|>", "a", name, "<|eom_id|>"])
+        writer.add_token_types([*[gguf.TokenType.CONTROL] * 2, gguf.TokenType.NORMAL, *[gguf.TokenType.CONTROL] * 2])
+        writer.add_token_merges([])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_eom_token_id(4)
+        if key:
+            writer.add_eot_token_id(3)
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        folder = gguf_vocabulary.read(file, tmp_path / f"{key}{len(name)}")
+        assert end_ids(folder, loading.load(folder)) == ([1, 4] if name == "<other>" else [1, 3, 4])
+    # and a file that is written says them
+    shutil.copytree(saved, tmp_path / "a")
+    (tmp_path / "a" / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    assert call("export", tmp_path / "a", "--to", "gguf", "--out", tmp_path / "g")[0] == 0
+    said = gguf.GGUFReader(tmp_path / "g" / "model.gguf").fields
+    assert said["tokenizer.ggml.eos_token_id"].contents() == 2
+    assert said["tokenizer.ggml.eot_token_id"].contents() == 0
 
 
 def test_tensors_of_a_file_can_be_left_out_by_either_name(files, call, tmp_path):

@@ -1,6 +1,7 @@
 """LoRA adapters in PEFT's format: arithmetic by hand, round trips, and rejected variants."""
 
 import json
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,7 @@ def adapter(save, config, tuned, call, tmp_path):
     code, made, err = call("export", save(config, tuned), "--to", "peft", "--out", tmp_path / "adapter")
     assert code == 0, err
     assert made["parity"] == 0
+    assert made["proof"] == "PEFT reads what was written"
     return tmp_path / "adapter"
 
 
@@ -168,3 +170,64 @@ def test_what_is_not_plain_lora_is_refused(adapter, saved, call, tmp_path):
     code, _, err = call("export", saved, "--to", "peft", "--out", tmp_path / "x")
     assert code == 2
     assert "no low-rank pairs" in err
+
+
+@pytest.fixture
+def base_folder(saved, call, tmp_path):
+    """The original base as transformers reads it."""
+    assert call("export", saved, "--out", tmp_path / "base")[0] == 0
+    return tmp_path / "base"
+
+
+def by_peft(kind, base_folder, adapter, ids):
+    """Logits of the original base with an adapter, as PEFT loads both."""
+    theirs, hf, torch = (pytest.importorskip(n) for n in ("peft", "transformers", "torch"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = theirs.PeftModel.from_pretrained(getattr(hf, kind).from_pretrained(base_folder), adapter).eval()
+        with torch.no_grad():
+            return model(input_ids=torch.tensor(np.asarray(ids))).logits.numpy()
+
+
+def test_peft_adds_the_exported_pairs_to_the_original_base(adapter, base_folder, tuned, config, batch, logits):
+    theirs = by_peft("AutoModelForCausalLM", base_folder, adapter, batch["tokens"])
+    np.testing.assert_allclose(theirs, logits(config, tuned, batch), atol=1e-4)
+
+
+def test_a_trained_output_layer_goes_out_again(adapter, saved, base_folder, config, batch, logits, call, tmp_path):
+    """An adapter with modules_to_save = ["lm_head"] came in whole and went out without the head."""
+    head = np.random.default_rng(5).normal(0, 0.3, (config.vocab_size, config.d_model)).astype(np.float32)
+    stored = {k: of_array(np.array(t.read())) for k, t in safetensors.read_file(adapter / peft.WEIGHTS).items()}
+    safetensors.write_file(adapter / peft.WEIGHTS, stored | {"base_model.model.lm_head.weight": of_array(head)})
+    said = json.loads((adapter / peft.CONFIG).read_text())
+    (adapter / peft.CONFIG).write_text(json.dumps(said | {"modules_to_save": ["lm_head"]}))
+    assert call("import", adapter, "--base", saved, "--out", tmp_path / "a")[0] == 0
+    code, made, err = call("export", tmp_path / "a", "--to", "peft", "--out", tmp_path / "again")
+    assert code == 0, err
+    assert made["parity"] == 0
+    assert json.loads((tmp_path / "again" / peft.CONFIG).read_text())["modules_to_save"] == ["lm_head"]
+    ours = logits(config, artifact.load(tmp_path / "a").params, batch)
+    np.testing.assert_allclose(
+        by_peft("AutoModelForCausalLM", base_folder, tmp_path / "again", batch["tokens"]), ours, atol=1e-4
+    )
+
+
+def test_a_trained_task_head_goes_out_beside_its_pairs(saved, save, config, wild, base_folder, batch, call, tmp_path):
+    """Pairs and the head of a classifier on the original language model, as finetuning leaves them."""
+    cfg = config.model_copy(update={"head": "classify", "labels": 3})
+    flat, rng = weights.flatten(wild(cfg)), np.random.default_rng(3)
+    path = "decoder/blocks/attn/v/kernel"
+    L, i, o = flat[path].shape
+    base = {k: w for k, w in weights.flatten(artifact.load(saved).params).items() if k in flat}
+    a, b = (jnp.asarray(rng.normal(0, 0.2, s), jnp.float32) for s in ((L, i, 3), (L, 3, o)))
+    params = weights.unflatten(flat | base | {path: weights.LowRank(base[path], a, b, 2.0)})
+    made = save(cfg, params, parent=artifact.read_manifest(saved), labels=["x", "y", "z"])
+    code, _, err = call("export", made, "--to", "peft", "--out", tmp_path / "adapter")
+    assert code == 0, err
+    hf = pytest.importorskip("transformers")
+    said = json.loads((base_folder / "config.json").read_text()) | {"num_labels": 3, "pad_token_id": 0}
+    (base_folder / "config.json").write_text(json.dumps(said))
+    assert hf.AutoConfig.from_pretrained(base_folder).num_labels == 3
+    theirs = by_peft("AutoModelForSequenceClassification", base_folder, tmp_path / "adapter", batch["tokens"])
+    ours = functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)

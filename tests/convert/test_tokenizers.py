@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from llmctl.config.errors import RequestError
-from llmctl.convert import sentencepiece_json, tokenizers
+from llmctl.convert import sentencepiece_json, tokenizer_export, tokenizers
 from llmctl.data.config import TokenizerConfig
 from llmctl.data.tokenizers import loading
 from llmctl.model.config import ModelConfig
@@ -24,7 +24,8 @@ def test_our_tokenizers_go_out_as_transformers_reads_them(kind, normalize, tmp_p
     words = loading.train(TEXTS, TokenizerConfig(kind=kind, vocab_size=310, normalize=normalize, sentinels=3))
     words.save(tmp_path / "ours")
     (tmp_path / "theirs").mkdir()
-    ids = tokenizers.hand_on(tmp_path / "ours", tmp_path / "theirs", ends=kind == "bpe")
+    model = ModelConfig(vocab_size=words.vocab_size, labels=2, head="classify" if kind == "bpe" else "lm")
+    ids = tokenizer_export.hand_on(tmp_path / "ours", tmp_path / "theirs", model).ids
     assert ids == {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     for text in NEW:

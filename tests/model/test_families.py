@@ -50,6 +50,12 @@ MODELS = {
         hf.LlamaConfig(**GROUPED, tie_word_embeddings=True, head_dim=10, attention_bias=True, mlp_bias=True)
     ),
     "llama-yarn": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=YARN)),
+    "llama-yarn-shorter": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**GROUPED, rope_parameters=YARN | {"factor": 0.5})
+    ),
+    "llama-yarn-long": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**GROUPED, rope_parameters=YARN | {"original_max_position_embeddings": 4_000_000})
+    ),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=5)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPED)),
     "qwen2-window": lambda: hf.Qwen2ForCausalLM(
@@ -69,10 +75,19 @@ MODELS = {
             rope_parameters=GEMMA3_ROPE,
         )
     ),
+    "gemma3-cap": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **GROUPED, head_dim=10, sliding_window=5, query_pre_attn_scalar=7, attn_logit_softcapping=3.0,
+            final_logit_softcapping=2.0,
+        )
+    ),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=3, n_positions=48)),
     "bert": lambda: hf.BertForPreTraining(hf.BertConfig(**SMALL)),
     "bert-masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL, hidden_act="gelu_new")),
     "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, type_vocab_size=1)),
+    "roberta-relu": lambda: hf.RobertaForMaskedLM(
+        hf.RobertaConfig(**{**SMALL, "pad_token_id": 3}, type_vocab_size=1, hidden_act="relu")
+    ),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "t5-v1.1": lambda: untied(
         hf.T5ForConditionalGeneration(hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))

@@ -31,5 +31,5 @@ def export(
     else:
         console.show(
             f"{made['out']}: {len(made['files'])} files, {made['bytes']:,} bytes, "
-            f"answers differ by {made['parity']:.2g} at most"
+            f"answers differ by {max(made['parity'], made['transformers'] or 0):.2g} at most ({made['proof']})"
         )

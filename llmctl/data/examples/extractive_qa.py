@@ -33,7 +33,7 @@ class Window(NamedTuple):
 class AnswerRows(ExampleRows):
     """Rows of questions with a window of their context, one window per row.
 
-    A row is `bos` (if the tokenizer adds it), the question, `eos`, the context, `eos`. A long context is read in
+    A row is the pair of question and context in the tokenizer's template. A long context is read in
     windows that overlap by half. The question takes half a row at most. A batch has these int32 arrays:
 
     - tokens, segments, positions [B, T]
@@ -54,8 +54,8 @@ class AnswerRows(ExampleRows):
         if missing := [c for c in ("question", "context") if c not in examples.columns]:
             raise RequestError(f'the data has no column "{missing[0]}"; map one in data.columns')
         self._seq_len, self._tokenizer = seq_len, tokenizer
-        self._begin = [tokenizer.bos_id] * tokenizer.add_bos
-        room = seq_len - len(self._begin) - 2
+        self._template = tokenizer.template
+        room = seq_len - len(self._template.row([], []))
         if room < 4:
             raise RequestError(f"seq_len: {seq_len} tokens are too few for a question and its context")
         self._questions: list[np.ndarray] = []
@@ -73,7 +73,7 @@ class AnswerRows(ExampleRows):
     def _cut(self, room: int, answer: tuple[str, int] | None) -> list[Window]:
         """Return the windows of the example that was added last."""
         example, spans_N2 = len(self._questions) - 1, self._contexts[-1][1]
-        begin = len(self._begin) + len(self._questions[-1]) + 1
+        begin = len(self._template.begin) + len(self._questions[-1]) + len(self._template.between)
         width = room - len(self._questions[-1])
         found = token_span(spans_N2, answer[1], answer[1] + len(answer[0])) if answer else None
         out, first = [], 0
@@ -88,16 +88,16 @@ class AnswerRows(ExampleRows):
 
     def _build(self, example_B: np.ndarray) -> Batch:
         windows = [self._windows[i] for i in example_B]
-        eos = [self._tokenizer.eos_id]
         rows, shape = [], (len(windows), self._seq_len)
         batch = {name: np.zeros(shape, np.int32) for name in ("types", "among", "first", "last")}
         batch["among"][:, 0] = 1
         for b, w in enumerate(windows):
             ids_N, spans_N2 = self._contexts[w.example]
-            head = np.concatenate([self._begin, self._questions[w.example], eos])
-            rows.append(np.concatenate([head, ids_N[w.first : w.last], eos]).astype(np.int32))
-            here = slice(len(head), len(head) + w.last - w.first)
-            batch["types"][b, len(head) : len(rows[-1])] = 1
+            question_N = self._questions[w.example]
+            rows.append(self._template.row(question_N, ids_N[w.first : w.last]))
+            begin = len(self._template.begin) + len(question_N) + len(self._template.between)
+            here = slice(begin, begin + w.last - w.first)
+            batch["types"][b, begin : len(rows[-1])] = 1
             batch["first"][b, here], batch["last"][b, here] = spans_N2[w.first : w.last].T
             batch["among"][b, here] = spans_N2[w.first : w.last, 1] > spans_N2[w.first : w.last, 0]
         batch |= padded(rows, self._seq_len, self._tokenizer.pad_id)

@@ -13,7 +13,7 @@ from llmctl.data.corpus import Corpus, tokenize
 from llmctl.data.pretraining.packing import Batch
 from llmctl.data.shuffle import Epochs
 from llmctl.data.splits import Examples
-from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.data.tokenizers.base import TextTemplate, Tokenizer
 
 
 class ExampleRows:
@@ -50,8 +50,9 @@ class ClassificationRows(ExampleRows):
     """Rows of texts with labels: tokens, segments, positions [B, T] and label (int32 class [B], float32 number [B],
     or uint8 set of classes [B, C]).
 
-    A row is `bos` (if the tokenizer adds it), the text, `eos`, padding. A long text keeps its first tokens (`tail` is
-    cut) or its first and last halves (`head_tail`). `bos` and `eos` always stay.
+    A row is the text in the tokenizer's template (by default `bos` if the tokenizer adds it, the text, `eos`), and
+    padding. A long text keeps its first tokens (`tail` is cut) or its first and last halves (`head_tail`). The
+    template's tokens always stay.
 
     If the data has a column "pair", a row continues with that text and another `eos`, and types [B, T] are 1 there. If
     both texts together are too long, the longer one is cut first, then both equally.
@@ -95,17 +96,13 @@ class ClassificationRows(ExampleRows):
         self._pairs = tokenize(examples.texts("pair"), tokenizer) if "pair" in examples.columns else None
 
     def _build(self, example_B: np.ndarray) -> Batch:
-        bos, eos = [self._tokenizer.bos_id] * self._tokenizer.add_bos, [self._tokenizer.eos_id]
-        room, rows = self._seq_len - len(bos) - 1, []
+        template, rows = self._tokenizer.template, []
         types_BT = np.zeros((len(example_B), self._seq_len), np.int32)
         for b, example in enumerate(map(int, example_B)):
-            text, pair, kept = self._corpus[example], np.zeros(0, np.int32), room
-            if self._pairs is not None:
-                pair = self._pairs[example]
-                kept = min(len(text), max(room - 1 - len(pair), room // 2))
-                pair = np.append(cut(pair, room - 1 - kept, self._truncate), eos)
-            rows.append(np.concatenate([bos, cut(text, kept, self._truncate), eos, pair]))
-            types_BT[b, len(rows[-1]) - len(pair) : len(rows[-1])] = 1
+            pair = None if self._pairs is None else self._pairs[example]
+            row, types = templated(template, self._corpus[example], pair, self._seq_len, self._truncate)
+            rows.append(row)
+            types_BT[b, : len(types)] = types
         batch = padded(rows, self._seq_len, self._tokenizer.pad_id)
         return batch | ({} if self._pairs is None else {"types": types_BT}) | {"label": self._labels_N[example_B]}
 
@@ -187,8 +184,8 @@ class SequencePairRows(ExampleRows):
         self._tokenizer, self._seq_len, self._ends = tokenizer, seq_len, ends
         self._prompts = tokenize(examples.texts("prompt"), tokenizer)
         self._completions = tokenize(examples.texts("completion"), tokenizer)
-        self._begin = [tokenizer.bos_id] * tokenizer.add_bos
-        self._room = seq_len - 1 - len(self._begin)
+        self._template = tokenizer.template
+        self._room = seq_len - len(self._template.row([]))
         count = range(len(examples))
         self.written = max((len(self._completions[i]) for i in count), default=0) + 1 if whole else seq_len
         """Decoder length in tokens."""
@@ -199,7 +196,7 @@ class SequencePairRows(ExampleRows):
         pad, eos = self._tokenizer.pad_id, self._tokenizer.eos_id
         read, written = [], []
         for example in map(int, example_B):
-            read.append(np.concatenate([self._begin, self._prompts[example][: self._room], [eos]]).astype(np.int32))
+            read.append(self._template.row(self._prompts[example][: self._room]))
             written.append(np.append(self._completions[example][: self.written - 1], eos).astype(np.int32))
         batch = padded(written, self.written, pad)
         targets_BT, segments_BT = batch["tokens"], batch["segments"]
@@ -208,6 +205,25 @@ class SequencePairRows(ExampleRows):
         weights_BT = (np.arange(self.written) < counted_B1).astype(np.float32)
         batch |= {"tokens": np.where(segments_BT, told_BT, pad), "targets": targets_BT, "weights": weights_BT}
         return batch | padded(read, self._seq_len, pad, "encoder_")
+
+
+def templated(
+    template: TextTemplate, text_N: np.ndarray, pair_N: np.ndarray | None, seq_len: int, truncate: Truncate = "tail"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put a text, or a pair of texts, into a template, with at most `seq_len` tokens.
+
+    Returns:
+      Token ids and types, int32 [N]; types are 1 from the first token of `pair_N` on.
+    """
+    room = seq_len - len(template.begin) - len(template.end)
+    if pair_N is None:
+        row = template.row(cut(text_N, room, truncate))
+        return row, np.zeros(len(row), np.int32)
+    room -= len(template.between)
+    kept = min(len(text_N), max(room - len(pair_N), (room + 1) // 2))
+    row = template.row(cut(text_N, kept, truncate), cut(pair_N, room - kept, truncate))
+    first = len(template.begin) + kept + len(template.between)
+    return row, (np.arange(len(row)) >= first).astype(np.int32)
 
 
 def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
-from llmctl.data.examples.labelled import ExampleRows, cut, padded
+from llmctl.data.examples.labelled import ExampleRows, padded, templated
 from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
@@ -50,10 +50,9 @@ class TwoTextRows(ExampleRows):
         self._texts = {"": tokenize(examples.texts(), tokenizer), "pair_": tokenize(examples.texts("pair"), tokenizer)}
 
     def _build(self, example_B: np.ndarray) -> Batch:
-        bos, eos = [self._tokenizer.bos_id] * self._tokenizer.add_bos, [self._tokenizer.eos_id]
-        room = self._seq_len - len(bos) - 1
+        template = self._tokenizer.template
         batch: Batch = {}
         for name, corpus in self._texts.items():
-            rows = [np.concatenate([bos, cut(corpus[int(i)], room, self._truncate), eos]) for i in example_B]
+            rows = [templated(template, corpus[int(i)], None, self._seq_len, self._truncate)[0] for i in example_B]
             batch |= padded(rows, self._seq_len, self._tokenizer.pad_id, name)
         return batch if self._labels_N is None else batch | {"label": self._labels_N[example_B]}

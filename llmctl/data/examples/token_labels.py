@@ -20,7 +20,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 class TagRows(ExampleRows):
     """Rows of labeled words: tokens, segments, positions, targets [B, T] and weights [B, T] (float32).
 
-    A row is `bos` (if the tokenizer adds it), the words joined by spaces, `eos`, padding. A word's label is the target
+    A row is the words, joined by spaces, in the tokenizer's template, and padding. A word's label is the target
     at its first token, with weight 1. All other positions have weight 0. A long row loses its end.
     """
 
@@ -34,26 +34,25 @@ class TagRows(ExampleRows):
             raise RequestError(f'the data has no column "{missing[0]}" (a list a row); map one in data.columns')
         super().__init__(len(examples), seed, shuffle)
         self._seq_len, self._pad = seq_len, tokenizer.pad_id
-        self._begin = np.array([tokenizer.bos_id] * tokenizer.add_bos, np.int32)
-        self._end = np.array([tokenizer.eos_id], np.int32)
+        self._template = tokenizer.template
         number = {c: k for k, c in enumerate(examples.classes)}
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.words = self.cut = 0
         """Total number of words (`words`), and of words whose label no row contains (`cut`)."""
-        room = seq_len - len(self._begin) - 1
+        room = seq_len - len(self._template.row([]))
         for some in batched(examples):
             spans = tokenizer.encode_spans([" ".join(row["tokens"]) for row in some])
             for row, (ids_N, spans_N2) in zip(some, spans, strict=True):
                 at_W = first_tokens(row["tokens"], spans_N2)
                 seen_W = (at_W >= 0) & (at_W < room)
                 tags_W = np.array([number[tag] for tag in row["tags"]], np.int32)
-                self._rows.append((ids_N[:room], at_W[seen_W] + len(self._begin), tags_W[seen_W]))
+                self._rows.append((ids_N[:room], at_W[seen_W] + len(self._template.begin), tags_W[seen_W]))
                 self.words += len(tags_W)
                 self.cut += len(tags_W) - int(seen_W.sum())
 
     def _build(self, example_B: np.ndarray) -> Batch:
         chosen = [self._rows[i] for i in example_B]
-        whole = [np.concatenate([self._begin, ids_N, self._end]) for ids_N, _, _ in chosen]
+        whole = [self._template.row(ids_N) for ids_N, _, _ in chosen]
         batch = padded(whole, self._seq_len, self._pad)
         targets_BT, weights_BT = (np.zeros(batch["tokens"].shape, kind) for kind in (np.int32, np.float32))
         for b, (_, at_W, tags_W) in enumerate(chosen):

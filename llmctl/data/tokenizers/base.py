@@ -7,6 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,6 +29,27 @@ MASK = "<mask>"
 SPOILED = "\ufdd0"
 """Character inserted into a special token's spelling to mark it as text. It is a Unicode noncharacter, so no text
 contains it."""
+
+
+@dataclass(frozen=True)
+class TextTemplate:
+    """Special tokens around a text that a model reads as a whole, as the post-processor of a tokenizer.json adds them.
+
+    Example:
+      >>> template = TextTemplate((1,), (2,), (2, 2))
+      >>> template.row([7, 8]).tolist(), template.row([7], [8]).tolist()
+      ([1, 7, 8, 2], [1, 7, 2, 2, 8, 2])
+    """
+
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    between: tuple[int, ...]
+    """Tokens between the two texts of a pair."""
+
+    def row(self, text: Sequence[int] | np.ndarray, pair: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Return the token ids of a text, or of a pair of texts, int32 [N]."""
+        second = () if pair is None else (self.between, pair)
+        return np.concatenate([np.asarray(part, np.int32) for part in (self.begin, text, *second, self.end)])
 
 
 class Tokenizer(ABC):
@@ -59,6 +81,8 @@ class Tokenizer(ABC):
     """Whether documents and prompts begin with `bos_id`."""
     model: bytes
     """Content of the model file."""
+    own_template: TextTemplate | None = None
+    """Template that was recorded on import, because the model was trained with it; None takes that of llmctl."""
 
     @classmethod
     def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> Self:
@@ -160,6 +184,12 @@ class Tokenizer(ABC):
             out += [special[part]] if i % 2 else self.encode(part.replace(SPOILED, "")) if part else []
         return out
 
+    @property
+    def template(self) -> TextTemplate:
+        """Return the special tokens around complete texts: by default `bos` if `add_bos` is set, and `eos`."""
+        begin, end = (self.bos_id,) * self.add_bos, (self.eos_id,)
+        return self.own_template or TextTemplate(begin, end, end)
+
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt, which begin with `bos_id` if `add_bos` is set."""
         return [self.bos_id] * self.add_bos + self.encode(text)
@@ -174,4 +204,5 @@ class Tokenizer(ABC):
         path.mkdir(parents=True, exist_ok=True)
         (path / self.file).write_bytes(self.model)
         described = {"kind": self.kind, "file": self.file, "digest": self.digest, **self.options()}
+        described |= {"template": asdict(self.own_template)} if self.own_template else {}
         (path / DESCRIPTOR).write_text(json.dumps(described, indent=2) + "\n")

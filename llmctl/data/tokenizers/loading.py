@@ -13,7 +13,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.config import TokenizerConfig
 from llmctl.data.paths import folder
 from llmctl.data.tokenizers import sentencepieces
-from llmctl.data.tokenizers.base import DESCRIPTOR, Tokenizer
+from llmctl.data.tokenizers.base import DESCRIPTOR, TextTemplate, Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
@@ -85,6 +85,11 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
         tokenizer = KINDS[kind].open(file.read_bytes(), described | told, file.parent)
     except ValueError as error:
         raise RequestError(f"{file}: not a usable tokenizer ({error})") from None
+    if add_bos is None and (recorded := described.get("template")):
+        try:
+            tokenizer.own_template = TextTemplate(**{k: tuple(map(int, v)) for k, v in recorded.items()})
+        except (AttributeError, TypeError, ValueError):
+            raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
     if add_bos and not tokenizer.add_bos:
         raise RequestError(f"{file}: has no begin-of-sequence token to begin with; tokenizer.bos must be auto or no")
     return tokenizer

@@ -94,6 +94,11 @@ class JsonTokenizer(Tokenizer):
         return None
 
     @property
+    def backend(self) -> Backend:
+        """Return a new tokenizer of the `tokenizers` library from the same file."""
+        return Backend.from_buffer(self.model)
+
+    @property
     def special_ids(self) -> dict[str, int]:
         added = self._backend.get_added_tokens_decoder().items()
         return {token.content: i for i, token in added if token.special or i in self._hidden}

@@ -59,6 +59,13 @@ def from_config(keys: Keys) -> Fields:
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a BERT config.json; inverse of `from_config`."""
+    if cfg.head == "lm" and cfg.head_activation not in ("", cfg.activation):
+        hf_config.refuse(cfg, "BERT", head_activation="")
+    return give(cfg)
+
+
+def give(cfg: Any) -> Fields:
+    """Convert a ModelConfig to the config keys that BERT and RoBERTa share."""
     free = ("max_seq_len", "norm_eps", "activation", "token_types", "vocab_size", "head_transform", "pooler")
     needed = {k: v for k, v in FLAGS.items() if k not in (*free, "next_sentence", "pooling")}
     hf_config.refuse(

@@ -89,7 +89,7 @@ def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
     """
     free = dict.fromkeys(("attn_scale", "attn_softcap", "final_softcap", "window", "qkv_bias"))
     flags = {k: FLAGS[k] for k in ("norm_position", "norm_plus_one", "activation", "embed_scale")}
-    llama.relative_of_llama(cfg, name, **flags, **free, out_bias=cfg.qkv_bias, **differs)
+    llama.relative_of_llama(cfg, name, **(flags | free | {"out_bias": cfg.qkv_bias} | differs))
 
 
 def from_config(keys: Keys) -> Fields:

@@ -30,12 +30,21 @@ def from_config(keys: Keys) -> Fields:
     """
     offset = keys.all.get("pad_token_id", 1) + 1
     fields = bert.from_config(keys)
-    return {**fields, "max_seq_len": fields["max_seq_len"] - offset, "position_offset": offset}
+    # The head for masked language modelling has GELU, whatever hidden_act is.
+    head = "" if fields["activation"] == "gelu" else "gelu"
+    return {
+        **fields,
+        "max_seq_len": fields["max_seq_len"] - offset,
+        "position_offset": offset,
+        "head_activation": head,
+    }
 
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a RoBERTa config.json; inverse of `from_config`."""
-    return {**bert.to_config(cfg), "pad_token_id": cfg.position_offset - 1}
+    if cfg.head == "lm" and (cfg.head_activation or cfg.activation) != "gelu":
+        hf_config.refuse(cfg, "RoBERTa", head_activation="gelu")
+    return {**bert.give(cfg), "pad_token_id": cfg.position_offset - 1}
 
 
 MASKED = {

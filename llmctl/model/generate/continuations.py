@@ -108,14 +108,16 @@ def begin(
         tokenizer: Tokenizer of the model.
         prompts: Texts to continue.
         stops: Strings that end a continuation; empty strings are ignored.
-        encoded: True for an encoder-decoder. Its encoder reads each prompt as a document with an end-of-sequence token.
+        encoded: True for an encoder-decoder. Its encoder reads each prompt in the tokenizer's template.
 
     Raises:
         RequestError: If a prompt is empty and the tokenizer has no token to begin with.
     """
     stops = [s for s in stops if s]
     if encoded:
-        return [Continuation(p, [], stops, source_ids=[*tokenizer.prompt(p), tokenizer.eos_id]) for p in prompts]
+        return [
+            Continuation(p, [], stops, source_ids=tokenizer.template.row(tokenizer.encode(p)).tolist()) for p in prompts
+        ]
     rows = [Continuation(p, tokenizer.prompt(p), stops) for p in prompts]
     if not all(row.prompt_ids for row in rows):
         raise RequestError("a prompt is empty, and this tokenizer has no token to begin with; say something")

@@ -67,7 +67,7 @@ class Filler:
 
     def _one(self, prompt: str, k: int) -> Filled:
         tokenizer = self.tokenizer
-        ids = [*[tokenizer.bos_id] * tokenizer.add_bos, *tokenizer.encode_masked(prompt), tokenizer.eos_id]
+        ids = tokenizer.template.row(tokenizer.encode_masked(prompt)).tolist()
         places = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
         if not places:
             raise RequestError(f"{prompt!r}: has no {MASK}; an encoder fills masks")

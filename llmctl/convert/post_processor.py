@@ -1,0 +1,73 @@
+"""Post-processors of tokenizer.json files: the special tokens that other programs put around a text.
+
+Example:
+    >>> from tokenizers import Tokenizer, models
+    >>> made = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    >>> put(made, TextTemplate((0,), (1,), (1, 1)))
+    >>> read(made, {}, {})
+    TextTemplate(begin=(0,), end=(1,), between=(1, 1))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llmctl.data.tokenizers.base import TextTemplate
+
+SAMPLES = ("a", "the", "A", "0", ".", "e")
+"""Texts of which at least one has tokens in any vocabulary."""
+
+
+def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int | None]) -> TextTemplate:
+    """Return the special tokens that transformers puts around a text.
+
+    Args:
+        made: The tokenizer.json.
+        config: The tokenizer_config.json beside it. If it says `add_bos_token` or `add_eos_token`, transformers
+            replaces the post-processor.
+        special: Ids of bos and eos.
+    """
+    if "add_bos_token" in config or "add_eos_token" in config:
+        bos, eos = (
+            (i,) if config.get(f"add_{name}_token") and (i := special.get(name)) is not None else ()
+            for name in ("bos", "eos")
+        )
+        return TextTemplate(bos, eos, (*eos, *bos))
+    text = next((s for s in SAMPLES if made.encode(s, add_special_tokens=False).ids), SAMPLES[0])
+    begin, end, _ = _around(made.encode(text))
+    _, _, between = _around(made.encode(text, text))
+    return TextTemplate(begin, end, between)
+
+
+def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the ids before, after and between the texts of an encoding."""
+    of_text = [i for i, s in enumerate(encoded.sequence_ids) if s is not None]
+    if not of_text:
+        return tuple(encoded.ids), (), ()
+    first, last = of_text[0], of_text[-1]
+    inner = [encoded.ids[i] for i in range(first, last) if encoded.sequence_ids[i] is None]
+    return tuple(encoded.ids[:first]), tuple(encoded.ids[last + 1 :]), tuple(inner)
+
+
+def put(made: Any, template: TextTemplate) -> None:
+    """Make a tokenizer add the tokens of a template; its byte-level post-processing of offsets stays."""
+    from tokenizers import processors
+
+    begin, end, between = (
+        [made.id_to_token(i) for i in ids] for ids in (template.begin, template.end, template.between)
+    )
+    around: Any = processors.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", *between, "$B:1", *(f"{t}:1" for t in end)],
+        special_tokens=[(t, made.token_to_id(t)) for t in dict.fromkeys([*begin, *end, *between])],
+    )
+    content = json.loads(made.to_str())["post_processor"] or {}
+    steps = [p for p in content.get("processors", [content]) if p.get("type") == "ByteLevel"]
+    if steps:
+        offsets: Any = processors.ByteLevel(trim_offsets=steps[0].get("trim_offsets", True))
+        around = processors.Sequence([offsets, around])
+    made.post_processor = around  # pyright: ignore[reportAttributeAccessIssue]

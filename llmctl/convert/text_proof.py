@@ -1,0 +1,224 @@
+"""Proof from text: the same texts through the written files as others read them, and through llmctl, give the same.
+
+A comparison on token ids alone cannot see how a written tokenizer begins and ends a text, how it pads, and where the
+other side pools. If transformers and torch are installed, they read the files; otherwise llmctl's reader does.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.config.errors import WorkError
+from llmctl.convert import parity
+from llmctl.convert.tokenizers import pools_last, projects_pooled, reads_texts
+from llmctl.data.examples.labelled import templated
+from llmctl.data.tokenizers import loading
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.model.config import ModelConfig
+
+TEXTS = (
+    "The film was better than the book.",
+    "x",
+    "Ein Satz, 12 Worte?  Two spaces",
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen",
+)
+"""Texts of unequal length; the last one is cut."""
+LENGTH = 24
+"""Tokens per row."""
+COPY = 1.5
+"""Memory that transformers takes to load a model, in multiples of its float32 weights."""
+
+Rows = list[list[int]]
+
+
+def texts_of(cfg: ModelConfig, folder: Path, seq_len: int = 0) -> tuple[Rows, int]:
+    """Return the token ids that llmctl makes of `TEXTS` with the tokenizer in a folder, and their greatest number T.
+
+    Without a tokenizer there is one row of random tokens.
+    """
+    T = min(LENGTH, cfg.max_seq_len, seq_len or LENGTH)
+    if not (folder / loading.DESCRIPTOR).is_file():
+        return [np.random.default_rng(1).integers(0, cfg.vocab_size, T).tolist()], T
+    words = loading.load(folder)
+    return [_ids(cfg, words, text, T) for text in TEXTS], T
+
+
+def _ids(cfg: ModelConfig, words: Tokenizer, text: str, T: int) -> list[int]:
+    if reads_texts(cfg):
+        return templated(words.template, np.array(words.encode(text), np.int32), None, T)[0].tolist()
+    return words.prompt(text)[:T]
+
+
+def batch_of(cfg: ModelConfig, rows: Rows, T: int) -> dict[str, jax.Array]:
+    """Return the probe of random tokens, followed by one row per text."""
+    probe = {k: np.asarray(v) for k, v in parity.probe(cfg, T).items()}
+    side = _padded(rows, T, "encoder_" if cfg.encoder_layers else "")
+    if cfg.encoder_layers:
+        side |= _padded([_decoded(ids, T) for ids in rows], T, "")
+    return {k: jnp.asarray(np.concatenate([v, side[k]]), jnp.int32) for k, v in probe.items()}
+
+
+def _decoded(ids: Sequence[int], T: int) -> list[int]:
+    """Return tokens for the decoder of an encoder-decoder: its start token, and some of the text."""
+    return [0, *ids[: min(5, T - 1)]]
+
+
+def _padded(rows: Rows, T: int, prefix: str) -> dict[str, np.ndarray]:
+    tokens, segments = np.zeros((2, len(rows), T), np.int32)
+    for b, ids in enumerate(rows):
+        tokens[b, : len(ids)], segments[b, : len(ids)] = ids, 1
+    positions = np.arange(T, dtype=np.int32) * segments
+    return {f"{prefix}tokens": tokens, f"{prefix}segments": segments, f"{prefix}positions": positions}
+
+
+def available(found_bytes: int, package: str = "") -> str:
+    """Return why transformers cannot make the proof; empty if it can.
+
+    Args:
+        found_bytes: Size of the model's weights in float32.
+        package: Another package that it needs for this format.
+    """
+    for name in filter(None, ("transformers", "torch", package)):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if found_bytes * COPY > free:
+            return f"transformers would need {found_bytes * COPY / 1e9:.1f} GB of memory"
+    return ""
+
+
+def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
+    """Return the token ids that another program makes of `TEXTS` with the written tokenizer.
+
+    A decoder's classifier pools at the last token that is not the padding token, so its rows end there.
+    """
+    if theirs:
+        with _quietly() as hf:
+            words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            rows = [words(text, truncation=True, max_length=T)["input_ids"] for text in TEXTS]
+    else:
+        from tokenizers import Tokenizer as Backend
+
+        made = Backend.from_file(str(folder / "tokenizer.json"))
+        made.no_padding()
+        made.enable_truncation(T)
+        said = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        made.encode_special_tokens = bool(said.get("split_special_tokens", False))
+        rows = [made.encode(text).ids for text in TEXTS]
+    if not pools_last(cfg):
+        return rows
+    pad = json.loads((folder / "config.json").read_text("utf-8")).get("pad_token_id")
+    return [ids[: max((n + 1 for n, i in enumerate(ids) if i != pad), default=0)] for ids in rows]
+
+
+def same_tokens(what: str, ours: Rows, there: Rows) -> str:
+    """Return how another program tokenizes a text otherwise; empty if it does not."""
+    for text, a, b in zip(TEXTS, ours, there, strict=True):
+        if a != b:
+            return f"{what}: others read {text!r} as {b[:8]}…{b[-2:]} ({len(b)} tokens), llmctl as {a[:8]}…{a[-2:]}"
+    return ""
+
+
+def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None) -> np.ndarray:
+    """Return the outputs of transformers, as `parity.answers` lays them out, for rows of token ids.
+
+    Rows of a classifier are padded as the written tokenizer pads them. Other rows are run one by one. An `adapter` is
+    loaded onto the model by PEFT.
+
+    Raises:
+        WorkError: If transformers cannot load the folder, or misses weights.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    with _quietly() as hf:
+        import torch
+
+        try:
+            kind = getattr(hf, config["architectures"][0])
+            model: Any
+            model, info = kind.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except Exception as e:  # the library raises many exception types
+            raise WorkError(f"transformers cannot load what was written ({type(e).__name__}: {e})") from None
+        odd = [str(n) for k in ("missing_keys", "mismatched_keys") for n in info[k]]
+        if cfg.head_kind.bare:  # an embedding model has no use for the pooler that these classes construct
+            odd = [n for n in odd if "pooler" not in n]
+        if odd:
+            raise WorkError(f"transformers misses {', '.join(odd[:4])} in what was written")
+        if adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
+        module: Any
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme"):  # weights stay integers; see Decisions on W8A8
+                module.quantization_enabled = False
+        model.eval()
+        with torch.no_grad():
+            if projects_pooled(cfg) and (folder / "tokenizer.json").is_file():
+                words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                given = words(list(TEXTS), truncation=True, max_length=T, padding=True, return_tensors="pt")
+                return model(**given).logits.float().numpy().reshape(len(rows), -1)
+            return np.stack([_one(cfg, model, torch, ids, T, folder) for ids in rows])
+
+
+def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folder: Path) -> np.ndarray:
+    given = {"input_ids": torch.tensor([ids])}
+    if cfg.encoder_layers:
+        given["decoder_input_ids"] = torch.tensor([_decoded(ids, T)])
+    out = model(**given)
+    if cfg.head_kind.bare:
+        return _pooled(out.last_hidden_state[0].float().numpy(), folder)
+    if projects_pooled(cfg):
+        return out.logits.float().numpy().reshape(-1)
+    if "start_logits" in out:
+        found = torch.stack([out.start_logits[0], out.end_logits[0]], -1)
+    else:
+        found = out.prediction_logits[0] if cfg.next_sentence else out.logits[0]
+    flat = np.zeros((T, found.shape[-1]), np.float32)
+    flat[: len(found)] = found.float().numpy()
+    follows = out.seq_relationship_logits[0].float().numpy() if cfg.next_sentence else np.zeros(0, np.float32)
+    return np.concatenate([flat.reshape(-1), follows])
+
+
+def _pooled(x_TD: np.ndarray, folder: Path) -> np.ndarray:
+    """Pool and normalize as the sentence-transformers files say."""
+    said = json.loads((folder / "1_Pooling" / "config.json").read_text("utf-8"))
+    if said.get("pooling_mode_cls_token"):
+        y_D = x_TD[0]
+    else:
+        y_D = x_TD[-1] if said.get("pooling_mode_lasttoken") else x_TD.mean(0)
+    return y_D / max(float(np.linalg.norm(y_D)), 1e-12)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[Any]:
+    """Import transformers, and silence its progress bars and warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers as hf
+        from transformers.utils import logging
+
+        level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield hf
+        finally:
+            logging.set_verbosity(level)
+            if shown:
+                logging.enable_progress_bar()

@@ -1,0 +1,136 @@
+"""Tokenizers of exported models: write them as other programs read them, with the text rules of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.convert import post_processor, sentencepiece_json
+from llmctl.convert.tokenizers import BESIDE, GENERATION, ids_of, pools_last, read_json, reads_texts
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import TextTemplate
+from llmctl.data.tokenizers.sentencepieces import SentencePieces
+from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
+from llmctl.model.config import ModelConfig
+
+
+def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
+    """Return the spellings of a tokenizer's special tokens."""
+    if isinstance(words, JsonTokenizer):
+        return dict(words.special)
+    if not isinstance(words, SentencePieces):
+        return {}
+    ids = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id, "unk": words.unk_id, "mask": words.mask_id}
+    return {name: words.piece(i) for name, i in ids.items() if i is not None}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `hand_on` wrote."""
+
+    ids: dict[str, Any]
+    """Ids of special tokens under the names of config.json."""
+    rows: int
+    """Rows that the embedding table needs; 0 if those of the model suffice."""
+    said: tuple[str, ...] = ()
+    """What other programs do otherwise, one line each."""
+
+
+def hand_on(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Written | None:
+    """Write an artifact's tokenizer in formats that other programs read.
+
+    A tokenizer.json stays one. A SentencePiece model is also converted to one. A post-processor is added if the file
+    has none that begins and ends texts as the model was trained on them. The tokenizer_config.json then says the
+    padding token, the sides of padding and truncation, and the length.
+
+    Args:
+        folder: Folder of the artifact's tokenizer.
+        out: Folder to write to.
+        model: Config of the model.
+        seq_len: Length in tokens to which texts were cut in training; 0 if unknown.
+
+    Returns:
+        What was written, or None if the artifact has no tokenizer.
+    """
+    if not (folder / tokenizers.DESCRIPTOR).is_file():
+        return None
+    words = tokenizers.load(folder)
+    (out / words.file).write_bytes(words.model)
+    for name in BESIDE:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, out / name)
+    special, said = _special(words), []
+    config: dict[str, Any] = read_json(out / "tokenizer_config.json")
+    if not config:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{k}_token": v for k, v in special.items()}}
+        config["clean_up_tokenization_spaces"] = False
+    made: Any = words.backend if isinstance(words, JsonTokenizer) else None
+    if isinstance(words, SentencePieces):
+        made = sentencepiece_json.convert(words)
+    if made is None:
+        said.append("transformers has no form of this tokenizer that splits text as llmctl does")
+    ids: dict[str, Any] = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+    rows = 0
+    if made is not None:
+        begin = (words.bos_id,) * words.add_bos
+        wanted = words.template if reads_texts(model) else TextTemplate(begin, (), begin)
+        changed = not isinstance(words, JsonTokenizer)
+        if post_processor.read(made, config, {"bos": words.bos_id, "eos": words.eos_id}) != wanted:
+            post_processor.put(made, wanted)
+            # With these two keys transformers would replace the post-processor; some classes bring their own.
+            config = {k: v for k, v in config.items() if k not in ("add_bos_token", "add_eos_token")}
+            config["tokenizer_class"], changed = "PreTrainedTokenizerFast", True
+        if reads_texts(model):
+            length = min(model.max_seq_len, seq_len or model.max_seq_len)
+            types = ["token_type_ids"] * (model.token_types > 1)
+            config |= {"model_max_length": length, "padding_side": "right", "truncation_side": "right"}
+            config |= {"model_input_names": ["input_ids", *types, "attention_mask"]}
+            config |= {} if model.head_kind.vocabulary else {"split_special_tokens": True}
+            pad, fresh = _padding(words, special, made, wanted, model)
+            config["pad_token"], ids["pad_token_id"], changed = pad, made.token_to_id(pad), changed or fresh
+            if fresh and ids["pad_token_id"] >= model.vocab_size:
+                rows = ids["pad_token_id"] + 1
+                said.append(f"has no padding token but its end token; {pad} is added in row {rows - 1:,} of the table")
+            _rename_pad(out / "special_tokens_map.json", pad)
+        if changed:
+            (out / JsonTokenizer.file).write_text(made.to_str(), encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if len(every := ids_of(read_json(out / GENERATION).get("eos_token_id"))) > 1:
+        ids["eos_token_id"] = every
+    return Written(ids, rows, tuple(said))
+
+
+PAD = "<|pad|>"
+"""Spelling of a padding token that is added on export."""
+
+
+def _padding(
+    words: tokenizers.Tokenizer, special: dict[str, str], made: Any, wanted: TextTemplate, model: ModelConfig
+) -> tuple[str, bool]:
+    """Return (a padding token, whether it is added to `made` now).
+
+    transformers pools a decoder's classifier at the last token that is not the padding token. Such a model needs a
+    padding token that ends no text.
+    """
+    eos: str = made.id_to_token(words.eos_id)
+    own = special.get("pad", eos)
+    if not pools_last(model):
+        return own, False
+    if own != eos and made.token_to_id(own) not in wanted.end:
+        return own, False
+    taken = {words.eos_id, words.bos_id, words.unk_id, words.mask_id, *wanted.begin, *wanted.end, *wanted.between}
+    added = made.get_added_tokens_decoder().items()
+    spare = [t.content for i, t in sorted(added) if t.special and i not in taken]
+    if spare:
+        return min(spare, key=lambda t: ("pad" not in t, spare.index(t))), False
+    made.add_special_tokens([PAD])
+    return PAD, True
+
+
+def _rename_pad(file: Path, pad: str) -> None:
+    """Set the padding token in a special_tokens_map.json, if there is one."""
+    if said := read_json(file):
+        file.write_text(json.dumps(said | {"pad_token": pad}, indent=2) + "\n")
