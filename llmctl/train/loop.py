@@ -1,13 +1,17 @@
-"""The training loop of every stage: one compiled step, resume, validation, early stopping, a graceful end.
+"""Run the training loop of every stage: one compiled step, resume, validation, early stopping, graceful shutdown.
 
-What is random comes from (seed, step), and row i of the data is a pure function of i, so a resumed run is the
-uninterrupted one, bit for bit.
+All randomness comes from (seed, step), and row i of the data is a pure function of i. A resumed run therefore equals
+the uninterrupted run bit for bit.
+
+    job = Job(params, loss=loss_of(model), rows=rows, validate=Validation(...))
+    params, metrics = fit(job, train, optim, mesh, ctx, seed=0, title="pretrain")
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +23,14 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.device_batches import DeviceBatches
 from llmctl.distributed import context_parallel, processes
 from llmctl.evaluate.metrics.base import METRICS
-from llmctl.model import attention_kernels, functional, pipeline_parallel, weights
+from llmctl.model import attention_kernels, functional, pipeline_parallel
 from llmctl.model.config import ModelConfig
 from llmctl.train import preemption, throughput
 from llmctl.train.checkpoints import Checkpoints
+from llmctl.train.job import Batch, Job, Params, State, Sums, joined, split
 from llmctl.train.profiling import Profile
 from llmctl.train.run_log import Reporter
-from llmctl.train.step import (
-    TOO_MANY_BAD,
-    Batch,
-    Job,
-    Params,
-    State,
-    Sums,
-    context,
-    make_step,
-    program,
-    split,
-    state_shardings,
-)
+from llmctl.train.step import TOO_MANY_BAD, context, make_step, program, state_shardings
 
 if TYPE_CHECKING:
     from llmctl.artifacts.workspace import Context
@@ -46,7 +39,7 @@ __all__ = ["Job", "fit", "initialize", "make_step", "state_shardings"]
 
 
 def initialize(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh) -> Params:
-    """Fresh parameters, each device computing its own part."""
+    """Return fresh parameters. Each device computes its own shards."""
     shardings = functional.shardings(cfg, functional.abstract(cfg), mesh)
     return jax.jit(partial(functional.init, cfg), out_shardings=shardings)(jax.random.key(seed))
 
@@ -60,16 +53,31 @@ def fit(
     seed: int,
     title: str,
 ) -> tuple[Params, dict[str, Any]]:
-    """Trains to the end and returns (params, metrics); the parameters are the averaged ones where `optim.ema` is set.
+    """Train to the last step, from the last checkpoint if there is one.
 
-    The arrays of `job.params` that are trained become the state's: they are deleted, so that there are never two sets.
+    Trained arrays of the job are donated to the training state, so memory never holds two copies.
 
-    Raises Interrupted after a checkpoint when SIGTERM or Ctrl-C arrives, WorkError when the run diverges or the disk is
-    full; either way the same command goes on from the last checkpoint.
+    Args:
+      job: what to train.
+      train: length, batches, validation, logging and checkpoints.
+      optim_config: the optimizer and its schedule.
+      mesh: the devices.
+      ctx: the stage's folders; checkpoints and the log go to `ctx.work`.
+      seed: source of dropout keys, with the step.
+      title: the stage's name in the log.
+
+    Returns:
+      (parameters, metrics); the parameters are the averaged ones if `optim.ema` is set.
+
+    Raises:
+      Interrupted: after a checkpoint, when SIGTERM or Ctrl-C arrived. The same command continues the run.
+      WorkError: the run diverges or the disk is full. The same command continues from the last checkpoint.
     """
     _check_batch(train, mesh)
     runs, given = program(job, train, optim_config, mesh, seed), split(job)[0]
-    job = dataclasses.replace(job, params=jax.eval_shape(lambda params=job.params: params))
+    job = dataclasses.replace(
+        job, params=jax.eval_shape(lambda: job.params), extra=jax.eval_shape(lambda: dict(job.extra))
+    )
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.requests(mesh))
@@ -104,7 +112,7 @@ def fit(
         named = _answer(state)
         if loop.keeps_best and meta["best"] is not None and meta["best_step"] != meta["step"]:
             named = checkpoints.restore_best(meta["best_step"], _answer(runs.state))
-        params = weights.rebuild(job.params, named | runs.fixed)
+        params = joined(job, named | runs.fixed)
         metrics = {"steps": meta["step"], **{f"validation_{k}": v for k, v in job.validate(params).items()}}
         if loop.keeps_best:
             metrics |= {"best_step": meta["best_step"]}
@@ -115,12 +123,12 @@ def fit(
 
 
 def _answer(state: State) -> Params:
-    """The weights that are validated and saved."""
+    """Return the arrays that are validated and saved: the averaged ones if there are any."""
     return state.get("ema", state["params"])
 
 
 class _Loop:
-    """The steps between resume and end."""
+    """Run the steps from the resumed one to the last one."""
 
     peak: float | None = None
     profile: Profile
@@ -144,11 +152,11 @@ class _Loop:
         self.batches = DeviceBatches(mesh, train.batch_size)
 
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint's `meta` where the best parameters that it names are not there.
+        """Return a checkpoint's `meta`, corrected if the best parameters that it names are missing.
 
-        A better step may have replaced them before the run died: it comes again, unless the run goes on where rounding
-        is another (another mesh), so the best is looked for anew. Or the run died while they were written: then they
-        may be the checkpoint's own.
+        If the run died while they were written, and they are the checkpoint's own, they are saved again. If a better
+        step had replaced them before the run died, the search for the best starts anew: the resumed run may not reach
+        that step with the same value, because rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps_best or best is None or self.checkpoints.has_best(best):
@@ -160,37 +168,37 @@ class _Loop:
         return {**meta, "best": None, "best_step": None, "bad": 0}
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+        """Return the state and `meta` after the last step, or after the step that stopped early."""
         train, done = self.train, meta["step"]
         self.skips = int(state["skips"])
-        timer, compiled = throughput.Timer(), False
+        timer, compiled, alone = throughput.Timer(), False, processes.count() == 1
         if meta.pop("unvalidated", False):
             meta = self.validate(done, state, meta)
         with self.batches.training(self.job.rows, done, train.steps, self.place) as batches:
             while done < train.steps and not meta.get("stopped"):
                 if train.profile:
                     self.profile.before(done + 1)
-                with timer.waiting():
-                    _, (batch, tokens) = next(batches)
+                _, (batch, tokens) = next(batches)
+                begun = time.monotonic()
+                state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
                 if compiled:
-                    state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
-                    timer.count(tokens)
-                else:  # what compiling takes says nothing about speed
-                    with timer.paused():
-                        state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
-                        jax.block_until_ready(metrics)
+                    timer.tokens, timer.steps = timer.tokens + tokens, timer.steps + 1
+                else:  # the first step compiles, so its time is excluded
+                    jax.block_until_ready(metrics)
+                    timer.start += time.monotonic() - begun
                 done, compiled = done + 1, True
                 if train.profile:
                     self.profile.after(done, metrics)
                 last = done == train.steps
-                stops = self.stop.asked(now=last)
+                stops = self.stop.told.is_set() if alone else self.stop.asked(now=last)
                 if done % train.log_every == 0 or last:
-                    self.log(done, metrics, state, timer)
+                    self.log(done, metrics, state, timer, batches.wait_seconds)
                 meta = {**meta, "step": done}
                 if (train.eval_every and done % train.eval_every == 0) or (last and self.keeps_best):
                     try:
                         with timer.paused():
                             meta = {**meta, "unvalidated": True} if stops else self.validate(done, state, meta)
-                    except preemption.Asked:  # a grace period is for the checkpoint; whoever resumes validates first
+                    except preemption.Asked:  # the grace period is for the checkpoint; the resumed run validates first
                         meta, stops = {**meta, "unvalidated": True}, True
                 if done % train.checkpoint_every == 0 or last or stops or meta.get("stopped"):
                     with timer.paused():
@@ -201,13 +209,13 @@ class _Loop:
         return state, meta
 
     def heed(self, done: int | None = None) -> None:
-        """Raises where somebody asked for an end; the checkpoint has been written."""
+        """Raise Interrupted if the run was asked to stop. Call it after the checkpoint was written."""
         if self.stop.asked(now=True):
             where = f"at step {done}" if done else "after the last step"
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")
 
     def heed_bad(self, state: State) -> None:
-        """Raises where too many steps in a row were bad. The state keeps count: nobody need look at every step."""
+        """Raise WorkError if too many steps in a row were bad. The state counts them, so most steps skip this check."""
         if int(state["skipped"]) >= TOO_MANY_BAD:
             raise WorkError(
                 f"{TOO_MANY_BAD} steps in a row without a finite loss, without a label or outlying; "
@@ -215,12 +223,13 @@ class _Loop:
             )
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
-        """Host rows -> device arrays split over the batch, and the number of real tokens."""
+        """Return host rows as device arrays sharded over the batch, and the number of tokens without padding."""
         tokens = sum(int(np.count_nonzero(batch[name])) for name in ("segments", "encoder_segments") if name in batch)
-        # Of several processes each counts its own rows, and takes the others for alike.
+        # Each process counts its own rows and extrapolates to the rows of the others.
         return self.batches.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
 
-    def log(self, done: int, metrics: Sums, state: State, timer: throughput.Timer) -> None:
+    def log(self, done: int, metrics: Sums, state: State, timer: throughput.Timer, waited: float) -> None:
+        """Write the metrics of a step and the throughput since the last log line."""
         values = {k: float(v) for k, v in metrics.items()}
         skips = int(state["skips"])
         if skips > self.skips:
@@ -230,12 +239,15 @@ class _Loop:
             )
             self.skips = skips
         self.heed_bad(state)
-        values |= timer.read(self.job.flops, self.peak) | throughput.memory(self.mesh.devices.flatten().tolist())
+        values |= timer.read(waited, self.job.flops, self.peak) | throughput.memory(
+            self.mesh.devices.flatten().tolist()
+        )
         self.report.log(done, values | ({"skipped": skips} if skips else {}))
 
     def validate(self, done: int, state: State, meta: dict[str, Any]) -> dict[str, Any]:
+        """Validate the state, save it if it is the best so far, and return `meta` with the outcome."""
         named = _answer(state)
-        found = self.job.validate(weights.rebuild(self.job.params, named | self.fixed))
+        found = self.job.validate(joined(self.job, named | self.fixed))
         self.report.log(done, {f"validation_{k}": v for k, v in found.items()})
         if self.metric not in found:
             raise RequestError(f"train.best_by: no metric {self.metric!r} here; there are {', '.join(sorted(found))}")
@@ -256,7 +268,7 @@ class _Loop:
 
 
 def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises RequestError, before any work, where the settings do not fit the model or the mesh."""
+    """Raise RequestError, before any work, if the settings do not fit the model or the mesh."""
     if train.seq_len > model.max_seq_len:
         raise RequestError(
             f"train.seq_len: {train.seq_len} tokens are more than model.max_seq_len = {model.max_seq_len}"

@@ -1,13 +1,15 @@
-"""Optimizers and schedules (optax) over a flat dictionary of named arrays.
+"""Build optimizers and schedules (optax) over a flat dictionary of named arrays.
 
-Matrices of a stack are stacked [L, in, out]. What an optimizer does with a matrix as a whole (Muon's
-orthogonalization, Adafactor's factors and root mean squares) it does layer by layer, so that a scanned model is trained
-like an unrolled one.
+Matrices of the layers are stacked [L, in, out]. Operations on a whole matrix (Muon's orthogonalization, Adafactor's
+factors and root mean squares) run on each layer separately, so a scanned model trains like an unrolled one.
+
+    optimizer = build(OptimConfig(name="lion"), steps=1000, names=named)
+    updates, state = optimizer.update(gradients, optimizer.init(named), named)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
@@ -22,7 +24,7 @@ from llmctl.model import weights
 Named = dict[str, Any]
 
 FACTORED_FROM = 128
-"""Adafactor keeps row and column statistics of matrices with sides at least this long, as the paper's code does."""
+"""Least length of both sides of a matrix whose second moments Adafactor factors, as in the authors' code."""
 
 
 def _steps(amount: float, steps: int) -> int:
@@ -30,10 +32,13 @@ def _steps(amount: float, steps: int) -> int:
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then the named shape.
+    """Return the learning rate as a function of the step: linear warm-up, then the configured shape.
 
-    cosine and linear fall to `final` of the peak at `steps`; wsd (warm-up, stable, decay: arXiv:2404.06395) holds the
-    peak and falls linearly in the last `decay` steps; rsqrt is peak * sqrt(warmup / step) (arXiv:1706.03762).
+    - cosine and linear decay to `final` of the peak at `steps`.
+    - wsd (warm-up, stable, decay: Hu et al., 2024, arXiv:2404.06395) holds the peak and decays linearly in the last
+      `decay` steps.
+    - rsqrt is peak * sqrt(warmup / step) (Vaswani et al., 2017, arXiv:1706.03762).
+    - constant holds the peak.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final
     warmup = _steps(config.warmup, steps)
@@ -56,7 +61,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         "rsqrt": rsqrt,
         "wsd": wsd,
     }[config.schedule]()
-    # The first step already learns: warm-up reaches the peak at step `warmup - 1`.
+    # The rate of step 0 is not zero: warm-up reaches the peak at step `warmup - 1`.
     return optax.join_schedules(
         [optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)), body], [warmup]
     )
@@ -67,19 +72,21 @@ def decays(name: str) -> bool:
     return weights.is_kernel(name)
 
 
-def _mask(named: Named) -> Named:
-    return {name: decays(name) for name in named}
+def build(config: OptimConfig, steps: int, names: Iterable[str]) -> optax.GradientTransformation:
+    """Build the configured optimizer with its schedule, for the arrays of these names.
 
+    Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. Gradients are
+    clipped by the caller, which logs their norm.
 
-def build(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The configured optimizer with its schedule. Weight decay is decoupled (arXiv:1711.05101) and acts on matrices.
-
-    adamw; sgd with momentum; adafactor (arXiv:1804.04235: no first moment, updates relative to the weights' own size);
-    lion (arXiv:2302.06675); muon on the matrices of the stacks, scaled to AdamW's root mean square (arXiv:2502.16982),
-    with AdamW on the rest. Gradients are clipped by the caller, which logs their norm.
+    - adamw, and sgd with momentum.
+    - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.
+    - lion (Chen et al., 2023, arXiv:2302.06675).
+    - muon on the matrices of the layers, scaled to AdamW's root mean square (Liu et al., 2025, arXiv:2502.16982), with
+      AdamW on the other arrays.
     """
     rate = schedule(config, steps)
-    decay = optax.add_decayed_weights(config.weight_decay, _mask)
+    mask = {name: decays(name) for name in names}
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
     step = optax.scale_by_learning_rate(rate)
 
     def adamw() -> optax.GradientTransformation:
@@ -89,7 +96,7 @@ def build(config: OptimConfig, steps: int) -> optax.GradientTransformation:
             b2=config.beta2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=_mask,
+            mask=mask,
         )
 
     def sgd() -> optax.GradientTransformation:
@@ -121,18 +128,18 @@ def _is_muon(name: str, a: Any) -> bool:
 
 
 def _muon_axes(named: Named) -> Named:
-    """Orthogonalize the last two axes; what other optimizers train is masked, and stays so."""
+    """Return the axes to orthogonalize: the last two. Arrays of other optimizers are masked and stay so."""
     numbers = optax.contrib.MuonDimensionNumbers(1, 2)
     return {name: a if isinstance(a, optax.MaskedNode) else numbers for name, a in named.items()}
 
 
 def _like_adam() -> optax.GradientTransformation:
-    """An orthogonal [in, out] has root mean square 1 / sqrt(max(in, out)); AdamW's updates have about 0.2."""
+    """Scale orthogonal updates [in, out] from a root mean square of 1 / sqrt(max(in, out)) to AdamW's, about 0.2."""
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates))
 
 
 def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on every layer of stacked arrays for itself. Its state is {depth of the stack or 0: inner state}."""
+    """Apply `inner` to each layer of stacked arrays separately. State: {layers of the stack or "0": inner state}."""
 
     def groups(named: Named) -> dict[str, Named]:
         out: dict[str, Named] = {}
@@ -156,18 +163,24 @@ def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformation(cast(Any, init), cast(Any, update))
 
 
-def shardings(state: Any, params: dict[str, NamedSharding], shapes: Named, whole: NamedSharding) -> Any:
-    """Where every array of an optimizer's (abstract) state lies: with its parameter, and counters everywhere.
+def shardings(state: Any, params: dict[str, NamedSharding], shapes: Named, replicated: NamedSharding) -> Any:
+    """Return the shardings of an optimizer's (abstract) state: moments like their parameters, counters replicated.
 
-    An array belongs to the parameter whose name is on its path. Adafactor's row and column statistics lie like their
-    parameter with the averaged axis left out.
+    An array belongs to the parameter whose name is on its path. Adafactor's row and column statistics are sharded like
+    their parameter without the averaged axis.
+
+    Args:
+      state: the optimizer's state, arrays or their shapes.
+      params: sharding of each parameter, by name.
+      shapes: parameters or their shapes, by name.
+      replicated: sharding of all other arrays.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         keys = [getattr(k, "key", getattr(k, "name", None)) for k in path]
         name = next((k for k in reversed(keys) if isinstance(k, str) and k in params), None)
         if name is None:
-            return whole
+            return replicated
         shape, sharding = shapes[name].shape, params[name]
         if leaf.shape == shape:
             return sharding
@@ -177,43 +190,6 @@ def shardings(state: Any, params: dict[str, NamedSharding], shapes: Named, whole
             spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
             if leaf.shape == shape[:axis] + shape[axis + 1 :]:
                 return NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
-        return whole
+        return replicated
 
     return jax.tree_util.tree_map_with_path(one, state)
-
-
-def average(old: Named, new: Named, step: Any, decay: float) -> Named:
-    """Exponential moving average of weights after `step` + 1 updates.
-
-    The decay starts low, min(decay, (1 + n) / (10 + n)), so that a short run forgets where it began.
-    """
-    n = step.astype(jnp.float32) + 1
-    share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
-    # Written as a step towards the new weights: what does not move keeps its bits.
-    return {name: a + share.astype(a.dtype) * (new[name] - a) for name, a in old.items()}
-
-
-def clip(grads: Named, norm: Any, limit: float) -> Named:
-    """Scales the gradients so that their global norm is at most `limit`; 0 leaves them."""
-    if not limit:
-        return grads
-    factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
-    return {name: g * factor for name, g in grads.items()}
-
-
-def hold_zeros(old: Named, new: Named, held: Callable[[str], bool]) -> Named:
-    """A pruned weight stays pruned: entries that are zero stay zero in the arrays that `held` names."""
-    return {name: jnp.where(old[name] == 0, 0, a) if held(name) else a for name, a in new.items()}
-
-
-def freeze_layers(updates: Named, layers: int) -> Named:
-    """No update to the embeddings nor to the first `layers` layers of any stack."""
-
-    def one(name: str, u: Any) -> Any:
-        if weights.parse(name).embeds:
-            return jnp.zeros_like(u)
-        if weights.is_stacked(name):
-            return jnp.where((jnp.arange(u.shape[0]) >= layers).reshape(-1, *[1] * (u.ndim - 1)), u, 0)
-        return u
-
-    return {name: one(name, u) for name, u in updates.items()} if layers else updates

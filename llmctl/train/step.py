@@ -1,14 +1,18 @@
-"""One optimizer step of any job, as a function that is compiled once, and the state it turns into the next.
+"""Build one optimizer step of a job: a function that is compiled once and maps a training state to the next.
 
-The state is {"params": trained arrays by name, "optimizer", "step", "skipped": bad steps in a row, "skips": bad steps
-in all}, with "ema" where weights are averaged and "usual" where outliers are skipped. Arrays that are not trained stay
-outside it. Everything random comes from (seed, step).
+The state is {"params": trained arrays by name, "optimizer", "step", "skipped": bad steps in a row, "skips": all bad
+steps}, with "ema" if weights are averaged and "usual" if outliers are skipped. Arrays that are not trained stay outside
+the state. All randomness comes from (seed, step).
+
+    runs = program(job, train, optim, mesh, seed)
+    state = runs.begin(runs.named)
+    state, metrics = runs.step(state, (runs.fixed, job.constants), batch)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -20,24 +24,20 @@ import optax
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.model import attention_kernels, chunked_loss, pipeline_parallel, quantized_matmul, weights
-from llmctl.model.config import ModelConfig
 from llmctl.train import optim
+from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 
-Params = dict[str, Any]
-Batch = dict[str, Any]
-State = dict[str, Any]
-Sums = dict[str, jax.Array]
 Fixed = tuple[Params, tuple[Any, ...]]
 """What a step reads and does not change: arrays that are not trained, and the job's constants."""
 
 TOO_MANY_BAD = 20
-"""Bad steps in a row after which a run is given up; from then on no step changes anything, whenever the host looks."""
+"""Bad steps in a row that end a run. Later steps change nothing, so the host may check the count less often."""
 SETTLED = 20
-"""Good steps before outliers are told from what is usual."""
+"""Good steps before outliers are detected."""
 MEMORY = 0.02
-"""Share of the newest step in the running mean and variance of what is usual."""
+"""Weight of the newest step in the running mean and variance of loss and gradient norm."""
 STEADY = 0.02
-"""Least standard deviation, as a fraction of the mean: without it a very steady run would skip harmless steps."""
+"""Least standard deviation, as a fraction of the mean. Without it a very steady run would skip harmless steps."""
 
 OVERLAP = {
     "xla_enable_async_all_gather": True,
@@ -45,50 +45,13 @@ OVERLAP = {
     "xla_enable_async_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
 }
-"""What the TPU compiler is told: collectives run beside matrix products. By itself it does so on few kinds of TPU."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a stage wants trained."""
-
-    params: Params
-    """Where to start; sharded over the mesh. Training takes the arrays that it trains for itself; abstract ones do for
-    compiling alone."""
-    loss: Callable[..., tuple[jax.Array, Sums]]
-    """(params, batch, dropout key, *constants) -> (sum of losses, sums with "weight"); the step divides by it."""
-    rows: Any
-    """Random-access training rows."""
-    validate: Callable[[Params], dict[str, float]]
-    """Metrics of parameters on held-out data."""
-    constants: tuple[Any, ...] = ()
-    """Arrays that the loss reads besides (a teacher's parameters)."""
-    metric: str = "loss"
-    """Validation metric that chooses the best parameters; its record in `METRICS` has the direction."""
-    keep_best: bool = False
-    """End with the best validated parameters rather than the last."""
-    trains: Callable[[str], bool] = lambda _: True
-    """Which arrays are trained, by name."""
-    frozen_layers: int = 0
-    """Layers, from the first, that are held together with the embeddings."""
-    holds_zeros: Callable[[str], bool] = lambda _: False
-    """Arrays whose zeros stay zero (pruned matrices)."""
-    flops: float = 0.0
-    """Floating-point operations a token of this training, for the utilization; 0 reports none."""
-    model: ModelConfig | None = None
-    """The network, where there is one: the log says how it attends."""
-
-
-def split(job: Job) -> tuple[Params, Params]:
-    """The arrays that are trained and those that are not, by name."""
-    named = weights.arrays(job.params)
-    return {n: a for n, a in named.items() if job.trains(n)}, {n: a for n, a in named.items() if not job.trains(n)}
+"""Options of the TPU compiler: overlap collectives with matrix products. Its defaults do so on few kinds of TPU."""
 
 
 def fresh(optimizer: Any, config: OptimConfig, named: Params) -> State:
-    """The state before the first step."""
+    """Return the state before the first step."""
 
-    def zero() -> jax.Array:  # each its own: the step gives its input's memory away, array by array
+    def zero() -> jax.Array:  # a buffer per counter, because the step donates each buffer of its input
         return jnp.zeros((), jnp.int32)
 
     state = {"params": named, "optimizer": optimizer.init(named), "step": zero(), "skipped": zero(), "skips": zero()}
@@ -100,34 +63,37 @@ def fresh(optimizer: Any, config: OptimConfig, named: Params) -> State:
 
 
 def state_shardings(optimizer: Any, config: OptimConfig, named: Params, mesh: jax.sharding.Mesh) -> State:
-    """Moments and averages lie where their parameters lie; counters everywhere."""
+    """Return the shardings of a state: moments and averages like their parameters, counters replicated."""
     params = {name: a.sharding for name, a in named.items()}
-    whole = meshes.replicated(mesh)
+    replicated = meshes.replicated(mesh)
     shapes = jax.eval_shape(lambda n: fresh(optimizer, config, n), named)
-    lies = jax.tree.map(lambda _: whole, shapes)
-    lies |= {key: params for key in ("params", "ema") if key in lies}
-    return lies | {"optimizer": optim.shardings(shapes["optimizer"], params, shapes["params"], whole)}
+    found = jax.tree.map(lambda _: replicated, shapes)
+    found |= {key: params for key in ("params", "ema") if key in found}
+    return found | {"optimizer": optim.shardings(shapes["optimizer"], params, shapes["params"], replicated)}
 
 
 @dataclass(frozen=True)
 class Program:
-    """A job's step as it runs: its state laid out over the mesh, and given away at every step."""
+    """A job's compiled functions. The state is sharded over the mesh and donated at every step."""
 
     step: Any
     """Compiled (state, (fixed, constants), batch) -> (state, metrics)."""
     begin: Any
-    """Compiled (trained arrays, which are given away) -> the first state."""
+    """Compiled (trained arrays, donated) -> the first state."""
     named: Params
-    """The arrays that are trained, float32 whatever the parent stores (an import may be bfloat16): small updates must
-    not round away."""
+    """The trained arrays, in float32 whatever the parent stores (an import may be bfloat16, where small updates would
+    round to zero)."""
     fixed: Params
-    """Those that are not."""
+    """The arrays that are not trained."""
     state: State
-    """Shapes and shardings of the state."""
+    """Shapes, dtypes and shardings of the state."""
 
 
 def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.sharding.Mesh, seed: int) -> Program:
-    """Nothing is computed nor traced yet, so `job.params` may be abstract and `mesh` of devices that are not there."""
+    """Return the functions of a job. Nothing is computed or traced yet.
+
+    The arrays of the job may be abstract and the devices of the mesh need not be attached.
+    """
     trained, fixed = split(job)
     named = {name: _master(a) for name, a in trained.items()}
     quantized_matmul.check(train.matmuls, named)
@@ -159,10 +125,12 @@ def _master(a: Any) -> Any:
 
 
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
-    """The step (state, fixed arrays, batch) -> (state, metrics), and the optimizer whose state it keeps."""
-    optimizer = optim.build(config, train.steps)
+    """Return the step (state, (fixed, constants), batch) -> (state, metrics), and the optimizer of its state."""
+    trained = split(job)[0]
+    optimizer = optim.build(config, train.steps, trained)
     rate = optim.schedule(config, train.steps)
-    gradients = _gradients(job, train.accumulate, train.matmuls)
+    gradients = _gradients(job, train)
+    held = {name for name in trained if job.holds_zeros(name)}
 
     def step(state: State, fixed: Fixed, batch: Batch) -> tuple[State, Sums]:
         old = state["params"]
@@ -170,26 +138,28 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         grads, sums = gradients(old, fixed, batch, key)
         weight = jnp.maximum(sums["weight"], 1e-9)
         grads = {name: g.astype(jnp.float32) / weight for name, g in grads.items()}
-        grads = optim.hold_zeros(old, grads, job.holds_zeros)
-        grads = optim.freeze_layers(grads, job.frozen_layers)
+        grads = hold_zeros(old, grads, held)
+        grads = freeze_layers(grads, job.frozen_layers)
         norm = optax.tree.norm(grads)
-        updates, opt = optimizer.update(optim.clip(grads, norm, config.clip), state["optimizer"], old)
-        updates = optim.freeze_layers(cast(Params, updates), job.frozen_layers)
-        new = optim.hold_zeros(old, cast(Params, optax.apply_updates(old, updates)), job.holds_zeros)
+        updates, opt = optimizer.update(clip(grads, norm, config.clip), state["optimizer"], old)
+        updates = freeze_layers(cast(Params, updates), job.frozen_layers)
+        new = hold_zeros(old, cast(Params, optax.apply_updates(old, updates)), held)
         metrics = chunked_loss.means(sums)
-        # A batch without a label, or with a loss that is no number or an outlier, must change nothing at all.
+        # A batch without labels, or with a loss that is not finite or an outlier, must change nothing.
         good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & (sums["weight"] > 0)
         found = jnp.stack([metrics["loss"], norm]).astype(jnp.float32)
         if config.spike:
-            good &= ~_outlies(found, state["usual"], config.spike)
+            good &= ~_is_outlier(found, state["usual"], config.spike)
         stuck = state["skipped"] >= TOO_MANY_BAD
         good &= ~stuck
         updated = state["step"] - state["skips"]
         kept = {"params": new, "optimizer": opt}
         if config.ema:
-            kept["ema"] = optim.average(state["ema"], new, updated, config.ema)
+            kept["ema"] = average(state["ema"], new, updated, config.ema)
         if config.spike:
             kept["usual"] = _remember(found, state["usual"])
+        if job.after_step:
+            kept = job.after_step(kept, state["step"] + 1)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), kept, {k: state[k] for k in kept})
         metrics |= {"gradient_norm": norm, "learning_rate": jnp.asarray(rate(updated))}
         counters = {
@@ -202,14 +172,22 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
     return step, optimizer
 
 
-def _gradients(job: Job, accumulate: int, matmuls: Mapping[str, str]) -> Callable[..., tuple[Params, Sums]]:
-    """(trained arrays, fixed arrays, batch, key) -> sums over the whole batch, one microbatch after the other."""
+def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums]]:
+    """Return (trained arrays, fixed, batch, key) -> (gradients, sums) over the batch, microbatch by microbatch."""
+    accumulate, rules = train.accumulate, train.matmuls
     template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), job.params)
+    # The names are matched to the leaves of the tree once, here, so that the step only reorders arrays.
+    name_of = {id(a): name for name, a in weights.arrays(template).items()}
+    leaves, structure = jax.tree.flatten(template)
+    order = [name_of[id(leaf)] for leaf in leaves]
 
     def loss(named: Params, fixed: Fixed, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         rest, constants = fixed
-        with quantized_matmul.use(matmuls):
-            return job.loss(weights.rebuild(template, named | rest), batch, key, *constants)
+        arrays = named | rest
+        params = jax.tree.unflatten(structure, [arrays[name] for name in order])
+        extra = {"extra": {name: named[EXTRA + name] for name in job.extra}} if job.extra else {}
+        with quantized_matmul.use(rules) if rules else contextlib.nullcontext():
+            return job.loss(params, batch, key, *constants, **extra)
 
     grad = jax.grad(loss, has_aux=True)
     if accumulate == 1:
@@ -234,14 +212,51 @@ def _microbatches(a: jax.Array, pieces: int) -> jax.Array:
     return meshes.constrain(a, None, "batch", *[None] * (a.ndim - 2))
 
 
-def _outlies(found: jax.Array, usual: dict[str, jax.Array], deviations: float) -> jax.Array:
-    """Whether loss or gradient norm lies far above its running mean. What is far below is good news."""
+def clip(grads: Params, norm: Any, limit: float) -> Params:
+    """Scale the gradients so that their global norm is at most `limit`; 0 does not clip."""
+    if not limit:
+        return grads
+    factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
+    return {name: g * factor for name, g in grads.items()}
+
+
+def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
+    """Keep zeros of `old` at zero in the arrays that `held` names, so that pruned weights stay pruned."""
+    return {name: jnp.where(old[name] == 0, 0, a) if name in held else a for name, a in new.items()}
+
+
+def freeze_layers(updates: Params, layers: int) -> Params:
+    """Set the updates of the embeddings and of the first `layers` layers of every stack to zero; 0 freezes nothing."""
+
+    def one(name: str, u: Any) -> Any:
+        if weights.parse(name).embeds:
+            return jnp.zeros_like(u)
+        if weights.is_stacked(name):
+            return jnp.where((jnp.arange(u.shape[0]) >= layers).reshape(-1, *[1] * (u.ndim - 1)), u, 0)
+        return u
+
+    return {name: one(name, u) for name, u in updates.items()} if layers else updates
+
+
+def average(old: Params, new: Params, step: Any, decay: float) -> Params:
+    """Return the exponential moving average of weights after `step` + 1 updates.
+
+    The decay is min(decay, (1 + n) / (10 + n)) at update n, so that a short run forgets its initial weights.
+    """
+    n = step.astype(jnp.float32) + 1
+    share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+    # An increment towards the new weights: arrays that do not change keep their bits.
+    return {name: a + share.astype(a.dtype) * (new[name] - a) for name, a in old.items()}
+
+
+def _is_outlier(found: jax.Array, usual: dict[str, jax.Array], deviations: float) -> jax.Array:
+    """Return whether loss or gradient norm [2] is far above its running mean; values far below are not outliers."""
     width = jnp.maximum(jnp.sqrt(usual["variance"]), STEADY * jnp.abs(usual["mean"]))
     return (usual["count"] >= SETTLED) & jnp.any(found > usual["mean"] + deviations * width)
 
 
 def _remember(found: jax.Array, usual: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Running mean and variance [loss, norm]; the plain ones of all steps until those outnumber the memory."""
+    """Update the running mean and variance of [loss, norm]: over all steps until 1 / MEMORY of them, then decaying."""
     count = usual["count"] + 1
     share = jnp.maximum(1 / count.astype(jnp.float32), MEMORY)
     apart = found - usual["mean"]

@@ -1,4 +1,4 @@
-"""What a training loop measures of itself: tokens a second, input wait, memory, and the share of the chip's peak."""
+"""Measure the training loop: tokens per second, input wait, memory, and the fraction of the peak performance."""
 
 from __future__ import annotations
 
@@ -17,54 +17,51 @@ from llmctl.distributed import hardware
 from llmctl.distributed.mesh import Device
 
 SIDE = 1536
-"""Matrices multiplied to measure a CPU: large enough for full speed, a tenth of a second each on two cores."""
+"""Side of the matrices whose product measures a CPU: large enough for full speed, 0.1 s per product on two cores."""
 
 
 class Timer:
-    """Tokens a second and the share of time spent waiting for input, between two log lines."""
+    """Measure tokens per second and the fraction of time spent waiting for input, between two log lines.
+
+    timer = Timer()
+    timer.tokens, timer.steps = timer.tokens + 4096, timer.steps + 1  # after each step
+    metrics = timer.read(waited=batches.wait_seconds)
+    """
 
     def __init__(self) -> None:
+        self.waited = 0.0
         self.reset()
 
     def reset(self) -> None:
-        """Begins a new interval."""
-        self.start, self.wait, self.tokens, self.steps = time.monotonic(), 0.0, 0, 0
-
-    def count(self, tokens: int) -> None:
-        """One more step, of so many tokens."""
-        self.tokens += tokens
-        self.steps += 1
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent here is input wait."""
-        before = time.monotonic()
-        yield
-        self.wait += time.monotonic() - before
+        """Begin a new interval."""
+        self.start, self.tokens, self.steps = time.monotonic(), 0, 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent here is not counted (validation, checkpoints, compilation)."""
+        """Exclude the time spent in this context: validation, checkpoints."""
         before = time.monotonic()
         yield
         self.start += time.monotonic() - before
 
-    def read(self, flops: float = 0.0, peak: float | None = None) -> dict[str, float]:
-        """What happened since the last reading, nothing where no step did; read after the results are there.
+    def read(self, waited: float, flops: float = 0.0, peak: float | None = None) -> dict[str, float]:
+        """Return the metrics of the interval and begin a new one; empty if it has no steps.
 
-        With `flops` a token and a `peak` of all devices (operations a second) also "mfu", the fraction of the peak that
-        the model's own operations reach (arXiv:2204.02311, appendix B); padding and recomputation earn nothing.
+        Read after the results of the last step are on the host, because steps are dispatched asynchronously.
+
+        Args:
+          waited: seconds spent waiting for input since training began.
+          flops: floating-point operations per token.
+          peak: peak of all devices, in operations per second. With `flops` it gives "mfu", the fraction of the peak
+            that the model's own operations reach (Chowdhery et al., 2022, arXiv:2204.02311, appendix B). Padding and
+            recomputation do not count.
         """
+        wait, self.waited = waited - self.waited, waited
         if not self.steps:
             self.reset()
             return {}
         seconds = max(time.monotonic() - self.start, 1e-9)
         speed = self.tokens / seconds
-        out = {
-            "tokens_per_second": speed,
-            "step_seconds": seconds / self.steps,
-            "input_wait": self.wait / seconds,
-        }
+        out = {"tokens_per_second": speed, "step_seconds": seconds / self.steps, "input_wait": wait / seconds}
         if flops and peak:
             out["mfu"] = speed * flops / peak
         self.reset()
@@ -72,10 +69,10 @@ class Timer:
 
 
 def peak(devices: list[Device], cache: Path) -> float | None:
-    """Operations a second of all `devices` together at their best, or None for a chip that the table lacks.
+    """Return the peak of all `devices` together in operations per second; None for a chip that is not in the table.
 
-    From the table for bfloat16; CPUs, which share the machine's cores however many they are, are measured once with a
-    float32 matrix product, and the figure kept in the file `cache`.
+    Accelerators have the bfloat16 figure of the hardware table. CPU devices share the machine's cores, whatever their
+    number: they are measured once with a float32 matrix product, and the figure is stored in the file `cache`.
     """
     if devices[0].platform != "cpu":
         one = hardware.of_kind(devices[0].device_kind)
@@ -88,7 +85,7 @@ def peak(devices: list[Device], cache: Path) -> float | None:
 
 
 def measure(side: int) -> float:
-    """Operations a second of the fastest of a few float32 matrix products [side, side] on one device."""
+    """Return the operations per second of the fastest of five float32 matrix products [side, side] on one device."""
     x = jnp.ones((side, side))
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
@@ -101,7 +98,7 @@ def measure(side: int) -> float:
 
 
 def memory(devices: list[Device]) -> dict[str, float]:
-    """{"memory_gib": the most that the fullest of these devices has held}; on the CPU, what the process has held."""
+    """Return {"memory_gib": largest peak memory of this process's devices}; on the CPU, of the process."""
     stats = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if not peaks and devices[0].platform == "cpu":

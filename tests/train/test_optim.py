@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from llmctl.config.settings import MeshConfig, OptimConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.train import optim
+from llmctl.train.step import average
 
 RATE, DECAY = 0.01, 0.1
 KERNEL, BIAS, TABLE = "decoder/blocks/mlp/up/kernel", "decoder/blocks/mlp/up/bias", "embed/tokens"
@@ -36,7 +37,7 @@ def config(name, **changes):
 
 def run(cfg, named, steps=2):
     """Parameters after `steps` steps."""
-    optimizer = optim.build(cfg, 10)
+    optimizer = optim.build(cfg, 10, named)
 
     @jax.jit
     def step(params, state, grads):
@@ -147,7 +148,7 @@ def test_state_lies_where_its_parameters_lie_and_gives_the_same_step(named, name
     mesh = meshes.make(MeshConfig(data=1, fsdp=2, tensor=4))
     specs = {KERNEL: (None, "fsdp", "tensor"), BIAS: (None, "tensor"), TABLE: (), HEAD: ()}
     params = {n: jax.NamedSharding(mesh, PartitionSpec(*s)) for n, s in specs.items()}
-    optimizer = optim.build(config(name), 10)
+    optimizer = optim.build(config(name), 10, named)
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, named))
     lies = optim.shardings(jax.eval_shape(optimizer.init, shapes), params, shapes, meshes.replicated(mesh))
 
@@ -186,7 +187,7 @@ def test_schedules(settings, points):
 
 def test_an_average_of_weights_starts_with_them_and_leaves_alone_what_does_not_move():
     old, new = {"a": jnp.asarray([1.0, 0.3])}, {"a": jnp.asarray([2.0, 0.3])}
-    got = optim.average(old, new, jnp.asarray(0), 0.99)["a"]  # decay (1 + 1) / (10 + 1)
+    got = average(old, new, jnp.asarray(0), 0.99)["a"]  # decay (1 + 1) / (10 + 1)
     assert got[0] == pytest.approx(1 + 9 / 11) and got[1] == old["a"][1]
-    got = optim.average(old, new, jnp.asarray(10_000), 0.99)["a"]
+    got = average(old, new, jnp.asarray(10_000), 0.99)["a"]
     assert got[0] == pytest.approx(1.01)

@@ -1,4 +1,4 @@
-"""What a loop says of itself, against arithmetic."""
+"""Throughput, memory and peak performance against arithmetic."""
 
 import json
 from types import SimpleNamespace
@@ -41,17 +41,18 @@ def test_the_timer(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(throughput.time, "monotonic", lambda: now[0])
     timer = throughput.Timer()
-    with timer.waiting():
-        now[0] += 1.0
-    timer.count(300)
-    timer.count(100)
+    now[0] += 1.0
+    timer.tokens, timer.steps = 400, 2
     with timer.paused():
         now[0] += 50.0
     now[0] += 3.0
-    found = timer.read(flops=1e9, peak=1e12)
+    found = timer.read(waited=1.0, flops=1e9, peak=1e12)
     assert found == {"tokens_per_second": 100.0, "step_seconds": 2.0, "input_wait": 0.25, "mfu": pytest.approx(0.1)}
     now[0] += 1.0
-    assert timer.read() == {}  # no step, no speed
+    assert timer.read(waited=1.5) == {}  # no step, no speed
+    timer.tokens, timer.steps = 10, 1
+    now[0] += 2.0
+    assert timer.read(waited=2.0)["input_wait"] == 0.25  # 0.5 s since the last reading
 
 
 def test_memory_is_that_of_the_fullest_device():
