@@ -13,6 +13,7 @@ from llmctl.data.corpus import Corpus
 from llmctl.data.pretraining.objective_rows import Objective
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import default
 from llmctl.model.config import ModelConfig
 from llmctl.train import learner, loop
 
@@ -38,7 +39,9 @@ def test_a_training_step_runs_through_few_files(tmp_path):
     model = ModelConfig(preset="llama-tiny", **SIZES, vocab_size=tokenizer.vocab_size)
     rows = Objective("causal").rows(documents, tokenizer, 16, seed=0, packing="segments", shuffle=True)
     mesh = meshes.make(MeshConfig())
-    job = learner.job(Settings, learner.Learner(model, loop.initialize(model, 0, mesh)), rows, lambda params: {})
+    job = learner.job(
+        Settings, learner.Learner(model, loop.initialize(model, 0, mesh), default(model)), rows, lambda params: {}
+    )
     steps = [set() for _ in range(TRAIN.steps + 1)]
     begun = 0
 

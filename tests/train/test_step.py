@@ -17,7 +17,8 @@ from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.train import loop
-from llmctl.train.step import SETTLED, TOO_MANY_BAD, fresh, make_step, split
+from llmctl.train.job import split
+from llmctl.train.step import SETTLED, TOO_MANY_BAD, fresh, make_step, program
 from llmctl.train.validation import Validation
 
 D = 4
@@ -287,3 +288,79 @@ def test_profile_names_steps(text):
 def test_settings_that_would_do_nothing_or_fail_hours_later(settings, line):
     with pytest.raises(ValueError, match=line):
         TrainConfig(**settings)
+
+
+def with_extra(params, batch, key, extra):
+    """The toy loss with a trained shift of the inputs."""
+    return loss(params, {**batch, "x": batch["x"] + extra["shift"]}, key)
+
+
+def shifted(params, extra):
+    return {**params, "shift": extra["shift"]}
+
+
+def test_extra_parameters_train_change_the_loss_and_resume_bit_for_bit(one, tmp_path):
+    """The parameters are averaged, so optimizer state, average, checkpoint and validation all hold `extra`."""
+
+    def run(folder, rows=None, **changes):
+        extra = jax.device_put({"shift": jnp.full(D, 0.5)}, meshes.replicated(one))
+        job = job_of(rows, **({"extra": extra, "result": shifted} | changes))
+        job = loop.Job(
+            **{**vars(job), "loss": with_extra, "params": jax.device_put(job.params, meshes.replicated(one))}
+        )
+        context = Context(folder / "out", folder, "key")
+        return loop.fit(job, TRAIN, OptimConfig(**CLIPPED, ema=0.9), one, context, 0, "toy")
+
+    seen = []
+    whole, _ = run(tmp_path / "whole", validate=lambda p: seen.append(np.asarray(p["shift"])) or {"loss": 0.0})
+    assert (np.asarray(whole["shift"]) != 0.5).all()
+    np.testing.assert_array_equal(seen[-1], whole["shift"])
+    assert log(tmp_path / "whole")[0]["loss"] != pytest.approx(first_loss(one, tmp_path / "plain"), rel=1e-3)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", stop_at(5))
+    resumed, _ = run(tmp_path / "cut")
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    unasked, _ = run(tmp_path / "model", result=loop.Job.result)
+    assert sorted(unasked) == ["decoder", "embed"]
+
+
+def first_loss(mesh, folder):
+    fit(folder, mesh, job_of(), {}, TRAIN.model_copy(update={"steps": 1}))
+    return log(folder)[0]["loss"]
+
+
+def masks(state, step):
+    """Prune column 0 of the matrices from step 3, column 1 too from step 6."""
+    pruned = (jnp.arange(D) == 0) & (step >= 3) | (jnp.arange(D) == 1) & (step >= 6)
+    name = "decoder/blocks/m/kernel"
+    return {**state, "params": state["params"] | {name: jnp.where(pruned, 0, state["params"][name])}}
+
+
+def test_a_function_after_each_step_is_part_of_it_and_resumes_bit_for_bit(one, tmp_path):
+    states = steps_of(job_of(after_step=masks), {}, [1.0] * 6 + [np.nan])
+    zeros = [int((s["params"]["decoder/blocks/m/kernel"] == 0).all(axis=(0, 1)).sum()) for s in states]
+    assert zeros == [0, 0, 0, 1, 1, 1, 2, 2]  # before the first step, and after each
+    jax.tree.map(np.testing.assert_array_equal, states[-1]["params"], states[-2]["params"])  # the bad step is skipped
+    whole, _ = fit(tmp_path / "whole", one, job_of(after_step=masks), {})
+    assert (whole == 0).all(axis=(0, 1)).tolist() == [True, True, False, False]
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "cut", one, job_of(stop_at(5), after_step=masks), {})
+    resumed, _ = fit(tmp_path / "cut", one, job_of(after_step=masks), {})
+    np.testing.assert_array_equal(whole, resumed)
+
+
+def test_hooks_keep_the_shardings_of_the_state():
+    mesh = meshes.make(MeshConfig(data=4, fsdp=2))
+    column = jax.NamedSharding(mesh, jax.P(None, None, "fsdp"))
+    job = job_of(after_step=masks)
+    params = {**job.params, "decoder": jax.device_put(job.params["decoder"], column)}
+    params["embed"] = jax.device_put(job.params["embed"], meshes.replicated(mesh))
+    extra = {"shift": jax.device_put(jnp.zeros(D), jax.NamedSharding(mesh, jax.P("fsdp")))}
+    job = loop.Job(**{**vars(job), "params": params, "extra": extra, "loss": with_extra})
+    runs = program(job, TRAIN, OptimConfig(**CLIPPED), mesh, 0)
+    state = runs.begin(runs.named)
+    state, _ = runs.step(state, (runs.fixed, ()), Rows().batch(np.arange(8)))
+    assert state["params"]["decoder/blocks/m/kernel"].sharding.is_equivalent_to(column, 3)
+    moments = [a for path, a in jax.tree.leaves_with_path(state["optimizer"]) if "extra/shift" in str(path)]
+    assert len(moments) == 2
+    assert all(a.sharding.spec == jax.P("fsdp") for a in [*moments, state["params"]["extra/shift"]])
