@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the fields of `llmctl.train.step.Job` that keep the best parameters by the task's metric."""
+    """Return the fields of `llmctl.train.job.Job` that keep the best parameters by the task's metric."""
     return {"metric": task.best(labels), "keep_best": True}
 
 
@@ -49,7 +49,7 @@ class Learner:
     labels: Sequence[str] = ()
     """Names of the classes."""
     how: dict[str, Any] = field(default_factory=dict)
-    """Further fields of `llmctl.train.step.Job`."""
+    """Further fields of `llmctl.train.job.Job`."""
 
     @property
     def trains(self) -> ModelConfig:
