@@ -18,7 +18,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
-from llmctl.convert import gguf, lazy_tensors, name_map, parity, partial_save, peft, safetensors, tokenizers
+from llmctl.convert import (
+    gguf,
+    lazy_tensors,
+    name_map,
+    parity,
+    partial_save,
+    peft,
+    safetensors,
+    text_proof,
+    tokenizers,
+)
 from llmctl.convert import hf_folder as folders
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
@@ -93,6 +103,8 @@ def run(
         brought = tokenizers.bring(tokenizer or source, words, found.model, found.config, None if is_gguf else source)
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
+        if brought and not tokenizer and (differs := text_proof.otherwise(found.model, source, brought)):
+            say(differs)
         stream = closing.enter_context(partial_save.opened(out, made_of))
         if stream.before:
             say(f"{out}: going on after the {len(stream.before)} parameters that were written before")

@@ -133,6 +133,20 @@ def same_tokens(what: str, ours: Rows, there: Rows) -> str:
     return ""
 
 
+def otherwise(cfg: ModelConfig, source: Path, folder: Path) -> str:
+    """Return how transformers tokenizes texts otherwise with the files of `source` than llmctl with those of `folder`.
+
+    It is empty if both agree, if transformers is not installed, or if the model does not read complete texts.
+    """
+    if not reads_texts(cfg) or importlib.util.find_spec("transformers") is None:
+        return ""
+    rows, T = texts_of(cfg, folder)
+    try:
+        return same_tokens(str(source), rows, tokens_there(cfg, source, T, theirs=True))
+    except Exception as e:  # the library raises many exception types
+        return f"{source}: transformers cannot load its tokenizer ({type(e).__name__}); not compared"
+
+
 def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None) -> np.ndarray:
     """Return the outputs of transformers, as `parity.answers` lays them out, for rows of token ids.
 

@@ -234,3 +234,20 @@ def test_masks_are_filled_as_the_pipeline_fills_them(wild, call, tmp_path):
     got = Filler(cfg, params, words).fill(["the<mask> sat"], 4)[0]
     p = np.array([p for _, p in got.masks[0]])
     np.testing.assert_allclose(p / p[0], np.array(kept[:4]) / kept[0], atol=1e-5)
+
+
+def test_an_import_says_where_transformers_reads_texts_otherwise(wild, call, tmp_path):
+    words = tokenizer(("bos", "eos", "pad"), ("bos",))
+    cfg = model_of("decoder", "tokens", words)
+    words.save(tmp_path / "words")
+    labels = ["x", "y", "z"]
+    more = {"stage": "finetune", "key": "k", "config": {}, "labels": labels}
+    artifact.save(tmp_path / "a", wild(cfg), cfg, tokenizer_dir=tmp_path / "words", **more)
+    assert call("export", tmp_path / "a", "--out", tmp_path / "hf")[0] == 0
+    code, _, err = call("import", tmp_path / "hf", "--out", tmp_path / "b")
+    assert (code, "others read" in err) == (0, False)
+    said = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(said | {"tokenizer_class": "BertTokenizer"}))
+    code, _, err = call("import", tmp_path / "hf", "--out", tmp_path / "c")
+    assert code == 0
+    assert "others read 'The film" in err or "transformers cannot load its tokenizer" in err
