@@ -1,4 +1,4 @@
-"""Compute what a manifest records of the weights: digest, counts and types, in one pass over one weight at a time."""
+"""Compute a manifest's facts about the weights: digest, counts and types, in one pass over one weight at a time."""
 
 from __future__ import annotations
 

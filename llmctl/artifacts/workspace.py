@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Hold what a stage's `run` function needs besides its config.
+    """Folders, key and sibling artifacts that a stage's `run` function gets besides its config.
 
     Example:
       >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")

@@ -31,7 +31,7 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
         config: which examples, and how they are read.
         base: the artifact, whose training length and truncation are the defaults.
         mesh: the devices.
-        labels: batches are those of training, with labels or targets for the loss; else only what the model reads.
+        labels: whether batches are those of training, with labels or targets; if not, only arrays that the model reads.
 
     Raises:
         RequestError: the sequence length is unknown or too long, the data has no texts in the split, or `labels` are

@@ -45,7 +45,7 @@ def accumulate(
         task: the task, whose loss is differentiated.
         cfg: the model.
         params: its parameters.
-        batches: as in training: what the model reads, and labels or targets.
+        batches: batches of training, with labels or targets.
         sums: names in `SUMS`.
         dtype: compute type.
 

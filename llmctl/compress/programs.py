@@ -34,7 +34,7 @@ from llmctl.model.program import Cost, Gather, Pass, Program, Tree
 
 @dataclass(frozen=True)
 class Walk:
-    """A calibration walk: what it reads and how."""
+    """Arguments of a calibration walk."""
 
     batch: Mapping[str, Any]
     """An abstract batch [B, T]."""
@@ -160,7 +160,7 @@ def zeros(
     stats = found[0].cache[name] if found and score.statistics else None
     sums = walk.sums(params, method) if walk and score.gradients else {}
     own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_lies(w)) for moment in score.gradients}
-    held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, what is pruned so far is apart
+    held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, pruned matrices are separate
     batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
     found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
     found += [walk.gradients(model, params, method)] if walk and score.gradients else []

@@ -1,4 +1,4 @@
-"""Unstructured and N:M pruning: set single weights to zero. The score says which weights, the pattern among which.
+"""Unstructured and N:M pruning: set the weights with the lowest scores to zero, among those that a pattern compares.
 
 The zeros are the mask: nothing else is stored, and a stage that trains a sparse artifact keeps `w == 0`.
 Scores are in `llmctl.compress.scores`, patterns in `llmctl.compress.pattern`.
@@ -60,7 +60,7 @@ def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
 
 
 def apply(w: Weight, mask_IO: jax.Array) -> Weight:
-    """Set weights to zero where the mask is False. A quantized weight keeps its integers and scales elsewhere."""
+    """Set weights to zero at which the mask is False. Other entries of a quantized weight keep their integers."""
     return weights.as_node(w).masked(mask_IO)
 
 

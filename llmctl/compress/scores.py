@@ -29,7 +29,7 @@ The key differs for every matrix of every layer. Zero weights always count as th
 
 @dataclass(frozen=True)
 class Score:
-    """Pruning score: a function and what it needs to know.
+    """Pruning score: a function and the data that it needs.
 
     >>> @score(per="matrix", gradients=("square",))
     ... def newest(weights_IO, statistics, gradients, key):

@@ -17,7 +17,7 @@ class CalibrationConfig(Config):
     >>> CalibrationConfig(examples=128, seq_len=512).batch_size
     16
 
-    `llmctl.compress.calibration_data.load(config, base, mesh)` turns it and an artifact into batches.
+    `llmctl.compress.calibration_data.load(config, base, mesh)` builds the batches for an artifact.
     """
 
     data: DataConfig = DataConfig()
@@ -29,7 +29,7 @@ class CalibrationConfig(Config):
     seq_len: int = Field(default=0, ge=0)
     """Tokens per sequence; 0 uses the training length."""
     truncate: Literal["", Truncate] = ""
-    """Part of a long text that is kept; empty uses the setting of training."""
+    """Truncation of long texts; empty uses that of training."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences per batch."""
     dtype: Dtype = "float32"

@@ -117,7 +117,7 @@ def cut(
     """Return the model with only the heads and neurons in `kept`. Biases and the relative position bias are cut too.
 
     Raises:
-        RequestError: a weight is quantized in groups along what is cut, or has a low-rank update.
+        RequestError: a weight is quantized in groups along an axis that is cut, or has a low-rank update.
     """
     flat = flatten(params)
     for stack, choices in kept.items():

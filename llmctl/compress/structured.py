@@ -119,7 +119,7 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
-    """Return what the walk collects to cut layers to `target`: Gram matrices per head, moments of neurons."""
+    """Return the statistics to collect for cutting layers to `target`: Gram matrices of heads, moments of neurons."""
     read = _read(cfg, target)
 
     def collect(path: str, inputs: int) -> Statistic | None:

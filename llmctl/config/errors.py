@@ -14,12 +14,12 @@ class RequestError(LlmctlError):
 
 
 class WorkError(LlmctlError):
-    """The work itself failed (disk full, training diverged); what was saved before is intact."""
+    """The work failed (disk full, training diverged). Files that were saved before are intact."""
 
     exit_code = 1
 
 
 class Interrupted(LlmctlError):
-    """SIGTERM or Ctrl-C arrived, a checkpoint was written; the same command goes on from there."""
+    """SIGTERM or Ctrl-C arrived, and a checkpoint was written, from which the same command resumes."""
 
     exit_code = 3

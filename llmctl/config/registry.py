@@ -30,12 +30,11 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name: our own, then those of installed packages. Ours cannot be replaced.
+    """Entries of one kind by name: those of llmctl, which cannot be replaced, then those of installed packages.
 
     Args:
-      kind: what they are, as in `source`; the first part of an entry point's name.
-      own: name -> the things that llmctl itself provides: "module:attribute", or the thing itself where importing it
-        costs nothing (a record).
+      kind: kind of the entries, such as `source`; the first part of an entry point's name.
+      own: entries of llmctl itself by name: "module:attribute", or the object if its import needs no JAX (a record).
     """
 
     def __init__(self, kind: str, own: Mapping[str, str | T]) -> None:

@@ -85,12 +85,13 @@ class DataConfig(SourceConfig):
     mixture: list[SourceConfig] = []
     """List of several sources, each with a weight, instead of one source."""
     classes: list[str] = []
-    """Label values in the order of their class indices. Empty takes the distinct values, sorted, or in the order in
-    which the data set declares their names (sources tfds, hf, parquet). Listed numbers keep the numbers."""
+    """Label values in the order of their class indices. Empty uses the distinct values, sorted, or in the order in
+    which the data set declares their names (sources tfds, hf, parquet). If numbers are listed, the labels keep their
+    numbers."""
     label_type: Literal["class", "number", "set"] = "class"
-    """Labels are classes, numbers for regression, or sets: any number of classes per row, also none."""
+    """Type of the labels: a class, a number (regression), or a set of any number of classes, also none."""
     label_separator: str = ""
-    """Text between the labels of a set in one string, such as ","; empty takes lists only."""
+    """Text between the labels of a set in one string, such as ","; empty accepts only lists."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, lt=1)

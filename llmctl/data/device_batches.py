@@ -66,7 +66,7 @@ class Prefetch(Iterator[tuple[int, T]], Generic[T]):
         self._step = start
         self._iterator.set_state({"next_index": start})
         self.wait_seconds = 0.0
-        """Time spent in `next` so far, in seconds: what the input costs the training loop."""
+        """Time spent in `next` so far, in seconds: the time that training waited for input."""
 
     @property
     def step(self) -> int:

@@ -29,7 +29,7 @@ def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[
     If the artifacts are timed, the parameters of all of them are in memory.
 
     Args:
-      config: how artifacts are measured.
+      config: settings of the evaluation.
       data: the held-out examples.
       name: the artifact to score.
       chosen: all artifacts that are measured, with abstract arrays.

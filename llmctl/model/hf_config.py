@@ -46,7 +46,7 @@ class Bridge:
     from_config: Callable[[Keys], Fields]
     """Function from a config.json to fields of ModelConfig beyond the family's flags; it takes every relevant key."""
     to_config: Callable[[Any], Fields]
-    """Function from ModelConfig to config.json keys; it raises RequestError for what the family cannot express."""
+    """Function from ModelConfig to config.json keys; it raises RequestError for unsupported fields."""
     buffers: tuple[str, ...] = ()
     """Regular expressions of stored tensors that are computed, not trained."""
     copies: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Describe the compiled functions that a stage runs: what they compute and which arrays are in memory meanwhile.
+"""Describe the compiled functions that a stage runs: their computation, and the arrays in memory meanwhile.
 
 A stage builds these records from its config and from abstract arrays, through the code that its run uses. `llmctl plan`
 compiles them for hardware that is not attached. Nothing is computed here.

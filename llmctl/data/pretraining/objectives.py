@@ -1,4 +1,4 @@
-"""Pretraining objectives: what a row of packed tokens asks the model to predict, with one function per objective.
+"""Pretraining objectives: one function per objective builds inputs and targets from a row of packed tokens.
 
 The random choices depend only on the row's number and the seed. A row is therefore the same in every process, however
 often it is built. Rows of another epoch have other numbers, so their choices are sampled again.

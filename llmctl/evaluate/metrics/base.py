@@ -32,7 +32,7 @@ VALIDATION = "validation_"
 
 @dataclass(frozen=True)
 class Metric:
-    """Describe one metric: how it is printed, where it is printed, which way is better, and how it is computed."""
+    """Describe one metric: its title and format, the tables that show it, its direction, and its function."""
 
     name: str
     """Key in JSON."""

@@ -15,7 +15,7 @@ Entity = tuple[str, int, int]
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
 """Letters of tagging schemes: IOB2 and IOBES, BILOU, BMES and BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
-"""Letters that mean what one of "BIES" means: middle, last, unit and whole."""
+"""Letters of other schemes and the equivalent letter of "BIES": middle, last, unit and whole."""
 UNTYPED = "entity"
 """Type of entities whose tags are letters alone, as in word segmentation."""
 

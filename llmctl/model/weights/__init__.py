@@ -1,4 +1,4 @@
-"""Weights: the leaves of the parameter tree, and the only place where a weight meets an activation.
+"""Weights: the leaves of the parameter tree, and the only code that multiplies weights with activations.
 
 A weight is a plain array or a node (`llmctl.model.weights.base.Node`): integers with scales, a low-rank update around
 another weight, or a class of another package. The functions here take either:

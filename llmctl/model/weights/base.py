@@ -125,7 +125,7 @@ class Node(abc.ABC):
         return {name: getattr(self, name) for name in _names(self, static=False)}
 
     def settings(self) -> dict[str, Any]:
-        """Return what the manifest records beside the parts, as JSON. The keys `node` and `parts` are taken."""
+        """Return the manifest's record of the node without the parts, as JSON. `node` and `parts` are reserved keys."""
         return {name: getattr(self, name) for name in _names(self, static=True)}
 
     @classmethod
@@ -171,7 +171,7 @@ class Node(abc.ABC):
         return None
 
     def with_activations(self, kind: str) -> Any:
-        """Return the weight that quantizes what it multiplies, per token, to `kind` (int8).
+        """Return the weight that quantizes its activations per token to `kind` (int8).
 
         Raises:
           RequestError: this kind of weight has no such product.

@@ -96,7 +96,7 @@ def layer_of(tree: Any, index: int) -> Any:
 def zero_names(params: Params) -> frozenset[str]:
     """Return the names of the arrays whose zeros are those of pruned matrices, if the model was pruned.
 
-    They are floating-point arrays of layers' matrices. Adapters start at zero and are no part of what was pruned.
+    They are floating-point arrays of layers' matrices. Adapters start at zero and were not pruned.
     """
     found = ((m.path, m.node, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, node, part in found if part is not None and not node.is_integer)

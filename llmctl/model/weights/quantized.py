@@ -17,7 +17,7 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 
 @node_type
 class Quantized(Node):
-    """Integers with scales, symmetric; `activations="int8"` also quantizes what they multiply, per token (W8A8)."""
+    """Integers with scales, symmetric; `activations="int8"` also quantizes the activations, per token (W8A8)."""
 
     kind: ClassVar[str] = "quantized"
 
