@@ -6,8 +6,9 @@ gradients are scattered back; activations are reduced over tensor after each hal
 
 from __future__ import annotations
 
+from llmctl.distributed.mesh import AXES
 from llmctl.model import flops as cost
-from llmctl.plan.analytic_memory import AGAIN, AXES, Setup, entries, scores, widths
+from llmctl.plan.analytic_memory import AGAIN, Setup, entries, scores, widths
 from llmctl.plan.hlo.counts import Collective, Counts
 
 BLOCK = 512

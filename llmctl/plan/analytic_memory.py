@@ -13,18 +13,15 @@ from dataclasses import dataclass, field
 
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.model import flops
+from llmctl.model.chunked_loss import CHUNK_BYTES
 from llmctl.model.config import ModelConfig
+from llmctl.train.optim import FACTORED_FROM
 
 ITEM = {"float32": 4, "bfloat16": 2}
-AXES = ("pipeline", "data", "fsdp", "context", "tensor")
-LOGITS = 16 * 2**20
-"""Bytes of the float32 logits per chunk of the loss (`llmctl.model.chunked_loss.CHUNK_BYTES`)."""
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "lion": 1.0, "adafactor": 0.0, "muon": 1.0}
 """Float32 arrays of the optimizer per matrix of a layer; muon uses AdamW for all other parameters."""
 AGAIN = ("full", "qkv")
 """Settings of `remat` that repeat matrix products."""
-FACTORED_FROM = 128
-"""Least side of a matrix with factored statistics; the same as in `llmctl.train.optim`."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +279,7 @@ def logits(setup: Setup) -> float:
     if not setup.model.head_kind.vocabulary:
         return 0.0
     a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")
-    return max(setup.own_rows * a_token, min(setup.last * setup.predicted * a_token, LOGITS))
+    return max(setup.own_rows * a_token, min(setup.last * setup.predicted * a_token, CHUNK_BYTES))
 
 
 def layer(setup: Setup, times: int = 1) -> float:

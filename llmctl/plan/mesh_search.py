@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from llmctl.distributed.mesh import AXES
 from llmctl.plan import analytic_counts, analytic_memory, roofline
 from llmctl.plan.analytic_memory import Setup
 from llmctl.plan.topologies import Topology
@@ -33,7 +34,7 @@ class Candidate:
     @property
     def axes(self) -> dict[str, int]:
         """The mesh without axes of size 1."""
-        sizes = {axis: self.setup.size(axis) for axis in analytic_memory.AXES}
+        sizes = {axis: self.setup.size(axis) for axis in AXES}
         return {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
 
 
@@ -47,7 +48,7 @@ def meshes(
     """Yield the step on every mesh of `devices` that divides the model and the batch."""
     model = setup.model
     for sizes in _splits(devices, len(axes)):
-        mesh = dict.fromkeys(analytic_memory.AXES, 1) | dict(zip(axes, sizes, strict=True))
+        mesh = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))
         split, tensor, context = mesh["fsdp"] * mesh["context"], mesh["tensor"], mesh["context"]
         fits = (
             not any(n % tensor for n in (model.heads, model.kv_heads, model.d_ff, model.vocab_size))
