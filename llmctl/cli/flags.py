@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from llmctl.pipeline.recipe import Step
 
+CHOICES_WIDTH = 56
+"""Characters of choices beside a flag; longer lists are part of its help."""
 HIDDEN = ("kind",)
 """Fields that the command sets itself."""
 ARTIFACT = "artifact"
@@ -175,13 +177,14 @@ def _attribute(cls: type[Config], key: str) -> str:
 def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Parameter:
     name = ".".join(path).replace("_", "-")
     kind = _base(field.annotation)
-    text = field.description or ""
+    text, metavar = field.description or "", _metavar(field)
+    choices = metavar.split("|") if "|" in metavar else []
+    if len(metavar) > CHOICES_WIDTH:
+        text, metavar = f"{text} One of: {', '.join(choices)}.", "NAME"
     if default not in ("", None, [], {}) and not field.is_required():
         text += f" [default: {_text(default)}]"
     if kind is bool:
         return _parameter(_variable(path), bool, f"--{name}/--no-{name}", help=text)
-    metavar = _metavar(field)
-    choices = metavar.split("|") if "|" in metavar else []
     return _parameter(_variable(path), str, f"--{name}", metavar=metavar, help=text, autocompletion=lambda: choices)
 
 
