@@ -107,6 +107,12 @@ def current() -> Mesh | None:
     return _current.get()
 
 
+def device() -> Device:
+    """Return the first device of the current mesh, or JAX's default device without a mesh."""
+    mesh = current()
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def size() -> int:
     """Return the number of devices of the current mesh; 1 without a mesh."""
     mesh = _current.get()

@@ -2,8 +2,8 @@
 
 (Dao et al., 2022, arXiv:2205.14135)
 
-If no kernel applies, `llmctl.model.attention_xla` is used. The choice is made at tracing time, from the platform of the
-mesh and the shapes. `describe` reports the choice and its reason.
+If no kernel applies, `llmctl.model.attention` computes the softmax in plain XLA. The choice is made at tracing time,
+from the platform of the mesh and the shapes. `describe` reports the choice and its reason.
 
 Padding (segment 0) attends to padding in these kernels, and to nothing in plain XLA. The outputs of padding are never
 used.
@@ -16,18 +16,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from llmctl.distributed import mesh as meshes
+from llmctl.model import attention, relative_bias, ring_attention
+from llmctl.model.attention import Shared
 from llmctl.model.config import ModelConfig
 
 LANES = 128
 """Block size of splash attention in tokens."""
 
-_setting: ContextVar[str] = ContextVar("attention", default="auto")
+setting: ContextVar[str] = ContextVar("attention", default="auto")
+"""Setting of `use`."""
 
 
 class Choice(NamedTuple):
@@ -38,31 +42,76 @@ class Choice(NamedTuple):
 
 
 @contextlib.contextmanager
-def use(setting: str) -> Iterator[None]:
+def use(name: str) -> Iterator[None]:
     """Set the kernel for computations traced in this context.
 
     Args:
-        setting: "auto", "xla" (always plain XLA) or "interpret" (splash attention on any platform).
+        name: "auto", "xla" (always plain XLA) or "interpret" (splash attention on any platform).
     """
-    token = _setting.set(setting)
+    token = setting.set(name)
     try:
         yield
     finally:
-        _setting.reset(token)
+        setting.reset(token)
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask_BTS: jax.Array | None,
+    shared: Shared,
+    local: jax.Array,
+    cfg: ModelConfig,
+    *,
+    cross: bool,
+) -> jax.Array:
+    """Compute attention by ring attention, by the platform's kernel if it applies, or else in plain XLA.
+
+    Args:
+        q_BTHK: Queries.
+        k_BSGK: Keys.
+        v_BSGK: Values.
+        mask_BTS: Whether a query may attend to a key; None under ring attention.
+        shared: Inputs that all layers share.
+        local: Whether this layer has the sliding window, a bool scalar.
+        cfg: Config of the model.
+        cross: Whether keys and values are of the encoder's output.
+
+    Returns:
+        Outputs [B, T, H, K].
+    """
+    causal = shared.causal_BT is not None
+    segments_BT = shared.mutual_BT if shared.causal_BT is None else shared.causal_BT
+    if mask_BTS is None:
+        rows_BT = cast(jax.Array, segments_BT)
+        if cross:
+            memory_BS = cast(jax.Array, shared.memory_segments_BS)
+            return ring_attention.attend(q_BTHK, k_BSGK, v_BSGK, rows_BT, memory_BS, cfg, causal=False)
+        return ring_attention.attend(
+            q_BTHK, k_BSGK, v_BSGK, rows_BT, rows_BT, cfg, causal=causal, local=local,
+            table_UH=shared.bias_table_UH, bucket=partial(relative_bias.bucket_of, cfg, not causal),
+        )  # fmt: skip
+    if not cross and segments_BT is not None and shared.bias_HTS is None:
+        kernel = choose(cfg, q_BTHK.shape[1], q_BTHK.dtype).kernel
+        if kernel == "splash":
+            return splash(q_BTHK, k_BSGK, v_BSGK, segments_BT, local, cfg, causal=causal)
+        if kernel == "cudnn":
+            return cudnn(q_BTHK, k_BSGK, v_BSGK, mask_BTS, cfg)
+    return attention.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, None if cross else shared.bias_HTS, cfg)
 
 
 def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
     """Return the kernel for self-attention over `length` tokens: "ring", "splash", "cudnn" or "xla"."""
-    mesh = meshes.current()
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    setting, platform = _setting.get(), device.platform
+    device = meshes.device()
+    wanted, platform = setting.get(), device.platform
     if meshes.splits_sequences():
         return Choice("ring", "keys and values travel around the devices that share a sequence")
-    if setting == "xla":
+    if wanted == "xla":
         return Choice("xla", "as asked for")
     if cfg.positions == "relative":
         return Choice("xla", "a learned position bias")
-    if platform == "tpu" or setting == "interpret":
+    if platform == "tpu" or wanted == "interpret":
         if length % LANES:
             return Choice("xla", f"{length} tokens are no multiple of {LANES}")
         return Choice("splash", "Pallas, on TPU" if platform == "tpu" else "Pallas, interpreted")
@@ -172,7 +221,7 @@ def _splash(
         attn_logits_soft_cap=cfg.attn_softcap or None,
         head_shards=1,
         q_seq_shards=1,
-        interpret=_setting.get() == "interpret",
+        interpret=setting.get() == "interpret",
     )
     q_BHTK = (q_BTHK * jnp.asarray(cfg.attn_scale or K**-0.5, q_BTHK.dtype)).swapaxes(1, 2)
     y_BHTK = jax.vmap(kernel)(
@@ -182,7 +231,7 @@ def _splash(
 
 
 def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask_BTS: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Compute self-attention with cuDNN's fused kernel; `mask_BTS` is the mask of `attention_xla.attend`.
+    """Compute self-attention with cuDNN's fused kernel; `mask_BTS` is the mask of `attention.attend`.
 
     Returns:
         Outputs [B, T, H, K].

@@ -3,12 +3,14 @@
 Only `llmctl/model` uses Flax modules. The parameter tree has `embed`, `encoder` and/or `decoder` (`blocks`, `norm`),
 `lm_head` (if untied or transformed) and `head` (task heads).
 
+The forward pass of training, `hidden` and `head_logits`, is defined beside the modules it runs
+(`llmctl.model.transformer`).
+
 Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of a matrix.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,15 +21,50 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmctl.config.errors import RequestError
-from llmctl.model import bert_init, quantized_matmul, weights
+from llmctl.model import bert_init, weights
 from llmctl.model.attention import Shared, local_layers
 from llmctl.model.config import ModelConfig
+from llmctl.model.layers import LMHead
 from llmctl.model.param_sharding import shard_params
 from llmctl.model.task_head import TaskHead
-from llmctl.model.transformer import Batch, Block, LMHead, Transformer
+from llmctl.model.transformer import (
+    Batch,
+    Block,
+    Params,
+    Transformer,
+    apply,
+    head_logits,
+    head_params,
+    hidden,
+)
 from llmctl.model.wiring import crosses, stacks
 
-Params = dict[str, Any]
+__all__ = [
+    "Carry",
+    "Params",
+    "abstract",
+    "axes",
+    "block",
+    "cached_block",
+    "check_mesh",
+    "depth",
+    "embed",
+    "embed_encoder",
+    "encode",
+    "example_batch",
+    "finish",
+    "head_logits",
+    "head_params",
+    "head_taps",
+    "hidden",
+    "init",
+    "laid_out",
+    "layer_params",
+    "lm_logits",
+    "outputs",
+    "shardings",
+    "stacks",
+]
 
 
 class Carry(NamedTuple):
@@ -130,69 +167,16 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
             raise RequestError(f"model.{name}: {size} heads do not divide over mesh.tensor = {tensor}")
 
 
-def _apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> Any:
-    """Call `module.apply`; its declared result is a union over `mutable`, which callers cannot use."""
-    return module.apply(variables, *args, **options)
-
-
-def hidden(
-    cfg: ModelConfig,
-    params: Params,
-    batch: Batch,
-    *,
-    train: bool = False,
-    rng: jax.Array | None = None,
-    dtype: Any = jnp.float32,
-    remat: str = "none",
-) -> jax.Array:
-    """Compute the final hidden states.
-
-    Args:
-        cfg: Config of the model.
-        params: Its parameters.
-        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder.
-        train: Whether dropout is applied.
-        rng: Random key; required if `train` is set and the config has dropout.
-        dtype: Dtype of the computation.
-        remat: Rematerialization policy, a name in `transformer.REMAT`.
-
-    Returns:
-        Hidden states [B, T, D] of the last stack.
-    """
-    body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
-    rngs = {} if rng is None else {"dropout": rng}
-    # Validation and teachers compute in `dtype`, even if training uses 8-bit products.
-    with contextlib.nullcontext() if train or not quantized_matmul.rules_in_use.get() else quantized_matmul.use({}):
-        return _apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, rngs=rngs)
-
-
-def head_params(cfg: ModelConfig, params: Params) -> Params:
-    """Return the parameters of `head_logits`, prepared for many calls: a tied table is transposed once.
-
-    For the gradient of a table [V, D], XLA's CPU backend runs at less than half the speed of [D, V].
-    """
-    head = {"lm_head": params.get("lm_head", {})}
-    if not cfg.tied:
-        return head
-    table = params["embed"]["tokens"]
-    return head | ({"output": table.T} if weights.is_plain(table) else {"table": table})
-
-
-def head_logits(cfg: ModelConfig, head: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """Compute float32 logits [..., V] from hidden states [..., D] and the result of `head_params`."""
-    return _apply(LMHead(cfg, dtype), {"params": head["lm_head"]}, x, head.get("table"), head.get("output"))
-
-
 def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Compute float32 logits [..., V] from hidden states [..., D]."""
     table = params["embed"]["tokens"] if cfg.tied else None
-    return _apply(LMHead(cfg, dtype), {"params": params.get("lm_head", {})}, x, table)
+    return apply(LMHead(cfg, dtype), {"params": params.get("lm_head", {})}, x, table)
 
 
 def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
     """Compute the task head's outputs in float32: [B, C], [B], [B, T, C], [B, T, 2] or [B, D]."""
     head = {"params": params.get("head", {})}
-    return _apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"))
+    return apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"))
 
 
 # --- the same network block by block, for calibration ----------------------------------------------------------------
@@ -208,19 +192,19 @@ def embed(
 ) -> Carry:
     """Compute the input of the first block in the stack that reads `tokens`; `memory_BSD` is the encoder's output."""
     model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
-    return Carry(*_apply(model, {"params": body}, batch, memory_BSD, method="start"))
+    return Carry(*apply(model, {"params": body}, batch, memory_BSD, method="start"))
 
 
 def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> Carry:
     """Compute the input of the first encoder block in an encoder-decoder."""
     model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
-    return Carry(*_apply(model, {"params": body}, batch, method="start_encoder"))
+    return Carry(*apply(model, {"params": body}, batch, method="start_encoder"))
 
 
 def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
     """Compute the encoder output [B, S, D] of an encoder-decoder from `encoder_tokens`."""
     body = {k: params[k] for k in ("embed", "encoder")}
-    return _apply(Transformer(cfg, dtype), {"params": body}, batch, method="encode")
+    return apply(Transformer(cfg, dtype), {"params": body}, batch, method="encode")
 
 
 def layer_params(params: Params, stack: str, layer: int) -> Params:
@@ -255,9 +239,7 @@ def block(
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, crosses(cfg, stack))
     local = local_layers(cfg, layers)[index]
-    (x, _), state = _apply(
-        module, {"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else []
-    )
+    (x, _), state = apply(module, {"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else [])
     tapped = weights.flatten(state.get("taps", {}))
     return carry._replace(x_BTD=x), {path.removesuffix("/x"): value for path, value in tapped.items()}
 
@@ -276,7 +258,7 @@ def cached_block(
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, crosses(cfg, stack))
     variables = {"params": layer, "cache": cache}
-    (x, _), state = _apply(
+    (x, _), state = apply(
         module, variables, carry.x_BTD, carry.shared, local_layers(cfg, layers)[index], mutable=["cache"]
     )
     return carry._replace(x_BTD=x), state["cache"]
@@ -285,7 +267,7 @@ def cached_block(
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
     """Compute the stack's final hidden states [B, T, D]."""
     body = {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
-    return _apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
+    return apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
 
 
 def head_taps(
@@ -299,14 +281,14 @@ def head_taps(
     if cfg.head_kind.vocabulary:
         table = params["embed"]["tokens"] if cfg.tied else None
         lm_head = {"params": params.get("lm_head", {})}
-        _, state = _apply(LMHead(cfg, dtype), lm_head, x_BTD, table, mutable=["taps"])
+        _, state = apply(LMHead(cfg, dtype), lm_head, x_BTD, table, mutable=["taps"])
         tapped = weights.flatten({"lm_head": state["taps"]})
         found = {path.removesuffix("/x"): x for path, x in tapped.items()}
         if cfg.tied:
             found["embed/tokens"] = found.pop("lm_head")
     if "head" in params:
         head = {"params": params["head"]}
-        _, state = _apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"), mutable=["taps"])
+        _, state = apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"), mutable=["taps"])
         tapped = weights.flatten({"head": state.get("taps", {})})
         found |= {path.removesuffix("/x"): x for path, x in tapped.items()}
     return found

@@ -1,6 +1,6 @@
-"""Shared blocks of all families: dense layers, norms, feed-forward layers, rotary positions and dropout.
+"""Layers of all families: dense layers, norms, feed-forward layers, rotary positions, dropout, embeddings, output head.
 
-Shapes: B batch, T sequence, D model width, F feed-forward width, K head width, I inputs, O outputs.
+Shapes: B batch, T sequence, D model width, F feed-forward width, K head width, I inputs, O outputs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flax.errors import ScopeParamShapeError
 
 from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
-from llmctl.model import quantized_matmul, weights
+from llmctl.model import positions, quantized_matmul, weights
 from llmctl.model.config import ModelConfig
 
 ACTIVATIONS = {
@@ -152,42 +152,9 @@ def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tup
     """
     half = cfg.head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    frequency, magnitude = _scale_frequencies(frequency, cfg)
+    frequency, magnitude = positions.scale_frequencies(frequency, cfg) if cfg.rope_scaling else (frequency, 1.0)
     angle_BTk = positions_BT.astype(jnp.float32)[..., None] * frequency
     return jnp.cos(angle_BTk) * magnitude, jnp.sin(angle_BTk) * magnitude
-
-
-def _scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
-    """Scale rotary frequencies for longer contexts: linear, llama3 (by wavelength) or yarn.
-
-    (YaRN; Peng et al., 2023, arXiv:2309.00071)
-
-    ModelConfig has already checked the keys (`hf_config.wrong_scaling`).
-    """
-    scaling = cfg.rope_scaling
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not scaling or kind == "default":
-        return frequency, 1.0
-    factor = float(scaling["factor"])
-    if kind == "linear":
-        return frequency / factor, 1.0
-    original = float(scaling.get("original_max_position_embeddings", cfg.max_seq_len))
-    if kind == "llama3":
-        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        turns = original * frequency / (2 * math.pi)
-        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        return frequency * (keep + (1 - keep) / factor), 1.0
-    half, theta = frequency.shape[0], cfg.rope_theta
-
-    def dimension(turns: float) -> float:
-        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
-
-    low = max(math.floor(dimension(float(scaling.get("beta_fast", 32)))), 0)
-    high = min(math.ceil(dimension(float(scaling.get("beta_slow", 1)))), 2 * half - 1)
-    # As in transformers, a range that ends before it begins gives a descending ramp.
-    ramp = jnp.clip((jnp.arange(half) - low) / ((high - low) or 0.001), 0.0, 1.0)
-    magnitude = float(scaling.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0)
-    return frequency / factor * ramp + frequency * (1 - ramp), magnitude
 
 
 def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -195,3 +162,81 @@ def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = (t[:, :, None, :] for t in table)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+class Embed(nn.Module):
+    """Sum of token, position and segment-type embeddings [B, T, D]."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, train: bool
+    ) -> jax.Array:
+        cfg = self.config
+
+        def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
+            axes = (axis, "embed_in")
+            w = weight_param(self, name, nn.initializers.normal(deviation), axes, (rows, cfg.d_model))
+            return partial(weights.take, w, dtype=self.dtype, axes=axes)
+
+        # If hidden states are scaled by d_model ** -0.5 before the tied output projection, unit variance of the logits
+        # needs table entries of unit variance (T5).
+        x = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)(tokens_BT)
+        x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
+        if cfg.positions == "learned":
+            rows = cfg.max_seq_len + cfg.position_offset
+            x = x + table("positions", rows, None)(positions_BT + cfg.position_offset)
+        if cfg.positions == "sinusoidal":
+            x = x + positions.sinusoids(positions_BT, cfg.d_model).astype(self.dtype)
+        if cfg.token_types:
+            # RoBERTa's single segment type stands for both texts of a pair.
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else jnp.minimum(types_BT, cfg.token_types - 1)
+            x = x + table("types", cfg.token_types, None)(types_BT)
+        if cfg.embed_norm:
+            x = Norm(cfg, self.dtype, name="norm")(x)
+        if train and cfg.dropout:
+            x = dropout(x, cfg.dropout, self.make_rng("dropout"), jnp.arange(len(x)))
+        return constrain(x, "batch", "seq", "act_embed")
+
+
+class LMHead(nn.Module):
+    """Output head of a language model: hidden states [..., D] -> logits [..., V] in float32.
+
+    The projection is tied or untied. BERT transforms the hidden states first.
+    """
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: weights.Weight | None, output: jax.Array | None = None) -> jax.Array:
+        """Compute the logits.
+
+        Args:
+            x: Hidden states [..., D].
+            table: Embedding table [V, D] of a tied model.
+            output: The same table, already transposed [D, V].
+        """
+        cfg = self.config
+        if cfg.head_transform:
+            x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
+            x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.head_activation or cfg.activation](x))
+        x = x * jnp.asarray(cfg.logit_scale or cfg.d_model**-0.5, x.dtype)
+        tap(self, x)
+        if output is not None:
+            logits = weights.matmul(x, output, self.dtype)
+        elif cfg.tied:
+            logits = weights.transpose_matmul(x, cast(weights.Weight, table), self.dtype)
+        else:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+            kernel = weight_param(self, "kernel", init, ("embed", "vocab"), (cfg.d_model, cfg.vocab_size))
+            logits = weights.matmul(x, kernel, self.dtype)
+        logits = logits.astype(jnp.float32)
+        if cfg.head_transform:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+            logits = logits + self.param("bias", bias_init, (cfg.vocab_size,), unbox=True).astype(jnp.float32)
+        if cfg.final_softcap:
+            logits = cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
+        return logits

@@ -1,10 +1,11 @@
-"""Transformer of all families: stacks of scanned blocks on embeddings, with the flags of ModelConfig.
+"""Transformer of all families: stacks of scanned blocks on embeddings, and the forward pass that training runs.
 
 Shapes: B batch, T sequence, D model width, L layers, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any, cast
 
@@ -15,23 +16,13 @@ from flax.core.scope import Scope
 
 from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
-from llmctl.model import pipeline_parallel, weights
-from llmctl.model.attention import (
-    PROJECTED,
-    Attention,
-    RelativeBias,
-    Shared,
-    bucket_of,
-    distances,
-    local_layers,
-    share,
-    visible,
-)
-from llmctl.model.attention_xla import KEPT
+from llmctl.model import attention_kernels, pipeline_parallel, quantized_matmul, relative_bias, weights
+from llmctl.model.attention import KEPT, PROJECTED, Attention, Shared, local_layers, share, visible
 from llmctl.model.config import ModelConfig
-from llmctl.model.layers import ACTIVATIONS, Dense, FeedForward, Norm, dropout, tap, weight_param
+from llmctl.model.layers import Embed, FeedForward, LMHead, Norm, dropout
 
 Batch = dict[str, jax.Array]
+Params = dict[str, Any]
 
 REMAT = {
     "none": None,
@@ -65,7 +56,8 @@ class Block(nn.Module):
             key: Random key of the dropout; no dropout if None.
         """
         cfg, rows_B = self.config, cast(jax.Array, shared.rows_B)
-        attention = partial(Attention, cfg, self.dtype, self.layers)
+        choose = attention_kernels.attend if _may_use_kernels() else None
+        attention = partial(Attention, cfg, self.dtype, self.layers, choose=choose)
         sublayers: dict[str, Any] = {"attn": lambda x: attention(name="attn")(x, shared, local)}
         if self.cross:
             sublayers["cross"] = lambda x: attention(cross=True, name="cross")(x, shared, local)
@@ -86,6 +78,12 @@ class Block(nn.Module):
             y = norm("post_norm")(y)
         x = x + drop(y)
         return norm("norm")(x) if cfg.norm_position == "post" else x
+
+
+def _may_use_kernels() -> bool:
+    """Return whether attention may be other than plain XLA: not on CPUs, unless sequences are split or a test asks."""
+    on_cpu = meshes.device().platform == "cpu"
+    return not on_cpu or meshes.splits_sequences() or attention_kernels.setting.get() == "interpret"
 
 
 class Stack(nn.Module):
@@ -115,7 +113,7 @@ class Stack(nn.Module):
         )
         self.blocks = scanned(cfg, self.dtype, self.layers, self.cross)
         if cfg.positions == "relative":
-            self.relative_bias = RelativeBias(cfg)
+            self.relative_bias = relative_bias.RelativeBias(cfg)
         if cfg.norm_position != "post":
             self.norm = Norm(cfg, self.dtype)
 
@@ -134,12 +132,7 @@ class Stack(nn.Module):
         )
         if cfg.positions != "relative":
             return shared
-        table_UH = self.relative_bias()
-        if shared.mask_BTS is None:
-            return shared._replace(bias_table_UH=table_UH)
-        distance_TS = distances(shared.mask_BTS, slot, order_BT)
-        bias_TSH = table_UH.astype(jnp.float32)[bucket_of(cfg, not self.causal, distance_TS)]
-        return shared._replace(bias_HTS=jnp.transpose(bias_TSH, (2, 0, 1)))
+        return relative_bias.add(shared, self.relative_bias(), cfg, causal=self.causal, slot=slot, order_BT=order_BT)
 
     def __call__(self, x_BTD: jax.Array, shared: Shared) -> jax.Array:
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
@@ -161,94 +154,6 @@ class Stack(nn.Module):
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """Apply the final norm, if the family has one."""
         return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)
-
-
-class Embed(nn.Module):
-    """Sum of token, position and segment-type embeddings [B, T, D]."""
-
-    config: ModelConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, train: bool
-    ) -> jax.Array:
-        cfg = self.config
-
-        def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
-            axes = (axis, "embed_in")
-            w = weight_param(self, name, nn.initializers.normal(deviation), axes, (rows, cfg.d_model))
-            return partial(weights.take, w, dtype=self.dtype, axes=axes)
-
-        # If hidden states are scaled by d_model ** -0.5 before the tied output projection, unit variance of the logits
-        # needs table entries of unit variance (T5).
-        x = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)(tokens_BT)
-        x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
-        if cfg.positions == "learned":
-            rows = cfg.max_seq_len + cfg.position_offset
-            x = x + table("positions", rows, None)(positions_BT + cfg.position_offset)
-        if cfg.positions == "sinusoidal":
-            x = x + sinusoids(positions_BT, cfg.d_model).astype(self.dtype)
-        if cfg.token_types:
-            # RoBERTa's single segment type stands for both texts of a pair.
-            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else jnp.minimum(types_BT, cfg.token_types - 1)
-            x = x + table("types", cfg.token_types, None)(types_BT)
-        if cfg.embed_norm:
-            x = Norm(cfg, self.dtype, name="norm")(x)
-        if train and cfg.dropout:
-            x = dropout(x, cfg.dropout, self.make_rng("dropout"), jnp.arange(len(x)))
-        return constrain(x, "batch", "seq", "act_embed")
-
-
-def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Compute sine and cosine position encodings, interleaved [B, T, D].
-
-    (Vaswani et al., 2017, arXiv:1706.03762, section 3.5)
-    """
-    rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions_BT.astype(jnp.float32)[..., None] * rate
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions_BT.shape, -1)[..., :width]
-
-
-class LMHead(nn.Module):
-    """Output head of a language model: hidden states [..., D] -> logits [..., V] in float32.
-
-    The projection is tied or untied. BERT transforms the hidden states first.
-    """
-
-    config: ModelConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, table: weights.Weight | None, output: jax.Array | None = None) -> jax.Array:
-        """Compute the logits.
-
-        Args:
-            x: Hidden states [..., D].
-            table: Embedding table [V, D] of a tied model.
-            output: The same table, already transposed [D, V].
-        """
-        cfg = self.config
-        if cfg.head_transform:
-            x = Dense(cfg.d_model, ("embed", "norm"), True, self.dtype, name="transform")(x)
-            x = Norm(cfg, self.dtype, name="norm")(ACTIVATIONS[cfg.head_activation or cfg.activation](x))
-        x = x * jnp.asarray(cfg.logit_scale or cfg.d_model**-0.5, x.dtype)
-        tap(self, x)
-        if output is not None:
-            logits = weights.matmul(x, output, self.dtype)
-        elif cfg.tied:
-            logits = weights.transpose_matmul(x, cast(weights.Weight, table), self.dtype)
-        else:
-            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-            kernel = weight_param(self, "kernel", init, ("embed", "vocab"), (cfg.d_model, cfg.vocab_size))
-            logits = weights.matmul(x, kernel, self.dtype)
-        logits = logits.astype(jnp.float32)
-        if cfg.head_transform:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-            logits = logits + self.param("bias", bias_init, (cfg.vocab_size,), unbox=True).astype(jnp.float32)
-        if cfg.final_softcap:
-            logits = cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
-        return logits
 
 
 class Transformer(nn.Module):
@@ -307,3 +212,59 @@ class Transformer(nn.Module):
     def finish(self, x_BTD: jax.Array, stack: str) -> jax.Array:
         """Apply the final norm of the named stack."""
         return getattr(self, stack).finish(x_BTD)
+
+
+# --- the forward pass as functions of a parameter tree ----------------------------------------------------------------
+
+
+def apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> Any:
+    """Call `module.apply`; its declared result is a union over `mutable`, which callers cannot use."""
+    return module.apply(variables, *args, **options)
+
+
+def hidden(
+    cfg: ModelConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    train: bool = False,
+    rng: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> jax.Array:
+    """Compute the final hidden states.
+
+    Args:
+        cfg: Config of the model.
+        params: Its parameters.
+        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder.
+        train: Whether dropout is applied.
+        rng: Random key; required if `train` is set and the config has dropout.
+        dtype: Dtype of the computation.
+        remat: Rematerialization policy, a name in `transformer.REMAT`.
+
+    Returns:
+        Hidden states [B, T, D] of the last stack.
+    """
+    body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
+    rngs = {} if rng is None else {"dropout": rng}
+    # Validation and teachers compute in `dtype`, even if training uses 8-bit products.
+    with contextlib.nullcontext() if train or not quantized_matmul.rules_in_use.get() else quantized_matmul.use({}):
+        return apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, rngs=rngs)
+
+
+def head_params(cfg: ModelConfig, params: Params) -> Params:
+    """Return the parameters of `head_logits`, prepared for many calls: a tied table is transposed once.
+
+    For the gradient of a table [V, D], XLA's CPU backend runs at less than half the speed of [D, V].
+    """
+    head = {"lm_head": params.get("lm_head", {})}
+    if not cfg.tied:
+        return head
+    table = params["embed"]["tokens"]
+    return head | ({"output": table.T} if weights.is_plain(table) else {"table": table})
+
+
+def head_logits(cfg: ModelConfig, head: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Compute float32 logits [..., V] from hidden states [..., D] and the result of `head_params`."""
+    return apply(LMHead(cfg, dtype), {"params": head["lm_head"]}, x, head.get("table"), head.get("output"))

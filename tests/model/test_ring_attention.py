@@ -11,9 +11,9 @@ from llmctl.config.settings import MeshConfig
 from llmctl.distributed import context_parallel
 from llmctl.distributed import mesh as meshes
 from llmctl.model import ring_attention
-from llmctl.model.attention import bucket_of, distances, share, visible
-from llmctl.model.attention_xla import attend
+from llmctl.model.attention import attend, distances, share, visible
 from llmctl.model.config import ModelConfig
+from llmctl.model.relative_bias import bucket_of
 
 SIZES = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_ff": 32, "vocab_size": 64}
 B, T, S = 2, 48, 32

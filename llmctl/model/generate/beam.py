@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.model import functional
-from llmctl.model.attention import cache_shape
 from llmctl.model.generate.decode import NOTHING, Decoder, Prompts, Served, State, padded_ends
+from llmctl.model.kv_cache import cache_shape
 
 STOPS = ("no", "yes", "never")
 WORST = -jnp.inf

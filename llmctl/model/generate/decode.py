@@ -23,9 +23,9 @@ import numpy as np
 
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
-from llmctl.model.attention import cache_shape
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.sampling import Sampling, choose, row_keys
+from llmctl.model.kv_cache import cache_shape
 
 State = dict[str, Any]
 Served = tuple[functional.Params, list[functional.Params]]

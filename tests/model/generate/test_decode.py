@@ -153,6 +153,6 @@ def test_quantized_low_rank_and_sharded_weights_continue_as_their_full_forwards(
     assert expected.tolist() == full_forward(model, params, PROMPTS[:2], expected)
 
     devices = mesh.make(MeshConfig(data=1, fsdp=4, tensor=2))
-    sharded = jax.device_put(params, mesh.shard_params(functional.axes(model), params, devices))
+    sharded = jax.device_put(params, functional.shardings(model, params, devices))
     with mesh.use(devices):
         np.testing.assert_array_equal(generate(Decoder(model, sharded), PROMPTS[:2], 16), expected)

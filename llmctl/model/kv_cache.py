@@ -1,0 +1,47 @@
+"""Cache of keys and values for decoding: its layout, and the access of an attention module to its own.
+
+Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
+    """Return the shape of a layer's cached keys or values: [B, G, S, K] without those of B and G that are 1.
+
+    This is the layout that the products of `attention.attend` read, so that XLA can update the cache in place. If
+    the program dropped an axis of size 1 between the update and the product, XLA's CPU backend would fuse the two
+    separately. It would then copy the cache at every step.
+    """
+    return (*(n for n in (B, G) if n > 1), S, K)
+
+
+def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> jax.Array:
+    """Write keys or values into a module's cache (see `cache_shape`), and return all cached ones [B, S, G, K]."""
+    B, T, G, K = new_BTGK.shape
+    kept = module.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), dtype))
+    new = _laid_out(new_BTGK).astype(kept.value.dtype)
+    kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new, slot, axis=kept.value.ndim - 2)
+    return recall(module, f"past_{name}", B, G, K)
+
+
+def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
+    """Store keys or values of an encoder's output, which later tokens reuse."""
+    module.put_variable("cache", f"memory_{name}", _laid_out(x_BSGK))
+
+
+def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> jax.Array:
+    """Return the cached array `name` as [B, S, G, K]."""
+    return module.get_variable("cache", name).reshape(B, G, -1, K).transpose(0, 2, 1, 3)
+
+
+def _laid_out(x_BTGK: jax.Array) -> jax.Array:
+    """Transpose keys or values to the layout of the cache (`cache_shape`)."""
+    B, T, G, K = x_BTGK.shape
+    return x_BTGK.transpose(0, 2, 1, 3).reshape(cache_shape(B, G, T, K))

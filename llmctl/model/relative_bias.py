@@ -1,0 +1,66 @@
+"""Relative position bias of T5: one learned number per head and bucket of distances, added to the attention scores.
+
+(Raffel et al., 2019, arXiv:1910.10683)
+
+Shapes: T queries, S keys, H query heads, U buckets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.attention import Shared, distances
+from llmctl.model.config import ModelConfig
+
+
+class RelativeBias(nn.Module):
+    """Table [U, H] of the bias, shared by all layers of a stack."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        cfg = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm", "heads"))
+        return self.param("table", init, (cfg.relative_buckets, cfg.heads), unbox=True)
+
+
+def add(
+    shared: Shared,
+    table_UH: jax.Array,
+    cfg: ModelConfig,
+    *,
+    causal: bool,
+    slot: jax.Array | int | None,
+    order_BT: jax.Array | None,
+) -> Shared:
+    """Add the bias to the shared inputs of a stack; ring attention takes the table and computes the bias itself."""
+    if shared.mask_BTS is None:
+        return shared._replace(bias_table_UH=table_UH)
+    distance_TS = distances(shared.mask_BTS, slot, order_BT)
+    bias_TSH = table_UH.astype(jnp.float32)[bucket_of(cfg, not causal, distance_TS)]
+    return shared._replace(bias_HTS=jnp.transpose(bias_TSH, (2, 0, 1)))
+
+
+def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:
+    """Return the bucket of each key-minus-query distance under this config."""
+    return relative_bucket(distance, cfg.relative_buckets, cfg.relative_max_distance, bidirectional)
+
+
+def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:
+    """Return the bucket of each key-minus-query distance: exact for short distances, logarithmic for long ones."""
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
