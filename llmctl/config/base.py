@@ -37,6 +37,8 @@ class Config(BaseModel):
     """Fields that are newer than released recipes; a stage's key omits them while they have their default."""
     deciding: ClassVar[tuple[str, ...]] = ()
     """Fields that decide the defaults of the others (a preset): see `_filled`."""
+    instead: ClassVar[dict[str, str]] = {}
+    """Fields that, if given, make the default of another field void: {"epochs": "steps"}."""
     heading: ClassVar[str] = ""
     """Heading of the fields in a command's help; empty takes that of the section around."""
     common: ClassVar[tuple[str, ...] | None] = None
@@ -181,6 +183,7 @@ def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
         below: dict[str, Any] = {}
         if isinstance(default, inner) and not any(k in out[key] for k in inner.deciding):
             told = set(inner.deciding) or default.model_fields_set
+            told = told - {void for given, void in inner.instead.items() if out[key].get(given)}
             below = default.model_dump(mode="json", by_alias=True, include=told & default.model_fields_set)
         out[key] = _filled(inner, merge(below, out[key], inner))
     return out

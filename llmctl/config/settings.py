@@ -71,13 +71,17 @@ class TrainConfig(Config):
     """Settings of training: steps, batches, validation and checkpoints."""
 
     heading: ClassVar[str] = "Training"
-    common: ClassVar[tuple[str, ...] | None] = ("steps", "batch_size", "seq_len")
+    common: ClassVar[tuple[str, ...] | None] = ("steps", "epochs", "batch_size", "seq_len")
+    added: ClassVar[frozenset[str]] = frozenset({"epochs"})
+    instead: ClassVar[dict[str, str]] = {"epochs": "steps"}
     unkeyed: ClassVar[frozenset[str]] = frozenset(
         {"microbatches", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "profile"}
     )
 
     steps: int = Field(default=1000, ge=1)
     """Number of optimizer steps."""
+    epochs: float = Field(default=0.0, ge=0)
+    """Passes over the training rows, instead of steps; the number of steps follows from rows and batch_size."""
     batch_size: int = Field(default=32, ge=1)
     """Sequences per optimizer step, over all devices."""
     seq_len: int = Field(default=256, ge=2)
@@ -130,6 +134,8 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
+        if self.epochs and "steps" in self.model_fields_set:
+            raise ValueError("epochs and steps exclude each other: leave one of them out")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if (self.patience or self.best_by) and not self.eval_every:

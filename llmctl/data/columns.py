@@ -183,7 +183,7 @@ def views(cfg: DataConfig) -> list[View]:
     Raises:
       RequestError: as `View`.
     """
-    return [View(part, cfg.classes, cfg.label_type == "number") for part in cfg.parts()]
+    return [View(part, cfg.classes, cfg.label_type == "number") for part in cfg.sources()]
 
 
 def _name(names: Sequence[str], value: Any) -> Any:

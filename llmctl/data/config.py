@@ -10,6 +10,8 @@ from llmctl.config.base import Config
 from llmctl.data.sources import SOURCES
 
 Split = Literal["train", "validation", "test"]
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
+"""Splits that no stage trains on."""
 Packing = Literal["segments", "concat", "fit"]
 """Packing method of documents into rows; see `llmctl.data.pretraining.packing`."""
 Truncate = Literal["tail", "head_tail"]
@@ -80,7 +82,9 @@ class SourceConfig(Config):
 class DataConfig(SourceConfig):
     """Data of a stage: one source or a mixture, labels and splits."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"label_separator"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"label_separator", "validation_path", "test_path", "validation_split", "test_split"}
+    )
 
     mixture: list[SourceConfig] = []
     """List of several sources, each with a weight, instead of one source."""
@@ -94,19 +98,39 @@ class DataConfig(SourceConfig):
     """Text between the labels of a set in one string, such as ","; empty accepts only lists."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
-    test: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the texts held out for the final measurement; no stage trains on it."""
+    test: float = Field(default=0.1, ge=0, le=1)
+    """Fraction of the texts held out for the final measurement; no stage trains on it. 1 takes all, for the data of an
+    evaluation."""
+    validation_path: str = ""
+    """Files of the validation split, of the same kind and columns as `path`; instead of a fraction."""
+    test_path: str = ""
+    """Files of the test split, of the same kind and columns as `path`; instead of a fraction. A text of theirs that
+    `path` has as well is dropped there."""
+    validation_split: str = ""
+    """Sources tfds and hf: which of their splits is the validation split, instead of a fraction."""
+    test_split: str = ""
+    """Sources tfds and hf: which of their splits is the test split, instead of a fraction."""
     dedup: bool = True
     """Drop repeated texts (up to case, Unicode form and white space) before splitting."""
 
     @model_validator(mode="after")
     def _fits(self) -> DataConfig:
-        if self.validation + self.test >= 1:
+        if self.validation + self.test >= 1 and self.test < 1:
             raise ValueError(f"validation ({self.validation}) + test ({self.test}) leave nothing to train on")
         given = [k for k, field in SourceConfig.model_fields.items() if getattr(self, k) != field.default]
         if self.mixture and given:
             named = ", ".join(given)
             raise ValueError(f"{named} and mixture exclude each other: move {named} into the [[data.mixture]] entries")
+        own = [
+            f"{split}_{what}" for split in HELD_OUT for what in ("path", "split") if getattr(self, f"{split}_{what}")
+        ]
+        if own and self.mixture:
+            raise ValueError(f"{', '.join(own)} and mixture exclude each other: a mixture is split by fractions")
+        if own and self.source == "prepared":
+            raise ValueError(f"{', '.join(own)}: not for prepared data; give them to `llmctl prepare`")
+        named = [k for k in own if k.endswith("_split") and self.source not in ("tfds", "hf")]
+        if named:
+            raise ValueError(f"{', '.join(named)}: only sources tfds and hf have splits; name files in test_path")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes are listed twice: {self.classes}")
         return self
@@ -115,13 +139,30 @@ class DataConfig(SourceConfig):
         """Return the sources: those of the mixture, or this one."""
         return list(self.mixture) or [self]
 
+    def held_out(self) -> dict[Split, SourceConfig]:
+        """Return the source of each split that has its own files or its own split of the data set."""
+        found: dict[Split, SourceConfig] = {}
+        settings = {name: getattr(self, name) for name in SourceConfig.model_fields}
+        for split in HELD_OUT:
+            path, name = getattr(self, f"{split}_path"), getattr(self, f"{split}_split")
+            if path or name:
+                own = {"path": path or self.path, "split": name or self.split}
+                found[split] = SourceConfig.model_construct(**{**settings, **own})
+        return found
+
+    def sources(self) -> list[SourceConfig]:
+        """Return all sources: the parts, then those of `held_out`."""
+        return [*self.parts(), *self.held_out().values()]
+
     def inputs(self) -> list[str]:
         """Return the files that are read, over all sources.
 
         Raises:
           RequestError: a path matches no file.
         """
-        return [path for part in self.mixture for path in part.inputs()] if self.mixture else super().inputs()
+        if self.mixture:
+            return [path for part in self.mixture for path in part.inputs()]
+        return [*super().inputs(), *(path for part in self.held_out().values() for path in part.inputs())]
 
 
 class TokenizerConfig(Config):

@@ -11,6 +11,7 @@ of processes, reads the same global batches. Each process builds the rows that i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -39,8 +40,20 @@ class Rows(Protocol):
 
 
 def training_rows(train: TrainConfig) -> int:
-    """Return the number of rows that a whole training run reads."""
-    return train.steps * train.batch_size
+    """Return the number of rows that a whole training run reads; 0 if `train.epochs` decides it."""
+    return 0 if train.epochs else train.steps * train.batch_size
+
+
+def with_steps(train: TrainConfig, rows: int) -> TrainConfig:
+    """Return the settings with the number of steps for `train.epochs` passes over so many rows, at least one step.
+
+    >>> with_steps(TrainConfig(epochs=3, batch_size=32), rows=1000).steps
+    94
+    """
+    if not train.epochs:
+        return train
+    steps = max(1, math.ceil(train.epochs * rows / train.batch_size - 1e-9))
+    return train.model_copy(update={"steps": steps, "epochs": 0.0})
 
 
 def validation_rows(train: TrainConfig) -> int:

@@ -140,8 +140,7 @@ class Splits:
                 f"no split {split!r}{hint(split, list(self.examples))} (splits: train, validation, test)"
             )
         if not len(self.examples[split]):
-            how = {"train": "too few texts", "validation": f"data.validation = {self.config.validation}",
-                   "test": f"data.test = {self.config.test}"}[split]  # fmt: skip
+            how = "too few texts" if split == "train" else f"data.{split} = {getattr(self.config, split)}"
             raise RequestError(f"{_named(self.config)}: the {split} split is empty ({how}, {self.rows} rows)")
         return self.examples[split]
 
@@ -169,7 +168,8 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
     views = columns.views(cfg)
     if any(v.columns != views[0].columns for v in views):
         listed = "; ".join(", ".join(v.columns) for v in views)
-        raise RequestError(f"the sources of a mixture must have the same columns, these have {listed}")
+        what = "sources of a mixture" if cfg.mixture else "files of the splits"
+        raise RequestError(f"the {what} must have the same columns, these have {listed}")
     ranges = [(p, at, min(at + RANGE, len(v))) for p, v in enumerate(views) for at in range(0, len(v), RANGE)]
     found = list(scans(ranges) if scans else (scan(cfg, views[p], first, last) for p, first, last in ranges))
     state_R = np.concatenate([np.zeros(0, np.uint8), *(f.state for f in found)])
@@ -200,13 +200,18 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
         part=np.searchsorted(ends, index_N, "right").astype(np.int32),
         classes=classes,
     )
-    if cfg.dedup:  # of duplicates the first row stays
-        first = np.unique(np.concatenate([f.key for f in found]), return_index=True)[1]
-        everything = everything.take(np.sort(first))
-    f_N = everything.fraction
+    own = {name: len(cfg.parts()) + k for k, name in enumerate(cfg.held_out())}
+    if cfg.dedup:  # of duplicates the first row stays, those of the files of a held-out split before all others
+        order_N = np.argsort(-np.where(everything.part < len(cfg.parts()), 0, everything.part), kind="stable")
+        first = np.unique(np.concatenate([f.key for f in found])[order_N], return_index=True)[1]
+        everything = everything.take(np.sort(order_N[first]))
+    f_N, kinds = everything.fraction, get_args(Split)
+    test, validation = (0.0 if name in own else getattr(cfg, name) for name in ("test", "validation"))
     # The test split takes the lowest values, so that another validation fraction does not change it.
-    of_N = np.where(f_N < cfg.test, 2, np.where(f_N < cfg.test + cfg.validation, 1, 0))
-    split = {name: everything.take(np.flatnonzero(of_N == k)) for k, name in enumerate(get_args(Split))}
+    of_N = np.where(f_N < test, 2, np.where(f_N < test + validation, 1, 0))
+    for name, part in own.items():
+        of_N[everything.part == part] = kinds.index(name)
+    split = {name: everything.take(np.flatnonzero(of_N == k)) for k, name in enumerate(kinds)}
     return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything))
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from llmctl.data.device_batches import row_shapes
+from llmctl.config.errors import RequestError
+from llmctl.data import padding
+from llmctl.data.device_batches import row_shapes, with_steps
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
@@ -99,7 +101,13 @@ def run(
     Raises:
       Interrupted, WorkError: as `llmctl.train.loop.fit`.
     """
-    settings = config.train
+    settings = with_steps(config.train, len(rows))
+    about = padding.describe(rows)
+    if config.train.epochs:
+        if any(part.epochs for part in config.data.parts()):
+            raise RequestError("train.epochs and data.epochs exclude each other: set train.steps, or leave data.epochs")
+        passes = f"{config.train.epochs:g} epochs of {len(rows):,} rows"
+        about.append(f"{passes} in batches of {settings.batch_size}: {settings.steps:,} steps")
     judge = learner.task.loss_of(
         learner.trains,
         dtype=jnp.dtype(settings.dtype),
@@ -108,7 +116,7 @@ def run(
     )
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
     made = job(config, learner, rows, held_out)
-    params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title)
+    params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title, about)
     return params, metrics, held_out
 
 

@@ -33,6 +33,8 @@ from llmctl.train.run_log import Reporter
 from llmctl.train.step import TOO_MANY_BAD, context, make_step, program, state_shardings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmctl.artifacts.workspace import Context
 
 __all__ = ["Job", "fit", "initialize", "make_step", "state_shardings"]
@@ -52,6 +54,7 @@ def fit(
     ctx: Context,
     seed: int,
     title: str,
+    about: Sequence[str] = (),
 ) -> tuple[Params, dict[str, Any]]:
     """Train to the last step, from the last checkpoint if there is one.
 
@@ -99,9 +102,9 @@ def fit(
                 wandb=train.wandb,
             )
         )
-        about = [attention_kernels.describe(job.model, train.seq_len, train.dtype)] if job.model else []
-        about += pipeline_parallel.describe(train.batch_size // train.accumulate, mesh, train.microbatches)
-        for line in [*say, *about, *([f"going on from step {meta['step']}"] if found else [])]:
+        facts = [attention_kernels.describe(job.model, train.seq_len, train.dtype)] if job.model else []
+        facts += pipeline_parallel.describe(train.batch_size // train.accumulate, mesh, train.microbatches)
+        for line in [*about, *say, *facts, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
         loop = _Loop(job, train, runs.step, runs.fixed, checkpoints, report, stop, mesh)
         meta = loop.with_best(state, meta)

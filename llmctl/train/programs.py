@@ -53,7 +53,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
         dtype=train.dtype,
         remat=train.remat,
         accumulate=train.accumulate,
-        steps=train.steps,
+        steps=0 if train.epochs else train.steps,
         parameters=held,
         optimizer=state,
         batch=batch,

@@ -128,3 +128,15 @@ def test_a_setting_that_comes_later_changes_no_older_key():
         """B."""
 
     assert keyed(New()) == keyed(Old()) == {"a": 1} and keyed(New(b=3)) == {"a": 1, "b": 3}
+
+
+def test_epochs_stand_instead_of_steps():
+    """The default's 500 steps do not count as given beside `train.epochs`; the keys of recipes without epochs stay."""
+    from llmctl.pipeline.stages.finetune import Config as Finetune
+
+    config = validate(Finetune, {"train": {"epochs": 2}}, str)
+    assert (config.train.epochs, config.train.eval_every) == (2.0, 100)
+    with pytest.raises(RequestError, match="epochs and steps exclude each other"):
+        validate(Finetune, {"train": {"epochs": 2, "steps": 30}}, str)
+    assert "epochs" not in keyed(validate(Finetune, {"train": {"steps": 30}}, str))["train"]
+    assert validate(Finetune, {"train": {"batch_size": 8}}, str).train.steps == 500

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
-from llmctl.data import dedup, splits
+from llmctl.data import dedup, splits, write_splits
 from llmctl.data.config import DataConfig, SourceConfig
 
 FILM = int.from_bytes(hashlib.sha256(b"thefilmwasgreat").digest()[:6], "big") / 2**48
@@ -252,3 +253,46 @@ def test_inputs_are_the_files(reviews):
     assert DataConfig(mixture=[SourceConfig(path=str(reviews.parent / "*.csv"))]).inputs() == [str(reviews)]
     with pytest.raises(RequestError, match=r"no file matches"):
         DataConfig(path=str(reviews.parent / "*.tsv")).inputs()
+
+
+def test_splits_may_have_their_own_files(tmp_path):
+    """A text that the test file shares with the others counts there alone; fractions of that split no longer apply."""
+    train = write(tmp_path / "train.csv", [(f"text {i}", "good", "a") for i in range(40)])
+    test = write(tmp_path / "test.csv", [("text 3", "good", "a"), ("other", "bad", "a")])
+    valid = write(tmp_path / "valid.csv", [("text 3", "good", "a"), ("third", "bad", "a")])
+    found = load(train, test_path=str(test), validation=0.0)
+    assert sorted(found["test"].texts()) == ["other", "text 3"] and len(found["train"]) == 39
+    found = load(train, test_path=str(test), validation_path=str(valid))
+    assert sorted(found["test"].texts()) == ["other", "text 3"] and list(found["validation"].texts()) == ["third"]
+    assert len(found["train"]) == 39 and found.classes == ("bad", "good")
+    cfg = DataConfig(source="csv", path=str(train), columns=COLUMNS, test_path=str(test))
+    assert cfg.inputs() == [str(train), str(test)]  # the content of both is part of a stage's key
+    assert "test_path" not in keyed(DataConfig()) and "test_path" in keyed(cfg)
+    for wrong, message in (
+        ({"source": "prepared", "test_path": "x"}, "test_path: not for prepared data"),
+        ({"source": "csv", "test_split": "test"}, "only sources tfds and hf have splits"),
+        ({"mixture": [SourceConfig()], "test_path": "x"}, "test_path and mixture exclude"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DataConfig(**wrong)
+
+
+def test_the_data_of_an_evaluation_may_be_all_test(reviews):
+    found = load(reviews, test=1.0)
+    assert len(found["test"]) == 600 and not len(found.examples["train"]) + len(found.examples["validation"])
+    with pytest.raises(ValueError, match="leave nothing to train on"):
+        DataConfig(test=0.9, validation=0.1)
+
+
+def test_written_splits_are_read_as_the_same_splits(reviews, tmp_path):
+    found = load(reviews)
+    cfg = found.config
+    wrote = write_splits.write(cfg, tmp_path / "out")
+    assert {split: n for split, (_, n) in wrote.items()} == {s: len(e) for s, e in found.examples.items()}
+    paths = {f"{split}_path": str(wrote[split][0]) for split in ("validation", "test")}
+    again = splits.load(DataConfig(source="jsonl", path=str(wrote["train"][0]), **paths))
+    assert again.classes == found.classes
+    for split, examples in found.examples.items():
+        assert [(r["text"], r["label"]) for r in again[split]] == [(r["text"], r["label"]) for r in examples]
+    with pytest.raises(RequestError, match="is there already"):
+        write_splits.write(cfg, tmp_path / "out")

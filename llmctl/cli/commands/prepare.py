@@ -8,19 +8,23 @@ import typer
 
 
 def prepare(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the prepared data.")],
     recipe_file: Annotated[
         Path | None,
         typer.Argument(
             metavar="RECIPE", help="TOML recipe, for its data and tokenizer and those of its pretrain stage."
         ),
     ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the prepared data.")] = None,
+    splits: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Instead: write train, validation and test split as JSON lines there."),
+    ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: data.path=x.csv, tokenizer.kind=bpe."),
     ] = None,
     name: Annotated[
-        str, typer.Option(metavar="STAGE", help="Name of the pretrain stage, if the recipe has several.")
+        str, typer.Option(metavar="STAGE", help="Name of the stage whose data it is, if the recipe has several.")
     ] = "",
     workers: Annotated[
         int, typer.Option(min=0, help="Number of processes; 0 is one per core. The result is the same.")
@@ -34,9 +38,16 @@ def prepare(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table
 
+    from llmctl.config.errors import RequestError
     from llmctl.data.pretraining.prepare import prepare
     from llmctl.pipeline import console, recipe
 
+    if (out is None) == (splits is None):
+        raise RequestError("prepare: say --out DIR for the prepared data, or --splits DIR for the splits as JSON lines")
+    if splits:
+        _write_splits(recipe_file, splits, sets or [], name, json)
+        return
+    assert out is not None
     config = recipe.single("pretrain", {"name": name} if name else {}, out, recipe_file, sets or ()).steps[0].config
     screen = console.Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -64,4 +75,33 @@ def prepare(
     table = Table("split", "documents", "tokens", "shards", title=str(out))
     for split, row in counts.items():
         table.add_row(split, *(f"{n:,}" for n in row.values()))
+    console.show(table)
+
+
+def _write_splits(recipe_file: Path | None, folder: Path, sets: list[str], name: str, json: bool) -> None:
+    """Write the splits of a stage's data: the named stage's, or those of the first stage that has data."""
+    from rich.table import Table
+
+    from llmctl.config.base import hint
+    from llmctl.config.errors import RequestError
+    from llmctl.data import write_splits
+    from llmctl.pipeline import console, recipe
+
+    if recipe_file:
+        steps = recipe.read(recipe_file, None, sets).steps
+    else:
+        steps = recipe.single("pretrain", {}, folder, None, sets).steps
+    found = {step.name: step.config for step in steps if getattr(step.config, "data", None)}
+    if name and name not in found:
+        raise RequestError(f"prepare: --name {name}: no stage with data{hint(name, list(found))}: {', '.join(found)}")
+    if not found:
+        raise RequestError(f"{recipe_file}: no stage has data")
+    config = found[name] if name else next(iter(found.values()))
+    counts = write_splits.write(config.data, folder)  # pyright: ignore[reportAttributeAccessIssue]: it has data
+    if json:
+        console.result({"splits": {split: {"file": str(path), "rows": n} for split, (path, n) in counts.items()}})
+        return
+    table = Table("split", "rows", "file", title=f"data of {config.title}")
+    for split, (path, n) in counts.items():
+        table.add_row(split, f"{n:,}", str(path))
     console.show(table)

@@ -86,7 +86,7 @@ class Text:
           RequestError: the split is empty, or it was prepared with another tokenizer.
         """
         if not self._prepared:
-            parts = self._cfg.parts()
+            parts = self._cfg.sources()
             found = []
             for p, examples in self.splits[split].parts():
                 held = cached(cache / f"{split}-{p}", examples.texts(), examples.digest, tokenizer)

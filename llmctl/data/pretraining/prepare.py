@@ -153,7 +153,7 @@ def _jobs(split: str, examples: splits.Examples) -> Iterator[tuple[int, list[Job
 def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> Part:
     lengths = f"{split}-{p}.lengths.npy"
     np.save(work / lengths, np.concatenate([np.load(_lengths(work, job), allow_pickle=False) for job in jobs]))
-    source = data.parts()[p]
+    source = data.sources()[p]
     shards = [Shard.model_validate_json(_note(work, job).read_text()) for job in jobs]
     return Part(title=source.title, weight=source.weight, epochs=source.epochs, lengths=lengths, shards=shards)
 

@@ -62,7 +62,7 @@ class Config(StageConfig):
     """Number of first layers to freeze, together with the embeddings."""
     pooling: Literal["", "last", "mean", "first"] = ""
     """Vector of a text to classify or embed: last token, mean, or first token. Default: the model's; the mean for
-    embeddings and for encoder-decoders."""
+    embeddings and for encoder-decoders. After a short pretraining the mean is often better than the first token."""
     truncate: Truncate = "tail"
     """Truncation of long texts: cut the tail, or keep both ends (head_tail)."""
     temperature: float = Field(default=0.05, gt=0)
@@ -93,6 +93,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.model import weights
+    from llmctl.pipeline import console
     from llmctl.train import learner
 
     devices = mesh.make(config.mesh)
@@ -101,6 +102,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     text = Text(config.data)
     labels = _labels(config, text)
     learns = make_learner(config, base, labels, devices)
+    if hint := pooling_hint(config, base, learns.model):
+        console.say(f"{config.title}: {hint}")
 
     cache = ctx.work / "corpus"
     needed = training_rows(config.train)
@@ -199,6 +202,22 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
         **learner.chooses(task, labels),
     }
     return learner.Learner(model, params, task, config.dropout, temperature=config.temperature, labels=labels, how=how)
+
+
+def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
+    """Return a hint if the first token is pooled by default and nothing in the parent has trained it as a summary.
+
+    A BERT of this project's size that was pretrained on masked tokens alone classified 67% right by its first token and
+    78% by the mean. A next-sentence objective trains the first token and its pooler.
+    """
+    from llmctl.model.head_kinds import HEAD_KINDS
+
+    kind = HEAD_KINDS[model.head]
+    if kind.vocabulary or kind.per_token or model.pooling != "first" or config.pooling or base.model.head == model.head:
+        return ""
+    if "pooler" in base.params.get("head", {}):
+        return ""
+    return 'the first token stands for the text, which this pretraining did not train; try pooling = "mean" as well'
 
 
 def _refuse_undoing(config: Config, base: Artifact) -> None:

@@ -1,6 +1,7 @@
 """pretrain, finetune and distill as stages: what they learn, what they keep, what they refuse."""
 
 import csv
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.compress.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.data import splits
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
@@ -79,6 +81,28 @@ def test_finetuning_learns_the_task(classifier, base):
     assert classifier.manifest.labels == ["neg", "pos"]
     assert classifier.manifest.metrics["validation_accuracy"] > 0.95
     assert classifier.manifest.parent.digest == base.manifest.digest
+
+
+def test_epochs_decide_the_steps_and_padding_is_said(sentiment, base, tmp_path, capsys):
+    train = TrainConfig(epochs=1, batch_size=64, seq_len=64, tensorboard=False)
+    made = go(finetune, classify(sentiment, train=train), base.path, tmp_path)
+    rows = len(splits.load(sentiment)["train"])
+    assert made.manifest.metrics["steps"] == -(-rows // 64)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"1 epochs of {rows} rows in batches of 64: {-(-rows // 64)} steps" in said
+    assert "of the positions are padding: 95% of the rows have at most" in said
+    limited = sentiment.model_copy(update={"epochs": 2.0})
+    with pytest.raises(RequestError, match=r"train.epochs and data.epochs exclude each other"):
+        go(finetune, classify(limited, train=train), base.path, tmp_path / "limited")
+
+
+def test_a_first_token_that_no_pretraining_has_trained_is_mentioned(base):
+    first = base.model.model_copy(update={"architecture": "encoder", "pooling": "first"})
+    parent, head = SimpleNamespace(model=first, params=base.params), first.model_copy(update={"head": "classify"})
+    assert 'pooling = "mean"' in finetune.pooling_hint(finetune.Config(), parent, head)
+    assert not finetune.pooling_hint(finetune.Config(pooling="first"), parent, head)
+    trained = SimpleNamespace(model=first, params=base.params | {"head": {"pooler": {}}})
+    assert not finetune.pooling_hint(finetune.Config(), trained, head)
 
 
 def test_frozen_layers_are_the_parents(sentiment, base, tmp_path):

@@ -1,0 +1,40 @@
+"""Measure how much of the training rows is padding, and say so if it is much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+SAMPLE = 256
+"""Rows of the first epoch that are read, evenly spread."""
+MUCH = 0.25
+"""Share of padding from which on a run says so."""
+
+
+def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
+    """Return for each side of a row (by its array of segments) the number of tokens [N] of a sample, and the room."""
+    some = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
+    batch = rows.batch(some)
+    return {
+        name: ((a > 0).sum(axis=1), a.shape[1])
+        for name, a in batch.items()
+        if name.endswith("segments") and np.ndim(a) == 2
+    }
+
+
+def describe(rows: Any) -> list[str]:
+    """Return one line if more than a quarter of the positions is padding: the share, the lengths and what to do.
+
+    The lengths are the 95th percentile and the maximum of a sample, over both sides of an encoder-decoder or a pair.
+    """
+    found = list(lengths(rows).values())
+    if not found:
+        return []
+    filled, room = (sum(int(np.sum(n)) for n, _ in found), sum(len(n) * width for n, width in found))
+    share, longest = 1 - filled / room, max(int(n.max()) for n, _ in found)
+    if share <= MUCH:
+        return []
+    usual = max(int(np.ceil(np.percentile(n, 95))) for n, _ in found)
+    most = f"95% of the rows have at most {usual} tokens, the longest of the sample {longest}"
+    return [f"{share:.0%} of the positions are padding: {most}; a train.seq_len near that is faster"]

@@ -1,0 +1,52 @@
+"""Write the splits of a data config as JSON lines, as the stages read them: filtered, without duplicates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmctl.config.errors import RequestError
+from llmctl.data import splits
+from llmctl.data.config import DataConfig
+from llmctl.data.source import Row
+
+
+def write(cfg: DataConfig, folder: Path) -> dict[str, tuple[Path, int]]:
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` with canonical column names and the names of classes.
+
+    `data.path = "train.jsonl"`, `data.validation_path` and `data.test_path` read the same splits again.
+
+    Returns:
+      The file and its number of rows for each split; a split without rows has an empty file.
+
+    Raises:
+      RequestError: the data is invalid, or the folder holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"{folder}: is there already, with something in it; choose another folder")
+    loaded = splits.load(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for split, examples in loaded.examples.items():
+        path = folder / f"{split}.jsonl"
+        draft = path.with_suffix(".draft")
+        with draft.open("w", encoding="utf-8") as file:
+            for row in examples:
+                file.write(json.dumps(_plain(row, examples.classes), ensure_ascii=False, allow_nan=False) + "\n")
+        draft.replace(path)
+        found[split] = (path, len(examples))
+    return found
+
+
+def _plain(row: Row, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return a row as its source could have had it: labels by name, answers as SQuAD has them."""
+    out = dict(row)
+    label = out.get("label")
+    if isinstance(label, list):
+        out["label"] = [name for name, member in zip(classes, label, strict=True) if member]
+    elif label is not None and classes:
+        out["label"] = classes[label]
+    if "answers" in out:
+        out["answers"] = {"text": [t for t, _ in out["answers"]], "answer_start": [s for _, s in out["answers"]]}
+    return out
