@@ -20,7 +20,7 @@ from llmctl.data.config import SourceConfig
 from llmctl.data.sources import SOURCES
 from llmctl.distributed import backend
 from llmctl.distributed import processes as hosts
-from llmctl.pipeline import stage
+from llmctl.pipeline import data_check, stage
 from llmctl.pipeline.recipe import MANIFEST, out_name
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def run(
     wanted = [t for t in tasks if not only or t.step.name in only]
     _inputs_are_there(tasks, wanted, bool(only))
     due = [t for t in wanted if t.why]
+    if due:
+        hosts.tell(lambda: data_check.check(recipe, [t.step.name for t in due]))
     one = len(recipe.steps) == 1
     with lock(recipe.run / WORK / "run.lock", shared=one):
         hosts.check_shared(recipe.run / WORK)

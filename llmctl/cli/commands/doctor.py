@@ -14,10 +14,12 @@ def doctor(
 ) -> None:
     """Report this machine's devices, versions, memory and disk, and whether a recipe can run on it."""
     from llmctl.cli import doctor as doctors
-    from llmctl.pipeline import console, recipe
+    from llmctl.pipeline import console, data_check, recipe
 
     chosen = recipe.read(recipe_file) if recipe_file else None
     platforms = [step.config.platform for step in chosen.steps] if chosen else []
+    if chosen:
+        data_check.check(chosen, missing=True)
     found = doctors.examine(platforms, chosen.run if chosen else Path())
     if json:
         console.result(found)

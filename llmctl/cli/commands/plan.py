@@ -63,7 +63,10 @@ def plan(
     chosen = recipe.read(recipe_file, None, sets or ())
 
     environment.prepare(slices[-1] if fit else target)
+    from llmctl.pipeline import data_check
     from llmctl.plan import planner
+
+    data_check.check(chosen, stage or (), missing=True)
 
     if search or fit:
         from llmctl.plan import search as searching

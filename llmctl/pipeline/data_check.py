@@ -1,0 +1,105 @@
+"""Check the data of a recipe's stages before the first stage runs: columns, and the labels of the first rows.
+
+A wrong column of the last stage would otherwise end the run after hours. Only data that can be read at once is checked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.errors import RequestError
+from llmctl.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from llmctl.pipeline.recipe import Recipe, Step
+
+ROWS = 100
+"""Number of first rows of each source whose labels are checked."""
+LARGEST = 64_000_000
+"""Bytes of the largest csv, jsonl or text file that is opened; other sources have a schema that is read alone."""
+
+
+def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> None:
+    """Check the data of the named stages, or of all.
+
+    Args:
+      recipe: the resolved steps.
+      names: stages to check; all if empty.
+      missing: data that is not there is no error (`plan` and `doctor` need none).
+
+    Raises:
+      RequestError: a column that a stage names or needs is not in its data, or a label is not among the classes.
+    """
+    wanted, seen = set(names), set()
+    for step in recipe.steps:
+        data = getattr(step.config, "data", None)
+        if (wanted and step.name not in wanted) or not isinstance(data, DataConfig):
+            continue
+        columns = needed(recipe, step)
+        if (mark := (data.model_dump_json(), columns)) not in seen:
+            seen.add(mark)
+            _check(step.name, data, columns, missing)
+
+
+def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
+    """Return the canonical columns that a stage's data must have, as far as the recipe says; else none."""
+    if step.config.kind == "pretrain":
+        return ("text",)
+    task = _task(recipe, step)
+    if not task or task == "lm":  # text, or prompts and completions, as the data has them
+        return ()
+    from llmctl.evaluate.tasks.registry import TASKS
+
+    return tuple(c for c in TASKS[task].columns if c != "pair")  # the pair is optional with scores
+
+
+def _task(recipe: Recipe, step: Step) -> str:
+    """Return the task of a stage that reads its data as a task: its own, its teacher's, or that of what it measures."""
+    if hasattr(step.config, "task"):
+        return str(getattr(step.config, "task", ""))
+    if step.config.kind not in ("distill", "eval"):
+        return ""
+    steps: dict[Any, Step] = {s.name: s for s in recipe.steps}
+    for read in (*reversed(step.others.values()), step.parent):
+        at = read
+        while isinstance(at, str) and at in steps:
+            if hasattr(steps[at].config, "task"):
+                return str(getattr(steps[at].config, "task", ""))
+            at = steps[at].parent
+    return ""
+
+
+def _check(name: str, data: DataConfig, columns: tuple[str, ...], missing: bool) -> None:
+    from llmctl.data import columns as mapping
+    from llmctl.data.dedup import scan
+    from llmctl.data.source import open_source
+
+    try:
+        if any(part.source == "prepared" or _is_large(part) for part in data.sources()):
+            return
+        for part in data.sources():
+            open_source(part)
+    except RequestError:
+        if missing:
+            return
+        raise
+    try:
+        views = mapping.views(data)
+        for view in views:
+            absent = [c for c in columns if c not in view.columns]
+            if len(view) and absent:
+                raise RequestError(
+                    f"the data has no column {' and no column '.join(map(repr, absent))}; map it in data.columns "
+                    f"(it has: {', '.join(view.columns)})"
+                )
+            scan(data, view, 0, min(ROWS, len(view)))
+    except RequestError as e:
+        raise RequestError(f"{name}: {e}") from None
+
+
+def _is_large(part: Any) -> bool:
+    files = part.inputs() if part.source in ("csv", "jsonl", "text") else []
+    return any("://" in f or Path(f).stat().st_size > LARGEST for f in files)

@@ -1,0 +1,75 @@
+"""Columns and labels of a recipe's data are checked before the first stage runs."""
+
+import pytest
+
+from llmctl.cli import app
+from llmctl.config.errors import RequestError
+from llmctl.pipeline import data_check, recipe
+
+RECIPE = """
+data = {{ source = "csv", path = "{file}", {data} }}
+[[stage]]
+kind = "pretrain"
+{pretrain}
+[[stage]]
+kind = "finetune"
+{finetune}
+[[stage]]
+kind = "eval"
+{eval}
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a table and a recipe with some settings; the recipe's file."""
+    (tmp_path / "a.csv").write_text("text,stars\ngood film,1\nbad film,0\n")
+
+    def made(data="", file="a.csv", **stages):
+        parts = {"pretrain": "", "finetune": "", "eval": ""} | stages
+        path = tmp_path / "r.toml"
+        path.write_text(RECIPE.format(file=tmp_path / file, data=data, **parts))
+        return path
+
+    return made
+
+
+MAPPED = 'columns = { text = "text", label = "stars" }'
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"data": 'columns = { text = "texd", label = "stars" }'}, "no column 'texd', did you mean 'text'?"),
+        (
+            {"data": "validation = 0.1"},
+            "finetune: the data has no column 'label'; map it in data.columns (it has: text)",
+        ),
+        ({"data": MAPPED, "finetune": 'task = "tokens"'}, "finetune: the data has no column 'tokens' and no column"),
+        ({"data": MAPPED + ', classes = ["0", "2"]'}, "'1'"),
+        ({"data": MAPPED, "eval": 'data.columns = { text = "text" }'}, "eval: the data has no column 'label'"),
+    ],
+)
+def test_wrong_columns_and_labels_are_found_at_once(written, settings, line, capsys, tmp_path):
+    file = written(**settings)
+    for argv in (["run", str(file), "--run", str(tmp_path / "run")], ["doctor", str(file)]):
+        assert app.run(argv) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and line in err
+    assert not (tmp_path / "run" / "pretrain").exists()
+    with pytest.raises(RequestError):
+        data_check.check(recipe.read(file), missing=True)  # as `plan` does
+
+
+def test_what_is_right_passes_and_absent_data_is_left_to_the_run(written):
+    data_check.check(recipe.read(written(data=MAPPED)))
+    chosen = recipe.read(written(data=MAPPED, file="none.csv"))
+    data_check.check(chosen, missing=True)
+    with pytest.raises(RequestError, match=r"none.csv"):
+        data_check.check(chosen)
+
+
+def test_stages_that_are_not_asked_for_are_not_checked(written):
+    chosen = recipe.read(written(data=MAPPED, finetune='task = "tokens"'))
+    data_check.check(chosen, ["pretrain"])
+    assert data_check.needed(chosen, chosen.steps[2]) == ("tokens", "tags")  # eval measures what was finetuned
