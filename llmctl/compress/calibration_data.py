@@ -92,5 +92,6 @@ def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer
     task, seq_len = of(base.manifest), sequence_length(config, base)
     truncate = config.truncate or base.manifest.truncate or "tail"
     if labels:
+        task.check_label_type(config.data)
         return task.rows(base.model, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
     return task.reading_rows(base.model, chosen, tokenizer, seq_len, truncate=truncate)

@@ -235,13 +235,21 @@ def cross_entropy(
 
 
 def means(sums: dict[str, Any]) -> dict[str, Any]:
-    """Convert sums to metrics: each is divided by "weight", or a metric x_... by "x_weight" if that exists."""
+    """Convert sums to metrics: each is divided by "weight", or a metric x_... by "x_weight" if that exists.
+
+    Sums and their weights may be vectors, such as one entry per class. The metric is then the mean over the entries of
+    positive weight.
+    """
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
 
     def weight(name: str) -> Any:
         return sums[next((f"{prefix}weight" for prefix in apart if name.startswith(prefix)), "weight")]
 
-    return {k: v / jnp.maximum(weight(k), 1e-9) for k, v in sums.items() if not k.endswith("weight")}
+    def mean(total: Any, weight: Any) -> Any:
+        ratio = total / jnp.maximum(weight, 1e-9)
+        return ratio if not jnp.ndim(ratio) else jnp.sum(ratio) / jnp.maximum(jnp.sum(weight > 0), 1)
+
+    return {k: mean(v, weight(k)) for k, v in sums.items() if not k.endswith("weight")}
 
 
 def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:

@@ -12,6 +12,7 @@ import pytest
 from llmctl.artifacts import artifact
 from llmctl.cli import app
 from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline import recipe, registry, stages
@@ -31,6 +32,7 @@ train = { steps = 10, batch_size = 4, seq_len = 16 }
 """
 BATCH = {
     "classify": {"label"},
+    "multilabel": {"label"},
     "regress": {"label"},
     "tokens": {"targets", "weights"},
     "span": {"types", "among", "first", "last", "start", "end", "example"},
@@ -50,19 +52,19 @@ def built(text, folder, chosen=(), say=lambda text: None):
 @pytest.mark.parametrize("task", BATCH)
 def test_every_task_is_planned(task, tmp_path):
     """Its train step, the step that is distilled from it, its calibration and its scoring."""
-    numbers = 'data = { label_type = "number" }' if task == "regress" else ""
+    labels = f'data = {{ label_type = "{TASKS[task].label_type or "class"}" }}'
     found = built(
         f"""
 [[stage]]
 kind = "finetune"
 task = "{task}"
-{numbers}
+{labels}
 train = {{ steps = 10, batch_size = 4, seq_len = 16 }}
 
 [[stage]]
 kind = "distill"
 teacher = "finetune"
-{numbers}
+{labels}
 train = {{ steps = 10, batch_size = 4, seq_len = 16 }}
 
 [[stage]]
@@ -70,19 +72,19 @@ kind = "prune"
 method = "wanda"
 examples = 8
 batch_size = 4
-{numbers}
+{labels}
 
 [[stage]]
 kind = "eval"
 of = ["finetune"]
 batch_size = 4
-{numbers}
+{labels}
 """,
         tmp_path,
         ["finetune", "prune", "eval"] + ["distill"] * (task != "embed"),
     )
     step = found["finetune", "train step"]
-    assert step.model.head == task
+    assert step.model.head == TASKS[task].head
     assert set(step.batch) == {"tokens", "segments", "positions"} | BATCH[task]
     assert step.batch["tokens"].shape == (4, 16)
     if task != "embed":

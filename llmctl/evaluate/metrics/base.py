@@ -50,6 +50,8 @@ class Metric:
     """Narrowest table with a column for it; "none" appears in no table."""
     aspect: Literal["quality", "speed"] = "quality"
     """Whether it describes the predictions or their speed."""
+    unless: str = ""
+    """Name of the metric whose column replaces this one's, because the values are then equal."""
     baseline: str = ""
     """Name of the metric with the score of a baseline that does not read the input."""
     compute: Callable[[Any, Any], float] | None = None
@@ -62,8 +64,8 @@ class Metric:
 
 _OWN = (
     Metric("accuracy", "accuracy", "maximize", "{:.2%}", table="run"),
+    Metric("micro_f1", "micro F1", "maximize", table="run", unless="accuracy"),
     Metric("macro_f1", "macro F1", "maximize", table="file"),
-    Metric("micro_f1", "micro F1", "maximize", table="none"),
     Metric("weighted_f1", "weighted F1", "maximize", table="none"),
     Metric("entity_f1", "entity F1", "maximize", table="run"),
     Metric("entity_precision", "entity precision", "maximize", table="none"),
@@ -110,7 +112,8 @@ def find(name: str) -> Metric | None:
 def columns(names: Iterable[str], table: Table) -> list[Metric]:
     """Return the metrics among `names` that have a column in `table`, in the order of the registry."""
     given, shown = set(names), TABLES[: TABLES.index(table) + 1]
-    return [METRICS[n] for n in METRICS if n in given and METRICS[n].table in shown]
+    found = [METRICS[n] for n in METRICS if n in given and METRICS[n].table in shown]
+    return [m for m in found if m.unless not in given]
 
 
 def text(name: str, value: float) -> str:

@@ -48,6 +48,9 @@ Found = Iterable[tuple[Batch, Any]]
 Scored = tuple[dict[str, Any], tuple[Any, Any] | None]
 """Metrics by name, and (truth, predictions) of all examples, or None if there are none."""
 
+KINDS = {"class": "classes", "number": "numbers", "set": "sets of classes"}
+"""What labels are, by `data.label_type`."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -107,8 +110,19 @@ class Task:
         Raises:
           RequestError: the labels are typed otherwise, or there are too few classes.
         """
+        self.check_label_type(data)
         if self.classes and len(labels) < 2:
             raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
+
+    def check_label_type(self, data: DataConfig) -> None:
+        """Check how the labels of a stage's data are typed.
+
+        Raises:
+          RequestError: they are typed otherwise than the task's.
+        """
+        if self.label_type and data.label_type != self.label_type:
+            kind = KINDS[self.label_type]
+            raise RequestError(f'task {self.name}: labels are {kind}; set data.label_type = "{self.label_type}"')
 
     def rows(
         self,

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics import classification
 from llmctl.evaluate.setup import Batch, label_map
-from llmctl.evaluate.tasks.base import Found, Options, Scored, Task
+from llmctl.evaluate.tasks.base import KINDS, Found, Options, Scored, Task
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
@@ -25,6 +26,7 @@ class Classify(Task):
     head = "classify"
     title = "classification"
     architectures = ("decoder", "encoder", "encoder_decoder")
+    label_type = "class"
     classes = True
     peft_type = "SEQ_CLS"
 
@@ -44,7 +46,11 @@ class Classify(Task):
         return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), temperature, hard)
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
-        """Check that the model knows every class of the data."""
+        """Check that the model knows every class of the data, and that labels are typed as the task's."""
+        sets = examples.labels is not None and examples.labels.ndim > 1
+        if examples.classes and sets != (self.label_type == "set"):
+            kind = KINDS[self.label_type]
+            raise RequestError(f'{artifact.path}: predicts {kind}; set data.label_type = "{self.label_type}"')
         label_map(examples.classes, artifact.manifest.labels, str(artifact.path))
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:

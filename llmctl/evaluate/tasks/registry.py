@@ -21,6 +21,7 @@ TASKS: Registry[Task] = Registry(
     "task",
     {
         "classify": "llmctl.evaluate.tasks.classify:TASK",
+        "multilabel": "llmctl.evaluate.tasks.multilabel:TASK",
         "regress": "llmctl.evaluate.tasks.regress:TASK",
         "tokens": "llmctl.evaluate.tasks.tokens:TASK",
         "span": "llmctl.evaluate.tasks.span:TASK",

@@ -10,7 +10,6 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data.config import DataConfig
 from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import Batch
@@ -29,11 +28,6 @@ class Regress(Task):
     label_type = "number"
     peft_type = "SEQ_CLS"
     problem_type = "regression"
-
-    def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:
-        """Check that labels are numbers."""
-        if data.label_type != self.label_type:
-            raise RequestError('task regress: labels are numbers; set data.label_type = "number"')
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
         """Return the squared error of answers [B]."""

@@ -144,6 +144,7 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
     for reads in (model, teacher.model):
         loop.check(reads, config.train, mesh)
     task, train = of(teacher.manifest), config.train
+    task.check_label_type(config.data)
     loss = task.soft_loss_of(
         model.model_copy(update={"dropout": config.dropout}),
         teacher.model,

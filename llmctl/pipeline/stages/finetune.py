@@ -49,9 +49,10 @@ class Config(StageConfig):
     """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
     question, context and answers (span); text and pair (embed); prompt and completion, or text (lm)."""
     task: Annotated[str, AfterValidator(TASKS.check), TASKS] = "classify"
-    """Task. classify: a class per text. regress: a number per text (data.label_type = "number"). tokens: a label per
-    word. span: answers as spans of a context. embed: vectors that are similar for pairs of texts, or as given by
-    numbers. lm: language modelling, with loss on completions if the data has them."""
+    """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
+    number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
+    vectors that are similar for pairs of texts, or as given by numbers. lm: language modelling, with loss on
+    completions if the data has them."""
     method: Literal["full", "lora"] = "full"
     """Train all parameters, or low-rank adapters and the task head."""
     lora: LoraConfig = LoraConfig()

@@ -16,6 +16,7 @@ WORDS = ["One", "more", "text", "that", "is", "long", "enough", "for", "a", "row
 ROWS = {
     "classify": {"text": "", "label": "x"},
     "pair": {"text": "", "pair": "two", "label": "x"},
+    "multilabel": {"text": "", "label": ["x"]},
     "regress": {"text": "", "label": 0.5},
     "tokens": {"tokens": WORDS, "tags": ["O"] * len(WORDS)},
     "span": {"context": "", "question": "How many?", "answers": {"text": ["One"], "answer_start": [0]}},
@@ -24,6 +25,7 @@ ROWS = {
     "completion": {"prompt": "", "completion": "two"},
     "lm": {"text": ""},
 }
+TYPES = {float: "number", list: "set"}
 HEADS = {"pair": "classify", "scored": "embed", "completion": "lm"}
 
 
@@ -36,12 +38,13 @@ def test_rows_have_the_form_of_the_data(name, tmp_path):
         source="jsonl",
         path=str(tmp_path / "x.jsonl"),
         columns={c: c for c in columns},
-        label_type="number" if isinstance(columns.get("label"), float) else "class",
+        label_type=TYPES.get(type(columns.get("label")), "class"),
+        classes=["no", "x"] if isinstance(columns.get("label"), list) else [],
         validation=0,
         test=0,
         dedup=False,
     )
-    model = ModelConfig(head="lm").model_copy(update={"head": head})
+    model = ModelConfig(head="lm").model_copy(update={"head": TASKS[head].head})
 
     def forms(text, cache):
         rows = TASKS[head].stage_rows(model, text, "train", made_up.TOKENIZER, SEQ_LEN, cache, shuffle=False)

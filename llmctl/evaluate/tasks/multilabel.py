@@ -1,0 +1,172 @@
+"""Multi-label classification of a text, or of a pair of texts: any number of classes per row, also none.
+
+Example:
+  >>> truth_NC = np.array([[1, 1], [1, 0], [0, 0]])
+  >>> thresholds(truth_NC, np.array([[0.9, 0.5], [0.3, 0.2], [0.1, 0.4]]))
+  [0.2, 0.45]
+
+Shapes: B rows per batch, N rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.data.splits import Examples
+from llmctl.evaluate.metrics.classification import Z_95, wilson_interval
+from llmctl.evaluate.setup import Batch, Held, Setup, answers, label_map
+from llmctl.evaluate.tasks.base import Found, Options, Scored
+from llmctl.evaluate.tasks.classify import Classify
+from llmctl.model import chunked_loss, functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums, row_weight
+
+EVEN = 0.5
+"""Threshold of classes for which none was chosen."""
+
+
+class MultiLabel(Classify):
+    """A sigmoid per class, binary cross-entropy; micro and macro F1 with one threshold per class.
+
+    The loss of a row is the mean over its classes, so the loss of a batch equals transformers' `BCEWithLogitsLoss`.
+    `z_loss` does not apply: a sigmoid has no free constant. `exact_match` is the subset accuracy: the share of rows
+    whose set is exactly right.
+    """
+
+    name = "multilabel"
+    title = "multi-label classification"
+    label_type = "set"
+    problem_type = "multi_label_classification"
+
+    def best(self, labels: Sequence[str] = ()) -> str:
+        """Return micro F1, which validation measures at the threshold 0.5."""
+        return "micro_f1"
+
+    def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
+        """Return the binary cross-entropy (nats) of logits [B, C]."""
+        truth_BC, weight_B = batch["label"].astype(jnp.float32), row_weight(batch, y)
+        target_BC = truth_BC + options.label_smoothing * (EVEN - truth_BC)
+        nll, loss = (
+            jnp.sum(jnp.mean(jax.nn.softplus(y) - aim_BC * y, axis=-1) * weight_B) for aim_BC in (truth_BC, target_BC)
+        )
+        said_BC = (y > 0).astype(jnp.float32)
+        hit_C = weight_B @ (truth_BC * said_BC)
+        both_C = weight_B @ (truth_BC + said_BC)
+        exact_B = jnp.all(truth_BC == said_BC, axis=-1)
+        sums = {"loss": nll, "exact_match": jnp.sum(exact_B * weight_B), "weight": jnp.sum(weight_B)}
+        sums |= {"micro_f1": 2 * jnp.sum(hit_C), "micro_weight": jnp.sum(both_C)}
+        return loss, sums | {"macro_f1": 2 * hit_C, "macro_weight": both_C}
+
+    def soft_score(
+        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
+    ) -> tuple[jax.Array, Sums]:
+        """Return the softened divergence of each class from the teacher's, mixed with the cross-entropy.
+
+        A class is a choice between two logits, its own and 0.
+        """
+        nll, sums = self.score(y, batch, Options())
+        taught_BC2, said_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))
+        kl_BC = chunked_loss.divergence(taught_BC2, said_BC2, temperature)
+        kl = jnp.sum(jnp.mean(kl_BC, axis=-1) * row_weight(batch, y))
+        return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
+
+    def fit(self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup) -> dict[str, Any]:
+        """Return {"thresholds": {class: threshold of its probability}}, each with the largest F1 on the rows."""
+        found = answers(self.scorer(model, setup.dtype), params, rows, setup, self.reads)
+        truth_NC, p_NC = map(np.concatenate, zip(*((b["label"], probabilities(y)) for b, y in found), strict=True))
+        return {"thresholds": dict(zip(rows.classes, thresholds(truth_NC, p_NC), strict=True))}
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return (params, batch) -> logits [B, C]."""
+
+        @jax.jit
+        def predict(params: functional.Params, batch: Batch) -> jax.Array:
+            return functional.outputs(model, params, functional.hidden(model, params, batch, dtype=dtype), batch, dtype)
+
+        return predict
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+        """Return scores at the thresholds that the artifact stores, and the sets of names."""
+        names = artifact.manifest.labels
+        pairs = [(batch["label"], probabilities(y)) for batch, y in found]
+        given_NC, p_NC = map(np.concatenate, zip(*pairs, strict=True))
+        truth_NC = np.zeros(p_NC.shape, bool)
+        truth_NC[:, label_map(examples.classes, names, str(artifact.path))] = given_NC > 0
+        chosen = artifact.manifest.fitted.get("thresholds", {})
+        threshold_C = np.array([chosen.get(name, EVEN) for name in names])
+        said_NC = p_NC >= threshold_C
+        scored = scores(truth_NC, said_NC, names)
+        for name, threshold in zip(names, threshold_C, strict=True):
+            scored["per_class"][name]["threshold"] = float(threshold)
+        truth, said = ([tuple(np.array(names)[row]) for row in sets_NC] for sets_NC in (truth_NC, said_NC))
+        return scored, (truth, said)
+
+    def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
+        """Return which thresholds were used."""
+        chosen = "thresholds chosen on validation" if artifact.manifest.fitted else f"threshold {EVEN}"
+        return f"{super().protocol(artifact, held, setup, rows, metrics)}, {chosen}"
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Return the sigmoid in float64, in which large logits stay apart."""
+    return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
+
+
+def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
+    """Return the threshold of each class with the largest F1 (Lipton et al., 2014, arXiv:1402.1892).
+
+    A threshold is halfway between two neighboring probabilities. Of equally good ones, it is the nearest to 0.5; it is
+    0.5 for a class that no row has.
+    """
+    found = []
+    for truth_N, p_N in zip(truth_NC.T, p_NC.T, strict=True):
+        order_N = np.argsort(-p_N, kind="stable")
+        p_N, hits_N = p_N[order_N], np.cumsum(truth_N[order_N], dtype=np.int64)
+        below_N = np.append(p_N[1:], 0.0)
+        f1_N = 2 * hits_N / (np.arange(1, len(p_N) + 1) + hits_N[-1]) * (p_N > below_N)
+        middle_N = (p_N + below_N)[f1_N == f1_N.max()] / 2
+        found.append(float(middle_N[np.abs(middle_N - EVEN).argmin()]) if hits_N[-1] else EVEN)
+    return found
+
+
+def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Return micro and macro F1, the subset accuracy, 95 % intervals, and the scores of each class.
+
+    The interval of micro F1 is that of a ratio of sums over independent rows (delta method), that of the subset
+    accuracy is Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
+    """
+    hit_NC, both_NC = truth_NC & said_NC, truth_NC.astype(np.int64) + said_NC
+    hit_C, support_C, said_C, both_C = (a.sum(0) for a in (hit_NC, truth_NC, said_NC, both_NC))
+    f1_C = 2 * hit_C / np.maximum(both_C, 1)
+    total, exact = max(both_C.sum(), 1), int((truth_NC == said_NC).all(1).sum())
+    micro = float(2 * hit_C.sum() / total)
+    half = Z_95 * float(np.sqrt(np.square(2 * hit_NC.sum(1) - micro * both_NC.sum(1)).sum())) / total
+    low, high = wilson_interval(exact, len(truth_NC))
+    return {
+        "micro_f1": micro,
+        "micro_f1_low": max(micro - half, 0.0),
+        "micro_f1_high": min(micro + half, 1.0),
+        "macro_f1": float(f1_C[both_C > 0].mean()) if both_C.any() else 0.0,
+        "exact_match": exact / len(truth_NC),
+        "exact_match_low": low,
+        "exact_match_high": high,
+        "examples": len(truth_NC),
+        "per_class": {
+            name: {
+                "precision": float(hit_C[c] / max(said_C[c], 1)),
+                "recall": float(hit_C[c] / max(support_C[c], 1)),
+                "f1": float(f1_C[c]),
+                "support": int(support_C[c]),
+            }
+            for c, name in enumerate(names)
+        },
+    }
+
+
+TASK = MultiLabel()
