@@ -12,7 +12,7 @@ Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,9 +33,11 @@ from llmctl.model.transformer import (
     Params,
     Transformer,
     apply,
+    body_params,
     head_logits,
     head_params,
     hidden,
+    product_rules,
 )
 from llmctl.model.wiring import crosses, stacks
 
@@ -57,6 +59,7 @@ __all__ = [
     "head_params",
     "head_taps",
     "hidden",
+    "hidden_states",
     "init",
     "laid_out",
     "layer_params",
@@ -167,6 +170,40 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
             raise RequestError(f"model.{name}: {size} heads do not divide over mesh.tensor = {tensor}")
 
 
+def hidden_states(
+    cfg: ModelConfig,
+    params: Params,
+    batch: Batch,
+    layers: Sequence[int],
+    *,
+    train: bool = False,
+    rng: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the final hidden states and those of chosen layers.
+
+    Args:
+        cfg: Config of the model.
+        params: Its parameters.
+        batch: As in `hidden`.
+        layers: Indices of layers of the last stack; 0 is the first layer.
+        train: Whether dropout is applied.
+        rng: As in `hidden`.
+        dtype: Dtype of the computation.
+        remat: As in `hidden`.
+
+    Returns:
+        The result of `hidden` [B, T, D], and the outputs of the chosen layers [n, B, T, D], before any final norm.
+
+    Raises:
+        RequestError: If an index is not a layer or is given twice, or if the mesh has a pipeline.
+    """
+    body, rngs = body_params(params), {} if rng is None else {"dropout": rng}
+    with product_rules(train):
+        return apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, layers, rngs=rngs, method="states")
+
+
 def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Compute float32 logits [..., V] from hidden states [..., D]."""
     table = params["embed"]["tokens"] if cfg.tied else None
@@ -191,19 +228,19 @@ def embed(
     cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32
 ) -> Carry:
     """Compute the input of the first block in the stack that reads `tokens`; `memory_BSD` is the encoder's output."""
-    model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
+    model, body = Transformer(cfg, dtype), body_params(params)
     return Carry(*apply(model, {"params": body}, batch, memory_BSD, method="start"))
 
 
 def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> Carry:
     """Compute the input of the first encoder block in an encoder-decoder."""
-    model, body = Transformer(cfg, dtype), {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
+    model, body = Transformer(cfg, dtype), body_params(params)
     return Carry(*apply(model, {"params": body}, batch, method="start_encoder"))
 
 
 def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
     """Compute the encoder output [B, S, D] of an encoder-decoder from `encoder_tokens`."""
-    body = {k: params[k] for k in ("embed", "encoder")}
+    body = body_params(params)
     return apply(Transformer(cfg, dtype), {"params": body}, batch, method="encode")
 
 
@@ -266,7 +303,7 @@ def cached_block(
 
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
     """Compute the stack's final hidden states [B, T, D]."""
-    body = {k: v for k, v in params.items() if k in ("embed", "encoder", "decoder")}
+    body = body_params(params)
     return apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
 
 

@@ -172,8 +172,14 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, train: bool
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        types_BT: jax.Array | None,
+        offset_BTD: jax.Array | None,
+        train: bool,
     ) -> jax.Array:
+        """Compute the embeddings; `offset_BTD` is added to the rows of the token table, before any scale."""
         cfg = self.config
 
         def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
@@ -184,6 +190,7 @@ class Embed(nn.Module):
         # If hidden states are scaled by d_model ** -0.5 before the tied output projection, unit variance of the logits
         # needs table entries of unit variance (T5).
         x = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)(tokens_BT)
+        x = x if offset_BTD is None else x + offset_BTD.astype(self.dtype)
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
             rows = cfg.max_seq_len + cfg.position_offset

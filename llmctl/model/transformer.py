@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, D model width, L layers, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from flax.core.scope import Scope
 
 from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
-from llmctl.model import attention_kernels, pipeline_parallel, quantized_matmul, relative_bias, weights
+from llmctl.model import attention_kernels, layer_states, pipeline_parallel, quantized_matmul, relative_bias, weights
 from llmctl.model.attention import KEPT, PROJECTED, Attention, Shared, local_layers, share, visible
 from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Embed, FeedForward, LMHead, Norm, dropout
@@ -135,16 +136,31 @@ class Stack(nn.Module):
         return relative_bias.add(shared, self.relative_bias(), cfg, causal=self.causal, slot=slot, order_BT=order_BT)
 
     def __call__(self, x_BTD: jax.Array, shared: Shared) -> jax.Array:
-        key = self.make_rng("dropout") if self.train and self.config.dropout else None
-        keys_L = None if key is None else jax.random.split(key, self.layers)
-        own = (local_layers(self.config, self.layers), keys_L)
+        own = self._own()
         if meshes.axis_size("pipeline") == 1 or self.is_initializing():
             x_BTD, _ = self.blocks(x_BTD, shared, *own)
         else:
             blocks = self.variables["params"]["blocks"]
-            layer = jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
-            x_BTD = pipeline_parallel.run(self._layer if self.remat == "none" else layer, blocks, own, x_BTD, shared)
+            x_BTD = pipeline_parallel.run(self._as_function(), blocks, own, x_BTD, shared)
         return self.finish(x_BTD)
+
+    def states(self, x_BTD: jax.Array, shared: Shared, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        """Return the result of the stack, and the outputs [n, B, T, D] of the chosen layers."""
+        blocks = self.variables["params"]["blocks"]
+        x_BTD, states_nBTD = layer_states.run(self._as_function(), blocks, self._own(), x_BTD, shared, layers)
+        return self.finish(x_BTD), states_nBTD
+
+    def _own(self) -> tuple[jax.Array, jax.Array | None]:
+        """Return the inputs that differ by layer: whether it is local, and the random key of its dropout."""
+        key = self.make_rng("dropout") if self.train and self.config.dropout else None
+        keys_L = None if key is None else jax.random.split(key, self.layers)
+        return local_layers(self.config, self.layers), keys_L
+
+    def _as_function(self) -> Callable[..., jax.Array]:
+        """Return `_layer` with the stack's rematerialization."""
+        if self.remat == "none":
+            return self._layer
+        return jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
 
     def _layer(self, params: Any, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: Any) -> jax.Array:
         """Apply one layer of `blocks` as a function of its parameters."""
@@ -175,20 +191,27 @@ class Transformer(nn.Module):
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Compute the final hidden states [B, T, D] of the last stack."""
-        if self.config.architecture == "encoder":
-            x_BTD = self.encoder(*self.start(batch))
-        else:
-            memory = self.encode(batch) if self.config.encoder_layers else None
-            x_BTD = self.decoder(*self.start(batch, memory))
+        memory = self.encode(batch) if self.config.encoder_layers else None
+        x_BTD = self._last()(*self.start(batch, memory))
         return x_BTD if meshes.axis_size("pipeline") == 1 else pipeline_parallel.spread(x_BTD)
+
+    def states(self, batch: Batch, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        """Compute the final hidden states, and the outputs [n, B, T, D] of chosen layers of the last stack."""
+        memory = self.encode(batch) if self.config.encoder_layers else None
+        return self._last().states(*self.start(batch, memory), layers)
+
+    def _last(self) -> Stack:
+        """Return the stack that reads `tokens`."""
+        return self.encoder if self.config.architecture == "encoder" else self.decoder
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
         """Compute the embeddings and shared inputs of the stack that reads `tokens`.
 
         With a cache, `cached_segments` [B, S] and `slot` of the batch give the tokens' slots in it.
         """
-        stack = self.encoder if self.config.architecture == "encoder" else self.decoder
-        x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), self.train)
+        stack = self._last()
+        offset_BTD = batch.get("embedding_offset")
+        x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), offset_BTD, self.train)
         shared = stack.share(
             batch["segments"], batch["positions"], batch.get("cached_segments"), batch.get("slot"), batch.get("order")
         )
@@ -201,7 +224,8 @@ class Transformer(nn.Module):
 
     def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
         """Compute the embeddings and shared inputs of the encoder in an encoder-decoder."""
-        x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, self.train)
+        offset_BSD = batch.get("encoder_embedding_offset")
+        x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, offset_BSD, self.train)
         order_BS = batch.get("encoder_order")
         return x, self.encoder.share(batch["encoder_segments"], batch["encoder_positions"], order_BT=order_BS)
 
@@ -222,6 +246,17 @@ def apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> A
     return module.apply(variables, *args, **options)
 
 
+def body_params(params: Params) -> Params:
+    """Return the parameters of `Transformer`, without those of heads."""
+    return {name: params[name] for name in ("embed", "encoder", "decoder") if name in params}
+
+
+def product_rules(train: bool) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which validation and teachers compute in their own dtype, though training may use 8 bits."""
+    off = not train and bool(quantized_matmul.rules_in_use.get())
+    return quantized_matmul.use({}) if off else contextlib.nullcontext()
+
+
 def hidden(
     cfg: ModelConfig,
     params: Params,
@@ -237,7 +272,9 @@ def hidden(
     Args:
         cfg: Config of the model.
         params: Its parameters.
-        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder.
+        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder. An optional
+            `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning), and
+            `encoder_embedding_offset` to those of the encoder.
         train: Whether dropout is applied.
         rng: Random key; required if `train` is set and the config has dropout.
         dtype: Dtype of the computation.
@@ -246,10 +283,8 @@ def hidden(
     Returns:
         Hidden states [B, T, D] of the last stack.
     """
-    body = {k: params[k] for k in ("embed", "encoder", "decoder") if k in params}
-    rngs = {} if rng is None else {"dropout": rng}
-    # Validation and teachers compute in `dtype`, even if training uses 8-bit products.
-    with contextlib.nullcontext() if train or not quantized_matmul.rules_in_use.get() else quantized_matmul.use({}):
+    body, rngs = body_params(params), {} if rng is None else {"dropout": rng}
+    with product_rules(train):
         return apply(Transformer(cfg, dtype, remat, train), {"params": body}, batch, rngs=rngs)
 
 

@@ -1,0 +1,65 @@
+"""Run a stack of layers and keep the outputs of some of them, for losses on hidden states (distillation, probes).
+
+The scan over layers carries a buffer with one slot per chosen layer, and one more that all others overwrite. Memory
+does not grow with the number of layers.
+
+Shapes: B batch, T sequence, D model width, L layers, n chosen layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.distributed import mesh as meshes
+from llmctl.model.attention import Shared
+
+Tree = Any
+Layer = Callable[..., jax.Array]
+"""Function of (layer parameters, x [B, T, D], shared inputs, *per-layer inputs) that returns x [B, T, D]."""
+
+
+def run(
+    layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, shared: Shared, layers: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """Run a stack of layers.
+
+    Args:
+        layer: The layer function.
+        params: Layer parameters with a leading axis of layers [L, ...].
+        own: Per-layer inputs with the same leading axis.
+        x_BTD: Input of the first layer.
+        shared: Inputs that all layers share.
+        layers: Indices of the layers whose outputs are kept, each at most once.
+
+    Returns:
+        Output of the last layer, and the outputs [n, B, T, D] in the order of `layers`.
+
+    Raises:
+        RequestError: If an index is not a layer or is given twice, or if the mesh has a pipeline.
+    """
+    depth, n = len(own[0]), len(layers)
+    if meshes.axis_size("pipeline") > 1:
+        raise RequestError(
+            "hidden states of chosen layers need mesh.pipeline = 1: its stages keep no outputs of layers"
+        )
+    if len(set(layers)) < n or not set(layers) <= set(range(depth)):
+        raise RequestError(f"layers {list(layers)} are not different layers of a stack of {depth} (0 is the first)")
+    slot_L = np.full(depth, n)
+    slot_L[list(layers)] = np.arange(n)
+
+    def body(carry: tuple[jax.Array, jax.Array], each: Tree) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x_BTD, kept = carry
+        here, its_own, slot = each
+        x_BTD = layer(here, x_BTD, shared, *its_own)
+        kept = jax.lax.dynamic_update_index_in_dim(kept, x_BTD, slot, axis=0)
+        return (x_BTD, meshes.constrain(kept, None, "batch", "seq", "act_embed")), None
+
+    start = (x_BTD, jnp.zeros((n + 1, *x_BTD.shape), x_BTD.dtype))
+    (x_BTD, kept), _ = jax.lax.scan(body, start, (params, own, jnp.asarray(slot_L)))
+    return x_BTD, kept[:n]
