@@ -16,7 +16,7 @@ from llmctl.compress.quantize import quantize
 from llmctl.compress.schemes import SCHEMES
 from llmctl.compress.statistics import Gram, Moments, moments, nothing
 from llmctl.config.errors import RequestError
-from llmctl.model import functional, heads
+from llmctl.model import functional, task_head
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import flatten, unflatten
 
@@ -218,7 +218,7 @@ def test_the_output_head_is_visited(tiny, batches, flags, tmp_path):
     for batch in batches:
         x_BTD = jax.jit(partial(functional.hidden, cfg))(params, batch)
         real = jnp.asarray(batch["segments"]) > 0
-        rows = heads.pool(x_BTD, batch["segments"], cfg.pooling) if cfg.head == "classify" else x_BTD[real]
+        rows = task_head.pool(x_BTD, batch["segments"], cfg.pooling) if cfg.head == "classify" else x_BTD[real]
         squares += jnp.sum(jnp.square(rows), axis=0)
     path = {"lm": "embed/tokens" if cfg.tied else "lm_head"}.get(cfg.head, "head/out")
     assert list(reports[-1].stats) == [path] and (reports[-1].stack, reports[-1].layer) == ("head", 0)

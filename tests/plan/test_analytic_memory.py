@@ -11,6 +11,7 @@ from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional
+from llmctl.model.chunked_loss import CHUNK_BYTES
 from llmctl.model.config import ModelConfig
 from llmctl.plan import analytic_counts, analytic_memory, modelled, topologies
 from llmctl.plan.hlo import counts
@@ -144,7 +145,7 @@ def test_matrices_that_recomputation_gathered_wait_for_the_gradients():
 def test_logits_are_those_of_a_chunk():
     """Of rows of 64 tokens and a vocabulary of 512: all of them, a full chunk, a token of every row, none."""
     assert analytic_memory.logits(setup(mesh={})) == 4 * 8 * 64 * 512
-    assert analytic_memory.logits(setup(mesh={}, batch_size=512)) == analytic_memory.LOGITS
+    assert analytic_memory.logits(setup(mesh={}, batch_size=512)) == CHUNK_BYTES
     assert analytic_memory.logits(setup(mesh={}, batch_size=2**14)) == 4 * 2**14 * 512
     assert analytic_memory.logits(setup(MODEL.model_copy(update={"head": "classify"}), mesh={})) == 0
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Config(StageConfig):
     """Train a language model on raw text; with `from`, continue from that artifact on other text."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("objective", "packing")
+    common: ClassVar[tuple[str, ...] | None] = ("objective",)
     starts: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
