@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config.errors import RequestError
+from llmctl.convert import sentencepiece_json
 from llmctl.convert.tokenizers import GENERATION
 from llmctl.data.tokenizers import loading as tokenizers
-from llmctl.data.tokenizers.base import DESCRIPTOR
+from llmctl.data.tokenizers.base import DESCRIPTOR, Tokenizer
 from llmctl.data.tokenizers.sentencepieces import SentencePieces
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model.generate.continuations import end_ids
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 """Token types, with the numbers of SentencePiece."""
+ABSENT = -1000.0
+"""Score of a token that the SentencePiece model does not have, as llama.cpp's converter writes it."""
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -158,10 +161,11 @@ def write(writer: Any, folder: Path, rows: int) -> str:
     if not (folder / DESCRIPTOR).is_file():
         return "the artifact has no tokenizer, and neither has the file"
     words = tokenizers.load(folder)
-    if isinstance(words, JsonTokenizer):
+    pieces = sentencepiece_json.twin(words, folder) if isinstance(words, JsonTokenizer) else words
+    if isinstance(pieces, SentencePieces):
+        tokens, kinds = _write_sentencepiece(writer, pieces, words, rows)
+    elif isinstance(words, JsonTokenizer):
         tokens, kinds = _write_bpe(writer, words, str(folder))
-    elif isinstance(words, SentencePieces):
-        tokens, kinds = _write_sentencepiece(writer, words)
     else:
         raise RequestError(f"{folder}: GGUF has no kind for a tokenizer of kind {words.kind!r}")
     filler = [f"[PAD{i}]" for i in range(len(tokens), rows)]
@@ -179,7 +183,14 @@ def write(writer: Any, folder: Path, rows: int) -> str:
     if template := tokenizers.chat_template(folder):
         writer.add_chat_template(template)
     more = f"llama.cpp has no key for the end tokens {others[2:]}" if others[2:] else ""
-    return "; ".join(filter(None, (more, _difference(words) if isinstance(words, SentencePieces) else "")))
+    return "; ".join(filter(None, (more, _unlike(words, pieces) if isinstance(pieces, SentencePieces) else "")))
+
+
+def _unlike(words: Tokenizer, pieces: SentencePieces) -> str:
+    """Describe how llama.cpp tokenizes with SentencePiece's pieces in contrast to the artifact's tokenizer."""
+    if isinstance(words, JsonTokenizer) and sentencepiece_json.spaces_differ(words, pieces):
+        return "llama.cpp adds a space before a text that begins with one, and this tokenizer.json does not"
+    return _difference(pieces)
 
 
 def _difference(words: SentencePieces) -> str:
@@ -225,12 +236,18 @@ def _pre(cut: Any, where: str) -> str:
         found = next((name for name, regex in SPLITS.items() if regex == pattern), None)
         if found:
             return found
-    raise RequestError(f"{where}: llama.cpp has no name for how this tokenizer cuts text ({', '.join(kinds) or 'not'})")
+    raise RequestError(
+        f"{where}: llama.cpp has no name for how this tokenizer cuts text ({', '.join(kinds) or 'not'}); "
+        "import the model again from a folder that also has a tokenizer.model of the same tokens"
+    )
 
 
-def _write_sentencepiece(writer: Any, words: SentencePieces) -> tuple[list[str], list[int]]:
+def _write_sentencepiece(
+    writer: Any, pieces: SentencePieces, words: Tokenizer, rows: int
+) -> tuple[list[str], list[int]]:
+    """Write SentencePiece's pieces; `words` is the same, or a tokenizer.json that may have added tokens."""
     pb = _protobuf()
-    model = pb.ModelProto.FromString(words.model)
+    model = pb.ModelProto.FromString(pieces.model)
     unigram = model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM
     writer.add_tokenizer_model("t5" if unigram else "llama")
     writer.add_tokenizer_pre("default")
@@ -238,5 +255,14 @@ def _write_sentencepiece(writer: Any, words: SentencePieces) -> tuple[list[str],
         writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
         writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
     writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
-    writer.add_token_scores([p.score for p in model.pieces])
-    return [p.piece for p in model.pieces], [p.type for p in model.pieces]
+    tokens, kinds = [p.piece for p in model.pieces], [p.type for p in model.pieces]
+    added = json.loads(words.model).get("added_tokens", []) if isinstance(words, JsonTokenizer) else []
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), words.vocab_size)]
+    kinds += [UNUSED] * (len(tokens) - len(kinds))
+    for token in added:
+        i = token["id"]
+        tokens[i] = token["content"]
+        if kinds[i] in (NORMAL, USER, UNUSED):
+            kinds[i] = CONTROL if token["special"] else USER
+    writer.add_token_scores([p.score for p in model.pieces] + [ABSENT] * (rows - len(model.pieces)))
+    return tokens, kinds

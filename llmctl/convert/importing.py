@@ -123,7 +123,9 @@ def run(
             stored,
             found.model,
             stage="import",
-            key=hashlib.sha256(f"{made_of} {_key(brought, '') if brought else ''}".encode()).hexdigest(),
+            key=hashlib.sha256(
+                f"{made_of} {_key(brought, '', tokenizers.unread(brought)) if brought else ''}".encode()
+            ).hexdigest(),
             config={"source": str(source), "dtype": dtype},
             name=name,
             labels=found.labels,
@@ -207,9 +209,10 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: progress.advance(task, n)
 
 
-def _key(source: Path, dtype: str) -> str:
-    """Return a hash of the source's files; later stages are keyed by it."""
+def _key(source: Path, dtype: str, without: tuple[str, ...] = ()) -> str:
+    """Return a hash of the source's files except those of these names; later stages are keyed by it."""
     files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
+    files = [f for f in files if f.name not in without]
     total = hashlib.sha256(f"import:{dtype}\n".encode())
     for file in files:
         try:

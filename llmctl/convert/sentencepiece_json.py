@@ -1,15 +1,17 @@
-"""Conversion of SentencePiece models to tokenizer.json, for programs that read only that format.
+"""SentencePiece models and tokenizer.json: conversion for programs that read only the latter, and a test of equality.
 
-The result is used only if both tokenize a set of samples identically.
+A conversion, and a model found beside a tokenizer.json, are used only if both tokenize a set of samples identically.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from llmctl.data.tokenizers.sentencepieces import SentencePieces
+from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 """Piece types of SentencePiece."""
@@ -24,6 +26,33 @@ SAMPLES = (
     "",
 )
 """Texts that both tokenizers must split identically."""
+
+
+def twin(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
+    """Return the SentencePiece model beside a tokenizer.json, as Llama 2, Mistral and Gemma have it.
+
+    Returns:
+        The model, or None if there is none, or if it has other tokens or splits one of the samples differently. Samples
+        that begin with a space may differ (`spaces_differ`).
+    """
+    file = folder / SentencePieces.file
+    if not file.is_file():
+        return None
+    try:
+        found = SentencePieces(file.read_bytes(), words.add_bos)
+    except ValueError:
+        return None
+    if found.vocab_size > words.vocab_size:
+        return None
+    names = {i: t for t, i in Tokenizer.from_buffer(words.model).get_vocab(with_added_tokens=True).items()}
+    if any(names.get(i) != found.piece(i) for i in range(found.vocab_size)):
+        return None
+    return found if all(words.encode(t) == found.encode(t) for t in SAMPLES if not t.startswith(" ")) else None
+
+
+def spaces_differ(words: JsonTokenizer, found: SentencePieces) -> bool:
+    """Return whether a text that begins with spaces is split differently; newer files add no space before it."""
+    return any(words.encode(t) != found.encode(t) for t in SAMPLES if t.startswith(" "))
 
 
 def convert(words: SentencePieces) -> Tokenizer | None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config.errors import RequestError
-from llmctl.convert import post_processor
+from llmctl.convert import post_processor, sentencepiece_json
 from llmctl.convert.lazy_tensors import listed
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import TextTemplate
+from llmctl.data.tokenizers.sentencepieces import SentencePieces
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model.config import ModelConfig
 
@@ -67,7 +68,14 @@ def bring(
         if (folder / name).is_file():
             shutil.copy(folder / name, work / name)
     _write_ends(work, found, [config.get("eos_token_id"), read_json((of or folder) / GENERATION).get("eos_token_id")])
+    if isinstance(found, JsonTokenizer) and sentencepiece_json.twin(found, folder):
+        shutil.copy(folder / SentencePieces.file, work / SentencePieces.file)  # GGUF export needs it
     return work
+
+
+def unread(folder: Path) -> tuple[str, ...]:
+    """Return the names of files in a tokenizer folder that no stage reads: the model beside a tokenizer.json."""
+    return (SentencePieces.file,) if (folder / JsonTokenizer.file).is_file() else ()
 
 
 def reads_texts(model: ModelConfig) -> bool:

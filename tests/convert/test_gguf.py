@@ -1,5 +1,6 @@
 """GGUF files: the gguf package reads our files, round trips, rounding by kind, vocabularies."""
 
+import json
 import shutil
 import struct
 
@@ -131,6 +132,72 @@ def test_biases_that_llama_cpp_does_not_read_are_refused(name, save, wild, words
     code, _, err = call("export", save(cfg, wild(cfg)), "--to", "gguf", "--out", tmp_path / "g")
     assert code == 2
     assert "llama.cpp reads no such biases" in err and "--drop" not in err
+
+
+@pytest.fixture(scope="session")
+def pieces():
+    from llmctl.data.config import TokenizerConfig
+
+    texts = [f"{a}{b} {b}{a}" for a in ("ka", "mo", "ri", "ten", "lu") for b in ("san", "pe", "do", "shi")]
+    return loading.train(texts, TokenizerConfig(kind="bpe", vocab_size=280, normalize="identity"))
+
+
+@pytest.mark.parametrize("case", ["same", "added", "metaspace"])
+def test_a_sentencepiece_model_beside_the_same_tokenizer_json_goes_to_gguf(case, pieces, wild, call, tmp_path):
+    """Llama 2, Mistral, TinyLlama and Gemma folders: llama.cpp has no name for how their tokenizer.json splits text."""
+    from tokenizers import AddedToken, normalizers, pre_tokenizers
+
+    from llmctl.convert import hf_folder, sentencepiece_json
+    from llmctl.evaluate.tasks.registry import default
+
+    made = sentencepiece_json.convert(pieces)
+    if case == "added":
+        made.add_special_tokens([AddedToken("<|im_start|>", special=True)])
+    if case == "metaspace":  # as transformers writes it since 2024
+        made.normalizer = normalizers.Sequence([])
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    sizes = {"d_model": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "d_ff": 32, "max_seq_len": 64}
+    cfg = ModelConfig(family="llama", vocab_size=288, **sizes)
+    config = hf_folder.config_of(cfg, default(cfg), [], {}, "float32")
+    hf_folder.save(tmp_path / "hf", config, hf_folder.tensors_of(cfg, wild(cfg)))
+    (tmp_path / "hf" / "tokenizer.json").write_text(made.to_str())
+    said = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "add_bos_token": True}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(said))
+    assert call("import", tmp_path / "hf", "--out", tmp_path / "without")[0] == 0
+    code, _, err = call("export", tmp_path / "without", "--to", "gguf", "--out", tmp_path / "x")
+    assert code == 2
+    assert "a folder that also has a tokenizer.model of the same tokens" in err
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(pieces.model)
+    assert call("import", tmp_path / "hf", "--out", tmp_path / "a")[0] == 0
+    words = loading.load(tmp_path / "a" / "tokenizer")
+    assert words.kind == "json"
+    code, _, err = call("export", tmp_path / "a", "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")
+    assert code == 0, err
+    assert ("adds a space before a text that begins with one" in err) == (case == "metaspace")
+    fields = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "g" / "model.gguf").fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.scores"]) == 288
+    if case == "added":
+        assert fields["tokenizer.ggml.tokens"][280] == "<|im_start|>"
+        assert fields["tokenizer.ggml.token_type"][280] == gguf.TokenType.CONTROL
+    assert call("import", tmp_path / "g" / "model.gguf", "--out", tmp_path / "b")[0] == 0
+    back = loading.load(tmp_path / "b" / "tokenizer")
+    for text in ("kasan pedo, ünï 你", "mo  ri\n\nten"):
+        assert back.prompt(text) == words.prompt(text)
+    assert (back.bos_id, back.eos_id) == (words.bos_id, words.eos_id)
+
+
+def test_a_sentencepiece_model_of_other_tokens_is_not_taken(pieces, tmp_path):
+    from llmctl.convert import sentencepiece_json
+    from llmctl.data.config import TokenizerConfig
+    from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
+
+    words = JsonTokenizer(sentencepiece_json.convert(pieces).to_str().encode(), special={"eos": "</s>"})
+    texts = [f"{a} {b}" for a in ("una", "voz", "que", "dice") for b in ("tarde", "noche", "siempre")]
+    other = loading.train(texts, TokenizerConfig(kind="bpe", vocab_size=280, normalize="identity"))
+    for model, taken in ((other.model, False), (b"nothing", False), (pieces.model, True)):
+        (tmp_path / "tokenizer.model").write_bytes(model)
+        assert (sentencepiece_json.twin(words, tmp_path) is not None) == taken
 
 
 def test_what_llama_cpp_does_otherwise_with_a_vocabulary_is_said():
