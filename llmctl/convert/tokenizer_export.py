@@ -29,14 +29,14 @@ def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Written:
-    """What `hand_on` wrote."""
+    """Result of `hand_on`: the exported tokenizer's ids, and the rows that its embedding table needs."""
 
     ids: dict[str, Any]
     """Ids of special tokens under the names of config.json."""
     rows: int
     """Rows that the embedding table needs; 0 if those of the model suffice."""
     said: tuple[str, ...] = ()
-    """What other programs do otherwise, one line each."""
+    """Differences in how other programs read texts, one line each."""
 
 
 def hand_on(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Written | None:

@@ -53,7 +53,7 @@ def files_below(spec: str) -> list[epath.Path]:
 
 
 def folder(spec: str) -> epath.Path:
-    """Convert `spec` to a path, which may be a folder or lie inside a package. The path may be absent.
+    """Convert `spec` to the path of a file or folder, also inside a package. The path may be absent.
 
     Raises:
       RequestError: the package is not installed.

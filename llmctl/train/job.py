@@ -29,7 +29,7 @@ EXTRA = "extra/"
 
 @dataclass(frozen=True)
 class Job:
-    """What the training loop needs from a stage."""
+    """Training job of a stage: initial parameters, loss, rows, validation, and what is trained."""
 
     params: Params
     """Initial parameters, sharded over the mesh. Trained arrays are donated to the training state; abstract arrays

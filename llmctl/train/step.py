@@ -28,7 +28,7 @@ from llmctl.train import optim
 from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 
 Fixed = tuple[Params, tuple[Any, ...]]
-"""What a step reads and does not change: arrays that are not trained, and the job's constants."""
+"""Inputs of a step that it does not change: arrays that are not trained, and the job's constants."""
 
 TOO_MANY_BAD = 20
 """Bad steps in a row that end a run. Later steps change nothing, so the host may check the count less often."""

@@ -46,7 +46,7 @@ def choose_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample the dropped tokens of n, and the starts of their spans: two bool arrays [n].
 
-    Spans lie in different gaps between the kept tokens. All choices of gaps are equally likely, and so are all
+    Each span has its own gap between the kept tokens. All choices of gaps are equally likely, and so are all
     divisions of the dropped tokens into spans.
 
     Args:

@@ -49,7 +49,7 @@ Scored = tuple[dict[str, Any], tuple[Any, Any] | None]
 """Metrics by name, and (truth, predictions) of all examples, or None if there are none."""
 
 KINDS = {"class": "classes", "number": "numbers", "set": "sets of classes"}
-"""What labels are, by `data.label_type`."""
+"""Names of label types in messages, by `data.label_type`."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class Config(StageConfig):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
     """Sizes of the model; its vocabulary is the tokenizer's. With `from`, the parent's are used."""
     packing: Literal["segments", "concat", "fit"] = "segments"
-    """How documents share rows: cut at row ends (segments), also attending to each other (concat), or uncut with
-    padding (fit)."""
+    """Packing of documents into rows. segments: cut at row ends. concat: cut, with attention across documents. fit: whole
+    documents with padding."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix"] = ""
     """Training objective. causal: the next token. masked: masked tokens. next_sentence: also whether a passage follows
     another. spans: dropped spans (encoder-decoder). prefix: the rest of a text (encoder-decoder). Default: by the
