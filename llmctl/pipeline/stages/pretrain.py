@@ -39,8 +39,8 @@ class Config(StageConfig):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
     """Sizes of the model; its vocabulary is the tokenizer's. With `from`, the parent's are used."""
     packing: Literal["segments", "concat", "fit"] = "segments"
-    """Packing of documents into rows. segments: cut at row ends. concat: cut, with attention across documents. fit: whole
-    documents with padding."""
+    """Packing of documents into rows. segments: cut at row ends. concat: the same, with attention across documents.
+    fit: not cut, with padding."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix"] = ""
     """Training objective. causal: the next token. masked: masked tokens. next_sentence: also whether a passage follows
     another. spans: dropped spans (encoder-decoder). prefix: the rest of a text (encoder-decoder). Default: by the
