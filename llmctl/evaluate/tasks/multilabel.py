@@ -138,8 +138,8 @@ def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
 def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Return micro and macro F1, the subset accuracy, 95 % intervals, and the scores of each class.
 
-    The interval of micro F1 is that of a ratio of sums over independent rows (delta method), that of the subset
-    accuracy is Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
+    The interval of micro F1 is that of a ratio of sums over independent rows (delta method). It is left out if every
+    row has the same share of errors (none, say), because its width would be 0. That of the subset accuracy is Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
     """
     hit_NC, both_NC = truth_NC & said_NC, truth_NC.astype(np.int64) + said_NC
     hit_C, support_C, said_C, both_C = (a.sum(0) for a in (hit_NC, truth_NC, said_NC, both_NC))
@@ -150,8 +150,7 @@ def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> d
     low, high = wilson_interval(exact, len(truth_NC))
     return {
         "micro_f1": micro,
-        "micro_f1_low": max(micro - half, 0.0),
-        "micro_f1_high": min(micro + half, 1.0),
+        **({"micro_f1_low": max(micro - half, 0.0), "micro_f1_high": min(micro + half, 1.0)} if half else {}),
         "macro_f1": float(f1_C[both_C > 0].mean()) if both_C.any() else 0.0,
         "exact_match": exact / len(truth_NC),
         "exact_match_low": low,

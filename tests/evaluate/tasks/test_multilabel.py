@@ -84,6 +84,8 @@ def test_f1_by_hand():
     assert found["micro_f1_low"] == pytest.approx(6 / 9 - half) and found["micro_f1_high"] == pytest.approx(
         6 / 9 + half
     )
+    perfect = multilabel.scores(TRUTH, TRUTH, ["a", "b", "c", "d"])
+    assert perfect["micro_f1"] == 1 and "micro_f1_low" not in perfect and perfect["exact_match_low"] < 1
     nothing = multilabel.scores(TRUTH & False, SAID & False, ["a", "b", "c", "d"])
     assert nothing["micro_f1"] == nothing["macro_f1"] == 0 and nothing["exact_match"] == 1
 
