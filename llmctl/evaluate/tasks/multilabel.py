@@ -139,7 +139,8 @@ def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> d
     """Return micro and macro F1, the subset accuracy, 95 % intervals, and the scores of each class.
 
     The interval of micro F1 is that of a ratio of sums over independent rows (delta method). It is left out if every
-    row has the same share of errors (none, say), because its width would be 0. That of the subset accuracy is Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
+    row has the same share of errors (none, say), because its width would be 0. The interval of the subset accuracy is
+    Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
     """
     hit_NC, both_NC = truth_NC & said_NC, truth_NC.astype(np.int64) + said_NC
     hit_C, support_C, said_C, both_C = (a.sum(0) for a in (hit_NC, truth_NC, said_NC, both_NC))
