@@ -14,7 +14,8 @@ MUCH = 0.25
 
 def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
     """Return for each side of a row (by its array of segments) the number of tokens [N] of a sample, and the room."""
-    some = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
+    last = min(len(rows), getattr(rows, "total", None) or len(rows))  # a part of an epoch may be all that there is
+    some = np.unique(np.linspace(0, last - 1, min(SAMPLE, last)).astype(np.int64))
     batch = rows.batch(some)
     return {
         name: ((a > 0).sum(axis=1), a.shape[1])

@@ -3,10 +3,13 @@
 import numpy as np
 
 from llmctl.data import padding
+from llmctl.data.pretraining.mixing import MixedRows
 
 
 class Rows:
     """Rows of these lengths in 16 positions."""
+
+    tokens, waste = 0, 0.0
 
     def __init__(self, lengths, name="segments"):
         self.lengths, self.name = np.array(lengths), name
@@ -31,3 +34,11 @@ def test_much_padding_is_said_with_the_lengths():
 def test_a_quarter_of_padding_and_rows_without_segments_are_not_mentioned():
     assert padding.describe(Rows([12, 12])) == []
     assert padding.describe(Rows([4], "other")) == []
+
+
+def test_rows_after_the_sources_epochs_are_not_read():
+    # data.epochs = 0.5 leaves 2 of 4 rows; of two epochs, the rows of the first are read.
+    for epochs, found in ((0.5, 2), (1.0, 4), (2.0, 4)):
+        rows = MixedRows([Rows([4, 4, 4, 4])], [1.0], [epochs])
+        assert padding.lengths(rows)["segments"][0].tolist() == [4] * found
+        assert padding.describe(rows)[0].startswith("75%")
