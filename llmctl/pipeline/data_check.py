@@ -48,27 +48,36 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
     """Return the canonical columns that a stage's data must have, as far as the recipe says; else none."""
     if step.config.kind == "pretrain":
         return ("text",)
-    task = _task(recipe, step)
-    if not task or task == "lm":  # text, or prompts and completions, as the data has them
-        return ()
     from llmctl.evaluate.tasks.registry import TASKS
 
-    return tuple(c for c in TASKS[task].columns if c != "pair")  # the pair is optional with scores
+    # "lm" reads text, or prompts and completions, as the data has them
+    tasks = [TASKS[t] for t in _tasks(recipe, step) if t != "lm"]
+    columns = dict.fromkeys(c for task in tasks for c in task.columns)
+    return tuple(c for c in columns if c != "pair")  # the pair is optional with scores
 
 
-def _task(recipe: Recipe, step: Step) -> str:
-    """Return the task of a stage that reads its data as a task: its own, its teacher's, or that of what it measures."""
+def _tasks(recipe: Recipe, step: Step) -> list[str]:
+    """Return the tasks of a stage that reads its data as a task.
+
+    These are its own, else those of the artifacts that it names (a teacher, or what eval measures). Only a stage that
+    names none reads its data as its parent's task.
+    """
     if hasattr(step.config, "task"):
-        return str(getattr(step.config, "task", ""))
+        return [str(getattr(step.config, "task", ""))]
     if step.config.kind not in ("distill", "eval"):
-        return ""
+        return []
+    own = list(getattr(step.config, "tasks", ()))
+    named = [_learned(recipe, read) for read in step.others.values() or [step.parent]]
+    return own or [task for task in named if task]
+
+
+def _learned(recipe: Recipe, read: str | Path | None) -> str:
+    """Return the task that an artifact of the recipe was finetuned for; empty if it was not."""
     steps: dict[Any, Step] = {s.name: s for s in recipe.steps}
-    for read in (*reversed(step.others.values()), step.parent):
-        at = read
-        while isinstance(at, str) and at in steps:
-            if hasattr(steps[at].config, "task"):
-                return str(getattr(steps[at].config, "task", ""))
-            at = steps[at].parent
+    while isinstance(read, str) and read in steps:
+        if hasattr(steps[read].config, "task"):
+            return str(getattr(steps[read].config, "task", ""))
+        read = steps[read].parent
     return ""
 
 

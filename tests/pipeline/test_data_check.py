@@ -73,3 +73,27 @@ def test_stages_that_are_not_asked_for_are_not_checked(written):
     chosen = recipe.read(written(data=MAPPED, finetune='task = "tokens"'))
     data_check.check(chosen, ["pretrain"])
     assert data_check.needed(chosen, chosen.steps[2]) == ("tokens", "tags")  # eval measures what was finetuned
+
+
+@pytest.mark.parametrize(
+    ("measures", "columns"),
+    [
+        ('of = ["pretrain"]', ()),
+        ('of = ["finetune"]', ("text", "label")),
+        ("", ("text", "label")),  # all models before it, and one of them needs labels
+        ('of = ["finetune"]\ntasks = ["lm"]', ()),
+        ('of = ["pretrain"]\ntasks = ["masked", "next_sentence"]', ("text",)),
+    ],
+)
+def test_an_eval_needs_the_columns_of_what_it_measures(written, measures, columns):
+    """The parent, which is the last model before it, does not count if others are named."""
+    chosen = recipe.read(written(data=MAPPED, eval=measures))
+    assert data_check.needed(chosen, chosen.steps[2]) == columns
+
+
+def test_a_language_model_before_a_classifier_is_measured_on_plain_text(written, tmp_path):
+    (tmp_path / "plain.txt").write_text("some text\n")
+    plain = f'data = {{ source = "text", path = "{tmp_path / "plain.txt"}", columns = {{ text = "text" }} }}'
+    data_check.check(recipe.read(written(data=MAPPED, eval=f'of = ["pretrain"]\n{plain}')))
+    with pytest.raises(RequestError, match=r"eval: the data has no column 'label'"):
+        data_check.check(recipe.read(written(data=MAPPED, eval=plain)))
