@@ -21,6 +21,14 @@ CHUNK = 1024
 """Documents per tokenizer call. It keeps all cores busy, and bounds the memory of Python lists of ids."""
 
 
+class Tokens(Protocol):
+    """Protocol of the token ids of all documents, one after another: a flat array, or what is indexed like one."""
+
+    def __getitem__(self, at_N: np.ndarray, /) -> np.ndarray:
+        """Return the token ids at these positions, integers [N]."""
+        ...
+
+
 class Documents(Protocol):
     """Protocol of tokenized documents, in any storage. Packing needs nothing else."""
 
@@ -29,8 +37,9 @@ class Documents(Protocol):
         """Return the number of tokens of each document, int64 [D]."""
         ...
 
-    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Return the token at `offset` of each `doc`, int32 [N]."""
+    @property
+    def tokens(self) -> Tokens:
+        """Return the token ids. The first of document d is at position `lengths[:d].sum()`."""
         ...
 
 
@@ -56,10 +65,6 @@ class Corpus:
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each document, int64 [D]."""
         return np.diff(self.starts)
-
-    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Return the token at `offset` of each `doc`, int32 [N]."""
-        return self.tokens[self.starts[doc_N] + offset_N].astype(np.int32)
 
     def save(self, folder: Path, tokenizer: str, texts: str) -> None:
         """Save the arrays and a description to a folder.

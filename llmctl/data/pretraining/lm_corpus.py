@@ -171,14 +171,19 @@ class Joined:
 
     def __init__(self, parts: list[Documents]):
         self._parts = parts
-        self._starts = np.cumsum([0, *(len(p.lengths) for p in parts)])
+        self._starts = np.cumsum([0, *(int(p.lengths.sum()) for p in parts)])
         self.lengths = np.concatenate([p.lengths for p in parts])
 
-    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Return the token at `offset` of each `doc`, int32 [N]."""
-        part_N = np.searchsorted(self._starts, doc_N, "right") - 1
-        tokens_N = np.empty(len(doc_N), np.int32)
+    @property
+    def tokens(self) -> Joined:
+        """Return what `__getitem__` indexes."""
+        return self
+
+    def __getitem__(self, at_N: np.ndarray) -> np.ndarray:
+        """Return the token ids at these positions, int32 [N]."""
+        part_N = np.searchsorted(self._starts, at_N, "right") - 1
+        tokens_N = np.empty(len(at_N), np.int32)
         for p in np.unique(part_N):
             here_N = part_N == p
-            tokens_N[here_N] = self._parts[p].gather(doc_N[here_N] - self._starts[p], offset_N[here_N])
+            tokens_N[here_N] = self._parts[p].tokens[at_N[here_N] - self._starts[p]]
         return tokens_N

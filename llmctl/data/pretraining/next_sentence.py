@@ -79,6 +79,7 @@ class PairRows:
         self.seq_len, self._corpus, self._words, self._seed = seq_len, corpus, words, seed
         self._rate, self._whole_words = rate, whole_words
         self._length_D = np.asarray(corpus.lengths, np.int64)
+        self._start_D = np.cumsum(self._length_D) - self._length_D
         parts_D = np.where(self._length_D > 1, np.maximum(1, np.rint(self._length_D / (seq_len - 3))), 0).astype(
             np.int64
         )
@@ -170,7 +171,7 @@ class PairRows:
         inside_NT = at < length_N[:, None]
         tokens_NT = np.full(inside_NT.shape, self._words.pad_id, np.int32)
         which_N, offset_N = np.nonzero(inside_NT)
-        tokens_NT[inside_NT] = self._corpus.gather(doc_N[which_N], start_N[which_N] + offset_N)
+        tokens_NT[inside_NT] = self._corpus.tokens[(self._start_D[doc_N] + start_N)[which_N] + offset_N]
         segments_NT = inside_NT.astype(np.int32)
         last_NT = np.zeros_like(inside_NT)
         packed = Packed(number_N, tokens_NT, tokens_NT, last_NT, segments_NT, (at * segments_NT).astype(np.int32))
@@ -206,7 +207,7 @@ class PairRows:
         length_N1 = self._length_D[doc_N][:, None]
         real_NW = (at_NW >= 0) & (at_NW < length_N1)
         tokens_NW = np.full(at_NW.shape, self._words.pad_id, np.int64)
-        tokens_NW[real_NW] = self._corpus.gather(np.broadcast_to(doc_N[:, None], at_NW.shape)[real_NW], at_NW[real_NW])
+        tokens_NW[real_NW] = self._corpus.tokens[(self._start_D[doc_N][:, None] + at_NW)[real_NW]]
         begins_NW = self._words.begins_sentence(tokens_NW[:, :-1], tokens_NW[:, 1:])
         begins_NW &= (at_NW[:, 1:] >= LEAST) & (at_NW[:, 1:] <= length_N1 - LEAST)
         distance_NW = np.where(begins_NW, np.abs(at_NW[:, 1:] - near_N[:, None]), np.iinfo(np.int64).max)

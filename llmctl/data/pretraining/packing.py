@@ -109,6 +109,7 @@ class PackedRows:
         self.seq_len, self.packing, self.shuffle = seq_len, packing, shuffle
         self._corpus, self._tokenizer, self._seed, self._objective = corpus, tokenizer, seed, objective
         self._length_D = corpus.lengths + tokenizer.add_bos + 1
+        self._start_D = np.cumsum(corpus.lengths) - corpus.lengths
         self.tokens = int(self._length_D.sum())
         """Number of tokens per epoch, including beginning-of-sequence and end-of-sequence tokens."""
         self._fixed: Layout | None = None
@@ -200,7 +201,7 @@ class PackedRows:
         if bos:
             out[where & (offset == 0)] = self._tokenizer.bos_id
         text = where & (offset >= bos) & (offset < last)
-        out[text] = self._corpus.gather(doc[text], offset[text] - bos)
+        out[text] = self._corpus.tokens[self._start_D[doc[text]] + offset[text] - bos]
         return out
 
     def _epoch(self, epoch: int) -> tuple[Layout, np.ndarray | None]:

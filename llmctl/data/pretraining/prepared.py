@@ -9,7 +9,6 @@ tokenizer/        the tokenizer
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import numpy as np
@@ -103,9 +102,9 @@ class Shards:
                 raise RequestError(f"{file}: missing or damaged; prepare the data again")
         with (where / part.lengths).open("rb") as stream:
             self._lengths = np.load(stream, allow_pickle=False).astype(np.int64)
-        self._ends = list(itertools.accumulate(s.documents for s in part.shards))
+        self._starts = np.cumsum(self._lengths) - self._lengths
         self._dtype = dtype
-        if len(self._lengths) != self._ends[-1]:
+        if len(self._lengths) != sum(s.documents for s in part.shards):
             raise RequestError(f"{where / part.lengths}: damaged; prepare the data again")
 
     @property
@@ -113,14 +112,20 @@ class Shards:
         """Return the number of tokens of each document, int64 [D]."""
         return self._lengths
 
-    def gather(self, doc_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-        """Return the token at `offset` of each `doc`, int32 [N]. Each document is read once."""
-        if not len(doc_N):
+    @property
+    def tokens(self) -> Shards:
+        """Return what `__getitem__` indexes."""
+        return self
+
+    def __getitem__(self, at_N: np.ndarray) -> np.ndarray:
+        """Return the token ids at these positions, int32 [N]. Each document is read once."""
+        if not len(at_N):
             return np.zeros(0, np.int32)
+        doc_N = np.searchsorted(self._starts, at_N, "right") - 1
         unique, which_N = np.unique(doc_N, return_inverse=True)
         documents = self._read([int(d) for d in unique])
         starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
-        return np.concatenate(documents)[starts[which_N] + offset_N].astype(np.int32)
+        return np.concatenate(documents)[starts[which_N] + at_N - self._starts[doc_N]].astype(np.int32)
 
     def _read(self, docs: list[int]) -> list[np.ndarray]:
         # `__getitems__` uses a thread per shard, which helps for remote files only. Local reads already run in the data
