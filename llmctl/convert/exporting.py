@@ -208,10 +208,9 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
     """
 
     def cast(path: str, w: Any) -> Any:
-        integers = weights.as_node(w).integers()
-        if integers and (dtype is None or (packed and weights.is_kernel(path))):
-            return integers.with_activations("")
-        return w if dtype is None else jnp.asarray(weights.dense(w), dtype)
+        node = weights.as_node(w)
+        stays = dtype is None or (packed and weights.is_kernel(path) and node.integers() is not None)
+        return node.without_activations() if stays else jnp.asarray(node.dense(), dtype)
 
     return {path: cast(path, w) for path, w in weights.flatten(params).items()}
 
@@ -219,7 +218,8 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
 def _adapter(found: artifact.Artifact, draft: Path) -> tuple[float, float | None, str]:
     """Write an adapter, and compare the base with it, as PEFT loads both, with the artifact."""
     delta, cfg = peft.export(found, draft), found.model
-    integers = [weights.as_node(w).integers() for w in weights.flatten(found.params).values()]
+    bases = weights.flatten(weights.without_adapters(found.params)).values()
+    integers = [weights.as_node(w).integers() for w in bases]
     missing = text_proof.available(4 * found.manifest.parameters, "peft")
     if any(w is not None and w.activations for w in integers):
         missing = "the base quantizes activations, which a dense base does not"

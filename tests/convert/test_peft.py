@@ -2,12 +2,14 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
+from llmctl.compress.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.convert import peft, safetensors
 from llmctl.convert.lazy_tensors import of_array
@@ -55,6 +57,19 @@ def test_pairs_are_merged_in_a_dense_export(save, config, tuned, call, tmp_path)
     stored = safetensors.read_folder(tmp_path / "hf")["model.layers.2.mlp.down_proj.weight"].read()
     merged = weights.dense(weights.flatten(tuned)["decoder/blocks/mlp/down/kernel"])[2].T
     np.testing.assert_allclose(stored, merged, atol=1e-6)
+
+
+@pytest.mark.parametrize(("to", "proof"), [
+    ("peft", "llmctl reads the written weights (the base quantizes activations, which a dense base does not)"),
+    ("hf", "from text, transformers reads what was written"),
+])  # fmt: skip
+def test_pairs_over_a_base_that_quantizes_activations(to, proof, save, config, params, tuned, call, tmp_path):
+    """Neither PEFT's base nor the merged matrices quantize activations, which the comparisons take into account."""
+    flat = weights.flatten(quantize(params, scheme="int8", activations="int8")[0])
+    flat |= {path: replace(w, base=flat[path]) for path, w in weights.of_type(tuned, weights.LowRank).items()}
+    code, made, err = call("export", save(config, weights.unflatten(flat)), "--to", to, "--out", tmp_path / "made")
+    assert code == 0, err
+    assert made["parity"] < 1e-4 and made["proof"] == proof
 
 
 def test_there_and_back(adapter, saved, tuned, call, tmp_path):

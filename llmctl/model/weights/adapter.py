@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
 import jax
@@ -69,6 +69,10 @@ class Adapter(Node):
     def merged(self) -> jax.Array:
         """See Node; float32 for a base of integers with float32 scales."""
         return self.dense(self.base.dtype)
+
+    def without_activations(self) -> Self:
+        """See Node; the base decides about activations."""
+        return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
         """See Node."""

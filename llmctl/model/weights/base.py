@@ -178,6 +178,10 @@ class Node(abc.ABC):
         """
         raise RequestError(f"a {self.kind} weight cannot quantize its activations to {kind}")
 
+    def without_activations(self) -> Any:
+        """Return the weight whose product keeps its activations as they are, as a dense export of it does."""
+        return self
+
     def masked(self, mask: jax.Array) -> Any:
         """Return the weight with zeros where the mask, of (or broadcast to) logical shape, is False.
 

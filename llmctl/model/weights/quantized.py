@@ -83,6 +83,10 @@ class Quantized(Node):
         """See Node."""
         return replace(self, activations=kind)
 
+    def without_activations(self) -> Quantized:
+        """See Node."""
+        return replace(self, activations="")
+
     def masked(self, mask: jax.Array) -> Quantized:
         """See Node; integers and scales stay elsewhere."""
         zero = jnp.zeros((), self.array.qvalue.dtype)

@@ -81,6 +81,10 @@ class Plain(Node):
         """See Node."""
         return self.array
 
+    def without_activations(self) -> Any:
+        """See Node."""
+        return self.array
+
     def for_decoding(self, on_cpu: bool) -> Any:
         """See Node."""
         return self.array

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
 from llmctl.artifacts import artifact
 from llmctl.compress import shrink
@@ -152,6 +153,14 @@ def test_what_it_cannot_do_is_refused_by_name(params):
         shrink.take(PATH, node, np.zeros((2, 8), np.int64), -2)
     assert shrink.take(PATH, node, np.zeros((2, 8), np.int64), -1).shape == (2, 16, 8)
     assert node.integers() is None and weights.zero_names(params) == frozenset() and sparsity(params) > 0.2
+
+
+def test_activations_are_dropped_from_a_base_too():
+    plain = weights.Quantized(qwix.quantize(jnp.arange(8.0).reshape(4, 2), "int8", channelwise_axes=[1]))
+    base = plain.with_activations("int8")
+    pair = weights.LowRank(base, jnp.ones((4, 1)), jnp.ones((1, 2)), 1.0)
+    assert base.without_activations() == plain and pair.without_activations().base == plain
+    assert weights.as_node(plain.array.scale).without_activations() is plain.array.scale
 
 
 def test_a_shape_that_the_config_has_not_is_refused(params, batch):
