@@ -57,25 +57,25 @@ class Config(CalibrationConfig, StageConfig):
     value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient), random."""
     heads: float = Field(default=0.0, ge=0)
     """Short form of keep_heads (from 1) and remove_heads (below 1); 0 keeps all."""
-    keep_heads: int = Field(default=0, ge=0)
+    keep_heads: int = Field(default=0, ge=0, strict=True)
     """Structured: number of query heads to keep per layer."""
-    remove_heads: float = Field(default=0.0, ge=0, lt=1)
+    remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Structured: fraction of the query heads to remove per layer."""
     heads_by: Literal["groups", "queries"] = "groups"
     """Structured: remove key/value heads with all their query heads, or query heads evenly from each of them."""
     ffn: float = Field(default=0.0, ge=0)
     """Short form of keep_ffn (from 1) and remove_ffn (below 1); 0 keeps all."""
-    keep_ffn: int = Field(default=0, ge=0)
+    keep_ffn: int = Field(default=0, ge=0, strict=True)
     """Structured: number of neurons to keep per feed-forward layer."""
-    remove_ffn: float = Field(default=0.0, ge=0, lt=1)
+    remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Structured: fraction of the neurons to remove per feed-forward layer."""
     multiple: int = Field(default=1, ge=1)
     """Structured: keep a multiple of this number of neurons (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
     """Short form of keep_layers (from 1) and remove_layers (below 1); 0 keeps all."""
-    keep_layers: int = Field(default=0, ge=0)
+    keep_layers: int = Field(default=0, ge=0, strict=True)
     """Structured: number of layers to keep."""
-    remove_layers: float = Field(default=0.0, ge=0, lt=1)
+    remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Structured: fraction of the layers to remove."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Scores: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
@@ -85,7 +85,10 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Write keep_layers = 3 as layers = 3 and remove_layers = 0.75 as layers = 0.75, so that the keys are equal."""
+        """Write keep_layers = 3 as layers = 3 and remove_layers = 0.75 as layers = 0.75, so that the keys are equal.
+
+        Other values of these fields are left to their strict types, which refuse all but 0.
+        """
         if not isinstance(given, dict):
             return given
         given = dict(given)

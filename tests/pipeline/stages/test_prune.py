@@ -113,6 +113,12 @@ def test_what_to_keep_and_what_to_remove_have_a_setting_each():
         ({"keep_layers": 0.75}, "keep_layers"),
         ({"remove_layers": 3}, "remove_layers"),
         ({"method": "wanda", "keep_ffn": 2}, "ffn: not for method 'wanda'"),
+        # What the type would convert was left out silently when another part was cut.
+        ({"heads": 2, "keep_layers": 2.0}, "keep_layers\n.*valid integer"),
+        ({"heads": 2, "keep_layers": "2"}, "keep_layers\n.*valid integer"),
+        ({"heads": 2, "keep_ffn": True}, "keep_ffn\n.*valid integer"),
+        ({"layers": 2, "remove_heads": "0.5"}, "remove_heads\n.*valid number"),
+        ({"layers": 2, "remove_heads": True}, "remove_heads\n.*valid number"),
     ):
         with pytest.raises(ValidationError, match=message):
             stage.Config(**wrong)
