@@ -91,7 +91,7 @@ def prune(
     score_IO = chosen.calculate_scores(
         weights_IO, statistics, gradients or {}, jax.random.key(0) if key is None else key
     )
-    score_IO = jnp.where(weights_IO == 0, jnp.minimum(score_IO, 0), score_IO)
+    score_IO = jnp.where(weights_IO == 0, -jnp.inf, score_IO)  # scores may be negative, or 0 for inputs that are 0
     return apply(w, mask(score_IO, pattern, chosen.per))
 
 

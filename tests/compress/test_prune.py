@@ -9,7 +9,7 @@ import qwix
 from llmctl.compress.calibrate import walk
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.prune import apply, check, mask, prune, prune_layer, prune_uncalibrated, sparsity
-from llmctl.compress.scores import SCORES
+from llmctl.compress.scores import SCORES, Score
 from llmctl.compress.statistics import Moments, moments
 from llmctl.config.errors import RequestError
 from llmctl.model.weights import LowRank, Quantized, dense, flatten
@@ -58,6 +58,18 @@ def test_zeros_stay_zeros(method, pattern):
     twice = prune(once, stats, sums, jax.random.key(3), method=method, pattern=Pattern.parse(pattern, 0.75))
     assert not np.any((np.asarray(once) == 0) & (np.asarray(twice) != 0))
     assert np.mean(np.asarray(once) == 0) == 0.5
+
+
+def test_zeros_come_before_negative_scores_and_before_dead_inputs(monkeypatch):
+    """Half of W is zero already, and each score is below that of the zeros: pruning half changes nothing."""
+    sparse = jnp.where(jnp.array([[1, 1], [0, 1], [1, 0], [0, 0]]), W, 0)
+    signed = Score(lambda weights_IO, statistics, gradients, key: -jnp.abs(weights_IO) - 1)
+    monkeypatch.setattr(SCORES, "own", {**SCORES.own, "signed": signed})
+    np.testing.assert_array_equal(prune(sparse, method="signed", pattern=Pattern(0.5)), sparse)
+    # One more of eight: the largest, whose score is the lowest of the others.
+    assert kept(prune(sparse, method="signed", pattern=Pattern(0.625))) == [[1, 1], [0, 0], [1, 0], [0, 0]]
+    dead = Moments(jnp.array([0.0, 1.0, 4.0, 1.0]), jnp.array(1.0))  # the first input is always 0
+    np.testing.assert_array_equal(prune(sparse, dead, method="wanda", pattern=Pattern(0.5)), sparse)
 
 
 def test_a_quantized_weight_keeps_its_integers():
