@@ -50,8 +50,8 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
       flat: weights by path.
 
     Returns:
-      A dict with "digest", "parameters", "sparsity", "pruned", "bits" and "weights". Only floating-point matrices
-        decide "pruned", because rounding to integers also creates zeros.
+      A dict with "digest", "parameters", "sparsity", "pruned", "bits" and "weights". Only matrices that are plain
+        arrays, or have one as the base of an adapter, decide "pruned", because rounding also creates zeros.
     """
     import jax.numpy as jnp
 
@@ -59,7 +59,7 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     total, records = hashlib.sha256(), {}
     stored_bits = zeros = entries = parameters = 0
-    floats = [0, 0]
+    plain = [0, 0]
     for name in sorted(flat):
         w = flat[name]
         _add(total, name, w)
@@ -68,17 +68,17 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
         for a in weights.parts(w).values():
             stored_bits += a.size * type_bits(str(a.dtype))
         if weights.is_kernel(name):
-            node = weights.as_node(weights.as_node(w).bare())
-            values = node.values()
+            bare = weights.as_node(w).bare()
+            values = weights.as_node(bare).values()
             here = int(jnp.sum(jnp.sum(values == 0, axis=-1), dtype=jnp.float32))
             zeros, entries = zeros + here, entries + values.size
-            if not node.is_integer:
-                floats = [floats[0] + here, floats[1] + values.size]
+            if weights.is_plain(bare):
+                plain = [plain[0] + here, plain[1] + values.size]
     return {
         "digest": total.hexdigest(),
         "parameters": parameters,
         "sparsity": zeros / max(entries, 1),
-        "pruned": floats[0] > PRUNED * max(floats[1], 1),
+        "pruned": plain[0] > PRUNED * max(plain[1], 1),
         "bits": stored_bits / parameters,
         "weights": records,
     }

@@ -42,7 +42,7 @@ def quantize(
         The tree with quantized weights, and the relative error (Frobenius) of each by path.
 
     Raises:
-        RequestError: a group does not divide the inputs of a weight, or a weight is quantized or low-rank.
+        RequestError: a group does not divide the inputs of a weight, or a weight is a node: quantized or low-rank.
     """
     flat = flatten(params)
     chosen = dict(targets(flat, embeddings=embeddings, head=head))
@@ -70,8 +70,10 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
     node = weights.as_node(w)
     if node.has_adapter:
         raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
-    if node.is_integer:
-        raise RequestError(f"{path} is quantized already ({node.values().dtype}); quantize the artifact before it")
+    if not weights.is_plain(w):
+        done = "quantized" if node.is_integer else "compressed"
+        stored = node.kind if node.values_part is None else node.parts()[node.values_part].dtype
+        raise RequestError(f"{path} is {done} already ({stored}); quantize the artifact before it")
     size = w.shape[inputs]
     if group and size % group:
         divisors = [g for g in range(1, size + 1) if size % g == 0]

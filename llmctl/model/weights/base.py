@@ -9,6 +9,7 @@ A node is a frozen dataclass that derives from `Node`. Its array fields are its 
     ...     scale: jax.Array  # float32 [..., 1, 1]
     ...     shape = property(lambda self: self.values_IO.shape)
     ...     dtype = property(lambda self: self.scale.dtype)
+    ...     is_integer = property(lambda self: True)
     ...     def dense(self, dtype=jnp.float32):
     ...         return (self.values_IO * self.scale).astype(dtype)
     >>> w = Ternary(jnp.array([[1, 0], [-1, 1]], jnp.int8), jnp.full((1, 1), 0.5))

@@ -116,7 +116,7 @@ def left_out(params: dict[str, Any], parameters: int) -> list[str]:
     ]
     lines = []
     for place, setting, what in kinds:
-        plain = [m.weight for m in weights.matrices(params, place) if not m.node.is_integer]
+        plain = [m.weight for m in weights.matrices(params, place) if weights.is_plain(m.weight)]
         if plain:
             share, dtype = sum(w.size for w in plain) / parameters, plain[0].dtype
             lines.append(f"{what} ({share:.1%} of the weights) stay {dtype}; {setting} = true quantizes them too")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import qwix
 
-from llmctl.artifacts import artifact
-from llmctl.compress import shrink
+from llmctl.artifacts import artifact, fingerprint
+from llmctl.compress import quantize, shrink
 from llmctl.compress.prune import sparsity
 from llmctl.config import registry
 from llmctl.config.errors import RequestError
@@ -20,6 +20,7 @@ from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stages import quantize as quantize_stage
 from llmctl.train.adapters import lora
 
 TINY = ModelConfig.model_validate(
@@ -153,6 +154,30 @@ def test_what_it_cannot_do_is_refused_by_name(params):
         shrink.take(PATH, node, np.zeros((2, 8), np.int64), -2)
     assert shrink.take(PATH, node, np.zeros((2, 8), np.int64), -1).shape == (2, 16, 8)
     assert node.integers() is None and weights.zero_names(params) == frozenset() and sparsity(params) > 0.2
+
+
+@weights.node_type
+class Bare(Ternary):
+    """Ternary in the methods that a node must have, and no others."""
+
+    kind: ClassVar[str] = "bare"
+    is_integer = property(lambda self: False)
+
+
+def test_a_node_that_does_not_say_that_it_is_integer(plain):
+    """Its zeros are those of rounding, no line asks to quantize it, and it is not quantized twice."""
+    stored = ternary(jnp.asarray(weights.flatten(plain)[PATH]))
+    node = Bare(stored.packed, stored.scale, outputs=stored.outputs)
+    found = fingerprint.take({PATH: node})
+    assert found["sparsity"] > 0.2 and not found["pruned"]
+    pair = weights.LowRank(node, jnp.ones((2, 16, 1)), jnp.ones((2, 1, 24)), 1.0)
+    assert not fingerprint.take({PATH: pair})["pruned"]
+    head = {"head": {"out": {"kernel": node}}, "embed": {"tokens": jnp.ones((8, 4), jnp.bfloat16)}}
+    (line,) = quantize_stage.left_out(head, 64)
+    assert line == "the embeddings (50.0% of the weights) stay bfloat16; embeddings = true quantizes them too"
+    for w in (node, jax.eval_shape(lambda: node)):  # plan asks about abstract weights
+        with pytest.raises(RequestError, match=rf"{PATH} is compressed already \(bare\)"):
+            quantize.check(PATH, w, -2, 0)
 
 
 def test_activations_are_dropped_from_a_base_too():
