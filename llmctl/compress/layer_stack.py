@@ -25,8 +25,10 @@ class LayerStack:
 
     def __init__(self, blocks: Layer) -> None:
         self._old, self._made = blocks, {}
+        self._depth = jax.tree.leaves(blocks)[0].shape[0]
         self._changed: set[str] | None = None
         self._puts: list[Any] = []
+        self._done: set[int] = set()
 
     def __getitem__(self, index: int) -> Layer:
         """Return one layer: unchanged if it was not put yet, and undefined afterwards."""
@@ -43,13 +45,13 @@ class LayerStack:
             raise ValueError(f"a changed layer has other parameters: {sorted(new.keys() ^ old.keys())}")
         changed = {path for path in new if not _same_type(old[path], new[path])}
         if self._changed is None:
-            depth = jax.tree.leaves(self._old)[0].shape[0]
             self._changed = changed
-            self._made = {path: _room(depth, new[path], old[path]) for path in changed}
+            self._made = {path: _room(self._depth, new[path], old[path]) for path in changed}
             self._puts = [putter({p: w for p, w in old.items() if p not in changed}), putter(self._made)]
         if changed != self._changed:
             raise ValueError(f"layers change different weights: {sorted(changed ^ self._changed)}")
         at = jnp.int32(index)
+        self._done.add(index)
         if len(changed) < len(new):
             kept = {p: w for p, w in old.items() if p not in changed}
             self._old = unflatten(old | self._puts[0](kept, {p: new[p] for p in kept}, at))
@@ -57,7 +59,13 @@ class LayerStack:
             self._made = self._puts[1](self._made, {p: new[p] for p in changed}, at)
 
     def finish(self) -> Layer:
-        """Return the stack with every layer that was put. Raises ValueError if weights changed type in some alone."""
+        """Return the stack with every layer that was put.
+
+        Raises:
+            ValueError: weights changed their type, and not in every layer.
+        """
+        if self._made and len(self._done) < self._depth:
+            raise ValueError(f"{len(self._done)} of {self._depth} layers changed the type of {sorted(self._made)}")
         return unflatten(flatten(self._old) | self._made)
 
 

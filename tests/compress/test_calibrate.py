@@ -10,6 +10,7 @@ import pytest
 
 from llmctl.compress.calibrate import Visit, walk
 from llmctl.compress.layer_files import Saved
+from llmctl.compress.layer_stack import LayerStack
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.prune import prune_layer
 from llmctl.compress.quantize import quantize
@@ -106,6 +107,18 @@ def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
         same = jax.tree.map(lambda a, b: np.all((np.asarray(a) == b).reshape(len(a), -1), axis=1), w, kept[path])
         expected = np.arange(24) != 3 if path.endswith("kernel") else True
         np.testing.assert_array_equal(jax.tree.leaves(same)[0], expected)
+
+
+def test_a_type_that_changed_in_some_layers_alone_is_refused():
+    blocks = {"up": {"kernel": jnp.arange(24.0).reshape(3, 4, 2)}}
+    stack = LayerStack(blocks)
+    for i in (0, 2, 2):  # a layer that is put twice counts once
+        stack.put(i, {"up": {"kernel": blocks["up"]["kernel"][i].astype(jnp.bfloat16)}})
+    with pytest.raises(ValueError, match=r"2 of 3 layers changed the type of \['up/kernel'\]"):
+        stack.finish()
+    stack.put(1, {"up": {"kernel": blocks["up"]["kernel"][1].astype(jnp.bfloat16)}})
+    got = stack.finish()["up"]["kernel"]
+    assert got.dtype == jnp.bfloat16 and got.tolist() == np.arange(24.0).reshape(3, 4, 2).tolist()
 
 
 def test_influence_of_a_silent_layer_is_zero(tiny, params, batches):
