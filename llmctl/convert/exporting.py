@@ -216,8 +216,13 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
 
 
 def _adapter(found: artifact.Artifact, draft: Path) -> tuple[float, float | None, str]:
-    """Write an adapter, and compare the base with it, as PEFT loads both, with the artifact."""
-    delta, cfg = peft.export(found, draft), found.model
+    """Write an adapter, and compare the base with it, as PEFT loads both, with the artifact.
+
+    A base without a counterpart is refused whether PEFT is installed or not.
+    """
+    cfg = found.model
+    config = folders.config_of(cfg, registry.of(found.manifest), found.manifest.labels, {}, "float32")
+    delta = peft.export(found, draft)
     bases = weights.flatten(weights.without_adapters(found.params)).values()
     integers = [weights.as_node(w).integers() for w in bases]
     missing = text_proof.available(4 * found.manifest.parameters, "peft")
@@ -228,9 +233,7 @@ def _adapter(found: artifact.Artifact, draft: Path) -> tuple[float, float | None
     with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
         kind, base = lazy_tensors.dtype("float32"), Path(work) / "base"
         tensors = folders.tensors_of(cfg, peft.base_of(found), kind)
-        folders.save(
-            base, folders.config_of(cfg, registry.of(found.manifest), found.manifest.labels, {}, "float32"), tensors
-        )
+        folders.save(base, config, tensors)
         if cfg.head_kind.bare:
             sentence_transformer(cfg, base)
         rows, T = text_proof.texts_of(cfg, base)
