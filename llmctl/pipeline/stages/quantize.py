@@ -49,7 +49,7 @@ class Config(StageConfig):
     @classmethod
     def _short_form(cls, given: Any) -> Any:
         """Write a scheme that bits can express as bits, so that both forms have the same key."""
-        if not isinstance(given, dict) or (bits := SHORT.get(given.get("scheme", ""))) is None:
+        if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("scheme", "")))) is None:
             return given
         if given.get("bits", bits) != bits:
             raise ValueError(f"bits {given['bits']} contradicts scheme {given['scheme']}")
@@ -61,6 +61,12 @@ class Config(StageConfig):
         if bits not in (8, 4):
             raise ValueError(f"must be 8 or 4, got {bits}")
         return bits
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Config:
+        if self.scheme and "bits" in self.model_fields_set:
+            raise ValueError(f"bits {self.bits} has no meaning for scheme {self.scheme}")
+        return self
 
     @property
     def scheme_name(self) -> str:

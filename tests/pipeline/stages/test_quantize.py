@@ -152,3 +152,12 @@ def test_a_scheme_and_its_short_form_have_one_key():
         stage.Config(bits=8, scheme="int4")
     with pytest.raises(ValidationError, match="unknown scheme 'nt4', did you mean 'int4'"):
         stage.Config(scheme="nt4")
+
+
+def test_bits_beside_a_scheme_of_its_own_width_are_refused(monkeypatch):
+    """`bits = 4` with a package's scheme was read, kept in the key, and had no effect."""
+    monkeypatch.setattr(SCHEMES, "own", {**SCHEMES.own, "ternary": SCHEMES.own["int8"]})
+    for bits in (4, 8):
+        with pytest.raises(ValidationError, match=f"bits {bits} has no meaning for scheme ternary"):
+            stage.Config(scheme="ternary", bits=bits)
+    assert stage.Config(scheme="ternary").scheme_name == "ternary"
