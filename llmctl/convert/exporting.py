@@ -82,7 +82,7 @@ def run(
         if to == "gguf":
             delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, OUR_READER
         elif to == "peft":
-            delta, theirs, proof = _adapter(found, draft)
+            delta, theirs, proof = _adapter(found, draft, say)
         else:
             delta, theirs, proof = _folder(found, draft, to, dtype, shard_bytes, say)
         files = sorted(p for p in draft.rglob("*") if p.is_file())
@@ -108,8 +108,7 @@ def _folder(
 ) -> tuple[float, float | None, str]:
     cfg, params = found.model, found.params
     kind = lazy_tensors.dtype(dtype) if dtype else None
-    seq_len = found.manifest.seq_len
-    written = tokenizer_export.hand_on(found.tokenizer_dir, draft, cfg, seq_len)
+    written = tokenizer_export.hand_on(found.tokenizer_dir, draft, cfg, found.manifest.seq_len)
     for line in written.said if written else ("has no tokenizer; the folder has none",):
         say(f"{found.path}: {line}")
     if written and written.rows:
@@ -135,7 +134,7 @@ def _folder(
     with bar("proving", again.nbytes) as wrote:
         back = folders.load(again, placer(again.model), None, wrote)
     ours = weights.unflatten(_cast(params, kind, packed=to == "compressed-tensors"))
-    return _prove(found, draft, cfg, ours, again.model, back, seq_len, to, say)
+    return _prove(found, draft, cfg, ours, again.model, back, to, say)
 
 
 def _prove(
@@ -145,7 +144,6 @@ def _prove(
     ours: dict[str, Any],
     model: ModelConfig,
     back: dict[str, Any],
-    seq_len: int,
     to: str,
     say: Callable[[str], None],
 ) -> tuple[float, float | None, str]:
@@ -157,24 +155,42 @@ def _prove(
     """
     what = str(found.path)
     missing = text_proof.available(4 * found.manifest.parameters, to.replace("-", "_") if to != "hf" else "")
-    rows, T = text_proof.texts_of(cfg, found.tokenizer_dir, seq_len)
-    from_text = (draft / "tokenizer.json").is_file()
-    if from_text:
-        there = text_proof.tokens_there(cfg, draft, T, theirs=not missing)
-        if differs := text_proof.same_tokens(what, rows, there):
-            if tokenizers.reads_texts(cfg):
-                raise WorkError(f"{differs}; nothing was written")
-            say(differs)
-            rows = there
+    rows, T, begin = _rows(found, cfg, draft, not missing, say)
     with jax.default_matmul_precision("highest"):
         batch = text_proof.batch_of(cfg, rows, T)
         expected = np.asarray(parity.answers(cfg, ours, batch))
         delta = parity.prove(what, parity.answers(model, back, batch), expected)
-    begin = "from text, " if from_text else ""
     if missing:
         return delta, None, f"{begin}{OUR_READER} ({missing})"
     theirs = parity.prove(what, text_proof.answers_there(cfg, draft, rows, T), expected[-len(rows) :])
     return delta, theirs, f"{begin}transformers reads what was written"
+
+
+def _rows(
+    found: artifact.Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
+) -> tuple[text_proof.Rows, int, str]:
+    """Return the token ids of the proof's texts, their greatest number T, and "from text, " if a tokenizer was written.
+
+    Args:
+        found: The artifact.
+        cfg: Config of the written model.
+        folder: Folder of the written model.
+        theirs: Whether transformers reads the written tokenizer; otherwise tokenizers does.
+        say: Called with one line if others tokenize the texts differently. The ids are then theirs.
+
+    Raises:
+        WorkError: If others tokenize the texts of a model that reads complete texts differently.
+    """
+    rows, T = text_proof.texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
+    if not (folder / "tokenizer.json").is_file():
+        return rows, T, ""
+    there = text_proof.tokens_there(cfg, folder, T, theirs=theirs)
+    if differs := text_proof.same_tokens(str(found.path), rows, there):
+        if tokenizers.reads_texts(cfg):
+            raise WorkError(f"{differs}; nothing was written")
+        say(differs)
+        rows = there
+    return rows, T, "from text, "
 
 
 def _with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
@@ -215,13 +231,13 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
     return {path: cast(path, w) for path, w in weights.flatten(params).items()}
 
 
-def _adapter(found: artifact.Artifact, draft: Path) -> tuple[float, float | None, str]:
+def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
     """Write an adapter, and compare the base with it, as PEFT loads both, with the artifact.
 
     A base without a counterpart is refused whether PEFT is installed or not.
     """
-    cfg = found.model
-    config = folders.config_of(cfg, registry.of(found.manifest), found.manifest.labels, {}, "float32")
+    cfg, task, labels = found.model, registry.of(found.manifest), found.manifest.labels
+    folders.config_of(cfg, task, labels, {}, "float32")
     delta = peft.export(found, draft)
     bases = weights.flatten(weights.without_adapters(found.params)).values()
     integers = [weights.as_node(w).integers() for w in bases]
@@ -231,15 +247,18 @@ def _adapter(found: artifact.Artifact, draft: Path) -> tuple[float, float | None
     if missing:
         return delta, None, f"{OUR_READER} ({missing})"
     with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
-        kind, base = lazy_tensors.dtype("float32"), Path(work) / "base"
-        tensors = folders.tensors_of(cfg, peft.base_of(found), kind)
-        folders.save(base, config, tensors)
+        base, theirs, params = Path(work), cfg, peft.base_of(found)
+        written = tokenizer_export.hand_on(found.tokenizer_dir, base, cfg, found.manifest.seq_len)
+        if written and written.rows:
+            theirs, params = _with_rows(cfg, params, written.rows)
+        config = folders.config_of(theirs, task, labels, written.ids if written else {}, "float32")
+        folders.save(base, config, folders.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
         if cfg.head_kind.bare:
             sentence_transformer(cfg, base)
-        rows, T = text_proof.texts_of(cfg, base)
-        theirs = text_proof.answers_there(cfg, base, rows, T, adapter=draft)
+        rows, T, begin = _rows(found, theirs, base, True, say)
         expected = np.asarray(parity.answers(cfg, found.params, text_proof.batch_of(cfg, rows, T)))
-    return delta, parity.prove(str(found.path), theirs, expected[-len(rows) :]), "PEFT reads what was written"
+        got = text_proof.answers_there(theirs, base, rows, T, adapter=draft)
+    return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
 
 
 def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:

@@ -11,7 +11,7 @@ import pytest
 from llmctl.artifacts import artifact
 from llmctl.compress.quantize import quantize
 from llmctl.config.errors import RequestError
-from llmctl.convert import peft, safetensors
+from llmctl.convert import peft, safetensors, text_proof
 from llmctl.convert.lazy_tensors import of_array
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
@@ -33,7 +33,7 @@ def adapter(save, config, tuned, call, tmp_path):
     code, made, err = call("export", save(config, tuned), "--to", "peft", "--out", tmp_path / "adapter")
     assert code == 0, err
     assert made["parity"] == 0
-    assert made["proof"] == "PEFT reads what was written"
+    assert made["proof"] == "from text, PEFT reads what was written"
     return tmp_path / "adapter"
 
 
@@ -187,6 +187,17 @@ def test_what_is_not_plain_lora_is_refused(adapter, saved, call, tmp_path):
     assert "no low-rank pairs" in err
 
 
+@pytest.mark.parametrize("missing", ["", "peft is not installed"])
+def test_a_base_without_counterpart_is_refused_whatever_is_installed(
+    missing, save, config, tuned, call, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(text_proof, "available", lambda *_: missing)
+    made = save(config.model_copy(update={"attn_softcap": 5.0}), tuned)
+    code, _, err = call("export", made, "--to", "peft", "--out", tmp_path / "x")
+    assert code == 2 and "attn_softcap = 5.0" in err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.fixture
 def base_folder(saved, call, tmp_path):
     """The original base as transformers reads it."""
@@ -237,8 +248,10 @@ def test_a_trained_task_head_goes_out_beside_its_pairs(saved, save, config, wild
     a, b = (jnp.asarray(rng.normal(0, 0.2, s), jnp.float32) for s in ((L, i, 3), (L, 3, o)))
     params = weights.unflatten(flat | base | {path: weights.LowRank(base[path], a, b, 2.0)})
     made = save(cfg, params, parent=artifact.read_manifest(saved), labels=["x", "y", "z"])
-    code, _, err = call("export", made, "--to", "peft", "--out", tmp_path / "adapter")
+    code, shown, err = call("export", made, "--to", "peft", "--out", tmp_path / "adapter")
     assert code == 0, err
+    # The proof's base pools at the last token that is not its padding, for which the table gets a row.
+    assert shown["proof"] == "from text, PEFT reads what was written" and shown["transformers"] < 1e-4
     hf = pytest.importorskip("transformers")
     said = json.loads((base_folder / "config.json").read_text()) | {"num_labels": 3, "pad_token_id": 0}
     (base_folder / "config.json").write_text(json.dumps(said))
