@@ -1,11 +1,15 @@
 """Format the results of an evaluation as tables, for a terminal and for a Markdown file.
 
 A result is {"artifact", "digest", "task", "protocol", "metrics": {}} with the artifact's {"stage", "parameters",
-"weight_bytes", "bytes", "sparsity", "bits"}. An artifact with several results (one per task) is one line of a table.
+"weight_bytes", "bytes", "sparsity", "bits"}.
+
+An artifact with several results (one per task) is one row of a table, or one row per task if its tasks have metrics of
+the same names.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,7 @@ Result = dict[str, Any]
 
 _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("artifact", "artifact", str),
+    ("task", "task", str),
     ("stage", "stage", str),
     ("parameters", "parameters", lambda n: f"{n:,}"),
     ("weight_bytes", "weight bytes", lambda n: f"{n:,}"),
@@ -28,11 +33,18 @@ _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def lines(results: Sequence[Result]) -> list[Result]:
-    """Return one flat record per artifact, with the metrics of all its tasks, in the order of the results."""
-    merged: dict[str, Result] = {}
+    """Return one flat record per artifact, with the metrics of all its tasks, in the order of the results.
+
+    If two results of an artifact have a metric of the same name, there is one record per result, and it has its `task`.
+    """
+    seen = Counter((r["artifact"], name) for r in results for name in r["metrics"])
+    apart = max(seen.values(), default=0) > 1
+    omitted = ("metrics", "protocol") if apart else ("metrics", "protocol", "task")
+    merged: dict[tuple[str, str], Result] = {}
     for result in results:
-        flat = {k: v for k, v in result.items() if k not in ("metrics", "task", "protocol")}
-        merged.setdefault(result["artifact"], {}).update({**flat, **result["metrics"]})
+        flat = {k: v for k, v in result.items() if k not in omitted}
+        key = (result["artifact"], result["task"] if apart else "")
+        merged.setdefault(key, {}).update({**flat, **result["metrics"]})
     return list(merged.values())
 
 
@@ -88,7 +100,7 @@ def markdown(results: Sequence[Result]) -> str:
     """Return the table as Markdown, followed by the protocols and the digests of the scored weights."""
     head, body = cells(results)
     table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *body)]
-    digests = [f"- `{r['artifact']}`: `{r['digest']}`" for r in lines(results)]
+    digests = dict.fromkeys(f"- `{r['artifact']}`: `{r['digest']}`" for r in results)
     notes = [f"- {p}" for p in protocols(results)]
     return "\n".join([*table, "", "Protocols", "", *notes, "", "Digests of the scored weights", "", *digests, ""])
 

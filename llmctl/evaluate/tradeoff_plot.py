@@ -50,7 +50,9 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
 
     name, (low, high) = metric.name, (f"{metric.name}_low", f"{metric.name}_high")
     xs, ys = [r[x] for r in records], [r[name] for r in records]
-    ax.plot(xs, ys, color=_LINE, linewidth=1.2, zorder=1)  # in the order of the stages
+    for task in dict.fromkeys(r.get("task") for r in records):  # one line per task, in the order of the stages
+        own = [r for r in records if r.get("task") == task]
+        ax.plot([r[x] for r in own], [r[name] for r in own], color=_LINE, linewidth=1.2, zorder=1)
     judged = [r for r in records if low in r]  # no interval for words, which are not independent
     if judged:
         off = [[r[name] - r[low] for r in judged], [r[high] - r[name] for r in judged]]
@@ -65,7 +67,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
     for at, record in enumerate(records):
         above, left = at % 2 == 0, record[x] > middle  # labels extend inwards, neighbours to different sides
         ax.annotate(
-            record["artifact"],
+            "\n".join(filter(None, (record["artifact"], record.get("task")))),
             (record[x], record[name]),
             xytext=(-6 if left else 6, 6 if above else -6),
             textcoords="offset points",

@@ -66,7 +66,7 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
         return [str(getattr(step.config, "task", ""))]
     if step.config.kind not in ("distill", "eval"):
         return []
-    own = list(getattr(step.config, "tasks", ()))
+    own: list[str] = list(getattr(step.config, "tasks", ()))
     named = [_learned(recipe, read) for read in step.others.values() or [step.parent]]
     return own or [task for task in named if task]
 

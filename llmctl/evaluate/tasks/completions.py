@@ -21,7 +21,7 @@ class Completions(Language):
     """Cross-entropy of the tokens of a completion, given its prompt; measured as perplexity."""
 
     name = "completions"
-    title = "perplexity"
+    title = "completions"
     architectures = ("decoder", "encoder_decoder")
     columns = ("prompt", "completion")
     columns_read = columns

@@ -159,6 +159,8 @@ def sliding(
 
 CAUSAL = Causal("causal", "perplexity", "")
 MASKED = TextObjective("masked", "masked tokens", "15 % of the tokens masked")
-NEXT_SENTENCE = TextObjective("next_sentence", "masked tokens", "15 % of the tokens masked, half of the pairs true")
+NEXT_SENTENCE = TextObjective(
+    "next_sentence", "masked tokens, next sentences", "15 % of the tokens masked, half of the pairs true"
+)
 SPANS = TextObjective("spans", "spans", "15 % of the tokens dropped in spans of 3")
 PREFIX = TextObjective("prefix", "rest of a text", "the rest of each text after a prefix")

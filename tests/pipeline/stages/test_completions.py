@@ -89,7 +89,7 @@ def test_perplexity_is_that_of_each_completion_alone(tuned, pairs, tmp_path):
         said_TV = log_p(made.params, {k: jnp.array(list(v))[None] for k, v in batch.items()})
         nll -= float(said_TV[np.arange(len(target)), np.array(target)].sum())
         count += len(target)
-    assert (result["task"], found["text_tokens"]) == ("perplexity", count)
+    assert (result["task"], found["text_tokens"]) == ("completions", count)
     assert found["text_bytes"] == sum(len(t.encode()) for t in texts)
     np.testing.assert_allclose(found["nll"], nll / count, rtol=1e-4)
     np.testing.assert_allclose(found["perplexity"], np.exp(nll / count), rtol=1e-4)

@@ -1,0 +1,35 @@
+"""Tables of an evaluation whose artifacts are measured on several tasks."""
+
+from llmctl.evaluate import report
+from llmctl.evaluate.tasks.registry import TASKS
+
+
+def result(name, task, **metrics):
+    return {"artifact": name, "digest": f"of {name}", "task": task, "protocol": "p", "metrics": metrics}
+
+
+def test_tasks_with_metrics_of_the_same_names_have_a_row_each():
+    results = [
+        result("a", "masked", token_accuracy=0.5, nll=2.0),
+        result("a", "next", token_accuracy=0.25, nll=3.0, next_sentence_accuracy=0.75),
+        result("b", "masked", token_accuracy=0.4, nll=2.5),
+    ]
+    head, body = report.cells(results)
+    assert head == ["artifact", "task", "token accuracy", "next sentence", "nats/token"]
+    assert body == [
+        ["a", "masked", "50.00%", "–", "2.0000"],
+        ["a", "next", "25.00%", "75.00%", "3.0000"],
+        ["b", "masked", "40.00%", "–", "2.5000"],
+    ]
+    assert report.markdown(results).count("- `a`: `of a`") == 1
+
+
+def test_tasks_with_different_metrics_share_a_row():
+    head, body = report.cells([result("a", "masked", token_accuracy=0.5), result("a", "other", rmse=2.0)])
+    assert (head, body) == (["artifact", "RMSE", "token accuracy"], [["a", "2", "50.00%"]])
+
+
+def test_objectives_have_different_titles():
+    # Results are told apart by their titles, also in the closing table of a run.
+    titles = [TASKS[name].title for name in ("causal", "masked", "next_sentence", "spans", "prefix", "completions")]
+    assert len(set(titles)) == len(titles)
