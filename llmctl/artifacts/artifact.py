@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llmctl.artifacts import orbax_logging
 from llmctl.artifacts.atomic import size, writing
 from llmctl.artifacts.fingerprint import digest, take, type_bits
-from llmctl.config.errors import RequestError
+from llmctl.config.errors import RequestError, WorkError
 from llmctl.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Manifest(BaseModel):
     """Fraction of zeros in the weight matrices."""
     pruned: bool = False
     """Whether pruning set these zeros, rather than rounding to integers. Later stages keep such zeros."""
+    nonfinite: list[str] = []
+    """Names of the arrays that hold NaN or infinity, which a stage saves only if it was told to."""
     bits: float
     """Stored bits per parameter, scales included."""
     digest: str
@@ -267,6 +269,7 @@ def save(
     tokenizer_dir: Path | None = None,
     log: Path | None = None,
     written: Path | None = None,
+    allow_nonfinite: bool = False,
 ) -> Manifest:
     """Save an artifact to `out` atomically and return its manifest.
 
@@ -286,9 +289,10 @@ def save(
       tokenizer_dir: tokenizer folder to copy.
       log: log file to copy.
       written: folder that already holds the arrays in Orbax format; it is moved to `params/`.
+      allow_nonfinite: save arrays that hold NaN or infinity.
 
     Raises:
-      WorkError: the disk is full; nothing is left at `out`.
+      WorkError: the disk is full, or an array holds NaN or infinity; nothing is left at `out`.
     """
     import orbax.checkpoint as ocp
 
@@ -300,6 +304,11 @@ def save(
     flat = params if written else weights.flatten(dict(params))
     with writing(out) as draft:
         measured = take(flat)
+        if (bad := measured["nonfinite"]) and not allow_nonfinite:
+            more = f" and {len(bad) - 1} more arrays" if len(bad) > 1 else ""
+            raise WorkError(
+                f"{out}: {bad[0]}{more} would hold NaN or infinity; --allow-nonfinite saves it all the same"
+            )
         if written:
             shutil.move(written, draft / "params")
         else:

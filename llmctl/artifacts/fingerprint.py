@@ -50,14 +50,15 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
       flat: weights by path.
 
     Returns:
-      A dict with "digest", "parameters", "sparsity", "pruned", "bits" and "weights". Only matrices that are plain
-        arrays, or have one as the base of an adapter, decide "pruned", because rounding also creates zeros.
+      A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite". Only matrices that are
+        plain arrays, or have one as the base of an adapter, decide "pruned", because rounding also creates zeros.
     """
     import jax.numpy as jnp
 
     from llmctl.model import weights
+    from llmctl.model.weights.names import join
 
-    total, records = hashlib.sha256(), {}
+    total, records, nonfinite = hashlib.sha256(), {}, []
     stored_bits = zeros = entries = parameters = 0
     plain = [0, 0]
     for name in sorted(flat):
@@ -65,8 +66,10 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
         _add(total, name, w)
         records[name] = weights.describe(w)
         parameters += weights.count({name: w})
-        for a in weights.parts(w).values():
+        for part, a in weights.parts(w).items():
             stored_bits += a.size * type_bits(str(a.dtype))
+            if jnp.issubdtype(a.dtype, jnp.floating) and not bool(jnp.isfinite(a).all()):
+                nonfinite.append(join(name, part))
         if weights.is_kernel(name):
             bare = weights.as_node(w).bare()
             values = weights.as_node(bare).values()
@@ -81,4 +84,5 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
         "pruned": plain[0] > PRUNED * max(plain[1], 1),
         "bits": stored_bits / parameters,
         "weights": records,
+        "nonfinite": nonfinite,
     }

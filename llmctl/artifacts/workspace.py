@@ -44,4 +44,4 @@ class Context:
         from llmctl.artifacts import artifact
 
         said = {"stage": config.kind, "key": self.key, "config": keyed(config), "log": self.work / "log.jsonl"}
-        artifact.save(self.out, params, model, **said, **about)
+        artifact.save(self.out, params, model, **said, **about, allow_nonfinite=config.allow_nonfinite)

@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from llmctl.config.errors import RequestError
 
@@ -23,12 +23,20 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="Config")
 
+FLOAT32_MAX = 2.0**128 - 2.0**104
+"""Largest number in float32, in which programs read settings."""
+
 
 class Config(BaseModel):
     """Base of every settings class. Field docstrings become the help texts of the command line."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        populate_by_name=True,
+        allow_inf_nan=False,  # no setting means infinity
     )
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
@@ -43,6 +51,13 @@ class Config(BaseModel):
     """Heading of the fields in a command's help; empty takes that of the section around."""
     common: ClassVar[tuple[str, ...] | None] = None
     """Fields that a command's `--help` lists, by key; the others are in `--help-all`. None lists all."""
+
+    @field_validator("*")
+    @classmethod
+    def _finite_in_float32(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > FLOAT32_MAX:
+            raise ValueError(f"must be at most {FLOAT32_MAX:.3g}, the largest number in float32, got {value:g}")
+        return value
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -230,6 +245,7 @@ def _explain(cls: type[Config], error: Any) -> str:
         "int_type": "a whole number",
         "int_from_float": "a whole number",
         "float_type": "a number",
+        "finite_number": "a finite number",
         "string_type": "a string",
         "bool_type": "true or false",
         "list_type": "a list",

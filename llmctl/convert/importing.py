@@ -48,6 +48,7 @@ def run(
     ignore: tuple[str, ...] = (),
     drop: tuple[str, ...] = (),
     name: str = "",
+    allow_nonfinite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Convert a Hugging Face folder or a GGUF file to the artifact `out`.
@@ -64,6 +65,7 @@ def run(
         ignore: Keys of config.json that are known to be irrelevant.
         drop: Regular expressions of tensors to leave out.
         name: Name of the artifact; that of the folder by default.
+        allow_nonfinite: Import weights that hold NaN or infinity.
         say: Called with one line of text for each message to the user.
 
     Returns:
@@ -133,6 +135,7 @@ def run(
             metrics={"import_parity": delta} if delta is not None else {},
             tokenizer_dir=brought,
             written=stored.folder,
+            allow_nonfinite=allow_nonfinite,
         )
     return _report(out, manifest, source, delta)
 
@@ -158,7 +161,7 @@ def _report(out: Path, manifest: artifact.Manifest, source: Path, delta: float |
     }
 
 
-def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
+def adapter(source: Path, base: Path, out: Path, *, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Create the artifact `out` from a base and an adapter in PEFT's format; its low-rank pairs stay unmerged.
 
     Returns:
@@ -181,6 +184,7 @@ def adapter(source: Path, base: Path, out: Path) -> dict[str, Any]:
         parent=found.manifest,
         labels=found.manifest.labels,
         tokenizer_dir=found.tokenizer_dir if found.tokenizer_dir.is_dir() else None,
+        allow_nonfinite=allow_nonfinite,
     )
     return _report(out, manifest, source, None)
 

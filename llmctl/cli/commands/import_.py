@@ -26,6 +26,9 @@ def import_(
     drop: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Tensors to omit, by their full name (repeatable).")
     ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Import weights that hold NaN or infinity.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a published model to an artifact. Unknown settings and tensors are errors; none is dropped."""
@@ -40,7 +43,7 @@ def import_(
             raise RequestError(f"{source}: is an adapter; --base names the artifact that it belongs to")
         if dtype or tokenizer or reference or ignore or drop:
             raise RequestError(f"{source}: is an adapter, for which --base alone has a meaning")
-        made = importing.adapter(source, base, out)
+        made = importing.adapter(source, base, out, allow_nonfinite=allow_nonfinite)
     elif base is not None:
         raise RequestError(f"{source}: is not an adapter, so --base has no meaning")
     else:
@@ -52,6 +55,7 @@ def import_(
             reference=reference,
             ignore=tuple(ignore or ()),
             drop=tuple(drop or ()),
+            allow_nonfinite=allow_nonfinite,
             say=console.say,
         )
     if json:

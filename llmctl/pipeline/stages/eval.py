@@ -27,7 +27,8 @@ class Config(MeasureConfig, StageConfig):
 
     common: ClassVar[tuple[str, ...] | None] = ("of", "split", "examples", "batch_size", "speed", "plot")
     produces: ClassVar[bool] = False
-    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent"})  # speed depends on mesh and platform
+    # Speed depends on mesh and platform.
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "allow_nonfinite"})
     artifact_fields: ClassVar[tuple[str, ...]] = ("of",)
 
     kind: Literal["eval"] = "eval"
