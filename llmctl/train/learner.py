@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llmctl.config.errors import RequestError
 from llmctl.data import padding
 from llmctl.data.device_batches import row_shapes, with_steps
+from llmctl.data.pretraining.lm_corpus import check_epochs
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
@@ -23,6 +24,7 @@ from llmctl.train.validation import Validation
 
 if TYPE_CHECKING:
     from llmctl.artifacts.workspace import Context
+    from llmctl.config.settings import TrainConfig
 
 
 def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
@@ -82,6 +84,24 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
     )
 
 
+def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
+    """Return the settings `train` with the number of steps, and a line about it if `train.epochs` decides it.
+
+    Raises:
+      RequestError: the data limits its epochs too, or its sources hold fewer rows than the steps read.
+    """
+    settings = with_steps(config.train, len(rows))
+    if not config.train.epochs:
+        return settings, []
+    if any(part.epochs for part in config.data.parts()):
+        raise RequestError("train.epochs and data.epochs exclude each other: set train.steps, or leave data.epochs")
+    total = getattr(rows, "total", None)  # prepared sources have their own epochs
+    if total is not None:
+        check_epochs(settings.steps * settings.batch_size, total)
+    passes = f"{config.train.epochs:g} epochs of {len(rows):,} rows"
+    return settings, [f"{passes} in batches of {settings.batch_size}: {settings.steps:,} steps"]
+
+
 def run(
     config: Any, ctx: Context, mesh: jax.sharding.Mesh, learner: Learner, rows: Any, unseen: Any
 ) -> tuple[dict[str, Any], dict[str, Any], Validation]:
@@ -101,13 +121,8 @@ def run(
     Raises:
       Interrupted, WorkError: as `llmctl.train.loop.fit`.
     """
-    settings = with_steps(config.train, len(rows))
-    about = padding.describe(rows)
-    if config.train.epochs:
-        if any(part.epochs for part in config.data.parts()):
-            raise RequestError("train.epochs and data.epochs exclude each other: set train.steps, or leave data.epochs")
-        passes = f"{config.train.epochs:g} epochs of {len(rows):,} rows"
-        about.append(f"{passes} in batches of {settings.batch_size}: {settings.steps:,} steps")
+    settings, about = with_length(config, rows)
+    about = [*padding.describe(rows), *about]
     judge = learner.task.loss_of(
         learner.trains,
         dtype=jnp.dtype(settings.dtype),
