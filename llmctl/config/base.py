@@ -46,7 +46,7 @@ class Config(BaseModel):
     deciding: ClassVar[tuple[str, ...]] = ()
     """Fields that decide the defaults of the others (a preset): see `_filled`."""
     instead: ClassVar[dict[str, str]] = {}
-    """Fields that, if given, make the default of another field void: {"epochs": "steps"}."""
+    """Fields that exclude another field: {"epochs": "steps"}. Of two layers, the higher one voids the lower one's."""
     heading: ClassVar[str] = ""
     """Heading of the fields in a command's help; empty takes that of the section around."""
     common: ClassVar[tuple[str, ...] | None] = None
@@ -135,8 +135,12 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
-    """Override `below` by `above`. Tables that are settings classes of `cls` merge key by key; others are replaced."""
-    out = copy.deepcopy(below)
+    """Override `below` by `above`. Tables that are settings classes of `cls` merge key by key; others are replaced.
+
+    A field of `above` also removes the fields of `below` that it excludes (`Config.instead`).
+    """
+    void = excluded(above, cls)
+    out = copy.deepcopy({key: value for key, value in below.items() if key not in void})
     for key, value in above.items():
         inner = section(cls, key)
         if inner and isinstance(value, dict) and isinstance(out.get(key), dict):
@@ -144,6 +148,12 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
         else:
             out[key] = copy.deepcopy(value)
     return out
+
+
+def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
+    """Return the fields that the settings `given` of `cls` exclude; epochs = 0 excludes no steps."""
+    pairs = cls.instead.items()
+    return {other for name, other in pairs if given.get(name)} | {name for name, other in pairs if other in given}
 
 
 def field_names(cls: type[Config]) -> list[str]:
@@ -198,7 +208,6 @@ def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
         below: dict[str, Any] = {}
         if isinstance(default, inner) and not any(k in out[key] for k in inner.deciding):
             told = set(inner.deciding) or default.model_fields_set
-            told = told - {void for given, void in inner.instead.items() if out[key].get(given)}
             below = default.model_dump(mode="json", by_alias=True, include=told & default.model_fields_set)
         out[key] = _filled(inner, merge(below, out[key], inner))
     return out

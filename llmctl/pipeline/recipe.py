@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import atomic
-from llmctl.config.base import Config, assign, hint, merge, parse_value, read_toml, section, validate
+from llmctl.config.base import Config, hint, merge, read_toml, section, validate
 from llmctl.config.errors import RequestError
-from llmctl.pipeline import stage
+from llmctl.pipeline import overrides, stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -68,7 +68,7 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
     """
     doc = read_toml(path)
     for text in sets:
-        _set(doc, text)
+        overrides.assign_to(doc, text)
     tables, names = _stages(doc, str(path))
     for key in ("name", "run"):
         if not isinstance(doc.get(key, ""), str):
@@ -119,8 +119,7 @@ def single(
         shared = _shared(doc, [cls, *(stage.load(t["kind"]).Config for t in tables)], str(recipe))
         values = merge(shared[0], own_table, cls)
     for text in sets:
-        path, value = _assignment(text)
-        assign(values, path, value)
+        overrides.assign_in(values, text, cls)
     out = Path(out)
     atomic.check(out)
     _check_name(flags.get("name", kind), "--name")
@@ -131,40 +130,6 @@ def single(
 
     step = _linked(validate(cls, values, place), [], out, f"llmctl {kind}", beside=out.parent)
     return Recipe(out.name, out.parent, (step,))
-
-
-def _set(doc: dict[str, Any], text: str) -> None:
-    path, value = _assignment(text)
-    tables = doc.get("stage", [])
-    if path[0] != "stage":
-        assign(doc, path, value)
-        for table in [t for t in tables if _own(t, path)] if isinstance(tables, list) else []:
-            assign(table, path, value)
-        return
-    if len(path) < 3 or not isinstance(tables, list):
-        raise RequestError(f"--set {text}: say which stage and which key, such as stage.0.train.steps=10")
-    known = [str(t.get("name") or t.get("kind")) for t in tables if isinstance(t, dict)]
-    which = path[1]
-    at = int(which) if which.isdigit() else known.index(which) if which in known else -1
-    if not 0 <= at < len(tables):
-        raise RequestError(
-            f"--set {text}: no stage {which}{hint(which, known)}; there are 0 to {len(tables) - 1}: {', '.join(known)}"
-        )
-    assign(tables[at], path[2:], value)
-
-
-def _own(table: Any, path: list[str]) -> bool:
-    """Return True if a stage's own table has the shared setting `path`."""
-    kind = table.get("kind", "") if isinstance(table, dict) else ""
-    return kind in stage.kinds() and path[0] in _shareable(stage.load(kind).Config) and ".".join(path) in _paths(table)
-
-
-def _assignment(text: str) -> tuple[list[str], Any]:
-    path, equals, value = text.partition("=")
-    parts = path.strip().split(".")
-    if not equals or not all(parts):
-        raise RequestError(f"--set {text}: must look like stage.2.sparsity=0.6")
-    return parts, parse_value(value.strip())
 
 
 def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -211,35 +176,21 @@ def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: 
     """Return the shared settings that `cls` has, and add their paths to `used`."""
     out: dict[str, Any] = {}
     for key, value in shared.items():
-        if key not in _shareable(cls):
+        if key not in overrides.shareable(cls):
             continue
         inner = section(cls, key)
         if inner and isinstance(value, dict):
             used.add(prefix + key)
             out[key] = _fitting(inner, value, used, f"{prefix}{key}.")
         else:
-            used.update(_paths({key: value}, prefix))
+            used.update(overrides.paths({key: value}, prefix))
             out[key] = copy.deepcopy(value)
-    return out
-
-
-def _shareable(cls: type[Config]) -> list[str]:
-    unshared = cls.unshared if issubclass(cls, stage.StageConfig) else ()
-    return [f.alias or name for name, f in cls.model_fields.items() if name not in unshared]
-
-
-def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    out = []
-    for key, value in values.items():
-        out.append(prefix + key)
-        if isinstance(value, dict):
-            out += _paths(value, f"{prefix}{key}.")
     return out
 
 
 def _no_strays(shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], file: str) -> None:
     """Raise RequestError if a shared setting reaches no stage."""
-    for path in _paths(shared):
+    for path in overrides.paths(shared):
         if path in used:
             continue
         above, _, key = path.rpartition(".")
@@ -248,7 +199,7 @@ def _no_strays(shared: dict[str, Any], used: set[str], classes: list[type[StageC
             at: type[Config] | None = cls
             for part in above.split(".") if above else []:
                 at = section(at, part) if at else None
-            known |= set(_shareable(at)) if at else set()
+            known |= set(overrides.shareable(at)) if at else set()
         raise RequestError(f"{file}: {path}: unknown key, no stage of this recipe has it{hint(key, sorted(known))}")
 
 

@@ -143,3 +143,19 @@ def test_epochs_stand_instead_of_steps():
         validate(Finetune, {"train": {"epochs": 2, "steps": 30}}, str)
     assert "epochs" not in keyed(validate(Finetune, {"train": {"steps": 30}}, str))["train"]
     assert validate(Finetune, {"train": {"batch_size": 8}}, str).train.steps == 500
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "merged"),
+    [
+        ({"steps": 9, "seq_len": 8}, {"epochs": 2}, {"seq_len": 8, "epochs": 2}),
+        ({"epochs": 2}, {"steps": 9}, {"steps": 9}),
+        ({"steps": 9}, {"epochs": 0}, {"steps": 9, "epochs": 0}),
+        ({"steps": 9}, {"steps": 3, "epochs": 2}, {"steps": 3, "epochs": 2}),  # one layer has both: refused later
+        ({"steps": 9}, {"seq_len": 8}, {"steps": 9, "seq_len": 8}),
+    ],
+)
+def test_a_field_of_a_higher_layer_voids_what_it_excludes_below(below, above, merged):
+    from llmctl.pipeline.stages.finetune import Config as Finetune
+
+    assert merge({"train": below}, {"train": above}, Finetune) == {"train": merged}

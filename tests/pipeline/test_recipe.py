@@ -78,6 +78,40 @@ def test_a_shared_setting_that_is_set_goes_over_what_stages_say(write):
     assert {s.config.train.steps for s in got.steps if "train" in type(s.config).model_fields} == {3}
 
 
+@pytest.mark.parametrize(
+    ("shared", "own", "sets", "found"),
+    [
+        ("steps = 20", "train.epochs = 2", [], [(20, 0), (1000, 2)]),
+        ("epochs = 2", "train.steps = 20", [], [(1000, 2), (20, 0)]),
+        ("steps = 20", "", ["train.epochs=2"], [(1000, 2), (1000, 2)]),
+        ("steps = 20", "train.steps = 30", ["train.epochs=2"], [(1000, 2), (1000, 2)]),
+        ("epochs = 2", "train.epochs = 3", ["train.steps=20"], [(20, 0), (20, 0)]),
+        ("steps = 20", "train.steps = 30", ["stage.finetune.train.epochs=2"], [(20, 0), (1000, 2)]),
+        ("steps = 20", "", ["stage.1.train.epochs=2"], [(20, 0), (1000, 2)]),
+        ("steps = 20", "train.steps = 30", ["train.epochs=0"], [(20, 0), (30, 0)]),
+    ],
+)
+def test_epochs_of_a_higher_layer_replace_the_steps_below_and_the_reverse(tmp_path, shared, own, sets, found):
+    file = tmp_path / "r.toml"
+    file.write_text(f'[train]\n{shared}\n[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "finetune"\n{own}')
+    trains = [s.config.train for s in recipe.read(file, sets=sets).steps]
+    assert [(t.steps, t.epochs) for t in trains] == found
+    # The same stage alone, with the assignment or a flag.
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / recipe.MANIFEST).touch()
+    flags = {"from": str(tmp_path / "base"), "train": {"epochs": 4}}
+    (step,) = recipe.single("finetune", flags, tmp_path / "out", file, ["train.steps=7"]).steps
+    assert (step.config.train.steps, step.config.train.epochs) == (1000, 4)
+    (step,) = recipe.single("finetune", flags | {"train": {}}, tmp_path / "out", file, ["train.steps=7"]).steps
+    assert (step.config.train.steps, step.config.train.epochs) == (7, 0)
+
+
+def test_epochs_beside_steps_in_one_table_are_refused(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text('[train]\nsteps = 20\nepochs = 2\n[[stage]]\nkind = "pretrain"')
+    assert "train: epochs and steps exclude each other" in refused(file)
+
+
 def test_links(write):
     steps = recipe.read(write()).steps
     assert [s.parent for s in steps] == [None, "make", "make", "again", "teach"]

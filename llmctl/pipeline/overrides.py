@@ -1,0 +1,108 @@
+"""Apply `--set` assignments, such as `stage.2.sparsity=0.6` or `train.epochs=2`, to a recipe or to one stage.
+
+An assignment also removes the settings that it excludes, such as `train.steps` for `train.epochs`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.base import Config, assign, excluded, hint, parse_value, section
+from llmctl.config.errors import RequestError
+from llmctl.pipeline import stage
+
+if TYPE_CHECKING:
+    from llmctl.pipeline.stage import StageConfig
+
+
+def assign_to(doc: dict[str, Any], text: str) -> None:
+    """Apply an assignment to a recipe: to the shared settings and each stage that overrides them, or to one stage.
+
+    Raises:
+      RequestError: the assignment is malformed, or there is no such stage.
+    """
+    path, value = _assignment(text)
+    given = doc.get("stage", [])
+    tables: list[Any] = given if isinstance(given, list) else []
+    if path[0] != "stage":
+        assign(doc, path, value)
+        for table in tables:
+            cls = _class(table)
+            if cls and path[0] in shareable(cls):
+                void = _excluded(path, value, cls)
+                _drop(doc, void)
+                if not {".".join(p) for p in (path, *void)}.isdisjoint(paths(table)):
+                    _replace(table, path, value, cls)
+        return
+    if len(path) < 3 or not isinstance(given, list):
+        raise RequestError(f"--set {text}: say which stage and which key, such as stage.0.train.steps=10")
+    known = [str(t.get("name") or t.get("kind")) for t in tables if isinstance(t, dict)]
+    which = path[1]
+    at = int(which) if which.isdigit() else known.index(which) if which in known else -1
+    if not 0 <= at < len(tables):
+        raise RequestError(
+            f"--set {text}: no stage {which}{hint(which, known)}; there are 0 to {len(tables) - 1}: {', '.join(known)}"
+        )
+    _replace(tables[at], path[2:], value, _class(tables[at]))
+
+
+def assign_in(values: dict[str, Any], text: str, cls: type[Config]) -> None:
+    """Apply an assignment to the settings of one stage.
+
+    Raises:
+      RequestError: the assignment is malformed.
+    """
+    path, value = _assignment(text)
+    _replace(values, path, value, cls)
+
+
+def shareable(cls: type[Config]) -> list[str]:
+    """Return the keys of `cls` that a recipe may share among its stages."""
+    unshared = cls.unshared if issubclass(cls, stage.StageConfig) else ()
+    return [f.alias or name for name, f in cls.model_fields.items() if name not in unshared]
+
+
+def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted path of every key of nested settings."""
+    out = []
+    for key, value in values.items():
+        out.append(prefix + key)
+        if isinstance(value, dict):
+            out += paths(value, f"{prefix}{key}.")
+    return out
+
+
+def _class(table: Any) -> type[StageConfig] | None:
+    """Return the config class of a stage's table; None if its kind is unknown."""
+    kind = table.get("kind", "") if isinstance(table, dict) else ""
+    return stage.load(kind).Config if kind in stage.kinds() else None
+
+
+def _replace(values: dict[str, Any], path: list[str], value: Any, cls: type[Config] | None) -> None:
+    """Assign `value` in the settings of a `cls`, and drop the settings that it excludes."""
+    assign(values, path, value)
+    _drop(values, _excluded(path, value, cls) if cls else [])
+
+
+def _excluded(path: list[str], value: Any, cls: type[Config]) -> list[list[str]]:
+    """Return the paths of the settings of a `cls` that the setting `path` excludes."""
+    at: type[Config] | None = cls
+    for part in path[:-1]:
+        at = section(at, part) if at else None
+    return [[*path[:-1], other] for other in sorted(excluded({path[-1]: value}, at))] if at else []
+
+
+def _drop(values: dict[str, Any], paths: list[list[str]]) -> None:
+    for *above, key in paths:
+        table: Any = values
+        for part in above:
+            table = table.get(part, {})
+        table.pop(key, None)
+
+
+def _assignment(text: str) -> tuple[list[str], Any]:
+    path, equals, value = text.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise RequestError(f"--set {text}: must look like stage.2.sparsity=0.6")
+    return parts, parse_value(value.strip())
