@@ -1,8 +1,9 @@
 """Gradients of the task loss with respect to the matrices, summed over the calibration batches.
 
 One backward pass per batch covers the whole model, recomputing activations (`remat = "full"`). Memory beside the
-parameters: one gradient and one float32 array per matrix and requested sum. A pass per layer would need only one
-layer's sums, but as many backward passes as there are layers.
+parameters: one gradient and one float32 array per matrix and requested sum, and a float32 copy of every matrix that is
+stored in another type. A pass per layer would need only one layer's sums, but as many backward passes as there are
+layers.
 """
 
 from __future__ import annotations

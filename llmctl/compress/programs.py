@@ -118,10 +118,10 @@ class Walk:
         batch, sums, names = dict(self.batch), self.sums(params, method), SCORES[method].gradients
         held = [] if params is self.parent else [self.parent]
         size, seq_len = batch["tokens"].shape
-        inner = {
-            m.path: jax.ShapeDtypeStruct(m.weight.shape, jnp.float32, sharding=_lies(m.weight))
-            for m in weights.matrices(params, "block")
-        }
+        matrices = {m.path: m.weight for m in weights.matrices(params, "block")}
+        inner = {p: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_lies(w)) for p, w in matrices.items()}
+        copied = {p: w for p, w in matrices.items() if not weights.is_plain(w) or w.dtype != jnp.float32}
+        copies = {p: inner[p] for p in copied}
 
         def trace() -> Any:
             with meshes.use(self.mesh):
@@ -130,8 +130,8 @@ class Walk:
         return Program(
             "gradients of the loss", model, self.mesh, trace, flops=4 * cost.row(model, seq_len) * size,
             tokens=size * seq_len, rows=size, seq_len=seq_len, dtype=self.dtype, remat="full", steps=self.batches,
-            parameters=[params, held], batch=[batch] * self.batches, cache=sums,
-            beside=[held, [batch] * (self.batches - 1)],
+            parameters=[params, held, copies], batch=[batch] * self.batches, cache=sums,
+            beside=[held, copied, [batch] * (self.batches - 1)],
         )  # fmt: skip
 
 

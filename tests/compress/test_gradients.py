@@ -9,12 +9,16 @@ import pytest
 
 from llmctl.compress import gradients
 from llmctl.compress.pattern import Pattern
+from llmctl.compress.programs import Walk
 from llmctl.compress.prune import prune
 from llmctl.compress.quantize import quantize
 from llmctl.compress.scores import SCORES
 from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
-from llmctl.model import functional
+from llmctl.model import functional, weights
+from llmctl.model.array_bytes import bytes_of
 from llmctl.model.weights import dense, flatten
 
 PATH = "decoder/blocks/attn/q/kernel"
@@ -84,3 +88,19 @@ def test_random_scores_depend_on_the_key_alone():
     cut = partial(prune, w, method="random", pattern=Pattern(0.5))
     one, again, other = (np.asarray(cut(key=jax.random.key(k)) != 0) for k in (1, 1, 2))
     assert np.array_equal(one, again) and not np.array_equal(one, other) and one.sum() == 16
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 0), ("bfloat16", 2)])
+def test_the_plan_counts_the_copies_of_other_types(dtype, copies, tiny, targets):
+    """A float32 matrix is an argument itself; one of another type is copied, here to twice its size."""
+    devices = meshes.make(MeshConfig())
+
+    def like(a):
+        return jax.ShapeDtypeStruct(a.shape, dtype)
+
+    params = functional.laid_out(tiny, jax.tree.map(like, functional.abstract(tiny)), devices)
+    batch = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=None) for k, a in targets[0].items()}
+    found = Walk(batch, 1, "float32", default(tiny), devices, params).gradients(tiny, params, "taylor")
+    matrices = bytes_of({m.path: m.weight for m in weights.matrices(params, "block")})
+    assert bytes_of(found.parameters) == bytes_of(params) + copies * matrices
+    assert bytes_of(found.beside) == (matrices if copies else 0)
