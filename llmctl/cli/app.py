@@ -29,7 +29,7 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_L
 """Environment variables that silence the logs of C++ libraries."""
 _stop_requested = threading.Event()
 GOES_ON = ("run", "prepare", "import")
-"""Commands, beside the stages, that resume where they were stopped."""
+"""Commands, beside the stages, that finish stopped work when they are run again."""
 
 
 def app(chosen: str = "") -> typer.Typer:
@@ -50,7 +50,7 @@ def app(chosen: str = "") -> typer.Typer:
     ) -> None:
         """Turn raw text into a small, fast, measured language model.
 
-        Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted (the same command resumes).
+        Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted (the same command finishes it).
         """
         if version:
             typer.echo(f"llmctl {__version__}")
@@ -95,14 +95,14 @@ def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]
         except BaseException as e:
             if not isinstance(e, KeyboardInterrupt) and not _stop_requested.is_set():
                 raise
-            more = "; the same command goes on from the last checkpoint" if goes_on else ""
+            more = "; the same command finishes it" if goes_on else ""
             raise Interrupted(f"interrupted{more}") from None
 
     return stoppable
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted and resumable."""
+    """Run one command and exit: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted."""
     _be_quiet()
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 

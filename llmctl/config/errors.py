@@ -20,6 +20,6 @@ class WorkError(LlmctlError):
 
 
 class Interrupted(LlmctlError):
-    """SIGTERM or Ctrl-C arrived, and a checkpoint was written, from which the same command resumes."""
+    """SIGTERM or Ctrl-C arrived. Files that were saved before are intact; most commands finish the work when rerun."""
 
     exit_code = 3

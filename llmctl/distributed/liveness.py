@@ -23,7 +23,7 @@ from typing import Any
 
 GRACE = 10.0
 """Seconds in which a process may exit by itself after another process has ended."""
-RESUME = "the same command goes on from the last checkpoint"
+RESUME = "the same command finishes the work"
 
 
 class _Run:

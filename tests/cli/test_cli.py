@@ -184,7 +184,7 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(place, call, argv, line)
     ("steps", "code", "line"),
     [
         (13, 3, "stopped at step 6"),
-        (14, 3, "interrupted; the same command goes on"),
+        (14, 3, "interrupted; the same command finishes it"),
         (15, 1, "disk full"),
         (16, 1, "ValueError: two lines (LLMCTL_DEBUG=1 shows where)"),
     ],

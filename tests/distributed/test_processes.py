@@ -276,7 +276,7 @@ def test_strangers_do_not_deafen_the_first_process():
 def test_the_death_of_the_first_process_ends_the_other(tmp_path):
     first, second = joined("hosts.index() or os.kill(os.getpid(), 9); hosts.together('never')", tmp_path)
     assert first[0] == -9 and second[:2] == (1, "")
-    assert "llmctl: process 0 of 2: died or cannot be reached; the same command goes on" in second[2]
+    assert "llmctl: process 0 of 2: died or cannot be reached; the same command finishes the work" in second[2]
 
 
 def test_slurm_says_who_is_who(tmp_path):
