@@ -75,11 +75,6 @@ def map_layer(layer: Params, change: Callable[[Matrix], Any]) -> Params:
     return updated(layer, {m.path: change(m) for m in layer_matrices(layer)})
 
 
-def map_stacks(params: Params, change: Callable[[Any], Any]) -> Params:
-    """Return a model's tree with `change` of every layer's matrix [I, O] in its place, for all stacks."""
-    return updated(params, {m.path: per_layer(m.weight, change) for m in matrices(params, "block")})
-
-
 def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
     """Return `change` of each matrix [I, O] of a stacked weight, stacked again along all its leading axes."""
     if as_node(w).ndim == 2:
