@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.fingerprint import PRUNED
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 
-PRUNED = 0.01
-"""Share of zeros from which a matrix counts as pruned."""
 PRUNED_INTEGERS = 0.45
-"""The same share for integers. Rounding alone makes many zeros: about a fifth of normal weights at 4 bits."""
+"""`fingerprint.PRUNED` for integers. Rounding alone makes many zeros: about a fifth of normal weights at 4 bits."""
 
 
 def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = False) -> dict[str, Any]:
