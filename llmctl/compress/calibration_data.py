@@ -37,7 +37,7 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
         RequestError: the sequence length is unknown or too long, the data has no texts in the split, or `labels` are
             asked for and the data has none.
     """
-    chosen = splits.examples(config.data, config.split).sample(config.examples)
+    chosen = splits.examples(config.data, config.split, labels).sample(config.examples)
     if labels and base.manifest.labels and list(chosen.classes) != base.manifest.labels:
         raise RequestError(f"data: classes {list(chosen.classes)} are not those of {base.path}, {base.manifest.labels}")
     rows = _rows(config, base, chosen, tokenizers.load(base.tokenizer_dir), labels)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from llmctl.config.base import hint
+from llmctl.config.base import hint, spelled
 from llmctl.config.errors import RequestError
-from llmctl.data.config import COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, Scalar, SourceConfig
+from llmctl.data.config import COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
+from llmctl.data.label_values import Unlabeled, canonical, plain
 from llmctl.data.source import Row, Source, open_source
 
 CHATS = (
@@ -24,13 +25,14 @@ class View(Source):
     Class numbers become the names that the data declares. `data.classes` without any of these names keeps the numbers.
     """
 
-    def __init__(self, cfg: SourceConfig, classes: Sequence[str] = (), numbers: bool = False):
+    def __init__(self, cfg: SourceConfig, classes: Sequence[str] = (), numbers: bool = False, labels: bool = True):
         """Open the source and map its columns.
 
         Args:
           cfg: the source.
           classes: label values that the data may have (`data.classes`); empty if any.
           numbers: whether labels are numbers, which have no class names.
+          labels: whether columns of labels are mapped. Text to pretrain on may have any.
 
         Raises:
           RequestError: the source lacks a column, or has no text column.
@@ -39,7 +41,7 @@ class View(Source):
         self.where = self._source.where
         known = self._source.columns
         for wanted in [*cfg.columns.values(), *cfg.filter]:
-            if len(self._source) and wanted not in known:
+            if len(self._source) and not self._source.has(wanted):
                 raise RequestError(
                     f"{cfg.title}: no column {wanted!r}{hint(wanted, list(known))} (columns: {', '.join(known)})"
                 )
@@ -48,10 +50,11 @@ class View(Source):
                 raise RequestError(
                     f"data.columns: unknown column {ours!r}{hint(ours, list(COLUMNS))} (ours: {', '.join(COLUMNS)})"
                 )
-        partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
-        given = cfg.columns or {c: c for c in COLUMNS if c in known and c not in partial}
+        hidden = set() if labels else LABEL_COLUMNS
+        self._late = set() if cfg.columns else set(COLUMNS) - set(known) - hidden
+        given = cfg.columns or {c: c for c in _mapped(known)}
         # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
-        self._map = {c: given[c] for c in COLUMNS if c in given}
+        self._map = {c: given[c] for c in COLUMNS if c in given and c not in hidden}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
         named = {c: n for c, n in self._source.names.items() if not classes or set(classes) & set(n)}
         self._names = {c: named[t] for c, t in self._map.items() if t in named and not (numbers and c == "label")}
@@ -64,9 +67,13 @@ class View(Source):
         if len(self._source) and not self.texts:
             raise RequestError(f"{cfg.title}: {_without_text(self._source[0])} (columns: {', '.join(known)})")
         self._keep = {
-            column: {plain(v) for v in (value if isinstance(value, list) else [value])}
+            column: [(plain(v), isinstance(v, str)) for v in (value if isinstance(value, list) else [value])]
             for column, value in cfg.filter.items()
         }
+
+    def named(self, ours: str) -> str:
+        """Return the source's name of a canonical column."""
+        return self._map.get(ours, ours)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -80,22 +87,29 @@ class View(Source):
         for column, allowed in self._keep.items():
             if column not in raw:
                 raise RequestError(f"{self.where(i)}: no column {column!r} to filter by (columns: {', '.join(raw)})")
-            names = self._source.names.get(column, ())
-            # A value that is one of the names means the name, even if another class has it as its number.
-            if plain(_name(names, raw[column])) not in allowed and plain(raw[column]) not in allowed.difference(names):
+            if not self._allows(column, raw[column], allowed):
                 return None
+        late = self._late & raw.keys()
+        if late and (late := [c for c in _mapped({*self._source.columns, *raw}) if c in late]):
+            raise RequestError(
+                f"{self.where(i)}: column {late[0]!r} is in none of the first rows; name the columns to read in "
+                f"data.columns, such as {spelled({c: c for c in (*self._map, late[0])})}"
+            )
         return self._canonical(raw, i)
 
     def _canonical(self, raw: Row, i: int) -> Row:
         row = {}
         for ours, theirs in self._map.items():
-            if theirs not in raw:
-                raise RequestError(
+            if theirs not in raw and ours != "pair":
+                error = Unlabeled if ours in LABEL_COLUMNS else RequestError
+                raise error(
                     f"{self.where(i)}: no column {theirs!r}{hint(theirs, list(raw))} (columns: {', '.join(raw)})"
                 )
-            row[ours] = raw[theirs]
+            row[ours] = raw.get(theirs)
             if ours in self._names:
-                row[ours] = self._class_name(ours, raw[theirs], i)
+                row[ours] = self._class_name(ours, row[ours], i)
+                if row[ours] is None and ours in self._texts:
+                    raise Unlabeled(f"{self.where(i)}: the label is empty (column {theirs!r} holds {raw[theirs]!r})")
         for ours in self._texts:
             value = row[ours]
             if value is None:
@@ -111,6 +125,19 @@ class View(Source):
         if "answers" in row:
             row["answers"] = self._answers(row, i)
         return row
+
+    def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
+        """Return whether a value is one of those of a filter. Text equals text only if it is spelled alike."""
+        names = self._source.names.get(column, ())
+        # A value that is one of the names means the name, even if another class has it as its number.
+        if plain(_name(names, value)) in {v for v, _ in allowed}:
+            return True
+        text = plain(value)
+        return any(
+            text == v or (canonical(text) == canonical(v) and not (is_text and isinstance(value, str)))
+            for v, is_text in allowed
+            if v not in names
+        )
 
     def _class_name(self, ours: str, value: Any, i: int) -> Any:
         """Return the declared name of a class number, or of each in a list. A negative number means no label."""
@@ -135,12 +162,13 @@ class View(Source):
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
             raise RequestError(f"{self.where(i)}: column {self._map['tokens']!r} is no list of words")
         row["tokens"] = [self._clean(w) for w in words]
-        if tags is None:
+        if "tags" not in row:
             return
+        if tags is None:
+            raise Unlabeled(f"{self.where(i)}: column {self._map['tags']!r} must hold one label a word (null)")
         if not isinstance(tags, list) or len(tags) != len(words):
             said = f"{len(tags)} for {len(words)} words" if isinstance(tags, list) else "no list"
             raise RequestError(f"{self.where(i)}: column {self._map['tags']!r} must hold one label a word ({said})")
-        row["tags"] = ["" if tag is None else plain(tag) for tag in tags]
 
     def _answers(self, row: Row, i: int) -> list[tuple[str, int]]:
         """Return (text, index of its first character in the context) of every accepted answer."""
@@ -177,26 +205,29 @@ def _is_chat(value: Any) -> bool:
     return all({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in value)
 
 
-def views(cfg: DataConfig) -> list[View]:
+def views(cfg: DataConfig, labels: bool = True) -> list[View]:
     """Open every source of a data config.
+
+    Args:
+      cfg: the data.
+      labels: whether columns of labels are mapped.
 
     Raises:
       RequestError: as `View`.
     """
-    return [View(part, cfg.classes, cfg.label_type == "number") for part in cfg.sources()]
+    return [View(part, cfg.classes, cfg.label_type == "number", labels) for part in cfg.sources()]
+
+
+def _mapped(known: Collection[str]) -> list[str]:
+    """Return the columns that are mapped by default if the source has the columns `known`."""
+    partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
+    return [c for c in COLUMNS if c in known and c not in partial]
 
 
 def _name(names: Sequence[str], value: Any) -> Any:
     """Return the name of a class number, None if it is negative, or the value itself if it has no name."""
+    if isinstance(value, float) and value.is_integer():  # a column of integers with gaps
+        value = int(value)
     if not names or isinstance(value, bool) or not isinstance(value, int) or value >= len(names):
         return value
     return names[value] if value >= 0 else None
-
-
-def plain(value: Scalar | None) -> str:
-    """Convert a value to canonical text, whether a file stores it as text, integer, boolean or float."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)

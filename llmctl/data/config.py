@@ -22,6 +22,8 @@ TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "context", "question")
 questions are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers")
 """All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
+LABEL_COLUMNS = {"label", "tags", "answers"}
+"""Canonical columns that hold labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
 """Sets of columns that are mapped by default only if all of the set are present. Alone they may mean anything."""
 
@@ -83,7 +85,7 @@ class DataConfig(SourceConfig):
     """Data of a stage: one source or a mixture, labels and splits."""
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"label_separator", "validation_path", "test_path", "validation_split", "test_split"}
+        {"label_separator", "unlabeled", "validation_path", "test_path", "validation_split", "test_split"}
     )
 
     mixture: list[SourceConfig] = []
@@ -96,6 +98,9 @@ class DataConfig(SourceConfig):
     """Type of the labels: a class, a number (regression), or a set of any number of classes, also none."""
     label_separator: str = ""
     """Text between the labels of a set in one string, such as ","; empty accepts only lists."""
+    unlabeled: Literal["refuse", "drop"] = "refuse"
+    """Rows without a label (an empty cell, null, NaN, or class -1 that data.classes does not list): refuse the data, or
+    drop them."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, le=1)

@@ -7,24 +7,20 @@ texts.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import string
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
-from llmctl.data.columns import View, plain
+from llmctl.data.columns import View
 from llmctl.data.config import DataConfig
+from llmctl.data.label_values import Label, Labels, Unlabeled, plain
 
-Label = str | float | tuple[str, ...]
-"""Class, number or set of classes."""
-KEPT, FILTERED, BLANK = 0, 1, 2
+KEPT, FILTERED, BLANK, UNLABELED = 0, 1, 2, 3
 RANGE = 8192
 """Number of rows scanned at a time."""
 
@@ -52,7 +48,7 @@ class Scan:
     """Scan result of a range of rows. `state` has an entry per row, the other fields one per kept row."""
 
     state: np.ndarray
-    """KEPT, FILTERED or BLANK."""
+    """KEPT, FILTERED, BLANK or UNLABELED."""
     fraction: np.ndarray
     """Hash of each text in [0, 1), which decides its split."""
     key: np.ndarray
@@ -63,22 +59,28 @@ class Scan:
     """Length of the first text in characters."""
     labels: list[Label]
     """Label values; empty if rows have no labels."""
-    tags: set[str]
-    """Distinct labels of words; empty if words have none."""
+    tags: dict[str, str]
+    """Location of the first row of each distinct label of words; empty if words have none."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
     """Scan the rows first..last - 1 of a source.
 
     Raises:
-      RequestError: a row cannot be read, or its label is not among the classes.
+      RequestError: a row cannot be read, or its label is missing, is none, or is not among the classes.
     """
-    allowed = {c: k for k, c in enumerate(cfg.classes)}
+    of_rows, of_words = (Labels(cfg, view.named(ours)) for ours in ("label", "tags"))
     state = np.full(last - first, KEPT, np.uint8)
     fractions, keys, digests, chars, labels = [], [], [], [], []
-    tags: set[str] = set()
+    tags: dict[str, str] = {}
     for i in range(first, last):
-        row = view.read(i)
+        try:
+            row = view.read(i)
+        except Unlabeled:
+            if cfg.unlabeled == "refuse":
+                raise
+            state[i - first] = UNLABELED
+            continue
         if row is None:
             state[i - first] = FILTERED
             continue
@@ -86,11 +88,16 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
         if not any(v.strip() for v in values):
             state[i - first] = BLANK
             continue
-        if "label" in row:
-            label = _set if cfg.label_type == "set" else _label
-            labels.append(label(cfg, row["label"], allowed, view, i))
-        for tag in set(row.get("tags", ())) - tags:
-            tags.add(str(_label(cfg, tag, allowed, view, i)))
+        try:
+            found = [of_rows.label(row["label"])] if "label" in row else []
+            words = [plain(tag) for tag in row.get("tags", ()) if of_words.of_class(tag)]
+        except RequestError as error:
+            if isinstance(error, Unlabeled) and cfg.unlabeled == "drop":
+                state[i - first] = UNLABELED
+                continue
+            raise type(error)(f"{view.where(i)}: {error}") from None
+        labels += found
+        tags |= {tag: view.where(i) for tag in set(words) - tags.keys()}
         # Pairs and prompts are split by their first text, so all answers to a question are in one split.
         fractions.append(fraction(values[0] if values[0].strip() else "\0".join(values)))
         keys.append(_digest(map(normal, values)))
@@ -103,32 +110,3 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
 
 def _digest(texts: Iterable[str]) -> bytes:
     return hashlib.sha256("\0".join(texts).encode()).digest()[:16]
-
-
-def _set(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: int) -> tuple[str, ...]:
-    if isinstance(value, str) and cfg.label_separator:
-        value = [part for given in value.split(cfg.label_separator) if (part := given.strip())]
-    if not isinstance(value, list):
-        advice = "set data.label_separator" if isinstance(value, str) else "[] is the empty set"
-        raise RequestError(f"{view.where(i)}: label {value!r} is no list of labels; {advice}")
-    return tuple(dict.fromkeys(str(_label(cfg, v, allowed, view, i)) for v in value))
-
-
-def _label(cfg: DataConfig, value: Any, allowed: dict[str, int], view: View, i: int) -> str | float:
-    if value is None or value == "":
-        raise RequestError(f"{view.where(i)}: the label is empty")
-    if cfg.label_type == "number":
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise RequestError(f"{view.where(i)}: label {value!r} is not a number")
-        return number
-    label = plain(value)
-    if allowed and label not in allowed:
-        raise RequestError(
-            f"{view.where(i)}: label {label!r} is not among data.classes ({', '.join(allowed)})"
-            f"{hint(label, list(allowed))}"
-        )
-    return label

@@ -27,8 +27,8 @@ Row = dict[str, Any]
 class Source:
     """Represent a dataset with random access to its rows.
 
-    A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the possible columns. The rows
-    of JSON lines may differ, so there it lists the columns of the first row.
+    A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the columns that rows may have.
+    The rows of JSON lines may differ, so there it lists the columns of the first rows, and `has` searches all.
 
     Example:
       >>> source = Table("quotes.txt", ("text",), [("To be",), ("or not to be",)], lines=[1, 3])
@@ -39,6 +39,10 @@ class Source:
     columns: tuple[str, ...] = ()
     names: Names = {}
     """Class names of the columns that hold class numbers, if the data declares them."""
+
+    def has(self, column: str) -> bool:
+        """Return whether rows may have a column."""
+        return column in self.columns
 
     def where(self, i: int) -> str:
         """Return the location of row i for error messages: the file and the line or row number."""
@@ -71,6 +75,9 @@ class Chain(Source):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def has(self, column: str) -> bool:
+        return any(source.has(column) for source in self.sources)
+
     def _find(self, i: int) -> tuple[Source, int]:
         if not 0 <= i < len(self):
             raise IndexError(i)
@@ -90,7 +97,7 @@ class Table(Source):
     """Source of rows held in memory as tuples, with the line number of each row's first line."""
 
     def __init__(self, file: object, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], lines: Sequence[int]):
-        self.file, self.columns, self._rows, self._lines = file, tuple(columns), rows, lines
+        self.file, self.columns, self._rows, self._lines = file, _distinct(file, columns), rows, lines
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,7 +128,7 @@ class Groups(Source):
         read: Callable[[int], list[Row]],
         names: Names | None = None,
     ):
-        self.file, self.columns, self.names = file, tuple(columns), names or {}
+        self.file, self.columns, self.names = file, _distinct(file, columns), names or {}
         self._ends = list(itertools.accumulate(counts))
         self._group = functools.lru_cache(maxsize=4)(read)
 
@@ -136,6 +143,13 @@ class Groups(Source):
 
     def where(self, i: int) -> str:
         return f"{self.file}: row {i + 1}"
+
+
+def _distinct(file: object, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns. Raises RequestError if two have one name: a row would keep only the last."""
+    if twice := [c for k, c in enumerate(columns) if c in columns[:k]]:
+        raise RequestError(f"{file}: two columns are called {twice[0]!r}; rename one (columns: {', '.join(columns)})")
+    return tuple(columns)
 
 
 def _named(cfg: SourceConfig) -> list[epath.Path]:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import cast, get_args, overload
 
 import numpy as np
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
-from llmctl.data import columns
+from llmctl.data import columns, label_values
 from llmctl.data.config import DataConfig, Split
-from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, Label, Scan, scan
+from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, UNLABELED, Scan, scan
 from llmctl.data.source import Chain, Row, Source
 
 Range = tuple[int, int, int]
@@ -51,6 +51,8 @@ class Examples:
     """Index of each row's source in a mixture."""
     classes: tuple[str, ...]
     """Label values (of texts or words) by class index; empty for numbers and unlabeled data."""
+    class_of: Mapping[str, str] = field(default_factory=dict)
+    """Class of each label as it is written."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -63,6 +65,8 @@ class Examples:
         if isinstance(i, slice):
             return self.take(np.arange(len(self))[i])
         row = self.source[int(self.index[i])]
+        if "tags" in row and self.class_of:
+            row = {**row, "tags": [self.class_of[label_values.plain(tag)] for tag in row["tags"]]}
         return row if self.labels is None else {**row, "label": self.labels[i].tolist()}
 
     def __iter__(self) -> Iterator[Row]:
@@ -123,6 +127,8 @@ class Splits:
     """Number of rows without text, which are dropped."""
     duplicates: int
     """Number of rows with the text of an earlier row, which are dropped."""
+    unlabeled: int = 0
+    """Number of rows without a label, which are dropped if `data.unlabeled` is "drop"."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -145,27 +151,30 @@ class Splits:
         return self.examples[split]
 
 
-def examples(cfg: DataConfig, split: Split) -> Examples:
-    """Load one split. `load` returns all three for the same work.
+def examples(cfg: DataConfig, split: Split, labels: bool = True) -> Examples:
+    """Load one split, with or without labels. `load` returns all three for the same work.
 
     Raises:
       RequestError: as `load`, or the split is empty.
     """
-    return load(cfg)[split]
+    return load(cfg, labels=labels)[split]
 
 
-def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | None = None) -> Splits:
+def load(
+    cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | None = None, *, labels: bool = True
+) -> Splits:
     """Read every row once: filter, map labels, drop blanks and duplicates, and split.
 
     Args:
       cfg: the data.
       scans: scans ranges of rows (source, first, last + 1) in order, for example in several processes.
+      labels: whether labels are read; if not, rows have no columns of labels.
 
     Raises:
       RequestError: files or columns are missing, rows cannot be read, labels are not among the classes, or there is no
         text.
     """
-    views = columns.views(cfg)
+    views = columns.views(cfg, labels=labels)
     if any(v.columns != views[0].columns for v in views):
         listed = "; ".join(", ".join(v.columns) for v in views)
         what = "sources of a mixture" if cfg.mixture else "files of the splits"
@@ -174,23 +183,35 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
     found = list(scans(ranges) if scans else (scan(cfg, views[p], first, last) for p, first, last in ranges))
     state_R = np.concatenate([np.zeros(0, np.uint8), *(f.state for f in found)])
     index_N = np.flatnonzero(state_R == KEPT)
-    filtered, blank = (int((state_R == dropped).sum()) for dropped in (FILTERED, BLANK))
+    filtered, blank, unlabeled = (int((state_R == dropped).sum()) for dropped in (FILTERED, BLANK, UNLABELED))
     if not len(index_N):
         raise RequestError(
-            f"{_named(cfg)}: no text in it ({len(state_R)} rows, {filtered} filtered out, {blank} blank)"
+            f"{_named(cfg)}: no text in it ({len(state_R)} rows, {filtered} filtered out, {blank} blank"
+            f"{f', {unlabeled} without a label' * bool(unlabeled)})"
         )
-    labels = [label for f in found for label in f.labels]
-    tags = sorted(set().union(*(f.tags for f in found)))
-    if labels and tags:
+    of_rows = [label for f in found for label in f.labels]
+    tags = {tag: where for f in reversed(found) for tag, where in f.tags.items()}
+    if of_rows and tags:
         raise RequestError(f"{_named(cfg)}: has a label a row and a tag a word; choose one kind with data.columns")
     if tags and cfg.label_type == "set":
         raise RequestError(f'{_named(cfg)}: has a tag a word; data.label_type = "set" is for the labels of a row')
     names = [c for v in views for c in v.classes]
-    classes, labels_N = _classes(cfg, labels or tags, names) if labels or tags else ((), None)
-    labels_N = None if tags else labels_N
+    source = Chain(views)
+    classes, class_of, labels_N = (), {}, None
+    if cfg.label_type == "number" and of_rows:
+        labels_N = np.array(of_rows, np.float32)
+    elif of_rows or tags:
+        sets = cast(list[tuple[str, ...]], of_rows) if cfg.label_type == "set" else []
+        flat = [c for row in sets for c in row] if sets else cast(list[str], of_rows or list(tags))
+        classes, class_of = _classes(cfg, set(flat), names)
+        if not cfg.classes and (odd := label_values.no_class(set(classes) - set(names))):
+            k = next(k for k, c in enumerate(flat) if class_of[c] == odd)
+            row = int(np.repeat(np.arange(len(sets)), list(map(len, sets)))[k]) if sets else k
+            raise label_values.no_class_error(odd, tags[flat[k]] if tags else source.where(int(index_N[row])))
+        labels_N = None if tags else _indices(classes, [class_of[c] for c in flat], list(map(len, sets)))
     ends = np.cumsum([len(v) for v in views])
     everything = Examples(
-        source=Chain(views),
+        source=source,
         columns=views[0].columns,
         index=index_N,
         fraction=np.concatenate([f.fraction for f in found]),
@@ -199,6 +220,7 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
         labels=labels_N,
         part=np.searchsorted(ends, index_N, "right").astype(np.int32),
         classes=classes,
+        class_of=class_of,
     )
     own = {name: len(cfg.parts()) + k for k, name in enumerate(cfg.held_out())}
     if cfg.dedup:  # of duplicates the first row stays, those of the files of a held-out split before all others
@@ -212,19 +234,21 @@ def load(cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | N
     for name, part in own.items():
         of_N[everything.part == part] = kinds.index(name)
     split = {name: everything.take(np.flatnonzero(of_N == k)) for k, name in enumerate(kinds)}
-    return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything))
+    return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything), unlabeled)
 
 
-def _classes(cfg: DataConfig, labels: list[Label], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes and the class index of each label, int32 [N], the numbers, float32 [N], or sets, uint8 [N, C].
+def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the classes, and the class of each label that was found.
 
     Classes are in the order of `data.classes`, or of the names that the data declares, or sorted.
     """
-    if cfg.label_type == "number":
-        return (), np.array(labels, np.float32)
-    sets = cast(list[tuple[str, ...]], labels) if cfg.label_type == "set" else []
-    named = [c for found in sets for c in found] if sets else cast(list[str], labels)
-    found = set(named)
+    class_of = label_values.one_spelling(sorted(found), cfg.classes or names)
+    found = set(class_of.values())
+    if len(cfg.classes or found) > 1000 and cfg.label_type != "set":
+        many = len(cfg.classes or found)
+        raise RequestError(f'{_named(cfg)}: {many} different labels; numbers? (data.label_type = "number")')
+    if cfg.classes:
+        return tuple(cfg.classes), class_of
     numeric = all(re.fullmatch(r"-?\d+", c) for c in found)
     place = {c: k for k, c in enumerate(dict.fromkeys(names))}
     if names and (bare := sorted(c for c in found - place.keys() if re.fullmatch(r"-?\d+", c))):
@@ -232,17 +256,21 @@ def _classes(cfg: DataConfig, labels: list[Label], names: list[str]) -> tuple[tu
             f"{_named(cfg)}: one source declares class names ({', '.join(place)}), another has the labels "
             f"{', '.join(bare)}; list the names, or the numbers for all sources, in data.classes"
         )
+    label_values.check_kinds(_named(cfg), found - place.keys())
     first = sorted(found & place.keys(), key=place.__getitem__)
     rest = sorted(found - place.keys(), key=(lambda c: (int(c), c)) if numeric else None)
-    classes = tuple(cfg.classes) or (*first, *rest)
-    if len(classes) > 1000 and not sets:
-        raise RequestError(f'{_named(cfg)}: {len(classes)} different labels; numbers? (data.label_type = "number")')
+    return (*first, *rest), class_of
+
+
+def _indices(classes: tuple[str, ...], labels: list[str], sizes: list[int]) -> np.ndarray:
+    """Return the class index of each label, int32 [N], or the sets of `sizes` labels, zeros and ones, uint8 [N, C]."""
     number = {c: k for k, c in enumerate(classes)}
-    if sets:
-        hot_NC = np.zeros((len(sets), len(classes)), np.uint8)
-        hot_NC[np.repeat(np.arange(len(sets)), [len(found) for found in sets]), [number[c] for c in named]] = 1
-        return classes, hot_NC
-    return classes, np.array([number[c] for c in named], np.int32)
+    found = np.array([number[c] for c in labels], np.int32)
+    if not sizes:
+        return found
+    hot_NC = np.zeros((len(sizes), len(classes)), np.uint8)
+    hot_NC[np.repeat(np.arange(len(sizes)), sizes), found] = 1
+    return hot_NC
 
 
 def _named(cfg: DataConfig) -> str:

@@ -16,6 +16,7 @@ from llmctl.data import device_batches
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import Corpus, cached
 from llmctl.data.device_batches import DeviceBatches, Rows
+from llmctl.data.label_values import one_spelling
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import host_arrays
@@ -100,10 +101,11 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
     """
     if not classes:
         raise RequestError(f"{where}: is a classifier, and the data has no labels; map one in data.columns")
-    unknown = [c for c in classes if c not in names]
+    known = one_spelling(classes, names)
+    unknown = [c for c in classes if known[c] not in names]
     if unknown:
         raise RequestError(f"{where}: the data has a label {unknown[0]!r} that it does not know ({', '.join(names)})")
-    return np.array([names.index(c) for c in classes])
+    return np.array([names.index(known[c]) for c in classes])
 
 
 READ = ("tokens", "segments", "positions", "types")

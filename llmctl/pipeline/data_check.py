@@ -38,10 +38,10 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
         data = getattr(step.config, "data", None)
         if (wanted and step.name not in wanted) or not isinstance(data, DataConfig):
             continue
-        columns = needed(recipe, step)
-        if (mark := (data.model_dump_json(), columns)) not in seen:
+        columns, labels = needed(recipe, step), _reads_labels(recipe, step)
+        if (mark := (data.model_dump_json(), columns, labels)) not in seen:
             seen.add(mark)
-            _check(step.name, data, columns, missing)
+            _check(step.name, data, columns, missing, labels)
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
@@ -54,6 +54,13 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
     tasks = [TASKS[t] for t in _tasks(recipe, step) if t != "lm"]
     columns = dict.fromkeys(c for task in tasks for c in task.columns)
     return tuple(c for c in columns if c != "pair")  # the pair is optional with scores
+
+
+def _reads_labels(recipe: Recipe, step: Step) -> bool:
+    """Return whether a stage is known to read labels."""
+    from llmctl.evaluate.tasks.registry import TASKS
+
+    return any(TASKS[task].reads_labels for task in _tasks(recipe, step))
 
 
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
@@ -81,7 +88,7 @@ def _learned(recipe: Recipe, read: str | Path | None) -> str:
     return ""
 
 
-def _check(name: str, data: DataConfig, columns: tuple[str, ...], missing: bool) -> None:
+def _check(name: str, data: DataConfig, columns: tuple[str, ...], missing: bool, labels: bool) -> None:
     from llmctl.data import columns as mapping
     from llmctl.data.dedup import scan
     from llmctl.data.source import open_source
@@ -96,7 +103,7 @@ def _check(name: str, data: DataConfig, columns: tuple[str, ...], missing: bool)
             return
         raise
     try:
-        views = mapping.views(data)
+        views = mapping.views(data, labels)
         for view in views:
             absent = [c for c in columns if c not in view.columns]
             if len(view) and absent:

@@ -11,6 +11,7 @@ from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.data import dedup, splits, write_splits
 from llmctl.data.config import DataConfig, SourceConfig
+from llmctl.data.sources import jsonl
 
 FILM = int.from_bytes(hashlib.sha256(b"thefilmwasgreat").digest()[:6], "big") / 2**48
 COLUMNS = {"text": "review", "label": "stars"}
@@ -102,6 +103,43 @@ def test_examples_hold_canonical_columns_and_class_indices(tmp_path):
     assert load(numbers, **kw).classes == ("-1", "9", "10")
     assert load(numbers, label_type="number", **kw)["train"].labels.tolist() == [10.0, 9.0, -1.0]
     assert load(numbers, label_type="number", **kw).classes == ()
+
+
+def given(tmp_path, rows, **kw):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return splits.load(DataConfig(source="jsonl", path=str(path), **{"validation": 0, "test": 0} | kw))
+
+
+def test_columns_may_be_absent_from_the_first_row(tmp_path):
+    rows = [{"text": "a", "label": 0}, {"label": 1, "pair": "c", "text": "b"}]
+    found = given(tmp_path, rows)["train"]
+    assert found.columns == ("text", "pair", "label")
+    assert list(found) == [{"text": "a", "pair": "", "label": 0}, {"text": "b", "pair": "c", "label": 1}]
+    with pytest.raises(RequestError, match=r"x.jsonl:1: no column 'label'"):
+        given(tmp_path, [{"text": "a"}, *rows])
+    assert given(tmp_path, [{"text": "a"}, *rows], unlabeled="drop").unlabeled == 1
+    with pytest.raises(RequestError, match=r"x.jsonl:2: no column 'text', did you mean 'txt'"):
+        given(tmp_path, [rows[0], {"txt": "b", "label": 1}])
+
+
+def test_a_column_after_the_first_rows_is_refused_or_read_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "ROWS", 2)
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 0}, {"text": "c", "label": 1, "pair": "d", "tags": []}]
+    with pytest.raises(RequestError, match=r'x.jsonl:3: column \'pair\' is in none .* pair = "pair" \}'):
+        given(tmp_path, rows)
+    columns = {c: c for c in ("text", "label", "pair")}
+    assert [r["pair"] for r in given(tmp_path, rows, columns=columns)["train"]] == ["", "", "d"]
+    with pytest.raises(RequestError, match=r"no column 'pairs' \(columns: text, label\)"):
+        given(tmp_path, rows, columns={"text": "text", "pair": "pairs"})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"), [(1, "abcd"), ("1", "acd"), ("1.0", "bcd"), (True, "ef"), ("true", "f"), ([0, "True"], "ef")]
+)
+def test_a_filter_compares_values_and_spellings_of_text(tmp_path, wanted, kept):
+    rows = [{"text": t, "n": n} for t, n in zip("abcdef", ["1", "1.0", 1, 1.0, "True", True], strict=True)]
+    assert "".join(r["text"] for r in given(tmp_path, rows, filter={"n": wanted})["train"]) == kept
 
 
 def test_sample_is_stable_and_spread(reviews):

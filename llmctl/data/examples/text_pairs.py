@@ -36,7 +36,7 @@ class TwoTextRows(ExampleRows):
         """Tokenize both texts.
 
         Raises:
-          RequestError: the examples have no text or no pair, or their labels are classes.
+          RequestError: the examples have no text or no pair, a text is empty, or their labels are classes.
         """
         if examples.classes:
             raise RequestError(
@@ -47,7 +47,12 @@ class TwoTextRows(ExampleRows):
         self._tokenizer, self._seq_len = tokenizer, seq_len
         self._truncate: Truncate = truncate
         self._labels_N = examples.labels
-        self._texts = {"": tokenize(examples.texts(), tokenizer), "pair_": tokenize(examples.texts("pair"), tokenizer)}
+        texts = {"": list(examples.texts()), "pair_": list(examples.texts("pair"))}
+        for i, both in enumerate(zip(*texts.values(), strict=True)):
+            if not all(text.strip() for text in both):
+                where = examples.source.where(int(examples.index[i]))
+                raise RequestError(f"{where}: embeddings need two texts per row, and one is empty")
+        self._texts = {name: tokenize(given, tokenizer) for name, given in texts.items()}
 
     def _build(self, example_B: np.ndarray) -> Batch:
         template = self._tokenizer.template

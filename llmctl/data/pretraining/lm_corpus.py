@@ -23,14 +23,18 @@ from llmctl.data.tokenizers.base import Tokenizer
 class Text:
     """Text of a data config. Raw text is read at first use; prepared text is already tokenized."""
 
-    def __init__(self, cfg: DataConfig):
+    def __init__(self, cfg: DataConfig, labels: bool = True):
         """Open prepared sources and check their settings.
+
+        Args:
+          cfg: the data.
+          labels: whether labels are read.
 
         Raises:
           RequestError: prepared and raw sources are mixed, or prepared ones are missing, have different tokenizers, or
             were prepared with other settings.
         """
-        self._cfg = cfg
+        self._cfg, self._labels = cfg, labels
         kinds = {part.source == "prepared" for part in cfg.parts()}
         if len(kinds) > 1:
             raise RequestError("a mixture is of prepared sources or of raw ones; prepare the others as well")
@@ -43,7 +47,7 @@ class Text:
     @functools.cached_property
     def splits(self) -> splits.Splits:
         """Return the raw text, split."""
-        return splits.load(self._cfg)
+        return splits.load(self._cfg, labels=self._labels)
 
     @property
     def classes(self) -> tuple[str, ...]:

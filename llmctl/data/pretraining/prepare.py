@@ -93,7 +93,7 @@ def _prepare(
     progress: Progress,
     say: Callable[[str], None],
 ) -> Prepared:
-    text = splits.load(data, lambda ranges: pool(_scan, ranges))
+    text = splits.load(data, lambda ranges: pool(_scan, ranges), labels=False)
     if "text" not in text["train"].columns:
         raise RequestError("prepare takes text for language modelling: map data.columns.text")
     key = _key(data, tokenizer, text)
@@ -189,7 +189,7 @@ class Worker:
     @functools.cached_property
     def views(self) -> list[View]:
         """Open the sources."""
-        return columns.views(self.data)
+        return columns.views(self.data, labels=False)
 
     @functools.cached_property
     def source(self) -> Chain:

@@ -32,7 +32,28 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
             line = reader.line_num + 1
     except csv.Error as error:
         raise RequestError(f"{path}:{line}: not valid CSV ({error})") from None
+    keep = _filled(path, columns, rows)
+    if len(keep) < len(columns):
+        columns, rows = [columns[k] for k in keep], [tuple(row[k] for k in keep) for row in rows]
     return Table(path, columns, rows, lines)
+
+
+def _filled(path: epath.Path, columns: list[str], rows: list[tuple[str, ...]]) -> list[int]:
+    """Return the columns to keep. Columns without a name and without a value are dropped, as spreadsheets write them.
+
+    The first column may lack a name, because tables with a row number are written so.
+
+    Raises:
+      RequestError: another column has values and no name.
+    """
+    keep = []
+    for k, name in enumerate(columns):
+        if k and not name.strip():
+            if any(row[k].strip() for row in rows):
+                raise RequestError(f"{path}:1: column {k + 1} of the header has no name; give it one")
+            continue
+        keep.append(k)
+    return keep
 
 
 SOURCE = of_files(table)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from typing import Any
 
 from etils import epath
 
@@ -10,30 +12,69 @@ from llmctl.config.errors import RequestError
 from llmctl.data.file_bytes import buffer, line_offsets
 from llmctl.data.source import Row, Source, of_files
 
+ROWS, BYTES = 1000, 16_000_000
+"""Bounds of the first rows, whose keys are the columns. A row with another one of our columns is refused when read."""
+
 
 class JsonLines(Source):
-    """Source of JSON lines: one object per line. Line offsets are found at construction; rows are parsed at access."""
+    """Source of JSON lines: one object per line. Line offsets are found at construction; rows are parsed at access.
+
+    `columns` are those of the first rows: `ROWS`, as far as they are in the first `BYTES`.
+    """
 
     def __init__(self, path: epath.Path):
         self._path = path
         self._bytes = buffer(path)
         self._starts, self._ends, self._lines = line_offsets(self._bytes)
-        self.columns = tuple(self[0]) if len(self) else ()
+        self.columns = self._first_columns()
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, i: int) -> Row:
         try:
-            row = json.loads(self._bytes[self._starts[i] : self._ends[i]])
+            # `json.loads` of bytes would take zero bytes for another encoding. Half surrogate pairs are left to `View`.
+            text = self._bytes[self._starts[i] : self._ends[i]].decode("utf-8-sig", "surrogatepass")
+            row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{self.where(i)}: not valid JSON ({error})") from None
+        if isinstance(row, _Twice):
+            raise RequestError(f"{self.where(i)}: key {row.name!r} is there twice; remove one")
         if not isinstance(row, dict):
             raise RequestError(f"{self.where(i)}: a line must hold a JSON object, not {type(row).__name__}")
         return row
 
+    def has(self, column: str) -> bool:
+        return column in self.columns or any(column in row for row in self)
+
     def where(self, i: int) -> str:
         return f"{self._path}:{self._lines[i]}"
+
+    def _first_columns(self) -> tuple[str, ...]:
+        found = dict.fromkeys(self[0]) if len(self) else {}
+        for i in range(1, min(ROWS, len(self))):
+            if self._ends[i] > BYTES:
+                break
+            try:
+                found |= dict.fromkeys(self[i])
+            except RequestError:  # the first row is refused here, the others when they are read
+                break
+        return tuple(found)
+
+
+class _Twice(dict[str, Any]):
+    """Object with a key that is there twice, of which Python keeps the last."""
+
+    name = ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    twice = _Twice(found)
+    twice.name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+    return twice
 
 
 SOURCE = of_files(lambda path, cfg: JsonLines(path))

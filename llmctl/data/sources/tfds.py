@@ -26,7 +26,7 @@ class Tfds(Source):
 
     def __init__(self, named: str, data: Any, names: class_names.Names):
         self._named, self._data, self.names = named, data, names
-        self.columns = tuple(self[0]) if len(self) else ()
+        self.columns = tuple(self[0]) if len(self) else ()  # every example has every feature
 
     def __len__(self) -> int:
         return len(self._data)
@@ -50,7 +50,10 @@ def _plain(value: Any) -> Any:
             return value.decode()
         except UnicodeDecodeError:
             return value  # an image, for example: an error only if it is read as text
-    return value.item() if getattr(value, "ndim", None) == 0 else value
+    rank = getattr(value, "ndim", None)
+    if rank == 1:
+        return [_plain(v) for v in value.tolist()]
+    return value.item() if rank == 0 else value
 
 
 def tfds(cfg: SourceConfig) -> Source:

@@ -36,6 +36,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Measured, Setup, answers, first, programs
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.head_kinds import HEAD_KINDS
 from llmctl.model.losses import NEARNESS, Loss, Sums
 
 if TYPE_CHECKING:
@@ -103,6 +104,11 @@ class Task:
     """Hugging Face's `problem_type`; empty writes none."""
 
     # --- data --------------------------------------------------------------------------------------------------------
+
+    @property
+    def reads_labels(self) -> bool:
+        """Return whether rows may have labels. Language models read text alone, and ignore what labels are."""
+        return not HEAD_KINDS[self.head].vocabulary
 
     def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:
         """Check the data of a stage that trains.

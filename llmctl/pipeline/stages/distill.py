@@ -74,7 +74,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     student = artifact.load(parent, devices) if parent and config.model is None else None
     learns = make_learner(config, teacher, student, devices)
     tokens = loading.load(teacher.tokenizer_dir)
-    text = Text(config.data)
+    text = Text(config.data, learns.task.reads_labels)
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
         raise RequestError(f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}")
 

@@ -13,6 +13,7 @@ from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.data.config import DataConfig
 from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.tasks.registry import TASKS, of
 from llmctl.pipeline.stage import StageConfig
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
     if config.plot:
         _can_draw()
-    examples = splits.examples(config.data, config.split)
+    tasks = [TASKS[t] for t in config.tasks] or [of(artifact.read_manifest(path)) for path in chosen.values()]
+    examples = splits.examples(config.data, config.split, any(task.reads_labels for task in tasks))
     if config.examples:
         examples = examples.sample(config.examples)
     with mesh.use(mesh.make(config.mesh)) as devices:

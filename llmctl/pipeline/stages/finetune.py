@@ -100,8 +100,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices)
     tokens = loading.load(base.tokenizer_dir)
-    text = Text(config.data)
+    text = Text(config.data, TASKS[config.task].reads_labels)
     labels = _labels(config, text)
+    if config.data.unlabeled == "drop" and text.splits.unlabeled:
+        console.say(f"{config.title}: {text.splits.unlabeled} of {text.splits.rows} rows have no label, dropped")
     learns = make_learner(config, base, labels, devices)
     if hint := pooling_hint(config, base, learns.model):
         console.say(f"{config.title}: {hint}")

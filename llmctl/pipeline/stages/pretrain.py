@@ -71,7 +71,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
     objective = aim(config, base, devices)
-    text = Text(config.data)
+    text = Text(config.data, labels=False)
     words = ctx.work / "tokenizer"
     with processes.in_turn():  # process 0 trains the tokenizer; the others read it
         if (ctx.work / "tokenizer.done").exists():

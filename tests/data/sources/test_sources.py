@@ -12,6 +12,7 @@ import pytest
 from llmctl.config.errors import RequestError
 from llmctl.data.config import SourceConfig
 from llmctl.data.source import open_source
+from llmctl.data.sources import jsonl
 
 
 def rows(path, source, **kw):
@@ -50,6 +51,49 @@ def test_jsonl(tmp_path):
         path.write_text(hostile)
         with pytest.raises(RequestError, match=r"x.jsonl:1: not valid JSON"):
             rows(path, "jsonl")
+
+
+def test_the_columns_of_jsonl_are_those_of_the_first_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "ROWS", 3)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n{"pair": "b", "text": "c"}\n{"text": "d"}\n{"text": "e", "label": 1}\n')
+    found = rows(path, "jsonl")
+    assert found.columns == ("text", "pair")
+    assert found.has("label") and not found.has("tags")
+    monkeypatch.setattr(jsonl, "BYTES", 20)
+    assert rows(path, "jsonl").columns == ("text",)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a", "label": 0, "label": 1}', "key 'label' is there twice; remove one"),
+        ('{"text": "a"}\r{"text": "b"}', "not valid JSON"),
+        ('{"text": "a"}'.encode("utf-16-le"), "not valid JSON"),
+        (b'{"text": "\xe9"}', "not valid JSON"),
+    ],
+)
+def test_json_that_means_something_else_to_others(tmp_path, line, message):
+    (tmp_path / "x.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises(RequestError, match=rf"x.jsonl:1: {message}"):
+        list(rows(tmp_path / "x.jsonl", "jsonl"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label,label\na,0,1\n")
+    pq.write_table(pa.table([["a"], [0], [1]], names=["text", "label", "label"]), tmp_path / "x.parquet")
+    for kind in ("csv", "parquet"):
+        with pytest.raises(RequestError, match=rf"x.{kind}: two columns are called 'label'; rename one"):
+            rows(tmp_path / f"x.{kind}", kind)
+
+
+def test_a_header_may_lack_the_name_of_a_row_number_and_of_empty_columns(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(",text,label,,\n0,a,1,,\n1,b,0,, \n")
+    assert list(rows(path, "csv")) == [{"": "0", "text": "a", "label": "1"}, {"": "1", "text": "b", "label": "0"}]
+    path.write_text("text,,label\na,x,1\n")
+    with pytest.raises(RequestError, match=r"x.csv:1: column 2 of the header has no name; give it one"):
+        rows(path, "csv")
 
 
 def test_csv(tmp_path):
