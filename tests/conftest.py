@@ -105,10 +105,9 @@ def run(config, parent, ctx):
         manifest = artifact.Manifest(
             format=artifact.FORMAT, name=config.name, stage=config.kind, key=ctx.key, config=keyed(config),
             family="llama", model=ModelConfig(), parameters=1000, bytes=4000, sparsity=0.25, bits=32.0, digest=digest,
-            parent=artifact.Parent(name=before.name, digest=before.digest) if before else None,
+            parent=before.as_parent() if before else None,
             metrics={"loss": 0.5}, weights={"embed/tokens": {}} if config.produces else {},
         )
-        (draft / "manifest.json").write_text(manifest.model_dump_json())
         (draft / "params").mkdir()
         (draft / "params" / "array").write_bytes(bytes(4000))
         (draft / "siblings.json").write_text(json.dumps({n: str(p) for n, p in ctx.siblings.items()}))
@@ -119,6 +118,7 @@ def run(config, parent, ctx):
                 for n, p in (ctx.siblings or {parent.name: parent}).items()
             ]
             (draft / "results.json").write_text(json.dumps(results))
+        artifact.write_manifest(draft, manifest)
 '''
 
 

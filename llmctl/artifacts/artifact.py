@@ -1,7 +1,8 @@
 """Read and write artifacts: folders with `manifest.json`, the parameters in `params/` (Orbax) and the tokenizer.
 
 An artifact is written to a draft folder and then renamed, so it is never incomplete. The manifest lists every array.
-Parameters are therefore restored with explicit types and shardings onto any mesh. The digest is checked at every load.
+Parameters are therefore restored with explicit types and shardings onto any mesh. A load compares the fields of the
+manifest, the tokenizer's files and the arrays with their digests.
 
 Example:
   >>> found = load(folder)
@@ -13,88 +14,33 @@ Example:
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import orbax_logging
 from llmctl.artifacts.atomic import size, writing
-from llmctl.artifacts.fingerprint import digest, take, type_bits
+from llmctl.artifacts.fingerprint import digest, take
+from llmctl.artifacts.manifest import (
+    ADVICE,
+    FORMAT,
+    Manifest,
+    Parent,
+    damaged_files,
+    listed,
+    read_manifest,
+    write_manifest,
+)
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-FORMAT = 1
-"""Version of the folder layout. A later version is refused."""
-
-
-class Parent(BaseModel):
-    """Identity of the artifact that a stage started from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    digest: str
-
-
-class Manifest(BaseModel):
-    """Metadata of an artifact: all but its arrays. Reading it does not need JAX."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    format: int
-    name: str
-    stage: str
-    key: str
-    family: str
-    model: ModelConfig
-    labels: list[str] = []
-    """Class names, if the model has a classification head."""
-    task: str = ""
-    """Task that it was finetuned for, a name of `llmctl.evaluate.tasks.registry`; empty is that of the head's name."""
-    fitted: dict[str, Any] = {}
-    """Values that the task chose on validation data, such as one threshold per label."""
-    parameters: int
-    bytes: int
-    """Size of `params/` on disk in bytes. Equal weights may take a few bytes more or less."""
-    sparsity: float
-    """Fraction of zeros in the weight matrices."""
-    pruned: bool = False
-    """Whether pruning set these zeros, rather than rounding to integers. Later stages keep such zeros."""
-    nonfinite: list[str] = []
-    """Names of the arrays that hold NaN or infinity, which a stage saves only if it was told to."""
-    bits: float
-    """Stored bits per parameter, scales included."""
-    digest: str
-    """SHA-256 over names, types, shapes and values of all arrays."""
-    parent: Parent | None = None
-    tokenizer: str = ""
-    """Digest of the tokenizer."""
-    config: dict[str, Any] = {}
-    """Resolved config of the stage."""
-    metrics: dict[str, Any] = {}
-    seq_len: int = 0
-    """Sequence length in training, in tokens; 0 if unknown."""
-    truncate: Literal["", "tail", "head_tail"] = ""
-    """Truncation of long texts in training; empty if unknown."""
-    weights: dict[str, dict[str, Any]] = {}
-    """Node type, dtypes and shapes of each weight, as `llmctl.model.weights.describe` returns them."""
-    versions: dict[str, str] = {}
-
-    @property
-    def weight_bytes(self) -> int:
-        """Return the size of the arrays in memory, in bytes. `bytes` is their size on disk, after compression."""
-        arrays = (part for record in self.weights.values() for part in record.get("parts", {}).values())
-        return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
+__all__ = ["FORMAT", "Artifact", "Manifest", "Parent", "abstract", "load", "read_manifest", "save", "write_manifest"]
 
 
 @dataclass(frozen=True)
@@ -131,28 +77,6 @@ class Artifact:
         return self.path / "tokenizer"
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of the artifact at `path`.
-
-    Raises:
-      RequestError: there is no manifest, it is damaged, or its format is later than `FORMAT`.
-    """
-    file = Path(path) / "manifest.json"
-    if not file.is_file():
-        raise RequestError(f"{path}: not an artifact (it has no manifest.json); name a folder that a stage wrote")
-    try:
-        content = json.loads(file.read_text())
-        version = content["format"]
-        if isinstance(version, int) and version > FORMAT:
-            raise RequestError(
-                f"{path}: artifact format {version} is later than this llmctl reads ({FORMAT}); upgrade llmctl"
-            )
-        return Manifest.model_validate(content)
-    except (ValueError, KeyError, TypeError) as e:
-        reason = f"{e.errors()[0]['loc']}: {e.errors()[0]['msg']}" if isinstance(e, ValidationError) else str(e)
-        raise RequestError(f"{file}: damaged manifest ({_one_line(reason)}); run the stage that made it again") from e
-
-
 def load(path: Path, mesh: Mesh | None = None) -> Artifact:
     """Load an artifact: manifest and parameters, sharded over `mesh` by the rules.
 
@@ -169,6 +93,8 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
 
     orbax_logging.hush()
     there = abstract(path, mesh)
+    if wrong := damaged_files(there.path, there.manifest, "content"):
+        raise RequestError(f"{path}: damaged ({listed(wrong.values())}); {ADVICE}")
     target = {name: weights.parts(w) for name, w in weights.flatten(there.params).items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -176,14 +102,12 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
                 (there.path / "params").absolute(), weights.unflatten({k: _plain(v) for k, v in target.items()})
             )
     except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
-        raise RequestError(f"{path}/params: damaged ({_first(str(e))}); run the stage that made it again") from e
+        raise RequestError(f"{path}: damaged (params: {_first(str(e))}); {ADVICE}") from e
     arrays = {name: _lookup(tree, name) for name in target}
     arrays = {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
     params = {name: weights.assemble(there.manifest.weights[name], arrays[name]) for name in target}
     if digest(params) != there.manifest.digest:
-        raise RequestError(
-            f"{path}/params: damaged (digest differs from the manifest's); run the stage that made it again"
-        )
+        raise RequestError(f"{path}: damaged (params: the digest differs from the manifest's); {ADVICE}")
     return replace(there, params=weights.unflatten(params))
 
 
@@ -329,7 +253,7 @@ def save(
             task=(like.task if like else "") if task is None else task,
             fitted=(like.fitted if like else {}) if fitted is None else fitted,
             bytes=size(draft / "params"),
-            parent=Parent(name=parent.name, digest=parent.digest) if parent else None,
+            parent=parent.as_parent() if parent else None,
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
             config=config,
             metrics=metrics or {},
@@ -342,8 +266,8 @@ def save(
                 shutil.copytree(tokenizer_dir, draft / "tokenizer")
             if log and log.exists():
                 shutil.copy(log, draft / "log.jsonl")
-            (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-    return manifest
+        text = processes.tell(lambda: write_manifest(draft, manifest).model_dump_json())
+    return Manifest.model_validate_json(text)
 
 
 def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
@@ -366,8 +290,4 @@ def versions() -> dict[str, str]:
 
 def _first(text: str) -> str:
     """Return the first part of an error message, without the TensorStore dump that follows it."""
-    return _one_line(text.partition(". See full TensorStore details")[0])
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    return " ".join(text.partition(". See full TensorStore details")[0].split())[:200]

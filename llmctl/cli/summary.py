@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 RESULTS = "results.json"
-"""Name of the file of eval's results: a list of {artifact, digest, task, protocol, metrics}."""
+"""Name of the file of eval's results: a list of {artifact, digest, content, task, protocol, metrics}."""
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run(folder: Path) -> dict[str, Any]:
 
     Returns:
       {"artifacts": [...], "reports": [...]}: models in lineage order (parents before children, older before newer),
-      each with its manifest's metrics and the results of every report that scored its digest; and the reports.
+      each with its manifest's metrics and the results of every report that scored it; and the reports.
 
     Raises:
       RequestError: the folder has no artifact, or one is damaged.
@@ -67,7 +67,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return [{k: r[k] for k in ("artifact", "digest", "task", "protocol", "metrics")} for r in found]
+        needed = ("artifact", "digest", "task", "protocol", "metrics")
+        return [{k: r[k] for k in needed} | {"content": r.get("content", "")} for r in found]
     except (ValueError, KeyError, TypeError) as e:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
 
@@ -84,7 +85,7 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
     """
     metrics, owner = dict(manifest.metrics), dict.fromkeys(manifest.metrics, "")
     for report in reports:
-        if report["digest"] != manifest.digest:
+        if not _scored(report, manifest):
             continue
         for name, value in report["metrics"].items():
             taken = owner.get(name, "") not in ("", report["task"])
@@ -102,9 +103,17 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
         "sparsity": manifest.sparsity,
         "bits": manifest.bits,
         "digest": manifest.digest,
+        "content": manifest.content,
         "parent": parent.model_dump() if parent else None,
         "metrics": metrics,
     }
+
+
+def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
+    """Return whether a result is of this artifact: of its content, or of its arrays if either is of earlier llmctl."""
+    if report.get("content") and manifest.content:
+        return report["content"] == manifest.content
+    return report["digest"] == manifest.digest
 
 
 def table(entries: list[dict[str, Any]], title: str) -> Table:

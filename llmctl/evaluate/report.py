@@ -1,7 +1,7 @@
 """Format the results of an evaluation as tables, for a terminal and for a Markdown file.
 
-A result is {"artifact", "digest", "task", "protocol", "metrics": {}} with the artifact's {"stage", "parameters",
-"weight_bytes", "bytes", "sparsity", "bits"}.
+A result is {"artifact", "digest", "content", "task", "protocol", "metrics": {}} with the artifact's {"stage",
+"parameters", "weight_bytes", "bytes", "sparsity", "bits"}.
 
 An artifact with several results (one per task) is one row of a table, or one row per task if its tasks have metrics of
 the same names.

@@ -89,7 +89,7 @@ def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
     about = ("stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits")
     beside = {name: getattr(manifest, name) for name in about}
     scored = {"task": measured.task, "protocol": measured.protocol, "metrics": dict(measured.metrics)}
-    return {"artifact": name, "digest": manifest.digest, **scored, **beside}
+    return {"artifact": name, "digest": manifest.digest, "content": manifest.content, **scored, **beside}
 
 
 def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: MeasureConfig) -> None:

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.artifacts import artifact, atomic
+from llmctl.artifacts import artifact, integrity
+from llmctl.artifacts.manifest import ADVICE, listed
 from llmctl.artifacts.workspace import Context
 from llmctl.config.base import Config, hint, keyed
-from llmctl.config.errors import LlmctlError, RequestError, WorkError
+from llmctl.config.errors import RequestError, WorkError
 from llmctl.data.config import SourceConfig
 from llmctl.data.sources import SOURCES
 from llmctl.distributed import backend
 from llmctl.distributed import processes as hosts
-from llmctl.pipeline import data_check, stage
-from llmctl.pipeline.recipe import MANIFEST, out_name
+from llmctl.pipeline import data_check, stage, up_to_date
+from llmctl.pipeline.recipe import out_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,10 +96,11 @@ def run(
         for i, task in enumerate(wanted, 1):
             name = task.step.name
             with lock(recipe.run / WORK / f"{name}.lock") if one else contextlib.nullcontext():
-                if hosts.tell(lambda task=task: not task.why or _is_done(task)):
+                if hosts.tell(lambda task=task: not task.why or up_to_date.is_done(task.step, task.key)):
                     if hosts.first():  # left by a process that was killed after it wrote the artifact
                         shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)
-                    say(f"[{i}/{len(wanted)}] {name}: up to date, skipped")
+                    remark = hosts.tell(lambda task=task: up_to_date.remark(task.step))
+                    say(f"[{i}/{len(wanted)}] {name}: up to date, skipped{remark}")
                     continue
                 source = f" from {out_name(task.step.parent)}" if task.step.parent else ""
                 say(f"[{i}/{len(wanted)}] {name}{source}: {task.why}")
@@ -118,7 +120,8 @@ def plan(recipe: Recipe) -> list[Task]:
         parent = _key_of(step.parent, keys) if step.parent else None
         others = [[n, _key_of(a, keys)] for n, a in step.others.items()]
         keys[step.name] = key(step.config, parent, others)
-        tasks.append(Task(step, keys[step.name], _why(step, keys[step.name], {t.step.name for t in tasks if t.why})))
+        due = {t.step.name for t in tasks if t.why}
+        tasks.append(Task(step, keys[step.name], up_to_date.why(step, keys[step.name], due)))
     return tasks
 
 
@@ -203,7 +206,7 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
         if made and hosts.first():  # a wrong request leaves no scratch files
             shutil.rmtree(work, ignore_errors=True)
         raise
-    if not hosts.tell(lambda: _manifest_key(step.out) == task.key):
+    if not hosts.tell(lambda: up_to_date.key_at(step.out) == task.key):
         raise WorkError(f"{step.name}: the stage ended without leaving its artifact in {step.out}")
     if hosts.first():
         shutil.rmtree(work)
@@ -239,56 +242,13 @@ def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None
                 )
 
 
-def _why(step: Step, key: str, due: set[str]) -> str:
-    """Return why the step has to run, as one clause; empty if its artifact has this key."""
-    if not (step.out / MANIFEST).exists():
-        return "new"
-    try:
-        manifest = artifact.read_manifest(step.out)
-    except LlmctlError:
-        return "the artifact that is there cannot be read"
-    if not _is_whole(step.out):
-        return "the artifact that is there is damaged"
-    if manifest.key == key:
-        return ""
-    before, now = _leaves(manifest.config), _leaves(keyed(step.config))
-    changed = [f"{k} {before[k]} → {v}" for k, v in now.items() if k in before and before[k] != v]
-    changed += [f"{k} {'is new' if k in now else 'is gone'}" for k in sorted(before.keys() ^ now.keys())]
-    if changed:
-        return "changed: " + ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-    above = [a for a in (step.parent, *step.others.values()) if isinstance(a, str) and a in due]
-    return f"{above[0]} is made anew" if above else "its input changed"
-
-
-def _is_done(task: Task) -> bool:
-    """Return True if another process has made the artifact in the meantime."""
-    return _manifest_key(task.step.out) == task.key and _is_whole(task.step.out)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Return True if the parameters have the size on disk that the manifest records. `load` also checks the digest."""
-    manifest = artifact.read_manifest(folder)
-    return not manifest.weights or atomic.size(folder / "params") == manifest.bytes
-
-
-def _leaves(values: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(values, dict):
-        return {k: v for name, value in values.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
-    return {prefix[:-1]: json.dumps(values)}
-
-
 def _key_of(of: str | Path, keys: dict[str, str]) -> str:
     if isinstance(of, str):
         return keys[of]
     manifest = artifact.read_manifest(of)
-    return f"{manifest.key}:{manifest.digest}"
-
-
-def _manifest_key(folder: Path) -> str:
-    try:
-        return artifact.read_manifest(folder).key
-    except LlmctlError:
-        return ""
+    if wrong := integrity.quick(of, manifest).content:
+        raise RequestError(f"{of}: damaged ({listed(wrong.values())}); {ADVICE}")
+    return f"{manifest.key}:{manifest.content or manifest.digest}"
 
 
 _seen: dict[tuple[str, int, int], str] = {}

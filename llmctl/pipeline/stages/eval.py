@@ -105,8 +105,8 @@ def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Man
             sparsity=0.0,
             bits=0.0,
             digest=hashlib.sha256(json.dumps(report.determined(results), sort_keys=True).encode()).hexdigest(),
-            parent=artifact.Parent(name=last.name, digest=last.digest),
+            parent=last.as_parent(),
             config=keyed(config),
             versions=artifact.versions(),
         )
-        (draft / "manifest.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        artifact.write_manifest(draft, manifest)

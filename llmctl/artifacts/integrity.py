@@ -1,0 +1,52 @@
+"""Check artifacts against what was saved: quickly, without the arrays, or completely.
+
+Example:
+  >>> quick(folder, read_manifest(folder)).content, complete(folder).content
+  ({}, {})
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.artifacts import artifact
+from llmctl.artifacts.atomic import size
+from llmctl.artifacts.manifest import Manifest, damaged_fields, damaged_files, read_manifest
+from llmctl.config.errors import RequestError
+
+OLDER = "saved by an earlier llmctl, so only its arrays and its tokenizer are checked"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Differences of an artifact from what was saved, as clauses by the name of the field or file."""
+
+    content: dict[str, str]
+    """Differences that can change an answer. The artifact is not used."""
+    record: dict[str, str]
+    """Differences in metrics, lineage, sizes and logs."""
+
+
+def quick(path: Path, manifest: Manifest) -> Damage:
+    """Compare all of an artifact but its arrays, of which only the size on disk is compared."""
+    content = damaged_files(path, manifest, "content")
+    if manifest.weights and size(path / "params") != manifest.bytes:
+        content["params"] = "params has another size on disk than was saved"
+    return Damage(content, damaged_fields(path, "record") | damaged_files(path, manifest, "record"))
+
+
+def complete(path: Path) -> Damage:
+    """Compare all of an artifact, its arrays included. They are read once and sharded over the default mesh.
+
+    Raises:
+      RequestError: the manifest is missing, damaged or of a later format.
+    """
+    manifest = read_manifest(path)
+    found = quick(path, manifest)
+    if manifest.weights and not found.content:
+        try:
+            artifact.load(path)
+        except RequestError as e:
+            found.content["params"] = str(e).removeprefix(f"{path}: ").partition(";")[0]
+    return found

@@ -1,0 +1,82 @@
+"""Decide whether an artifact is up to date: whether it has its step's key and is what was saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.artifacts import artifact, integrity
+from llmctl.artifacts.manifest import listed
+from llmctl.config.base import keyed
+from llmctl.config.errors import LlmctlError
+from llmctl.pipeline.recipe import MANIFEST
+
+if TYPE_CHECKING:
+    from llmctl.artifacts.manifest import Manifest
+    from llmctl.pipeline.recipe import Step
+
+
+def why(step: Step, key: str, due: set[str]) -> str:
+    """Return why the step has to run, as one clause; empty if its artifact has this key."""
+    if not (step.out / MANIFEST).exists():
+        return "new"
+    try:
+        manifest = artifact.read_manifest(step.out)
+    except LlmctlError as e:
+        return f"the artifact that is there cannot be read ({_reason(e, step.out)})"
+    if wrong := _damage(step.out, manifest):
+        return f"the artifact that is there is damaged ({wrong})"
+    if manifest.key == key:
+        return ""
+    before, now = _leaves(manifest.config), _leaves(keyed(step.config))
+    changed = [f"{k} {before[k]} → {v}" for k, v in now.items() if k in before and before[k] != v]
+    changed += [f"{k} {'is new' if k in now else 'is gone'}" for k in sorted(before.keys() ^ now.keys())]
+    if changed:
+        return "changed: " + ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    above = [a for a in (step.parent, *step.others.values()) if isinstance(a, str) and a in due]
+    return f"{above[0]} is made anew" if above else "its input changed"
+
+
+def is_done(step: Step, key: str) -> bool:
+    """Return True if another process has made the artifact in the meantime."""
+    return key_at(step.out) == key and not _damage(step.out, artifact.read_manifest(step.out))
+
+
+def remark(step: Step) -> str:
+    """Return a remark on an artifact that is kept: metrics that differ from what was saved, or an earlier llmctl."""
+    manifest = artifact.read_manifest(step.out)
+    if manifest.checksums is None:
+        return f" ({integrity.OLDER})"
+    wrong = integrity.quick(step.out, manifest).record
+    return f" ({listed(wrong.values())}; its weights are whole)" if wrong else ""
+
+
+def key_at(folder: Path) -> str:
+    """Return the key of the artifact in a folder; empty if there is none that can be read."""
+    try:
+        return artifact.read_manifest(folder).key
+    except LlmctlError:
+        return ""
+
+
+def _damage(folder: Path, manifest: Manifest) -> str:
+    """Return why an artifact has to be made again, as a clause; empty if it is whole as far as a quick check tells.
+
+    `load` also checks the arrays. If only metrics or lineage of a model differ, it is kept, and `remark` reports them.
+    A report of metrics has nothing else.
+    """
+    found = integrity.quick(folder, manifest)
+    again = not manifest.weights or "key" in found.record
+    return listed((found.content | (found.record if again else {})).values())
+
+
+def _reason(e: LlmctlError, folder: Path) -> str:
+    """Return the part of an error's line that says what is wrong."""
+    return str(e).removeprefix(f"{folder}: ").removeprefix(f"{folder / MANIFEST}: ").rpartition("; ")[0]
+
+
+def _leaves(values: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(values, dict):
+        return {k: v for name, value in values.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: json.dumps(values)}
