@@ -50,8 +50,8 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
       flat: weights by path.
 
     Returns:
-      A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite". Only matrices that are
-        plain arrays, or have one as the base of an adapter, decide "pruned", because rounding also creates zeros.
+      A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite". Only matrices that
+        are plain arrays, or have one as the base of an adapter, decide "pruned", because rounding also creates zeros.
     """
     import jax.numpy as jnp
 

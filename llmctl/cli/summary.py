@@ -67,8 +67,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        needed = ("artifact", "digest", "task", "protocol", "metrics")
-        return [{k: r[k] for k in needed} | {"content": r.get("content", "")} for r in found]
+        needed, newer = ("artifact", "digest", "task", "protocol", "metrics"), ("content",)
+        return [{k: r[k] for k in needed} | {k: r[k] for k in newer if k in r} for r in found]
     except (ValueError, KeyError, TypeError) as e:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
 

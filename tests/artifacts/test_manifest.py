@@ -112,6 +112,12 @@ def test_every_single_edit_of_a_manifest_is_refused_by_name_or_found_by_a_check(
     assert integrity.complete(saved) == integrity.Damage({}, {})
 
 
+def test_each_field_is_under_one_digest_on_purpose():
+    """A new field of the manifest is a line here: what can change an answer, or a later stage, goes into `CONTENT`."""
+    words = {"format", "name", "stage", "key", "parameters", "bytes", "sparsity", "bits", "parent", "config", "metrics"}
+    assert {*CONTENT, *words, "versions"} == Manifest.model_fields.keys() - {"checksums"}
+
+
 def test_a_field_that_was_not_saved_is_refused(saved, tmp_path):
     """An earlier llmctl had no such field; by hand it would get a value that nothing covers."""
     shutil.copytree(saved, tmp_path / "a")

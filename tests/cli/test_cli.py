@@ -77,9 +77,9 @@ def test_run_prints_one_json_object_and_nothing_else(place, call):
     assert [a["name"] for a in found] == ["make", "change"]
     assert set(found[0]) == {
         *("name", "stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits", "digest"),
-        *("parent", "metrics"),
+        *("content", "parent", "metrics"),
     }
-    assert found[1]["parent"] == {"name": "make", "digest": found[0]["digest"]}
+    assert found[1]["parent"] == {"name": "make", "digest": found[0]["digest"], "content": found[0]["content"]}
     assert found[1]["metrics"] == {"loss": 0.5, "accuracy": 0.75}  # the manifest's, and the report's on the same digest
     assert json.loads(call("show", "runs/demo", "--json")[1])["artifacts"] == found
     assert call("run", "demo.toml")[2].count("up to date, skipped") == 3
