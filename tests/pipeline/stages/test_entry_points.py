@@ -5,10 +5,15 @@ import re
 import tomllib
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llmctl.cli import app
+from llmctl.compress.schemes import SCHEMES
 from llmctl.config import registry
+from llmctl.evaluate.tasks.base import Options
+from llmctl.evaluate.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -50,10 +55,12 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
     data = ("--data.source", "quotes", "--data.path", quotes, "--data.test", "0.3")
     classifier = package / "run" / "classifier"
     train = ("--train.steps", 1, "--train.batch-size", 8, "--train.eval-every", 0, "--train.seq-len", 16)
-    llmctl("finetune", "--from", artifacts / "lm", "--out", classifier, *data, *train)
+    llmctl("finetune", "--from", artifacts / "lm", "--out", classifier, "--task", "focal", *data, *train)
+    powers = package / "run" / "powers"
+    llmctl("quantize", "--from", classifier, "--out", powers, "--scheme", "powers")
 
     capsys.readouterr()
-    llmctl("eval", "--from", classifier, *data, "--metrics", "kappa", "--no-speed", "--no-plot", "--json")
+    llmctl("eval", "--from", powers, *data, "--metrics", "kappa", "--no-speed", "--no-plot", "--json")
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert -1 <= metrics["kappa"] <= 1 and metrics["examples"] > 0
 
@@ -64,14 +71,29 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
     )
     ternary = package / "run" / "ternary"
     llmctl("quantize", "--from", classifier, "--out", ternary, "--scheme", "ternary")
-    shown = [json.loads((folder / "manifest.json").read_text()) for folder in (pruned, ternary)]
-    assert shown[0]["sparsity"] > 0.2 and shown[1]["bits"] < 32
+    shown = [json.loads((folder / "manifest.json").read_text()) for folder in (pruned, ternary, powers)]
+    assert shown[0]["sparsity"] > 0.2 and shown[1]["bits"] < 32 and shown[2]["bits"] < 32
+    assert {one["task"] for one in shown} == {"focal"}
+    assert "power" in {weight.get("node") for weight in shown[2]["weights"].values()}
+
+
+def test_the_task_and_the_weight_by_hand(package):
+    """The loss of p = 0.8 is 0.2^2 log(1 / 0.8). The largest power is 1; by logarithm 0.75 rounds to 1 and 0.7 to 0.5."""
+    batch = {"label": jnp.array([1, 0])}
+    loss, sums = TASKS["focal"].score(jnp.log(jnp.array([[0.2, 0.8], [0.5, 0.5]])), batch, Options())
+    np.testing.assert_allclose(loss, 0.04 * np.log(1.25) + 0.25 * np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(sums["loss"], np.log(1.25) + np.log(2), rtol=1e-5)
+    node = SCHEMES["powers"](jnp.array([[3.0, 0.75, -0.7], [-0.26, 0.0, 0.12]]), -2, 0)
+    assert node.dense().tolist() == [[1, 1, -0.5], [-0.25, 0, 0.125]]
 
 
 def test_help_lists_what_packages_add(package, capsys):
-    for command, names in (("finetune", "quotes"), ("eval", "kappa"), ("prune", "movement"), ("quantize", "ternary")):
+    for command, *names in (
+        ("finetune", "quotes", "focal"), ("eval", "kappa"), ("prune", "movement"), ("quantize", "ternary", "powers")
+    ):  # fmt: skip
         llmctl(command, "--help-all")
-        assert names in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in names)
 
 
 def rows():
@@ -91,7 +113,7 @@ def test_where_a_new_thing_goes():
         assert all((ROOT / p).exists() for p in paths), places
         named.update(re.findall(r"`(\w+)`", points))
     assert named <= kinds
-    assert {point.split(".")[0] for point in entry_points()} <= named
+    assert {point.split(".")[0] for point in entry_points()} == named
 
 
 def test_rooms_are_those_of_the_package():
