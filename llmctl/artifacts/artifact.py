@@ -193,6 +193,7 @@ def save(
     tokenizer_dir: Path | None = None,
     log: Path | None = None,
     written: Path | None = None,
+    pruned: bool | None = None,
     allow_nonfinite: bool = False,
 ) -> Manifest:
     """Save an artifact to `out` atomically and return its manifest.
@@ -213,6 +214,8 @@ def save(
       tokenizer_dir: tokenizer folder to copy.
       log: log file to copy.
       written: folder that already holds the arrays in Orbax format; it is moved to `params/`.
+      pruned: whether the zeros are those of pruning; by default as in the parent. Without a parent, as their share
+        suggests.
       allow_nonfinite: save arrays that hold NaN or infinity.
 
     Raises:
@@ -241,7 +244,7 @@ def save(
                 checkpointer.save((draft / "params").absolute(), tree)
                 checkpointer.wait_until_finished()
         like = parent if parent and parent.model.head == model.head else None
-        measured["pruned"] |= parent is not None and parent.pruned and measured["bits"] < 32
+        measured["pruned"] = (parent.pruned if parent else measured["pruned"]) if pruned is None else pruned
         manifest = Manifest(
             format=FORMAT,
             name=name or out.name,

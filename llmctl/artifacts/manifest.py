@@ -109,7 +109,8 @@ class Manifest(BaseModel):
     sparsity: float
     """Fraction of zeros in the weight matrices."""
     pruned: bool = False
-    """Whether pruning set these zeros, rather than rounding to integers. Later stages keep such zeros."""
+    """Whether the matrices were pruned: their zeros, whatever their share and the number type, are the mask. Stages ask
+    this field alone. Pruning sets it and descendants inherit it."""
     nonfinite: list[str] = []
     """Names of the arrays that hold NaN or infinity, which a stage saves only if it was told to."""
     bits: float

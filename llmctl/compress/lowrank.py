@@ -6,15 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.artifacts.fingerprint import PRUNED
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
-
-PRUNED_INTEGERS = 0.45
-"""`fingerprint.PRUNED` for integers. Rounding alone makes many zeros: about a fifth of normal weights at 4 bits."""
 
 
 def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = False) -> dict[str, Any]:
@@ -31,17 +26,16 @@ def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = Fa
     pairs = {path: weights.as_node(w) for path, w in weights.adapted(base.params).items()}
     if not pairs:
         return base.params
+    if base.manifest.pruned:
+        raise RequestError(
+            f"{base.path}: is pruned ({base.manifest.sparsity:.1%} zeros), and merging its low-rank pairs would fill "
+            "the zeros; finetune the pruned artifact with method = 'full', which keeps them"
+        )
     for path, w in pairs.items():
         if w.is_integer and not requantizes:
             raise RequestError(
                 f"{base.path}: {path} has low-rank pairs on integers, and merging would undo the quantization; "
                 "prune before quantizing"
-            )
-        zeros = float(jnp.mean((weights.as_node(w.bare()).values() == 0).astype(jnp.float32)))
-        if zeros > (PRUNED_INTEGERS if w.is_integer else PRUNED):
-            raise RequestError(
-                f"{base.path}: {path} is {zeros:.0%} zeros under low-rank pairs, and merging would fill them; "
-                "finetune the pruned artifact with method = 'full', which keeps the zeros"
             )
     on_integers = any(w.is_integer for w in pairs.values())
     say("merges the low-rank pairs" + (" into the dequantized matrices, and quantizes those" if on_integers else ""))

@@ -78,6 +78,11 @@ def run(
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
     found = artifact.load(source)
+    if to != "peft" and found.manifest.pruned and weights.adapted(found.params):
+        say(
+            f"{found.path}: its low-rank pairs are merged, which fills the {found.manifest.sparsity:.1%} zeros of its "
+            "pruned base; --to peft keeps the pairs apart"
+        )
     with atomic.writing(out) as draft:
         if to == "gguf":
             delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, OUR_READER

@@ -92,6 +92,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         labels=teacher.manifest.labels,
         task=teacher.manifest.task,
         fitted=learner.fitted(config, learns, params, held_out),
+        pruned=None if student else False,
         metrics=metrics | {"teacher": teacher.manifest.digest},
         tokenizer_dir=teacher.tokenizer_dir,
     )
@@ -111,7 +112,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     rows = _rows(config, learns, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
     task, origin = teacher.manifest.task, student or teacher
-    left = abstract_artifact.left(config, params, learns.model, base=origin, labels=labels, task=task)
+    left = abstract_artifact.left(
+        config, params, learns.model, base=origin, labels=labels, task=task, pruned=None if student else False
+    )
     return [programs.train_step(config, learns, rows, mesh)], left
 
 

@@ -152,6 +152,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         model,
         parent=base.manifest,
         labels=base.manifest.labels,
+        pruned=None if config.method == STRUCTURED else True,
         metrics=found | {"parameters_before": base.manifest.parameters, "sparsity_before": base.manifest.sparsity},
         tokenizer_dir=base.tokenizer_dir,
     )

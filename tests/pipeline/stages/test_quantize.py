@@ -99,6 +99,31 @@ def test_zeros_of_a_pruned_parent_stay(artifacts, tmp_path):
         assert np.all(got[np.asarray(w) == 0] == 0)
 
 
+def test_zeros_do_not_come_back_through_low_rank_pairs(artifacts, tmp_path):
+    """The mask is the zeros, whatever their share and number type: pruned integers, and a few zeros in a thousand."""
+
+    def pruned(parent, out, share):
+        (tmp_path / f"{out}.work").mkdir()
+        ctx = Context(tmp_path / out, tmp_path / f"{out}.work", "key")
+        prune.run(prune.Config(method="magnitude", sparsity=share), parent, ctx)
+        return artifact.load(tmp_path / out)
+
+    few = pruned(artifacts / "lm", "few", 0.005)
+    assert few.manifest.pruned and 0 < few.manifest.sparsity < 0.01
+    integers = pruned(run(artifacts, tmp_path, "lm").path, "integers", 0.3)
+    assert integers.manifest.pruned and 0.3 <= integers.manifest.sparsity < 0.35
+    for there in (few, integers):
+        path = "decoder/blocks/attn/q/kernel"
+        flat = weights.flatten(there.params)
+        a, b = (jnp.ones(shape) for shape in ((3, 16, 2), (3, 2, 32)))
+        flat[path] = weights.LowRank(flat[path], a, b, 0.5)
+        common = {"stage": "finetune", "key": "k", "config": {}, "tokenizer_dir": there.tokenizer_dir}
+        name = f"{there.path.name}.apart"
+        artifact.save(tmp_path / name, weights.unflatten(flat), there.model, parent=there.manifest, **common)
+        with pytest.raises(RequestError, match="merging its low-rank pairs would fill the zeros"):
+            run(tmp_path, tmp_path, name)
+
+
 def test_low_rank_pairs_are_merged_and_quantized(artifacts, tmp_path, capsys):
     base = artifact.load(artifacts / "lm")
     flat = weights.flatten(base.params)
@@ -126,7 +151,7 @@ def test_low_rank_pairs_are_merged_and_quantized(artifacts, tmp_path, capsys):
 
     flat[path] = weights.LowRank(jnp.where(jnp.arange(32) % 2, weights.dense(int4), 0), a, b, 0.5)
     artifact.save(tmp_path / "holes", weights.unflatten(flat), base.model, **common)
-    with pytest.raises(RequestError, match=r"attn/q/kernel is [56]\d% zeros under low-rank pairs"):
+    with pytest.raises(RequestError, match=r"holes: is pruned \(.*% zeros\), and merging"):
         run(tmp_path, tmp_path, "holes")
 
 

@@ -156,7 +156,7 @@ def test_a_language_model_teaches_one(sentiment, base, tmp_path):
     assert made.manifest.metrics["validation_loss"] < 0.7 * np.log(base.model.vocab_size)
 
 
-def changed(base, folder, params, **model):
+def changed(base, folder, params, pruned=None, **model):
     artifact.save(
         folder,
         params,
@@ -166,6 +166,7 @@ def changed(base, folder, params, **model):
         config={},
         parent=base.manifest,
         labels=base.manifest.labels,
+        pruned=pruned,
         tokenizer_dir=base.tokenizer_dir,
     )
     return folder
@@ -175,7 +176,7 @@ def test_zeros_are_kept_or_refused_and_integers_are_not_trained(sentiment, base,
     def half(path, a):
         return jax.numpy.where(abs(a) < abs(a).mean(), 0, a) if "kernel" in str(path) else a
 
-    sparse = changed(base, tmp_path / "sparse", jax.tree_util.tree_map_with_path(half, base.params))
+    sparse = changed(base, tmp_path / "sparse", jax.tree_util.tree_map_with_path(half, base.params), pruned=True)
     made = go(finetune, classify(sentiment), sparse, tmp_path / "full")
     assert made.manifest.sparsity > 0.5
     with pytest.raises(RequestError, match="which merged low-rank pairs would fill"):
