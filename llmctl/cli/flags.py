@@ -138,7 +138,7 @@ def _report(step: Step, json: bool) -> None:
         console.result(results[0] if len(results) == 1 else {"results": results})
     elif results:
         for r in results:
-            console.show(f"{r['artifact']}: {r['task']} ({r['protocol']})".replace("[", r"\["))
+            console.show(f"{r['artifact']}: {r['task']} ({r['protocol']})")
             console.show(
                 "  ".join(f"{k}={metrics.text(k, v)}" for k, v in r["metrics"].items() if isinstance(v, (int, float)))
             )

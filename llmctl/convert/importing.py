@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
+from llmctl.config.terminal import terminal
 from llmctl.convert import (
     gguf,
     lazy_tensors,
@@ -206,7 +206,7 @@ def shardings(cfg: ModelConfig, mesh: MeshConfig | None = None) -> dict[str, Any
 @contextlib.contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar in bytes on stderr, if stderr is a terminal."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from llmctl.config.terminal import visible
+
 GRACE = 10.0
 """Seconds in which a process may exit by itself after another process has ended."""
 RESUME = "the same command finishes the work"
@@ -87,7 +89,7 @@ class _Run:
         if not self.ending.acquire(blocking=False):
             return
         if line:
-            sys.stderr.write(f"llmctl: {line}\n")
+            sys.stderr.write(f"llmctl: {visible(line)}\n")
         if message:
             self.send(message)
         if self.index == 0:  # JAX aborts every process that loses process 0, so process 0 exits last

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.config.errors import RequestError
+from llmctl.config.terminal import visible
 from llmctl.distributed import backend, liveness
 
 T = TypeVar("T")
@@ -272,7 +273,7 @@ def leave(code: int, line: str) -> int:
       line: message that process 0 prints to standard error.
     """
     if first() and line:
-        sys.stderr.write(f"llmctl: {line}\n")
+        sys.stderr.write(f"llmctl: {visible(line)}\n")
     if _place.count > 1:
         liveness.leave(code, line)
         import jax

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 CLASSES = ("parameters", "optimizer", "temporaries", "batch", "cache")
 LABELS = {
@@ -56,9 +57,7 @@ def memory_table(found: dict[str, Any]) -> Table:
     if hbm["capacity"]:
         table.add_row("capacity", size(hbm["capacity"]))
         left = hbm["capacity"] - hbm["total"]
-        table.add_row(
-            "[green]fits, free[/green]" if found["fits"] else "[red]does not fit, lacks[/red]", size(abs(left))
-        )
+        table.add_row(_verdict(found["fits"], "fits, free", "does not fit, lacks"), size(abs(left)))
     return table
 
 
@@ -73,11 +72,17 @@ def summary(found: list[dict[str, Any]]) -> Table:
         seconds, hours = one["step_seconds"], one["chip_hours"]
         table.add_row(
             one["stage"], one["program"], size(one["hbm_bytes"]["total"]),
-            "[green]fits[/green]" if one["fits"] else "[red]does not fit[/red]",
+            _verdict(one["fits"], "fits", "does not fit"),
             duration(seconds) if seconds else "", f"{one['steps']:,}" if one["steps"] else "",
             f"{hours:,.3g}" if hours is not None else "",
         )  # fmt: skip
     return table
+
+
+def _verdict(good: bool, yes: str, no: str) -> Text:
+    from rich.text import Text
+
+    return Text(yes, "green") if good else Text(no, "red")
 
 
 def heading(found: dict[str, Any]) -> str:

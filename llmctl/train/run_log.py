@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmctl.config.errors import RequestError
+from llmctl.config.terminal import terminal, visible
 from llmctl.distributed import processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
+
+    from rich.console import Console
 
 LOG = "log.jsonl"
 SHORT = {
@@ -80,7 +82,7 @@ class Reporter:
         self._wandb_folder = lasting or self.work_dir
         self.writes = processes.first() if writes is None else writes
         self.every, self.clock = every, clock
-        self.console = console or Console(stderr=True)
+        self.console = console or terminal(stderr=True)
         self._tensorboard, self._wandb = tensorboard, wandb
         self._file: TextIO | None = None
         self._events: Any = None
@@ -107,7 +109,7 @@ class Reporter:
             self._events = SummaryWriter(str(self.events_folder), purge_step=self.start + 1)
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[metrics]}"),
@@ -116,7 +118,7 @@ class Reporter:
                 console=self.console,
                 transient=False,
             )
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, metrics="")
+            self._task = self._bar.add_task(visible(self.title), total=self.total, completed=self.start, metrics="")
             self._bar.start()
         return self
 
@@ -175,7 +177,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print one line above the bar."""
         if self.writes:
-            self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"{self.title}: {text}", soft_wrap=True)
 
     def _show(self, step: int) -> None:
         shown = [(n, v) for n, v in self._latest.items() if n not in UNSHOWN]

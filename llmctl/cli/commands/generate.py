@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmctl.config.errors import RequestError
+from llmctl.config.terminal import visible
 from llmctl.pipeline import console
 
 if TYPE_CHECKING:
@@ -203,8 +204,8 @@ def _report(loaded: "Artifact", json: bool, result: dict[str, Any], speed: Any) 
 
 
 def _write(text: str) -> None:
-    """Write directly to stdout, because generated text is not markup."""
-    sys.stdout.write(text)
+    """Write generated text to stdout as it is; to a terminal, without control characters that act."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

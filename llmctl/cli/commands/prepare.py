@@ -39,6 +39,7 @@ def prepare(
     from rich.table import Table
 
     from llmctl.config.errors import RequestError
+    from llmctl.config.terminal import terminal
     from llmctl.data.pretraining.prepare import prepare
     from llmctl.pipeline import console, recipe
 
@@ -49,7 +50,7 @@ def prepare(
         return
     assert out is not None
     config = recipe.single("pretrain", {"name": name} if name else {}, out, recipe_file, sets or ()).steps[0].config
-    screen = console.Console(stderr=True)
+    screen = terminal(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
         task = bar.add_task("documents", total=None)

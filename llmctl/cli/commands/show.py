@@ -21,10 +21,11 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show an artifact, a run as a table in lineage order, the presets, or the size of a model."""
-    from rich.markup import escape
+    from rich.text import Text
 
     from llmctl.cli import summary as shown
     from llmctl.config.errors import RequestError
+    from llmctl.config.terminal import visible
     from llmctl.pipeline import console
     from llmctl.pipeline.recipe import MANIFEST
 
@@ -62,7 +63,7 @@ def show(
     console.show(shown.table([found], str(path)))
     for key in ("format", "digest", "key", "parent", "labels", "metrics", "model", "config", "versions"):
         if found.get(key):
-            console.show(f"[bold]{key}[/bold] {escape(_plain(found[key]))}")
+            console.show(Text.assemble((key, "bold"), f" {visible(_plain(found[key]))}"))
 
 
 def _plain(value: object) -> str:
