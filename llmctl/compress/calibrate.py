@@ -57,6 +57,8 @@ class Visit:
     """Statistics of the inputs of its matrices, by path; what `collect` asked for."""
     gradients: Gradients = field(default_factory=dict)
     """Sums of the loss's gradients of its matrices, by path, if the walk was given any; none for the head."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """JSON data that the method records about the layer; the report has it, also after a resume."""
 
 
 Change = Callable[[Visit], Layer]
@@ -77,11 +79,14 @@ class LayerReport:
     error 1. For the head the denominator is ||unchanged output||."""
     stats: Stats
     """Statistics of the layer if the walk keeps them, else empty. A layer that was read from disk has none."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the method recorded about the layer."""
 
     @property
     def numbers(self) -> dict[str, Any]:
         """Every field but the statistics."""
-        return {"stack": self.stack, "layer": self.layer, "influence": self.influence, "error": self.error}
+        measured = {"influence": self.influence, "error": self.error}
+        return {"stack": self.stack, "layer": self.layer, **measured, "notes": self.notes}
 
 
 def walk(
@@ -176,8 +181,9 @@ class _Walk:
                     influence += more
                     if self.change is None:
                         carries[n] = out
-                new = self._changed(Visit(stack, i, layer, stats, of_layer(self.gradients, stack, i)))
-                report = LayerReport(stack, i, float(influence[0] / influence[1]), 0.0, stats if self.keep else {})
+                visit = Visit(stack, i, layer, stats, of_layer(self.gradients, stack, i))
+                new, share = self._changed(visit), float(influence[0] / influence[1])
+                report = LayerReport(stack, i, share, 0.0, stats if self.keep else {}, visit.notes)
             else:
                 new, report = done
             if self.change is not None:
@@ -201,8 +207,9 @@ class _Walk:
             stats = empty_of_head(self.cfg, params, x_BTDs[0], self.batches[0], self.collect, self.dtype)
             for x_BTD, batch in zip(x_BTDs, self.batches, strict=True):
                 stats = look(params, x_BTD, batch, stats)
-            new = self._changed(Visit(HEAD, 0, layer, stats))
-            report = LayerReport(HEAD, 0, 0.0, 0.0, stats if self.keep else {})
+            visit = Visit(HEAD, 0, layer, stats)
+            new = self._changed(visit)
+            report = LayerReport(HEAD, 0, 0.0, 0.0, stats if self.keep else {}, visit.notes)
         else:
             new, report = done
         if self.change is not None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from llmctl.compress import prune
 from llmctl.compress.calibrate import Batch, LayerReport, Visit, walk
+from llmctl.compress.layer_files import Saved
 from llmctl.compress.shrink import Kept, columns, cut, drop_layers
 from llmctl.compress.statistics import Collect, Gram, Moments, Statistic, nothing
 from llmctl.model import functional, hf_config, wiring
@@ -146,11 +147,12 @@ def prune_widths(
     target: ModelConfig,
     progress: Progress = None,
     dtype: Any = jnp.float32,
+    saved: Saved | None = None,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
     """Cut every layer to `target`'s heads, kv_heads and d_ff, each layer choosing its own. The blocks are donated.
 
     With relative positions the layers of a stack share one bias per head. So self-attention keeps the same heads in all
-    of them, by scores that are normalized per layer and summed.
+    of them, by scores that are normalized per layer and summed. Finished layers are `saved` with their choices.
 
     Returns:
         The config, the parameters, and a report per layer.
@@ -159,10 +161,9 @@ def prune_widths(
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     shared_bias = heads_change and cfg.positions == "relative"
     common = _common_heads(cfg, params, batches, collect, dtype) if shared_bias else {}
-    kept: Kept = {stack: {} for stack in functional.stacks(cfg)}
 
     def change(visit: Visit) -> dict[str, Any]:
-        out, choices = {name: dict(part) for name, part in visit.layer.items()}, kept[visit.stack]
+        out = {name: dict(part) for name, part in visit.layer.items()}
         for path, stat in visit.stats.items():
             part, name = path.split("/")
             kernel = out[part][name]["kernel"]
@@ -170,18 +171,21 @@ def prune_widths(
                 own = part != "attn" or not common
                 scores = np.asarray(head_scores(stat, dense(kernel))) if own else common[visit.stack]
                 heads, groups = choose_heads(scores, cfg.kv_heads, target.kv_heads, target.heads)
-                choices.setdefault(f"{part}/heads", []).append(heads)
-                choices.setdefault(f"{part}/groups", []).append(groups)
+                visit.notes[f"{part}/heads"], visit.notes[f"{part}/groups"] = heads.tolist(), groups.tolist()
                 rows = columns(heads, cfg.head_dim)
             else:
                 rows = choose_neurons(np.asarray(neuron_scores(stat, dense(kernel))), target.d_ff)
-                choices.setdefault(f"{part}/neurons", []).append(rows)
+                visit.notes[f"{part}/neurons"] = rows.tolist()
             mask = np.zeros((kernel.shape[0], 1), bool)
             mask[rows] = True
             out[part][name] = {**out[part][name], "kernel": prune.apply(kernel, jnp.asarray(mask))}
         return out
 
-    params, reports = walk(cfg, params, batches, collect, change, progress=progress, dtype=dtype)
+    params, reports = walk(cfg, params, batches, collect, change, progress=progress, saved=saved, dtype=dtype)
+    kept: Kept = {stack: {} for stack in functional.stacks(cfg)}
+    for r in reports:
+        for units, choice in r.notes.items():
+            kept[r.stack].setdefault(units, []).append(np.asarray(choice))
     return (*cut(cfg, params, target, kept), reports)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl.compress.layer_files import Saved
 from llmctl.compress.quantize import quantize
 from llmctl.compress.shrink import target
 from llmctl.compress.statistics import Gram, Moments
@@ -94,6 +95,28 @@ def test_what_adds_nothing_goes_and_the_output_stays(tiny, params, batches):
     for batch, before in zip(batches, whole, strict=True):
         after = hidden(cfg, got, batch)
         np.testing.assert_allclose(real(batch, after), real(batch, before), atol=1e-5)
+
+
+def test_an_interrupted_choice_of_widths_goes_on_at_its_layer(tiny, params, batches, tmp_path):
+    """Finished layers bring their choices from disk; each layer chooses other heads and neurons."""
+    smaller, saved = target(tiny, heads=0.5, ffn=16), Saved(tmp_path / "layers")
+
+    def run(**how):
+        return prune_widths(tiny, jax.tree.map(jnp.copy, params), batches, smaller, **how)
+
+    def kill(report):
+        raise KeyboardInterrupt
+
+    _, whole, reports = run()
+    assert len({str(r.notes) for r in reports}) == 3 and reports[0].notes.keys() == {
+        "attn/heads", "attn/groups", "mlp/neurons"
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run(saved=saved, progress=kill)
+    assert [file.name for file in (tmp_path / "layers").iterdir()] == ["decoder.00000.npz"]
+    _, again, repeated = run(saved=saved)
+    assert repeated == reports
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
 def test_queries_go_evenly_within_groups(tiny, params, batches):

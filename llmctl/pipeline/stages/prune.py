@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from llmctl.artifacts.artifact import Artifact
     from llmctl.compress.calibrate import LayerReport
+    from llmctl.compress.layer_files import Saved
     from llmctl.compress.programs import Walk
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
@@ -125,6 +126,7 @@ class Config(CalibrationConfig, StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Prune the parent and leave the artifact in `ctx.out`."""
     from llmctl.artifacts import artifact
+    from llmctl.compress.layer_files import Saved
     from llmctl.compress.lowrank import merged
     from llmctl.distributed import mesh
     from llmctl.train import run_log
@@ -141,11 +143,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             done += 1
             reporter.log(done, {"layer": report.layer, "influence": report.influence, "error": report.error})
 
-        params = merged(base, reporter.say)
+        params, saved = merged(base, reporter.say), Saved(ctx.work / "layers")
         if config.method == STRUCTURED:
-            model, params, found = _structured(config, base, params, devices, progress, reporter.say)
+            model, params, found = _structured(config, base, params, devices, saved, progress, reporter.say)
         else:
-            model, params, found = _unstructured(config, base, params, devices, ctx.work / "layers", progress)
+            model, params, found = _unstructured(config, base, params, devices, saved, progress)
     ctx.leave(
         config,
         params,
@@ -227,10 +229,15 @@ def _structured(
     base: Artifact,
     params: dict[str, Any],
     devices: Any,
+    saved: Saved,
     progress: Callable[[LayerReport], None],
     say: Callable[[str], None],
 ) -> Pruned:
-    """Prune layers first, then widths, so that heads and neurons are scored on the inputs that they will have."""
+    """Prune layers first, then widths, so that heads and neurons are scored on the inputs that they will have.
+
+    The walk that chooses widths saves its finished layers. The one that chooses layers has nothing to save: a resumed
+    layer would repeat its only pass.
+    """
     from llmctl.compress import calibration_data, structured
 
     model, target = base.model, _target(config, base, params, devices)
@@ -241,7 +248,7 @@ def _structured(
     if structured.fewer_layers(model, target):
         model, params, found["layers_kept"] = structured.prune_layers(model, params, batches, target, **how)
     if structured.narrower(model, target):
-        model, params, reports = structured.prune_widths(model, params, batches, target, **how)
+        model, params, reports = structured.prune_widths(model, params, batches, target, **how, saved=saved)
         found["layer_error"] = _errors(reports)
     return model, params, found
 
@@ -251,13 +258,12 @@ def _unstructured(
     base: Artifact,
     params: dict[str, Any],
     devices: Any,
-    layers: Path,
+    saved: Saved,
     progress: Callable[[LayerReport], None],
 ) -> Pruned:
-    """Set weights to zero by a score, layer by layer. Finished layers are saved in the folder `layers`."""
+    """Set weights to zero by a score, layer by layer. Finished layers are saved."""
     from llmctl.compress import calibration_data, gradients, prune
     from llmctl.compress.calibrate import Visit, walk
-    from llmctl.compress.layer_files import Saved
     from llmctl.compress.statistics import moments, nothing
     from llmctl.evaluate.tasks.registry import of
 
@@ -284,7 +290,7 @@ def _unstructured(
         sums = gradients.accumulate(task, base.model, params, batches, score.gradients, config.dtype)
     params, reports = walk(
         base.model, params, batches, moments if score.statistics else nothing, change,
-        gradients=sums, progress=progress, saved=Saved(layers), dtype=config.dtype,
+        gradients=sums, progress=progress, saved=saved, dtype=config.dtype,
     )  # fmt: skip
     return base.model, params, {"layer_error": _errors(reports), "block_sparsity": prune.sparsity(params)}
 

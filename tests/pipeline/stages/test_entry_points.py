@@ -78,7 +78,7 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
 
 
 def test_the_task_and_the_weight_by_hand(package):
-    """The loss of p = 0.8 is 0.2^2 log(1 / 0.8). The largest power is 1; by logarithm 0.75 rounds to 1 and 0.7 to 0.5."""
+    """The loss of p = 0.8 is 0.2^2 log(1 / 0.8). The largest power is 1. By logarithm 0.75 rounds to 1, 0.7 to 0.5."""
     batch = {"label": jnp.array([1, 0])}
     loss, sums = TASKS["focal"].score(jnp.log(jnp.array([[0.2, 0.8], [0.5, 0.5]])), batch, Options())
     np.testing.assert_allclose(loss, 0.04 * np.log(1.25) + 0.25 * np.log(2), rtol=1e-5)
