@@ -107,16 +107,18 @@ class DataConfig(SourceConfig):
     """Fraction of the texts held out for the final measurement; no stage trains on it. 1 takes all, for the data of an
     evaluation."""
     validation_path: str = ""
-    """Files of the validation split, of the same kind and columns as `path`; instead of a fraction."""
+    """Files of the validation split, of the same kind and columns as `path`; instead of a fraction. Rows of `path` with
+    the same text (up to case, Unicode form and white space) are dropped, also if dedup is false."""
     test_path: str = ""
-    """Files of the test split, of the same kind and columns as `path`; instead of a fraction. A text of theirs that
-    `path` has as well is dropped there."""
+    """Files of the test split, of the same kind and columns as `path`; instead of a fraction. Rows of `path` with the
+    same text (up to case, Unicode form and white space) are dropped, also if dedup is false."""
     validation_split: str = ""
     """Sources tfds and hf: which of their splits is the validation split, instead of a fraction."""
     test_split: str = ""
     """Sources tfds and hf: which of their splits is the test split, instead of a fraction."""
     dedup: bool = True
-    """Drop repeated texts (up to case, Unicode form and white space) before splitting."""
+    """Drop repeated texts (up to case, Unicode form and white space) before splitting. Rows with the
+    text of a held-out file or split (test_path, test_split, …) are always dropped."""
 
     @model_validator(mode="after")
     def _fits(self) -> DataConfig:

@@ -126,7 +126,7 @@ class Splits:
     blank: int
     """Number of rows without text, which are dropped."""
     duplicates: int
-    """Number of rows with the text of an earlier row, which are dropped."""
+    """Number of rows with the text of an earlier row, or of a row of a held-out split's files, which are dropped."""
     unlabeled: int = 0
     """Number of rows without a label, which are dropped if `data.unlabeled` is "drop"."""
 
@@ -223,10 +223,14 @@ def load(
         class_of=class_of,
     )
     own = {name: len(cfg.parts()) + k for k, name in enumerate(cfg.held_out())}
+    key_N = np.concatenate([f.key for f in found])
+    held_N = np.where(everything.part < len(cfg.parts()), 0, everything.part)
     if cfg.dedup:  # of duplicates the first row stays, those of the files of a held-out split before all others
-        order_N = np.argsort(-np.where(everything.part < len(cfg.parts()), 0, everything.part), kind="stable")
-        first = np.unique(np.concatenate([f.key for f in found])[order_N], return_index=True)[1]
+        order_N = np.argsort(-held_N, kind="stable")
+        first = np.unique(key_N[order_N], return_index=True)[1]
         everything = everything.take(np.sort(order_N[first]))
+    elif own:  # fractions hold equal texts together, files do not
+        everything = everything.take(np.flatnonzero((held_N > 0) | ~np.isin(key_N, key_N[held_N > 0])))
     f_N, kinds = everything.fraction, get_args(Split)
     test, validation = (0.0 if name in own else getattr(cfg, name) for name in ("test", "validation"))
     # The test split takes the lowest values, so that another validation fraction does not change it.

@@ -315,6 +315,17 @@ def test_splits_may_have_their_own_files(tmp_path):
             DataConfig(**wrong)
 
 
+def test_texts_of_held_out_files_are_never_trained_on(tmp_path):
+    """Also without deduplication: repeated texts stay, and only those of the held-out files go."""
+    rows = [("good film", "good", "a")] * 3 + [("bad film", "bad", "a")] * 2
+    train = write(tmp_path / "train.csv", rows)
+    test = write(tmp_path / "test.csv", [("GOOD  film", "good", "a")] * 2)
+    found = load(train, test_path=str(test), validation=0.0, dedup=False)
+    assert list(found["train"].texts()) == ["bad film"] * 2 and found.duplicates == 3
+    assert list(found["test"].texts()) == ["GOOD  film"] * 2
+    assert len(load(train, test=0.0, validation=0.0, dedup=False)["train"]) == 5
+
+
 def test_the_data_of_an_evaluation_may_be_all_test(reviews):
     found = load(reviews, test=1.0)
     assert len(found["test"]) == 600 and not len(found.examples["train"]) + len(found.examples["validation"])
