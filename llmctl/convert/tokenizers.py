@@ -116,6 +116,8 @@ def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
     ids: dict[str, int | None] = {"bos": words.bos_id, "eos": words.eos_id}
     if isinstance(words, JsonTokenizer):
         return post_processor.read(words.backend, said, ids)
+    if not isinstance(words, SentencePieces):  # bytes, which llmctl alone reads
+        return words.template
     if str(said.get("tokenizer_class", "")).startswith("T5") or (folder / "spiece.model").is_file():
         return TextTemplate((), (words.eos_id,), (words.eos_id,))  # T5's class appends the end token by itself
     begin = (words.bos_id,) * words.add_bos
