@@ -255,6 +255,7 @@ def save(
             labels=labels or [],
             task=(like.task if like else "") if task is None else task,
             fitted=(like.fitted if like else {}) if fitted is None else fitted,
+            fitted_for=(like.fitted_for or like.name) if like and like.fitted and fitted is None else "",
             bytes=size(draft / "params"),
             parent=parent.as_parent() if parent else None,
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",

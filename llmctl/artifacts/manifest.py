@@ -103,6 +103,8 @@ class Manifest(BaseModel):
     """Task that it was finetuned for, a name of `llmctl.evaluate.tasks.registry`; empty is that of the head's name."""
     fitted: dict[str, Any] = {}
     """Values that the task chose on validation data, such as one threshold per label."""
+    fitted_for: str = ""
+    """Name of the ancestor that `fitted` was chosen for; empty if it was chosen for this artifact."""
     parameters: int
     bytes: int
     """Size of `params/` on disk in bytes. Equal weights may take a few bytes more or less."""

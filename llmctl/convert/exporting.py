@@ -123,7 +123,8 @@ def _folder(
     tokens = written.ids if written else {}
     theirs = folders.tensors_of(cfg, params, kind)
     main = str((kind or next(t.dtype for n, t in theirs.items() if n.endswith("weight"))).name)
-    config = folders.config_of(cfg, registry.of(found.manifest), found.manifest.labels, tokens, main)
+    about = found.manifest
+    config = folders.config_of(cfg, registry.of(about), about.labels, tokens, main, about.fitted)
     if to == "compressed-tensors":
         theirs, settings = compressed_tensors.pack(cfg, params, theirs)
         config |= {"quantization_config": settings}
@@ -243,6 +244,8 @@ def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) 
     """
     cfg, task, labels = found.model, registry.of(found.manifest), found.manifest.labels
     folders.config_of(cfg, task, labels, {}, "float32")
+    if left := task.hf_fields(cfg, labels, found.manifest.fitted).keys() - task.hf_fields(cfg, labels, {}).keys():
+        say(f"{found.path}: an adapter's files have no place for {', '.join(sorted(left))}, which stay behind")
     delta = peft.export(found, draft)
     bases = weights.flatten(weights.without_adapters(found.params)).values()
     integers = [weights.as_node(w).integers() for w in bases]

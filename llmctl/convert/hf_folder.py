@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class Found:
     labels: list[str]
     task: str
     """Task that defines the meaning of the outputs."""
+    fitted: Fields
+    """Values that the task fitted, which the config holds."""
     config: Fields
     """The config.json of the folder."""
 
@@ -108,9 +110,11 @@ def understand(
         fields = bridge.from_config(keys)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, KeyError) as e:
         raise RequestError(f"{where}: cannot be understood ({'; '.join([*keys.problems, str(e)])})") from None
-    keys.finish(str(where))
     word = key.partition("+")[0]
     labels = _labels(where, config) if HEAD_KINDS[word].labelled else []
+    task = registry.of_problem(word, config.get("problem_type"))
+    fitted = registry.TASKS[task].fitted_of(keys, labels)
+    keys.finish(str(where))
     fields = {
         **family(name).FLAGS, **fields, **head.fields, "family": name, "head": word, "labels": len(labels),
     }  # fmt: skip
@@ -125,7 +129,7 @@ def understand(
     copies = _copies(bridge, table, tensors, model)
     _check_copies(folder, copies, tensors)
     name_map.check(str(folder), wanted, tensors, (*bridge.buffers, *map(_exactly, copies)))
-    return Found(model, tensors, wanted, labels, registry.of_problem(word, config.get("problem_type")), config)
+    return Found(model, tensors, wanted, labels, task, fitted, config)
 
 
 def _now(bridge: Bridge, name: str) -> str:
@@ -232,7 +236,14 @@ def load(
 # --- out -------------------------------------------------------------------------------------------------------------
 
 
-def config_of(model: ModelConfig, task: Task, labels: list[str], tokens: Fields, dtype: str) -> Fields:
+def config_of(
+    model: ModelConfig,
+    task: Task,
+    labels: list[str],
+    tokens: Fields,
+    dtype: str,
+    fitted: Mapping[str, Any] | None = None,
+) -> Fields:
     """Create the config.json of a model.
 
     Args:
@@ -241,6 +252,7 @@ def config_of(model: ModelConfig, task: Task, labels: list[str], tokens: Fields,
         labels: Names of its classes.
         tokens: Ids of special tokens ("bos_token_id", …).
         dtype: Name of the dtype of its weights.
+        fitted: Values that the task fitted.
 
     Raises:
         RequestError: If the family's format cannot express this config.
@@ -259,7 +271,7 @@ def config_of(model: ModelConfig, task: Task, labels: list[str], tokens: Fields,
     if odd:
         raise RequestError(f"{head.architecture} has no {', '.join(odd)}; this model has no counterpart to export to")
     fields = {"architectures": [head.architecture], "model_type": bridge.model_type, **tokens, "dtype": dtype}
-    return fields | {"torch_dtype": dtype, **bridge.to_config(model), **task.hf_fields(model, labels)}
+    return fields | {"torch_dtype": dtype, **bridge.to_config(model), **task.hf_fields(model, labels, fitted or {})}
 
 
 def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:

@@ -132,6 +132,7 @@ def run(
             name=name,
             labels=found.labels,
             task=found.task,
+            fitted=found.fitted,
             metrics={"import_parity": delta} if delta is not None else {},
             tokenizer_dir=brought,
             written=stored.folder,

@@ -15,7 +15,7 @@ Shapes: B rows, T tokens per row, D model width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,7 @@ from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Measured, Setup, answ
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.head_kinds import HEAD_KINDS
+from llmctl.model.hf_config import Keys
 from llmctl.model.losses import NEARNESS, Loss, Sums
 
 if TYPE_CHECKING:
@@ -339,13 +340,17 @@ class Task:
 
     # --- export ------------------------------------------------------------------------------------------------------
 
-    def hf_fields(self, model: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of Hugging Face's config.json that describe the outputs."""
+    def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of Hugging Face's config.json that describe the outputs, from an artifact's manifest."""
         if not self.classes:
             return {}
         names = list(labels) or [f"LABEL_{i}" for i in range(model.labels)]
         fields = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
         return fields | ({"problem_type": self.problem_type} if self.problem_type else {})
+
+    def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
+        """Take the values of `fit` that `hf_fields` wrote from the keys of a config.json, and return them."""
+        return {}
 
     def peft_task_type(self, model: ModelConfig) -> str:
         """Return PEFT's `task_type` for a model of this task."""

@@ -10,7 +10,7 @@ Shapes: B rows per batch, N rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from llmctl.evaluate.tasks.base import Found, Options, Scored
 from llmctl.evaluate.tasks.classify import Classify
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.hf_config import Keys
 from llmctl.model.losses import Sums, row_weight
 
 EVEN = 0.5
@@ -108,9 +109,34 @@ class MultiLabel(Classify):
         return scored, (truth, said)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return which thresholds were used."""
-        chosen = "thresholds chosen on validation" if artifact.manifest.fitted else f"threshold {EVEN}"
+        """Return which thresholds were used, and of which artifact if they are not its own."""
+        manifest = artifact.manifest
+        chosen = "thresholds chosen on validation"
+        if not manifest.fitted:
+            chosen = f"threshold {EVEN}"
+        elif manifest.fitted_for:
+            chosen += f" of {manifest.fitted_for}"
+        elif manifest.stage == "import":
+            chosen = "thresholds of the imported config.json"
         return f"{super().protocol(artifact, held, setup, rows, metrics)}, {chosen}"
+
+    def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a classifier, and the threshold of each class as `thresholds`."""
+        chosen = {name: fitted[name] for name in ("thresholds",) if name in fitted}
+        return super().hf_fields(model, labels, fitted) | chosen
+
+    def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
+        """Take the thresholds of a config.json, if it has them."""
+        found = keys.take("thresholds", {})
+        if not found:
+            return {}
+        if not isinstance(found, dict) or set(found) != set(labels) or not all(map(_is_share, found.values())):
+            keys.problems.append(f"thresholds = {found!r} is not one number from 0 to 1 for each class")
+        return {"thresholds": found}
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ class Regress(Task):
         truth_N, predicted_N = map(np.concatenate, zip(*pairs, strict=True))
         return regression.scores(truth_N, predicted_N), (truth_N, predicted_N)
 
-    def hf_fields(self, model: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
+    def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
         """Return one nameless label and the problem type."""
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": self.problem_type}
 

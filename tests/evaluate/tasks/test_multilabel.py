@@ -196,6 +196,9 @@ def test_it_is_distilled_and_calibrated(data, tuned, base, tmp_path):
         config = prune.Config(data=data, method=method, sparsity=0.5, **few)
         pruned = artifact.read_manifest(go(prune, config, tuned, tmp_path / method))
         assert pruned.sparsity > 0.3 and pruned.fitted == artifact.read_manifest(tuned).fitted
+    # Thresholds that were chosen for another artifact are reported as such.
+    result = scored(data, tmp_path / "wanda", tmp_path / "eval")
+    assert result["protocol"].endswith("thresholds chosen on validation of tuned")
 
 
 def test_transformers_answers_alike_and_an_import_is_the_same_task(data, tuned, tmp_path):
@@ -218,5 +221,12 @@ def test_transformers_answers_alike_and_an_import_is_the_same_task(data, tuned, 
     np.testing.assert_allclose(ours, found.logits, atol=1e-5)
     truth = {"label": np.array([[1, 0, 0], [0, 1, 1]], np.uint8)}
     np.testing.assert_allclose(TASK.score(ours, truth, Options())[0] / 2, found.loss, rtol=1e-5)
+    # The thresholds travel in config.json, so the imported model has the same scores.
+    assert config["thresholds"] == before.manifest.fitted["thresholds"]
+    assert back.manifest.fitted == before.manifest.fitted
     result = scored(data, tmp_path / "back", tmp_path / "eval")
-    assert result["protocol"].endswith("threshold 0.5")
+    assert result["protocol"].endswith("thresholds of the imported config.json")
+    assert result["metrics"]["micro_f1"] == scored(data, tuned, tmp_path / "own")["metrics"]["micro_f1"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"thresholds": {"sea": 2}}))
+    with pytest.raises(RequestError, match="is not one number from 0 to 1 for each class"):
+        importing.run(tmp_path / "hf", tmp_path / "wrong")
