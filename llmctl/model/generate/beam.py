@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.model import functional
-from llmctl.model.generate.decode import NOTHING, Decoder, Prompts, Served, State, padded_ends
+from llmctl.model.generate.decode import Decoder, Served, State
+from llmctl.model.generate.padded_prompts import NOTHING, Prompts, padded_ends
 from llmctl.model.kv_cache import cache_shape
 
 STOPS = ("no", "yes", "never")

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.model.config import ModelConfig
-from llmctl.model.generate.decode import NOTHING, ROUND, Decoder, Served, State, empty_cache, padded_ends, round_up
+from llmctl.model.generate.decode import Decoder, Served, State, empty_cache
+from llmctl.model.generate.padded_prompts import NOTHING, ROUND, padded_ends, round_up
 from llmctl.model.generate.sampling import Sampling, row_keys
 
 

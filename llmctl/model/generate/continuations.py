@@ -14,7 +14,8 @@ from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.model.generate.beam import BeamSearch
 from llmctl.model.generate.chat_cache import Session
-from llmctl.model.generate.decode import NOTHING, Decoder
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.padded_prompts import NOTHING
 from llmctl.model.generate.sampling import Sampling
 
 INCOMPLETE = "\ufffd"

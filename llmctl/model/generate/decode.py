@@ -15,7 +15,7 @@ Shapes: B rows, T prompt slots, S cache slots, G key/value heads, K head width, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +24,21 @@ import numpy as np
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
+from llmctl.model.generate.padded_prompts import (
+    NOTHING,
+    ROUND,
+    Prompts,
+    left_padded,
+    padded_ends,
+    right_padded,
+    round_up,
+)
 from llmctl.model.generate.sampling import Sampling, choose, row_keys
 from llmctl.model.kv_cache import cache_shape
 
 State = dict[str, Any]
 Served = tuple[functional.Params, list[functional.Params]]
 """Parameters in the form that a step uses: all but the decoder's blocks, and one tree per decoder layer."""
-
-NOTHING = -1
-"""Output value in a row after the row has ended."""
-
-ROUND = 64
-"""Prompt slots and cache slots are rounded up to a multiple of this, so that few lengths are compiled."""
-
-
-class Prompts(NamedTuple):
-    """Padded inputs of `Decoder.read`."""
-
-    tokens_BT: Any
-    segments_BT: Any
-    source: dict[str, Any]
-    """Encoder inputs; empty for a model without an encoder."""
 
 
 class Decoder:
@@ -306,37 +300,6 @@ def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
     return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]
 
 
-def padded_ends(ends: Sequence[int]) -> np.ndarray:
-    """Return end tokens int32 [E], padded with NOTHING to at least 8.
-
-    The padding avoids a compilation for every number of end tokens. NOTHING is also the token of rows that have ended.
-    """
-    return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
-
-
-def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and segments int32 [B, T]; T is the longest prompt rounded up to a multiple."""
-    T = round_up(max(map(len, prompts)), multiple)
-    tokens_BT = np.zeros((len(prompts), T), np.int32)
-    segments_BT = np.zeros_like(tokens_BT)
-    for b, prompt in enumerate(prompts):
-        tokens_BT[b, T - len(prompt) :] = prompt
-        segments_BT[b, T - len(prompt) :] = 1
-    return tokens_BT, segments_BT
-
-
-def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]."""
-    S = round_up(max(map(len, prompts)))
-    tokens_BS = np.zeros((len(prompts), S), np.int32)
-    segments_BS = np.zeros_like(tokens_BS)
-    for b, prompt in enumerate(prompts):
-        tokens_BS[b, : len(prompt)] = prompt
-        segments_BS[b, : len(prompt)] = 1
-    positions_BS = np.arange(S, dtype=np.int32) * segments_BS
-    return {"encoder_tokens": tokens_BS, "encoder_segments": segments_BS, "encoder_positions": positions_BS}
-
-
 def served(model: ModelConfig, params: functional.Params, platform: str = "") -> tuple[ModelConfig, functional.Params]:
     """Convert a model to the form that a decoding step reads fastest.
 
@@ -357,8 +320,3 @@ def served(model: ModelConfig, params: functional.Params, platform: str = "") ->
         return model, params
     untied = {**params, "lm_head": {**params.get("lm_head", {}), "kernel": table.T}}
     return model.model_copy(update={"tied": False}), untied
-
-
-def round_up(n: int, multiple: int = ROUND) -> int:
-    """Round `n` up to a multiple."""
-    return -(-n // multiple) * multiple

@@ -15,7 +15,8 @@ from llmctl.distributed import mesh as meshes
 from llmctl.model import attention_kernels, flops, functional
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
-from llmctl.model.generate.decode import Decoder, padded_ends
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.padded_prompts import padded_ends
 from llmctl.model.generate.sampling import Sampling, row_keys
 from llmctl.model.program import Cost, Pass, Program
 

@@ -10,7 +10,8 @@ import transformers as hf
 
 from llmctl.convert import hf_folder as folders
 from llmctl.model.generate.beam import Beams, BeamSearch
-from llmctl.model.generate.decode import NOTHING, Decoder
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.padded_prompts import NOTHING
 
 VOCAB, END, NEW = 41, 2, 14
 PROMPTS = [[5, 9, 30, 11], [7, 7, 38, 40, 4, 8, 19], [3]]

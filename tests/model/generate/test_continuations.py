@@ -1,7 +1,7 @@
 """Text as it becomes certain: stop strings across chunks, unfinished characters, ends."""
 
 from llmctl.model.generate.continuations import Continuation, Speed
-from llmctl.model.generate.decode import NOTHING
+from llmctl.model.generate.padded_prompts import NOTHING
 
 END = 0
 

@@ -10,7 +10,8 @@ from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig, families, family
-from llmctl.model.generate.decode import NOTHING, Decoder, right_padded
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.padded_prompts import NOTHING, right_padded
 from llmctl.model.generate.sampling import Sampling
 
 BASE = {

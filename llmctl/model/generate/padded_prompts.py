@@ -1,0 +1,67 @@
+"""Pad prompts of unequal length to arrays of few shapes, so that few programs are compiled.
+
+Example:
+    >>> tokens_BT, segments_BT = left_padded([[5, 6, 7], [8]], multiple=4)
+    >>> tokens_BT.tolist(), segments_BT.tolist()
+    ([[0, 5, 6, 7], [0, 0, 0, 8]], [[0, 1, 1, 1], [0, 0, 0, 1]])
+
+Shapes: B rows, T prompt slots, S tokens that an encoder reads, E end tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NOTHING = -1
+"""Output value in a row after the row has ended."""
+
+ROUND = 64
+"""Prompt slots and cache slots are rounded up to a multiple of this, so that few lengths are compiled."""
+
+
+class Prompts(NamedTuple):
+    """Padded inputs of `Decoder.read`."""
+
+    tokens_BT: Any
+    segments_BT: Any
+    source: dict[str, Any]
+    """Encoder inputs; empty for a model without an encoder."""
+
+
+def padded_ends(ends: Sequence[int]) -> np.ndarray:
+    """Return end tokens int32 [E], padded with NOTHING to at least 8.
+
+    The padding avoids a compilation for every number of end tokens. NOTHING is also the token of rows that have ended.
+    """
+    return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and segments int32 [B, T]; T is the longest prompt rounded up to a multiple."""
+    T = round_up(max(map(len, prompts)), multiple)
+    tokens_BT = np.zeros((len(prompts), T), np.int32)
+    segments_BT = np.zeros_like(tokens_BT)
+    for b, prompt in enumerate(prompts):
+        tokens_BT[b, T - len(prompt) :] = prompt
+        segments_BT[b, T - len(prompt) :] = 1
+    return tokens_BT, segments_BT
+
+
+def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]."""
+    S = round_up(max(map(len, prompts)))
+    tokens_BS = np.zeros((len(prompts), S), np.int32)
+    segments_BS = np.zeros_like(tokens_BS)
+    for b, prompt in enumerate(prompts):
+        tokens_BS[b, : len(prompt)] = prompt
+        segments_BS[b, : len(prompt)] = 1
+    positions_BS = np.arange(S, dtype=np.int32) * segments_BS
+    return {"encoder_tokens": tokens_BS, "encoder_segments": segments_BS, "encoder_positions": positions_BS}
+
+
+def round_up(n: int, multiple: int = ROUND) -> int:
+    """Round `n` up to a multiple."""
+    return -(-n // multiple) * multiple
