@@ -47,13 +47,14 @@ $(eval $(call demo_stage,distill,prune))
 $(eval $(call demo_stage,quantize,distill))
 $(eval $(call demo_stage,eval,quantize))
 
+# One file of tests runs in one worker, so a module's fixtures are made once.
 test: $(VENV)/.dev ## run the tests, except slow ones
 	@echo "== tests on 8 fake CPU devices"
-	@$(BIN)/python -m pytest -n $(WORKERS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-all: $(VENV)/.dev $(VENV)/.published ## run all tests, also slow ones and those on published models
+test-all: $(VENV)/.dev $(VENV)/.published ## run all tests, also slow ones, compiled as users compile
 	@echo "== all tests, also slow ones, on 8 fake CPU devices"
-	@$(BIN)/python -m pytest -n $(WORKERS) -m ""
+	@LLMCTL_TEST_COMPILATION= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
 
 lint: $(VENV)/.dev ## check rules and format, without changes
 	@$(BIN)/ruff check .

@@ -34,8 +34,7 @@ def test_values_and_gradients(softcap):
     out = jax.random.normal(key[5], (B, T, H, K))
 
     def both(f):
-        return jax.value_and_grad(lambda q, k, v, b: jnp.sum(f(q, k, v, mask, b, cfg) * out), argnums=(0, 1, 2, 3))(
-            q, k, v, bias
-        )
+        loss = jax.value_and_grad(lambda q, k, v, b: jnp.sum(f(q, k, v, mask, b, cfg) * out), argnums=(0, 1, 2, 3))
+        return jax.jit(loss)(q, k, v, bias)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), both(plain), both(attend))

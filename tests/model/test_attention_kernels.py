@@ -71,7 +71,7 @@ def test_splash_is_the_plain_form(operands, causal, changes, local):
 def test_a_model_on_a_mesh_attends_the_same():
     cfg = config(window=100, window_every=2)
     mesh = meshes.make(MeshConfig(data=2, fsdp=2, tensor=2))
-    params = functional.init(cfg, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(3, 64, (4, T)).astype(np.int32)
     positions = np.arange(T, dtype=np.int32) * np.ones_like(tokens)
     batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}

@@ -14,7 +14,7 @@ SIZES = {"vocab_size": 300, "d_model": 64, "layers": 2, "d_ff": 64, "heads": 4, 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_first_layer_of_a_fresh_bert_looks_for_equal_tokens(kv_heads):
     cfg = ModelConfig(preset="bert-tiny", **(SIZES | {"kv_heads": kv_heads}))
-    params = functional.init(cfg, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     embed = params["embed"]
     x_ND = embed["tokens"][:32] + embed["positions"][:32] + embed["types"][:1]  # every token elsewhere than its copy
     y_ND = embed["tokens"][:32] + embed["positions"][32:64] + embed["types"][1:]
@@ -39,5 +39,5 @@ def test_the_first_layer_of_a_fresh_bert_looks_for_equal_tokens(kv_heads):
 
 def test_decoders_begin_as_they_did():
     cfg = ModelConfig(preset="gpt2", **SIZES)
-    attention = functional.init(cfg, jax.random.key(0))["decoder"]["blocks"]["attn"]
+    attention = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))["decoder"]["blocks"]["attn"]
     assert not np.allclose(attention["q"]["kernel"], attention["k"]["kernel"])

@@ -30,7 +30,7 @@ def some_batch(cfg, tokens):
 )
 def test_an_offset_is_the_same_as_other_rows_of_the_table(preset, changes, name):
     cfg = ModelConfig(preset=preset, **SIZES, **changes)
-    params = functional.init(cfg, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     tokens = np.arange(B * T, dtype=np.int32).reshape(B, T)  # every row of the table is read at most once per stack
     batch, weight = some_batch(cfg, tokens), jax.random.normal(jax.random.key(1), (B, T, cfg.d_model))
     if cfg.encoder_layers:  # the two stacks share the table and read different rows
@@ -45,6 +45,6 @@ def test_an_offset_is_the_same_as_other_rows_of_the_table(preset, changes, name)
         return jnp.sum(functional.hidden(cfg, params | {"embed": params["embed"] | {"tokens": table}}, batch) * weight)
 
     at = 0.1 * jax.random.normal(jax.random.key(2), (B, T, cfg.d_model))
-    got, want = jax.value_and_grad(by_offset)(at), jax.value_and_grad(by_table)(at)
+    got, want = (jax.jit(jax.value_and_grad(form))(at) for form in (by_offset, by_table))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-4)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-3, atol=1e-4)

@@ -46,7 +46,7 @@ def walk(cfg, params, batch):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_chosen_states_equal_the_walk_block_by_block(preset):
     cfg = model(preset)
-    params, batch = functional.init(cfg, jax.random.key(0)), some_batch(cfg)
+    params, batch = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0)), some_batch(cfg)
     want, layers = walk(cfg, params, batch)
     x, states = functional.hidden_states(cfg, params, batch, (3, 1))
     np.testing.assert_allclose(states, layers[jnp.array([3, 1])], atol=1e-5)
@@ -56,7 +56,7 @@ def test_chosen_states_equal_the_walk_block_by_block(preset):
 @pytest.mark.parametrize("remat", ["none", "minimal", "full"])
 def test_gradients_through_chosen_states_equal_those_of_the_walk(remat):
     cfg = model("llama-tiny")
-    params, batch = functional.init(cfg, jax.random.key(0)), some_batch(cfg)
+    params, batch = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0)), some_batch(cfg)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 6, 16)), jnp.float32)
 
     def chosen(params):
@@ -74,7 +74,7 @@ def test_gradients_through_chosen_states_equal_those_of_the_walk(remat):
 
 def test_a_layer_that_is_none_and_a_pipeline_are_refused():
     cfg = model("llama-tiny")
-    params, batch = functional.init(cfg, jax.random.key(0)), some_batch(cfg)
+    params, batch = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0)), some_batch(cfg)
     for layers in ((4,), (-1,), (1, 1)):
         with pytest.raises(RequestError, match="different layers of a stack of 4"):
             functional.hidden_states(cfg, params, batch, layers)

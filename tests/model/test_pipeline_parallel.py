@@ -152,7 +152,12 @@ def test_rules_for_8_bit_products_reach_the_stages():
 def test_weights_of_every_kind_pass_through_stages():
     """Integers, scales and low-rank pairs are sliced like arrays; layers may be recomputed."""
     base = quantize(
-        functional.init(PLAIN, jax.random.key(0)), scheme="int8", group=0, embeddings=False, head=False, activations=""
+        jax.jit(lambda key: functional.init(PLAIN, key))(jax.random.key(0)),
+        scheme="int8",
+        group=0,
+        embeddings=False,
+        head=False,
+        activations="",
     )
     one, many = meshes.make(MeshConfig()), meshes.make(MeshConfig(pipeline=2, data=2, tensor=2))
     params = lora.attach(PLAIN, base[0], 4, 8.0, ["q", "down"], jax.random.key(1), one)

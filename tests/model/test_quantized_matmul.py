@@ -96,7 +96,7 @@ def test_a_model_trains_in_8_bits_and_is_judged_in_full(operands):
     cfg = ModelConfig(
         preset="llama-tiny", d_model=16, layers=2, heads=2, kv_heads=2, head_dim=8, d_ff=24, vocab_size=32
     )
-    params = functional.init(cfg, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     tokens = np.arange(64, dtype=np.int32).reshape(4, 16) % 29 + 3
     ones = np.ones_like(tokens)
     positions = np.arange(16, dtype=np.int32) * ones

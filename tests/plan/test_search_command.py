@@ -2,16 +2,19 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 
 from llmctl.cli import app
 from llmctl.model import flops
 from llmctl.pipeline import recipe
-from llmctl.plan import analytic_memory, environment, search, topologies
+from llmctl.plan import analytic_memory, environment, mesh_search, search, topologies
 
 
-def test_what_is_found_are_lines_that_plan_the_same(small, capsys, tmp_path):
+def test_what_is_found_are_lines_that_plan_the_same(small, capsys, monkeypatch):
+    """Two candidates are compiled instead of four: how many are, and in which order, is tested without compiling."""
+    monkeypatch.setattr(mesh_search, "search", partial(mesh_search.search, best=2))
     assert app.run(["plan", str(small), "--search", "--topology", "cpu:8", "--stage", "pretrain", "--json"]) == 0
     got = json.loads(capsys.readouterr().out)
     assert (got["topology"], got["chips"]) == ("cpu:8", 8)

@@ -29,12 +29,12 @@ def test_class_smoothing_and_z_loss_by_hand():
 
 def test_settings_reach_the_language_model():
     cfg = ModelConfig(preset="llama-tiny", **SIZES)
-    params = functional.init(cfg, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     ones = np.ones((1, 4), np.int32)
     batch = {"tokens": ones * 3, "targets": ones * 5, "weights": ones * 1.0, "segments": ones, "positions": ones}
     plain, sums = default(cfg).loss_of(cfg)(params, batch)
     total, same = default(cfg).loss_of(cfg, label_smoothing=0.2, z_loss=0.1)(params, batch)
-    logits = np.asarray(functional.lm_logits(cfg, params, functional.hidden(cfg, params, batch)))
+    logits = np.asarray(jax.jit(lambda p, b: functional.lm_logits(cfg, p, functional.hidden(cfg, p, b)))(params, batch))
     z = np.log(np.exp(logits).sum(-1))
     want = 0.8 * (z - logits[..., 5]) + 0.2 * (z - logits.mean(-1)) + 0.1 * z**2
     assert total == pytest.approx(want.sum(), rel=1e-5)
@@ -62,27 +62,24 @@ def masked_batch():
 
 def test_predicting_at_the_places_alone_changes_nothing():
     cfg = ModelConfig(preset="bert-tiny", **BERT | {"next_sentence": False})
-    params = functional.init(cfg, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     batch = masked_batch()
-    grad = jax.grad(lambda p, b: default(cfg).loss_of(cfg)(p, b)[0])
+    both = jax.jit(jax.value_and_grad(default(cfg).loss_of(cfg), has_aux=True))
     everywhere = {name: a for name, a in batch.items() if name != "places"}
-    _, found = default(cfg).loss_of(cfg)(params, batch)
-    _, same = default(cfg).loss_of(cfg)(params, everywhere)
+    (_, found), gradients = both(params, batch)
+    (_, same), same_gradients = both(params, everywhere)
     assert found["weight"] == 6 and set(found) == {"loss", "accuracy", "weight"}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, same)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        grad(params, batch),
-        grad(params, everywhere),
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients, same_gradients)
 
 
 def test_next_sentences_have_a_mean_of_their_own():
     cfg = ModelConfig(preset="bert-tiny", **BERT)
-    params = functional.init(cfg, jax.random.key(0))
-    batch = masked_batch()
-    total, sums = default(cfg).loss_of(cfg)(params, batch)
-    logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
+    batch, loss = masked_batch(), jax.jit(default(cfg).loss_of(cfg))
+    total, sums = loss(params, batch)
+    answers = jax.jit(lambda p, b: functional.outputs(cfg, p, functional.hidden(cfg, p, b), b))
+    logits = np.asarray(answers(params, batch))
     nll = -np.asarray(jax.nn.log_softmax(logits))[[0, 2], [0, 1]]
     assert sums["next_sentence_weight"] == 2
     assert sums["next_sentence_loss"] == pytest.approx(nll.sum(), rel=1e-5)
@@ -94,7 +91,7 @@ def test_next_sentences_have_a_mean_of_their_own():
     assert means["loss"] == pytest.approx(float(sums["loss"]) / 6)
     assert means["next_sentence_loss"] == pytest.approx(nll.mean(), rel=1e-5)
     # rows that only fill a batch count for nothing
-    _, less = default(cfg).loss_of(cfg)(params, batch | {"row_weight": np.array([1, 1, 0], np.float32)})
+    _, less = loss(params, batch | {"row_weight": np.array([1, 1, 0], np.float32)})
     assert less["next_sentence_weight"] == 1 and less["next_sentence_loss"] == pytest.approx(nll[0], rel=1e-5)
 
 
@@ -113,7 +110,7 @@ def test_rows_cost_what_their_parts_cost():
 
 def test_what_the_backward_pass_recomputes_changes_no_gradient():
     cfg = ModelConfig(preset="llama-tiny", **{**SIZES, "layers": 3})
-    params = functional.init(cfg, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     ones = np.ones((2, 8), np.int32)
     positions = np.arange(8, dtype=np.int32) * ones
     batch = {"tokens": positions + 1, "targets": ones * 5, "weights": ones * 1.0, "segments": ones}

@@ -40,8 +40,17 @@ def batch_of(head, scored=False):
 
 
 def params_of(head):
-    params = functional.init(MODELS[head], jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(MODELS[head], key))(jax.random.key(0))
     return jax.tree.map(lambda a: a + 0.1, params)
+
+
+def answers(cfg, params, batch):
+    """Return the outputs of the task's head."""
+    return jax.jit(lambda p, b: functional.outputs(cfg, p, functional.hidden(cfg, p, b), b))(params, batch)
+
+
+def loss_of(cfg, **settings):
+    return jax.jit(default(cfg).loss_of(cfg, **settings))
 
 
 def log_softmax(x):
@@ -50,8 +59,8 @@ def log_softmax(x):
 
 def test_words_count_where_they_are_labelled():
     cfg, params, batch = MODELS["tokens"], params_of("tokens"), batch_of("tokens")
-    total, sums = default(cfg).loss_of(cfg)(params, batch)
-    logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch), np.float64)
+    total, sums = loss_of(cfg)(params, batch)
+    logits = np.asarray(answers(cfg, params, batch), np.float64)
     nll = -np.take_along_axis(log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
     assert total == pytest.approx((nll * batch["weights"]).sum(), rel=1e-5)
     assert sums["weight"] == batch["weights"].sum()
@@ -60,8 +69,8 @@ def test_words_count_where_they_are_labelled():
 
 def test_places_are_told_from_those_of_the_context_alone():
     cfg, params, batch = MODELS["span"], params_of("span"), batch_of("span")
-    total, sums = default(cfg).loss_of(cfg, label_smoothing=0.1)(params, batch)
-    logits = np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch), np.float64)
+    total, sums = loss_of(cfg, label_smoothing=0.1)(params, batch)
+    logits = np.asarray(answers(cfg, params, batch), np.float64)
     want = plain = 0.0
     for b in range(B):
         at = np.flatnonzero(batch["among"][b])
@@ -78,19 +87,19 @@ def test_embeddings_are_told_from_all_others_of_the_batch():
     z = []
     for prefix in ("", "pair_"):
         one = {k: jnp.asarray(batch[prefix + k]) for k in ("tokens", "segments", "positions")}
-        z.append(np.asarray(functional.outputs(cfg, params, functional.hidden(cfg, params, one), one), np.float64))
+        z.append(np.asarray(answers(cfg, params, one), np.float64))
     near = z[0] @ z[1].T
     for temperature in (NEARNESS, 0.5):
-        total, sums = default(cfg).loss_of(cfg, temperature=temperature)(params, batch)
+        total, sums = loss_of(cfg, temperature=temperature)(params, batch)
         assert total == pytest.approx(-np.diag(log_softmax(near / temperature)).sum(), rel=1e-4)
         assert sums["accuracy"] == (near.argmax(1) == np.arange(B)).sum()
     # rows that only fill are nobody's neighbours
     real = (np.arange(B) < 5).astype(np.float32)
-    total, sums = default(cfg).loss_of(cfg)(params, batch | {"row_weight": real})
+    total, sums = loss_of(cfg)(params, batch | {"row_weight": real})
     assert total == pytest.approx(-np.diag(log_softmax(near[:5, :5] / NEARNESS)).sum(), rel=1e-4)
     assert sums["weight"] == 5
     scored = batch_of("embed", scored=True)
-    total, _ = default(cfg).loss_of(cfg)(params, scored)
+    total, _ = loss_of(cfg)(params, scored)
     assert total == pytest.approx(((np.diag(near) - scored["label"]) ** 2).sum(), rel=1e-4)
 
 
@@ -113,12 +122,12 @@ def test_taught_by_itself_nothing_is_left_but_the_labels():
         for scored in (False, True)[: 1 + (head == "embed")]:
             batch = {k: jnp.asarray(v) for k, v in batch_of(head, scored).items()}
             params = params_of(head)
-            hard, _ = default(cfg).loss_of(cfg)(params, batch)
+            hard, _ = loss_of(cfg)(params, batch)
             if head == "embed":
                 rows = jax.random.normal(jax.random.key(1), (2 * B, 8))
                 y = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
             else:
-                y = functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch)
+                y = answers(cfg, params, batch)
                 mixed, sums = TASKS[head].soft_score(y, y, batch, 2.0, 0.25)
                 assert mixed == pytest.approx(0.25 * float(hard), rel=1e-5) and abs(float(sums["kl"])) < 1e-5
             soft, _ = TASKS[head].soft_score(y, y, batch, 2.0, 0.0)

@@ -109,7 +109,7 @@ def talker(words, tmp_path_factory):
         preset="llama-tiny", vocab_size=words.vocab_size, d_model=16, layers=1, heads=2, kv_heads=1, head_dim=8,
         d_ff=16, max_seq_len=256,
     )  # fmt: skip
-    params = functional.init(model, jax.random.key(0))
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
     common = {"stage": "pretrain", "key": "k", "config": {}, "tokenizer_dir": folder / "words"}
     artifact.save(folder / "model", params, model, **common)
     return folder / "model"
