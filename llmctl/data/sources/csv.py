@@ -22,6 +22,8 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
     rows, lines, line = [], [], 1
     try:
         columns = next(reader, [])
+        if "\0" in "".join(columns):
+            raise RequestError(f"{path}:1: not UTF-8 text (it has zero bytes, as UTF-16 has); convert the file first")
         line = reader.line_num + 1
         for fields in reader:
             if fields:
