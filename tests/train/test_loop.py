@@ -131,8 +131,12 @@ def test_a_damaged_checkpoint_is_passed_over(one, tmp_path, uninterrupted, capsy
 
 
 HYBRIDS = [
-    *({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "context": 8}),
-    *({"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}),
+    *({"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}),
+    # Axes that the meshes above have too.
+    *(
+        pytest.param(m, marks=pytest.mark.slow)
+        for m in ({"data": 8}, {"data": 1, "context": 8}, {"data": 4, "tensor": 2})
+    ),
 ]
 LONG = TRAIN.model_copy(update={"steps": 20})
 DRY = MODEL.model_copy(update={"dropout": 0.0})

@@ -103,8 +103,19 @@ def test_embeddings_are_told_from_all_others_of_the_batch():
     assert total == pytest.approx(((np.diag(near) - scored["label"]) ** 2).sum(), rel=1e-4)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"data": 4, "context": 2}], ids=str)
-@pytest.mark.parametrize("head", MODELS)
+ROWS, SEQUENCES = {"data": 2, "fsdp": 4}, {"data": 4, "context": 2}
+"""Meshes that split the rows of a batch alone, and their sequences too. Only embeddings compare rows."""
+
+
+@pytest.mark.parametrize(
+    ("head", "axes"),
+    [
+        *((head, SEQUENCES) for head in MODELS),
+        ("embed", ROWS),
+        *(pytest.param(head, ROWS, marks=pytest.mark.slow) for head in ("tokens", "span")),
+    ],
+    ids=str,
+)
 def test_a_mesh_agrees_with_one_device(head, axes):
     cfg, batch = MODELS[head], batch_of(head)
     params = params_of(head)

@@ -66,9 +66,18 @@ def expected(theirs, prompt, beams, new=NEW):
     return [row[: row.index(END) + 1] if END in row else row for row in rows], out.sequences_scores.numpy()
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+RULES = [Beams(4), Beams(3, 0.0, "yes"), Beams(4, 2.0, "never"), Beams(2, -1.0)]
+
+
 @pytest.mark.parametrize(
-    "beams", [Beams(4), Beams(3, 0.0, "yes"), Beams(4, 2.0, "never"), Beams(2, -1.0)], ids=lambda b: b.early_stopping
+    ("kind", "beams"),
+    [
+        *(("llama", rule) for rule in RULES),
+        *(("t5", rule) for rule in RULES[:2]),
+        # The rules do not depend on the architecture.
+        *(pytest.param("t5", rule, marks=pytest.mark.slow) for rule in RULES[2:]),
+    ],
+    ids=lambda b: b if isinstance(b, str) else b.early_stopping,
 )
 def test_answers_and_scores_are_those_of_transformers(kind, beams, models):
     theirs, decoder = models(kind)

@@ -110,6 +110,7 @@ def test_objectives_that_do_not_fit_are_refused(base, reviews, tmp_path):
         go(pretrain, pretrain.Config(data=reviews, objective="causal", train=TRAIN), base, tmp_path / "again")
 
 
+@pytest.mark.parametrize("base", ["bert", pytest.param("t5", marks=pytest.mark.slow)], indirect=True)
 def test_numbers_are_told_from_pairs_of_texts(base, tmp_path):
     file = tmp_path / "pairs.csv"
     rng = np.random.default_rng(1)
