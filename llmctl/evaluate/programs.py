@@ -23,8 +23,10 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.program import Pass, Program
 
 
-def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh) -> Program:
-    """Return the program that scores a batch of one artifact.
+def scoring(
+    config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh
+) -> list[Program]:
+    """Return the programs that score a batch of one artifact, one per task.
 
     If the artifacts are timed, the parameters of all of them are in memory.
 
@@ -35,9 +37,15 @@ def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[
       chosen: all artifacts that are measured, with abstract arrays.
       mesh: the devices.
     """
+    tasks = [TASKS[task] for task in config.tasks] or [of(chosen[name].manifest)]
+    return [_program(config, data, name, chosen, mesh, task) for task in tasks]
+
+
+def _program(
+    config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh, task: Task
+) -> Program:
     model, params = chosen[name].model, chosen[name].params
     setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
-    task = TASKS[config.tasks[0]] if config.tasks else of(chosen[name].manifest)
     task.check_model(model, name)
     step, batch = task.scorer(model, setup.dtype), _batch(data, task, model, setup)
     tokens = sum(a.size for key, a in batch.items() if key in ("tokens", "encoder_tokens"))
@@ -48,7 +56,7 @@ def scoring(config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[
             return step.trace(params, batch)
 
     return Program(
-        f"scoring of {name}",
+        f"scoring of {name}" + (f" on {task.title}" if len(config.tasks) > 1 else ""),
         model,
         mesh,
         trace,

@@ -18,6 +18,7 @@ from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
 from llmctl.evaluate.tasks import registry
+from llmctl.evaluate.tasks.base import Task
 
 
 def results(
@@ -46,6 +47,7 @@ def results(
     for name, manifest in manifests.items():
         for task in asked[name]:
             task.check_model(manifest.model, str(chosen[name]))
+            check_metrics(config.metrics, task, str(chosen[name]))
     setups = {name: setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
     held = Held(examples, config.split, work)
     out: list[Result] = []
@@ -55,7 +57,7 @@ def results(
         for task in asked[name]:
             measured = task.evaluate(there, held, setups[name])
             out.append(_result(name, manifests[name], measured))
-            out[-1]["metrics"] |= further(config.metrics, measured, str(path))
+            out[-1]["metrics"] |= further(config.metrics, measured)
             if config.speed:  # this keeps the weights of all artifacts in memory, because they are timed in alternation
                 programs[str(len(programs))] = measured
             say(f"{name}: {headline(out[-1])}")
@@ -68,19 +70,25 @@ def results(
     return out
 
 
-def further(names: Iterable[str], measured: Measured, where: str) -> dict[str, float]:
-    """Compute the metrics `names` from a task's truth and predictions.
+def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
+    """Check that the metrics `names` can be computed from a task's truth and predictions.
 
     Raises:
       RequestError: a metric has no function, or the task has no predictions.
     """
-    found = {}
+    for name in names:
+        if METRICS[name].compute is None:
+            raise RequestError(f"metrics: {name!r} is computed by its task alone; name one that has a function")
+        if not task.answers:
+            raise RequestError(f"{where}: metrics: {task.title} has no answers to compute {name!r} from")
+
+
+def further(names: Iterable[str], measured: Measured) -> dict[str, float]:
+    """Compute the metrics `names`, which `check_metrics` has checked, from a task's truth and predictions."""
+    found: dict[str, float] = {}
     for name in names:
         compute = METRICS[name].compute
-        if compute is None:
-            raise RequestError(f"metrics: {name!r} is computed by its task alone; name one that has a function")
-        if measured.answers is None:
-            raise RequestError(f"{where}: metrics: {measured.task} has no answers to compute {name!r} from")
+        assert compute is not None and measured.answers is not None
         found[name] = float(compute(*measured.answers))
     return found
 

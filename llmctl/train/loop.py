@@ -77,6 +77,7 @@ def fit(
       WorkError: the run diverges or the disk is full. The same command continues from the last checkpoint.
     """
     _check_batch(train, mesh)
+    _is_minimized(train.best_by or job.metric)
     runs, given = program(job, train, optim_config, mesh, seed), split(job)[0]
     job = dataclasses.replace(
         job, params=jax.eval_shape(lambda: job.params), extra=jax.eval_shape(lambda: dict(job.extra))
@@ -150,6 +151,7 @@ class _Loop:
         self.job, self.train, self.step, self.fixed = job, train, step, fixed
         self.checkpoints, self.report, self.stop, self.mesh = checkpoints, report, stop, mesh
         self.metric = train.best_by or job.metric
+        self.less = _is_minimized(self.metric)
         self.keeps_best = job.keep_best or bool(train.best_by)
         self.skips = 0
         self.batches = DeviceBatches(mesh, train.batch_size)
@@ -255,8 +257,7 @@ class _Loop:
         if self.metric not in found:
             raise RequestError(f"train.best_by: no metric {self.metric!r} here; there are {', '.join(sorted(found))}")
         value = found[self.metric]
-        less = METRICS[self.metric].better == "minimize"
-        better = meta["best"] is None or (value < meta["best"] if less else value > meta["best"])
+        better = meta["best"] is None or (value < meta["best"] if self.less else value > meta["best"])
         if better:
             if self.keeps_best:
                 self.checkpoints.save_best(done, named)
@@ -279,6 +280,21 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
     _check_batch(train, mesh)
     context_parallel.check(train.seq_len, mesh.shape["context"])
     functional.check_mesh(model, mesh)
+
+
+def _is_minimized(metric: str) -> bool:
+    """Return whether the least value of a metric is the best.
+
+    Raises:
+      RequestError: the metric is unknown, or no value of it is better than another.
+    """
+    try:
+        record = METRICS[METRICS.check(metric)]
+    except ValueError as e:
+        raise RequestError(f"train.best_by: {e}") from None
+    if record.better == "neither":
+        raise RequestError(f"train.best_by: {metric} has no better direction, so it cannot choose the best parameters")
+    return record.better == "minimize"
 
 
 def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:

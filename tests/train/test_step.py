@@ -16,6 +16,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.metrics.base import METRICS, Metric
 from llmctl.train import loop
 from llmctl.train.job import split
 from llmctl.train.step import SETTLED, TOO_MANY_BAD, fresh, make_step, program
@@ -182,8 +183,26 @@ def test_best_by_a_named_metric(one, tmp_path):
     config = TRAIN.model_copy(update={"eval_every": 2, "best_by": "entity_f1"})
     _, metrics = fit(tmp_path / "a", one, job, {}, config)
     assert metrics["best_step"] == 8  # 9.0, and more is better
-    with pytest.raises(RequestError, match="no metric 'f1' here; there are loss"):
-        fit(tmp_path / "b", one, job_of(), {}, config.model_copy(update={"best_by": "f1"}))
+    with pytest.raises(RequestError, match="no metric 'rmse' here; there are loss"):
+        fit(tmp_path / "b", one, job_of(), {}, config.model_copy(update={"best_by": "rmse"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal"),
+    [
+        ("micro_f2", "best_by: unknown metric 'micro_f2', did you mean 'micro_f1'"),
+        ("tone", "tone has no better direction"),
+    ],
+)
+def test_a_metric_that_cannot_choose_is_refused_before_the_first_step(monkeypatch, one, tmp_path, name, refusal):
+    monkeypatch.setitem(METRICS.own, "tone", Metric("tone", "tone", "neither"))
+
+    def untouched(step):
+        raise AssertionError("a row was read")
+
+    config = TRAIN.model_copy(update={"eval_every": 2, "best_by": name})
+    with pytest.raises(RequestError, match=refusal):
+        fit(tmp_path, one, job_of(Rows(untouched)), {}, config)
 
 
 def test_best_by_a_loss_is_the_least_whatever_it_is_the_loss_of(one, tmp_path):

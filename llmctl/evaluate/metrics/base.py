@@ -81,7 +81,7 @@ _OWN = (
     Metric("pearson", "Pearson", "maximize", "{:.3f}"),
     Metric("token_accuracy", "token accuracy", "maximize", "{:.2%}", table="run", baseline="baseline_accuracy"),
     Metric("next_sentence_accuracy", "next sentence", "maximize", "{:.2%}"),
-    Metric("perplexity", "perplexity", "minimize", "{:,.2f}", "per token", table="run"),
+    Metric("perplexity", "perplexity", "minimize", "{:,.3f}", "per token", table="run"),
     Metric("word_perplexity", "per word", "minimize", "{:.2f}", table="file"),
     Metric("bits_per_byte", "bits/byte", "minimize", unit="bits per byte", table="file"),
     Metric("nll", "nats/token", "minimize", unit="nats per token", table="file", baseline="baseline_loss"),

@@ -97,6 +97,8 @@ class Task:
     """Whether the model has one output per label of the data, whose names the artifact stores."""
     pooling: ClassVar[str] = ""
     """Default pooling; empty keeps that of the model."""
+    answers: ClassVar[bool] = True
+    """Whether `metrics` returns the truth and the predictions, which metrics with a function need."""
     reads: ClassVar[tuple[str, ...]] = READ
     """Arrays of a batch that `scorer` reads; empty means all."""
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"

@@ -38,6 +38,7 @@ class Embed(Task):
     title = "embedding"
     columns = ("text", "pair")
     pooling = "mean"
+    answers = False
     reads = (*READ, *(f"pair_{name}" for name in READ))
 
     def rows(

@@ -36,6 +36,7 @@ class Language(Task):
     columns = ("text",)
     columns_read = columns
     reads = ()
+    answers = False
 
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"

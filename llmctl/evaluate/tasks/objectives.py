@@ -83,7 +83,7 @@ class TextObjective(Language):
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure all rows of the held-out texts."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
-        rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False)
+        rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False, corpus=held.corpus)
         step, metrics = scored(self, artifact, rows, setup, tuple(self.objective.sentinels(tokenizer)))
         protocol = f"{held.split} split, {len(held.examples)} examples in {len(rows)} rows of {setup.seq_len} tokens, "
         return timed(self, f"{protocol}{self.asked}, {setup.dtype}", metrics, artifact, rows, step, setup)

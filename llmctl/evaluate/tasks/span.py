@@ -35,6 +35,7 @@ class Span(Task):
     head = "span"
     title = "answers"
     columns = ("context", "question", "answers")
+    answers = False
     columns_read = columns
     reads = (*READ, "among", "first", "last")
     peft_type = "QUESTION_ANS"

@@ -32,6 +32,7 @@ class Tokens(Classify):
     title = "token classification"
     architectures = ("decoder", "encoder")
     columns = ("tokens", "tags")
+    answers = False
     peft_type = "TOKEN_CLS"
 
     def rows(

@@ -70,7 +70,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     chosen = others or ({base.path.name: base} if base else {})
     if not chosen:
         raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
-    return [programs.scoring(config, config.data, name, chosen, mesh) for name in chosen], None
+    return [p for name in chosen for p in programs.scoring(config, config.data, name, chosen, mesh)], None
 
 
 def _can_draw() -> None:

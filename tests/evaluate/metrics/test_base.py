@@ -31,7 +31,7 @@ def test_records_are_complete():
 @pytest.mark.parametrize(("name", "value", "says"), [
     ("accuracy", 0.8196, "81.96%"),
     ("latency_p50", 0.0125, "12.50"),  # seconds in JSON, milliseconds on paper
-    ("perplexity", 12345.678, "12,345.68"),
+    ("perplexity", 12345.6784, "12,345.678"),
     ("validation_accuracy", 0.5, "50.00%"),
     ("text_words", 12, "12"),
 ])  # fmt: skip

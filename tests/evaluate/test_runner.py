@@ -1,0 +1,52 @@
+"""Requests that an evaluation refuses before it scores an artifact."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
+from llmctl.evaluate import runner
+from llmctl.evaluate.metrics.base import METRICS, Metric
+from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.model.config import ModelConfig
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """A metric with a function."""
+    monkeypatch.setitem(METRICS.own, "half", Metric("half", "half", "maximize", compute=lambda truth, predicted: 0.5))
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "refusal"),
+    [
+        ("classify", "accuracy", "metrics: 'accuracy' is computed by its task alone"),
+        ("lm", "half", "language model has no answers to compute 'half' from"),
+        ("embed", "half", "embedding has no answers"),
+        ("span", "half", "answers has no answers"),
+        ("tokens", "half", "token classification has no answers"),
+    ],
+)
+def test_metrics_that_cannot_be_computed_are_refused(half, task, metric, refusal):
+    with pytest.raises(RequestError, match=refusal):
+        runner.check_metrics([metric], TASKS[task], "runs/a")
+    for able in ("classify", "multilabel", "regress"):
+        runner.check_metrics(["half"], TASKS[able], "runs/a")
+
+
+def test_no_artifact_is_loaded_before_all_can_be_measured(half, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(artifact, "load", lambda *_: loaded.append(1))
+    manifests = {
+        "a": SimpleNamespace(model=ModelConfig(preset="llama-tiny", head="classify", labels=2), task="classify"),
+        "b": SimpleNamespace(model=ModelConfig(preset="llama-tiny"), task="lm"),
+    }
+    monkeypatch.setattr(artifact, "read_manifest", lambda path: manifests[path.name])
+    config = MeasureConfig(metrics=["half"])
+    chosen = {name: Path(name) for name in manifests}
+    with pytest.raises(RequestError, match="b: metrics: language model has no answers"):
+        runner.results(config, chosen, None, None, Path("work"), print)  # pyright: ignore[reportArgumentType]
+    assert not loaded
