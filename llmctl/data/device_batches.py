@@ -81,20 +81,6 @@ class Prefetch(Iterator[tuple[int, T]], Generic[T]):
         self.wait_seconds = 0.0
         """Time spent in `next` so far, in seconds: the time that training waited for input."""
 
-    @property
-    def step(self) -> int:
-        """The step that `next` returns."""
-        return self._step
-
-    def get_state(self) -> dict[str, int]:
-        """Return the state that a checkpoint keeps: the next step."""
-        return {"step": self._step}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Continue from a saved state, an earlier or a later one."""
-        self._step = state["step"]
-        self._iterator.set_state({"next_index": self._step})
-
     def __next__(self) -> tuple[int, T]:
         begun = time.perf_counter()
         try:

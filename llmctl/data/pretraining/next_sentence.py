@@ -31,10 +31,10 @@ IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
 class PairRows:
     """Masked rows `bos A eos B eos` for next-sentence prediction. Rows are endless; `len(rows)` is one epoch.
 
-    B follows A in exactly half of the labeled rows of a group of 2 * GROUP rows. A finite read of `len(rows)` rows may
-    end inside a group, and its rows are then not exactly balanced: true pairs come first in a block of four. A ends at the end of a sentence. B begins at the start of a
-    sentence, in A's document (next_label 0) or in another one (next_label 1). Both take up to half a row for either
-    label, so lengths do not reveal the label.
+    B follows A in exactly half of the labeled rows of a group of 2 * GROUP rows. A read that ends inside a group is not
+    exactly balanced, because true pairs come first in a block of four. A ends at the end of a sentence. B begins at the
+    start of a sentence, in A's document (next_label 0) or in another one (next_label 1). Both take up to half a row for
+    either label, so lengths do not reveal the label.
 
     Four rows combine two documents: each A with its own B, then each A with the other's B. The masks of a passage are
     the same in both of its rows. Every passage is thus labeled true and false equally often within four rows. Features
