@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "Artifact", "Manifest", "Parent", "abstract", "load", "read_manifest", "save", "write_manifest"]
 
 
+FILES = {"manifest.json", "params", "tokenizer", "log.jsonl", "results.json", "table.md", "tradeoff.png"}
+"""Names of what stages write into an artifact's folder."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """Artifact in memory: its folder, manifest and parameter tree.
@@ -160,20 +164,34 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
         )
 
 
-def check_place(out: Path, *reads: Path) -> None:
+def check_place(out: Path, *reads: Path, stage: str = "", replace: bool = False) -> None:
     """Check that an artifact may be written to `out`.
 
     Args:
       out: target folder.
       reads: folders that the new artifact is made from.
+      stage: kind of the stage that writes it, which may replace what the same kind of stage made.
+      replace: replace any artifact.
 
     Raises:
-      RequestError: `out` contains one of `reads`, or it exists and is neither empty nor an artifact.
+      RequestError: `out` contains one of `reads`; or it exists and is neither empty nor an artifact; or it is an
+        artifact of another kind of stage, or has files that llmctl did not write, and `replace` is false.
     """
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
         raise RequestError(f"{out}: would replace what it is made of; choose another folder")
     if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out}: is there already and is not an artifact; move it away, or choose another folder")
+    if stage and not replace and (out / "manifest.json").exists():
+        made = read_manifest(out)
+        if made.stage != stage:
+            raise RequestError(
+                f"{out}: is an artifact of {made.stage!r}; --replace replaces it, or choose another folder"
+            )
+        own = FILES | {Path(name).parts[0] for name in (made.checksums.record.files if made.checksums else ())}
+        if added := sorted(p.name for p in out.iterdir() if p.name not in own):
+            raise RequestError(
+                f"{out}: holds {added[0]!r}, which llmctl did not write and would delete; move it away, or --replace"
+            )
 
 
 def save(

@@ -10,17 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmctl.config.errors import LlmctlError, RequestError, WorkError
-from llmctl.distributed import processes
+from llmctl.distributed import locks, processes
 
 
 def check(out: Path) -> None:
-    """Check that an output path ends in a folder name, because the folder is created by renaming.
+    """Check an output path before any work is done.
 
     Raises:
-      RequestError: the path has no last name (such as "." or "/"), or ends in "..".
+      RequestError: the path has no last name (such as "." or "/") or ends in "..", because folders are created by
+        renaming; the name is too long; or the path leads into an artifact, which is replaced as a whole.
     """
     if out.name in ("", ".."):
         raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
+    locks.check_name(out.name, f"--out {out}")
+    for above in (out.parent.resolve() / out.name).parents:
+        if (above / "manifest.json").is_file() and (above / "params").is_dir():
+            raise RequestError(f"--out {out}: is inside the artifact {above}, and is lost when that is made anew")
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
@@ -34,43 +39,43 @@ def writing(out: Path) -> Iterator[Path]:
     With several processes, process 0 creates, renames and deletes the folder. The others may use it inside the block.
 
     Raises:
+      RequestError: another process writes `out`.
       WorkError: the disk is full.
     """
     out = Path(out)
-    draft = out.parent / f".{out.name}.draft"
-    old = out.parent / f".{out.name}.old"
+    draft, old = locks.scratch(out, "draft"), locks.scratch(out, "old")
     if not processes.first():
         processes.together("draft")
         yield draft
         processes.together("written")
         processes.together("renamed")
         return
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # an earlier process was killed between the two renames below; the old folder is intact
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for stale in (draft, old):
-            shutil.rmtree(stale, ignore_errors=True)
-        draft.mkdir()
-        processes.together("draft")
-        yield draft
-        processes.together("written")
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-        processes.together("renamed")
-    except LlmctlError:
-        raise
-    except Exception as e:
-        if disk_is_full(e):
-            raise WorkError(
-                f"{out}: the disk is full; nothing was written there, free some space and run the same command"
-            ) from e
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with locks.claim(out):
+        try:
+            # an earlier process was killed between the two renames below; the old folder is intact
+            if old.exists() and not out.exists():
+                old.rename(out)
+            for stale in (draft, old):
+                shutil.rmtree(stale, ignore_errors=True)
+            draft.mkdir()
+            processes.together("draft")
+            yield draft
+            processes.together("written")
+            if out.exists():
+                out.rename(old)
+            draft.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+            processes.together("renamed")
+        except LlmctlError:
+            raise
+        except Exception as e:
+            if disk_is_full(e):
+                raise WorkError(
+                    f"{out}: the disk is full; nothing was written there, free some space and run the same command"
+                ) from e
+            raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def disk_is_full(e: BaseException | None) -> bool:

@@ -77,6 +77,7 @@ def run(
         raise RequestError(f"--type {kind} is for --to gguf; --dtype says the type of the weights")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
+    atomic.check(out)
     found = artifact.load(source)
     if to != "peft" and found.manifest.pruned and weights.adapted(found.params):
         say(

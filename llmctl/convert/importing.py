@@ -49,6 +49,7 @@ def run(
     drop: tuple[str, ...] = (),
     name: str = "",
     allow_nonfinite: bool = False,
+    replace: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Convert a Hugging Face folder or a GGUF file to the artifact `out`.
@@ -66,6 +67,7 @@ def run(
         drop: Regular expressions of tensors to leave out.
         name: Name of the artifact; that of the folder by default.
         allow_nonfinite: Import weights that hold NaN or infinity.
+        replace: Replace any artifact at `out`; otherwise only one that was imported.
         say: Called with one line of text for each message to the user.
 
     Returns:
@@ -87,7 +89,7 @@ def run(
         'llama'
         >>> work.cleanup()
     """
-    artifact.check_place(out, source)
+    artifact.check_place(out, source, stage="import", replace=replace)
     kind = lazy_tensors.dtype(dtype) if dtype else None
     is_gguf = source.suffix == ".gguf"
     _check_patterns(drop)
@@ -162,7 +164,9 @@ def _report(out: Path, manifest: artifact.Manifest, source: Path, delta: float |
     }
 
 
-def adapter(source: Path, base: Path, out: Path, *, allow_nonfinite: bool = False) -> dict[str, Any]:
+def adapter(
+    source: Path, base: Path, out: Path, *, allow_nonfinite: bool = False, replace: bool = False
+) -> dict[str, Any]:
     """Create the artifact `out` from a base and an adapter in PEFT's format; its low-rank pairs stay unmerged.
 
     Returns:
@@ -171,7 +175,7 @@ def adapter(source: Path, base: Path, out: Path, *, allow_nonfinite: bool = Fals
     Raises:
         RequestError: If the adapter is not plain LoRA or does not fit the base.
     """
-    artifact.check_place(out, source, base)
+    artifact.check_place(out, source, base, stage="import", replace=replace)
     found = artifact.load(base)
     params = peft.load(found, source)
     tree = jax.device_put(params, functional.shardings(found.model, params, meshes.make(MeshConfig())))

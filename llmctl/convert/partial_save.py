@@ -18,6 +18,7 @@ import jax
 from llmctl.artifacts.atomic import disk_is_full
 from llmctl.config.errors import WorkError
 from llmctl.convert import name_map
+from llmctl.distributed import locks
 from llmctl.model import weights
 
 
@@ -31,17 +32,18 @@ def opened(out: Path, key: str) -> Iterator[Stream]:
         out: Folder of the future artifact.
         key: Identity of the source and the settings.
     """
-    stream = Stream(out, key)
-    try:
-        yield stream
-    except Exception as e:
+    with locks.claim(out):
+        stream = Stream(out, key)
+        try:
+            yield stream
+        except Exception as e:
+            stream.remove()
+            if disk_is_full(e):
+                raise WorkError(
+                    f"{out}: the disk is full; nothing was written there, free some space and begin anew"
+                ) from e
+            raise
         stream.remove()
-        if disk_is_full(e):
-            raise WorkError(
-                f"{out}: the disk is full; nothing was written there, free some space and begin anew"
-            ) from e
-        raise
-    stream.remove()
 
 
 class Stream:
@@ -54,7 +56,7 @@ class Stream:
             out: Folder of the future artifact.
             key: Identity of the source; parameters under another key are deleted.
         """
-        self.folder = out.parent / f".{out.name}.import"
+        self.folder = locks.scratch(out, "import")
         self._arrays, self._log, said = (self.folder / name for name in ("arrays", "written", "key"))
         taken = self._arrays.exists() and not (self._arrays / "state").exists()  # killed while it became an artifact
         if taken or not said.is_file() or said.read_text() != key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data import splits
 from llmctl.data.config import DataConfig
 from llmctl.data.source import Row
+from llmctl.distributed import locks
 
 
 def write(cfg: DataConfig, folder: Path) -> dict[str, tuple[Path, int]]:
@@ -26,17 +28,18 @@ def write(cfg: DataConfig, folder: Path) -> dict[str, tuple[Path, int]]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"{folder}: is there already, with something in it; choose another folder")
     loaded = splits.load(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for split, examples in loaded.examples.items():
-        path = folder / f"{split}.jsonl"
-        draft = path.with_suffix(".draft")
-        with draft.open("w", encoding="utf-8") as file:
-            for row in examples:
-                file.write(json.dumps(_plain(row, examples.classes), ensure_ascii=False, allow_nan=False) + "\n")
-        draft.replace(path)
-        found[split] = (path, len(examples))
-    return found
+    draft = locks.scratch(folder, "draft")
+    with locks.claim(folder):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        for split, examples in loaded.examples.items():
+            with (draft / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                for row in examples:
+                    file.write(json.dumps(_plain(row, examples.classes), ensure_ascii=False, allow_nan=False) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+    return {split: (folder / f"{split}.jsonl", len(examples)) for split, examples in loaded.examples.items()}
 
 
 def _plain(row: Row, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts import atomic
 from llmctl.config.base import Config, hint, merge, read_toml, section, validate
 from llmctl.config.errors import RequestError
+from llmctl.distributed import locks
 from llmctl.pipeline import overrides, stage
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Recipe:
     name: str
     run: Path
     steps: tuple[Step, ...]
+    alone: bool = False
+    """Whether it is one stage with --out, whose folder does not belong to a run."""
 
 
 def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = ()) -> Recipe:
@@ -129,7 +132,7 @@ def single(
         return f"--{path.replace('_', '-')}" if path else f"llmctl {kind}"
 
     step = _linked(validate(cls, values, place), [], out, f"llmctl {kind}", beside=out.parent)
-    return Recipe(out.name, out.parent, (step,))
+    return Recipe(out.name, out.parent, (step,), alone=True)
 
 
 def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -170,6 +173,7 @@ def _check_name(name: Any, where: str) -> None:
     """Check that a name is valid as the name of a folder."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"{where}: must be letters, digits, '.', '-', '_', got {name!r}")
+    locks.check_name(name, where)
 
 
 def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ from llmctl.config.base import Config, hint, keyed
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.data.config import SourceConfig
 from llmctl.data.sources import SOURCES
-from llmctl.distributed import backend
+from llmctl.distributed import backend, locks
 from llmctl.distributed import processes as hosts
 from llmctl.pipeline import data_check, stage, up_to_date
 from llmctl.pipeline.recipe import out_name
@@ -88,14 +85,13 @@ def run(
     due = [t for t in wanted if t.why]
     if due:
         hosts.tell(lambda: data_check.check(recipe, [t.step.name for t in due]))
-    one = len(recipe.steps) == 1
-    with lock(recipe.run / WORK / "run.lock", shared=one):
+    with locks.lock(recipe.run / WORK / "run.lock", str(recipe.run), shared=recipe.alone):
         hosts.check_shared(recipe.run / WORK)
         if due:
             backend.settle((t.step.config.platform for t in due), say)
         for i, task in enumerate(wanted, 1):
             name = task.step.name
-            with lock(recipe.run / WORK / f"{name}.lock") if one else contextlib.nullcontext():
+            with locks.claim(task.step.out):
                 if hosts.tell(lambda task=task: not task.why or up_to_date.is_done(task.step, task.key)):
                     if hosts.first():  # left by a process that was killed after it wrote the artifact
                         shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)
@@ -164,36 +160,10 @@ def fetch(config: Any) -> None:
             SOURCES[section.source].fetch(section)
 
 
-@contextlib.contextmanager
-def lock(path: Path, shared: bool = False) -> Iterator[None]:
-    """Lock the file `path` while the context lasts. Only process 0 of a run locks. The kernel unlocks at its death.
-
-    Raises:
-      RequestError: another process holds it.
-    """
-    if not hosts.first():
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip()
-            raise RequestError(
-                f"{path.parent.parent}: another llmctl{f' (process {who})' if who else ''} is at work there"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     step = task.step
     work = recipe.run / WORK / step.name
-    made = hosts.tell(lambda: _begin(step, work, task.key, say))
+    made = hosts.tell(lambda: _begin(step, work, task.key, say, recipe.alone))
 
     def folder(of: str | Path) -> Path:
         return of if isinstance(of, Path) else recipe.run / of
@@ -212,9 +182,12 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
         shutil.rmtree(work)
 
 
-def _begin(step: Step, work: Path, key: str, say: Callable[[str], None]) -> bool:
-    """Prepare the scratch folder, and discard it first if it belongs to another key. Return True if it is new."""
-    artifact.check_place(step.out)
+def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
+    """Prepare the scratch folder, and discard it first if it belongs to another key. Return True if it is new.
+
+    A stage that runs `alone` does not own the folders beside its output, so it replaces only what its kind made.
+    """
+    artifact.check_place(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"
     if work.exists() and (not note.exists() or note.read_text() != key):
         say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")

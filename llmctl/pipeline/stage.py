@@ -43,7 +43,7 @@ class StageConfig(Config):
     """Settings that every stage has."""
 
     heading: ClassVar[str] = "What it does"
-    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform", "allow_nonfinite"})
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform", "allow_nonfinite", "replace"})
     unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent"})
     """Fields that shared settings of a recipe never set, because each stage needs its own value."""
     starts: ClassVar[bool] = False
@@ -66,6 +66,8 @@ class StageConfig(Config):
     """Platform that the stage requires; empty uses the one that JAX finds."""
     allow_nonfinite: bool = False
     """Save weights that hold NaN or infinity. By default the stage fails and names the array."""
+    replace: bool = False
+    """Replace the artifact at --out even if another kind of stage made it or it holds other files."""
     mesh: MeshConfig = MeshConfig()
     """Number of devices per mesh axis."""
 

@@ -115,6 +115,7 @@ def test_every_single_edit_of_a_manifest_is_refused_by_name_or_found_by_a_check(
 def test_each_field_is_under_one_digest_on_purpose():
     """A new field of the manifest is a line here: what can change an answer, or a later stage, goes into `CONTENT`."""
     words = {"format", "name", "stage", "key", "parameters", "bytes", "sparsity", "bits", "parent", "config", "metrics"}
+    words |= {"fitted_for"}
     assert {*CONTENT, *words, "versions"} == Manifest.model_fields.keys() - {"checksums"}
 
 

@@ -136,7 +136,7 @@ def test_a_report_is_printed_and_kept_where_asked(place, call):
     result = json.loads(out)
     assert code == 0 and (result["artifact"], result["metrics"]) == ("a", {"accuracy": 0.75})
     assert set(result) == {"artifact", "digest", "task", "protocol", "metrics"}
-    assert sorted(p.name for p in place.iterdir() if p.is_dir() and p.name != "fake_stages") == [".work", "a"]
+    assert sorted(p.name for p in place.iterdir() if p.is_dir() and p.name != "fake_stages") == ["a"]
 
 
 def test_help_of_a_stage_lists_every_field_with_default_and_meaning(place, call):

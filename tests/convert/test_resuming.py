@@ -78,7 +78,7 @@ def test_committed_but_not_noted_is_written_once(exported, quiet, tmp_path, monk
     monkeypatch.setattr(partial_save.Stream, "finish", die)
     with pytest.raises(KeyboardInterrupt):
         importing.run(exported, tmp_path / "out")
-    notes = tmp_path / ".out.import" / "written"
+    notes = tmp_path / ".out.llmctl-import" / "written"
     notes.write_text("".join(notes.read_text().splitlines(keepends=True)[:-1]))
     monkeypatch.setattr(partial_save.Stream, "finish", real)
     importing.run(exported, tmp_path / "out")
@@ -88,7 +88,7 @@ def test_committed_but_not_noted_is_written_once(exported, quiet, tmp_path, monk
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(exported, quiet, tmp_path):
     out, killed = tmp_path / "out", 0
-    notes = tmp_path / ".out.import" / "written"
+    notes = tmp_path / ".out.llmctl-import" / "written"
     for after in (1, 4, 8, 99):
         process = subprocess.Popen(
             [sys.executable, "-m", "llmctl", "import", str(exported), "--out", str(out)],

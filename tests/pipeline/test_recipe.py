@@ -9,6 +9,7 @@ import pytest
 from llmctl.artifacts import artifact
 from llmctl.cli import summary
 from llmctl.config.errors import Interrupted, RequestError, WorkError
+from llmctl.distributed import locks
 from llmctl.pipeline import recipe, runner
 
 CHAIN = """
@@ -254,12 +255,12 @@ def test_a_damaged_artifact_is_made_again(go, tmp_path):
 
 def test_what_a_killed_process_left_is_not_taken_for_an_artifact(go, tmp_path):
     go()
-    (tmp_path / "run/make").rename(tmp_path / "run/.make.old")
-    (tmp_path / "run/.work/make").mkdir()
+    (tmp_path / "run/make").rename(tmp_path / "run/.make.llmctl-old")
+    (tmp_path / "run/.work/make").mkdir(parents=True)
     go()
     assert not (tmp_path / "run/.work/make").exists()
     assert "make" in [a["name"] for a in summary.run(tmp_path / "run")["artifacts"]]
-    (tmp_path / "run/.work/change").mkdir()  # killed between the artifact and the end
+    (tmp_path / "run/.work/change").mkdir(parents=True)  # killed between the artifact and the end
     go()
     assert not (tmp_path / "run/.work/change").exists()
 
@@ -271,8 +272,27 @@ def test_a_stage_never_replaces_what_it_is_made_of(go, tmp_path):
         recipe.single("change", {"from": str(made)}, made)
 
 
+def test_a_single_stage_replaces_what_its_kind_made_and_nothing_else(go, tmp_path):
+    go()
+
+    def one(kind="change", out="b", **settings):
+        parent = {} if kind == "make" else {"from": str(tmp_path / "run/make")}
+        return runner.run(recipe.single(kind, parent | settings, tmp_path / out), say=lambda text: None)
+
+    assert one() == ["b"] == one(sparsity=0.125)
+    (tmp_path / "b/notes.txt").write_text("of the user")
+    with pytest.raises(RequestError, match=r"b: holds 'notes.txt', which llmctl did not write"):
+        one(sparsity=0.5)
+    (tmp_path / "b/notes.txt").unlink()
+    with pytest.raises(RequestError, match=r"b: is an artifact of 'change'; --replace replaces it"):
+        one("make")
+    assert one("make", replace=True) == ["b"]
+    with pytest.raises(RequestError, match=r"is inside the artifact .*b, and is lost when that is made anew"):
+        one(out="b/c")
+
+
 def _hold(path, ready, done):
-    with runner.lock(path):
+    with locks.lock(path, str(path.parents[1])):
         ready.set()
         done.wait(60)
 

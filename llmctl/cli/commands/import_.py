@@ -29,6 +29,7 @@ def import_(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Import weights that hold NaN or infinity.")
     ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an artifact that was not imported.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a published model to an artifact. Unknown settings and tensors are errors; none is dropped."""
@@ -43,7 +44,7 @@ def import_(
             raise RequestError(f"{source}: is an adapter; --base names the artifact that it belongs to")
         if dtype or tokenizer or reference or ignore or drop:
             raise RequestError(f"{source}: is an adapter, for which --base alone has a meaning")
-        made = importing.adapter(source, base, out, allow_nonfinite=allow_nonfinite)
+        made = importing.adapter(source, base, out, allow_nonfinite=allow_nonfinite, replace=replace)
     elif base is not None:
         raise RequestError(f"{source}: is not an adapter, so --base has no meaning")
     else:
@@ -56,6 +57,7 @@ def import_(
             ignore=tuple(ignore or ()),
             drop=tuple(drop or ()),
             allow_nonfinite=allow_nonfinite,
+            replace=replace,
             say=console.say,
         )
     if json:

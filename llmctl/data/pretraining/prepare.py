@@ -34,6 +34,7 @@ from llmctl.data.pretraining.prepared import DESCRIPTION, FORMAT, Part, Prepared
 from llmctl.data.source import Chain
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.distributed import locks
 
 Progress = Callable[[int, int], None]
 """Callback with the number of documents done and their total."""
@@ -62,8 +63,8 @@ def prepare(
 ) -> Prepared:
     """Tokenize a corpus into the folder `out` and return its description.
 
-    The layout is documented in `llmctl.data.pretraining.prepared`. Files are written to a folder with the suffix
-    `.partial`, which is renamed when it is complete.
+    The layout is documented in `llmctl.data.pretraining.prepared`. Files are written to a hidden
+    folder beside it, which is renamed when it is complete.
 
     Args:
       data: the data.
@@ -79,8 +80,8 @@ def prepare(
     """
     if any(part.source == "prepared" for part in data.parts()):
         raise RequestError("the data is prepared already")
-    work = out.with_name(out.name + ".partial")
-    with _processes(data, work, workers) as pool:
+    work = locks.scratch(out, "prepare")
+    with locks.claim(out), _processes(data, work, workers) as pool:
         return _prepare(data, tokenizer, out, work, pool, progress, say)
 
 

@@ -29,7 +29,7 @@ class Config(MeasureConfig, StageConfig):
     common: ClassVar[tuple[str, ...] | None] = ("of", "split", "examples", "batch_size", "speed", "plot")
     produces: ClassVar[bool] = False
     # Speed depends on mesh and platform.
-    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "allow_nonfinite"})
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "allow_nonfinite", "replace"})
     artifact_fields: ClassVar[tuple[str, ...]] = ("of",)
 
     kind: Literal["eval"] = "eval"

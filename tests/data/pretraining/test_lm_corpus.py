@@ -81,7 +81,7 @@ def test_preparing_is_the_same_for_any_number_of_workers(data, tmp_path):
     text = load(data)
     assert {s: found.documents(s) for s in found.splits} == {s: len(e) for s, e in text.examples.items()}
     assert len(found.splits["train"][0].shards) > 3
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*llmctl*"))
 
 
 def test_preparing_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
