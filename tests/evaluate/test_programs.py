@@ -18,7 +18,7 @@ def test_every_task_of_an_artifact_has_a_program():
     chosen = {"a": SimpleNamespace(model=cfg, params=functional.abstract(cfg), manifest=manifest)}
     config = MeasureConfig(tasks=["masked", "next_sentence"], batch_size=2)
     found = programs.scoring(config, DataConfig(), "a", chosen, meshes.make(MeshConfig()))  # pyright: ignore[reportArgumentType]
-    assert [p.attention for p in found] == [
+    assert [p.title for p in found] == [
         "scoring of a on masked tokens",
         "scoring of a on masked tokens, next sentences",
     ]
