@@ -11,7 +11,7 @@ Example:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Names = Mapping[str, tuple[str, ...]]
@@ -58,3 +58,14 @@ def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
         elif isinstance(feature, kinds.ClassLabel):
             found[prefix + column] = tuple(feature.names)
     return found
+
+
+def numbers_hint(classes: Sequence[str], names: Sequence[str]) -> str:
+    """Return advice if an artifact's classes are numbers and the data declares names for them; else an empty string.
+
+    >>> numbers_hint(["neg", "pos"], ["0", "1"])
+    '; if its numbers are those of the data: data.classes = ["0", "1"]'
+    """
+    if not names or not all(map(str.isdecimal, names)) or all(map(str.isdecimal, classes)):
+        return ""
+    return f"; if its numbers are those of the data: data.classes = {json.dumps(list(names))}"

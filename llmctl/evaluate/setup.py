@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from llmctl.config.errors import RequestError
 from llmctl.data import device_batches
+from llmctl.data.class_names import numbers_hint
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import Corpus, cached
 from llmctl.data.device_batches import DeviceBatches, Rows
@@ -104,7 +105,10 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
     known = one_spelling(classes, names)
     unknown = [c for c in classes if known[c] not in names]
     if unknown:
-        raise RequestError(f"{where}: the data has a label {unknown[0]!r} that it does not know ({', '.join(names)})")
+        raise RequestError(
+            f"{where}: the data has a label {unknown[0]!r} that it does not know ({', '.join(names)})"
+            f"{numbers_hint(classes, names)}"
+        )
     return np.array([names.index(known[c]) for c in classes])
 
 

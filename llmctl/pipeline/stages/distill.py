@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from llmctl.artifacts.workspace import Context
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.data.class_names import numbers_hint
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
@@ -76,7 +77,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     tokens = loading.load(teacher.tokenizer_dir)
     text = Text(config.data, learns.task.reads_labels)
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
-        raise RequestError(f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}")
+        advice = numbers_hint(text.classes, teacher.manifest.labels)
+        raise RequestError(
+            f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}{advice}"
+        )
 
     cache = ctx.work / "corpus"
     needed = training_rows(config.train)
