@@ -31,7 +31,7 @@ included. At most twelve."""
 JAX_FREE = (
     *("cli", "pipeline", "__main__", "artifacts.workspace", "artifacts.atomic", "artifacts.artifact"),
     *("config", "distributed.backend", "distributed.processes", "model.config", "model.families"),
-    *("data.config", "data.source", "data.sources", "train.run_log"),
+    *("data.config", "data.source", "data.sources", "train.run_log", "train.adapters"),
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry"),
     *("compress.settings", "compress.scores", "compress.schemes", "compress.pattern", "model.wiring"),
 )

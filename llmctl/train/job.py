@@ -49,6 +49,8 @@ class Job:
     """Return the parameters with the best validation metric instead of the last ones."""
     trains: Callable[[str], bool] = lambda _: True
     """Return whether an array of `params` is trained, by name."""
+    rate: Callable[[str], float] = lambda _: 1.0
+    """Return the factor on the learning rate of a trained array, by name."""
     frozen_layers: int = 0
     """Number of layers, from the first, that are not trained. If above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False
@@ -60,9 +62,15 @@ class Job:
     """(params, extra) -> the parameters that are validated and returned. The default drops the extra ones."""
     after_step: Callable[[State, jax.Array], State] | None = None
     """Pure function (state, step) -> state, part of the compiled step and applied after the optimizer: pruning masks
-    with a schedule, rank budgets. `state` has "params" (by name, extra ones as "extra/NAME"), "optimizer", and "ema"
-    and "usual" if configured. `step` counts from 1. Structure, shapes and dtypes must stay. A skipped step discards the
-    result."""
+    with a schedule, rank budgets. `state` has "params" (by name, extra ones as "extra/NAME"), "optimizer", and "ema",
+    "usual" and "memory" if configured. It also has "gradients" (by name, clipped), which the function only reads.
+    `step` counts from 1. Structure, shapes and dtypes must stay. A skipped step discards the result."""
+    memory: Callable[[Params], Any] | None = None
+    """(trained arrays by name) -> what `after_step` keeps between steps, a tree of arrays in the state's "memory"."""
+    penalty: Callable[[Params], jax.Array] | None = None
+    """(params) -> scalar that is added to the mean loss in every step; the logged loss omits it."""
+    best_from: int = 0
+    """First step whose parameters can be the best; earlier validations choose nothing."""
     flops: float = 0.0
     """Floating-point operations per token, for the utilization (MFU); 0 reports none."""
     model: ModelConfig | None = None

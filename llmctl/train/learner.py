@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class Learner:
     """Names of the classes."""
     how: dict[str, Any] = field(default_factory=dict)
     """Further fields of `llmctl.train.job.Job`."""
+    during: Callable[[int], dict[str, Any]] = lambda _: {}
+    """Function from the number of steps to further fields of `llmctl.train.job.Job`."""
 
     @property
     def trains(self) -> ModelConfig:
@@ -61,8 +63,8 @@ class Learner:
         return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
 
 
-def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
-    """Return the job of a stage with settings `train`; `validate` as in Job."""
+def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> loop.Job:
+    """Return the job of a stage with settings `train` that runs for `steps` steps; `validate` as in Job."""
     settings, model = config.train, learner.trains
     own = learner.task.loss_of(
         model,
@@ -81,6 +83,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any) -> loop.Job:
         rows=rows,
         validate=validate,
         **learner.how,
+        **learner.during(steps),
     )
 
 
@@ -130,7 +133,7 @@ def run(
         labels=learner.labels,
     )
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
-    made = job(config, learner, rows, held_out)
+    made = job(config, learner, rows, held_out, settings.steps)
     params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title, about)
     return params, metrics, held_out
 

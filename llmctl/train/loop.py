@@ -256,6 +256,8 @@ class _Loop:
         self.report.log(done, {f"validation_{k}": v for k, v in found.items()})
         if self.metric not in found:
             raise RequestError(f"train.best_by: no metric {self.metric!r} here; there are {', '.join(sorted(found))}")
+        if done < self.job.best_from:
+            return meta
         value = found[self.metric]
         better = meta["best"] is None or (value < meta["best"] if self.less else value > meta["best"])
         if better:

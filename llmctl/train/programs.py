@@ -30,7 +30,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
       mesh: the devices.
     """
     train = config.train
-    job = training.job(config, learner, rows, validate=None)
+    job = training.job(config, learner, rows, validate=None, steps=train.steps)
     runs = step.program(job, train, config.optim, mesh, config.seed)
     batch = DeviceBatches(mesh, train.batch_size).abstract(rows[0])
 

@@ -1,8 +1,8 @@
 """Build one optimizer step of a job: a function that is compiled once and maps a training state to the next.
 
 The state is {"params": trained arrays by name, "optimizer", "step", "skipped": bad steps in a row, "skips": all bad
-steps}, with "ema" if weights are averaged and "usual" if outliers are skipped. Arrays that are not trained stay outside
-the state. All randomness comes from (seed, step).
+steps}, with "ema" if weights are averaged, "usual" if outliers are skipped, and "memory" if the job has one. Arrays
+that are not trained stay outside the state. All randomness comes from (seed, step).
 
     runs = program(job, train, optim, mesh, seed)
     state = runs.begin(runs.named)
@@ -30,6 +30,9 @@ from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 Fixed = tuple[Params, tuple[Any, ...]]
 """Inputs of a step that it does not change: arrays that are not trained, and the job's constants."""
 
+Memory = Callable[[Params], Any] | None
+"""Function from the trained arrays to the "memory" of the state, as in Job."""
+
 TOO_MANY_BAD = 20
 """Bad steps in a row that end a run. Later steps change nothing, so the host may check the count less often."""
 SETTLED = 20
@@ -48,8 +51,8 @@ OVERLAP = {
 """Options of the TPU compiler: overlap collectives with matrix products. Its defaults do so on few kinds of TPU."""
 
 
-def fresh(optimizer: Any, config: OptimConfig, named: Params) -> State:
-    """Return the state before the first step."""
+def fresh(optimizer: Any, config: OptimConfig, named: Params, memory: Memory = None) -> State:
+    """Return the state before the first step; `memory` as in Job."""
 
     def zero() -> jax.Array:  # a buffer per counter, because the step donates each buffer of its input
         return jnp.zeros((), jnp.int32)
@@ -59,17 +62,22 @@ def fresh(optimizer: Any, config: OptimConfig, named: Params) -> State:
         state["ema"] = jax.tree.map(jnp.copy, named)
     if config.spike:
         state["usual"] = {"mean": jnp.zeros(2), "variance": jnp.zeros(2), "count": zero()}
+    if memory:
+        state["memory"] = memory(named)
     return state
 
 
-def state_shardings(optimizer: Any, config: OptimConfig, named: Params, mesh: jax.sharding.Mesh) -> State:
-    """Return the shardings of a state: moments and averages like their parameters, counters replicated."""
+def state_shardings(
+    optimizer: Any, config: OptimConfig, named: Params, mesh: jax.sharding.Mesh, memory: Memory = None
+) -> State:
+    """Return the shardings of a state: moments, averages and memory like their parameters, counters replicated."""
     params = {name: a.sharding for name, a in named.items()}
     replicated = meshes.replicated(mesh)
-    shapes = jax.eval_shape(lambda n: fresh(optimizer, config, n), named)
+    shapes = jax.eval_shape(lambda n: fresh(optimizer, config, n, memory), named)
     found = jax.tree.map(lambda _: replicated, shapes)
     found |= {key: params for key in ("params", "ema") if key in found}
-    return found | {"optimizer": optim.shardings(shapes["optimizer"], params, shapes["params"], replicated)}
+    parts = {key: shapes[key] for key in ("optimizer", "memory") if key in shapes}
+    return found | optim.shardings(parts, params, shapes["params"], replicated)
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,8 @@ def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.shardin
     named = {name: _master(a) for name, a in trained.items()}
     quantized_matmul.check(train.matmuls, named)
     step, optimizer = make_step(job, train, config, seed)
-    shardings = state_shardings(optimizer, config, named, mesh)
-    begin = partial(fresh, optimizer, config)
+    shardings = state_shardings(optimizer, config, named, mesh, job.memory)
+    begin = partial(fresh, optimizer, config, memory=job.memory)
     state = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(begin, named), shardings
     )
@@ -131,6 +139,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
     rate = optim.schedule(config, train.steps)
     gradients = _gradients(job, train)
     held = {name for name in trained if job.holds_zeros(name)}
+    rates = {name: f for name in trained if (f := job.rate(name)) != 1.0}
 
     def step(state: State, fixed: Fixed, batch: Batch) -> tuple[State, Sums]:
         old = state["params"]
@@ -141,8 +150,10 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         grads = hold_zeros(old, grads, held)
         grads = freeze_layers(grads, job.frozen_layers)
         norm = optax.tree.norm(grads)
-        updates, opt = optimizer.update(clip(grads, norm, config.clip), state["optimizer"], old)
-        updates = freeze_layers(cast(Params, updates), job.frozen_layers)
+        grads = clip(grads, norm, config.clip)
+        updates, opt = optimizer.update(grads, state["optimizer"], old)
+        updates = {name: u * rates[name] if name in rates else u for name, u in cast(Params, updates).items()}
+        updates = freeze_layers(updates, job.frozen_layers)
         new = hold_zeros(old, cast(Params, optax.apply_updates(old, updates)), held)
         metrics = chunked_loss.means(sums)
         # A batch without labels, or with a loss that is not finite or an outlier, must change nothing.
@@ -158,8 +169,11 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
             kept["ema"] = average(state["ema"], new, updated, config.ema)
         if config.spike:
             kept["usual"] = _remember(found, state["usual"])
+        if "memory" in state:
+            kept["memory"] = state["memory"]
         if job.after_step:
-            kept = job.after_step(kept, state["step"] + 1)
+            kept = job.after_step(kept | {"gradients": grads}, state["step"] + 1)
+            kept.pop("gradients")
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), kept, {k: state[k] for k in kept})
         metrics |= {"gradient_norm": norm, "learning_rate": jnp.asarray(rate(updated))}
         counters = {
@@ -187,7 +201,8 @@ def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums
         params = jax.tree.unflatten(structure, [arrays[name] for name in order])
         extra = {"extra": {name: named[EXTRA + name] for name in job.extra}} if job.extra else {}
         with quantized_matmul.use(rules) if rules else contextlib.nullcontext():
-            return job.loss(params, batch, key, *constants, **extra)
+            total, sums = job.loss(params, batch, key, *constants, **extra)
+        return (total + sums["weight"] * job.penalty(params), sums) if job.penalty else (total, sums)
 
     grad = jax.grad(loss, has_aux=True)
     if accumulate == 1:

@@ -40,7 +40,11 @@ def test_a_training_step_runs_through_few_files(tmp_path):
     rows = Objective("causal").rows(documents, tokenizer, 16, seed=0, packing="segments", shuffle=True)
     mesh = meshes.make(MeshConfig())
     job = learner.job(
-        Settings, learner.Learner(model, loop.initialize(model, 0, mesh), default(model)), rows, lambda params: {}
+        Settings,
+        learner.Learner(model, loop.initialize(model, 0, mesh), default(model)),
+        rows,
+        lambda params: {},
+        TRAIN.steps,
     )
     steps = [set() for _ in range(TRAIN.steps + 1)]
     begun = 0

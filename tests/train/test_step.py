@@ -121,7 +121,7 @@ def steps_of(job, optim, scales, config=TRAIN):
     optim = OptimConfig(**(CLIPPED | optim))
     step, optimizer = make_step(job, config, optim, 0)
     named, fixed = split(job)
-    state = jax.jit(partial(fresh, optimizer, optim))(named)
+    state = jax.jit(partial(fresh, optimizer, optim, memory=job.memory))(named)
     step = jax.jit(step)
     states = [state]
     for i, scale in enumerate(scales):
@@ -366,6 +366,62 @@ def test_a_function_after_each_step_is_part_of_it_and_resumes_bit_for_bit(one, t
         fit(tmp_path / "cut", one, job_of(stop_at(5), after_step=masks), {})
     resumed, _ = fit(tmp_path / "cut", one, job_of(after_step=masks), {})
     np.testing.assert_array_equal(whole, resumed)
+
+
+def count_gradients(state, step):
+    """Sum the absolute gradients of every array over the steps."""
+    return {**state, "memory": {n: m + jnp.abs(state["gradients"][n]) for n, m in state["memory"].items()}}
+
+
+def test_memory_and_gradients_of_a_function_after_each_step_resume_bit_for_bit(one, tmp_path):
+    """The memory is summed, so that the gradients of a skipped step and of an interrupted run would show."""
+
+    def job(rows=None, **changes):
+        return job_of(rows, memory=lambda named: jax.tree.map(jnp.zeros_like, named), **changes)
+
+    states = steps_of(job(after_step=count_gradients), {"clip": 1e-3}, [1.0, 1.0, np.nan])
+    name = "decoder/blocks/m/kernel"
+    sums = [np.asarray(s["memory"][name]) for s in states]
+    assert not sums[0].any() and np.sqrt((sums[1] ** 2).sum()) == pytest.approx(1e-3, rel=1e-4)  # as clipped
+    assert (sums[2] > sums[1]).any()
+    np.testing.assert_array_equal(sums[3], sums[2])
+    plain = steps_of(job_of(), {"clip": 1e-3}, [1.0, 1.0])
+    np.testing.assert_array_equal(plain[-1]["params"][name], states[2]["params"][name])
+
+    def shrink(state, step):  # so that the memory decides the parameters
+        state = count_gradients(state, step)
+        factor = 1 / (1 + state["memory"][name])
+        return {**state, "params": {**state["params"], name: state["params"][name] * factor}}
+
+    whole, _ = fit(tmp_path / "whole", one, job(after_step=shrink), {})
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "cut", one, job(stop_at(5), after_step=shrink), {})
+    resumed, _ = fit(tmp_path / "cut", one, job(after_step=shrink), {})
+    np.testing.assert_array_equal(whole, resumed)
+
+
+def test_a_rate_multiplies_updates_and_a_penalty_is_added_to_the_mean():
+    """With sgd, twice the rate is twice the first update; the penalty's gradient is that of 0.5 * 3 * w^2."""
+    name = "decoder/blocks/m/kernel"
+    sgd = {"name": "sgd", "clip": 0.0, "weight_decay": 0.0}
+
+    def moved(**changes):
+        before, after = steps_of(job_of(**changes), sgd, [1.0])
+        return np.asarray(before["params"][name]), np.asarray(after["params"][name] - before["params"][name])
+
+    start, once = moved()
+    np.testing.assert_allclose(moved(rate=lambda n: 2.0 if n == name else 1.0)[1], 2 * once, rtol=1e-5, atol=1e-7)
+    held = moved(penalty=lambda params: 1.5 * jnp.square(params["decoder"]["blocks"]["m"]["kernel"]).sum())[1]
+    np.testing.assert_allclose(held - once, -0.05 * 3 * start, rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_is_chosen_from_a_step_on(one, tmp_path):
+    """The metric falls, so the first validation would be the best; patience starts with the step too."""
+    train = TRAIN.model_copy(update={"eval_every": 2, "patience": 1})
+    values = iter([0.1, 0.2, 0.5, 0.6, 0.0])
+    job = job_of(validate=lambda p: {"loss": next(values)}, keep_best=True, best_from=6)
+    _, metrics = fit(tmp_path, one, job, {}, train)
+    assert (metrics["best_step"], metrics["steps"]) == (6, 8)
 
 
 def test_hooks_keep_the_shardings_of_the_state():

@@ -1,4 +1,4 @@
-"""`finetune`: train a pretrained model for a task, with all parameters, above frozen layers, or with LoRA."""
+"""`finetune`: train a pretrained model for a task, with all parameters, above frozen layers, or with adapters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.config.base import Config as Settings
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.evaluate.tasks.registry import TASKS, of
 from llmctl.pipeline.stage import StageConfig, required
+from llmctl.train.adapters.registry import METHODS, stray
+from llmctl.train.adapters.settings import LoraConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -24,19 +25,6 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
-
-
-class LoraConfig(Settings):
-    """Low-rank adapters beside frozen matrices."""
-
-    common: ClassVar[tuple[str, ...] | None] = ("rank",)
-
-    rank: int = Field(default=8, ge=1)
-    """Rank of each adapter."""
-    alpha: float = Field(default=16.0, gt=0)
-    """Scale of the update, times the rank: updates are scaled by alpha / rank."""
-    targets: list[str] = []
-    """Matrices of each block that get an adapter: q, k, v, o, gate, up, down; empty means all."""
 
 
 class Config(StageConfig):
@@ -53,8 +41,8 @@ class Config(StageConfig):
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
     vectors that are similar for pairs of texts, or as given by numbers. lm: language modelling, with loss on
     completions if the data has them."""
-    method: Literal["full", "lora"] = "full"
-    """Train all parameters, or low-rank adapters and the task head."""
+    method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
+    """Parameters to train. full: all. lora: low-rank adapters and the task head."""
     lora: LoraConfig = LoraConfig()
     """Settings of method lora."""
     merge: bool = True
@@ -78,9 +66,8 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
-        stray = sorted(self.model_fields_set & {"lora", "merge"})
-        if stray and self.method != "lora":
-            raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}, say method = 'lora'")
+        if error := stray(self.method, self.model_fields_set):
+            raise ValueError(error)
         return self
 
 
@@ -113,7 +100,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
     unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
-    if _merges(config):
+    params = METHODS[config.method].finish(config, params)
+    if METHODS[config.method].merges(config):
         params = jax.jit(weights.merge_adapters)(params)
         metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
     ctx.leave(
@@ -144,7 +132,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     labels = _labels(config, text)
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b or base, labels, mesh), base)
     rows = _rows(config, learns.model, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
-    params = jax.eval_shape(weights.merge_adapters, learns.params) if _merges(config) else learns.params
+    merges = METHODS[config.method].merges(config)
+    params = jax.eval_shape(weights.merge_adapters, learns.params) if merges else learns.params
     params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))
     left = abstract_artifact.left(config, params, learns.model, base=base, labels=labels, task=config.task)
     return [programs.train_step(config, learns, rows, mesh)], left
@@ -173,38 +162,35 @@ def _labels(config: Config, text: Text) -> list[str]:
     return list(text.classes) if TASKS[config.task].classes else []
 
 
-def _merges(config: Config) -> bool:
-    """Return whether low-rank pairs are added into the matrices at the end."""
-    return config.method == "lora" and config.merge
-
-
 def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:
-    """Return the parent with the task's head and loss, for full training or low-rank adapters."""
+    """Return the parent with the task's head and loss, and what the method adds and trains."""
+    from functools import partial
+
     import jax
 
     from llmctl.model import weights
     from llmctl.train import learner, loop
-    from llmctl.train.adapters import lora
 
-    task = TASKS[config.task]
-    _refuse_undoing(config, base)
+    task, method = TASKS[config.task], METHODS[config.method]
+    if weights.adapted(base.params):
+        raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
+    method.check(config, base)
     loop.check(base.model, config.train, mesh)
     model, params = _with_head(config, base, labels, mesh)
     if config.freeze_layers > model.layers:
         raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
-    low_rank = config.method == "lora"
-    if low_rank:
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        settings = config.lora
-        params = lora.attach(model, params, settings.rank, settings.alpha, settings.targets, key, mesh)
-    pairs = weights.adapter_names(params)
+    params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
     how = {
-        "trains": (lambda name: name in pairs or weights.parse(name).task_head) if low_rank else (lambda _: True),
+        "trains": method.trains(config, model, params),
+        "rate": partial(method.rate, config),
         "frozen_layers": config.freeze_layers,
         "holds_zeros": base.zeros.__contains__,
         **learner.chooses(task, labels),
     }
-    return learner.Learner(model, params, task, config.dropout, temperature=config.temperature, labels=labels, how=how)
+    return learner.Learner(
+        model, params, task, config.dropout, temperature=config.temperature, labels=labels, how=how,
+        during=partial(method.during, config, params),
+    )  # fmt: skip
 
 
 def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
@@ -221,25 +207,6 @@ def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
     if "pooler" in base.params.get("head", {}):
         return ""
     return 'the first token stands for the text, which this pretraining did not train; try pooling = "mean" as well'
-
-
-def _refuse_undoing(config: Config, base: Artifact) -> None:
-    """Raise RequestError if finetuning would undo the parent's pruning or quantization."""
-    from llmctl.model import weights
-
-    quantized = any(weights.as_node(w).is_integer for w in weights.flatten(base.params).values())
-    if weights.adapted(base.params):
-        raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
-    if quantized and (config.method == "full" or config.merge):
-        raise RequestError(
-            f"{base.path}: is quantized, and integers cannot be trained; use method = 'lora' with merge = false "
-            "(QLoRA), or finetune before quantizing"
-        )
-    if config.method == "lora" and config.merge and base.manifest.pruned:
-        raise RequestError(
-            f"{base.path}: is pruned to {base.manifest.sparsity:.0%} zeros, which merged low-rank pairs would fill; "
-            "use method = 'full', which keeps the zeros, or merge = false"
-        )
 
 
 def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:

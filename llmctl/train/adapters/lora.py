@@ -1,4 +1,4 @@
-"""Add LoRA adapters (Hu et al., 2021, arXiv:2106.09685): low-rank pairs beside frozen matrices.
+"""Train low-rank adapters (LoRA; Hu et al., 2021, arXiv:2106.09685) beside frozen matrices.
 
 The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314).
 """
@@ -6,25 +6,26 @@ The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Any
 
 from llmctl.config.errors import RequestError
-from llmctl.model import functional, weights
-from llmctl.model.config import ModelConfig
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.model.config import ModelConfig
 
 
 def attach(
     cfg: ModelConfig,
-    params: dict[str, Any],
+    params: Params,
     rank: int,
     alpha: float,
     targets: Sequence[str],
     key: jax.Array,
     mesh: jax.sharding.Mesh,
-) -> dict[str, Any]:
+) -> Params:
     """Add a low-rank pair to every matrix of the blocks whose name (q, k, v, o, gate, up, down) is in `targets`.
 
     If `targets` is empty, all matrices get a pair. a [..., I, R] is initialized uniformly, as in the LoRA authors' code
@@ -34,6 +35,11 @@ def attach(
     Raises:
       RequestError: a target names no matrix, or a matrix has a pair already.
     """
+    import jax
+    import jax.numpy as jnp
+
+    from llmctl.model import functional, weights
+
     number = {path: i for i, path in enumerate(weights.flatten(params))}  # random keys do not depend on `targets`
     pairs: dict[str, weights.LowRank] = {}
     seen: set[str] = set()
@@ -53,3 +59,21 @@ def attach(
         raise RequestError(f"lora.targets: the model has no matrix {', '.join(missing)} in its blocks")
     tree = weights.updated(params, pairs)
     return jax.device_put(tree, functional.shardings(cfg, tree, mesh))
+
+
+class Lora(Method):
+    """Low-rank pairs and the task's head."""
+
+    name = "lora"
+    settings = ("lora", "merge")
+    adapts = True
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """See Method."""
+        lora = config.lora
+        return attach(model, params, lora.rank, lora.alpha, lora.targets, key, mesh)
+
+
+METHOD = Lora()

@@ -1,0 +1,106 @@
+"""Define a finetuning method: the record of what it adds to a model, what it trains, and what it refuses.
+
+A new method is a subclass whose instance is registered in `llmctl.train.adapters.registry`. It overrides methods:
+
+    class Norms(Method):
+        name = "norms"
+
+        def trains(self, config, model, params):
+            return lambda name: "norm" in name
+
+    METHOD = Norms()
+
+Modules of methods import JAX only inside functions, because settings read the records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmctl.config.errors import RequestError
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+class Method:
+    """Finetuning method. The defaults are those of methods that train the task's head and nothing of the parent.
+
+    `config` is always the config of the stage, with the sections that `settings` names.
+
+    Example:
+      >>> from llmctl.train.adapters.registry import METHODS
+      >>> METHODS["lora"].adapts, METHODS["lora"].settings, METHODS["full"].changes_base
+      (True, ('lora', 'merge'), True)
+    """
+
+    name: ClassVar[str]
+    """Name in the registry."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of the stage that this method reads and that not all methods read."""
+    changes_base: ClassVar[bool] = False
+    """Trains the parent's matrices, which integers do not allow."""
+    adapts: ClassVar[bool] = False
+    """Adds adapters. After training they are merged exactly into their matrices, unless `merge` is false."""
+    fills_zeros: ClassVar[bool] = True
+    """Merged adapters change the zeros of a pruned matrix."""
+
+    def check(self, config: Any, base: Artifact) -> None:
+        """Raise RequestError if training would undo the parent's pruning or quantization."""
+        from llmctl.model import weights
+
+        merges = self.merges(config)
+        integers = any(weights.as_node(w).is_integer for w in weights.flatten(base.params).values())
+        if integers and (self.changes_base or merges):
+            raise RequestError(
+                f"{base.path}: is quantized, and integers cannot be trained; use method = 'lora' with merge = false "
+                "(QLoRA), or finetune before quantizing"
+            )
+        if merges and self.fills_zeros and base.manifest.pruned:
+            raise RequestError(
+                f"{base.path}: is pruned to {base.manifest.sparsity:.0%} zeros, which merged low-rank pairs would "
+                "fill; use method = 'full', which keeps the zeros, or merge = false"
+            )
+
+    def merges(self, config: Any) -> bool:
+        """Return whether adapters are merged into their matrices after training."""
+        return self.adapts and config.merge
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """Return the parameters with the method's adapters, sharded over `mesh`. The default adds none.
+
+        Raises:
+          RequestError: the settings do not fit the model.
+        """
+        return params
+
+    def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
+        """Return a function from the name of an array to whether it is trained: adapters and the task's head.
+
+        Raises:
+          RequestError: the model has nothing that the method trains.
+        """
+        from llmctl.model import weights
+
+        adapters = weights.adapter_names(params)
+        return lambda name: name in adapters or weights.parse(name).task_head
+
+    def rate(self, config: Any, name: str) -> float:
+        """Return the factor on the learning rate of a trained array."""
+        return 1.0
+
+    def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
+        """Return further fields of `llmctl.train.job.Job`, such as `after_step`, for a run of `steps` steps."""
+        return {}
+
+    def finish(self, config: Any, params: Params) -> Params:
+        """Return the trained parameters as the artifact stores them, before adapters are merged."""
+        return params

@@ -1,0 +1,34 @@
+"""Registry of finetuning methods. A record imports JAX only inside its functions, so that settings can ask it.
+
+Another package adds a method by an entry point:
+
+    [project.entry-points."llmctl"]
+    "method.norms" = "my_package.norms:METHOD"
+"""
+
+from __future__ import annotations
+
+from llmctl.config.registry import Registry
+from llmctl.train.adapters.method import Method
+
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        "full": "llmctl.train.adapters.full:METHOD",
+        "lora": "llmctl.train.adapters.lora:METHOD",
+    },
+)
+
+
+def stray(method: str, given: set[str]) -> str:
+    """Return an error about settings in `given` that belong to other methods; empty if there are none.
+
+    >>> stray("full", {"merge", "task"})
+    "merge: not for method 'full', say method = 'lora'"
+    """
+    own = {name: METHODS[name].settings for name in METHODS.own}
+    found = sorted(given & {field for fields in own.values() for field in fields} - {*METHODS[method].settings})
+    if not found:
+        return ""
+    readers = " or ".join(f"{name!r}" for name, fields in own.items() if found[0] in fields)
+    return f"{', '.join(found)}: not for method {method!r}, say method = {readers}"
