@@ -36,6 +36,7 @@ class TagRows(ExampleRows):
         self._seq_len, self._pad = seq_len, tokenizer.pad_id
         self._template = tokenizer.template
         number = {c: k for k, c in enumerate(examples.classes)}
+        self._seen: list[np.ndarray] = []
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.words = self.cut = 0
         """Total number of words (`words`), and of words whose label no row contains (`cut`)."""
@@ -47,8 +48,17 @@ class TagRows(ExampleRows):
                 seen_W = (at_W >= 0) & (at_W < room)
                 tags_W = np.array([number[tag] for tag in row["tags"]], np.int32)
                 self._rows.append((ids_N[:room], at_W[seen_W] + len(self._template.begin), tags_W[seen_W]))
+                self._seen.append(seen_W)
                 self.words += len(tags_W)
                 self.cut += len(tags_W) - int(seen_W.sum())
+
+    def count_of(self, i: int) -> int:
+        """Return the number of words of an example."""
+        return len(self._seen[i])
+
+    def seen_of(self, i: int) -> np.ndarray:
+        """Return whether each word of an example has a token in its row, bool [W]."""
+        return self._seen[i]
 
     def _build(self, example_B: np.ndarray) -> Batch:
         chosen = [self._rows[i] for i in example_B]

@@ -34,6 +34,7 @@ from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Measured, Setup, answers, first, programs
+from llmctl.evaluate.tasks.predictions import Predicts
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.head_kinds import HEAD_KINDS
@@ -70,7 +71,7 @@ class Options:
     """Names of the classes, given for validation metrics that read them."""
 
 
-class Task:
+class Task(Predicts):
     """One task. The defaults are those of tasks that read one text, or a pair of texts, per row.
 
     Example:

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.errors import RequestError
+from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics import classification
 from llmctl.evaluate.setup import Batch, label_map
 from llmctl.evaluate.tasks.base import KINDS, Found, Options, Scored, Task
+from llmctl.evaluate.tasks.predictions import named, short
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
@@ -72,6 +75,16 @@ class Classify(Task):
         confusion = classification.confusion_matrix(labels, predictions, len(names))
         named = [names[i] for i in labels], [names[i] for i in predictions]
         return classification.scores(confusion, names), named
+
+    def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
+        """Return the probabilities [B, C]."""
+        return jax.nn.softmax(y.astype(jnp.float32), axis=-1)
+
+    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the most likely class and its probability."""
+        best = int(belief.argmax())
+        found: dict[str, Any] = {"label": manifest.labels[best], "probability": short(belief[best])}
+        return found | ({"probabilities": named(manifest.labels, belief)} if every else {})
 
 
 TASK = Classify()

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens per row, N texts, M different candidates, D model width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.examples.text_pairs import TwoTextRows
+from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored, Task
+from llmctl.evaluate.tasks.predictions import short
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import NEARNESS, Sums, class_sums, number_sums, row_weight, soft_class_sums, soft_number_sums
@@ -39,6 +42,7 @@ class Embed(Task):
     columns = ("text", "pair")
     pooling = "mean"
     answers = False
+    averages = False  # vectors of different models have nothing in common
     reads = (*READ, *(f"pair_{name}" for name in READ))
 
     def rows(
@@ -91,6 +95,16 @@ class Embed(Task):
             return soft_number_sums(taught, near, batch["label"], weight_B, hard)
         own = jnp.arange(len(near))
         return soft_class_sums(taught / NEARNESS, near / NEARNESS, own, weight_B, temperature, hard, weight_B)
+
+    def new_rows(
+        self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
+    ) -> Any:
+        """Return one text per row."""
+        return super().new_rows([{"text": row["text"]} for row in rows], tokenizer, seq_len, labels, truncate)
+
+    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the unit vector."""
+        return {"embedding": [short(x) for x in belief]}
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
         """Check that the data has pairs."""

@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.artifact import Artifact, Manifest
+from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics.classification import Z_95, wilson_interval
 from llmctl.evaluate.setup import Batch, Held, Setup, answers, label_map
 from llmctl.evaluate.tasks.base import Found, Options, Scored
 from llmctl.evaluate.tasks.classify import Classify
+from llmctl.evaluate.tasks.predictions import named
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.hf_config import Keys
@@ -91,6 +93,17 @@ class MultiLabel(Classify):
             return functional.outputs(model, params, functional.hidden(model, params, batch, dtype=dtype), batch, dtype)
 
         return predict
+
+    def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
+        """Return the probability of each class, [B, C]."""
+        return jax.nn.sigmoid(y.astype(jnp.float32))
+
+    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the classes whose probability reaches their threshold, and those probabilities."""
+        chosen = manifest.fitted.get("thresholds", {})
+        given = named(manifest.labels, belief)
+        labels = [n for n, p in zip(manifest.labels, belief, strict=True) if p >= chosen.get(n, EVEN)]
+        return {"labels": labels, "probabilities": given if every else {n: given[n] for n in labels}}
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
         """Return scores at the thresholds that the artifact stores, and the sets of names."""

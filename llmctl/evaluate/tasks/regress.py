@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.errors import RequestError
+from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.base import Found, Options, Scored, Task
+from llmctl.evaluate.tasks.predictions import short
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, number_sums, row_weight, soft_number_sums
@@ -63,6 +65,10 @@ class Regress(Task):
     def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
         """Return one nameless label and the problem type."""
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": self.problem_type}
+
+    def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the number."""
+        return {"value": short(belief)}
 
 
 TASK = Regress()

@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.data.config import Truncate
 from llmctl.data.examples.extractive_qa import AnswerRows
+from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.metrics import squad
 from llmctl.evaluate.setup import READ, Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored, Task
+from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, only, row_weight, soft_class_sums
@@ -35,6 +37,8 @@ class Span(Task):
     head = "span"
     title = "answers"
     columns = ("context", "question", "answers")
+    asks = ("context", "question")
+    averages = False  # windows and scores belong to one tokenizer
     answers = False
     columns_read = columns
     reads = (*READ, "among", "first", "last")
@@ -90,6 +94,26 @@ class Span(Task):
 
         return predict
 
+    def new_rows(
+        self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
+    ) -> AnswerRows:
+        """Return a question and one window of its context per row."""
+        return AnswerRows(new_examples(rows, ("context", "question")), tokenizer, seq_len, shuffle=False)
+
+    def belief(self, y: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+        """Return `best_span`."""
+        return best_span(y, batch)
+
+    def beliefs(self, count: int, rows: AnswerRows, outputs: Outputs) -> list[Any]:
+        """Return (score, score of no answer, characters) of each question."""
+        return list(zip(*over_windows(count, ((batch, spans) for _, batch, spans in outputs)), strict=True))
+
+    def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the best span, and by how many logits it is better than no answer."""
+        score, none, (begin, end) = belief
+        text = row["context"][begin:end]
+        return {"answer": text, "start": int(begin), "end": int(end), "over_no_answer": short(score - none)}
+
     def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
         """Return exact match and F1 of the best span over all windows of a context.
 
@@ -97,12 +121,7 @@ class Span(Task):
         """
         asked = list(examples)
         N = len(asked)
-        best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)
-        for batch, spans in found:
-            for n, score, begin, end, none in zip(batch["example"], *spans, strict=True):
-                none_N[n] = min(none_N[n], none)
-                if score > best_N[n]:
-                    best_N[n], span_N2[n] = score, (begin, end)
+        best_N, none_N, span_N2 = over_windows(N, found)
         truth = [[text for text, _ in row["answers"]] for row in asked]
         impossible = sum(not t for t in truth)
         silent_N = (none_N > best_N) & (impossible > 0)
@@ -122,6 +141,17 @@ class Span(Task):
         text = f"{held.split} split, {metrics['examples']} questions in {len(rows)} windows of {setup.seq_len} tokens "
         text += f"that overlap by half, spans of at most {LONGEST} characters, SQuAD's normalization, {setup.dtype}"
         return text + f", no answer where the first token scores more ({none} questions have none)" * (none > 0)
+
+
+def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return over all windows of each of N questions: the best score, that of no answer, and the characters [N, 2]."""
+    best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)
+    for batch, spans in found:
+        for n, score, begin, end, none in zip(batch["example"], *spans, strict=True):
+            none_N[n] = min(none_N[n], none)
+            if score > best_N[n]:
+                best_N[n], span_N2[n] = score, (begin, end)
+    return best_N, none_N, span_N2
 
 
 def ends(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.Array, Sums]:

@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.data.config import Truncate
 from llmctl.data.examples.token_labels import TagRows
+from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.metrics import classification, entities, entity_counts
 from llmctl.evaluate.setup import Batch, Held, Setup, label_map
 from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored
 from llmctl.evaluate.tasks.classify import Classify
+from llmctl.evaluate.tasks.predictions import Outputs, named, new_examples, short
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, soft_class_sums
 
@@ -32,6 +34,7 @@ class Tokens(Classify):
     title = "token classification"
     architectures = ("decoder", "encoder")
     columns = ("tokens", "tags")
+    asks = ()
     answers = False
     peft_type = "TOKEN_CLS"
 
@@ -67,6 +70,38 @@ class Tokens(Classify):
     ) -> tuple[jax.Array, Sums]:
         """Return the softened divergence from the teacher's logits [B, T, C], mixed with the cross-entropy."""
         return soft_class_sums(teacher, y, batch["targets"], batch["weights"], temperature, hard)
+
+    def new_rows(
+        self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
+    ) -> TagRows:
+        """Return the words of one text per row. A row without `tokens` is its text, cut at spaces."""
+        words = [row.get("tokens") or row["text"].split() for row in rows]
+        filled = [{"tokens": w, "tags": [labels[0]] * len(w)} for w in words]
+        return TagRows(new_examples(filled, ("tokens", "tags"), tuple(labels)), tokenizer, seq_len, shuffle=False)
+
+    def beliefs(self, count: int, rows: TagRows, outputs: Outputs) -> list[Any]:
+        """Return the probabilities [W, C] of each row's words, NaN for words that the model does not read."""
+        found: list[Any] = [None] * count
+        for index_B, batch, p_BTC in outputs:
+            for i, weight_T, p_TC in zip(index_B, batch["weights"], p_BTC, strict=True):
+                found[i] = np.full((rows.count_of(i), p_TC.shape[-1]), np.nan, np.float32)
+                found[i][rows.seen_of(i)] = p_TC[weight_T > 0]
+        return found
+
+    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the words with the most likely label of each; null beyond the sequence length."""
+        names = manifest.labels
+        read_W = np.asarray(np.isfinite(belief).all(-1))
+        best_W = np.where(read_W, np.nan_to_num(belief).argmax(-1), 0)
+        tags = [names[k] if read else None for k, read in zip(best_W, read_W, strict=True)]
+        p_W = belief[np.arange(len(best_W)), best_W]
+        found: dict[str, Any] = {
+            "tokens": row.get("tokens") or row["text"].split(),
+            "tags": tags,
+            "tag_probabilities": [short(p) if read else None for p, read in zip(p_W, read_W, strict=True)],
+        }
+        every_W = [named(names, p_C) if read else None for p_C, read in zip(belief, read_W, strict=True)]
+        return found | ({"probabilities": every_W} if every else {})
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: TagRows, found: Found) -> Scored:
         """Return scores of words, and of entities if the labels mark them."""

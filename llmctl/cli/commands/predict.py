@@ -1,0 +1,164 @@
+"""`llmctl predict`."""
+
+import contextlib
+import csv
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from llmctl.config.errors import RequestError
+from llmctl.pipeline import console
+
+WINDOW = 32
+"""Batches of rows that are sorted by length together."""
+
+
+def predict(
+    artifacts: Annotated[
+        list[Path],
+        typer.Argument(metavar="ARTIFACT...", help="Finetuned artifacts; the answers of several are averaged."),
+    ],
+    file: Annotated[
+        Path | None, typer.Option(help="Rows to predict (.jsonl, .csv, .tsv, .txt); standard input by default.")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="Format of the rows: jsonl, csv, tsv or text (a text per line).")
+    ] = "",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="Column with another name, as text=review (repeatable)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New file for the answers; standard output by default.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="Format of the answers: jsonl or csv.")] = "jsonl",
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write the probability of every class.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="End at the first row that cannot be read.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=0, help="Tokens per row at most; 0 takes that of training.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Predict labels, numbers, tags, answers or embeddings of new rows, in their order, one answer per row.
+
+    A row that cannot be read is named on standard error, and its answer has the field "error".
+    """
+    from llmctl.data import row_stream
+
+    if dtype not in ("float32", "bfloat16"):
+        raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
+    if to not in ("jsonl", "csv"):
+        raise RequestError(f"--to {to}: must be jsonl or csv")
+    kind = kind or (row_stream.of_path(file) if file else "")
+    if kind and kind not in row_stream.FORMATS:
+        raise RequestError(f"--format {kind}: must be {', '.join(row_stream.FORMATS)}")
+    names = dict(_pair(text) for text in column or ())
+    if out and out.exists():
+        raise RequestError(f"--out {out}: exists already; name a new file")
+
+    from llmctl.evaluate.predict import Ensemble, Predictor
+
+    with contextlib.ExitStack() as closing:
+        stream, title = sys.stdin.buffer, "stdin"
+        if file:
+            stream, title = closing.enter_context(_opened(file)), str(file)
+        models = Ensemble([Predictor(path, batch_size, seq_len, dtype) for path in artifacts])
+        read = row_stream.rows(stream, title, kind, names)
+        write = _writer(closing.enter_context(_output(out)), to)
+        begun, count, bad = time.monotonic(), 0, 0
+        for window in row_stream.in_windows(read, WINDOW * batch_size):
+            found = [_asked(models.task, where, row) for where, row in window]
+            if strict and (wrong := next((r for r in found if isinstance(r, RequestError)), None)):
+                raise wrong
+            answers = iter(models.answers([r for r in found if not isinstance(r, RequestError)], probabilities))
+            for number, row in enumerate(found, count + 1):
+                if isinstance(row, RequestError):
+                    console.say(str(row))
+                    bad += 1
+                write({"row": number} | ({"error": str(row)} if isinstance(row, RequestError) else next(answers)))
+            count += len(window)
+    rate = count / max(time.monotonic() - begun, 1e-9)
+    console.say(f"{count:,} rows, {rate:,.0f} rows/s" + (f"; {bad:,} could not be read" if bad else ""))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (equals and ours and theirs):
+        raise RequestError(f"--column {text}: must look like text=review")
+    return ours, theirs
+
+
+def _asked(task: Any, where: str, row: Any) -> Any:
+    """Return a row that the task can read, or what is wrong with it."""
+    if isinstance(row, RequestError):
+        return row
+    missing = [c for c in task.asks if not row.get(c)]
+    if missing or not (task.asks or row.get("tokens") or row.get("text", "").strip()):
+        name = missing[0] if missing else "tokens (a list of words) or text"
+        return RequestError(f"{where}: no {name}; --column {missing[0] if missing else 'text'}=NAME names the column")
+    return row
+
+
+def _opened(file: Path) -> IO[bytes]:
+    try:
+        return file.open("rb")
+    except OSError as e:
+        raise RequestError(f"{file}: cannot be read: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def _output(out: Path | None) -> Iterator[IO[str]]:
+    """Yield standard output, or a draft beside `out` that takes its name when it is complete."""
+    if out is None:
+        yield sys.stdout
+        return
+    from llmctl.artifacts import atomic
+    from llmctl.distributed import locks
+
+    atomic.check(out)
+    draft = locks.scratch(out, "draft")
+    with locks.claim(out):
+        try:
+            with draft.open("w", encoding="utf-8", newline="") as file:
+                yield file
+            draft.replace(out)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _writer(file: IO[str], to: str) -> Any:
+    """Return the function that writes an answer. CSV takes its columns from the first answer; "error" is the last."""
+    from llmctl.config.terminal import as_json
+
+    if to == "jsonl":
+
+        def line(answer: dict[str, Any]) -> None:
+            file.write(as_json(answer) + "\n")
+            file.flush()
+
+        return line
+    table = csv.writer(file, lineterminator="\n")
+    header: list[str] = []
+    waiting: list[dict[str, Any]] = []
+
+    def row(answer: dict[str, Any]) -> None:
+        if not header:
+            waiting.append(answer)
+            if "error" in answer:
+                return
+            header.extend([*answer, "error"])
+            table.writerow(header)
+            ready, waiting[:] = waiting[:], []
+        else:
+            ready = [answer]
+        for one in ready:
+            cells = (one.get(name, "") for name in header)
+            table.writerow([as_json(c) if isinstance(c, (list, dict)) else c for c in cells])
+        file.flush()
+
+    return row

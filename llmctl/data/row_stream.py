@@ -1,0 +1,201 @@
+"""Read rows one by one from a file or from standard input, of unknown length: JSON lines, CSV, or text.
+
+A row that cannot be read is an error in its place, so that the rows after it are still read.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.data.config import COLUMNS, TEXT_COLUMNS
+from llmctl.data.source import Row
+
+FORMATS = ("jsonl", "csv", "tsv", "text")
+LONGEST = 1 << 24
+"""Most bytes of a line. A longer one is an error, read to its end without being kept."""
+PATIENCE = 0.2
+"""Seconds to wait for another row of a slow stream before the rows that are there are answered."""
+
+Read = tuple[str, Row | RequestError]
+"""Location of a row, and the row or what is wrong with it."""
+
+
+def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> Iterator[Read]:
+    """Yield the rows of a stream with canonical columns.
+
+    Args:
+      stream: bytes in UTF-8, of which a byte order mark is skipped.
+      name: name of the stream in locations.
+      kind: a name of `FORMATS`; empty takes JSON lines if the first line begins with a brace, else plain text.
+      columns: canonical names with the stream's own names of the columns, if these differ.
+
+    Example:
+      >>> list(rows(io.BytesIO(b'{"text": "a", "n": 1}'), "in", "", {}))
+      [('in:1', {'text': 'a'})]
+    """
+    for ours in columns:
+        if ours not in COLUMNS:
+            raise RequestError(
+                f"--column: unknown column {ours!r}{hint(ours, list(COLUMNS))} (ours: {', '.join(COLUMNS)})"
+            )
+    lines = _lines(stream)
+    first = next(((n, line) for n, line in lines if line.strip()), None)
+    if first is None:
+        return
+    kind = kind or ("jsonl" if first[1].lstrip().startswith("{") else "text")
+    lines = itertools.chain([first], lines)
+    read = _table(lines, "," if kind == "csv" else "\t") if kind in ("csv", "tsv") else _each(lines, kind)
+    for number, row in read:
+        where = f"{name}:{number}"
+        yield where, (_canonical(row, columns, where) if isinstance(row, dict) else RequestError(f"{where}: {row}"))
+
+
+def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
+    """Yield the rows in lists of `size`, and fewer if the stream pauses. A thread reads ahead, at most two lists.
+
+    Raises:
+      RequestError: as the stream.
+    """
+    waiting: queue.Queue[Any] = queue.Queue(2 * size)
+    end = object()
+
+    def fill() -> None:
+        try:
+            for one in read:
+                waiting.put(one)
+            waiting.put(end)
+        except BaseException as e:  # raised again by the reader of the queue
+            waiting.put(e)
+
+    threading.Thread(target=fill, daemon=True).start()
+    while True:
+        window: list[Read] = []
+        found: Any = waiting.get()
+        try:
+            while found is not end and not isinstance(found, BaseException):
+                window.append(found)
+                if len(window) == size:
+                    break
+                found = waiting.get(timeout=PATIENCE)
+        except queue.Empty:
+            found = None
+        if window:
+            yield window
+        if isinstance(found, BaseException):
+            raise found
+        if found is end:
+            return
+
+
+def of_path(path: Path) -> str:
+    """Return the format that a file's name tells, or "" for an unknown ending."""
+    return {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text"}.get(path.suffix, "")
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) of all lines. Bytes that are not UTF-8 become lone surrogates."""
+    for number in itertools.count(1):
+        line = stream.readline(LONGEST)
+        if not line:
+            return
+        if len(line) == LONGEST and not line.endswith(b"\n"):
+            while (more := stream.readline(LONGEST)) and not more.endswith(b"\n"):
+                pass
+            line = b"\0"
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        yield number, line.decode(errors="surrogateescape").removesuffix("\n").removesuffix("\r")
+
+
+def _fault(line: str) -> str:
+    if line == "\0":
+        return f"longer than {LONGEST:,} bytes"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return "not UTF-8 text"
+    return ""
+
+
+def _each(lines: Iterator[tuple[int, str]], kind: str) -> Iterator[tuple[int, Any]]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if wrong := _fault(line):
+            yield number, wrong
+        elif kind == "text":
+            yield number, {"text": line}
+        else:
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                yield number, f"not JSON ({e})"
+                continue
+            if isinstance(found, str):
+                found = {"text": found}
+            yield number, found if isinstance(found, dict) else f"a JSON {type(found).__name__}, not an object"
+
+
+def _table(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[tuple[int, Any]]:
+    at = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal at
+        for number, line in lines:
+            at = number
+            yield f"{line}\n"
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    header = next(reader, [])
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise RequestError(f"two columns are named {twice[0]!r}")
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield at, f"not CSV ({e})"
+            continue
+        if wrong := next((w for cell in cells if (w := _fault(cell))), ""):
+            yield at, wrong
+        elif not cells:
+            continue
+        elif len(cells) != len(header):
+            yield at, f"{len(cells)} cells, and the header has {len(header)} columns"
+        else:
+            yield at, dict(zip(header, cells, strict=True))
+
+
+def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row | RequestError:
+    """Return the columns of ours that the row has, checked for their types."""
+    out: Row = {}
+    for ours in (*TEXT_COLUMNS, "tokens"):
+        theirs = columns.get(ours, ours)
+        value = row.get(theirs)
+        if value is None:
+            if ours in columns:
+                return RequestError(
+                    f"{where}: no column {theirs!r}{hint(theirs, list(row))} (columns: {', '.join(row)})"
+                )
+            continue
+        if ours == "tokens":
+            if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):
+                return RequestError(f"{where}: column {theirs!r} is not a list of words")
+        elif not isinstance(value, str):
+            return RequestError(f"{where}: column {theirs!r} holds {type(value).__name__}, not text")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return RequestError(f"{where}: column {theirs!r} holds a lone surrogate")
+        out[ours] = value
+    return out

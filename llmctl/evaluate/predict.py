@@ -1,0 +1,130 @@
+"""Predict new rows with artifacts: batches of rows of similar length, one compiled program per padded length.
+
+Shapes: B rows per batch, T tokens per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.data import device_batches
+from llmctl.data.source import Row
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.distributed import host_arrays
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.registry import of
+
+SHORTEST = 16
+"""Least padded length in tokens. Longer ones are powers of two, and the sequence length."""
+
+
+class Predictor:
+    """One artifact, loaded, with its task and compiled program."""
+
+    def __init__(self, path: Path, batch_size: int = 32, seq_len: int = 0, dtype: str = "float32"):
+        """Load the artifact.
+
+        Args:
+          path: its folder.
+          batch_size: rows per batch, rounded up to a multiple of the number of devices.
+          seq_len: tokens per row at most; 0 takes that of training.
+          dtype: compute type.
+
+        Raises:
+          RequestError: it is no artifact, generates text, or has no length for its rows.
+        """
+        self.mesh = meshes.make(MeshConfig())
+        found = artifact.load(path, self.mesh)
+        self.manifest, self._params, self.task = found.manifest, found.params, of(found.manifest)
+        if found.model.head_kind.vocabulary:
+            raise RequestError(f"{path}: is a language model, which `llmctl generate` runs; predict needs a task head")
+        self._seq_len = seq_len or self.manifest.seq_len or min(512, found.model.max_seq_len)
+        if self._seq_len > found.model.max_seq_len:
+            raise RequestError(
+                f"{path}: --seq-len {seq_len} is longer than its longest sequence ({found.model.max_seq_len})"
+            )
+        self._size = -(-batch_size // self.mesh.size) * self.mesh.size
+        self._tokenizer = tokenizers.load(found.tokenizer_dir)
+        self._step = self.task.believer(found.model, dtype)
+
+    def beliefs(self, rows: Sequence[Row]) -> list[Any]:
+        """Return what the model believes of each row, in their order; see `llmctl.evaluate.tasks.predictions`."""
+        truncate = self.manifest.truncate or "tail"
+        made = self.task.new_rows(rows, self._tokenizer, self._seq_len, self.manifest.labels, truncate)
+        with meshes.use(self.mesh):
+            return self.task.beliefs(len(rows), made, self._outputs(made))
+
+    def _outputs(self, rows: Any) -> Iterator[tuple[np.ndarray, dict[str, Any], Any]]:
+        """Yield (indices, host batch, outputs) of all rows, shortest first."""
+        whole = rows.batch(np.arange(len(rows)))
+        length_N = (whole["segments"] > 0).sum(-1)
+        order_N = np.argsort(length_N, kind="stable")
+        running = []
+        for first in range(0, len(order_N), self._size):
+            index_B = order_N[first : first + self._size]
+            width = padded_length(int(length_N[index_B[-1]]), self._seq_len)
+            batch = {k: self._cut(a[index_B], width) for k, a in whole.items()}
+            # The last batch repeats a row, so that it runs in the same program.
+            filled = {k: a[np.minimum(np.arange(self._size), len(index_B) - 1)] for k, a in batch.items()}
+            placed = device_batches.place(
+                {k: filled[k] for k in self.task.reads if k in filled}, self.mesh, reading_order=True
+            )
+            running.append((index_B, batch, self._step(self._params, placed)))
+        for index_B, batch, found in running:
+            yield index_B, batch, jax.tree.map(lambda a, n=len(index_B): host_arrays.read(a)[:n], found)
+
+    def _cut(self, a: np.ndarray, width: int) -> np.ndarray:
+        return a[:, :width] if a.ndim > 1 and a.shape[1] == self._seq_len else a
+
+
+class Ensemble:
+    """Several artifacts of one task, whose beliefs are averaged."""
+
+    def __init__(self, members: Sequence[Predictor]):
+        """Check that the members can be averaged.
+
+        Raises:
+          RequestError: they have different tasks or classes, or the task has no average.
+        """
+        self.members, self.manifest, self.task = members, members[0].manifest, members[0].task
+        for other in members[1:]:
+            if not self.task.averages:
+                raise RequestError(
+                    f"predict: answers of the task {self.task.name!r} have no average; name one artifact"
+                )
+            if other.task is not self.task or sorted(other.manifest.labels) != sorted(self.manifest.labels):
+                raise RequestError(
+                    f"predict: {other.manifest.name} has another task or other classes than {self.manifest.name}"
+                )
+        names = self.manifest.labels
+        self._order = [[m.manifest.labels.index(name) for name in names] for m in members]
+
+    def answers(self, rows: Sequence[Row], every: bool = False) -> list[dict[str, Any]]:
+        """Return the answer to each row as JSON data; `every` adds the probability of every class."""
+        if not rows:
+            return []
+        found = [m.beliefs(rows) for m in self.members]
+        if len(found) > 1:
+            found = [
+                [b[..., order] if order else b for b in own] for own, order in zip(found, self._order, strict=True)
+            ]
+        beliefs = found[0] if len(found) == 1 else [np.mean(one, axis=0) for one in zip(*found, strict=True)]
+        return [self.task.answer(row, b, self.manifest, every) for row, b in zip(rows, beliefs, strict=True)]
+
+
+def padded_length(length: int, longest: int) -> int:
+    """Return the power of two from SHORTEST on that holds `length` tokens, at most `longest`.
+
+    Example:
+      >>> [padded_length(n, 100) for n in (3, 16, 17, 65, 100)]
+      [16, 16, 32, 100, 100]
+    """
+    return min(max(SHORTEST, 1 << (length - 1).bit_length()), longest)
