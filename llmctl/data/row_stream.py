@@ -39,6 +39,7 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
       columns: canonical names with the stream's own names of the columns, if these differ.
 
     Example:
+      >>> import io
       >>> list(rows(io.BytesIO(b'{"text": "a", "n": 1}'), "in", "", {}))
       [('in:1', {'text': 'a'})]
     """
