@@ -1,5 +1,6 @@
 """Configure every test run: 8 fake CPU devices and a persistent compilation cache. Provide fake stages."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TERM", "dumb")
 # Subprocesses import this checkout from any working directory.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def pytest_collection_finish(session):
+    """Leave imported modules out of garbage collections: half of the collector's time."""
+    gc.freeze()
 
 
 FAKE = '''
