@@ -12,8 +12,8 @@ from pathlib import Path
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.atomic import size
-from llmctl.artifacts.manifest import Manifest, damaged_fields, damaged_files, read_manifest
-from llmctl.config.errors import RequestError
+from llmctl.artifacts.manifest import NAME, Manifest, damaged_fields, damaged_files, read_manifest
+from llmctl.config.errors import LlmctlError, RequestError
 
 OLDER = "saved by an earlier llmctl, so only its arrays and its tokenizer are checked"
 
@@ -48,5 +48,11 @@ def complete(path: Path) -> Damage:
         try:
             artifact.load(path)
         except RequestError as e:
-            found.content["params"] = str(e).removeprefix(f"{path}: ").partition(";")[0]
+            found.content["params"] = reason(e, path)
     return found
+
+
+def reason(e: LlmctlError, path: Path) -> str:
+    """Return the part of an error's line that says what is wrong at `path`, without the path and the advice."""
+    line = str(e).removeprefix(f"{path}: ").removeprefix(f"{path / NAME}: ")
+    return line.rpartition("; ")[0] or line

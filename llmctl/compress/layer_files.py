@@ -50,24 +50,42 @@ class Saved:
         draft.replace(file)
 
     def read(self, stack: str, index: int, like: Layer) -> tuple[Layer, dict[str, Any]] | None:
-        """Return a finished layer and its report's numbers; None if the layer is not finished.
+        """Return a finished layer and its report's numbers; None if the layer is not finished, or its file is damaged.
 
         Its arrays are sharded as those of `like`, the unchanged layer.
         """
         file = self._file(stack, index)
         if not processes.tell(file.is_file):
             return None
-        old = weights.flatten(like)
-        flat = {}
-        with np.load(file, allow_pickle=False) as stored:
-            about = json.loads(stored[ABOUT].tobytes())
-            for path, record in about["weights"].items():
-                parts = {}
-                for part, (dtype, shape) in record["parts"].items():
-                    a = np.frombuffer(stored[weights.join(path, part)].tobytes(), jnp.dtype(dtype)).reshape(shape)
-                    parts[part] = host_arrays.put(a, sharding(tuple(shape), old[path]))
-                flat[path] = weights.assemble(record, parts)
+        try:
+            found = _content(file)
+        except Exception:  # the zip format has a checksum of every entry, and a damaged file raises many types
+            found = None
+        whole = all(processes.gather(found is not None))
+        if found is None or not whole:
+            return None
+        about, arrays = found
+        old, flat = weights.flatten(like), {}
+        for path, record in about["weights"].items():
+            shapes = {part: tuple(shape) for part, (_, shape) in record["parts"].items()}
+            parts = {
+                part: host_arrays.put(arrays[weights.join(path, part)], sharding(shape, old[path]))
+                for part, shape in shapes.items()
+            }
+            flat[path] = weights.assemble(record, parts)
         return weights.unflatten(flat), about["report"]
 
     def _file(self, stack: str, index: int) -> Path:
         return self.folder / f"{stack}.{index:05d}.npz"
+
+
+def _content(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the JSON and the arrays of a file, by the names of the arrays."""
+    arrays = {}
+    with np.load(file, allow_pickle=False) as stored:
+        about = json.loads(stored[ABOUT].tobytes())
+        for path, record in about["weights"].items():
+            for part, (dtype, shape) in record["parts"].items():
+                name = weights.join(path, part)
+                arrays[name] = np.frombuffer(stored[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
+    return about, arrays

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from llmctl.artifacts import fingerprint
 from llmctl.artifacts.atomic import disk_is_full
 from llmctl.config.errors import WorkError
 from llmctl.convert import name_map
@@ -63,8 +64,10 @@ class Stream:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             said.write_text(key)
-        self.before = set(self._log.read_text().splitlines()) if self._log.is_file() else set()
-        """Paths of the parameters that an earlier process wrote."""
+        lines = self._log.read_text().splitlines() if self._log.is_file() else []
+        self.before = dict(line.split("\t") for line in lines if line.count("\t") == 1)
+        """Digest of each parameter that an earlier process wrote, by its path."""
+        self._digests = dict(self.before)
         self._targets: dict[str, jax.ShapeDtypeStruct] = {}
 
     def place(self, placer: name_map.Place, passed: Callable[[int], None]) -> name_map.Place:
@@ -83,10 +86,12 @@ class Stream:
             if path in self.before:
                 passed(math.prod(w.shape) * w.dtype.itemsize)
                 return
+            array = placer(path, w)
+            self._digests[path] = fingerprint.digest({path: array})
             with contextlib.suppress(PartialSaveReplacementError):  # killed between commit and record
-                partial.save(str(self._arrays.absolute()), weights.unflatten({path: placer(path, w)}))
+                partial.save(str(self._arrays.absolute()), weights.unflatten({path: array}))
             with self._log.open("a") as log:
-                log.write(f"{path}\n")
+                log.write(f"{path}\t{self._digests[path]}\n")
 
         return write
 
@@ -97,7 +102,7 @@ class Stream:
         if not self._arrays.exists():
             partial.finalize(str(self._arrays.absolute()))
         targets = {k: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=shardings[k]) for k, t in self._targets.items()}
-        return Stored(self._arrays / "state", targets)
+        return Stored(self._arrays / "state", targets, self._digests)
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -105,10 +110,12 @@ class Stream:
 
 
 class Stored(Mapping[str, Any]):
-    """Parameters by path, each read from disk on every access."""
+    """Parameters by path, each read from disk on every access, and compared with what was written."""
 
-    def __init__(self, folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        self.folder, self.targets = folder, targets
+    def __init__(
+        self, folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct], digests: Mapping[str, str] | None = None
+    ) -> None:
+        self.folder, self.targets, self.digests = folder, targets, digests or {}
 
     def __getitem__(self, path: str) -> jax.Array:
         import orbax.checkpoint as ocp
@@ -118,8 +125,10 @@ class Stored(Mapping[str, Any]):
             item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(self.folder.absolute(), args=options)
-        return weights.flatten(found)[path]
+            found = weights.flatten(checkpointer.restore(self.folder.absolute(), args=options))[path]
+        if path in self.digests and fingerprint.digest({path: found}) != self.digests[path]:
+            raise WorkError(f"{self.folder}: {path} does not match what was written; run the same import again")
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.targets)

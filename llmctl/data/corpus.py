@@ -11,12 +11,15 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from llmctl.config import checksums
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import processes
 
 T = TypeVar("T")
 
+FILES = ("tokens.npy", "starts.npy")
+"""Arrays of a saved corpus."""
 CHUNK = 1024
 """Documents per tokenizer call. It keeps all cores busy, and bounds the memory of Python lists of ids."""
 
@@ -81,15 +84,28 @@ class Corpus:
         np.save(folder / "tokens.npy", self.tokens, allow_pickle=False)
         np.save(folder / "starts.npy", self.starts, allow_pickle=False)
         described = {"tokenizer": tokenizer, "texts": texts, "documents": len(self), "tokens": len(self.tokens)}
+        described["checksums"] = {name: checksums.of_file(folder / name) for name in FILES}
         (folder / "corpus.tmp").write_text(json.dumps(described) + "\n")
         (folder / "corpus.tmp").replace(folder / "corpus.json")
 
     @staticmethod
-    def load(folder: Path, tokenizer: str, texts: str) -> Corpus | None:
-        """Load the corpus with these digests, memory-mapped. Return None if it is missing or its digests differ."""
+    def load(folder: Path, tokenizer: str, texts: str, check: bool = True) -> Corpus | None:
+        """Load the corpus with these digests, memory-mapped.
+
+        Args:
+          folder: folder of the corpus.
+          tokenizer: digest of the tokenizer.
+          texts: digest of the texts.
+          check: compare the checksums of the files, which reads them once.
+
+        Returns:
+          The corpus; None if it is missing or damaged, or its digests differ.
+        """
         try:
             described = json.loads((folder / "corpus.json").read_text())
             if (described["tokenizer"], described["texts"]) != (tokenizer, texts):
+                return None
+            if check and any(checksums.of_file(folder / n) != described["checksums"][n] for n in FILES):
                 return None
             tokens_N = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             starts_D1 = np.load(folder / "starts.npy", allow_pickle=False)
@@ -123,9 +139,10 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
       RequestError: there is no text.
     """
     with processes.in_turn():  # process 0 tokenizes and the others load the result
-        if (corpus := Corpus.load(folder, tokenizer.digest, digest)) is None:
+        # The others must not disagree with process 0, which has compared the same files just before.
+        if (corpus := Corpus.load(folder, tokenizer.digest, digest, check=processes.first())) is None:
             tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)
-            corpus = Corpus.load(folder, tokenizer.digest, digest)
+            corpus = Corpus.load(folder, tokenizer.digest, digest, check=False)
             assert corpus is not None, folder
         return corpus
 

@@ -24,7 +24,7 @@ def why(step: Step, key: str, due: set[str]) -> str:
     try:
         manifest = artifact.read_manifest(step.out)
     except LlmctlError as e:
-        return f"the artifact that is there cannot be read ({_reason(e, step.out)})"
+        return f"the artifact that is there cannot be read ({integrity.reason(e, step.out)})"
     if wrong := _damage(step.out, manifest):
         return f"the artifact that is there is damaged ({wrong})"
     if manifest.key == key:
@@ -69,11 +69,6 @@ def _damage(folder: Path, manifest: Manifest) -> str:
     found = integrity.quick(folder, manifest)
     again = not manifest.weights or "key" in found.record
     return listed((found.content | (found.record if again else {})).values())
-
-
-def _reason(e: LlmctlError, folder: Path) -> str:
-    """Return the part of an error's line that says what is wrong."""
-    return str(e).removeprefix(f"{folder}: ").removeprefix(f"{folder / MANIFEST}: ").rpartition("; ")[0]
 
 
 def _leaves(values: Any, prefix: str = "") -> dict[str, str]:

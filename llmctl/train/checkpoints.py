@@ -1,4 +1,7 @@
-"""Save checkpoints of a stage in the background, restore the newest intact one, and keep the best parameters."""
+"""Save checkpoints of a stage in the background, restore the newest intact one, and keep the best parameters.
+
+Each checkpoint holds checksums of its arrays, which are compared after a restore. TensorStore has none for large ones.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,13 @@ from etils import epath
 
 from llmctl.artifacts import orbax_logging
 from llmctl.artifacts.atomic import disk_is_full
+from llmctl.config import checksums
 from llmctl.config.errors import WorkError
 from llmctl.distributed import processes
+from llmctl.train import array_checksums
+
+ARRAYS, META = "arrays", "meta"
+"""Entries of a checkpoint's JSON beside the metadata: checksums of the arrays, and of all other entries."""
 
 
 class Checkpoints:
@@ -78,7 +86,9 @@ class Checkpoints:
                 processes.count() > 1
             ):  # Orbax distinguishes the barriers of both managers only by order, so saves must not overlap
                 (self._best if manager is self._latest else self._latest).wait_until_finished()
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            summed = meta | {ARRAYS: array_checksums.of_arrays(state)}
+            summed |= {META: checksums.of_json(summed)}
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(summed))
             manager.save(step, args=args, force=True)
             if wait:
                 manager.wait_until_finished()
@@ -88,7 +98,8 @@ class Checkpoints:
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restore the newest intact checkpoint as (state, metadata), sharded as `abstract`; None if there is none.
 
-        A checkpoint is damaged if any process cannot read its part. Damaged ones are reported and moved away.
+        A checkpoint is damaged if any process cannot read its part, or if a checksum differs. Damaged ones are reported
+        and moved away.
         """
         for step in sorted(self._latest.all_steps(), reverse=True):
             found, reason = None, ""
@@ -98,7 +109,10 @@ class Checkpoints:
                 reason = " ".join(str(e).split())[:90]
             reasons: list[str] = [r for r in processes.gather(reason) if r]
             if found and not reasons:
-                return found["state"], found["meta"]
+                meta, reason = self._meta(found, f"checkpoint of step {step}")
+                if not reason:
+                    return found["state"], meta
+                reasons = [reason]
             self.say(f"checkpoint of step {step} is damaged ({reasons[0]}); going on from one before")
             if processes.first():
                 self._set_aside(step)
@@ -110,6 +124,19 @@ class Checkpoints:
         """Read this process's part of a checkpoint, without Orbax's manager, which would wait for failed processes."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         return ocp.CompositeCheckpointHandler().restore(epath.Path(self.folder / "steps" / str(step)), args=args)
+
+    def _meta(self, found: Any, name: str) -> tuple[dict[str, Any], str]:
+        """Return the metadata of a restored checkpoint, and why it is damaged; the reason is empty if it is intact."""
+        meta = dict(found["meta"])
+        expected, digest = meta.pop(ARRAYS, None), meta.pop(META, None)
+        if expected is None:
+            self.say(f"{name} has no checksums (an earlier llmctl saved it); it is not checked")
+            return meta, ""
+        if digest != checksums.of_json(meta | {ARRAYS: expected}):
+            return meta, "its metadata do not match what was saved"
+        sums = array_checksums.of_arrays(found["state"])
+        wrong = sorted(n for n in sums.keys() | expected.keys() if sums.get(n) != expected.get(n))
+        return meta, f"{wrong[0]} does not match what was saved" if wrong else ""
 
     def _set_aside(self, step: int) -> None:
         """Move a checkpoint away. It is not deleted, because the machine may be the cause, not the file."""
@@ -125,11 +152,18 @@ class Checkpoints:
           WorkError: they cannot be read.
         """
         self._best.wait_until_finished()
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         try:
-            return self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+            found = self._best.restore(step, args=args)
+            reason = self._meta(found, f"{self.folder}/best/{step}")[1]
         except Exception as e:
-            reason = " ".join(str(e).split())[:120]
-            raise WorkError(
-                f"{self.folder}/best/{step}: the best parameters cannot be read ({reason}); "
-                f"remove {self.folder} to train again"
-            ) from e
+            raise self._unreadable(step, " ".join(str(e).split())[:120]) from e
+        if reason:
+            raise self._unreadable(step, reason)
+        return found["state"]
+
+    def _unreadable(self, step: int, reason: str) -> WorkError:
+        return WorkError(
+            f"{self.folder}/best/{step}: the best parameters cannot be read ({reason}); "
+            f"remove {self.folder} to train again"
+        )

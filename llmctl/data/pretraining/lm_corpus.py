@@ -73,6 +73,7 @@ class Text:
         if not self._prepared:
             return tokenizers.obtain(self.splits["train"].within(cfg.sample).texts(), cfg)
         where, found = self._prepared[0]
+        prepared.check_words(where, found)
         own = tokenizers.load(where / "tokenizer", tokenizers.BOS[cfg.bos])
         if cfg.path:
             prepared.check(found, tokenizers.obtain((), cfg), str(where))

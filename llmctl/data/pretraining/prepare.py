@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
+from llmctl.config import checksums
 from llmctl.config.base import keyed
 from llmctl.config.errors import Interrupted, RequestError
 from llmctl.data import columns, splits
 from llmctl.data.columns import View
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.dedup import Scan, scan
-from llmctl.data.pretraining.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, read
+from llmctl.data.pretraining.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, Shards, check_words, read
 from llmctl.data.source import Chain
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
@@ -51,6 +53,14 @@ class Job:
     """File name without suffix."""
     index: np.ndarray
     """Rows of the source."""
+
+
+class Note(BaseModel):
+    """Record of a written shard, from which an interrupted preparation continues."""
+
+    shard: Shard
+    lengths: str
+    """Checksum of the file with the documents' lengths."""
 
 
 def prepare(
@@ -98,7 +108,11 @@ def _prepare(
     if "text" not in text["train"].columns:
         raise RequestError("prepare takes text for language modelling: map data.columns.text")
     key = _key(data, tokenizer, text)
-    if (out / DESCRIPTION).exists() and (found := read(str(out))[1]).key == key:
+    where, found = read(str(out)) if (out / DESCRIPTION).exists() else (None, None)
+    if where and found and found.key == key:
+        for part in (part for parts in found.splits.values() for part in parts):
+            Shards(where, part, found.dtype)  # compares sizes and lengths
+        check_words(where, found)
         say(f"{out}: up to date, skipped")
         return found
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -113,10 +127,11 @@ def _prepare(
         dtype=_dtype(words),
         data=keyed(data),
         splits={split: [_part(work, data, p, split, jobs) for p, jobs in parts] for split, parts in plan.items()},
+        words=checksums.of_folder(work / "tokenizer"),
     )
     for scrap in (*work.glob("*.shard.json"), *work.glob("*.shard.npy"), work / "key"):
         scrap.unlink()
-    (work / DESCRIPTION).write_text(described.model_dump_json(indent=1) + "\n")
+    (work / DESCRIPTION).write_text(described.text())
     if out.exists():
         out.rmdir()
     work.rename(out)
@@ -133,13 +148,15 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
     """Create the work folder with its tokenizer. The files of an earlier call with the same key are kept."""
     note = work / "key"
-    if work.exists() and not (note.exists() and note.read_text() == key):
+    said = f"{key} {checksums.of_json(checksums.of_folder(work / 'tokenizer'))}"
+    if work.exists() and not (note.exists() and note.read_text() == said):
         say(f"{work}: left by other settings, discarded")
         shutil.rmtree(work)
     if not work.exists():
         words = tokenizers.obtain(text["train"].within(cfg.sample).texts(), cfg)
         words.save(work / "tokenizer")
-        note.write_text(key)  # written last, so its presence marks a complete tokenizer
+        # written last, so its presence marks a complete tokenizer
+        note.write_text(f"{key} {checksums.of_json(checksums.of_folder(work / 'tokenizer'))}")
     return tokenizers.load(work / "tokenizer")
 
 
@@ -155,18 +172,29 @@ def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> 
     lengths = f"{split}-{p}.lengths.npy"
     np.save(work / lengths, np.concatenate([np.load(_lengths(work, job), allow_pickle=False) for job in jobs]))
     source = data.sources()[p]
-    shards = [Shard.model_validate_json(_note(work, job).read_text()) for job in jobs]
-    return Part(title=source.title, weight=source.weight, epochs=source.epochs, lengths=lengths, shards=shards)
+    shards = [Note.model_validate_json(_note(work, job).read_text()).shard for job in jobs]
+    about = {"title": source.title, "weight": source.weight, "epochs": source.epochs, "shards": shards}
+    return Part(lengths=lengths, lengths_sha256=checksums.of_file(work / lengths), **about)
 
 
 def _write(work: Path, jobs: list[Job], pool: Pool, progress: Progress) -> None:
     """Write the shards that are missing."""
-    missing = [job for job in jobs if not _note(work, job).exists()]
+    missing = [job for job in jobs if not _is_written(work, job)]
     total = sum(len(job.index) for job in jobs)
     done = total - sum(len(job.index) for job in missing)
     progress(done, total)
     for documents in pool(_shard, missing):
         progress(done := done + documents, total)
+
+
+def _is_written(work: Path, job: Job) -> bool:
+    """Return whether an earlier call wrote a shard and its lengths, and both are what it wrote."""
+    try:
+        note = Note.model_validate_json(_note(work, job).read_text())
+        sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, job))
+    except (OSError, ValueError):
+        return False
+    return sums == (note.shard.sha256, note.lengths)
 
 
 def _note(work: Path, job: Job) -> Path:
@@ -234,7 +262,7 @@ def _shard(worker: Worker, job: Job) -> int:
         sha256=hashlib.sha256(content).hexdigest(),
     )
     draft = _note(worker.work, job).with_suffix(".tmp")
-    draft.write_text(shard.model_dump_json())
+    draft.write_text(Note(shard=shard, lengths=checksums.of_file(_lengths(worker.work, job))).model_dump_json())
     draft.rename(_note(worker.work, job))
     return len(lengths)
 

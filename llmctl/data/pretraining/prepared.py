@@ -1,6 +1,6 @@
 """Read prepared data: a corpus that `llmctl prepare` tokenized into ArrayRecord shards.
 
-prepared.json     description: tokenizer digest, splits, sources, shards with counts and checksums
+prepared.json     description: tokenizer digest, splits, sources, shards with counts; checksums of all files and itself
 tokenizer/        the tokenizer
 *.arrayrecord     one record per document: its token ids as little-endian integers
 *.lengths.npy     number of tokens of each document
@@ -9,12 +9,15 @@ tokenizer/        the tokenizer
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from llmctl.config import checksums
 from llmctl.config.errors import RequestError
 from llmctl.data.config import DataConfig, SourceConfig
 from llmctl.data.paths import folder, is_local, keep_open
@@ -22,6 +25,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 DESCRIPTION = "prepared.json"
 FORMAT = 1
+ADVICE = "remove the folder and prepare the data again"
 
 
 class Shard(BaseModel):
@@ -42,6 +46,8 @@ class Part(BaseModel):
     epochs: float
     lengths: str
     """File with the number of tokens of each document."""
+    lengths_sha256: str = ""
+    """Checksum of that file; empty if an earlier llmctl prepared the data."""
     shards: list[Shard]
 
 
@@ -58,6 +64,10 @@ class Prepared(BaseModel):
     data: dict[str, Any]
     """Data config of the preparation."""
     splits: dict[str, list[Part]]
+    words: dict[str, str] | None = None
+    """Checksums of the tokenizer's files; None if an earlier llmctl prepared the data."""
+    digest: str = ""
+    """SHA-256 of all fields above; empty if an earlier llmctl prepared the data."""
 
     def documents(self, split: str) -> int:
         """Return the number of documents of a split."""
@@ -66,6 +76,11 @@ class Prepared(BaseModel):
     def tokens(self, split: str) -> int:
         """Return the number of tokens of a split, without beginning-of-sequence and end-of-sequence tokens."""
         return sum(s.tokens for part in self.splits[split] for s in part.shards)
+
+    def text(self) -> str:
+        """Return the content of `prepared.json`, with the digest of its fields."""
+        values = self.model_dump(mode="json", exclude={"digest"})
+        return json.dumps(values | {"digest": checksums.of_json(values)}, indent=1) + "\n"
 
 
 def read(path: str) -> tuple[epath.Path, Prepared]:
@@ -78,11 +93,17 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
     if not (where / DESCRIPTION).exists():
         raise RequestError(f"{path}: no prepared data there (no {DESCRIPTION}); llmctl prepare makes it")
     try:
-        found = Prepared.model_validate_json((where / DESCRIPTION).read_text())
-    except ValidationError:
-        raise RequestError(f"{where / DESCRIPTION}: damaged; prepare the data again") from None
+        values = json.loads((where / DESCRIPTION).read_text())
+        digest = values.pop("digest", "")
+        # as it is in the file, so that fields of later versions do not matter
+        whole = not digest or digest == checksums.of_json(values)
+        found = Prepared.model_validate(values | {"digest": digest})
+    except (ValueError, TypeError, AttributeError):
+        raise RequestError(f"{where / DESCRIPTION}: damaged; {ADVICE}") from None
     if found.format > FORMAT:
         raise RequestError(f"{path}: prepared by a newer llmctl (format {found.format}, this one reads {FORMAT})")
+    if not whole:
+        raise RequestError(f"{where / DESCRIPTION}: does not match what was saved; {ADVICE}")
     return where, found
 
 
@@ -99,13 +120,18 @@ class Shards:
         keep_open(len(self._files))  # the files that are read stay open
         for file, shard in zip(self._files, part.shards, strict=True):
             if not file.exists() or file.stat().length != shard.bytes:
-                raise RequestError(f"{file}: missing or damaged; prepare the data again")
-        with (where / part.lengths).open("rb") as stream:
-            self._lengths = np.load(stream, allow_pickle=False).astype(np.int64)
+                raise RequestError(f"{file}: missing or damaged; {ADVICE}")
+        if wrong := _wrong_lengths(where, part):
+            raise RequestError(f"{where / wrong}; {ADVICE}")
+        try:
+            with (where / part.lengths).open("rb") as stream:
+                self._lengths = np.load(stream, allow_pickle=False).astype(np.int64)
+        except (OSError, ValueError, EOFError):
+            raise RequestError(f"{where / part.lengths}: damaged; {ADVICE}") from None
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._dtype = dtype
         if len(self._lengths) != sum(s.documents for s in part.shards):
-            raise RequestError(f"{where / part.lengths}: damaged; prepare the data again")
+            raise RequestError(f"{where / part.lengths}: damaged; {ADVICE}")
 
     @property
     def lengths(self) -> np.ndarray:
@@ -130,11 +156,14 @@ class Shards:
     def _read(self, docs: list[int]) -> list[np.ndarray]:
         # `__getitems__` uses a thread per shard, which helps for remote files only. Local reads already run in the data
         # pipeline's threads.
-        records = [self._data[d] for d in docs] if is_local(self._files[0]) else self._data.__getitems__(docs)
+        try:
+            records = [self._data[d] for d in docs] if is_local(self._files[0]) else self._data.__getitems__(docs)
+        except (RuntimeError, ValueError, IndexError) as e:  # the format has a checksum of every record
+            raise RequestError(f"{self._files[0].parent}: damaged ({' '.join(str(e).split())[:200]}); {ADVICE}") from e
         documents = [np.frombuffer(r, self._dtype) for r in records]
         for d, document in zip(docs, documents, strict=True):
             if len(document) != self._lengths[d]:
-                raise RequestError(f"{self._files[0].parent}: document {d} is damaged; prepare the data again")
+                raise RequestError(f"{self._files[0].parent}: document {d} is damaged; {ADVICE}")
         return documents
 
     @functools.cached_property
@@ -142,6 +171,48 @@ class Shards:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return ArrayRecordDataSource([str(file) for file in self._files])
+
+
+def check_words(where: epath.Path, found: Prepared) -> None:
+    """Check that the tokenizer beside prepared data is the one that it was prepared with.
+
+    Raises:
+      RequestError: a file differs.
+    """
+    for problem in _wrong_words(where, found):
+        raise RequestError(f"{where / problem}; {ADVICE}")
+
+
+def damage(where: epath.Path, found: Prepared) -> dict[str, str]:
+    """Compare all files of prepared data with their checksums, the shards included.
+
+    Returns:
+      What is wrong with each file that differs, as a clause, by its name.
+    """
+    wrong = [*_wrong_words(where, found)]
+    for part in (part for parts in found.splits.values() for part in parts):
+        wrong += filter(None, [_wrong_lengths(where, part)])
+        for shard in part.shards:
+            file = where / shard.file
+            if not file.exists():
+                wrong.append(f"{shard.file} is missing")
+            elif checksums.of_file(file) != shard.sha256:
+                wrong.append(f"{shard.file} does not match what was saved")
+    return {clause.partition(" ")[0]: clause for clause in wrong}
+
+
+def _wrong_words(where: epath.Path, found: Prepared) -> Iterator[str]:
+    if found.words is not None:
+        for name, what in checksums.differing(where / "tokenizer", found.words).items():
+            yield f"tokenizer/{name} {what}"
+
+
+def _wrong_lengths(where: epath.Path, part: Part) -> str:
+    file = where / part.lengths
+    if not file.exists():
+        return f"{part.lengths} is missing"
+    differs = part.lengths_sha256 and checksums.of_file(file) != part.lengths_sha256
+    return f"{part.lengths} does not match what was saved" if differs else ""
 
 
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:

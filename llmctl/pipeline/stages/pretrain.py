@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmctl.artifacts.workspace import Context
+from llmctl.config import checksums
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, TokenizerConfig
@@ -74,13 +75,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     text = Text(config.data, labels=False)
     words = ctx.work / "tokenizer"
     with processes.in_turn():  # process 0 trains the tokenizer; the others read it
-        if (ctx.work / "tokenizer.done").exists():
+        done = ctx.work / "tokenizer.done"
+        if done.exists() and done.read_text() == checksums.of_json(checksums.of_folder(words)):
             tokens = loading.load(words)
         else:
             wanted = with_sentinels(config.tokenizer, objective, config.train.seq_len)
             tokens = loading.load(base.tokenizer_dir) if base else text.tokenizer(wanted)
             tokens.save(words)
-            (ctx.work / "tokenizer.done").touch()
+            done.write_text(checksums.of_json(checksums.of_folder(words)))
 
     cache = ctx.work / "corpus"
     needed = training_rows(config.train)

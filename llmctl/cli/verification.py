@@ -1,0 +1,96 @@
+"""Compare artifacts, runs and prepared data with the checksums that were saved with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.artifacts import artifact, integrity
+from llmctl.config.errors import RequestError
+from llmctl.pipeline.recipe import MANIFEST
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Entry = dict[str, Any]
+
+
+def run(path: Path, say: Callable[[str], None]) -> list[Entry]:
+    """Compare what is at a path with its checksums.
+
+    Args:
+      path: an artifact, the folder of a run, or prepared data.
+      say: called with one line per artifact before it is read.
+
+    Returns:
+      One record per artifact or prepared data: {"path", "kind", "state", "digest", "content", "differences", "notes"}.
+      The state is "intact", "damaged", or "unchecked in part" if an earlier llmctl saved it.
+
+    Raises:
+      RequestError: there is nothing of these kinds at the path.
+    """
+    from llmctl.data.pretraining.prepared import DESCRIPTION
+
+    if (path / MANIFEST).exists():
+        return [_artifact(path, say)]
+    if (path / DESCRIPTION).exists():
+        return [_prepared(path, say)]
+    inside = sorted(p.parent for p in path.glob(f"[!.]*/{MANIFEST}"))
+    if not inside:
+        raise RequestError(
+            f"{path}: neither an artifact, nor a run, nor prepared data: there is no {MANIFEST} or {DESCRIPTION}"
+        )
+    found = [_artifact(folder, say) for folder in inside]
+    _compare_parents(found)
+    return found
+
+
+def _artifact(path: Path, say: Callable[[str], None]) -> Entry:
+    say(f"reading {path}")
+    entry: Entry = {"path": str(path), "kind": "artifact", "state": "intact", "digest": "", "content": ""}
+    entry |= {"differences": [], "notes": []}
+    try:
+        manifest = artifact.read_manifest(path)
+        found = integrity.complete(path)
+    except RequestError as e:
+        return entry | {"state": "damaged", "differences": [integrity.reason(e, path)]}
+    entry |= {"digest": manifest.digest, "content": manifest.content}
+    entry["parent"] = manifest.parent.model_dump() if manifest.parent else None
+    entry["differences"] = [*found.content.values(), *found.record.values()]
+    if entry["differences"]:
+        entry["state"] = "damaged"
+    elif manifest.checksums is None:
+        entry |= {"state": "unchecked in part", "notes": [integrity.OLDER]}
+    return entry
+
+
+def _compare_parents(found: list[Entry]) -> None:
+    """Add a note to artifacts of a run that were made from another artifact than the one that has its name now."""
+    by_name = {Path(entry["path"]).name: entry["content"] for entry in found}
+    for entry in found:
+        parent = entry.get("parent")
+        there = by_name.get(parent["name"], "") if parent else ""
+        if parent and there and parent["content"] and parent["content"] != there:
+            entry["notes"].append(f"was made from another {parent['name']} than the one that is there")
+
+
+def _prepared(path: Path, say: Callable[[str], None]) -> Entry:
+    from llmctl.data.pretraining import prepared
+
+    say(f"reading {path}")
+    entry: Entry = {"path": str(path), "kind": "prepared data", "state": "intact", "digest": "", "content": ""}
+    entry |= {"differences": [], "notes": []}
+    try:
+        where, found = prepared.read(str(path))
+    except RequestError as e:
+        return entry | {"state": "damaged", "differences": [integrity.reason(e, path)]}
+    entry["digest"] = found.digest
+    entry["differences"] = list(prepared.damage(where, found).values())
+    if entry["differences"]:
+        entry["state"] = "damaged"
+    elif found.words is None:
+        entry |= {
+            "state": "unchecked in part",
+            "notes": ["prepared by an earlier llmctl, so only its shards are checked"],
+        }
+    return entry
