@@ -124,10 +124,15 @@ class Stored(Mapping[str, Any]):
         options = ocp.args.PyTreeRestore(
             item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = weights.flatten(checkpointer.restore(self.folder.absolute(), args=options))[path]
+        again = "run the same import again"
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                found = weights.flatten(checkpointer.restore(self.folder.absolute(), args=options))[path]
+        except Exception as e:  # Orbax and TensorStore raise many types for damaged files
+            reason = " ".join(str(e).split())[:120]
+            raise WorkError(f"{self.folder}: {path} cannot be read ({reason}); {again}") from e
         if path in self.digests and fingerprint.digest({path: found}) != self.digests[path]:
-            raise WorkError(f"{self.folder}: {path} does not match what was written; run the same import again")
+            raise WorkError(f"{self.folder}: {path} does not match what was written; {again}")
         return found
 
     def __iter__(self) -> Iterator[str]:

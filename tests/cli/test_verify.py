@@ -1,4 +1,4 @@
-"""`llmctl verify` finds what differs in artifacts, runs and prepared data, and ends with exit code 2 if anything does."""
+"""`llmctl verify` finds what differs in artifacts, runs and prepared data, and then ends with exit code 2."""
 
 import json
 
@@ -63,7 +63,7 @@ def edit(file, old, new):
 @pytest.mark.parametrize(
     ("file", "old", "new", "difference"),
     [
-        ("run/made/manifest.json", '"norm_eps": 1e-05', '"norm_eps": 0.1', "the manifest's `model` does not match"),
+        ("run/made/manifest.json", '"norm_eps": 0.00001', '"norm_eps": 0.1', "the manifest's `model` does not match"),
         ("run/made/manifest.json", '"stage": "prune"', '"stage": "x"', "the manifest's `stage` does not match"),
         ("run/made/tokenizer/llmctl_tokenizer.json", "true", "false", "tokenizer/llmctl_tokenizer.json does not match"),
         ("p/prepared.json", '"weight": 1.0', '"weight": 2.0', "does not match what was saved"),
