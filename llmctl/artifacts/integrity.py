@@ -55,4 +55,5 @@ def complete(path: Path) -> Damage:
 def reason(e: LlmctlError, path: Path) -> str:
     """Return the part of an error's line that says what is wrong at `path`, without the path and the advice."""
     line = str(e).removeprefix(f"{path}: ").removeprefix(f"{path / NAME}: ")
-    return line.rpartition("; ")[0] or line
+    line = line.rpartition("; ")[0] or line
+    return line[len("damaged (") : -1] if line.startswith("damaged (") else line

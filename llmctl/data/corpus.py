@@ -109,10 +109,10 @@ class Corpus:
                 return None
             tokens_N = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             starts_D1 = np.load(folder / "starts.npy", allow_pickle=False)
+            sizes = described["documents"] + 1, described["tokens"], described["tokens"]
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             return None
-        whole = len(starts_D1) == described["documents"] + 1 and len(tokens_N) == starts_D1[-1] == described["tokens"]
-        return Corpus(tokens_N, starts_D1) if whole else None
+        return Corpus(tokens_N, starts_D1) if (len(starts_D1), len(tokens_N), starts_D1[-1]) == sizes else None
 
 
 def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:

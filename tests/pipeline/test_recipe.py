@@ -253,6 +253,52 @@ def test_a_damaged_artifact_is_made_again(go, tmp_path):
     assert ran == ["change"] and "is damaged" in said[1]
 
 
+def edit(folder, **fields):
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_an_artifact_that_was_edited_is_not_up_to_date(go, tmp_path):
+    go()
+    edit(tmp_path / "run/change", labels=["a"])
+    ran, said = go()
+    assert ran == ["change"]
+    assert (
+        "[2/5] change from make: the artifact that is there cannot be read (damaged (the manifest's `labels`" in said[1]
+    )
+    edit(tmp_path / "run/change", key=artifact.read_manifest(tmp_path / "run/again").key)
+    assert go()[0] == ["change"]
+    (tmp_path / "run/score/results.json").write_text("[]")
+    ran, said = go()
+    assert ran == ["score"] and "is damaged (results.json does not match what was saved)" in said[4]
+    edit(tmp_path / "run/again", metrics={"loss": 0.0})
+    ran, said = go()
+    assert ran == []
+    assert said[2].endswith(
+        "up to date, skipped (the manifest's `metrics` do not match what was saved; its weights are whole)"
+    )
+
+
+def test_a_damaged_parent_outside_the_run_is_refused_and_an_older_one_keeps_its_key(go, tmp_path):
+    go()
+    parent = tmp_path / "run/make"
+    one = recipe.single("change", {"from": str(parent)}, tmp_path / "b")
+    known = artifact.read_manifest(parent)
+    newer = runner.plan(one)[0].key
+    assert newer == runner.key(one.steps[0].config, f"{known.key}:{known.content}")
+    edit(parent, task="x")
+    with pytest.raises(
+        RequestError, match="make: damaged .the manifest's `task` does not match what was saved.; remove"
+    ):
+        runner.plan(one)
+    edit(parent, task="", checksums=None)
+    assert runner.plan(one)[0].key == runner.key(one.steps[0].config, f"{known.key}:{known.digest}")
+    _, said = go()
+    assert said[0].endswith(
+        "up to date, skipped (saved by an earlier llmctl, so only its arrays and its tokenizer are checked)"
+    )
+
+
 def test_what_a_killed_process_left_is_not_taken_for_an_artifact(go, tmp_path):
     go()
     (tmp_path / "run/make").rename(tmp_path / "run/.make.llmctl-old")
