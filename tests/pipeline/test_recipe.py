@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.artifacts import artifact
+from llmctl.artifacts import artifact, integrity
 from llmctl.cli import summary
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.distributed import locks
