@@ -12,7 +12,7 @@ import typer
 from llmctl.cli import stage_help
 from llmctl.config.base import Config, parse_value, section
 from llmctl.config.errors import RequestError
-from llmctl.config.registry import Registry
+from llmctl.config.registry import Choices, Registry
 from llmctl.pipeline import stage
 
 if TYPE_CHECKING:
@@ -139,9 +139,7 @@ def _report(step: Step, json: bool) -> None:
     elif results:
         for r in results:
             console.show(f"{r['artifact']}: {r['task']} ({r['protocol']})")
-            console.show(
-                "  ".join(f"{k}={metrics.text(k, v)}" for k, v in r["metrics"].items() if isinstance(v, (int, float)))
-            )
+            console.show("  ".join(metrics.named(k, v) for k, v in r["metrics"].items() if isinstance(v, (int, float))))
     elif json:
         console.result(shown.one(step.out))
     else:
@@ -223,9 +221,9 @@ def _base(annotation: Any) -> Any:
 
 
 def _metavar(field: FieldInfo) -> str:
-    """Return the choices of a Literal or a registry, else the type."""
+    """Return the choices of a Literal, a registry or a list of names, else the type."""
     kind = _base(field.annotation)
-    registered = next((m for m in (*field.metadata, *_metadata(kind)) if isinstance(m, Registry)), None)
+    registered = next((m for m in (*field.metadata, *_metadata(kind)) if isinstance(m, (Choices, Registry))), None)
     if registered:
         return "|".join(registered)
     if get_origin(kind) is Literal:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Generic, TypeVar
 
@@ -27,6 +28,16 @@ T = TypeVar("T")
 def entry_points() -> dict[str, metadata.EntryPoint]:
     """Return the entry points of the group by name, those of all installed packages."""
     return {point.name: point for point in metadata.entry_points(group=GROUP)}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Names that help and completion list for a setting, if they are not those of one registry."""
+
+    names: Callable[[], list[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
 
 
 class Registry(Generic[T]):

@@ -85,7 +85,7 @@ class DataConfig(SourceConfig):
     """Data of a stage: one source or a mixture, labels and splits."""
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"label_separator", "unlabeled", "validation_path", "test_path", "validation_split", "test_split"}
+        {"label_separator", "unlabeled", "validation_path", "test_path", "validation_split", "test_split", "target_len"}
     )
 
     mixture: list[SourceConfig] = []
@@ -116,6 +116,8 @@ class DataConfig(SourceConfig):
     """Sources tfds and hf: which of their splits is the validation split, instead of a fraction."""
     test_split: str = ""
     """Sources tfds and hf: which of their splits is the test split, instead of a fraction."""
+    target_len: int = Field(default=0, ge=0)
+    """Encoder-decoders: tokens per completion, its end included; longer ones are cut. 0 takes train.seq_len."""
     dedup: bool = True
     """Drop repeated texts (up to case, Unicode form and white space) before splitting. Rows with the
     text of a held-out file or split (test_path, test_split, …) are always dropped."""
@@ -188,7 +190,8 @@ class TokenizerConfig(Config):
     sample: int = Field(default=10_000_000, ge=1000)
     """Maximum number of characters to train on. A fixed hash selects complete documents."""
     normalize: Literal["identity", "nfkc", "nfkc_lowercase"] = "identity"
-    """Unicode normalization before tokenization; identity decodes to exactly the encoded text."""
+    """Unicode normalization before tokenization. With identity, decoding returns the encoded text, except that unigram
+    and bpe store spaces as U+2581, so that a text's own U+2581 becomes a space."""
     sentinels: int = Field(default=0, ge=0, le=1000)
     """Number of extra tokens `<extra_id_0>`, `<extra_id_1>`, … for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"

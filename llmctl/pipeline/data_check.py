@@ -47,7 +47,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
     """Return the canonical columns that a stage's data must have, as far as the recipe says; else none."""
     if step.config.kind == "pretrain":
-        return ("text",)
+        return ("prompt", "completion") if getattr(step.config, "objective", "") == "completions" else ("text",)
     from llmctl.evaluate.tasks.registry import TASKS
 
     # "lm" reads text, or prompts and completions, as the data has them

@@ -73,10 +73,15 @@ def summary(found: list[dict[str, Any]]) -> Table:
         table.add_row(
             one["stage"], one["program"], size(one["hbm_bytes"]["total"]),
             _verdict(one["fits"], "fits", "does not fit"),
-            duration(seconds) if seconds else "", f"{one['steps']:,}" if one["steps"] else "",
+            duration(seconds) if seconds else "", _runs(one),
             f"{hours:,.3g}" if hours is not None else "",
         )  # fmt: skip
     return table
+
+
+def _runs(one: dict[str, Any]) -> str:
+    """Format the number of runs. Epochs count rows of data, which a plan does not read."""
+    return f"{one['steps']:,}" if one["steps"] else "by train.epochs" if one["program"] == "train step" else ""
 
 
 def _verdict(good: bool, yes: str, no: str) -> Text:

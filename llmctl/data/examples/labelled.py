@@ -151,8 +151,7 @@ class SequencePairRows(ExampleRows):
     """Encoder-decoder rows: prompts for the encoder, completions and their `eos` for the decoder.
 
     The encoder reads a prompt like a document in pretraining: `bos` if the tokenizer adds it, the tokens, `eos`. The
-    decoder begins with the padding token, as in pretraining. Both have T tokens and lose the end of a longer text;
-    `eos` stays.
+    decoder begins with the padding token, as in pretraining. Both lose the end of a longer text; `eos` stays.
     """
 
     def __init__(
@@ -163,6 +162,7 @@ class SequencePairRows(ExampleRows):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        target_len: int = 0,
         whole: bool = False,
         ends: bool = True,
     ):
@@ -174,6 +174,7 @@ class SequencePairRows(ExampleRows):
           seq_len: tokens per row, T.
           seed: seed of the shuffle.
           shuffle: use another order in every epoch.
+          target_len: tokens per completion; 0 takes `seq_len`.
           whole: never cut completions; the longest one then determines the decoder's length.
           ends: also predict the `eos` after a completion.
 
@@ -187,7 +188,9 @@ class SequencePairRows(ExampleRows):
         self._template = tokenizer.template
         self._room = seq_len - len(self._template.row([]))
         count = range(len(examples))
-        self.written = max((len(self._completions[i]) for i in count), default=0) + 1 if whole else seq_len
+        self.written = (
+            max((len(self._completions[i]) for i in count), default=0) + 1 if whole else target_len or seq_len
+        )
         """Decoder length in tokens."""
         self.cut = sum(len(self._prompts[i]) > self._room for i in count)
         """Number of prompts that lose their end."""

@@ -41,7 +41,7 @@ class MadeUp(Text):
           seq_len: minimum document length in tokens.
           classes: class names, if `cfg` has none; two by default.
         """
-        self._examples = examples(cfg, columns, seq_len, classes)
+        self._cfg, self._examples = cfg, examples(cfg, columns, seq_len, classes)
 
     @property
     def splits(self) -> splits.Splits:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.data import splits
-from llmctl.data.config import DataConfig, Packing, TokenizerConfig
+from llmctl.data.config import TEXT_COLUMNS, DataConfig, Packing, TokenizerConfig
 from llmctl.data.corpus import Documents, cached
 from llmctl.data.pretraining import prepared
 from llmctl.data.pretraining.mixing import MixedRows
@@ -60,6 +61,11 @@ class Text:
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     @property
+    def target_len(self) -> int:
+        """Return the tokens per completion; 0 if the sequence length applies."""
+        return self._cfg.target_len
+
+    @property
     def epochs(self) -> float:
         """Return the maximum number of epochs, 0 if unlimited. For a mixture it is the smallest limit of a source."""
         return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
@@ -71,7 +77,9 @@ class Text:
           RequestError: as `loading.obtain`, or `cfg.path` is not the tokenizer of the prepared text.
         """
         if not self._prepared:
-            return tokenizers.obtain(self.splits["train"].within(cfg.sample).texts(), cfg)
+            found = self.splits["train"].within(cfg.sample)
+            columns = ("text",) if "text" in found.columns else tuple(c for c in TEXT_COLUMNS if c in found.columns)
+            return tokenizers.obtain(itertools.chain.from_iterable(map(found.texts, columns)), cfg)
         where, found = self._prepared[0]
         prepared.check_words(where, found)
         own = tokenizers.load(where / "tokenizer", tokenizers.BOS[cfg.bos])

@@ -17,14 +17,14 @@ from llmctl.data.pretraining.packing import PackedRows, causal
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
-ObjectiveName = Literal["causal", "masked", "next_sentence", "spans", "prefix"]
+ObjectiveName = Literal["causal", "masked", "next_sentence", "spans", "prefix", "completions"]
 LEARNS: dict[str, tuple[ObjectiveName, ...]] = {
-    "decoder": ("causal",),
+    "decoder": ("causal", "completions"),
     "encoder": ("masked", "next_sentence"),
-    "encoder_decoder": ("spans", "prefix"),
+    "encoder_decoder": ("spans", "prefix", "completions"),
 }
 """Objectives per architecture. The first is the default, except that an encoder with a next-sentence head takes
-next_sentence."""
+next_sentence. The rows of "completions" are pairs of texts, which `llmctl.evaluate.tasks.completions` builds."""
 
 
 @dataclass(frozen=True)

@@ -120,3 +120,9 @@ def text(name: str, value: float) -> str:
     """Format `value` by the metric's record, or with six digits if there is none."""
     record = find(name)
     return record.text(value) if record else f"{value:.6g}"
+
+
+def named(name: str, value: float) -> str:
+    """Format `value` with its name; a duration with the title, which has the unit."""
+    record = find(name)
+    return f"{record.title if record and record.unit == 's' else name}={text(name, value)}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.examples.labelled import CompletionRows, SequencePairRows
+from llmctl.data.pretraining.lm_corpus import Text, check_epochs
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
@@ -37,10 +40,35 @@ class Completions(Language):
         shuffle: bool,
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
+        target_len: int = 0,
     ) -> CompletionRows | SequencePairRows:
         """Return one prompt and its completion per row."""
-        kind = SequencePairRows if model.architecture == "encoder_decoder" else CompletionRows
-        return kind(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+        if model.architecture == "encoder_decoder":
+            return SequencePairRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=target_len)
+        if target_len:
+            raise RequestError("data.target_len is for encoder-decoders; a decoder reads both texts in one row")
+        return CompletionRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+
+    def stage_rows(
+        self,
+        model: ModelConfig,
+        text: Text,
+        split: str,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        cache: Path,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        needed: int = 0,
+    ) -> CompletionRows | SequencePairRows:
+        """Return the rows of a split, with completions of the length that the data config gives."""
+        examples = text.splits[split]
+        rows = self.rows(model, examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=text.target_len)
+        if text.epochs:
+            check_epochs(needed, round(text.epochs * len(rows)))
+        return rows
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure perplexity of completions given prompts.

@@ -38,6 +38,14 @@ TASKS: Registry[Task] = Registry(
 """Every head has a task of its own name: the default for artifacts that name none. "lm" chooses by the data and the
 architecture among the tasks after it."""
 
+OF_LM = ("causal", "masked", "next_sentence", "spans", "prefix", "completions")
+"""Tasks among which "lm" chooses."""
+
+
+def finetuned() -> list[str]:
+    """Return the names of the tasks to finetune for. Those of `OF_LM` are chosen by "lm"."""
+    return [name for name in TASKS if name not in OF_LM]
+
 
 def default(model: ModelConfig) -> Task:
     """Return the task that has the name of the model's head."""

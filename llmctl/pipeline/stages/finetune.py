@@ -9,9 +9,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.artifacts.workspace import Context
 from llmctl.config.errors import RequestError
+from llmctl.config.registry import Choices
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
-from llmctl.evaluate.tasks.registry import TASKS, of
+from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
 from llmctl.train.adapters.settings import LoraConfig
@@ -36,7 +37,7 @@ class Config(StageConfig):
     data: DataConfig = DataConfig()
     """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
     question, context and answers (span); text and pair (embed); prompt and completion, or text (lm)."""
-    task: Annotated[str, AfterValidator(TASKS.check), TASKS] = "classify"
+    task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
     vectors that are similar for pairs of texts, or as given by numbers. lm: language modelling, with loss on

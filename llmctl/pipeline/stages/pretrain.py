@@ -42,10 +42,10 @@ class Config(StageConfig):
     packing: Literal["segments", "concat", "fit"] = "segments"
     """Packing of documents into rows. segments: cut at row ends. concat: the same, with attention across documents.
     fit: not cut, with padding."""
-    objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix"] = ""
+    objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix", "completions"] = ""
     """Training objective. causal: the next token. masked: masked tokens. next_sentence: also whether a passage follows
-    another. spans: dropped spans (encoder-decoder). prefix: the rest of a text (encoder-decoder). Default: by the
-    model's architecture."""
+    another. spans: dropped spans (encoder-decoder). prefix: the rest of a text (encoder-decoder). completions: the
+    completion of a prompt (columns prompt and completion). Default: by the model's architecture."""
     rate: float = Field(default=0.15, gt=0, lt=1)
     """Objectives masked, next_sentence and spans: fraction of tokens to predict."""
     span: float = Field(default=3.0, ge=1)
@@ -86,13 +86,14 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     cache = ctx.work / "corpus"
     needed = training_rows(config.train)
-    learn = _rows(config, objective, text, "train", tokens, cache, shuffle=True, needed=needed)
-    unseen = _rows(config, objective, text, "validation", tokens, cache, shuffle=False)
+    model = base.model if base else config.model
+    learn = _rows(config, model, objective, text, "train", tokens, cache, shuffle=True, needed=needed)
+    unseen = _rows(config, model, objective, text, "validation", tokens, cache, shuffle=False)
     if objective.name == "next_sentence":
         next_sentence.check(learn.labelled)
         console.say(f"{config.title}: {learn.labelled:.0%} of the rows have a next-sentence pair, half of them true")
     blind: dict[str, float] = {}
-    if objective.name != "causal":
+    if objective.name not in ("causal", "completions"):
         blind = baselines.guesses(unseen, validation_rows(config.train), objective.sentinels(tokens))
         console.say(f"{config.title}: knowing nothing of the context {baselines.describe(blind)}")
     learns = make_learner(config, base, tokens.vocab_size, devices)
@@ -102,7 +103,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         params,
         learns.model,
         parent=base.manifest if base else None,
-        metrics=metrics | blind | {"tokens_an_epoch": learn.tokens, "padding": learn.waste},
+        metrics=metrics | blind | _amount(learn),
         tokenizer_dir=words,
     )
 
@@ -116,15 +117,22 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     objective = aim(config, base, mesh)
     vocab_size = _vocabulary(config, objective)
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b, vocab_size, mesh), base)
-    text = made_up.MadeUp(config.data, seq_len=config.train.seq_len)
-    rows = _rows(config, objective, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    columns = ("prompt", "completion") if objective.name == "completions" else ()
+    text = made_up.MadeUp(config.data, columns, seq_len=config.train.seq_len)
+    rows = _rows(config, learns.model, objective, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
     left = abstract_artifact.left(config, params, learns.model, base=base)
     return [programs.train_step(config, learns, rows, mesh)], left
 
 
+def _amount(rows: Any) -> dict[str, Any]:
+    """Return the tokens of an epoch, and the share of padding in the rows; nothing for pairs of texts."""
+    return {"tokens_an_epoch": rows.tokens, "padding": rows.waste} if hasattr(rows, "waste") else {}
+
+
 def _rows(
     config: Config,
+    model: ModelConfig,
     objective: Objective,
     text: Text,
     split: str,
@@ -135,6 +143,12 @@ def _rows(
     needed: int = 0,
 ) -> Any:
     """Return the rows of a split; `cache` keeps its tokens."""
+    if objective.name == "completions":
+        from llmctl.evaluate.tasks.registry import TASKS
+
+        return TASKS["completions"].stage_rows(
+            model, text, split, tokens, config.train.seq_len, cache, seed=config.seed, shuffle=shuffle, needed=needed
+        )
     return text.rows(
         split, tokens, config.train.seq_len, cache,
         seed=config.seed, packing=config.packing, shuffle=shuffle, needed=needed, objective=objective,

@@ -13,6 +13,7 @@ from llmctl.compress.scores import SCORES
 from llmctl.compress.settings import CalibrationConfig
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
+from llmctl.config.registry import Choices
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
@@ -37,10 +38,14 @@ PARTS = ("heads", "ffn", "layers")
 
 
 def _method(name: str) -> str:
-    known = [STRUCTURED, *SCORES]
+    known = _methods()
     if name not in known:
         raise ValueError(f"unknown method {name!r}{hint(name, known)}; known: {', '.join(known)}")
     return name
+
+
+def _methods() -> list[str]:
+    return [STRUCTURED, *SCORES]
 
 
 class Config(CalibrationConfig, StageConfig):
@@ -53,7 +58,7 @@ class Config(CalibrationConfig, StageConfig):
     )
 
     kind: Literal["prune"] = "prune"
-    method: Annotated[str, AfterValidator(_method), SCORES] = STRUCTURED
+    method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
     """Method: structured removes heads, neurons and layers. Scores set single weights to zero: magnitude (absolute
     value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient), random."""
     heads: float = Field(default=0.0, ge=0)

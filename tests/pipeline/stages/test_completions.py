@@ -118,3 +118,26 @@ def test_what_was_learned_is_generated(tuned, beams, capsys):
     found = json.loads(capsys.readouterr().out)["results"]
     assert [r["text"] for r in found] == [ANSWERS["d" if "d" in p else "b"] for p in prompts]
     assert all(r["ended"] == "end" and ("score" in r) == (beams > 1) for r in found)
+
+
+def test_a_model_from_scratch_learns_pairs_of_texts_with_their_own_lengths(pairs, tmp_path):
+    """No column `text` is needed; the tokenizer is trained on both columns, and each side has its length."""
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.evaluate.tasks.registry import TASKS
+    from llmctl.pipeline.stages import pretrain
+
+    config = pretrain.Config(
+        data=pairs.model_copy(update={"target_len": 6}),
+        objective="completions",
+        tokenizer=TokenizerConfig(kind="bytes"),
+        model=ModelConfig(preset="t5-tiny", **SIZES, max_seq_len=32),
+        train=TrainConfig(steps=2, batch_size=8, seq_len=24, tensorboard=False),
+    )
+    (tmp_path / "work").mkdir()
+    pretrain.run(config, None, Context(tmp_path / "out", tmp_path / "work", "key"))
+    made = artifact.load(tmp_path / "out")
+    tokens = loading.load(made.tokenizer_dir)
+    rows = TASKS["completions"].stage_rows(made.model, Text(config.data), "train", tokens, 24, tmp_path, shuffle=False)
+    batch = rows.batch(np.arange(2))
+    assert batch["encoder_tokens"].shape == (2, 24) and batch["tokens"].shape == (2, 6)
+    assert "padding" not in made.manifest.metrics and made.manifest.metrics["steps"] == 2
