@@ -34,6 +34,7 @@ from llmctl.artifacts.manifest import (
     read_manifest,
     write_manifest,
 )
+from llmctl.config import containment
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.model.config import ModelConfig
 
@@ -285,7 +286,7 @@ def save(
         )
         if processes.first():
             if tokenizer_dir:
-                shutil.copytree(tokenizer_dir, draft / "tokenizer")
+                containment.copy(tokenizer_dir, draft / "tokenizer")
             if log and log.exists():
                 shutil.copy(log, draft / "log.jsonl")
         text = processes.tell(lambda: write_manifest(draft, manifest).model_dump_json())

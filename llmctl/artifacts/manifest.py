@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmctl.artifacts.fingerprint import type_bits
-from llmctl.config import checksums
+from llmctl.config import checksums, containment
 from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
 
@@ -174,7 +174,8 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and compare the fields that can change an answer with their digest.
 
     Raises:
-      RequestError: there is no manifest, it is damaged, or its format is later than `FORMAT`.
+      RequestError: there is no manifest, it is damaged, or its format is later than `FORMAT`; or a link in the folder
+        leads out of it.
     """
     content = _raw(path)
     try:
@@ -255,6 +256,7 @@ def _raw(path: Path) -> dict[str, Any]:
     file = Path(path) / NAME
     if not file.is_file():
         raise RequestError(f"{path}: not an artifact (it has no manifest.json); name a folder that a stage wrote")
+    containment.check(path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format"]

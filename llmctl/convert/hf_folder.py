@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from llmctl.config import containment
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures, compressed_tensors, name_map, safetensors
 from llmctl.convert.lazy_tensors import Tensor, Tensors, listed
@@ -81,10 +82,11 @@ def look(
 
     Raises:
         RequestError: If an architecture or key is unknown, the weights are a pickle, a file is damaged, or tensors
-            contradict the config.
+            contradict the config; or a link leads out of the folder.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
+    containment.check(folder)
     config = read_json(folder / CONFIG)
     return understand(folder, config, safetensors.read_folder(folder, say), ignore, drop)
 

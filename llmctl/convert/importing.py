@@ -15,6 +15,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmctl.artifacts import artifact
+from llmctl.config import containment
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.config.terminal import terminal
@@ -176,6 +177,7 @@ def adapter(
         RequestError: If the adapter is not plain LoRA or does not fit the base.
     """
     artifact.check_place(out, source, base, stage="import", replace=replace)
+    containment.check(source)
     found = artifact.load(base)
     params = peft.load(found, source)
     tree = jax.device_put(params, functional.shardings(found.model, params, meshes.make(MeshConfig())))

@@ -17,6 +17,7 @@ import jax
 
 from llmctl.artifacts import fingerprint
 from llmctl.artifacts.atomic import disk_is_full
+from llmctl.config import containment
 from llmctl.config.errors import WorkError
 from llmctl.convert import name_map
 from llmctl.distributed import locks
@@ -64,6 +65,7 @@ class Stream:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             said.write_text(key)
+        containment.check(self.folder)
         lines = self._log.read_text().splitlines() if self._log.is_file() else []
         self.before = dict(line.split("\t") for line in lines if line.count("\t") == 1)
         """Digest of each parameter that an earlier process wrote, by its path."""

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llmctl.config.containment import regular, within
 from llmctl.config.errors import RequestError
 from llmctl.convert.lazy_tensors import Tensor, listed
 
@@ -40,7 +41,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         RequestError: If the file is absent, is not a safetensors file, or is truncated.
     """
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         with path.open("rb") as f:
             start = f.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
@@ -114,7 +115,7 @@ def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
     """
     try:
         placed = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        gone = sorted(f for f in set(placed.values()) if not (folder / f).is_file())
+        gone = sorted(f for f in set(placed.values()) if not within(folder, f).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{INDEX} is damaged"
     if gone:
@@ -142,13 +143,13 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     try:
         placed = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
         files = sorted(set(placed.values()))
-        if any(Path(f).name != f for f in files):  # a shard outside the folder could be any file of the machine
-            raise ValueError("a shard outside the folder")
+        if odd := [f for f in files if Path(f).name != f]:  # it could be any file of the machine
+            raise ValueError(f"a shard outside the folder: {odd[0]}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise RequestError(f"{folder / INDEX}: damaged index ({e})") from None
     found: dict[str, Tensor] = {}
     for file in files:
-        tensors = read_file(folder / file)
+        tensors = read_file(within(folder, file))
         if absent := sorted(k for k, f in placed.items() if f == file and k not in tensors):
             raise RequestError(f"{folder / file}: lacks {listed(absent)}, which the index places there")
         if strays := sorted(tensors.keys() - placed.keys()):

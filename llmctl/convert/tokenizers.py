@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
 from llmctl.convert import post_processor, sentencepiece_json
 from llmctl.convert.lazy_tensors import listed
@@ -48,13 +49,18 @@ def bring(
         The folder, or None if the source has no tokenizer.
 
     Raises:
-        RequestError: If the tokenizer is damaged, does not fit the model's table, or lacks its added tokens.
+        RequestError: If the tokenizer is damaged, does not fit the model's table, or lacks its added tokens, or a file
+            is a link out of its folder.
     """
+    folder = source if source.is_dir() else source.parent
+    for name in (*BESIDE, SentencePieces.file):
+        within(folder, name)
+    if of:
+        within(of, GENERATION)
     found = _find(source)
     if found is None:
         return None
     check(found, model, str(source))
-    folder = source if source.is_dir() else source.parent
     if beyond := [t for t, i in read_json(folder / "added_tokens.json").items() if i >= found.vocab_size]:
         raise RequestError(
             f"{source}: its added tokens ({listed(beyond)}) are only read from a tokenizer.json; make one with "

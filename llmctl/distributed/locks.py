@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmctl.config import containment
 from llmctl.config.errors import RequestError
 from llmctl.distributed import processes
 
@@ -21,8 +22,12 @@ _claimed: set[Path] = set()
 
 
 def scratch(out: Path, what: str) -> Path:
-    """Return the hidden path beside `out` for llmctl's own use, such as `.out.llmctl-draft`."""
-    return out.parent / f".{out.name}.llmctl-{what}"
+    """Return the hidden path beside `out` for llmctl's own use, such as `.out.llmctl-draft`.
+
+    Raises:
+      RequestError: there is a link.
+    """
+    return containment.own(out.parent / f".{out.name}.llmctl-{what}")
 
 
 def check_name(name: str, where: str) -> None:
@@ -73,16 +78,17 @@ def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
       shared: other holders of a shared lock are let in.
 
     Raises:
-      RequestError: another process holds it.
+      RequestError: another process holds it, or the file or its folder is a link.
     """
     if not processes.first():
         yield
         return
+    containment.own(path.parent)
     made = not path.parent.exists()
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # its folder was removed in between
-            file = path.open("a+")
+            file = containment.regular(containment.own(path)).open("a+")
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:

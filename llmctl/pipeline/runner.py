@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.manifest import ADVICE, listed
 from llmctl.artifacts.workspace import Context
+from llmctl.config import containment
 from llmctl.config.base import Config, hint, keyed
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.data.config import SourceConfig
@@ -192,6 +193,7 @@ def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: 
     if work.exists() and (not note.exists() or note.read_text() != key):
         say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")
         shutil.rmtree(work)
+    containment.check(containment.own(work))
     made = not work.exists()
     if not note.exists():
         work.mkdir(parents=True, exist_ok=True)

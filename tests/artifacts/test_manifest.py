@@ -198,3 +198,13 @@ def test_damaged_arrays_are_named_and_a_model_keeps_its_damaged_metrics_apart(sa
     assert list(found.content) == ["params"] and list(found.record) == ["log.jsonl"]
     with pytest.raises(RequestError, match=r"a: damaged \(params: .*remove this folder and run the stage"):
         artifact.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["tokenizer/chat_template.jinja", "tokenizer", "params", "manifest.json"])
+def test_a_link_out_of_an_artifact_is_refused(saved, tmp_path, name):
+    """What a link stands for was copied into the artifacts that were made from this one."""
+    shutil.copytree(saved, tmp_path / "a")
+    shutil.move(tmp_path / "a" / name, tmp_path / "elsewhere")
+    (tmp_path / "a" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match=rf"a/{name}: is a link to (the folder )?{tmp_path}/elsewhere"):
+        artifact.load(tmp_path / "a")

@@ -372,3 +372,22 @@ def test_every_end_token_of_a_folder_ends_an_answer_and_goes_out_again(at, copie
     assert call("export", tmp_path / "a", "--out", tmp_path / "hf")[0] == 0
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "hf" / file).read_text())["eos_token_id"] == [2, 0]
+
+
+def test_a_link_out_of_a_model_folder_is_refused_and_one_into_the_cache_s_blobs_is_read(exported, call, tmp_path):
+    snapshot = tmp_path / "models--us--it" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--us--it" / "blobs").mkdir()
+    for i, file in enumerate(sorted(exported.iterdir())):
+        shutil.copy(file, tmp_path / "models--us--it" / "blobs" / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    code, made, _ = call("import", snapshot, "--out", tmp_path / "a")
+    assert code == 0 and made["tokenizer"]
+    assert not [p for p in (tmp_path / "a").rglob("*") if p.is_symlink()]
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    code, _, said = call("import", snapshot, "--out", tmp_path / "b")
+    assert code == 2 and f"chat_template.jinja: is a link to {tmp_path}/secret, outside" in said
+    code, _, said = call("import", exported, "--tokenizer", snapshot, "--out", tmp_path / "b")
+    assert code == 2 and "chat_template.jinja: is a link to" in said
+    assert not (tmp_path / "b").exists()

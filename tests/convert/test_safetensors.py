@@ -1,6 +1,7 @@
 """Our safetensors reader and writer versus the library's, and every kind of damage."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -149,3 +150,16 @@ def test_one_file_and_shards_that_differ_are_refused(both, change):
     ours.write_file(folder / ours.SINGLE, changed)
     with pytest.raises(RequestError, match=r"two different models \(they differ in (w3|extra)\); keep one"):
         ours.read_folder(folder)
+
+
+def test_a_shard_may_not_be_a_link_out_of_its_folder_or_a_pipe(tmp_path):
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "secret")
+    (tmp_path / "model" / "a.safetensors").symlink_to(tmp_path / "secret")
+    (tmp_path / "model" / ours.INDEX).write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    with pytest.raises(RequestError, match=r"a.safetensors: is a link to .*/secret, outside"):
+        ours.read_folder(tmp_path / "model")
+    (tmp_path / "model" / "a.safetensors").unlink()
+    os.mkfifo(tmp_path / "model" / "a.safetensors")
+    with pytest.raises(RequestError, match=r"a.safetensors: is a pipe"):
+        ours.read_folder(tmp_path / "model")

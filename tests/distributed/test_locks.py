@@ -62,3 +62,17 @@ def test_files_of_others_stay(tmp_path):
     with atomic.writing(tmp_path / "out") as draft:
         (draft / "a").touch()
     assert len(list(tmp_path.glob("*/mine")) + list(tmp_path.glob(".*/mine"))) >= 4
+
+
+def test_locks_and_scratch_files_are_not_written_through_links(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".work").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere" / "file")
+    (tmp_path / ".out.llmctl-draft").symlink_to(tmp_path / "elsewhere")
+    for path in (tmp_path / "run" / ".work" / "run.lock", tmp_path / "lock"):
+        with pytest.raises(RequestError, match=r"is a link to .*/elsewhere"), locks.lock(path, "it"):
+            pass
+    with pytest.raises(RequestError, match=r"draft: is a link to .*/elsewhere"), atomic.writing(tmp_path / "out"):
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from llmctl.config import checksums
+from llmctl.config import checksums, containment
 from llmctl.config.base import keyed
 from llmctl.config.errors import Interrupted, RequestError
 from llmctl.data import columns, splits
@@ -147,6 +147,7 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
     """Create the work folder with its tokenizer. The files of an earlier call with the same key are kept."""
+    containment.check(work)
     note = work / "key"
     said = f"{key} {checksums.of_json(checksums.of_folder(work / 'tokenizer'))}"
     if work.exists() and not (note.exists() and note.read_text() == said):

@@ -18,6 +18,7 @@ from etils import epath
 from pydantic import BaseModel
 
 from llmctl.config import checksums
+from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
 from llmctl.data.config import DataConfig, SourceConfig
 from llmctl.data.paths import folder, is_local, keep_open
@@ -93,7 +94,7 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
     if not (where / DESCRIPTION).exists():
         raise RequestError(f"{path}: no prepared data there (no {DESCRIPTION}); llmctl prepare makes it")
     try:
-        values = json.loads((where / DESCRIPTION).read_text())
+        values = json.loads(within(where, DESCRIPTION).read_text())
         digest = values.pop("digest", "")
         # as it is in the file, so that fields of later versions do not matter
         whole = not digest or digest == checksums.of_json(values)
@@ -114,9 +115,9 @@ class Shards:
         """Check the shards and read the document lengths.
 
         Raises:
-          RequestError: a shard is missing, or its size differs from the description.
+          RequestError: a shard is missing or outside the folder, or its size differs from the description.
         """
-        self._files = [where / s.file for s in part.shards]
+        self._files = [within(where, s.file) for s in part.shards]
         keep_open(len(self._files))  # the files that are read stay open
         for file, shard in zip(self._files, part.shards, strict=True):
             if not file.exists() or file.stat().length != shard.bytes:
@@ -124,9 +125,9 @@ class Shards:
         if wrong := _wrong_lengths(where, part):
             raise RequestError(f"{where / wrong}; {ADVICE}")
         try:
-            with (where / part.lengths).open("rb") as stream:
+            with within(where, part.lengths).open("rb") as stream:
                 self._lengths = np.load(stream, allow_pickle=False).astype(np.int64)
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, MemoryError):
             raise RequestError(f"{where / part.lengths}: damaged; {ADVICE}") from None
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._dtype = dtype
@@ -193,7 +194,7 @@ def damage(where: epath.Path, found: Prepared) -> dict[str, str]:
     for part in (part for parts in found.splits.values() for part in parts):
         wrong += filter(None, [_wrong_lengths(where, part)])
         for shard in part.shards:
-            file = where / shard.file
+            file = within(where, shard.file)
             if not file.exists():
                 wrong.append(f"{shard.file} is missing")
             elif checksums.of_file(file) != shard.sha256:
@@ -208,7 +209,7 @@ def _wrong_words(where: epath.Path, found: Prepared) -> Iterator[str]:
 
 
 def _wrong_lengths(where: epath.Path, part: Part) -> str:
-    file = where / part.lengths
+    file = within(where, part.lengths)
     if not file.exists():
         return f"{part.lengths} is missing"
     differs = part.lengths_sha256 and checksums.of_file(file) != part.lengths_sha256

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from llmctl.config.base import hint
+from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
 from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
@@ -19,7 +20,7 @@ def hf(cfg: SourceConfig) -> Source:
     """Open a folder that `save_to_disk` of Hugging Face `datasets` wrote. Arrow streams are memory-mapped.
 
     Raises:
-      RequestError: it is not such a folder, it has no such split, or a file is damaged.
+      RequestError: it is not such a folder, it has no such split, or a file is damaged or outside the folder.
     """
     path = folder(cfg.path)
     if (path / "dataset_dict.json").exists():
@@ -37,7 +38,7 @@ def hf(cfg: SourceConfig) -> Source:
     keep_open(len(state["_data_files"]))  # memory-mapped files stay open
     info = path / "dataset_info.json"
     names = class_names.of_features(_read_json(info).get("features")) if info.exists() else None
-    return Chain([_arrow(path / file["filename"], names) for file in state["_data_files"]])
+    return Chain([_arrow(within(path, file["filename"]), names) for file in state["_data_files"]])
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:

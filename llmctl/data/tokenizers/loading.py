@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
 from llmctl.data.config import TokenizerConfig
 from llmctl.data.paths import folder
@@ -52,15 +53,15 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
       add_bos: overrides the descriptor. Without a descriptor, it overrides tokenizer_config.json or the file itself.
 
     Raises:
-      RequestError: there is no tokenizer, its kind is unknown, a file is damaged, or `add_bos` is set but there is no
-        begin-of-sequence token.
+      RequestError: there is no tokenizer, its kind is unknown, a file is damaged or outside the folder, or `add_bos` is
+        set but there is no begin-of-sequence token.
     """
     path = epath.Path(path)
     described: dict = {}
     if (path / DESCRIPTOR).is_file():
         try:
-            described = json.loads((path / DESCRIPTOR).read_text())
-            kind, file, digest = described["kind"], path / described["file"], described["digest"]
+            described = json.loads(within(path, DESCRIPTOR).read_text())
+            kind, file, digest = described["kind"], within(path, described["file"]), described["digest"]
         except (ValueError, KeyError, TypeError):
             raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
         if kind not in KINDS:
@@ -78,6 +79,8 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
             files = ", ".join(c.file for c in KINDS.values())
             raise RequestError(f"{path}: no tokenizer there (looked for {DESCRIPTOR}, {files})")
         kind, file = found[0]
+        if file is not path:
+            within(path, file.name)
     told = {} if add_bos is None else {"bos": add_bos}
     if not described and not told and isinstance(begins := _config(file.parent).get("add_bos_token"), bool):
         told = {"bos": begins}
@@ -103,7 +106,7 @@ def chat_template(folder: epath.PathLike) -> str | None:
     Raises:
       RequestError: a file is damaged.
     """
-    alone = epath.Path(folder) / "chat_template.jinja"
+    alone = within(epath.Path(folder), "chat_template.jinja")
     if alone.is_file():
         return alone.read_text()
     found = _config(epath.Path(folder)).get("chat_template")
@@ -114,7 +117,7 @@ def chat_template(folder: epath.PathLike) -> str | None:
 
 def _config(folder: epath.Path) -> dict[str, Any]:
     """Return the content of a folder's tokenizer_config.json, or an empty dict if there is none."""
-    file = folder / "tokenizer_config.json"
+    file = within(folder, "tokenizer_config.json")
     try:
         return dict(json.loads(file.read_text())) if file.is_file() else {}
     except (ValueError, TypeError) as e:

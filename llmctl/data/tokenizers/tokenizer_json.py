@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from etils import epath
 from tokenizers import Tokenizer as Backend
 
+from llmctl.config.containment import within
 from llmctl.data.tokenizers.base import MASK, SENTINEL, SPOILED, Tokenizer
 
 SPELLINGS = {
@@ -152,9 +153,9 @@ def _foreign(folder: epath.Path) -> dict[str, str]:
     """Return the spellings of special tokens from the configuration files of a Hugging Face folder."""
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
+        if (file := within(folder, name)).is_file():
             try:
-                said |= json.loads((folder / name).read_text())
+                said |= json.loads(file.read_text())
             except (ValueError, TypeError):
                 raise ValueError(f"{name} beside it is damaged") from None
     special = {}

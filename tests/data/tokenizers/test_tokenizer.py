@@ -8,6 +8,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.config import TokenizerConfig
 from llmctl.data.corpus import Corpus, cached, tokenize
 from llmctl.data.tokenizers import loading
+from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.data.tokenizers.sentencepieces import _sample, _sentences
 
 SMALL = TokenizerConfig(vocab_size=300)
@@ -206,3 +207,20 @@ def test_tokenizer_json_that_does_not_fit(published):
     (published / "tokenizer.json").write_text("{}")
     with pytest.raises(RequestError, match=r"tokenizer.json: not a usable tokenizer"):
         loading.load(published)
+
+
+def test_files_outside_a_tokenizers_folder_are_not_read(tmp_path):
+    made = ByteTokenizer.new()
+    made.save(tmp_path / "words")
+    made.save(tmp_path)
+    for name in ("../bytes.json", str(tmp_path / "bytes.json")):
+        described = json.loads((tmp_path / "words" / "llmctl_tokenizer.json").read_text()) | {"file": name}
+        (tmp_path / "words" / "llmctl_tokenizer.json").write_text(json.dumps(described))
+        with pytest.raises(RequestError, match=rf"words: names '{name}', which is not inside it"):
+            loading.load(tmp_path / "words")
+    for name, read in (("bytes.json", loading.load), ("chat_template.jinja", loading.chat_template)):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).symlink_to(tmp_path / "bytes.json")
+        with pytest.raises(RequestError, match=rf"{name}: is a link to {tmp_path}/bytes.json, outside"):
+            read(folder)
