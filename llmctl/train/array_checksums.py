@@ -1,7 +1,7 @@
 """Compute checksums of arrays on their devices, to find bits that changed between the save and the restore of arrays.
 
-A checksum is two sums over the bits of all numbers, modulo 2^32. Each number is weighted by an odd function of its
-position, so a single changed bit always changes the checksum, and other changes do with a probability of 1 - 2^-64. The
+A checksum is two sums over the bits of all numbers, modulo 2^32. Each number is weighted by an odd hash of its
+position, so a change of a single number always changes the checksum. Other changes go unseen by chance only. The
 checksum depends neither on the sharding nor on how files are laid out, and costs one read of the arrays.
 
 Example:
@@ -23,8 +23,8 @@ import numpy as np
 
 from llmctl.distributed import host_arrays
 
-WEIGHTS = (2, 0x9E3779B2)
-"""Even factors of a number's position; plus 1, they are odd weights."""
+FACTORS = (0x9E3779B1, 0x85EBCA77)
+"""Odd factor of a number's position in the hash that gives its weight, for each of the two sums."""
 
 
 def of_arrays(tree: Any) -> dict[str, list[int]]:
@@ -44,7 +44,14 @@ def _sum(a: jax.Array) -> jax.Array:
     strides = [math.prod(a.shape[axis + 1 :]) % 2**32 for axis in range(a.ndim)]
     steps = (jax.lax.broadcasted_iota(jnp.uint32, a.shape, i) * np.uint32(s) for i, s in enumerate(strides))
     position = functools.reduce(jnp.add, steps, jnp.zeros(a.shape, jnp.uint32))
-    return jnp.stack([jnp.sum(bits * (position * np.uint32(w) + 1), dtype=jnp.uint32) for w in WEIGHTS])
+    return jnp.stack([jnp.sum(bits * _weight(position, factor), dtype=jnp.uint32) for factor in FACTORS])
+
+
+def _weight(position: jax.Array, factor: int) -> jax.Array:
+    """Hash positions to odd numbers. Weights that are linear in the position would miss some exchanges of numbers."""
+    mixed = position * np.uint32(factor)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x2C1B3C6D)
+    return (mixed ^ (mixed >> 13)) | np.uint32(1)
 
 
 def _bits(a: jax.Array) -> jax.Array:
