@@ -213,6 +213,7 @@ def save(
     log: Path | None = None,
     written: Path | None = None,
     pruned: bool | None = None,
+    rounded: bool = False,
     allow_nonfinite: bool = False,
 ) -> Manifest:
     """Save an artifact to `out` atomically and return its manifest.
@@ -235,6 +236,7 @@ def save(
       written: folder that already holds the arrays in Orbax format; it is moved to `params/`.
       pruned: whether the zeros are those of pruning; by default as in the parent. Without a parent, as their share
         suggests.
+      rounded: whether the arrays are dequantized integers. A larger share of zeros then suggests pruning.
       allow_nonfinite: save arrays that hold NaN or infinity.
 
     Raises:
@@ -249,7 +251,7 @@ def save(
     out = Path(out)
     flat = params if written else weights.flatten(dict(params))
     with writing(out) as draft:
-        measured = take(flat)
+        measured = take(flat, rounded)
         if (bad := measured["nonfinite"]) and not allow_nonfinite:
             more = f" and {len(bad) - 1} more arrays" if len(bad) > 1 else ""
             raise WorkError(

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 PRUNED = 0.01, 0.45
-"""Minimum fraction of zeros for imported matrices to count as pruned: floats and integers. Training almost never leaves
-exact zeros. Rounding to 4 bits alone makes about a fifth of normal weights zero."""
+"""Minimum fraction of zeros for imported matrices to count as pruned: floats and integers, dequantized ones included.
+Training almost never leaves exact zeros. Rounding to 4 bits alone makes about a fifth of normal weights zero."""
 
 
 def digest(flat: Mapping[str, Any]) -> str:
@@ -44,11 +44,12 @@ def type_bits(dtype: str) -> int:
     return int(found.group()) if (found := re.search(r"\d+", dtype)) else 8
 
 
-def take(flat: Mapping[str, Any]) -> dict[str, Any]:
+def take(flat: Mapping[str, Any], rounded: bool = False) -> dict[str, Any]:
     """Return the manifest fields that describe the weights, in one pass.
 
     Args:
       flat: weights by path.
+      rounded: whether floats are dequantized integers, among which rounding leaves zeros.
 
     Returns:
       A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite".
@@ -78,8 +79,8 @@ def take(flat: Mapping[str, Any]) -> dict[str, Any]:
             here = int(jnp.sum(jnp.sum(values == 0, axis=-1), dtype=jnp.float32))
             zeros, entries = zeros + here, entries + values.size
             if node.is_integer or weights.is_plain(bare):
-                counted[node.is_integer][0] += here
-                counted[node.is_integer][1] += values.size
+                counts = counted[node.is_integer or rounded]
+                counts[0], counts[1] = counts[0] + here, counts[1] + values.size
     return {
         "digest": total.hexdigest(),
         "parameters": parameters,

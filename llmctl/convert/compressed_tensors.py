@@ -208,4 +208,4 @@ def _dense(where: str, name: str, shape: tuple[int, ...], scale: Tensor, read: A
         dense = np.asarray(read(), np.float32).reshape(shape[0], groups, -1) * s
         return dense.reshape(shape).astype(scale.dtype)
 
-    return Tensor(shape, scale.dtype, fetch)
+    return Tensor(shape, scale.dtype, fetch, rounded=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from llmctl.convert import hf_folder as folders
 from llmctl.convert.lazy_tensors import Tensor
 from llmctl.model.families.llama import LLAMA3_ROPE
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of tensors that are no integers with scales."""
 TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 """Architecture name of llama.cpp -> model_type of transformers."""
 CLASSES = {
@@ -163,7 +166,7 @@ def _tensor(file: Path, t: Any) -> Tensor:
         except NotImplementedError:
             raise RequestError(f"{file}: {t.name} is of type {t.tensor_type.name}, which is not supported") from None
 
-    return Tensor(shape, np.dtype(np.float32), read)
+    return Tensor(shape, np.dtype(np.float32), read, rounded=t.tensor_type.name not in FLOATS)
 
 
 def _rename(name: str, table: Mapping[str, str]) -> str | None:
@@ -263,9 +266,9 @@ def heads_of(config: Mapping[str, Any], name: str) -> int:
 def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor) -> Tensor:
     heads = heads_of(config, name) if model_type in ("llama", "mistral") else 0
     if heads:
-        return Tensor(t.shape, t.dtype, lambda: halves(t.read(), heads))
+        return replace(t, read=lambda: halves(t.read(), heads))
     if model_type.startswith("gemma") and name.endswith("norm.weight"):
-        return Tensor(t.shape, t.dtype, lambda: t.read() - 1)
+        return replace(t, read=lambda: t.read() - 1)
     return t
 
 

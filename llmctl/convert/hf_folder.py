@@ -48,6 +48,11 @@ class Found:
         """Size in bytes of the tensors that will be read."""
         return sum(self.tensors[n].nbytes for n in self.wanted)
 
+    @property
+    def rounded(self) -> bool:
+        """Return whether tensors that will be read are dequantized integers."""
+        return any(self.tensors[n].rounded for n in self.wanted)
+
 
 def read_json(path: Path) -> Fields:
     """Read a JSON object from a file.

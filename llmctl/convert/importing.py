@@ -139,6 +139,7 @@ def run(
             metrics={"import_parity": delta} if delta is not None else {},
             tokenizer_dir=brought,
             written=stored.folder,
+            rounded=found.rounded,
             allow_nonfinite=allow_nonfinite,
         )
     return _report(out, manifest, source, delta)

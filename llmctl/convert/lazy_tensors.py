@@ -23,6 +23,8 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    rounded: bool = False
+    """Whether the values are dequantized integers, so that rounding made some of them zero."""
 
     @property
     def nbytes(self) -> int:

@@ -55,12 +55,15 @@ def test_metadata_names_and_types_are_those_of_llama_cpp(files, config, params):
     np.testing.assert_array_equal(q.reshape(64, 64)[:4], theirs[[0, 8, 1, 9]])
 
 
-@pytest.mark.parametrize(("kind", "worst"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 0.01), ("q4_1", 0.15)])
+@pytest.mark.parametrize(
+    ("kind", "worst"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 0.01), ("q4_0", 0.15), ("q4_1", 0.15)]
+)
 def test_comes_back_with_the_rounding_of_its_kind_and_no_more(kind, worst, files, call, tmp_path, saved):
     code, made, err = call("import", files(kind), "--out", tmp_path / "a")
     assert code == 0, err
     a, b = artifact.load(saved), artifact.load(tmp_path / "a")
     assert b.model == a.model
+    assert not b.manifest.pruned  # zeros of rounding are no mask
     for part in ("q", "k", "v", "o"):
         x, y = (np.asarray(f.params["decoder"]["blocks"]["attn"][part]["kernel"]) for f in (a, b))
         assert np.linalg.norm(x - y) <= worst * np.linalg.norm(x)
