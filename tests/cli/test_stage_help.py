@@ -73,7 +73,7 @@ def test_presets_are_listed(call):
     [
         ("llmctl fin", ["finetune"]),
         ("llmctl finetune --train.st", ["--train.steps"]),
-        ("llmctl finetune --method ", ["full", "lora"]),
+        ("llmctl finetune --method ", ["full", "lora", "dora"]),
         ("llmctl show --pre", ["--presets"]),
     ],
 )

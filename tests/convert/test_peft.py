@@ -159,8 +159,8 @@ def test_merged_logits_are_those_of_peft(name, save, saved, wild, config, words,
 def test_what_is_not_plain_lora_is_refused(adapter, saved, call, tmp_path):
     said = json.loads((adapter / peft.CONFIG).read_text())
     for change, message in (
-        ({"use_dora": True}, "use_dora"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"peft_type": "LOHA"}, "LOHA"),
         ({"bias": "all"}, "bias"),
         ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),

@@ -18,6 +18,7 @@ from llmctl.model import functional, pipeline_parallel, quantized_matmul, weight
 from llmctl.model.config import ModelConfig
 from llmctl.train import loop, step
 from llmctl.train.adapters import lora
+from llmctl.train.adapters.settings import LoraConfig
 from llmctl.train.checkpoints import Checkpoints
 
 SIZES = {"d_model": 32, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 8, "d_ff": 48, "vocab_size": 64}
@@ -160,7 +161,7 @@ def test_weights_of_every_kind_pass_through_stages():
         activations="",
     )
     one, many = meshes.make(MeshConfig()), meshes.make(MeshConfig(pipeline=2, data=2, tensor=2))
-    params = lora.attach(PLAIN, base[0], 4, 8.0, ["q", "down"], jax.random.key(1), one)
+    params = lora.attach(PLAIN, base[0], LoraConfig(rank=4, alpha=8.0, targets=["q", "down"]), jax.random.key(1), one)
     found = []
     for mesh, remat in ((one, "none"), (many, "minimal")):
         with meshes.use(mesh):

@@ -21,6 +21,7 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.train import loop
 from llmctl.train.adapters import lora
+from llmctl.train.adapters.settings import LoraConfig
 from llmctl.train.checkpoints import Checkpoints
 from llmctl.train.step import fresh, split
 from llmctl.train.validation import Validation
@@ -242,7 +243,7 @@ def test_frozen_layers_do_not_move(one):
 def test_lora_starts_as_the_base_trains_pairs_alone_and_merges_exactly(one):
     plain = MODEL.model_copy(update={"dropout": 0.0})
     base = loop.initialize(plain, 0, one)
-    params = lora.attach(plain, base, 4, 8.0, ["q", "v", "down"], jax.random.key(1), one)
+    params = lora.attach(plain, base, LoraConfig(rank=4, alpha=8.0, targets=["q", "v", "down"]), jax.random.key(1), one)
     batch = Rows().batch(np.arange(8))
     loss = jax.jit(lambda p: default(plain).loss_of(plain)(p, batch)[0])
     assert loss(params) == loss(base)

@@ -28,6 +28,7 @@ from llmctl.model.weights.adapter import (
     without_adapters,
 )
 from llmctl.model.weights.base import Node, Product, node_type, setting
+from llmctl.model.weights.dora import Dora
 from llmctl.model.weights.low_rank import LowRank
 from llmctl.model.weights.matrices import (
     Matrix,
@@ -70,6 +71,7 @@ from llmctl.model.weights.tree import (
 __all__ = [
     "KINDS",
     "Adapter",
+    "Dora",
     "LowRank",
     "Matrix",
     "Node",

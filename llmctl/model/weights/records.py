@@ -16,6 +16,7 @@ KINDS: Registry[type[Node]] = Registry(
     {
         "quantized": "llmctl.model.weights.quantized:Quantized",
         "low_rank": "llmctl.model.weights.low_rank:LowRank",
+        "dora": "llmctl.model.weights.dora:Dora",
     },
 )
 """Weight nodes by the name that manifests record."""

@@ -43,11 +43,12 @@ class Config(StageConfig):
     vectors that are similar for pairs of texts, or as given by numbers. lm: language modelling, with loss on
     completions if the data has them."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
-    """Parameters to train. full: all. lora: low-rank adapters and the task head."""
+    """Parameters to train. full: all. The others train the task head and: lora: low-rank adapters. dora: low-rank
+    adapters of the directions of the matrices, and their magnitudes."""
     lora: LoraConfig = LoraConfig()
-    """Settings of method lora."""
+    """Settings of the methods lora and dora."""
     merge: bool = True
-    """Method lora: add the adapters to the matrices at the end; false keeps them apart."""
+    """Methods with adapters: merge them into the matrices at the end; false keeps them apart."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of first layers to freeze, together with the embeddings."""
     pooling: Literal["", "last", "mean", "first"] = ""

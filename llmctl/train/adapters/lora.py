@@ -1,64 +1,68 @@
 """Train low-rank adapters (LoRA; Hu et al., 2021, arXiv:2106.09685) beside frozen matrices.
 
-The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314).
+The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314). Options are the scale of rsLoRA
+(Kalajdzievski, 2023, arXiv:2312.03732) and the learning rates of LoRA+ (Hayou et al., 2024, arXiv:2402.12354).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llmctl.config.errors import RequestError
+from llmctl.train.adapters import targets
 from llmctl.train.adapters.method import Method, Params
 
 if TYPE_CHECKING:
     import jax
 
+    from llmctl.model import weights
     from llmctl.model.config import ModelConfig
+    from llmctl.train.adapters.settings import LoraConfig
 
 
 def attach(
     cfg: ModelConfig,
     params: Params,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str],
+    lora: LoraConfig,
     key: jax.Array,
     mesh: jax.sharding.Mesh,
+    make: Callable[[Any, jax.Array, jax.Array, float], weights.LowRank] | None = None,
 ) -> Params:
-    """Add a low-rank pair to every matrix of the blocks whose name (q, k, v, o, gate, up, down) is in `targets`.
+    """Add a low-rank pair to every matrix of the blocks that `lora.targets` names; all of them if it is empty.
 
-    If `targets` is empty, all matrices get a pair. a [..., I, R] is initialized uniformly, as in the LoRA authors' code
-    (Kaiming, a = sqrt(5)), and b [..., R, O] to zero, so the model is unchanged at first. The update is scaled by
-    alpha / rank.
+    a [..., I, R] is initialized uniformly, as in the LoRA authors' code (Kaiming, a = sqrt(5)), and b [..., R, O] to
+    zero, so the model is unchanged at first.
+
+    Args:
+      cfg: config of the model.
+      params: its parameters.
+      lora: ranks, scales and targets.
+      key: random key of a.
+      mesh: the devices.
+      make: function from (weight, a, b, scale) to the adapter; None makes a `LowRank`.
 
     Raises:
-      RequestError: a target names no matrix, or a matrix has a pair already.
+      RequestError: a target or a pattern names no matrix, or a matrix has a pair already.
     """
     import jax
     import jax.numpy as jnp
 
-    from llmctl.model import functional, weights
+    from llmctl.model import weights
 
-    number = {path: i for i, path in enumerate(weights.flatten(params))}  # random keys do not depend on `targets`
-    pairs: dict[str, weights.LowRank] = {}
-    seen: set[str] = set()
-    for m in weights.matrices(params, "block"):
-        if targets and m.name not in targets:
-            continue
-        if m.node.has_adapter:
-            raise RequestError(
-                f"{m.path}: has a low-rank pair already; merge the parent first (finetune with merge = true)"
-            )
-        seen.add(m.name)
+    for field in ("rank_pattern", "alpha_pattern"):
+        targets.check_pattern(params, lora.targets, getattr(lora, field), f"lora.{field}")
+
+    def pair(m: weights.Matrix, number: int) -> weights.LowRank:
+        rank = targets.of_matrix(m, lora.rank_pattern, lora.rank)
+        alpha = targets.of_matrix(m, lora.alpha_pattern, lora.alpha)
         *lead, fan_in, fan_out = m.weight.shape
-        bound, own = fan_in**-0.5, jax.random.fold_in(key, number[m.path])
+        bound, own = fan_in**-0.5, jax.random.fold_in(key, number)
         a = jax.random.uniform(own, (*lead, fan_in, rank), minval=-bound, maxval=bound)
-        pairs[m.path] = weights.LowRank(m.weight, a, jnp.zeros((*lead, rank, fan_out)), scale=alpha / rank)
-    if missing := sorted(set(targets) - seen):
-        raise RequestError(f"lora.targets: the model has no matrix {', '.join(missing)} in its blocks")
-    tree = weights.updated(params, pairs)
-    return jax.device_put(tree, functional.shardings(cfg, tree, mesh))
+        scale = alpha / (math.sqrt(rank) if lora.rslora else rank)
+        return (make or weights.LowRank)(m.weight, a, jnp.zeros((*lead, rank, fan_out)), scale)
+
+    return targets.wrap(cfg, params, lora.targets, pair, mesh, "lora.targets")
 
 
 class Lora(Method):
@@ -72,8 +76,13 @@ class Lora(Method):
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
         """See Method."""
-        lora = config.lora
-        return attach(model, params, lora.rank, lora.alpha, lora.targets, key, mesh)
+        return attach(model, params, config.lora, key, mesh)
+
+    def rate(self, config: Any, name: str) -> float:
+        """See Method; LoRA+ trains b faster than a."""
+        from llmctl.model import weights
+
+        return config.lora.plus_ratio if weights.parse(name).part == "b" else 1.0
 
 
 METHOD = Lora()

@@ -16,6 +16,7 @@ METHODS: Registry[Method] = Registry(
     {
         "full": "llmctl.train.adapters.full:METHOD",
         "lora": "llmctl.train.adapters.lora:METHOD",
+        "dora": "llmctl.train.adapters.dora:METHOD",
     },
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ class LoraConfig(Settings):
     """Low-rank adapters beside frozen matrices."""
 
     common: ClassVar[tuple[str, ...] | None] = ("rank",)
+    added: ClassVar[frozenset[str]] = frozenset({"rslora", "plus_ratio", "rank_pattern", "alpha_pattern"})
 
     rank: int = Field(default=8, ge=1)
     """Rank of each adapter."""
@@ -20,3 +21,11 @@ class LoraConfig(Settings):
     """Scale of the update, times the rank: updates are scaled by alpha / rank."""
     targets: list[str] = []
     """Matrices of each block that get an adapter: q, k, v, o, gate, up, down; empty means all."""
+    rslora: bool = False
+    """Scale updates by alpha / sqrt(rank), so that higher ranks do not learn more slowly (rsLoRA)."""
+    plus_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of each pair's second matrix, as a multiple of the first's (LoRA+, which advises 16)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Ranks of single matrices, by name (q) or by module (attn/q); the others have `rank`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Alphas of single matrices, by name or by module as in `rank_pattern`; the others have `alpha`."""

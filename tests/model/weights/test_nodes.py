@@ -22,6 +22,7 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import quantize as quantize_stage
 from llmctl.train.adapters import lora
+from llmctl.train.adapters.settings import LoraConfig
 
 TINY = ModelConfig.model_validate(
     {"family": "llama", "vocab_size": 32, "d_model": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4,
@@ -130,7 +131,7 @@ def test_sharded_over_eight_devices(params, batch, installed):
 
 def test_an_adapter_around_it_is_trained_kept_and_merged(params, batch, installed, tmp_path):
     one = meshes.make(MeshConfig())
-    tuned = lora.attach(TINY, params, 2, 4.0, ["up"], jax.random.key(1), one)
+    tuned = lora.attach(TINY, params, LoraConfig(rank=2, alpha=4.0, targets=["up"]), jax.random.key(1), one)
     names = weights.adapter_names(tuned)
     assert names == {f"{PATH}:a", f"{PATH}:b"} and f"{PATH}:base.packed" in weights.arrays(tuned)
     np.testing.assert_array_equal(hidden(tuned, batch), hidden(params, batch))  # b starts at zero

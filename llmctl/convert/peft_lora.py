@@ -1,0 +1,158 @@
+"""Low-rank adapters in PEFT's format: LoRA, rsLoRA, DoRA, and AdaLoRA, which is read as LoRA.
+
+A pair of the format belongs to one layer; ours is stacked over layers. Papers: LoRA (Hu et al., 2021,
+arXiv:2106.09685), DoRA (Liu et al., 2024, arXiv:2402.09353), AdaLoRA (Zhang et al., 2023, arXiv:2303.10512).
+
+Shapes: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.convert.name_map import Slot
+from llmctl.model import weights
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",), "lora_bias": (False,),
+    "megatron_config": (), "trainable_token_indices": (), "target_parameters": (), "layer_replication": (),
+    "alora_invocation_tokens": (), "use_qalora": (False,), "use_bdlora": (False,), "ensure_weight_tying": (False,),
+    "arrow_config": (), "kasa_config": (), "monteclora_config": (),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}  # fmt: skip
+"""Settings that change the computation, and the values under which they do not.
+
+Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Settings that only select modules
+(layers_to_transform, layers_pattern, exclude_modules) are not checked: the stored tensors name the selected modules.
+Neither is fan_in_fan_out. It describes the layout of the base's matrix, and the pair has the same layout either way.
+"""
+KINDS = ("low_rank", "dora")
+"""Our weight nodes that this format holds."""
+MAGNITUDE = "lora_magnitude_vector"
+
+
+class Pair(NamedTuple):
+    """Adapter of one layer's matrix in our layout."""
+
+    a_IR: np.ndarray
+    b_RO: np.ndarray
+    scale: float
+    magnitude_O: np.ndarray | None
+
+
+def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the tensors of one module."""
+    if config["peft_type"] == "ADALORA":
+        return "lora_A", "lora_B", "lora_E"
+    return ("lora_A.weight", "lora_B.weight", *((MAGNITUDE,) if config.get("use_dora") else ()))
+
+
+def read(
+    config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
+) -> list[Pair]:
+    """Return the pair of each slot of a module; the slots of a fused matrix share the inputs' side.
+
+    Raises:
+        RequestError: If the tensors do not fit the base's matrix.
+    """
+    a, b, *_ = tensors.values()
+    rank, outputs = a.shape[0], sum(s.shape[-1] for s in slots)
+    if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+        raise RequestError(
+            f"{module}.{next(iter(tensors))} is {list(a.shape)} and its pair {list(b.shape)}, which do not fit the "
+            f"base's matrix [{outputs}, {inputs}]"
+        )
+    if "lora_E" in tensors:  # singular values; the scale is that of the initial rank, as PEFT computes it
+        a, scale = a * tensors["lora_E"], float(config["lora_alpha"]) / (float(config["init_r"]) + 1e-5)
+    else:
+        scale = _scale(config, module, rank)
+    magnitude = tensors.get(MAGNITUDE)
+
+    def part(slot: Slot) -> Pair:
+        rows = slice(slot.first, slot.first + slot.shape[-1]) if len(slots) > 1 else slice(None)
+        return Pair(a.T, b[rows].T, scale, None if magnitude is None else magnitude.reshape(-1)[rows])
+
+    return [part(slot) for slot in slots]
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}  # regular expressions that match the end of a name
+    try:
+        found = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module))
+        alpha = next(found, config.get("lora_alpha", rank))
+    except re.error as e:
+        raise RequestError(f"adapter_config.json: alpha_pattern holds no regular expression ({e})") from None
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
+    """Return our adapter around the weight `w` from the pairs of its layers; layer -1 is a weight without layers.
+
+    Layers without a pair get zeros, and differing scales are multiplied into b. The product stays the same.
+    """
+    scales = {p.scale for p in layers.values()}
+    scale, rank = (scales.pop() if len(scales) == 1 else 1.0), max(1, *(p.a_IR.shape[1] for p in layers.values()))
+    shape = w.shape
+    a = np.zeros((*shape[:-1], rank), np.float32)
+    b = np.zeros((*shape[:-2], rank, shape[-1]), np.float32)
+    for layer, pair in layers.items():
+        at = layer if set(layers) != {-1} else ...
+        r = pair.a_IR.shape[1]
+        a[at][..., :r] = pair.a_IR
+        b[at][..., :r, :] = pair.b_RO * (pair.scale / scale)
+    low = jnp.asarray(a), jnp.asarray(b), scale
+    if all(p.magnitude_O is None for p in layers.values()):
+        return weights.LowRank(w, *low)
+    made = weights.Dora.around(w, *low)
+    magnitude = np.array(made.magnitude)
+    for layer, pair in layers.items():
+        magnitude[layer if set(layers) != {-1} else ...] = pair.magnitude_O
+    return weights.Dora(w, *low, jnp.asarray(magnitude))
+
+
+def write(w: Any) -> dict[str, np.ndarray]:
+    """Return the tensors of one layer's adapter, without rank that is zero on both sides; none if no rank is left."""
+    a, b = np.asarray(w.a, np.float32), np.asarray(w.b, np.float32)
+    magnitude = {MAGNITUDE: np.asarray(w.magnitude, np.float32)[0]} if w.kind == "dora" else {}
+    used = np.logical_or(a.any(axis=0), b.any(axis=1)).reshape(-1)
+    if not used.any():
+        if not magnitude:
+            return {}
+        used[:1] = True
+    return {"lora_A.weight": a[:, used].T, "lora_B.weight": b[used].T, **magnitude}
+
+
+def settings(
+    nodes: Mapping[str, Any], tensors: Mapping[str, Mapping[str, np.ndarray]], every: Iterable[str]
+) -> dict[str, Any]:
+    """Return the format's settings for adapters by module; `every` names all modules of the model."""
+    sizes = {m: (t["lora_A.weight"].shape[0], nodes[m].scale) for m, t in tensors.items()}
+    (rank, scale), _ = Counter(sizes.values()).most_common(1)[0]
+    leaves = {m.rpartition(".")[2] for m in sizes}
+    all_of_them = {m for m in every if m.rpartition(".")[2] in leaves}
+    odd = {m: s for m, s in sizes.items() if s != (rank, scale)}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _whole(scale * rank),
+        "rank_pattern": {m: r for m, (r, _) in odd.items()},
+        "alpha_pattern": {m: _whole(s * r) for m, (r, s) in odd.items()},
+        "target_modules": sorted(leaves) if all_of_them == set(sizes) else sorted(sizes),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": any(w.kind == "dora" for w in nodes.values()),
+        "init_lora_weights": True,
+    }
+
+
+def _whole(x: float) -> float | int:
+    return round(x) if abs(x - round(x)) < 1e-9 else x

@@ -1,0 +1,52 @@
+"""Decompose a weight into magnitude and direction, and add a low-rank update to the direction (DoRA, arXiv:2402.09353).
+
+Shapes: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.weights.adapter import Adapter
+from llmctl.model.weights.base import Product, node_type
+from llmctl.model.weights.low_rank import LowRank
+from llmctl.model.weights.tree import as_node
+
+
+@node_type
+class Dora(LowRank):
+    """magnitude * V / ||V||, V = base + scale * a @ b; the norm is that of each output's column over the inputs.
+
+    The norm is a constant of the backward pass, as in section 4.3 of the paper, which saves memory.
+    """
+
+    kind: ClassVar[str] = "dora"
+    adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+
+    magnitude: jax.Array  # [..., 1, O]
+
+    @classmethod
+    def around(cls, base: Any, a: jax.Array, b: jax.Array, scale: float) -> Self:
+        """Return the adapter that equals `base` while b is zero."""
+        return cls(base, a, b, scale, _norm(as_node(base).dense()))
+
+    def factor(self) -> jax.Array:
+        """Return magnitude / ||V|| [..., 1, O], in float32."""
+        return self.magnitude.astype(jnp.float32) / jax.lax.stop_gradient(_norm(super().dense()))
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """See Node."""
+        return (super().dense() * self.factor()).astype(dtype)
+
+    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+        """See Node; V is formed for its norm alone."""
+        return super().matmul(x, dtype, how) * self.factor()[..., 0, :].astype(dtype)
+
+    take = Adapter.take
+
+
+def _norm(w_IO: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(w_IO), axis=-2, keepdims=True))

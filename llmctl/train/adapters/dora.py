@@ -1,0 +1,35 @@
+"""Train the direction of each matrix by a low-rank adapter, and its magnitude.
+
+(DoRA; Liu et al., 2024, arXiv:2402.09353)
+
+The matrices may be quantized. Ranks, scales, targets and initialization are those of LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmctl.train.adapters.lora import Lora, attach
+from llmctl.train.adapters.method import Params
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.model.config import ModelConfig
+
+
+class Dora(Lora):
+    """Low-rank pairs, magnitudes and the task's head."""
+
+    name = "dora"
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """See Method; the magnitudes start as those of the matrices, so the model is unchanged at first."""
+        from llmctl.model import weights
+
+        return attach(model, params, config.lora, key, mesh, weights.Dora.around)
+
+
+METHOD = Dora()

@@ -1,0 +1,172 @@
+"""Finetuning methods against PEFT and torch on tiny random models: forward, gradients, counts, merging and files."""
+
+import json
+import warnings
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.convert import peft, safetensors
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of torch and peft
+
+BERT = {
+    "family": "bert", "d_model": 32, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16, "d_ff": 48,
+    "max_seq_len": 16, "token_types": 2,
+}  # fmt: skip
+LORA = {"r": 4, "lora_alpha": 6}
+CASES = {
+    "rslora": ("llama", "LoraConfig", LORA | {
+        "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 2},
+        "alpha_pattern": {"down_proj": 3},
+    }),
+    "dora": ("llama", "LoraConfig", LORA | {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "dora bert": ("bert", "LoraConfig", LORA | {"use_dora": True, "target_modules": ["query", "intermediate.dense"]}),
+}  # fmt: skip
+
+
+def of_peft(name, folder, ids, cotangent_of):
+    """What PEFT computes: logits, those of the merged model, gradients of sum(logits * cotangent), and counts."""
+    theirs, hf, torch = (pytest.importorskip(n) for n in ("peft", "transformers", "torch"))
+    family, kind, settings = CASES[name]
+    model = getattr(hf, "AutoModelForCausalLM" if family == "llama" else "AutoModelForMaskedLM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = model.from_pretrained(folder / "base", attn_implementation="eager").eval()
+        tuned = theirs.get_peft_model(base, getattr(theirs, kind)(**settings)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    logits = tuned(input_ids=torch.tensor(np.asarray(ids))).logits
+    (logits * torch.tensor(cotangent_of(logits.shape))).sum().backward()
+    grads = {n.replace(".default", ""): p.grad.numpy() for n, p in tuned.named_parameters() if p.requires_grad}
+    count, _ = tuned.get_nb_trainable_parameters()
+    tuned.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        merged = tuned.merge_and_unload()(input_ids=torch.tensor(np.asarray(ids))).logits.numpy()
+    return logits.detach().numpy(), merged, grads, count
+
+
+@pytest.fixture
+def bases(saved, save, config, wild, words):
+    """The artifact's folder and the config of each family."""
+
+    def base(family):
+        if family == "llama":
+            return saved, config
+        bert = ModelConfig(vocab_size=words.vocab_size, **BERT)
+        return save(bert, wild(bert)), bert
+
+    return base
+
+
+def cotangent(shape):
+    return np.random.default_rng(7).normal(size=shape).astype(np.float32)
+
+
+def batch_of(ids):
+    positions = jnp.tile(jnp.arange(ids.shape[1]), (len(ids), 1))
+    return {"tokens": jnp.asarray(ids), "segments": jnp.ones_like(ids), "positions": positions}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_gradients_counts_and_merging_are_those_of_peft(name, bases, call, logits, tmp_path):
+    saved, config = bases(CASES[name][0])
+    assert call("export", saved, "--out", tmp_path / "base")[0] == 0
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 12)).astype(np.int32)
+    expected, merged, grads, count = of_peft(name, tmp_path, ids, cotangent)
+    batch = batch_of(ids)
+
+    params = peft.load(artifact.load(saved), tmp_path / "adapter")
+    names = weights.adapter_names(params)
+    named = weights.arrays(params)
+
+    @jax.jit
+    def ours(trained):
+        def loss(trained):
+            tree = weights.rebuild(params, named | trained)
+            y = functional.lm_logits(config, tree, functional.hidden(config, tree, batch))
+            return jnp.sum(y * cotangent(y.shape)), y
+
+        return jax.value_and_grad(loss, has_aux=True)(trained)
+
+    (_, got), slopes = ours({n: named[n] for n in names})
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, atol=1e-4 * size)
+    assert sum(named[n].size for n in names) == count
+    found = gradients(config, weights.rebuild(params, named | slopes))
+    assert set(found) == set(grads)
+    for n, g in grads.items():
+        np.testing.assert_allclose(found[n], g, atol=1e-4 * max(1.0, np.abs(g).max()), err_msg=n)
+
+    one = logits(config, jax.jit(weights.merge_adapters)(params), batch)
+    np.testing.assert_allclose(one, got, atol=1e-5 * size)
+    np.testing.assert_allclose(one, merged, atol=1e-4 * size)
+
+    # Back to PEFT's format, whose proof runs PEFT itself; the tensors are the same.
+    tuned = artifact.load(saved)
+    artifact.save(tmp_path / "tuned", params, config, stage="import", key="k", config={}, parent=tuned.manifest,
+                  tokenizer_dir=tuned.tokenizer_dir)  # fmt: skip
+    code, made, err = call("export", tmp_path / "tuned", "--to", "peft", "--out", tmp_path / "again")
+    assert code == 0, err
+    assert made["proof"] == "from text, PEFT reads what was written" and made["transformers"] < 1e-4
+    first, again = (safetensors.read_file(tmp_path / f / peft.WEIGHTS) for f in ("adapter", "again"))
+    assert set(first) == set(again)
+    for n in first:
+        np.testing.assert_allclose(again[n].read(), first[n].read(), atol=1e-6, err_msg=n)
+
+
+def gradients(config, tree) -> Mapping[str, np.ndarray]:
+    """Gradients by PEFT's names, from a tree whose adapters hold gradients in place of their arrays."""
+    adapters, out = weights.adapted(tree), {}
+    for module, slot in peft._modules(config).items():
+        if slot.path not in adapters:
+            continue
+        w = weights.layer_of(adapters[slot.path], slot.layer)
+        tensors = peft.FORMATS[{"low_rank": "LORA", "dora": "LORA"}.get(w.kind, "IA3")].write(w)
+        out |= {f"{peft.PREFIX}{module}.{k}": a for k, a in tensors.items()}
+    return {n + (".weight" if n.endswith("vector") else ""): a for n, a in out.items()}
+
+
+def test_files_of_adalora_come_in_as_pairs_of_their_own_ranks(saved, call, config, logits, tmp_path):
+    """PEFT prunes singular values, saves what is left with its pattern, and computes the same as our pairs."""
+    theirs, hf, torch = (pytest.importorskip(n) for n in ("peft", "transformers", "torch"))
+    assert call("export", saved, "--out", tmp_path / "base")[0] == 0
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    settings = theirs.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=8, total_step=2, tfinal=1, target_modules=["q_proj", "up_proj"]
+    )
+    tuned = theirs.get_peft_model(model, settings).eval()
+    torch.manual_seed(0)
+    for p in tuned.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.3)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 12)).astype(np.int32)
+    tuned(input_ids=torch.tensor(ids)).logits.square().sum().backward()
+    allocator = tuned.base_model.rankallocator
+    allocator.update_ipt(tuned.base_model.model)
+    pattern = allocator.mask_to_budget(tuned.base_model.model, allocator.target_bgt)
+    tuned.peft_config["default"].rank_pattern = pattern
+    with torch.no_grad():
+        expected = tuned(input_ids=torch.tensor(ids)).logits.numpy()
+    tuned.save_pretrained(tmp_path / "adapter")
+    code, _, err = call("import", tmp_path / "adapter", "--base", saved, "--out", tmp_path / "a")
+    assert code == 0, err
+    params = artifact.load(tmp_path / "a").params
+    batch = batch_of(ids)
+    np.testing.assert_allclose(logits(config, params, batch), expected, atol=1e-4 * np.abs(expected).max())
+    code, _, err = call("export", tmp_path / "a", "--to", "peft", "--out", tmp_path / "again")
+    assert code == 0, err
+    said = json.loads((tmp_path / "again" / peft.CONFIG).read_text())
+    stored = safetensors.read_file(tmp_path / "again" / peft.WEIGHTS)
+    ranks = [t.shape[0] for n, t in stored.items() if n.endswith("lora_A.weight")]
+    assert said["peft_type"] == "LORA" and sum(ranks) == allocator.target_bgt == sum(sum(v) for v in pattern.values())
+    assert len(set(ranks)) > 1

@@ -1,0 +1,111 @@
+"""LoRA's options and DoRA: ranks and scales by hand, rates, refusals, and integers that stay integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stages import finetune
+from llmctl.train.adapters import lora
+from llmctl.train.adapters.registry import METHODS
+from llmctl.train.adapters.settings import LoraConfig
+
+TINY = ModelConfig.model_validate(
+    {"family": "llama", "vocab_size": 32, "d_model": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4,
+     "d_ff": 24}
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda key: functional.init(TINY, key))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def one():
+    return meshes.make(MeshConfig())
+
+
+def pairs(params, mesh, **settings):
+    tuned = lora.attach(TINY, params, LoraConfig(**settings), jax.random.key(1), mesh)
+    return {m.module: m.weight for m in weights.matrices(tuned, "block") if m.node.has_adapter}
+
+
+def test_ranks_and_scales_of_single_matrices(params, one):
+    found = pairs(
+        params, one, rank=4, alpha=8.0, targets=["q", "v", "down"], rank_pattern={"q": 2, "mlp/down": 1},
+        alpha_pattern={"down": 3.0},
+    )  # fmt: skip
+    assert {m: (w.a.shape[-1], w.scale) for m, w in found.items()} == {
+        "attn/q": (2, 4.0), "attn/v": (4, 2.0), "mlp/down": (1, 3.0)
+    }  # fmt: skip
+    assert found["attn/q"].b.shape == (2, 2, 16)
+    plain = pairs(params, one, rank=4, targets=["v"])["attn/v"]
+    np.testing.assert_array_equal(found["attn/v"].a, plain.a)  # other targets and ranks change no random numbers
+
+
+def test_rslora_divides_by_the_root_of_the_rank(params, one):
+    (w,) = pairs(params, one, rank=4, alpha=8.0, targets=["o"], rslora=True).values()
+    assert w.scale == 4.0
+
+
+def test_names_that_no_matrix_has_are_refused(params, one):
+    with pytest.raises(RequestError, match=r"lora.targets: the model has no matrix query in its blocks"):
+        pairs(params, one, targets=["query"])
+    with pytest.raises(RequestError, match=r"lora.rank_pattern: no matrix with an adapter is called up"):
+        pairs(params, one, targets=["q"], rank_pattern={"up": 2})
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        LoraConfig(rank_pattern={"q": 0})
+
+
+def test_lora_plus_is_a_rate_of_the_second_matrix():
+    config = finetune.Config(method="lora", lora=LoraConfig(plus_ratio=16.0))
+    path = "decoder/blocks/attn/q/kernel"
+    rates = [METHODS["lora"].rate(config, name) for name in (f"{path}:a", f"{path}:b", "head/out/kernel")]
+    assert rates == [1.0, 16.0, 1.0]
+
+
+def test_new_settings_change_no_key_until_they_are_used():
+    from llmctl.config.base import keyed
+
+    assert set(keyed(LoraConfig())) == {"rank", "alpha", "targets"}
+    assert "rslora" in keyed(LoraConfig(rslora=True))
+
+
+def test_dora_by_hand():
+    """Columns of V have norms 5 and 2, magnitudes 10 and 1; the update adds to the direction before the norm."""
+    base = jnp.array([[3.0, 0.0], [0.0, 2.0]])
+    start = weights.Dora.around(base, jnp.zeros((2, 1)), jnp.zeros((1, 2)), 2.0)
+    np.testing.assert_allclose(start.magnitude, [[3, 2]])
+    np.testing.assert_array_equal(start.dense(), base)
+    w = weights.Dora(base, jnp.array([[0.0], [2.0]]), jnp.array([[1.0, 0.0]]), 2.0, jnp.array([[10.0, 1.0]]))
+    np.testing.assert_allclose(w.dense(), [[6, 0], [8, 1]], rtol=1e-6)
+    x = jnp.array([[1.0, -1.0]])
+    np.testing.assert_allclose(weights.matmul(x, w, jnp.float32), [[-2, -1]], rtol=1e-6)
+    # The norm is a constant of the gradient: d sum(y) / d b_0 = scale * (x @ a) * m_0 / ||V_0|| = 2 * -2 * 2.
+    slope = jax.grad(lambda w: weights.matmul(x, w, jnp.float32).sum())(w)
+    np.testing.assert_allclose(slope.b, [[-8, 2 * -2 * 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(slope.magnitude, [[(3 - 4) / 5, -1]], rtol=1e-6)
+
+
+def test_dora_starts_as_its_base_and_leaves_integers(params, one):
+    up = "decoder/blocks/mlp/up/kernel"
+    stored = qwix.quantize(weights.flatten(params)[up], "int8", channelwise_axes=[0, 2])
+    integers = weights.updated(params, {up: weights.Quantized(stored)})
+    config = finetune.Config(method="dora", merge=False, lora=LoraConfig(rank=2, targets=["up", "q"]))
+    tuned = METHODS["dora"].attach(config, TINY, integers, jax.random.key(1), one)
+    w = weights.flatten(tuned)[up]
+    np.testing.assert_array_equal(w.dense(), weights.dense(weights.flatten(integers)[up]))
+    trains = METHODS["dora"].trains(config, TINY, tuned)
+    arrays = weights.arrays(tuned)
+    assert {n for n in arrays if trains(n)} == {
+        f"decoder/blocks/{m}/kernel:{part}" for m in ("mlp/up", "attn/q") for part in ("a", "b", "magnitude")
+    }
+    assert arrays[f"{up}:base.qvalue"].dtype == jnp.int8 and not trains(f"{up}:base.qvalue")
+    assert weights.count(tuned) - weights.count(params) == 2 * ((16 + 24 + 16 + 16) * 2 + 24 + 16)
