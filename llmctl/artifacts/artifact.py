@@ -34,7 +34,7 @@ from llmctl.artifacts.manifest import (
     read_manifest,
     write_manifest,
 )
-from llmctl.config import containment
+from llmctl.config import containment, limits
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.model.config import ModelConfig
 
@@ -90,8 +90,9 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
       mesh: target mesh; by default the mesh of the default `MeshConfig`.
 
     Raises:
-      RequestError: the folder is no artifact, is damaged, or does not fit the mesh.
+      RequestError: the folder is no artifact, is damaged, or does not fit the mesh or the memory.
     """
+    import jax
     import orbax.checkpoint as ocp
 
     from llmctl.model import weights
@@ -100,6 +101,9 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
     there = abstract(path, mesh)
     if wrong := damaged_files(there.path, there.manifest, "content"):
         raise RequestError(f"{path}: damaged ({listed(wrong.values())}); {ADVICE}")
+    devices = sum((d.memory_stats() or {}).get("bytes_limit", 0) for d in jax.local_devices())
+    share = there.manifest.weight_bytes // jax.process_count()
+    limits.check_memory(share - devices, f"{path}: its arrays", "use more devices or processes")
     target = {name: weights.parts(w) for name, w in weights.flatten(there.params).items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -136,6 +140,7 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
     manifest = read_manifest(path)
     if not manifest.weights:
         raise RequestError(f"{path}: holds no model (stage {manifest.stage!r}); name an artifact with parameters")
+    _check_layers(path, manifest)
     mesh = mesh or meshes.make(MeshConfig())
     nodes = {}
     for name, record in manifest.weights.items():
@@ -143,6 +148,14 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
         nodes[name] = weights.assemble(record, parts)
     _check_shapes(path, nodes, weights.flatten(functional.abstract(manifest.model)))
     return Artifact(path, manifest, functional.laid_out(manifest.model, weights.unflatten(nodes), mesh))
+
+
+def _check_layers(path: Path, manifest: Manifest) -> None:
+    """Check that the arrays have as many layers as the model config, before anything is built by their number."""
+    shapes = [shape for record in manifest.weights.values() for _, shape in record["parts"].values()]
+    layers, most = manifest.model.layers, max((shape[0] for shape in shapes if shape), default=0)
+    if layers > most:
+        raise RequestError(f"{path}: the model config has {layers:,} layers, and no array has so many; it is damaged")
 
 
 def _plain(parts: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from llmctl.config import containment
 from llmctl.config.errors import RequestError
+from llmctl.config.limits import LABELS
 from llmctl.convert import architectures, compressed_tensors, name_map, safetensors
 from llmctl.convert.lazy_tensors import Tensor, Tensors, listed
 from llmctl.evaluate.tasks import registry
@@ -128,6 +129,8 @@ def understand(
     if HEAD_KINDS[word].bare:
         fields["pooling"] = _pooling(folder)
     model = _model(where, fields)
+    if (layers := model.layers + model.encoder_layers) > len(tensors):
+        raise RequestError(f"{where}: has {layers:,} layers, and the files hold {len(tensors):,} tensors")
     prefix = head.prefix or bridge.prefix
     bare = bool(prefix) and not any(n.startswith(prefix) for n in tensors)
     table = bridge.table(model, head, bare)
@@ -180,7 +183,10 @@ def _labels(where: Path, config: Fields) -> list[str]:
     try:
         if isinstance(given, dict):
             return [str(v) for _, v in sorted(given.items(), key=lambda kv: int(kv[0]))]
-        return [f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2))]
+        count = int(config.get("num_labels") or 2)
+        if count > LABELS:
+            raise ValueError(f"{count:,} classes without names; {LABELS:,} at most")
+        return [f"LABEL_{i}" for i in range(count)]
     except (ValueError, TypeError) as e:
         raise RequestError(f"{where}: id2label and num_labels cannot be understood ({e})") from None
 

@@ -70,6 +70,8 @@ def read(
             f"{module}.{next(iter(tensors))} is {list(a.shape)} and its pair {list(b.shape)}, which do not fit the "
             f"base's matrix [{outputs}, {inputs}]"
         )
+    if rank > max(inputs, outputs):
+        raise RequestError(f"{module}.{next(iter(tensors))} has rank {rank:,}, more than the sides of its matrix")
     if "lora_E" in tensors:  # singular values; the scale is that of the initial rank, as PEFT computes it
         a, scale = a * tensors["lora_E"], float(config["lora_alpha"]) / (float(config["init_r"]) + 1e-5)
     else:

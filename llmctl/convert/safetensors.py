@@ -63,7 +63,7 @@ def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tenso
         raise RequestError(f"{path}: tensors of type {entry['dtype']} are not supported")
     dtype, shape = np.dtype(TYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
     first, last = entry["data_offsets"]
-    if last - first != math.prod(shape) * dtype.itemsize or first < 0:
+    if last - first != math.prod(shape) * dtype.itemsize or min((first, *shape)) < 0:
         raise ValueError("offsets contradict a shape")
     if start + last > size:
         raise RequestError(

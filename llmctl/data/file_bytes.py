@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from llmctl.config import limits
+from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
 from llmctl.data.paths import is_local
 
@@ -20,7 +22,10 @@ def lines(path: epath.Path) -> list[tuple[int, str]]:
     Raises:
       RequestError: the file is not UTF-8 text.
     """
-    return [(n, line.removesuffix("\r")) for n, line in enumerate(content(path).split("\n"), 1)]
+    found = content(path).split("\n")
+    for number, line in enumerate(found, 1):
+        _check_length(path, number, len(line))
+    return [(n, line.removesuffix("\r")) for n, line in enumerate(found, 1)]
 
 
 def content(path: epath.Path) -> str:
@@ -37,8 +42,13 @@ def content(path: epath.Path) -> str:
         raise RequestError(f"{path}:{line}: not UTF-8 text (byte {error.start}); convert the file first") from None
 
 
-def buffer(path: epath.Path) -> bytes | mmap.mmap:
-    """Return a file's bytes: decompressed (.gz, .zst), memory-mapped if local and not empty, or read."""
+def buffer(path: epath.Path) -> bytes | bytearray | mmap.mmap:
+    """Return a file's bytes: decompressed (.gz, .zst), memory-mapped if local and not empty, or read.
+
+    Raises:
+      RequestError: the file is a pipe or a device, is damaged, or decompresses to more than the limits.
+    """
+    regular(path)
     if path.suffix in (".gz", ".zst"):
         return _decompressed(path)
     if not is_local(path) or not path.stat().length:
@@ -47,23 +57,45 @@ def buffer(path: epath.Path) -> bytes | mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def line_offsets(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return byte offsets of starts and ends, and line numbers, of all lines that are not blank."""
+def line_offsets(data: bytes | bytearray | mmap.mmap, path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return byte offsets of starts and ends, and line numbers, of all lines that are not blank.
+
+    Raises:
+      RequestError: a line is longer than `limits.LINE`.
+    """
     start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0x0A) if len(data) else np.zeros(0, np.int64)
     if len(data) and (not len(ends) or ends[-1] != len(data) - 1):
         ends = np.append(ends, len(data))
     starts = np.concatenate([[start], ends[:-1] + 1]) if len(ends) else ends
+    if len(starts):
+        longest = int(np.argmax(ends - starts))
+        _check_length(path, longest + 1, int(ends[longest] - starts[longest]))
     full = np.array([bool(data[a:b].strip()) for a, b in zip(starts, ends, strict=True)], bool)
     return starts[full], ends[full], np.flatnonzero(full) + 1
 
 
-def _decompressed(path: epath.Path) -> bytes:
+def _check_length(path: epath.Path, number: int, size: int) -> None:
+    """Check the length of a line, in bytes or characters. Raises RequestError if it is above `limits.LINE`."""
+    if size > limits.LINE:
+        raise RequestError(f"{path}:{number}: a line of {size:,} bytes; {limits.LINE:,} at most, so break it up")
+
+
+def _decompressed(path: epath.Path) -> bytearray:
     import pyarrow as pa
 
     kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+    packed = path.read_bytes()
     try:
-        with pa.input_stream(pa.BufferReader(path.read_bytes()), compression=kind) as stream:
-            return stream.read()
+        with pa.input_stream(pa.BufferReader(packed), compression=kind) as stream:
+            found = bytearray()
+            while block := stream.read(limits.UNCHECKED):
+                found += block
+                if len(found) > max(limits.UNCHECKED, limits.RATIO * len(packed)):
+                    raise RequestError(
+                        f"{path}: decompresses to more than {limits.RATIO} times its size; unpack it first"
+                    )
+                limits.check_memory(len(found), f"{path}: its decompressed content", "split the file")
+            return found
     except (OSError, pa.ArrowInvalid) as error:
         raise RequestError(f"{path}: damaged {path.suffix} file ({str(error).splitlines()[0]})") from None

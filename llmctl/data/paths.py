@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from etils import epath
 
 from llmctl.config.base import hint
+from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
 
 GLOB = re.compile(r"[*?\[]")
@@ -23,7 +24,7 @@ def resolve(spec: str) -> list[epath.Path]:
       spec: path, glob, or `pkg:NAME/path` for a file inside an installed Python package.
 
     Raises:
-      RequestError: nothing matches, the path is a folder, or the package is not installed.
+      RequestError: nothing matches, the path is a folder, a pipe or a device, or the package is not installed.
     """
     if not spec:
         raise RequestError("data has no path: set data.path")
@@ -39,7 +40,7 @@ def resolve(spec: str) -> list[epath.Path]:
         raise RequestError(f"no such file: {spec!r}{hint(path.name, siblings)}")
     if path.is_dir():
         raise RequestError(f"{spec!r} is a folder; name its files with a glob such as {spec.rstrip('/') + '/*'!r}")
-    return [path]
+    return [regular(path)]
 
 
 def files_below(spec: str) -> list[epath.Path]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmctl.config.base import Config, hint
+from llmctl.config.limits import LAYERS
 from llmctl.model.head_kinds import HEAD_KINDS, HeadKind
 
 FAMILIES = "llmctl.model.families"
@@ -45,9 +46,9 @@ class ModelConfig(Config):
     """Rows of the embedding table; set by the tokenizer if a model is trained from scratch."""
     d_model: int = Field(default=128, ge=1)
     """Width of the residual stream."""
-    layers: int = Field(default=2, ge=1)
+    layers: int = Field(default=2, ge=1, le=LAYERS)
     """Number of decoder layers, or of encoder layers if there is no decoder."""
-    encoder_layers: int = Field(default=0, ge=0)
+    encoder_layers: int = Field(default=0, ge=0, le=LAYERS)
     """Number of encoder layers in an encoder-decoder."""
     heads: int = Field(default=4, ge=1)
     """Number of query heads per layer."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmctl.config.errors import RequestError
+from llmctl.config.limits import LAYERS
 
 Fields = dict[str, Any]
 
@@ -256,6 +257,8 @@ def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields
     Under the rule, the last of every `every` layers is global.
     """
     kinds = keys.take("layer_types", None)
+    if layers > LAYERS:
+        raise ValueError(f"{layers:,} layers; at most {LAYERS:,} are supported")
     if not window:
         if kinds and set(kinds) != {"full_attention"}:
             keys.problems.append("layer_types has windows, but there is no sliding_window")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.manifest import ADVICE, listed
 from llmctl.artifacts.workspace import Context
-from llmctl.config import containment
+from llmctl.config import containment, limits
 from llmctl.config.base import Config, hint, keyed
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.data.config import SourceConfig
@@ -84,6 +84,8 @@ def run(
     wanted = [t for t in tasks if not only or t.step.name in only]
     _inputs_are_there(tasks, wanted, bool(only))
     due = [t for t in wanted if t.why]
+    for task in due:
+        _batches_fit(task.step)
     if due:
         hosts.tell(lambda: data_check.check(recipe, [t.step.name for t in due]))
     with locks.lock(recipe.run / WORK / "run.lock", str(recipe.run), shared=recipe.alone):
@@ -159,6 +161,18 @@ def fetch(config: Any) -> None:
     for section in sections(config):
         if isinstance(section, SourceConfig):
             SOURCES[section.source].fetch(section)
+
+
+def _batches_fit(step: Step) -> None:
+    """Check that a batch fits into the memory of all processes: tokens, targets and weights, 4 bytes each.
+
+    Raises:
+      RequestError: it does not.
+    """
+    for section in sections(step.config):
+        rows, length = getattr(section, "batch_size", 0), getattr(section, "seq_len", 0) or 1
+        what = f"{step.name}: a batch of {rows:,} rows of {length:,} tokens"
+        limits.check_memory(12 * rows * length // hosts.count(), what, "lower batch_size or seq_len")
 
 
 def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:

@@ -208,3 +208,20 @@ def test_a_link_out_of_an_artifact_is_refused(saved, tmp_path, name):
     (tmp_path / "a" / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RequestError, match=rf"a/{name}: is a link to (the folder )?{tmp_path}/elsewhere"):
         artifact.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("layers", "said"), [(10**9, "damaged manifest"), (99_999, "99,999 layers, and no array")])
+def test_layers_beyond_those_of_the_arrays_are_refused(saved, tmp_path, layers, said):
+    """As an earlier llmctl may have saved it, without checksums; lists of the layers filled the memory."""
+    shutil.copytree(saved, tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text()) | {"checksums": None}
+    manifest["model"]["layers"] = layers
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RequestError, match=said):
+        artifact.load(tmp_path / "a")
+
+
+def test_arrays_beyond_the_memory_are_refused_before_they_are_read(saved, monkeypatch):
+    monkeypatch.setattr(artifact.limits, "memory", lambda: 100)
+    with pytest.raises(RequestError, match="its arrays would take"):
+        artifact.load(saved)

@@ -10,7 +10,7 @@ from llmctl.artifacts import artifact, integrity
 from llmctl.cli import summary
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.distributed import locks
-from llmctl.pipeline import recipe, runner
+from llmctl.pipeline import recipe, runner, stage
 
 CHAIN = """
 seed = 7
@@ -416,3 +416,12 @@ def test_a_later_format_is_refused_in_time(go, tmp_path):
     with pytest.raises(RequestError, match="later than this llmctl reads"):
         runner.run(one)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("train", [{"batch_size": 10**9}, {"seq_len": 10**9}, {"batch_size": 10**18}])
+def test_a_batch_that_no_memory_holds_is_refused_before_work(monkeypatch, train):
+    monkeypatch.setattr(runner.limits, "memory", lambda: 2**33)
+    config = stage.load("pretrain").Config(name="base", train=train)
+    with pytest.raises(RequestError, match=r"base: a batch of .* tokens would take .* lower batch_size or seq_len"):
+        runner._batches_fit(recipe.Step(config, Path("base"), None))
+    runner._batches_fit(recipe.Step(stage.load("pretrain").Config(), Path("base"), None))

@@ -25,7 +25,7 @@ class JsonLines(Source):
     def __init__(self, path: epath.Path):
         self._path = path
         self._bytes = buffer(path)
-        self._starts, self._ends, self._lines = line_offsets(self._bytes)
+        self._starts, self._ends, self._lines = line_offsets(self._bytes, path)
         self.columns = self._first_columns()
 
     def __len__(self) -> int:

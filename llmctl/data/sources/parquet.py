@@ -6,6 +6,7 @@ import io
 
 from etils import epath
 
+from llmctl.config import limits
 from llmctl.config.errors import RequestError
 from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
@@ -22,6 +23,9 @@ def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
         file = pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
     except (OSError, pa.ArrowException) as error:
         raise RequestError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+    for g in range(file.metadata.num_row_groups):
+        size = file.metadata.row_group(g).total_byte_size
+        limits.check_memory(size, f"{path}: row group {g}", "write the file with smaller row groups")
     counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
 
     def read(group: int) -> list[Row]:

@@ -13,6 +13,9 @@ from llmctl.data.tokenizers.base import Tokenizer
 FIRST = 5
 """Id of byte 0. The ids below it are pad, unk, bos, eos and mask."""
 
+MOST_SENTINELS = 1000
+"""Number of sentinels that the setting `tokenizer.sentinels` allows."""
+
 
 class ByteTokenizer(Tokenizer):
     """Tokenizer that maps each UTF-8 byte b to the id b + 5. Sentinels follow the bytes."""
@@ -28,8 +31,10 @@ class ByteTokenizer(Tokenizer):
         """
         try:
             sentinels = int(json.loads(model)["sentinels"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise ValueError('it should hold {"sentinels": n}') from None
+        if not 0 <= sentinels <= MOST_SENTINELS:
+            raise ValueError(f"it has {sentinels} sentinels; {MOST_SENTINELS} at most")
         self.model, self.add_bos = model, add_bos
         self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.mask_id = range(FIRST)
         self.vocab_size = FIRST + 256 + sentinels

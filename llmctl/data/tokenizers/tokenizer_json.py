@@ -55,6 +55,8 @@ class JsonTokenizer(Tokenizer):
         self._backend.encode_special_tokens = True
         self.model = model
         self.vocab_size = max(self._backend.get_vocab().values(), default=0) + 1
+        if self.vocab_size > len(model):  # each token takes some bytes, and arrays are as long as the largest id
+            raise ValueError(f"its largest token id is {self.vocab_size - 1:,}, and it does not hold so many tokens")
         self.special = dict(special or {})
         ids = {name: self._find(name) for name in SPELLINGS}
         eos = ids["eos"]

@@ -1,6 +1,7 @@
 """Chat: render conversations with a tokenizer's chat template, encode them, and stream the model's answers.
 
-A template is a program that comes with an artifact. It runs in a sandbox without side effects. Text in a message never
+A template is a program that comes with an artifact. It runs in a sandbox without side effects and with a limit of steps
+(`generate/template_sandbox.py`). Text in a message never
 becomes a special token, whatever its spelling.
 
 The template renders the whole conversation at every turn, because it may render earlier turns differently from the
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,20 +59,24 @@ class Template:
             RequestError: If the text is not a valid template, or is None.
         """
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         from llmctl.model.generate.generation_block import GenerationBlock
+        from llmctl.model.generate.template_sandbox import Sandbox
 
         if text is None:
             raise RequestError("the tokenizer has no chat template, so the model knows no conversations")
         self.tokenizer = tokenizer
-        inside = ImmutableSandboxedEnvironment(
+        self._sandbox = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
         )
-        inside.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)  # no HTML escapes
-        inside.globals |= {"raise_exception": _refuse, "strftime_now": lambda f: datetime.datetime.now().strftime(f)}
+        # no HTML escapes
+        self._sandbox.add_filter("tojson", lambda x, **options: json.dumps(x, ensure_ascii=False, **options))
+        self._sandbox.globals |= {
+            "raise_exception": _refuse,
+            "strftime_now": lambda f: datetime.datetime.now().strftime(f),
+        }
         try:
-            self._compiled = inside.from_string(text)
+            self._compiled = self._sandbox.from_string(text)
         except TemplateError as e:
             raise RequestError(f"the chat template is damaged ({e})") from None
 
@@ -78,13 +84,12 @@ class Template:
         """Render the conversation as text, up to the start of the assistant's answer.
 
         Raises:
-            RequestError: If the template refuses the messages (for example roles that do not alternate) or fails.
+            RequestError: If the template refuses the messages (for example roles that do not alternate), fails, or
+                exceeds the limits of `template_sandbox`.
         """
         try:
-            return self._compiled.render(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None,
-                **self.tokenizer.spelled,
-            )  # fmt: skip
+            given = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
+            return self._sandbox.render(self._compiled, given | self.tokenizer.spelled)
         except RequestError:
             raise
         except Exception as e:  # a template is third-party code and may raise anything
@@ -107,6 +112,12 @@ class Template:
 
 def _refuse(reason: str) -> NoReturn:
     raise RequestError(f"the chat template refuses these messages: {reason}")
+
+
+def _now(pattern: str) -> str:
+    if re.search(r"%[^a-zA-Z%]*\d", pattern):  # some systems pad a field to any width
+        raise RequestError("the chat template asks for a date with a width")
+    return datetime.datetime.now().strftime(pattern)
 
 
 class Conversation:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.model.config import ModelConfig
-from llmctl.model.generate.decode import Decoder, Served, State, empty_cache
+from llmctl.model.generate.decode import Decoder, Served, State, check_cache, empty_cache
 from llmctl.model.generate.padded_prompts import NOTHING, ROUND, padded_ends, round_up
 from llmctl.model.generate.sampling import Sampling, row_keys
 
@@ -92,6 +92,7 @@ class Session:
         self._ids, self._cache = [], []
         if slots <= held:
             return cache
+        check_cache(cfg, 1, slots)
         size = ROUND * 2 ** (round_up(slots) // ROUND - 1).bit_length()
         if not held:
             return empty_cache(cfg, 1, size, self.decoder.dtype)

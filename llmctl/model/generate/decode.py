@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl.config import limits
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
@@ -116,8 +117,10 @@ class Decoder:
 
         Raises:
             ValueError: If a prompt is empty or leaves no room within the model's maximum sequence length.
+            RequestError: If the cache does not fit into memory.
         """
         inputs, slots = self.inputs(prompts, max_new)
+        check_cache(self.model, len(prompts), slots)
         rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, len(prompts), first)
         state = self._prefill(self.weights, inputs, keys_B, ends_E, slots=slots, rules=rules)
         left = max_new
@@ -292,6 +295,17 @@ class Decoder:
         out_BN = jnp.full((len(state["token"]), count), NOTHING, jnp.int32)
         _, state, out_BN = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out_BN))
         return state, out_BN
+
+
+def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
+    """Check that the keys and values of so many rows fit into this machine's memory, at two bytes each.
+
+    Raises:
+        RequestError: If they do not.
+    """
+    what = f"the cache of {rows:,} texts of {slots:,} tokens"
+    size = 2 * 2 * cfg.layers * rows * slots * cfg.kv_heads * cfg.head_dim
+    limits.check_memory(size, what, "lower --max-new, --batch-size or --beams")
 
 
 def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:

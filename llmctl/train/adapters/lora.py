@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llmctl.config.errors import RequestError
 from llmctl.train.adapters import targets
 from llmctl.train.adapters.method import Method, Params
 
@@ -43,13 +44,15 @@ def attach(
       make: function from (weight, a, b, scale) to the adapter; None makes a `LowRank`.
 
     Raises:
-      RequestError: a target or a pattern names no matrix, or a matrix has a pair already.
+      RequestError: a target or a pattern names no matrix, a matrix has a pair already, or a rank does not fit
+        (`check_rank`).
     """
     import jax
     import jax.numpy as jnp
 
     from llmctl.model import weights
 
+    check_rank(params, lora)
     for field in ("rank_pattern", "alpha_pattern"):
         targets.check_pattern(params, lora.targets, getattr(lora, field), f"lora.{field}")
 
@@ -63,6 +66,20 @@ def attach(
         return (make or weights.LowRank)(m.weight, a, jnp.zeros((*lead, rank, fan_out)), scale)
 
     return targets.wrap(cfg, params, lora.targets, pair, mesh, "lora.targets")
+
+
+def check_rank(params: Params, lora: LoraConfig) -> None:
+    """Check that the highest rank is not above the smaller side of every matrix: no update has a higher rank.
+
+    Raises:
+      RequestError: it is.
+    """
+    from llmctl.model import weights
+
+    found = [m for m in weights.matrices(params, "block") if not lora.targets or m.name in lora.targets]
+    rank, sides = max(lora.rank, *lora.rank_pattern.values(), 1), [min(m.weight.shape[-2:]) for m in found]
+    if rank > max(sides, default=rank):
+        raise RequestError(f"lora.rank = {rank:,} is above the smaller side of every matrix ({max(sides):,} at most)")
 
 
 class Lora(Method):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmctl.config import limits
 from llmctl.config.errors import RequestError
 from llmctl.data.config import SourceConfig
 from llmctl.data.source import open_source
@@ -209,3 +210,39 @@ def test_compressed_files(tmp_path):
     (tmp_path / "x.jsonl.zst").write_bytes(whole[:-3])
     with pytest.raises(RequestError, match=r"x.jsonl.zst: damaged .zst file"):
         rows(tmp_path / "x.jsonl.zst", "jsonl")
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "csv", "parquet"])
+def test_pipes_and_devices_are_no_data(tmp_path, source):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), ("/dev/zero", "device")):
+        with pytest.raises(RequestError, match=f"{path}: is a {kind}, and llmctl reads regular files"):
+            rows(path, source)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(("source", "options"), [("text", {"documents": "line"}), ("jsonl", {})])
+def test_a_line_has_a_length_limit(tmp_path, monkeypatch, source, options, suffix):
+    monkeypatch.setattr(limits, "LINE", 50)
+    packed = gzip.compress if suffix else bytes
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(packed(b'{"text": "a"}\n' * 3))
+    assert len(rows(path, source, **options)) == 3
+    path.write_bytes(packed(b'{"text": "a"}\n{"text": "' + b"a" * 60 + b'"}\n'))
+    with pytest.raises(RequestError, match=r"x(\.gz)?:2: a line of 72 bytes; 50 at most"):
+        rows(path, source, **options)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_file_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(limits, "UNCHECKED", 1 << 20)
+    path = tmp_path / f"x.txt.{kind}"
+    with pa.output_stream(path, compression={"gz": "gzip", "zst": "zstd"}[kind]) as stream:
+        stream.write(b"\n" * (8 << 20))
+    monkeypatch.setattr(limits, "RATIO", 900)
+    with pytest.raises(RequestError, match="decompresses to more than 900 times its size"):
+        len(rows(path, "text", documents="line"))
+    monkeypatch.setattr(limits, "RATIO", 10**9)
+    monkeypatch.setattr(limits, "memory", lambda: 4 << 20)
+    with pytest.raises(RequestError, match="its decompressed content would take"):
+        len(rows(path, "text", documents="line"))

@@ -224,3 +224,14 @@ def test_files_outside_a_tokenizers_folder_are_not_read(tmp_path):
         (folder / name).symlink_to(tmp_path / "bytes.json")
         with pytest.raises(RequestError, match=rf"{name}: is a link to {tmp_path}/bytes.json, outside"):
             read(folder)
+
+
+def test_a_vocabulary_is_not_larger_than_its_file(tmp_path):
+    """Arrays and lists are as long as the vocabulary."""
+    (tmp_path / "bytes.json").write_text('{"sentinels": 1000000000000}')
+    with pytest.raises(RequestError, match="1000000000000 sentinels; 1000 at most"):
+        loading.load(tmp_path)
+    model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 4_000_000_000}, "unk_token": "</s>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(RequestError, match="its largest token id is 4,000,000,000, and it does not hold so many"):
+        loading.load(tmp_path)
