@@ -14,11 +14,11 @@ from llmctl.config.errors import RequestError
 
 REPRESENTATIVE = (
     (
-        *("llama", "export and import", "pretrain", "LoRA merged", "structured", "distill", "finetune", "LoRA apart"),
-        *("depth", "wanda 2:4", "int4", "export and import"),
+        *("llama", "export and import", "pretrain", "LoRA merged", "wanda 2:4", "distill", "finetune", "structured"),
+        *("depth", "int4", "LoRA apart", "export and import"),
     ),
-    ("llama", "LoRA apart", "int8", "magnitude"),
-    ("llama", "magnitude", "W8A8", "LoRA apart"),
+    ("llama", "export and import", "magnitude", "int8", "export and import"),
+    ("llama", "export and import", "W8A8", "magnitude"),
 )
 """Chains that are done, in which every operation is the first of a pair and the second of one."""
 CHAINS, LONG = 200, 4
@@ -58,13 +58,13 @@ def test_each_operation_is_first_and_second_of_a_pair():
     assert firsts == seconds == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("chain", REPRESENTATIVE, ids=lambda c: c[1])
+@pytest.mark.parametrize("chain", REPRESENTATIVE, ids=lambda c: c[2])
 def test_chains_keep_what_they_must(bench, chain):
     for i in range(1, len(chain)):
         assert outcome(bench, chain[:i], chain[i]) == "done", chain[: i + 1]
 
 
-@pytest.mark.parametrize("chain", [c[:n] for c in REPRESENTATIVE for n in (2, len(c))], ids="-".join)
+@pytest.mark.parametrize("chain", [*REPRESENTATIVE, REPRESENTATIVE[0][:5]], ids=lambda c: c[-1])
 def test_what_would_undo_earlier_work_is_refused(bench, chain):
     state = bench.make(chain).state
     refused = [op for op in OPERATIONS if refusal(op, state)]
