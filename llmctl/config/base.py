@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_ar
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from llmctl.config.errors import RequestError
+from llmctl.config.limits import RECIPE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +69,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:  # may be a pipe, which a shell makes for `<(…)`
+            text = stream.read(RECIPE + 1)
+        if len(text) > RECIPE:
+            raise RequestError(f"{path}: has more than {RECIPE:,} bytes, so it is no recipe")
+        return tomllib.loads(text.decode("utf-8"))
     except FileNotFoundError:
         there = [str(p) for p in file.parent.glob("*.toml")] if file.parent.is_dir() else []
         raise RequestError(f"{path}: no such file{hint(str(file), there)}") from None

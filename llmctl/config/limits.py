@@ -12,6 +12,8 @@ from pathlib import Path
 
 from llmctl.config.errors import RequestError
 
+RECIPE = 16 << 20
+"""Bytes of a recipe. Recipes have a few thousand."""
 LINE = 256 << 20
 """Bytes of one line of a text file. A line is a document or a table's row; the longest books have a few million."""
 RATIO = 1000

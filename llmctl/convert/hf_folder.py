@@ -62,7 +62,7 @@ def read_json(path: Path) -> Fields:
         RequestError: If the file is absent, unreadable, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(containment.regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:

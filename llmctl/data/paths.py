@@ -47,10 +47,12 @@ def files_below(spec: str) -> list[epath.Path]:
     """Return every file below the folder `spec`, sorted. A file or glob is resolved as by `resolve`.
 
     Raises:
-      RequestError: nothing matches.
+      RequestError: nothing matches, or there is a pipe or a device.
     """
     path = folder(spec)
-    return sorted(at / name for at, _, names in path.walk() for name in names) if path.is_dir() else resolve(spec)
+    if not path.is_dir():
+        return resolve(spec)
+    return sorted(regular(at / name) for at, _, names in path.walk() for name in names)
 
 
 def folder(spec: str) -> epath.Path:

@@ -2,11 +2,15 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from llmctl.config import containment
 from llmctl.config.errors import RequestError
+from llmctl.convert import hf_folder, safetensors
+from llmctl.data import paths
+from llmctl.model.generate import chat
 
 
 @pytest.fixture
@@ -98,3 +102,14 @@ def test_scratch_files_are_not_written_through_links(folder, tmp_path):
     with pytest.raises(RequestError, match=f"work: is a link to {folder}"):
         containment.own(tmp_path / "work")
     assert containment.own(folder) == folder
+
+
+def test_readers_refuse_what_never_ends():
+    for read, refused in (
+        (chat.read_messages, Path("/dev/zero")),
+        (hf_folder.read_json, Path("/dev/zero")),
+        (safetensors.read_file, Path("/dev/zero")),
+        (paths.resolve, "/dev/zero"),
+    ):
+        with pytest.raises(RequestError, match="/dev/zero: is a device"):
+            read(refused)

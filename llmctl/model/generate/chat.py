@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.base import SPOILED, Tokenizer
 from llmctl.model.generate.chat_cache import Session
@@ -31,7 +32,7 @@ Message = dict[str, str]
 def read_messages(file: Path) -> list[Message]:
     """Read the messages of a JSON file, which holds a list or an object with the list "messages"."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(regular(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise RequestError(f"--file {file}: no such file") from None
     except (OSError, ValueError) as e:
