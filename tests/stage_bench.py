@@ -129,8 +129,6 @@ class Bench:
             how |= {"merge": False} if operation == "LoRA apart" else {}
             module, config = finetune, finetune.Config(task=task(operation, parent.state), **how, **learns)
         ctx.work.mkdir(parents=True)
-        # Training would measure the peak of this CPU for half a second.
-        (ctx.work / "peak.json").write_text('{"flops_per_second": 1e9}')
         module.run(config, parent.path, ctx)
 
     def carry(self, parent: Made, out: Path) -> str:

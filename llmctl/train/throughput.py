@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import resource
 import sys
@@ -84,8 +85,12 @@ def peak(devices: list[Device], cache: Path) -> float | None:
     return found
 
 
+@functools.cache
 def measure(side: int) -> float:
-    """Return the operations per second of the fastest of five float32 matrix products [side, side] on one device."""
+    """Return the operations per second of the fastest of five float32 matrix products [side, side] on one device.
+
+    A process measures once, because a run may have many stages that train and this takes half a CPU second.
+    """
     x = jnp.ones((side, side))
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
