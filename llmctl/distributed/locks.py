@@ -67,7 +67,7 @@ def claim(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
+def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = False) -> Iterator[None]:
     """Lock the file `path` while the context lasts. Only process 0 of a run locks. The kernel unlocks at its death.
 
     The last holder removes the file, and its folder if it made that and it is empty.
@@ -76,6 +76,7 @@ def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
       path: the lock's file.
       what: what is locked, for the message.
       shared: other holders of a shared lock are let in.
+      own_folder: the folder is llmctl's, and is removed if it is empty, whoever made it.
 
     Raises:
       RequestError: another process holds it, or the file or its folder is a link.
@@ -111,5 +112,5 @@ def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
-                if made:
+                if made or own_folder:
                     path.parent.rmdir()

@@ -88,7 +88,7 @@ def run(
         _batches_fit(task.step)
     if due:
         hosts.tell(lambda: data_check.check(recipe, [t.step.name for t in due]))
-    with locks.lock(recipe.run / WORK / "run.lock", str(recipe.run), shared=recipe.alone):
+    with locks.lock(recipe.run / WORK / "run.lock", str(recipe.run), shared=recipe.alone, own_folder=True):
         hosts.check_shared(recipe.run / WORK)
         if due:
             backend.settle((t.step.config.platform for t in due), say)
