@@ -36,6 +36,7 @@ from llmctl.artifacts.manifest import (
 )
 from llmctl.config import containment, limits
 from llmctl.config.errors import RequestError, WorkError
+from llmctl.distributed import locks
 from llmctl.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -140,12 +141,17 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
     manifest = read_manifest(path)
     if not manifest.weights:
         raise RequestError(f"{path}: holds no model (stage {manifest.stage!r}); name an artifact with parameters")
-    _check_layers(path, manifest)
     mesh = mesh or meshes.make(MeshConfig())
-    nodes = {}
-    for name, record in manifest.weights.items():
-        parts = {k: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(d)) for k, (d, shape) in record["parts"].items()}
-        nodes[name] = weights.assemble(record, parts)
+    nodes, name = {}, ""
+    try:
+        for name, record in manifest.weights.items():
+            parts = {k: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(d)) for k, (d, shape) in record["parts"].items()}
+            nodes[name] = weights.assemble(record, parts)
+    except RequestError as e:
+        raise RequestError(f"{path}: {name}: {e}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise RequestError(f"{path}: damaged (the record of {name}: {_first(str(e))}); {ADVICE}") from None
+    _check_layers(path, manifest)
     _check_shapes(path, nodes, weights.flatten(functional.abstract(manifest.model)))
     return Artifact(path, manifest, functional.laid_out(manifest.model, weights.unflatten(nodes), mesh))
 
@@ -188,9 +194,11 @@ def check_place(out: Path, *reads: Path, stage: str = "", replace: bool = False)
       replace: replace any artifact.
 
     Raises:
-      RequestError: `out` contains one of `reads`; or it exists and is neither empty nor an artifact; or it is an
-        artifact of another kind of stage, or has files that llmctl did not write, and `replace` is false.
+      RequestError: the path of `out` has a character of globs; or it contains one of `reads`; or it exists and is
+        neither empty nor an artifact; or it is an artifact of another kind of stage, or has files that llmctl did not
+        write, and `replace` is false.
     """
+    locks.check_path(out, str(out))
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
         raise RequestError(f"{out}: would replace what it is made of; choose another folder")
     if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):

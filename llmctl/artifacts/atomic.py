@@ -18,10 +18,13 @@ def check(out: Path) -> None:
 
     Raises:
       RequestError: the path has no last name (such as "." or "/") or ends in "..", because folders are created by
-        renaming; the name is too long; or the path leads into an artifact, which is replaced as a whole.
+        renaming; it names a remote store; the name is too long; or the path leads into an artifact, which is
+        replaced as a whole.
     """
     if out.name in ("", ".."):
         raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(out)):  # a path keeps one slash of gs://
+        raise RequestError(f"--out {out}: is no local folder; write to one, and copy it")
     locks.check_name(out.name, f"--out {out}")
     for above in (out.parent.resolve() / out.name).parents:
         if (above / "manifest.json").is_file() and (above / "params").is_dir():

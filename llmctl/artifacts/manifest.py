@@ -20,11 +20,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from llmctl.artifacts.fingerprint import type_bits
 from llmctl.config import checksums, containment
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.model.config import ModelConfig
 
 FORMAT = 1
@@ -135,6 +136,15 @@ class Manifest(BaseModel):
     checksums: Checksums | None = None
     """Checksums of the fields above and of the files beside; None if an earlier llmctl saved the artifact."""
 
+    @field_validator("weights")
+    @classmethod
+    def _describe_arrays(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, record in value.items():
+            parts = record.get("parts", {})
+            if not isinstance(parts, dict) or not all(_is_array(part) for part in parts.values()):
+                raise ValueError(f"the parts of {name} are not described by dtype and shape")
+        return value
+
     @property
     def content(self) -> str:
         """Return the digest over everything that can change an answer; empty if an earlier llmctl saved it."""
@@ -237,6 +247,13 @@ def listed(clauses: Iterable[str]) -> str:
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
+def _is_array(part: Any) -> bool:
+    """Return whether a part of a weight's record is [dtype, shape]."""
+    if not isinstance(part, (list, tuple)) or len(part) != 2 or not isinstance(part[0], str):
+        return False
+    return isinstance(part[1], (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in part[1])
+
+
 def _other(path: Path, manifest: Manifest) -> dict[str, str]:
     """Compare the tokenizer's descriptor with the tokenizer that the model was trained with."""
     from llmctl.data.tokenizers.base import DESCRIPTOR
@@ -244,7 +261,7 @@ def _other(path: Path, manifest: Manifest) -> dict[str, str]:
     if not manifest.tokenizer:
         return {}
     try:
-        digest = str(json.loads((path / TOKENIZER / DESCRIPTOR).read_text())["digest"])
+        digest = str(parse_json((path / TOKENIZER / DESCRIPTOR).read_bytes())["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return {TOKENIZER: f"{TOKENIZER}/{DESCRIPTOR} is missing or damaged"}
     if digest == manifest.tokenizer:
@@ -258,7 +275,7 @@ def _raw(path: Path) -> dict[str, Any]:
         raise RequestError(f"{path}: not an artifact (it has no manifest.json); name a folder that a stage wrote")
     containment.check(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
         version = content["format"]
     except (ValueError, KeyError, TypeError) as e:
         raise _damaged(path, e) from e

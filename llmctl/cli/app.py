@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from llmctl import __version__
 from llmctl.artifacts.atomic import disk_is_full
-from llmctl.config.errors import Interrupted, LlmctlError
+from llmctl.config.errors import Interrupted, LlmctlError, RequestError
+from llmctl.config.text_input import check_unicode
 from llmctl.distributed import backend, processes
 from llmctl.pipeline import registry
 
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_LEVEL": "2"}
 """Environment variables that silence the logs of C++ libraries."""
 _stop_requested = threading.Event()
+PLACES = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.ENXIO),
+)
+"""Errors of the operating system for which a path of the request is the reason."""
 GOES_ON = ("run", "prepare", "import")
 """Commands, beside the stages, that finish stopped work when they are run again."""
 
@@ -88,6 +97,7 @@ def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]
 
     @functools.wraps(command)
     def stoppable(*args: Any, **kwargs: Any) -> Any:
+        _check_numbers(kwargs)
         try:
             return command(*args, **kwargs)
         except Interrupted:
@@ -101,6 +111,24 @@ def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]
     return stoppable
 
 
+def _check_numbers(options: dict[str, Any]) -> None:
+    """Check the numbers of options: they are finite, floats are in float32's range, and integers have 64 bits.
+
+    Raises:
+      RequestError: an option is out of range.
+    """
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float):
+            from llmctl.config.base import FLOAT32_MAX
+
+            if abs(value) <= FLOAT32_MAX:
+                continue
+            raise RequestError(f"{flag} {value}: must be a finite number, at most {FLOAT32_MAX:.3g}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise RequestError(f"{flag} {value}: must be a whole number of 64 bits, less than 2 ** 63")
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted."""
     _be_quiet()
@@ -110,6 +138,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code. An error is printed as one line to stderr."""
     try:
+        _check_request(argv)
         words = argv or _completing()
         chosen = next((word for word in words if not word.startswith("-")), "")
         code = app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
@@ -140,21 +169,47 @@ def ending(e: BaseException) -> tuple[int, str]:
     if disk_is_full(e):
         where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
         return 1, f"disk full{where}: what was saved before is intact; free some space and run the same command"
-    if isinstance(e, (NotADirectoryError, FileExistsError, PermissionError)) and e.filename:
-        return 2, f"{e.filename}: {str(e.strerror).lower()}; choose another place"
+    if isinstance(e, OSError) and e.errno:
+        return _of_system(e)
+    if isinstance(e, RuntimeError) and str(e).startswith("Symlink loop from"):
+        return 2, f"{e}; choose another place"
+    if isinstance(e, MemoryError):
+        return 1, "out of memory: what was saved before is intact; take smaller sizes"
     if callable(complain := getattr(e, "format_message", None)):  # typer's exceptions for wrong requests
         unknown = hasattr(e, "possibilities")  # its formatted message lists every similar flag
         return 2, f"{getattr(e, 'message', '') if unknown else complain()}{_near(e)}"
     return 1, f"{type(e).__name__}: {e} (LLMCTL_DEBUG=1 shows where)"
 
 
+def _of_system(e: OSError) -> tuple[int, str]:
+    """Return the exit code and the line of an error of the operating system."""
+    where = f"{os.fsdecode(e.filename)}: " if e.filename else ""
+    if e.errno in PLACES:
+        return 2, f"{where}{str(e.strerror).lower()}; choose another place"
+    return 1, f"{where}{str(e.strerror).lower()}; what was saved before is intact, run the same command again"
+
+
+def _check_request(argv: list[str]) -> None:
+    """Check what every command needs: arguments that are text, and a current folder.
+
+    Raises:
+      RequestError: an argument is not UTF-8, which no result could record; or the current folder was deleted.
+    """
+    for n, word in enumerate(argv, 1):
+        check_unicode(word, f"argument {n}")
+    try:
+        Path.cwd()
+    except OSError as e:
+        raise RequestError(f"the current folder: {str(e.strerror).lower()}; change to another one") from None
+
+
 def _near(e: Any) -> str:
     wrong = getattr(e, "option_name", "")
     if not wrong or not getattr(e, "ctx", None):
         return ""
-    near = difflib.get_close_matches(
-        wrong, [o for p in e.ctx.command.params for o in (*p.opts, *p.secondary_opts)], n=1
-    )
+    known = [o for p in e.ctx.command.params for o in (*p.opts, *p.secondary_opts)]
+    negated = re.sub(r"^--(.+\.)no-", r"--no-\1", wrong)  # the negation comes before the section
+    near = [negated] if negated in known else difflib.get_close_matches(wrong, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
 
 

@@ -66,7 +66,7 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
         out, recipe_file, sets, json = (given.pop(k) for k in ("out", "recipe_file", "sets", "json"))
         if artifact := given.pop(ARTIFACT, None):
             if given["parent"]:
-                raise RequestError(f"llmctl {kind}: {artifact} and --from {given['parent']}: say one of the two")
+                raise RequestError(f"{kind}: {artifact} and --from {given['parent']}: say one of the two")
             given["parent"] = artifact
         processes = {k: given.pop(k) for k in PROCESSES}
         flags: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
                     at = at.setdefault(part, {})
                 at[path[-1]] = _parsed(field, value)
         if not out and cls.produces:
-            raise RequestError(f"llmctl {kind}: --out: say where the artifact goes")
+            raise RequestError(f"{kind}: --out: say where the artifact goes")
         with console.folder(out) as folder:
             chosen = recipe.single(kind, flags, folder, recipe_file, sets or ())
             runner.run(chosen, say=console.say, processes=processes)

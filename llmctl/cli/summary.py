@@ -12,6 +12,7 @@ from rich.table import Table
 from llmctl.artifacts import artifact
 from llmctl.config.base import read_toml, validate
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.evaluate.metrics.base import VALIDATION, Metric, columns, find
 from llmctl.model import config as model_config
 from llmctl.model.config import ModelConfig
@@ -66,7 +67,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_bytes())
         needed, newer = ("artifact", "digest", "task", "protocol", "metrics"), ("content",)
         return [{k: r[k] for k in needed} | {k: r[k] for k in newer if k in r} for r in found]
     except (ValueError, KeyError, TypeError) as e:
@@ -132,7 +133,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
         sizes = size(e["weight_bytes"]), size(e["bytes"])
         figures = (f"{e['parameters']:,}", *sizes, f"{e['sparsity']:.0%}", f"{e['bits']:.3g}")
         values = ((m, e["metrics"].get(m.name)) for m in shown)
-        out.add_row(*fixed, *figures, *("" if v is None else m.text(v) for m, v in values))
+        out.add_row(*fixed, *figures, *(m.text(v) if isinstance(v, (int, float)) else "" for m, v in values))
     return out
 
 

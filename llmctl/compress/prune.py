@@ -9,6 +9,7 @@ Shapes: I inputs, O outputs of one layer's matrix.
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -138,12 +139,22 @@ def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"{stack}/{index}/{name}".encode()))
 
 
-def check(params: dict[str, Any], pattern: Pattern) -> None:
-    """Raise RequestError, naming the first matrix of the blocks whose inputs an N:M pattern does not divide."""
+def check(params: dict[str, Any], pattern: Pattern, per: Literal["matrix", "output"] = "matrix") -> None:
+    """Check a pattern against the matrices of the blocks.
+
+    Raises:
+        RequestError: an N:M pattern does not divide the inputs of a matrix, or the sparsity rounds to no weight in all.
+    """
+    largest = 1
     for m in weights.matrices(params, "block"):
         inputs = m.weight.shape[m.inputs]
+        largest = max(largest, inputs if per == "output" else math.prod(m.weight.shape[-2:]))
         if pattern.of and inputs % pattern.of:
             raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide the {inputs} inputs of {m.path}")
+    if not pattern.of and not round(pattern.sparsity * largest):
+        raise RequestError(
+            f"sparsity {pattern.sparsity:g} rounds to no weight of {largest:,}; say at least {1 / largest:.2g}"
+        )
 
 
 def sparsity(params: dict[str, Any]) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import tomllib
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from llmctl.config.errors import RequestError
 from llmctl.config.limits import RECIPE
+from llmctl.config.text_input import parse_toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,9 +55,13 @@ class Config(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _finite_in_float32(cls, value: Any) -> Any:
+    def _representable(cls, value: Any) -> Any:
         if isinstance(value, float) and abs(value) > FLOAT32_MAX:
             raise ValueError(f"must be at most {FLOAT32_MAX:.3g}, the largest number in float32, got {value:g}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"must be a whole number of 64 bits, got {_shown(value)}")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("must hold no zero byte")
         return value
 
 
@@ -73,11 +77,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             text = stream.read(RECIPE + 1)
         if len(text) > RECIPE:
             raise RequestError(f"{path}: has more than {RECIPE:,} bytes, so it is no recipe")
-        return tomllib.loads(text.decode("utf-8"))
+        return parse_toml(text.decode("utf-8"))
     except FileNotFoundError:
         there = [str(p) for p in file.parent.glob("*.toml")] if file.parent.is_dir() else []
         raise RequestError(f"{path}: no such file{hint(str(file), there)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise RequestError(f"{path}: not valid TOML: {e}") from None
     except OSError as e:
         raise RequestError(f"{path}: cannot be read: {e.strerror}") from None
@@ -110,8 +114,8 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
 def parse_value(text: str) -> Any:
     """Parse `text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"). Other text is returned as a string."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {text}")
+    except ValueError:
         return text
     return parsed["value"] if set(parsed) == {"value"} else text
 
@@ -178,6 +182,16 @@ def hint(word: str, known: list[str]) -> str:
     """Return `, did you mean …?` if a known word is similar, else an empty string."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def with_article(noun: str) -> str:
+    """Return the noun after "a" or "an", by its sound.
+
+    Example:
+      >>> with_article("encoder"), with_article("unigram"), with_article("gpu")
+      ('an encoder', 'a unigram', 'a gpu')
+    """
+    return f"{'an' if noun[:1] in 'aeio' or (noun[:1] == 'u' and noun[:3] not in ('uni', 'use')) else 'a'} {noun}"
 
 
 def keyed(value: Any) -> Any:

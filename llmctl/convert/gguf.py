@@ -82,13 +82,16 @@ def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
     """
     metadata, stored = _open(file)
     architecture = metadata.get("general.architecture")
-    if architecture not in TYPES:
+    if not isinstance(architecture, str) or architecture not in TYPES:
         raise RequestError(f"{file}: architecture {architecture!r} is not known; known: {', '.join(sorted(TYPES))}")
     model_type = TYPES[architecture]
     if architecture == "llama" and metadata.get("llama.attention.sliding_window"):
         model_type = "mistral"
     factors = stored.pop("rope_freqs.weight", None)
-    config = _config(file, model_type, architecture, metadata, factors)
+    try:
+        config = _config(file, model_type, architecture, metadata, factors)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
+        raise RequestError(f"{file}: its metadata cannot be understood ({e})") from None
     back = {}
     for name, tensor in stored.items():
         if any(re.fullmatch(p, name) for p in drop):
@@ -188,8 +191,12 @@ def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, 
 
     heads, width = take("attention.head_count"), take("embedding_length")
     kv_heads = take("attention.head_count_kv", heads)
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+    if isinstance(heads, list) or isinstance(kv_heads, list):
         raise RequestError(f"{file}: layers with different numbers of heads are not supported")
+    counts = {key: take(key) for key in ("attention.head_count", "embedding_length", "block_count")}
+    counts |= {key: take(key) for key in ("feed_forward_length", "context_length")} | {"head_count_kv": kv_heads}
+    if odd := [key for key, count in counts.items() if not isinstance(count, int) or count < 1]:
+        raise RequestError(f"{file}: its metadata has {odd[0]} = {counts[odd[0]]!r}, which must be at least 1")
     head_dim = take("attention.key_length", width // heads)
     if take("rope.dimension_count", head_dim) != head_dim or take("attention.value_length", head_dim) != head_dim:
         raise RequestError(f"{file}: heads that rotate in part, or whose keys and values differ, are not supported")
@@ -222,8 +229,14 @@ def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, 
     return config | ({"rope_scaling": scaling} if scaling else {})
 
 
-def _short(x: float) -> float:
-    """Return a float32 as its shortest decimal: 1e-5, not 9.999999747378752e-06."""
+def _short(x: Any) -> float:
+    """Return a float32 as its shortest decimal: 1e-5, not 9.999999747378752e-06.
+
+    Raises:
+        ValueError: If it is no number.
+    """
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise ValueError(f"{x!r} is no number")
     return float(np.format_float_scientific(np.float32(x), trim="-"))
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from llmctl.config import containment
 from llmctl.config.errors import RequestError
 from llmctl.config.limits import LABELS
+from llmctl.config.text_input import parse_json
 from llmctl.convert import architectures, compressed_tensors, name_map, safetensors
 from llmctl.convert.lazy_tensors import Tensor, Tensors, listed
 from llmctl.evaluate.tasks import registry
@@ -62,10 +63,10 @@ def read_json(path: Path) -> Fields:
         RequestError: If the file is absent, unreadable, or holds something else.
     """
     try:
-        content = json.loads(containment.regular(path).read_text(encoding="utf-8"))
+        content = parse_json(containment.regular(path).read_bytes())
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise RequestError(f"{path}: not readable JSON ({e})") from None
     if not isinstance(content, dict):
         raise RequestError(f"{path}: not a JSON object")

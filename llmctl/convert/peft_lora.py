@@ -87,11 +87,15 @@ def read(
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}  # regular expressions that match the end of a name
+    if not isinstance(patterns, dict):
+        raise RequestError("adapter_config.json: alpha_pattern is no object")
     try:
         found = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module))
         alpha = next(found, config.get("lora_alpha", rank))
     except re.error as e:
         raise RequestError(f"adapter_config.json: alpha_pattern holds no regular expression ({e})") from None
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise RequestError(f"adapter_config.json: lora_alpha = {alpha!r} is no finite number")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from llmctl.config.containment import regular, within
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.convert.lazy_tensors import Tensor, listed
 
 TYPES: dict[str, Any] = {
@@ -47,23 +49,30 @@ def read_file(path: Path) -> dict[str, Tensor]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
             if length > min(MOST_HEADER, size - 8):
                 raise RequestError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
-            header = json.loads(f.read(length))
+            header = parse_json(f.read(length))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise RequestError(f"{path}: not a readable safetensors file ({e}); fetch it again") from None
     try:
-        return {k: _entry(path, v, 8 + length, size) for k, v in header.items() if k != "__metadata__"}
+        tensors = {k: _entry(path, v, 8 + length, size) for k, v in header.items() if k != "__metadata__"}
+        spans = sorted((*header[k]["data_offsets"], k) for k, t in tensors.items() if t.nbytes)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise RequestError(f"{path}: damaged header ({e!r}); fetch it again") from None
+    for (_, end, a), (start, _, b) in pairwise(spans):
+        if start < end:
+            raise RequestError(f"{path}: damaged header (the values of {a} and {b} overlap); fetch it again")
+    return tensors
 
 
 def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tensor:
     if entry["dtype"] not in TYPES:
         raise RequestError(f"{path}: tensors of type {entry['dtype']} are not supported")
-    dtype, shape = np.dtype(TYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
+    dtype, shape = np.dtype(TYPES[entry["dtype"]]), tuple(entry["shape"])
     first, last = entry["data_offsets"]
-    if last - first != math.prod(shape) * dtype.itemsize or min((first, *shape)) < 0:
+    if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
+        raise ValueError("a size that is no whole number")
+    if last - first != math.prod(shape) * dtype.itemsize or first < 0:
         raise ValueError("offsets contradict a shape")
     if start + last > size:
         raise RequestError(
@@ -114,7 +123,7 @@ def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
         RequestError: If its shards hold other tensors.
     """
     try:
-        placed = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        placed = dict(parse_json((folder / INDEX).read_bytes())["weight_map"])
         gone = sorted(f for f in set(placed.values()) if not within(folder, f).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{INDEX} is damaged"
@@ -141,7 +150,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     try:
-        placed = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        placed = dict(parse_json((folder / INDEX).read_bytes())["weight_map"])
         files = sorted(set(placed.values()))
         if odd := [f for f in files if Path(f).name != f]:  # it could be any file of the machine
             raise ValueError(f"a shard outside the folder: {odd[0]}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.convert import post_processor, sentencepiece_json
 from llmctl.convert.lazy_tensors import listed
 from llmctl.data.tokenizers import loading as tokenizers
@@ -61,7 +62,8 @@ def bring(
     if found is None:
         return None
     check(found, model, str(source))
-    if beyond := [t for t, i in read_json(folder / "added_tokens.json").items() if i >= found.vocab_size]:
+    added = read_json(folder / "added_tokens.json")
+    if beyond := [t for t, i in added.items() if not isinstance(i, int) or i >= found.vocab_size]:
         raise RequestError(
             f"{source}: its added tokens ({listed(beyond)}) are only read from a tokenizer.json; make one with "
             "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
@@ -73,7 +75,11 @@ def bring(
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copy(folder / name, work / name)
-    _write_ends(work, found, [config.get("eos_token_id"), read_json((of or folder) / GENERATION).get("eos_token_id")])
+    ends = [config.get("eos_token_id"), read_json((of or folder) / GENERATION).get("eos_token_id")]
+    if odd := [i for said in ends for i in ids_of(said) if i >= 2**31]:
+        raise RequestError(f"{of or folder}: eos_token_id {odd[0]} is no token")
+    tokenizers.chat_template(folder)
+    _write_ends(work, found, ends)
     if isinstance(found, JsonTokenizer) and sentencepiece_json.twin(found, folder):
         shutil.copy(folder / SentencePieces.file, work / SentencePieces.file)  # GGUF export needs it
     return work
@@ -229,7 +235,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as e:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as e:
         raise RequestError(f"{path}: not readable JSON ({e})") from None
     return content if isinstance(content, dict) else {}

@@ -14,6 +14,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmctl.config.text_input import parse_json
+
 Names = Mapping[str, tuple[str, ...]]
 """Class names by column, in the order of the class numbers."""
 
@@ -37,7 +39,7 @@ def _names(feature: Any) -> tuple[str, ...]:
 def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
     """Return the names that the metadata of an Arrow schema declares; none if it is unreadable."""
     try:
-        return of_features(json.loads((metadata or {})[b"huggingface"])["info"]["features"])
+        return of_features(parse_json((metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError):
         return {}
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmctl.config import checksums
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import processes
 
@@ -102,7 +103,7 @@ class Corpus:
           The corpus; None if it is missing or damaged, or its digests differ.
         """
         try:
-            described = json.loads((folder / "corpus.json").read_text())
+            described = parse_json((folder / "corpus.json").read_bytes())
             if (described["tokenizer"], described["texts"]) != (tokenizer, texts):
                 return None
             if check and any(checksums.of_file(folder / n) != described["checksums"][n] for n in FILES):

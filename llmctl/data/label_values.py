@@ -24,6 +24,7 @@ import numpy as np
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import check_unicode
 from llmctl.data.config import DataConfig
 
 Label = str | float | tuple[str, ...]
@@ -161,6 +162,8 @@ class Labels:
         if not isinstance(value, (str, bool, int, float, decimal.Decimal)):
             raise RequestError(f"label {_short(value)} is no class but {_kind(value)} in {self._in}; {_advice(value)}")
         label = plain(value)
+        if not label.isascii():
+            check_unicode(label, f"label {_short(label)} in {self._in}")
         if label not in self._known:
             self._known[label] = known_as(label, listed)
         name = self._known[label]

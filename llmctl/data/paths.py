@@ -59,8 +59,10 @@ def folder(spec: str) -> epath.Path:
     """Convert `spec` to the path of a file or folder, also inside a package. The path may be absent.
 
     Raises:
-      RequestError: the package is not installed.
+      RequestError: the package is not installed, or the remote store cannot be read.
     """
+    if "://" in spec:
+        return _remote(spec)
     return _inside_package(spec) if spec.startswith("pkg:") else epath.Path(spec).expanduser()
 
 
@@ -92,6 +94,20 @@ def _glob(path: epath.Path) -> Iterable[epath.Path]:
     if "**" in pattern:
         raise RequestError(f"{str(path)!r}: ** searches local folders alone; name each level with *")
     return base.glob(pattern)
+
+
+def _remote(spec: str) -> epath.Path:
+    """Convert `gs://…` to a path, and look there once, because the packages of remote stores are optional."""
+    try:
+        path = epath.Path(spec)
+        path.exists()
+    except KeyError:
+        store = spec.partition("://")[0]
+        raise RequestError(f"{spec!r}: {store}:// is no known store of files; download the data first") from None
+    except Exception as e:  # each store's library has its own exceptions
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise RequestError(f"{spec!r}: cannot be reached ({reason})") from None
+    return path
 
 
 def _inside_package(spec: str) -> epath.Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 LONGEST = 200
 """Most bytes of a folder's name: file systems allow 255, and names of scratch files are longer."""
+
+ATTEMPTS = 100
+"""Most attempts to create a lock's file, whose folder the last holder of another lock may remove."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of the operating system for which the request is not the reason."""
 
 _claimed: set[Path] = set()
 
@@ -44,6 +51,18 @@ def check_name(name: str, where: str) -> None:
         raise RequestError(f"{where}: its name has {size} bytes; {LONGEST} at most")
     if "/" in name or "\0" in name:
         raise RequestError(f"{where}: a name has no slash and no NUL")
+
+
+def check_path(path: Path, where: str) -> None:
+    """Check that arrays can be written below a folder. Orbax merges the files of all paths that match it as a glob.
+
+    Raises:
+      RequestError: the absolute path has a character that means something in globs.
+    """
+    if found := re.search(r"[\[\]*?\\]", str(path.absolute())):
+        raise RequestError(
+            f"{where}: its path has {found.group()!r}, with which arrays cannot be saved; choose another"
+        )
 
 
 @contextlib.contextmanager
@@ -79,17 +98,25 @@ def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = Fals
       own_folder: the folder is llmctl's, and is removed if it is empty, whoever made it.
 
     Raises:
-      RequestError: another process holds it, or the file or its folder is a link.
+      RequestError: another process holds it, the file or its folder is a link, or no file can be made there.
     """
     if not processes.first():
         yield
         return
     containment.own(path.parent)
-    made = not path.parent.exists()
+    made, attempts = not path.parent.exists(), 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # its folder was removed in between
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = containment.regular(containment.own(path)).open("a+")
+        except OSError as e:
+            attempts += 1
+            if e.errno == errno.ENOENT and attempts < ATTEMPTS:  # its folder was removed in between
+                continue
+            if e.errno in FULL:
+                raise
+            raise RequestError(f"{what}: {e.filename}: {str(e.strerror).lower()}; choose another place") from None
+        with contextlib.suppress(FileNotFoundError):
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -150,6 +150,8 @@ class ModelConfig(Config):
     def _shapes_fit(self) -> ModelConfig:
         from llmctl.model import hf_config
 
+        if large := next((name for name, v in self if isinstance(v, int) and v >= 2**31), ""):
+            raise ValueError(f"{large} must be less than 2 ** 31")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.positions == "rope" and self.head_dim % 2:

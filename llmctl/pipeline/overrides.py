@@ -5,10 +5,12 @@ An assignment also removes the settings that it excludes, such as `train.steps` 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config.base import Config, assign, excluded, hint, parse_value, section
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import DEPTH
 from llmctl.pipeline import stage
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def assign_to(doc: dict[str, Any], text: str) -> None:
         raise RequestError(f"--set {text}: say which stage and which key, such as stage.0.train.steps=10")
     known = [str(t.get("name") or t.get("kind")) for t in tables if isinstance(t, dict)]
     which = path[1]
-    at = int(which) if which.isdigit() else known.index(which) if which in known else -1
+    at = int(which) if re.fullmatch(r"[0-9]{1,9}", which) else known.index(which) if which in known else -1
     if not 0 <= at < len(tables):
         raise RequestError(
             f"--set {text}: no stage {which}{hint(which, known)}; there are 0 to {len(tables) - 1}: {', '.join(known)}"
@@ -96,13 +98,14 @@ def _drop(values: dict[str, Any], paths: list[list[str]]) -> None:
     for *above, key in paths:
         table: Any = values
         for part in above:
-            table = table.get(part, {})
-        table.pop(key, None)
+            table = table.get(part, {}) if isinstance(table, dict) else {}
+        if isinstance(table, dict):
+            table.pop(key, None)
 
 
 def _assignment(text: str) -> tuple[list[str], Any]:
     path, equals, value = text.partition("=")
     parts = path.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > DEPTH:
         raise RequestError(f"--set {text}: must look like stage.2.sparsity=0.6")
     return parts, parse_value(value.strip())

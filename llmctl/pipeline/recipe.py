@@ -74,8 +74,8 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
         overrides.assign_to(doc, text)
     tables, names = _stages(doc, str(path))
     for key in ("name", "run"):
-        if not isinstance(doc.get(key, ""), str):
-            raise RequestError(f"{path}: {key}: must be a string")
+        if not isinstance(doc.get(key, ""), str) or "\0" in doc.get(key, ""):
+            raise RequestError(f"{path}: {key}: must be a string without a zero byte")
     name = doc.get("name") or Path(path).stem
     folder = Path(run or doc.get("run") or RUNS / name)
 
@@ -129,9 +129,9 @@ def single(
     values = {**merge(values, flags, cls), "kind": kind, "name": flags.get("name") or out.name}
 
     def place(path: str) -> str:
-        return f"--{path.replace('_', '-')}" if path else f"llmctl {kind}"
+        return f"--{path.replace('_', '-')}" if path else kind
 
-    step = _linked(validate(cls, values, place), [], out, f"llmctl {kind}", beside=out.parent)
+    step = _linked(validate(cls, values, place), [], out, kind, beside=out.parent)
     return Recipe(out.name, out.parent, (step,), alone=True)
 
 

@@ -123,7 +123,7 @@ def _generation(
 
 def _request(text: str) -> Request:
     """Parse ROWSxPROMPTxNEW."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
     if not found:
         raise RequestError(f"--generate {text}: must be prompts x tokens of each x new tokens, such as 8x512x128")
     return Request(*map(int, found.groups()))

@@ -225,3 +225,52 @@ def test_arrays_beyond_the_memory_are_refused_before_they_are_read(saved, monkey
     monkeypatch.setattr(artifact.limits, "memory", lambda: 100)
     with pytest.raises(RequestError, match="its arrays would take"):
         artifact.load(saved)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"parts": {"": ["float31", [2]]}},
+        {"parts": {"": ["float32", [-2]]}},
+        {"parts": {"": ["float32", [2.5]]}},
+        {"parts": {"": [None, [2]]}},
+        {"parts": [1]},
+        {"parts": {}},
+        {},
+        {"node": ["low_rank"], "parts": {}},
+        {"node": "nobody's", "parts": {"": ["float32", [2]]}},
+        {"node": "quantized", "parts": {"": ["float32", [2]]}},
+        {"node": "low_rank", "parts": {"a": ["float32", [2]]}},
+    ],
+)
+def test_records_of_weights_that_make_no_sense(saved, tmp_path, record):
+    """An artifact of an earlier llmctl has no checksums."""
+    shutil.copytree(saved, tmp_path / "odd")
+    values = json.loads((saved / "manifest.json").read_text())
+    name = next(iter(values["weights"]))
+    values["weights"][name] = record
+    (tmp_path / "odd" / "manifest.json").write_text(json.dumps(values | {"checksums": None}))
+    with pytest.raises(RequestError, match=r"odd.*(damaged|parameters contradict|nobody's)"):
+        artifact.abstract(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"format": 1, "config": ' + '{"a": ' * 5000, "nested deeper"),
+        ("\udce9", "not UTF-8"),
+        ("[]", "list"),
+        ("", ""),
+    ],
+)
+def test_manifests_that_are_no_manifests(tmp_path, text, why):
+    (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(RequestError, match=f"damaged manifest .*{why}"):
+        artifact.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [{"layers": 10**9}, {"vocab_size": 2**31}, {"d_ff": 10**30}])
+def test_sizes_that_no_model_has(sizes):
+    """Abstract parameters of 10^9 layers took minutes."""
+    with pytest.raises(ValueError, match=r"less than|64 bits"):
+        ModelConfig(**{**SIZES, **sizes})

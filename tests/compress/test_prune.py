@@ -139,3 +139,13 @@ def test_what_does_not_divide_is_named():
 def test_low_rank_updates_are_refused():
     with pytest.raises(RequestError, match="merge"):
         apply(LowRank(W, jnp.ones((4, 1)), jnp.ones((1, 2)), 1.0), jnp.ones((4, 2), bool))
+
+
+def test_a_sparsity_that_rounds_to_no_weight():
+    params = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 4))}}}}}
+    check(params, Pattern(1 / 32))
+    check(params, Pattern(1 / 8), "output")
+    with pytest.raises(RequestError, match=r"sparsity 1e-09 rounds to no weight of 32; say at least 0.031"):
+        check(params, Pattern(1e-9))
+    with pytest.raises(RequestError, match=r"rounds to no weight of 8; say at least 0.12"):
+        check(params, Pattern(1 / 32), "output")

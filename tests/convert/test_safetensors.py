@@ -1,6 +1,7 @@
 """Our safetensors reader and writer versus the library's, and every kind of damage."""
 
 import json
+import math
 import os
 import struct
 
@@ -163,3 +164,30 @@ def test_a_shard_may_not_be_a_link_out_of_its_folder_or_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "model" / "a.safetensors")
     with pytest.raises(RequestError, match=r"a.safetensors: is a pipe"):
         ours.read_folder(tmp_path / "model")
+
+
+def _with_header(path, change):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"b": {"data_offsets": [4, 12]}}, "the values of a and b overlap"),
+        ({"a": {"shape": [math.inf]}}, "a size that is no whole number"),
+        ({"a": {"shape": [-1, -2]}}, "a size that is no whole number"),
+        ({"a": {"data_offsets": [0.0, 8.0]}}, "a size that is no whole number"),
+        ({"a": {"shape": [2**200]}}, "more than 128 bits"),
+    ],
+)
+def test_sizes_in_a_header(tmp_path, change, why):
+    path = tmp_path / "a.safetensors"
+    ours.write_file(path, {n: of_array(np.ones(2, np.float32)) for n in "ab"})
+    _with_header(path, lambda header: [header[n].update(fields) for n, fields in change.items()])
+    with pytest.raises(RequestError, match=why):
+        ours.read_file(path)

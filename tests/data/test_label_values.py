@@ -162,3 +162,9 @@ def test_text_to_pretrain_on_may_have_any_labels(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), validation=0, test=0), labels=False)
     assert (found["train"].columns, len(found["train"]), found["train"].labels) == (("text",), 5, None)
+
+
+def test_a_label_that_no_file_can_hold():
+    """The artifact failed when it was saved."""
+    with pytest.raises(RequestError, match=r"label 'a\\ud800' in column 'label': not UTF-8 text"):
+        label_values.Labels(DataConfig(), "label").of_class("a\ud800")

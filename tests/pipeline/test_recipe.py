@@ -380,8 +380,8 @@ def test_a_single_stage_takes_settings_of_a_recipe(write, go, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ({"from": "nowhere"}, "llmctl change: from: no artifact 'nowhere'"),
-        ({}, "llmctl change: --from: say which artifact to start from"),
+        ({"from": "nowhere"}, "change: from: no artifact 'nowhere'"),
+        ({}, "change: --from: say which artifact to start from"),
         ({"from": "x", "train": {"steps": 0}}, "--train.steps: must be >= 1, got 0"),
         ({"from": "x", "name": "../y"}, "--name: must be letters, digits"),
     ],

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 from llmctl.config.terminal import visible
+from llmctl.config.text_input import check_unicode, parse_json
 from llmctl.pipeline import console
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def generate(
         ),
     ] = "no",
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (repeatable).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts per batch.")] = 8,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -85,7 +87,7 @@ def generate(
     model = read_manifest(artifact_dir).model
     if not model.head_kind.vocabulary:
         raise RequestError(
-            f"{artifact_dir}: is a {model.architecture} with the head {model.head!r}; it cannot generate"
+            f"{artifact_dir}: is {with_article(model.architecture)} with the head {model.head!r}; it cannot generate"
         )
     if beams == 1 and width != Beams(1):
         raise RequestError("--length-penalty and --early-stopping are for a search; say --beams, 2 or more")
@@ -96,7 +98,9 @@ def generate(
     if model.architecture != "encoder" and not temperature and Sampling(0.0, top_k, top_p, min_p) != Sampling():
         raise RequestError("--top-k, --top-p and --min-p narrow what is drawn from; say --temperature, such as 1")
     if chat and model.architecture != "decoder":
-        raise RequestError(f"--chat: {artifact_dir} is an {model.architecture}, and a conversation needs a decoder")
+        raise RequestError(
+            f"--chat: {artifact_dir} is {with_article(model.architecture)}, and a conversation needs a decoder"
+        )
     loaded = load(artifact_dir)
     words = tokenizers.load(loaded.tokenizer_dir)
     if model.architecture == "encoder":
@@ -210,10 +214,23 @@ def _write(text: str) -> None:
 
 
 def _stdin() -> Iterator[str]:
-    """Yield the lines of standard input that are not blank. A byte order mark is skipped."""
-    for number, line in enumerate(sys.stdin):
-        if line.strip():
-            yield (line.removeprefix("\ufeff") if number == 0 else line).rstrip("\n")
+    """Yield the lines of standard input that are not blank. A byte order mark is skipped.
+
+    Raises:
+      RequestError: a line is not UTF-8 text.
+    """
+    lines = enumerate(sys.stdin, 1)
+    number = 1
+    try:
+        for number, line in lines:
+            if line.strip():
+                yield check_unicode(line.removeprefix("\ufeff") if number == 1 else line, _at(number)).rstrip("\n")
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{_at(number)} or later: not UTF-8 text ({e.reason}); convert it first") from None
+
+
+def _at(number: int) -> str:
+    return f"standard input, line {number}"
 
 
 def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
@@ -243,10 +260,8 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
 
 def _said(file: Path, number: int, line: str) -> str:
     """Return the prompt in a line of JSON: a text, or an object's "prompt"."""
-    import json
-
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as e:
         raise RequestError(f"--file {file}: line {number} is not JSON ({e})") from None
     value = value.get("prompt") if isinstance(value, dict) else value

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from llmctl.config import checksums
 from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.data.config import DataConfig, SourceConfig
 from llmctl.data.paths import folder, is_local, keep_open
 from llmctl.data.tokenizers.base import Tokenizer
@@ -94,7 +95,7 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
     if not (where / DESCRIPTION).exists():
         raise RequestError(f"{path}: no prepared data there (no {DESCRIPTION}); llmctl prepare makes it")
     try:
-        values = json.loads(within(where, DESCRIPTION).read_text())
+        values = parse_json(within(where, DESCRIPTION).read_bytes())
         digest = values.pop("digest", "")
         # as it is in the file, so that fields of later versions do not matter
         whole = not digest or digest == checksums.of_json(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from etils import epath
@@ -10,6 +9,7 @@ from etils import epath
 from llmctl.config.base import hint
 from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
 from llmctl.data.paths import files_below, folder, is_local, keep_open
@@ -43,8 +43,8 @@ def hf(cfg: SourceConfig) -> Source:
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
     try:
-        said = json.loads(file.read_text())
-    except ValueError:
+        said = parse_json(file.read_bytes())
+    except (OSError, ValueError):
         said = None
     if not isinstance(said, dict):
         raise RequestError(f"{file}: damaged; save the data set again")

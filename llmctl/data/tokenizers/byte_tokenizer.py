@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from llmctl.config.text_input import parse_json
 from llmctl.data.tokenizers.base import Tokenizer
 
 FIRST = 5
@@ -30,7 +31,7 @@ class ByteTokenizer(Tokenizer):
           ValueError: the JSON is invalid or has no number of sentinels.
         """
         try:
-            sentinels = int(json.loads(model)["sentinels"])
+            sentinels = int(parse_json(model)["sentinels"])
         except (ValueError, KeyError, TypeError, OverflowError):
             raise ValueError('it should hold {"sentinels": n}') from None
         if not 0 <= sentinels <= MOST_SENTINELS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,8 @@ from etils import epath
 
 from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
+from llmctl.data import file_bytes
 from llmctl.data.config import TokenizerConfig
 from llmctl.data.paths import folder
 from llmctl.data.tokenizers import sentencepieces
@@ -60,7 +61,7 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
     described: dict = {}
     if (path / DESCRIPTOR).is_file():
         try:
-            described = json.loads(within(path, DESCRIPTOR).read_text())
+            described = parse_json(within(path, DESCRIPTOR).read_bytes())
             kind, file, digest = described["kind"], within(path, described["file"]), described["digest"]
         except (ValueError, KeyError, TypeError):
             raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
@@ -108,7 +109,7 @@ def chat_template(folder: epath.PathLike) -> str | None:
     """
     alone = within(epath.Path(folder), "chat_template.jinja")
     if alone.is_file():
-        return alone.read_text()
+        return file_bytes.content(alone)
     found = _config(epath.Path(folder)).get("chat_template")
     if isinstance(found, list):  # a list holds several templates with names
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
@@ -119,6 +120,6 @@ def _config(folder: epath.Path) -> dict[str, Any]:
     """Return the content of a folder's tokenizer_config.json, or an empty dict if there is none."""
     file = within(folder, "tokenizer_config.json")
     try:
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
+        return dict(parse_json(file.read_bytes())) if file.is_file() else {}
     except (ValueError, TypeError) as e:
         raise RequestError(f"{file}: damaged ({e})") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +9,8 @@ from etils import epath
 from tokenizers import Tokenizer as Backend
 
 from llmctl.config.containment import within
+from llmctl.config.text_input import parse_json
+from llmctl.data.tokenizers import rust_errors
 from llmctl.data.tokenizers.base import MASK, SENTINEL, SPOILED, Tokenizer
 
 SPELLINGS = {
@@ -46,11 +47,14 @@ class JsonTokenizer(Tokenizer):
           ValueError: the file is invalid, or it has no known end-of-sequence token.
         """
         try:
-            self._backend = Backend.from_buffer(model)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(str(error).splitlines()[0]) from None
-        self._backend.no_padding()
-        self._backend.no_truncation()
+            with rust_errors.unreported():
+                self._backend = Backend.from_buffer(model)
+                self._backend.no_padding()
+                self._backend.no_truncation()
+                own = self._backend.encode("a").ids
+                self._backend.decode(own)
+        except BaseException as error:
+            raise ValueError(rust_errors.reason(error)) from None
         # A text that spells a special token is encoded as text.
         self._backend.encode_special_tokens = True
         self.model = model
@@ -73,7 +77,6 @@ class JsonTokenizer(Tokenizer):
         }
         sentinels = (self._backend.token_to_id(SENTINEL.format(k)) for k in range(self.vocab_size))
         self.sentinel_ids = tuple(iter(lambda: next(sentinels), None))
-        own = self._backend.encode("a").ids
         self.add_bos = ids["bos"] is not None and (own[:1] == [self.bos_id] if add_bos is None else add_bos)
 
     @classmethod
@@ -116,22 +119,23 @@ class JsonTokenizer(Tokenizer):
         """Encode a text in which spelled-out special tokens become special tokens, for this call only."""
         self._backend.encode_special_tokens = False
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return rust_errors.call(self._backend.encode, text, add_special_tokens=False).ids
         finally:
             self._backend.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return rust_errors.call(self._backend.encode, text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in rust_errors.call(self._backend.encode_batch_fast, list(texts), add_special_tokens=False)]
 
     def offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        return [(e.ids, e.offsets) for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        found = rust_errors.call(self._backend.encode_batch, list(texts), add_special_tokens=False)
+        return [(e.ids, e.offsets) for e in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in self._hidden]
-        return self._backend.decode(kept, skip_special_tokens=False)
+        return rust_errors.call(self._backend.decode, kept, skip_special_tokens=False)
 
     def encode_masked(self, text: str) -> list[int]:
         if self.mask_id is None:
@@ -157,12 +161,15 @@ def _foreign(folder: epath.Path) -> dict[str, str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (file := within(folder, name)).is_file():
             try:
-                said |= json.loads(file.read_text())
-            except (ValueError, TypeError):
+                said |= parse_json(file.read_bytes())
+            except (OSError, ValueError, TypeError):
                 raise ValueError(f"{name} beside it is damaged") from None
     special = {}
     for name, keys in FOREIGN.items():
         values = [said[key] for key in keys if said.get(key)]
         if values:
-            special[name] = values[0]["content"] if isinstance(values[0], dict) else str(values[0])
+            spelling = values[0].get("content") if isinstance(values[0], dict) else values[0]
+            if not isinstance(spelling, str):
+                raise ValueError(f"its {name} token in the files beside it is no text")
+            special[name] = spelling
     return special

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
+from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.data.corpus import Corpus
@@ -294,7 +295,9 @@ class Task(Predicts):
                 f"{where}: task {self.name!r} needs the head {self.head!r}, this model has {model.head!r}"
             )
         if model.architecture not in self.architectures:
-            raise RequestError(f"{where}: eval has no task for a {model.architecture} with the head {model.head!r}")
+            raise RequestError(
+                f"{where}: eval has no task for {with_article(model.architecture)} with the head {model.head!r}"
+            )
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
         """Check the data of an evaluation.

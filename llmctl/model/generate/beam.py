@@ -19,12 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl.config.errors import RequestError
 from llmctl.model import functional
 from llmctl.model.generate.decode import Decoder, Served, State, check_cache
 from llmctl.model.generate.padded_prompts import NOTHING, Prompts, padded_ends
 from llmctl.model.kv_cache import cache_shape
 
 STOPS = ("no", "yes", "never")
+STRONGEST = 6
+"""Largest length penalty: a million tokens to this power is still in the range of float32."""
 WORST = -jnp.inf
 """Score of a slot that holds no answer."""
 
@@ -46,6 +49,8 @@ class Beams:
     def __post_init__(self) -> None:
         if self.width < 1 or self.early_stopping not in STOPS:
             raise ValueError(f"beams must be at least 1, and early stopping one of {', '.join(STOPS)}")
+        if not abs(self.length_penalty) <= STRONGEST:
+            raise ValueError(f"length_penalty must be from -{STRONGEST} to {STRONGEST}")
 
 
 class Search(NamedTuple):
@@ -92,8 +97,8 @@ class BeamSearch:
             after it. If fewer than W answers were found, the remaining scores are -inf.
 
         Raises:
-            ValueError: In the cases of `Decoder.generate`, or if there are more candidates than tokens in the
-                vocabulary.
+            ValueError: In the cases of `Decoder.generate`.
+            RequestError: If there are more candidates than tokens in the vocabulary.
         """
         decoder = self.decoder
         inputs, slots = decoder.inputs(prompts, max_new)
@@ -101,7 +106,7 @@ class BeamSearch:
         # Enough candidates to keep W live beams even if the best continuations of every beam are its end tokens.
         candidates = max(2, 1 + len(ends)) * self.beams.width
         if candidates > decoder.model.vocab_size:
-            raise ValueError(f"{self.beams.width} beams are too many for {decoder.model.vocab_size} tokens")
+            raise RequestError(f"{self.beams.width} beams are too many for {decoder.model.vocab_size} tokens")
         tokens_BWN, scores_BW = self._compiled(
             decoder.weights, inputs, padded_ends(ends), np.int32(max_new), slots=slots, candidates=candidates
         )

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import check_unicode, parse_json
 from llmctl.data.tokenizers.base import SPOILED, Tokenizer
 from llmctl.model.generate.chat_cache import Session
 from llmctl.model.generate.continuations import Continuation, Speed, continue_rows
@@ -32,7 +33,7 @@ Message = dict[str, str]
 def read_messages(file: Path) -> list[Message]:
     """Read the messages of a JSON file, which holds a list or an object with the list "messages"."""
     try:
-        content = json.loads(regular(file).read_text(encoding="utf-8-sig"))
+        content = parse_json(regular(file).read_bytes())
     except FileNotFoundError:
         raise RequestError(f"--file {file}: no such file") from None
     except (OSError, ValueError) as e:
@@ -78,8 +79,8 @@ class Template:
         }
         try:
             self._compiled = self._sandbox.from_string(text)
-        except TemplateError as e:
-            raise RequestError(f"the chat template is damaged ({e})") from None
+        except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as e:
+            raise RequestError(f"the chat template is damaged ({type(e).__name__}: {e})") from None
 
     def render(self, messages: Sequence[Message]) -> str:
         """Render the conversation as text, up to the start of the assistant's answer.
@@ -100,6 +101,9 @@ class Template:
         """Return the token ids of the conversation.
 
         Only the template can produce special tokens. If a message spells one, it is encoded as text.
+
+        Raises:
+            RequestError: As `render`, or the template gives no text.
         """
         own = self.tokenizer.special_ids
 
@@ -108,7 +112,11 @@ class Template:
                 text = text.replace(spelling, spelling[:1] + SPOILED + spelling[1:])
             return text
 
-        return self.tokenizer.encode_spelled(self.render([{**m, "content": harmless(m["content"])} for m in messages]))
+        text = self.render([{**m, "content": harmless(m["content"])} for m in messages])
+        ids = self.tokenizer.encode_spelled(check_unicode(text, "the text of the chat template"))
+        if not ids:
+            raise RequestError("the chat template gives no text for these messages")
+        return ids
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.model.generate.beam import BeamSearch
 from llmctl.model.generate.chat_cache import Session
@@ -76,14 +76,19 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """Return the token ids that end an answer.
 
     They are the tokenizer's end token and those of a generation_config.json in the same folder.
+
+    Raises:
+        RequestError: If that file is damaged, or an id in it has more than 31 bits.
     """
     file = folder / "generation_config.json"
     try:
-        said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-    except (ValueError, AttributeError) as e:
+        said = parse_json(file.read_bytes()).get("eos_token_id") if file.is_file() else None
+    except (OSError, ValueError, AttributeError) as e:
         raise RequestError(f"{file}: damaged ({e})") from None
-    more = said if isinstance(said, list) else [said]
-    return sorted({tokenizer.eos_id, *(i for i in more if isinstance(i, int))})
+    more = [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
+    if odd := [i for i in more if i >= 2**31]:
+        raise RequestError(f"{file}: eos_token_id {odd[0]} is no token")
+    return sorted({tokenizer.eos_id, *more})
 
 
 @dataclass

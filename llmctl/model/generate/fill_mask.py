@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.base import MASK, Tokenizer
 from llmctl.data.tokenizers.vocabulary import Vocabulary
@@ -41,7 +42,7 @@ class Filler:
             RequestError: If the model or the tokenizer cannot fill masks.
         """
         if model.architecture != "encoder" or not model.head_kind.vocabulary:
-            raise RequestError(f"a {model.architecture} with the head {model.head!r} does not fill masks")
+            raise RequestError(f"{with_article(model.architecture)} with the head {model.head!r} does not fill masks")
         if tokenizer.mask_id is None:
             raise RequestError("the tokenizer has no mask token")
         self.model, self.params, self.tokenizer = model, params, tokenizer

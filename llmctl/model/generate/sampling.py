@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from llmctl.config.base import FLOAT32_MAX
+
 EXCLUDED = -jnp.inf
+COLDEST = 1e-6
+"""Smallest temperature above 0: logits that are divided by less leave the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class Sampling:
     """
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError("temperature and top_k must not be negative, top_p in (0, 1] and min_p in [0, 1]")
-        if self.repetition_penalty <= 0:
-            raise ValueError("repetition_penalty must be positive")
+        if not 0 < self.repetition_penalty <= FLOAT32_MAX:
+            raise ValueError("repetition_penalty must be positive and finite in float32")
+        if self.temperature and not COLDEST <= self.temperature <= FLOAT32_MAX:
+            raise ValueError(f"temperature must be 0, or at least {COLDEST:g} and finite in float32")
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:

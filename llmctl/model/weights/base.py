@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 
 C = TypeVar("C", bound=type)
@@ -177,7 +178,7 @@ class Node(abc.ABC):
         Raises:
           RequestError: this kind of weight has no such product.
         """
-        raise RequestError(f"a {self.kind} weight cannot quantize its activations to {kind}")
+        raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
         """Return the weight whose product keeps its activations as they are, as a dense export of it does."""
@@ -189,7 +190,7 @@ class Node(abc.ABC):
         Raises:
           RequestError: this kind of weight cannot hold zeros.
         """
-        raise RequestError(f"a {self.kind} weight cannot be pruned; prune before it is made")
+        raise RequestError(f"{with_article(self.kind)} weight cannot be pruned; prune before it is made")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
         """Return, layer by layer, the positions `index_LN` of a stacked weight along `axis` (-1 outputs, -2 inputs).

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmctl.artifacts.workspace import Context
+from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.class_names import numbers_hint
@@ -188,7 +189,8 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
             raise RequestError("distill: no student; name an artifact with `from`, or sizes with `model`")
         if config.model.architecture != like.architecture:
             raise RequestError(
-                f"distill: the student is a {config.model.architecture}, the teacher a {like.architecture}; "
+                f"distill: the student is {with_article(config.model.architecture)}, the teacher "
+                f"{with_article(like.architecture)}; "
                 "they must read the same rows"
             )
         answer = {name: getattr(like, name) for name in ("head", "labels", "pooling", "vocab_size", "next_sentence")}
@@ -201,8 +203,8 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
         like.architecture, like.head, like.labels,
     ):  # fmt: skip
         raise RequestError(
-            f"{student.path}: is a {student.model.architecture} that answers as {student.model.head!r}, the teacher a "
-            f"{like.architecture} that answers as {like.head!r}; they must agree"
+            f"{student.path}: is {with_article(student.model.architecture)} that answers as {student.model.head!r}, "
+            f"the teacher {with_article(like.architecture)} that answers as {like.head!r}; they must agree"
         )
     if student.manifest.tokenizer != teacher.manifest.tokenizer:
         raise RequestError(f"{student.path}: has another tokenizer than the teacher {teacher.path}")

@@ -175,8 +175,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     params = programs.merged(base.model, base.params, mesh)
     if config.method != STRUCTURED:
         pattern = Pattern.parse(config.pattern, config.sparsity)
-        prune.check(params, pattern)
         score = SCORES[config.method]
+        prune.check(params, pattern, score.per)
         walk = _walk(config, base, mesh, bool(score.gradients)) if score.calibrated else None
         found = programs.zeros(base.model, params, config.method, pattern, mesh, walk)
         return found, abstract_artifact.left(config, params, base.model, base=base, pruned=True)
@@ -273,7 +273,7 @@ def _unstructured(
     from llmctl.evaluate.tasks.registry import of
 
     score, pattern = SCORES[config.method], Pattern.parse(config.pattern, config.sparsity)
-    prune.check(params, pattern)
+    prune.check(params, pattern, score.per)
     before = prune.sparsity(params)
     if not pattern.of and before >= pattern.sparsity:
         raise RequestError(

@@ -235,3 +235,38 @@ def test_a_vocabulary_is_not_larger_than_its_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     with pytest.raises(RequestError, match="its largest token id is 4,000,000,000, and it does not hold so many"):
         loading.load(tmp_path)
+
+
+FAULTS = {
+    "panics when it is read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "panics on a text": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "fails on a text": {"model": {"type": "WordLevel", "vocab": {"</s>": 0}, "unk_token": "[UNK]"}},
+    "has a large id": {"model": {"type": "WordLevel", "vocab": {"</s>": 0, "a": 2**31}, "unk_token": "a"}},
+    "has no vocabulary": {"model": {"type": "Unigram", "vocab": [], "unk_id": 3}},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_tokenizer_json_at_which_the_library_fails(tmp_path, capfd, fault):
+    """A panic of the library is no Exception, and writes a report to standard error."""
+    plain = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"</s>": 0}, "unk_token": "a"},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**plain, **FAULTS[fault]}))
+    with pytest.raises(RequestError, match=r"tokenizer.json: not a usable tokenizer \("):
+        loading.load(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_text_at_which_the_library_fails():
+    from llmctl.data.tokenizers import rust_errors
+
+    def fails(text: str) -> str:
+        raise type("PanicException", (BaseException,), {})("index out of bounds\nmore")
+
+    with pytest.raises(RequestError, match=r"the tokenizer fails on a text \(index out of bounds\)$"):
+        rust_errors.call(fails, "a")
+    with pytest.raises(KeyboardInterrupt):
+        rust_errors.reason(KeyboardInterrupt())

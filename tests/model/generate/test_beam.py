@@ -1,6 +1,7 @@
 """Beam search against transformers' on random models: the same tokens and scores; and a search worked out by hand."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from llmctl.config.errors import RequestError
 from llmctl.convert import hf_folder as folders
 from llmctl.model.generate.beam import Beams, BeamSearch
 from llmctl.model.generate.decode import Decoder
@@ -104,8 +106,14 @@ def test_one_beam_is_greedy(models):
 
 def test_what_cannot_be_searched_is_refused(models):
     _, decoder = models("llama")
-    with pytest.raises(ValueError, match="too many for 41 tokens"):
+    with pytest.raises(RequestError, match="too many for 41 tokens"):
         BeamSearch(decoder, Beams(21))(PROMPTS, 4, [END])
     for wrong in ({"width": 0}, {"width": 2, "early_stopping": "soon"}):
         with pytest.raises(ValueError, match="must be at least 1"):
             Beams(**wrong)
+
+
+@pytest.mark.parametrize("penalty", [math.nan, math.inf, -math.inf, 1e300, -7.0])
+def test_length_penalties_that_leave_the_range_of_float32(penalty):
+    with pytest.raises(ValueError, match="length_penalty must be from -6 to 6"):
+        Beams(2, penalty)

@@ -231,3 +231,28 @@ def test_draws_do_not_depend_on_how_many_are_continued_at_a_time(talker, capsys)
         assert app.run(argv) == 0
         found.append([r["text"] for r in json.loads(capsys.readouterr().out)["results"]])
     assert found[0] == found[1] == found[2] and len(set(found[0])) == 4
+
+
+@pytest.mark.parametrize("text", ["", "{% if false %}x{% endif %}"])
+def test_a_template_without_text(words, text):
+    with pytest.raises(RequestError, match="gives no text for these messages"):
+        chat.Template(text, words).prompt(TALK)
+
+
+@pytest.mark.parametrize("text", ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 2000])
+def test_a_template_that_is_nested_too_deeply(words, text):
+    with pytest.raises(RequestError, match="the chat template is damaged"):
+        chat.Template(text, words)
+
+
+def test_ids_of_end_tokens(words, tmp_path):
+    said = tmp_path / "generation_config.json"
+    said.write_text('{"eos_token_id": [7, -1, true]}')
+    assert continuations.end_ids(tmp_path, words) == sorted({words.eos_id, 7, -1, 1})
+    for text, why in (
+        ('{"eos_token_id": 1000000000000}', "eos_token_id 1000000000000 is no token"),
+        ("[" * 10_000, "damaged"),
+    ):
+        said.write_text(text)
+        with pytest.raises(RequestError, match=why):
+            continuations.end_ids(tmp_path, words)

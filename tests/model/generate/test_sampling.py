@@ -1,5 +1,7 @@
 """Each rule on a distribution small enough to work out by hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,5 +62,23 @@ def test_steps_and_rows_draw_differently():
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}])
 def test_impossible_rules_are_refused(wrong):
+    with pytest.raises(ValueError, match="must"):
+        Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"temperature": 1e39},
+        {"temperature": 1e-30},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": math.inf},
+        {"top_p": math.nan},
+        {"min_p": math.nan},
+    ],
+)
+def test_rules_that_leave_the_range_of_float32(wrong):
     with pytest.raises(ValueError, match="must"):
         Sampling(**wrong)
