@@ -26,7 +26,7 @@ def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = Fa
     pairs = {path: weights.as_node(w) for path, w in weights.adapted(base.params).items()}
     if not pairs:
         return base.params
-    if base.manifest.pruned:
+    if base.manifest.pruned and not all(w.keeps_zeros for w in pairs.values()):
         raise RequestError(
             f"{base.path}: is pruned ({base.manifest.sparsity:.1%} zeros), and merging its low-rank pairs would fill "
             "the zeros; finetune the pruned artifact with method = 'full', which keeps them"

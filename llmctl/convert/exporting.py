@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,8 @@ def run(
         raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
     atomic.check(out)
     found = artifact.load(source)
+    if to != "peft":
+        found = dataclasses.replace(found, params=weights.merge_bias_adapters(found.params))
     if to != "peft" and found.manifest.pruned and weights.adapted(found.params):
         say(
             f"{found.path}: its low-rank pairs are merged, which fills the {found.manifest.sparsity:.1%} zeros of its "

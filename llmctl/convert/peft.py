@@ -17,7 +17,7 @@ import numpy as np
 from llmctl.artifacts import fingerprint
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.convert import architectures, name_map, parity, peft_lora, safetensors
+from llmctl.convert import architectures, name_map, parity, peft_ia3, peft_lora, safetensors
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.lazy_tensors import Tensor, listed, of_array
 from llmctl.evaluate.tasks import registry
@@ -27,7 +27,7 @@ from llmctl.model.config import ModelConfig
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora}
+FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
 """Module that reads and writes each `peft_type`."""
 
 

@@ -73,7 +73,7 @@ class Dense(nn.Module):
                 (self.features,),
                 unbox=True,
             )
-            y = y + b.astype(self.dtype)
+            y = y + weights.bias(kernel, b, self.dtype)
         return y
 
 

@@ -68,8 +68,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(name: str) -> bool:
-    """Return whether weight decay applies: to matrices, and to the parts of adapters around them."""
-    return weights.is_kernel(name)
+    """Return whether weight decay applies: to matrices, and to the matrices of adapters around them."""
+    return weights.is_kernel(name) and not weights.parse(name).vector
 
 
 def build(config: OptimConfig, steps: int, names: Iterable[str]) -> optax.GradientTransformation:

@@ -27,6 +27,13 @@ CASES = {
         "alpha_pattern": {"down_proj": 3},
     }),
     "dora": ("llama", "LoraConfig", LORA | {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "ia3": ("llama", "IA3Config", {
+        "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"],
+    }),
+    "ia3 bert": ("bert", "IA3Config", {
+        "target_modules": ["key", "value", "layer.0.output.dense", "layer.1.output.dense"],
+        "feedforward_modules": ["layer.0.output.dense", "layer.1.output.dense"],
+    }),
     "dora bert": ("bert", "LoraConfig", LORA | {"use_dora": True, "target_modules": ["query", "intermediate.dense"]}),
 }  # fmt: skip
 

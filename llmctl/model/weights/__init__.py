@@ -25,6 +25,7 @@ from llmctl.model.weights.adapter import (
     adapted,
     adapter_names,
     merge_adapters,
+    merge_bias_adapters,
     without_adapters,
 )
 from llmctl.model.weights.base import Node, Product, node_type, setting
@@ -50,10 +51,12 @@ from llmctl.model.weights.names import (
 )
 from llmctl.model.weights.quantized import Quantized
 from llmctl.model.weights.records import KINDS, assemble, describe, parts
+from llmctl.model.weights.scaled import Scaled
 from llmctl.model.weights.tree import (
     Weight,
     arrays,
     as_node,
+    bias,
     count,
     dense,
     flatten,
@@ -77,12 +80,14 @@ __all__ = [
     "Node",
     "Product",
     "Quantized",
+    "Scaled",
     "Weight",
     "adapted",
     "adapter_names",
     "arrays",
     "as_node",
     "assemble",
+    "bias",
     "count",
     "dense",
     "describe",
@@ -100,6 +105,7 @@ __all__ = [
     "matmul",
     "matrices",
     "merge_adapters",
+    "merge_bias_adapters",
     "module_path",
     "node_type",
     "of_type",

@@ -11,9 +11,9 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.model.weights.base import Node
-from llmctl.model.weights.names import join
+from llmctl.model.weights.names import bias_of, join
 from llmctl.model.weights.records import assemble, typed
-from llmctl.model.weights.tree import Params, as_node, flatten, is_weight
+from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updated
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,22 @@ def adapter_names(params: Params) -> frozenset[str]:
 
 
 def merge_adapters(params: Params) -> Params:
-    """Return the tree with every adapter added into its base, in the base's type (float32 for a quantized one)."""
-    return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), params, is_leaf=is_weight))
+    """Return the tree with every adapter merged into its base, in the base's type (float32 for a quantized one)."""
+    settled = merge_bias_adapters(params)
+    return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))
+
+
+def merge_bias_adapters(params: Params) -> Params:
+    """Return the tree with those adapters merged that also change a bias, so that each weight stands for itself."""
+    flat = flatten(params)
+    changes: dict[str, Any] = {}
+    for path, w in adapted(params).items():
+        if w.scales_bias:
+            changes[path] = w.merged()
+            bias = bias_of(path)
+            if bias in flat:
+                changes[bias] = w.bias(flat[bias], flat[bias].dtype)
+    return updated(params, changes) if changes else params
 
 
 def without_adapters(params: Params) -> Params:

@@ -74,6 +74,8 @@ class Node(abc.ABC):
     """Name that the manifest records and the registry `weight` finds."""
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """Parts that an adapter method trains while the others are frozen."""
+    keeps_zeros: ClassVar[bool] = False
+    """Of an adapter: the merged weight is zero wherever the base is."""
 
     @property
     @abc.abstractmethod
@@ -120,6 +122,10 @@ class Node(abc.ABC):
         """Return the same weight in the form that a decoding step reads fastest."""
         return self
 
+    def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
+        """Return the bias of the layer that this matrix belongs to, in `dtype`. `b` is the stored bias."""
+        return b.astype(dtype)
+
     # --- storage -----------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, Any]:
@@ -158,6 +164,11 @@ class Node(abc.ABC):
     @property
     def has_adapter(self) -> bool:
         """Return True if the weight has an adapter that is not merged."""
+        return False
+
+    @property
+    def scales_bias(self) -> bool:
+        """Return True if the weight has an adapter that also changes the layer's bias."""
         return False
 
     def bare(self) -> Any:

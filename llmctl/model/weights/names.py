@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple
 Place = Literal["block", "head", "embedding"]
 """Location of a matrix: a layer of a stack, an output head (language model, pooler, task), or a token table."""
 
-BLOCKS, KERNEL, EMBED, HEAD = "blocks", "kernel", "embed", "head"
+BLOCKS, KERNEL, BIAS, EMBED, HEAD = "blocks", "kernel", "bias", "embed", "head"
+VECTORS = ("factor", "magnitude", "e")
+"""Parts of adapters that are a vector per matrix."""
 
 
 class Name(NamedTuple):
@@ -39,6 +41,16 @@ class Name(NamedTuple):
         if self.leaf == KERNEL:
             return "block" if self.stack else "head"
         return "embedding" if self.path == f"{EMBED}/tokens" else None
+
+    @property
+    def bias(self) -> bool:
+        """True for the bias of a matrix, a norm or an output head."""
+        return self.leaf == BIAS
+
+    @property
+    def vector(self) -> bool:
+        """True for an adapter's vector of factors, magnitudes or singular values."""
+        return self.part in VECTORS
 
     @property
     def embeds(self) -> bool:
@@ -92,6 +104,11 @@ def is_layer_matrix(name: str) -> bool:
 def module_path(path: str) -> str:
     """Return the path of the module that a matrix belongs to: `decoder/blocks/attn/q/kernel` without `/kernel`."""
     return path.removesuffix(f"/{KERNEL}")
+
+
+def bias_of(path: str) -> str:
+    """Return the path of the bias beside a matrix: `attn/q/kernel` -> `attn/q/bias`."""
+    return f"{module_path(path)}/{BIAS}"
 
 
 def kernel_of(module: str) -> str:

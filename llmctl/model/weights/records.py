@@ -16,6 +16,7 @@ KINDS: Registry[type[Node]] = Registry(
     {
         "quantized": "llmctl.model.weights.quantized:Quantized",
         "low_rank": "llmctl.model.weights.low_rank:LowRank",
+        "scaled": "llmctl.model.weights.scaled:Scaled",
         "dora": "llmctl.model.weights.dora:Dora",
     },
 )

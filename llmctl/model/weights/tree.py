@@ -120,6 +120,11 @@ def matmul(
     return as_node(w).matmul(x, dtype, Product(fold, kind, axes))
 
 
+def bias(w: Weight, b: jax.Array, dtype: Any) -> jax.Array:
+    """Return the bias of the layer whose matrix is `w`, in `dtype`; `b` is the stored bias."""
+    return as_node(w).bias(b, dtype)
+
+
 def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:
     """Return x [..., D] times the transpose of table [V, D] in `dtype` -> [..., V] (tied output projection)."""
     return as_node(table).transpose_matmul(x, dtype)

@@ -44,7 +44,8 @@ class Config(StageConfig):
     completions if the data has them."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The others train the task head and: lora: low-rank adapters. dora: low-rank
-    adapters of the directions of the matrices, and their magnitudes."""
+    adapters of the directions of the matrices, and their magnitudes. ia3: factors of keys, values and inner
+    activations. bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
     """Settings of the methods lora and dora."""
     merge: bool = True

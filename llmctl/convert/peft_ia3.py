@@ -1,0 +1,82 @@
+"""Factors of activations in PEFT's format ((IA)^3; Liu et al., 2022, arXiv:2205.05638).
+
+A feed-forward module's factors multiply its inputs, those of other modules their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.convert.name_map import Slot
+from llmctl.model import weights
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {"init_ia3_weights": (True, False)}
+"""Settings that change the computation, and the values under which they do not."""
+KINDS = ("scaled",)
+"""Our weight nodes that this format holds."""
+
+
+class Factors(NamedTuple):
+    """Factors of one layer's matrix in our layout: [I, 1] of its inputs or [1, O] of its outputs."""
+
+    factor: np.ndarray
+    side: str
+
+
+def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the tensors of one module."""
+    return ("ia3_l",)
+
+
+def read(
+    config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
+) -> list[Factors]:
+    """Return the factors of each slot of a module; the slots of a fused matrix share the inputs' factors.
+
+    Raises:
+        RequestError: If the factors do not fit the base's matrix.
+    """
+    factor, outputs = tensors["ia3_l"], sum(s.shape[-1] for s in slots)
+    if factor.shape == (1, inputs):
+        return [Factors(factor.T, "inputs")] * len(slots)
+    if factor.shape != (outputs, 1):
+        raise RequestError(
+            f"{module}.ia3_l is {list(factor.shape)}, which does not fit the base's matrix [{outputs}, {inputs}]"
+        )
+
+    def part(slot: Slot) -> Factors:
+        rows = slice(slot.first, slot.first + slot.shape[-1]) if len(slots) > 1 else slice(None)
+        return Factors(factor[rows].T, "outputs")
+
+    return [part(slot) for slot in slots]
+
+
+def node(w: Any, layers: Mapping[int, Factors]) -> weights.Scaled:
+    """Return our adapter around the weight `w` from the factors of its layers; other layers get ones."""
+    first = next(iter(layers.values()))
+    factor = np.ones((*w.shape[:-2], *first.factor.shape), np.float32)
+    for layer, one in layers.items():
+        factor[layer if set(layers) != {-1} else ...] = one.factor
+    return weights.Scaled(w, jnp.asarray(factor), first.side)
+
+
+def write(w: Any) -> dict[str, np.ndarray]:
+    """Return the tensors of one layer's adapter."""
+    return {"ia3_l": np.asarray(w.factor, np.float32).T}
+
+
+def settings(
+    nodes: Mapping[str, Any], tensors: Mapping[str, Mapping[str, np.ndarray]], every: Iterable[str]
+) -> dict[str, Any]:
+    """Return the format's settings for adapters by module."""
+    return {
+        "peft_type": "IA3",
+        "target_modules": sorted(tensors),
+        "feedforward_modules": sorted(m for m in tensors if nodes[m].side == "inputs"),
+        "init_ia3_weights": True,
+    }

@@ -1,0 +1,42 @@
+"""Train the biases, those of norms included (BitFit; Ben Zaken et al., 2022, arXiv:2106.10199)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.errors import RequestError
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    from llmctl.model.config import ModelConfig
+
+
+class BitFit(Method):
+    """Biases and the task's head."""
+
+    name = "bitfit"
+
+    def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
+        """See Method.
+
+        Raises:
+          RequestError: the layers have no biases, as in Llama and T5.
+        """
+        from llmctl.model import weights
+
+        names = [weights.parse(name) for name in weights.arrays(params)]
+        if not any(name.bias and name.stacked for name in names):
+            raise RequestError(
+                f"method = 'bitfit': trains biases, and the layers of family {model.family!r} have none; "
+                "use method = 'ia3', which trains as few parameters"
+            )
+
+        def trained(name: str) -> bool:
+            found = weights.parse(name)
+            return found.bias or found.task_head
+
+        return trained
+
+
+METHOD = BitFit()

@@ -1,0 +1,33 @@
+"""Train the task's head on the frozen parent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.errors import RequestError
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    from llmctl.model.config import ModelConfig
+
+
+class Head(Method):
+    """The task's head alone."""
+
+    name = "head"
+
+    def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
+        """See Method.
+
+        Raises:
+          RequestError: the task has no head of its own.
+        """
+        if "head" not in params:
+            raise RequestError(
+                f"method = 'head': task {config.task!r} has no head of its own to train; use another method"
+            )
+        return super().trains(config, model, params)
+
+
+METHOD = Head()

@@ -1,0 +1,48 @@
+"""Train factors of keys, values and inner activations of the feed-forward layers.
+
+(IA)^3 (Liu et al., 2022, arXiv:2205.05638). The matrices may be quantized.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmctl.train.adapters import targets
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.model import weights
+    from llmctl.model.config import ModelConfig
+
+SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
+"""Matrices that get factors, by name, and the activations that the factors multiply."""
+
+
+class Ia3(Method):
+    """Factors of activations and the task's head."""
+
+    name = "ia3"
+    settings = ("merge",)
+    adapts = True
+    fills_zeros = False
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """See Method; the factors start as ones."""
+        import jax.numpy as jnp
+
+        from llmctl.model import weights
+
+        def scaled(m: weights.Matrix, number: int) -> weights.Scaled:
+            *lead, inputs, outputs = m.weight.shape
+            side = SIDES[m.name]
+            shape = (inputs, 1) if side == "inputs" else (1, outputs)
+            return weights.Scaled(m.weight, jnp.ones((*lead, *shape)), side)
+
+        return targets.wrap(model, params, [*SIDES], scaled, mesh, "method")
+
+
+METHOD = Ia3()
