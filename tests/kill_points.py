@@ -29,8 +29,8 @@ COMMANDS = {
     "distill": f"distill --from BASE --teacher BASE --out OUT {DATA} {TRAIN} --train.steps 4",
     "import": "import HF --out OUT",
     "export": "export BASE --to hf --out OUT",
-    "prepare": "prepare --recipe prepare.toml --out OUT --workers 1",
-    "splits": "prepare --recipe prepare.toml --splits OUT",
+    "prepare": "prepare prepare.toml --out OUT --workers 1",
+    "splits": "prepare prepare.toml --splits OUT",
 }
 NEW = ("export", "splits")
 """Commands that never replace what is there."""

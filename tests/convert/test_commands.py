@@ -46,6 +46,7 @@ def test_a_chat_template_goes_out_and_comes_back(saved, call, tmp_path):
     spoken = tmp_path / "spoken"
     shutil.copytree(saved, spoken)
     (spoken / "tokenizer" / "chat_template.jinja").write_text(said)
+    artifact.write_manifest(spoken, artifact.read_manifest(spoken))
     for to, source in (("hf", tmp_path / "hf"), ("gguf", tmp_path / "gguf" / "model.gguf")):
         assert call("export", spoken, "--to", to, "--out", tmp_path / to)[0] == 0
         assert call("import", source, "--out", tmp_path / f"from-{to}")[0] == 0
@@ -194,7 +195,9 @@ def test_an_import_replaces_neither_its_source_nor_what_is_no_artifact(copied, s
     code, _, err = call("import", tmp_path / "adapter", "--base", saved, "--out", saved)
     assert (code, "would replace" in err) == (2, True)
     shutil.copytree(saved, tmp_path / "old")
-    assert call("import", exported, "--out", tmp_path / "old")[0] == 0  # an artifact of another time
+    code, _, err = call("import", exported, "--out", tmp_path / "old")  # an artifact that was not imported
+    assert code == 2 and "--replace replaces it" in err
+    assert call("import", exported, "--out", tmp_path / "old", "--replace")[0] == 0
     assert artifact.read_manifest(tmp_path / "old").stage == "import"
 
 

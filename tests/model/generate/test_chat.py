@@ -217,6 +217,7 @@ def test_plain_generation_stops_at_every_end_token(talker, tmp_path, capsys):
     folder = shutil.copytree(talker, tmp_path / "model")
     config = json.dumps({"eos_token_id": list(range(artifact.read_manifest(folder).model.vocab_size))})
     (folder / "tokenizer" / "generation_config.json").write_text(config)
+    artifact.write_manifest(folder, artifact.read_manifest(folder))
     assert app.run(["generate", str(folder), *argv]) == 0
     ended = json.loads(capsys.readouterr().out)["results"][0]
     assert (said["tokens"], said["ended"]) == (3, "length") and (ended["tokens"], ended["ended"]) == (1, "end")
