@@ -205,8 +205,12 @@ def _check_request(argv: list[str]) -> None:
 
 def _near(e: Any) -> str:
     wrong = getattr(e, "option_name", "")
-    if not wrong or not getattr(e, "ctx", None):
+    if not getattr(e, "ctx", None):
         return ""
+    if not wrong:
+        said = str(getattr(e, "message", ""))
+        lost = said.startswith("No such command") and "Did you mean" not in said
+        return " `llmctl --help` lists the commands." if lost else ""
     known = [o for p in e.ctx.command.params for o in (*p.opts, *p.secondary_opts)]
     negated = re.sub(r"^--(.+\.)no-", r"--no-\1", wrong)  # the negation comes before the section
     near = [negated] if negated in known else difflib.get_close_matches(wrong, known, n=1)

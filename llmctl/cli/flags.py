@@ -177,6 +177,9 @@ def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Para
     kind = _base(field.annotation)
     text, metavar = field.description or "", _metavar(field)
     choices = metavar.split("|") if "|" in metavar else []
+    if choices and isinstance(default, str) and default and default not in choices:
+        choices = [default, *choices]  # a registry lists only its own names, such as scores without "structured"
+        metavar = "|".join(choices)
     if len(metavar) > CHOICES_WIDTH:
         text, metavar = f"{text} One of: {', '.join(choices)}.", "NAME"
     if default not in ("", None, [], {}) and not field.is_required():

@@ -37,6 +37,9 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
             for name in ("bos", "eos")
         )
         return TextTemplate(bos, eos, (*eos, *bos))
+    made = Tokenizer.from_str(made.to_str())
+    made.no_padding()  # files of sentence-transformers pad every text to 128 tokens; a template has no padding
+    made.no_truncation()
     text = next((s for s in SAMPLES if made.encode(s, add_special_tokens=False).ids), SAMPLES[0])
     begin, end, _ = _around(made.encode(text))
     _, _, between = _around(made.encode(text, text))

@@ -116,6 +116,8 @@ class View(Source):
                 value = ""
             if not isinstance(value, str):
                 what = CHATS if _is_chat(value) else f"{type(value).__name__}, not text"
+                if isinstance(value, list) and value and isinstance(value[0], str) and not _is_chat(value):
+                    what += "; write one text per row, or map lists of words to tokens"
                 raise RequestError(f"{self.where(i)}: column {self._map[ours]!r} holds {what}")
             row[ours] = self._clean(value)
         if "tokens" in row:

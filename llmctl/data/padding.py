@@ -1,4 +1,4 @@
-"""Measure how much of the training rows is padding, and say so if it is much."""
+"""Measure how much of the training rows is padding, and report it if it is much."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 SAMPLE = 256
 """Rows of the first epoch that are read, evenly spread."""
 MUCH = 0.25
-"""Share of padding from which on a run says so."""
+"""Minimum share of padding that is reported."""
 
 
 def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
@@ -27,15 +27,20 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
 def describe(rows: Any) -> list[str]:
     """Return one line if more than a quarter of the positions is padding: the share, the lengths and what to do.
 
-    The lengths are the 95th percentile and the maximum of a sample, over both sides of an encoder-decoder or a pair.
+    There is no line if a shorter `seq_len` would cut more than 5 % of the rows. The lengths are the 95th percentile and
+    the maximum of a sample, over both sides of an encoder-decoder or a pair.
     """
     found = list(lengths(rows).values())
     if not found:
         return []
-    filled, room = (sum(int(np.sum(n)) for n, _ in found), sum(len(n) * width for n, width in found))
-    share, longest = 1 - filled / room, max(int(n.max()) for n, _ in found)
+    filled, positions = (sum(int(np.sum(n)) for n, _ in found), sum(len(n) * width for n, width in found))
+    share, longest = 1 - filled / positions, max(int(n.max()) for n, _ in found)
     if share <= MUCH:
         return []
     usual = max(int(np.ceil(np.percentile(n, 95))) for n, _ in found)
+    room = max(width for _, width in found)
+    if usual >= room:
+        return []
     most = f"95% of the rows have at most {usual} tokens, the longest of the sample {longest}"
-    return [f"{share:.0%} of the positions are padding: {most}; a train.seq_len near that is faster"]
+    shorter = longest if longest < room else usual
+    return [f"{share:.0%} of the positions are padding: {most}; train.seq_len = {shorter} is faster"]

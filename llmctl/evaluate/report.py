@@ -86,7 +86,7 @@ def headline(result: Result) -> str:
             low, high = (m.text(found[f"{m.name}_{end}"]) for end in ("low", "high"))
             part += f" (95 % interval {low} to {high})"
         if m.baseline in found:
-            part += f" (without reading {m.text(found[m.baseline])})"
+            part += f" (baseline that ignores the input: {m.text(found[m.baseline])})"
         said.append(part)
     return f"{result['task']}: {', '.join(said)}"
 

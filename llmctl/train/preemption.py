@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -71,6 +73,8 @@ def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
 
     def ask(number: int, frame: Any) -> None:
         stop.told.set()
+        if number == signal.SIGINT and sys.stderr.isatty():  # a step may take minutes on a slow machine
+            os.write(2, b"\nstopping: this step is finished and a checkpoint written; a second Ctrl-C exits at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()

@@ -152,6 +152,7 @@ def test_help_of_a_stage_lists_every_field_with_default_and_meaning(place, call)
     ("argv", "line"),
     [
         (["runn"], "No such command 'runn'. Did you mean 'run'?"),
+        (["banana"], "No such command 'banana'. `llmctl --help` lists the commands."),
         (["run", "demo.toml", "--sett", "x"], "No such option: --sett, did you mean --set?"),
         (["change", "--sparsty", "0.5"], "No such option: --sparsty, did you mean --sparsity?"),
         (

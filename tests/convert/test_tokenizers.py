@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, processors
 
 from llmctl.config.errors import RequestError
-from llmctl.convert import sentencepiece_json, tokenizer_export, tokenizers
+from llmctl.convert import post_processor, sentencepiece_json, tokenizer_export, tokenizers
 from llmctl.data.config import TokenizerConfig
 from llmctl.data.tokenizers import loading
+from llmctl.data.tokenizers.base import TextTemplate
 from llmctl.model.config import ModelConfig
 
 SYLLABLES = ("ka", "mo", "ri", "ten", "lu", "san", "pe", "do", "shi", "ver", "gal", "nim")
@@ -72,6 +75,24 @@ def test_vocabularies_of_older_folders(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     words = loading.load(tokenizers.bring(tmp_path, tmp_path / "gpt", ModelConfig(vocab_size=2)))
     assert words.prompt("a") == [1]
+
+
+def test_padding_and_truncation_of_a_file_are_no_part_of_its_template(tmp_path):
+    # Files of sentence-transformers pad every text to 128 tokens and cut longer ones.
+    ids = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}
+    made = Backend(models.WordLevel(ids, unk_token="[UNK]"))
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.enable_padding(length=128, pad_token="[PAD]")
+    made.enable_truncation(2)
+    expected = TextTemplate((2,), (3,), (3,))
+    assert post_processor.read(made, {}, {}) == expected
+    assert made.padding and made.truncation  # the tokenizer itself is unchanged
+    made.save(str(tmp_path / "tokenizer.json"))
+    cfg = ModelConfig(vocab_size=5, family="bert", head="embed", next_sentence=False)
+    words = loading.load(tokenizers.bring(tmp_path, tmp_path / "out", cfg))
+    assert words.template.row(words.encode("a")).tolist() == [2, 4, 3]
 
 
 def test_added_tokens_are_not_dropped(tmp_path):

@@ -28,7 +28,15 @@ def test_much_padding_is_said_with_the_lengths():
     # 4 rows of 16 positions hold 4 + 4 + 8 + 8 = 24 tokens of 64
     (line,) = padding.describe(Rows([4, 4, 8, 8]))
     assert line.startswith("62% of the positions are padding: 95% of the rows have at most 8 tokens, the longest of")
+    assert line.endswith("train.seq_len = 8 is faster")
     assert padding.describe(Rows([4] * 4, "encoder_segments"))[0].startswith("75%")
+
+
+def test_the_advice_is_a_length_that_is_shorter():
+    # one row in 30 fills all 16 positions; if more than 5% do, no shorter length keeps 95% of the rows
+    (line,) = padding.describe(Rows([4] * 29 + [16]))
+    assert line.endswith("at most 4 tokens, the longest of the sample 16; train.seq_len = 4 is faster")
+    assert padding.describe(Rows([4] * 8 + [16] * 2)) == []
 
 
 def test_a_quarter_of_padding_and_rows_without_segments_are_not_mentioned():

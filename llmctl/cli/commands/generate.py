@@ -43,7 +43,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this total probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Minimum probability, as a fraction of the most likely token's.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Penalty of repeated tokens; 1 is none.")] = 1.0,
-    beams: Annotated[int, typer.Option(min=1, help="Number of beams of a beam search; 1 samples.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, help="Number of beams of a beam search; 1 searches none.")] = 1,
     length_penalty: Annotated[
         float, typer.Option(help="Beams: divide an answer's score by its length to this power.")
     ] = 1.0,

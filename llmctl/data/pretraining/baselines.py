@@ -52,6 +52,6 @@ def guesses(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, f
 
 def describe(found: dict[str, float]) -> str:
     """Format the baselines for a log line."""
-    text = f"one scores accuracy {found['baseline_accuracy']:.2%} and loss {found['baseline_loss']:.4g}"
+    text = f"accuracy {found['baseline_accuracy']:.2%}, loss {found['baseline_loss']:.4g}"
     pair = found.get("baseline_next_sentence_accuracy")
     return text if pair is None else f"{text}, next sentence {pair:.2%}"

@@ -95,7 +95,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     blind: dict[str, float] = {}
     if objective.name not in ("causal", "completions"):
         blind = baselines.guesses(unseen, validation_rows(config.train), objective.sentinels(tokens))
-        console.say(f"{config.title}: knowing nothing of the context {baselines.describe(blind)}")
+        console.say(f"{config.title}: baseline that ignores the context: {baselines.describe(blind)}")
     learns = make_learner(config, base, tokens.vocab_size, devices)
     params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)
     ctx.leave(

@@ -221,8 +221,7 @@ def sizes(config: Config, before: ModelConfig, after: ModelConfig) -> str:
     for part, field in fields.items():
         asked, old, new = getattr(config, part), getattr(before, field), getattr(after, field)
         if asked:
-            meaning = f"removes {asked:.3g} of all" if asked < 1 else "is the number to keep"
-            line = f"{part} = {asked:g} {meaning}: {old} → {new}"
+            line = f"{'remove' if asked < 1 else 'keep'}_{part} = {asked:g}: {part} {old} → {new}"
             if part == "layers" and before.encoder_layers:
                 line += f", encoder {before.encoder_layers} → {after.encoder_layers}"
             said.append(line)

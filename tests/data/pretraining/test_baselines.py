@@ -24,7 +24,7 @@ def test_the_best_constant_answers():
     assert found["baseline_accuracy"] == 6 / 8
     assert found["baseline_loss"] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
     assert found["baseline_next_sentence_accuracy"] == pytest.approx(2 / 3)
-    assert describe(found) == "one scores accuracy 75.00% and loss 0.5623, next sentence 66.67%"
+    assert describe(found) == "accuracy 75.00%, loss 0.5623, next sentence 66.67%"
     assert guesses(Rows(), 1)["baseline_accuracy"] == 1
 
 

@@ -58,7 +58,7 @@ def test_a_headline_has_intervals_and_baselines():
     interval = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9}
     says = "classification: accuracy 80.00% (95 % interval 70.00% to 90.00%), macro F1 0.7500"
     assert report.headline(result("classification", **interval, macro_f1=0.75, examples_per_second=3.0)) == says
-    says = "regression: RMSE 1.25 (without reading 2.5), Pearson 0.500"
+    says = "regression: RMSE 1.25 (baseline that ignores the input: 2.5), Pearson 0.500"
     assert report.headline(result("regression", rmse=1.25, baseline_rmse=2.5, pearson=0.5)) == says
     assert report.headline(result("perplexity", perplexity=None, nll=800.0)) == "perplexity: nats/token 800.0000"
 

@@ -128,14 +128,10 @@ def test_structured_pruning_says_what_it_did():
     before, after = ModelConfig(preset="llama-tiny", layers=4), ModelConfig(preset="llama-tiny", layers=1, d_ff=64)
     config = stage.Config(layers=0.75, keep_ffn=64)
     d_ff = before.d_ff
-    assert stage.sizes(config, before, after) == (
-        f"layers = 0.75 removes 0.75 of all: 4 → 1; ffn = 64 is the number to keep: {d_ff} → 64"
-    )
+    assert stage.sizes(config, before, after) == (f"remove_layers = 0.75: layers 4 → 1; keep_ffn = 64: ffn {d_ff} → 64")
     both = before.model_copy(update={"encoder_layers": 6})
     one = after.model_copy(update={"encoder_layers": 2})
-    assert stage.sizes(stage.Config(layers=0.75), both, one) == (
-        "layers = 0.75 removes 0.75 of all: 4 → 1, encoder 6 → 2"
-    )
+    assert stage.sizes(stage.Config(layers=0.75), both, one) == ("remove_layers = 0.75: layers 4 → 1, encoder 6 → 2")
 
 
 def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews):
