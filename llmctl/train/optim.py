@@ -27,7 +27,8 @@ FACTORED_FROM = 128
 """Least length of both sides of a matrix whose second moments Adafactor factors, as in the authors' code."""
 
 
-def _steps(amount: float, steps: int) -> int:
+def portion(amount: float, steps: int) -> int:
+    """Return a number of steps that is given as such, or below 1 as a fraction of all steps."""
     return round(amount * steps) if amount < 1 else round(amount)
 
 
@@ -41,11 +42,11 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     - constant holds the peak.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final
-    warmup = _steps(config.warmup, steps)
+    warmup = portion(config.warmup, steps)
     rest = max(steps - warmup, 1)
 
     def wsd() -> optax.Schedule:
-        falling = max(min(_steps(config.decay, steps), rest), 1)
+        falling = max(min(portion(config.decay, steps), rest), 1)
         return optax.join_schedules(
             [optax.constant_schedule(peak), optax.linear_schedule(peak, end, falling)], [rest - falling]
         )

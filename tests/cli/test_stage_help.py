@@ -73,7 +73,7 @@ def test_presets_are_listed(call):
     [
         ("llmctl fin", ["finetune"]),
         ("llmctl finetune --train.st", ["--train.steps"]),
-        ("llmctl finetune --method ", ["full", "lora", "dora", "ia3", "bitfit", "head"]),
+        ("llmctl finetune --method ", ["full", "lora", "dora", "adalora", "ia3", "bitfit", "head"]),
         ("llmctl show --pre", ["--presets"]),
     ],
 )

@@ -13,6 +13,8 @@ from llmctl.artifacts import artifact
 from llmctl.convert import peft, safetensors
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stages import finetune
+from llmctl.train.adapters.registry import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of torch and peft
 
@@ -141,6 +143,62 @@ def gradients(config, tree) -> Mapping[str, np.ndarray]:
         tensors = peft.FORMATS[{"low_rank": "LORA", "dora": "LORA"}.get(w.kind, "IA3")].write(w)
         out |= {f"{peft.PREFIX}{module}.{k}": a for k, a in tensors.items()}
     return {n + (".weight" if n.endswith("vector") else ""): a for n, a in out.items()}
+
+
+def test_adalora_trains_as_peft_does(saved, call, config, tmp_path):
+    """Loss with the orthogonality term, and its gradients, from the same singular vectors and values."""
+    theirs, hf, torch = (pytest.importorskip(n) for n in ("peft", "transformers", "torch"))
+    assert call("export", saved, "--out", tmp_path / "base")[0] == 0
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    settings = theirs.AdaLoraConfig(
+        init_r=3,
+        target_r=2,
+        lora_alpha=6,
+        total_step=9,
+        target_modules=["q_proj", "up_proj"],
+        task_type="CAUSAL_LM",  # without it, PEFT's model leaves the orthogonality term out
+    )
+    tuned = theirs.get_peft_model(model, settings).eval()
+    torch.manual_seed(0)
+    for p in tuned.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.3)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 12)).astype(np.int32)
+    expected = tuned(input_ids=torch.tensor(ids), labels=torch.tensor(ids, dtype=torch.int64)).loss
+    expected.backward()
+    named = dict(tuned.named_parameters())
+
+    def of_torch(slots, part, gradient=False):
+        found = [named[f"{peft.PREFIX}{m}.lora_{part}.default"] for m, _ in slots]
+        return jnp.stack([jnp.asarray((p.grad if gradient else p.data).numpy().T) for p in found])
+
+    base = artifact.load(saved).params
+    modules: dict[str, list] = {}
+    for m, slot in sorted(peft._modules(config).items(), key=lambda item: item[1].layer):
+        if m.endswith(("q_proj", "up_proj")):
+            modules.setdefault(slot.path, []).append((m, slot.layer))
+    flat = weights.flatten(base)
+    tree = {
+        path: weights.Svd(flat[path], *(of_torch(slots, part) for part in "ABE"), 6 / 3)
+        for path, slots in modules.items()
+    }
+    params, batch = weights.updated(base, tree), batch_of(ids)
+    arrays = weights.arrays(params)
+
+    @jax.jit
+    def ours(trained):
+        tree = weights.rebuild(params, arrays | trained)
+        y = functional.lm_logits(config, tree, functional.hidden(config, tree, batch))
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(y[:, :-1]), batch["tokens"][:, 1:, None], axis=-1)
+        method = METHODS["adalora"].during(finetune.Config(method="adalora"), tree, 100)
+        return -chosen.mean() + method["penalty"](tree)
+
+    loss, slopes = jax.value_and_grad(ours)({n: arrays[n] for n in weights.adapter_names(params)})
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    assert sum(a.size for a in slopes.values()) == tuned.get_nb_trainable_parameters()[0]
+    for path, slots in modules.items():
+        for part in "ABE":
+            np.testing.assert_allclose(slopes[f"{path}:{part.lower()}"], of_torch(slots, part, True), atol=1e-4)
 
 
 def test_files_of_adalora_come_in_as_pairs_of_their_own_ranks(saved, call, config, logits, tmp_path):

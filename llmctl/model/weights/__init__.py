@@ -52,6 +52,7 @@ from llmctl.model.weights.names import (
 from llmctl.model.weights.quantized import Quantized
 from llmctl.model.weights.records import KINDS, assemble, describe, parts
 from llmctl.model.weights.scaled import Scaled
+from llmctl.model.weights.svd import Svd, orthogonality
 from llmctl.model.weights.tree import (
     Weight,
     arrays,
@@ -81,6 +82,7 @@ __all__ = [
     "Product",
     "Quantized",
     "Scaled",
+    "Svd",
     "Weight",
     "adapted",
     "adapter_names",
@@ -109,6 +111,7 @@ __all__ = [
     "module_path",
     "node_type",
     "of_type",
+    "orthogonality",
     "parse",
     "parts",
     "per_layer",

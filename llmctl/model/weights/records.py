@@ -17,6 +17,7 @@ KINDS: Registry[type[Node]] = Registry(
         "quantized": "llmctl.model.weights.quantized:Quantized",
         "low_rank": "llmctl.model.weights.low_rank:LowRank",
         "scaled": "llmctl.model.weights.scaled:Scaled",
+        "svd": "llmctl.model.weights.svd:Svd",
         "dora": "llmctl.model.weights.dora:Dora",
     },
 )

@@ -15,7 +15,7 @@ from llmctl.data.config import DataConfig, Truncate
 from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
-from llmctl.train.adapters.settings import LoraConfig
+from llmctl.train.adapters.settings import AdaLoraConfig, LoraConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -32,6 +32,7 @@ class Config(StageConfig):
     """Train a model on a task's examples, and keep the best parameters by validation."""
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
+    added: ClassVar[frozenset[str]] = frozenset({"adalora"})
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
@@ -44,10 +45,12 @@ class Config(StageConfig):
     completions if the data has them."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The others train the task head and: lora: low-rank adapters. dora: low-rank
-    adapters of the directions of the matrices, and their magnitudes. ia3: factors of keys, values and inner
-    activations. bitfit: biases. head: nothing else."""
+    adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters whose ranks move
+    between matrices. ia3: factors of keys, values and inner activations. bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
-    """Settings of the methods lora and dora."""
+    """Settings of the methods lora, dora and adalora."""
+    adalora: AdaLoraConfig = AdaLoraConfig()
+    """Settings of method adalora."""
     merge: bool = True
     """Methods with adapters: merge them into the matrices at the end; false keeps them apart."""
     freeze_layers: int = Field(default=0, ge=0)

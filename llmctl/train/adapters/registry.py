@@ -17,6 +17,7 @@ METHODS: Registry[Method] = Registry(
         "full": "llmctl.train.adapters.full:METHOD",
         "lora": "llmctl.train.adapters.lora:METHOD",
         "dora": "llmctl.train.adapters.dora:METHOD",
+        "adalora": "llmctl.train.adapters.adalora:METHOD",
         "ia3": "llmctl.train.adapters.ia3:METHOD",
         "bitfit": "llmctl.train.adapters.bitfit:METHOD",
         "head": "llmctl.train.adapters.head:METHOD",

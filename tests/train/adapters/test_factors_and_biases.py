@@ -83,4 +83,4 @@ def test_the_head_alone():
 def test_settings_of_other_methods_are_refused():
     assert stray("ia3", {"merge", "task"}) == ""
     assert stray("bitfit", {"merge"}).startswith("merge: not for method 'bitfit', say method = 'lora' or")
-    assert stray("ia3", {"lora"}) == "lora: not for method 'ia3', say method = 'lora' or 'dora'"
+    assert stray("ia3", {"lora"}) == "lora: not for method 'ia3', say method = 'lora' or 'dora' or 'adalora'"

@@ -1,0 +1,69 @@
+"""Add an update in the form of a singular value decomposition to a weight (AdaLoRA, arXiv:2303.10512).
+
+Shapes: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.weights.adapter import Adapter
+from llmctl.model.weights.base import Product, node_type, setting
+from llmctl.model.weights.low_rank import LowRank
+
+
+@node_type
+class Svd(Adapter):
+    """base + scale * a @ diag(e) @ b; a [..., I, R], e [..., 1, R], b [..., R, O]."""
+
+    kind: ClassVar[str] = "svd"
+    adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b", "e")
+
+    a: jax.Array
+    b: jax.Array
+    e: jax.Array
+    scale: float = setting()
+
+    def pair(self) -> LowRank:
+        """Return the same weight with the singular values multiplied into a."""
+        return LowRank(self.base, self.a * self.e, self.b, self.scale)
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """See Node."""
+        return self.pair().dense(dtype)
+
+    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+        """See Node; the update is never formed."""
+        return self.pair().matmul(x, dtype, how)
+
+    def kept(self) -> Any:
+        """Return the same weight as a pair that stores only nonzero singular values; the base if there are none.
+
+        Layers of a stack keep different numbers. All get the rank of the largest, and zeros fill the others. The
+        numbers are read on the host.
+        """
+        import numpy as np
+
+        used = np.asarray(jax.device_get(self.e)) != 0  # [..., 1, R]
+        rank = int(used.sum(axis=-1).max())
+        if not rank:
+            return self.base
+        order = np.argsort(~used, axis=-1, kind="stable")[..., :rank]  # the used ones, in their order
+        valid = jnp.asarray(np.take_along_axis(used, order, axis=-1))
+        columns, rows = jnp.asarray(order), jnp.asarray(np.swapaxes(order, -1, -2))
+        a = jnp.where(valid, jnp.take_along_axis(self.a * self.e, columns, axis=-1), 0)
+        b = jnp.where(jnp.swapaxes(valid, -1, -2), jnp.take_along_axis(self.b, rows, axis=-2), 0)
+        return LowRank(self.base, a, b, self.scale)
+
+
+def orthogonality(w: Svd) -> jax.Array:
+    """Return the sum over layers of ||a^T a - I|| + ||b b^T - I||, Frobenius norms."""
+    one = jnp.eye(w.a.shape[-1])
+
+    def norm(gram: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sqrt(jnp.sum(jnp.square(gram - one), axis=(-2, -1)) + 1e-30))
+
+    return norm(jnp.swapaxes(w.a, -1, -2) @ w.a) + norm(w.b @ jnp.swapaxes(w.b, -1, -2))

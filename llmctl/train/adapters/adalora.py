@@ -1,0 +1,101 @@
+"""Train low-rank adapters whose ranks move between matrices (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
+
+Each update is scale * P diag(e) Q with nearly orthogonal P and Q. Singular values of little importance are set to zero
+until the mean rank is `lora.rank`. The artifact stores the other ones as low-rank pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.errors import RequestError
+from llmctl.train.adapters import targets
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model import weights
+    from llmctl.model.config import ModelConfig
+
+DEVIATION = 0.02
+"""Standard deviation of initial singular vectors, as in the authors' code."""
+
+
+class AdaLora(Method):
+    """Low-rank updates with a shared budget of ranks, and the task's head."""
+
+    name = "adalora"
+    settings = ("lora", "adalora", "merge")
+    adapts = True
+
+    def check(self, config: Any, base: Artifact) -> None:
+        """See Method; options of LoRA that fix ranks or scales have no meaning here."""
+        given = config.lora.model_fields_set & {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern"}
+        if given:
+            raise RequestError(f"lora.{min(given)}: not for method 'adalora', which chooses the ranks")
+        super().check(config, base)
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """See Method; the singular values start at zero, so the model is unchanged at first."""
+        import jax
+        import jax.numpy as jnp
+
+        from llmctl.model import weights
+
+        rank = math.ceil(config.adalora.initial * config.lora.rank)
+
+        def svd(m: weights.Matrix, number: int) -> weights.Svd:
+            *lead, inputs, outputs = m.weight.shape
+            keys = jax.random.split(jax.random.fold_in(key, number))
+            a = DEVIATION * jax.random.normal(keys[0], (*lead, inputs, rank))
+            b = DEVIATION * jax.random.normal(keys[1], (*lead, rank, outputs))
+            return weights.Svd(m.weight, a, b, jnp.zeros((*lead, 1, rank)), config.lora.alpha / rank)
+
+        return targets.wrap(model, params, config.lora.targets, svd, mesh, "lora.targets")
+
+    def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
+        """See Method: the budget, the state that importance needs, and the orthogonality term.
+
+        Raises:
+          RequestError: no step is left between the first and the last phase.
+        """
+        from llmctl.model import weights
+        from llmctl.train import optim, rank_budget
+
+        settings = config.adalora
+        shapes = {path: w.e.shape for path, w in weights.of_type(params, weights.Svd).items()}
+        start, final = (optim.portion(amount, steps) for amount in (settings.warmup, settings.final))
+        settled = steps - max(final, 1)
+        if settled <= start:
+            raise RequestError(
+                f"adalora: {start} first and {final} last steps leave none of {steps} to allocate ranks in"
+            )
+        matrices = sum(math.prod(shape[:-2]) for shape in shapes.values())
+        budget = rank_budget.Budget(
+            first=sum(math.prod(shape) for shape in shapes.values()),
+            last=matrices * config.lora.rank,
+            start=start,
+            settled=settled,
+            interval=settings.interval,
+        )
+        ranks = rank_budget.Allocator(shapes, budget, settings.sensitivity, settings.uncertainty)
+
+        def penalty(params: Params) -> jax.Array:
+            apart = [weights.orthogonality(w) for w in weights.of_type(params, weights.Svd).values()]
+            return settings.orthogonality * sum(apart[1:], apart[0]) / (2 * matrices)
+
+        return {"memory": ranks.memory, "after_step": ranks.after_step, "penalty": penalty, "best_from": settled}
+
+    def finish(self, config: Any, params: Params) -> Params:
+        """See Method; pairs of the ranks that are left."""
+        from llmctl.model import weights
+
+        return weights.updated(params, {path: w.kept() for path, w in weights.of_type(params, weights.Svd).items()})
+
+
+METHOD = AdaLora()

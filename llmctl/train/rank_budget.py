@@ -1,0 +1,109 @@
+"""Allocate ranks to matrices by importance while training (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
+
+A triplet is a singular value with its two singular vectors. Its importance is that of the value plus the mean
+importance of each vector's entries. The importance of an entry is its smoothed sensitivity |w g| times the smoothed
+uncertainty of that. As in the authors' code, w is the weight after the optimizer's step.
+
+Shapes: L layers, I inputs, O outputs, R initial rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.weights import join
+
+Named = dict[str, jax.Array]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Schedule of the number of triplets of all matrices together."""
+
+    first: int
+    """Triplets at the start."""
+    last: int
+    """Triplets at the end."""
+    start: int
+    """Step after which triplets are removed."""
+    settled: int
+    """Step at which the last budget is met; the same triplets stay afterwards."""
+    interval: int
+    """Steps between removals."""
+
+    def at(self, step: Any) -> jax.Array:
+        """Return the budget of a step, which falls by a cubic schedule."""
+        rest = 1 - (step - self.start) / max(self.settled - self.start, 1)
+        falling = jnp.floor((self.first - self.last) * jnp.clip(rest, 0.0, 1.0) ** 3 + self.last)
+        return jnp.where(step <= self.start, self.first, falling).astype(jnp.int32)
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """The `memory` and `after_step` of a job that trains `Svd` adapters."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of the singular values [L, 1, R] of each adapter, by its path."""
+    budget: Budget
+    sensitivity: float
+    """Decay of the moving average of sensitivities."""
+    uncertainty: float
+    """Decay of the moving average of uncertainties."""
+
+    def memory(self, named: Named) -> State:
+        """Return the averages, zero at first, and which triplets are kept, all at first."""
+        entries = {join(path, part): named[join(path, part)] for path in self.shapes for part in ("a", "b", "e")}
+        return {
+            "sensitivity": jax.tree.map(jnp.zeros_like, entries),
+            "uncertainty": jax.tree.map(jnp.zeros_like, entries),
+            "kept": {path: jnp.ones(shape, bool) for path, shape in self.shapes.items()},
+            "settled": jnp.zeros((), bool),
+        }
+
+    def after_step(self, state: State, step: jax.Array) -> State:
+        """Update the averages and set the singular values of removed triplets to zero."""
+        params, gradients, memory = state["params"], state["gradients"], state["memory"]
+        budget = self.budget
+        measures = step < budget.settled
+
+        def averaged(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(measures, decay * old + (1 - decay) * new, old)
+
+        now = {n: jnp.abs(params[n] * gradients[n]) for n in memory["sensitivity"]}
+        mean = {n: averaged(self.sensitivity, a, now[n]) for n, a in memory["sensitivity"].items()}
+        apart = {n: averaged(self.uncertainty, a, jnp.abs(now[n] - mean[n])) for n, a in memory["uncertainty"].items()}
+        settles = (step >= budget.settled) & ~memory["settled"]  # a skipped step settles later
+        removes = (step > budget.start) & (step % budget.interval == 0) & measures | settles
+        chosen = self.choose({n: mean[n] * apart[n] for n in mean}, budget.at(step))
+        kept = {path: jnp.where(removes, chosen[path], old) for path, old in memory["kept"].items()}
+        settled = memory["settled"] | settles
+        out = state | {"memory": {"sensitivity": mean, "uncertainty": apart, "kept": kept, "settled": settled}}
+        # Between two removals, removed values may grow again. Averages are cut once the choice is final.
+        for key, masks in (("params", removes | settled), ("ema", settled)):
+            if key in state:
+                values = {join(path, "e"): state[key][join(path, "e")] for path in kept}
+                cut = {n: jnp.where(masks & ~k, 0, values[n]) for n, k in zip(values, kept.values(), strict=True)}
+                out[key] = state[key] | cut
+        return out
+
+    def choose(self, scores: Named, budget: jax.Array) -> dict[str, jax.Array]:
+        """Return which triplets [L, 1, R] are kept: exactly `budget` of all, those of the highest importance."""
+        importance = {path: self.importance(scores, path) for path in self.shapes}
+        flat = jnp.concatenate([a.reshape(-1) for a in importance.values()])
+        place = jnp.argsort(jnp.argsort(-flat, stable=True), stable=True)
+        kept, first = {}, 0
+        for path, a in importance.items():
+            kept[path] = (place[first : first + a.size] < budget).reshape(a.shape)
+            first += a.size
+        return kept
+
+    def importance(self, scores: Named, path: str) -> jax.Array:
+        """Return the importance [L, 1, R] of an adapter's triplets from that of its entries."""
+        a_LIR, b_LRO, e_L1R = (scores[join(path, part)] for part in ("a", "b", "e"))
+        return e_L1R + a_LIR.mean(axis=-2, keepdims=True) + jnp.swapaxes(b_LRO.mean(axis=-1, keepdims=True), -1, -2)
