@@ -265,6 +265,7 @@ def test_every_end_token_of_a_file_ends_an_answer(saved, call, tmp_path):
     # and a file that is written says them
     shutil.copytree(saved, tmp_path / "a")
     (tmp_path / "a" / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    artifact.write_manifest(tmp_path / "a", artifact.read_manifest(tmp_path / "a"))
     assert call("export", tmp_path / "a", "--to", "gguf", "--out", tmp_path / "g")[0] == 0
     said = gguf.GGUFReader(tmp_path / "g" / "model.gguf").fields
     assert said["tokenizer.ggml.eos_token_id"].contents() == 2

@@ -50,7 +50,7 @@ def test_the_model_sees_what_a_stage_holds(small):
         (("--fit", "--generate", "1x8x8"), "leave out --generate"),
         (("--topology", "cpu:8", "--chip", "v5p"), "names its chip"),
         (("--topology", "cpu:8", "--tokens", "-1"), "--tokens"),
-        (("--topology", "cpu:8", "--tokens", "inf"), "must be a number"),
+        (("--topology", "cpu:8", "--tokens", "inf"), "must be a finite number"),
     ],
 )
 def test_what_is_refused_is_one_line(small, capsys, words, says):
