@@ -1,4 +1,4 @@
-"""Check artifacts against what was saved: quickly, without the arrays, or completely.
+"""Check artifacts against the digests in their manifest, with or without reading the arrays.
 
 Example:
   >>> quick(folder, read_manifest(folder)).content, complete(folder).content
@@ -20,16 +20,16 @@ OLDER = "saved by an earlier llmctl, so only its arrays and its tokenizer are ch
 
 @dataclass(frozen=True)
 class Damage:
-    """Differences of an artifact from what was saved, as clauses by the name of the field or file."""
+    """Differences between an artifact and its manifest: messages by the name of the field or file."""
 
     content: dict[str, str]
-    """Differences that can change an answer. The artifact is not used."""
+    """Differences that can change predictions. Such an artifact is rejected."""
     record: dict[str, str]
     """Differences in metrics, lineage, sizes and logs."""
 
 
 def quick(path: Path, manifest: Manifest) -> Damage:
-    """Compare all of an artifact but its arrays, of which only the size on disk is compared."""
+    """Compare the files and fields of an artifact with its manifest. Arrays are compared by size on disk only."""
     content = damaged_files(path, manifest, "content")
     if manifest.weights and size(path / "params") != manifest.bytes:
         content["params"] = "params has another size on disk than was saved"
@@ -37,7 +37,9 @@ def quick(path: Path, manifest: Manifest) -> Damage:
 
 
 def complete(path: Path) -> Damage:
-    """Compare all of an artifact, its arrays included. They are read once and sharded over the default mesh.
+    """Compare the files, fields and arrays of an artifact with its manifest.
+
+    The arrays are read once and sharded over the default mesh.
 
     Raises:
       RequestError: the manifest is missing, damaged or of a later format.
@@ -53,7 +55,7 @@ def complete(path: Path) -> Damage:
 
 
 def reason(e: LlmctlError, path: Path) -> str:
-    """Return the part of an error's line that says what is wrong at `path`, without the path and the advice."""
+    """Return the cause in an error message about `path`, without the path and the advice."""
     line = str(e).removeprefix(f"{path}: ").removeprefix(f"{path / NAME}: ")
     line = line.rpartition("; ")[0] or line
     return line[len("damaged (") : -1] if line.startswith("damaged (") else line

@@ -1,7 +1,7 @@
-"""Layers of a stack, replaced one after the other while the rest is still read.
+"""Replace the layers of a stack one by one while the other layers are still read.
 
-Weights that keep their type are written into the memory of the unchanged ones, so a second set of layers never exists.
-Weights that change their type (dense to quantized) are collected in new stacked arrays.
+Weights that keep their type are updated in place, so memory never holds a second set of layers. Weights that change
+their type (dense to quantized) are collected in new stacked arrays.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Layer = dict[str, Any]
 
 
 class LayerStack:
-    """Stacked parameters [L, ...] that `put` replaces layer by layer, in any order; `finish` returns the new ones.
+    """Stacked parameters [L, ...] that are replaced layer by layer, in any order.
 
-    The arrays given are donated by the first `put`.
+    `put` replaces one layer, and `finish` returns the new stack. The first `put` donates the arrays of the constructor.
     """
 
     def __init__(self, blocks: Layer) -> None:
@@ -31,7 +31,7 @@ class LayerStack:
         self._done: set[int] = set()
 
     def __getitem__(self, index: int) -> Layer:
-        """Return one layer: unchanged if it was not put yet, and undefined afterwards."""
+        """Return one layer that was not replaced yet. The result for a replaced layer is undefined."""
         return jax.tree.map(lambda a: a[index], self._old)
 
     def put(self, index: int, layer: Layer) -> None:
@@ -59,7 +59,7 @@ class LayerStack:
             self._made = self._puts[1](self._made, {p: new[p] for p in changed}, at)
 
     def finish(self) -> Layer:
-        """Return the stack with every layer that was put.
+        """Return the stack with all replaced layers.
 
         Raises:
             ValueError: weights changed their type, and not in every layer.
@@ -70,7 +70,7 @@ class LayerStack:
 
 
 def putter(blocks: Layer) -> Any:
-    """Return the compiled (blocks [L, ...], one layer, its index) -> blocks with that layer; the blocks are donated."""
+    """Return a compiled function (blocks [L, ...], layer, index) -> blocks with that layer. The blocks are donated."""
 
     def put(blocks: Layer, layer: Layer, index: jax.Array) -> Layer:
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), blocks, layer)
@@ -79,7 +79,7 @@ def putter(blocks: Layer) -> Any:
 
 
 def shard_like(new: Layer, old: Layer) -> Layer:
-    """Shard a changed layer as the unchanged one; see `sharding`."""
+    """Shard a changed layer like the unchanged layer; see `sharding`."""
     before = flatten(old)
 
     def one(path: str, w: Any) -> Any:
@@ -89,7 +89,7 @@ def shard_like(new: Layer, old: Layer) -> Layer:
 
 
 def sharding(shape: tuple[int, ...], old: Any) -> Sharding:
-    """Return the sharding of an array of a changed weight: that of the weight `old` that it replaces.
+    """Return the sharding of an array of a changed weight, which follows the replaced weight `old`.
 
     A dimension that the array does not have at full length is replicated.
     """

@@ -1,4 +1,4 @@
-"""Tokenizers of exported models: write them as other programs read them, with the text rules of the model."""
+"""Export tokenizers in Hugging Face formats, with the special tokens, padding and truncation of the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of `hand_on`: the exported tokenizer's ids, and the rows that its embedding table needs."""
+    """Result of `hand_on`: ids of the exported tokenizer's special tokens, and the embedding rows that it needs."""
 
     ids: dict[str, Any]
     """Ids of special tokens under the names of config.json."""
@@ -42,9 +42,9 @@ class Written:
 def hand_on(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Written | None:
     """Write an artifact's tokenizer in formats that other programs read.
 
-    A tokenizer.json stays one. A SentencePiece model is also converted to one. A post-processor is added if the file
-    has none that begins and ends texts as the model was trained on them. The tokenizer_config.json then says the
-    padding token, the sides of padding and truncation, and the length.
+    A tokenizer.json is copied. A SentencePiece model is copied and also converted to a tokenizer.json. The
+    post-processor is replaced if it does not add the special tokens that the model was trained with. If the model reads
+    texts, tokenizer_config.json gets the padding token, the sides of padding and truncation, and the maximum length.
 
     Args:
         folder: Folder of the artifact's tokenizer.

@@ -32,7 +32,7 @@ class View(Source):
           cfg: the source.
           classes: label values that the data may have (`data.classes`); empty if any.
           numbers: whether labels are numbers, which have no class names.
-          labels: whether columns of labels are mapped. Text to pretrain on may have any.
+          labels: whether to map label columns. Pretraining does not read them.
 
         Raises:
           RequestError: the source lacks a column, or has no text column.
@@ -211,11 +211,11 @@ def views(cfg: DataConfig, labels: bool = True) -> list[View]:
     """Open every source of a data config.
 
     Args:
-      cfg: the data.
-      labels: whether columns of labels are mapped.
+      cfg: the data config.
+      labels: whether to map label columns.
 
     Raises:
-      RequestError: as `View`.
+      RequestError: a source lacks a column, or has no text column.
     """
     return [View(part, cfg.classes, cfg.label_type == "number", labels) for part in cfg.sources()]
 

@@ -82,10 +82,10 @@ def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, s
 
 
 def check_kinds(title: str, classes: Collection[str]) -> None:
-    """Check that classes found in the data `title` do not hold both truth values and numbers for them.
+    """Check that the classes found in the data do not include both booleans (true, false) and their numbers (1, 0).
 
     Raises:
-      RequestError: they do. Whether true is 1 cannot be known.
+      RequestError: they include both, so it is unknown whether true and 1 are the same class.
     """
     kinds = [sorted(c for c in classes if canonical(c) in pair) for pair in (("false", "true"), ("0", "1"))]
     if all(kinds):
@@ -96,9 +96,10 @@ def check_kinds(title: str, classes: Collection[str]) -> None:
 
 
 def no_class(classes: Collection[str]) -> str:
-    """Return the number that may stand for "no label" among classes found in the data, or an empty string.
+    """Return the class found in the data that may mean "no label", or an empty string.
 
-    It is the only negative one beside 0. Classes such as -1 and 1, or -2 to 2, hold none.
+    It is -1 or -100, if 0 is also a class and no other class is negative. Classes such as -1 and 1, or -2 to 2, have
+    none.
     """
     named = {canonical(c): c for c in classes}
     if not all(_WHOLE.fullmatch(c) for c in named) or "0" not in named:
@@ -116,7 +117,7 @@ def no_class_error(label: str, where: str) -> RequestError:
 
 
 def known_as(label: str, names: Collection[str]) -> str | None:
-    """Return the one of `names` that is the class of `label`, or None."""
+    """Return the name in `names` that denotes the same class as `label`, or None."""
     name = one_spelling([label], names)[label]
     return name if name in names else None
 
@@ -149,7 +150,7 @@ class Labels:
         return self._set(value) if self._cfg.label_type == "set" else self.of_class(value)
 
     def of_class(self, value: Any) -> str:
-        """Return the class of a value; if `data.classes` lists names, the name in it.
+        """Return the class name of a value, as `data.classes` spells it if classes are listed there.
 
         Raises:
           Unlabeled: the value stands for no label.

@@ -1,4 +1,4 @@
-"""Settings of a measurement."""
+"""Settings of the evaluation of artifacts on held-out data."""
 
 from __future__ import annotations
 

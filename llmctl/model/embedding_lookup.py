@@ -1,9 +1,8 @@
 """Embedding lookup in a table whose columns are sharded over devices with different tokens.
 
 There are two methods. In the first, every device gathers the table. In the second, every device looks up its columns
-for all tokens. An all-to-all then gives each device all columns of its own tokens. The shapes decide, by the number of
-bytes that a device sends. Everything except indices is sent in the compute dtype. The local sums on each device are
-float32.
+for all tokens. An all-to-all then gives each device all columns of its own tokens. The method that sends fewer bytes
+per device is used. Everything except indices is sent in the compute dtype. The local sums on each device are float32.
 
 Shapes: V rows of the table, D width, B x T tokens; n devices share the columns. On one device: N tokens [b, t], v rows,
 d columns.

@@ -1,4 +1,4 @@
-"""Head kinds: the structure of a model's answer, by the word in `ModelConfig.head`. Imports no JAX.
+"""Head kinds: output structure of a model, by the name in `ModelConfig.head`. This module does not import JAX.
 
 A task (`llmctl.evaluate.tasks`) names the head that it needs; several tasks may share one.
 """
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadKind:
-    """Structure of an answer. By default one vector per sequence is pooled and projected to one logit per label."""
+    """Output structure of a head. By default one vector per sequence is pooled and projected to one logit per label."""
 
     vocabulary: bool = False
-    """Logits over the vocabulary, by the output projection; only next-sentence prediction adds a task head."""
+    """The output projection gives logits over the vocabulary. Only next-sentence prediction adds a task head."""
     per_token: bool = False
-    """One answer per token; nothing is pooled."""
+    """One output per token, without pooling."""
     bare: bool = False
-    """The pooled vector itself, scaled to unit length; nothing is projected."""
+    """The output is the pooled vector at unit length, without a projection."""
     width: int = 0
-    """Logits per answer; 0 means one per label."""
+    """Logits per output; 0 means one per label."""
     scalar: bool = False
-    """The answer is one number, without an axis for it."""
+    """The output is a scalar: the axis of logits is removed."""
 
     @property
     def labelled(self) -> bool:
-        """Whether the answer has one logit per label."""
+        """Whether the output has one logit per label."""
         return not (self.width or self.bare)
 
 
@@ -37,4 +37,4 @@ HEAD_KINDS = {
     "span": HeadKind(per_token=True, width=2),
     "embed": HeadKind(bare=True),
 }
-"""The kinds by name. The width of "lm" is that of next-sentence prediction."""
+"""Head kinds by name. The width of "lm" is the width of the next-sentence head."""

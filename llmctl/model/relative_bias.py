@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 
 class RelativeBias(nn.Module):
-    """Table [U, H] of the bias, shared by all layers of a stack."""
+    """Bias table [U, H], shared by all layers of a stack."""
 
     config: ModelConfig
 
@@ -38,7 +38,10 @@ def add(
     slot: jax.Array | int | None,
     order_BT: jax.Array | None,
 ) -> Shared:
-    """Add the bias to the shared inputs of a stack; ring attention takes the table and computes the bias itself."""
+    """Add the bias [H, T, S] to the shared attention inputs of a stack.
+
+    Without a mask, add the table instead. Ring attention then computes the bias of each block from it.
+    """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)
     distance_TS = distances(shared.mask_BTS, slot, order_BT)

@@ -1,7 +1,7 @@
-"""Estimate programs for chips whose compiler is not used (GPUs): lower them for the platform, then model the rest.
+"""Estimate programs for chips without a local compiler (GPUs) by lowering and the analytic model.
 
-Arrays in memory are arithmetic on shapes and shardings. Temporaries, operations, traffic and collectives are those of
-the analytic model.
+The bytes of arrays follow from shapes and shardings. The analytic model gives temporaries, operations, memory traffic
+and collectives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHECKED = "its lowering for CUDA was checked, with attention in the plain form; 
 
 
 def lower(program: Program, platform: str) -> None:
-    """Lower the program as for devices of `platform`.
+    """Lower the program for `platform`, without devices of that platform.
 
     Raises:
       WorkError: the program uses a feature that the platform lacks.
@@ -58,7 +58,7 @@ def setup_of(program: Program, work: Pass) -> Setup:
 
 
 def on(setup: Setup, topology: Topology) -> Setup:
-    """Return the same step with the attention that `llmctl.model.attention_kernels` chooses on these chips."""
+    """Return the step with the attention that `llmctl.model.attention_kernels` selects on these chips."""
     model, kernel = setup.model, False
     if topology.platform == "tpu":
         kernel = not setup.seq_len % attention_kernels.LANES
@@ -70,7 +70,7 @@ def on(setup: Setup, topology: Topology) -> Setup:
 
 
 def step(program: Program, topology: Topology) -> tuple[float, Counts]:
-    """Return the bytes of temporaries, and the operations, traffic and collectives, of one device."""
+    """Return the bytes of temporaries per device, and the operations, memory traffic and collectives per device."""
     work = program.work
     if work is None:
         return small_programs.least(program)

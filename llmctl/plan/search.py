@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[Candidate]:
-    """Return the Pareto front of step time and memory of a training stage on `topology`, all of it compiled.
+    """Return the compiled Pareto front of step time and memory of a training stage on `topology`.
 
     Raises:
       RequestError: there is no such training stage, or nothing fits.
@@ -60,7 +60,7 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
 
 
 def training_step(recipe: Recipe, stage: str) -> Step:
-    """Return the named stage, or the first that trains.
+    """Return the named training stage, or the first training stage if no name is given.
 
     Raises:
       RequestError: there is none.
@@ -74,7 +74,7 @@ def training_step(recipe: Recipe, stage: str) -> Step:
 
 
 def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
-    """Return a stage's step for the analytic model; trained and held parameters are counted from its own arrays."""
+    """Return the analytic model's setup of a stage's step, with its parameters counted from the stage's arrays."""
     # One device: the mesh is the unknown of the search, and every batch divides by 1.
     alone = _edited(recipe, step, {"data": 1}, {})
     _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
@@ -128,7 +128,7 @@ def _compiles(recipe: Recipe, step: Step, topology: Topology, say: Say) -> mesh_
 
 
 def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
-    """Return the front as one JSON object, fastest first."""
+    """Return the Pareto front of step time and memory as one JSON object, fastest first."""
     return {
         "topology": topology.name,
         "chips": topology.chips,
@@ -143,7 +143,7 @@ def as_json(found: Sequence[Candidate], topology: Topology) -> dict[str, Any]:
 
 
 def table(found: Sequence[Candidate], topology: Topology) -> Table:
-    """Return the table of the front, fastest first."""
+    """Return a table of the Pareto front of step time and memory, fastest first."""
     from rich.table import Table
 
     out = Table(title=f"{topology.name}: step time against memory", title_justify="left")
@@ -162,7 +162,7 @@ def table(found: Sequence[Candidate], topology: Topology) -> Table:
 
 
 def lines(found: Sequence[Candidate]) -> Text:
-    """Return the lines that replace the stage's mesh and train, per candidate: without a frame, to be copied."""
+    """Return per candidate the recipe lines that replace the stage's mesh and train, ready to copy."""
     from rich.text import Text
 
     said = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))

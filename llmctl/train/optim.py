@@ -140,7 +140,11 @@ def _like_adam() -> optax.GradientTransformation:
 
 
 def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Apply `inner` to each layer of stacked arrays separately. State: {layers of the stack or "0": inner state}."""
+    """Apply `inner` to each layer of stacked arrays separately.
+
+    The state is a dictionary of inner states. Its keys are the numbers of layers of the stacks, and "0" for arrays that
+    are not stacked.
+    """
 
     def groups(named: Named) -> dict[str, Named]:
         out: dict[str, Named] = {}

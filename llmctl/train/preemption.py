@@ -24,7 +24,7 @@ LAG = 2
 
 
 class Asked(Interrupted):
-    """A stop was requested during work that may be abandoned, such as a validation."""
+    """Raised if a stop is requested during work that can be aborted, such as a validation."""
 
 
 class Stop:
@@ -43,7 +43,7 @@ class Stop:
     def asked(self, now: bool = False) -> bool:
         """Return True if a stop was requested. All processes must call it after each step.
 
-        With several processes the result is that of `LAG` calls ago, or with `now` the present one.
+        With several processes the result is `LAG` calls old. If `now` is true, it includes the current requests.
         """
         if processes.count() == 1:
             self.agreed = self.told.is_set()

@@ -1,8 +1,8 @@
 """Allocate ranks to matrices by importance while training (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
-A triplet is a singular value with its two singular vectors. Its importance is that of the value plus the mean
-importance of each vector's entries. The importance of an entry is its smoothed sensitivity |w g| times the smoothed
-uncertainty of that. As in the authors' code, w is the weight after the optimizer's step.
+A triplet is a singular value with its two singular vectors. Its importance is the importance of the value plus the
+mean importance of each vector's entries. The importance of an entry is its smoothed sensitivity |w g| times the
+smoothed uncertainty of the sensitivity. As in the authors' code, w is the weight after the optimizer's step.
 
 Shapes: L layers, I inputs, O outputs, R initial rank.
 """
@@ -38,7 +38,7 @@ class Budget:
     """Steps between removals."""
 
     def at(self, step: Any) -> jax.Array:
-        """Return the budget of a step, which falls by a cubic schedule."""
+        """Return the number of triplets at a step, which decreases by a cubic schedule."""
         rest = 1 - (step - self.start) / max(self.settled - self.start, 1)
         falling = jnp.floor((self.first - self.last) * jnp.clip(rest, 0.0, 1.0) ** 3 + self.last)
         return jnp.where(step <= self.start, self.first, falling).astype(jnp.int32)
@@ -57,7 +57,7 @@ class Allocator:
     """Decay of the moving average of uncertainties."""
 
     def memory(self, named: Named) -> State:
-        """Return the averages, zero at first, and which triplets are kept, all at first."""
+        """Return the initial state: averages of zero, and masks that keep all triplets."""
         entries = {join(path, part): named[join(path, part)] for path in self.shapes for part in ("a", "b", "e")}
         return {
             "sensitivity": jax.tree.map(jnp.zeros_like, entries),
@@ -93,7 +93,7 @@ class Allocator:
         return out
 
     def choose(self, scores: Named, budget: jax.Array) -> dict[str, jax.Array]:
-        """Return which triplets [L, 1, R] are kept: exactly `budget` of all, those of the highest importance."""
+        """Return masks [L, 1, R] of the `budget` triplets of highest importance over all adapters."""
         importance = {path: self.importance(scores, path) for path in self.shapes}
         flat = jnp.concatenate([a.reshape(-1) for a in importance.values()])
         place = jnp.argsort(jnp.argsort(-flat, stable=True), stable=True)
@@ -104,6 +104,14 @@ class Allocator:
         return kept
 
     def importance(self, scores: Named, path: str) -> jax.Array:
-        """Return the importance [L, 1, R] of an adapter's triplets from that of its entries."""
+        """Compute the importance of an adapter's triplets from the importance of its entries.
+
+        Args:
+            scores: Importance of each entry, by array name.
+            path: Path of the adapter.
+
+        Returns:
+            Importance of the triplets [L, 1, R].
+        """
         a_LIR, b_LRO, e_L1R = (scores[join(path, part)] for part in ("a", "b", "e"))
         return e_L1R + a_LIR.mean(axis=-2, keepdims=True) + jnp.swapaxes(b_LRO.mean(axis=-1, keepdims=True), -1, -2)

@@ -1,7 +1,7 @@
 """Report failures of the Rust library `tokenizers` as errors.
 
-A panic of the library is a BaseException that is no Exception, and it writes a report to standard error. Other failures
-are bare Exceptions.
+A panic of the library raises a BaseException that does not derive from Exception. It also writes a report to standard
+error. Other failures raise plain Exceptions.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of a failure of the library, in at most 200 characters; raise any other error again."""
+    """Return the first line of a library error, at most 200 characters. Other errors are raised again."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Return the result of a function of the library on texts.
+    """Call a library function on texts and return its result.
 
     Raises:
-      RequestError: the function fails. The tokenizer's file is the reason, because every text is valid.
+      RequestError: the function fails. The cause is the tokenizer's file, because all texts are valid input.
     """
     try:
         return function(*args, **options)
@@ -37,7 +37,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 @contextlib.contextmanager
 def unreported() -> Iterator[None]:
-    """Discard what is written to the file of standard error, also by code that is not Python, while a file is read."""
+    """Discard output to standard error (file descriptor 2), including that of native code, inside the context."""
     try:
         saved = os.dup(2)
     except OSError:  # it is closed

@@ -1,4 +1,4 @@
-"""Language modelling: the losses that all its tasks share, and the task that chooses among them by data and network.
+"""Language modelling: the losses that its tasks share, and the task that selects one of them.
 
 Shapes: B rows, T tokens per row, P predicted positions per row, D model width, V vocabulary.
 """
@@ -29,7 +29,7 @@ from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
 
 
 class Language(Task):
-    """Cross-entropy of tokens, and of the next sentence if the network predicts it. Its tasks differ in their rows."""
+    """Cross-entropy of tokens, and of the next sentence if the model predicts it. Subclasses differ in their rows."""
 
     head = "lm"
     architectures = ("decoder", "encoder", "encoder_decoder")
@@ -47,7 +47,7 @@ class Language(Task):
     def loss(
         self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
     ) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy at the predicted positions; the vocabulary's logits exist a chunk at a time."""
+        """Return the cross-entropy at the predicted positions. Logits are computed in chunks to save memory."""
         smoothing, z = options.label_smoothing, options.z_loss
         head = functional.head_params(cfg, params)
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
@@ -66,7 +66,7 @@ class Language(Task):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the softened divergence from the teacher's tokens and next sentences, mixed with the cross-entropy."""
+        """Return the distillation loss of tokens and sentence pairs: (1 - hard) * KL divergence + hard * cross-entropy."""
         (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
         total, sums = chunked_loss.distillation(
@@ -86,7 +86,10 @@ class Language(Task):
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return (params, batch) -> negative log-likelihoods [B] of a decoder, or the sums of the loss of others."""
+        """Return a compiled function of (params, batch).
+
+        It returns the negative log-likelihoods [B] of a decoder. For other architectures it returns the loss sums.
+        """
         if model.architecture == "decoder":
             return row_nll(model, dtype)
         loss = self.loss_of(model, dtype=dtype)
@@ -103,10 +106,10 @@ def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
 
 
 def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (hidden states, targets, weights) at the positions where something is predicted.
+    """Return (hidden states, targets, weights) at the predicted positions.
 
-    Rows with `places` [B, P] predict only there: the output projection, which for a small encoder costs more than all
-    its layers, then runs over P instead of T tokens per row.
+    If the batch has `places` [B, P], only these positions are predicted. The output projection then runs over P instead
+    of T tokens per row. In a small encoder it costs more than all layers.
     """
     targets_BT, weights_BT = batch["targets"], batch["weights"]
     if "places" not in batch:
@@ -119,7 +122,7 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
 def scored(
     task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the compiled step, and its means over all rows together with the scores of a baseline without context."""
+    """Return the compiled step, and the metrics of the model and of a baseline without context over all rows."""
     step = task.scorer(artifact.model, setup.dtype)
     total: dict[str, float] = {}
     with setup.batches().once(rows) as steps:
@@ -135,7 +138,7 @@ def scored(
 def timed(
     task: Language, protocol: str, metrics: dict[str, Any], artifact: Artifact, rows: Any, step: Any, setup: Setup
 ) -> Measured:
-    """Return the result, with the step on the first rows as the programs to time."""
+    """Return the result with its timing programs, which run the step on the first rows."""
     size = setup.batch_size
     inputs = rows.batch(np.arange(size) % len(rows)) | {"row_weight": np.ones(size, np.float32)}
     single, batched = programs(step, artifact.params, inputs, setup.mesh)
@@ -151,7 +154,7 @@ class LanguageModel(Language):
     title = "language model"
 
     def among(self, model: ModelConfig, columns: Iterable[str]) -> Task:
-        """Return the task that the data asks of the model."""
+        """Return the completion task if the data has its columns, else the pretraining task of the architecture."""
         if completes(model, columns):
             return TASKS["completions"]
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
@@ -168,7 +171,7 @@ class LanguageModel(Language):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> Any:
-        """Return the rows of the task that the data asks for."""
+        """Return the rows of the task that `among` selects for the data."""
         task = self.among(model, examples.columns)
         return task.rows(model, examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
 
@@ -186,14 +189,14 @@ class LanguageModel(Language):
         truncate: Truncate = "tail",
         needed: int = 0,
     ) -> Any:
-        """Return the rows of the task that the data asks for."""
+        """Return the rows of the task that `among` selects for the data."""
         return self.among(model, text.columns).stage_rows(
             model, text, split, tokenizer, seq_len, cache,
             seed=seed, shuffle=shuffle, truncate=truncate, needed=needed,
         )  # fmt: skip
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure the task that the data asks for."""
+        """Measure an artifact on the task that `among` selects for the data."""
         return self.among(artifact.model, held.examples.columns).evaluate(artifact, held, setup)
 
 

@@ -69,9 +69,9 @@ class MultiLabel(Classify):
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the softened divergence of each class from the teacher's, mixed with the cross-entropy.
+        """Return the distillation loss: (1 - hard) * KL divergence + hard * cross-entropy, averaged over classes.
 
-        A class is a choice between two logits, its own and 0.
+        Each class is a binary distribution with two logits, its own and 0.
         """
         nll, sums = self.score(y, batch, Options())
         taught_BC2, said_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))
@@ -99,14 +99,14 @@ class MultiLabel(Classify):
         return jax.nn.sigmoid(y.astype(jnp.float32))
 
     def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the classes whose probability reaches their threshold, and those probabilities."""
+        """Return the classes whose probability reaches their threshold, with these probabilities."""
         chosen = manifest.fitted.get("thresholds", {})
         given = named(manifest.labels, belief)
         labels = [n for n, p in zip(manifest.labels, belief, strict=True) if p >= chosen.get(n, EVEN)]
         return {"labels": labels, "probabilities": given if every else {n: given[n] for n in labels}}
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return scores at the thresholds that the artifact stores, and the sets of names."""
+        """Return scores at the artifact's thresholds, and the true and predicted sets of class names."""
         names = artifact.manifest.labels
         pairs = [(batch["label"], probabilities(y)) for batch, y in found]
         given_NC, p_NC = map(np.concatenate, zip(*pairs, strict=True))
@@ -122,7 +122,7 @@ class MultiLabel(Classify):
         return scored, (truth, said)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return which thresholds were used, and of which artifact if they are not its own."""
+        """Return the evaluation protocol in words, with the origin of the thresholds."""
         manifest = artifact.manifest
         chosen = "thresholds chosen on validation"
         if not manifest.fitted:
@@ -134,12 +134,12 @@ class MultiLabel(Classify):
         return f"{super().protocol(artifact, held, setup, rows, metrics)}, {chosen}"
 
     def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of a classifier, and the threshold of each class as `thresholds`."""
+        """Return the fields of a classifier's config.json, with the threshold of each class under `thresholds`."""
         chosen = {name: fitted[name] for name in ("thresholds",) if name in fitted}
         return super().hf_fields(model, labels, fitted) | chosen
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Take the thresholds of a config.json, if it has them."""
+        """Read the thresholds from a config.json, if it has them."""
         found = keys.take("thresholds", {})
         if not found:
             return {}
@@ -153,15 +153,15 @@ def _is_share(value: Any) -> bool:
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the sigmoid in float64, in which large logits stay apart."""
+    """Compute the sigmoid in float64, so that large logits do not round to the same probability."""
     return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
 
 
 def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
     """Return the threshold of each class with the largest F1 (Lipton et al., 2014, arXiv:1402.1892).
 
-    A threshold is halfway between two neighboring probabilities. Of equally good ones, it is the nearest to 0.5; it is
-    0.5 for a class that no row has.
+    A threshold is halfway between two neighboring probabilities. Ties are broken by the distance to 0.5. A class that
+    no row has gets 0.5.
     """
     found = []
     for truth_N, p_N in zip(truth_NC.T, p_NC.T, strict=True):

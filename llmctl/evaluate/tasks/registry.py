@@ -1,4 +1,4 @@
-"""Registry of tasks. Names need no import of JAX; a record is imported when it is first used.
+"""Registry of tasks. A task's module is imported when the task is first used, so listing names does not import JAX.
 
 Another package adds a task by an entry point:
 
@@ -35,15 +35,15 @@ TASKS: Registry[Task] = Registry(
         "completions": "llmctl.evaluate.tasks.completions:TASK",
     },
 )
-"""Every head has a task of its own name: the default for artifacts that name none. "lm" chooses by the data and the
-architecture among the tasks after it."""
+"""Tasks by name. The task with the name of a head is the default for artifacts that name no task. "lm" selects one of
+the tasks after it by data columns and architecture."""
 
 OF_LM = ("causal", "masked", "next_sentence", "spans", "prefix", "completions")
-"""Tasks among which "lm" chooses."""
+"""Tasks that "lm" selects from."""
 
 
 def finetuned() -> list[str]:
-    """Return the names of the tasks to finetune for. Those of `OF_LM` are chosen by "lm"."""
+    """Return the names of the tasks that finetuning accepts. The task "lm" selects those of `OF_LM` itself."""
     return [name for name in TASKS if name not in OF_LM]
 
 
@@ -53,12 +53,15 @@ def default(model: ModelConfig) -> Task:
 
 
 def of_problem(head: str, problem_type: object) -> str:
-    """Return the name of the task with this head and Hugging Face `problem_type`; else the default of the head."""
+    """Return the name of the task for a head and a `problem_type` of Hugging Face's config.json.
+
+    If no task has both, return the name of the head's default task.
+    """
     if not problem_type:
         return head
     return next((n for n in TASKS if (TASKS[n].head, TASKS[n].problem_type) == (head, problem_type)), head)
 
 
 def of(manifest: Manifest) -> Task:
-    """Return the task of an artifact: the one that it names, else the default of its head."""
+    """Return the task that an artifact's manifest names, or the default task of its head if it names none."""
     return TASKS[manifest.task] if manifest.task else default(manifest.model)

@@ -77,7 +77,7 @@ class Span(Task):
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the softened divergence from the teacher's logits [B, T, 2], mixed with the cross-entropy."""
+        """Return the distillation loss of logits [B, T, 2]: (1 - hard) * KL divergence + hard * cross-entropy."""
 
         def one(k: int, at: jax.Array, weight: jax.Array) -> tuple[jax.Array, Sums]:
             return soft_class_sums(teacher[..., k], y[..., k], at, weight, temperature, hard, batch["among"])
@@ -85,7 +85,7 @@ class Span(Task):
         return ends(one, batch)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return (params, batch) -> `best_span`."""
+        """Return a compiled function (params, batch) -> result of `best_span`."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> Any:
@@ -101,15 +101,15 @@ class Span(Task):
         return AnswerRows(new_examples(rows, ("context", "question")), tokenizer, seq_len, shuffle=False)
 
     def belief(self, y: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
-        """Return `best_span`."""
+        """Return the result of `best_span`."""
         return best_span(y, batch)
 
     def beliefs(self, count: int, rows: AnswerRows, outputs: Outputs) -> list[Any]:
-        """Return (score, score of no answer, characters) of each question."""
+        """Return (score of the best span, score of no answer, (first character, last character + 1)) per question."""
         return list(zip(*over_windows(count, ((batch, spans) for _, batch, spans in outputs)), strict=True))
 
     def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the best span, and by how many logits it is better than no answer."""
+        """Return the best span, and its score minus the score of no answer."""
         score, none, (begin, end) = belief
         text = row["context"][begin:end]
         return {"answer": text, "start": int(begin), "end": int(end), "over_no_answer": short(score - none)}
@@ -136,7 +136,7 @@ class Span(Task):
         return metrics, None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: AnswerRows, metrics: dict[str, Any]) -> str:
-        """Return the windows, the maximum length of answers, and how questions without an answer are predicted."""
+        """Return the evaluation protocol in words: windows, maximum answer length, and the no-answer rule."""
         none = metrics["unanswerable"]
         text = f"{held.split} split, {metrics['examples']} questions in {len(rows)} windows of {setup.seq_len} tokens "
         text += f"that overlap by half, spans of at most {LONGEST} characters, SQuAD's normalization, {setup.dtype}"
@@ -144,7 +144,11 @@ class Span(Task):
 
 
 def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return over all windows of each of N questions: the best score, that of no answer, and the characters [N, 2]."""
+    """Reduce the best spans of windows to the best span of each of N questions.
+
+    Returns:
+      Score of the best span [N], score of no answer [N], and characters of the best span [N, 2].
+    """
     best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)
     for batch, spans in found:
         for n, score, begin, end, none in zip(batch["example"], *spans, strict=True):
@@ -165,7 +169,8 @@ def best_span(logits_BT2: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
     """Return (score, first character, last character + 1, score of no answer) of each row's best span, all [B].
 
     A span begins and ends at tokens of the context, ends no earlier than it begins and has LONGEST characters at most.
-    Its score is the sum of its two logits; no answer is the first token, twice. A row without such a span scores -2e30.
+    Its score is the sum of its two logits. The score of no answer is the sum of both logits of the first token. A row
+    without such a span has the score -2e30.
     """
     start_BT, end_BT = (only(logits_BT2[..., k], batch["among"]) for k in (0, 1))
     first_BT, last_BT = batch["first"], batch["last"]

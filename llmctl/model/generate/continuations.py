@@ -93,7 +93,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
 
 @dataclass
 class Speed:
-    """Count of new tokens and time spent on them. The chunk that includes compilation is not timed."""
+    """Number of new tokens and their wall time in seconds. The chunk that includes compilation is not timed."""
 
     tokens: int = 0
     timed_tokens: int = 0

@@ -1,4 +1,4 @@
-"""Wrap a weight in an adapter: a few trained arrays beside a frozen base, added into it later or kept apart."""
+"""Wrap a weight in an adapter: small trained arrays and a frozen base, which can be merged after training."""
 
 from __future__ import annotations
 
@@ -33,53 +33,53 @@ class Adapter(Node):
 
     @property
     def values_part(self) -> str | None:
-        """See Node; that of the base."""
+        """Name of the part of the base that stores its values; see `Node.values_part`."""
         part = as_node(self.base).values_part
         return None if part is None else _base_part(part)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """See Node: merged, unless the base stays as integers."""
+        """Return the merged dense weight, or this node if decoding reads the base as integers."""
         base = as_node(self.base)
         return self if base.is_integer and base.for_decoding(on_cpu) is base else self.dense()
 
     def parts(self) -> dict[str, Any]:
-        """See Node; those of the base are `base.PART`, or `base` for a plain array."""
+        """Return the arrays of base and adapter by name: `base.PART` for the base, or `base` if it is a plain array."""
         inner = {_base_part(k): a for k, a in as_node(self.base).parts().items()}
         return inner | {k: a for k, a in super().parts().items() if k != "base"}
 
     def settings(self) -> dict[str, Any]:
-        """See Node; `base` is the record of the base."""
+        """Return the settings, with the settings of the base under `base`; see `Node.settings`."""
         return {**super().settings(), "base": typed(self.base)}
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
-        """See Node."""
+        """Return the node from its settings and parts; see `Node.restore`."""
         inner = {k.removeprefix("base").removeprefix("."): a for k, a in parts.items() if _is_base(k)}
         own = {k: a for k, a in parts.items() if not _is_base(k)}
         return super().restore(settings, {"base": assemble(settings["base"], inner), **own})
 
     def count(self) -> int:
-        """See Node."""
+        """Return the number of parameters of the base and the adapter."""
         return as_node(self.base).count() + sum(math.prod(self.parts()[name].shape) for name in self.adapter_parts)
 
     def bare(self) -> Any:
-        """See Node."""
+        """Return the base."""
         return self.base
 
     def merged(self) -> jax.Array:
-        """See Node; float32 for a base of integers with float32 scales."""
+        """Return the dense sum of base and adapter in the base's dtype. Integers with float32 scales give float32."""
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """See Node; the base decides about activations."""
+        """Return the node with a base that does not quantize activations."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
-        """See Node."""
+        """Raise RequestError: an adapter must be merged before pruning."""
         raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """See Node."""
+        """Raise RequestError: an adapter must be merged before pruning."""
         raise RequestError("has a low-rank update; merge it into its base before pruning")
 
 
@@ -102,13 +102,13 @@ def adapter_names(params: Params) -> frozenset[str]:
 
 
 def merge_adapters(params: Params) -> Params:
-    """Return the tree with every adapter merged into its base, in the base's type (float32 for a quantized one)."""
+    """Merge every adapter into its base, in the base's dtype (float32 for a quantized base)."""
     settled = merge_bias_adapters(params)
     return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))
 
 
 def merge_bias_adapters(params: Params) -> Params:
-    """Return the tree with those adapters merged that also change a bias, so that each weight stands for itself."""
+    """Merge the adapters that also change a bias, so that no weight depends on another one's adapter."""
     flat = flatten(params)
     changes: dict[str, Any] = {}
     for path, w in adapted(params).items():
@@ -121,5 +121,5 @@ def merge_bias_adapters(params: Params) -> Params:
 
 
 def without_adapters(params: Params) -> Params:
-    """Return the tree with the bases alone."""
+    """Return the parameter tree without adapters: each adapted weight is replaced by its base."""
     return cast(Params, jax.tree.map(lambda w: as_node(w).bare(), params, is_leaf=is_weight))

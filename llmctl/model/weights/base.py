@@ -57,18 +57,18 @@ class Product:
 
 
 def setting(*, default: Any = MISSING) -> Any:
-    """Declare a field of a node that is no array; the manifest records it."""
+    """Declare a field of a node that is not an array. The manifest records it."""
     return field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, setting))
 def node_type(cls: C) -> C:
-    """Make a class a weight node: a frozen dataclass and a pytree whose leaves are its parts."""
+    """Register a class as a weight node: a frozen dataclass and a pytree whose leaves are its parts."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
 class Node(abc.ABC):
-    """One weight of the parameter tree, whatever arrays it is stored as. See this module's example."""
+    """One weight of the parameter tree, independent of its storage format. See this module's example."""
 
     kind: ClassVar[str]
     """Name that the manifest records and the registry `weight` finds."""
@@ -80,12 +80,12 @@ class Node(abc.ABC):
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Logical shape, that of the config; leading axes are layers."""
+        """Logical shape according to the model config. Leading axes are layers."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> Any:
-        """Type of the weight when it is dense."""
+        """Dtype of the weight as a plain array."""
 
     @property
     def ndim(self) -> int:
@@ -142,7 +142,7 @@ class Node(abc.ABC):
         return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
 
     def count(self) -> int:
-        """Return the number of parameters by logical shape; an adapter adds its own."""
+        """Return the number of parameters of the logical shape, plus those of an adapter."""
         return math.prod(self.shape)
 
     # --- what training and compression ask ---------------------------------------------------------------------------
@@ -176,11 +176,11 @@ class Node(abc.ABC):
         return self
 
     def merged(self) -> Any:
-        """Return the weight with its adapter added into it, in the type of its base; itself without one."""
+        """Return the weight with its adapter merged, in the dtype of its base. Without an adapter, return itself."""
         return self
 
     def integers(self) -> Any:
-        """Return the weight as a `Quantized` if it is stored so, for formats that hold those."""
+        """Return the weight as a `Quantized` for export formats that store integers, or None if it is not quantized."""
         return None
 
     def with_activations(self, kind: str) -> Any:
@@ -192,7 +192,7 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the weight whose product keeps its activations as they are, as a dense export of it does."""
+        """Return the weight without activation quantization, as a dense export stores it."""
         return self
 
     def masked(self, mask: jax.Array) -> Any:
@@ -213,7 +213,7 @@ class Node(abc.ABC):
 
 
 def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.Array:
-    """Select positions of one part of a weight whose axis is `full` long; a single scale for all stays as it is."""
+    """Select positions of one part of a weight along an axis of length `full`. A part of length 1 is unchanged."""
     if a.shape[axis] == 1 and full > 1:
         return a
     if a.shape[axis] != full:

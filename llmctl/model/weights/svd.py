@@ -28,22 +28,22 @@ class Svd(Adapter):
     scale: float = setting()
 
     def pair(self) -> LowRank:
-        """Return the same weight with the singular values multiplied into a."""
+        """Return the same weight as a low-rank pair, with the singular values multiplied into `a`."""
         return LowRank(self.base, self.a * self.e, self.b, self.scale)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """See Node."""
+        """Return the weight as a plain array; see `Node.dense`."""
         return self.pair().dense(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """See Node; the update is never formed."""
+        """Compute the product without materializing the dense update; see `Node.matmul`."""
         return self.pair().matmul(x, dtype, how)
 
     def kept(self) -> Any:
-        """Return the same weight as a pair that stores only nonzero singular values; the base if there are none.
+        """Return the same weight as a low-rank pair of its nonzero singular values, or the base if all are zero.
 
-        Layers of a stack keep different numbers. All get the rank of the largest, and zeros fill the others. The
-        numbers are read on the host.
+        Layers of a stack keep different numbers of values. All layers are padded with zeros to the largest rank. The
+        ranks are computed on the host.
         """
         import numpy as np
 

@@ -42,7 +42,7 @@ class Config(MeasureConfig, StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Score `ctx.siblings`, or the parent alone; leave results.json, table.md and tradeoff.png in `ctx.out`."""
+    """Evaluate `ctx.siblings`, or the parent alone, and write results.json, table.md and tradeoff.png to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data import splits
     from llmctl.distributed import mesh
@@ -64,7 +64,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the scoring program of every artifact, and None because eval leaves no model."""
+    """Return the scoring program of every artifact, and None because eval produces no model."""
     from llmctl.evaluate import programs
 
     chosen = others or ({base.path.name: base} if base else {})
@@ -80,7 +80,7 @@ def _can_draw() -> None:
 
 
 def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest) -> None:
-    """Write the report as an artifact without parameters. Its digest covers the results that do not vary."""
+    """Write the report as an artifact without parameters. Its digest excludes times and bytes on disk, which vary."""
     from llmctl.artifacts import artifact, atomic
     from llmctl.distributed import processes
     from llmctl.evaluate import report, tradeoff_plot

@@ -1,4 +1,4 @@
-"""Define a finetuning method: the record of what it adds to a model, what it trains, and what it refuses.
+"""Define finetuning methods: the parameters that each adds, those that it trains, and the models that it rejects.
 
 A new method is a subclass whose instance is registered in `llmctl.train.adapters.registry`. It overrides methods:
 
@@ -10,7 +10,7 @@ A new method is a subclass whose instance is registered in `llmctl.train.adapter
 
     METHOD = Norms()
 
-Modules of methods import JAX only inside functions, because settings read the records.
+Modules of methods import JAX only inside functions, because the settings import them and must load without JAX.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Params = dict[str, Any]
 
 
 class Method:
-    """Finetuning method. The defaults are those of methods that train the task's head and nothing of the parent.
+    """Finetuning method. By default it trains the task head and freezes all parameters of the parent.
 
     `config` is always the config of the stage, with the sections that `settings` names.
 
