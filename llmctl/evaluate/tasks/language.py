@@ -66,7 +66,7 @@ class Language(Task):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss of tokens and sentence pairs: (1 - hard) * KL divergence + hard * cross-entropy."""
+        """Return the distillation loss: (1 - hard) * KL divergence + hard * cross-entropy, of tokens and pairs."""
         (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
         total, sums = chunked_loss.distillation(
