@@ -42,8 +42,8 @@ TOKENIZER = "tokenizer"
 
 Part = Literal["content", "record"]
 ADVICE = "remove this folder and run the stage that made it again"
-"""What to do about a damaged artifact. A recipe takes an artifact whose arrays alone are damaged for one that is done,
-because it does not read them, so the folder has to go."""
+"""Advice for a damaged artifact. A run does not read the arrays of a finished stage, so the same command would skip the
+stage while the folder is there."""
 
 
 class Parent(BaseModel):

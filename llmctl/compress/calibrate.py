@@ -80,7 +80,7 @@ class LayerReport:
     stats: Stats
     """Statistics of the layer if the walk keeps them, else empty. A layer that was read from disk has none."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """What the method recorded about the layer."""
+    """Values (JSON data) that the method recorded for the layer."""
 
     @property
     def numbers(self) -> dict[str, Any]:

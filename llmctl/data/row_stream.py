@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,18 @@ def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
             raise found
         if found is end:
             return
+
+
+def standard_input() -> IO[bytes]:
+    """Return standard input as a stream of its own.
+
+    A thread may still wait for a line of it when the process ends. Python closes `sys.stdin` then, which that thread
+    holds, and would abort.
+    """
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except (OSError, ValueError):  # replaced by a stream without a file
+        return sys.stdin.buffer
 
 
 def of_path(path: Path) -> str:

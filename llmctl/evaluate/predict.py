@@ -35,11 +35,11 @@ class Predictor:
         Args:
           path: its folder.
           batch_size: rows per batch, rounded up to a multiple of the number of devices.
-          seq_len: tokens per row at most; 0 takes that of training.
+          seq_len: tokens per row at most; 0 takes that of training, or 512 if the artifact does not say it (imports).
           dtype: compute type.
 
         Raises:
-          RequestError: it is no artifact, generates text, or has no length for its rows.
+          RequestError: it is no artifact, it generates text, or its longest sequence is shorter than `seq_len`.
         """
         self.mesh = meshes.make(MeshConfig())
         found = artifact.load(path, self.mesh)
@@ -56,11 +56,21 @@ class Predictor:
         self._step = self.task.believer(found.model, dtype)
 
     def beliefs(self, rows: Sequence[Row]) -> list[Any]:
-        """Return what the model believes of each row, in their order; see `llmctl.evaluate.tasks.predictions`."""
-        truncate = self.manifest.truncate or "tail"
-        made = self.task.new_rows(rows, self._tokenizer, self._seq_len, self.manifest.labels, truncate)
-        with meshes.use(self.mesh):
-            return self.task.beliefs(len(rows), made, self._outputs(made))
+        """Return the belief of the model for each row, in their order (`llmctl.evaluate.tasks.predictions`).
+
+        Rows with and without a second text are read apart, so that no row depends on the rows beside it.
+        """
+        truncate, found = self.manifest.truncate or "tail", [None] * len(rows)
+        for paired in (False, True):
+            index = [i for i, row in enumerate(rows) if ("pair" in row) == paired]
+            if not index:
+                continue
+            chosen = [rows[i] for i in index]
+            made = self.task.new_rows(chosen, self._tokenizer, self._seq_len, self.manifest.labels, truncate)
+            with meshes.use(self.mesh):
+                for i, belief in zip(index, self.task.beliefs(len(chosen), made, self._outputs(made)), strict=True):
+                    found[i] = belief
+        return found
 
     def _outputs(self, rows: Any) -> Iterator[tuple[np.ndarray, dict[str, Any], Any]]:
         """Yield (indices, host batch, outputs) of all rows, shortest first."""

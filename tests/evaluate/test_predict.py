@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -92,6 +94,15 @@ def test_an_ensemble_averages_probabilities_by_class_name(save):
         Ensemble([one, Predictor(save("multilabel"))])
 
 
+def test_a_row_does_not_depend_on_whether_others_have_a_second_text(save):
+    model = Predictor(save("classify"))
+    rows = [{"text": "a"}, {"text": "a", "pair": "b"}, {"text": "c d"}, {"text": "a", "pair": ""}]
+    together = model.beliefs(rows)
+    for row, belief in zip(rows, together, strict=True):
+        np.testing.assert_allclose(model.beliefs([row])[0], belief, atol=1e-6)
+    assert abs(together[0] - together[1]).max() > 1e-4
+
+
 def test_bad_rows_are_named_and_the_others_keep_their_order(save, tmp_path, capsys):
     lines = [b'{"text": "a"}', b"{", b"", b'{"text": 3}', b'"just text"', b'{"other": 1}']
     lines += [b'{"text": "\xff"}', b'{"text": "z"}']
@@ -132,3 +143,19 @@ def test_an_endless_stream_is_read_in_windows_and_not_far_ahead():
     windows = row_stream.in_windows((("", {"text": str(n)}) for n in given), 4)
     assert [len(next(windows)) for _ in range(3)] == [4, 4, 4]
     assert next(given) < 40  # the thread reads two lists ahead at most
+
+
+def test_a_command_that_ends_while_a_thread_waits_for_standard_input_does_not_abort():
+    """Python aborts if a daemon thread holds `sys.stdin` at the end: exit code 134 in place of 2 or 3."""
+    script = """
+import sys
+from llmctl.data import row_stream
+windows = row_stream.in_windows(row_stream.rows(row_stream.standard_input(), "stdin", "text", {}), 8)
+assert [row for _, row in next(windows)] == [{"text": "one"}]
+sys.exit(3)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stderr
+        process.stdin.write(b"one\n")
+        process.stdin.flush()
+        assert process.wait(60) == 3, process.stderr.read()

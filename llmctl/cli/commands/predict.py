@@ -41,7 +41,7 @@ def predict(
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="End at the first row that cannot be read.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 32,
-    seq_len: Annotated[int, typer.Option(min=0, help="Tokens per row at most; 0 takes that of training.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=0, help="Tokens per row at most; 0 takes that of training, or 512.")] = 0,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
 ) -> None:
     """Predict labels, numbers, tags, answers or embeddings of new rows, in their order, one answer per row.
@@ -64,7 +64,7 @@ def predict(
     from llmctl.evaluate.predict import Ensemble, Predictor
 
     with contextlib.ExitStack() as closing:
-        stream, title = sys.stdin.buffer, "stdin"
+        stream, title = row_stream.standard_input(), "stdin"
         if file:
             stream, title = closing.enter_context(_opened(file)), str(file)
         models = Ensemble([Predictor(path, batch_size, seq_len, dtype) for path in artifacts])

@@ -162,6 +162,10 @@ class Task(Predicts):
             corpus=corpus(tokenizer) if corpus else None,
         )
 
+    def row_settings(self, text: Text) -> dict[str, Any]:
+        """Return further arguments of `rows` that the data config of a stage sets."""
+        return {}
+
     def stage_rows(
         self,
         model: ModelConfig,
@@ -181,7 +185,8 @@ class Task(Predicts):
         Raises:
           RequestError: as `rows`; or `needed` rows are more than the epochs of the sources hold.
         """
-        rows = self.rows(model, text.splits[split], tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
+        how = {"seed": seed, "shuffle": shuffle, "truncate": truncate, **self.row_settings(text)}
+        rows = self.rows(model, text.splits[split], tokenizer, seq_len, **how)
         if text.epochs:
             check_epochs(needed, round(text.epochs * len(rows)))
         return rows

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.examples.labelled import CompletionRows, SequencePairRows
-from llmctl.data.pretraining.lm_corpus import Text, check_epochs
+from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
@@ -49,26 +49,9 @@ class Completions(Language):
             raise RequestError("data.target_len is for encoder-decoders; a decoder reads both texts in one row")
         return CompletionRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
 
-    def stage_rows(
-        self,
-        model: ModelConfig,
-        text: Text,
-        split: str,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        cache: Path,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        needed: int = 0,
-    ) -> CompletionRows | SequencePairRows:
-        """Return the rows of a split, with completions of the length that the data config gives."""
-        examples = text.splits[split]
-        rows = self.rows(model, examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=text.target_len)
-        if text.epochs:
-            check_epochs(needed, round(text.epochs * len(rows)))
-        return rows
+    def row_settings(self, text: Text) -> dict[str, Any]:
+        """Return the number of tokens per completion."""
+        return {"target_len": text.target_len}
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure perplexity of completions given prompts.
@@ -95,7 +78,7 @@ class Completions(Language):
         count = perplexity.count(texts, metrics["predicted_tokens"])
         metrics |= perplexity.metrics(metrics["nll"] * metrics["predicted_tokens"], count)
         protocol = f"{held.split} split, {len(held.examples)} completions each given its prompt ({rows.cut} cut to "
-        protocol += f"{setup.seq_len} tokens for the encoder), every token once, {setup.dtype}"
+        protocol += f"{setup.seq_len} tokens for the encoder), every token once, without the ends, {setup.dtype}"
         return timed(self, protocol, metrics, artifact, rows, step, setup)
 
 

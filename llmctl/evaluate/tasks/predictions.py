@@ -43,8 +43,11 @@ class Predicts:
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
     ) -> Any:
-        """Return rows of the model for new rows of the user. `labels` are the artifact's."""
-        columns = ("text", "pair") if any("pair" in row for row in rows) else ("text",)
+        """Return rows of the model for new rows of the user, which have a pair either all or not at all.
+
+        `labels` are the class names of the artifact.
+        """
+        columns = ("text", "pair") if "pair" in rows[0] else ("text",)
         return ClassificationRows(new_examples(rows, columns), tokenizer, seq_len, truncate=truncate, shuffle=False)
 
     def believer(self, model: ModelConfig, dtype: str) -> Any:
