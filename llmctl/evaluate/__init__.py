@@ -1,1 +1,1 @@
-"""Evaluation of artifacts: tasks, metrics, speed, and reports."""
+"""Evaluate artifacts: tasks, metrics, speed measurements and reports."""

@@ -1,13 +1,13 @@
-"""Perplexity with an explicit protocol: split, context, stride and units are part of the result.
+"""Measure perplexity, and report the split, context, stride and units with it.
 
-Every document is scored independently. Its context never includes another document, its first token is conditioned on
-the prefix token (BOS), and its end is not scored. Each target is scored exactly once for every stride (see
+Every document is scored independently: its context never includes another document. Its first token is conditioned on
+the prefix token (BOS). The end of a document is not scored. Each target is scored exactly once for every stride (see
 `sliding_window`).
 
-Perplexity per token compares models with the same tokenizer. Perplexity per word or per byte compares across
-tokenizers, because every model must predict the same text. Words are separated by white space in the raw text.
+Perplexity per token is comparable between models with the same tokenizer. Perplexity per word or per byte is comparable
+across tokenizers, because every model must predict the same text. Words are separated by white space in the raw text.
 
-Shapes: N rows, B batch, T context.
+Shapes: N rows, B rows per batch, T context.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmctl.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Protocol:
-    """Protocol of a perplexity measurement: what was scored, and how.
+    """Describe a perplexity measurement: the split, the number of documents, the context, the stride and the dtype.
 
     Example:
         >>> print(Protocol(split="test", documents=50, context=512, stride=256))
@@ -43,7 +43,7 @@ class Protocol:
     stride: int
     dtype: str = "float32"
     first: bool = True
-    """Whether the first token of a document is scored; true if documents begin with BOS."""
+    """Whether the first token of a document is scored, which requires that documents begin with BOS."""
     unit: str = "document"
     """Unit of scoring: a document, or the completion of a prompt."""
 
@@ -57,7 +57,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of tokens, words and bytes in the raw text."""
+    """Store the numbers of tokens, words and bytes of the scored texts."""
 
     tokens: int
     words: int
@@ -65,14 +65,14 @@ class Counts:
 
 
 def count(texts: Sequence[str], tokens: int) -> Counts:
-    """Count the words (separated by white space) and the UTF-8 bytes of texts."""
+    """Count the words (separated by white space) and the UTF-8 bytes of texts. `tokens` is stored unchanged."""
     return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 
 def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
-    """Convert the summed negative log-likelihood (in nats) to all units.
+    """Convert the summed negative log-likelihood `nll` (in nats) to perplexities, bits per byte and nats per token.
 
-    A perplexity is None if exp overflows, because JSON has no infinity.
+    A perplexity is None if exp overflows, because JSON cannot store infinity.
     """
 
     def exponential(x: float) -> float | None:
@@ -91,7 +91,7 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
 
 
 def row_nll(model: ModelConfig, dtype: str) -> Any:
-    """Compile (params, batch) -> summed NLL [B] in nats of the weighted targets.
+    """Return a compiled function (params, batch) -> NLL [B] in nats, summed over the weighted targets of each row.
 
     Logits are computed in chunks, never for all positions at once.
     """
@@ -122,17 +122,17 @@ def total_nll(
     given: Sequence[int] | None = None,
     dtype: str = "float32",
 ) -> tuple[float, int]:
-    """Compute the summed NLL of tokenized documents.
+    """Compute the negative log-likelihood (NLL) of tokenized documents, summed over their tokens.
 
     Args:
         model: Config of the model.
         params: Its parameters.
-        documents: Token ids by document number, without begin and end of sequence.
+        documents: Token ids by document number, without BOS and EOS.
         prefix: Token before each document (see `sliding_window.Rows`).
         context: Maximum number of inputs per window.
         stride: Number of newly scored tokens per window.
         batches: Size and sharding of the batches of windows.
-        given: Number of leading tokens of each document that are context only.
+        given: Number of tokens at the beginning of each document that are context only, such as prompts.
         dtype: Dtype of the computation. The sum over rows is in float64 on the host.
 
     Returns:

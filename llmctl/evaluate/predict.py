@@ -1,4 +1,4 @@
-"""Predict new rows with artifacts: batches of rows of similar length, one compiled program per padded length.
+"""Predict new rows with artifacts. A batch has rows of similar length, and each padded length has one compiled program.
 
 Shapes: B rows per batch, T tokens per row.
 """
@@ -23,23 +23,23 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import of
 
 SHORTEST = 16
-"""Least padded length in tokens. Longer ones are powers of two, and the sequence length."""
+"""Smallest padded length in tokens. The others are larger powers of two, and the maximum sequence length."""
 
 
 class Predictor:
-    """One artifact, loaded, with its task and compiled program."""
+    """Predict rows with one artifact: its parameters, its task and its compiled function."""
 
     def __init__(self, path: Path, batch_size: int = 32, seq_len: int = 0, dtype: str = "float32"):
-        """Load the artifact.
+        """Load the artifact onto all devices.
 
         Args:
-          path: its folder.
-          batch_size: rows per batch, rounded up to a multiple of the number of devices.
-          seq_len: tokens per row at most; 0 takes that of training, or 512 if the artifact does not say it (imports).
-          dtype: compute type.
+            path: Folder of the artifact.
+            batch_size: Rows per batch, rounded up to a multiple of the number of devices.
+            seq_len: Maximum number of tokens per row. 0 uses the value of training, or 512 if it is unknown (imports).
+            dtype: Dtype of the computation.
 
         Raises:
-          RequestError: it is no artifact, it generates text, or its longest sequence is shorter than `seq_len`.
+            RequestError: If the folder is no artifact, the model generates text, or `seq_len` exceeds its limit.
         """
         self.mesh = meshes.make(MeshConfig())
         found = artifact.load(path, self.mesh)
@@ -56,9 +56,10 @@ class Predictor:
         self._step = self.task.believer(found.model, dtype)
 
     def beliefs(self, rows: Sequence[Row]) -> list[Any]:
-        """Return the belief of the model for each row, in their order (`llmctl.evaluate.tasks.predictions`).
+        """Return the prediction per row before formatting: class probabilities, a number or a vector.
 
-        Rows with and without a second text are read apart, so that no row depends on the rows beside it.
+        The order is that of `rows`. Rows with and without a second text run in separate batches. The prediction of a
+        row therefore does not depend on the other rows.
         """
         truncate, found = self.manifest.truncate or "tail", [None] * len(rows)
         for paired in (False, True):
@@ -73,7 +74,7 @@ class Predictor:
         return found
 
     def _outputs(self, rows: Any) -> Iterator[tuple[np.ndarray, dict[str, Any], Any]]:
-        """Yield (indices, host batch, outputs) of all rows, shortest first."""
+        """Yield (row indices, host batch, outputs) per batch; batches are sorted by row length, shortest first."""
         whole = rows.batch(np.arange(len(rows)))
         length_N = (whole["segments"] > 0).sum(-1)
         order_N = np.argsort(length_N, kind="stable")
@@ -96,13 +97,13 @@ class Predictor:
 
 
 class Ensemble:
-    """Several artifacts of one task, whose beliefs are averaged."""
+    """Average the predictions of several artifacts that have the same task."""
 
     def __init__(self, members: Sequence[Predictor]):
-        """Check that the members can be averaged.
+        """Check that the predictions of the members can be averaged.
 
         Raises:
-          RequestError: they have different tasks or classes, or the task has no average.
+            RequestError: If their tasks or classes differ, or if the task does not support averaging.
         """
         self.members, self.manifest, self.task = members, members[0].manifest, members[0].task
         for other in members[1:]:
@@ -118,7 +119,10 @@ class Ensemble:
         self._order = [[m.manifest.labels.index(name) for name in names] for m in members]
 
     def answers(self, rows: Sequence[Row], every: bool = False) -> list[dict[str, Any]]:
-        """Return the answer to each row as JSON data; `every` adds the probability of every class."""
+        """Return the prediction of each row as JSON data.
+
+        If `every` is true, include the probability of every class.
+        """
         if not rows:
             return []
         found = [m.beliefs(rows) for m in self.members]
@@ -131,10 +135,10 @@ class Ensemble:
 
 
 def padded_length(length: int, longest: int) -> int:
-    """Return the power of two from SHORTEST on that holds `length` tokens, at most `longest`.
+    """Return the smallest power of two that is at least `length` and SHORTEST, but at most `longest`.
 
     Example:
-      >>> [padded_length(n, 100) for n in (3, 16, 17, 65, 100)]
-      [16, 16, 32, 100, 100]
+        >>> [padded_length(n, 100) for n in (3, 16, 17, 65, 100)]
+        [16, 16, 32, 100, 100]
     """
     return min(max(SHORTEST, 1 << (length - 1).bit_length()), longest)

@@ -1,4 +1,4 @@
-"""Describe the steps of an evaluation as programs: one that scores a batch, for every artifact."""
+"""List the compiled programs of an evaluation for the cost model: one program per artifact and task."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from llmctl.model.program import Pass, Program
 def scoring(
     config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh
 ) -> list[Program]:
-    """Return the programs that score a batch of one artifact, one per task.
+    """Return the programs that score a batch with one artifact, one program per task.
 
-    If the artifacts are timed, the parameters of all of them are in memory.
+    If speed is measured, the parameters of all artifacts are in memory at the same time.
 
     Args:
-      config: settings of the evaluation.
-      data: the held-out examples.
-      name: the artifact to score.
-      chosen: all artifacts that are measured, with abstract arrays.
-      mesh: the devices.
+        config: Settings of the evaluation.
+        data: Settings of the held-out data.
+        name: Name of the artifact to score.
+        chosen: All measured artifacts by name, with abstract arrays.
+        mesh: The device mesh.
     """
     tasks = [TASKS[task] for task in config.tasks] or [of(chosen[name].manifest)]
     return [_program(config, data, name, chosen, mesh, task) for task in tasks]
@@ -73,7 +73,7 @@ def _program(
 
 
 def _batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return an abstract batch of the task, as `llmctl.evaluate.setup.place` shards it."""
+    """Return the shapes, dtypes and shardings of a batch of the task, without data."""
     text = made_up.MadeUp(data, task.columns, setup.seq_len)
     row = task.rows(model, text.splits["train"], made_up.TOKENIZER, setup.seq_len, shuffle=False)[0]
     row = {key: row[key] for key in task.reads or row if key in row}

@@ -1,10 +1,10 @@
 """Format the results of an evaluation as tables, for a terminal and for a Markdown file.
 
-A result is {"artifact", "digest", "content", "task", "protocol", "metrics": {}} with the artifact's {"stage",
-"parameters", "weight_bytes", "bytes", "sparsity", "bits"}.
+A result is a dict with the keys "artifact", "digest", "content", "task", "protocol" and "metrics". It also has fields
+of the artifact: "stage", "parameters", "weight_bytes", "bytes", "sparsity" and "bits".
 
-An artifact with several results (one per task) is one row of a table, or one row per task if its tasks have metrics of
-the same names.
+An artifact that was measured on several tasks has several results. They form one table row, or one row per task if
+metrics of different tasks have the same name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def lines(results: Sequence[Result]) -> list[Result]:
     """Return one flat record per artifact, with the metrics of all its tasks, in the order of the results.
 
-    If two results of an artifact have a metric of the same name, there is one record per result, and it has its `task`.
+    If two results of an artifact contain a metric of the same name, return one record per result, with the key "task".
     """
     seen = Counter((r["artifact"], name) for r in results for name in r["metrics"])
     apart = max(seen.values(), default=0) > 1
@@ -49,7 +49,7 @@ def lines(results: Sequence[Result]) -> list[Result]:
 
 
 def determined(results: Sequence[Result]) -> list[Result]:
-    """Return the results without values that vary between measurements of equal weights: times and bytes on disk."""
+    """Return the results without values that vary between runs with equal weights: times and bytes on disk."""
 
     def same(name: str) -> bool:
         record = find(name)
@@ -60,11 +60,11 @@ def determined(results: Sequence[Result]) -> list[Result]:
 
 
 def cells(results: Sequence[Result], wide: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and rows of the table as text; a missing value is a dash.
+    """Return the table as text: (headings, rows of cells). A missing value is a dash.
 
     Args:
-      results: results to show.
-      wide: whether more than about 100 characters fit; if not, the stage and some metrics are omitted.
+        results: Results to show.
+        wide: If false, omit the stage and some metrics, so that the table fits about 100 characters.
     """
     records = lines(results)
     there = {k for r in records for k, v in r.items() if v is not None}
@@ -75,7 +75,7 @@ def cells(results: Sequence[Result], wide: bool = True) -> tuple[list[str], list
 
 
 def headline(result: Result) -> str:
-    """Return the result's quality in words, each metric with its interval and its baseline if it has them."""
+    """Return one line with the task and its quality metrics, with their 95 % intervals and baselines if known."""
     found = {k: v for k, v in result["metrics"].items() if v is not None}
     said = []
     for m in columns(found, "file"):
@@ -92,12 +92,15 @@ def headline(result: Result) -> str:
 
 
 def protocols(results: Sequence[Result]) -> list[str]:
-    """Return the distinct protocols of the results, each with its task. Numbers compare only under one protocol."""
+    """Return the distinct protocols of the results as "task: protocol".
+
+    Metrics are comparable only if they were measured with the same protocol.
+    """
     return list(dict.fromkeys(f"{r['task']}: {r['protocol']}" for r in results))
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Return the table as Markdown, followed by the protocols and the digests of the scored weights."""
+    """Return a Markdown table of the results, followed by the protocols and the digests of the scored weights."""
     head, body = cells(results)
     table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *body)]
     digests = dict.fromkeys(f"- `{r['artifact']}`: `{r['digest']}`" for r in results)
@@ -106,7 +109,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def table(results: Sequence[Result], title: str = "") -> Table:
-    """Return the table for a terminal, with the protocols as its caption."""
+    """Return a table of the results for the terminal, with the protocols as its caption."""
     from rich.table import Table
 
     head, body = cells(results, wide=False)

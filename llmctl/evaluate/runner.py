@@ -1,4 +1,4 @@
-"""Evaluate artifacts: score each of them, then time all of them in alternation, and return one result per task."""
+"""Evaluate artifacts: score each of them, then time all of them in alternation."""
 
 from __future__ import annotations
 
@@ -32,15 +32,18 @@ def results(
     """Measure artifacts on held-out examples.
 
     Args:
-      config: tasks, metrics, batches and speed.
-      chosen: folder of each artifact, by name.
-      examples: held-out examples.
-      mesh: the devices.
-      work: folder for tokenized examples.
-      say: called with one line per result.
+        config: Tasks, metrics, batch size and speed settings.
+        chosen: Folder of each artifact, by name.
+        examples: Held-out examples.
+        mesh: The device mesh.
+        work: Folder for tokenized examples.
+        say: Function that is called with one line of text per result.
+
+    Returns:
+        One result per artifact and task (see `llmctl.evaluate.report`).
 
     Raises:
-      RequestError: an artifact cannot be measured. This is checked before any is.
+        RequestError: If an artifact cannot be measured. All artifacts are checked before the first measurement.
     """
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     asked = {name: [registry.TASKS[t] for t in config.tasks] or [registry.of(m)] for name, m in manifests.items()}
@@ -71,10 +74,10 @@ def results(
 
 
 def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
-    """Check that the metrics `names` can be computed from a task's truth and predictions.
+    """Check that each metric in `names` can be computed from the task's true labels and predictions.
 
     Raises:
-      RequestError: a metric has no function, or the task has no predictions.
+        RequestError: If a metric has no function, or if the task returns no predictions.
     """
     for name in names:
         if METRICS[name].compute is None:
@@ -84,7 +87,7 @@ def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
 
 
 def further(names: Iterable[str], measured: Measured) -> dict[str, float]:
-    """Compute the metrics `names`, which `check_metrics` has checked, from a task's truth and predictions."""
+    """Compute the metrics `names` from the task's true labels and predictions. Call `check_metrics` first."""
     found: dict[str, float] = {}
     for name in names:
         compute = METRICS[name].compute
@@ -101,7 +104,7 @@ def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
 
 
 def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: MeasureConfig) -> None:
-    """Add latency (seconds, batch 1) and throughput to the metrics. `programs` has the order of `out`."""
+    """Add latency (seconds, batch 1) and throughput to the metrics in `out`, which has the order of `programs`."""
     single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
     batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
     for name, result in zip(programs, out, strict=True):
@@ -113,10 +116,10 @@ def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: Measu
 
 
 def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
-    """Return how an artifact is measured, from the stage's settings and the artifact's.
+    """Combine the settings of the evaluation with those of the artifact; explicit settings of the evaluation win.
 
     Raises:
-      RequestError: the settings contradict each other or the artifact.
+        RequestError: If the settings contradict each other or the artifact.
     """
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:

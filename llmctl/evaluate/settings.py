@@ -1,4 +1,4 @@
-"""Settings of the evaluation of artifacts on held-out data."""
+"""Define the settings of an evaluation on held-out data."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ from llmctl.evaluate.tasks.registry import TASKS
 
 
 class MeasureConfig(Config):
-    """Settings of the evaluation: data, truncation, batches and speed."""
+    """Configure an evaluation: data split, truncation, batches and speed measurement."""
 
     added: ClassVar[frozenset[str]] = frozenset({"metrics", "tasks"})
 
     split: Split = "test"
     """Split of the data to measure on."""
     examples: int = Field(default=0, ge=0)
-    """Maximum number of examples, chosen by their hash; 0 uses all."""
+    """Maximum number of examples, sampled by their hash; 0 uses all."""
     seq_len: int = Field(default=0, ge=0)
-    """Tokens per text for a classifier, or context per prediction; 0 uses the value of training."""
+    """Tokens per text for tasks with a head, or context length for perplexity; 0 uses the value of training."""
     truncate: Literal["", "tail", "head_tail"] = ""
-    """Truncation of long texts for classification; empty uses the value of training."""
+    """Truncation of long texts for tasks with a head; empty uses the value of training."""
     stride: int = Field(default=0, ge=0)
     """New tokens per window for perplexity; 0 uses the context, so that windows do not overlap."""
     batch_size: int = Field(default=32, ge=1)
-    """Sequences per batch, also in the throughput measurement."""
+    """Number of sequences per batch, also for the throughput measurement."""
     dtype: Dtype = "float32"
     """Dtype of the computation."""
     metrics: list[Annotated[str, AfterValidator(METRICS.check), METRICS]] = []
-    """Further metrics to compute from truth and predictions, such as those of installed packages."""
+    """Additional metrics to compute from true labels and predictions, such as those of installed packages."""
     speed: bool = True
     """Measure latency (batch 1) and throughput of all artifacts in alternation."""
     repeats: int = Field(default=15, ge=1)
     """Number of rounds in the speed measurement."""
     tasks: list[str] = []
-    """Tasks to measure every artifact on, such as masked and next_sentence for one encoder. Empty uses the task that
-    each artifact was finetuned or pretrained for."""
+    """Tasks to measure each artifact on, such as masked and next_sentence; empty uses the task of its training."""
 
     @field_validator("tasks")
     @classmethod

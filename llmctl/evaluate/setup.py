@@ -1,4 +1,4 @@
-"""Prepare a measurement: held-out examples, settings of an artifact, results, and the loop over all rows."""
+"""Prepare a measurement of an artifact: held-out examples, settings, and a loop over all rows."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from llmctl.model import functional
 Batch = dict[str, Any]
 
 KEPT = {"tail": "first", "head_tail": "first and last halves of"}
-"""Words of a protocol for the part of a long text that is read, by truncation."""
+"""Words that describe in a protocol which part of a long text is kept, by truncation mode."""
 
 
 class Held:
-    """Held-out examples, tokenized once per tokenizer and cached in `folder`."""
+    """Tokenize held-out examples once per tokenizer, and cache the tokens in `folder`."""
 
     def __init__(self, examples: Examples, split: str, folder: Path) -> None:
         self.examples, self.split, self._folder = examples, split, folder
         self._corpora: dict[str, Corpus] = {}
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """Return the tokens of the texts, in the order of the examples."""
+        """Return the tokens of all texts, in the order of the examples."""
         if tokenizer.digest not in self._corpora:
             folder = self._folder / tokenizer.digest[:16]
             self._corpora[tokenizer.digest] = cached(folder, self.examples.texts(), self.examples.digest, tokenizer)
         return self._corpora[tokenizer.digest]
 
     def pairs(self, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
-        """Return prompts with their completions as documents, and the number of tokens of each prompt.
+        """Return (token ids of each prompt with its completion, number of tokens of each prompt).
 
         Prompts and completions are tokenized separately, as in training.
         """
@@ -55,7 +55,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings to measure one artifact."""
+    """Store the settings for the measurement of one artifact."""
 
     mesh: Mesh
     seq_len: int
@@ -65,40 +65,41 @@ class Setup:
     dtype: str
 
     def batches(self) -> DeviceBatches:
-        """Return the batches that the model is evaluated on, in reading order."""
+        """Return the function that shards batches for the evaluation; tokens keep their text order."""
         return DeviceBatches(self.mesh, self.batch_size, reading_order=True)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Result of one task on one artifact."""
+    """Store the result of one task on one artifact."""
 
     task: str
     protocol: str
     metrics: dict[str, Any]
     single: Callable[[], object] = field(repr=False)
-    """Run the model on one example, and block until it is done."""
+    """Function that runs the model on one example and blocks until it is done."""
     batched: Callable[[], object] = field(repr=False)
-    """Run the model on one batch, and block until it is done."""
+    """Function that runs the model on one batch and blocks until it is done."""
     units: dict[str, int]
-    """Number of units per batch by the name of their rate: {"examples_per_second": 32}."""
+    """Number of units per batch by the name of the throughput metric, such as {"examples_per_second": 32}."""
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
-    """(truth, predictions) of all examples for `Metric.compute`: class names, or numbers; None if there are none."""
+    """(truth, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task has none.
+    """
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
-    """Map class indices of the data to those of the artifact, by name.
+    """Map class indices of the data to those of the artifact, by class name.
 
     Args:
-      classes: class names of the data.
-      names: class names of the artifact.
-      where: beginning of an error.
+        classes: Class names of the data.
+        names: Class names of the artifact.
+        where: Beginning of an error message.
 
     Returns:
-      The artifact's class index of each class of the data.
+        The artifact's class index for each class of the data, an integer array [len(classes)].
 
     Raises:
-      RequestError: the data has no labels, or a label that the classifier does not know.
+        RequestError: If the data has no labels, or a label that the classifier has no class for.
     """
     if not classes:
         raise RequestError(f"{where}: is a classifier, and the data has no labels; map one in data.columns")
@@ -113,7 +114,7 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
 
 
 READ = ("tokens", "segments", "positions", "types")
-"""Arrays of a batch that a model with a task head reads."""
+"""Names of the batch arrays that a model with a task head reads."""
 
 
 def answers(
@@ -123,12 +124,12 @@ def answers(
     setup: Setup,
     reads: tuple[str, ...] = READ,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Run the compiled `step` on all rows.
+    """Run the compiled `step` on all rows and yield its outputs.
 
-    Each process builds the rows that its devices hold. All rows are returned to every process.
+    Each process builds only the rows of its own devices. Every process receives the outputs of all rows.
 
     Yields:
-      (batch, outputs of `step`), both on the host. Every row occurs once, without padding rows.
+        (batch, outputs of `step`), both on the host. Each row occurs once, without padding rows.
     """
     batches = setup.batches()
 
@@ -144,7 +145,7 @@ def answers(
 
 
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
-    """Return a batch of the first rows, for timing."""
+    """Return a batch of the first `setup.batch_size` rows, for timing. Rows repeat if there are too few."""
     batch = rows.batch(np.arange(setup.batch_size) % len(rows))
     return {k: batch[k] for k in reads if k in batch}
 
@@ -154,7 +155,7 @@ def programs(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return two functions that run `step` on one row and on the full batch, and block until the result is ready.
 
-    The inputs are placed on the devices beforehand.
+    The inputs are copied to the devices beforehand, so that the copy is not timed.
     """
     one, many = (
         device_batches.place({k: v[:n] for k, v in inputs.items()}, mesh, reading_order=True) for n in (1, None)

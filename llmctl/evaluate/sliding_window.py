@@ -1,9 +1,10 @@
-"""Sliding windows over held-out documents; each token is scored exactly once for every stride.
+"""Split held-out documents into sliding windows that score each token exactly once, for every stride.
 
 A document is `prefix + tokens`. A window has at most `context` inputs. The first window of a document scores all its
-targets. Each later window adds `stride` new tokens and scores only those, with the earlier ones as context. Windows of
-several documents share a row as separate segments, which attention separates. Packing therefore changes the cost, but
-never the score.
+targets. Each later window scores `stride` new tokens, and its earlier tokens are context only.
+
+Windows of several documents share a row as separate segments, which attention separates. Packing therefore changes the
+cost, but never the score.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 
 class Documents(Protocol):
-    """Token ids by document number, such as a list of lists or a Corpus."""
+    """Define the type of tokenized documents: token ids by document number, such as a list of lists or a Corpus."""
 
     def __len__(self) -> int: ...
 
@@ -24,7 +25,7 @@ class Documents(Protocol):
 
 
 class Window(NamedTuple):
-    """Inputs [begin, end) of one document; the targets of the inputs from `fresh` on are scored."""
+    """Describe a window: inputs [begin, end) of one document. Targets of the inputs from `fresh` on are scored."""
 
     document: int
     begin: int
@@ -33,10 +34,10 @@ class Window(NamedTuple):
 
 
 def slide(document: int, inputs: int, context: int, stride: int) -> Iterable[Window]:
-    """Yield the windows of a document with `inputs` predicted tokens.
+    """Yield the windows of a document that has `inputs` predicted tokens.
 
     Raises:
-        ValueError: Unless 1 <= stride <= context, because a larger stride would leave tokens unscored.
+        ValueError: If stride < 1 or stride > context. A larger stride would leave tokens unscored.
     """
     if not 1 <= stride <= context:
         raise ValueError(f"stride ({stride}) must be between 1 and the context ({context})")
@@ -77,9 +78,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Rows:
-    """Language-model rows that score every document once, built on demand.
+    """Build language-model rows that score every token once.
 
-    A row has tokens, targets, weights, segments and positions, each [context].
+    A row has tokens, targets, weights, segments and positions, each [context]. Rows are built when `batch` is called.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Rows:
             prefix: Token (BOS) that conditions the first token; if None, first tokens are not scored.
             context: Maximum number of inputs per window, and the row length.
             stride: Number of newly scored tokens per window.
-            given: Number of leading tokens (the prompt) of each document that are context only.
+            given: Number of tokens at the beginning of each document (the prompt) that are context only.
         """
         self._documents, self._context = documents, context
         self._start = np.array([] if prefix is None else [prefix], np.int32)
@@ -109,11 +110,15 @@ class Rows:
 
     @property
     def scored(self) -> int:
-        """Number of scored targets in all rows."""
+        """Return the number of scored targets in all rows."""
         return sum(w.end - w.fresh for w in self._windows)
 
     def batch(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
-        """Build the rows with these numbers."""
+        """Build the rows with the numbers `rows_B`.
+
+        Returns:
+            tokens, targets, segments and positions int32 [B, context]; weights float32 [B, context].
+        """
         names, shape = ("tokens", "targets", "weights", "segments", "positions"), (len(rows_B), self._context)
         out: dict[str, np.ndarray] = {n: np.zeros(shape, np.float32 if n == "weights" else np.int32) for n in names}
         for row, members in enumerate(self._bins[i] for i in rows_B):

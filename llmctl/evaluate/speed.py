@@ -1,7 +1,8 @@
-"""Latency and throughput of several programs, measured in alternation so that noise affects all of them equally.
+"""Time several programs in alternation, so that noise of the machine affects all of them equally.
 
-The programs run round-robin (A B C A B C …) in one process. A load spike on the machine therefore slows one round of
-all programs, not all repeats of one program. The median removes such rounds. Compilation happens in the warm-up.
+The programs run round-robin (A B C A B C …) in one process. If another process uses the machine for a short time, one
+round of all programs is slow, and not all rounds of one program. The median ignores such rounds. Compilation happens in
+the warm-up.
 """
 
 import time
@@ -13,22 +14,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Duration of each call in seconds, one entry per round."""
+    """Store the duration of each call in seconds, one entry per round."""
 
     seconds: tuple[float, ...]
 
     @property
     def p50(self) -> float:
-        """Median in seconds."""
+        """Return the median duration in seconds."""
         return float(np.percentile(self.seconds, 50))
 
     @property
     def p90(self) -> float:
-        """90th percentile in seconds."""
+        """Return the 90th percentile of the duration in seconds."""
         return float(np.percentile(self.seconds, 90))
 
     def rate(self, units: float) -> float:
-        """Return the median rate in units per second of a call that processes `units`."""
+        """Return the median rate in units per second of a call that processes `units`, such as tokens."""
         return units / self.p50
 
 
@@ -38,7 +39,7 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every program `repeats` times, round-robin, after `warmup` unmeasured rounds.
+    """Time every program `repeats` times, round-robin, after `warmup` rounds that are not timed.
 
     A program must block until its work is done (`jax.block_until_ready` for JAX programs).
     """

@@ -1,4 +1,4 @@
-"""Plot the quality of all artifacts of a run against their size and speed."""
+"""Plot quality against weight bytes and speed, one point per artifact."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _INK, _QUIET, _LINE, _POINT = "#1b1f24", "#6e7781", "#d0d7de", "#0b6bcb"
 
 
 def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
-    """Write a PNG of quality against bytes, with a 95 % interval if the results have one.
+    """Write a PNG that plots quality against weight bytes, with 95 % intervals if known.
 
-    Quality is the first metric of the registry that any artifact has and that a run's closing table shows. A second
-    plot shows it against the examples per second, if those were measured.
+    Quality is the first metric in the registry's order that an artifact has and that the last table of a run shows. If
+    speed was measured, a second plot shows quality against examples per second.
 
     Returns:
-      True if the results have values to plot.
+        True if the PNG was written; False if the results have no metric to plot.
 
     Raises:
-      ImportError: matplotlib (the `demo` extra) is not installed.
+        ImportError: If matplotlib (the `demo` extra) is not installed.
     """
     records = [r for r in report.lines(results) if r.get("weight_bytes")]
     there = {k for r in records for k, v in r.items() if v is not None}
@@ -93,7 +93,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return the numbers 1, 2 and 5 times powers of ten from just below `low` to just above `high`."""
+    """Return the numbers 1, 2 and 5 times powers of ten, from just below `low` to just above `high`, for axis ticks."""
     out, power = [], 1.0
     while power * 10 <= low:
         power *= 10

@@ -1,1 +1,1 @@
-"""Metrics computed from predictions."""
+"""Compute metrics from true labels and predictions."""

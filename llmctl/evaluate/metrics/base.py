@@ -1,7 +1,7 @@
-"""Registry of metrics: name, title, unit, format and direction of every figure that llmctl reports.
+"""Register the metrics that llmctl reports: name, title, unit, format and direction of improvement.
 
-The closing table of a run, `show`, the tables, headlines and plots of `eval`, and the choice of the best checkpoint
-read these records. Metrics without a record are recorded in JSON and appear in no table.
+These records determine the tables and plots of `eval`, the last table of a run, and the output of `show`. They also
+determine which checkpoint is best. A metric without a record is written to JSON and appears in no table.
 
 A package adds a metric by the entry point `metric.NAME` of the group `llmctl`; `eval` computes it when its setting
 `metrics` names it:
@@ -24,10 +24,10 @@ from llmctl.config.registry import Registry
 
 Direction = Literal["maximize", "minimize", "neither"]
 Table = Literal["run", "terminal", "file", "none"]
-"""Tables from the narrowest: a run's closing table, eval's in a terminal, eval's in a file; each holds those before."""
+"""Tables in order of width; a table has the columns of all tables before it."""
 TABLES: tuple[Table, ...] = ("run", "terminal", "file")
 VALIDATION = "validation_"
-"""Prefix of the metrics that a stage measures while it trains."""
+"""Prefix of the names of metrics that are measured during training."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Metric:
     """Describe one metric: its title and format, the tables that show it, its direction, and its function."""
 
     name: str
-    """Key in JSON."""
+    """Name of the metric, which is its key in JSON."""
     title: str
-    """Heading of its column and its name in sentences."""
+    """Column heading, also used as the metric's name in sentences."""
     better: Direction
     """Direction of improvement."""
     format: str = "{:.4f}"
@@ -47,18 +47,18 @@ class Metric:
     scale: float = 1.0
     """Factor from the unit in JSON to the printed unit, such as 1e3 from seconds to milliseconds."""
     table: Table = "terminal"
-    """Narrowest table with a column for it; "none" appears in no table."""
+    """Narrowest table with a column for the metric; "none" if no table shows it."""
     aspect: Literal["quality", "speed"] = "quality"
-    """Whether it describes the predictions or their speed."""
+    """Whether the metric measures the quality of predictions or their speed."""
     unless: str = ""
-    """Name of the metric whose column replaces this one's, because the values are then equal."""
+    """Name of another metric with equal values; if a table shows that metric, it omits this one."""
     baseline: str = ""
-    """Name of the metric with the score of a baseline that does not read the input."""
+    """Name of the metric that has the score of a baseline, which ignores the input."""
     compute: Callable[[Any, Any], float] | None = None
-    """(truth, predictions) of all held-out examples -> value; None for metrics that the tasks themselves compute."""
+    """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
 
     def text(self, value: float) -> str:
-        """Format `value` for people."""
+        """Format `value`, which is in the unit of JSON, for a table."""
         return self.format.format(value * self.scale)
 
 
@@ -96,11 +96,14 @@ _OWN = (
 )
 
 METRICS: Registry[Metric] = Registry("metric", {m.name: m for m in _OWN})
-"""Every metric with a record, in the order of the columns of tables."""
+"""All metrics with a record, in the order of the columns of tables."""
 
 
 def find(name: str) -> Metric | None:
-    """Return the record behind a key of JSON, also behind `validation_loss`; None if there is no record."""
+    """Return the record of a metric, or None if it has none.
+
+    `validation_` may precede the name. The returned title then begins with "val.".
+    """
     if name in METRICS:
         return METRICS[name]
     bare = name.removeprefix(VALIDATION)
@@ -117,12 +120,12 @@ def columns(names: Iterable[str], table: Table) -> list[Metric]:
 
 
 def text(name: str, value: float) -> str:
-    """Format `value` by the metric's record, or with six digits if there is none."""
+    """Format `value` as the metric's record defines; without a record, format it with six significant digits."""
     record = find(name)
     return record.text(value) if record else f"{value:.6g}"
 
 
 def named(name: str, value: float) -> str:
-    """Format `value` with its name; a duration with the title, which has the unit."""
+    """Return "name=value". For a duration, the title replaces the name, because the title contains the unit."""
     record = find(name)
     return f"{record.title if record and record.unit == 's' else name}={text(name, value)}"

@@ -1,4 +1,4 @@
-"""Classification metrics: accuracy with a confidence interval, F1 (macro, micro, weighted), and the confusion matrix.
+"""Compute classification metrics: accuracy with a confidence interval, F1 (macro, micro, weighted), confusion matrix.
 
 Example:
     >>> import numpy as np
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 Z_95 = 1.959963984540054
-"""Half-width of the central 95 % interval of the standard normal distribution, in standard deviations."""
+"""Quantile 0.975 of the standard normal distribution; the central 95 % interval is [-Z_95, Z_95]."""
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
@@ -42,9 +42,9 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 
 
 def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson, 1927).
+    """Return the bounds (low, high) of the Wilson score interval of a proportion (Wilson, 1927).
 
-    It stays inside [0, 1] and keeps its coverage near both ends. Without observations it is (0, 1).
+    The bounds lie inside [0, 1], and the interval keeps its coverage near 0 and 1. Without observations it is (0, 1).
     """
     if total == 0:
         return 0.0, 1.0
@@ -56,15 +56,16 @@ def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float,
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide elementwise; the result is 0 if the denominator is 0 (a class that is never predicted has precision 0)."""
+    """Divide elementwise; return 0 if the denominator is 0 (the precision of a class that is never predicted)."""
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator > 0)
 
 
 def scores(confusion_CC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Compute all metrics that a confusion matrix determines.
+    """Compute accuracy, F1 and per-class metrics from a confusion matrix.
 
-    Macro F1 is the mean over the classes that occur as a label or a prediction. Weighted F1 is the mean weighted by
-    support. Micro F1 pools the counts, and equals accuracy because every example has one label.
+    Macro F1 is the unweighted mean over the classes that occur as a label or a prediction. Weighted F1 is the mean
+    weighted by support, which is the number of examples per class. Micro F1 pools the counts, and equals accuracy
+    because every example has one label.
 
     Args:
         confusion_CC: Counts [C, C], rows are true classes.

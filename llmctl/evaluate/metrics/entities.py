@@ -1,4 +1,4 @@
-"""Entity-level metrics of tagged words: entity boundaries, precision, recall and F1, as conlleval computes them."""
+"""Compute entity-level metrics of labelled words: precision, recall and F1, as the script conlleval computes them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 
 Entity = tuple[str, int, int]
-"""Entity: type, index of the first word, index of the last word."""
+"""Entity: (type, index of the first word, index of the last word)."""
 
 
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
-"""Letters of tagging schemes: IOB2 and IOBES, BILOU, BMES and BMEWO."""
+"""Tag letters of the supported schemes: IOB2 and IOBES, BILOU, BMES, BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
-"""Letters of other schemes and the equivalent letter of "BIES": middle, last, unit and whole."""
+"""Equivalent letter in "BIES" of the letters of other schemes: M (middle), L (last), U (unit), W (whole)."""
 UNTYPED = "entity"
-"""Type of entities whose tags are letters alone, as in word segmentation."""
+"""Entity type for tags without a type, such as those of word segmentation."""
 
 
 def is_scheme(tags: Iterable[str]) -> bool:
-    """Return True if the tags mark entities.
+    """Return True if the labels `tags` are entity tags.
 
-    Each tag must be "O", or a letter of one of `SCHEMES`, a dash and a type. At least one must differ from "O". Letters
-    without a type count if there are three different ones at least, B among them.
+    Each tag must be "O", or a letter of one of `SCHEMES`, a dash and a type. At least one must differ from "O". Tags
+    without a type are accepted if there are at least three different tags, including "B".
 
-    >>> is_scheme(["O", "B-PER", "L-PER", "U-PER"]), is_scheme(["B", "M", "E", "S"]), is_scheme(["B", "E"])
+    >>> is_scheme(["B-PER", "L-PER", "U-PER"]), is_scheme(["B", "M", "E", "S"]), is_scheme(["B", "E"])
     (True, True, False)
     """
     tags = set(tags)
@@ -38,16 +38,16 @@ def is_scheme(tags: Iterable[str]) -> bool:
 
 
 def parsed(tag: str) -> tuple[str, str]:
-    """Return the letter (of "OBIES") and the type that a tag of any scheme means; O has no type."""
+    """Return the letter (one of "OBIES") and the entity type of a tag in any scheme; the type of "O" is ""."""
     letter, _, kind = tag.partition("-")
     return LETTER.get(letter, letter), "" if tag == "O" else kind or UNTYPED
 
 
 def marks(labels: Sequence[str]) -> np.ndarray | None:
-    """Return the letter (index in "OBIES") and type number of each label.
+    """Convert entity tags to numbers: the letter (index in "OBIES") and the entity type.
 
     Returns:
-        int32 [C, 2], or None if the labels mark no entities.
+        int32 [C, 2], one row per label, or None if the labels are not entity tags.
     """
     if not is_scheme(labels):
         return None
@@ -57,11 +57,11 @@ def marks(labels: Sequence[str]) -> np.ndarray | None:
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:
-    """Return the entities that the tags of one text mark.
+    """Return the set of entities (type, first word, last word) in the tags of one text.
 
     An entity begins at B- and S-. It also begins at I- and E- if the previous tag is O, ends an entity (E-, S-) or has
-    another type. For example, "I-PER" after "O" begins one. It ends before the next beginning or O. This is the lenient
-    interpretation of conlleval and of seqeval's default. L- counts as E-, M- as I-, U- and W- as S-.
+    another type. For example, "I-PER" after "O" begins one. An entity ends before the next beginning or O. This is the
+    lenient interpretation of conlleval and of seqeval's default. L- counts as E-, M- as I-, U- and W- as S-.
 
     >>> sorted(entities(["B-PER", "L-PER", "O", "U-LOC", "B-ORG", "M-ORG", "E-ORG"]))
     [('LOC', 3, 3), ('ORG', 4, 6), ('PER', 0, 1)]
@@ -84,6 +84,13 @@ def scores(truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dic
     """Compute precision, recall and F1 of entities, pooled over all texts and per type.
 
     An entity is correct if its type and both boundaries match.
+
+    Args:
+        truth: True tags of each word, per text.
+        said: Predicted tags of each word, per text.
+
+    Returns:
+        entity_precision, entity_recall, entity_f1; entities, the number of true ones; per_entity, scores by type.
     """
     right, there, named = Counter(), Counter(), Counter()
     for true_tags, said_tags in zip(truth, said, strict=True):
@@ -97,7 +104,7 @@ def scores(truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dic
 
 
 def _f1(right: int, named: int, there: int) -> dict[str, float]:
-    """Compute precision, recall and F1; 0 if there are no entities or no predictions."""
+    """Compute precision, recall and F1 from counts of correct, predicted and true entities; each is 0 if undefined."""
     return {
         "precision": right / named if named else 0.0,
         "recall": right / there if there else 0.0,

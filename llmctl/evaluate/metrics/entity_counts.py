@@ -1,8 +1,8 @@
-"""Entity counts of tagged words on the devices, so that validation can select checkpoints by entity F1.
+"""Count entities on the devices, so that validation can select checkpoints by entity F1.
 
-`llmctl.evaluate.metrics.entities` finds the same entities on the host, and reports more about them.
+`llmctl.evaluate.metrics.entities` finds the same entities on the host, and computes more metrics.
 
-Shapes: B texts, T tokens, W words (T at most), C labels.
+Shapes: B texts, T tokens, W words (at most T), C labels.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def sums(
     weight_BT: jax.Array,
     place_BT: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Count entities; the sum of "entity_f1" divided by the sum of "entity_weight" is the F1 over all texts.
+    """Return two sums, of which the first divided by the second is the entity F1 over all texts.
 
     Args:
         mark_C2: Letter (index in "OBIES") and type number of each label.
-        truth_BT: True labels; only those at the first token of a word count.
-        said_BT: Predicted labels, at the same tokens.
+        truth_BT: True labels, read only at the first token of each word.
+        said_BT: Predicted labels, read at the same tokens.
         weight_BT: Positive at the first token of each word.
-        place_BT: Positions of the tokens, if they differ from their array order.
+        place_BT: Positions of the tokens, if they differ from the array order.
 
     Returns:
         {"entity_f1": twice the number of correct entities, "entity_weight": true plus predicted entities}.
@@ -38,7 +38,7 @@ def sums(
     real_BW = jnp.take_along_axis(word_BT, order_BW, axis=1)
 
     def found(label_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return whether an entity begins at each word, its type, and the word after its end."""
+        """Return arrays [B, W]: whether an entity begins at each word, its type, and the word after its end."""
         label_BW = jnp.take_along_axis(label_BT, order_BW, axis=1)
         letter_BW, kind_BW = (jnp.where(real_BW, jnp.asarray(mark_C2[:, k])[label_BW], 0) for k in (0, 1))
         before_BW, kind_before_BW = (jnp.pad(a, ((0, 0), (1, 0)))[:, :-1] for a in (letter_BW, kind_BW))

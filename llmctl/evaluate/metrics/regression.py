@@ -1,4 +1,4 @@
-"""Regression metrics: errors in the label's unit, and correlations."""
+"""Compute regression metrics: errors in the label's unit, and correlations."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import numpy as np
 
 
 def scores(label_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
-    """Compute all regression metrics.
+    """Compute errors, correlations and the error of a baseline.
 
     Args:
         label_N: True values [N].
         predicted_N: Predicted values [N].
 
     Returns:
-        rmse and mae in the label's unit; pearson and spearman, which are 0 if either side is constant; baseline_rmse of
-        the best constant prediction; examples.
+        rmse: Root mean squared error in the label's unit.
+        mae: Mean absolute error in the label's unit.
+        pearson, spearman: Correlations; 0 if either side is constant.
+        baseline_rmse: RMSE of the best constant prediction.
+        examples: N.
     """
     y, p = np.asarray(label_N, np.float64), np.asarray(predicted_N, np.float64)
     return {
@@ -34,6 +37,6 @@ def _correlation(a_N: np.ndarray, b_N: np.ndarray) -> float:
 
 
 def _ranks(x_N: np.ndarray) -> np.ndarray:
-    """Return ranks from 0; equal values share the mean of their ranks."""
+    """Return ranks [N] from 0; equal values get the mean of their ranks."""
     _, place_N, counts = np.unique(x_N, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[place_N]

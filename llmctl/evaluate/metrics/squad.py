@@ -1,4 +1,4 @@
-"""SQuAD metrics: exact match and word F1, each the maximum over the accepted answers."""
+"""Compute the SQuAD metrics, exact match and word F1: each is the maximum over the accepted answers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ _DROPPED = str.maketrans("", "", string.punctuation)
 
 
 def normal(answer: str) -> str:
-    """Normalize an answer: lower case, no punctuation, no articles, single spaces.
+    """Normalize an answer as SQuAD does (Rajpurkar et al., 2016, arXiv:1606.05250).
 
-    (Rajpurkar et al., 2016, arXiv:1606.05250)
+    The result is in lower case, with single spaces, and without punctuation and articles.
     """
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_DROPPED)).split())
 
 
 def exact(said: str, truth: Sequence[str]) -> float:
-    """Return 1 if the answer equals an accepted one, else 0.
+    """Return 1.0 if the answer `said` equals an accepted answer after normalization, else 0.0.
 
-    Without accepted answers, only the empty answer is correct.
+    If `truth` is empty, only the empty answer is correct.
     """
     return float(any(normal(said) == normal(t) for t in truth or [""]))
 
 
 def f1(said: str, truth: Sequence[str]) -> float:
-    """Return the largest word F1 with an accepted answer. If either has no words, F1 is 1 if both are empty, else 0."""
+    """Return the largest word F1 of `said` with an accepted answer.
+
+    If one side has no words, F1 is 1 if both sides are empty, else 0.
+    """
     return max(_overlap(normal(said).split(), normal(t).split()) for t in truth or [""])
 
 

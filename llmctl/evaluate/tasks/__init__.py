@@ -1,1 +1,1 @@
-"""Tasks: one record has all facts about a task that models are finetuned for and measured on."""
+"""Define tasks: the loss, rows, metrics and predictions of each kind of model head."""

@@ -1,16 +1,16 @@
-"""Define a task: the record with all facts about what a model is finetuned for and measured on.
+"""Define the base class of tasks: a task is a training goal with its rows, loss and metrics.
 
-A new task is a subclass whose instance is registered in `llmctl.evaluate.tasks.registry`. It overrides methods:
+A new task is a subclass whose instance is registered in `llmctl.evaluate.tasks.registry`. The subclass overrides
+methods:
 
-    class Ordinal(Classify):
-        name, title = "ordinal", "ordinal classification"
+    class Ordinal(Classify): name, title = "ordinal", "ordinal classification"
 
         def score(self, y, batch, options):
             ...
 
     TASK = Ordinal()
 
-Shapes: B rows, T tokens per row, D model width, C classes.
+Shapes: B rows, T tokens per row, D model width, C classes. ""
 """
 
 from __future__ import annotations
@@ -46,90 +46,92 @@ if TYPE_CHECKING:
     from llmctl.data.device_batches import Rows
 
 Corpora = Callable[[Tokenizer], Corpus]
-"""Function from a tokenizer to the tokens of the examples' texts, which are cached."""
+"""Function from a tokenizer to the cached tokens of the examples' texts."""
 Found = Iterable[tuple[Batch, Any]]
-"""Host batches with the model's outputs; every row once, without padding rows."""
+"""Host batches with the model's outputs for them; each row occurs once, without padding rows."""
 Scored = tuple[dict[str, Any], tuple[Any, Any] | None]
 """Metrics by name, and (truth, predictions) of all examples, or None if there are none."""
 
 KINDS = {"class": "classes", "number": "numbers", "set": "sets of classes"}
-"""Names of label types in messages, by `data.label_type`."""
+"""Names of label types in error messages, by `data.label_type`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a training or validation loss."""
+    """Configure a training or validation loss."""
 
     dtype: Any = jnp.float32
-    """Compute type."""
+    """Dtype of the computation."""
     label_smoothing: float = 0.0
-    """Weight of the uniform distribution in the targets; it changes the loss, not the metrics."""
+    """Weight of the uniform distribution in the targets; the metrics do not use it."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2; it changes the loss, not the metrics."""
+    """Weight of log(Z)^2 in the loss; the metrics do not use it."""
     temperature: float = NEARNESS
-    """Divisor of the similarities of embeddings."""
+    """Divisor of the similarities of embeddings before the softmax."""
     labels: Sequence[str] = ()
-    """Names of the classes, given for validation metrics that read them."""
+    """Class names, for validation metrics that need them."""
 
 
 class Task(Predicts):
-    """One task. The defaults are those of tasks that read one text, or a pair of texts, per row.
+    """Describe one task by class attributes and methods.
+
+    The defaults are those of tasks that read one text, or a pair of texts, per row.
 
     Example:
-      >>> from llmctl.evaluate.tasks.registry import TASKS
-      >>> TASKS["classify"].head, TASKS["classify"].best(["no", "yes"])
-      ('classify', 'accuracy')
+        >>> from llmctl.evaluate.tasks.registry import TASKS
+        >>> TASKS["classify"].head, TASKS["classify"].best(["no", "yes"])
+        ('classify', 'accuracy')
     """
 
     name: ClassVar[str]
-    """Name in the registry."""
+    """Name in the registry of tasks."""
     head: ClassVar[str]
-    """Head that the model needs, a key of `llmctl.model.head_kinds.HEAD_KINDS`."""
+    """Model head that the task needs, a key of `llmctl.model.head_kinds.HEAD_KINDS`."""
     title: ClassVar[str]
-    """Name in the results of an evaluation."""
+    """Name of the task in the results of an evaluation."""
     architectures: ClassVar[tuple[str, ...]] = ("decoder", "encoder")
-    """Architectures that it can be measured on."""
+    """Model architectures that support the task."""
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
-    """Canonical columns that its rows must have."""
+    """Canonical column names (see `data.columns`) that labelled rows must have."""
     columns_read: ClassVar[tuple[str, ...]] = ()
-    """Canonical columns that `reading_rows` must have; without any, one text column is enough."""
+    """Canonical columns that rows without labels must have; if empty, one text column is enough."""
     label_type: ClassVar[str] = ""
-    """Value that `data.label_type` must have; empty if it does not matter."""
+    """Required value of `data.label_type`; empty accepts every value."""
     classes: ClassVar[bool] = False
-    """Whether the model has one output per label of the data, whose names the artifact stores."""
+    """Whether the model has one output per class of the data; the artifact then stores the class names."""
     pooling: ClassVar[str] = ""
-    """Default pooling; empty keeps that of the model."""
+    """Default pooling of token outputs; empty keeps the pooling of the model."""
     answers: ClassVar[bool] = True
-    """Whether `metrics` returns the truth and the predictions, which metrics with a function need."""
+    """Whether `metrics` also returns true labels and predictions, which user-selected metrics need."""
     reads: ClassVar[tuple[str, ...]] = READ
-    """Arrays of a batch that `scorer` reads; empty means all."""
+    """Names of the batch arrays that `scorer` reads; empty means all."""
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"
-    """PEFT's `task_type`."""
+    """Value of `task_type` in a PEFT adapter's config."""
     problem_type: ClassVar[str] = ""
-    """Hugging Face's `problem_type`; empty writes none."""
+    """Value of `problem_type` in Hugging Face's config.json; empty omits the field."""
 
     # --- data --------------------------------------------------------------------------------------------------------
 
     @property
     def reads_labels(self) -> bool:
-        """Return whether rows may have labels. Language models read text alone, and ignore what labels are."""
+        """Return whether rows may have labels. Language models read only text, so their rows ignore labels."""
         return not HEAD_KINDS[self.head].vocabulary
 
     def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:
-        """Check the data of a stage that trains.
+        """Check the data of a training stage.
 
         Raises:
-          RequestError: the labels are typed otherwise, or there are too few classes.
+            RequestError: If the label type is wrong, or if there are fewer than two classes.
         """
         self.check_label_type(data)
         if self.classes and len(labels) < 2:
             raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
 
     def check_label_type(self, data: DataConfig) -> None:
-        """Check how the labels of a stage's data are typed.
+        """Check that `data.label_type` is the type that the task needs.
 
         Raises:
-          RequestError: they are typed otherwise than the task's.
+            RequestError: If the label type differs.
         """
         if self.label_type and data.label_type != self.label_type:
             kind = KINDS[self.label_type]
@@ -147,10 +149,20 @@ class Task(Predicts):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> Any:
-        """Return the rows that the task learns from and is measured on.
+        """Return tokenized rows with labels, for training and evaluation.
+
+        Args:
+            model: Config of the model.
+            examples: Examples with the task's columns.
+            tokenizer: Tokenizer of the model.
+            seq_len: Maximum number of tokens per row.
+            seed: Seed of the shuffle.
+            shuffle: Whether to shuffle the rows in each epoch.
+            truncate: Which part of a long text to keep.
+            corpus: Function that returns cached tokens of the texts.
 
         Raises:
-          RequestError: the data lacks a column.
+            RequestError: If the data lacks a column.
         """
         return ClassificationRows(
             examples,
@@ -163,7 +175,7 @@ class Task(Predicts):
         )
 
     def row_settings(self, text: Text) -> dict[str, Any]:
-        """Return further arguments of `rows` that the data config of a stage sets."""
+        """Return additional arguments of `rows` from the data settings of a stage."""
         return {}
 
     def stage_rows(
@@ -180,10 +192,10 @@ class Task(Predicts):
         truncate: Truncate = "tail",
         needed: int = 0,
     ) -> Any:
-        """Return `rows` of a split, for a stage that reads `needed` of them.
+        """Return `rows` of a split, and check that they suffice for a stage that reads `needed` rows.
 
         Raises:
-          RequestError: as `rows`; or `needed` rows are more than the epochs of the sources hold.
+            RequestError: If `rows` raises it, or if `needed` exceeds the rows in the allowed number of epochs.
         """
         how = {"seed": seed, "shuffle": shuffle, "truncate": truncate, **self.row_settings(text)}
         rows = self.rows(model, text.splits[split], tokenizer, seq_len, **how)
@@ -194,26 +206,26 @@ class Task(Predicts):
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
     ) -> Any:
-        """Return rows that need no labels, for calibration: one text, or one pair of texts, per row."""
+        """Return rows without labels for calibration: one text, or one pair of texts, per row."""
         return ClassificationRows(unlabelled(examples), tokenizer, seq_len, truncate=truncate, shuffle=False)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return the validation metric that selects the best parameters."""
+        """Return the name of the validation metric that selects the best checkpoint."""
         return "loss"
 
     def woven(self, batch: Batch) -> Batch:
-        """Return the batch in the form that the network reads."""
+        """Return the batch with the array shapes that the network reads. By default, return it unchanged."""
         return batch
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return the loss (params, batch, dropout key or None) -> (sum of losses, sums with "weight").
+        """Return the loss function (params, batch, dropout key or None) -> (sum of losses, sums with the key "weight").
 
         Args:
-          cfg: the network.
-          remat: what the backward pass recomputes.
-          **options: fields of `Options`.
+            cfg: Config of the network.
+            remat: Rematerialization policy of the backward pass.
+            **options: Fields of `Options`.
         """
         settings = Options(**options)
 
@@ -229,11 +241,11 @@ class Task(Predicts):
     def loss(
         self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
     ) -> tuple[jax.Array, Sums]:
-        """Return the loss and its sums from hidden states."""
+        """Return the summed loss and the metric sums, from hidden states [B, T, D]."""
         return self.score(functional.outputs(cfg, params, x_BTD, batch, options.dtype), batch, options)
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the loss and its sums from the outputs of the task head."""
+        """Return the summed loss and the metric sums, from the outputs of the task head."""
         raise NotImplementedError
 
     def soft_loss_of(
@@ -246,15 +258,15 @@ class Task(Predicts):
         temperature: float,
         hard: float,
     ) -> Callable[..., tuple[jax.Array, Sums]]:
-        """Return the distillation loss (student's params, batch, dropout key, teacher's params) -> (loss, sums).
+        """Return the distillation loss (student's params, batch, dropout key, teacher's params) -> (loss, metric sums).
 
         Args:
-          cfg: the student.
-          teacher_cfg: the teacher.
-          dtype: compute type.
-          remat: what the backward pass recomputes.
-          temperature: softmax temperature of both distributions.
-          hard: weight of the loss on labels; the remainder weighs the divergence from the teacher.
+            cfg: Config of the student.
+            teacher_cfg: Config of the teacher.
+            dtype: Dtype of the computation.
+            remat: Rematerialization policy of the backward pass.
+            temperature: Softmax temperature of both distributions.
+            hard: Weight of the loss on labels; 1 - hard is the weight of the KL divergence from the teacher.
         """
 
         def loss(
@@ -271,7 +283,7 @@ class Task(Predicts):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and its sums from hidden states of both networks."""
+        """Return the distillation loss and the metric sums, from the hidden states of both networks."""
         cfg, params, x = teacher
         taught = functional.outputs(cfg, params, x, batch, dtype)
         cfg, params, x = student
@@ -280,20 +292,20 @@ class Task(Predicts):
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and its sums from the outputs of both task heads."""
+        """Return the distillation loss and the metric sums, from the outputs of both task heads."""
         raise NotImplementedError
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
-        """Return values that the task fits on validation rows after training; the artifact stores them as `fitted`."""
+        """Fit values on validation rows after training, such as thresholds. The artifact stores them as `fitted`."""
         return {}
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def check_model(self, model: ModelConfig, where: str) -> None:
-        """Check that a model can be measured.
+        """Check that the task supports a model.
 
         Raises:
-          RequestError: it has another head, or an architecture that the task cannot measure.
+            RequestError: If the model has another head, or an architecture that the task does not support.
         """
         if model.head != self.head:
             raise RequestError(
@@ -305,21 +317,21 @@ class Task(Predicts):
             )
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
-        """Check the data of an evaluation.
+        """Check that held-out examples match the artifact.
 
         Raises:
-          RequestError: it lacks a column, or its labels are not the model's.
+            RequestError: If the data lacks a column, or has labels that are not the model's.
         """
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled step (params, batch) -> outputs that `eval` runs and times."""
+        """Return the compiled function (params, batch) -> outputs that `eval` runs and times."""
         raise NotImplementedError
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure an artifact on held-out examples, every row once.
+        """Measure an artifact on held-out examples. Each row is used exactly once.
 
         Raises:
-          RequestError: as `check_examples`.
+            RequestError: If `check_examples` rejects the data.
         """
         self.check_examples(artifact, held.examples)
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
@@ -341,18 +353,37 @@ class Task(Predicts):
         return Measured(self.title, protocol, metrics, single, batched, units, predictions)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the metrics by name from the outputs of all rows, and the value of `Measured.answers`."""
+        """Compute metrics from the model's outputs.
+
+        Args:
+            artifact: The evaluated artifact.
+            examples: Held-out examples.
+            rows: Rows of the examples.
+            found: Host batches with the model's outputs.
+
+        Returns:
+            Metrics by name, and (truth, predictions) of all examples, or None if the task has none.
+        """
         raise NotImplementedError
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return how the metrics were measured, in words. Figures compare only under the same protocol."""
+        """Return a description of the measurement: split, number of examples, truncation and dtype.
+
+        Metrics are comparable only if their descriptions are equal.
+        """
         cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
         return f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"
 
     # --- export ------------------------------------------------------------------------------------------------------
 
     def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of Hugging Face's config.json that describe the outputs, from an artifact's manifest."""
+        """Return the fields of Hugging Face's config.json that describe the outputs, such as `id2label`.
+
+        Args:
+            model: Config of the model.
+            labels: Class names.
+            fitted: Values that `fit` returned.
+        """
         if not self.classes:
             return {}
         names = list(labels) or [f"LABEL_{i}" for i in range(model.labels)]
@@ -360,7 +391,7 @@ class Task(Predicts):
         return fields | ({"problem_type": self.problem_type} if self.problem_type else {})
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Take the values of `fit` that `hf_fields` wrote from the keys of a config.json, and return them."""
+        """Remove the fields with fitted values from the keys of a config.json, and return the values as `fit` does."""
         return {}
 
     def peft_task_type(self, model: ModelConfig) -> str:
@@ -369,14 +400,14 @@ class Task(Predicts):
 
 
 Network = tuple[ModelConfig, functional.Params, jax.Array]
-"""A network, its parameters, and the hidden states [B, T, D] that it computed."""
+"""(config, parameters, hidden states [B, T, D]) of a network."""
 
 
 def unlabelled(examples: Examples) -> Examples:
-    """Return the examples with zeros as labels if they have none."""
+    """Return the examples; if they have no labels, set all labels to 0."""
     return examples if examples.labels is not None else replace(examples, labels=np.zeros(len(examples), np.int32))
 
 
 def completes(model: ModelConfig, columns: Iterable[str]) -> bool:
-    """Return whether a language model reads prompts and predicts completions; an encoder cannot."""
+    """Return True if the model is trained on completions: it has a decoder and the data has the column "completion"."""
     return model.architecture != "encoder" and "completion" in columns

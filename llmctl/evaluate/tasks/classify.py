@@ -1,4 +1,4 @@
-"""Classification of a text, or of a pair of texts: one class per row."""
+"""Classify a text, or a pair of texts, into one class per row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
 
 
 class Classify(Task):
-    """Softmax over the classes, cross-entropy; accuracy, F1 and the confusion matrix. Labels are matched by name."""
+    """Train with softmax cross-entropy; measure accuracy, F1 and the confusion matrix.
+
+    Classes of the data and of the model are matched by name.
+
+    Shapes: B rows, C classes.
+    """
 
     name = "classify"
     head = "classify"
@@ -34,22 +39,29 @@ class Classify(Task):
     peft_type = "SEQ_CLS"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return accuracy."""
+        """Return "accuracy"."""
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy of logits [B, C]."""
+        """Return the summed cross-entropy of logits [B, C], and the metric sums."""
         label_B = batch["label"]
         return class_sums(y, label_B, row_weight(batch, label_B), options.label_smoothing, options.z_loss)
 
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the softened divergence from the teacher's logits [B, C], mixed with the cross-entropy."""
+        """Return the distillation loss of logits [B, C], and the metric sums.
+
+        The loss is (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
+        """
         return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), temperature, hard)
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
-        """Check that the model knows every class of the data, and that labels are typed as the task's."""
+        """Check the type of the labels, and that the model has every class of the data.
+
+        Raises:
+            RequestError: If the type differs, or if the model lacks a class.
+        """
         sets = examples.labels is not None and examples.labels.ndim > 1
         if examples.classes and sets != (self.label_type == "set"):
             kind = KINDS[self.label_type]
@@ -57,7 +69,7 @@ class Classify(Task):
         label_map(examples.classes, artifact.manifest.labels, str(artifact.path))
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return (params, batch) -> the most likely class [B]."""
+        """Return the compiled function (params, batch) -> most likely class [B]."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:
@@ -67,7 +79,7 @@ class Classify(Task):
         return predict
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return every score that the confusion matrix determines."""
+        """Return the metrics of the confusion matrix, and the true and predicted class names of all examples."""
         names = artifact.manifest.labels
         truth_of = label_map(examples.classes, names, str(artifact.path))
         pairs = [(truth_of[batch["label"]], predicted) for batch, predicted in found]
@@ -77,11 +89,11 @@ class Classify(Task):
         return classification.scores(confusion, names), named
 
     def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
-        """Return the probabilities [B, C]."""
+        """Return class probabilities [B, C] in float32 from logits."""
         return jax.nn.softmax(y.astype(jnp.float32), axis=-1)
 
     def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the most likely class and its probability."""
+        """Return the most likely class and its probability; if `every` is true, also the probability of every class."""
         best = int(belief.argmax())
         found: dict[str, Any] = {"label": manifest.labels[best], "probability": short(belief[best])}
         return found | ({"probabilities": named(manifest.labels, belief)} if every else {})

@@ -1,4 +1,4 @@
-"""Completions of prompts: a decoder reads both, an encoder-decoder reads the prompt with its encoder."""
+"""Complete prompts. A decoder reads prompt and completion; an encoder-decoder reads the prompt in its encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmctl.model.config import ModelConfig
 
 
 class Completions(Language):
-    """Cross-entropy of the tokens of a completion, given its prompt; measured as perplexity."""
+    """Train with cross-entropy on the tokens of the completion only; measure perplexity."""
 
     name = "completions"
     title = "completions"
@@ -42,7 +42,22 @@ class Completions(Language):
         corpus: Corpora | None = None,
         target_len: int = 0,
     ) -> CompletionRows | SequencePairRows:
-        """Return one prompt and its completion per row."""
+        """Return rows of one prompt and its completion each.
+
+        Args:
+            model: Config of the model.
+            examples: Examples with the columns "prompt" and "completion".
+            tokenizer: Tokenizer of the model.
+            seq_len: Maximum number of tokens per row, or of the prompt if the model has an encoder.
+            seed: Seed of the shuffle.
+            shuffle: Whether to shuffle the rows in each epoch.
+            truncate: Not used.
+            corpus: Not used.
+            target_len: Maximum number of tokens per completion, for encoder-decoders only.
+
+        Raises:
+            RequestError: If `target_len` is set for a decoder.
+        """
         if model.architecture == "encoder_decoder":
             return SequencePairRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=target_len)
         if target_len:
@@ -50,17 +65,17 @@ class Completions(Language):
         return CompletionRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
 
     def row_settings(self, text: Text) -> dict[str, Any]:
-        """Return the number of tokens per completion."""
+        """Return {"target_len": maximum number of tokens per completion}."""
         return {"target_len": text.target_len}
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure perplexity of completions given prompts.
+        """Measure the perplexity of completions given their prompts.
 
-        An encoder-decoder reads `seq_len` tokens of each prompt. Completions are never cut, and their ends are not
-        scored, so that words and bytes are those of a decoder.
+        An encoder-decoder reads `seq_len` tokens of each prompt. Completions are never truncated. Their EOS tokens are
+        not scored, so that a decoder is scored on the same words and bytes.
 
         Raises:
-          RequestError: a completion is longer than the model's longest sequence.
+            RequestError: If a completion exceeds the model's maximum sequence length.
         """
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
         texts = list(held.examples.texts("completion"))

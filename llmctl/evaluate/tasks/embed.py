@@ -1,4 +1,6 @@
-"""Embeddings of texts: each text is nearest to its own pair, or the similarity of two texts equals a given score.
+"""Train text embeddings, from text pairs or from similarity scores.
+
+With pairs, each text must be nearest to its own pair. With scores, the cosine of two texts must equal their score.
 
 Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
 """
@@ -30,11 +32,14 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.losses import NEARNESS, Sums, class_sums, number_sums, row_weight, soft_class_sums, soft_number_sums
 
 CHUNK = 1024
-"""Texts that are compared with all candidates at a time."""
+"""Number of texts that are compared with all candidates at a time, to limit memory."""
 
 
 class Embed(Task):
-    """Contrastive loss over the pairs of the batch (arXiv:1807.03748); with scores the squared error of the cosine."""
+    """Train with the contrastive loss over the pairs of a batch (van den Oord et al., 2018, arXiv:1807.03748).
+
+    If the data has scores, the loss is the squared error of the cosine.
+    """
 
     name = "embed"
     head = "embed"
@@ -57,18 +62,21 @@ class Embed(Task):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> TwoTextRows:
-        """Return two texts per row."""
+        """Return rows of two texts each, tokenized separately."""
         return TwoTextRows(examples, tokenizer, seq_len, truncate=truncate, seed=seed, shuffle=shuffle)
 
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
     ) -> Any:
-        """Return one text per row: the network reads the texts of a pair apart."""
+        """Return rows of one text each without its pair.
+
+        The network reads the two texts of a pair separately.
+        """
         alone = replace(examples, columns=tuple(c for c in examples.columns if c != "pair"))
         return super().reading_rows(model, alone, tokenizer, seq_len, truncate=truncate)
 
     def woven(self, batch: Batch) -> Batch:
-        """Return the two texts [B, T] of each row as successive rows [2B, T]."""
+        """Return the batch with the two texts of each row as successive rows, [2B, T]."""
 
         def both(name: str) -> jax.Array:
             two = jnp.stack([batch[name], batch.get(f"pair_{name}", batch[name])], axis=1)
@@ -77,7 +85,7 @@ class Embed(Task):
         return batch | {name: both(name) for name in ("tokens", "segments", "positions", "order") if name in batch}
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the loss of unit vectors [2B, D]."""
+        """Return the summed loss of unit vectors [2B, D], and the metric sums."""
         near = nearness(y, batch)
         weight_B = row_weight(batch, near)
         if "label" in batch:
@@ -88,7 +96,11 @@ class Embed(Task):
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the divergence of the similarities from the teacher's, mixed with the loss on labels."""
+        """Return the distillation loss of unit vectors [2B, D].
+
+        If the data has pairs, the loss is (1 - hard) * KL divergence of similarities + hard * contrastive loss. If the
+        data has scores, both terms are squared errors.
+        """
         taught, near = nearness(teacher, batch), nearness(y, batch)
         weight_B = row_weight(batch, near)
         if "label" in batch:
@@ -99,20 +111,24 @@ class Embed(Task):
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
     ) -> Any:
-        """Return one text per row."""
+        """Return rows of one text each for new rows of the user; a second text is ignored."""
         return super().new_rows([{"text": row["text"]} for row in rows], tokenizer, seq_len, labels, truncate)
 
     def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the unit vector."""
+        """Return {"embedding": unit vector as a list of D numbers}."""
         return {"embedding": [short(x) for x in belief]}
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
-        """Check that the data has pairs."""
+        """Check that the data has the column "pair".
+
+        Raises:
+            RequestError: If the column is missing.
+        """
         if "pair" not in examples.columns:
             raise RequestError(f"{artifact.path}: embeds texts, and the data has no pairs; map a second text to pair")
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return (params, batch) -> the vectors of the texts and of their pairs, [B, D] each."""
+        """Return the compiled function (params, batch) -> (text vectors [B, D], vectors of their pairs [B, D])."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +140,10 @@ class Embed(Task):
         return predict
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: TwoTextRows, found: Found) -> Scored:
-        """Return recall of every text's pair among all pairs; with scores their correlation with the cosine."""
+        """Return recall and mean reciprocal rank of each text's own pair among all pairs.
+
+        If the data has scores, return the correlations of the scores with the cosine instead.
+        """
         text_ND, pair_ND = map(np.concatenate, zip(*(vectors for _, vectors in found), strict=True))
         if examples.labels is not None:
             scored = regression.scores(examples.labels, (text_ND * pair_ND).sum(-1))
@@ -134,7 +153,7 @@ class Embed(Task):
         return scores(ranks(text_ND, pair_ND[first_M], own_N), len(first_M)), None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TwoTextRows, metrics: dict[str, Any]) -> str:
-        """Return the figures that the cosine was compared with."""
+        """Return a description of the measurement, with the figures that the cosine was compared with."""
         text = f"{held.split} split, {len(held.examples)} pairs, {KEPT[setup.truncate]} {setup.seq_len} tokens, "
         if held.examples.labels is not None:
             return text + f"cosine against the score, {setup.dtype}"
@@ -142,10 +161,11 @@ class Embed(Task):
 
 
 def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
-    """Return cosine similarities [B, B] of every text to every pair, from unit vectors of texts and pairs in turn.
+    """Return cosine similarities [B, B] of every text with every pair of the batch.
 
-    The pairs are those of the whole batch, on all devices: a text's own must stand out among those of the others
-    (arXiv:1807.03748, arXiv:1705.00652). If rows have scores, return the similarity of the two texts of each row, [B].
+    The input [2B, D] has the unit vectors of texts and pairs alternately. The pairs are those of all devices: each
+    text's own pair is compared with the pairs of all other texts (arXiv:1807.03748, arXiv:1705.00652). If the batch has
+    scores, return the cosine [B] of the two texts of each row.
     """
     # not z_ND[::2]: XLA's partitioner makes wrong programs of the gradient of such a slice
     text_BD, pair_BD = (z_ND.reshape(-1, 2, z_ND.shape[-1])[:, k] for k in (0, 1))
@@ -156,7 +176,13 @@ def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
 
 
 def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> np.ndarray:
-    """Return the rank of each text's own candidate by similarity, from 1; one that is just as near counts as nearer."""
+    """Return the rank [N] of each text's own candidate by similarity, from 1; ties count against the own candidate.
+
+    Args:
+        text_ND: Unit vectors of the texts.
+        candidate_MD: Unit vectors of the candidates.
+        own_N: Index of each text's own candidate.
+    """
     out = []
     for a in range(0, len(text_ND), CHUNK):
         near_CM = text_ND[a : a + CHUNK] @ candidate_MD.T
@@ -166,7 +192,13 @@ def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> n
 
 
 def scores(rank_N: np.ndarray, candidates: int) -> dict[str, float]:
-    """Return the share of texts whose own pair is first, or among the first ten, and the mean of 1 / rank."""
+    """Return retrieval metrics from the rank of each text's own pair.
+
+    Returns:
+        recall_at_1, recall_at_10: Fraction of texts whose own pair has rank 1, or at most 10.
+        mrr: Mean of 1 / rank.
+        candidates, examples: Numbers of candidates and texts.
+    """
     return {
         "recall_at_1": float(np.mean(rank_N <= 1)),
         "recall_at_10": float(np.mean(rank_N <= 10)),

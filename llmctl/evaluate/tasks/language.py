@@ -1,4 +1,4 @@
-"""Language modelling: the losses that its tasks share, and the task that selects one of them.
+"""Define the shared losses of language-modelling tasks, and the task "lm", which selects one of these tasks.
 
 Shapes: B rows, T tokens per row, P predicted positions per row, D model width, V vocabulary.
 """
@@ -29,7 +29,10 @@ from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
 
 
 class Language(Task):
-    """Cross-entropy of tokens, and of the next sentence if the model predicts it. Subclasses differ in their rows."""
+    """Train with cross-entropy over tokens, and over next-sentence labels if the model predicts them.
+
+    Subclasses define the rows.
+    """
 
     head = "lm"
     architectures = ("decoder", "encoder", "encoder_decoder")
@@ -41,13 +44,16 @@ class Language(Task):
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
     ) -> Any:
-        """Return rows as in training."""
+        """Return the same rows as for training, not shuffled."""
         return self.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
 
     def loss(
         self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
     ) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy at the predicted positions. Logits are computed in chunks to save memory."""
+        """Return the summed cross-entropy at the predicted positions, and the metric sums.
+
+        Logits are computed in chunks to save memory.
+        """
         smoothing, z = options.label_smoothing, options.z_loss
         head = functional.head_params(cfg, params)
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
@@ -66,7 +72,10 @@ class Language(Task):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss: (1 - hard) * KL divergence + hard * cross-entropy, of tokens and pairs."""
+        """Return the distillation loss (1 - hard) * KL divergence + hard * cross-entropy, and the metric sums.
+
+        The loss sums over tokens, and over next-sentence labels if both networks predict them.
+        """
         (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
         total, sums = chunked_loss.distillation(
@@ -86,9 +95,10 @@ class Language(Task):
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return a compiled function of (params, batch).
+        """Return the compiled function (params, batch) -> scores.
 
-        It returns the negative log-likelihoods [B] of a decoder. For other architectures it returns the loss sums.
+        For a decoder, the scores are the negative log-likelihoods [B] in nats. For other architectures, they are the
+        metric sums of the loss.
         """
         if model.architecture == "decoder":
             return row_nll(model, dtype)
@@ -96,12 +106,12 @@ class Language(Task):
         return jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def peft_task_type(self, model: ModelConfig) -> str:
-        """Return PEFT's name for models that generate text."""
+        """Return PEFT's `task_type` for a language model."""
         return "CAUSAL_LM" if model.architecture == "decoder" else super().peft_task_type(model)
 
 
 def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
-    """Return (`functional.head_params`, hidden states) -> logits, for the chunked losses."""
+    """Return the function (`functional.head_params`, hidden states) -> logits that the chunked losses need."""
     return lambda head, x: functional.head_logits(cfg, head, x, dtype)
 
 
@@ -109,7 +119,7 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
     """Return (hidden states, targets, weights) at the predicted positions.
 
     If the batch has `places` [B, P], only these positions are predicted. The output projection then runs over P instead
-    of T tokens per row. In a small encoder it costs more than all layers.
+    of T tokens per row. In a small encoder, this projection costs more than all layers.
     """
     targets_BT, weights_BT = batch["targets"], batch["weights"]
     if "places" not in batch:
@@ -122,7 +132,10 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
 def scored(
     task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the compiled step, and the metrics of the model and of a baseline without context over all rows."""
+    """Score all rows and return (compiled function, metrics).
+
+    The metrics include the scores of a baseline without context. `sentinels` are the sentinel ids of span corruption.
+    """
     step = task.scorer(artifact.model, setup.dtype)
     total: dict[str, float] = {}
     with setup.batches().once(rows) as steps:
@@ -138,7 +151,7 @@ def scored(
 def timed(
     task: Language, protocol: str, metrics: dict[str, Any], artifact: Artifact, rows: Any, step: Any, setup: Setup
 ) -> Measured:
-    """Return the result with its timing programs, which run the step on the first rows."""
+    """Return the result of a task with two functions for timing, which score one row and a full batch."""
     size = setup.batch_size
     inputs = rows.batch(np.arange(size) % len(rows)) | {"row_weight": np.ones(size, np.float32)}
     single, batched = programs(step, artifact.params, inputs, setup.mesh)
@@ -148,13 +161,17 @@ def timed(
 
 
 class LanguageModel(Language):
-    """Language modelling: completions if the data has them, else the pretraining objective of the architecture."""
+    """Select a language-modelling task by the data and the architecture.
+
+    If the data has prompts and completions, the task is "completions". Otherwise it is the pretraining objective of the
+    architecture.
+    """
 
     name = "lm"
     title = "language model"
 
     def among(self, model: ModelConfig, columns: Iterable[str]) -> Task:
-        """Return the completion task if the data has its columns, else the pretraining task of the architecture."""
+        """Return the task for a model and for data with these columns."""
         if completes(model, columns):
             return TASKS["completions"]
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
@@ -171,7 +188,7 @@ class LanguageModel(Language):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> Any:
-        """Return the rows of the task that `among` selects for the data."""
+        """Return the rows of the task that `among` selects for the columns of the examples."""
         task = self.among(model, examples.columns)
         return task.rows(model, examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
 
@@ -189,14 +206,14 @@ class LanguageModel(Language):
         truncate: Truncate = "tail",
         needed: int = 0,
     ) -> Any:
-        """Return the rows of the task that `among` selects for the data."""
+        """Return `stage_rows` of the task that `among` selects for the columns of the data."""
         return self.among(model, text.columns).stage_rows(
             model, text, split, tokenizer, seq_len, cache,
             seed=seed, shuffle=shuffle, truncate=truncate, needed=needed,
         )  # fmt: skip
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure an artifact on the task that `among` selects for the data."""
+        """Measure an artifact with the task that `among` selects for the columns of the data."""
         return self.among(artifact.model, held.examples.columns).evaluate(artifact, held, setup)
 
 

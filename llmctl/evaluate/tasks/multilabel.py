@@ -1,11 +1,11 @@
-"""Multi-label classification of a text, or of a pair of texts: any number of classes per row, also none.
+"""Classify a text, or a pair of texts, into any number of classes per row, or into none.
 
 Example:
   >>> truth_NC = np.array([[1, 1], [1, 0], [0, 0]])
   >>> thresholds(truth_NC, np.array([[0.9, 0.5], [0.3, 0.2], [0.1, 0.4]]))
   [0.2, 0.45]
 
-Shapes: B rows per batch, N rows, C classes.
+Shapes: B rows per batch, N rows, C classes. ""
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from llmctl.model.hf_config import Keys
 from llmctl.model.losses import Sums, row_weight
 
 EVEN = 0.5
-"""Threshold of classes for which none was chosen."""
+"""Probability threshold of classes that have no fitted threshold."""
 
 
 class MultiLabel(Classify):
-    """A sigmoid per class, binary cross-entropy; micro and macro F1 with one threshold per class.
+    """Train with binary cross-entropy on one sigmoid per class; measure F1 with one threshold per class.
 
-    The loss of a row is the mean over its classes, so the loss of a batch equals transformers' `BCEWithLogitsLoss`.
-    `z_loss` does not apply: a sigmoid has no free constant. `exact_match` is the subset accuracy: the share of rows
-    whose set is exactly right.
+    The loss of a row is the mean over its classes. The loss of a batch therefore equals transformers'
+    `BCEWithLogitsLoss`. `z_loss` does not apply, because a sigmoid has no normalizer Z. The metric `exact_match` is the
+    subset accuracy, the fraction of rows whose set of classes is exactly correct.
     """
 
     name = "multilabel"
@@ -48,11 +48,11 @@ class MultiLabel(Classify):
     problem_type = "multi_label_classification"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return micro F1, which validation measures at the threshold 0.5."""
+        """Return "micro_f1", which validation computes at the threshold 0.5."""
         return "micro_f1"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the binary cross-entropy (nats) of logits [B, C]."""
+        """Return the summed binary cross-entropy (nats) of logits [B, C], and the metric sums."""
         truth_BC, weight_B = batch["label"].astype(jnp.float32), row_weight(batch, y)
         target_BC = truth_BC + options.label_smoothing * (EVEN - truth_BC)
         nll, loss = (
@@ -71,7 +71,7 @@ class MultiLabel(Classify):
     ) -> tuple[jax.Array, Sums]:
         """Return the distillation loss: (1 - hard) * KL divergence + hard * cross-entropy, averaged over classes.
 
-        Each class is a binary distribution with two logits, its own and 0.
+        Each class is a binary distribution with the logits z and 0, where z is the output of the model. ""
         """
         nll, sums = self.score(y, batch, Options())
         taught_BC2, said_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))
@@ -80,13 +80,13 @@ class MultiLabel(Classify):
         return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup) -> dict[str, Any]:
-        """Return {"thresholds": {class: threshold of its probability}}, each with the largest F1 on the rows."""
+        """Return {"thresholds": {class: probability threshold}}; each threshold has the largest F1 on the rows."""
         found = answers(self.scorer(model, setup.dtype), params, rows, setup, self.reads)
         truth_NC, p_NC = map(np.concatenate, zip(*((b["label"], probabilities(y)) for b, y in found), strict=True))
         return {"thresholds": dict(zip(rows.classes, thresholds(truth_NC, p_NC), strict=True))}
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return (params, batch) -> logits [B, C]."""
+        """Return the compiled function (params, batch) -> logits [B, C]."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:
@@ -95,18 +95,21 @@ class MultiLabel(Classify):
         return predict
 
     def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
-        """Return the probability of each class, [B, C]."""
+        """Return the probability of each class, [B, C] in float32, from logits."""
         return jax.nn.sigmoid(y.astype(jnp.float32))
 
     def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the classes whose probability reaches their threshold, with these probabilities."""
+        """Return the classes whose probability reaches their threshold, with their probabilities.
+
+        If `every` is true, return the probabilities of all classes.
+        """
         chosen = manifest.fitted.get("thresholds", {})
         given = named(manifest.labels, belief)
         labels = [n for n, p in zip(manifest.labels, belief, strict=True) if p >= chosen.get(n, EVEN)]
         return {"labels": labels, "probabilities": given if every else {n: given[n] for n in labels}}
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return scores at the artifact's thresholds, and the true and predicted sets of class names."""
+        """Return metrics at the artifact's thresholds, and the true and predicted tuples of class names per example."""
         names = artifact.manifest.labels
         pairs = [(batch["label"], probabilities(y)) for batch, y in found]
         given_NC, p_NC = map(np.concatenate, zip(*pairs, strict=True))
@@ -122,7 +125,7 @@ class MultiLabel(Classify):
         return scored, (truth, said)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return the evaluation protocol in words, with the origin of the thresholds."""
+        """Return a description of the measurement, with the origin of the thresholds."""
         manifest = artifact.manifest
         chosen = "thresholds chosen on validation"
         if not manifest.fitted:
@@ -134,12 +137,12 @@ class MultiLabel(Classify):
         return f"{super().protocol(artifact, held, setup, rows, metrics)}, {chosen}"
 
     def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of a classifier's config.json, with the threshold of each class under `thresholds`."""
+        """Return the fields of a classifier's config.json, with the fitted thresholds under the key `thresholds`."""
         chosen = {name: fitted[name] for name in ("thresholds",) if name in fitted}
         return super().hf_fields(model, labels, fitted) | chosen
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Read the thresholds from a config.json, if it has them."""
+        """Read the fitted thresholds from the key `thresholds` of a config.json, if it exists."""
         found = keys.take("thresholds", {})
         if not found:
             return {}
@@ -153,15 +156,19 @@ def _is_share(value: Any) -> bool:
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Compute the sigmoid in float64, so that large logits do not round to the same probability."""
+    """Compute the sigmoid of logits in float64, so that different large logits keep different probabilities."""
     return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
 
 
 def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
-    """Return the threshold of each class with the largest F1 (Lipton et al., 2014, arXiv:1402.1892).
+    """Return the threshold with the largest F1 for each class (Lipton et al., 2014, arXiv:1402.1892).
 
-    A threshold is halfway between two neighboring probabilities. Ties are broken by the distance to 0.5. A class that
-    no row has gets 0.5.
+    Candidates are the midpoints of neighboring probabilities. Among equally good ones, the threshold nearest to 0.5 is
+    chosen. A class without true rows gets 0.5.
+
+    Args:
+        truth_NC: True classes, bool [N, C].
+        p_NC: Predicted probabilities [N, C].
     """
     found = []
     for truth_N, p_N in zip(truth_NC.T, p_NC.T, strict=True):
@@ -175,11 +182,16 @@ def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
 
 
 def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Return micro and macro F1, the subset accuracy, 95 % intervals, and the scores of each class.
+    """Return micro and macro F1, the subset accuracy, 95 % intervals, and the metrics of each class.
 
-    The interval of micro F1 is that of a ratio of sums over independent rows (delta method). It is left out if every
-    row has the same share of errors (none, say), because its width would be 0. The interval of the subset accuracy is
-    Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
+    The interval of micro F1 uses the delta method for a ratio of sums over independent rows. If all rows have the same
+    share of errors, its width would be 0, so it is omitted. The interval of the subset accuracy is Wilson's. Macro F1
+    is the mean over the classes that occur as a label or a prediction.
+
+    Args:
+        truth_NC: True classes, bool [N, C].
+        said_NC: Predicted classes, bool [N, C].
+        names: Class names.
     """
     hit_NC, both_NC = truth_NC & said_NC, truth_NC.astype(np.int64) + said_NC
     hit_C, support_C, said_C, both_C = (a.sum(0) for a in (hit_NC, truth_NC, said_NC, both_NC))

@@ -1,7 +1,7 @@
-"""Pretraining objectives as tasks: perplexity, filled masks, next sentences, corrupted spans, the rest of a text.
+"""Define pretraining objectives as tasks, so that language models are measured on what they were trained for.
 
-Every row is a pure function of the held-out text and a fixed seed, so all artifacts with the same tokenizer and length
-get the same rows. Every score is reported with that of a baseline without context.
+Each row depends only on the held-out text and a fixed seed. All artifacts with the same tokenizer and sequence length
+therefore get the same rows. Each score is reported together with that of a baseline without context.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llmctl.model.config import ModelConfig
 
 
 class TextObjective(Language):
-    """Task with the rows that an objective of `llmctl.data.pretraining.objective_rows` builds from text.
+    """Measure a model on the rows of a pretraining objective (see `llmctl.data.pretraining.objective_rows`).
 
     Args:
-      name: name of the objective.
-      title: name of the task in results.
-      asked: description of the targets.
+        name: Name of the objective.
+        title: Name of the task in results.
+        asked: Description of the targets, for the protocol.
     """
 
     def __init__(self, name: objective_rows.ObjectiveName, title: str, asked: str) -> None:
@@ -51,7 +51,7 @@ class TextObjective(Language):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> Any:
-        """Return the objective's rows."""
+        """Return the objective's rows of the examples' texts; packed texts are separate segments."""
         documents = corpus(tokenizer) if corpus else tokenize(examples.texts(), tokenizer)
         return self.objective.rows(documents, tokenizer, seq_len, seed=seed, packing="segments", shuffle=shuffle)
 
@@ -69,19 +69,23 @@ class TextObjective(Language):
         truncate: Truncate = "tail",
         needed: int = 0,
     ) -> Any:
-        """Return the objective's rows. The texts may be prepared, or mixed by weight."""
+        """Return the objective's rows for training. The texts may be tokenized beforehand, or mixed by weight."""
         objective_rows.check(self.name, model.architecture, model.next_sentence)
         return text.rows(
             split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed, objective=self.objective
         )
 
     def check_model(self, model: ModelConfig, where: str) -> None:
-        """Check that the model has the head and learns the objective."""
+        """Check that the model has the language-model head and that the objective supports its architecture.
+
+        Raises:
+            RequestError: If the model does not fit.
+        """
         super().check_model(model, where)
         objective_rows.check(self.name, model.architecture, model.next_sentence)
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure all rows of the held-out texts."""
+        """Measure loss and accuracy of the targets in all rows of the held-out texts."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
         rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False, corpus=held.corpus)
         step, metrics = scored(self, artifact, rows, setup, tuple(self.objective.sentinels(tokenizer)))
@@ -90,10 +94,10 @@ class TextObjective(Language):
 
 
 class Causal(TextObjective):
-    """Next-token prediction of a decoder, measured by sliding windows over each text separately."""
+    """Measure next-token prediction of a decoder by sliding windows over each text separately."""
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure perplexity of the held-out texts per token, word and byte."""
+        """Measure the perplexity of the held-out texts per token, per word and per byte."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
         texts = list(held.examples.texts())
         return sliding(self, artifact, held, setup, tokenizer, texts, held.corpus(tokenizer))
@@ -109,17 +113,17 @@ def sliding(
     documents: Any,
     given: list[int] | None = None,
 ) -> Measured:
-    """Measure a decoder's perplexity of documents.
+    """Measure a decoder's perplexity on documents with sliding windows.
 
     Args:
-      task: task whose step is timed.
-      artifact: the decoder.
-      held: the held-out examples.
-      setup: context, stride and batch.
-      tokenizer: the artifact's.
-      texts: scored texts, whose words and bytes are counted.
-      documents: token ids by number.
-      given: number of tokens at the beginning of each document that are only context (prompts of completions).
+        task: Task whose `scorer` is timed.
+        artifact: The decoder.
+        held: The held-out examples.
+        setup: Context, stride, batch size and dtype.
+        tokenizer: The artifact's tokenizer.
+        texts: Scored texts, whose words and bytes are counted.
+        documents: Token ids by document number.
+        given: Number of tokens at the beginning of each document that are only context, such as prompts.
     """
     # Without BOS in training a model cannot predict first tokens.
     prefix = tokenizer.bos_id if tokenizer.add_bos else None

@@ -1,7 +1,7 @@
-"""Predict new rows: what a task reads of a row without a label, and how it states the model's answer.
+"""Predict new rows: build model inputs without labels, and format the outputs.
 
-The network's outputs for a row are its belief: probabilities of classes, a number, a vector. Beliefs of several
-artifacts are averaged before the answer is stated, if the task allows it.
+A *belief* is the model's output for one row: class probabilities, a number or a vector. If the task allows it, the
+beliefs of several artifacts are averaged. An *answer* is a belief as JSON data.
 
 Shapes: B rows, T tokens per row, N new rows, C classes, W words.
 """
@@ -27,31 +27,36 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 Outputs = Iterable[tuple[np.ndarray, Batch, Any]]
-"""(indices of rows [B], their host batch, outputs of the compiled step [B, ...] on the host)."""
+"""Tuples (row indices [B], host batch of these rows, outputs of the compiled function [B, ...] on the host)."""
 DIGITS = 6
-"""Significant digits of a probability or number in an answer."""
+"""Number of significant digits of probabilities and numbers in predictions."""
 
 
 class Predicts:
-    """Predictions of a task. The defaults are those of tasks with one output per text, or per pair of texts."""
+    """Define the prediction methods of a task. By default, a task has one output per text or text pair."""
 
     asks: ClassVar[tuple[str, ...]] = ("text",)
     """Canonical columns that a new row must have."""
     averages: ClassVar[bool] = True
-    """Whether beliefs of several artifacts may be averaged."""
+    """Whether outputs of several artifacts may be averaged."""
 
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
     ) -> Any:
-        """Return rows of the model for new rows of the user, which have a pair either all or not at all.
+        """Return tokenized model inputs for new rows of the user.
 
-        `labels` are the class names of the artifact.
+        Args:
+            rows: New rows; either all of them have a second text ("pair"), or none.
+            tokenizer: Tokenizer of the model.
+            seq_len: Maximum number of tokens per row.
+            labels: Class names of the artifact.
+            truncate: Which part of a long text to keep.
         """
         columns = ("text", "pair") if "pair" in rows[0] else ("text",)
         return ClassificationRows(new_examples(rows, columns), tokenizer, seq_len, truncate=truncate, shuffle=False)
 
     def believer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled (params, batch) -> beliefs [B, ...]."""
+        """Return the compiled function (params, batch) -> prediction per row before formatting, [B, ...]."""
 
         @jax.jit
         def run(params: functional.Params, batch: Batch) -> Any:
@@ -61,11 +66,11 @@ class Predicts:
         return run
 
     def belief(self, y: jax.Array, batch: Batch) -> Any:
-        """Return the beliefs from the outputs of the head."""
+        """Convert the outputs of the task head to predictions. By default, return them unchanged."""
         return y
 
     def beliefs(self, count: int, rows: Any, outputs: Outputs) -> list[Any]:
-        """Return the belief of each of `count` new rows, in their order."""
+        """Return the prediction of each of `count` new rows, in the order of the rows."""
         found: list[Any] = [None] * count
         for index_B, _, outputs_B in outputs:
             for i, one in zip(index_B, outputs_B, strict=True):
@@ -73,19 +78,19 @@ class Predicts:
         return found
 
     def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the answer as JSON data.
+        """Format the prediction for one row as JSON data.
 
         Args:
-          row: the new row.
-          belief: its belief.
-          manifest: the artifact's manifest, for the names of the classes.
-          every: also return the probability of every class.
+            row: The new row.
+            belief: The model's output for it, such as class probabilities.
+            manifest: The artifact's manifest, which has the class names.
+            every: Whether to include the probability of every class.
         """
         raise NotImplementedError
 
 
 def new_examples(rows: Sequence[Row], columns: tuple[str, ...], classes: tuple[str, ...] = ()) -> Examples:
-    """Return examples of rows in memory, with zeros as labels. A column that a row lacks is an empty text."""
+    """Return examples of rows in memory, with all labels 0. A missing column becomes an empty text."""
     N = len(rows)
     table = Table("rows", columns, [tuple(row.get(c, "") for c in columns) for row in rows], list(range(1, N + 1)))
     none = np.zeros(N)
@@ -103,10 +108,10 @@ def new_examples(rows: Sequence[Row], columns: tuple[str, ...], classes: tuple[s
 
 
 def short(x: Any) -> float:
-    """Return a number with few digits."""
+    """Round a number to `DIGITS` significant digits."""
     return float(f"{float(x):.{DIGITS}g}")
 
 
 def named(names: Sequence[str], p_C: np.ndarray) -> dict[str, float]:
-    """Return the probability of each class by its name."""
+    """Return {class name: probability}."""
     return {name: short(p) for name, p in zip(names, p_C, strict=True)}

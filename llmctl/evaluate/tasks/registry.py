@@ -1,6 +1,7 @@
-"""Registry of tasks. A task's module is imported when the task is first used, so listing names does not import JAX.
+"""Register the tasks by name.
 
-Another package adds a task by an entry point:
+A task's module is imported when the task is first used, so that listing the names does not import JAX. Another package
+adds a task by an entry point:
 
     [project.entry-points."llmctl"]
     "task.ordinal" = "my_package.ordinal:TASK"
@@ -35,27 +36,30 @@ TASKS: Registry[Task] = Registry(
         "completions": "llmctl.evaluate.tasks.completions:TASK",
     },
 )
-"""Tasks by name. The task with the name of a head is the default for artifacts that name no task. "lm" selects one of
-the tasks after it by data columns and architecture."""
+"""Tasks by name.
+
+The default task of an artifact has the name of the model's head. The task "lm" selects one of the tasks below it by
+data columns and architecture.
+"""
 
 OF_LM = ("causal", "masked", "next_sentence", "spans", "prefix", "completions")
-"""Tasks that "lm" selects from."""
+"""Names of the tasks that "lm" selects from."""
 
 
 def finetuned() -> list[str]:
-    """Return the names of the tasks that finetuning accepts. The task "lm" selects those of `OF_LM` itself."""
+    """Return the names of the tasks that finetuning accepts, which excludes those of `OF_LM`."""
     return [name for name in TASKS if name not in OF_LM]
 
 
 def default(model: ModelConfig) -> Task:
-    """Return the task that has the name of the model's head."""
+    """Return the default task of a model, which has the name of the model's head."""
     return TASKS[model.head]
 
 
 def of_problem(head: str, problem_type: object) -> str:
-    """Return the name of the task for a head and a `problem_type` of Hugging Face's config.json.
+    """Return the name of the task with the given head and the given `problem_type` of Hugging Face's config.json.
 
-    If no task has both, return the name of the head's default task.
+    If there is no such task, return the name of the head's default task.
     """
     if not problem_type:
         return head
@@ -63,5 +67,5 @@ def of_problem(head: str, problem_type: object) -> str:
 
 
 def of(manifest: Manifest) -> Task:
-    """Return the task that an artifact's manifest names, or the default task of its head if it names none."""
+    """Return the task that an artifact's manifest names, or else the default task of the model's head."""
     return TASKS[manifest.task] if manifest.task else default(manifest.model)

@@ -1,4 +1,4 @@
-"""Regression: one number per text, or per pair of texts."""
+"""Predict one number per text, or per pair of texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmctl.model.losses import Sums, number_sums, row_weight, soft_number_sums
 
 
 class Regress(Task):
-    """Squared error; errors in the label's unit and correlations."""
+    """Train with the squared error; measure errors in the label's unit and correlations."""
 
     name = "regress"
     head = "regress"
@@ -32,22 +32,29 @@ class Regress(Task):
     problem_type = "regression"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the squared error of answers [B]."""
+        """Return the summed squared error of predictions [B], and the metric sums."""
         return number_sums(y, batch["label"], row_weight(batch, batch["label"]))
 
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the squared error to the teacher's answers [B], mixed with that to the labels."""
+        """Return the distillation loss of predictions [B].
+
+        The loss is (1 - hard) * squared error to the teacher + hard * squared error to the labels.
+        """
         return soft_number_sums(teacher, y, batch["label"], row_weight(batch, y), hard)
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
-        """Check that labels are numbers."""
+        """Check that the labels of the data are numbers.
+
+        Raises:
+            RequestError: If they are classes.
+        """
         if examples.classes:
             raise RequestError(f'{artifact.path}: predicts numbers; set data.label_type = "number"')
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return (params, batch) -> the number [B]."""
+        """Return the compiled function (params, batch) -> predicted numbers [B]."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:
@@ -57,17 +64,17 @@ class Regress(Task):
         return predict
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return errors and correlations."""
+        """Return errors and correlations, and the true and predicted numbers of all examples."""
         pairs = [(batch["label"], predicted) for batch, predicted in found]
         truth_N, predicted_N = map(np.concatenate, zip(*pairs, strict=True))
         return regression.scores(truth_N, predicted_N), (truth_N, predicted_N)
 
     def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
-        """Return one nameless label and the problem type."""
+        """Return the fields of config.json for one output without a class name, with the problem type "regression"."""
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": self.problem_type}
 
     def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the number."""
+        """Return {"value": predicted number}."""
         return {"value": short(belief)}
 
 

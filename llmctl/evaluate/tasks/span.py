@@ -1,4 +1,4 @@
-"""Extractive question answering: the span of a context that answers a question (SQuAD, arXiv:1606.05250).
+"""Answer questions with a span of a context (SQuAD; Rajpurkar et al., 2016, arXiv:1606.05250).
 
 Shapes: B rows, T tokens per row.
 """
@@ -31,7 +31,7 @@ LONGEST = 200
 
 
 class Span(Task):
-    """Cross-entropy of the first and the last token of the answer; exact match and F1 of the best span."""
+    """Train with cross-entropy on the first and the last token of the answer; measure exact match and word F1."""
 
     name = "span"
     head = "span"
@@ -56,21 +56,24 @@ class Span(Task):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> AnswerRows:
-        """Return a question and one window of its context per row."""
+        """Return rows of one question and one window of its context each."""
         return AnswerRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
 
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
     ) -> AnswerRows:
-        """Return questions and contexts; answers are not needed."""
+        """Return rows of questions and context windows for calibration; labels are not used."""
         return self.rows(model, examples, tokenizer, seq_len, shuffle=False)
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return accuracy: the mean over first and last tokens."""
+        """Return "accuracy", the mean accuracy over the first and last tokens of answers."""
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy of logits [B, T, 2] over the tokens at which an answer may begin or end."""
+        """Return the cross-entropy of logits [B, T, 2], and the metric sums.
+
+        The softmax runs over the tokens at which an answer may begin or end.
+        """
         smoothing, z = options.label_smoothing, options.z_loss
         return ends(lambda k, at, weight: class_sums(y[..., k], at, weight, smoothing, z, batch["among"]), batch)
 
@@ -85,7 +88,7 @@ class Span(Task):
         return ends(one, batch)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return a compiled function (params, batch) -> result of `best_span`."""
+        """Return the compiled function (params, batch) -> result of `best_span`."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> Any:
@@ -97,11 +100,11 @@ class Span(Task):
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
     ) -> AnswerRows:
-        """Return a question and one window of its context per row."""
+        """Return rows of one question and one window of its context each, for new rows of the user."""
         return AnswerRows(new_examples(rows, ("context", "question")), tokenizer, seq_len, shuffle=False)
 
     def belief(self, y: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
-        """Return the result of `best_span`."""
+        """Return the best span of each row, as `best_span` does."""
         return best_span(y, batch)
 
     def beliefs(self, count: int, rows: AnswerRows, outputs: Outputs) -> list[Any]:
@@ -109,15 +112,16 @@ class Span(Task):
         return list(zip(*over_windows(count, ((batch, spans) for _, batch, spans in outputs)), strict=True))
 
     def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the best span, and its score minus the score of no answer."""
+        """Return the text of the best span, its character positions, and its score minus the score of no answer."""
         score, none, (begin, end) = belief
         text = row["context"][begin:end]
         return {"answer": text, "start": int(begin), "end": int(end), "over_no_answer": short(score - none)}
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
-        """Return exact match and F1 of the best span over all windows of a context.
+        """Return exact match and word F1 of the best span over all windows of a context.
 
-        If the data has questions without an answer, no answer is scored as the span of the first token alone.
+        If the data has questions without an answer, the model may give no answer. It does so if the score of the first
+        token exceeds that of the best span.
         """
         asked = list(examples)
         N = len(asked)
@@ -136,7 +140,7 @@ class Span(Task):
         return metrics, None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: AnswerRows, metrics: dict[str, Any]) -> str:
-        """Return the evaluation protocol in words: windows, maximum answer length, and the no-answer rule."""
+        """Return a description of the measurement: windows, maximum answer length, and the rule for no answer."""
         none = metrics["unanswerable"]
         text = f"{held.split} split, {metrics['examples']} questions in {len(rows)} windows of {setup.seq_len} tokens "
         text += f"that overlap by half, spans of at most {LONGEST} characters, SQuAD's normalization, {setup.dtype}"
@@ -144,10 +148,10 @@ class Span(Task):
 
 
 def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reduce the best spans of windows to the best span of each of N questions.
+    """Select the best span of each of N questions from the best spans of its windows.
 
     Returns:
-      Score of the best span [N], score of no answer [N], and characters of the best span [N, 2].
+      (score of the best span [N], score of no answer [N], begin and end characters of the best span [N, 2]).
     """
     best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)
     for batch, spans in found:
@@ -159,7 +163,12 @@ def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def ends(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.Array, Sums]:
-    """Return the mean of `one`(0, start, weight) and `one`(1, end, weight)."""
+    """Average the losses and metric sums of the start and the end of the answer.
+
+    Args:
+        one: Function (0 for start or 1 for end, target token [B], weight [B]) -> (loss, metric sums).
+        batch: Batch with "start" and "end".
+    """
     weight_B = row_weight(batch, batch["start"])
     first, last = (one(k, batch[name], weight_B) for k, name in enumerate(("start", "end")))
     return jax.tree.map(lambda a, b: (a + b) / 2, first, last)
@@ -168,9 +177,9 @@ def ends(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.
 def best_span(logits_BT2: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
     """Return (score, first character, last character + 1, score of no answer) of each row's best span, all [B].
 
-    A span begins and ends at tokens of the context, ends no earlier than it begins and has LONGEST characters at most.
-    Its score is the sum of its two logits. The score of no answer is the sum of both logits of the first token. A row
-    without such a span has the score -2e30.
+    A span begins and ends at tokens of the context, ends no earlier than it begins, and has at most LONGEST characters.
+    Its score is the sum of its two logits. The score of no answer is the sum of both logits of the first token. If a
+    row has no such span, its score is -2e30.
     """
     start_BT, end_BT = (only(logits_BT2[..., k], batch["among"]) for k in (0, 1))
     first_BT, last_BT = batch["first"], batch["last"]

@@ -1,6 +1,6 @@
-"""Token classification: one label per word, such as named entities or parts of speech.
+"""Classify tokens: predict one label per word, such as named entities or parts of speech.
 
-Shapes: B rows, T tokens per row, C classes.
+Shapes: B rows, T tokens per row, W words per row, C classes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from llmctl.model.losses import Sums, class_sums, soft_class_sums
 
 
 class Tokens(Classify):
-    """Cross-entropy at the first token of each word; accuracy per word, and F1 of entities if the labels mark them."""
+    """Train with cross-entropy at the first token of each word; measure accuracy per word.
+
+    If the labels are entity tags, entity F1 is also measured.
+    """
 
     name = "tokens"
     head = "tokens"
@@ -50,15 +53,15 @@ class Tokens(Classify):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> TagRows:
-        """Return one text per row, with a target at the first token of each word."""
+        """Return rows of one text each, with a target label at the first token of each word."""
         return TagRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return the F1 of entities if the labels mark them, else accuracy."""
+        """Return "entity_f1" if the labels are entity tags, else "accuracy"."""
         return "entity_f1" if entities.is_scheme(labels) else "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy of logits [B, T, C] at the first token of each word."""
+        """Return the cross-entropy of logits [B, T, C] at the first token of each word, and the metric sums."""
         targets_BT, weights_BT = batch["targets"], batch["weights"]
         loss, sums = class_sums(y, targets_BT, weights_BT, options.label_smoothing, options.z_loss)
         if (marks := entities.marks(options.labels)) is not None:
@@ -68,19 +71,22 @@ class Tokens(Classify):
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the softened divergence from the teacher's logits [B, T, C], mixed with the cross-entropy."""
+        """Return the distillation loss of logits [B, T, C]: (1 - hard) * KL divergence + hard * cross-entropy."""
         return soft_class_sums(teacher, y, batch["targets"], batch["weights"], temperature, hard)
 
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
     ) -> TagRows:
-        """Return the words of one text per row. A row without `tokens` is its text, cut at spaces."""
+        """Return tokenized model inputs for new rows of the user.
+
+        A row without the column `tokens` is split into words at white space.
+        """
         words = [row.get("tokens") or row["text"].split() for row in rows]
         filled = [{"tokens": w, "tags": [labels[0]] * len(w)} for w in words]
         return TagRows(new_examples(filled, ("tokens", "tags"), tuple(labels)), tokenizer, seq_len, shuffle=False)
 
     def beliefs(self, count: int, rows: TagRows, outputs: Outputs) -> list[Any]:
-        """Return the probabilities [W, C] of each row's words, NaN for words that the model does not read."""
+        """Return the class probabilities [W, C] of each row's words; NaN for words beyond the sequence length."""
         found: list[Any] = [None] * count
         for index_B, batch, p_BTC in outputs:
             for i, weight_T, p_TC in zip(index_B, batch["weights"], p_BTC, strict=True):
@@ -89,7 +95,7 @@ class Tokens(Classify):
         return found
 
     def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the words with the most likely label of each; null beyond the sequence length."""
+        """Return the words, their most likely labels and probabilities; null for words beyond the sequence length."""
         names = manifest.labels
         read_W = np.asarray(np.isfinite(belief).all(-1))
         best_W = np.where(read_W, np.nan_to_num(belief).argmax(-1), 0)
@@ -104,7 +110,7 @@ class Tokens(Classify):
         return found | ({"probabilities": every_W} if every else {})
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: TagRows, found: Found) -> Scored:
-        """Return scores of words, and of entities if the labels mark them."""
+        """Return accuracy and macro F1 over words; if the labels are entity tags, also the entity metrics."""
         names = artifact.manifest.labels
         truth_of = label_map(examples.classes, names, str(artifact.path))
         truth: list[np.ndarray] = []
@@ -122,7 +128,7 @@ class Tokens(Classify):
         return metrics, None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TagRows, metrics: dict[str, Any]) -> str:
-        """Return which words were counted, and how entities were compared."""
+        """Return a description of the measurement: the number of counted words, and the comparison of entities."""
         text = f"{held.split} split, {len(held.examples)} examples, labels at the first token of a word, "
         text += f"{rows.words - rows.cut} of {rows.words} words within {setup.seq_len} tokens, {setup.dtype}"
         marks = entities.is_scheme(artifact.manifest.labels)
