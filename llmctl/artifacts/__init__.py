@@ -1,1 +1,1 @@
-"""Artifacts: the folders that stages read and write. They are saved atomically and identified by a digest."""
+"""Read and write artifacts, the folders that stages exchange. Each is saved atomically and identified by a digest."""

@@ -1,4 +1,4 @@
-"""Build the artifact that a stage would save, with shapes in place of arrays."""
+"""Build the artifact that a stage would save, with array shapes in place of arrays."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def left(
     """Return the artifact that a stage would save.
 
     Args:
-      config: the stage's config.
-      params: abstract parameters with shardings.
-      model: config of the saved model.
-      base: the parent, which provides everything that is not given.
-      labels: class names.
-      task: name of the task.
-      pruned: whether later stages keep zeros.
+        config: Config of the stage.
+        params: Abstract parameters with shardings.
+        model: Config of the saved model.
+        base: Parent artifact; its values replace those that are not given.
+        labels: Class names.
+        task: Name of the task.
+        pruned: Whether the weights are pruned, so that later stages keep zeros.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -64,7 +64,7 @@ def left(
 
 
 def masters(params: Params) -> Params:
-    """Return the parameters in the types that training saves: floats in float32."""
+    """Return the parameters with the dtypes that training saves: float32 in place of every float type."""
 
     def one(a: Any) -> Any:
         return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -73,5 +73,5 @@ def masters(params: Params) -> Params:
 
 
 def on(there: Artifact, mesh: Mesh) -> Artifact:
-    """Return the artifact sharded over another mesh."""
+    """Return the artifact sharded over `mesh`."""
     return Artifact(there.path, there.manifest, functional.laid_out(there.model, there.params, mesh))

@@ -1,8 +1,8 @@
-"""Read and write artifacts: folders with `manifest.json`, the parameters in `params/` (Orbax) and the tokenizer.
+"""Read and write artifacts: folders with `manifest.json`, parameters in `params/` (Orbax) and a tokenizer.
 
-An artifact is written to a draft folder and then renamed, so it is never incomplete. The manifest lists every array.
-Parameters are therefore restored with explicit types and shardings onto any mesh. A load compares the fields of the
-manifest, the tokenizer's files and the arrays with their digests.
+An artifact is written to a temporary folder, which is then renamed. An artifact is therefore never incomplete. The
+manifest lists every array. Parameters are therefore restored with explicit types and shardings onto any mesh. `load`
+compares the fields of the manifest, the tokenizer's files and the arrays with their digests.
 
 Example:
   >>> found = load(folder)
@@ -46,14 +46,14 @@ __all__ = ["FORMAT", "Artifact", "Manifest", "Parent", "abstract", "load", "read
 
 
 FILES = {"manifest.json", "params", "tokenizer", "log.jsonl", "results.json", "table.md", "tradeoff.png"}
-"""Names of what stages write into an artifact's folder."""
+"""Names of the files and folders that stages write into an artifact's folder."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """Artifact in memory: its folder, manifest and parameter tree.
+    """Store an artifact in memory: its folder, its manifest and its parameter tree.
 
-    `load` restores the arrays; `abstract` returns shapes, types and shardings in their place.
+    `load` restores the arrays. `abstract` returns shapes, dtypes and shardings in their place.
     """
 
     path: Path
@@ -62,36 +62,39 @@ class Artifact:
 
     @property
     def model(self) -> ModelConfig:
-        """Return the model config, which matches the shapes of the parameters."""
+        """Return the model config; its shapes are those of the parameters."""
         return self.manifest.model
 
     @property
     def plain(self) -> bool:
-        """Return whether every weight is a plain array: neither quantized nor with a low-rank pair."""
+        """Return True if every weight is a plain array: not quantized, and without low-rank factors."""
         return all("" in record["parts"] for record in self.manifest.weights.values())
 
     @property
     def zeros(self) -> frozenset[str]:
-        """Return the names of arrays whose zeros later training keeps: the layers' matrices if the model was pruned."""
+        """Return the names of arrays whose zeros later training must keep.
+
+        If the model was pruned, these are the matrices of the layers.
+        """
         from llmctl.model import weights
 
         return weights.zero_names(self.params) if self.manifest.pruned else frozenset()
 
     @property
     def tokenizer_dir(self) -> Path:
-        """Return the tokenizer's folder."""
+        """Return the folder of the tokenizer."""
         return self.path / "tokenizer"
 
 
 def load(path: Path, mesh: Mesh | None = None) -> Artifact:
-    """Load an artifact: manifest and parameters, sharded over `mesh` by the rules.
+    """Load an artifact: its manifest and its parameters, sharded over `mesh` by the sharding rules.
 
     Args:
-      path: folder of the artifact.
-      mesh: target mesh; by default the mesh of the default `MeshConfig`.
+        path: Folder of the artifact.
+        mesh: Target mesh; by default the mesh of the default `MeshConfig`.
 
     Raises:
-      RequestError: the folder is no artifact, is damaged, or does not fit the mesh or the memory.
+        RequestError: If the folder is no artifact or is damaged, or if the arrays do not fit the mesh or the memory.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -122,14 +125,14 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
 
 
 def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
-    """Load an artifact with shapes, types and shardings in place of arrays. Only the manifest is read.
+    """Load an artifact with shapes, dtypes and shardings in place of arrays. Only the manifest is read.
 
     Args:
-      path: folder of the artifact.
-      mesh: target mesh, as in `load`.
+        path: Folder of the artifact.
+        mesh: Target mesh, as in `load`.
 
     Raises:
-      RequestError: as `load`, or the artifact has no parameters.
+        RequestError: If `load` would raise it, or if the artifact has no parameters.
     """
     import jax
 
@@ -157,7 +160,11 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
 
 
 def _check_layers(path: Path, manifest: Manifest) -> None:
-    """Check that the arrays have as many layers as the model config, before anything is built by their number."""
+    """Check that the model config has no more layers than the arrays, before lists of that length are built.
+
+    Raises:
+        RequestError: If it has more.
+    """
     shapes = [shape for record in manifest.weights.values() for _, shape in record["parts"].values()]
     layers, most = manifest.model.layers, max((shape[0] for shape in shapes if shape), default=0)
     if layers > most:
@@ -175,7 +182,11 @@ def _lookup(tree: Any, path: str) -> Any:
 
 
 def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Check that the stored arrays are exactly those of the model config, with the same shapes."""
+    """Check that the stored arrays have the names and shapes that the model config defines.
+
+    Raises:
+        RequestError: If they differ.
+    """
     odd = sorted(stored.keys() ^ expected.keys())
     odd += [k for k in stored.keys() & expected.keys() if tuple(stored[k].shape) != tuple(expected[k].shape)]
     if odd:
@@ -188,15 +199,15 @@ def check_place(out: Path, *reads: Path, stage: str = "", replace: bool = False)
     """Check that an artifact may be written to `out`.
 
     Args:
-      out: target folder.
-      reads: folders that the new artifact is made from.
-      stage: kind of the stage that writes it, which may replace what the same kind of stage made.
-      replace: replace any artifact.
+        out: Output folder.
+        reads: Folders that the new artifact is made from.
+        stage: Kind of the stage that writes the artifact. It may replace an artifact of the same kind.
+        replace: Whether to replace an artifact of any kind.
 
     Raises:
-      RequestError: the path of `out` has a character of globs; or it contains one of `reads`; or it exists and is
-        neither empty nor an artifact; or it is an artifact of another kind of stage, or has files that llmctl did not
-        write, and `replace` is false.
+        RequestError: If the path of `out` has a glob character or contains a folder of `reads`. If `out` exists and is
+            neither empty nor an artifact. If it is an artifact of another kind of stage or has files that llmctl did
+            not write, and `replace` is false.
     """
     locks.check_path(out, str(out))
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
@@ -237,31 +248,31 @@ def save(
     rounded: bool = False,
     allow_nonfinite: bool = False,
 ) -> Manifest:
-    """Save an artifact to `out` atomically and return its manifest.
+    """Save an artifact to `out` atomically, and return its manifest.
 
     Args:
-      out: target folder; an existing artifact is replaced.
-      params: parameter tree. If `written` is given, a flat mapping {path: weight} that is read one weight at a time.
-      model: config that matches the parameters' shapes.
-      stage: kind of the stage.
-      key: content key of the stage.
-      config: resolved config of the stage.
-      name: name of the artifact; by default the folder's name.
-      parent: manifest of the artifact that the stage started from.
-      labels: class names.
-      task: name of the task; by default that of the parent, if it has the same head.
-      fitted: values that the task chose; by default those of the parent, if it has the same head.
-      metrics: measured metrics.
-      tokenizer_dir: tokenizer folder to copy.
-      log: log file to copy.
-      written: folder that already holds the arrays in Orbax format; it is moved to `params/`.
-      pruned: whether the zeros are those of pruning; by default as in the parent. Without a parent, as their share
-        suggests.
-      rounded: whether the arrays are dequantized integers. A larger share of zeros then suggests pruning.
-      allow_nonfinite: save arrays that hold NaN or infinity.
+        out: Output folder; an existing artifact is replaced.
+        params: Parameter tree. If `written` is given, a flat mapping {path: weight} that is read one weight at a time.
+        model: Model config; its shapes are those of the parameters.
+        stage: Kind of the stage.
+        key: Content key of the stage.
+        config: Resolved config of the stage.
+        name: Name of the artifact; by default the folder's name.
+        parent: Manifest of the artifact that the stage started from.
+        labels: Class names.
+        task: Name of the task; by default the parent's, if it has the same head.
+        fitted: Values that the task fitted on validation data; by default the parent's, if it has the same head.
+        metrics: Measured metrics.
+        tokenizer_dir: Tokenizer folder to copy.
+        log: Log file to copy.
+        written: Folder that contains the arrays in Orbax format; it is moved to `params/`.
+        pruned: Whether zeros come from pruning; by default the parent's value. Without a parent, the share of zeros
+            decides.
+        rounded: Whether the arrays are dequantized integers. A higher share of zeros is then needed to count as pruned.
+        allow_nonfinite: Whether to save arrays that contain NaN or infinity.
 
     Raises:
-      WorkError: the disk is full, or an array holds NaN or infinity; nothing is left at `out`.
+        WorkError: If the disk is full, or if an array contains NaN or infinity. Nothing is then written to `out`.
     """
     import orbax.checkpoint as ocp
 
@@ -317,11 +328,11 @@ def save(
 
 
 def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
-    """Return the manifest fields of text settings in training, from the stage's config or else from its parent.
+    """Return the manifest fields "seq_len" and "truncate", from the stage's config or else from its parent.
 
     Args:
-      config: resolved config of the stage.
-      parent: manifest of the artifact that the stage starts from.
+        config: Resolved config of the stage.
+        parent: Manifest of the artifact that the stage starts from.
     """
     return {
         "seq_len": config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),
@@ -330,10 +341,10 @@ def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[st
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that write an artifact."""
+    """Return the versions of the libraries that determine an artifact's content, by package name."""
     return {p: metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "qwix")}
 
 
 def _first(text: str) -> str:
-    """Return the first part of an error message, without the TensorStore dump that follows it."""
+    """Return the beginning of an error message, without the TensorStore details that follow it."""
     return " ".join(text.partition(". See full TensorStore details")[0].split())[:200]

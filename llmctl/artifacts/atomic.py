@@ -1,4 +1,4 @@
-"""Write folders atomically, and recognize errors of a full disk."""
+"""Write folders atomically, and detect errors of a full disk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ def check(out: Path) -> None:
     """Check an output path before any work is done.
 
     Raises:
-      RequestError: the path has no last name (such as "." or "/") or ends in "..", because folders are created by
-        renaming; it names a remote store; the name is too long; or the path leads into an artifact, which is
-        replaced as a whole.
+        RequestError: If the path has no folder name (such as "." or "/"), names a remote store, or has too long a name.
+            If it leads into an artifact, because artifacts are replaced as a whole.
     """
     if out.name in ("", ".."):
         raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
@@ -32,18 +31,19 @@ def check(out: Path) -> None:
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
-"""Message of NumPy's OSError if the disk had no room for an array."""
+"""Message of NumPy's OSError if a full disk cut off an array."""
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """Yield a draft folder that is renamed to `out` if the block succeeds and deleted if it raises.
+    """Yield a temporary folder, which is renamed to `out` if the block succeeds and deleted if it raises an error.
 
-    With several processes, process 0 creates, renames and deletes the folder. The others may use it inside the block.
+    With several processes, process 0 creates, renames and deletes the folder. All processes may use it inside the
+    block.
 
     Raises:
-      RequestError: another process writes `out`.
-      WorkError: the disk is full.
+        RequestError: If another process writes `out`.
+        WorkError: If the disk is full.
     """
     out = Path(out)
     draft, old = locks.scratch(out, "draft"), locks.scratch(out, "old")
@@ -82,9 +82,9 @@ def writing(out: Path) -> Iterator[Path]:
 
 
 def disk_is_full(e: BaseException | None) -> bool:
-    """Return whether an error or one of its causes reports a full disk or an exhausted quota.
+    """Return True if an error, or one of its causes, reports a full disk or an exhausted quota.
 
-    TensorStore, ArrayRecord and NumPy report it only in the error's message.
+    TensorStore, ArrayRecord and NumPy report this only in the text of the error.
     """
     while e is not None:
         if isinstance(e, OSError) and (e.errno in (errno.ENOSPC, errno.EDQUOT) or WRITTEN_IN_PART.search(str(e))):

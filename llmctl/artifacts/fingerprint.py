@@ -1,4 +1,4 @@
-"""Compute a manifest's facts about the weights: digest, counts and types, in one pass over one weight at a time."""
+"""Compute the digest, counts and dtypes of all weights for the manifest, in one pass over one weight at a time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 PRUNED = 0.01, 0.45
-"""Minimum fraction of zeros for imported matrices to count as pruned: floats and integers, dequantized ones included.
-Training almost never leaves exact zeros. Rounding to 4 bits alone makes about a fifth of normal weights zero."""
+"""Fractions of zeros above which imported matrices count as pruned: (float matrices, integer or dequantized ones).
+Training almost never produces exact zeros. Rounding to 4 bits alone makes about a fifth of normally distributed
+weights zero."""
 
 
 def digest(flat: Mapping[str, Any]) -> str:
-    """Return the SHA-256 digest of all arrays, as hex. One weight at a time is copied to the host.
+    """Return the SHA-256 digest of all arrays as hex digits. One weight at a time is copied to the host.
 
-    With several processes, all must call this.
+    With several processes, all must call this function.
 
     Args:
-      flat: weights by path.
+        flat: Weights by path.
     """
     total = hashlib.sha256()
     for name in sorted(flat):
@@ -27,7 +28,7 @@ def digest(flat: Mapping[str, Any]) -> str:
 
 
 def _add(total: Any, name: str, w: Any) -> None:
-    """Update the hash with name, type, shape and values of each array of a weight."""
+    """Update the hash `total` with the name, dtype, shape and values of each array of a weight."""
     import numpy as np
 
     from llmctl.distributed import host_arrays
@@ -40,20 +41,20 @@ def _add(total: Any, name: str, w: Any) -> None:
 
 
 def type_bits(dtype: str) -> int:
-    """Return the bits per number of a type name: 4 for `int4`, 8 for `float8_e4m3fn` and `bool`."""
+    """Return the number of bits per value of a dtype name: 4 for `int4`, 8 for `float8_e4m3fn` and `bool`."""
     return int(found.group()) if (found := re.search(r"\d+", dtype)) else 8
 
 
 def take(flat: Mapping[str, Any], rounded: bool = False) -> dict[str, Any]:
-    """Return the manifest fields that describe the weights, in one pass.
+    """Compute the manifest fields that describe the weights, in one pass.
 
     Args:
-      flat: weights by path.
-      rounded: whether floats are dequantized integers, among which rounding leaves zeros.
+        flat: Weights by path.
+        rounded: Whether floats are dequantized integers, which have zeros from rounding.
 
     Returns:
-      A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite".
-        "pruned" is a guess from the share of zeros, for weights that no stage made.
+        A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite". "pruned" is
+        estimated from the fraction of zeros; it is used if the weights come from outside llmctl.
     """
     import jax.numpy as jnp
 

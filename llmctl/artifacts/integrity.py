@@ -1,8 +1,8 @@
-"""Check artifacts against the digests in their manifest, with or without reading the arrays.
+"""Compare artifacts with the digests in their manifest, with or without the arrays.
 
 Example:
-  >>> quick(folder, read_manifest(folder)).content, complete(folder).content
-  ({}, {})
+    >>> quick(folder, read_manifest(folder)).content, complete(folder).content
+    ({}, {})
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ OLDER = "saved by an earlier llmctl, so only its arrays and its tokenizer are ch
 
 @dataclass(frozen=True)
 class Damage:
-    """Differences between an artifact and its manifest: messages by the name of the field or file."""
+    """List the differences between an artifact and its manifest: messages by the name of the field or file."""
 
     content: dict[str, str]
-    """Differences that can change predictions. Such an artifact is rejected."""
+    """Differences that can change predictions. An artifact with such a difference cannot be loaded."""
     record: dict[str, str]
-    """Differences in metrics, lineage, sizes and logs."""
+    """Differences in metrics, parents, sizes and logs, which cannot change predictions."""
 
 
 def quick(path: Path, manifest: Manifest) -> Damage:
-    """Compare the files and fields of an artifact with its manifest. Arrays are compared by size on disk only."""
+    """Compare the files and fields of an artifact with its manifest. Of arrays, compare only the size on disk."""
     content = damaged_files(path, manifest, "content")
     if manifest.weights and size(path / "params") != manifest.bytes:
         content["params"] = "params has another size on disk than was saved"
@@ -39,10 +39,10 @@ def quick(path: Path, manifest: Manifest) -> Damage:
 def complete(path: Path) -> Damage:
     """Compare the files, fields and arrays of an artifact with its manifest.
 
-    The arrays are read once and sharded over the default mesh.
+    The arrays are read once, sharded over the default mesh.
 
     Raises:
-      RequestError: the manifest is missing, damaged or of a later format.
+        RequestError: If the manifest is missing, is damaged or has a later format.
     """
     manifest = read_manifest(path)
     found = quick(path, manifest)
@@ -55,7 +55,7 @@ def complete(path: Path) -> Damage:
 
 
 def reason(e: LlmctlError, path: Path) -> str:
-    """Return the cause in an error message about `path`, without the path and the advice."""
+    """Return the cause from an error message about `path`, without the path and the advice."""
     line = str(e).removeprefix(f"{path}: ").removeprefix(f"{path / NAME}: ")
     line = line.rpartition("; ")[0] or line
     return line[len("damaged (") : -1] if line.startswith("damaged (") else line

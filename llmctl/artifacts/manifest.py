@@ -1,7 +1,7 @@
 """Read and write `manifest.json`: the metadata of an artifact, with checksums of its fields and files.
 
-The content digest covers everything that can change an answer: each such field, the digest of the arrays, and the
-tokenizer's files. It is compared at every read. The record digest covers the rest: metrics, lineage, sizes, logs.
+The content digest covers everything that can change predictions: manifest fields, the digest of the arrays, and the
+tokenizer's files. It is compared at every read. The record digest covers the rest: metrics, parents, sizes, logs.
 `llmctl verify` compares both.
 
 Example:
@@ -29,36 +29,36 @@ from llmctl.config.text_input import parse_json
 from llmctl.model.config import ModelConfig
 
 FORMAT = 1
-"""Version of the folder layout. A later version is refused."""
+"""Version of the folder layout. Artifacts of a later version are rejected."""
 
 NAME = "manifest.json"
 CONTENT = (
     *("family", "model", "labels", "task", "fitted", "pruned", "nonfinite", "digest", "tokenizer", "seq_len"),
     *("truncate", "weights"),
 )
-"""Fields that can change an answer, or the result of a later stage. The content digest covers them."""
+"""Fields that can change predictions, or the result of a later stage. The content digest covers them."""
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer. The content digest covers its files; the record digest covers those beside the manifest."""
+"""Name of the tokenizer's folder. The content digest covers its files."""
 
 Part = Literal["content", "record"]
 ADVICE = "remove this folder and run the stage that made it again"
-"""Advice for a damaged artifact. A run does not read the arrays of a finished stage, so the same command would skip the
-stage while the folder is there."""
+"""Advice for a damaged artifact. The folder must be removed first, because a run skips finished stages without
+reading their arrays."""
 
 
 class Parent(BaseModel):
-    """Identity of the artifact that a stage started from."""
+    """Identify the artifact that a stage started from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     digest: str
     content: str = ""
-    """Content digest; empty if an earlier llmctl saved the parent."""
+    """Content digest; empty if an older llmctl saved the parent."""
 
 
 class Digest(BaseModel):
-    """SHA-256 checksums of some fields and files, and one digest over all of them."""
+    """Store SHA-256 checksums of some fields and files, and one digest over all of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,18 +68,18 @@ class Digest(BaseModel):
 
     @classmethod
     def over(cls, values: dict[str, Any], files: dict[str, str]) -> Digest:
-        """Return the digest over JSON values and over files with these checksums."""
+        """Return the digest over JSON values and file checksums, both by name."""
         named = {name: checksums.of_json(value) for name, value in values.items()}
         return cls(digest=checksums.of_json([named, files]), fields=named, files=files)
 
     @property
     def holds(self) -> bool:
-        """Return whether the digest is that of these checksums."""
+        """Return True if the stored digest matches the stored checksums."""
         return self.digest == checksums.of_json([self.fields, self.files])
 
 
 class Checksums(BaseModel):
-    """Digests of an artifact: over what can change an answer, and over the rest."""
+    """Store the two digests of an artifact: of the data that can change predictions, and of the rest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -88,7 +88,7 @@ class Checksums(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Metadata of an artifact: all but its arrays. Reading it does not need JAX."""
+    """Describe an artifact: all metadata, without the arrays. Reading a manifest does not need JAX."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -101,25 +101,26 @@ class Manifest(BaseModel):
     labels: list[str] = []
     """Class names, if the model has a classification head."""
     task: str = ""
-    """Task that it was finetuned for, a name of `llmctl.evaluate.tasks.registry`; empty is that of the head's name."""
+    """Task that the model was finetuned for, a name in `llmctl.evaluate.tasks.registry`. If empty, the task has the
+    name of the model's head."""
     fitted: dict[str, Any] = {}
-    """Values that the task chose on validation data, such as one threshold per label."""
+    """Values that the task fitted on validation data, such as one threshold per class."""
     fitted_for: str = ""
-    """Name of the ancestor that `fitted` was chosen for; empty if it was chosen for this artifact."""
+    """Name of the ancestor that `fitted` was fitted for; empty if it was fitted for this artifact."""
     parameters: int
     bytes: int
     """Size of `params/` on disk in bytes. Equal weights may take a few bytes more or less."""
     sparsity: float
     """Fraction of zeros in the weight matrices."""
     pruned: bool = False
-    """Whether the matrices were pruned: their zeros, whatever their share and the number type, are the mask. Stages ask
-    this field alone. Pruning sets it and descendants inherit it."""
+    """Whether the matrices were pruned. If so, their zeros are the pruning mask, and later stages keep them. Pruning
+    sets this field and later stages inherit it. No stage infers it from the weights."""
     nonfinite: list[str] = []
-    """Names of the arrays that hold NaN or infinity, which a stage saves only if it was told to."""
+    """Names of arrays that contain NaN or infinity, which are saved only with `allow_nonfinite`."""
     bits: float
-    """Stored bits per parameter, scales included."""
+    """Stored bits per parameter, including scales."""
     digest: str
-    """SHA-256 over names, types, shapes and values of all arrays."""
+    """SHA-256 over the names, dtypes, shapes and values of all arrays."""
     parent: Parent | None = None
     tokenizer: str = ""
     """Digest of the tokenizer."""
@@ -131,10 +132,10 @@ class Manifest(BaseModel):
     truncate: Literal["", "tail", "head_tail"] = ""
     """Truncation of long texts in training; empty if unknown."""
     weights: dict[str, dict[str, Any]] = {}
-    """Node type, dtypes and shapes of each weight, as `llmctl.model.weights.describe` returns them."""
+    """Node type, dtypes and shapes of each weight, as returned by `llmctl.model.weights.describe`."""
     versions: dict[str, str] = {}
     checksums: Checksums | None = None
-    """Checksums of the fields above and of the files beside; None if an earlier llmctl saved the artifact."""
+    """Checksums of the fields above and of the artifact's files; None if an older llmctl saved the artifact."""
 
     @field_validator("weights")
     @classmethod
@@ -147,27 +148,27 @@ class Manifest(BaseModel):
 
     @property
     def content(self) -> str:
-        """Return the digest over everything that can change an answer; empty if an earlier llmctl saved it."""
+        """Return the digest over everything that can change predictions; empty for artifacts of an older llmctl."""
         return self.checksums.content.digest if self.checksums else ""
 
     @property
     def weight_bytes(self) -> int:
-        """Return the size of the arrays in memory, in bytes. `bytes` is their size on disk, after compression."""
+        """Return the size of the arrays in memory, in bytes. The field `bytes` is their compressed size on disk."""
         arrays = (part for record in self.weights.values() for part in record.get("parts", {}).values())
         return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
 
     def as_parent(self) -> Parent:
-        """Return the identity that an artifact made from this one records."""
+        """Return the identity that child artifacts store as their parent."""
         return Parent(name=self.name, digest=self.digest, content=self.content)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Write a manifest into a folder, with checksums of its fields and of the files that are there.
+    """Write a manifest into a folder, with checksums of its fields and of the files in the folder.
 
-    Call this last, in one process. The arrays have their own digest, so `params/` is left out.
+    Call this last, in one process. The folder `params/` is omitted, because the arrays have their own digest.
 
     Returns:
-      The manifest with its checksums.
+        The manifest with its checksums.
     """
     values = json.loads(manifest.model_dump_json(exclude={"checksums"}))
     words = {name: value for name, value in values.items() if name not in CONTENT}
@@ -181,11 +182,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of the artifact at `path`, and compare the fields that can change an answer with their digest.
+    """Read the manifest of the artifact at `path`, and check the content digest of its fields.
 
     Raises:
-      RequestError: there is no manifest, it is damaged, or its format is later than `FORMAT`; or a link in the folder
-        leads out of it.
+        RequestError: If there is no manifest, if it is damaged, or if its format is later than `FORMAT`. If a link in
+            the folder leads outside it.
     """
     content = _raw(path)
     try:
@@ -200,14 +201,14 @@ def damaged_fields(path: Path, part: Part) -> dict[str, str]:
     """Compare the fields of a manifest with their checksums.
 
     Args:
-      path: folder of the artifact.
-      part: "content" compares the fields that can change an answer, "record" the others.
+        path: Folder of the artifact.
+        part: "content" compares the fields that can change predictions, "record" the others.
 
     Returns:
-      What is wrong with each field that differs, as a clause, by its name.
+        One message per differing field, by field name.
 
     Raises:
-      RequestError: as `read_manifest`, for a manifest that cannot be parsed.
+        RequestError: If the manifest cannot be parsed.
     """
     content = _raw(path)
     try:
@@ -217,15 +218,15 @@ def damaged_fields(path: Path, part: Part) -> dict[str, str]:
 
 
 def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
-    """Compare the files of an artifact with their checksums. The arrays in `params/` are left to `load`.
+    """Compare the files of an artifact with their checksums, except for the arrays in `params/`.
 
     Args:
-      path: folder of the artifact.
-      manifest: its manifest.
-      part: "content" compares the tokenizer, "record" the files beside the manifest.
+        path: Folder of the artifact.
+        manifest: Manifest of the artifact.
+        part: "content" compares the tokenizer, "record" the files beside the manifest.
 
     Returns:
-      What is wrong with each file that differs, as a clause, by its path in the folder.
+        One message per differing file, by relative path.
     """
     summed = manifest.checksums
     if part == "content":
@@ -242,20 +243,20 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
 
 
 def listed(clauses: Iterable[str]) -> str:
-    """Return the first clauses as one, with the number of the others."""
+    """Join the first three clauses with commas, and append the number of the others."""
     found = list(clauses)
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _is_array(part: Any) -> bool:
-    """Return whether a part of a weight's record is [dtype, shape]."""
+    """Return True if `part` has the form [dtype, shape]."""
     if not isinstance(part, (list, tuple)) or len(part) != 2 or not isinstance(part[0], str):
         return False
     return isinstance(part[1], (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in part[1])
 
 
 def _other(path: Path, manifest: Manifest) -> dict[str, str]:
-    """Compare the tokenizer's descriptor with the tokenizer that the model was trained with."""
+    """Compare the tokenizer's digest in its descriptor with the digest that the manifest stores."""
     from llmctl.data.tokenizers.base import DESCRIPTOR
 
     if not manifest.tokenizer:
@@ -287,7 +288,10 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _fields(content: dict[str, Any], part: Part) -> dict[str, str]:
-    """Compare the fields as they are in the file. Fields of later versions and their defaults thus do not matter."""
+    """Compare the fields in the file with their checksums, before defaults are added.
+
+    The result therefore does not depend on fields that later versions add.
+    """
     if content.get("checksums") is None:
         return {}
     try:
@@ -312,7 +316,7 @@ def _content_files(folder: Path) -> dict[str, str]:
 
 
 def _record_files(folder: Path) -> dict[str, str]:
-    """Return the checksums of the files beside the manifest: logs, and the results of an evaluation."""
+    """Return the checksums of the files beside the manifest, by name: logs and evaluation results."""
     there = sorted(p for p in folder.iterdir() if p.is_file() and p.name != NAME and not p.name.startswith("."))
     return {p.name: checksums.of_file(p) for p in there}
 

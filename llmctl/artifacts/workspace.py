@@ -1,4 +1,4 @@
-"""Workspace of a running stage: its output folder, its scratch folder, and the artifacts that it may read."""
+"""Define the workspace of a running stage: its output folder, its temporary folder, and other artifacts of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Folders, key and sibling artifacts that a stage's `run` function gets besides its config.
+    """Give a stage's `run` function its folders, its key and the other artifacts of the run.
 
     Example:
       >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")
@@ -26,9 +26,9 @@ class Context:
     out: Path
     """Final folder of the artifact, written atomically."""
     work: Path
-    """Scratch folder of this stage (checkpoints, log). It is kept after an interruption and removed on success."""
+    """Temporary folder of this stage (checkpoints, log). It is removed on success and kept after an interruption."""
     key: str
-    """Content key: equal keys mean equal results."""
+    """Content key of the stage; equal keys mean equal results."""
     siblings: dict[str, Path] = field(default_factory=dict)
     """Artifacts of the same run that the config names, by name in order, such as the teacher of `distill`."""
 
@@ -36,10 +36,10 @@ class Context:
         """Save the stage's result as the artifact `out`.
 
         Args:
-          config: config of the stage.
-          params: parameter tree.
-          model: config that matches the parameters' shapes.
-          about: further arguments of `llmctl.artifacts.artifact.save`.
+            config: Config of the stage.
+            params: Parameter tree.
+            model: Model config; its shapes are those of the parameters.
+            about: Further arguments of `llmctl.artifacts.artifact.save`.
         """
         from llmctl.artifacts import artifact
 

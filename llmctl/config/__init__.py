@@ -1,1 +1,1 @@
-"""Settings: frozen, strict configuration classes, the sections that stages share, and errors."""
+"""Define settings: frozen, strict configuration classes, sections that stages share, and error classes."""

@@ -1,7 +1,7 @@
-"""Define frozen, strict settings classes. A setting's name, type, default and meaning are written only there.
+"""Define the base class of frozen, strict settings.
 
-TOML is validated into frozen models. An error is one line with the file, the path inside it as for `--set`, the
-problem, and the word that was probably meant.
+A setting's name, type, default and help text are defined once, in its class. TOML is validated into frozen models. An
+error message is one line: the file, the path inside the file as for `--set`, the problem, and a similarly spelled key.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="Config")
 
 FLOAT32_MAX = 2.0**128 - 2.0**104
-"""Largest number in float32, in which programs read settings."""
+"""Largest finite float32; compiled programs read settings as float32."""
 
 
 class Config(BaseModel):
-    """Base of every settings class. Field docstrings become the help texts of the command line."""
+    """Define the base of every settings class. Field docstrings become the help texts of the command line."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -41,17 +41,20 @@ class Config(BaseModel):
     )
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
-    """Fields that cannot change the result (mesh, logging); a stage's key omits them."""
+    """Fields that cannot change a stage's result, such as the mesh or logging; the stage's key omits them."""
     added: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are newer than released recipes; a stage's key omits them while they have their default."""
+    """Fields that were added after a release; a stage's key omits them while they have their default."""
     deciding: ClassVar[tuple[str, ...]] = ()
-    """Fields that decide the defaults of the others (a preset): see `_filled`."""
+    """Fields that determine the defaults of other fields, such as a preset (see `_filled`)."""
     instead: ClassVar[dict[str, str]] = {}
-    """Fields that exclude another field: {"epochs": "steps"}. Of two layers, the higher one voids the lower one's."""
+    """Pairs of fields that exclude each other, such as {"epochs": "steps"}.
+
+    If both are set in different places (recipe, command line), the place with higher precedence wins.
+    """
     heading: ClassVar[str] = ""
-    """Heading of the fields in a command's help; empty takes that of the section around."""
+    """Heading of the fields in a command's help; empty uses the heading of the enclosing section."""
     common: ClassVar[tuple[str, ...] | None] = None
-    """Fields that a command's `--help` lists, by key; the others are in `--help-all`. None lists all."""
+    """Keys of the fields that a command's `--help` lists; `--help-all` lists all. None lists all fields in both."""
 
     @field_validator("*")
     @classmethod
@@ -66,10 +69,10 @@ class Config(BaseModel):
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Return the TOML file as a dict.
+    """Return the content of a TOML file as a dict.
 
     Raises:
-      RequestError: the file is missing, unreadable, or not TOML (with the line).
+        RequestError: If the file is missing, unreadable, too large or not TOML. The message names the line.
     """
     file = Path(path)
     try:
@@ -88,16 +91,18 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) -> C:
-    """Return `values` as a `cls`. Types are strict (no "3" for 3, no true for 1), and unknown keys are errors.
+    """Validate `values` as an instance of `cls`.
+
+    Types are strict ("3" is no integer, and true is not 1). Unknown keys are errors.
 
     Args:
-      cls: the settings class.
-      values: nested dicts and lists, as read from TOML.
-      place: returns the beginning of an error, such as `demo.toml: stage.2.train.steps (prune)` or `--train.steps`,
-        from the dotted path inside `values` (empty for all of it).
+        cls: Settings class.
+        values: Nested dicts and lists, as read from TOML.
+        place: Function from a dotted path inside `values` (empty for all of it) to the beginning of an error message,
+            such as `demo.toml: stage.2.train.steps (prune)` or `--train.steps`.
 
     Raises:
-      RequestError: one line with the first problem: its place, the expected value, and a similar word.
+        RequestError: If a value is invalid. The message is one line: the path, the expected value, a similar key.
     """
     try:
         # The JSON mode is strict, but it accepts a list for a tuple and a string for a path.
@@ -112,7 +117,7 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
 
 
 def parse_value(text: str) -> Any:
-    """Parse `text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"). Other text is returned as a string."""
+    """Parse `text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"). If it is no TOML value, return `text` itself."""
     try:
         parsed = parse_toml(f"value = {text}")
     except ValueError:
@@ -121,7 +126,7 @@ def parse_value(text: str) -> Any:
 
 
 def spelled(value: Any) -> str:
-    """Format `value` (JSON data) as TOML on one line, as `parse_value` reads it."""
+    """Format `value` (JSON data) as TOML on one line; `parse_value` reverses this."""
     if isinstance(value, dict):
         pairs = (f"{k if k.replace('_', 'a').isalnum() else json.dumps(k)} = {spelled(v)}" for k, v in value.items())
         return f"{{ {', '.join(pairs)} }}" if value else "{}"
@@ -131,10 +136,10 @@ def spelled(value: Any) -> str:
 
 
 def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set `values[path[0]][path[1]]… = value`, and create missing tables.
+    """Set `values[path[0]][path[1]]… = value` in place, and create missing tables.
 
     Raises:
-      RequestError: an existing value on the path is not a table.
+        RequestError: If an existing value on the path is not a table.
     """
     for part in path[:-1]:
         values = values.setdefault(part, {})
@@ -144,9 +149,10 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
-    """Override `below` by `above`. Tables that are settings classes of `cls` merge key by key; others are replaced.
+    """Return `below` with the values of `above` in place of its own.
 
-    A field of `above` also removes the fields of `below` that it excludes (`Config.instead`).
+    A table that is a settings class in `cls` is merged key by key. Other values are replaced. A field of `above` also
+    removes the fields of `below` that it excludes (`Config.instead`).
     """
     void = excluded(above, cls)
     out = copy.deepcopy({key: value for key, value in below.items() if key not in void})
@@ -160,18 +166,21 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
 
 
 def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
-    """Return the fields that the settings `given` of `cls` exclude; epochs = 0 excludes no steps."""
+    """Return the fields of `cls` that the settings `given` exclude. For example, epochs = 0 does not exclude steps."""
     pairs = cls.instead.items()
     return {other for name, other in pairs if given.get(name)} | {name for name, other in pairs if other in given}
 
 
 def field_names(cls: type[Config]) -> list[str]:
-    """Return the keys of `cls` as in TOML (`from`, not `parent`)."""
+    """Return the field names of `cls` as written in TOML, such as `from` for the attribute `parent`."""
     return [f.alias or name for name, f in cls.model_fields.items()]
 
 
 def section(cls: type[Config], key: str) -> type[Config] | None:
-    """Return the settings class of the field `key` of `cls`, also of `Section | None`; None for other fields."""
+    """Return the settings class of the field `key` of `cls`, or None if the field is no section.
+
+    A field of type `Section | None` counts as a section.
+    """
     for name, field in cls.model_fields.items():
         if key in (name, field.alias):
             return _config_in(field.annotation)
@@ -179,25 +188,26 @@ def section(cls: type[Config], key: str) -> type[Config] | None:
 
 
 def hint(word: str, known: list[str]) -> str:
-    """Return `, did you mean …?` if a known word is similar, else an empty string."""
+    """Return ", did you mean …?" if a known word is similar to `word`, else an empty string."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
 def with_article(noun: str) -> str:
-    """Return the noun after "a" or "an", by its sound.
+    """Return the noun with the article "a" or "an", chosen by its first sound.
 
     Example:
-      >>> with_article("encoder"), with_article("unigram"), with_article("gpu")
-      ('an encoder', 'a unigram', 'a gpu')
+        >>> with_article("encoder"), with_article("unigram"), with_article("gpu")
+        ('an encoder', 'a unigram', 'a gpu')
     """
     return f"{'an' if noun[:1] in 'aeio' or (noun[:1] == 'u' and noun[:3] not in ('uni', 'use')) else 'a'} {noun}"
 
 
 def keyed(value: Any) -> Any:
-    """Return `value` (a Config, or anything inside one) as JSON data, without the fields that cannot change a result.
+    """Return `value` (a Config, or a value inside one) as JSON data for a stage's key.
 
-    A field of `added` is left out while it has its default, so that a setting that comes later changes no older key.
+    Fields in `unkeyed` are omitted. A field in `added` is omitted while it has its default, so that a new setting does
+    not change existing keys.
     """
     if isinstance(value, Config):
         fields = type(value).model_fields
@@ -213,10 +223,11 @@ def keyed(value: Any) -> Any:
 
 
 def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """Fill sections that are given in part with the values of the field's default.
+    """Complete partially given sections with the default that the enclosing class defines for them.
 
-    `train: TrainConfig = TrainConfig(steps=300)` means 300 steps also if `train.batch_size = 8` is given. In a section
-    with deciding fields only those are filled, unless one of them is given, because they decide the others.
+    With `train: TrainConfig = TrainConfig(steps=300)`, the number of steps is 300 also if only `train.batch_size = 8`
+    is given. If a section has `deciding` fields, only these are completed, because they determine the defaults of the
+    others. If one of them is given, nothing is completed.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():
@@ -241,7 +252,7 @@ def _config_in(annotation: Any) -> type[Config] | None:
 
 
 def _class_at(cls: type[Config], path: tuple[Any, ...]) -> type[Config] | None:
-    """Return the settings class that contains the last key of `path`. Keys that name no section are skipped."""
+    """Return the settings class that contains the last key of `path`. Keys that are not sections are skipped."""
     at: type[Config] | None = cls
     for part in path:
         if not isinstance(part, str) or at is None:

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 1 << 20
-"""Bytes of a file that are read at once."""
+"""Number of bytes per read of a file."""
 
 
 def of_json(value: Any) -> str:
-    """Return the checksum of a JSON value, as hex. The order of an object's keys does not count."""
+    """Return the SHA-256 of a JSON value as hex digits. The order of keys in objects does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def of_file(path: Any) -> str:
-    """Return the checksum of a file's content, as hex. The path may be remote (`etils.epath`)."""
+    """Return the SHA-256 of a file's content as hex digits. The path may be remote (`etils.epath`)."""
     total = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(BLOCK):
@@ -35,16 +35,18 @@ def of_file(path: Any) -> str:
 
 
 def of_folder(folder: Any) -> dict[str, str]:
-    """Return the checksum of every file below a folder, by its path from there; empty if there is no folder."""
+    """Return the SHA-256 of every file below a folder, by relative path. If the folder is missing, return {}."""
     return {name: of_file(path) for name, path in _files(folder).items()}
 
 
 def differing(folder: Any, expected: Mapping[str, str]) -> dict[str, str]:
-    """Compare the files below a folder with their checksums.
+    """Compare the files below a folder with their expected checksums.
+
+    Files whose names begin with a dot are ignored unless they are expected.
 
     Returns:
-      What is wrong with each file that differs, by its path: "does not match what was saved", "is missing", or "was not
-      saved with it". Files whose names begin with a dot are ignored unless they are expected.
+        One message per differing file, by relative path: "does not match what was saved", "is missing", or "was not
+        saved with it".
     """
     found = {n: p for n, p in _files(folder).items() if n in expected or not n.rpartition("/")[2].startswith(".")}
     wrong = dict.fromkeys(expected.keys() - found.keys(), "is missing")
@@ -56,7 +58,10 @@ def differing(folder: Any, expected: Mapping[str, str]) -> dict[str, str]:
 
 
 def _files(folder: Any) -> dict[str, Any]:
-    """Return the files below a folder by their paths from there, with slashes. Links to folders are not followed."""
+    """Return the files below a folder by relative path, with slashes as separators.
+
+    Links to folders are not followed.
+    """
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         inside = path.is_dir() and not Path(path).is_symlink()

@@ -1,19 +1,19 @@
-"""Keep reads and writes inside a folder: names, links and special files that lead out of it are refused.
+"""Reject names, links and special files that would lead a read or a write outside a folder.
 
-Artifacts, prepared data, tokenizers and model folders come from other people. A link or a `../` in them could make
-llmctl copy a private file into its output. A path that the user names may itself be a link; this module checks what is
-below it.
+Artifacts, prepared data, tokenizers and model folders may come from other people. A link or a `../` in them could make
+llmctl copy a private file into its output. The path that the user names may itself be a link; only the files below it
+are checked.
 
-A link is followed only to a file of the same folder. A snapshot in Hugging Face's cache may also link to the `blobs` of
-its own model, because that cache stores every file there.
+A link may point only to a file of the same folder. There is one exception: a snapshot in Hugging Face's cache may link
+to the `blobs` of its own model, because that cache stores all files there.
 
 Example:
-  >>> str(within(Path("model"), "weights/part-1.safetensors"))
-  'model/weights/part-1.safetensors'
-  >>> within(Path("model"), "../secret")
-  Traceback (most recent call last):
-    ...
-  llmctl.config.errors.RequestError: model: names '../secret', which is not inside it
+    >>> str(within(Path("model"), "weights/part-1.safetensors"))
+    'model/weights/part-1.safetensors'
+    >>> within(Path("model"), "../secret")
+    Traceback (most recent call last):
+        ...
+    llmctl.config.errors.RequestError: model: names '../secret', which is not inside it
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ P = TypeVar("P", bound=Any)
 
 
 def within(folder: P, name: str) -> P:
-    """Return the path of what `name` stands for in a folder. It may be absent.
+    """Return the path of `name` inside a folder. The file may be missing.
 
     Args:
-      folder: a local or remote folder.
-      name: relative path, often one that a file of the folder contains.
+        folder: A local or remote folder.
+        name: Relative path, often one that was read from a file of the folder.
 
     Raises:
-      RequestError: the name or a link leads out of the folder, or there is something else than a file or folder.
+        RequestError: If the name or a link leads outside the folder, or if the path is no regular file or folder.
     """
     pure = PurePosixPath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
@@ -49,10 +49,10 @@ def within(folder: P, name: str) -> P:
 
 
 def check(folder: Any) -> None:
-    """Check everything below a local folder as `within` does. Links to folders are refused.
+    """Check all files below a local folder as `within` does. Links to folders are rejected.
 
     Raises:
-      RequestError: a link leads out of the folder or to a folder, or there is a special file.
+        RequestError: If a link leads outside the folder or to a folder, or if a file is a pipe, socket or device.
     """
     if not _is_local(folder):
         return
@@ -65,20 +65,22 @@ def check(folder: Any) -> None:
 
 
 def copy(folder: Path, target: Path) -> None:
-    """Copy a folder with the files that its links stand for.
+    """Copy a folder to `target`. Links are replaced by copies of the files that they point to.
 
     Raises:
-      RequestError: as `check`.
+        RequestError: If `check` rejects the folder.
     """
     check(folder)
     shutil.copytree(folder, target)
 
 
 def regular(path: P) -> P:
-    """Return a path that is absent, a folder, or a regular file. Pipes, sockets and devices may never end.
+    """Return `path` if it is a regular file, a folder or missing.
+
+    Pipes, sockets and devices are rejected, because reading them may never end.
 
     Raises:
-      RequestError: it is something else.
+        RequestError: If it is a special file.
     """
     if _is_local(path):
         try:
@@ -93,10 +95,10 @@ def regular(path: P) -> P:
 
 
 def own(path: P) -> P:
-    """Return a path at which llmctl writes its own scratch files or locks.
+    """Return `path`, at which llmctl writes its own temporary files or locks, if it is no link.
 
     Raises:
-      RequestError: it is a link, so the files would be written elsewhere.
+        RequestError: If it is a link, because the files would be written elsewhere.
     """
     if _is_local(path) and Path(path).is_symlink():
         raise RequestError(f"{path}: is a link to {_target(path)}, and llmctl writes its own files there; remove it")
@@ -111,7 +113,7 @@ def _check(folder: Path, path: Path) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Return the folders that files of `folder` may be in: itself, and the blobs of a Hugging Face cache around it."""
+    """Return the folders that links in `folder` may point into: `folder` itself and its cache's `blobs`."""
     real = folder.resolve()
     roots = [real]
     for above in (real, *real.parents):
@@ -122,7 +124,7 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def _target(path: Any) -> Path:
-    """Return the file that a path leads to in the end; of links in a circle, the next one."""
+    """Return the target of a path after all links. If the links form a cycle, return the next link of the cycle."""
     try:
         return Path(path).resolve(strict=False)
     except (OSError, RuntimeError):

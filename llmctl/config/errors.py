@@ -1,25 +1,28 @@
-"""The three ways a command ends other than well; the class decides the exit code."""
+"""Define the errors that end a command; each class sets the exit code."""
 
 
 class LlmctlError(Exception):
-    """One line for a person: what went wrong, where, and what to do about it."""
+    """Report a failure in one line: the cause, the location and the remedy."""
 
     exit_code = 1
 
 
 class RequestError(LlmctlError):
-    """The request was wrong (flag, recipe, path, data, artifact); nothing was written."""
+    """Report an invalid request (flag, recipe, path, data, artifact). No output was written."""
 
     exit_code = 2
 
 
 class WorkError(LlmctlError):
-    """The work failed (disk full, training diverged). Files that were saved before are intact."""
+    """Report that the work failed, such as a full disk or diverged training. Files saved earlier are intact."""
 
     exit_code = 1
 
 
 class Interrupted(LlmctlError):
-    """SIGTERM or Ctrl-C arrived. Files that were saved before are intact; most commands finish the work when rerun."""
+    """Report that SIGTERM or Ctrl-C arrived.
+
+    Files saved earlier are intact. Most commands finish the work if they are started again.
+    """
 
     exit_code = 3

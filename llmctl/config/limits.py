@@ -1,7 +1,7 @@
-"""Limits on the sizes that files and settings may ask for, each with its reason.
+"""Define limits on sizes that files and settings may request, each with its reason.
 
-A size is compared with the bytes that are there or with the memory of the machine before anything of that size is made.
-All limits are far above what real files need; what exceeds one is damaged or means harm.
+Before an object of a requested size is created, the size is compared with the limit. All limits are far above the sizes
+of real files. A file that exceeds one is damaged or malicious.
 """
 
 from __future__ import annotations
@@ -13,34 +13,40 @@ from pathlib import Path
 from llmctl.config.errors import RequestError
 
 RECIPE = 16 << 20
-"""Bytes of a recipe. Recipes have a few thousand."""
+"""Maximum size of a recipe in bytes. Real recipes have a few thousand bytes."""
 LINE = 256 << 20
-"""Bytes of one line of a text file. A line is a document or a table's row; the longest books have a few million."""
+"""Maximum length of a line of a text file in bytes. A line is a document or a table row; the longest books have a
+few million bytes."""
 RATIO = 1000
-"""Decompressed bytes per compressed byte. Text has about 3 to 10; gzip of equal bytes reaches 1032, zstd more."""
+"""Maximum number of decompressed bytes per compressed byte. Text has about 3 to 10; gzip of equal bytes reaches
+1032, zstd more."""
 UNCHECKED = 64 << 20
-"""Decompressed bytes before `RATIO` counts, because small files of equal lines are harmless."""
+"""Number of decompressed bytes that are exempt from `RATIO`, because small files of equal lines are harmless."""
 
 LAYERS = 100_000
-"""Layers of a stack. Published models have up to a few hundred; the size of lists grows with them."""
+"""Maximum number of layers. Published models have up to a few hundred; the lengths of lists grow with this number."""
 LABELS = 1_000_000
-"""Classes that a config.json may count without naming them. Published models have up to 22,000 such."""
+"""Maximum number of classes that a config.json may declare without names. Published models have up to 22,000."""
 
 TEMPLATE = 1_000_000
-"""Characters of a chat template. Published templates have up to 60,000."""
+"""Maximum length of a chat template in characters. Published templates have up to 60,000."""
 TEMPLATE_TEXT = 20_000_000
-"""Characters or items of any value that a chat template makes, and of its output. Longer conversations fit no model."""
+"""Maximum size of a chat template's output, and of each value in it, in characters or items. Longer conversations
+exceed the context of every model."""
 TEMPLATE_STEPS = 10_000_000
-"""Steps of one rendering: nodes of the template that are visited, and blocks of 64 characters that are read or made. A
-conversation of 1,000 messages of 1,000 characters takes about 170,000 steps and 40 ms. Loops without end reach the
-limit after about 8 seconds."""
+"""Maximum number of steps to render a chat template.
+
+A step is a visited node of the template, or 64 characters that are read or created. A conversation of 1,000 messages of
+1,000 characters takes about 170,000 steps and 40 ms. An infinite loop reaches the limit after about 8 seconds.
+"""
 TEMPLATE_BITS = 4000
-"""Bits of an integer in a chat template. Python prints at most 4300 digits, and long numbers take long to multiply."""
+"""Maximum size of an integer in a chat template, in bits. Python prints at most 4300 digits, and large products are
+slow."""
 
 
 @functools.cache
 def memory() -> int:
-    """Return the memory that this process may use, in bytes: the machine's, or less in a container."""
+    """Return the memory that this process may use, in bytes: that of the machine, or of the container if it is less."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -50,15 +56,15 @@ def memory() -> int:
 
 
 def check_memory(size: int, what: str, advice: str) -> None:
-    """Check that something fits into this machine's memory.
+    """Check that an object fits into this machine's memory.
 
     Args:
-      size: its bytes.
-      what: its name, for the message.
-      advice: what to change.
+        size: Size of the object in bytes.
+        what: Name of the object, for the error message.
+        advice: Remedy, for the error message.
 
     Raises:
-      RequestError: it does not fit.
+        RequestError: If the object does not fit.
     """
     if size > memory():
         raise RequestError(

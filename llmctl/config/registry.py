@@ -1,11 +1,11 @@
-"""Registries: named things that llmctl and other packages provide, imported when they are first used.
+"""Register objects by name, from llmctl and from other packages. Each object is imported when it is first used.
 
-Another package adds a thing by an entry point of the group `llmctl`, whose name is KIND.NAME:
+Another package adds an object by an entry point of the group `llmctl`, whose name is KIND.NAME:
 
     [project.entry-points."llmctl"]
     "source.arrow" = "my_package.arrow:read"
 
-Our own things are written the same way, `module:attribute`, in the table that each registry starts with.
+llmctl's own objects are listed in the table of each registry in the same form, `module:attribute`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ T = TypeVar("T")
 
 @functools.cache
 def entry_points() -> dict[str, metadata.EntryPoint]:
-    """Return the entry points of the group by name, those of all installed packages."""
+    """Return the entry points of the group `llmctl` of all installed packages, by name."""
     return {point.name: point for point in metadata.entry_points(group=GROUP)}
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Names that help and completion list for a setting, if they are not those of one registry."""
+    """List the names that help and shell completion show for a setting, if they are not those of one registry."""
 
     names: Callable[[], list[str]]
 
@@ -41,18 +41,21 @@ class Choices:
 
 
 class Registry(Generic[T]):
-    """Entries of one kind by name: those of llmctl, which cannot be replaced, then those of installed packages.
+    """Map names to objects of one kind. The objects of llmctl come first and cannot be replaced by other packages.
 
     Args:
-      kind: kind of the entries, such as `source`; the first part of an entry point's name.
-      own: entries of llmctl itself by name: "module:attribute", or the object if its import needs no JAX (a record).
+        kind: Kind of the objects, such as `source`; the first part of an entry point's name.
+        own: llmctl's own objects by name: "module:attribute", or the object itself if its import does not need JAX.
     """
 
     def __init__(self, kind: str, own: Mapping[str, str | T]) -> None:
         self.kind, self.own = kind, own
 
     def names(self) -> list[str]:
-        """Return every name, ours first in the order of the table, then the others sorted. Nothing is imported."""
+        """Return all names: llmctl's in the order of the table, then those of other packages, sorted.
+
+        Nothing is imported.
+        """
         start = f"{self.kind}."
         return [
             *self.own,
@@ -66,10 +69,10 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def __getitem__(self, name: str) -> T:
-        """Import and return the thing called `name`.
+        """Import and return the object called `name`.
 
         Raises:
-          RequestError: there is none of this name, or the package that provides it cannot be imported.
+            RequestError: If the name is unknown, or if the package that provides it cannot be imported.
         """
         if name in self.own:
             own = self.own[name]
@@ -89,10 +92,10 @@ class Registry(Generic[T]):
             raise RequestError(f"{self.kind} {name!r} of {package} cannot be loaded: {e}") from e
 
     def check(self, name: str) -> str:
-        """Return `name` if it is known; for pydantic's `AfterValidator`.
+        """Return `name` if it is known. This is a validator for pydantic's `AfterValidator`.
 
         Raises:
-          ValueError: it is not; one line with a near match.
+            ValueError: If it is unknown. The one-line message suggests a similar name.
         """
         if name not in self:
             known = self.names()

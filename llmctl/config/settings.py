@@ -1,4 +1,4 @@
-"""Settings that several stages share: mesh, optimizer and training."""
+"""Define the settings that several stages share: mesh, optimizer and training."""
 
 from typing import ClassVar, Literal
 
@@ -10,15 +10,15 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class MeshConfig(Config):
-    """Number of devices per mesh axis; -1 uses the remaining devices. At most one axis may be -1."""
+    """Set the number of devices per mesh axis; -1 uses the remaining devices. At most one axis may be -1."""
 
     heading: ClassVar[str] = "Where it runs"
     common: ClassVar[tuple[str, ...] | None] = ()
 
     data: int = Field(default=-1, ge=-1)
-    """Number of replicas of the model, which read different examples."""
+    """Number of model replicas; each reads different examples."""
     fsdp: int = Field(default=1, ge=-1)
-    """Number of devices that shard one copy of the parameters and read different examples."""
+    """Number of devices that shard one copy of the parameters; each reads different examples."""
     context: int = Field(default=1, ge=-1)
     """Number of devices that shard each sequence and the parameters, with ring attention."""
     tensor: int = Field(default=1, ge=-1)
@@ -26,12 +26,12 @@ class MeshConfig(Config):
     pipeline: int = Field(default=1, ge=-1)
     """Number of pipeline stages, each with successive layers."""
     dcn: int = Field(default=0, ge=0)
-    """Number of slices with a slower network between them. Only the data axis spans slices. 0 detects their number, 1
-    treats all devices as one slice."""
+    """Number of slices (chips joined by a fast network) with a slower network between them. Only the data axis spans
+    slices. 0 detects the number, 1 treats all devices as one slice."""
 
 
 class OptimConfig(Config):
-    """Settings of the optimizer and its learning-rate schedule."""
+    """Configure the optimizer and its learning-rate schedule."""
 
     heading: ClassVar[str] = "Training"
     common: ClassVar[tuple[str, ...] | None] = ("name", "learning_rate")
@@ -62,13 +62,13 @@ class OptimConfig(Config):
     clip: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm; 0 does not clip."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights, which is then validated and saved; 0 keeps none."""
+    """Decay of a moving average of the weights. If set, the averaged weights are validated and saved; 0 disables it."""
     spike: float = Field(default=0.0, ge=0)
     """Skip a step if its gradient norm or loss exceeds its running mean by this many standard deviations; 0 is off."""
 
 
 class TrainConfig(Config):
-    """Settings of training: steps, batches, validation and checkpoints."""
+    """Configure training: steps, batches, validation and checkpoints."""
 
     heading: ClassVar[str] = "Training"
     common: ClassVar[tuple[str, ...] | None] = ("steps", "epochs", "batch_size", "seq_len")
@@ -81,7 +81,8 @@ class TrainConfig(Config):
     steps: int = Field(default=1000, ge=1)
     """Number of optimizer steps."""
     epochs: float = Field(default=0.0, ge=0)
-    """Passes over the training rows, instead of steps; the number of steps follows from rows and batch_size."""
+    """Passes over the training rows, in place of steps. The number of steps follows from the number of rows and
+    batch_size."""
     batch_size: int = Field(default=32, ge=1)
     """Sequences per optimizer step, over all devices."""
     seq_len: int = Field(default=256, ge=2)
@@ -91,14 +92,15 @@ class TrainConfig(Config):
     microbatches: int = Field(default=0, ge=0)
     """Number of microbatches in the pipeline (mesh.pipeline); 0 uses up to four per stage."""
     dtype: Dtype = "float32"
-    """Compute type; master weights and optimizer state stay float32."""
+    """Dtype of the computation; master weights and optimizer state stay float32."""
     matmuls: dict[str, Literal["int8", "fp8"]] = {}
-    """Matrices to multiply in 8 bits, forward and backward, by pattern, such as {"mlp/*" = "int8"}."""
+    """Matrices to multiply in 8 bits, forward and backward, by name pattern, such as {"mlp/*" = "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
-    """Attention: the platform's fused kernel if there is one (TPU, GPU), or always XLA's."""
+    """Attention implementation: the platform's fused kernel if there is one (TPU, GPU), or always XLA's."""
     remat: Literal["none", "minimal", "qkv", "full", "offload"] = "minimal"
-    """Recomputation in the backward pass. none: nothing. minimal: all but matrix products. offload: the same and
-    attention, with the products in host memory. qkv: all but queries, keys and values. full: everything."""
+    """Activations to recompute in the backward pass. none: nothing. minimal: all but matrix products. offload: as
+    minimal, plus attention, with the products kept in host memory. qkv: all but queries, keys and values. full:
+    everything."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates only at the end."""
     eval_batches: int = Field(default=32, ge=1)
@@ -122,7 +124,7 @@ class TrainConfig(Config):
     wandb: str = ""
     """Weights & Biases project to log to (extra `wandb`)."""
     profile: str = ""
-    """Steps to profile, as first:last. TensorBoard or XProf read the trace beside the TensorBoard events."""
+    """Steps to profile, as first:last. The trace is written beside the TensorBoard events, for TensorBoard or XProf."""
 
     @field_validator("profile")
     @classmethod

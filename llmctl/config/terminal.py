@@ -1,4 +1,4 @@
-"""Print text for people. Text of files and users appears as it is: it is no markup, and no control character acts."""
+"""Print text for people. Text from files and users is printed literally, without markup and control characters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that a terminal acts on or that reorder a line, and lone surrogates; not tab and line feed."""
+"""Characters that control a terminal or reorder a line, and lone surrogates; tab and line feed are not included."""
 
 
 def visible(text: str) -> str:
-    r"""Return the text with its control characters as escapes.
+    r"""Return the text with its control characters replaced by escape sequences.
 
     Example:
       >>> visible("a\x1b[31mb")
@@ -25,13 +25,16 @@ def visible(text: str) -> str:
 
 
 def as_json(value: Any) -> str:
-    """Return JSON on one line without raw control characters. Numbers that JSON lacks (NaN, infinities) become null."""
+    """Return JSON on one line without raw control characters. NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)
     return HIDDEN.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def terminal(*, stderr: bool = False, width: int | None = None) -> Console:
-    """Return a console for `visible` text. Styles are rich's `Text` and `style`, never markup inside a string."""
+    """Return a console that prints strings literally.
+
+    Use rich's `Text` and `style` for styles, never markup in strings.
+    """
     return _kind()(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
@@ -40,7 +43,7 @@ def _kind() -> type[Console]:
     from rich.console import Console
 
     class Terminal(Console):
-        """Console that shows control characters of strings, also of those inside tables."""
+        """Print the control characters of strings as escape sequences, including strings inside tables."""
 
         def render_str(self, text: str, **options: Any) -> Any:
             return super().render_str(visible(text), **options)

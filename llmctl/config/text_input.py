@@ -1,14 +1,14 @@
-"""Parse text that others wrote: JSON and TOML of bounded depth and numbers, and text that is valid Unicode.
+"""Parse untrusted text: JSON and TOML with limited depth and limited numbers, and valid Unicode only.
 
-Python's parsers recurse, so a deeply nested text raises RecursionError. A whole number may have any number of digits,
-and then no float can hold it. JSON escapes can spell half a surrogate pair, which no file can hold as UTF-8.
+Python's parsers recurse, so deeply nested text raises RecursionError. An integer may have any number of digits, and may
+then exceed every float. JSON escapes can encode half a surrogate pair, which UTF-8 cannot represent.
 
 Example:
-  >>> parse_json('{"a": [1]}')
-  {'a': [1]}
-  >>> parse_json("[" * 100_000)
-  Traceback (most recent call last):
-  ValueError: nested deeper than 100 levels
+    >>> parse_json('{"a": [1]}')
+    {'a': [1]}
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: nested deeper than 100 levels
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 from llmctl.config.errors import RequestError
 
 DEPTH = 100
-"""Most levels of nested lists and tables."""
+"""Maximum number of levels of nested lists and tables."""
 LARGEST = 2**128
-"""Bound of whole numbers. Published files hold 10^30, which stands for no limit."""
+"""Exclusive bound of the absolute value of integers. Published files contain 10^30, which means "no limit"."""
 
 _TOO_DEEP = f"nested deeper than {DEPTH} levels"
 _LONG_KEY = re.compile(rf"(?:[^\s.=]{{1,80}}[ \t]{{0,8}}\.[ \t]{{0,8}}){{{DEPTH}}}")
@@ -34,8 +34,8 @@ def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text. A byte order mark is skipped.
 
     Raises:
-      ValueError: the text is not UTF-8 or not JSON, it is nested too deeply, a number is too large, or a string holds
-        half a surrogate pair.
+        ValueError: If the text is not UTF-8, is not JSON or is nested too deeply, if a number is too large, or if a
+            string contains half a surrogate pair.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
@@ -54,10 +54,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return the tables of a TOML text.
+    """Return the tables of a TOML text as a dict.
 
     Raises:
-      ValueError: the text is not TOML, it is nested too deeply, or a number is too large.
+        ValueError: If the text is not TOML or is nested too deeply, or if a number is too large.
     """
     if _LONG_KEY.search(text):  # the parser's time grows with the square of the number of parts
         raise ValueError(_TOO_DEEP)
@@ -70,11 +70,13 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def check_unicode(text: str, where: str) -> str:
-    """Return the text.
+    """Return `text` if it can be written as UTF-8.
+
+    Python represents undecodable bytes of arguments and of standard input as lone surrogates, which UTF-8 cannot
+    represent.
 
     Raises:
-      RequestError: the text cannot be written as UTF-8. Python represents undecodable bytes of arguments and of
-        standard input as lone surrogates.
+        RequestError: If it contains a lone surrogate.
     """
     try:
         text.encode()

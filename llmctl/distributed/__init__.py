@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh and its sharding rules, multi-process runs, and hardware figures."""
+"""Manage devices and processes: the mesh and its sharding rules, multi-process runs, and hardware figures."""

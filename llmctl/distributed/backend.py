@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
-"""Value of JAX_PLATFORMS for each platform. An accelerator's value keeps the CPU backend for work on the host."""
+"""Value of JAX_PLATFORMS for each platform. Accelerators also list cpu, because some work runs on the host."""
 
 
 TPU_FILES = ("accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*")
 """Glob patterns of TPU device files below /dev. Files below vfio may belong to other devices."""
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-"""Environment variables that libtpu reads. Without them it queries a cloud metadata server and logs errors if the
-machine has no TPU."""
+"""Environment variables that describe a TPU to libtpu. Without them and without a TPU, libtpu queries a cloud
+metadata server and logs errors."""
 
 
 def hush(dev: Path = Path("/dev")) -> None:
     """Silence libtpu on a machine without a TPU. Call this before JAX loads libtpu.
 
-    libtpu still searches for TPUs, so an attached TPU is found.
+    libtpu still searches for TPUs, so that it finds any attached TPU.
     """
     if not any(any(dev.glob(files)) for files in TPU_FILES):
         for name, value in NO_TPU.items():
@@ -34,16 +34,16 @@ def hush(dev: Path = Path("/dev")) -> None:
 
 
 def choose(platforms: Iterable[str]) -> str:
-    """Set JAX_PLATFORMS to the requested platform, unless JAX is imported already.
+    """Set JAX_PLATFORMS to the requested platform, unless JAX is already imported.
 
     Args:
-      platforms: platforms requested by the stages of a run; an empty string requests none.
+        platforms: Platforms that the stages of a run request; an empty string requests none.
 
     Returns:
-      The requested platform, or an empty string.
+        The requested platform, or an empty string.
 
     Raises:
-      RequestError: two different platforms are requested.
+        RequestError: If two different platforms are requested.
     """
     named = sorted({p for p in platforms if p})
     if len(named) > 1:
@@ -55,17 +55,17 @@ def choose(platforms: Iterable[str]) -> str:
 
 
 def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: None) -> str:
-    """Initialize the requested JAX backend and check that it is present.
+    """Initialize the requested JAX backend, and check that its devices exist.
 
     Args:
-      platforms: platforms requested by the stages of a run (cpu, gpu, tpu); an empty string requests none.
-      say: called with a one-line message if an accelerator is attached that JAX does not use.
+        platforms: Platforms that the stages of a run request (cpu, gpu, tpu); an empty string requests none.
+        say: Function that is called with one line if the machine has an accelerator that JAX does not use.
 
     Returns:
-      The platform in use.
+        The platform in use.
 
     Raises:
-      RequestError: two different platforms are requested, or the requested one is absent.
+        RequestError: If two different platforms are requested, or if the requested one is missing.
     """
     forced = os.environ.get("JAX_PLATFORMS", "")
     wanted = choose(platforms)
@@ -86,9 +86,9 @@ def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: N
 
 
 def plugged() -> set[str]:
-    """Return the accelerators attached to this machine, as names of pip extras (cuda, tpu).
+    """Return the accelerators of this machine, as names of pip extras (cuda, tpu).
 
-    Only device files are read, so no driver is loaded.
+    The function only looks for device files, so no driver is loaded.
     """
     found = set()
     if Path("/dev/nvidiactl").exists() or Path("/dev/nvidia0").exists():

@@ -1,9 +1,8 @@
 """Context parallelism: split a sequence over devices so that causal attention gives each device equal work.
 
-For n devices a sequence is cut into 2n chunks, and device i holds chunks i and 2n - 1 - i ("zig-zag" order). Each
+For n devices, a sequence is cut into 2n chunks, and device i gets chunks i and 2n - 1 - i ("zig-zag" order). Each
 device then has one early chunk, which attends to few keys, and one late chunk, which attends to many. Losses are sums
-over positions, and attention receives each token's position. Rows are therefore permuted once, on the host, and stay in
-this order.
+over positions, and attention receives each token's position. It is therefore enough to permute rows once, on the host.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ import numpy as np
 from llmctl.config.errors import RequestError
 
 ALONG = frozenset({"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"})
-"""Batch arrays [B, T] whose second axis is the sequence.
+"""Names of batch arrays [B, T] whose second axis is the sequence.
 
-The prefix `encoder_` marks the arrays of an encoder in an encoder-decoder model, and `pair_` those of the second text
-of a pair.
+The prefix `encoder_` marks arrays of the encoder of an encoder-decoder model. The prefix `pair_` marks arrays of the
+second text of a pair.
 """
 PLACES = ("places", "start", "end")
-"""Batch arrays that hold positions in the sequence."""
+"""Names of batch arrays whose values are positions in the sequence."""
 
 
 def runs_along(name: str) -> bool:
-    """Return whether the second axis of this batch array is the sequence."""
+    """Return True if the second axis of the batch array `name` is the sequence."""
     return name.removeprefix("encoder_").removeprefix("pair_") in ALONG | {"order"}
 
 
 def order(length: int, devices: int) -> np.ndarray:
-    """Return the position in the text of the token in each slot, int [T].
+    """Return the zig-zag permutation, int [length]: entry i is the text position of the token in array slot i.
 
-    Slots are assigned to devices in equal, contiguous parts.
+    Each device gets an equal, contiguous part of the array.
     """
     chunks = np.arange(length).reshape(2 * devices, -1)
     early, late = chunks[:devices], chunks[devices:][::-1]
@@ -41,10 +40,10 @@ def order(length: int, devices: int) -> np.ndarray:
 
 
 def balanced(batch: Mapping[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
-    """Permute a batch into zig-zag order and add the permutation as `order` and `encoder_order`, int32 [B, T].
+    """Permute a batch into zig-zag order, and add the permutation as `order` and `encoder_order`, int32 [B, T].
 
-    Sequences are padded if 2 * devices does not divide their length. The first token stays in the first slot. With one
-    device the batch is unchanged.
+    A sequence is padded if 2 * devices does not divide its length. The first token stays first. With one device, the
+    batch is returned unchanged.
     """
     if devices == 1:
         return dict(batch)
@@ -67,10 +66,10 @@ def _permuted(a_BT: np.ndarray, devices: int) -> np.ndarray:
 
 
 def check(length: int, devices: int) -> None:
-    """Check that the devices of the context axis can share a sequence evenly.
+    """Check that a sequence of `length` tokens can be split evenly over the context axis.
 
     Raises:
-      RequestError: 2 * devices does not divide the length.
+        RequestError: If 2 * devices does not divide the length.
     """
     if devices > 1 and length % (2 * devices):
         raise RequestError(
@@ -80,22 +79,20 @@ def check(length: int, devices: int) -> None:
 
 
 def pairs(causal: bool, step: Any, device: Any, where: Any = np.where) -> list[tuple[Any, Any]]:
-    """Return the block products of one device at one ring step, as (query chunk, key chunk) pairs.
+    """Return the block products of one device at one step of ring attention, as (query chunk, key chunk) pairs.
 
-    At step s, device i holds the keys of device i - s. With a causal mask, chunk pairs that are masked in full are left
-    out:
-
-    - At step 0 a device holds its own keys and computes three products.
+    At step s, device i has the keys of device i - s. With a causal mask, fully masked chunk pairs are omitted:
+    - At step 0, a device has its own keys and computes three products.
     - If the keys come from before its first chunk, both query chunks attend to the first key chunk only.
     - If the keys come from after its first chunk, its last query chunk attends to both key chunks.
 
     Every device therefore computes two products at each later step.
 
     Args:
-      causal: whether attention is causal. Without a mask a device multiplies everything at once: one product.
-      step: ring step; a traced value is allowed if it is not 0.
-      device: index of the device on the context axis; may be traced.
-      where: `np.where`, or `jnp.where` for traced values.
+        causal: Whether attention is causal. Without a mask, all chunks form one product.
+        step: Ring step; may be a traced value if it is not 0.
+        device: Index of the device on the context axis; may be a traced value.
+        where: `np.where`, or `jnp.where` for traced values.
     """
     if not causal:
         return [(0, 0)]

@@ -1,4 +1,4 @@
-"""Device order in the mesh: neighbors share the fast network, and only the data axis spans slices."""
+"""Order devices in the mesh: neighbors share the fast network, and only the data axis spans slices."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], s
     """Arrange devices into an array of shape `sizes`, with slices along the outer part of the data axis.
 
     Args:
-      devices: as many devices as the product of `sizes`.
-      axes: names of the mesh axes, "data" among them.
-      sizes: number of devices per axis.
-      slices: number of slices. 0 takes the number that the devices report; 1 treats all devices as one slice.
+        devices: Devices, as many as the product of `sizes`.
+        axes: Names of the mesh axes, including "data".
+        sizes: Number of devices per axis.
+        slices: Number of slices (chips joined by a fast network). 0 uses the number that the devices report; 1 treats
+            all devices as one slice.
 
     Returns:
-      Object array [*sizes] of devices. Every axis except data stays inside one slice.
+        Object array [*sizes] of devices. Every axis except data stays inside one slice.
 
     Raises:
-      RequestError: the data axis or the devices do not divide by the number of slices.
+        RequestError: If the data axis or the devices cannot be divided by the number of slices.
     """
     groups = _groups(devices, slices)
     data = list(axes).index("data")
@@ -38,7 +39,10 @@ def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], s
 
 
 def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
-    """Arrange the devices of one slice. On TPUs the mesh axes follow the links of the torus if possible."""
+    """Arrange the devices of one slice into an array of shape `sizes`.
+
+    On TPUs, the mesh axes follow the links of the torus if possible.
+    """
     if devices[0].platform == "tpu" and len(devices) > 1:
         return mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
     found = np.empty(len(devices), object)
@@ -47,7 +51,11 @@ def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 
 def _groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """Group devices by slice. If the hardware reports no slices, consecutive processes form one."""
+    """Group devices by slice. If the devices report no slices, group consecutive processes.
+
+    Raises:
+        RequestError: If the devices report another number of slices, or cannot be divided by `slices`.
+    """
     told = sorted({getattr(d, "slice_index", 0) for d in devices})
     if len(told) > 1 and slices != 1:
         if slices and slices != len(told):

@@ -1,12 +1,12 @@
-"""Hardware table: memory, FLOP/s and bandwidths of accelerators, from their makers' data sheets.
+"""List memory, FLOP/s and bandwidths of accelerators, from the manufacturers' data sheets.
 
 TPU figures come from the "Key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. TPU memory is
-what libtpu 0.0.42 leaves to a program, as its own out-of-memory message reports. It is slightly below the data sheet.
-The data sheet's interconnect bandwidth counts both directions, so half of it is outgoing. The bandwidth between slices
-is the "DCN bandwidth per chip"; v5e's is derived from 6.4 Tbps per pod of 256.
+the memory available to a program, as the out-of-memory message of libtpu 0.0.42 reports it. It is slightly less than in
+the data sheet. The data sheet's interconnect bandwidth counts both directions, so the outgoing bandwidth is half of it.
+The bandwidth between slices is the "DCN bandwidth per chip"; v5e's is derived from 6.4 Tbps per pod of 256.
 
 GPU figures come from the data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. NVLink bandwidth is
-halved in the same way. Between nodes each GPU has one InfiniBand port, as in DGX A100 (200 Gb/s) and in DGX H100 and
+halved in the same way. Between nodes, each GPU has one InfiniBand port, as in DGX A100 (200 Gb/s) and in DGX H100 and
 H200 (400 Gb/s).
 """
 
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """Hardware figures of one accelerator, per JAX device."""
+    """Store the hardware figures of one accelerator, per JAX device."""
 
     name: str
     kinds: tuple[str, ...]
-    """Substrings of JAX's `device_kind` that identify it."""
+    """Substrings of JAX's `device_kind` that identify the accelerator."""
     hbm_bytes: int
     """Device memory available to a program, in bytes; 0 if unknown (a CPU)."""
     flops: dict[str, float]
@@ -38,9 +38,9 @@ class Chip:
     """Number of JAX devices per physical chip."""
 
     def peak(self, dtype: str) -> float:
-        """Return the peak FLOP/s for operands of this type.
+        """Return the peak FLOP/s for operands of type `dtype`.
 
-        A type without a figure takes bfloat16's, because TPUs multiply float32 operands in bfloat16.
+        If the type has no figure, return that of bfloat16, because TPUs multiply float32 operands in bfloat16.
         """
         return self.flops.get(dtype) or self.flops.get("bfloat16", 0.0)
 
@@ -85,21 +85,21 @@ CHIPS: tuple[Chip, ...] = (
         {"bfloat16": 312e12, "float32": 156e12, "int8": 624e12}, 2039e9, 300e9, 25e9,
     ),
 )  # fmt: skip
-"""All known accelerators. The first one with a matching kind describes a device, so specific kinds come first."""
+"""All known accelerators. The first match of a device's kind is used, so more specific kinds come first."""
 
 CPU = Chip("cpu", (), 0, {}, 0.0, 0.0)
 
 
 def chip(name: str) -> Chip:
-    """Return the accelerator called `name`.
+    """Return the accelerator called `name`, such as "v5e".
 
     Raises:
-      KeyError: the table has no such name.
+        KeyError: If the name is unknown.
     """
     return {c.name: c for c in (*CHIPS, CPU)}[name]
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """Return the accelerator whose kind matches JAX's `device_kind`, or None if the table lacks it."""
+    """Return the accelerator that matches JAX's `device_kind`, or None if it is unknown."""
     kind = device_kind.lower()
     return next((c for c in CHIPS if any(k.lower() in kind for k in c.kinds)), None)

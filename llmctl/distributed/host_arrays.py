@@ -1,4 +1,4 @@
-"""Transfer arrays between host and devices when some devices belong to other processes."""
+"""Transfer arrays between the host and devices, including devices of other processes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmctl.distributed import processes
 
 PIECE = 1 << 28
-"""Bytes of a sharded array that are gathered at once into the memory of every device."""
+"""Maximum size in bytes of the parts in which a sharded array is gathered."""
 
 
 def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Transfer a host array to the devices. The array must be the same in every process."""
+    """Transfer a host array to the devices with `sharding`. The array must be equal in every process."""
     if processes.count() == 1:
         return jax.device_put(a, sharding)
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
 
 def read(a: jax.Array) -> np.ndarray:
-    """Return the full array on every host. All processes must call this."""
+    """Return the full array on every host. All processes must call this function."""
     found = list(pieces(a))
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def pieces(a: jax.Array) -> Iterator[np.ndarray]:
-    """Yield the array on every host, as successive parts along its first axis. All processes must call this.
+    """Yield the full array on every host, as successive parts along its first axis.
 
-    If this process can address the full array, it is one part. An array that is sharded over processes is gathered in
-    parts of about `PIECE` bytes, which bounds the memory.
+    All processes must call this function. If this process can address the full array, there is one part. An array that
+    is sharded over processes is gathered in parts of about `PIECE` bytes, to limit memory.
     """
     if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
         yield np.asarray(a)
@@ -49,5 +49,5 @@ def pieces(a: jax.Array) -> Iterator[np.ndarray]:
 
 @cache
 def _gather(length: int, whole: NamedSharding) -> Any:
-    """Return a jitted function (array, start) -> replicated slice of `length` rows. It is compiled once per shape."""
+    """Return a jitted function (array, start) -> replicated slice of `length` rows, compiled once per shape."""
     return jax.jit(partial(jax.lax.dynamic_slice_in_dim, slice_size=length), out_shardings=whole)

@@ -1,9 +1,9 @@
 """Configure the C allocator of a CPU process to keep freed memory, in huge pages.
 
-A training step allocates and frees hundreds of megabytes of temporaries. By default glibc returns such memory to the
-kernel at once, and the kernel clears every page of it when the next step touches it. This costs an eighth of the step's
-time or more. Here freed memory stays in the process. A reserved address range is marked for huge pages, which needs 512
-times fewer pages.
+A training step allocates and frees hundreds of megabytes of temporaries. By default, glibc returns freed memory to the
+kernel at once. The kernel clears every page when the next step touches it, which takes at least an eighth of the step's
+time. With this module, freed memory stays in the process. A reserved address range is marked for huge pages, which
+needs 512 times fewer pages.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ HUGE = 2 << 20
 def keep() -> bool:
     """Configure this process to keep freed memory. Repeated calls have no effect.
 
-    The process then keeps the most memory that it ever used. Half of the machine's memory is reserved as addresses; a
-    page is allocated only when it is first written.
+    The process then keeps its peak memory. Half of the machine's memory is reserved as addresses. A page is allocated
+    only when it is first written.
 
     Returns:
-      True if the allocator was configured (Linux with glibc).
+        True if the allocator was configured (Linux with glibc).
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

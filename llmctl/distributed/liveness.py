@@ -1,8 +1,7 @@
-"""Process liveness: end all processes of a run together, report failures, and detect dead processes.
+"""End all processes of a run together, report failures, and detect dead processes.
 
-Every process keeps a TCP connection to process 0, which forwards messages to the others. The kernel closes the
-connection of a process that dies, and TCP keep-alive detects an unreachable host. A busy process is therefore never
-reported as dead.
+Every process keeps a TCP connection to process 0, which forwards messages to the others. If a process dies, the kernel
+closes its connection. TCP keep-alive detects an unreachable host. A busy process is therefore never reported as dead.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ RESUME = "the same command finishes the work"
 
 
 class _Run:
-    """Liveness state of this process: its connections and whether it is ending."""
+    """Store the liveness state of this process: its connections, and whether it is ending."""
 
     def __init__(self, index: int, count: int) -> None:
         self.index, self.count = index, count
         self.links: dict[int, socket.socket] = {}
         self.ended: set[int] = set()
-        """Processes that sent their final message; a closed connection is then no failure."""
+        """Processes that sent their final message; if one of them closes its connection, this is no failure."""
         self.failed = False
         self.ending = threading.Lock()
         self.over = threading.Event()
         """Set when all processes have ended successfully."""
         self.answered = threading.Event()
-        """Set when a message from process 0 has arrived, which shows that it is alive."""
+        """Set when a message from process 0 has arrived, so process 0 is alive."""
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message to every connected process."""
@@ -51,7 +50,7 @@ class _Run:
                 link.sendall(text)
 
     def heard(self, who: int, message: dict[str, Any]) -> None:
-        """Handle the final message of process `who`."""
+        """Handle the final message of process `who`, which contains its exit code."""
         self.answered.set()
         self.ended.add(who)
         if message["code"]:
@@ -63,18 +62,21 @@ class _Run:
             self.finish()
 
     def finish(self) -> None:
-        """Release all processes if every process has ended successfully (process 0 only)."""
+        """End the wait of all processes if every process has ended successfully. Only process 0 calls this."""
         if len(self.ended) == self.count and not self.failed:
             self.send({"from": 0, "code": 0})
             self.over.set()
 
     def lost(self, who: int) -> None:
-        """Handle a closed connection. The process is reported as dead unless it sent its final message."""
+        """Handle a closed connection of process `who`: report the process as dead unless it sent its final message."""
         if not (self.over.is_set() or who in self.ended):
             self.follow({"from": who, "code": 1, "line": f"died or cannot be reached; {RESUME}", "dead": True})
 
     def follow(self, message: dict[str, Any]) -> None:
-        """End this process because another one has ended, unless it exits by itself within the grace period."""
+        """Schedule the end of this process after another process has ended.
+
+        If the other process sent a message, this process gets a grace period to exit by itself.
+        """
         if self.index == 0:
             self.send(message)
         line = f"process {message['from']} of {self.count}: {message['line']}"
@@ -85,7 +87,7 @@ class _Run:
         timer.start()
 
     def end(self, code: int, line: str, message: dict[str, Any] | None = None) -> None:
-        """Exit this process, at most once, after printing `line` and sending `message` to the others."""
+        """Exit this process after printing `line` and sending `message` to the others. Later calls have no effect."""
         if not self.ending.acquire(blocking=False):
             return
         if line:
@@ -112,7 +114,7 @@ _run: _Run | None = None
 def silence() -> None:
     """Redirect file descriptor 1 to the null device and keep `sys.stdout` on the original one.
 
-    Native libraries print to standard output (Gloo logs its peers), which would corrupt JSON results.
+    Native libraries print to file descriptor 1 (Gloo logs its peers), which would corrupt JSON results.
     """
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
@@ -122,14 +124,14 @@ def silence() -> None:
 
 
 def bind(index: int, count: int, host: str, seconds: int, tell: Callable[[Any], Any]) -> None:
-    """Connect this process to process 0 on `host` and start the listening thread.
+    """Connect this process to process 0 on `host`, and start the thread that receives messages.
 
     Args:
-      index: index of this process.
-      count: number of processes.
-      host: host of process 0.
-      seconds: time after which a silent host is considered dead.
-      tell: broadcasts a value of process 0 to every process and returns it.
+        index: Index of this process.
+        count: Number of processes.
+        host: Host of process 0.
+        seconds: Time without a reply after which a host is considered dead.
+        tell: Function that broadcasts a value of process 0 to every process and returns it.
     """
     global _run
     _run = run = _Run(index, count)
@@ -168,7 +170,7 @@ def _listen(run: _Run, link: socket.socket) -> None:
 
 
 def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
-    """Accept connections and read messages in process 0, with one thread for all processes."""
+    """Accept connections and receive messages in process 0, with one thread for all connections."""
     chosen = selectors.DefaultSelector()
     chosen.register(server, selectors.EVENT_READ)
     unread: dict[socket.socket, bytes] = {}
@@ -201,9 +203,9 @@ def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
 
 
 def _known(line: bytes, secret: str) -> int | None:
-    """Return the index of the process that sent this first message, or None if the secret is wrong.
+    """Return the index of the process that sent the first message of a connection, or None if the secret is wrong.
 
-    Network scanners also connect to the port, so a connection is anonymous until it sends the secret.
+    Network scanners also connect to the port. A connection is therefore ignored until it sends the secret.
     """
     with contextlib.suppress(ValueError, TypeError, KeyError):
         message = json.loads(line)
@@ -214,7 +216,11 @@ def _known(line: bytes, secret: str) -> int | None:
 def leave(code: int, line: str) -> None:
     """End this process together with the others.
 
-    With code 0 the function returns when all processes have ended successfully. Otherwise it does not return.
+    With code 0, the function returns when all processes have ended successfully. Otherwise it does not return.
+
+    Args:
+        code: Exit code of this process.
+        line: Error message for process 0 to print.
     """
     run = _run
     if run is None:

@@ -1,4 +1,4 @@
-"""Keep two llmctl processes from writing one folder, and name the files that llmctl writes beside it."""
+"""Prevent two llmctl processes from writing one folder, and name the temporary files beside it."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LONGEST = 200
-"""Most bytes of a folder's name: file systems allow 255, and names of scratch files are longer."""
+"""Maximum size of a folder's name in bytes. File systems allow 255, and names of temporary files are longer."""
 
 ATTEMPTS = 100
-"""Most attempts to create a lock's file, whose folder the last holder of another lock may remove."""
+"""Maximum number of attempts to create a lock file. An attempt fails if another process has just removed its folder."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors of the operating system for which the request is not the reason."""
+"""Error numbers of the operating system that do not mean that the request was invalid, such as a full disk."""
 
 _claimed: set[Path] = set()
 
 
 def scratch(out: Path, what: str) -> Path:
-    """Return the hidden path beside `out` for llmctl's own use, such as `.out.llmctl-draft`.
+    """Return the path of a hidden temporary file or folder beside `out`, such as `.out.llmctl-draft`.
 
     Raises:
-      RequestError: there is a link.
+        RequestError: If the path is a link.
     """
     return containment.own(out.parent / f".{out.name}.llmctl-{what}")
 
 
 def check_name(name: str, where: str) -> None:
-    """Check that a folder can have this name, before any work is done.
+    """Check that `name` is valid as a folder name, before any work is done.
 
     Raises:
-      RequestError: the name is too long, is not valid text, or contains a NUL or a slash.
+        RequestError: If the name is too long, is not valid Unicode, or contains a NUL or a slash.
     """
     try:
         size = len(name.encode())
@@ -54,10 +54,10 @@ def check_name(name: str, where: str) -> None:
 
 
 def check_path(path: Path, where: str) -> None:
-    """Check that arrays can be written below a folder. Orbax merges the files of all paths that match it as a glob.
+    """Check that Orbax can write arrays below a folder. Orbax reads the path as a glob pattern.
 
     Raises:
-      RequestError: the absolute path has a character that means something in globs.
+        RequestError: If the absolute path has a character with a meaning in globs.
     """
     if found := re.search(r"[\[\]*?\\]", str(path.absolute())):
         raise RequestError(
@@ -67,10 +67,10 @@ def check_path(path: Path, where: str) -> None:
 
 @contextlib.contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Be the only process that writes `out` while the context lasts. Claims of one process nest.
+    """Lock `out` for writing by this process while the context lasts. Nested claims in one process are allowed.
 
     Raises:
-      RequestError: another process writes it.
+        RequestError: If another process has locked it.
     """
     out = Path(out)
     place = out.parent.resolve() / out.name
@@ -87,18 +87,19 @@ def claim(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = False) -> Iterator[None]:
-    """Lock the file `path` while the context lasts. Only process 0 of a run locks. The kernel unlocks at its death.
+    """Lock the file `path` while the context lasts. Only process 0 of a run takes the lock.
 
-    The last holder removes the file, and its folder if it made that and it is empty.
+    The kernel releases the lock if the process dies. The last process that releases the lock removes the file. It also
+    removes the file's folder if it created the folder and the folder is empty.
 
     Args:
-      path: the lock's file.
-      what: what is locked, for the message.
-      shared: other holders of a shared lock are let in.
-      own_folder: the folder is llmctl's, and is removed if it is empty, whoever made it.
+        path: Path of the lock file.
+        what: Name of the locked object, for the error message.
+        shared: Whether several processes may take the lock with shared=True at the same time.
+        own_folder: Whether the folder belongs to llmctl. An empty one is then removed, whoever created it.
 
     Raises:
-      RequestError: another process holds it, the file or its folder is a link, or no file can be made there.
+        RequestError: If another process has the lock, the file or its folder is a link, or the file cannot be created.
     """
     if not processes.first():
         yield

@@ -50,7 +50,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
 }
-"""Rules: logical axis name -> mesh axes. To change a layout, change a row here."""
+"""Sharding rules: logical axis name -> mesh axes. To change a layout, change a row of this table."""
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
@@ -58,15 +58,15 @@ _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """Build a mesh over all devices, with the axes `AXES` of type Auto.
 
-    On the CPU platform with every axis at its default, the mesh has one device: fake CPU devices only split the same
-    cores. On CPUs the process also keeps freed memory (`host_memory.keep`).
+    On the CPU platform with default settings, the mesh has one device, because fake CPU devices only split the same
+    cores. On CPUs, the process also keeps freed memory (`host_memory.keep`).
 
     Args:
-      config: number of devices per axis; -1 takes the remaining ones.
-      devices: devices to use; all of them by default.
+        config: Number of devices per axis; -1 uses the remaining ones.
+        devices: Devices to use; all of them by default.
 
     Raises:
-      RequestError: the axes do not multiply to the number of devices.
+        RequestError: If the product of the axes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -94,7 +94,7 @@ def _show(sizes: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[Mesh]:
-    """Set `mesh` as the current mesh, which `constrain` reads during tracing."""
+    """Set `mesh` as the current mesh while the context lasts. `constrain` reads the current mesh during tracing."""
     token = _current.set(mesh)
     try:
         yield mesh
@@ -126,18 +126,20 @@ def axis_size(axis: str) -> int:
 
 
 def splits_sequences() -> bool:
-    """Return whether the current mesh shards sequences over devices (context parallelism)."""
+    """Return True if the current mesh shards sequences over devices (context parallelism)."""
     mesh = _current.get()
     return mesh is not None and mesh.shape["context"] > 1
 
 
 def spec(names: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> PartitionSpec:
-    """Convert logical axis names to a PartitionSpec. Mesh axes of size 1 are left out, and no axis is used twice.
+    """Convert logical axis names to a PartitionSpec. No mesh axis is used twice.
+
+    Mesh axes of size 1 and manual axes (inside `per_device`) are omitted.
 
     Args:
-      names: one logical axis name per dimension; None for a replicated dimension.
-      mesh: the mesh. Inside `per_device` its manual axes are left out too.
-      shape: shape of the array. If given, mesh axes that do not divide a dimension are left out.
+        names: One logical axis name per dimension; None for a replicated dimension.
+        mesh: The device mesh.
+        shape: Shape of the array. If given, mesh axes that do not divide a dimension are omitted.
     """
     used = set(jax.sharding.get_abstract_mesh().manual_axes)
     entries: list[tuple[str, ...] | None] = []
@@ -161,7 +163,10 @@ def sharding(names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain the sharding of an activation by its logical axes. Outside `use` or on one device this does nothing."""
+    """Constrain the sharding of an activation by the logical axes `names`, and return it.
+
+    Without a current mesh, or on one device, return it unchanged.
+    """
     mesh = _current.get()
     if mesh is None or mesh.size == 1:
         return x
@@ -173,14 +178,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def per_device(
     fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, automatic: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """Map `fn` over the local shards of every device with `shard_map`. Calls may be nested.
+    """Return a function that runs `fn` on the local shards of every device with `shard_map`. Calls may be nested.
 
     Args:
-      fn: function of local shards.
-      mesh: the mesh.
-      in_specs: PartitionSpecs of the arguments.
-      out_specs: PartitionSpecs of the results.
-      automatic: mesh axes that XLA continues to partition by itself; all others become manual.
+        fn: Function of local shards.
+        mesh: The device mesh.
+        in_specs: PartitionSpecs of the arguments.
+        out_specs: PartitionSpecs of the results.
+        automatic: Mesh axes that XLA continues to partition; all others become manual.
     """
     inside = jax.sharding.get_abstract_mesh()
     axes = set(AXES) - set(inside.manual_axes) - set(automatic)
@@ -195,10 +200,10 @@ def per_device(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a replicated array."""
+    """Return the sharding that replicates an array on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Return the sharding of a batch array [B, ...]."""
+    """Return the sharding of a batch array [B, ...], which splits the first axis."""
     return sharding(["batch"] + [None] * (ndim - 1), mesh)

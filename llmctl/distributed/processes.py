@@ -1,6 +1,6 @@
-"""Run several processes as one: rendezvous, broadcasts of process 0's decisions, barriers and ordering.
+"""Coordinate the processes of a run: connection, broadcasts of process 0's decisions, barriers and ordering.
 
-Without other processes nothing here imports JAX, and every function treats this process as the only one.
+In a run with one process, this module does not import JAX, and all functions return at once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from llmctl.distributed import backend, liveness
 T = TypeVar("T")
 
 HEARTBEAT = "LLMCTL_HEARTBEAT"
-"""Environment variable: seconds without a reply after which a host is considered dead."""
+"""Environment variable with the seconds without a reply after which a host is considered dead."""
 SECONDS = 60
-"""Default of `HEARTBEAT`."""
+"""Default value of the environment variable `HEARTBEAT`, in seconds."""
 FOREVER = 7 * 24 * 3600 * 1000
-"""Timeout in milliseconds for a process that is busy. `llmctl.distributed.liveness` detects one that dies."""
+"""Timeout in milliseconds for waits on other processes: one week. Dead processes are detected by
+`llmctl.distributed.liveness`."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Index of this process and the number of processes."""
+    """Store the index of this process and the number of processes."""
 
     index: int = 0
     count: int = 1
@@ -52,23 +53,23 @@ def count() -> int:
 
 
 def first() -> bool:
-    """Return whether this is process 0, which prints and writes files for all."""
+    """Return True if this is process 0, which prints messages and writes files for all processes."""
     return _place.index == 0
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Connect to the other processes of this run, before any JAX backend starts.
+    """Connect to the other processes of this run. Call this before any JAX backend starts.
 
-    Without arguments, processes that were started together by Slurm or on a TPU pod find each other. A single process
+    Without arguments, the other processes are found if they were started by Slurm or on a TPU pod. A single process
     does nothing.
 
     Args:
-      coordinator: address of process 0 as HOST:PORT.
-      num_processes: number of processes; 1 disables the search for other processes.
-      process_id: index of this process.
+        coordinator: Address of process 0 as HOST:PORT.
+        num_processes: Number of processes; 1 disables the search for other processes.
+        process_id: Index of this process.
 
     Raises:
-      RequestError: only some of the three are given, they contradict each other, or a process cannot be reached.
+        RequestError: If only some arguments are given, if they contradict each other, or if a process is unreachable.
     """
     global _place
     if _place.count > 1:
@@ -111,7 +112,11 @@ def _heartbeat() -> int:
 
 
 def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any] | None:
-    """Convert the flags to arguments of `jax.distributed.initialize`, or None for a single process."""
+    """Convert the flags to arguments of `jax.distributed.initialize`; return None for a single process.
+
+    Raises:
+        RequestError: If the flags are incomplete or contradict each other.
+    """
     if num_processes == 1 and not coordinator and process_id <= 0:
         return None
     host, _, port = coordinator.rpartition(":")
@@ -135,7 +140,7 @@ def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[st
 def found() -> dict[str, Any] | None:
     """Return arguments of `jax.distributed.initialize` from the environment of Slurm or a TPU pod.
 
-    For a single process the result is None.
+    If there is only one process, return None.
     """
     env = os.environ
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
@@ -160,15 +165,15 @@ def found() -> dict[str, Any] | None:
 
 
 def tell(decide: Callable[[], T]) -> T:
-    """Broadcast the result of `decide` in process 0 to all processes. All must call it, in the same order.
+    """Broadcast the result of `decide` in process 0 to all processes. All must call this in the same order.
 
-    If `decide` raises in process 0, the run ends for all processes.
+    If `decide` raises an error in process 0, the run ends for all processes.
 
     Args:
-      decide: function without arguments, called in process 0 only; its result must be JSON.
+        decide: Function without arguments, called in process 0 only. Its result must be JSON data.
 
     Returns:
-      The result, the same in all processes.
+        The result, equal in all processes.
     """
     global _decisions
     if _place.count == 1:
@@ -191,10 +196,10 @@ def together(name: str) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all processes, by process index. All must call it, in the same order.
+    """Return the values of all processes, ordered by process index. All must call this in the same order.
 
     Args:
-      value: this process's value; must be JSON.
+        value: Value of this process, as JSON data.
     """
     global _decisions
     if _place.count == 1:
@@ -207,7 +212,7 @@ def gather(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
-    """Run the block in process 0 first, then in the others.
+    """Run the block in process 0 first, then in the other processes.
 
     The other processes can then read the files that process 0 wrote.
     """
@@ -219,10 +224,10 @@ def in_turn() -> Iterator[None]:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Check that this process has the same value as process 0. The value must be JSON.
+    """Check that all processes have the same `value`, which must be JSON data.
 
     Raises:
-      RequestError: the values differ.
+        RequestError: If the value differs from that of process 0.
     """
     if _place.count == 1:
         return
@@ -232,10 +237,10 @@ def check_same(value: Any, what: str) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Check that this process can read what process 0 writes into `folder`.
+    """Check that all processes share the file system of `folder`: process 0 writes a file, and the others read it.
 
     Raises:
-      RequestError: the file of process 0 is absent or differs.
+        RequestError: If the file is missing or differs.
     """
     if _place.count == 1:
         return
@@ -263,14 +268,13 @@ def _client() -> Any:
 
 
 def leave(code: int, line: str) -> int:
-    """End a command in every process and return its exit code.
+    """End a command in every process, and return its exit code.
 
-    With several processes, all end together if all succeed. If a process fails, it ends the others and this function
-    does not return.
+    If all processes succeed, they end together. If one fails, it ends the others, and this function does not return.
 
     Args:
-      code: exit code.
-      line: message that process 0 prints to standard error.
+        code: Exit code.
+        line: Message that process 0 prints to standard error.
     """
     if first() and line:
         sys.stderr.write(f"llmctl: {visible(line)}\n")
