@@ -1,1 +1,1 @@
-"""Data: sources, tokenizers, example rows, pretraining rows, and batches on devices."""
+"""Read data: sources, tokenizers, example rows, pretraining rows, and batches on devices."""

@@ -1,7 +1,7 @@
 """Read the class names that a data set declares for columns of class numbers.
 
-Hugging Face `datasets` stores a `ClassLabel` as a number. Its names are in dataset_info.json and in the metadata of the
-Arrow schema, which Parquet files keep.
+Hugging Face `datasets` stores a `ClassLabel` as a number. The class names are in dataset_info.json, and in the metadata
+of the Arrow schema, which Parquet files also store.
 
 Example:
   >>> of_features({"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}, "text": {"_type": "Value"}})
@@ -21,7 +21,7 @@ Names = Mapping[str, tuple[str, ...]]
 
 
 def of_features(features: Any) -> dict[str, tuple[str, ...]]:
-    """Return the names of every column of classes, or of lists of classes, in features of Hugging Face `datasets`."""
+    """Return the class names of each column with classes, or lists of them, from features of `datasets`."""
     found = {column: _names(feature) for column, feature in dict(features or {}).items()}
     return {column: names for column, names in found.items() if names}
 
@@ -37,7 +37,10 @@ def _names(feature: Any) -> tuple[str, ...]:
 
 
 def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Return the names that the metadata of an Arrow schema declares; none if it is unreadable."""
+    """Return the class names in the metadata of an Arrow schema, by column.
+
+    If the metadata is unreadable, return {}.
+    """
     try:
         return of_features(parse_json((metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError):
@@ -45,9 +48,9 @@ def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ..
 
 
 def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Return the names of every column of classes, or of lists of classes, in the features of a TFDS data set.
+    """Return the class names of each column with classes, or lists of classes, from the features of a TFDS data set.
 
-    Nested features have names such as `about/label`, as the columns of the rows.
+    Nested features have names such as `about/label`, which are also the column names of the rows.
     """
     import tensorflow_datasets
 
@@ -63,7 +66,9 @@ def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
 
 
 def numbers_hint(classes: Sequence[str], names: Sequence[str]) -> str:
-    """Return advice if an artifact's classes are numbers and the data declares names for them; else an empty string.
+    """Return advice for an error message if an artifact's class names are numbers and the data declares names.
+
+    Otherwise return an empty string.
 
     >>> numbers_hint(["neg", "pos"], ["0", "1"])
     '; if its numbers are those of the data: data.classes = ["0", "1"]'

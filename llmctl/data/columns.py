@@ -18,24 +18,24 @@ CHATS = (
 
 
 class View(Source):
-    """Source with canonical column names and replaced text. `read` returns None for filtered rows.
+    """Wrap a source to use canonical column names, filter rows and replace text.
 
-    If `tokens` (a list of words) is mapped but no text is, the words joined by spaces also become the column `text`.
-
-    Class numbers become the names that the data declares. `data.classes` without any of these names keeps the numbers.
+    `read` returns None for filtered rows. If `tokens` (a list of words) is mapped and no text is, the column `text`
+    contains the words joined by spaces. Class numbers are replaced by the names that the data declares, unless
+    `data.classes` has none of these names.
     """
 
     def __init__(self, cfg: SourceConfig, classes: Sequence[str] = (), numbers: bool = False, labels: bool = True):
         """Open the source and map its columns.
 
         Args:
-          cfg: the source.
-          classes: label values that the data may have (`data.classes`); empty if any.
-          numbers: whether labels are numbers, which have no class names.
-          labels: whether to map label columns. Pretraining does not read them.
+            cfg: Settings of the source.
+            classes: Label values that the data may have (`data.classes`); empty allows all.
+            numbers: Whether labels are numbers, which have no class names.
+            labels: Whether to map label columns. Pretraining does not read them.
 
         Raises:
-          RequestError: the source lacks a column, or has no text column.
+            RequestError: If the source lacks a column, or has no text column.
         """
         self._cfg, self._source = cfg, open_source(cfg)
         self.where = self._source.where
@@ -59,10 +59,10 @@ class View(Source):
         named = {c: n for c, n in self._source.names.items() if not classes or set(classes) & set(n)}
         self._names = {c: named[t] for c, t in self._map.items() if t in named and not (numbers and c == "label")}
         self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names), ())
-        """Declared names of the labels by class number; empty if the data declares none."""
+        """Declared class names of the labels by class number; empty if the data declares none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         self.texts = (*self._joined, *self._texts)
-        """Text columns. The first one decides the split of a row."""
+        """Text columns. The text of the first one determines a row's split."""
         self.columns = (*self._joined, *self._map)
         if len(self._source) and not self.texts:
             raise RequestError(f"{cfg.title}: {_without_text(self._source[0])} (columns: {', '.join(known)})")
@@ -72,7 +72,7 @@ class View(Source):
         }
 
     def named(self, ours: str) -> str:
-        """Return the source's name of a canonical column."""
+        """Return the source's name of the canonical column `ours`."""
         return self._map.get(ours, ours)
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class View(Source):
         return self._canonical(self._source[i], i)
 
     def read(self, i: int) -> Row | None:
-        """Return row i, or None if the filter drops it."""
+        """Return row i, or None if the filter removes it."""
         raw = self._source[i]
         for column, allowed in self._keep.items():
             if column not in raw:
@@ -129,7 +129,7 @@ class View(Source):
         return row
 
     def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
-        """Return whether a value is one of those of a filter. Text equals text only if it is spelled alike."""
+        """Return True if a value is in the list of a filter. Two texts are equal only if their spelling is equal."""
         names = self._source.names.get(column, ())
         # A value that is one of the names means the name, even if another class has it as its number.
         if plain(_name(names, value)) in {v for v, _ in allowed}:
@@ -142,7 +142,10 @@ class View(Source):
         )
 
     def _class_name(self, ours: str, value: Any, i: int) -> Any:
-        """Return the declared name of a class number, or of each in a list. A negative number means no label."""
+        """Replace a class number, or each number of a list, by its declared name.
+
+        A negative number becomes None (no label).
+        """
         names = self._names[ours]
         found = [_name(names, v) for v in value] if isinstance(value, list) else _name(names, value)
         if odd := [v for v in (found if isinstance(found, list) else [found]) if isinstance(v, int)]:
@@ -173,7 +176,7 @@ class View(Source):
             raise RequestError(f"{self.where(i)}: column {self._map['tags']!r} must hold one label a word ({said})")
 
     def _answers(self, row: Row, i: int) -> list[tuple[str, int]]:
-        """Return (text, index of its first character in the context) of every accepted answer."""
+        """Return every accepted answer as (text, index of its first character in the context)."""
         given: Any = row["answers"] or {"text": [], "answer_start": []}
         try:
             found = [(str(t), int(s)) for t, s in zip(given["text"], given["answer_start"], strict=True)]
@@ -192,7 +195,7 @@ class View(Source):
 
 
 def _without_text(row: Row) -> str:
-    """Return what to do with data that has no column of our names, by its first row."""
+    """Return advice for data without a canonical text column, based on its first row."""
     if chats := next((column for column, value in row.items() if _is_chat(value)), None):
         return f"column {chats!r} holds {CHATS}"
     if text := next((column for column, value in row.items() if isinstance(value, str)), None):
@@ -201,7 +204,7 @@ def _without_text(row: Row) -> str:
 
 
 def _is_chat(value: Any) -> bool:
-    """Return whether a value is a list of messages with roles."""
+    """Return True if a value is a list of chat messages, which have roles."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         return False
     return all({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in value)
@@ -211,23 +214,23 @@ def views(cfg: DataConfig, labels: bool = True) -> list[View]:
     """Open every source of a data config.
 
     Args:
-      cfg: the data config.
-      labels: whether to map label columns.
+        cfg: Settings of the data.
+        labels: Whether to map label columns.
 
     Raises:
-      RequestError: a source lacks a column, or has no text column.
+        RequestError: If a source lacks a column, or has no text column.
     """
     return [View(part, cfg.classes, cfg.label_type == "number", labels) for part in cfg.sources()]
 
 
 def _mapped(known: Collection[str]) -> list[str]:
-    """Return the columns that are mapped by default if the source has the columns `known`."""
+    """Return the canonical columns that are mapped by default for a source with the columns `known`."""
     partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
     return [c for c in COLUMNS if c in known and c not in partial]
 
 
 def _name(names: Sequence[str], value: Any) -> Any:
-    """Return the name of a class number, None if it is negative, or the value itself if it has no name."""
+    """Return the name of a class number. Return None for a negative number, and any other value unchanged."""
     if isinstance(value, float) and value.is_integer():  # a column of integers with gaps
         value = int(value)
     if not names or isinstance(value, bool) or not isinstance(value, int) or value >= len(names):

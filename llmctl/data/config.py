@@ -1,4 +1,4 @@
-"""Settings of data: sources, columns, splits and tokenizers."""
+"""Define the settings of data: sources, columns, splits and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from llmctl.data.sources import SOURCES
 
 Split = Literal["train", "validation", "test"]
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
-"""Splits that no stage trains on."""
+"""Splits that are never used for training."""
 Packing = Literal["segments", "concat", "fit"]
-"""Packing method of documents into rows; see `llmctl.data.pretraining.packing`."""
+"""Method of packing documents into rows; see `llmctl.data.pretraining.packing`."""
 Truncate = Literal["tail", "head_tail"]
-"""Truncation of long texts: cut the tail, or keep both ends."""
+"""Truncation of long texts: "tail" cuts the end, "head_tail" cuts the middle."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "context", "question")
-"""Canonical columns that hold text. The first one in a row decides its split, so that a context and all of its
-questions are in the same split."""
+"""Canonical columns that contain text. The first one that a row has determines the row's split, so that a context
+and all of its questions are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers")
 """All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
 LABEL_COLUMNS = {"label", "tags", "answers"}
-"""Canonical columns that hold labels, not text."""
+"""Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
-"""Sets of columns that are mapped by default only if all of the set are present. Alone they may mean anything."""
+"""Groups of columns that are mapped by default only if all columns of the group exist, because one alone may have
+another meaning."""
 
 Scalar = str | bool | int | float
 
 
 class SourceConfig(Config):
-    """One source of rows, and the mapping of its columns."""
+    """Configure one source of rows, and the mapping of its columns."""
 
     heading: ClassVar[str] = "Data"
     common: ClassVar[tuple[str, ...] | None] = ("source", "path", "columns")
 
     source: Annotated[str, AfterValidator(SOURCES.check), SOURCES] = "text"
-    """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set, or
-    the tokens that `llmctl prepare` wrote."""
+    """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set,
+    or prepared data (tokenized by `llmctl prepare`)."""
     path: str = ""
-    """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. Sources hf
-    and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
+    """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. For the
+    sources hf and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
     """Source tfds: name of the data set, optionally with config and version (`glue/sst2:2.0.0`)."""
     split: str = "train"
@@ -57,32 +58,32 @@ class SourceConfig(Config):
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Keep only rows whose column (in the source's naming) has this value, or one of these values."""
     replace: dict[str, str] = {}
-    """Substrings to replace in every text column, in this order."""
+    """Substrings to replace in every text column, in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
-    """Source text: unit of one document. Blank lines separate paragraphs."""
+    """Unit of one document, for the source text. Blank lines separate paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     """Source csv: character between fields."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the training rows of a mixture, relative to the other weights."""
     epochs: float = Field(default=0.0, ge=0)
-    """Maximum number of passes of training over this source; 0 means no limit."""
+    """Maximum number of training epochs of this source; 0 means no limit."""
 
     @property
     def title(self) -> str:
-        """Return the name of the source in messages."""
+        """Return the name of the source for messages."""
         return self.path or self.name or self.source
 
     def inputs(self) -> list[str]:
-        """Return the files that are read; their content belongs to a stage's key.
+        """Return the paths of the input files; their content is part of a stage's key.
 
         Raises:
-          RequestError: a path matches no file.
+            RequestError: If a path matches no file.
         """
         return [str(path) for path in SOURCES[self.source].inputs(self)]
 
 
 class DataConfig(SourceConfig):
-    """Data of a stage: one source or a mixture, labels and splits."""
+    """Configure the data of a stage: one source or a mixture, labels and splits."""
 
     added: ClassVar[frozenset[str]] = frozenset(
         {"label_separator", "unlabeled", "validation_path", "test_path", "validation_split", "test_split", "target_len"}
@@ -92,32 +93,32 @@ class DataConfig(SourceConfig):
     """List of several sources, each with a weight, instead of one source."""
     classes: list[str] = []
     """Label values in the order of their class indices. Empty uses the distinct values, sorted, or in the order in
-    which the data set declares their names (sources tfds, hf, parquet). If numbers are listed, the labels keep their
-    numbers."""
+    which the data set declares their names (sources tfds, hf, parquet). If the list contains numbers, labels stay
+    numbers and are not replaced by declared names."""
     label_type: Literal["class", "number", "set"] = "class"
-    """Type of the labels: a class, a number (regression), or a set of any number of classes, also none."""
+    """Type of the labels: a class, a number (regression), or a set of any number of classes, including none."""
     label_separator: str = ""
-    """Text between the labels of a set in one string, such as ","; empty accepts only lists."""
+    """Separator of the labels of a set in one string, such as ","; empty accepts only lists."""
     unlabeled: Literal["refuse", "drop"] = "refuse"
-    """Rows without a label (an empty cell, null, NaN, or class -1 that data.classes does not list): refuse the data, or
-    drop them."""
+    """Treatment of rows without a label (an empty cell, null, NaN, or class -1 that data.classes does not list):
+    refuse the data, or drop these rows."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, le=1)
-    """Fraction of the texts held out for the final measurement; no stage trains on it. 1 takes all, for the data of an
-    evaluation."""
+    """Fraction of the texts held out for the final measurement; no stage trains on it. 1 uses all texts, for the
+    data of an evaluation."""
     validation_path: str = ""
-    """Files of the validation split, of the same kind and columns as `path`; instead of a fraction. Rows of `path` with
-    the same text (up to case, Unicode form and white space) are dropped, also if dedup is false."""
+    """Files of the validation split, of the same kind and columns as `path`, in place of a fraction. Rows of `path`
+    with the same text (up to case, Unicode form and white space) are dropped, even if dedup is false."""
     test_path: str = ""
-    """Files of the test split, of the same kind and columns as `path`; instead of a fraction. Rows of `path` with the
-    same text (up to case, Unicode form and white space) are dropped, also if dedup is false."""
+    """Files of the test split, of the same kind and columns as `path`, in place of a fraction. Rows of `path` with
+    the same text (up to case, Unicode form and white space) are dropped, even if dedup is false."""
     validation_split: str = ""
-    """Sources tfds and hf: which of their splits is the validation split, instead of a fraction."""
+    """Name of the validation split of a tfds or hf data set, in place of a fraction."""
     test_split: str = ""
-    """Sources tfds and hf: which of their splits is the test split, instead of a fraction."""
+    """Name of the test split of a tfds or hf data set, in place of a fraction."""
     target_len: int = Field(default=0, ge=0)
-    """Encoder-decoders: tokens per completion, its end included; longer ones are cut. 0 takes train.seq_len."""
+    """Maximum number of tokens per completion, including the end token, for encoder-decoders. 0 uses train.seq_len."""
     dedup: bool = True
     """Drop repeated texts (up to case, Unicode form and white space) before splitting. Rows with the
     text of a held-out file or split (test_path, test_split, …) are always dropped."""
@@ -145,11 +146,11 @@ class DataConfig(SourceConfig):
         return self
 
     def parts(self) -> list[SourceConfig]:
-        """Return the sources: those of the mixture, or this one."""
+        """Return the sources: those of the mixture, or this one if there is no mixture."""
         return list(self.mixture) or [self]
 
     def held_out(self) -> dict[Split, SourceConfig]:
-        """Return the source of each split that has its own files or its own split of the data set."""
+        """Return the source of each held-out split that has its own files, or its own split of the data set."""
         found: dict[Split, SourceConfig] = {}
         settings = {name: getattr(self, name) for name in SourceConfig.model_fields}
         for split in HELD_OUT:
@@ -160,14 +161,14 @@ class DataConfig(SourceConfig):
         return found
 
     def sources(self) -> list[SourceConfig]:
-        """Return all sources: the parts, then those of `held_out`."""
+        """Return all sources: those of `parts`, then those of `held_out`."""
         return [*self.parts(), *self.held_out().values()]
 
     def inputs(self) -> list[str]:
-        """Return the files that are read, over all sources.
+        """Return the paths of the input files of all sources.
 
         Raises:
-          RequestError: a path matches no file.
+            RequestError: If a path matches no file.
         """
         if self.mixture:
             return [path for part in self.mixture for path in part.inputs()]
@@ -175,33 +176,34 @@ class DataConfig(SourceConfig):
 
 
 class TokenizerConfig(Config):
-    """Settings of the tokenizer: trained on the corpus, or given."""
+    """Configure the tokenizer: train one on the corpus, or load one."""
 
     heading: ClassVar[str] = "Tokenizer"
     common: ClassVar[tuple[str, ...] | None] = ("kind", "path", "vocab_size")
 
     kind: Literal["unigram", "bpe", "bytes"] = "unigram"
-    """Algorithm of the tokenizer that is trained (SentencePiece, arXiv:1808.06226, with byte fallback); bytes needs no
+    """Algorithm of a trained tokenizer (SentencePiece, arXiv:1808.06226, with byte fallback); bytes needs no
     training."""
     path: str = ""
-    """Tokenizer to use instead of training one: tokenizer.json, a SentencePiece model, or a folder with one."""
+    """Tokenizer to load, in place of training one: tokenizer.json, a SentencePiece model, or a folder with one."""
     vocab_size: int = Field(default=4096, ge=264)
     """Number of tokens, including special tokens and 256 bytes."""
     sample: int = Field(default=10_000_000, ge=1000)
     """Maximum number of characters to train on. A fixed hash selects complete documents."""
     normalize: Literal["identity", "nfkc", "nfkc_lowercase"] = "identity"
-    """Unicode normalization before tokenization. With identity, decoding returns the encoded text, except that unigram
-    and bpe store spaces as U+2581, so that a text's own U+2581 becomes a space."""
+    """Unicode normalization before tokenization. With identity, decoding returns the encoded text, with one
+    exception: unigram and bpe decode the character U+2581 as a space."""
     sentinels: int = Field(default=0, ge=0, le=1000)
     """Number of extra tokens `<extra_id_0>`, `<extra_id_1>`, … for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"
-    """Begin documents and prompts with a begin-of-sequence token. auto: yes if trained; as in the file if given."""
+    """Begin documents and prompts with a begin-of-sequence token. auto: yes for a trained tokenizer; as in the file
+    for a loaded one."""
 
     def inputs(self) -> list[str]:
-        """Return the files of the given tokenizer; their content belongs to a stage's key.
+        """Return the paths of the files of a loaded tokenizer; their content is part of a stage's key.
 
         Raises:
-          RequestError: the path matches no file.
+            RequestError: If the path matches no file.
         """
         if not self.path:
             return []

@@ -1,4 +1,4 @@
-"""Tokenized corpus: the token ids of many documents in one flat array, stored as two .npy files."""
+"""Store a tokenized corpus: the token ids of many documents in one flat array, saved as two .npy files."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from llmctl.distributed import processes
 T = TypeVar("T")
 
 FILES = ("tokens.npy", "starts.npy")
-"""Arrays of a saved corpus."""
+"""Names of the files with the arrays of a saved corpus."""
 CHUNK = 1024
-"""Documents per tokenizer call. It keeps all cores busy, and bounds the memory of Python lists of ids."""
+"""Number of documents per tokenizer call: enough to use all cores, and few enough to limit memory."""
 
 
 class Tokens(Protocol):
-    """Protocol of the token ids of all documents, one after another: a flat array, or what is indexed like one."""
+    """Define the type of the concatenated token ids of all documents: an object that is indexed like a flat array."""
 
     def __getitem__(self, at_N: np.ndarray, /) -> np.ndarray:
-        """Return the token ids at these positions, integers [N]."""
+        """Return the token ids at the positions `at_N`, integers [N]."""
         ...
 
 
 class Documents(Protocol):
-    """Protocol of tokenized documents, in any storage. Packing needs nothing else."""
+    """Define the type of tokenized documents, independent of their storage. Packing needs no other attributes."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -43,15 +43,15 @@ class Documents(Protocol):
 
     @property
     def tokens(self) -> Tokens:
-        """Return the token ids. The first of document d is at position `lengths[:d].sum()`."""
+        """Return the token ids of all documents. Document d begins at position `lengths[:d].sum()`."""
         ...
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenized documents, held as one array. Document d is `tokens[starts[d]:starts[d + 1]]`.
+    """Store tokenized documents in one array. Document d is `tokens[starts[d]:starts[d + 1]]`.
 
-    They contain no beginning-of-sequence and end-of-sequence tokens.
+    The documents contain no beginning-of-sequence and end-of-sequence tokens.
     """
 
     tokens: np.ndarray
@@ -73,12 +73,12 @@ class Corpus:
     def save(self, folder: Path, tokenizer: str, texts: str) -> None:
         """Save the arrays and a description to a folder.
 
-        The description is written last and renamed into place, so `load` ignores an interrupted write.
+        The description is written last, by a rename. `load` therefore ignores an interrupted save.
 
         Args:
-          folder: target folder.
-          tokenizer: digest of the tokenizer, which `load` checks.
-          texts: digest of the texts, which `load` checks.
+            folder: Output folder.
+            tokenizer: Digest of the tokenizer, which `load` checks.
+            texts: Digest of the texts, which `load` checks.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "corpus.json").unlink(missing_ok=True)
@@ -91,16 +91,16 @@ class Corpus:
 
     @staticmethod
     def load(folder: Path, tokenizer: str, texts: str, check: bool = True) -> Corpus | None:
-        """Load the corpus with these digests, memory-mapped.
+        """Load a memory-mapped corpus if it was made from these texts with this tokenizer.
 
         Args:
-          folder: folder of the corpus.
-          tokenizer: digest of the tokenizer.
-          texts: digest of the texts.
-          check: compare the checksums of the files, which reads them once.
+            folder: Folder of the corpus.
+            tokenizer: Digest of the tokenizer.
+            texts: Digest of the texts.
+            check: Whether to compare the checksums of the files, which reads them once.
 
         Returns:
-          The corpus; None if it is missing or damaged, or its digests differ.
+            The corpus, or None if it is missing or damaged, or if its digests differ.
         """
         try:
             described = parse_json((folder / "corpus.json").read_bytes())
@@ -117,10 +117,10 @@ class Corpus:
 
 
 def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
-    """Tokenize every text, in order.
+    """Tokenize every text, in order, and return the corpus.
 
     Raises:
-      RequestError: there is no text.
+        RequestError: If there is no text.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     chunks, lengths = [], []
@@ -134,10 +134,16 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
 
 
 def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer) -> Corpus:
-    """Return `tokenize(texts)`, cached in `folder` under the digests of texts and tokenizer.
+    """Return `tokenize(texts)`, from the cache in `folder` if the digests of texts and tokenizer match.
+
+    Args:
+        folder: Cache folder.
+        texts: Texts of the documents.
+        digest: Digest of the texts.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-      RequestError: there is no text.
+        RequestError: If there is no text.
     """
     with processes.in_turn():  # process 0 tokenizes and the others load the result
         # The others must not disagree with process 0, which has compared the same files just before.
@@ -149,7 +155,7 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
 
 
 def batched(things: Iterable[T]) -> Iterator[tuple[T, ...]]:
-    """Yield tuples of `CHUNK` things; the last may be shorter."""
+    """Yield tuples of `CHUNK` items; the last tuple may be shorter."""
     # itertools.batched needs Python 3.12.
     it = iter(things)
     while batch := tuple(itertools.islice(it, CHUNK)):

@@ -1,7 +1,7 @@
 """Scan rows for deduplication and splitting. Ranges of rows are scanned independently, in any process.
 
-A text's value in [0, 1) decides its split. It depends on the text alone, not on its position, the filters or other
-texts.
+The text of a row is hashed to a number in [0, 1), which determines the row's split. The number depends on the text
+only, not on its position, the filters or other texts.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from llmctl.data.label_values import Label, Labels, Unlabeled, plain
 
 KEPT, FILTERED, BLANK, UNLABELED = 0, 1, 2, 3
 RANGE = 8192
-"""Number of rows scanned at a time."""
+"""Number of rows per range."""
 
 _TAG = re.compile(r"<[^<>]{1,80}>")
 _NOT_CONTENT = bytes(set(range(128)) - set((string.ascii_letters + string.digits).encode()))
 
 
 def normal(text: str) -> str:
-    """Normalize a text for the duplicate test: NFKC, case folding, and one space per run of white space."""
+    """Normalize a text for the comparison of duplicates: NFKC, case folding, and one space per run of white space."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def fraction(text: str) -> float:
-    """Hash a text to [0, 1) with SHA-256 over its letters and digits. Tags, punctuation, case and space are ignored.
+    """Hash a text to [0, 1) with SHA-256 over its letters and digits; tags, punctuation, case and space are ignored.
 
-    This is coarser than `normal`, so light cleaning (`replace`) does not move a text to another split.
+    The hash ignores more than `normal` does, so that light cleaning (`replace`) does not move a text to another split.
     """
     bare = normal(_TAG.sub(" ", text) if "<" in text else text).encode()
     content = bare.translate(None, _NOT_CONTENT) or bare
@@ -45,29 +45,29 @@ def fraction(text: str) -> float:
 
 @dataclass(frozen=True)
 class Scan:
-    """Scan result of a range of rows. `state` has an entry per row, the other fields one per kept row."""
+    """Store the scan result of a range of rows. `state` has one entry per row, the other fields one per kept row."""
 
     state: np.ndarray
-    """KEPT, FILTERED, BLANK or UNLABELED."""
+    """State of each row, uint8 [R]: KEPT, FILTERED, BLANK or UNLABELED."""
     fraction: np.ndarray
-    """Hash of each text in [0, 1), which decides its split."""
+    """Hash of each text in [0, 1), float64, which determines the row's split."""
     key: np.ndarray
-    """First 16 bytes of the SHA-256 of the normalized texts. Equal keys mean duplicates."""
+    """First 16 bytes of the SHA-256 of the normalized texts of each row. Rows with equal keys are duplicates."""
     digest: np.ndarray
-    """First 16 bytes of the SHA-256 of the exact texts."""
+    """First 16 bytes of the SHA-256 of the exact texts of each row."""
     chars: np.ndarray
-    """Length of the first text in characters."""
+    """Length of the first text of each row in characters, int64."""
     labels: list[Label]
     """Label values; empty if rows have no labels."""
     tags: dict[str, str]
-    """Location of the first row of each distinct label of words; empty if words have none."""
+    """Location of the first row with each word label, for error messages; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
     """Scan the rows first..last - 1 of a source.
 
     Raises:
-      RequestError: a row cannot be read, or its label is missing, is none, or is not among the classes.
+        RequestError: If a row cannot be read, or if its label is missing, invalid or not among the classes.
     """
     of_rows, of_words = (Labels(cfg, view.named(ours)) for ours in ("label", "tags"))
     state = np.full(last - first, KEPT, np.uint8)

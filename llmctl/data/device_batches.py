@@ -1,7 +1,7 @@
-"""Turn rows into batches on the devices, built in background threads ahead of the step that reads them.
+"""Build batches of rows on the devices, in background threads ahead of the training step.
 
-Step k holds rows [k * B, (k + 1) * B). The only state is the next step, so a run that stops and resumes, on any number
-of processes, reads the same global batches. Each process builds the rows that its own devices hold, and no others.
+Step k uses rows [k * B, (k + 1) * B). The only state is the number of the next step. A resumed run therefore reads the
+same global batches, on any number of processes. Each process builds only the rows of its own devices.
 
     batches = DeviceBatches(mesh, 32)
     with batches.training(rows, start=100, stop=200) as steps:
@@ -30,22 +30,22 @@ T = TypeVar("T")
 
 
 class Rows(Protocol):
-    """Random-access rows; `batch` builds many at once."""
+    """Define the type of rows with random access; `batch` builds many rows at once."""
 
     def __len__(self) -> int: ...
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows of these numbers as arrays with leading axis B."""
+        """Return the rows with the numbers `rows_B` as arrays [B, ...], by name."""
         ...
 
 
 def training_rows(train: TrainConfig) -> int:
-    """Return the number of rows that a whole training run reads; 0 if `train.epochs` decides it."""
+    """Return the number of rows that a training run reads, or 0 if `train.epochs` determines it."""
     return 0 if train.epochs else train.steps * train.batch_size
 
 
 def with_steps(train: TrainConfig, rows: int) -> TrainConfig:
-    """Return the settings with the number of steps for `train.epochs` passes over so many rows, at least one step.
+    """Return the settings with `steps` computed from `train.epochs` and the number of rows; at least one step.
 
     >>> with_steps(TrainConfig(epochs=3, batch_size=32), rows=1000).steps
     94
@@ -57,19 +57,19 @@ def with_steps(train: TrainConfig, rows: int) -> TrainConfig:
 
 
 def validation_rows(train: TrainConfig) -> int:
-    """Return the number of rows that a validation reads at most."""
+    """Return the maximum number of rows of one validation."""
     return train.eval_batches * train.batch_size
 
 
 def row_shapes(rows: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each array of one row."""
+    """Return the shape of each array of the first row, by name."""
     return {name: a.shape for name, a in rows[0].items()}
 
 
 class Prefetch(Iterator[tuple[int, T]], Generic[T]):
-    """Iterate over (step, batch) of batches that threads build ahead. Close it, or use it as a context manager.
+    """Iterate over (step, batch) while threads build batches ahead. Close it, or use it as a context manager.
 
-    A failure in a thread is raised by `next` at the step it belongs to.
+    If building a batch fails, `next` raises the error at the step of that batch.
     """
 
     def __init__(self, build: Callable[[int], T], start: int, stop: int, threads: int, buffer: int):
@@ -79,7 +79,7 @@ class Prefetch(Iterator[tuple[int, T]], Generic[T]):
         self._step = start
         self._iterator.set_state({"next_index": start})
         self.wait_seconds = 0.0
-        """Time spent in `next` so far, in seconds: the time that training waited for input."""
+        """Total time spent in `next`, in seconds: the time that training waited for input."""
 
     def __next__(self) -> tuple[int, T]:
         begun = time.perf_counter()
@@ -93,7 +93,7 @@ class Prefetch(Iterator[tuple[int, T]], Generic[T]):
         return self._step - 1, batch
 
     def close(self) -> None:
-        """Stop the threads and drop the batches they have begun. Idempotent."""
+        """Stop the threads and discard unfinished batches. Repeated calls have no effect."""
         self._iterator.close()
 
     def __enter__(self) -> Prefetch[T]:
@@ -108,7 +108,7 @@ class Prefetch(Iterator[tuple[int, T]], Generic[T]):
 
 
 class _Steps(Generic[T]):
-    """Batch number k, for Grain to read: random access, so that threads may build several at once."""
+    """Give Grain random access to batches by step number, so that several threads can build batches at once."""
 
     def __init__(self, build: Callable[[int], T], steps: int):
         self._build, self._steps = build, steps
@@ -135,17 +135,19 @@ def prefetch(
     """Iterate over batches [batch_size, ...], without end if `stop` is not given.
 
     Args:
-      rows: Random-access rows.
-      batch_size: Rows per global batch, over all processes.
-      start: First step. A resumed run passes the step it stopped at.
-      stop: Step to end before.
-      place: Called with each batch in a background thread (to copy it to the devices). Its result is the batch.
-      spans: Parts [first, last) of the global batch that this process builds, ascending (`local_spans`). A batch then
-        holds only those rows, concatenated. None builds all rows.
-      once: Read every row of the first epoch exactly once. Batches have `row_weight` float32 [B], 1 for rows that
-        count. The last batch is filled with copies of the last row, whose `row_weight` (and `weights`) are 0.
-      threads: Number of background threads.
-      buffer: Most batches built ahead.
+        rows: Random-access rows.
+        batch_size: Rows per global batch, over all processes.
+        start: First step. A resumed run passes the step after its last one.
+        stop: Step before which the iteration ends.
+        place: Function that is called with each batch in a background thread, to copy it to the devices. Its result
+            replaces the batch.
+        spans: Parts [first, last) of the global batch that this process builds, ascending (`local_spans`). A batch then
+            contains only those rows, concatenated. None builds all rows.
+        once: Whether to read every row of the first epoch exactly once. Batches then have `row_weight` float32 [B], 1
+            for real rows. The last batch is filled with copies of the last row, whose `row_weight` (and `weights`) are
+            0.
+        threads: Number of background threads.
+        buffer: Maximum number of batches to build ahead.
     """
     local_L = np.concatenate([np.arange(a, b) for a, b in spans]) if spans is not None else np.arange(batch_size)
 
@@ -161,7 +163,10 @@ def prefetch(
 
 
 def _filled(rows: Rows, index_B: np.ndarray) -> Batch:
-    """Return rows of the first epoch; copies of the last row, of weight 0, stand for those after it."""
+    """Return rows of the first epoch with `row_weight`.
+
+    Rows beyond its end are copies of the last row with weight 0.
+    """
     batch = rows.batch(np.minimum(index_B, len(rows) - 1))
     batch["row_weight"] = (index_B < len(rows)).astype(np.float32)
     if "weights" in batch:
@@ -170,33 +175,40 @@ def _filled(rows: Rows, index_B: np.ndarray) -> Batch:
 
 
 class DeviceBatches:
-    """Batches of `size` rows, sharded over `mesh`.
+    """Build batches of `size` rows, sharded over `mesh`.
 
-    If devices share sequences (mesh axis `context`), the tokens of a row are put in balanced order. `reading_order`
-    keeps the order of the text and shards by rows alone; a size that does not divide is replicated.
+    If the mesh axis `context` shards sequences, the tokens of a row are permuted to balance attention. With
+    `reading_order`, tokens keep their text order and only rows are sharded. If the row axes of the mesh do not divide
+    `size`, such batches are replicated.
     """
 
     def __init__(self, mesh: Mesh, size: int, reading_order: bool = False) -> None:
         self.mesh, self.size, self.reading_order = mesh, size, reading_order
         self.spans = local_spans(self.row_sharding(1), size) if processes.count() > 1 else None
-        """Parts [first, last) of a batch that this process builds; None is all of it."""
+        """Parts [first, last) of a batch that this process builds; None builds all of it."""
 
     @classmethod
     def covering(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
-        """Return batches that read so many rows once: `size` rows each, or all of them, rounded up to the mesh."""
+        """Return the batches for one pass over `rows` rows.
+
+        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the row shards of the mesh.
+        """
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         return cls(mesh, -(-min(size, rows) // ways) * ways)
 
     def training(self, rows: Rows, start: int, stop: int, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
-        """Iterate over the batches of steps [start, stop), placed on the devices (by `place` if given)."""
+        """Iterate over the batches of steps [start, stop), copied to the devices (by `place` if given)."""
         return prefetch(rows, self.size, start, stop, place or self.place, spans=self.spans)
 
     def once(self, rows: Rows, limit: int | None = None, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
-        """Iterate over every row once, at most `limit` batches, with `row_weight` as in `prefetch`."""
+        """Iterate over every row once, for at most `limit` batches, with `row_weight` as in `prefetch`."""
         return prefetch(rows, self.size, stop=limit, place=place or self.place, spans=self.spans, once=True)
 
     def abstract(self, row: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes, dtypes and shardings of a batch of rows like `row`; the mesh need not be attached."""
+        """Return the shapes, dtypes and shardings of a batch of rows like `row`.
+
+        The devices of the mesh need not exist.
+        """
         batch = {name: np.asarray(a)[None] for name, a in row.items()}
         if not self.reading_order:
             batch = context_parallel.balanced(batch, self.mesh.shape["context"])
@@ -207,13 +219,13 @@ class DeviceBatches:
         }
 
     def row_sharding(self, ndim: int) -> NamedSharding:
-        """Return the sharding of an array of rows [B, ...] in reading order."""
+        """Return the sharding of a batch array [B, ...] whose rows are sharded and whose tokens are in text order."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         replicated = self.reading_order and self.size % ways != 0
         return meshes.replicated(self.mesh) if replicated else meshes.batch_sharding(self.mesh, ndim)
 
     def shardings(self, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
-        """Return the sharding of each array: over its rows, and over the sequence if devices share sequences."""
+        """Return the sharding of each array, by name: over rows, and over the sequence if the mesh shards it."""
         if self.reading_order or self.mesh.shape["context"] == 1:
             return {name: self.row_sharding(a.ndim) for name, a in batch.items()}
         along = {name: a.ndim > 1 and context_parallel.runs_along(name) for name, a in batch.items()}
@@ -225,7 +237,7 @@ class DeviceBatches:
         }
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Return the whole batch on the devices of all processes, from the rows of `spans`."""
+        """Copy a batch to the devices of all processes. Each process passes only its rows (`spans`)."""
         if not self.reading_order and self.mesh.shape["context"] > 1:
             batch = context_parallel.balanced(batch, self.mesh.shape["context"])
         shardings = self.shardings(batch)
@@ -234,7 +246,7 @@ class DeviceBatches:
         return {name: self._assembled(a, shardings[name], self.spans) for name, a in batch.items()}
 
     def _assembled(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        """Return the global array of which this process holds `rows`."""
+        """Return the global array of all processes, of which this process provides `rows`."""
         begins = np.cumsum([0, *(last - first for first, last in spans)])
 
         def part(index: Any) -> np.ndarray:
@@ -246,12 +258,17 @@ class DeviceBatches:
         return jax.make_array_from_callback((self.size, *rows.shape[1:]), sharding, part)
 
     def gathered(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-        """Return the rows of all processes on every host, from a `batch` in reading order and how it was `placed`."""
+        """Return the rows of all processes on every host.
+
+        Args:
+            batch: Rows of this process in text order.
+            placed: Device arrays that `place` made of `batch`.
+        """
         return batch if self.spans is None else {name: host_arrays.read(a) for name, a in placed.items()}
 
 
 def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) -> dict[str, jax.Array]:
-    """Return a host batch, the same in every process, as device arrays; arguments as in `DeviceBatches`."""
+    """Copy a host batch, which is equal in every process, to the devices. See `DeviceBatches` for `reading_order`."""
     found = {name: np.asarray(a) for name, a in batch.items()}
     layout = DeviceBatches(mesh, len(next(iter(found.values()))), reading_order)
     if not reading_order:
@@ -260,7 +277,7 @@ def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) 
 
 
 def local_spans(sharding: Any, batch_size: int) -> list[tuple[int, int]]:
-    """Return the parts [first, last) of the batch axis that this process's devices hold under a sharding."""
+    """Return the parts [first, last) of the batch axis that a sharding assigns to this process's devices."""
     index = sharding.addressable_devices_indices_map((batch_size,)).values()
     found = sorted({s.indices(batch_size)[:2] for (s,) in index})
     merged: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Read the bytes of files: decompressed or memory-mapped, as text, and by line."""
+"""Read files as bytes (decompressed or memory-mapped), as text, or by line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llmctl.data.paths import is_local
 
 
 def lines(path: epath.Path) -> list[tuple[int, str]]:
-    """Return the lines of a UTF-8 text file with their numbers, from 1.
+    """Return the lines of a UTF-8 text file as (line number from 1, text).
 
-    A line ends with LF or CRLF only: U+2028, U+0085 and form feeds are part of a text. A byte order mark is skipped.
+    Only LF or CRLF ends a line: U+2028, U+0085 and form feeds are part of the text. A byte order mark is skipped.
 
     Raises:
-      RequestError: the file is not UTF-8 text.
+        RequestError: If the file is not UTF-8 text.
     """
     found = content(path).split("\n")
     for number, line in enumerate(found, 1):
@@ -32,7 +32,7 @@ def content(path: epath.Path) -> str:
     """Return the text of a UTF-8 file without a byte order mark.
 
     Raises:
-      RequestError: the file is not UTF-8 text.
+        RequestError: If the file is not UTF-8 text.
     """
     data = bytes(buffer(path))
     try:
@@ -43,10 +43,10 @@ def content(path: epath.Path) -> str:
 
 
 def buffer(path: epath.Path) -> bytes | bytearray | mmap.mmap:
-    """Return a file's bytes: decompressed (.gz, .zst), memory-mapped if local and not empty, or read.
+    """Return the bytes of a file. Files .gz and .zst are decompressed; other local files are memory-mapped.
 
     Raises:
-      RequestError: the file is a pipe or a device, is damaged, or decompresses to more than the limits.
+        RequestError: If the file is a pipe or a device, is damaged, or exceeds a limit when decompressed.
     """
     regular(path)
     if path.suffix in (".gz", ".zst"):
@@ -58,10 +58,13 @@ def buffer(path: epath.Path) -> bytes | bytearray | mmap.mmap:
 
 
 def line_offsets(data: bytes | bytearray | mmap.mmap, path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return byte offsets of starts and ends, and line numbers, of all lines that are not blank.
+    """Find the lines of a text that are not blank.
+
+    Returns:
+        Byte offsets of their starts, byte offsets of their ends, and line numbers from 1, int64 [N] each.
 
     Raises:
-      RequestError: a line is longer than `limits.LINE`.
+        RequestError: If a line is longer than `limits.LINE`.
     """
     start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0x0A) if len(data) else np.zeros(0, np.int64)
@@ -76,7 +79,11 @@ def line_offsets(data: bytes | bytearray | mmap.mmap, path: epath.Path) -> tuple
 
 
 def _check_length(path: epath.Path, number: int, size: int) -> None:
-    """Check the length of a line, in bytes or characters. Raises RequestError if it is above `limits.LINE`."""
+    """Check the length of a line, in bytes or characters.
+
+    Raises:
+        RequestError: If it exceeds `limits.LINE`.
+    """
     if size > limits.LINE:
         raise RequestError(f"{path}:{number}: a line of {size:,} bytes; {limits.LINE:,} at most, so break it up")
 

@@ -1,13 +1,13 @@
-"""Read label cells: which values are labels, one spelling per class, and cells that hold no label.
+"""Read label cells: detect missing labels, and map different spellings of a class to one name.
 
-A class is a text, an integer, a boolean or a whole float. Files store one class in several ways: as `1`, `1.0`, "1" or
-"1.0", and as `true` or "True". These are one class.
+A class is a text, an integer, a boolean or an integral float. Files store one class in several ways, such as `1`,
+`1.0`, "1" and "1.0", or `true` and "True". Each of these groups is one class.
 
 Example:
-  >>> one_spelling(["pos", "neg"]), one_spelling(["0.0", "1.0", "1"])
-  ({'pos': 'pos', 'neg': 'neg'}, {'0.0': '0', '1.0': '1', '1': '1'})
-  >>> one_spelling(["1", "True"], known=["1.0", "true"])
-  {'1': '1.0', 'True': 'true'}
+    >>> one_spelling(["pos", "neg"]), one_spelling(["0.0", "1.0", "1"])
+    ({'pos': 'pos', 'neg': 'neg'}, {'0.0': '0', '1.0': '1', '1': '1'})
+    >>> one_spelling(["1", "True"], known=["1.0", "true"])
+    {'1': '1.0', 'True': 'true'}
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from llmctl.config.text_input import check_unicode
 from llmctl.data.config import DataConfig
 
 Label = str | float | tuple[str, ...]
-"""Class, number or set of classes."""
+"""Label of a row: a class, a number, or a set of classes."""
 
 NO_CLASS = ("-1", "-100")
-"""Numbers that stand for "no label": of Hugging Face data sets and TFDS, and of PyTorch's losses."""
+"""Class numbers that mean "no label": in data sets of Hugging Face and TFDS, and in the losses of PyTorch."""
 _WHOLE = re.compile(r"([+-]?)(0|[1-9]\d*)(?:\.0*)?", re.ASCII)
 _DROP = 'data.unlabeled = "drop" drops such rows'
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Unlabeled(RequestError):
-    """A cell holds no label. Such rows are dropped if `data.unlabeled` is "drop"."""
+    """Report that a cell has no label. If `data.unlabeled` is "drop", the row is dropped."""
 
 
 def plain(value: Any) -> str:
-    """Convert a value to text, whether a file stores it as text, integer, boolean or float."""
+    """Convert a label to text, so that text, integers, booleans and floats of equal value give equal text."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (float, decimal.Decimal)) and math.isfinite(value) and value == int(value):
@@ -51,9 +51,9 @@ def plain(value: Any) -> str:
 
 
 def canonical(label: str) -> str:
-    """Return the canonical spelling of a class: "1" for "1.0", "true" for "True", and composed Unicode without margins.
+    """Return the canonical spelling of a class: "1" for "1.0", "true" for "True", else stripped NFC text.
 
-    Numbers with leading zeros and fractions keep their spelling, because they may be codes and versions.
+    Numbers with leading zeros or fractions keep their spelling, because they may be codes or versions.
     """
     text = unicodedata.normalize("NFC", label.strip())
     if whole := _WHOLE.fullmatch(text):
@@ -65,12 +65,12 @@ def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, s
     """Map every label to the name of its class.
 
     Args:
-      found: labels as they are written.
-      known: names of classes that the config or the data lists. A label takes the name with its canonical spelling.
+        found: Labels as spelled in the data.
+        known: Class names in the config or the data. A label gets the name with the same canonical spelling.
 
     Returns:
-      The class of each label. Labels that no name matches keep their spelling; if some class has several spellings, all
-      of them take the canonical one.
+        The class of each label. A label without a matching name keeps its spelling. If at least one class has several
+        spellings, all labels without a name get their canonical spelling.
     """
     names = list(known)
     count = Counter(map(canonical, names))
@@ -82,10 +82,10 @@ def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, s
 
 
 def check_kinds(title: str, classes: Collection[str]) -> None:
-    """Check that the classes found in the data do not include both booleans (true, false) and their numbers (1, 0).
+    """Check that the classes do not include both booleans (true, false) and numbers (1, 0).
 
     Raises:
-      RequestError: they include both, so it is unknown whether true and 1 are the same class.
+        RequestError: If they do, because true and 1 may then be one class or two.
     """
     kinds = [sorted(c for c in classes if canonical(c) in pair) for pair in (("false", "true"), ("0", "1"))]
     if all(kinds):
@@ -96,10 +96,10 @@ def check_kinds(title: str, classes: Collection[str]) -> None:
 
 
 def no_class(classes: Collection[str]) -> str:
-    """Return the class found in the data that may mean "no label", or an empty string.
+    """Return the class in the data that probably means "no label", or an empty string.
 
-    It is -1 or -100, if 0 is also a class and no other class is negative. Classes such as -1 and 1, or -2 to 2, have
-    none.
+    This is -1 or -100, if 0 is also a class and no other class is negative. Among classes such as -1 and 1, or -2 to 2,
+    there is none.
     """
     named = {canonical(c): c for c in classes}
     if not all(_WHOLE.fullmatch(c) for c in named) or "0" not in named:
@@ -109,7 +109,7 @@ def no_class(classes: Collection[str]) -> str:
 
 
 def no_class_error(label: str, where: str) -> RequestError:
-    """Return the error about a class number that may stand for "no label"."""
+    """Return the error for a class number that may mean "no label"."""
     return RequestError(
         f"{where}: label {label!r} stands for no label in many data sets; {_DROP}, and data.classes with {label!r} "
         "makes it a class"
@@ -117,44 +117,44 @@ def no_class_error(label: str, where: str) -> RequestError:
 
 
 def known_as(label: str, names: Collection[str]) -> str | None:
-    """Return the name in `names` that denotes the same class as `label`, or None."""
+    """Return the name in `names` of the class that `label` spells, or None."""
     name = one_spelling([label], names)[label]
     return name if name in names else None
 
 
 class Labels:
-    """Reader of the label cells of a data config.
+    """Read the label cells of a data config.
 
-    Messages lack the location of the row, which the caller adds.
+    Error messages do not contain the location of the row, which the caller adds.
     """
 
     def __init__(self, cfg: DataConfig, column: str):
-        """Prepare to read.
+        """Store the settings.
 
         Args:
-          cfg: the data, whose `label_type` says what a label is.
-          column: the source's name of the column, for messages.
+            cfg: Settings of the data, whose `label_type` is the type of the labels.
+            column: Name of the column in the source, for messages.
         """
         self._cfg, self._column = cfg, column
         self._known: dict[str, str | None] = {}
 
     def label(self, value: Any) -> Label:
-        """Return a label: a class, a number, or a set of classes, by `data.label_type`.
+        """Convert a cell to a label: a class, a number, or a set of classes, as `data.label_type` requires.
 
         Raises:
-          Unlabeled: the cell holds no label.
-          RequestError: the value is no label.
+            Unlabeled: If the cell has no label.
+            RequestError: If the value is no label of this type.
         """
         if self._cfg.label_type == "number":
             return self._number(value)
         return self._set(value) if self._cfg.label_type == "set" else self.of_class(value)
 
     def of_class(self, value: Any) -> str:
-        """Return the class name of a value, as `data.classes` spells it if classes are listed there.
+        """Return the class name of a value. If `data.classes` lists the class, use its spelling there.
 
         Raises:
-          Unlabeled: the value stands for no label.
-          RequestError: the value is no class, or it is not listed.
+            Unlabeled: If the value means "no label".
+            RequestError: If the value is no class, or is not listed.
         """
         value = _scalar(value)
         if _is_empty(value):
@@ -219,7 +219,7 @@ class Labels:
 
 
 def _scalar(value: Any) -> Any:
-    """Return Python's value of a NumPy scalar or array."""
+    """Convert a NumPy scalar or array to Python numbers or lists."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 

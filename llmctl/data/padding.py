@@ -1,4 +1,4 @@
-"""Measure how much of the training rows is padding, and report it if it is much."""
+"""Measure the fraction of padding in training rows, and report it if it is large."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 
 SAMPLE = 256
-"""Rows of the first epoch that are read, evenly spread."""
+"""Maximum number of rows of the first epoch that are measured, evenly spaced."""
 MUCH = 0.25
-"""Minimum share of padding that is reported."""
+"""Fraction of padding above which it is reported."""
 
 
 def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
-    """Return for each side of a row (by its array of segments) the number of tokens [N] of a sample, and the room."""
+    """Return the token counts of a sample of rows, for each segment array (such as those of encoder and decoder).
+
+    Returns:
+        By name of the array: the number of tokens of each row [N], and the row length.
+    """
     last = min(len(rows), getattr(rows, "total", None) or len(rows))  # a part of an epoch may be all that there is
     some = np.unique(np.linspace(0, last - 1, min(SAMPLE, last)).astype(np.int64))
     batch = rows.batch(some)
@@ -25,10 +29,10 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def describe(rows: Any) -> list[str]:
-    """Return one line if more than a quarter of the positions is padding: the share, the lengths and what to do.
+    """Return a one-line report with advice if more than a quarter of the positions is padding, else an empty list.
 
-    There is no line if a shorter `seq_len` would cut more than 5 % of the rows. The lengths are the 95th percentile and
-    the maximum of a sample, over both sides of an encoder-decoder or a pair.
+    The report is omitted if a shorter `seq_len` would cut more than 5 % of the rows. It gives the 95th percentile and
+    the maximum of the sampled lengths, over both sides of an encoder-decoder or a pair.
     """
     found = list(lengths(rows).values())
     if not found:

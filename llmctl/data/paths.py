@@ -21,10 +21,10 @@ def resolve(spec: str) -> list[epath.Path]:
     """Return the files that `spec` matches, sorted.
 
     Args:
-      spec: path, glob, or `pkg:NAME/path` for a file inside an installed Python package.
+        spec: Path, glob, or `pkg:NAME/path` for a file inside an installed Python package.
 
     Raises:
-      RequestError: nothing matches, the path is a folder, a pipe or a device, or the package is not installed.
+        RequestError: If nothing matches, if the path is a folder, pipe or device, or if the package is not installed.
     """
     if not spec:
         raise RequestError("data has no path: set data.path")
@@ -44,10 +44,10 @@ def resolve(spec: str) -> list[epath.Path]:
 
 
 def files_below(spec: str) -> list[epath.Path]:
-    """Return every file below the folder `spec`, sorted. A file or glob is resolved as by `resolve`.
+    """Return all files below the folder `spec`, sorted. If `spec` is a file or glob, return `resolve(spec)`.
 
     Raises:
-      RequestError: nothing matches, or there is a pipe or a device.
+        RequestError: If nothing matches, or if there is a pipe or a device.
     """
     path = folder(spec)
     if not path.is_dir():
@@ -56,10 +56,10 @@ def files_below(spec: str) -> list[epath.Path]:
 
 
 def folder(spec: str) -> epath.Path:
-    """Convert `spec` to the path of a file or folder, also inside a package. The path may be absent.
+    """Convert `spec` to the path of a file or folder, which may be inside a package. The path may be missing.
 
     Raises:
-      RequestError: the package is not installed, or the remote store cannot be read.
+        RequestError: If the package is not installed, or if the remote store cannot be read.
     """
     if "://" in spec:
         return _remote(spec)
@@ -67,12 +67,12 @@ def folder(spec: str) -> epath.Path:
 
 
 def is_local(path: epath.Path) -> bool:
-    """Return whether `path` is on a local file system, so that the file can be memory-mapped."""
+    """Return True if `path` is on a local file system, so that the file can be memory-mapped."""
     return "://" not in str(path)
 
 
 def keep_open(files: int) -> None:
-    """Raise this process's limit of open files by `files`, up to the system's limit. Shells often permit only 1024."""
+    """Raise this process's limit of open files by `files`, up to the system's limit. Shells often allow only 1024."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -97,7 +97,7 @@ def _glob(path: epath.Path) -> Iterable[epath.Path]:
 
 
 def _remote(spec: str) -> epath.Path:
-    """Convert `gs://…` to a path, and look there once, because the packages of remote stores are optional."""
+    """Convert `gs://…` to a path, and check that the store is readable. Packages of remote stores are optional."""
     try:
         path = epath.Path(spec)
         path.exists()
@@ -111,7 +111,7 @@ def _remote(spec: str) -> epath.Path:
 
 
 def _inside_package(spec: str) -> epath.Path:
-    """Convert `pkg:NAME/path` to a path without importing NAME, which may be slow or have side effects."""
+    """Convert `pkg:NAME/path` to a path without importing NAME, because the import may be slow or have side effects."""
     name, _, inner = spec.removeprefix("pkg:").partition("/")
     if not name.isidentifier() or not inner:
         raise RequestError(f"{spec!r} should read pkg:NAME/path/of/file, NAME an installed Python package")

@@ -1,6 +1,6 @@
 """Read rows one by one from a file or from standard input, of unknown length: JSON lines, CSV, or text.
 
-A row that cannot be read is an error in its place, so that the rows after it are still read.
+For a row that cannot be read, an error is returned in its place, and reading continues.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from llmctl.data.source import Row
 
 FORMATS = ("jsonl", "csv", "tsv", "text")
 LONGEST = 1 << 24
-"""Most bytes of a line. A longer one is an error, read to its end without being kept."""
+"""Maximum line length in bytes. A longer line is skipped and reported as an error."""
 PATIENCE = 0.2
-"""Seconds to wait for another row of a slow stream before the rows that are there are answered."""
+"""Seconds to wait for another row of a slow stream before the rows read so far are processed."""
 
 Read = tuple[str, Row | RequestError]
-"""Location of a row, and the row or what is wrong with it."""
+"""Location of a row, and the row or an error."""
 
 
 def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> Iterator[Read]:
     """Yield the rows of a stream with canonical columns.
 
     Args:
-      stream: bytes in UTF-8, of which a byte order mark is skipped.
-      name: name of the stream in locations.
-      kind: a name of `FORMATS`; empty takes JSON lines if the first line begins with a brace, else plain text.
-      columns: canonical names with the stream's own names of the columns, if these differ.
+        stream: Bytes in UTF-8; a byte order mark is skipped.
+        name: Name of the stream in locations.
+        kind: A format of `FORMATS`. If empty, the format is JSON lines if the first line begins with a brace, else
+            text.
+        columns: Map of canonical names to the stream's column names, if these differ.
 
     Example:
-      >>> import io
-      >>> list(rows(io.BytesIO(b'{"text": "a", "n": 1}'), "in", "", {}))
-      [('in:1', {'text': 'a'})]
+        >>> import io
+        >>> list(rows(io.BytesIO(b'{"text": "a", "n": 1}'), "in", "", {}))
+        [('in:1', {'text': 'a'})]
     """
     for ours in columns:
         if ours not in COLUMNS:
@@ -62,10 +63,10 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
 
 
 def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
-    """Yield the rows in lists of `size`, and fewer if the stream pauses. A thread reads ahead, at most two lists.
+    """Yield the rows in lists of `size`, or shorter lists if the stream pauses. A thread reads up to two lists ahead.
 
     Raises:
-      RequestError: as the stream.
+        RequestError: If reading the stream raises it.
     """
     waiting: queue.Queue[Any] = queue.Queue(2 * size)
     end = object()
@@ -99,10 +100,10 @@ def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
 
 
 def standard_input() -> IO[bytes]:
-    """Return standard input as a stream of its own.
+    """Return standard input as a separate stream.
 
-    A thread may still wait for a line of it when the process ends. Python closes `sys.stdin` then, which that thread
-    holds, and would abort.
+    At exit, a thread may still wait for a line of standard input. Python closes `sys.stdin` at exit, and would abort if
+    a thread uses it.
     """
     try:
         return open(sys.stdin.fileno(), "rb", closefd=False)
@@ -111,12 +112,12 @@ def standard_input() -> IO[bytes]:
 
 
 def of_path(path: Path) -> str:
-    """Return the format that a file's name tells, or "" for an unknown ending."""
+    """Return the format that a file's suffix implies, or "" if the suffix is unknown."""
     return {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text"}.get(path.suffix, "")
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) of all lines. Bytes that are not UTF-8 become lone surrogates."""
+    """Yield (line number, line) of all lines. Bytes that are not UTF-8 become lone surrogates."""
     for number in itertools.count(1):
         line = stream.readline(LONGEST)
         if not line:
@@ -191,7 +192,7 @@ def _table(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[tuple[i
 
 
 def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row | RequestError:
-    """Return the columns of ours that the row has, checked for their types."""
+    """Return the canonical columns that the row contains, or an error if a value has the wrong type."""
     out: Row = {}
     for ours in (*TEXT_COLUMNS, "tokens"):
         theirs = columns.get(ours, ours)

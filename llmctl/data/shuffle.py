@@ -1,7 +1,7 @@
-"""Permutations that depend only on (seed, epoch), on every machine and with every NumPy version.
+"""Compute permutations that depend only on (seed, epoch), on every machine and with every NumPy version.
 
-NumPy keeps its bit generators stable, but not the algorithm of `Generator.permutation`. A resumed run may use another
-version, so the permutation is an argsort of hashed indices.
+NumPy guarantees stable bit generators, but not a stable `Generator.permutation`. A resumed run may use another version.
+The permutation is therefore an argsort of hashed indices.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def hashed(n: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Hash every index below n, or every index in array n, to uint64.
+    """Hash every integer below n, or every element of the array n, to uint64.
 
-    Hashes of different (seed, epoch) are independent.
+    Hashes for different (seed, epoch) are independent.
     """
     i = np.arange(n, dtype=np.uint64) if isinstance(n, int) else n.astype(np.uint64)
     with np.errstate(over="ignore"):
@@ -34,12 +34,12 @@ def hashed(n: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a pseudo-random permutation of the numbers below n, int64 [n]."""
+    """Return a pseudo-random permutation of the integers below n, int64 [n]."""
     return np.argsort(hashed(n, seed, epoch), kind="stable").astype(np.int64)
 
 
 class Epochs:
-    """Map endless row numbers to indices below `count`. Each epoch has every index once, shuffled or in order."""
+    """Map endless row numbers to indices below `count`; each epoch contains every index once, shuffled or in order."""
 
     def __init__(self, count: int, seed: int, shuffle: bool):
         self._count, self._seed, self._shuffle = count, seed, shuffle
@@ -47,7 +47,7 @@ class Epochs:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, rows_B: np.ndarray) -> np.ndarray:
-        """Return the indices of rows `rows_B` (any numbers >= 0)."""
+        """Return the indices of the rows with the numbers `rows_B` (any >= 0), int64 [B]."""
         if not self._shuffle:
             return rows_B % self._count
         epoch_B = rows_B // self._count

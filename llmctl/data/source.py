@@ -1,7 +1,7 @@
-"""Base classes of data sources: sequences of rows that know each row's location in its file, and what opens them.
+"""Define the base classes of data sources, and open sources.
 
-A source is a sequence of dicts {column: value}, so Grain can read it directly. It also returns the location of each
-row, because an error in the data is hard to fix without one.
+A source is a sequence of dicts {column: value}, so Grain can read it directly. It also returns the location of each row
+in its file, for error messages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Source:
     """Represent a dataset with random access to its rows.
 
     A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the columns that rows may have.
-    The rows of JSON lines may differ, so there it lists the columns of the first rows, and `has` searches all.
+    Rows of JSON lines may have different columns. In this case `columns` lists those of the first rows, and `has`
+    searches all rows.
 
     Example:
       >>> source = Table("quotes.txt", ("text",), [("To be",), ("or not to be",)], lines=[1, 3])
@@ -38,14 +39,14 @@ class Source:
 
     columns: tuple[str, ...] = ()
     names: Names = {}
-    """Class names of the columns that hold class numbers, if the data declares them."""
+    """Class names of the columns with class numbers, if the data declares them."""
 
     def has(self, column: str) -> bool:
-        """Return whether rows may have a column."""
+        """Return True if at least one row may have the column."""
         return column in self.columns
 
     def where(self, i: int) -> str:
-        """Return the location of row i for error messages: the file and the line or row number."""
+        """Return the location of row i for error messages: the file, and the line or row number."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class Source:
 
 
 class Chain(Source):
-    """Concatenation of sources."""
+    """Concatenate several sources."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = [s for s in sources if len(s)] or list(sources[:1])
@@ -94,7 +95,7 @@ class Chain(Source):
 
 
 class Table(Source):
-    """Source of rows held in memory as tuples, with the line number of each row's first line."""
+    """Store rows in memory as tuples, with the line number of each row."""
 
     def __init__(self, file: object, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], lines: Sequence[int]):
         self.file, self.columns, self._rows, self._lines = file, _distinct(file, columns), rows, lines
@@ -110,14 +111,14 @@ class Table(Source):
 
 
 class Groups(Source):
-    """Source of rows that are stored in groups, as in a Parquet or Arrow file. A few groups are cached in memory.
+    """Read rows that are stored in groups, as in a Parquet or Arrow file. A few groups are cached in memory.
 
     Args:
-      file: the file, for error messages.
-      columns: column names.
-      counts: number of rows per group.
-      read: returns the rows of a group.
-      names: class names of the columns that hold class numbers.
+        file: The file, for error messages.
+        columns: Column names.
+        counts: Number of rows per group.
+        read: Function that returns the rows of a group by its index.
+        names: Class names of the columns with class numbers.
     """
 
     def __init__(
@@ -146,7 +147,11 @@ class Groups(Source):
 
 
 def _distinct(file: object, columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns. Raises RequestError if two have one name: a row would keep only the last."""
+    """Return the columns as a tuple.
+
+    Raises:
+        RequestError: If two columns have the same name, because a row would contain only the last one.
+    """
     if twice := [c for k, c in enumerate(columns) if c in columns[:k]]:
         raise RequestError(f"{file}: two columns are called {twice[0]!r}; rename one (columns: {', '.join(columns)})")
     return tuple(columns)
@@ -158,7 +163,7 @@ def _named(cfg: SourceConfig) -> list[epath.Path]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Open one kind of data source; the entry of `SOURCES`.
+    """Define one kind of data source, as an entry of `SOURCES`.
 
     Example:
       >>> letters = Reader(lambda cfg: Table("letters", ("text",), [(c,) for c in cfg.name], [1] * len(cfg.name)))
@@ -167,15 +172,19 @@ class Reader:
     """
 
     open: Callable[[SourceConfig], Source]
-    """Return the rows. Raises RequestError if the data is missing or damaged."""
+    """Function that opens the data and returns its rows; it raises RequestError if the data is missing or damaged."""
     inputs: Callable[[SourceConfig], list[epath.Path]] = _named
-    """Return the files whose content belongs to a stage's key; those that `path` matches by default."""
+    """Function that returns the files whose content is part of a stage's key; by default those that `path` matches."""
     fetch: Callable[[SourceConfig], None] = lambda cfg: None
-    """Download the data if the config allows it and the data is missing."""
+    """Function that downloads missing data, if the config allows it."""
 
 
 def of_files(read: Callable[[epath.Path, SourceConfig], Source]) -> Reader:
-    """Return the reader of all files that `path` matches, in sorted order; `read` opens one of them."""
+    """Return the definition of a source that reads all files that `path` matches, in sorted order.
+
+    Args:
+        read: Function that opens one file.
+    """
 
     def source(cfg: SourceConfig) -> Source:
         paths = resolve(cfg.path)
@@ -194,6 +203,6 @@ def open_source(cfg: SourceConfig) -> Source:
       (('text',), 1)
 
     Raises:
-      RequestError: the data is missing, or it does not have the format of `source`.
+      RequestError: If the data is missing, or does not have the format of `source`.
     """
     return SOURCES[cfg.source].open(cfg)

@@ -1,7 +1,7 @@
 """Read the rows of a data config, remove duplicates, and split them by their text.
 
-A text's split depends on the text alone, not on its position, the filters or other texts. A classifier's test texts are
-therefore in no stage's training data, whatever each stage filters.
+The split of a text depends on the text only, not on its position, the filters or other texts. A classifier's test texts
+are therefore in no stage's training data, for any filters of the stages.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, UNLABELED, Scan, sca
 from llmctl.data.source import Chain, Row, Source
 
 Range = tuple[int, int, int]
-"""(index of the source, first row, last row + 1)."""
+"""(index of the source, first row, last row + 1) of a range of rows."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of one split, read at access: dicts of text columns and, if the data is labeled, `label`.
+    """Give access to the rows of one split. A row is a dict of text columns and, if the data is labeled, `label`.
 
-    Rows also have `tokens`, `tags` (lists of text) and `answers` if the data has them. An answer is a pair of text and
-    index of its first character. `label` is the class index (int), the number (float), or the set of classes as C zeros
-    and ones. Arrays are [N], with one entry per row.
+    Rows also have `tokens`, `tags` (lists of text) and `answers` if the data has them. An answer is a pair (text, index
+    of its first character). `label` is the class index (int), the number (float), or the set of classes as C zeros and
+    ones. Rows are read at each access. Arrays are [N], with one entry per row.
     """
 
     source: Source
@@ -40,19 +40,19 @@ class Examples:
     index: np.ndarray
     """Row numbers in `source`, ascending."""
     fraction: np.ndarray
-    """Hash of each text in [0, 1), which decides its split."""
+    """Hash of each text in [0, 1), float64, which determines the row's split."""
     digests: np.ndarray
     """First 16 bytes of the SHA-256 of each row's exact text."""
     chars: np.ndarray
     """Length of each row's first text in characters."""
     labels: np.ndarray | None
-    """Class indices (int32), numbers (float32), or sets of classes, 0 or 1 per class (uint8 [N, C])."""
+    """Class indices (int32 [N]), numbers (float32 [N]), or sets of classes, 0 or 1 per class (uint8 [N, C])."""
     part: np.ndarray
     """Index of each row's source in a mixture."""
     classes: tuple[str, ...]
-    """Label values (of texts or words) by class index; empty for numbers and unlabeled data."""
+    """Class names by class index, of text labels or word labels; empty for numbers and unlabeled data."""
     class_of: Mapping[str, str] = field(default_factory=dict)
-    """Class of each label as it is written."""
+    """Class name of each label as spelled in the data."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -73,15 +73,15 @@ class Examples:
         return (self[i] for i in range(len(self)))
 
     def take(self, which: np.ndarray) -> Examples:
-        """Return these rows, in this order."""
+        """Return the rows with the indices `which`, in this order."""
         arrays = ("index", "fraction", "digests", "chars", "labels", "part")
         held = {name: getattr(self, name) for name in arrays}
         return dataclasses.replace(self, **{k: None if v is None else v[which] for k, v in held.items()})
 
     def sample(self, n: int) -> Examples:
-        """Return at most n rows, chosen by their hash.
+        """Return at most n rows, selected by their hash.
 
-        The sample is the same in every run, and represents a sorted file well.
+        The sample is the same in every run, and is representative even if the file is sorted.
         """
         return self if n >= len(self) else self.take(np.sort(np.argsort(self.fraction, kind="stable")[:n]))
 
@@ -92,14 +92,14 @@ class Examples:
         return self.sample(max(n, 1))
 
     def parts(self) -> list[tuple[int, Examples]]:
-        """Return (index, rows) of every source of the mixture that has rows here."""
+        """Return (index of the source, rows) for each source of the mixture that has rows in this split."""
         return [(int(p), self.take(np.flatnonzero(self.part == p))) for p in np.unique(self.part)]
 
     def texts(self, column: str = "text") -> Iterator[str]:
-        """Iterate over one column.
+        """Iterate over the texts of one column.
 
         Raises:
-          RequestError: the data has no such column.
+            RequestError: If the data has no such column.
         """
         if column not in self.columns:
             raise RequestError(
@@ -109,37 +109,37 @@ class Examples:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 over the texts of all rows in order, as hex."""
+        """Return the SHA-256 over the texts of all rows in order, as hex digits."""
         return hashlib.sha256(self.digests.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Train, validation and test split of a data config, such as `splits["train"]`."""
+    """Store the train, validation and test splits of a data config, such as `splits["train"]`."""
 
     config: DataConfig
     examples: dict[str, Examples]
     rows: int
     """Number of rows in the files."""
     filtered: int
-    """Number of rows that the filter dropped."""
+    """Number of rows that the filter removed."""
     blank: int
-    """Number of rows without text, which are dropped."""
+    """Number of rows without text, which are removed."""
     duplicates: int
-    """Number of rows with the text of an earlier row, or of a row of a held-out split's files, which are dropped."""
+    """Number of removed duplicates: rows with the text of an earlier row, or of a row in a held-out split's files."""
     unlabeled: int = 0
-    """Number of rows without a label, which are dropped if `data.unlabeled` is "drop"."""
+    """Number of rows without a label, which are removed if `data.unlabeled` is "drop"."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the label values by class index."""
+        """Return the class names by class index."""
         return self.examples["train"].classes
 
     def __getitem__(self, split: str) -> Examples:
         """Return the examples of a split.
 
         Raises:
-          RequestError: there is no such split, or it is empty.
+            RequestError: If there is no such split, or if it is empty.
         """
         if split not in self.examples:
             raise RequestError(
@@ -152,10 +152,10 @@ class Splits:
 
 
 def examples(cfg: DataConfig, split: Split, labels: bool = True) -> Examples:
-    """Load one split, with or without labels. `load` returns all three for the same work.
+    """Load the examples of one split, with or without labels. `load` returns all three splits for the same cost.
 
     Raises:
-      RequestError: as `load`, or the split is empty.
+        RequestError: If `load` raises it, or if the split is empty.
     """
     return load(cfg, labels=labels)[split]
 
@@ -163,16 +163,16 @@ def examples(cfg: DataConfig, split: Split, labels: bool = True) -> Examples:
 def load(
     cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | None = None, *, labels: bool = True
 ) -> Splits:
-    """Read every row once: filter, map labels, drop blanks and duplicates, and split.
+    """Read every row once: filter rows, map labels, remove blanks and duplicates, and split.
 
     Args:
-      cfg: the data.
-      scans: scans ranges of rows (source, first, last + 1) in order, for example in several processes.
-      labels: whether labels are read; if not, rows have no columns of labels.
+        cfg: Settings of the data.
+        scans: Function that scans ranges of rows (source, first, last + 1) in order, for example in several processes.
+        labels: Whether to read labels. If false, rows have no label columns.
 
     Raises:
-      RequestError: files or columns are missing, rows cannot be read, labels are not among the classes, or there is no
-        text.
+        RequestError: If files or columns are missing, if rows cannot be read, if labels are not among the classes, or
+            if there is no text.
     """
     views = columns.views(cfg, labels=labels)
     if any(v.columns != views[0].columns for v in views):
@@ -242,7 +242,7 @@ def load(
 
 
 def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the classes, and the class of each label that was found.
+    """Return (class names, class name of each label that was found).
 
     Classes are in the order of `data.classes`, or of the names that the data declares, or sorted.
     """
@@ -267,7 +267,10 @@ def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[
 
 
 def _indices(classes: tuple[str, ...], labels: list[str], sizes: list[int]) -> np.ndarray:
-    """Return the class index of each label, int32 [N], or the sets of `sizes` labels, zeros and ones, uint8 [N, C]."""
+    """Return the class index of each label, int32 [N].
+
+    If `sizes` is given, return sets of labels as zeros and ones, uint8 [N, C].
+    """
     number = {c: k for k, c in enumerate(classes)}
     found = np.array([number[c] for c in labels], np.int32)
     if not sizes:

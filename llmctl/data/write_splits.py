@@ -1,4 +1,4 @@
-"""Write the splits of a data config as JSON lines, as the stages read them: filtered, without duplicates."""
+"""Write the splits of a data config as JSON lines, as stages read them: filtered and without duplicates."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llmctl.distributed import locks
 
 
 def write(cfg: DataConfig, folder: Path) -> dict[str, tuple[Path, int]]:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` with canonical column names and the names of classes.
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` with canonical column names and class names.
 
-    `data.path = "train.jsonl"`, `data.validation_path` and `data.test_path` read the same splits again.
+    To read the same splits again, set `data.path = "train.jsonl"`, `data.validation_path` and `data.test_path`.
 
     Returns:
-      The file and its number of rows for each split; a split without rows has an empty file.
+        (file, number of rows) for each split. A split without rows has an empty file.
 
     Raises:
-      RequestError: the data is invalid, or the folder holds something.
+        RequestError: If the data is invalid, or if the folder contains files.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"{folder}: is there already, with something in it; choose another folder")
@@ -43,7 +43,7 @@ def write(cfg: DataConfig, folder: Path) -> dict[str, tuple[Path, int]]:
 
 
 def _plain(row: Row, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return a row as its source could have had it: labels by name, answers as SQuAD has them."""
+    """Return a row in the format of a source: class names as labels, and answers in SQuAD's format."""
     out = dict(row)
     label = out.get("label")
     if isinstance(label, list):

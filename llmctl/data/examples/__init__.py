@@ -1,1 +1,1 @@
-"""Rows of labeled examples, with one file per kind of task."""
+"""Build rows of labeled examples, with one file per kind of task."""

@@ -1,6 +1,6 @@
-"""Rows for extractive question answering in SQuAD's form (Rajpurkar et al., 2016, arXiv:1606.05250).
+"""Build rows for extractive question answering with SQuAD's format (Rajpurkar et al., 2016, arXiv:1606.05250).
 
-Legend: B rows, T tokens per row, N tokens of a context.
+Shapes: B rows, T tokens per row, N tokens of a context.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Window(NamedTuple):
-    """Question with a window of context tokens first..last - 1.
+    """Describe a question with a window of context tokens first..last - 1.
 
-    `start` and `end` are the answer's token positions in the row, or (0, 0) if the window does not contain it.
+    `start` and `end` are the answer's token positions in the row, or (0, 0) if the window does not contain the answer.
     """
 
     example: int
@@ -31,25 +31,24 @@ class Window(NamedTuple):
 
 
 class AnswerRows(ExampleRows):
-    """Rows of questions with a window of their context, one window per row.
+    """Build rows of one question and one window of its context each.
 
-    A row is the pair of question and context in the tokenizer's template. A long context is read in
-    windows that overlap by half. The question takes half a row at most. A batch has these int32 arrays:
-
+    A row is the pair of question and context in the tokenizer's template. A long context is split into windows that
+    overlap by half. The question is cut to half a row. A batch has these int32 arrays:
     - tokens, segments, positions [B, T]
     - types [B, T]: 1 from the context on
     - among [B, T]: 1 at candidates for start and end, which are the first token and the context's tokens
     - first, last [B, T]: the context's characters [first, last) of each token
-    - start, end [B]: first and last token of the (first) answer; both are 0 if there is no answer or the window does
-      not contain all of it
+    - start, end [B]: first and last token of the first accepted answer; both are 0 if there is no answer, or if the
+    window does not contain all of it
     - example [B]: index of the example
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
-        """Tokenize the examples and cut contexts into windows.
+        """Tokenize the examples and split contexts into windows.
 
         Raises:
-          RequestError: the examples have no question or no context, or rows are too short for them.
+            RequestError: If the examples have no question or no context, or if `seq_len` is too small for them.
         """
         if missing := [c for c in ("question", "context") if c not in examples.columns]:
             raise RequestError(f'the data has no column "{missing[0]}"; map one in data.columns')
@@ -71,7 +70,7 @@ class AnswerRows(ExampleRows):
         super().__init__(len(self._windows), seed, shuffle)
 
     def _cut(self, room: int, answer: tuple[str, int] | None) -> list[Window]:
-        """Return the windows of the example that was added last."""
+        """Return the windows of the last added example, whose rows have `room` tokens for question and context."""
         example, spans_N2 = len(self._questions) - 1, self._contexts[-1][1]
         begin = len(self._template.begin) + len(self._questions[-1]) + len(self._template.between)
         width = room - len(self._questions[-1])
@@ -106,7 +105,7 @@ class AnswerRows(ExampleRows):
 
 
 def token_span(spans_N2: np.ndarray, first: int, last: int) -> tuple[int, int] | None:
-    """Return the first and last token that overlap the characters first..last - 1, or None if no token does."""
+    """Return (first, last) token that overlap the characters first..last - 1, or None if no token does."""
     shows_N = (spans_N2[:, 0] < last) & (spans_N2[:, 1] > first) & (spans_N2[:, 1] > spans_N2[:, 0])
     at = np.flatnonzero(shows_N)
     return (int(at[0]), int(at[-1])) if len(at) else None

@@ -1,6 +1,6 @@
-"""Rows of labeled examples and of prompt-completion pairs: one example per row, padded to T tokens.
+"""Build rows of labeled examples and of prompt-completion pairs: one example per row, padded to T tokens.
 
-Legend: B rows, T tokens per row, N examples.
+Shapes: B rows, T tokens per row, N examples.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from llmctl.data.tokenizers.base import TextTemplate, Tokenizer
 
 
 class ExampleRows:
-    """Base class of rows with one example each: `rows[i]` for any i >= 0.
+    """Define the base class of rows with one example each; `rows[i]` exists for any i >= 0.
 
     A subclass defines `_build`, which returns the batch of given example indices [B].
 
     Args:
-      count: number of examples; one epoch.
-      seed: seed of the shuffle.
-      shuffle: use another order in every epoch; otherwise keep the examples' order.
+        count: Number of examples, which is one epoch.
+        seed: Seed of the shuffle.
+        shuffle: Whether to shuffle in every epoch; otherwise the order is that of the examples.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool):
@@ -39,7 +39,7 @@ class ExampleRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return rows `rows_B` (any numbers >= 0) as arrays with a leading axis [B], equal to stacking `self[i]`."""
+        """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, ...], equal to stacking `self[i]`."""
         return self._build(self._epochs(rows_B))
 
     def _build(self, example_B: np.ndarray) -> Batch:
@@ -47,15 +47,17 @@ class ExampleRows:
 
 
 class ClassificationRows(ExampleRows):
-    """Rows of texts with labels: tokens, segments, positions [B, T] and label (int32 class [B], float32 number [B],
-    or uint8 set of classes [B, C]).
+    """Build rows of texts with labels.
 
-    A row is the text in the tokenizer's template (by default `bos` if the tokenizer adds it, the text, `eos`), and
-    padding. A long text keeps its first tokens (`tail` is cut) or its first and last halves (`head_tail`). The
-    template's tokens always stay.
+    A batch has int32 tokens, segments and positions [B, T], and label: int32 class [B], float32 number [B], or uint8
+    set of classes [B, C].
 
-    If the data has a column "pair", a row continues with that text and another `eos`, and types [B, T] are 1 there. If
-    both texts together are too long, the longer one is cut first, then both equally.
+    A row is the text in the tokenizer's template, and padding. The default template is `bos` (if the tokenizer adds
+    it), the text and `eos`. A long text keeps its first tokens (`tail`), or its first and last halves (`head_tail`).
+    The template's tokens are never cut.
+
+    If the data has a column "pair", the row continues with that text and another `eos`, and has types [B, T], which are
+    1 there. If both texts together are too long, the longer one is cut first, then both equally.
     """
 
     def __init__(
@@ -69,19 +71,19 @@ class ClassificationRows(ExampleRows):
         shuffle: bool = True,
         corpus: Corpus | None = None,
     ):
-        """Tokenize the texts, unless they are given as `corpus`.
+        """Tokenize the texts, unless `corpus` is given.
 
         Args:
-          examples: labeled examples.
-          tokenizer: the model's tokenizer.
-          seq_len: tokens per row, T.
-          truncate: what a long text loses.
-          seed: seed of the shuffle.
-          shuffle: use another order in every epoch.
-          corpus: the tokenized texts (`corpus.cached`), in the order of `examples`.
+            examples: Labeled examples.
+            tokenizer: Tokenizer of the model.
+            seq_len: Number of tokens per row, T.
+            truncate: Which part of a long text to cut.
+            seed: Seed of the shuffle.
+            shuffle: Whether to shuffle in every epoch.
+            corpus: Tokenized texts (`corpus.cached`), in the order of `examples`.
 
         Raises:
-          RequestError: the examples have no text or no label.
+            RequestError: If the examples have no text or no label.
         """
         if examples.labels is None:
             raise RequestError('the data has no column "label"; map one in data.columns')
@@ -108,17 +110,17 @@ class ClassificationRows(ExampleRows):
 
 
 class CompletionRows(ExampleRows):
-    """Language-model rows of prompt and completion, with loss only on the completion and its `eos`.
+    """Build language-model rows of prompt and completion, with loss only on the completion and its `eos`.
 
-    Prompt and completion are tokenized separately, as in generation. A long row loses the beginning of the prompt first
-    (`bos` stays), then the end of the completion.
+    Prompt and completion are tokenized separately, as in generation. If a row is too long, the beginning of the prompt
+    is cut first (`bos` stays), then the end of the completion.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
         """Tokenize prompts and completions.
 
         Raises:
-          RequestError: the examples have no prompt or no completion.
+            RequestError: If the examples have no prompt or no completion.
         """
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len = tokenizer, seq_len
@@ -148,10 +150,11 @@ class CompletionRows(ExampleRows):
 
 
 class SequencePairRows(ExampleRows):
-    """Encoder-decoder rows: prompts for the encoder, completions and their `eos` for the decoder.
+    """Build encoder-decoder rows: prompts for the encoder, completions and their `eos` for the decoder.
 
     The encoder reads a prompt like a document in pretraining: `bos` if the tokenizer adds it, the tokens, `eos`. The
-    decoder begins with the padding token, as in pretraining. Both lose the end of a longer text; `eos` stays.
+    decoder begins with the padding token, as in pretraining. If a prompt or completion is too long, its end is cut, but
+    its `eos` stays.
     """
 
     def __init__(
@@ -169,17 +172,17 @@ class SequencePairRows(ExampleRows):
         """Tokenize prompts and completions.
 
         Args:
-          examples: examples with prompts and completions.
-          tokenizer: the model's tokenizer.
-          seq_len: tokens per row, T.
-          seed: seed of the shuffle.
-          shuffle: use another order in every epoch.
-          target_len: tokens per completion; 0 takes `seq_len`.
-          whole: never cut completions; the longest one then determines the decoder's length.
-          ends: also predict the `eos` after a completion.
+            examples: Examples with prompts and completions.
+            tokenizer: Tokenizer of the model.
+            seq_len: Number of tokens per row, T.
+            seed: Seed of the shuffle.
+            shuffle: Whether to shuffle in every epoch.
+            target_len: Maximum number of tokens per completion; 0 uses `seq_len`.
+            whole: Whether to never cut completions. The longest one then determines the decoder's length.
+            ends: Whether to also predict the `eos` after a completion.
 
         Raises:
-          RequestError: the examples have no prompt or no completion.
+            RequestError: If the examples have no prompt or no completion.
         """
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len, self._ends = tokenizer, seq_len, ends
@@ -191,9 +194,9 @@ class SequencePairRows(ExampleRows):
         self.written = (
             max((len(self._completions[i]) for i in count), default=0) + 1 if whole else target_len or seq_len
         )
-        """Decoder length in tokens."""
+        """Length of the decoder rows in tokens."""
         self.cut = sum(len(self._prompts[i]) > self._room for i in count)
-        """Number of prompts that lose their end."""
+        """Number of prompts whose end is cut."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         pad, eos = self._tokenizer.pad_id, self._tokenizer.eos_id
@@ -213,10 +216,10 @@ class SequencePairRows(ExampleRows):
 def templated(
     template: TextTemplate, text_N: np.ndarray, pair_N: np.ndarray | None, seq_len: int, truncate: Truncate = "tail"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put a text, or a pair of texts, into a template, with at most `seq_len` tokens.
+    """Insert a text, or a pair of texts, into a template, with at most `seq_len` tokens.
 
     Returns:
-      Token ids and types, int32 [N]; types are 1 from the first token of `pair_N` on.
+        Token ids and types, int32 [N] each; types are 1 from the first token of `pair_N` on.
     """
     room = seq_len - len(template.begin) - len(template.end)
     if pair_N is None:
@@ -230,7 +233,7 @@ def templated(
 
 
 def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
-    """Truncate a text to at most `room` tokens."""
+    """Truncate the token ids of a text to at most `room` tokens."""
     if len(text_N) <= room:
         return text_N
     head = room if truncate == "tail" else room - room // 2
@@ -238,7 +241,14 @@ def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
 
 
 def padded(rows: list[np.ndarray], width: int, pad: int, prefix: str = "") -> Batch:
-    """Pad one text per row to tokens, segments and positions, int32 [B, width]. Their names begin with `prefix`."""
+    """Pad one text per row to tokens, segments and positions, int32 [B, width].
+
+    Args:
+        rows: Token ids of each text.
+        width: Number of tokens per row.
+        pad: Padding token.
+        prefix: Prefix of the array names in the result.
+    """
     tokens_BT = np.full((len(rows), width), pad, np.int32)
     segments_BT = np.zeros_like(tokens_BT)
     for b, row in enumerate(rows):

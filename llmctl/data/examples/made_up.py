@@ -1,4 +1,4 @@
-"""Generate synthetic examples in place of a stage's data, to build rows with the right shapes and types."""
+"""Generate synthetic examples in place of a stage's data, to build rows with the correct shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer.new(sentinels=1000)
-"""Replacement for the stage's tokenizer. No shape of a row depends on the vocabulary."""
+"""Tokenizer of synthetic examples. It can replace any tokenizer, because row shapes do not depend on the vocabulary."""
 TEXT = "Once there was a text. It had some sentences! "
 COPIES = 4
 
 
 class MadeUp(Text):
-    """Synthetic text with the columns that a data config maps.
+    """Generate synthetic text with the columns that a data config maps.
 
-    text = MadeUp(config.data, ("text", "label"), seq_len=128)
-    rows = stage_rows(model, text, "train", TOKENIZER, 128, Path(), shuffle=False)
+    text = MadeUp(config.data, ("text", "label"), seq_len=128) rows = stage_rows(model, text, "train", TOKENIZER, 128,
+    Path(), shuffle=False)
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class MadeUp(Text):
         """Generate a few examples.
 
         Args:
-          cfg: the data config; no data is read.
-          columns: columns that the task reads, whether `cfg` maps them or not.
-          seq_len: minimum document length in tokens.
-          classes: class names, if `cfg` has none; two by default.
+            cfg: Settings of the data, which is not read.
+            columns: Columns that the task reads, in addition to those that `cfg` maps.
+            seq_len: Minimum document length in tokens.
+            classes: Class names, if `cfg` has none; two by default.
         """
         self._cfg, self._examples = cfg, examples(cfg, columns, seq_len, classes)
 
     @property
     def splits(self) -> splits.Splits:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return splits with the same examples in each."""
+        """Return splits that all have the same examples."""
         held = dict.fromkeys(get_args(Split), self._examples)
         return splits.Splits(DataConfig(), held, rows=COPIES, filtered=0, blank=0, duplicates=0)
 
@@ -61,16 +61,16 @@ class MadeUp(Text):
 
     @property
     def epochs(self) -> float:
-        """Return 0: synthetic examples have no limit of epochs."""
+        """Return 0, which means no limit of epochs."""
         return 0.0
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return the tokenized texts. `cache` is not used."""
+        """Return one source with weight 1 and the tokenized texts. `split` and `cache` are not used."""
         return [(1.0, 0.0, tokenize(self._examples.texts(), tokenizer))]
 
 
 def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Sequence[str] = ()) -> Examples:
-    """Generate synthetic examples. The arguments are those of `MadeUp`."""
+    """Generate synthetic examples with the given columns. `MadeUp` describes the arguments."""
     asked = [*(c for c in cfg.columns if c != "label"), *(c for c in columns if c != "label"), "text"]
     names = tuple(dict.fromkeys(asked))
     numbers, sets = cfg.label_type == "number", cfg.label_type == "set"

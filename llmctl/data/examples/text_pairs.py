@@ -1,6 +1,6 @@
-"""Rows of two texts that belong together or have a similarity score, for training embeddings.
+"""Build rows of two texts that belong together or have a similarity score, for training embeddings.
 
-Legend: B rows, T tokens per row.
+Shapes: B rows, T tokens per row.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class TwoTextRows(ExampleRows):
-    """Rows of two separate texts: tokens, segments, positions and pair_tokens, pair_segments, pair_positions [B, T].
+    """Build rows of two separate texts.
 
-    Each text is `bos` (if the tokenizer adds it), the text, `eos`, padding. It is cut as in `ClassificationRows`. If
-    the labels are numbers, `label` [B] (float32) is the similarity score.
+    A batch has tokens, segments, positions, pair_tokens, pair_segments and pair_positions, int32 [B, T]. Each text is
+    `bos` (if the tokenizer adds it), the text, `eos` and padding. Long texts are cut as in `ClassificationRows`. If the
+    labels are numbers, `label` [B] (float32) is the similarity score.
     """
 
     def __init__(
@@ -33,10 +34,10 @@ class TwoTextRows(ExampleRows):
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """Tokenize both texts.
+        """Tokenize both texts of each example.
 
         Raises:
-          RequestError: the examples have no text or no pair, a text is empty, or their labels are classes.
+            RequestError: If the examples have no text or no pair, if a text is empty, or if labels are classes.
         """
         if examples.classes:
             raise RequestError(

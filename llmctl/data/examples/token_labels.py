@@ -1,6 +1,6 @@
-"""Rows of words with one label each, for named entities or parts of speech.
+"""Build rows of words with one label each, such as named entities or parts of speech.
 
-Legend: B rows, T tokens per row, N tokens of a text, W words.
+Shapes: B rows, T tokens per row, N tokens of a text, W words.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class TagRows(ExampleRows):
-    """Rows of labeled words: tokens, segments, positions, targets [B, T] and weights [B, T] (float32).
+    """Build rows of labeled words.
 
-    A row is the words, joined by spaces, in the tokenizer's template, and padding. A word's label is the target
-    at its first token, with weight 1. All other positions have weight 0. A long row loses its end.
+    A batch has tokens, segments, positions and targets, int32 [B, T], and weights, float32 [B, T]. A row is the words,
+    joined by spaces, in the tokenizer's template, and padding. The label of a word is the target at its first token,
+    with weight 1. All other positions have weight 0. If a row is too long, its end is cut.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
-        """Tokenize the words and locate their first tokens.
+        """Tokenize the words and find their first tokens.
 
         Raises:
-          RequestError: the examples have no tokens or no tags.
+            RequestError: If the examples have no tokens or no tags.
         """
         if missing := [c for c in ("tokens", "tags") if c not in examples.columns]:
             raise RequestError(f'the data has no column "{missing[0]}" (a list a row); map one in data.columns')
@@ -39,7 +40,7 @@ class TagRows(ExampleRows):
         self._seen: list[np.ndarray] = []
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.words = self.cut = 0
-        """Total number of words (`words`), and of words whose label no row contains (`cut`)."""
+        """Number of words that truncation removes, with their labels. `words` is the number of all words."""
         room = seq_len - len(self._template.row([]))
         for some in batched(examples):
             spans = tokenizer.encode_spans([" ".join(row["tokens"]) for row in some])
@@ -53,11 +54,11 @@ class TagRows(ExampleRows):
                 self.cut += len(tags_W) - int(seen_W.sum())
 
     def count_of(self, i: int) -> int:
-        """Return the number of words of an example."""
+        """Return the number of words of example i."""
         return len(self._seen[i])
 
     def seen_of(self, i: int) -> np.ndarray:
-        """Return whether each word of an example has a token in its row, bool [W]."""
+        """Return whether each word of example i is in its row, bool [W]."""
         return self._seen[i]
 
     def _build(self, example_B: np.ndarray) -> Batch:
@@ -71,9 +72,13 @@ class TagRows(ExampleRows):
 
 
 def first_tokens(words: Sequence[str], spans_N2: np.ndarray) -> np.ndarray:
-    """Return the first token of each word, int64 [W], for words joined by single spaces.
+    """Return the index of the first token of each word, int64 [W], for words joined by single spaces.
 
-    The entry is -1 if a word is empty or the tokenizer drops it. If two words share a token, the second one has -1.
+    The index is -1 if a word is empty or has no token. If two words share a token, the index of the second word is -1.
+
+    Args:
+        words: Words of the text.
+        spans_N2: Character span [first, last) of each token.
     """
     lengths_W = np.array([len(word) for word in words], np.int64)
     starts_W = np.cumsum(lengths_W + 1) - lengths_W - 1

@@ -1,1 +1,1 @@
-"""Rows of self-supervised training: objectives, packing, mixtures and prepared corpora."""
+"""Build rows for self-supervised training: objectives, packing, mixtures and prepared corpora."""

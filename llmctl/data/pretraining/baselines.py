@@ -1,4 +1,4 @@
-"""Baselines without context: scores of constant predictions, which a model that learns must exceed."""
+"""Compute scores of constant predictions, which do not use the context; a trained model must exceed them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import Any
 import numpy as np
 
 CHUNK = 256
-"""Number of rows built at a time."""
+"""Number of rows that are built at a time."""
 
 
 def guesses(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, float]:
     """Return the scores of the best constant predictions on the first `limit` rows, fitted on these rows.
 
     Args:
-      rows: training rows, as `llmctl.data.device_batches.Rows`.
-      limit: number of rows to read.
-      sentinels: sentinels of span corruption; empty for other objectives. The form of the targets is known without
-        reading the text: a sentinel comes first, then a word, and sentinels are numbered in order. The baseline
-        therefore predicts sentinels exactly: all count as one token. Its prediction may depend on the previous target
-        (none, a sentinel or a word).
+        rows: Training rows, as `llmctl.data.device_batches.Rows`.
+        limit: Maximum number of rows to read.
+        sentinels: Sentinel ids of span corruption; empty for other objectives. The order of sentinels in the targets is
+            known without the text. The baseline therefore counts all sentinels as one token. Its prediction may depend
+            on the type of the previous target (none, a sentinel or a word).
 
     Returns:
-      baseline_accuracy: accuracy if the most frequent target is always predicted. baseline_loss: nats per target if
-        target frequencies are predicted. baseline_next_sentence_accuracy: accuracy if one label is always predicted;
-        only if rows have pairs.
+        baseline_accuracy: Accuracy if the most frequent target is always predicted.
+        baseline_loss: Nats per target if target frequencies are predicted.
+        baseline_next_sentence_accuracy: Accuracy if one label is always predicted; only if rows have pairs.
     """
     found, labels = collections.Counter[tuple[int, int]](), np.zeros(2, np.int64)
     last = min(limit, len(rows))
@@ -51,7 +50,7 @@ def guesses(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, f
 
 
 def describe(found: dict[str, float]) -> str:
-    """Format the baselines for a log line."""
+    """Format the baseline scores for a log line."""
     text = f"accuracy {found['baseline_accuracy']:.2%}, loss {found['baseline_loss']:.4g}"
     pair = found.get("baseline_next_sentence_accuracy")
     return text if pair is None else f"{text}, next sentence {pair:.2%}"

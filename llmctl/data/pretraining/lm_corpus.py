@@ -1,4 +1,4 @@
-"""Language-model corpus: from a data config, raw or prepared, with one source or many, to the rows of a split."""
+"""Build the language-model rows of a split from a data config with raw or prepared data, from one or more sources."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Text:
-    """Text of a data config. Raw text is read at first use; prepared text is already tokenized."""
+    """Give access to the text of a data config. Raw text is read at first use; prepared text is already tokenized."""
 
     def __init__(self, cfg: DataConfig, labels: bool = True):
         """Open prepared sources and check their settings.
 
         Args:
-          cfg: the data.
-          labels: whether labels are read.
+            cfg: Settings of the data.
+            labels: Whether to read labels.
 
         Raises:
-          RequestError: prepared and raw sources are mixed, or prepared ones are missing, have different tokenizers, or
-            were prepared with other settings.
+            RequestError: If prepared and raw sources are mixed, or if prepared ones are missing, have different
+                tokenizers, or were prepared with other settings.
         """
         self._cfg, self._labels = cfg, labels
         kinds = {part.source == "prepared" for part in cfg.parts()}
@@ -47,7 +47,7 @@ class Text:
 
     @functools.cached_property
     def splits(self) -> splits.Splits:
-        """Return the raw text, split."""
+        """Return the splits of the raw text."""
         return splits.load(self._cfg, labels=self._labels)
 
     @property
@@ -62,19 +62,22 @@ class Text:
 
     @property
     def target_len(self) -> int:
-        """Return the tokens per completion; 0 if the sequence length applies."""
+        """Return the maximum number of tokens per completion; 0 uses the sequence length."""
         return self._cfg.target_len
 
     @property
     def epochs(self) -> float:
-        """Return the maximum number of epochs, 0 if unlimited. For a mixture it is the smallest limit of a source."""
+        """Return the maximum number of epochs; 0 means no limit.
+
+        For a mixture, return the smallest limit of its sources.
+        """
         return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
 
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:
-        """Return the tokenizer of prepared text. For raw text, load the one of `cfg` or train it on the train split.
+        """Return the tokenizer: for prepared text, the one it was prepared with; for raw text, load or train one.
 
         Raises:
-          RequestError: as `loading.obtain`, or `cfg.path` is not the tokenizer of the prepared text.
+            RequestError: If `loading.obtain` raises it, or if `cfg.path` is not the tokenizer of the prepared text.
         """
         if not self._prepared:
             found = self.splits["train"].within(cfg.sample)
@@ -88,15 +91,15 @@ class Text:
         return own
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return (weight, epochs, documents) of every source that has text in the split.
+        """Return (weight, epochs, tokenized documents) of every source that has text in the split.
 
         Args:
-          split: train, validation or test.
-          tokenizer: the model's tokenizer.
-          cache: folder that caches tokenized raw text.
+            split: train, validation or test.
+            tokenizer: Tokenizer of the model.
+            cache: Folder that caches tokenized raw text.
 
         Raises:
-          RequestError: the split is empty, or it was prepared with another tokenizer.
+            RequestError: If the split is empty, or was prepared with another tokenizer.
         """
         if not self._prepared:
             parts = self._cfg.sources()
@@ -135,19 +138,20 @@ class Text:
         """Build the rows of a split.
 
         Args:
-          split: train, validation or test.
-          tokenizer: the model's tokenizer.
-          seq_len: sequence length in tokens.
-          cache: folder that caches tokenized raw text.
-          seed: seed of the shuffle.
-          packing: how documents are packed into rows.
-          shuffle: if true, rows are shuffled and mixed by the sources' weights. If false, every document is read once,
-            in order.
-          needed: number of rows that will be read. Too few epochs are then an error now, not at the end of training.
-          objective: training objective; causal language modeling by default.
+            split: train, validation or test.
+            tokenizer: Tokenizer of the model.
+            seq_len: Sequence length in tokens.
+            cache: Folder that caches tokenized raw text.
+            seed: Seed of the shuffle.
+            packing: Method of packing documents into rows.
+            shuffle: If true, rows are shuffled and mixed by the sources' weights. If false, every document is read
+                once, in order.
+            needed: Number of rows that will be read, to detect too few epochs before training.
+            objective: Training objective; causal language modeling by default.
 
         Raises:
-          RequestError: as `documents`; also too few tokens for a row, or too few epochs for `needed` rows.
+            RequestError: If `documents` raises it, if there are too few tokens for a row, or too few epochs for
+                `needed` rows.
         """
         found = self.documents(split, tokenizer, cache)
 
@@ -167,10 +171,10 @@ class Text:
 
 
 def check_epochs(needed: int, total: int) -> None:
-    """Check that the sources' epochs have enough rows, before training and not at its end.
+    """Check before training that the sources' epochs have enough rows.
 
     Raises:
-      RequestError: more rows are needed than the epochs have.
+        RequestError: If `needed` exceeds `total`, the number of rows in these epochs.
     """
     if needed > total:
         raise RequestError(
@@ -180,7 +184,7 @@ def check_epochs(needed: int, total: int) -> None:
 
 
 class Joined:
-    """Concatenation of documents of several sources (a `corpus.Documents`)."""
+    """Concatenate the documents of several sources (see `corpus.Documents`)."""
 
     def __init__(self, parts: list[Documents]):
         self._parts = parts
@@ -189,11 +193,11 @@ class Joined:
 
     @property
     def tokens(self) -> Joined:
-        """Return what `__getitem__` indexes."""
+        """Return this object, which is indexed by token position."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:
-        """Return the token ids at these positions, int32 [N]."""
+        """Return the token ids at the positions `at_N`, int32 [N]."""
         part_N = np.searchsorted(self._starts, at_N, "right") - 1
         tokens_N = np.empty(len(at_N), np.int32)
         for p in np.unique(part_N):

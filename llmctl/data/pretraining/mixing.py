@@ -1,6 +1,6 @@
-"""Mixtures: rows of several sources, in proportion to their weights.
+"""Mix rows of several sources in proportion to their weights.
 
-Legend: S sources, B rows.
+Shapes: S sources, B rows.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from llmctl.data.pretraining.packing import Batch, PackedRows
 from llmctl.data.shuffle import permutation
 
 BLOCK = 1024
-"""Rows per block. Within each block the proportions are exact up to rounding, and every source has a row."""
+"""Number of rows per block. In each block, the proportions are exact up to rounding, and every source has at least
+one row."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Blocks with the same number of rows of each source."""
+    """Describe consecutive blocks that have the same number of rows from each source."""
 
     start: int
     """Index of the first row."""
     blocks: float
-    """Number of blocks; infinite if no source is ever exhausted."""
+    """Number of blocks; infinite if no source is exhausted later."""
     counts: np.ndarray
-    """Rows of each source per block, int [S]."""
+    """Number of rows of each source per block, int64 [S]."""
     done: np.ndarray
-    """Rows of each source before this phase, int [S]."""
+    """Number of rows of each source before this phase, int64 [S]."""
 
 
 class MixedRows:
-    """Rows of S sources, shuffled within blocks. Row i depends only on the sources, the weights, the seed and i.
+    """Mix rows of S sources, shuffled within blocks. Row i depends only on the sources, the weights, the seed and i.
 
-    A source is exhausted after its epochs, and the other sources then share its part. `total` is the number of rows
-    until all sources are exhausted; rows beyond it raise RequestError. If sources are endless, `total` is None.
+    A source is exhausted after its epochs. The other sources then provide its share of the rows. `total` is the number
+    of rows until all sources are exhausted, and later rows raise RequestError. If the epochs of a source are unlimited,
+    `total` is None.
 
     Args:
-      sources: rows of each source.
-      weights: relative weight of each source.
-      epochs: maximum number of epochs of each source, 0 if unlimited; all unlimited by default.
-      seed: seed of the shuffle.
+        sources: Rows of each source.
+        weights: Relative weight of each source.
+        epochs: Maximum number of epochs of each source, 0 if unlimited; all unlimited by default.
+        seed: Seed of the shuffle.
     """
 
     def __init__(
@@ -64,14 +66,14 @@ class MixedRows:
         self.total = None if np.isinf(end) else int(end)
         self._starts = np.array([p.start for p in self._phases])
         self.tokens = sum(s.tokens for s in sources)
-        """Total number of tokens of all sources, in one epoch each."""
+        """Total number of tokens of all sources, in one epoch of each."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
-        """Fraction of positions with padding, averaged by the weights."""
+        """Fraction of positions that are padding, averaged by the weights."""
         self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
         """Fraction of rows with a labeled next-sentence pair, averaged by the weights."""
 
     def __len__(self) -> int:
-        """Return the number of rows of all sources, in one epoch each."""
+        """Return the number of rows of all sources, in one epoch of each."""
         return sum(map(len, self._sources))
 
     def __getitem__(self, i: int) -> Batch:
@@ -80,7 +82,7 @@ class MixedRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return rows `rows_B` (any numbers >= 0) as arrays with a leading axis [B]."""
+        """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, ...]."""
         source_B, index_B = self.places(rows_B)
         order_B = np.argsort(source_B, kind="stable")
         parts = [self._sources[s].batch(index_B[source_B == s]) for s in np.unique(source_B)]
@@ -88,7 +90,7 @@ class MixedRows:
         return {name: np.concatenate([part[name] for part in parts])[back_B] for name in parts[0]}
 
     def places(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each row and the row's index in that source, int [B] each."""
+        """Return the source of each row, and the row's index in that source, int64 [B] each."""
         if self.total is not None and rows_B.max() >= self.total:
             raise RequestError(f"the sources' epochs are used up after {self.total} rows; more epochs, or fewer steps")
         phase_B = np.searchsorted(self._starts, rows_B, "right") - 1
@@ -113,7 +115,7 @@ class MixedRows:
 
 
 def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
-    """Return the phases of a mixture. Source s is exhausted after `limits[s]` rows; infinity means never."""
+    """Return the phases of a mixture. Source s is exhausted after `limits[s]` rows; infinity means no limit."""
     found: list[Phase] = []
     start, done = 0, np.zeros(len(weights), np.int64)
     while (done < limits).any():
@@ -132,7 +134,7 @@ def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
 
 
 def shares(weights: np.ndarray) -> np.ndarray:
-    """Return the rows of each source per block by the largest-remainder method.
+    """Return the number of rows of each source per block, int64 [S], by the largest-remainder method.
 
     Every source with a positive weight has at least one row.
     """

@@ -1,8 +1,8 @@
-"""Next-sentence prediction: pairs of passages, the second of which follows the first or not.
+"""Build pairs of passages for next-sentence prediction: the second passage follows the first one, or it does not.
 
 The objective is BERT's (Devlin et al., 2018, arXiv:1810.04805).
 
-Legend: B rows, T tokens per row, D documents, N passages, W tokens of a window.
+Shapes: B rows, T tokens per row, D documents, N passages, W tokens of a window.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from llmctl.data.shuffle import Epochs
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 GROUP = 8
-"""Number of passages per group. Pairs of different documents are formed within a group, which fills 2 * GROUP rows."""
+"""Number of passages per group. A group fills 2 * GROUP rows, and pairs across documents are formed within it."""
 FEWEST = 0.05
-"""Minimum fraction of rows with a labeled pair. With fewer, the next-sentence head would hardly be trained."""
+"""Minimum fraction of rows with a labeled pair, because fewer would hardly train the next-sentence head."""
 LEAST = 3
 """Minimum number of document tokens before and after a cut, because a space at the end is no sentence."""
 IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
@@ -29,22 +29,22 @@ IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
 
 
 class PairRows:
-    """Masked rows `bos A eos B eos` for next-sentence prediction. Rows are endless; `len(rows)` is one epoch.
+    """Build masked rows `bos A eos B eos` for next-sentence prediction. Rows are endless; `len(rows)` is one epoch.
 
     B follows A in exactly half of the labeled rows of a group of 2 * GROUP rows. A read that ends inside a group is not
     exactly balanced, because true pairs come first in a block of four. A ends at the end of a sentence. B begins at the
-    start of a sentence, in A's document (next_label 0) or in another one (next_label 1). Both take up to half a row for
-    either label, so lengths do not reveal the label.
+    start of a sentence, in A's document (next_label 0) or in another one (next_label 1). A and B take up to half a row
+    each, for both labels, so lengths do not reveal the label.
 
-    Four rows combine two documents: each A with its own B, then each A with the other's B. The masks of a passage are
-    the same in both of its rows. Every passage is thus labeled true and false equally often within four rows. Features
-    of A or B alone then cancel out of a step's gradient. Without this a small network fits such chance correlations for
-    thousands of steps before it compares the passages.
+    A block of four rows combines two passages from different documents: each A with its own B, then each A with the
+    other B. The masks of A and of B are the same in both of their rows. Every passage is thus labeled true and false
+    equally often within four rows. Features of A alone or B alone then cancel in a step's gradient. Without this, a
+    small network fits such random correlations for thousands of steps before it compares the passages.
 
-    Passages are taken in groups of `GROUP`. Within a group, passages with a second sentence nearby are paired across
-    documents. Labels are therefore balanced in every group. A passage without a partner fills two rows `bos A eos B
-    eos` with next_label -1. If it has no second sentence nearby, these rows are `bos A eos`. Such rows have masks but
-    no label.
+    Passages are processed in groups of `GROUP`. Within a group, passages with a sentence boundary nearby are paired
+    across documents. Labels are therefore balanced in every group. A passage without a partner fills two rows `bos A
+    eos B eos` with next_label -1. If there is no sentence boundary nearby, these rows are `bos A eos`. Such rows have
+    masks but no label.
 
     A document of n tokens has about n / T passages per epoch, one for each of its parts. Each passage has two rows. The
     exact cut is sampled again in every epoch.
@@ -61,19 +61,19 @@ class PairRows:
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """Index the passages of the corpus.
+        """Count the passages of the corpus.
 
         Args:
-          corpus: tokenized documents.
-          words: the tokenizer's vocabulary, with a mask token.
-          seq_len: tokens per row.
-          rate: fraction of tokens to predict, as in `objectives.masked`.
-          whole_words: mask whole words, as in `objectives.masked`.
-          seed: seed of the shuffle, cuts and masks.
-          shuffle: use another order in every epoch.
+            corpus: Tokenized documents.
+            words: Vocabulary of the tokenizer, with a mask token.
+            seq_len: Number of tokens per row.
+            rate: Fraction of tokens to predict, as in `objectives.masked`.
+            whole_words: Whether to mask whole words, as in `objectives.masked`.
+            seed: Seed of the shuffle, cuts and masks.
+            shuffle: Whether to shuffle in every epoch.
 
         Raises:
-          RequestError: rows are too short for a pair, or no document has two tokens.
+            RequestError: If rows are too short for a pair, or if no document has two tokens.
         """
         if seq_len < 8:
             raise RequestError(f"train.seq_len: {seq_len} tokens are too few for a pair of sentences; 8 at least")
@@ -93,7 +93,10 @@ class PairRows:
 
     @cached_property
     def labelled(self) -> float:
-        """Return the fraction of rows with a labeled pair, half of them true. It is measured on up to 512 passages."""
+        """Return the fraction of rows with a labeled pair, estimated on up to 512 passages.
+
+        Half of these pairs are true.
+        """
         groups = np.unique(np.linspace(0, (len(self) - 1) // (2 * GROUP), 64).astype(np.int64))
         place_N = (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
         doc_N, _, length_N2 = self._passages(place_N)
@@ -108,7 +111,7 @@ class PairRows:
 
     @property
     def waste(self) -> float:
-        """Return the fraction of positions with padding, estimated on 64 rows."""
+        """Return the fraction of positions that are padding, estimated on 64 rows."""
         some = np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64))
         return float(1 - (self.batch(some)["segments"] > 0).mean())
 
@@ -118,9 +121,10 @@ class PairRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return rows `rows_B` (any numbers >= 0): the arrays of `objectives.masked`, plus types and next_label.
+        """Return the rows with the numbers `rows_B` (any >= 0).
 
-        `types` is [B, T] and `next_label` is [B].
+        Returns:
+            The arrays of `objectives.masked`, types int32 [B, T] (1 from B on), and next_label int32 [B].
         """
         B, T = len(rows_B), self.seq_len
         group_G = np.unique(rows_B // (2 * GROUP))
@@ -167,7 +171,7 @@ class PairRows:
         }
 
     def _masked(self, number_N: np.ndarray, doc_N: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> Batch:
-        """Mask passages as separate rows [N, T]. Random choices depend on the passage's number."""
+        """Mask passages as separate rows [N, T]. The random choices depend only on the passage number and the seed."""
         at = np.arange(self.seq_len)
         inside_NT = at < length_N[:, None]
         tokens_NT = np.full(inside_NT.shape, self._words.pad_id, np.int32)
@@ -179,10 +183,14 @@ class PairRows:
         return masked(packed, self._words, rate=self._rate, whole_words=self._whole_words, seed=self._seed)
 
     def _passages(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return document [N], and start and length of A and B [N, 2], of passages by their position in the order.
+        """Return the passages with the numbers `place_N`.
 
-        B is empty if there is no pair. Without `shuffle` every epoch has the shuffled order of the first one. In the
-        documents' own order, consecutive passages would come from one document.
+        If there is no sentence boundary nearby, B is empty. Without `shuffle`, every epoch has the shuffled order of
+        the first epoch. With the order of the documents, consecutive passages would come from one document and could
+        not be paired.
+
+        Returns:
+            Document [N], starts of A and B [N, 2], lengths of A and B [N, 2].
         """
         if not self._shuffle:
             place_N = place_N % self._count
@@ -200,9 +208,9 @@ class PairRows:
         return doc_N, np.stack([start_N, cut_N], 1), np.stack([end_N - start_N, second_N], 1)
 
     def _boundary(self, doc_N: np.ndarray, near_N: np.ndarray) -> np.ndarray:
-        """Return the sentence start nearest to a token, within half a row, or -1 if there is none.
+        """Return the sentence start nearest to the token `near_N`, int64 [N]; -1 if there is none within half a row.
 
-        The document's first sentence does not count.
+        The first sentence of a document is excluded.
         """
         at_NW = near_N[:, None] + np.arange(-(self.seq_len // 2) - 1, self.seq_len // 2 + 1)
         length_N1 = self._length_D[doc_N][:, None]
@@ -221,7 +229,7 @@ def check(labelled: float) -> None:
     """Check that enough rows have a labeled pair to train the next-sentence head.
 
     Raises:
-      RequestError: the fraction is below `FEWEST`.
+        RequestError: If the fraction is below `FEWEST`.
     """
     if labelled < FEWEST:
         raise RequestError(
@@ -231,10 +239,10 @@ def check(labelled: float) -> None:
 
 
 def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
-    """Return the index of each passage's partner in its group, or -1 if it has none.
+    """Return the index of each passage's partner in its group, int [N]; -1 if it has none.
 
-    Partners come from different documents and both have a pair. Each passage takes the next free one, in order. The
-    arrays hold whole groups.
+    Partners come from different documents, and both have a B. Each passage gets the next free partner, in order. N must
+    be a multiple of GROUP.
     """
     partner_N = np.full(len(doc_N), -1)
     for start in range(0, len(doc_N), GROUP):
@@ -249,10 +257,10 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
 
 
 def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (passage of A, passage of B, next_label) of every row, int [2N] each, as four-row blocks per group.
+    """Return (passage of A, passage of B, next_label) of every row, int [2N] each, in blocks of four rows per group.
 
-    A block of partners a and b has two true pairs, (a, a) and (b, b), then two false ones, (a, b) and (b, a). The
-    passages without a partner follow, two per block: (c, c), (d, d) and the same again, unlabeled.
+    A block of partners a and b has two true pairs, (a, a) and (b, b), then two false ones, (a, b) and (b, a). After
+    these blocks, passages without a partner follow, two per block: (c, c), (d, d), and both again, unlabeled.
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

@@ -1,4 +1,4 @@
-"""Build pretraining rows: a self-supervised objective, chosen by name, applied to documents."""
+"""Build pretraining rows by applying a self-supervised objective to documents."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LEARNS: dict[str, tuple[ObjectiveName, ...]] = {
     "encoder": ("masked", "next_sentence"),
     "encoder_decoder": ("spans", "prefix", "completions"),
 }
-"""Objectives per architecture. The first is the default, except that an encoder with a next-sentence head takes
-next_sentence. The rows of "completions" are pairs of texts, which `llmctl.evaluate.tasks.completions` builds."""
+"""Objectives of each architecture. The first is the default, except for encoders with a next-sentence head: their
+default is next_sentence. The rows of "completions" are built by `llmctl.evaluate.tasks.completions`."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Self-supervised objective of pretraining rows.
+    """Define the self-supervised objective of pretraining rows.
 
     Example:
       >>> from llmctl.data.corpus import tokenize
@@ -43,31 +43,31 @@ class Objective:
 
     name: ObjectiveName = "causal"
     rate: float = 0.15
-    """Fraction of tokens to predict (masked, next_sentence, spans)."""
+    """Fraction of tokens to predict, for masked, next_sentence and spans."""
     span: float = 3.0
-    """Mean span length in tokens (spans)."""
+    """Mean span length in tokens, for spans."""
     whole_words: bool = False
-    """Mask whole words instead of tokens (masked, next_sentence)."""
+    """Whether to mask whole words in place of single tokens, for masked and next_sentence."""
 
     def sentinels(self, tokenizer: Tokenizer) -> Sequence[int]:
-        """Return the ids of the sentinels that appear in the targets."""
+        """Return the ids of the sentinels that appear in the targets; empty for objectives without sentinels."""
         return tokenizer.sentinel_ids if self.name == "spans" else ()
 
     def rows(
         self, documents: Documents, tokenizer: Tokenizer, seq_len: int, *, seed: int, packing: Packing, shuffle: bool
     ) -> PackedRows | PairRows:
-        """Build endless rows of `seq_len` tokens. For an encoder-decoder this is the encoder's length.
+        """Build endless rows of `seq_len` tokens. For an encoder-decoder, this is the encoder's length.
 
         Args:
-          documents: tokenized documents.
-          tokenizer: the model's tokenizer.
-          seq_len: tokens per row.
-          seed: seed of the shuffle and of the objective's random choices.
-          packing: how documents are packed into rows.
-          shuffle: use another order in every epoch.
+            documents: Tokenized documents.
+            tokenizer: Tokenizer of the model.
+            seq_len: Number of tokens per row.
+            seed: Seed of the shuffle and of the objective's random choices.
+            packing: Method of packing documents into rows.
+            shuffle: Whether to shuffle in every epoch.
 
         Raises:
-          RequestError: the tokenizer lacks special tokens, or there are too few documents.
+            RequestError: If the tokenizer lacks special tokens, or if there are too few documents.
         """
         words = Vocabulary(tokenizer)
         if self.name in ("masked", "next_sentence"):
@@ -102,10 +102,10 @@ def default(architecture: str, next_sentence: bool) -> ObjectiveName:
 
 
 def check(name: str, architecture: str, next_sentence: bool) -> None:
-    """Check that a model can be trained with the objective.
+    """Check that a model supports the objective `name`.
 
     Raises:
-      RequestError: the objective is for another architecture, or needs a next-sentence head.
+        RequestError: If the objective is for another architecture, or needs a next-sentence head.
     """
     if name not in LEARNS[architecture]:
         known = ", ".join(n for n in LEARNS[architecture] if n != "next_sentence" or next_sentence)

@@ -1,9 +1,9 @@
-"""Pretraining objectives: one function per objective builds inputs and targets from a row of packed tokens.
+"""Define pretraining objectives: each function builds inputs and targets from rows of packed tokens.
 
-The random choices depend only on the row's number and the seed. A row is therefore the same in every process, however
-often it is built. Rows of another epoch have other numbers, so their choices are sampled again.
+The random choices depend only on the row's number and the seed. A row is therefore the same in every process and at
+every read. Rows of another epoch have other numbers, so their choices are sampled again.
 
-Legend: B rows, T tokens per row, P predicted positions per row, V vocabulary.
+Shapes: B rows, T tokens per row, P predicted positions per row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from llmctl.data.shuffle import hashed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 _STREAM = 2**32
-"""Offset of the objectives' "epochs" in `hashed`, which makes their numbers independent of the shuffle."""
+"""Offset of the stream numbers in `hashed`, which makes random numbers of objectives independent of the shuffle."""
 
 
 def draws(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """Return random numbers uint64 [B, width]: a function of (row, column, seed, stream)."""
+    """Return random numbers, uint64 [B, width]; each depends only on (row, column, seed, stream)."""
     numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
     return hashed(numbers_BT.ravel(), seed, _STREAM + stream).reshape(numbers_BT.shape)
 
 
 def uniform(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """Return uniform random numbers in [0, 1), float64 [B, width], from `draws`."""
+    """Return uniform random numbers in [0, 1), float64 [B, width]; the arguments are those of `draws`."""
     return (draws(rows_B, width, seed, stream) >> np.uint64(11)) * 2.0**-53
 
 
 def eights(n: float) -> int:
-    """Round `n` up to a multiple of 8, for static sizes that divide into chunks."""
+    """Round `n` up to a multiple of 8, to get static sizes that can be split into chunks."""
     return -(-int(np.ceil(n)) // 8) * 8
 
 
 def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words: bool = False, seed: int = 0) -> Batch:
-    """Apply masked language modeling (Devlin et al., 2018, arXiv:1810.04805): predict a fraction of a row's tokens.
+    """Apply masked language modeling (Devlin et al., 2018, arXiv:1810.04805) to packed rows.
 
-    Of the chosen tokens 80 % become the mask token, 10 % a random token, and 10 % stay.
+    A fraction of the tokens is chosen for prediction. 80 % of the chosen tokens become the mask token, 10 % a random
+    token, and 10 % stay.
 
     Args:
       packed: rows; special tokens are never chosen.
@@ -76,7 +77,7 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
 
 
 def places(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
-    """Return the positions of true entries, int32 [B, P], ascending, filled up with positions of false ones.
+    """Return the positions of true entries in each row, int32 [B, P], ascending; rows are filled up with false entries.
 
     P is `rate` * T rounded up to a multiple of 8.
     """
@@ -88,7 +89,11 @@ def places(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
 def _whole_words(
     packed: Packed, words: Vocabulary, ordinary_BT: np.ndarray, wanted_B: np.ndarray, chance_BT: np.ndarray
 ) -> np.ndarray:
-    """Choose words in random order while they fit into `wanted_B` tokens. A word that does not fit is skipped."""
+    """Choose words in random order until `wanted_B` tokens are reached. A word that does not fit is skipped.
+
+    Returns:
+        Mask of the chosen tokens, bool [B, T].
+    """
     B, T = ordinary_BT.shape
     before_BT = np.pad(packed.tokens, ((0, 0), (1, 0)))[:, :-1]
     apart_BT = np.diff(packed.segments, axis=1, prepend=-1) != 0

@@ -1,10 +1,11 @@
 """Pack documents of any length into rows of T tokens, without attention or loss across documents.
 
-An epoch is laid out as a line of pieces (documents or parts of them), each at a known offset. Row r is the range [r *
-T, (r + 1) * T) of the line. Building a row takes a binary search and a gather, whatever the size of the corpus. It
-depends only on (corpus, settings, row number), so resuming and any number of hosts give exactly the same rows.
+A line is the concatenation of all pieces (documents or parts of them) of an epoch, each at a known offset. Row r is the
+range [r * T, (r + 1) * T) of the line. Building a row takes a binary search and a gather, for any size of the corpus. A
+row depends only on the corpus, the settings and its number. It is therefore the same after a resume and for any number
+of hosts.
 
-Legend: P pieces, B rows, T tokens per row, D documents.
+Shapes: P pieces, B rows, T tokens per row, D documents.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows [B, T] of packed documents, before an objective builds inputs and targets from them."""
+    """Store rows [B, T] of packed documents, before an objective builds inputs and targets."""
 
     rows: np.ndarray
-    """Row numbers, int64 [B]. The random choices of an objective depend only on them and the seed."""
+    """Row numbers, int64 [B]. Random choices of an objective depend only on these and the seed."""
     tokens: np.ndarray
-    """Token ids, int32; `pad_id` if the segment is 0."""
+    """Token ids, int32 [B, T]; `pad_id` if the segment is 0."""
     next: np.ndarray
-    """Next token of the same document, int32, also at the end of a row; `pad_id` if there is none."""
+    """Next token of the same document, int32 [B, T], also at the end of a row; `pad_id` if there is none."""
     follows: np.ndarray
-    """Whether the document has a next token, bool."""
+    """Whether the document has a next token, bool [B, T]."""
     segments: np.ndarray
-    """Segment ids, int32: 0 for padding, 1 and up for documents."""
+    """Segment ids, int32 [B, T]: 0 for padding, 1 and up for documents."""
     positions: np.ndarray
-    """Positions, int32, from 0 in every segment."""
+    """Positions, int32 [B, T], from 0 in every segment."""
 
 
 def causal(packed: Packed) -> Batch:
-    """Apply causal language modeling: every token predicts the next token of its document.
+    """Build inputs and targets of causal language modeling: each token predicts the next token of its document.
 
     Each token of a document except its first is predicted once.
     """
@@ -58,10 +59,10 @@ def causal(packed: Packed) -> Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Line of P pieces of documents (arrays [P]). Positions that no piece covers are padding."""
+    """Describe the line of an epoch as P pieces of documents (arrays [P]). Positions outside all pieces are padding."""
 
     start: np.ndarray
-    """Offset on the line, ascending."""
+    """Offset of the piece on the line, ascending."""
     doc: np.ndarray
     first: np.ndarray
     """Offset of the piece in its document."""
@@ -69,30 +70,29 @@ class Layout:
 
 
 class PackedRows:
-    """Endless rows of packed documents: `rows[i]` for any i >= 0; `len(rows)` is one epoch.
+    """Build endless rows of packed documents: `rows[i]` exists for any i >= 0, and `len(rows)` is one epoch.
 
-    A document is `bos` (if the tokenizer adds it), its tokens, and `eos`. With `shuffle=False` documents stay in order,
-    and the last row is padded instead of dropped. Validation then sees every token exactly once.
+    A document is `bos` (if the tokenizer adds it), its tokens, and `eos`. With `shuffle=False`, documents stay in
+    order, and the last row is padded, not dropped. Validation then sees every token exactly once.
 
     Packing methods:
-
     - segments: an epoch's shuffled documents form one stream, which is cut every T tokens. If the end of a row cuts a
-      document, the next row continues it as a new segment. The last, incomplete row is dropped.
+    document, the next row continues it as a new segment. The last, incomplete row is dropped.
     - concat: the same stream, but each row is one segment, so attention and loss cross documents.
-    - fit: documents (cut at T tokens) are placed whole into the row that they fit best (best fit, longest first). Rows
-      are padded, and shuffled in each epoch.
+    - fit: documents (cut at T tokens) are placed uncut into the row that they fit best (best fit, longest first). Rows
+    are padded, and shuffled in each epoch.
 
     Args:
-      corpus: tokenized documents.
-      tokenizer: the model's tokenizer.
-      seq_len: tokens per row, T.
-      seed: seed of the shuffle.
-      packing: packing method.
-      shuffle: use another order in every epoch.
-      objective: converts packed rows to a batch.
+        corpus: Tokenized documents.
+        tokenizer: Tokenizer of the model.
+        seq_len: Number of tokens per row, T.
+        seed: Seed of the shuffle.
+        packing: Packing method.
+        shuffle: Whether to shuffle in every epoch.
+        objective: Function that builds a batch from packed rows.
 
     Raises:
-      RequestError: the corpus does not fill one row.
+        RequestError: If the corpus has fewer tokens than one row.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class PackedRows:
 
     @property
     def waste(self) -> float:
-        """Return the fraction of an epoch's positions with padding."""
+        """Return the fraction of an epoch's positions that are padding."""
         placed = min(self.tokens, self._rows * self.seq_len)
         return 1 - placed / (self._rows * self.seq_len)
 
@@ -140,11 +140,11 @@ class PackedRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return rows `rows_B` (any numbers >= 0) as arrays [B, T], equal to stacking `self[i]`."""
+        """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, T], equal to stacking `self[i]`."""
         return self._objective(self.packed(rows_B))
 
     def packed(self, rows_B: np.ndarray) -> Packed:
-        """Return rows `rows_B` before the objective is applied."""
+        """Return the rows with the numbers `rows_B` before the objective is applied."""
         epoch_B = rows_B // self._rows
         parts = [(epoch_B == e, *self._epoch(int(e))) for e in np.unique(epoch_B)]
         packed = [self._cut(layout, order, rows_B[here]) for here, layout, order in parts]
@@ -190,9 +190,12 @@ class PackedRows:
         )
 
     def _tokens(self, doc: np.ndarray, offset: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """Return tokens of wrapped documents (bos, text, eos) at `offset`, or padding if `where` is false.
+        """Return tokens of documents with bos and eos, or padding if `where` is false.
 
-        All arguments have the same shape, which may be any.
+        Args:
+            doc: Document index of each token.
+            offset: Offset of each token in its document, including bos.
+            where: Whether there is a token. All three arguments have the same shape, which may be any.
         """
         bos = self._tokenizer.add_bos
         out = np.full(doc.shape, self._tokenizer.pad_id, np.int32)
@@ -205,7 +208,10 @@ class PackedRows:
         return out
 
     def _epoch(self, epoch: int) -> tuple[Layout, np.ndarray | None]:
-        """Return the layout of an epoch and the order of its rows, or None if documents are shuffled instead."""
+        """Return the layout of an epoch and the order of its rows.
+
+        The order is None if documents are shuffled, not rows.
+        """
         key = epoch if self.shuffle else 0
         with self._lock:  # several threads read rows; one of them computes the layout
             if key not in self._epochs:
@@ -224,12 +230,12 @@ class PackedRows:
 
 
 def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
-    """Pack documents into rows by best fit: longest first, each into the fullest row with room.
+    """Pack documents into rows by best fit: longest first, each into the fullest row that has enough space.
 
-    Documents are cut every `seq_len` tokens before.
+    Before that, documents are cut every `seq_len` tokens.
 
     Returns:
-      The layout, in which row r is the range [r * seq_len, (r + 1) * seq_len), and the number of rows.
+        The layout, in which row r is the range [r * seq_len, (r + 1) * seq_len), and the number of rows.
     """
     count_D = -(-length_D // seq_len)
     doc_P = np.repeat(np.arange(len(length_D)), count_D)

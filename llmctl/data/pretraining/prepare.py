@@ -1,7 +1,7 @@
-"""Prepare a corpus: tokenize it once, in parallel processes, into shards that training can read.
+"""Tokenize a corpus once, in parallel processes, into shards that training can read.
 
-The documents of each split and source are divided into shards by their index alone. Each shard is written by one free
-process. The result is therefore the same for any number of workers. An interrupted preparation continues with the
+The documents of each split and source are divided into shards by their index only. Each shard is written by one of the
+processes. The result is therefore the same for any number of workers. An interrupted preparation continues with the
 missing shards.
 """
 
@@ -39,7 +39,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import locks
 
 Progress = Callable[[int, int], None]
-"""Callback with the number of documents done and their total."""
+"""Callback (number of documents done, total number of documents)."""
 
 MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
 """Maximum number of shards per source and split, and minimum number of documents per shard except the last."""
@@ -47,16 +47,16 @@ MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to write."""
+    """Describe one shard to write."""
 
     name: str
-    """File name without suffix."""
+    """File name of the shard without suffix."""
     index: np.ndarray
-    """Rows of the source."""
+    """Row numbers of the documents in the source."""
 
 
 class Note(BaseModel):
-    """Record of a written shard, from which an interrupted preparation continues."""
+    """Record a written shard, so that an interrupted preparation can continue."""
 
     shard: Shard
     lengths: str
@@ -71,22 +71,22 @@ def prepare(
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Tokenize a corpus into the folder `out` and return its description.
+    """Tokenize a corpus into the folder `out`, and return its description.
 
-    The layout is documented in `llmctl.data.pretraining.prepared`. Files are written to a hidden
-    folder beside it, which is renamed when it is complete.
+    `llmctl.data.pretraining.prepared` documents the files. They are written to a hidden folder beside `out`, which is
+    renamed when it is complete.
 
     Args:
-      data: the data.
-      tokenizer: the tokenizer to load or train.
-      out: target folder.
-      workers: number of processes.
-      progress: called with the number of documents done and their total.
-      say: called with one-line messages.
+        data: Settings of the data.
+        tokenizer: Settings of the tokenizer to load or train.
+        out: Output folder.
+        workers: Number of processes.
+        progress: Function that is called with the number of documents done and their total.
+        say: Function that is called with one-line messages.
 
     Raises:
-      RequestError: the data or the tokenizer is invalid, or `out` holds something else.
-      Interrupted: by Ctrl-C; the same call continues the work.
+        RequestError: If the data or the tokenizer is invalid, or if `out` contains other files.
+        Interrupted: After Ctrl-C. The same call continues the work.
     """
     if any(part.source == "prepared" for part in data.parts()):
         raise RequestError("the data is prepared already")
@@ -146,7 +146,7 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 
 
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
-    """Create the work folder with its tokenizer. The files of an earlier call with the same key are kept."""
+    """Create the work folder and its tokenizer, or keep them if an earlier call had the same settings."""
     containment.check(work)
     note = work / "key"
     said = f"{key} {checksums.of_json(checksums.of_folder(work / 'tokenizer'))}"
@@ -162,7 +162,7 @@ def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say:
 
 
 def _jobs(split: str, examples: splits.Examples) -> Iterator[tuple[int, list[Job]]]:
-    """Yield (index of the source, its shards) of a split."""
+    """Yield (index of the source, list of its shards) for each source of a split."""
     for p, part in examples.parts():
         size = max(LEAST_DOCUMENTS, -(-len(part) // MOST_SHARDS))
         cuts = range(0, len(part), size)
@@ -179,7 +179,7 @@ def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> 
 
 
 def _write(work: Path, jobs: list[Job], pool: Pool, progress: Progress) -> None:
-    """Write the shards that are missing."""
+    """Write the missing shards."""
     missing = [job for job in jobs if not _is_written(work, job)]
     total = sum(len(job.index) for job in jobs)
     done = total - sum(len(job.index) for job in missing)
@@ -189,7 +189,7 @@ def _write(work: Path, jobs: list[Job], pool: Pool, progress: Progress) -> None:
 
 
 def _is_written(work: Path, job: Job) -> bool:
-    """Return whether an earlier call wrote a shard and its lengths, and both are what it wrote."""
+    """Return True if an earlier call wrote a shard and its lengths, and both files still have their checksums."""
     try:
         note = Note.model_validate_json(_note(work, job).read_text())
         sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, job))
@@ -207,18 +207,18 @@ def _lengths(work: Path, job: Job) -> Path:
 
 
 Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
-"""Maps a function of (worker, task) over tasks, in order."""
+"""Function that maps a function of (worker, task) over tasks, and yields the results in order."""
 
 
 class Worker:
-    """State of a worker process: the sources, opened once, and the tokenizer."""
+    """Store the state of a worker process: the opened sources and the tokenizer."""
 
     def __init__(self, data: DataConfig, work: Path):
         self.data, self.work = data, work
 
     @functools.cached_property
     def views(self) -> list[View]:
-        """Open the sources."""
+        """Open the sources of the data config, once per process."""
         return columns.views(self.data, labels=False)
 
     @functools.cached_property
@@ -228,7 +228,7 @@ class Worker:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer. The main process writes it before the first shard."""
+        """Load the tokenizer, which the main process writes before the first shard."""
         return tokenizers.load(self.work / "tokenizer")
 
 
@@ -238,9 +238,9 @@ def _scan(worker: Worker, rows: splits.Range) -> Scan:
 
 
 def _shard(worker: Worker, job: Job) -> int:
-    """Write one shard, its lengths and then its note, and return the number of documents.
+    """Write one shard, its lengths and then its record, and return the number of documents.
 
-    The note is written last, so its presence marks a complete shard.
+    The record is written last, so that its presence marks a complete shard.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -292,7 +292,7 @@ def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
 
 
 _worker: Any = None
-"""Worker of this process."""
+"""Worker of this process, or None in the main process."""
 
 
 def _start(data: DataConfig, work: Path) -> None:
@@ -304,7 +304,7 @@ def _start(data: DataConfig, work: Path) -> None:
 
 
 def _follow_parent() -> None:
-    """Exit this process when its parent dies. A killed parent would otherwise leave its workers waiting forever."""
+    """Exit this process when its parent ends. After a kill of the parent, its workers would otherwise wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,5 +1,7 @@
 """Read prepared data: a corpus that `llmctl prepare` tokenized into ArrayRecord shards.
 
+The folder contains:
+
 prepared.json     description: tokenizer digest, splits, sources, shards with counts; checksums of all files and itself
 tokenizer/        the tokenizer
 *.arrayrecord     one record per document: its token ids as little-endian integers
@@ -31,7 +33,7 @@ ADVICE = "remove the folder and prepare the data again"
 
 
 class Shard(BaseModel):
-    """Description of one ArrayRecord file."""
+    """Describe one ArrayRecord file: its name, its counts, its size and its checksum."""
 
     file: str
     documents: int
@@ -41,35 +43,35 @@ class Shard(BaseModel):
 
 
 class Part(BaseModel):
-    """Documents of one source in one split, in order."""
+    """Describe the documents of one source in one split, in order."""
 
     title: str
     weight: float
     epochs: float
     lengths: str
-    """File with the number of tokens of each document."""
+    """Name of the file with the number of tokens of each document."""
     lengths_sha256: str = ""
-    """Checksum of that file; empty if an earlier llmctl prepared the data."""
+    """Checksum of the file `lengths`; empty if an older llmctl prepared the data."""
     shards: list[Shard]
 
 
 class Prepared(BaseModel):
-    """Content of `prepared.json`."""
+    """Store the content of `prepared.json`."""
 
     format: int
     key: str
-    """SHA-256 of everything that determines the content."""
+    """SHA-256 of all inputs that determine the content."""
     tokenizer: str
     """Digest of the tokenizer."""
     dtype: str
-    """NumPy type of the token ids in a record, such as `<u2`."""
+    """NumPy dtype of the token ids in a record, such as `<u2`."""
     data: dict[str, Any]
     """Data config of the preparation."""
     splits: dict[str, list[Part]]
     words: dict[str, str] | None = None
-    """Checksums of the tokenizer's files; None if an earlier llmctl prepared the data."""
+    """Checksums of the tokenizer's files; None if an older llmctl prepared the data."""
     digest: str = ""
-    """SHA-256 of all fields above; empty if an earlier llmctl prepared the data."""
+    """SHA-256 of all fields above; empty if an older llmctl prepared the data."""
 
     def documents(self, split: str) -> int:
         """Return the number of documents of a split."""
@@ -80,16 +82,16 @@ class Prepared(BaseModel):
         return sum(s.tokens for part in self.splits[split] for s in part.shards)
 
     def text(self) -> str:
-        """Return the content of `prepared.json`, with the digest of its fields."""
+        """Return the text of `prepared.json`, with the digest of its fields."""
         values = self.model_dump(mode="json", exclude={"digest"})
         return json.dumps(values | {"digest": checksums.of_json(values)}, indent=1) + "\n"
 
 
 def read(path: str) -> tuple[epath.Path, Prepared]:
-    """Return folder and description of prepared data.
+    """Return the folder and the description of prepared data.
 
     Raises:
-      RequestError: there is no prepared data, it is damaged, or its format is later than `FORMAT`.
+        RequestError: If there is no prepared data, if it is damaged, or if its format is later than `FORMAT`.
     """
     where = folder(path)
     if not (where / DESCRIPTION).exists():
@@ -110,13 +112,13 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
 
 
 class Shards:
-    """Documents in ArrayRecord shards, with random access (a `corpus.Documents`)."""
+    """Give random access to documents in ArrayRecord shards (see `corpus.Documents`)."""
 
     def __init__(self, where: epath.Path, part: Part, dtype: str):
         """Check the shards and read the document lengths.
 
         Raises:
-          RequestError: a shard is missing or outside the folder, or its size differs from the description.
+            RequestError: If a shard is missing or outside the folder, or if its size differs from the description.
         """
         self._files = [within(where, s.file) for s in part.shards]
         keep_open(len(self._files))  # the files that are read stay open
@@ -142,11 +144,11 @@ class Shards:
 
     @property
     def tokens(self) -> Shards:
-        """Return what `__getitem__` indexes."""
+        """Return this object, which is indexed by token position."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:
-        """Return the token ids at these positions, int32 [N]. Each document is read once."""
+        """Return the token ids at the positions `at_N`, int32 [N]. Each document is read once."""
         if not len(at_N):
             return np.zeros(0, np.int32)
         doc_N = np.searchsorted(self._starts, at_N, "right") - 1
@@ -176,20 +178,20 @@ class Shards:
 
 
 def check_words(where: epath.Path, found: Prepared) -> None:
-    """Check that the tokenizer beside prepared data is the one that it was prepared with.
+    """Check that the tokenizer in a folder of prepared data is the one that tokenized the data.
 
     Raises:
-      RequestError: a file differs.
+        RequestError: If a file of the tokenizer differs.
     """
     for problem in _wrong_words(where, found):
         raise RequestError(f"{where / problem}; {ADVICE}")
 
 
 def damage(where: epath.Path, found: Prepared) -> dict[str, str]:
-    """Compare all files of prepared data with their checksums, the shards included.
+    """Compare all files of prepared data, including the shards, with their checksums.
 
     Returns:
-      What is wrong with each file that differs, as a clause, by its name.
+        One message per differing file, by file name.
     """
     wrong = [*_wrong_words(where, found)]
     for part in (part for parts in found.splits.values() for part in parts):
@@ -218,10 +220,10 @@ def _wrong_lengths(where: epath.Path, part: Part) -> str:
 
 
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
-    """Check that the config has no settings that the data was prepared without. They would have no effect.
+    """Check that settings that only `llmctl prepare` applies have the values of the preparation.
 
     Raises:
-      RequestError: a setting differs from that of the preparation.
+        RequestError: If a setting differs, because it would have no effect.
     """
     was = dict(found.data)
     asked = {name: getattr(part, name) for name in ("filter", "replace")}
@@ -237,10 +239,10 @@ def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: s
 
 
 def check(found: Prepared, tokenizer: Tokenizer, path: str) -> None:
-    """Check that the data was prepared with this tokenizer.
+    """Check that the data was prepared with `tokenizer`.
 
     Raises:
-      RequestError: it was prepared with another one.
+        RequestError: If it was prepared with another tokenizer.
     """
     if found.tokenizer != tokenizer.digest:
         raise RequestError(

@@ -1,9 +1,9 @@
-"""Objectives of encoder-decoders: the encoder reads a document with parts missing, the decoder predicts these parts.
+"""Define objectives of encoder-decoders: the encoder reads an incomplete document, and the decoder predicts the rest.
 
-Documents that share a row are kept apart in both stacks: a decoder segment attends only to the encoder segment with the
+Documents that share a row are separated in both stacks: a decoder segment attends only to the encoder segment with the
 same number. A decoder segment begins with the padding token, as in T5 (Raffel et al., 2019, arXiv:1910.10683).
 
-Legend: B rows, S encoder tokens, T decoder tokens, n tokens of a document.
+Shapes: B rows, S encoder tokens, T decoder tokens, n tokens of a document.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 
 def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
-    """Return the sizes for about `encoder` tokens after corruption: (raw tokens per row, decoder tokens, sentinels).
+    """Return the sizes of span corruption that give about `encoder` encoder tokens.
 
-    Corruption turns n tokens into n - k + s. It drops k = rate * n tokens in s = k / span spans.
+    Corruption replaces n tokens by n - k + s. It drops k = rate * n tokens in s = k / span spans.
+
+    Returns:
+        Raw tokens per row, decoder tokens, and sentinels.
     """
     raw = encoder
     while True:
@@ -36,7 +39,7 @@ def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
 
 
 def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int]:
-    """Return the number of tokens to drop out of n, and of spans. `up` in [0, 1) determines the rounding."""
+    """Return (number of tokens to drop out of n, number of spans). The rounding offset `up` is in [0, 1)."""
     k = min(int(rate * n + up), n - 1)
     return (0, 0) if k < 1 else (k, min(max(1, round(k / span)), n - k + 1))
 
@@ -44,18 +47,21 @@ def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int
 def choose_spans(
     n: int, rate: float, span: float, up: float, gaps: np.ndarray, cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample the dropped tokens of n, and the starts of their spans: two bool arrays [n].
+    """Sample the tokens to drop out of n tokens, in spans.
 
-    Each span has its own gap between the kept tokens. All choices of gaps are equally likely, and so are all
-    divisions of the dropped tokens into spans.
+    Each span lies in its own gap between kept tokens. All choices of gaps are equally likely, and so are all divisions
+    of the dropped tokens into spans.
 
     Args:
-      n: number of tokens.
-      rate: fraction of tokens to drop.
-      span: mean span length in tokens.
-      up: rounding offset in [0, 1); unbiased if sampled uniformly.
-      gaps: n random numbers; the smallest choose the gaps.
-      cuts: n random numbers; the smallest choose where the dropped tokens are divided.
+        n: Number of tokens.
+        rate: Fraction of tokens to drop.
+        span: Mean span length in tokens.
+        up: Rounding offset in [0, 1); unbiased if sampled uniformly.
+        gaps: n random numbers; the smallest ones select the gaps.
+        cuts: n random numbers; the smallest ones select the boundaries between spans in the dropped tokens.
+
+    Returns:
+        Two masks, bool [n]: dropped tokens, and first tokens of spans.
     """
     dropped, starts = np.zeros(n, bool), np.zeros(n, bool)
     k, s = _counts(n, rate, span, up)
@@ -83,10 +89,11 @@ def corrupted(
     """Apply span corruption (Raffel et al., 2019, arXiv:1910.10683).
 
     The encoder reads a sentinel in place of each span. The decoder predicts each sentinel and its span, and then the
-    end of sequence. Tokens beyond `encoder` or `decoder` are cut, and a span whose sentinel was cut is not predicted.
+    end-of-sequence token. Tokens beyond `encoder` or `decoder` are cut, and a span whose sentinel was cut is not
+    predicted.
 
     Args:
-      packed: rows, ideally of `sizes(encoder, rate, span)[0]` tokens.
+      packed: rows, best of `sizes(encoder, rate, span)[0]` tokens.
       words: the tokenizer's vocabulary, with sentinels.
       encoder: encoder length S in tokens.
       decoder: decoder length T in tokens.
@@ -139,7 +146,7 @@ def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
     """Apply prefix language modeling (Raffel et al., 2019, arXiv:1910.10683).
 
     The encoder reads the beginning of each document, and the decoder predicts the rest. The split point is sampled
-    uniformly. Encoder and decoder both have the rows' width T.
+    uniformly. The encoder and decoder rows have the width T of the packed rows.
     """
     width = packed.tokens.shape[1]
     where_BT = uniform(packed.rows, width, seed, 6)
@@ -154,7 +161,7 @@ def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
 
 
 def _documents(packed: Packed) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (row, segment, first, last) of every document: its part of the row is tokens[first:last]."""
+    """Yield (row, segment, first, last) of every document: its tokens are tokens[row, first:last]."""
     for b, segments in enumerate(packed.segments):
         edges = np.flatnonzero(np.diff(segments, prepend=-1, append=-1))
         for first, last in itertools.pairwise(edges):
@@ -163,7 +170,7 @@ def _documents(packed: Packed) -> Iterator[tuple[int, int, int, int]]:
 
 
 class _Rows:
-    """Encoder-decoder rows that are filled from the left."""
+    """Build encoder-decoder rows by appending documents from the left."""
 
     def __init__(self, B: int, S: int, T: int, pad: int):
         self.pad = pad
@@ -179,7 +186,7 @@ class _Rows:
         self._read, self._written = np.zeros(B, int), np.zeros(B, int)
 
     def read(self, b: int, segment: int, tokens: np.ndarray) -> int:
-        """Append tokens to the encoder input of row b and return how many fit."""
+        """Append tokens to the encoder row b, and return the number of tokens that fit."""
         at = self._read[b]
         n = min(len(tokens), self.batch["encoder_tokens"].shape[1] - at)
         here = (b, slice(at, at + n))
@@ -190,7 +197,7 @@ class _Rows:
         return n
 
     def write(self, b: int, segment: int, targets: np.ndarray) -> None:
-        """Append targets to the decoder of row b, as many as fit."""
+        """Append as many targets to the decoder row b as fit."""
         at = self._written[b]
         n = min(len(targets), self.batch["tokens"].shape[1] - at)
         here = (b, slice(at, at + n))

@@ -1,6 +1,7 @@
-"""Data sources by name: each file of this folder is one, and its `SOURCE` opens it.
+"""Register data sources by name: the module `NAME` of this folder defines the source NAME in its variable `SOURCE`.
 
-A package adds a source by the entry point `source.NAME` of the group `llmctl`; it names a `llmctl.data.source.Reader`.
+A package adds a source by the entry point `source.NAME` of the group `llmctl`, which refers to a
+`llmctl.data.source.Reader`.
 """
 
 from __future__ import annotations
@@ -13,4 +14,4 @@ from llmctl.config.registry import Registry
 SOURCES: Registry[Any] = Registry(
     "source", {found.name: f"{__name__}.{found.name}:SOURCE" for found in pkgutil.iter_modules(__path__)}
 )
-"""Every value of `data.source` and its Reader; not typed as such, because readers are built on the settings."""
+"""Readers by the value of `data.source`. The type is Any, because the class Reader depends on the settings."""

@@ -14,7 +14,11 @@ from llmctl.data.source import Source, Table, of_files
 
 
 def table(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Read delimited text with a header line. Fields may be quoted and contain line breaks (RFC 4180)."""
+    """Read delimited text with a header line. Fields may be quoted and contain line breaks (RFC 4180).
+
+    Raises:
+        RequestError: If the file is not valid CSV, or if a row has too few or too many fields.
+    """
     csv.field_size_limit(2**31 - 1)  # The default limit refuses documents larger than 128 KiB.
     opened = io.StringIO(content(path), newline="")
     # Without `strict`, an unclosed quote would turn the rest of the file into one field.
@@ -41,12 +45,12 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
 
 
 def _filled(path: epath.Path, columns: list[str], rows: list[tuple[str, ...]]) -> list[int]:
-    """Return the columns to keep. Columns without a name and without a value are dropped, as spreadsheets write them.
+    """Return the indices of the columns to keep. Columns without a name and without values are dropped.
 
-    The first column may lack a name, because tables with a row number are written so.
+    Spreadsheets add such columns. The first column may lack a name, as in tables with row numbers.
 
     Raises:
-      RequestError: another column has values and no name.
+        RequestError: If another column has values but no name.
     """
     keep = []
     for k, name in enumerate(columns):

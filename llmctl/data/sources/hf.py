@@ -20,7 +20,8 @@ def hf(cfg: SourceConfig) -> Source:
     """Open a folder that `save_to_disk` of Hugging Face `datasets` wrote. Arrow streams are memory-mapped.
 
     Raises:
-      RequestError: it is not such a folder, it has no such split, or a file is damaged or outside the folder.
+        RequestError: If the folder has another format or lacks the split, or if a file is damaged or outside the
+            folder.
     """
     path = folder(cfg.path)
     if (path / "dataset_dict.json").exists():
@@ -52,7 +53,12 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
 
 
 def _arrow(path: epath.Path, names: class_names.Names | None) -> Source:
-    """Open one Arrow stream; `names` are the class names, None if the stream's schema has them."""
+    """Open one Arrow stream.
+
+    Args:
+        path: Path of the file.
+        names: Class names by column; None reads them from the stream's schema.
+    """
     import pyarrow as pa
 
     try:

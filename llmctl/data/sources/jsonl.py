@@ -13,13 +13,14 @@ from llmctl.data.file_bytes import buffer, line_offsets
 from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
-"""Bounds of the first rows, whose keys are the columns. A row with another one of our columns is refused when read."""
+"""Limits (rows, bytes) of the first rows, whose keys define `columns`. A later row with another canonical column
+raises an error."""
 
 
 class JsonLines(Source):
-    """Source of JSON lines: one object per line. Line offsets are found at construction; rows are parsed at access.
+    """Read JSON lines: one object per line. Line offsets are found at construction; rows are parsed at access.
 
-    `columns` are those of the first rows: `ROWS`, as far as they are in the first `BYTES`.
+    `columns` contains the keys of the first rows: at most `ROWS` rows, within the first `BYTES` bytes.
     """
 
     def __init__(self, path: epath.Path):
@@ -63,7 +64,7 @@ class JsonLines(Source):
 
 
 class _Twice(dict[str, Any]):
-    """Object with a key that is there twice, of which Python keeps the last."""
+    """Mark an object with a repeated key, of which Python's parser would keep only the last value."""
 
     name = ""
 

@@ -1,4 +1,4 @@
-"""Name the tokens that `llmctl prepare` wrote (`data.source = "prepared"`); they have no rows of text."""
+"""Define the source of data that `llmctl prepare` tokenized (`data.source = "prepared"`), which has no rows of text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from llmctl.data.source import Reader, Source
 
 
 def refuse(cfg: SourceConfig) -> Source:
-    """Refuse to read prepared tokens as text.
+    """Reject prepared data where text is needed.
 
     Raises:
-      RequestError: always.
+        RequestError: Always.
     """
     raise RequestError(f"{cfg.path}: prepared data holds tokens, and this needs the text; name the raw source")
 
 
 def listed(cfg: SourceConfig) -> list[epath.Path]:
-    """Return the file that lists the checksums of the shards."""
+    """Return the path of prepared.json, which contains the checksums of the shards."""
     return resolve(f"{cfg.path.rstrip('/')}/prepared.json")
 
 

@@ -12,7 +12,7 @@ from llmctl.data.source import Row, Source, Table, of_files
 
 
 class TextFile(Source):
-    """Source with a whole text file as its only document. The file is read at each access."""
+    """Read a text file as a single document. The file is read at each access."""
 
     columns = ("text",)
 

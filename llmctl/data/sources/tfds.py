@@ -19,7 +19,7 @@ TFDS_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\
 
 
 class Tfds(Source):
-    """Source of the rows of a TFDS split.
+    """Read the rows of a TFDS split.
 
     Nested features become columns such as `translation/en`. Sequences become lists.
     """
@@ -60,7 +60,7 @@ def tfds(cfg: SourceConfig) -> Source:
     """Open a split of a TFDS dataset stored as ArrayRecord (https://www.tensorflow.org/datasets/data_source).
 
     Raises:
-      RequestError: the dataset is not on disk, it has no such split, or its file format has no random access.
+        RequestError: If the dataset is not on disk, lacks the split, or has a file format without random access.
     """
     fetch(cfg)
     import tensorflow_datasets
@@ -85,10 +85,10 @@ def tfds(cfg: SourceConfig) -> Source:
 
 
 def fetch(cfg: SourceConfig) -> None:
-    """Download and prepare a TFDS dataset if it is absent and the config permits a download.
+    """Download and prepare a TFDS dataset if it is missing and `cfg.download` is true.
 
     Raises:
-      RequestError: TFDS has no such dataset.
+        RequestError: If TFDS has no such dataset.
     """
     if not cfg.download or _versions(cfg):
         return
@@ -105,7 +105,7 @@ def tfds_folder(cfg: SourceConfig) -> epath.Path:
     """Return the folder of the newest dataset version that matches `cfg.name`, without importing TFDS.
 
     Raises:
-      RequestError: there is no match, or several configs match.
+        RequestError: If nothing matches, or if several configs match.
     """
     found = _versions(cfg)
     if not found:
@@ -123,10 +123,10 @@ def tfds_folder(cfg: SourceConfig) -> epath.Path:
 
 
 def tfds_files(cfg: SourceConfig) -> list[epath.Path]:
-    """Return every file of the dataset, or an empty list if it has yet to be downloaded.
+    """Return all files of the dataset, or an empty list if the dataset is not downloaded yet.
 
     Raises:
-      RequestError: as `tfds_folder`.
+        RequestError: If `tfds_folder` raises it.
     """
     if cfg.download and not _versions(cfg):
         return []
@@ -138,7 +138,7 @@ def _tfds_root(cfg: SourceConfig) -> epath.Path:
 
 
 def _versions(cfg: SourceConfig) -> list[epath.Path]:
-    """Return folders `name[/config]/version` that hold a prepared dataset and match `cfg.name`."""
+    """Return the folders `name[/config]/version` with a prepared dataset that matches `cfg.name`."""
     named = TFDS_NAME.fullmatch(cfg.name)
     if not named:
         raise RequestError(f"data.name = {cfg.name!r} should read name, name/config or name/config:1.2.3")

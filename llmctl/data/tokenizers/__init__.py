@@ -1,1 +1,1 @@
-"""Tokenizers: bytes, SentencePiece and tokenizer.json with one interface."""
+"""Tokenize text with one interface for bytes, SentencePiece models and tokenizer.json files."""

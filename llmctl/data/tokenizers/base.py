@@ -1,4 +1,4 @@
-"""Base class of all tokenizers."""
+"""Define the base class of all tokenizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
-"""File beside the model file in an artifact: the tokenizer's kind, digest and options."""
+"""Name of the file beside the model file that stores the tokenizer's kind, digest and options."""
 
 
 SENTINEL = "<extra_id_{}>"
@@ -23,17 +23,17 @@ SENTINEL = "<extra_id_{}>"
 
 
 MASK = "<mask>"
-"""Spelling of the mask token in user input, whatever the tokenizer's own spelling."""
+"""Spelling of the mask token in user input, independent of the tokenizer's own spelling."""
 
 
 SPOILED = "\ufdd0"
-"""Character inserted into a special token's spelling to mark it as text. It is a Unicode noncharacter, so no text
-contains it."""
+"""Character that is inserted into a special token's spelling to mark it as text. It is a Unicode noncharacter, so no
+text contains it."""
 
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Special tokens around a text that a model reads as a whole, as the post-processor of a tokenizer.json adds them.
+    """Define the special tokens around a complete text, as the post-processor of a tokenizer.json adds them.
 
     Example:
       >>> template = TextTemplate((1,), (2,), (2, 2))
@@ -53,7 +53,7 @@ class TextTemplate:
 
 
 class Tokenizer(ABC):
-    """Convert text to token ids and back. Text never encodes to ids of special tokens, and these decode to nothing.
+    """Convert text to token ids and back. Text is never encoded as special tokens, and special tokens decode to "".
 
     A subclass sets the attributes below and defines `encode`, `encode_batch`, `offsets` and `decode`.
 
@@ -66,7 +66,7 @@ class Tokenizer(ABC):
 
     kind: ClassVar[str]
     file: ClassVar[str]
-    """Name of the model file in a folder."""
+    """Name of the model file in a tokenizer folder."""
     foreign: ClassVar[tuple[str, ...]] = ()
     """Other names of the model file, in folders that llmctl did not write."""
     vocab_size: int
@@ -82,24 +82,24 @@ class Tokenizer(ABC):
     model: bytes
     """Content of the model file."""
     own_template: TextTemplate | None = None
-    """Template that was recorded on import, because the model was trained with it; None takes that of llmctl."""
+    """Template of an imported tokenizer, with which the model was trained; None uses llmctl's own template."""
 
     @classmethod
     def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> Self:
         """Build the tokenizer from the content of a model file.
 
         Args:
-          model: content of the file.
-          described: the saved `options`; empty for tokenizers that llmctl did not write.
-          folder: folder of the model file, which may hold configuration files.
+            model: Content of the file.
+            described: Saved `options`; empty for tokenizers that llmctl did not write.
+            folder: Folder of the model file, which may contain configuration files.
 
         Raises:
-          ValueError: the files are not usable; the message is a few words.
+            ValueError: If the files are invalid. The message has a few words.
         """
         return cls(model, described.get("bos", True))  # pyright: ignore[reportCallIssue]
 
     def options(self) -> dict[str, Any]:
-        """Return the options that are saved beside the model file, because it does not contain them."""
+        """Return the options that are saved beside the model file, because the model file does not contain them."""
         return {"bos": self.add_bos}
 
     @abstractmethod
@@ -108,23 +108,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of every text, computed on all cores."""
+        """Return the token ids of every text, as `encode` does, computed on all cores."""
 
     @abstractmethod
     def offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Return (ids, character ranges [first, last)) of every text.
+        """Return (token ids, character ranges [first, last) of the tokens) of every text.
 
         A token without characters has the range (n, n).
         """
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return token ids and character spans of every text, with the ids of `encode`.
+        """Return the token ids and the character spans of every text; the ids equal those of `encode`.
 
         A span covers a token's characters without surrounding white space, so it is empty for a token of white space.
-        If one character takes several tokens, they have the same span.
+        If one character takes several tokens, all of them have the same span.
 
         Returns:
-          For each text, ids int32 [N] and spans int32 [N, 2].
+            For each text, ids int32 [N] and spans [first, last) int32 [N, 2].
         """
         out = []
         for text, (ids, found) in zip(texts, self.offsets(texts), strict=True):
@@ -138,19 +138,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids. Special tokens and ids beyond the vocabulary are skipped."""
+        """Return the text of token ids. Special tokens and ids outside the vocabulary are skipped."""
 
     def pieces(self) -> list[str]:
         """Return the text of every token by id; "" for special tokens. A leading space marks the start of a word."""
         return [self.decode([i]) for i in range(self.vocab_size)]
 
     def encode_masked(self, text: str) -> list[int]:
-        """Return the token ids of a text in which `MASK` stands for the mask token.
+        """Return the token ids of a text in which the text `MASK` becomes the mask token.
 
-        A space before the mask belongs to the masked word.
+        A space before the mask is part of the masked word.
 
         Raises:
-          ValueError: the tokenizer has no mask token.
+            ValueError: If the tokenizer has no mask token.
         """
         if self.mask_id is None:
             raise ValueError("the tokenizer has no mask token")
@@ -164,13 +164,13 @@ class Tokenizer(ABC):
 
     @property
     def spelled(self) -> dict[str, str]:
-        """Return the spelling of special tokens by their name in chat templates ("bos_token", …)."""
+        """Return the spellings of special tokens by their names in chat templates ("bos_token", …)."""
         names = {i: text for text, i in self.special_ids.items()}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         return {name: names[i] for name, i in ids.items() if i in names}
 
     def encode_spelled(self, text: str) -> list[int]:
-        """Encode the output of a chat template, in which spelled-out special tokens become special tokens.
+        """Encode the output of a chat template; spellings of special tokens become special tokens.
 
         A spelling that contains `SPOILED` is encoded as text, without that character.
         """
@@ -196,7 +196,7 @@ class Tokenizer(ABC):
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the model file, as hex."""
+        """Return the SHA-256 of the model file, as hex digits."""
         return hashlib.sha256(self.model).hexdigest()
 
     def save(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Byte tokenizer: needs no training and has no unknown text, but gives long sequences."""
+"""Tokenize text as bytes: no training is needed and no text is unknown, but sequences are long."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llmctl.config.text_input import parse_json
 from llmctl.data.tokenizers.base import Tokenizer
 
 FIRST = 5
-"""Id of byte 0. The ids below it are pad, unk, bos, eos and mask."""
+"""Id of byte 0. The ids below are pad, unk, bos, eos and mask."""
 
 MOST_SENTINELS = 1000
-"""Number of sentinels that the setting `tokenizer.sentinels` allows."""
+"""Maximum number of sentinels, as in the setting `tokenizer.sentinels`."""
 
 
 class ByteTokenizer(Tokenizer):
-    """Tokenizer that maps each UTF-8 byte b to the id b + 5. Sentinels follow the bytes."""
+    """Map each UTF-8 byte b to the id b + 5. Sentinels have the ids after those of the bytes."""
 
     kind: ClassVar[str] = "bytes"
     file: ClassVar[str] = "bytes.json"
@@ -28,7 +28,7 @@ class ByteTokenizer(Tokenizer):
         """Read the number of sentinels from `model`, a JSON object.
 
         Raises:
-          ValueError: the JSON is invalid or has no number of sentinels.
+            ValueError: If the JSON is invalid or has no number of sentinels.
         """
         try:
             sentinels = int(parse_json(model)["sentinels"])
@@ -43,7 +43,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def new(cls, sentinels: int = 0, add_bos: bool = True) -> ByteTokenizer:
-        """Build a byte tokenizer with this number of sentinels."""
+        """Build a byte tokenizer with `sentinels` sentinels."""
         return cls((json.dumps({"sentinels": sentinels}) + "\n").encode(), add_bos)
 
     def encode(self, text: str) -> list[int]:

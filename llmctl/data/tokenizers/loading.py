@@ -1,4 +1,4 @@
-"""Train a tokenizer, load one, and detect its kind from the files in a folder."""
+"""Train or load a tokenizer, and detect its kind from the files in a folder."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 __all__ = ["Tokenizer", "chat_template", "load", "obtain", "train"]
 
 KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (JsonTokenizer, sentencepieces.SentencePieces, ByteTokenizer)}
-"""Tokenizer class of each kind that a descriptor may contain. Folders without descriptor are searched in this order."""
+"""Tokenizer classes by the kind in a descriptor. Folders without a descriptor are searched for model files in this
+order."""
 BOS = {"auto": None, "yes": True, "no": False}
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
-    """Train a tokenizer on `texts`. The same texts and config give the same bytes.
+    """Train a tokenizer on `texts`. Equal texts and settings give equal files.
 
     Raises:
-      RequestError: the vocabulary is too small, or larger than the corpus supports; the message gives the limit.
+        RequestError: If the vocabulary is too small, or larger than the corpus supports. The message gives the limit.
     """
     if cfg.kind == "bytes":
         return ByteTokenizer.new(cfg.sentinels, cfg.bos != "no")
@@ -41,7 +42,7 @@ def obtain(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     """Load the tokenizer at `cfg.path`, or train one on `texts` if no path is set.
 
     Raises:
-      RequestError: as `load` and `train`.
+        RequestError: If `load` or `train` raises it.
     """
     return load(folder(cfg.path), BOS[cfg.bos]) if cfg.path else train(texts, cfg)
 
@@ -50,12 +51,12 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
     """Load the tokenizer at `path`. Nothing is unpickled or executed.
 
     Args:
-      path: an artifact's tokenizer folder, a folder with `tokenizer.json` or `tokenizer.model`, or such a file.
-      add_bos: overrides the descriptor. Without a descriptor, it overrides tokenizer_config.json or the file itself.
+        path: An artifact's tokenizer folder, a folder with `tokenizer.json` or `tokenizer.model`, or such a file.
+        add_bos: Whether texts begin with bos. It overrides the descriptor, tokenizer_config.json and the model file.
 
     Raises:
-      RequestError: there is no tokenizer, its kind is unknown, a file is damaged or outside the folder, or `add_bos` is
-        set but there is no begin-of-sequence token.
+        RequestError: If there is no tokenizer, if its kind is unknown, or if a file is damaged or outside the folder.
+            If `add_bos` is true but there is no begin-of-sequence token.
     """
     path = epath.Path(path)
     described: dict = {}
@@ -102,10 +103,10 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
 def chat_template(folder: epath.PathLike) -> str | None:
     """Return the chat template of a tokenizer folder, or None if there is none.
 
-    It is read from chat_template.jinja or from tokenizer_config.json.
+    The template is in chat_template.jinja or in tokenizer_config.json.
 
     Raises:
-      RequestError: a file is damaged.
+        RequestError: If a file is damaged.
     """
     alone = within(epath.Path(folder), "chat_template.jinja")
     if alone.is_file():
@@ -117,7 +118,7 @@ def chat_template(folder: epath.PathLike) -> str | None:
 
 
 def _config(folder: epath.Path) -> dict[str, Any]:
-    """Return the content of a folder's tokenizer_config.json, or an empty dict if there is none."""
+    """Return the content of a folder's tokenizer_config.json, or an empty dict if the file is missing."""
     file = within(folder, "tokenizer_config.json")
     try:
         return dict(parse_json(file.read_bytes())) if file.is_file() else {}

@@ -1,6 +1,6 @@
-"""Report failures of the Rust library `tokenizers` as errors.
+"""Convert failures of the Rust library `tokenizers` to errors.
 
-A panic of the library raises a BaseException that does not derive from Exception. It also writes a report to standard
+A panic of the library raises a BaseException that does not derive from Exception, and writes a report to standard
 error. Other failures raise plain Exceptions.
 """
 
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of a library error, at most 200 characters. Other errors are raised again."""
+    """Return the first line of a library error, at most 200 characters. Raise other errors again."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Call a library function on texts and return its result.
+    """Call a library function on texts, and return its result.
 
     Raises:
-      RequestError: the function fails. The cause is the tokenizer's file, because all texts are valid input.
+        RequestError: If the function fails. The cause is then the tokenizer's file, because all texts are valid input.
     """
     try:
         return function(*args, **options)
@@ -37,7 +37,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 @contextlib.contextmanager
 def unreported() -> Iterator[None]:
-    """Discard output to standard error (file descriptor 2), including that of native code, inside the context."""
+    """Discard output to standard error (file descriptor 2) inside the context, including that of native code."""
     try:
         saved = os.dup(2)
     except OSError:  # it is closed

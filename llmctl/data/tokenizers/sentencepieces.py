@@ -1,4 +1,7 @@
-"""SentencePiece tokenizers: unigram and BPE (Kudo and Richardson, 2018, arXiv:1808.06226), with byte fallback."""
+"""Train and load SentencePiece tokenizers with byte fallback: unigram and BPE.
+
+(Kudo and Richardson, 2018, arXiv:1808.06226)
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,19 @@ from llmctl.data.tokenizers.base import MASK, SENTINEL, Tokenizer
 SPACE = "▁"
 """Spelling of a space in pieces."""
 STANDS_IN = "\ue000"
-"""Private-use character that no vocabulary contains. It replaces the mask while a text with masks is encoded, and
-becomes bytes."""
+"""Private-use character that no vocabulary contains, so it is encoded as bytes. It replaces the mask while a text
+with masks is encoded."""
 THREADS = 4
-"""Number of training threads. Training sums over threads in a fixed order, so a fixed number gives the same model
-everywhere."""
+"""Number of training threads. Sums over threads have a fixed order, so a fixed number gives the same model on every
+machine."""
 SENTENCE = 2000
-"""Maximum length of a training sentence in characters. The trainer drops longer sentences, so texts are cut at a space.
-"""
+"""Maximum length of a training sentence in characters. The trainer drops longer sentences, so texts are cut at
+spaces."""
 NORMALIZE = {"identity": "identity", "nfkc": "nmt_nfkc", "nfkc_lowercase": "nmt_nfkc_cf"}
 
 
 class SentencePieces(Tokenizer):
-    """Tokenizer with a SentencePiece model. The ids of special tokens are read from the model."""
+    """Tokenize with a SentencePiece model. The ids of special tokens are read from the model."""
 
     kind: ClassVar[str] = "sentencepiece"
     file: ClassVar[str] = "tokenizer.model"
@@ -41,7 +44,7 @@ class SentencePieces(Tokenizer):
         """Parse a serialized SentencePiece model.
 
         Raises:
-          ValueError: the bytes are no SentencePiece model, or it has no end-of-sequence token.
+            ValueError: If the bytes are no SentencePiece model, or if the model has no end-of-sequence token.
         """
         try:
             self._sp = spm.SentencePieceProcessor(model_proto=model)
@@ -64,7 +67,7 @@ class SentencePieces(Tokenizer):
         return None if i == self.unk_id else i
 
     def piece(self, i: int) -> str:
-        """Return the spelling of a token."""
+        """Return the spelling of the token with id `i`."""
         return self._sp.id_to_piece(i)
 
     @property
@@ -119,9 +122,10 @@ class SentencePieces(Tokenizer):
 
 
 def _spans(text: str, found: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return token ids and their character ranges.
+    """Return (token ids, character ranges [first, last) of the tokens).
 
-    The library counts UTF-8 bytes, and assigns a character of several pieces to the last of them.
+    The library counts UTF-8 bytes. If a character takes several pieces, the library assigns the character to the last
+    one.
     """
     # number of characters before each byte offset
     char_at = np.cumsum([0, *((byte & 0xC0) != 0x80 for byte in text.encode())])
@@ -136,10 +140,10 @@ def _spans(text: str, found: Any) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
-    """Train on at most `cfg.sample` characters. Training is deterministic.
+    """Train a tokenizer on at most `cfg.sample` characters. Training is deterministic.
 
     Raises:
-      RequestError: the vocabulary is larger than the corpus supports, or smaller than its bytes and characters need.
+        RequestError: If the vocabulary is larger than the corpus supports, or too small for its bytes and characters.
     """
     sample = _sample(list(texts), cfg.sample)
     if not sample:
@@ -163,7 +167,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
 
 
 def _cores() -> int:
-    """Return the number of cores that this process may use. macOS has no CPU affinity."""
+    """Return the number of cores that this process may use, or all cores on macOS, which has no CPU affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -182,7 +186,7 @@ def _error_message(error: str, cfg: TokenizerConfig) -> str:
 
 
 def _sample(texts: list[str], budget: int) -> list[str]:
-    """Return whole texts in a fixed pseudo-random order, up to `budget` characters. The last text is cut."""
+    """Return texts in a fixed pseudo-random order, up to `budget` characters. Only the last text is cut."""
     if sum(map(len, texts)) <= budget:
         return [t for t in texts if t.strip()]
     order = permutation(len(texts), 0, 0)

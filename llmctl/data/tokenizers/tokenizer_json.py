@@ -1,4 +1,4 @@
-"""Tokenizers in `tokenizer.json` format (Hugging Face `tokenizers`), which most published models use."""
+"""Load tokenizers in `tokenizer.json` format (Hugging Face `tokenizers`), the format of most published models."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SPELLINGS = {
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
 }
-"""Usual spellings of special tokens, for folders that do not specify them."""
+"""Common spellings of special tokens, for folders that do not specify them."""
 FOREIGN = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",),
            "unk": ("unk_token",), "mask": ("mask_token",)}  # fmt: skip
-"""Keys of special tokens in tokenizer_config.json and special_tokens_map.json."""
+"""Keys of special tokens in tokenizer_config.json and special_tokens_map.json, by llmctl's names."""
 
 
 class JsonTokenizer(Tokenizer):
-    """Tokenizer with a `tokenizer.json` file.
+    """Tokenize with a `tokenizer.json` file.
 
-    BERT's [CLS] and [SEP] serve as beginning-of-sequence and end-of-sequence tokens.
+    BERT's [CLS] and [SEP] are used as beginning-of-sequence and end-of-sequence tokens.
     """
 
     kind: ClassVar[str] = "json"
@@ -39,12 +39,12 @@ class JsonTokenizer(Tokenizer):
         """Parse a `tokenizer.json` file.
 
         Args:
-          model: content of the file.
-          add_bos: whether texts begin with `bos_id`; by default as the file's post-processor does.
-          special: spellings of bos, eos, pad, unk and mask; missing ones are guessed.
+            model: Content of the file.
+            add_bos: Whether texts begin with `bos_id`; by default as the file's post-processor does.
+            special: Spellings of bos, eos, pad, unk and mask. For missing ones, common spellings are tried.
 
         Raises:
-          ValueError: the file is invalid, or it has no known end-of-sequence token.
+            ValueError: If the file is invalid, or has no known end-of-sequence token.
         """
         try:
             with rust_errors.unreported():
@@ -81,15 +81,19 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> JsonTokenizer:
-        """Build the tokenizer from its descriptor, or from the configuration files beside it."""
+        """Build the tokenizer, with special tokens from its descriptor or from the configuration files beside it."""
         return cls(model, described.get("bos"), described.get("special") or _foreign(folder))
 
     def options(self) -> dict[str, Any]:
-        """Return the options, with the spellings of special tokens."""
+        """Return the saved options, including the spellings of special tokens."""
         return super().options() | {"special": self.special}
 
     def _find(self, name: str) -> int | None:
-        """Return the id of a special token, and record its spelling in `special` so that it is searched only once."""
+        """Return the id of a special token, and store its spelling in `special`.
+
+        Raises:
+            ValueError: If `special` has a spelling that is not in the vocabulary.
+        """
         spellings = (self.special[name],) if name in self.special else SPELLINGS[name]
         for spelling in spellings:
             if (i := self._backend.token_to_id(spelling)) is not None:
@@ -101,7 +105,7 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def backend(self) -> Backend:
-        """Return a new tokenizer of the `tokenizers` library from the same file."""
+        """Return a new tokenizer object of the `tokenizers` library, from the same file."""
         return Backend.from_buffer(self.model)
 
     @property
@@ -116,7 +120,7 @@ class JsonTokenizer(Tokenizer):
         return self._encode_special(text)
 
     def _encode_special(self, text: str) -> list[int]:
-        """Encode a text in which spelled-out special tokens become special tokens, for this call only."""
+        """Encode a text in which spellings of special tokens become special tokens."""
         self._backend.encode_special_tokens = False
         try:
             return rust_errors.call(self._backend.encode, text, add_special_tokens=False).ids
@@ -156,7 +160,11 @@ class JsonTokenizer(Tokenizer):
 
 
 def _foreign(folder: epath.Path) -> dict[str, str]:
-    """Return the spellings of special tokens from the configuration files of a Hugging Face folder."""
+    """Return the spellings of special tokens from the configuration files of a Hugging Face folder.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (file := within(folder, name)).is_file():

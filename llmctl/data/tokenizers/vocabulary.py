@@ -1,6 +1,6 @@
-"""Properties of tokens that objectives need: special tokens, word boundaries and sentence ends.
+"""Compute token properties that objectives need: special tokens, word boundaries and sentence ends.
 
-Legend: V vocabulary.
+Shapes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from llmctl.data.tokenizers.base import Tokenizer
 STOPS = ".!?"
 """Characters that end a sentence if white space follows."""
 HARD_STOPS = "\n。｡！？।॥؟۔։።။។"
-"""Characters that always end a sentence: Chinese, Japanese, Hindi, Arabic, Urdu, Armenian, Amharic, Burmese, Khmer."""
+"""Characters that always end a sentence, in Chinese, Japanese, Hindi, Arabic, Urdu, Armenian, Amharic, Burmese and
+Khmer."""
 CLOSERS = "\"')]”’"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Properties of a tokenizer's vocabulary, as boolean arrays [V]."""
+    """Compute properties of a tokenizer's vocabulary, as boolean arrays [V]."""
 
     tokenizer: Tokenizer
 
@@ -36,7 +37,7 @@ class Vocabulary:
         """Return the id of the mask token.
 
         Raises:
-          RequestError: the tokenizer has no mask token.
+            RequestError: If the tokenizer has no mask token.
         """
         if self.tokenizer.mask_id is None:
             raise RequestError("the tokenizer has no mask token, which masked language modelling needs")
@@ -53,7 +54,7 @@ class Vocabulary:
 
     @cached_property
     def ordinary(self) -> np.ndarray:
-        """Return the ids of tokens that text consists of, int32."""
+        """Return the ids of all tokens that are neither special nor unknown, int32 [N]."""
         return np.setdiff1d(np.flatnonzero(~self.special), [self.tokenizer.unk_id]).astype(np.int32)
 
     @cached_property
@@ -62,12 +63,15 @@ class Vocabulary:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that begin a word: a space precedes it, or it is punctuation."""
+        """Return a mask bool [V] of tokens that begin a word: they begin with a space or punctuation."""
         return np.array([not p or not _of_word(p[0]) for p in self._pieces])
 
     @cached_property
     def closes(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens after which a word always begins. A lone space belongs to the next word."""
+        """Return a mask bool [V] of tokens after which a word always begins.
+
+        A single space is part of the next word.
+        """
         return np.array([not p or not (_of_word(p[-1]) or p[-1] == " ") for p in self._pieces])
 
     @cached_property
@@ -87,19 +91,19 @@ class Vocabulary:
 
     @cached_property
     def _marks(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that end with "!" or "?". NFKC also writes full-width marks in this form."""
+        """Return a mask bool [V] of tokens that end with "!" or "?". NFKC converts full-width marks to these."""
         return np.array([p.rstrip(CLOSERS)[-1:] in ("!", "?") for p in self._pieces])
 
     @cached_property
     def _ideographs(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that begin with a Chinese or Japanese character. No space precedes these."""
+        """Return a mask bool [V] of tokens that begin with a Chinese or Japanese character, which no space precedes."""
         return np.array([_in(p[:1], "\u3040", "\u30ff") or _in(p[:1], "\u3400", "\u9fff") for p in self._pieces])
 
     @cached_property
     def _thai(self) -> tuple[np.ndarray, np.ndarray]:
         """Return two masks bool [V]: tokens that end with a Thai character, and tokens that separate Thai sentences.
 
-        The latter are a lone space, and a space followed by a Thai character.
+        The latter are a single space, and a space followed by a Thai character.
         """
         thai = [(p, p.strip()) for p in self._pieces]
         ends = np.array([_in(p[-1:], "\u0e01", "\u0e5b") for p, _ in thai])
@@ -108,8 +112,9 @@ class Vocabulary:
     def begins_sentence(self, last: np.ndarray, this: np.ndarray) -> np.ndarray:
         """Return whether a sentence begins with token `this` if token `last` precedes it; bool, elementwise.
 
-        A full stop, exclamation mark or question mark needs white space behind it. After the last two, a Chinese or
-        Japanese character also begins a sentence. Thai writes a space between sentences and never inside words.
+        White space must follow a full stop, exclamation mark or question mark. After an exclamation mark or question
+        mark, a Chinese or Japanese character also begins a sentence. Thai has a space between sentences and none inside
+        words.
         """
         thai_ends, thai_begins = self._thai
         found = self.stops[last] & self.spaced[this] | self.hard_stops[last]
