@@ -1,4 +1,7 @@
-"""Build the command line: one command per stage and per file in `llmctl/cli/commands`; map exceptions to exit codes."""
+"""Build the command line, with one command per stage and per file in `llmctl/cli/commands`.
+
+Exceptions are mapped to exit codes.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,13 @@ PLACES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.ENXIO),
 )
-"""Errors of the operating system for which a path of the request is the reason."""
+"""Errors of the operating system that mean that a path in the request is wrong. They have exit code 2."""
 GOES_ON = ("run", "prepare", "import")
-"""Commands, beside the stages, that finish stopped work when they are run again."""
+"""Commands, besides the stages, that finish interrupted work when they are run again."""
 
 
 def app(chosen: str = "") -> typer.Typer:
-    """Return the command line. Only the chosen command is imported; the others have a name and a summary."""
+    """Return the command line. Only the chosen command is imported. The others consist of a name and a summary."""
     made = typer.Typer(
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # long flags do not fit into columns
@@ -80,7 +83,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
-    """Return the function of a command, and the class of the command (None for typer's)."""
+    """Return the function of a command, and the class of the command (None for Typer's class)."""
     if stage:
         from llmctl.cli import flags
 
@@ -112,7 +115,7 @@ def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]
 
 
 def _check_numbers(options: dict[str, Any]) -> None:
-    """Check the numbers of options: they are finite, floats are in float32's range, and integers have 64 bits.
+    """Check the range of numeric options: finite, float32 range for floats, and 64 bits for integers.
 
     Raises:
       RequestError: an option is out of range.
@@ -151,13 +154,13 @@ def run(argv: list[str]) -> int:
 
 
 def _completing() -> list[str]:
-    """Return the words that a shell asks to complete, without the program's name; empty if none asks."""
+    """Return the words of a shell's completion request, without the program's name; empty if there is no request."""
     line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return line.split()[1:] if os.environ.get("_LLMCTL_COMPLETE") else []
 
 
 def ending(e: BaseException) -> tuple[int, str]:
-    """Return the exit code of an exception, and the line that is printed for it."""
+    """Return the exit code of an exception, and the line to print for it."""
     if isinstance(e, LlmctlError):
         return e.exit_code, str(e)
     if isinstance(e, (KeyboardInterrupt, typer.Abort)):
@@ -182,7 +185,7 @@ def ending(e: BaseException) -> tuple[int, str]:
 
 
 def _of_system(e: OSError) -> tuple[int, str]:
-    """Return the exit code and the line of an error of the operating system."""
+    """Return the exit code of an error of the operating system, and the line to print for it."""
     where = f"{os.fsdecode(e.filename)}: " if e.filename else ""
     if e.errno in PLACES:
         return 2, f"{where}{str(e.strerror).lower()}; choose another place"
@@ -190,10 +193,10 @@ def _of_system(e: OSError) -> tuple[int, str]:
 
 
 def _check_request(argv: list[str]) -> None:
-    """Check what every command needs: arguments that are text, and a current folder.
+    """Check the requirements of every command: arguments that are text, and a current folder.
 
     Raises:
-      RequestError: an argument is not UTF-8, which no result could record; or the current folder was deleted.
+      RequestError: an argument is not UTF-8, or the current folder was deleted.
     """
     for n, word in enumerate(argv, 1):
         check_unicode(word, f"argument {n}")
@@ -234,6 +237,6 @@ def _be_quiet() -> None:
 
 
 def _stop(*_: Any) -> None:
-    """Raise KeyboardInterrupt, and record it, because libraries convert KeyboardInterrupt to other errors."""
+    """Raise KeyboardInterrupt and record it, because libraries convert KeyboardInterrupt to other errors."""
     _stop_requested.set()
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Report this machine's devices as JAX sees them, versions, memory and disk, with the problems found."""
+"""Report this machine's devices as JAX detects them, versions, memory and disk, with the problems found."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ EXTRAS = {
     "cuda": ("jax-cuda13-plugin",),
     "tpu": ("libtpu",),
 }
-"""Packages by which an extra is recognized."""
+"""Packages that show whether an extra is installed, by extra."""
 LOW_DISK, LOW_MEMORY = 2e9, 2e9
 
 
 def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
-    """Return all that `llmctl doctor` prints.
+    """Return the report of `llmctl doctor` as a dictionary.
 
     Args:
-      platforms: platforms that a recipe's stages name.
+      platforms: platforms that a recipe's stages require.
       folder: folder for artifacts, whose disk is checked.
 
     Raises:
-      RequestError: a named platform is missing.
+      RequestError: a required platform is missing.
     """
     problems: list[str] = []
     used = backend.settle(platforms, problems.append)
@@ -110,7 +110,7 @@ def _version(package: str) -> str | None:
 
 
 def _memory() -> dict[str, int]:
-    """Return the bytes of main memory: the total, and the part that a new process can use."""
+    """Return the bytes of main memory: the total, and the part that is available to a new process."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = os.sysconf("SC_PHYS_PAGES") * page
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Build a stage's command from its config class: every field is a flag with its default and its docstring."""
+"""Build a stage's command from its config class. Every field becomes a flag with its default and its docstring."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Step
 
 CHOICES_WIDTH = 56
-"""Characters of choices beside a flag; longer lists are part of its help."""
+"""Maximum number of characters of the choices beside a flag. Longer lists of choices are added to the flag's help."""
 HIDDEN = ("kind",)
-"""Fields that the command sets itself."""
+"""Fields without a flag, because the command sets them."""
 ARTIFACT = "artifact"
-"""Variable of the positional argument that stands for --from."""
+"""Variable name of the positional argument that replaces --from."""
 
 
 Coordinator = Annotated[
@@ -55,7 +55,7 @@ PROCESSES: dict[str, tuple[Any, Any]] = {
 
 
 def command(kind: str) -> tuple[Callable[..., None], Any]:
-    """Return the function of `llmctl KIND --from A --out B …`, as typer reads it, and the command's class."""
+    """Return the function of `llmctl KIND --from A --out B …` with Typer's annotations, and the command's class."""
     module = stage.load(kind)
     cls: type[stage.StageConfig] = module.Config
     fields = list(_fields(cls))
@@ -159,7 +159,7 @@ def _fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def _defaults(cls: type[Config], fields: list[tuple[tuple[str, ...], FieldInfo]]) -> Iterator[Any]:
-    """Yield the default of each flag: from the stage's default sections, not from the sections' classes."""
+    """Yield the default of each flag. It is the stage's default, which may differ from that of the section's class."""
     tops = {f.alias or n: f.get_default(call_default_factory=True) for n, f in cls.model_fields.items()}
     for path, field in fields:
         at: Any = tops[path[0]]
@@ -199,7 +199,7 @@ def _variable(path: tuple[str, ...]) -> str:
 
 
 def _parsed(field: FieldInfo, value: Any) -> Any:
-    """Return a flag's text as the value that TOML would give. Text for a str field stays text."""
+    """Return a flag's text as the value that TOML would give. The text of a str field is returned unchanged."""
     kind = _base(field.annotation)
     if not isinstance(value, str) or kind is str or get_origin(kind) is Literal:
         return value
@@ -216,7 +216,7 @@ def _item(kind: Any) -> Any:
 
 
 def _base(annotation: Any) -> Any:
-    """Return the type without `| None`."""
+    """Return the annotation without `| None`."""
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [a for a in get_args(annotation) if a is not type(None)]
         return parts[0] if len(parts) == 1 else annotation
@@ -224,7 +224,10 @@ def _base(annotation: Any) -> Any:
 
 
 def _metavar(field: FieldInfo) -> str:
-    """Return the choices of a Literal, a registry or a list of names, else the type."""
+    """Return the choices of a Literal, a registry or a list of names, joined by "|".
+
+    Otherwise return the type's name.
+    """
     kind = _base(field.annotation)
     registered = next((m for m in (*field.metadata, *_metadata(kind)) if isinstance(m, (Choices, Registry))), None)
     if registered:

@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
 
 FILES = "Artifacts and recipe"
-"""Heading of the flags that every stage's command has beside its fields: inputs, outputs and printing."""
+"""Heading of the flags that every stage's command has besides its fields: inputs, outputs and printing."""
 WHERE = "Where it runs"
-"""Heading of the flags for devices and processes; the heading of `MeshConfig`."""
+"""Heading of the flags for devices and processes. `MeshConfig` has the same heading."""
 ALL = "--help-all"
 
 
 class StageCommand(TyperCommand):
-    """Command whose help has sections. Each stage has a subclass that assigns flags to sections."""
+    """Format the help of a stage's command in sections. Each stage has a subclass that assigns flags to sections."""
 
     headings: ClassVar[dict[str, str]] = {}
-    """Heading of each flag, by its variable, in the order of the sections."""
+    """Heading of each flag, by the flag's variable, in the order of the sections."""
     common: ClassVar[list[str]] = []
     """Variables of the flags that `--help` lists, in this order."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the flags under their headings; the common ones, or all with the common ones first."""
+        """Write the common flags under their headings."""
         self._write(ctx, formatter, whole=False)
 
     def _write(self, ctx: Any, formatter: Any, whole: bool) -> None:
@@ -59,10 +59,10 @@ def of_stage(cls: type[StageConfig], paths: dict[tuple[str, ...], str], first: l
     """Return the command class of a stage.
 
     Args:
-      cls: the stage's config.
+      cls: the stage's config class.
       paths: variable of the flag of each field, by the field's path.
       first: variables that every stage has, listed first.
-      where: variables of the processes.
+      where: variables of the flags for processes.
     """
     headings = {**dict.fromkeys(["help", *first], FILES), **dict.fromkeys(["help_all"], FILES)}
     own = [(path, variable) for path, variable in paths.items() if variable not in headings]
@@ -93,7 +93,7 @@ def help_all(ctx: typer.Context, value: bool) -> None:
 
 
 def _heading(cls: Any, path: tuple[str, ...]) -> str:
-    """Return the heading of the innermost section that has one."""
+    """Return the heading of the innermost section that defines one."""
     if path == ("platform",):  # a setting of the stage that belongs to the mesh
         return WHERE
     found = cls.heading
@@ -104,7 +104,10 @@ def _heading(cls: Any, path: tuple[str, ...]) -> str:
 
 
 def _is_common(cls: Any, path: tuple[str, ...]) -> bool:
-    """Return True if every class on the way lists the field; sections need not be listed."""
+    """Return whether the flag of a field is common.
+
+    It is common if the field's class lists it in `common`, or if `common` is None.
+    """
     for part in path[:-1]:
         cls = section(cls, part)
     return cls.common is None or path[-1] in cls.common

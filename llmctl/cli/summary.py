@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 RESULTS = "results.json"
-"""Name of the file of eval's results: a list of {artifact, digest, content, task, protocol, metrics}."""
+"""Name of the file with the results of `eval`: a list of {artifact, digest, content, task, protocol, metrics}."""
 
 
 def run(folder: Path) -> dict[str, Any]:
     """Return the models and reports in a run's folder.
 
     Returns:
-      {"artifacts": [...], "reports": [...]}: models in lineage order (parents before children, older before newer),
-      each with its manifest's metrics and the results of every report that scored it; and the reports.
+      {"artifacts": [...], "reports": [...]}. Models are in lineage order: parents before children, older before newer.
+      Each model has the metrics of its manifest and of every report that measured it.
 
     Raises:
-      RequestError: the folder has no artifact, or one is damaged.
+      RequestError: the folder has no artifact, or an artifact is damaged.
     """
     # Names that begin with a dot are drafts of killed processes.
     there = [p for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
@@ -47,7 +47,7 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def one(folder: Path) -> dict[str, Any]:
-    """Return one artifact: its record in `run`, and the rest of its manifest.
+    """Return one artifact as a dictionary: its record as in `run`, and the other fields of its manifest.
 
     Raises:
       RequestError: the folder is not an artifact, or it is damaged.
@@ -58,7 +58,7 @@ def one(folder: Path) -> dict[str, Any]:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Return the results that eval wrote into its artifact; an empty list if there are none.
+    """Return the results that `eval` wrote into its artifact; an empty list if there are none.
 
     Raises:
       RequestError: the file is damaged.
@@ -75,12 +75,12 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def reports(folder: Path) -> list[Path]:
-    """Return the files with tables and plots that the evals of a run wrote."""
+    """Return the paths of the tables and plots that the `eval` stages of a run wrote."""
     return sorted(f for r in folder.glob(f"*/{RESULTS}") for f in r.parent.iterdir() if f.suffix in (".md", ".png"))
 
 
 def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Return an artifact's record: figures of its manifest, and metrics of the reports that scored the same weights.
+    """Return an artifact's record: figures of its manifest, and metrics of the reports that measured the same weights.
 
     If two tasks have a metric of the same name, the later one is named `task/metric`.
     """
@@ -111,16 +111,19 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
 
 
 def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
-    """Return whether a result is of this artifact: of its content, or of its arrays if either is of earlier llmctl."""
+    """Return whether a report measured the weights of this artifact.
+
+    The digests of the contents are compared. If an earlier llmctl wrote either of them, the digests of the arrays are.
+    """
     if report.get("content") and manifest.content:
         return report["content"] == manifest.content
     return report["digest"] == manifest.digest
 
 
 def table(entries: list[dict[str, Any]], title: str) -> Table:
-    """Return the closing table of a run: one row per artifact, one column per metric that any of them has.
+    """Return the closing table of a run: one row per artifact, and one column per metric that any artifact has.
 
-    If no eval has measured the run, the columns are those of the validations during training.
+    If no `eval` has measured the run, the columns are the validation metrics of training.
     """
     shown = _shown({name for e in entries for name, value in e["metrics"].items() if value is not None})
     out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
@@ -138,7 +141,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
 
 
 def _shown(there: set[str]) -> list[Metric]:
-    """Return those of the metrics `there` that have a column in the closing table."""
+    """Return the metrics that have a column in the closing table, of those with a name in `there`."""
     measured = columns(there, "run")
     if any(m.aspect == "quality" for m in measured):
         return measured
@@ -156,7 +159,7 @@ def size(count: float) -> str:
 
 
 def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sort parents before children. Otherwise the given order stays (oldest first)."""
+    """Return the records sorted so that parents precede children. Other records keep their order (oldest first)."""
     out: list[dict[str, Any]] = []
     waiting = list(entries)
     while waiting:
@@ -172,10 +175,10 @@ def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def model(spec: str) -> ModelConfig:
     """Return the model config of a preset or a TOML file.
 
-    In a file it is the table `[model]`, the `model` of the first stage that has one, or the top level.
+    In a file, the config is the table `[model]`, the `model` of the first stage that has one, or the top level.
 
     Raises:
-      RequestError: no such preset or file, or a setting in it is wrong.
+      RequestError: the preset or file does not exist, or a setting in it is invalid.
     """
     if not spec.endswith(".toml"):
         return validate(ModelConfig, {"preset": spec}, lambda _: "--config")
@@ -187,7 +190,7 @@ def model(spec: str) -> ModelConfig:
 
 
 def presets() -> list[dict[str, Any]]:
-    """Return the name, family, architecture and sizes of every preset; sorted by family, then by parameters."""
+    """Return the name, family, architecture and sizes of every preset, sorted by family and then by parameters."""
     from llmctl.model import flops
 
     found = []

@@ -16,18 +16,18 @@ Entry = dict[str, Any]
 
 
 def run(path: Path, say: Callable[[str], None]) -> list[Entry]:
-    """Compare what is at a path with its checksums.
+    """Compare the artifact, the run or the prepared data at a path with its checksums.
 
     Args:
       path: an artifact, the folder of a run, or prepared data.
-      say: called with one line per artifact before it is read.
+      say: function that prints one line per artifact before it is read.
 
     Returns:
       One record per artifact or prepared data: {"path", "kind", "state", "digest", "content", "differences", "notes"}.
       The state is "intact", "damaged", or "unchecked in part" if an earlier llmctl saved it.
 
     Raises:
-      RequestError: there is nothing of these kinds at the path.
+      RequestError: the path is none of these.
     """
     from llmctl.data.pretraining.prepared import DESCRIPTION
 
@@ -65,7 +65,7 @@ def _artifact(path: Path, say: Callable[[str], None]) -> Entry:
 
 
 def _compare_parents(found: list[Entry]) -> None:
-    """Add a note to artifacts of a run that were made from another artifact than the one that has its name now."""
+    """Add a note to each artifact whose parent was replaced by another artifact of the same name."""
     by_name = {Path(entry["path"]).name: entry["content"] for entry in found}
     for entry in found:
         parent = entry.get("parent")

@@ -1,13 +1,13 @@
-"""Calibration walk: run calibration data through a model layer by layer, collect statistics and change the layers.
+"""Run calibration data through a model layer by layer, collect statistics and change the layers (calibration walk).
 
-All batches are embedded. Then, for each layer in turn, the inputs of every matrix are folded into statistics, a method
-may change the layer, and the batches pass through the changed layer. So later layers see the errors of earlier ones.
-Memory beside the parameters: one layer's statistics, and the residual stream of every batch. All layers of a stack run
-one compiled block.
+The walk first computes the embeddings of all batches. For each layer in turn, it adds the inputs of every matrix to
+statistics. Then a method may change the layer, and the batches pass through the changed layer. The inputs of later
+layers therefore include the errors of earlier changes. Besides the parameters, memory holds one layer's statistics and
+the residual stream of every batch. All layers of a stack run one compiled block.
 
-A method is a function of a `Visit` that returns the layer's parameters. Weights that keep their type are written into
-the memory of the unchanged ones. Weights that change their type (dense to quantized) are stacked layer by layer in new
-memory, and the unchanged ones are freed at the end of the stack.
+A method is a function of a `Visit` that returns the layer's parameters. A weight that keeps its type overwrites the
+unchanged one in place. Weights that change their type (dense to quantized) are stacked layer by layer in new memory.
+The memory of the unchanged ones is freed at the end of the stack.
 
 Example:
     def change(visit: Visit) -> Layer:
@@ -40,34 +40,36 @@ from llmctl.model.config import ModelConfig
 Batch = dict[str, Any]
 Layer = dict[str, Any]
 HEAD = "head"
-"""Name that visits and reports have instead of a stack's for the output head."""
+"""Name of the output head in visits and reports, where layers have the name of their stack."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One layer during the walk, as a method sees it."""
+    """Provide one layer of the walk to a method: its parameters, statistics and gradients."""
 
     stack: str
-    """"encoder" or "decoder"; `HEAD` for the output head."""
+    """Stack of the layer, "encoder" or "decoder"; `HEAD` for the output head."""
     index: int
-    """Layer of the stack, from 0."""
+    """Index of the layer in its stack, from 0."""
     layer: Layer
-    """Parameters of the layer; for the head the subtrees "lm_head" and "head"."""
+    """Parameters of the layer. For the output head these are the subtrees "lm_head" and "head"."""
     stats: Stats
-    """Statistics of the inputs of its matrices, by path; what `collect` asked for."""
+    """Statistics of the inputs of the layer's matrices, by path of the matrix. `collect` selects them."""
     gradients: Gradients = field(default_factory=dict)
-    """Sums of the loss's gradients of its matrices, by path, if the walk was given any; none for the head."""
+    """Sums of the loss's gradients of the layer's matrices, by path, if the walk has gradients. The output head has
+    none."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """JSON data that the method records about the layer; the report has it, also after a resume."""
+    """JSON data that the method records about the layer. The report contains it, also after a resume."""
 
 
 Change = Callable[[Visit], Layer]
-"""Method: a visit -> the changed parameters. Every layer of a stack must end with the same node types."""
+"""Method: a function from a visit to the changed parameters. Every layer of a stack must end with the same node
+types."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Measurements of one layer: means over real tokens."""
+    """Store the measurements of one layer, as means over tokens without padding."""
 
     stack: str
     layer: int
@@ -78,13 +80,14 @@ class LayerReport:
     """||changed output - unchanged output|| / ||unchanged output - input|| on the same inputs. Removing a layer has
     error 1. For the head the denominator is ||unchanged output||."""
     stats: Stats
-    """Statistics of the layer if the walk keeps them, else empty. A layer that was read from disk has none."""
+    """Statistics of the layer if the walk keeps them, otherwise empty. They are also empty if the layer was read from
+    disk."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Values (JSON data) that the method recorded for the layer."""
+    """JSON data that the method recorded for the layer."""
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Every field but the statistics."""
+        """Return all fields except the statistics."""
         measured = {"influence": self.influence, "error": self.error}
         return {"stack": self.stack, "layer": self.layer, **measured, "notes": self.notes}
 
@@ -103,28 +106,29 @@ def walk(
     saved: Saved | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[dict[str, Any], list[LayerReport]]:
-    """Walk every stack in the order it runs, and the output head if asked to.
+    """Walk through the layers of every stack in the order of the forward pass.
 
     Args:
-        cfg: the model.
-        params: its parameters. With `change` their blocks are donated; without it they are returned unchanged.
-        batches: as the model takes them: tokens, segments, positions [B, T], and encoder_* for an encoder-decoder.
-            Padding (segment 0) is not counted.
-        collect: which statistics of which matrix.
-        change: the method; None measures only.
-        gradients: sums over batches of the unchanged model's gradients (`gradients.accumulate`).
-        head: also visit the output head.
-        keep: keep each layer's statistics in its report.
-        progress: called with each report.
-        saved: where finished layers are saved. Layers found there are not visited again: their batches pass through
-            the saved layer by the same program, so an interrupted walk ends with the same bits.
-        dtype: compute type.
+      cfg: config of the model.
+      params: parameters of the model. With `change` their blocks are donated; without it they are returned unchanged.
+      batches: inputs of the model: tokens, segments, positions [B, T], and encoder_* for an encoder-decoder. Padding
+        (segment 0) is not counted.
+      collect: function that selects the statistics of each matrix.
+      change: the method; None only measures.
+      gradients: sums over batches of the unchanged model's gradients (`gradients.accumulate`).
+      head: whether to visit the output head too, after all layers.
+      keep: whether to keep each layer's statistics in its report.
+      progress: function that is called with each report.
+      saved: folder of finished layers. Layers in this folder are not visited again. The same compiled function passes
+        the
+        batches through the saved layers, so an interrupted walk gives the same bits.
+      dtype: dtype of the computation.
 
     Returns:
-        The (changed) parameters and a report per layer.
+      The (changed) parameters and a report per layer.
 
     Raises:
-        RequestError: the batches have no real tokens.
+      RequestError: the batches contain only padding.
     """
     if not any(bool((batch["segments"] > 0).any()) for batch in batches):
         raise RequestError("calibration has no tokens: the data yields no example")
@@ -152,7 +156,7 @@ def walk(
 
 @dataclass(frozen=True)
 class _Walk:
-    """Arguments of `walk` that its parts share."""
+    """Store the arguments of `walk`, and walk through one stack or the output head."""
 
     cfg: ModelConfig
     batches: Sequence[Batch]
@@ -165,7 +169,10 @@ class _Walk:
     dtype: Any
 
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
-        """Walk one stack, advance `carries` to its end, and return the parameters with the changed blocks."""
+        """Walk through one stack and return the parameters with the changed blocks.
+
+        `carries` are the hidden states of the batches. They are replaced by those at the end of the stack.
+        """
         look, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])
         fresh: Stats | None = None
@@ -199,7 +206,10 @@ class _Walk:
         return {**params, stack: {**params[stack], "blocks": layers.finish()}} if self.change else params
 
     def head(self, params: dict[str, Any], x_BTDs: list[jax.Array]) -> dict[str, Any]:
-        """Visit the output head, which reads the final hidden states; return the parameters with the changed one."""
+        """Visit the output head, and return the parameters with the changed head.
+
+        `x_BTDs` are the final hidden states of the batches.
+        """
         look, compare = head_passes(self.cfg, self.dtype)
         layer = {name: params[name] for name in ("lm_head", "head") if name in params}
         done = self._saved(HEAD, 0, layer)
@@ -227,7 +237,7 @@ class _Walk:
         return found and (found[0], LayerReport(**found[1], stats={}))
 
     def _changed(self, visit: Visit) -> Layer:
-        """Return the layer changed by the method, sharded as the unchanged one."""
+        """Return the layer as changed by the method, sharded like the unchanged layer."""
         return visit.layer if self.change is None else shard_like(self.change(visit), visit.layer)
 
 

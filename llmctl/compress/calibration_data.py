@@ -1,4 +1,4 @@
-"""Calibration data: examples as the model was trained to read them, as batches on the devices."""
+"""Load calibration data: examples in the format of training, as batches on the devices."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from llmctl.evaluate.tasks.registry import of
 from llmctl.model.config import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
-"""Arrays of a batch that the walk reads; gradients read labels and targets too."""
+"""Arrays of a batch that the walk reads. Gradients also need labels and targets."""
 
 
 def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False) -> list[dict[str, Any]]:
     """Return the calibration batches of an artifact as device arrays [B, seq_len], all of one shape.
 
     Args:
-        config: which examples, and how they are read.
-        base: the artifact, whose training length and truncation are the defaults.
-        mesh: the devices.
-        labels: whether batches are those of training, with labels or targets; if not, only arrays that the model reads.
+      config: settings that select the examples and their length.
+      base: the artifact, whose training length and truncation are the defaults.
+      mesh: the devices.
+      labels: whether batches contain labels or targets, as in training. Otherwise they contain only inputs of the
+        model.
 
     Raises:
-        RequestError: the sequence length is unknown or too long, the data has no texts in the split, or `labels` are
-            asked for and the data has none.
+      RequestError: the sequence length is unknown or too long, the split has no texts, or `labels` is true and the data
+        has no labels.
     """
     chosen = splits.examples(config.data, config.split, labels).sample(config.examples)
     if labels and base.manifest.labels and list(chosen.classes) != base.manifest.labels:
@@ -55,9 +56,9 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
 def abstract(
     config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Return one batch as abstract arrays, and the number of batches, if every example gives one row.
+    """Return one batch as abstract arrays, and the number of batches, assuming one row per example.
 
-    Arguments and errors as of `load`; nothing of the data is read.
+    Arguments and errors are the same as for `load`. The data is not read.
     """
     task, seq_len = of(base.manifest), sequence_length(config, base)
     batches = DeviceBatches.covering(mesh, config.batch_size, config.examples)
@@ -68,7 +69,11 @@ def abstract(
 
 
 def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
-    """Return the tokens per sequence: as configured, else the training length. Raises RequestError as `load`."""
+    """Return the number of tokens per sequence: the configured one, or the training length.
+
+    Raises:
+      RequestError: the sequence length is unknown or too long.
+    """
     seq_len = config.seq_len or base.manifest.seq_len
     if not seq_len:
         raise RequestError(f"{base.path}: does not say how long its training texts were; say it with seq_len")
@@ -80,7 +85,7 @@ def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
 
 
 def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str, Any]:
-    """Return the arrays of a batch that the walk, or with `labels` the loss, reads."""
+    """Return the arrays of a batch that the walk reads. If `labels` is true, also return those that the loss reads."""
     read = dict(batch) if labels else {k: batch[k] for k in READ if k in batch}
     if cfg.encoder_layers and "encoder_tokens" not in read:
         read |= {f"encoder_{k}": v for k, v in read.items() if k in READ}
@@ -88,7 +93,7 @@ def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str,
 
 
 def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer: Tokenizer, labels: bool) -> Any:
-    """Return the rows of the chosen examples: those of training, or without labels those that the model only reads."""
+    """Return the rows of the chosen examples. They have labels or targets, as in training, only if `labels` is true."""
     task, seq_len = of(base.manifest), sequence_length(config, base)
     truncate = config.truncate or base.manifest.truncate or "tail"
     if labels:

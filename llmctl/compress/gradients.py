@@ -1,9 +1,9 @@
-"""Gradients of the task loss with respect to the matrices, summed over the calibration batches.
+"""Compute gradients of the task's loss with respect to the matrices, summed over the calibration batches.
 
-One backward pass per batch covers the whole model, recomputing activations (`remat = "full"`). Memory beside the
-parameters: one gradient and one float32 array per matrix and requested sum, and a float32 copy of every matrix that is
-stored in another type. A pass per layer would need only one layer's sums, but as many backward passes as there are
-layers.
+One backward pass per batch covers the whole model and recomputes activations (`remat = "full"`). Memory besides the
+parameters holds one gradient per matrix, one float32 array per matrix and requested sum, and a float32 copy of every
+matrix with another dtype. A backward pass per layer would need only one layer's sums, but as many backward passes as
+there are layers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from llmctl.model.config import ModelConfig
 Params = dict[str, Any]
 
 SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
-"""Functions of the gradient g of a batch's total loss that are summed over batches."""
+"""Functions of the gradient g of a batch's total loss. Their values are summed over batches."""
 
 Gradients = dict[str, dict[str, jax.Array]]
-"""Path of a matrix -> name in `SUMS` -> array of the matrix's shape, float32."""
+"""Sums of gradients: path of a matrix -> name in `SUMS` -> array of the matrix's shape, float32."""
 
 
 def accumulate(
@@ -37,21 +37,21 @@ def accumulate(
     sums: Sequence[str],
     dtype: Any = jnp.float32,
 ) -> Gradients:
-    """Sum functions of the loss's gradient over batches, for every matrix [L, I, O] of the stacks.
+    """Return sums over batches of functions of the loss's gradient, for every matrix [L, I, O] of the stacks.
 
     The gradient is that of the loss summed over tokens (or examples), so the sum of g does not depend on the batch
     size. For a quantized matrix it is the gradient with respect to the dequantized values.
 
     Args:
-        task: the task, whose loss is differentiated.
-        cfg: the model.
-        params: its parameters.
-        batches: batches of training, with labels or targets.
-        sums: names in `SUMS`.
-        dtype: compute type.
+      task: the task, whose loss is differentiated.
+      cfg: config of the model.
+      params: parameters of the model.
+      batches: training batches, with labels or targets.
+      sums: names in `SUMS`.
+      dtype: dtype of the computation.
 
     Raises:
-        RequestError: no batch has a label or target.
+      RequestError: no batch has a label or target.
     """
     step = adder(task, cfg, sums, dtype)
     inner = {m.path: m.node.dense() for m in weights.matrices(params, "block")}
@@ -66,7 +66,10 @@ def accumulate(
 
 
 def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
-    """Return the compiled step (matrices, parameters, totals, batch) -> (totals, weight); the totals are donated."""
+    """Return a compiled function (matrices, parameters, totals, batch) -> (totals, weight of the batch's loss).
+
+    The function adds the batch's gradients to the totals. The totals are donated.
+    """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 
     def total(inner: dict[str, jax.Array], params: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +85,7 @@ def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
 
 
 def of_layer(gradients: Gradients, stack: str, index: int) -> Gradients:
-    """Return one layer's slice, by the path of the matrix within the layer ("attn/q")."""
+    """Return the sums [I, O] of one layer, by the path of the matrix within the layer ("attn/q")."""
     named = [(weights.parse(path), sums) for path, sums in gradients.items()]
     return {
         name.module: {moment: a[index] for moment, a in sums.items()} for name, sums in named if name.stack == stack

@@ -1,9 +1,9 @@
-"""Save finished layers of a calibration walk to disk, from which an interrupted walk resumes.
+"""Save finished layers of a calibration walk to disk, so that an interrupted walk can resume.
 
-A layer is one file, which is written under another name and renamed. It has the changed layer and its report, not the
-residual streams: those are recomputed from the changed layers. The streams of all batches take examples x tokens x
-width numbers, and each layer would write them again: 4.3 GB per layer for a model of 7B and 128 sequences of 2,048
-tokens in float32. The layer itself has 0.4 to 0.8 GB.
+Each layer is one file with the changed layer and its report. The file is written under another name and then renamed.
+It does not contain the residual streams, because they can be recomputed from the changed layers. The streams of all
+batches have examples x tokens x width numbers, which every layer would write again. For a model of 7B and 128 sequences
+of 2,048 tokens in float32 these are 4.3 GB per layer. The layer itself has 0.4 to 0.8 GB.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from llmctl.model import weights
 Layer = dict[str, Any]
 
 ABOUT = "about"
-"""Entry of a file with JSON: the type of every weight and the numbers of the report."""
+"""Name of the file's JSON entry, which contains the type of every weight and the numbers of the report."""
 
 
 class Saved:
-    """Folder of finished layers. All processes call its methods; the first writes, all read."""
+    """Write and read finished layers in a folder. All processes call the methods; only process 0 writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def write(self, stack: str, index: int, layer: Layer, report: dict[str, Any]) -> None:
-        """Save one changed layer and the numbers of its report atomically."""
+        """Save one changed layer and the numbers of its report. The file appears only when it is complete."""
         flat = weights.flatten(layer)
         records = {path: weights.describe(w) for path, w in flat.items()}
         arrays = {name: host_arrays.read(a) for name, a in weights.arrays(layer).items()}
@@ -50,9 +50,9 @@ class Saved:
         draft.replace(file)
 
     def read(self, stack: str, index: int, like: Layer) -> tuple[Layer, dict[str, Any]] | None:
-        """Return a finished layer and its report's numbers; None if the layer is not finished, or its file is damaged.
+        """Return a finished layer and the numbers of its report; None if the file is missing or damaged.
 
-        Its arrays are sharded as those of `like`, the unchanged layer.
+        The arrays are sharded like those of `like`, the unchanged layer.
         """
         file = self._file(stack, index)
         if not processes.tell(file.is_file):
@@ -80,7 +80,7 @@ class Saved:
 
 
 def _content(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the JSON and the arrays of a file, by the names of the arrays."""
+    """Return the JSON content and the arrays of a file, by the names of the arrays."""
     arrays = {}
     with np.load(file, allow_pickle=False) as stored:
         about = json.loads(stored[ABOUT].tobytes())

@@ -1,4 +1,7 @@
-"""Compiled programs of the calibration walk. They take abstract arrays too, so that `llmctl plan` compiles them."""
+"""Define the compiled functions of the calibration walk.
+
+They also accept abstract arrays, so that `llmctl plan` can compile them.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,17 @@ Layer = dict[str, Any]
 
 
 def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
-    """Return two compiled functions for the layers of a stack: look at a layer, and advance through a changed one."""
+    """Return two compiled functions for the layers of a stack.
+
+    `look` collects statistics of a layer. `advance` runs a changed layer.
+    """
     beside = stack == "encoder" and cfg.encoder_layers > 0
 
     def real(batch: Batch, path: str) -> jax.Array:
-        """Return which rows of a matrix's input are tokens, [N]. Cross-attention's keys and values read the encoder."""
+        """Return a mask [N] of the rows of a matrix's input that are tokens, not padding.
+
+        The keys and values of cross-attention read the encoder's tokens.
+        """
         memory = beside or path in ("cross/k", "cross/v")
         return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
 
@@ -29,14 +38,20 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     def look(
         layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
     ) -> tuple[Any, Stats, Any]:
-        """Run one batch through the layer; return its output, the statistics with the batch, and the influence."""
+        """Run one batch through the layer.
+
+        Return its output, the updated statistics, and the influence of the layer.
+        """
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
     def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
-        """Run one batch through the changed layer; return its output and [error, change] as square norms."""
+        """Run one batch through the changed layer.
+
+        Return its output and the squared norms [error, change] of its output.
+        """
         before, _ = functional.block(cfg, stack, old, carry, index, dtype=dtype)
         after, _ = functional.block(cfg, stack, new, carry, index, dtype=dtype)
         mask = real(batch, "")
@@ -47,18 +62,18 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
 
 
 def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any) -> Stats:
-    """Return the statistics of one layer before any token."""
+    """Return the initial statistics of one layer, before any tokens are added."""
     run = partial(functional.block, cfg, stack, taps=True, dtype=dtype)
     _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
     return _wanted(taps, collect)
 
 
 def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
-    """Return the two compiled functions of a visit to the output head: look at its inputs, and compare its outputs."""
+    """Return two compiled functions for the output head: `look` collects statistics, `compare` measures the error."""
 
     @jax.jit
     def look(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
-        """Return the statistics with the final hidden states of one batch."""
+        """Return the statistics, updated with the final hidden states of one batch."""
         taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
 
@@ -69,7 +84,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
 
     @jax.jit
     def compare(old: Layer, new: Layer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
-        """Return [||changed answer - unchanged answer||^2, ||unchanged answer||^2] over real tokens."""
+        """Return [||changed output - unchanged output||^2, ||unchanged output||^2], summed over real tokens."""
         real_BT = jnp.asarray(batch["segments"]) > 0
         total = jnp.zeros(2)
         if cfg.head_kind.vocabulary:
@@ -95,7 +110,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
 def empty_of_head(
     cfg: ModelConfig, params: Layer, x_BTD: jax.Array, batch: Batch, collect: Collect, dtype: Any
 ) -> Stats:
-    """Return the statistics of the output head before any token."""
+    """Return the initial statistics of the output head, before any tokens are added."""
     taps = jax.eval_shape(partial(functional.head_taps, cfg, dtype=dtype), params, x_BTD, batch)
     return _wanted(taps, collect)
 
@@ -106,7 +121,7 @@ def _wanted(taps: dict[str, Any], collect: Collect) -> Stats:
 
 
 def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:
-    """Return [sum over real tokens of 1 - cosine(x, y), number of real tokens]."""
+    """Return [sum over tokens of 1 - cosine(x, y), number of tokens], without padding."""
     x_ND, y_ND = (v.astype(jnp.float32).reshape(-1, v.shape[-1]) for v in (x_BTD, y_BTD))
     norms = jnp.linalg.norm(x_ND, axis=-1) * jnp.linalg.norm(y_ND, axis=-1)
     cosine = jnp.sum(x_ND * y_ND, axis=-1) / jnp.maximum(norms, 1e-30)

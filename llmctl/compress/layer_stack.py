@@ -18,7 +18,7 @@ Layer = dict[str, Any]
 
 
 class LayerStack:
-    """Stacked parameters [L, ...] that are replaced layer by layer, in any order.
+    """Replace stacked parameters [L, ...] layer by layer, in any order.
 
     `put` replaces one layer, and `finish` returns the new stack. The first `put` donates the arrays of the constructor.
     """
@@ -38,7 +38,9 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-            ValueError: its parameters are not those of the stack, or change other types than the first layer put.
+          ValueError: the layer's parameters are not those of the stack, or the layer changes the types of other weights
+            than
+            the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
@@ -62,7 +64,7 @@ class LayerStack:
         """Return the stack with all replaced layers.
 
         Raises:
-            ValueError: weights changed their type, and not in every layer.
+          ValueError: some but not all layers changed the type of a weight.
         """
         if self._made and len(self._done) < self._depth:
             raise ValueError(f"{len(self._done)} of {self._depth} layers changed the type of {sorted(self._made)}")
@@ -70,7 +72,7 @@ class LayerStack:
 
 
 def putter(blocks: Layer) -> Any:
-    """Return a compiled function (blocks [L, ...], layer, index) -> blocks with that layer. The blocks are donated."""
+    """Return a compiled function (blocks [L, ...], layer, index) -> blocks with this layer. The blocks are donated."""
 
     def put(blocks: Layer, layer: Layer, index: jax.Array) -> Layer:
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), blocks, layer)
@@ -79,7 +81,10 @@ def putter(blocks: Layer) -> Any:
 
 
 def shard_like(new: Layer, old: Layer) -> Layer:
-    """Shard a changed layer like the unchanged layer; see `sharding`."""
+    """Return a changed layer, sharded like the unchanged layer.
+
+    A dimension with another length than in the unchanged layer is replicated.
+    """
     before = flatten(old)
 
     def one(path: str, w: Any) -> Any:
@@ -89,9 +94,9 @@ def shard_like(new: Layer, old: Layer) -> Layer:
 
 
 def sharding(shape: tuple[int, ...], old: Any) -> Sharding:
-    """Return the sharding of an array of a changed weight, which follows the replaced weight `old`.
+    """Return the sharding of an array in a changed weight. It follows the sharding of the replaced weight `old`.
 
-    A dimension that the array does not have at full length is replicated.
+    A dimension with another length than in `old` is replicated.
     """
     first = jax.tree.leaves(old)[0]
     if not isinstance(first.sharding, NamedSharding):
@@ -112,7 +117,7 @@ def _same_type(stacked: Any, layer: Any) -> bool:
 
 
 def _room(depth: int, layer: Any, old: Any) -> Any:
-    """Return zeros for `depth` layers of a weight."""
+    """Return zeros for `depth` layers of a weight, stacked on a new first axis."""
 
     def one(a: jax.Array) -> jax.Array:
         shape = (depth, *a.shape)

@@ -13,15 +13,15 @@ from llmctl.model import weights
 
 
 def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = False) -> dict[str, Any]:
-    """Return the artifact's parameters with every low-rank pair merged into its base.
+    """Return the artifact's parameters with every low-rank pair merged into its matrix.
 
     Args:
-        base: the artifact.
-        say: called with a line for people if anything is merged.
-        requantizes: the stage quantizes the result, so pairs on integers may be merged too.
+      base: the artifact.
+      say: function that prints a line if any pair is merged.
+      requantizes: whether the stage quantizes the result. Only then may pairs be merged into quantized matrices.
 
     Raises:
-        RequestError: merging would turn integers into floats, or fill pruned zeros.
+      RequestError: merging would turn integers into floats, or fill pruned zeros.
     """
     pairs = {path: weights.as_node(w) for path, w in weights.adapted(base.params).items()}
     if not pairs:

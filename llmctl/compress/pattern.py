@@ -1,4 +1,7 @@
-"""Sparsity patterns: which weights compete with one another. Imports no JAX, so that settings can be checked early."""
+"""Define sparsity patterns, which determine the weights that compete with one another.
+
+The module does not import JAX, so that settings can be checked early.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from llmctl.config.errors import RequestError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Sparsity pattern: prune the lowest share `sparsity`, or all but the best `keep` of every `of` inputs.
+    """Define a sparsity pattern: prune the fraction `sparsity`, or keep the best `keep` of every `of` inputs (N:M).
 
     >>> Pattern.parse("2:4", 0.5)
     Pattern(sparsity=0.5, keep=2, of=4)
@@ -21,10 +24,12 @@ class Pattern:
 
     @staticmethod
     def parse(text: str, sparsity: float) -> Pattern:
-        """Parse "unstructured" with its sparsity (0 < s < 1), or "N:M" (N kept of M), which implies one.
+        """Return the Pattern for "unstructured" with its sparsity (0 < s < 1), or for "N:M" (keep N of M inputs).
+
+        An N:M pattern implies its sparsity, so the argument `sparsity` is not used.
 
         Raises:
-            RequestError: the text is neither, or the sparsity is out of range.
+          RequestError: the text is neither of the two, or the sparsity is out of range.
         """
         if text == "unstructured":
             if not 0 < sparsity < 1:

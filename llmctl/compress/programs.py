@@ -1,7 +1,7 @@
-"""Describe what compression computes as programs: the steps of the calibration walk, and the change of one weight.
+"""Describe the computation of compression as programs: the steps of the calibration walk, and the change of one weight.
 
-Beside the arguments of a program, the walk holds the parameters, in which changed layers replace the unchanged ones,
-and the residual stream of every batch.
+During the walk, memory holds the arguments of the program, all parameters and the residual stream of every batch.
+Changed layers replace the unchanged ones in the parameters.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ from llmctl.model.program import Cost, Gather, Pass, Program, Tree
 
 @dataclass(frozen=True)
 class Walk:
-    """Arguments of a calibration walk."""
+    """Store the arguments of a calibration walk, and return its programs."""
 
     batch: Mapping[str, Any]
-    """An abstract batch [B, T]."""
+    """Abstract batch of arrays [B, T]."""
     batches: int
     """Number of batches."""
     dtype: str
     task: Task
-    """The parent's task."""
+    """Task of the parent."""
     mesh: Mesh
     parent: Tree
-    """The parent's abstract parameters, in memory beside others that the walk reads."""
+    """Abstract parameters of the parent. They stay in memory if the walk reads other parameters, such as merged
+    ones."""
 
     def programs(self, model: ModelConfig, params: Tree, collect: Collect, changes: bool) -> list[Program]:
-        """Return what `llmctl.compress.calibrate.walk` runs per layer and batch, for the stack that runs last.
+        """Return the programs that `llmctl.compress.calibrate.walk` runs per layer and batch, for the last stack.
 
         Args:
-          model: the network.
-          params: its abstract parameters.
-          collect: statistics, as for `walk`.
+          model: config of the model.
+          params: abstract parameters of the model.
+          collect: function that selects the statistics, as for `walk`.
           changes: whether the walk changes layers.
         """
         mesh, batch, dtype = self.mesh, dict(self.batch), jnp.dtype(self.dtype)
@@ -105,7 +106,7 @@ class Walk:
         return found
 
     def sums(self, params: Tree, method: str) -> Tree:
-        """Return the abstract sums of gradients that a score reads."""
+        """Return the abstract sums of gradients that a pruning score reads, by matrix path and name of the sum."""
         inner = {m.path: m.weight for m in weights.matrices(params, "block")}
         names = SCORES[method].gradients
         return {
@@ -114,7 +115,7 @@ class Walk:
         }
 
     def gradients(self, model: ModelConfig, params: Tree, method: str) -> Program:
-        """Return what `llmctl.compress.gradients.accumulate` runs per batch."""
+        """Return the program that `llmctl.compress.gradients.accumulate` runs per batch."""
         batch, sums, names = dict(self.batch), self.sums(params, method), SCORES[method].gradients
         held = [] if params is self.parent else [self.parent]
         size, seq_len = batch["tokens"].shape
@@ -142,15 +143,17 @@ def _lies(w: Tree) -> Any:
 def zeros(
     model: ModelConfig, params: Tree, method: str, pattern: Pattern, mesh: Mesh, walk: Walk | None
 ) -> list[Program]:
-    """Return what pruning to zeros runs: the walk, if the method reads data, and the change of the largest matrix.
+    """Return the programs of unstructured pruning.
+
+    They are the walk, if the score reads data, and the change of the largest matrix.
 
     Args:
-      model: the network.
-      params: its abstract parameters.
+      model: config of the model.
+      params: abstract parameters of the model.
       method: name of a score in `llmctl.compress.scores.SCORES`.
-      pattern: which weights compete.
+      pattern: sparsity pattern.
       mesh: the devices.
-      walk: the calibration; None for a method that reads no data.
+      walk: the calibration walk; None for a score that reads no data.
     """
     score = SCORES[method]
     found = walk.programs(model, params, moments if score.statistics else nothing, changes=True) if walk else []
@@ -174,7 +177,7 @@ def zeros(
 
 
 def cuts(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
-    """Return what structured pruning to `target` runs: a walk that chooses layers, and one that chooses widths."""
+    """Return the programs of structured pruning to `target`: walks that select layers and widths."""
     found: list[Program] = []
     if structured.fewer_layers(model, target):
         found += walk.programs(model, params, nothing, changes=False)
@@ -196,15 +199,15 @@ def roundings(
     activations: str,
     **which: bool,
 ) -> tuple[Program, Tree]:
-    """Return the program that rounds the largest weight, and the abstract parameters with all weights rounded.
+    """Return the program that quantizes the largest weight, and the abstract parameters with all weights quantized.
 
     Args:
-      model: the network.
-      params: its abstract parameters.
+      model: config of the model.
+      params: abstract parameters of the model.
       mesh: the devices.
-      held: arrays in memory beside the parameters.
+      held: further arrays that are in memory.
       scheme, group, activations: as for `llmctl.compress.quantize.quantize`.
-      which: `embeddings` and `head`, likewise.
+      which: `embeddings` and `head`, as for `quantize`.
     """
     flat = weights.flatten(params)
     chosen = dict(rounding.targets(flat, embeddings=which["embeddings"], head=which["head"]))
@@ -239,7 +242,7 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return the parameters with the number of layers that `model` has."""
+    """Return the abstract parameters with the number of layers that `model` has."""
     out = dict(params)
     for stack in functional.stacks(model):
         depth = functional.depth(model, stack)
@@ -260,7 +263,7 @@ def _putting(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, i
 
 
 def _layer_of(params: Tree, stack: str) -> Tree:
-    """Return the abstract arrays of one layer."""
+    """Return the abstract arrays of one layer of a stack."""
 
     def one(a: Any) -> Any:
         spec = a.sharding.spec
@@ -274,7 +277,7 @@ def _sorting(w: Tree, method: str, pattern: Pattern) -> Cost:
     """Return the cost of sorting a matrix's scores twice, with their positions.
 
     If scores compete over the whole matrix, every device gathers and sorts all of them. Both sorts are counted as one
-    pass over what they read and write.
+    pass over the bytes that they read and write.
     """
     leaf = jax.tree.leaves(w)[0]
     everywhere = SCORES[method].per == "matrix" and not pattern.of

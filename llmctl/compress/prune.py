@@ -1,6 +1,6 @@
-"""Unstructured and N:M pruning: set the weights with the lowest scores to zero, among those that a pattern compares.
+"""Prune unstructured or N:M: set the weights with the lowest scores to zero, among those that a pattern compares.
 
-The zeros are the mask: nothing else is stored, and a stage that trains a sparse artifact keeps `w == 0`.
+The zeros themselves are the mask, and nothing else is stored. A stage that trains a sparse artifact keeps `w == 0`.
 Scores are in `llmctl.compress.scores`, patterns in `llmctl.compress.pattern`.
 
 Shapes: I inputs, O outputs of one layer's matrix.
@@ -29,17 +29,17 @@ Sums = Mapping[str, jax.Array]
 
 
 def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]) -> jax.Array:
-    """Return True for every weight that is kept.
+    """Return a mask [I, O] that is True for every weight to keep.
 
-    Exactly round(sparsity * size) weights of each group are pruned; of equal scores the first is pruned first.
+    Exactly round(sparsity * size) weights of each group are pruned. If scores are equal, the first is pruned first.
 
     Args:
-        score_IO: scores; the lowest are pruned.
-        pattern: how many weights are pruned, and for N:M among which.
-        per: weights that compete in an unstructured pattern: those of the matrix, or of each output.
+      score_IO: scores; the lowest are pruned.
+      pattern: sparsity pattern.
+      per: weights that compete in an unstructured pattern: those of the matrix, or of each output.
 
     Raises:
-        RequestError: the M of an N:M pattern does not divide the inputs.
+      RequestError: the M of an N:M pattern does not divide the inputs.
     """
     inputs, outputs = score_IO.shape
     if pattern.of:
@@ -54,14 +54,20 @@ def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]
 
 
 def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
-    """Return True at the `keep` highest scores along `axis`, by rank, so that equal scores do not change the count."""
+    """Return a mask of the shape of `score` that is True at the `keep` highest scores along `axis`.
+
+    The mask is computed from ranks, so equal scores do not change the number of kept weights.
+    """
     order = jnp.argsort(score, axis=axis, stable=True)
     rank = jnp.argsort(order, axis=axis)
     return rank >= score.shape[axis] - keep
 
 
 def apply(w: Weight, mask_IO: jax.Array) -> Weight:
-    """Set weights to zero at which the mask is False. Other entries of a quantized weight keep their integers."""
+    """Return the weight with zeros at the positions at which the mask is False.
+
+    The other entries of a quantized weight keep their integers.
+    """
     return weights.as_node(w).masked(mask_IO)
 
 
@@ -75,18 +81,17 @@ def prune(
     method: str,
     pattern: Pattern,
 ) -> Weight:
-    """Prune one matrix [I, O].
+    """Return one matrix [I, O] with the lowest-scored weights set to zero.
+
+    Weights that are already zero are pruned first, so they count towards the sparsity.
 
     Args:
-        w: the matrix.
-        statistics: moments of its inputs, if the score needs them.
-        gradients: sums of the loss's gradient, if the score needs them.
-        key: random key of this matrix; a fixed one by default.
-        method: name of the score in `SCORES`.
-        pattern: how many weights are pruned, and for N:M among which.
-
-    Returns:
-        The matrix with zeros. Weights that were zero are pruned first, so the zeros count towards the sparsity.
+      w: the matrix.
+      statistics: moments of the matrix's inputs, if the score needs them.
+      gradients: sums of the loss's gradient, if the score needs them.
+      key: random key of this matrix; a fixed one by default.
+      method: name of the score in `SCORES`.
+      pattern: sparsity pattern.
     """
     chosen, weights_IO = SCORES[method], weights.dense(w)
     score_IO = chosen.calculate_scores(
@@ -105,15 +110,17 @@ def prune_layer(
     pattern: Pattern,
     at: tuple[int, str, int] = (0, "", 0),
 ) -> dict[str, Any]:
-    """Prune every matrix of one layer ({"attn": {"q": {"kernel": ...}}, ...}). Biases and norms stay as they are.
+    """Return one layer with every matrix pruned ({"attn": {"q": {"kernel": ...}}, ...}).
+
+    Biases and norms do not change.
 
     Args:
-        layer: parameters of the layer.
-        statistics: moments of each matrix's inputs by its path ("attn/q"), if the score needs them.
-        gradients: sums of the loss's gradient by the same paths, if the score needs them.
-        method: name of the score in `SCORES`.
-        pattern: how many weights are pruned, and for N:M among which.
-        at: (seed, stack, index of the layer), which decide the random key of every matrix.
+      layer: parameters of the layer.
+      statistics: moments of each matrix's inputs by its path ("attn/q"), if the score needs them.
+      gradients: sums of the loss's gradient by the same paths, if the score needs them.
+      method: name of the score in `SCORES`.
+      pattern: sparsity pattern.
+      at: (seed, stack, index of the layer), from which the random key of every matrix is derived.
     """
 
     def change(m: Matrix) -> Weight:
@@ -124,7 +131,10 @@ def prune_layer(
 
 
 def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern, seed: int = 0) -> dict[str, Any]:
-    """Prune every matrix of every stack's blocks ([L, I, O]) layer by layer, by a score that reads no data."""
+    """Return the parameters with every matrix of the blocks [L, I, O] pruned, by a score that reads no data.
+
+    Each layer is pruned separately.
+    """
     changed = {}
     for m in weights.matrices(params, "block"):
         keys = (_key(seed, m.stack, i, m.module) for i in itertools.count())
@@ -135,15 +145,15 @@ def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern,
 
 
 def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
-    """Return the random key of one matrix, which does not depend on the order of the work."""
+    """Return the random key of one matrix. It does not depend on the order in which matrices are pruned."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"{stack}/{index}/{name}".encode()))
 
 
 def check(params: dict[str, Any], pattern: Pattern, per: Literal["matrix", "output"] = "matrix") -> None:
-    """Check a pattern against the matrices of the blocks.
+    """Check that a pattern fits the matrices of the blocks.
 
     Raises:
-        RequestError: an N:M pattern does not divide the inputs of a matrix, or the sparsity rounds to no weight in all.
+      RequestError: an N:M pattern does not divide the inputs of a matrix, or the sparsity would prune no weight at all.
     """
     largest = 1
     for m in weights.matrices(params, "block"):
@@ -158,7 +168,7 @@ def check(params: dict[str, Any], pattern: Pattern, per: Literal["matrix", "outp
 
 
 def sparsity(params: dict[str, Any]) -> float:
-    """Return the share of exact zeros among the entries of the blocks' matrices."""
+    """Return the fraction of exact zeros among the entries of the blocks' matrices."""
     zeros = entries = 0
     for m in weights.matrices(params, "block"):
         values = m.node.values()

@@ -28,21 +28,21 @@ def quantize(
     head: bool = False,
     activations: str = "",
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Quantize the matrices of a parameter tree. Norms, biases and position tables stay as they are.
+    """Quantize the matrices of a parameter tree. Norms, biases and position tables do not change.
 
     Args:
-        params: the parameters.
-        scheme: name of the scheme in `SCHEMES`.
-        group: inputs per scale; 0 has one scale per output channel.
-        embeddings: also quantize the token embeddings. A tied table counts as an embedding.
-        head: also quantize the output projection, pooler and task head.
-        activations: "int8" makes the products of the blocks and heads W8A8, with one scale per token.
+      params: the parameters.
+      scheme: name of the scheme in `SCHEMES`.
+      group: inputs per scale; 0 means one scale per output channel.
+      embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
+      head: whether to quantize the output projection, pooler and task head.
+      activations: "int8" makes the products of the blocks and heads W8A8, with one scale per token.
 
     Returns:
-        The tree with quantized weights, and the relative error (Frobenius) of each by path.
+      The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
 
     Raises:
-        RequestError: a group does not divide the inputs of a weight, or a weight is a node: quantized or low-rank.
+      RequestError: a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
     """
     flat = flatten(params)
     chosen = dict(targets(flat, embeddings=embeddings, head=head))
@@ -66,7 +66,11 @@ def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[t
 
 
 def check(path: str, w: Weight, inputs: int, group: int) -> None:
-    """Raise RequestError as `quantize` does."""
+    """Check that a weight can be quantized.
+
+    Raises:
+      RequestError: the group does not divide the weight's inputs, or the weight is already quantized or low-rank.
+    """
     node = weights.as_node(w)
     if node.has_adapter:
         raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
@@ -82,22 +86,23 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
 
 
 def with_activations(node: Node, inputs: int, activations: str) -> Node:
-    """Return the weight that also quantizes its activations, if they are wanted.
+    """Return the weight, set to quantize its activations too if `activations` is not empty.
 
-    The rows of a table (`inputs` -1) are looked up, and the product with a tied table keeps its activations.
+    An embedding table (`inputs` -1) is returned unchanged: its rows are looked up, and the product with a tied table
+    uses unquantized activations.
     """
     return node.with_activations(activations) if activations and inputs != -1 else node
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def measured(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[Node, jax.Array]:
-    """Quantize one weight and return it with its relative error."""
+    """Quantize one weight, and return it with its relative error, a float32 scalar."""
     node = SCHEMES[scheme](w, inputs, group)
     return node, relative_error(w, node)
 
 
 def relative_error(w: jax.Array, node: Node) -> jax.Array:
-    """Return ||w - dequantized|| / ||w|| in the Frobenius norm; 0 for a weight of zeros."""
+    """Return ||w - dequantized|| / ||w|| in the Frobenius norm; 0 if all weights are zero."""
     w = w.astype(jnp.float32)
     square, lost = jnp.sum(jnp.square(w)), jnp.sum(jnp.square(w - node.dense()))  # not flattened: w would be gathered
     return jnp.sqrt(lost / jnp.where(square == 0, 1.0, square))

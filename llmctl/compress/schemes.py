@@ -1,7 +1,7 @@
-"""Quantization schemes: how a weight becomes a node of few bits. Imports JAX only inside the functions.
+"""Define quantization schemes: functions from a weight to a weight node with few bits.
 
 A new scheme is one function here and its name in `SCHEMES`. Another package provides one as the entry point
-`scheme.NAME`.
+`scheme.NAME`. The module imports JAX only inside the functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmctl.model.weights import Node, Quantized
 
 Scheme = Callable[["jax.Array", int, int], "Node"]
-"""(weight, axis of its inputs, inputs per scale) -> a weight node, such as integers with scales.
+"""Function (weight, axis of its inputs, inputs per scale) -> a weight node, such as integers with scales.
 
 A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
 output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales.
@@ -27,17 +27,23 @@ SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for n
 
 
 def int8(w: jax.Array, inputs: int, group: int) -> Quantized:
-    """Round to -127..127. The error of an element is at most half its scale; the scale is max|w| / 127.5."""
+    """Round to integers from -127 to 127, with the scale max|w| / 127.5.
+
+    The error of an element is at most half its scale.
+    """
     return nearest(w, "int8", inputs, group)
 
 
 def int4(w: jax.Array, inputs: int, group: int) -> Quantized:
-    """Round to -7..7. The error of an element is at most half its scale; the scale is max|w| / 7.5."""
+    """Round to integers from -7 to 7, with the scale max|w| / 7.5.
+
+    The error of an element is at most half its scale.
+    """
     return nearest(w, "int4", inputs, group)
 
 
 def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> Quantized:
-    """Round to the nearest integer, symmetric around zero.
+    """Round to the nearest integer times a scale, symmetric around zero, and return the weight node.
 
     >>> from jax import numpy as jnp
     >>> nearest(jnp.array([[7.5], [-3.2], [0.49]]), "int4", -2, 0).dense().tolist()

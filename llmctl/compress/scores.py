@@ -1,7 +1,7 @@
-"""Pruning scores: how important each weight of a matrix is. Sparsity pattern and score are independent.
+"""Define pruning scores: the importance of each weight of a matrix. Score and sparsity pattern are independent.
 
-A new score is one function here and its name in `SCORES`. Another package provides one as the entry point
-`score.NAME`. The module imports JAX only inside the functions, so that settings can check names without it.
+A new score is one function here and its name in `SCORES`. Another package provides one as the entry point `score.NAME`.
+The module imports JAX only inside the functions, so that settings can check names without loading JAX.
 
 Shapes: I inputs, O outputs of one layer's matrix.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmctl.compress.statistics import Moments
 
 Calculate = Callable[["jax.Array", "Moments | None", Mapping[str, "jax.Array"], "jax.Array"], "jax.Array"]
-"""(weights [I, O] float32, statistics, gradients, random key) -> scores [I, O]; the lowest scores are pruned.
+"""Function (weights [I, O] float32, statistics, gradients, random key) -> scores [I, O]. The lowest scores are pruned.
 
 `statistics` are the moments of the matrix's inputs. `gradients` has the sums of `Score.gradients` by name, each [I, O].
 The key differs for every matrix of every layer. Zero weights always count as the least important.
@@ -29,7 +29,7 @@ The key differs for every matrix of every layer. Zero weights always count as th
 
 @dataclass(frozen=True)
 class Score:
-    """Pruning score: a function and the data that it needs.
+    """Define a pruning score: a function and the data that it needs.
 
     >>> @score(per="matrix", gradients=("square",))
     ... def newest(weights_IO, statistics, gradients, key):
@@ -42,13 +42,13 @@ class Score:
     per: Literal["matrix", "output"] = "matrix"
     """Weights that compete in an unstructured pattern: those of the matrix, or those of each output."""
     statistics: bool = False
-    """Needs the moments of each matrix's inputs."""
+    """Whether the function needs the moments of each matrix's inputs."""
     gradients: tuple[Literal["sum", "absolute", "square"], ...] = ()
-    """Needs these sums over calibration batches of the loss's gradient: of g, |g| or g^2."""
+    """Sums over calibration batches that the function needs, of the loss's gradient g, of |g| or of g^2."""
 
     @property
     def calibrated(self) -> bool:
-        """Whether the score reads calibration data."""
+        """Return whether the score reads calibration data."""
         return self.statistics or bool(self.gradients)
 
 
@@ -58,7 +58,7 @@ def score(
     statistics: bool = False,
     gradients: tuple[Literal["sum", "absolute", "square"], ...] = (),
 ) -> Callable[[Calculate], Score]:
-    """Make a Score of the decorated function; arguments as the fields of `Score`."""
+    """Return a decorator that makes a Score from a function. The arguments are fields of `Score`."""
     return lambda calculate_scores: Score(calculate_scores, per, statistics, gradients)
 
 
@@ -69,13 +69,16 @@ SCORES: Registry[Score] = Registry(
 
 @score(per="matrix")
 def magnitude(weights_IO, statistics, gradients, key):
-    """Score by absolute value, without data."""
+    """Return |w| as the scores [I, O]. This score reads no data."""
     return abs(weights_IO)
 
 
 @score(per="output", statistics=True)
 def wanda(weights_IO, statistics, gradients, key):
-    """Score by |W_ij| * ||X_i||_2, the weight's contribution to its output (Sun et al., 2023, arXiv:2306.11695)."""
+    """Return |W_ij| * ||X_i||_2 as the scores [I, O] (Sun et al., 2023, arXiv:2306.11695).
+
+    The score is the norm of the weight's contribution to the output.
+    """
     from jax import numpy as jnp
 
     return abs(weights_IO) * jnp.sqrt(statistics.squares)[:, None]
@@ -83,19 +86,25 @@ def wanda(weights_IO, statistics, gradients, key):
 
 @score(per="matrix", gradients=("absolute",))
 def taylor(weights_IO, statistics, gradients, key):
-    """Score by the loss's first-order change, sum over batches of |w g| (Molchanov et al., 2019, arXiv:1906.10771)."""
+    """Return the sum over batches of |w g| as the scores [I, O].
+
+    It is the first-order change of the loss if the weight is removed (Molchanov et al., 2019, arXiv:1906.10771).
+    """
     return abs(weights_IO) * gradients["absolute"]
 
 
 @score(per="matrix", gradients=("square",))
 def fisher(weights_IO, statistics, gradients, key):
-    """Score by w^2 times the sum of g^2, the diagonal Fisher information (Theis et al., 2018, arXiv:1801.05787)."""
+    """Return w^2 times the sum of g^2 as the scores [I, O].
+
+    The sum of g^2 is the diagonal Fisher information (Theis et al., 2018, arXiv:1801.05787).
+    """
     return weights_IO**2 * gradients["square"]
 
 
 @score(per="matrix")
 def random(weights_IO, statistics, gradients, key):
-    """Score uniformly at random, the baseline of every other score."""
+    """Return uniform random scores [I, O], a baseline for every other score."""
     import jax
 
     return jax.random.uniform(key, weights_IO.shape)

@@ -1,4 +1,4 @@
-"""Settings of calibration: which examples a compression method reads, and how. Imports no JAX."""
+"""Define the settings of calibration, which select the examples that a compression method reads. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from llmctl.data.config import DataConfig, Split, Truncate
 
 
 class CalibrationConfig(Config):
-    """Calibration data of a stage. A stage's config inherits these fields, so recipes write them in `[[stage]]`.
+    """Set the calibration data of a stage.
+
+    A stage's config inherits these fields, so recipes write them in `[[stage]]`.
 
     >>> CalibrationConfig(examples=128, seq_len=512).batch_size
     16
@@ -21,16 +23,16 @@ class CalibrationConfig(Config):
     """
 
     data: DataConfig = DataConfig()
-    """Calibration texts. Only methods that need gradients read labels; methods that need no data read nothing."""
+    """Calibration texts. Only methods that need gradients read labels. Methods that need no data read nothing."""
     split: Split = "train"
-    """Split of the data to calibrate on."""
+    """Split of the data that is used for calibration."""
     examples: int = Field(default=256, ge=1)
     """Maximum number of calibration examples, chosen by their hash."""
     seq_len: int = Field(default=0, ge=0)
-    """Tokens per sequence; 0 uses the training length."""
+    """Number of tokens per sequence; 0 uses the training length."""
     truncate: Literal["", Truncate] = ""
-    """Truncation of long texts; empty uses that of training."""
+    """Truncation of long texts; empty uses the truncation of training."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences per batch."""
+    """Number of sequences per batch."""
     dtype: Dtype = "float32"
-    """Compute type of the calibration."""
+    """Dtype of the calibration's computation."""

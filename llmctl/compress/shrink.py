@@ -1,4 +1,4 @@
-"""Cut arrays to a smaller ModelConfig: find the widths that a request asks for, and select what every weight keeps.
+"""Reduce arrays to a smaller ModelConfig: compute its widths, and select the heads and neurons that weights keep.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons.
 """
@@ -29,20 +29,21 @@ def target(
     by: Literal["groups", "queries"] = "groups",
     multiple: int = 1,
 ) -> ModelConfig:
-    """Return the config after pruning. A number below 1 is the fraction removed, from 1 the number kept; 0 keeps all.
+    """Return the config after pruning.
 
-    The number that a fraction keeps is rounded to the nearest whole number, and at least 1 is kept.
+    For `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove, a number of 1 or more is the count to
+    keep, and 0 keeps all. The count that a fraction keeps is rounded to the nearest whole number, and is at least 1.
 
     Args:
-        cfg: the config before.
-        heads: query heads per layer.
-        ffn: neurons per feed-forward layer.
-        layers: layers of every stack.
-        by: remove "groups" (a key/value head with all its queries) or "queries" (as many in each group).
-        multiple: the number of neurons kept is a multiple of this.
+      cfg: the config before pruning.
+      heads: query heads per layer.
+      ffn: neurons per feed-forward layer.
+      layers: layers of every stack.
+      by: remove "groups" (a key/value head with all its query heads) or "queries" (the same number in each group).
+      multiple: divisor of the number of kept neurons.
 
     Raises:
-        RequestError: a number is impossible, or a fraction removes nothing, whatever the others remove.
+      RequestError: a number is impossible, or a fraction removes nothing, whatever the other numbers remove.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}
@@ -75,7 +76,11 @@ def target(
 
 
 def _keep(field: str, request: float, units: float, unit: int) -> int:
-    """Return how many of `units` are kept, if one unit is `unit` of what the request counts."""
+    """Return the number of units to keep of `units`. One unit consists of `unit` heads, neurons or layers.
+
+    Raises:
+      RequestError: the requested count is not a multiple of `unit`, or is too large.
+    """
     if request < 1:
         return max(1, round(units * (1 - request)))
     if request != int(request) or int(request) % unit:
@@ -87,7 +92,11 @@ def _keep(field: str, request: float, units: float, unit: int) -> int:
 
 
 def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig) -> None:
-    """Raise what `cut` to `target` would raise, before anything is computed."""
+    """Check, before any computation, that `cut` can reduce the parameters to `target`.
+
+    Raises:
+      RequestError: as `cut`.
+    """
     kept: Kept = {}
     for stack in (name for name in ("encoder", "decoder") if name in params):
         kept[stack] = choices = {}
@@ -101,7 +110,7 @@ def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig
 def drop_layers(
     cfg: ModelConfig, params: dict[str, Any], kept: dict[str, list[int]]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the model with only the named layers of each stack, in their order."""
+    """Return the config and parameters with only the layers in `kept` of each stack, in their order."""
     update: dict[str, Any] = {"preset": ""}
     for stack, layers in kept.items():
         index = jnp.asarray(layers)
@@ -114,10 +123,12 @@ def drop_layers(
 def cut(
     cfg: ModelConfig, params: dict[str, Any], target: ModelConfig, kept: Kept
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the model with only the heads and neurons in `kept`. Biases and the relative position bias are cut too.
+    """Return the config and parameters with only the heads and neurons in `kept`.
+
+    Biases and the relative position bias are reduced too.
 
     Raises:
-        RequestError: a weight is quantized in groups along an axis that is cut, or has a low-rank update.
+      RequestError: a weight is quantized in groups along a reduced axis, or has a low-rank update.
     """
     flat = flatten(params)
     for stack, choices in kept.items():
@@ -137,12 +148,12 @@ def cut(
 
 
 def columns(units: np.ndarray, width: int) -> np.ndarray:
-    """Return the columns [..., N * width] of units [..., N] that are `width` wide."""
+    """Return the columns [..., N * width] of units [..., N] with `width` columns each."""
     return (units[..., None] * width + np.arange(width)).reshape(*units.shape[:-1], -1)
 
 
 def take(path: str, w: Weight, index_LN: np.ndarray, axis: int) -> Weight:
-    """Select positions `index_LN` of a stacked weight [L, ...] per layer, along `axis` (-1 outputs, -2 inputs)."""
+    """Select positions `index_LN` of a stacked weight [L, ...] in each layer, along `axis` (-1 outputs, -2 inputs)."""
     try:
         return as_node(w).select(index_LN, axis)
     except RequestError as e:

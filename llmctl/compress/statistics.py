@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a layer's matrices: sums over tokens, collected by the calibration walk.
+"""Collect statistics of the inputs of a layer's matrices: sums over tokens, used in the calibration walk.
 
 Shapes: N tokens of a batch, I inputs of a matrix, H blocks of K inputs.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 class Statistic(Protocol):
-    """Sum over tokens of a function of a matrix's inputs; a pytree of float32 arrays.
+    """Sum a function of a matrix's inputs over tokens. A statistic is a pytree of float32 arrays.
 
     >>> stat = Moments.start(2).fold(jnp.array([[1.0, 2.0], [3.0, 0.0], [9.0, 9.0]]), jnp.array([True, True, False]))
     >>> stat.squares.tolist(), float(stat.count)
@@ -23,25 +23,25 @@ class Statistic(Protocol):
     """
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Self:
-        """Add the tokens where `real_N` is True and return the new statistic."""
+        """Return the statistic with the tokens added at which `real_N` is True."""
         ...
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["squares", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class Moments:
-    """Sum of squares [I] and number of tokens of a matrix's inputs."""
+    """Sum the squares [I] of a matrix's inputs, and count the tokens."""
 
     squares: jax.Array
     count: jax.Array
 
     @staticmethod
     def start(inputs: int) -> Moments:
-        """Return the statistic of no tokens."""
+        """Return the statistic before any tokens are added."""
         return Moments(jnp.zeros(inputs, jnp.float32), jnp.zeros((), jnp.float32))
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Moments:
-        """Add tokens; see `Statistic`."""
+        """Return the statistic with the tokens added at which `real_N` is True."""
         x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
         return Moments(self.squares + jnp.sum(jnp.square(x_NI), axis=0), self.count + jnp.sum(real_N))
 
@@ -49,37 +49,38 @@ class Moments:
 @partial(jax.tree_util.register_dataclass, data_fields=["products"], meta_fields=[])
 @dataclass(frozen=True)
 class Gram:
-    """Gram matrices X^T X of the inputs in H blocks of K, [H, K, K].
+    """Sum the Gram matrices X^T X [H, K, K] of a matrix's inputs, in H blocks of K inputs.
 
-    One block of all inputs is the Hessian of the layer's squared error. One block per head serves head pruning.
+    One block of all inputs is the Hessian of the layer's squared error. One block per head is used for head pruning.
     """
 
     products: jax.Array
 
     @staticmethod
     def start(inputs: int, blocks: int = 1) -> Gram:
-        """Return the statistic of no tokens."""
+        """Return the statistic before any tokens are added."""
         width = inputs // blocks
         return Gram(jnp.zeros((blocks, width, width), jnp.float32))
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Gram:
-        """Add tokens; see `Statistic`."""
+        """Return the statistic with the tokens added at which `real_N` is True."""
         x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
         x_NHK = x_NI.reshape(x_NI.shape[0], self.products.shape[0], -1)
         return Gram(self.products + jnp.einsum("nhk,nhl->hkl", x_NHK, x_NHK))
 
 
 Stats = dict[str, Any]
-"""Statistics of one layer by the path of the matrix ("attn/q", "mlp/down")."""
+"""Statistics of one layer, by path of the matrix ("attn/q", "mlp/down")."""
 
 Collect = Callable[[str, int], Statistic | None]
-"""(path of a matrix, its number of inputs) -> an empty statistic, or None to collect nothing for this matrix."""
+"""Function (path of a matrix, its number of inputs) -> an empty statistic, or None to collect nothing for this
+matrix."""
 
 
 def moments(path: str, inputs: int) -> Statistic:
-    """Collect Moments for every matrix."""
+    """Return empty Moments for every matrix."""
     return Moments.start(inputs)
 
 
 def nothing(path: str, inputs: int) -> None:
-    """Collect nothing: the walk measures block influence alone."""
+    """Return None for every matrix. The walk then measures only the block influence."""

@@ -1,9 +1,9 @@
-"""Structured pruning: remove attention heads, feed-forward neurons and layers, so that arrays become smaller.
+"""Prune structures: remove attention heads, feed-forward neurons and layers, so that arrays become smaller.
 
-All layers of a stack end with the same widths, because they are scanned, but each layer chooses its own heads and
-neurons. The importance of a part is the norm of its contribution to the residual stream on the calibration data. During
-the walk removed parts are silenced by zero rows in the matrix that reads them. So later layers choose by the inputs
-that they will have. The arrays are cut at the end.
+All layers of a stack end with the same widths, because they are scanned. Each layer selects its own heads and neurons.
+The importance of a head or neuron is the norm of its contribution to the residual stream on the calibration data.
+During the walk, removed heads and neurons are disabled by zero rows in the matrix that reads them. Later layers
+therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons, D model width.
 """
@@ -30,7 +30,7 @@ Progress = Callable[[LayerReport], None] | None
 
 
 def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
-    """Return ||X_h O_h||_F of each query head, its contribution to the residual stream. `o` [H*K, D] -> [H]."""
+    """Return ||X_h O_h||_F [H], each query head's contribution to the residual stream, for `o` [H*K, D]."""
     heads, width, _ = gram.products.shape
     o_HKD = o.astype(jnp.float32).reshape(heads, width, -1)
     square_H = jnp.einsum("hkl,hkd,hld->h", gram.products, o_HKD, o_HKD)
@@ -38,14 +38,15 @@ def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
 
 
 def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
-    """Return ||x_f||_2 * ||down_f||_2 of each neuron, its contribution to the residual stream. `down` [F, D] -> [F]."""
+    """Return ||x_f||_2 * ||down_f||_2 [F], each neuron's contribution to the residual stream, for `down` [F, D]."""
     return jnp.sqrt(stats.squares) * jnp.linalg.norm(down.astype(jnp.float32), axis=1)
 
 
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (query heads, key/value heads) to keep, ascending; every kept group keeps the same number of queries.
+    """Return the indices of the query heads and of the key/value heads to keep, ascending.
 
-    The best queries of each group are chosen first, then the groups, by the norm of those queries' scores.
+    Every kept group has the same number of query heads. The best query heads of each group are selected first. Then the
+    groups are selected, by the norm of the scores of these query heads.
     """
     each = keep_heads // keep_groups
     score_GR = score_H.reshape(groups, -1)
@@ -57,15 +58,16 @@ def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads:
 
 
 def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
-    """Return the `keep` neurons of the highest score, ascending."""
+    """Return the indices [keep] of the neurons with the highest scores, ascending."""
     return np.sort(_highest(score_F[None], keep)[0])
 
 
 def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[bool]) -> list[int]:
-    """Return the `keep` layers of the highest total influence, ascending, such that the i-th is of kind `kinds_L[i]`.
+    """Return the indices of the `keep` layers with the highest total influence, ascending.
 
-    Kinds are local and global attention. Their pattern belongs to the config, so a layer may only move to an index of
-    its own kind. If all layers are of one kind the best ones are kept. Solved exactly, by dynamic programming.
+    The i-th kept layer must be of kind `kinds_L[i]`. Kinds are local and global attention. Their pattern belongs to the
+    config, so a layer may only move to an index of its own kind. If all layers have one kind, the best layers are kept.
+    The selection is exact, by dynamic programming.
     """
     layers = len(influence_L)
     total = np.full((layers + 1, keep + 1), -np.inf)
@@ -83,7 +85,7 @@ def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[boo
 
 
 def _highest(score: np.ndarray, keep: int) -> np.ndarray:
-    """Return the positions of the `keep` highest along the last axis; of equal scores the first is kept."""
+    """Return the positions of the `keep` highest scores along the last axis. If scores are equal, the first is kept."""
     return np.argsort(-score, axis=-1, kind="stable")[..., :keep]
 
 
@@ -95,10 +97,10 @@ def prune_layers(
     progress: Progress = None,
     dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]]]:
-    """Drop the layers of least block influence (ShortGPT, arXiv:2403.03853) until each stack has `target`'s depth.
+    """Remove the layers of least block influence (ShortGPT, arXiv:2403.03853) until each stack has `target`'s depth.
 
     Returns:
-        The config, the parameters, and the kept layers of each stack.
+      The config, the parameters, and the kept layers of each stack.
     """
     _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
     kept: dict[str, list[int]] = {}
@@ -120,7 +122,10 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
-    """Return the statistics to collect for cutting layers to `target`: Gram matrices of heads, moments of neurons."""
+    """Return the function that selects the statistics for pruning to `target`.
+
+    It selects Gram matrices of heads, and moments of neurons.
+    """
     read = _read(cfg, target)
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -133,7 +138,7 @@ def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
 
 
 def _read(cfg: ModelConfig, target: ModelConfig) -> dict[str, wiring.Units]:
-    """Return the units to remove by the path of the matrix that reads them, over all stacks."""
+    """Return the units to remove in all stacks, by the path of the matrix that reads them."""
     heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     found = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
     neurons = {p for p, u in found.items() if not u.name.endswith("/heads")}
@@ -149,13 +154,14 @@ def prune_widths(
     dtype: Any = jnp.float32,
     saved: Saved | None = None,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
-    """Cut every layer to `target`'s heads, kv_heads and d_ff, each layer choosing its own. The blocks are donated.
+    """Reduce every layer to `target`'s heads, kv_heads and d_ff. Each layer selects its own. The blocks are donated.
 
-    With relative positions the layers of a stack share one bias per head. So self-attention keeps the same heads in all
-    of them, by scores that are normalized per layer and summed. Finished layers are `saved` with their choices.
+    With relative positions, the layers of a stack share one bias per head. Self-attention therefore keeps the same
+    heads in all of them, by scores that are normalized per layer and summed. Finished layers are `saved` with their
+    selection.
 
     Returns:
-        The config, the parameters, and a report per layer.
+      The config, the parameters, and a report per layer.
     """
     collect = collector(cfg, target)
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
@@ -192,7 +198,10 @@ def prune_widths(
 def _common_heads(
     cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], collect: Collect, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """Return scores [H] of the self-attention heads of each stack over its layers, each layer's normalized to sum 1."""
+    """Return scores [H] of the self-attention heads, by stack.
+
+    The scores of each layer are normalized to sum 1, and added over the layers of the stack.
+    """
     _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
     scores = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}
     for r in reports:

@@ -1,1 +1,1 @@
-"""Pipelines: recipes, the registry of stages and commands, and the runner."""
+"""Read recipes, register stages and commands, and run stages."""

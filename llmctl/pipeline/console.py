@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """Print one line for people to stderr."""
+    """Print one line of text to stderr."""
     if processes.first():
         terminal(stderr=True).print(text, soft_wrap=True)
 
@@ -28,7 +28,7 @@ def result(value: Any) -> None:
 
 
 def show(renderable: Any) -> None:
-    """Print a table or a text for people to stdout. If stdout is no terminal, lines are not cut to a width."""
+    """Print a table or a text to stdout. If stdout is not a terminal, lines are not cut to a width."""
     if processes.first():
         screen = terminal()
         (screen if screen.is_terminal else terminal(width=400)).print(renderable)
@@ -36,7 +36,7 @@ def show(renderable: Any) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path | None) -> Iterator[Path]:
-    """Yield `path`, or a temporary folder if the result is only printed."""
+    """Yield `path`, or the path of a temporary folder that is removed afterwards if `path` is None."""
     if path:
         yield path
         return

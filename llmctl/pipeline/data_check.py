@@ -1,6 +1,7 @@
 """Check the data of a recipe's stages before the first stage runs: columns, and the labels of the first rows.
 
-A wrong column of the last stage would otherwise end the run after hours. Only data that can be read at once is checked.
+Otherwise a wrong column of the last stage would end the run after hours. Large or prepared data is not checked, because
+the check must be fast.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ if TYPE_CHECKING:
 ROWS = 100
 """Number of first rows of each source whose labels are checked."""
 LARGEST = 64_000_000
-"""Bytes of the largest csv, jsonl or text file that is opened; other sources have a schema that is read alone."""
+"""Size in bytes of the largest csv, jsonl or text file that is checked. Other sources have a schema, which is fast to
+read."""
 
 
 def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> None:
-    """Check the data of the named stages, or of all.
+    """Check the data of the named stages, or of all stages.
 
     Args:
-      recipe: the resolved steps.
+      recipe: the validated recipe.
       names: stages to check; all if empty.
-      missing: data that is not there is no error (`plan` and `doctor` need none).
+      missing: whether missing data is accepted, because `plan` and `doctor` need no data.
 
     Raises:
-      RequestError: a column that a stage names or needs is not in its data, or a label is not among the classes.
+      RequestError: the data lacks a column that a stage needs, or a label is not among the classes.
     """
     wanted, seen = set(names), set()
     for step in recipe.steps:
@@ -45,7 +47,10 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
-    """Return the canonical columns that a stage's data must have, as far as the recipe says; else none."""
+    """Return the canonical columns that a stage's data must have.
+
+    The result is empty if the recipe does not determine them.
+    """
     if step.config.kind == "pretrain":
         return ("prompt", "completion") if getattr(step.config, "objective", "") == "completions" else ("text",)
     from llmctl.evaluate.tasks.registry import TASKS
@@ -57,17 +62,17 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
 
 
 def _reads_labels(recipe: Recipe, step: Step) -> bool:
-    """Return whether a stage is known to read labels."""
+    """Return whether the recipe determines that a stage reads labels."""
     from llmctl.evaluate.tasks.registry import TASKS
 
     return any(TASKS[task].reads_labels for task in _tasks(recipe, step))
 
 
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
-    """Return the tasks of a stage that reads its data as a task.
+    """Return the tasks that determine the columns of a stage's data.
 
-    These are its own, else those of the artifacts that it names (a teacher, or what eval measures). Only a stage that
-    names none reads its data as its parent's task.
+    They are the tasks in the stage's config. Otherwise they are the tasks of the artifacts that the config names, such
+    as the teacher of `distill`. Only if it names none, the parent's task is returned.
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]
@@ -79,7 +84,7 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
 
 
 def _learned(recipe: Recipe, read: str | Path | None) -> str:
-    """Return the task that an artifact of the recipe was finetuned for; empty if it was not."""
+    """Return the task for which an artifact of the recipe was finetuned; empty if it was not finetuned."""
     steps: dict[Any, Step] = {s.name: s for s in recipe.steps}
     while isinstance(read, str) and read in steps:
         if hasattr(steps[read].config, "task"):

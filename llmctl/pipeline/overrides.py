@@ -1,6 +1,6 @@
 """Apply `--set` assignments, such as `stage.2.sparsity=0.6` or `train.epochs=2`, to a recipe or to one stage.
 
-An assignment also removes the settings that it excludes, such as `train.steps` for `train.epochs`.
+Some settings exclude each other, such as `train.steps` and `train.epochs`. An assignment to one removes the other.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 
 def assign_to(doc: dict[str, Any], text: str) -> None:
-    """Apply an assignment to a recipe: to the shared settings and each stage that overrides them, or to one stage.
+    """Apply an assignment to a recipe.
+
+    A path that starts with `stage` changes one stage. Any other path changes the shared settings, and each stage that
+    overrides them.
 
     Raises:
-      RequestError: the assignment is malformed, or there is no such stage.
+      RequestError: the assignment is malformed, or no stage has this index or name.
     """
     path, value = _assignment(text)
     given = doc.get("stage", [])
@@ -59,7 +62,7 @@ def assign_in(values: dict[str, Any], text: str, cls: type[Config]) -> None:
 
 
 def shareable(cls: type[Config]) -> list[str]:
-    """Return the keys of `cls` that a recipe may share among its stages."""
+    """Return the keys of `cls` that a recipe may set for all of its stages."""
     unshared = cls.unshared if issubclass(cls, stage.StageConfig) else ()
     return [f.alias or name for name, f in cls.model_fields.items() if name not in unshared]
 
@@ -75,19 +78,19 @@ def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _class(table: Any) -> type[StageConfig] | None:
-    """Return the config class of a stage's table; None if its kind is unknown."""
+    """Return the config class for a `[[stage]]` table; None if the table's kind is unknown."""
     kind = table.get("kind", "") if isinstance(table, dict) else ""
     return stage.load(kind).Config if kind in stage.kinds() else None
 
 
 def _replace(values: dict[str, Any], path: list[str], value: Any, cls: type[Config] | None) -> None:
-    """Assign `value` in the settings of a `cls`, and drop the settings that it excludes."""
+    """Assign `value` in the settings of a `cls`, and remove the settings that the assignment excludes."""
     assign(values, path, value)
     _drop(values, _excluded(path, value, cls) if cls else [])
 
 
 def _excluded(path: list[str], value: Any, cls: type[Config]) -> list[list[str]]:
-    """Return the paths of the settings of a `cls` that the setting `path` excludes."""
+    """Return the paths of the settings that an assignment of `value` to `path` excludes."""
     at: type[Config] | None = cls
     for part in path[:-1]:
         at = section(at, part) if at else None

@@ -1,7 +1,8 @@
-"""Read a recipe: shared settings and an ordered list of stages. It is resolved and validated before any stage runs.
+"""Read and validate a recipe: shared settings and an ordered list of stages.
 
-Precedence, lowest first: a field's default, a shared setting at the top of the recipe, the stage's own table, `--set`,
-a stage command's flag.
+The recipe is validated before any stage runs. If a setting has several values, the last in this list applies: the
+field's default, the shared setting of the recipe, the setting in the stage's table, `--set`, the flag of a stage
+command.
 """
 
 from __future__ import annotations
@@ -27,47 +28,51 @@ MANIFEST = "manifest.json"
 """Name of the file by which a folder is recognized as an artifact."""
 
 RUNS = Path("runs")
-"""Default parent folder of runs."""
+"""Default folder for the folders of runs."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Resolved stage. An artifact that it names is an earlier step of the recipe (str) or a folder (Path)."""
+    """Store a stage's validated config and the locations of its artifacts.
+
+    An artifact that the stage reads is either an earlier stage of the recipe (a str) or a folder (a Path).
+    """
 
     config: StageConfig
     out: Path
     parent: str | Path | None
     others: dict[str, str | Path] = field(default_factory=dict)
-    """Artifacts beside the parent, by the name that the config uses, such as the teacher of `distill`."""
+    """Artifacts that the stage reads besides the parent, such as the teacher of `distill`. The keys are their names in
+    the config."""
 
     @property
     def name(self) -> str:
-        """Name of the artifact, and its folder in the run."""
+        """Return the name of the stage, which is also the name of its folder in the run."""
         return self.config.name
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered steps and the folder of their artifacts."""
+    """Store the validated stages of a recipe, in order, and the folder of their artifacts."""
 
     name: str
     run: Path
     steps: tuple[Step, ...]
     alone: bool = False
-    """Whether it is one stage with --out, whose folder does not belong to a run."""
+    """Whether the recipe is a single stage with --out, whose folder does not belong to a run."""
 
 
 def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = ()) -> Recipe:
     """Read and validate the recipe in a TOML file.
 
     Args:
-      path: the file.
-      run: folder of the run; the recipe's `run`, or `runs/<name>`, by default.
+      path: the TOML file.
+      run: folder of the run. The default is the recipe's `run`, or `runs/<name>`.
       sets: assignments such as `stage.2.sparsity=0.6`, `stage.prune.sparsity=0.6` (stages by index from 0, or by name)
         or `data.path=x.csv` (shared). Values are TOML; a value that is not valid TOML is a string.
 
     Raises:
-      RequestError: the file is missing, or a setting in it is wrong.
+      RequestError: the file is missing, or a setting is invalid.
     """
     doc = read_toml(path)
     for text in sets:
@@ -102,13 +107,13 @@ def single(
     Args:
       kind: kind of the stage.
       flags: nested settings from the command line, including `from`.
-      out: the artifact's folder; its parent is the run's folder.
-      recipe: a TOML recipe whose shared settings and stage of this kind are used. If it has several such stages,
-        `flags` names one.
+      out: folder of the stage's artifact. The folder that contains it is the folder of the run.
+      recipe: a TOML recipe whose shared settings and stage of this kind are used. If several stages have this kind,
+        `flags` selects one by its name.
       sets: assignments inside the stage, such as `train.steps=10`.
 
     Raises:
-      RequestError: the recipe or a setting is wrong.
+      RequestError: the recipe or a setting is invalid.
     """
     cls = stage.load(kind).Config
     values: dict[str, Any] = {}
@@ -136,7 +141,11 @@ def single(
 
 
 def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the `[[stage]]` tables and their names, after checking that kinds are known and names are unique."""
+    """Return the `[[stage]]` tables and their names.
+
+    Raises:
+      RequestError: a kind is unknown, or a name is invalid or not unique.
+    """
     tables = doc.get("stage")
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise RequestError(f"{file}: a recipe needs stages, each a table [[stage]] with its kind")
@@ -161,7 +170,11 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
 
 
 def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) -> list[dict[str, Any]]:
-    """Return, per stage, the shared settings that it has. A setting that no stage has is an error."""
+    """Return, for each stage, the shared settings that its config class defines.
+
+    Raises:
+      RequestError: no stage defines a shared setting.
+    """
     shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
     used: set[str] = set()
     found = [_fitting(cls, shared, used) for cls in classes]
@@ -170,14 +183,18 @@ def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) ->
 
 
 def _check_name(name: Any, where: str) -> None:
-    """Check that a name is valid as the name of a folder."""
+    """Check that a name is valid as the name of a folder.
+
+    Raises:
+      RequestError: the name is not valid.
+    """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"{where}: must be letters, digits, '.', '-', '_', got {name!r}")
     locks.check_name(name, where)
 
 
 def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:
-    """Return the shared settings that `cls` has, and add their paths to `used`."""
+    """Return the shared settings that `cls` defines, and add their paths to `used`."""
     out: dict[str, Any] = {}
     for key, value in shared.items():
         if key not in overrides.shareable(cls):
@@ -193,7 +210,11 @@ def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: 
 
 
 def _no_strays(shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], file: str) -> None:
-    """Raise RequestError if a shared setting reaches no stage."""
+    """Check that at least one stage uses each shared setting.
+
+    Raises:
+      RequestError: no stage uses a shared setting.
+    """
     for path in overrides.paths(shared):
         if path in used:
             continue
@@ -227,7 +248,13 @@ def _holds(values: Any, path: str) -> bool:
 
 
 def _linked(config: StageConfig, before: list[Step], out: Path, where: str, beside: Path | None = None) -> Step:
-    """Return the step of a config. Artifacts that it names are earlier steps, or folders (also below `beside`)."""
+    """Return the Step of a config, with the artifacts that the config names.
+
+    They are earlier stages, or folders. If `beside` is given, a folder inside it may be named too.
+
+    Raises:
+      RequestError: an artifact is missing, or the stage would replace an artifact that it reads.
+    """
     models = [s.name for s in before if s.config.produces]
     if config.parent:
         parent = _find(config.parent, models, f"{where}: from", beside)
@@ -254,13 +281,16 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
 
 
 def _names_others(config: StageConfig) -> bool:
-    """Return True if the stage reads only artifacts that its config names: a new student's teacher, those of eval."""
+    """Return whether the stage needs no parent, because its config names all artifacts that it reads.
+
+    Examples are `distill` with a teacher and a new student, and `eval` with a list of artifacts.
+    """
     named = any(getattr(config, key) for key in config.artifact_fields)
     return named and (not config.produces or getattr(config, "model", None) is not None)
 
 
 def out_name(artifact: str | Path) -> str:
-    """Return the name of an artifact: the step's name, or the name of its folder."""
+    """Return the name of an artifact: the stage's name, or the name of the folder."""
     return artifact if isinstance(artifact, str) else artifact.resolve().name
 
 

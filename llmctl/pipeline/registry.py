@@ -36,7 +36,10 @@ def module(name: str) -> str:
 
 
 def symbol(name: str) -> str:
-    """Return the name of a command's file and function. If the name is a Python keyword, it ends in an underscore."""
+    """Return the name of a command's file and function.
+
+    An underscore is appended if the command is a Python keyword.
+    """
     return name if (COMMANDS / f"{name}.py").exists() else f"{name}_"
 
 

@@ -1,4 +1,4 @@
-"""Run a recipe's steps: skip finished ones, resume an interrupted one, and repeat those whose inputs changed."""
+"""Run the stages of a recipe: skip finished ones, resume an interrupted one, and repeat those whose inputs changed."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Recipe, Step
 
 WORK = ".work"
-"""Folder of a run for the scratch files of its stages."""
+"""Folder of a run that contains temporary files of its stages."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Step with its key, and the reason why it has to run."""
+    """Store a stage with its key and the reason why it has to run."""
 
     step: Step
     key: str
     why: str
-    """Reason why the step has to run, for people; empty if the artifact is up to date."""
+    """Reason why the stage has to run, as a text for the user; empty if its artifact is up to date."""
 
 
 def run(
@@ -47,19 +47,19 @@ def run(
     say: Callable[[str], None] = print,
     processes: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Run the steps that are not done.
+    """Run the stages whose artifacts are not up to date.
 
-    If there are several processes, process 0 decides which steps are due and holds the locks. All processes run the
+    If there are several processes, process 0 decides which stages are due, and holds the locks. All processes run the
     stages.
 
     Args:
-      recipe: resolved steps.
-      only: names of the steps to run; their inputs must be up to date. Empty runs all steps.
-      say: called with one line per step.
+      recipe: the validated recipe.
+      only: names of the stages to run; their inputs must be up to date. Empty runs all stages.
+      say: function that prints one line per stage.
       processes: arguments of `llmctl.distributed.processes.join`.
 
     Returns:
-      The names of the steps that ran.
+      The names of the stages that ran.
 
     Raises:
       RequestError: a name in `only` is unknown, an input is missing, or another process uses the same folder.
@@ -108,7 +108,9 @@ def run(
 
 
 def plan(recipe: Recipe) -> list[Task]:
-    """Return every step with its key and the reason why it is due, from the recipe and the files on disk. Run nothing.
+    """Return every stage with its key and the reason why it has to run. Nothing is run.
+
+    The keys are computed from the recipe and the files on disk.
 
     Raises:
       RequestError: an input file or a parent's folder is missing or damaged.
@@ -125,10 +127,15 @@ def plan(recipe: Recipe) -> list[Task]:
 
 
 def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
-    """Return the content key of a stage's result. Equal keys mean equal results.
+    """Return the key of a stage's result. Equal keys mean equal results.
 
     The key is the SHA-256 of canonical JSON: the config without its unkeyed fields, the keys of all artifacts that the
     stage reads, the content of its input files, and the version of the artifact format.
+
+    Args:
+      config: config of the stage.
+      parent: key of the parent; None if the stage has no parent.
+      others: [name, key] of each other artifact that the stage reads.
 
     Raises:
       RequestError: an input file is missing.
@@ -141,12 +148,12 @@ def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence
 
 
 def inputs(config: Any) -> list[Any]:
-    """Return the files that a config and its sections read: the results of their methods `inputs`."""
+    """Return the paths of the files that a config and its sections read, from their methods `inputs`."""
     return [path for section in sections(config) if hasattr(section, "inputs") for path in section.inputs()]
 
 
 def sections(config: Any) -> Iterator[Any]:
-    """Yield a config and all of its sections, nested ones included."""
+    """Yield a config and all of its sections, including nested ones."""
     if isinstance(config, (list, tuple)):
         for part in config:
             yield from sections(part)
@@ -157,7 +164,10 @@ def sections(config: Any) -> Iterator[Any]:
 
 
 def fetch(config: Any) -> None:
-    """Download missing data if the config allows it. Keys cover files that are read, so call this before `plan`."""
+    """Download missing data if the config allows downloads.
+
+    Call this before `plan`, because keys depend on the content of the data files.
+    """
     for section in sections(config):
         if isinstance(section, SourceConfig):
             SOURCES[section.source].fetch(section)
@@ -167,7 +177,7 @@ def _batches_fit(step: Step) -> None:
     """Check that a batch fits into the memory of all processes: tokens, targets and weights, 4 bytes each.
 
     Raises:
-      RequestError: it does not.
+      RequestError: the batch does not fit.
     """
     for section in sections(step.config):
         rows, length = getattr(section, "batch_size", 0), getattr(section, "seq_len", 0) or 1
@@ -198,9 +208,10 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
 
 
 def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
-    """Prepare the scratch folder, and discard it first if it belongs to another key. Return True if it is new.
+    """Create the stage's temporary folder, and return whether it is new.
 
-    A stage that runs `alone` does not own the folders beside its output, so it replaces only what its kind made.
+    An existing folder is removed first if it belongs to another key. If the stage runs `alone`, its output may be
+    replaced only if a stage of the same kind wrote it.
     """
     artifact.check_place(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"
@@ -218,7 +229,11 @@ def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: 
 
 
 def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None:
-    """With `--only`, check that the inputs of the wanted steps are up to date."""
+    """Check that the inputs of the wanted stages are up to date, if `some` is true (`--only`).
+
+    Raises:
+      RequestError: an input is not up to date.
+    """
     by_name = {t.step.name: t for t in tasks}
     coming = {t.step.name for t in wanted}
     for task in wanted if some else ():
@@ -244,7 +259,10 @@ _seen: dict[tuple[str, int, int], str] = {}
 
 
 def _content(path: str) -> str:
-    """Return the SHA-256 of a file's content. It is computed once per process, because stages share files."""
+    """Return the SHA-256 of a file's content, in hexadecimal digits.
+
+    It is computed once per process, because several stages may read the same file.
+    """
     file: Any = Path(path)
     if "://" in path:
         from etils import epath

@@ -1,4 +1,4 @@
-"""Define a stage: a frozen config, a function that runs it, and a function that lists its compiled programs.
+"""Define a stage: a frozen config, a function that runs it, and a function that returns its compiled programs.
 
 A stage is one module:
 
@@ -9,10 +9,10 @@ A stage is one module:
         ...  # write the artifact to ctx.out, as ctx.leave does
 
     def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-        ...  # optional: what `llmctl plan` compiles, and the artifact that the stage leaves
+        ...  # optional: the programs that `llmctl plan` compiles, and the artifact of the stage
 
-`base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. A stage
-without `programs` is planned as one that compiles nothing and leaves arrays like its parent's.
+`base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. If a stage
+has no `programs`, `plan` assumes that it compiles nothing and that its arrays have the shapes of its parent's arrays.
 """
 
 from __future__ import annotations
@@ -40,48 +40,48 @@ T = TypeVar("T")
 
 
 class StageConfig(Config):
-    """Settings that every stage has."""
+    """Define the settings that every stage has."""
 
     heading: ClassVar[str] = "What it does"
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform", "allow_nonfinite", "replace"})
     unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent"})
-    """Fields that shared settings of a recipe never set, because each stage needs its own value."""
+    """Fields that a recipe cannot set for all stages, because each stage needs its own value."""
     starts: ClassVar[bool] = False
-    """Whether the stage has no parent unless `from` is given (pretrain)."""
+    """Whether the stage has no parent unless `from` is given, as in pretrain."""
     produces: ClassVar[bool] = True
-    """Whether the stage leaves a model, from which the next stage starts by default (eval leaves none)."""
+    """Whether the stage writes a model, which is the default parent of the next stage. `eval` writes no model."""
     artifact_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that name further artifacts: a str, or a list of str. An empty list means all earlier models. These
     artifacts are in `Context.siblings`, and their keys are part of this stage's key."""
 
     kind: str
-    """Kind of the stage; the name of its file in `llmctl/pipeline/stages`."""
+    """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""
     name: str = ""
     """Name of the artifact and of its folder in the run; the kind by default."""
     parent: str = Field(default="", alias="from")
-    """Artifact to start from: the name of an earlier stage, or a folder; the stage before by default."""
+    """Artifact to start from: the name of an earlier stage, or a folder. Default: the previous stage."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     platform: Literal["", "cpu", "gpu", "tpu"] = ""
     """Platform that the stage requires; empty uses the one that JAX finds."""
     allow_nonfinite: bool = False
-    """Save weights that hold NaN or infinity. By default the stage fails and names the array."""
+    """Save weights that contain NaN or infinity. By default the stage fails and names the array."""
     replace: bool = False
-    """Replace the artifact at --out even if another kind of stage made it or it holds other files."""
+    """Replace the artifact at --out even if another kind of stage wrote it or its folder contains other files."""
     mesh: MeshConfig = MeshConfig()
     """Number of devices per mesh axis."""
 
     @property
     def title(self) -> str:
-        """Return the name of this stage in lines for people."""
+        """Return the name of this stage for messages: its name, or its kind if the name is empty."""
         return self.name or self.kind
 
 
 def required(config: StageConfig, parent: T | None) -> T:
-    """Return the parent of a stage that needs one.
+    """Return the parent of a stage that requires one.
 
     Raises:
-      RequestError: there is no parent.
+      RequestError: the stage has no parent.
     """
     if parent is None:
         raise RequestError(f"{config.kind}: nothing to start from; name an artifact with `from` (--from)")
@@ -94,5 +94,5 @@ def kinds() -> list[str]:
 
 
 def load(kind: str) -> ModuleType:
-    """Import a stage's module, which has `Config` (a StageConfig) and `run`. This imports no JAX."""
+    """Import a stage's module, which defines `Config` (a StageConfig) and `run`. The import does not load JAX."""
     return importlib.import_module(f"llmctl.pipeline.stages.{kind}")

@@ -1,4 +1,4 @@
-"""Decide whether an artifact is up to date: whether it has its step's key and is what was saved."""
+"""Determine whether an artifact is up to date: it has the stage's key, and its files are unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def why(step: Step, key: str, due: set[str]) -> str:
-    """Return why the step has to run, as one clause; empty if its artifact has this key."""
+    """Return the reason why the stage has to run, as one clause; empty if its artifact has this key and is intact.
+
+    Args:
+      step: the stage.
+      key: key of the stage's result.
+      due: names of the earlier stages that have to run.
+    """
     if not (step.out / MANIFEST).exists():
         return "new"
     try:
@@ -39,12 +45,15 @@ def why(step: Step, key: str, due: set[str]) -> str:
 
 
 def is_done(step: Step, key: str) -> bool:
-    """Return True if another process has made the artifact in the meantime."""
+    """Return whether the artifact now has this key and is intact, because another process wrote it in the meantime."""
     return key_at(step.out) == key and not _damage(step.out, artifact.read_manifest(step.out))
 
 
 def remark(step: Step) -> str:
-    """Return a remark on an artifact that is kept: metrics that differ from what was saved, or an earlier llmctl."""
+    """Return a remark on an artifact that is up to date, or "".
+
+    The remark says that metrics differ from the saved ones, or that an earlier llmctl wrote the artifact.
+    """
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:
         return f" ({integrity.OLDER})"
@@ -53,7 +62,7 @@ def remark(step: Step) -> str:
 
 
 def key_at(folder: Path) -> str:
-    """Return the key of the artifact in a folder; empty if there is none that can be read."""
+    """Return the key of the artifact in a folder; empty if the folder has no readable artifact."""
     try:
         return artifact.read_manifest(folder).key
     except LlmctlError:
@@ -61,10 +70,10 @@ def key_at(folder: Path) -> str:
 
 
 def _damage(folder: Path, manifest: Manifest) -> str:
-    """Return why an artifact has to be made again, as a clause; empty if it is whole as far as a quick check tells.
+    """Return the reason why an artifact has to be created again, as a clause; empty if a quick check finds no damage.
 
-    `load` also checks the arrays. If only metrics or lineage of a model differ, it is kept, and `remark` reports them.
-    A report of metrics has nothing else.
+    The function `load` also checks the arrays. If only the metrics or the lineage of a model differ, the artifact is
+    kept, and `remark` reports the difference. A report of `eval` contains only metrics, so it is created again.
     """
     found = integrity.quick(folder, manifest)
     again = not manifest.weights or "key" in found.record

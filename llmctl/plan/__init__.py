@@ -1,1 +1,1 @@
-"""Plan of a stage's memory and time on hardware that is not attached: its programs are compiled or modelled."""
+"""Plan the memory and time of a stage on hardware that is not attached, by compiling or modelling its programs."""

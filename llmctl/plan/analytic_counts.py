@@ -1,7 +1,8 @@
-"""Estimate operations, memory traffic and collectives of a step from config and mesh, as counts of a compiled step.
+"""Estimate the operations, memory traffic and collectives of a step from its config and mesh, without compiling.
 
-The model follows what XLA compiles: weights are gathered over fsdp and context in the compute type, once per pass;
-gradients are scattered back; activations are reduced over tensor after each half of a layer.
+The model follows what XLA compiles. Weights are gathered over fsdp and context in the compute dtype, once per pass.
+Gradients are scattered back. Activations are reduced over tensor after the attention and after the feed-forward part of
+each layer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from llmctl.plan.analytic_memory import AGAIN, Setup, entries, scores, widths
 from llmctl.plan.hlo.counts import Collective, Counts
 
 BLOCK = 512
-"""Tokens per block of the attention kernel, which skips blocks that are masked completely."""
+"""Number of tokens per block of the attention kernel. The kernel skips blocks that are masked completely."""
 
 
 def counts(setup: Setup) -> Counts:
@@ -49,7 +50,10 @@ def counts(setup: Setup) -> Counts:
 
 
 def _attention(setup: Setup, trains: bool, again: bool) -> float:
-    """Return the operations of attention: 2 products forward; backward 7 in the kernels and 5 in the plain form."""
+    """Return the operations of attention on one device per step.
+
+    The forward pass has 2 matrix products. The backward pass has 7 in the kernels, and 5 in plain attention.
+    """
     model = setup.model
     T = setup.seq_len
     window = min(model.window or T, T)
@@ -71,9 +75,10 @@ def _attention(setup: Setup, trains: bool, again: bool) -> float:
 
 
 def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
-    """Return the bytes of HBM traffic: weights per pass, activations written and read, the state once per step.
+    """Return the bytes of HBM traffic on one device per step.
 
-    The scores of plain attention are written and read twice per pass, and twice as often backward.
+    Weights are read in each pass, activations are written and read, and the state is updated once per step. The scores
+    of plain attention are written and read twice per forward pass, and twice as often in the backward pass.
     """
     D, F, heads = widths(setup)
     weights = passes * setup.accumulate * setup.item * whole * 2

@@ -1,8 +1,9 @@
-"""Estimate the memory of a step from config and mesh alone, without a compiler.
+"""Estimate the memory of a step from its config and mesh, without compiling.
 
-The model follows what XLA keeps: the state (arguments), what the forward scan saves per layer, and the larger of two
-peaks. One is the loss, with the output projection gathered on every device. The other is the backward pass of the last
-layer to finish, beside the gradients of all layers. `recipes/bench/plan_model.md` compares it with compiled programs.
+The model follows the arrays that XLA keeps: the state (arguments), what the forward scan saves per layer, and the
+larger of two peaks. One peak is the loss, with the output projection gathered on every device. The other is the
+backward pass of its last layer, when the gradients of all layers exist. `recipes/bench/plan_model.md` compares the
+model with compiled programs.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from llmctl.train.optim import FACTORED_FROM
 
 ITEM = {"float32": 4, "bfloat16": 2}
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "lion": 1.0, "adafactor": 0.0, "muon": 1.0}
-"""Float32 arrays of the optimizer per matrix of a layer; muon uses AdamW for all other parameters."""
+"""Number of float32 arrays that the optimizer stores per matrix of a layer. Muon uses AdamW for all other
+parameters."""
 AGAIN = ("full", "qkv")
-"""Settings of `remat` that repeat matrix products."""
+"""Values of `remat` that repeat matrix products."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one device, in bytes."""
+    """Store the memory of one device by class, in bytes."""
 
     parameters: float
     optimizer: float
@@ -38,46 +40,46 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum of all classes."""
+        """Return the sum of all classes, in bytes."""
         return self.parameters + self.optimizer + self.temporaries + self.batch + self.cache
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A training step or forward pass whose memory and work are estimated."""
+    """Describe a training step or forward pass whose memory and work are estimated."""
 
     model: ModelConfig
     mesh: Mapping[str, int]
-    """Size of each axis; a missing axis has size 1."""
+    """Size of each mesh axis. A missing axis has size 1."""
     rows: int
-    """Sequences per step, over all devices and microbatches."""
+    """Number of sequences per step, over all devices and microbatches."""
     seq_len: int
-    """Tokens per sequence; of the encoder, if there is one."""
+    """Number of tokens per sequence; in the encoder, if the model has one."""
     dtype: str = "bfloat16"
-    """Compute type."""
+    """Dtype of the computation."""
     remat: str = "none"
     accumulate: int = 1
     optimizer: str = ""
     """Name of the optimizer; empty for a forward pass."""
     ema: bool = False
     trained: float = 1.0
-    """Fraction of the parameters that is trained (LoRA: entries of the pairs over those of the model)."""
+    """Fraction of the parameters that is trained. For LoRA: entries of the pairs over entries of the model."""
     stored: float = 0.0
-    """Further bytes held per parameter of the model: a frozen base, a teacher, or the model of a forward pass."""
+    """Further bytes stored per parameter of the model: a frozen base, a teacher, or the model of a forward pass."""
     fused: bool = True
-    """Attention runs in the platform's kernel, which stores no scores."""
+    """Whether attention runs in the platform's kernel, which stores no scores."""
     eight: Mapping[str, float] = field(default_factory=dict)
-    """Fraction of the layers' matrix products that is in 8 bits, by type: int8, float8."""
+    """Fraction of the layers' matrix products that is computed in 8 bits, by type: int8, float8."""
     beside: float = 0.0
-    """Operations per step, over all devices, of another model that runs beside it (a teacher)."""
+    """Operations per step, over all devices, of another model that runs in the step, such as a teacher."""
     cached: int = 0
-    """Tokens per sequence in the cache of keys and values."""
+    """Number of tokens per sequence in the cache of keys and values."""
     predicted: float = 1.0
     """Fraction of the tokens that the output projection reads."""
     written: int = 0
-    """Tokens per sequence of a decoder beside an encoder, if they differ from the encoder's."""
+    """Number of tokens per sequence in the decoder of an encoder-decoder; 0 if it equals the encoder's."""
     hessians: bool = False
-    """Calibration keeps the second moments [I, I] of every matrix's input, of one layer."""
+    """Whether calibration keeps the second moments [I, I] of every matrix's input, of one layer."""
 
     def size(self, *axes: str) -> int:
         """Return the number of devices along these axes."""
@@ -85,34 +87,34 @@ class Setup:
 
     @property
     def item(self) -> int:
-        """Bytes per number of an activation."""
+        """Return the bytes per number of an activation."""
         return ITEM[self.dtype]
 
     @property
     def own_rows(self) -> float:
-        """Sequences per device and microbatch."""
+        """Return the number of sequences per device and microbatch."""
         return self.rows / self.accumulate / self.size("data", "fsdp")
 
     @property
     def last(self) -> float:
-        """Tokens per device and microbatch, in the stack that runs last."""
+        """Return the number of tokens per device and microbatch in the last stack."""
         return self.own_rows * (self.written or self.seq_len) / self.size("context")
 
     @property
     def tokens(self) -> float:
-        """Tokens per device and microbatch, averaged over the layers."""
+        """Return the number of tokens per device and microbatch, averaged over the layers."""
         first, layers = self.model.encoder_layers, self.model.layers
         read = self.own_rows * self.seq_len / self.size("context")
         return (first * read + layers * self.last) / (first + layers) if self.written else read
 
     @property
     def depth(self) -> float:
-        """Layers per device, of both stacks."""
+        """Return the number of layers per device, in both stacks."""
         return (self.model.layers + self.model.encoder_layers) / self.size("pipeline")
 
 
 def of_training(model: ModelConfig, train: TrainConfig, optim: OptimConfig, mesh: Mapping[str, int]) -> Setup:
-    """Return the step of a training in which all parameters are trained."""
+    """Return the setup of a training step in which all parameters are trained."""
     return Setup(
         model=model, mesh=mesh, rows=train.batch_size, seq_len=train.seq_len, dtype=train.dtype, remat=train.remat,
         accumulate=train.accumulate, optimizer=optim.name, ema=bool(optim.ema),
@@ -121,13 +123,13 @@ def of_training(model: ModelConfig, train: TrainConfig, optim: OptimConfig, mesh
 
 
 def has_kernel(model: ModelConfig, attention: str, mesh: Mapping[str, int]) -> bool:
-    """Return whether attention may run in the platform's kernel."""
+    """Return whether the platform's attention kernel supports this model, setting and mesh."""
     return attention == "auto" and model.positions != "relative" and mesh.get("context", 1) == 1
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Number of parameters on one device."""
+    """Store the number of parameters on one device, by kind."""
 
     layers: float
     """Matrices of the layers."""
@@ -140,12 +142,15 @@ class Entries:
 
     @property
     def total(self) -> float:
-        """Sum of all."""
+        """Return the number of all parameters on one device."""
         return self.layers + self.table + self.head + self.rest
 
 
 def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
-    """Return the parameters per device: fsdp, context and tensor split every matrix, pipeline splits the layers."""
+    """Return the number of parameters per device.
+
+    The axes fsdp, context and tensor split every matrix. The axis pipeline splits the layers.
+    """
     found = flops.parameters(model)
     ways = math.prod(size.get(a, 1) for a in ("fsdp", "context", "tensor"))
     matrices = model.layers * flops._matrices(model, cross=model.encoder_layers > 0)
@@ -163,7 +168,7 @@ def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
 
 
 def estimate(setup: Setup) -> Memory:
-    """Return the bytes of one device at the peak of a step."""
+    """Return the memory of one device at the peak of a step."""
     own = entries(setup.model, setup.mesh)
     trained = 4.0 * setup.trained * (2 if setup.ema else 1) if setup.optimizer else 0.0
     return Memory(
@@ -186,7 +191,10 @@ def _optimizer(setup: Setup, own: Entries) -> float:
 
 
 def _factored(setup: Setup, own: Entries) -> float:
-    """Return the bytes of Adafactor's statistics: a row and a column per matrix if its sides are long, else all."""
+    """Return the bytes of Adafactor's second moments on one device.
+
+    A matrix with two long sides has a row and a column. Other arrays have one number per parameter.
+    """
     model = setup.model
     D, F = model.d_model, model.d_ff
     sides = [(D, model.heads * model.head_dim)] * 2 + [(D, model.kv_heads * model.head_dim)] * 2
@@ -197,14 +205,17 @@ def _factored(setup: Setup, own: Entries) -> float:
 
 
 def widths(setup: Setup) -> tuple[float, float, float]:
-    """Return the numbers per token and device of the residual stream, one feed-forward activation, and q, k and v."""
+    """Return the widths of the residual stream, of one feed-forward activation, and of q, k and v together.
+
+    The unit is numbers per token and device.
+    """
     model, tensor = setup.model, setup.size("tensor")
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
     return float(model.d_model), model.d_ff / tensor, heads / tensor
 
 
 def saved(setup: Setup) -> float:
-    """Return the bytes per layer that the forward pass keeps for the backward pass."""
+    """Return the bytes per layer that the forward pass keeps for the backward pass, on one device."""
     D, F, heads = widths(setup)
     ffs, item = (2 if setup.model.gated else 1), setup.item
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
@@ -222,9 +233,9 @@ def saved(setup: Setup) -> float:
 
 
 def scores(setup: Setup) -> float:
-    """Return the bytes of attention's scores in the plain form: probabilities, their gradient and a copy, float32.
+    """Return the bytes of the scores of plain attention: probabilities, their gradient and a copy, in float32.
 
-    In ring attention a device computes its own queries against one device's keys at a time.
+    In ring attention, a device computes its own queries against one device's keys at a time.
     """
     if setup.fused:
         return 0.0
@@ -233,7 +244,7 @@ def scores(setup: Setup) -> float:
 
 
 def training(setup: Setup, own: Entries) -> float:
-    """Return the temporary bytes of a training step."""
+    """Return the temporary bytes of a training step on one device."""
     D, F, heads = widths(setup)
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
     unit = setup.item * setup.tokens
@@ -254,9 +265,10 @@ def training(setup: Setup, own: Entries) -> float:
 
 
 def gathered(setup: Setup, own: Entries) -> float:
-    """Return the bytes of gathered matrices that the backward pass of a layer holds: one matrix.
+    """Return the bytes of gathered matrices that the backward pass of a layer keeps.
 
-    If the layer is recomputed, the matrices stay gathered from the recomputation to the gradients.
+    It keeps one matrix. If the layer is recomputed, all its matrices stay gathered from the recomputation to the
+    gradients.
     """
     ways = setup.size("fsdp", "context")
     if ways == 1:
@@ -275,7 +287,7 @@ def forward(setup: Setup, own: Entries) -> float:
 
 
 def logits(setup: Setup) -> float:
-    """Return the bytes of the float32 logits of a chunk, which has at least one token of every sequence."""
+    """Return the bytes of the float32 logits of a chunk, which contains at least one token of every sequence."""
     if not setup.model.head_kind.vocabulary:
         return 0.0
     a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")
@@ -285,8 +297,8 @@ def logits(setup: Setup) -> float:
 def layer(setup: Setup, times: int = 1) -> float:
     """Return the temporary bytes of `times` forward passes through a layer.
 
-    They are scores and probabilities (plain attention) or two feed-forward activations, whichever is larger; two
-    residual streams; and the largest matrix, if it is gathered.
+    The bytes are the sum of three parts: the larger of the scores with their probabilities (plain attention) and two
+    feed-forward activations; two residual streams; and the largest matrix, if it is gathered.
     """
     D, F, _ = widths(setup)
     unit = setup.item * setup.tokens

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for devices that are not attached; the compiler runs on this machine's CPU."""
+"""Compile programs ahead of time for devices that are not attached. The compiler runs on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmctl.plan.topologies import Topology
 
 @dataclass(frozen=True)
 class Compiled:
-    """Result of a compilation: HLO text and the compiler's memory figures for one device."""
+    """Store the result of a compilation: HLO text, and the compiler's memory figures for one device."""
 
     text: str
     """Optimized HLO text; empty if the compiler ran out of device memory."""
@@ -27,14 +27,14 @@ class Compiled:
     peak: int
     """Bytes at the peak."""
     wants: int
-    """Bytes that a program too large for the device needs; 0 if it compiled."""
+    """Bytes that a program needs if it is too large for the device; 0 if it compiled."""
     seconds: float
     says: dict[str, float]
-    """Cost figures of the compiler, for display only. They count loop bodies once and omit kernels."""
+    """Cost figures of the compiler, only for display. They count loop bodies once and omit kernels."""
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Return the topology's devices, for a mesh."""
+    """Return the devices of the topology, from which a mesh is created."""
     import jax
     from jax.experimental import topologies
 
@@ -47,10 +47,12 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def compiled(program: Program) -> Compiled:
-    """Compile a program; a program that exceeds the device memory gives a result, not an error.
+    """Compile a program.
+
+    If the program exceeds the device memory, no error is raised, and the result contains the bytes that it needs.
 
     Raises:
-        WorkError: If the compiler fails for another reason.
+      WorkError: the compiler fails for another reason.
     """
     began = time.monotonic()
     try:
@@ -82,7 +84,7 @@ REFUSALS = (
     rf"Used {SIZE} of [\d.]+[KMGT]?i?B? hbm",
     rf"[Tt]otal memory required for HLO temporaries \({SIZE}\) exceeds available HBM",
 )
-"""Messages of libtpu for a program that needs more memory than available."""
+"""Patterns of libtpu's messages about a program that needs more memory than available."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -1,4 +1,4 @@
-"""Process environment for ahead-of-time compilation; it must be set before JAX is imported."""
+"""Set the process environment for ahead-of-time compilation, before JAX is imported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prepare(topology: Topology) -> None:
     """Set the environment for the import of JAX, with the topology's number of CPU devices.
 
     Raises:
-        RequestError: If the compiler for the topology is not installed.
+      RequestError: the compiler for the topology is not installed.
     """
     if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise RequestError(

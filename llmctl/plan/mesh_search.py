@@ -1,6 +1,6 @@
 """Search the meshes, recomputations and accumulations of a step for the fastest and the smallest.
 
-The analytic model ranks all of them. Only the programs that it finds fastest among those that fit are compiled.
+The analytic model ranks all of them. Only the fastest programs that fit, as estimated by the model, are compiled.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from llmctl.plan.topologies import Topology
 
 REMATS = ("none", "minimal", "qkv", "full")
 MARGIN = 1.1
-"""Tolerance of the memory estimate: a candidate up to this factor above the capacity is still compiled."""
+"""Tolerance of the memory estimate: a candidate is compiled if it needs up to this factor times the capacity."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout of a step and its cost."""
+    """Store one layout of a step (mesh, remat, accumulation) and its cost."""
 
     setup: Setup
     memory: float
-    """Bytes of one device."""
+    """Bytes of memory on one device."""
     seconds: float
-    """Time of a step."""
+    """Seconds per step."""
     compiled: bool = False
     recipe: tuple[str, ...] = ()
-    """Lines of the stage's recipe with this layout."""
+    """Lines that set this layout in the stage's recipe."""
 
     @property
     def axes(self) -> dict[str, int]:
-        """The mesh without axes of size 1."""
+        """Return the mesh without axes of size 1, except "data"."""
         sizes = {axis: self.setup.size(axis) for axis in AXES}
         return {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
-"""Compile a setup: return the bytes of one device and the seconds per step, or None if it does not fit."""
+"""Function from a setup to the bytes of one device and the seconds per step, or to None if the setup does not fit."""
 
 
 def meshes(
     setup: Setup, devices: int, *, axes: Sequence[str] = ("data", "fsdp", "context", "tensor")
 ) -> Iterator[Setup]:
-    """Yield the step on every mesh of `devices` that divides the model and the batch."""
+    """Yield the setup with every mesh of `devices` devices that divides the model and the batch."""
     model = setup.model
     for sizes in _splits(devices, len(axes)):
         mesh = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))
@@ -70,19 +70,19 @@ def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def pieces(setup: Setup) -> Iterable[int]:
-    """Yield the numbers of microbatches that divide the batch over the mesh."""
+    """Return the numbers of microbatches, powers of two, that divide the batch over the mesh."""
     rows = setup.rows // setup.size("data", "fsdp")
     return (n for n in range(1, rows + 1) if rows % n == 0 and n & (n - 1) == 0)
 
 
 def modelled(setup: Setup, topology: Topology) -> Candidate:
-    """Return the analytic model's cost of a step."""
+    """Return the setup with its cost as estimated by the analytic model."""
     memory, line = analytic_memory.estimate(setup), roofline.of(analytic_counts.counts(setup), topology, setup.mesh)
     return Candidate(setup, memory.total, line.seconds if line else float("inf"))
 
 
 def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
-    """Return every layout that fits by the model: fastest first, then smallest first."""
+    """Return every layout that fits according to the model: fastest first, then smallest first."""
     found = []
     for on_mesh in meshes(setup, topology.devices):
         if topology.platform == "tpu" and on_mesh.size("data") % topology.slices:
@@ -105,9 +105,10 @@ def front(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
-    """Return the Pareto front of the compiled programs.
+    """Return the Pareto front of time and memory of the compiled programs.
 
-    Candidates are compiled in the order of the model's own front, then of its speed, until `best` of them fit.
+    The candidates on the model's Pareto front are compiled first, then the others by the model's time, until `best` of
+    them fit.
     """
     ordered = candidates(setup, topology)
     first = front(ordered)
@@ -122,10 +123,10 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 
 
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
-    """Return the first of `slices` on which a compiled program fits, and that program; None if there is none.
+    """Return the first of `slices` on which a compiled program fits, and the program; None if there is none.
 
-    Three candidates are compiled per slice: the fastest by the model, the fastest with a margin of memory, and the
-    smallest.
+    Three candidates are compiled per slice: the fastest according to the model, the fastest with a margin of memory,
+    and the smallest.
     """
     for topology in slices:
         ordered = candidates(setup, topology)

@@ -1,7 +1,7 @@
-"""Estimate programs for chips without a local compiler (GPUs) by lowering and the analytic model.
+"""Estimate programs for chips without a local compiler (GPUs), by lowering and the analytic model.
 
-The bytes of arrays follow from shapes and shardings. The analytic model gives temporaries, operations, memory traffic
-and collectives.
+The bytes of arrays are computed from shapes and shardings. The analytic model estimates temporaries, operations, memory
+traffic and collectives.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def lower(program: Program, platform: str) -> None:
 
 
 def setup_of(program: Program, work: Pass) -> Setup:
-    """Return the analytic model's description of a pass through a model."""
+    """Return the analytic model's setup of a pass through a model."""
     mesh = {} if work.replicated else {axis: int(n) for axis, n in program.mesh.shape.items()}
     model = work.model or program.model
     return Setup(
@@ -58,7 +58,7 @@ def setup_of(program: Program, work: Pass) -> Setup:
 
 
 def on(setup: Setup, topology: Topology) -> Setup:
-    """Return the step with the attention that `llmctl.model.attention_kernels` selects on these chips."""
+    """Return the setup with the attention that `llmctl.model.attention_kernels` selects on these chips."""
     model, kernel = setup.model, False
     if topology.platform == "tpu":
         kernel = not setup.seq_len % attention_kernels.LANES

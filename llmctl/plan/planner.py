@@ -1,4 +1,4 @@
-"""Plan the stages of a recipe in order: each starts from the artifact that the stage before it would leave."""
+"""Plan the stages of a recipe in order. Each starts from the artifact that the previous stage would write."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def plans(
     generate: str = "",
     say: Say = lambda text: None,
 ) -> list[Found]:
-    """Return one object per program, in the order of the stages.
+    """Return one dictionary per program, in the order of the stages.
 
     Args:
-      recipe: the stages; only its settings and the manifests of artifacts outside it are read.
+      recipe: the stages. Only its settings, and the manifests of artifacts outside it, are read.
       topology: the hardware.
       chosen: names of the stages to plan; empty plans all.
-      tokens: token budget of the chip-hours; 0 takes each stage's own.
-      generate: also plan `generate` by the last language model, as ROWSxPROMPTxNEW.
-      say: called with progress lines.
+      tokens: number of tokens for chip-hours; 0 uses each stage's own number.
+      generate: also plan `generate` with the last language model, as ROWSxPROMPTxNEW.
+      say: function that prints progress lines.
 
     Raises:
-      RequestError: a stage does not exist; a mesh or a batch does not divide.
+      RequestError: a stage does not exist, or a mesh or a batch does not divide evenly.
     """
     built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say)
     out: list[Found] = []
@@ -69,9 +69,9 @@ def programs_of(
     platform: str = "",
     say: Say = lambda text: None,
 ) -> list[tuple[str, Program]]:
-    """Return the programs of the chosen stages, each with its stage's name; nothing is compiled.
+    """Return the programs of the chosen stages, each with its stage's name. Nothing is compiled.
 
-    For stages that are not chosen only the artifact that they leave is built, so their mesh need not fit.
+    For other stages, only the artifact that they would write is built, so their mesh need not fit.
 
     Args:
       recipe, chosen, generate, say: as for `plans`.
@@ -108,7 +108,7 @@ def programs_of(
 def _generation(
     made: dict[str, Artifact], wants: Request, devices: list[Any], platform: str
 ) -> list[tuple[str, Program]]:
-    """Return the programs of `generate` by the last language model."""
+    """Return the programs of `generate` with the last language model."""
     writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary}
     if not writers:
         raise RequestError("--generate: none of these stages leaves a language model")
@@ -122,7 +122,11 @@ def _generation(
 
 
 def _request(text: str) -> Request:
-    """Parse ROWSxPROMPTxNEW."""
+    """Parse ROWSxPROMPTxNEW, and return the generation request.
+
+    Raises:
+      RequestError: the text has another form.
+    """
     found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
     if not found:
         raise RequestError(f"--generate {text}: must be prompts x tokens of each x new tokens, such as 8x512x128")
@@ -130,14 +134,17 @@ def _request(text: str) -> Request:
 
 
 def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """Return the mesh with its default written out: a plan uses all CPU devices, a run only the first."""
+    """Return the mesh with an explicit `data` axis over all devices, if the mesh is the default one.
+
+    By default a plan uses all CPU devices, and a run only the first.
+    """
     return mesh.model_copy(update={"data": devices}) if mesh == type(mesh)() else mesh
 
 
 def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
-    """Return a stage's programs and the artifact that it leaves.
+    """Return a stage's programs and the artifact that it would write.
 
-    A stage that exports no programs compiles nothing, and leaves arrays like its parent's.
+    If a stage exports no programs, it is assumed to compile nothing and to write arrays with its parent's shapes.
     """
 
     def there(named: str | Path) -> Artifact:
@@ -156,7 +163,7 @@ def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:
-    """Return the memory, work and time of one program."""
+    """Return the memory, work and time of one program, as a dictionary."""
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     found: Found = {
         "program": program.title,
@@ -180,10 +187,11 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
 
 
 def _memory(program: Program, topology: Topology, beside: compiling.Compiled | float) -> Found:
-    """Return the bytes of one device: held arrays by arithmetic on the shardings, the rest by compiler or model.
+    """Return the bytes of one device, by class.
 
-    On TPUs the compiler's peak counts all kinds of memory, also the memory on the chip. The sum of arguments, results
-    and temporaries counts HBM alone, but more than is in use at one time. The smaller of the two bounds is taken.
+    Arrays that are in memory are computed from their shardings. The rest is reported by the compiler or the model. On
+    TPUs the compiler's peak counts all kinds of memory, also on-chip memory. The sum of arguments, results and
+    temporaries counts only HBM, but more than is in use at one time. The smaller of these two bounds is used.
     """
     held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
     arrays, refused = sum(held.values()), False

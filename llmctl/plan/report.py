@@ -1,4 +1,4 @@
-"""Output of a plan: one JSON object per program, and the tables made from it."""
+"""Format the output of a plan: one JSON object per program, and the tables made from it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BINDS = {
     "ici": "links between chips (ICI)",
     "dcn": "the network between slices or nodes (DCN)",
 }
-"""Description of each limit of the roofline."""
+"""Description of each resource that can bound the roofline's time."""
 
 
 def size(count: float) -> str:
-    """Format a number of bytes with a binary unit."""
+    """Format a number of bytes with a binary unit: 812 B, 3.40 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
@@ -35,7 +35,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds with a unit."""
+    """Format seconds with a unit: s, ms or µs."""
     for unit, least in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= least:
             return f"{seconds / least:,.3g} {unit}"
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def memory_table(found: dict[str, Any]) -> Table:
-    """Create the table of one device's memory by class, with its capacity."""
+    """Return a table of one device's memory by class, with its capacity."""
     from rich.table import Table
 
     table = Table("memory (HBM) of a device")
@@ -62,7 +62,7 @@ def memory_table(found: dict[str, Any]) -> Table:
 
 
 def summary(found: list[dict[str, Any]]) -> Table:
-    """Create the table of all programs of a plan, one per row."""
+    """Return a table of all programs of a plan, one per row."""
     from rich.table import Table
 
     table = Table("stage", "program", title="all of it", title_justify="left")
@@ -80,7 +80,10 @@ def summary(found: list[dict[str, Any]]) -> Table:
 
 
 def _runs(one: dict[str, Any]) -> str:
-    """Format the number of runs. Epochs count rows of data, which a plan does not read."""
+    """Format the number of runs.
+
+    It is unknown if a stage sets epochs, because a plan does not count the data's rows.
+    """
     return f"{one['steps']:,}" if one["steps"] else "by train.epochs" if one["program"] == "train step" else ""
 
 
@@ -97,7 +100,7 @@ def heading(found: dict[str, Any]) -> str:
 
 
 def work_table(found: dict[str, Any]) -> Table:
-    """Create the table of operations, traffic, collectives and time of one step."""
+    """Return a table of the operations, traffic, collectives and time of one step."""
     from rich.table import Table
 
     table = Table(show_header=False)
@@ -156,7 +159,7 @@ def _types(found: dict[str, Any]) -> str:
 
 
 def facts(found: dict[str, Any]) -> str:
-    """Describe which figures come from the compiler and which from the model."""
+    """Return a line that says which figures come from the compiler and which from the model."""
     if not found["compiled"] and not found.get("checked"):
         return "compiled fact: the compiler refused it for want of memory, and says how much it needs"
     if not found["compiled"]:
@@ -170,5 +173,5 @@ def facts(found: dict[str, Any]) -> str:
 
 
 def whole(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one object: the program that takes most memory, with all programs under `programs`."""
+    """Return one JSON object: the program that needs the most memory, with all programs under `programs`."""
     return max(found, key=lambda one: one["hbm_bytes"]["total"], default={}) | {"programs": found}

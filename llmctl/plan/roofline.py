@@ -1,4 +1,4 @@
-"""Roofline model of the step time: a lower bound from peak FLOPs, HBM bandwidth and network bandwidth.
+"""Compute a lower bound of the step time from peak FLOPs, HBM bandwidth and network bandwidth (roofline model).
 
     seconds = max(compute, HBM, overlapped collectives) + other collectives
 
@@ -23,25 +23,25 @@ from llmctl.plan.topologies import Topology
 
 @dataclass(frozen=True)
 class Roofline:
-    """Times of one step by resource, in seconds."""
+    """Store the times of one step by resource, in seconds."""
 
     compute: float
     hbm: float
     ici: float
-    """All collectives inside a slice, overlapped or not."""
+    """Time of all collectives inside a slice, overlapped or not."""
     dcn: float
-    """All collectives between slices."""
+    """Time of all collectives between slices."""
     exposed: float
-    """Collectives that do not overlap with computation."""
+    """Time of the collectives that do not overlap with computation."""
 
     @property
     def seconds(self) -> float:
-        """Time of the step."""
+        """Return the time of the step in seconds."""
         return max(self.compute, self.hbm, self.ici + self.dcn - self.exposed) + self.exposed
 
     @property
     def binds(self) -> str:
-        """Resource with the longest time: compute, hbm, ici or dcn."""
+        """Return the resource with the longest time: compute, hbm, ici or dcn."""
         times = {"compute": self.compute, "hbm": self.hbm, "ici": self.ici, "dcn": self.dcn}
         return max(times, key=lambda name: times[name])
 
@@ -49,14 +49,14 @@ class Roofline:
         """Return the upper bound of the model FLOPs utilization (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
 
         Args:
-            model_flops: FLOPs of the model per step, over all devices.
-            topology: Hardware of the step.
-            dtype: Operand dtype whose peak is the reference.
+          model_flops: FLOPs of the model per step, over all devices.
+          topology: hardware of the step.
+          dtype: operand dtype whose peak is the reference.
         """
         return model_flops / (self.seconds * topology.devices * topology.chip.peak(dtype))
 
     def chip_hours(self, tokens: float, tokens_a_step: float, topology: Topology) -> float:
-        """Return the number of chips times hours for `tokens` tokens."""
+        """Return the chip-hours for `tokens` tokens: the number of chips times hours."""
         return self.seconds * math.ceil(tokens / tokens_a_step) * topology.chips / 3600
 
 
@@ -64,13 +64,13 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
     """Compute the roofline of a compiled or modelled step.
 
     Args:
-        counts: Counts of one device.
-        topology: Hardware of the step.
-        mesh: Axes of the mesh and their sizes, in order; neighbouring devices differ in the last axis.
-        attention: Operand dtype of the attention kernels.
+      counts: counts of one device.
+      topology: hardware of the step.
+      mesh: axes of the mesh and their sizes, in order. Neighbouring devices differ in the last axis.
+      attention: operand dtype of the attention kernels.
 
     Returns:
-        The roofline, or None for chips without known peak FLOPs (CPUs).
+      The roofline, or None for chips without known peak FLOPs (CPUs).
     """
     chip = topology.chip
     if not chip.flops:
@@ -89,7 +89,7 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
 
 
 def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Return {axis: (distance between neighbours in device numbers, size)}."""
+    """Return {axis: (difference of the device numbers of neighbours, size)}."""
     found, stride = {}, 1
     for axis, size in reversed(list(mesh.items())):
         found[axis] = (stride, size)
@@ -109,7 +109,7 @@ def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, 
 
 
 def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[float, float]:
-    """Return the bytes that a device sends within its slice and to other slices.
+    """Return the bytes that a device sends within its slice, and the bytes that it sends to other slices.
 
     The devices of a slice first reduce or gather among themselves. Each then sends only its share of the slice's data.
     """
@@ -126,7 +126,7 @@ def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[fl
 
 
 def bandwidth(axis: str, topology: Topology, mesh: Mapping[str, int]) -> float:
-    """Return the bytes per second that a device sends along a mesh axis inside a slice.
+    """Return the bandwidth of a device along a mesh axis inside a slice, in bytes per second that it sends.
 
     Devices are numbered along the torus, with its last dimension slowest. A mesh axis therefore spans complete
     dimensions or parts of them. Each dimension contributes two links if the axis covers a full ring. It contributes one

@@ -1,4 +1,4 @@
-"""Search layouts of a recipe's training stage with its own programs: `plan --search` and `plan --fit`."""
+"""Search layouts of a recipe's training stage with its own programs, for `plan --search` and `plan --fit`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Say = Callable[[str], None]
 
 
 def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[Candidate]:
-    """Return the compiled Pareto front of step time and memory of a training stage on `topology`.
+    """Return the Pareto front of step time and memory of a training stage on `topology`, from compiled programs.
 
     Raises:
-      RequestError: there is no such training stage, or nothing fits.
+      RequestError: the training stage does not exist, or no layout fits.
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, topology)
@@ -46,7 +46,7 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
     """Return the first of `slices` on which a training stage fits, and the compiled candidate.
 
     Raises:
-      RequestError: there is no such training stage, or it fits on none.
+      RequestError: the training stage does not exist, or it fits on no slice.
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, slices[0])
@@ -63,7 +63,7 @@ def training_step(recipe: Recipe, stage: str) -> Step:
     """Return the named training stage, or the first training stage if no name is given.
 
     Raises:
-      RequestError: there is none.
+      RequestError: the training stage does not exist.
     """
     found = {step.name: step for step in recipe.steps if hasattr(step.config, "optim")}
     if not found or (stage and stage not in found):
@@ -74,7 +74,10 @@ def training_step(recipe: Recipe, stage: str) -> Step:
 
 
 def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
-    """Return the analytic model's setup of a stage's step, with its parameters counted from the stage's arrays."""
+    """Return the analytic model's setup of a stage's training step.
+
+    Its parameters are counted from the stage's arrays.
+    """
     # One device: the mesh is the unknown of the search, and every batch divides by 1.
     alone = _edited(recipe, step, {"data": 1}, {})
     _, program = planner.programs_of(alone, compiling.devices(topology)[:1], [step.name])[-1]
@@ -86,7 +89,7 @@ def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
 
 
 def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
-    """Return a candidate with its lines for the recipe: the mesh and the stage's training settings, changed."""
+    """Return a candidate with the lines that set its mesh and training settings in the recipe."""
     config: Any = step.config
     changed = config.train.model_copy(update={"remat": one.setup.remat, "accumulate": one.setup.accumulate})
     train = changed.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
@@ -162,7 +165,7 @@ def table(found: Sequence[Candidate], topology: Topology) -> Table:
 
 
 def lines(found: Sequence[Candidate]) -> Text:
-    """Return per candidate the recipe lines that replace the stage's mesh and train, ready to copy."""
+    """Return, for each candidate, the lines that replace the stage's mesh and train in the recipe, ready to copy."""
     from rich.text import Text
 
     said = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))

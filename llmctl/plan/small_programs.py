@@ -1,7 +1,7 @@
 """Estimate programs smaller than a pass through a model: a layer of the calibration walk, and costs given by a stage.
 
-They are used for chips whose compiler is not used. `tests/plan/test_small_programs.py` compares each with the program
-that XLA compiled.
+These estimates are used for chips whose compiler is not used. `tests/plan/test_small_programs.py` compares each of them
+with the program that XLA compiled.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from llmctl.plan.analytic_memory import Setup
 from llmctl.plan.hlo.counts import Collective, Counts
 
 Estimate = tuple[float, Counts]
-"""Bytes per device beside a program's arguments, results included; its operations, traffic and collectives."""
+"""Bytes per device of results and temporaries, without the arguments, and the operations, traffic and collectives."""
 
 
 def described(cost: Cost) -> Estimate:
-    """Return the estimate of a cost that a stage gives."""
+    """Return the estimate for a cost that a stage provides."""
     gathers = [Collective("all-gather", g.sent, g.axes, 1, 0, g.payload) for g in cost.gathers]
     types = dict(cost.flops_by_type)
     return cost.temporaries, Counts(sum(types.values()), cost.moved, gathers, types)
 
 
 def least(program: Program) -> Estimate:
-    """Return a lower bound: the results beside the arguments, and each of both read or written once."""
+    """Return a lower bound: the results are in memory, and arguments and results are read or written once."""
     flops = program.flops / program.mesh.size
     into = bytes_of([program.parameters, program.optimizer, program.batch, program.cache]) - bytes_of(program.beside)
     out = float(bytes_of(program.trace().out_info))
@@ -38,9 +38,9 @@ def least(program: Program) -> Estimate:
 
 
 def layers(program: Program, work: Pass) -> Estimate:
-    """Estimate a batch through a few layers of the stack that runs last, in plain attention.
+    """Estimate a batch through a few layers of the last stack, in plain attention.
 
-    The inputs of all matrices that have a statistic are kept until they are folded in.
+    The inputs of all matrices with a statistic stay in memory until they are added to the statistic.
     """
     model, dtype, statistics = program.model, program.dtype, work.statistics
     crossed = 2 if model.encoder_layers else 1  # cross-attention is as wide as self-attention
@@ -59,9 +59,9 @@ def layers(program: Program, work: Pass) -> Estimate:
 
 
 def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
-    """Return the numbers per token, on one device, of every input that has a statistic.
+    """Return the numbers per token, on one device, of every input that has a statistic, by (block, inner).
 
-    Matrices that share an input are counted once.
+    Inputs are inner if they are computed inside the block. Matrices that share an input are counted once.
     """
     found = {}
     for path, statistic in dict(statistics).items():

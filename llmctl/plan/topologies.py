@@ -1,4 +1,4 @@
-"""Hardware topologies by name: TPU slices, GPU nodes and CPU devices, with their networks."""
+"""Define hardware topologies by name: TPU slices, GPU nodes and CPU devices, with their networks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SHAPES = {
     "v6e": FLAT,
     "tpu7x": (*CUBES, "16x16x24"),
 }
-"""Slice shapes on offer (docs.cloud.google.com/tpu/docs)."""
+"""Slice shapes that can be rented, by chip (docs.cloud.google.com/tpu/docs)."""
 GPUS = ("a100", "h100", "h200")
 NODE = 8
-"""Number of GPUs that share an NVLink switch; more GPUs form several nodes on a network."""
+"""Number of GPUs that share an NVLink switch. More GPUs form several nodes on a network."""
 MOST = {"tpu": 2**15, "cuda": 2**12, "cpu": 2**12}
 """Maximum number of devices in a plan, by platform, because JAX creates an object for each."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips that are used together, and the shape of their network.
+    """Describe chips that are used together, and the shape of their network.
 
     Example:
         >>> topology = find("2*v5e:4x4")
@@ -47,23 +47,23 @@ class Topology:
     """One of tpu, cuda and cpu."""
     chip: Chip
     shape: tuple[int, ...]
-    """Chips of a slice (GPUs of a node) along each axis."""
+    """Number of chips of a slice (GPUs of a node) along each axis."""
     slices: int = 1
     """Number of slices (nodes) that the data-center network connects."""
 
     @property
     def chips(self) -> int:
-        """Number of chips in all slices."""
+        """Return the number of chips in all slices."""
         return self.slices * math.prod(self.shape)
 
     @property
     def devices(self) -> int:
-        """Number of JAX devices, which the product of the mesh axes must equal."""
+        """Return the number of JAX devices, which the product of the mesh axes must equal."""
         return self.chips * self.chip.devices
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Whether each axis of a slice is a ring.
+        """Return, for each axis of a slice, whether it is a ring.
 
         On 2D chips, an axis of 16 chips is a ring. On 3D chips, all axes are rings if every size is a multiple of 4.
         """
@@ -73,7 +73,7 @@ class Topology:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `jax.experimental.topologies.get_topology_desc`; for TPUs only."""
+        """Return the arguments of `jax.experimental.topologies.get_topology_desc`. Only for TPUs."""
         found: dict[str, Any] = {
             "platform": "tpu",
             "topology_name": f"{self.chip.name}:{'x'.join(map(str, self.shape))}",
@@ -89,16 +89,16 @@ class Topology:
 
 
 def known() -> list[str]:
-    """Return every name of a single slice, with N for any number."""
+    """Return the names of all topologies with one slice. N stands for any number of GPUs or CPU devices."""
     slices = [f"{chip}:{shape}" for chip, shapes in SHAPES.items() for shape in shapes]
     return [*slices, *(f"{gpu}:N" for gpu in GPUS), "cpu:N"]
 
 
 def find(name: str) -> Topology:
-    """Return the topology with this name: CHIP:SHAPE, SLICES*CHIP:SHAPE, or a number of GPUs or CPU devices.
+    """Return the topology with this name: CHIP:SHAPE, SLICES*CHIP:SHAPE, or CHIP:NUMBER for GPUs and CPU devices.
 
     Raises:
-        RequestError: If the name is unknown.
+      RequestError: the name is unknown.
     """
     parts = re.fullmatch(r"(?:(\d+)\*)?([\w-]+):([\dx]+)", name.strip().lower())
     slices, chip, shape = int(parts[1] or 1) if parts else 1, parts[2] if parts else "", parts[3] if parts else ""
@@ -133,10 +133,10 @@ def _summary() -> str:
 
 
 def smallest_first(chip: str) -> list[Topology]:
-    """Return every single-slice or single-node topology of a chip, smallest first; for `--fit` and `--chips`.
+    """Return all topologies of a chip with one slice, or with 1 to 256 GPUs, smallest first. For `--fit` and `--chips`.
 
     Raises:
-        RequestError: If the chip is unknown.
+      RequestError: the chip is unknown.
     """
     if chip in SHAPES:
         return sorted((find(f"{chip}:{shape}") for shape in SHAPES[chip]), key=lambda t: t.chips)
@@ -149,7 +149,7 @@ def with_chips(chip: str, number: int) -> Topology:
     """Return the topology with exactly `number` chips.
 
     Raises:
-        RequestError: If there is no slice of this size; the message lists the existing sizes.
+      RequestError: no slice has this number of chips; the message lists the existing numbers.
     """
     found = smallest_first(chip)
     if chip in GPUS:  # any number of complete nodes

@@ -1,1 +1,1 @@
-"""Training: one compiled step, the loop around it, optimizers, checkpoints and the run log."""
+"""Train models: one compiled step, the loop around it, optimizers, checkpoints and the run log."""

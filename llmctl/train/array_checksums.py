@@ -1,8 +1,8 @@
-"""Compute checksums of arrays on their devices, to find bits that changed between the save and the restore of arrays.
+"""Compute checksums of arrays on their devices, to detect bits that changed between saving and restoring.
 
-A checksum is two sums over the bits of all numbers, modulo 2^32. Each number is weighted by an odd hash of its
-position, so a change of a single number always changes the checksum. Other changes go unseen by chance only. The
-checksum depends neither on the sharding nor on how files are laid out, and costs one read of the arrays.
+A checksum consists of two sums over the bits of all numbers, modulo 2^32. Each number is weighted by an odd hash of its
+position. A change of a single number therefore always changes the checksum. Other changes go undetected only by chance.
+The checksum does not depend on the sharding or on the layout of the files. It costs one read of the arrays.
 
 Example:
   >>> of_arrays({"w": jnp.arange(3.0)}) == of_arrays({"w": jnp.arange(3.0) + 0})
@@ -24,11 +24,14 @@ import numpy as np
 from llmctl.distributed import host_arrays
 
 FACTORS = (0x9E3779B1, 0x85EBCA77)
-"""Odd factor of a number's position in the hash that gives its weight, for each of the two sums."""
+"""Odd factors of the hash of a number's position, one for each of the two sums."""
 
 
 def of_arrays(tree: Any) -> dict[str, list[int]]:
-    """Return the checksum of every array of a tree, by its path. With several processes, all must call this."""
+    """Return the checksum of every array of a tree, by the array's path, as two integers.
+
+    If a run has several processes, all of them must call this function.
+    """
     named = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
     return {name: [int(n) for n in host_arrays.read(sums)] for name, sums in _sums(named).items()}
 
@@ -48,14 +51,17 @@ def _sum(a: jax.Array) -> jax.Array:
 
 
 def _weight(position: jax.Array, factor: int) -> jax.Array:
-    """Hash positions to odd numbers. Weights that are linear in the position would miss some exchanges of numbers."""
+    """Hash positions (uint32) to odd weights of the same shape.
+
+    Weights that are linear in the position would not detect some exchanges of two numbers.
+    """
     mixed = position * np.uint32(factor)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x2C1B3C6D)
     return (mixed ^ (mixed >> 13)) | np.uint32(1)
 
 
 def _bits(a: jax.Array) -> jax.Array:
-    """Return the numbers of an array as uint32, different for different bits."""
+    """Return the bits of each number of an array as uint32, in the array's shape."""
     if jnp.issubdtype(a.dtype, jnp.floating):
         a = jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}"))
     return a.astype(jnp.uint32)

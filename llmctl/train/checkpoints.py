@@ -1,6 +1,8 @@
 """Save checkpoints of a stage in the background, restore the newest intact one, and keep the best parameters.
 
-Each checkpoint holds checksums of its arrays, which are compared after a restore. TensorStore has none for large ones.
+Each checkpoint stores checksums of its arrays. They are compared after a restore, because TensorStore does not store
+checksums of large arrays. @ ARRAYS, META Names of two entries in a checkpoint's JSON metadata: checksums of the arrays,
+and of all other entries.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ ARRAYS, META = "arrays", "meta"
 
 
 class Checkpoints:
-    """Checkpoints of one stage under `folder`; a context manager that waits for unfinished saves at its end.
+    """Save and restore the checkpoints of one stage in `folder`.
 
-    If the disk is full, a save raises WorkError, which names the newest intact checkpoint.
+    The context manager waits for unfinished saves at its end.
+
+    If the disk is full, a save raises WorkError. The error names the newest intact checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -64,7 +68,10 @@ class Checkpoints:
         return WorkError(f"{self.folder}: a checkpoint could not be written ({' '.join(str(e).split())[:160]}); {left}")
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, wait: bool = False) -> None:
-        """Write state and JSON metadata of `step` in the background; with `wait`, return when they are on disk."""
+        """Write state and JSON metadata of `step` in the background.
+
+        If `wait` is true, return when both are on disk.
+        """
         self._save(self._latest, step, state, meta, wait)
 
     def has_best(self, step: int) -> bool:
@@ -72,9 +79,9 @@ class Checkpoints:
         return step in self._best.all_steps()
 
     def save_best(self, step: int, named: Any) -> None:
-        """Store these parameters as the best, and remove the previous best.
+        """Store the parameters as the best ones, and remove the previous best.
 
-        If a resumed run reaches a step again, the stored parameters already have the same bits.
+        A resumed run may reach the stored step again. It then saves nothing, because its parameters have the same bits.
         """
         if self.has_best(step):
             return
@@ -96,10 +103,10 @@ class Checkpoints:
             raise self._explain(e) from e
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Restore the newest intact checkpoint as (state, metadata), sharded as `abstract`; None if there is none.
+        """Restore the newest intact checkpoint as (state, metadata), or return None if no intact checkpoint exists.
 
-        A checkpoint is damaged if any process cannot read its part, or if a checksum differs. Damaged ones are reported
-        and moved away.
+        The state is sharded as `abstract`. A checkpoint is damaged if any process cannot read its part, or if a
+        checksum differs. Damaged checkpoints are reported and moved to the folder `damaged`.
         """
         for step in sorted(self._latest.all_steps(), reverse=True):
             found, reason = None, ""
@@ -121,12 +128,15 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> Any:
-        """Read this process's part of a checkpoint, without Orbax's manager, which would wait for failed processes."""
+        """Read this process's part of a checkpoint.
+
+        Orbax's manager is not used, because it would wait for processes that failed to read.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         return ocp.CompositeCheckpointHandler().restore(epath.Path(self.folder / "steps" / str(step)), args=args)
 
     def _meta(self, found: Any, name: str) -> tuple[dict[str, Any], str]:
-        """Return the metadata of a restored checkpoint, and why it is damaged; the reason is empty if it is intact."""
+        """Return the metadata of a restored checkpoint and the reason why it is damaged, or "" if it is intact."""
         meta = dict(found["meta"])
         expected, digest = meta.pop(ARRAYS, None), meta.pop(META, None)
         if expected is None:
@@ -139,17 +149,20 @@ class Checkpoints:
         return meta, f"{wrong[0]} does not match what was saved" if wrong else ""
 
     def _set_aside(self, step: int) -> None:
-        """Move a checkpoint away. It is not deleted, because the machine may be the cause, not the file."""
+        """Move a damaged checkpoint to the folder `damaged`.
+
+        It is not deleted, because the machine may be the cause.
+        """
         aside = self.folder / "damaged" / str(step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         shutil.move(self.folder / "steps" / str(step), aside)
 
     def restore_best(self, step: int, abstract: Any) -> Any:
-        """Restore the best parameters, saved at `step`.
+        """Restore the best parameters, which were saved at `step`, sharded as `abstract`.
 
         Raises:
-          WorkError: they cannot be read.
+          WorkError: the parameters cannot be read.
         """
         self._best.wait_until_finished()
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())

@@ -1,4 +1,4 @@
-"""Describe what a training run computes: parameters, loss, rows, validation, and what stays fixed.
+"""Describe what a training run computes: parameters, loss, rows, validation, and the arrays that are trained.
 
 Example:
   >>> import jax.numpy as jnp
@@ -29,56 +29,61 @@ EXTRA = "extra/"
 
 @dataclass(frozen=True)
 class Job:
-    """Training job of a stage: initial parameters, loss, rows, validation, and what is trained."""
+    """Describe the training of a stage: initial parameters, loss, rows, validation, and the arrays that are trained."""
 
     params: Params
-    """Initial parameters, sharded over the mesh. Trained arrays are donated to the training state; abstract arrays
+    """Initial parameters, sharded over the mesh. Trained arrays are donated to the training state. Abstract arrays
     suffice for compiling."""
     loss: Callable[..., tuple[jax.Array, Sums]]
-    """(params, batch, dropout key, *constants) -> (sum of losses, sums with "weight"). The step divides by the weight.
-    If the job has extra parameters, the loss also receives them as the keyword argument `extra`."""
+    """Function (params, batch, dropout key, *constants) -> (sum of losses, sums). The step divides the loss by the sum
+    "weight". If the job has extra parameters, the loss also receives them as the keyword argument `extra`."""
     rows: Any
-    """Random-access training rows."""
+    """Training rows with random access by number."""
     validate: Callable[[Params], dict[str, float]]
-    """Metrics of parameters on held-out data."""
+    """Function from parameters to their metrics on validation data, by name."""
     constants: tuple[Any, ...] = ()
-    """Further arrays that the loss reads, such as a teacher's parameters."""
+    """Further arrays that the loss reads, such as the parameters of a teacher."""
     metric: str = "loss"
-    """Validation metric that selects the best parameters; its record in `METRICS` has the direction."""
+    """Validation metric that selects the best parameters. Its record in `METRICS` has the direction of improvement."""
     keep_best: bool = False
     """Return the parameters with the best validation metric instead of the last ones."""
     trains: Callable[[str], bool] = lambda _: True
-    """Return whether an array of `params` is trained, by name."""
+    """Function from the name of an array of `params` to whether the array is trained."""
     rate: Callable[[str], float] = lambda _: 1.0
-    """Return the factor on the learning rate of a trained array, by name."""
+    """Function from the name of a trained array to the factor on its learning rate."""
     frozen_layers: int = 0
-    """Number of layers, from the first, that are not trained. If above 0, the embeddings are not trained either."""
+    """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False
-    """Return whether zeros of an array stay zero, by name (pruned matrices)."""
+    """Function from the name of an array to whether its zeros stay zero, as in pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Trained arrays beside the model, by name: projections for the distillation of hidden states, prompt vectors. They
-    are sharded as given, float32 while they train, and have optimizer state, moving average and checkpoints."""
+    """Trained arrays that are not part of the model, by name: projections for the distillation of hidden states, or
+    prompt vectors. They keep their sharding and are trained in float32. Optimizer state, moving average and checkpoints
+    include them."""
     result: Callable[[Params, Params], Params] = lambda params, extra: params
-    """(params, extra) -> the parameters that are validated and returned. The default drops the extra ones."""
+    """Function (params, extra) -> the parameters that are validated and returned. The default omits `extra`."""
     after_step: Callable[[State, jax.Array], State] | None = None
-    """Pure function (state, step) -> state, part of the compiled step and applied after the optimizer: pruning masks
-    with a schedule, rank budgets. `state` has "params" (by name, extra ones as "extra/NAME"), "optimizer", and "ema",
-    "usual" and "memory" if configured. It also has "gradients" (by name, clipped), which the function only reads.
-    `step` counts from 1. Structure, shapes and dtypes must stay. A skipped step discards the result."""
+    """Pure function (state, step) -> state that changes the state after the optimizer: pruning masks with a schedule,
+    rank budgets. It is part of the compiled step. `state` contains "params" (by name, extra parameters as
+    "extra/NAME"), "optimizer", and "ema", "usual" and "memory" if configured. It also contains "gradients" (by name,
+    clipped), which the function only reads. `step` counts from 1. The structure, shapes and dtypes must not change. If
+    a step is skipped, the result is discarded."""
     memory: Callable[[Params], Any] | None = None
-    """(trained arrays by name) -> what `after_step` keeps between steps, a tree of arrays in the state's "memory"."""
+    """Function from the trained arrays, by name, to the initial "memory" of the state: a tree of arrays that
+    `after_step` reads and updates."""
     penalty: Callable[[Params], jax.Array] | None = None
-    """(params) -> scalar that is added to the mean loss in every step; the logged loss omits it."""
+    """Function from the parameters to a scalar that is added to the mean loss in every step. The logged loss omits the
+    scalar."""
     best_from: int = 0
-    """First step whose parameters can be the best; earlier validations choose nothing."""
+    """First step whose parameters can be the best. Earlier validations select nothing."""
     flops: float = 0.0
-    """Floating-point operations per token, for the utilization (MFU); 0 reports none."""
+    """Floating-point operations per token, from which the utilization (MFU) is computed. If it is 0, no MFU is
+    reported."""
     model: ModelConfig | None = None
-    """The network, if the job has one; the log then reports its attention kernel."""
+    """Config of the model, if the job has one. The log then reports the attention kernel of the model."""
 
 
 def split(job: Job) -> tuple[Params, Params]:
-    """Return the trained arrays, extra ones included, and the arrays that are not trained, by name."""
+    """Return two dictionaries of arrays by name: the trained ones, including extra ones, and the others."""
     named = weights.arrays(job.params)
     trained = {n: a for n, a in named.items() if job.trains(n)}
     trained |= {f"{EXTRA}{n}": a for n, a in job.extra.items()}

@@ -1,4 +1,4 @@
-"""Train the model of a stage: from its settings and rows to trained parameters and validation metrics."""
+"""Train the model of a stage, from its settings and rows to trained parameters and validation metrics."""
 
 from __future__ import annotations
 
@@ -28,43 +28,51 @@ if TYPE_CHECKING:
 
 
 def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the fields of `llmctl.train.job.Job` that keep the best parameters by the task's metric."""
+    """Return the fields of `llmctl.train.job.Job` that keep the best parameters, as measured by the task's metric."""
     return {"metric": task.best(labels), "keep_best": True}
 
 
 @dataclass(frozen=True)
 class Learner:
-    """Model, task and options of a stage that trains, without rows. The arrays may be abstract."""
+    """Describe the model, task and options of a training stage, without its rows. The arrays may be abstract."""
 
     model: ModelConfig
-    """Config of the model that the stage leaves."""
+    """Config of the trained model, as the artifact stores it."""
     params: dict[str, Any]
     """Initial parameters."""
     task: Task
-    """Task to learn."""
+    """Task that the model is trained for."""
     dropout: float | None = None
-    """Dropout rate in training; None uses the model's."""
+    """Dropout rate in training; None uses the rate of the model's config."""
     loss: Loss | None = None
-    """Loss; None uses the task's."""
+    """Loss function; None uses the loss of the task."""
     beside: ModelConfig | None = None
-    """Config of another model that runs forward in each step (a teacher)."""
+    """Config of another model that runs forward in each step, such as a teacher."""
     temperature: float = NEARNESS
-    """Divisor of the similarities of embeddings."""
+    """Temperature by which the loss divides similarities of embeddings."""
     labels: Sequence[str] = ()
     """Names of the classes."""
     how: dict[str, Any] = field(default_factory=dict)
-    """Further fields of `llmctl.train.job.Job`."""
+    """Further fields of `llmctl.train.job.Job`, by name."""
     during: Callable[[int], dict[str, Any]] = lambda _: {}
-    """Function from the number of steps to further fields of `llmctl.train.job.Job`."""
+    """Function from the number of training steps to further fields of `llmctl.train.job.Job`."""
 
     @property
     def trains(self) -> ModelConfig:
-        """Config of the model in training."""
+        """Return the config of the model in training, with the dropout rate of this learner."""
         return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
 
 
 def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> loop.Job:
-    """Return the job of a stage with settings `train` that runs for `steps` steps; `validate` as in Job."""
+    """Return the training job of a stage.
+
+    Args:
+      config: the stage's config, of which `train` is read.
+      learner: the model and its task.
+      rows: training rows.
+      validate: function from parameters to metrics, as in Job.
+      steps: number of training steps.
+    """
     settings, model = config.train, learner.trains
     own = learner.task.loss_of(
         model,
@@ -88,10 +96,12 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
 
 
 def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
-    """Return the settings `train` with the number of steps, and a line about it if `train.epochs` decides it.
+    """Return the settings `train` with the number of steps, and lines for the log.
+
+    The list has one line if `train.epochs` determines the number of steps, and is empty otherwise.
 
     Raises:
-      RequestError: the data limits its epochs too, or its sources hold fewer rows than the steps read.
+      RequestError: the data settings also limit the epochs, or the sources have fewer rows than the steps read.
     """
     settings = with_steps(config.train, len(rows))
     if not config.train.epochs:
@@ -108,7 +118,7 @@ def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
 def run(
     config: Any, ctx: Context, mesh: jax.sharding.Mesh, learner: Learner, rows: Any, unseen: Any
 ) -> tuple[dict[str, Any], dict[str, Any], Validation]:
-    """Train by a stage's settings.
+    """Train the model of a stage and return the parameters, their metrics and the validation.
 
     Args:
       config: the stage's config, with `title`, `seed`, `train` and `optim`.
@@ -119,7 +129,7 @@ def run(
       unseen: validation rows.
 
     Returns:
-      The parameters, their metrics, and the validation that measured them.
+      (parameters, metrics by name, the Validation that computed the metrics).
 
     Raises:
       Interrupted, WorkError: as `llmctl.train.loop.fit`.
@@ -139,7 +149,7 @@ def run(
 
 
 def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Validation) -> dict[str, Any]:
-    """Return the values that the task fits on all validation rows, for the artifact's manifest."""
+    """Return the values that the task fits on all validation rows, such as thresholds, for the artifact's manifest."""
     train, mesh = config.train, held_out.mesh
     setup = Setup(mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)
     with meshes.use(mesh):

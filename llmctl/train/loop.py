@@ -1,7 +1,7 @@
 """Run the training loop of every stage: one compiled step, resume, validation, early stopping, graceful shutdown.
 
-All randomness comes from (seed, step), and row i of the data is a pure function of i. A resumed run therefore equals
-the uninterrupted run bit for bit.
+All randomness is derived from (seed, step), and row i of the data is a pure function of i. A resumed run therefore
+equals the uninterrupted run bit for bit.
 
     job = Job(params, loss=loss_of(model), rows=rows, validate=Validation(...))
     params, metrics = fit(job, train, optim, mesh, ctx, seed=0, title="pretrain")
@@ -41,7 +41,7 @@ __all__ = ["Job", "fit", "initialize", "make_step", "state_shardings"]
 
 
 def initialize(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh) -> Params:
-    """Return fresh parameters. Each device computes its own shards."""
+    """Return randomly initialized parameters, sharded over the mesh. Each device computes its own shards."""
     shardings = functional.shardings(cfg, functional.abstract(cfg), mesh)
     return jax.jit(partial(functional.init, cfg), out_shardings=shardings)(jax.random.key(seed))
 
@@ -56,24 +56,25 @@ def fit(
     title: str,
     about: Sequence[str] = (),
 ) -> tuple[Params, dict[str, Any]]:
-    """Train to the last step, from the last checkpoint if there is one.
+    """Train to the last step, starting from the last checkpoint if one exists, and return the parameters and metrics.
 
     Trained arrays of the job are donated to the training state, so memory never holds two copies.
 
     Args:
-      job: what to train.
-      train: length, batches, validation, logging and checkpoints.
-      optim_config: the optimizer and its schedule.
+      job: the training job.
+      train: settings for length, batches, validation, logging and checkpoints.
+      optim_config: settings of the optimizer and its schedule.
       mesh: the devices.
-      ctx: the stage's folders; checkpoints and the log go to `ctx.work`.
-      seed: source of dropout keys, with the step.
+      ctx: the stage's folders. Checkpoints and the log are written to `ctx.work`.
+      seed: seed of the dropout keys, which also depend on the step.
       title: the stage's name in the log.
+      about: lines to print before training.
 
     Returns:
-      (parameters, metrics); the parameters are the averaged ones if `optim.ema` is set.
+      (parameters, metrics by name). The parameters are the averaged ones if `optim.ema` is set.
 
     Raises:
-      Interrupted: after a checkpoint, when SIGTERM or Ctrl-C arrived. The same command continues the run.
+      Interrupted: SIGTERM or Ctrl-C arrived. A checkpoint was written, and the same command continues the run.
       WorkError: the run diverges or the disk is full. The same command continues from the last checkpoint.
     """
     _check_batch(train, mesh)
@@ -127,12 +128,12 @@ def fit(
 
 
 def _answer(state: State) -> Params:
-    """Return the arrays that are validated and saved: the averaged ones if there are any."""
+    """Return the arrays that are validated and saved, by name: the averaged ones if `optim.ema` is set."""
     return state.get("ema", state["params"])
 
 
 class _Loop:
-    """Run the steps from the resumed one to the last one."""
+    """Run the training steps from the resumed step to the last one."""
 
     peak: float | None = None
     profile: Profile
@@ -157,11 +158,11 @@ class _Loop:
         self.batches = DeviceBatches(mesh, train.batch_size)
 
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """Return a checkpoint's `meta`, corrected if the best parameters that it names are missing.
+        """Return a checkpoint's `meta`, corrected if the best parameters that `meta` names are missing.
 
-        If the run died while they were written, and they are the checkpoint's own, they are saved again. If a better
-        step had replaced them before the run died, the search for the best starts anew: the resumed run may not reach
-        that step with the same value, because rounding differs on another mesh.
+        They are missing if the run was killed while they were written. If the checkpoint itself has these parameters,
+        they are saved again. Otherwise the record of the best is cleared: the resumed run may not reach the same value
+        again, because rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps_best or best is None or self.checkpoints.has_best(best):
@@ -173,7 +174,7 @@ class _Loop:
         return {**meta, "best": None, "best_step": None, "bad": 0}
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-        """Return the state and `meta` after the last step, or after the step that stopped early."""
+        """Return the state and `meta` after the last step, or after the step at which training stopped early."""
         train, done = self.train, meta["step"]
         self.skips = int(state["skips"])
         timer, compiled, alone = throughput.Timer(), False, processes.count() == 1
@@ -214,13 +215,16 @@ class _Loop:
         return state, meta
 
     def heed(self, done: int | None = None) -> None:
-        """Raise Interrupted if the run was asked to stop. Call it after the checkpoint was written."""
+        """Raise Interrupted if a stop of the run was requested. Call this after the checkpoint was written."""
         if self.stop.asked(now=True):
             where = f"at step {done}" if done else "after the last step"
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")
 
     def heed_bad(self, state: State) -> None:
-        """Raise WorkError if too many steps in a row were bad. The state counts them, so most steps skip this check."""
+        """Raise WorkError if too many consecutive steps were bad.
+
+        The state counts bad steps, so it suffices to check the count at log lines and checkpoints.
+        """
         if int(state["skipped"]) >= TOO_MANY_BAD:
             raise WorkError(
                 f"{TOO_MANY_BAD} steps in a row without a finite loss, without a label or outlying; "
@@ -250,7 +254,11 @@ class _Loop:
         self.report.log(done, values | ({"skipped": skips} if skips else {}))
 
     def validate(self, done: int, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """Validate the state, save it if it is the best so far, and return `meta` with the outcome."""
+        """Validate the parameters, save them if they are the best so far, and return the updated `meta`.
+
+        Raises:
+          RequestError: the validation does not compute the metric that selects the best parameters.
+        """
         named = _answer(state)
         found = self.job.validate(joined(self.job, named | self.fixed))
         self.report.log(done, {f"validation_{k}": v for k, v in found.items()})
@@ -274,7 +282,11 @@ class _Loop:
 
 
 def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raise RequestError, before any work, if the settings do not fit the model or the mesh."""
+    """Check, before any computation, that the settings fit the model and the mesh.
+
+    Raises:
+      RequestError: the sequence length, the batch size or the mesh does not fit.
+    """
     if train.seq_len > model.max_seq_len:
         raise RequestError(
             f"train.seq_len: {train.seq_len} tokens are more than model.max_seq_len = {model.max_seq_len}"
@@ -285,10 +297,10 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
 
 
 def _is_minimized(metric: str) -> bool:
-    """Return whether the least value of a metric is the best.
+    """Return whether the lowest value of a metric is the best.
 
     Raises:
-      RequestError: the metric is unknown, or no value of it is better than another.
+      RequestError: the metric is unknown, or has no direction of improvement.
     """
     try:
         record = METRICS[METRICS.check(metric)]

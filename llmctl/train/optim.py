@@ -1,7 +1,8 @@
-"""Build optimizers and schedules (optax) over a flat dictionary of named arrays.
+"""Build optimizers and schedules (optax) for a flat dictionary of arrays by name.
 
-Matrices of the layers are stacked [L, in, out]. Operations on a whole matrix (Muon's orthogonalization, Adafactor's
-factors and root mean squares) run on each layer separately, so a scanned model trains like an unrolled one.
+Matrices of the layers are stacked: [layers, inputs, outputs]. Some operations need a whole matrix: Muon's
+orthogonalization, and Adafactor's factors and root mean squares. They run on each layer separately, so a scanned model
+trains like an unrolled one.
 
     optimizer = build(OptimConfig(name="lion"), steps=1000, names=named)
     updates, state = optimizer.update(gradients, optimizer.init(named), named)
@@ -24,22 +25,22 @@ from llmctl.model import weights
 Named = dict[str, Any]
 
 FACTORED_FROM = 128
-"""Least length of both sides of a matrix whose second moments Adafactor factors, as in the authors' code."""
+"""Smallest side length for factored second moments in Adafactor, as in the authors' code. Both sides must reach it."""
 
 
 def portion(amount: float, steps: int) -> int:
-    """Return a number of steps that is given as such, or below 1 as a fraction of all steps."""
+    """Return a number of steps. An `amount` below 1 is a fraction of all `steps`; otherwise it is the number itself."""
     return round(amount * steps) if amount < 1 else round(amount)
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step: linear warm-up, then the configured shape.
+    """Return the learning rate as a function of the step: linear warm-up, then the configured schedule.
 
-    - cosine and linear decay to `final` of the peak at `steps`.
-    - wsd (warm-up, stable, decay: Hu et al., 2024, arXiv:2404.06395) holds the peak and decays linearly in the last
+    - cosine and linear decay to `final` times the peak at the last step.
+    - wsd (warm-up, stable, decay: Hu et al., 2024, arXiv:2404.06395) keeps the peak and decays linearly in the last
       `decay` steps.
     - rsqrt is peak * sqrt(warmup / step) (Vaswani et al., 2017, arXiv:1706.03762).
-    - constant holds the peak.
+    - constant keeps the peak.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final
     warmup = portion(config.warmup, steps)
@@ -69,15 +70,18 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(name: str) -> bool:
-    """Return whether weight decay applies: to matrices, and to the matrices of adapters around them."""
+    """Return whether weight decay applies to an array, by its name.
+
+    It applies to matrices, including those of adapters.
+    """
     return weights.is_kernel(name) and not weights.parse(name).vector
 
 
 def build(config: OptimConfig, steps: int, names: Iterable[str]) -> optax.GradientTransformation:
-    """Build the configured optimizer with its schedule, for the arrays of these names.
+    """Build the configured optimizer with its schedule, for arrays with these names.
 
-    Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. Gradients are
-    clipped by the caller, which logs their norm.
+    Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. The optimizer
+    does not clip gradients. The caller clips them, because it also logs their norm.
 
     - adamw, and sgd with momentum.
     - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.
@@ -129,21 +133,27 @@ def _is_muon(name: str, a: Any) -> bool:
 
 
 def _muon_axes(named: Named) -> Named:
-    """Return the axes to orthogonalize: the last two. Arrays of other optimizers are masked and stay so."""
+    """Return the axes that Muon orthogonalizes, by name: the last two.
+
+    Masked arrays of other optimizers stay masked.
+    """
     numbers = optax.contrib.MuonDimensionNumbers(1, 2)
     return {name: a if isinstance(a, optax.MaskedNode) else numbers for name, a in named.items()}
 
 
 def _like_adam() -> optax.GradientTransformation:
-    """Scale orthogonal updates [in, out] from a root mean square of 1 / sqrt(max(in, out)) to AdamW's, about 0.2."""
+    """Scale orthogonal updates [inputs, outputs] to AdamW's root mean square of about 0.2.
+
+    The root mean square of an orthogonal update is 1 / sqrt(max(inputs, outputs)).
+    """
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates))
 
 
 def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Apply `inner` to each layer of stacked arrays separately.
+    """Apply the transformation `inner` to each layer of stacked arrays separately.
 
-    The state is a dictionary of inner states. Its keys are the numbers of layers of the stacks, and "0" for arrays that
-    are not stacked.
+    Arrays are grouped by their number of layers. The state is a dictionary of inner states with this number as the key,
+    as a string. Arrays that are not stacked have the key "0".
     """
 
     def groups(named: Named) -> dict[str, Named]:
@@ -169,13 +179,13 @@ def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def shardings(state: Any, params: dict[str, NamedSharding], shapes: Named, replicated: NamedSharding) -> Any:
-    """Return the shardings of an optimizer's (abstract) state: moments like their parameters, counters replicated.
+    """Return the sharding of each array in an optimizer's state. Moments are sharded like their parameters.
 
     An array belongs to the parameter whose name is on its path. Adafactor's row and column statistics are sharded like
-    their parameter without the averaged axis.
+    their parameter without the averaged axis. Counters are replicated.
 
     Args:
-      state: the optimizer's state, arrays or their shapes.
+      state: the optimizer's state, as arrays or their shapes.
       params: sharding of each parameter, by name.
       shapes: parameters or their shapes, by name.
       replicated: sharding of all other arrays.

@@ -1,4 +1,4 @@
-"""Stop training at SIGTERM or Ctrl-C with a checkpoint, in all processes of a run at the same step."""
+"""Stop training at SIGTERM or Ctrl-C with a checkpoint, at the same step in all processes of a run."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps after which the answer of all processes is read. It has arrived by then, so reading does not wait."""
+"""Number of steps before the stop requests of all processes are read. They have arrived by then, so reading does not
+wait."""
 
 
 class Asked(Interrupted):
-    """Raised if a stop is requested during work that can be aborted, such as a validation."""
+    """Signal a stop request during work that can be aborted, such as a validation."""
 
 
 class Stop:
-    """Stop request. Processes exchange their requests, so that all of them stop at the same step."""
+    """Exchange stop requests between the processes of a run, so that all processes stop at the same step."""
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.told = threading.Event()
         """Whether this process received a signal."""
         self.agreed = False
-        """Whether all processes know of the request."""
+        """Whether all processes have received the request."""
         self._answers: deque[jax.Array] = deque()
         every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._every, self._size = every, mesh.size
         self._any = jax.jit(lambda told: told.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def asked(self, now: bool = False) -> bool:
-        """Return True if a stop was requested. All processes must call it after each step.
+        """Return whether a stop was requested. All processes must call this method after each step.
 
-        With several processes the result is `LAG` calls old. If `now` is true, it includes the current requests.
+        If a run has several processes, the answer is `LAG` calls old. If `now` is true, it includes the current
+        requests.
         """
         if processes.count() == 1:
             self.agreed = self.told.is_set()
@@ -60,7 +62,10 @@ _current: ContextVar[Stop | None] = ContextVar("stop", default=None)
 
 
 def heed() -> None:
-    """Raise Asked if a stop of the current run was requested. All processes must call it in the same order."""
+    """Raise Asked if a stop of the current run was requested.
+
+    All processes must call this function in the same order.
+    """
     stop = _current.get()
     if stop and stop.asked():
         raise Asked("stopped while validating; the same command goes on from the last checkpoint")
@@ -68,7 +73,13 @@ def heed() -> None:
 
 @contextlib.contextmanager
 def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
-    """Handle signals: SIGTERM and the first Ctrl-C request a checkpoint and a stop; a second Ctrl-C exits at once."""
+    """Handle signals in this context: SIGTERM and the first Ctrl-C request a checkpoint and a stop.
+
+    A second Ctrl-C exits immediately.
+
+    Raises:
+      Interrupted: at the end of the context, if a signal arrived after the last check.
+    """
     stop = Stop(mesh)
 
     def ask(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Profile a few training steps, for TensorBoard's profile plugin and XProf."""
+"""Profile a few training steps for TensorBoard's profile plugin and XProf."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import jax
 
 
 class Profile:
-    """Trace of the steps `first:last` (from 1, both included); a context manager that ends an unfinished trace.
+    """Trace the steps `first:last` (counted from 1, both included). The context manager ends an unfinished trace.
 
-    If `steps` is empty, nothing is traced. The folder is that of TensorBoard's events.
+    If `steps` is empty, nothing is traced. The trace is written to `folder`, the folder of TensorBoard's events.
     """
 
     def __init__(self, steps: str, folder: Path) -> None:
@@ -29,14 +29,18 @@ class Profile:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Start the trace if `step` is in it. Call this before each step; a resumed run traces the remaining steps."""
+        """Start the trace if `step` belongs to it.
+
+        Call this before each step. A resumed run traces the remaining steps.
+        """
         if self.first <= step <= self.last and not self._running:
             jax.profiler.start_trace(self.folder)
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """End the trace if `step` is its last. Call this after each step is dispatched; the last step's results are
-        awaited.
+        """End the trace after its last step. Call this when the step was dispatched.
+
+        The method waits for the `results` of the last step.
         """
         if self._running and step >= self.last:
             jax.block_until_ready(results)

@@ -1,4 +1,4 @@
-"""Describe the train step of a stage as a program, from its config and abstract arrays; nothing is computed."""
+"""Describe the training step of a stage as a program, from its config and abstract arrays. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from llmctl.train.learner import Learner
 
 
 def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
-    """Return the optimizer step of a stage that trains.
+    """Return the training step of a stage as a program that can be traced and compiled.
 
     Args:
-      config: the stage's, with `seed`, `train` and `optim`.
+      config: the stage's config, with `seed`, `train` and `optim`.
       learner: the model to train, with abstract arrays.
-      rows: training rows, of which the first gives the shapes.
+      rows: training rows. Only the shapes of the first row are used.
       mesh: the devices.
     """
     train = config.train
@@ -62,7 +62,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
-    """Return the learner that `build` makes of an artifact, with abstract arrays: its computation is only traced.
+    """Return the learner that `build` makes from an artifact, with abstract arrays. `build` is traced, not computed.
 
     learner = abstractly(mesh, lambda b: make_learner(config, b, labels, mesh), base)
     """
@@ -77,7 +77,7 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 
 
 def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any) -> Pass:
-    """Return the step in the terms of the analytic model."""
+    """Return the training step as a `Pass`, the input of the analytic cost model."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     row = row_shapes(rows)
     return Pass(
@@ -92,7 +92,7 @@ def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: 
 
 
 def _in_eight_bits(rules: dict[str, str], named: Tree) -> dict[str, float]:
-    """Return the fraction of the entries of the layers' matrices whose products the rules compute in each type."""
+    """Return the fraction of the entries of the layers' matrices that the rules multiply in each 8-bit dtype."""
     matrices = {weights.module_path(n): a.size for n, a in named.items() if weights.is_layer_matrix(n)}
     found: dict[str, float] = {}
     with quantized_matmul.use(rules):

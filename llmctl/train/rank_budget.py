@@ -1,8 +1,8 @@
 """Allocate ranks to matrices by importance while training (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
-A triplet is a singular value with its two singular vectors. Its importance is the importance of the value plus the
-mean importance of each vector's entries. The importance of an entry is its smoothed sensitivity |w g| times the
-smoothed uncertainty of the sensitivity. As in the authors' code, w is the weight after the optimizer's step.
+A triplet is a singular value with its two singular vectors. Its importance is the importance of the value plus the mean
+importance of each vector's entries. The importance of an entry is its smoothed sensitivity |w g| times the smoothed
+uncertainty of the sensitivity. As in the authors' code, w is the weight after the optimizer's step.
 
 Shapes: L layers, I inputs, O outputs, R initial rank.
 """
@@ -24,21 +24,21 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Schedule of the number of triplets of all matrices together."""
+    """Compute how many triplets all matrices together may keep at each step."""
 
     first: int
-    """Triplets at the start."""
+    """Number of triplets at the start."""
     last: int
-    """Triplets at the end."""
+    """Number of triplets at the end."""
     start: int
     """Step after which triplets are removed."""
     settled: int
-    """Step at which the last budget is met; the same triplets stay afterwards."""
+    """Step at which the number of triplets reaches `last`. The selection does not change afterwards."""
     interval: int
-    """Steps between removals."""
+    """Number of steps between removals."""
 
     def at(self, step: Any) -> jax.Array:
-        """Return the number of triplets at a step, which decreases by a cubic schedule."""
+        """Return the number of triplets at a step, int32 scalar. It decreases by a cubic schedule."""
         rest = 1 - (step - self.start) / max(self.settled - self.start, 1)
         falling = jnp.floor((self.first - self.last) * jnp.clip(rest, 0.0, 1.0) ** 3 + self.last)
         return jnp.where(step <= self.start, self.first, falling).astype(jnp.int32)
@@ -46,10 +46,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocator:
-    """The `memory` and `after_step` of a job that trains `Svd` adapters."""
+    """Remove the least important triplets of `Svd` adapters while training.
+
+    Implements `memory` and `after_step` of a Job.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Shape of the singular values [L, 1, R] of each adapter, by its path."""
+    """Shape [L, 1, R] of the singular values of each adapter, by path of the adapter."""
     budget: Budget
     sensitivity: float
     """Decay of the moving average of sensitivities."""
@@ -57,7 +60,7 @@ class Allocator:
     """Decay of the moving average of uncertainties."""
 
     def memory(self, named: Named) -> State:
-        """Return the initial state: averages of zero, and masks that keep all triplets."""
+        """Return the initial "memory" of the training state: averages of zero, and masks that keep all triplets."""
         entries = {join(path, part): named[join(path, part)] for path in self.shapes for part in ("a", "b", "e")}
         return {
             "sensitivity": jax.tree.map(jnp.zeros_like, entries),
@@ -67,7 +70,7 @@ class Allocator:
         }
 
     def after_step(self, state: State, step: jax.Array) -> State:
-        """Update the averages and set the singular values of removed triplets to zero."""
+        """Return the state with updated averages, and with the singular values of removed triplets set to zero."""
         params, gradients, memory = state["params"], state["gradients"], state["memory"]
         budget = self.budget
         measures = step < budget.settled
@@ -93,7 +96,10 @@ class Allocator:
         return out
 
     def choose(self, scores: Named, budget: jax.Array) -> dict[str, jax.Array]:
-        """Return masks [L, 1, R] of the `budget` triplets of highest importance over all adapters."""
+        """Return masks [L, 1, R], by path of the adapter.
+
+        They keep the `budget` most important triplets of all adapters.
+        """
         importance = {path: self.importance(scores, path) for path in self.shapes}
         flat = jnp.concatenate([a.reshape(-1) for a in importance.values()])
         place = jnp.argsort(jnp.argsort(-flat, stable=True), stable=True)
@@ -104,14 +110,11 @@ class Allocator:
         return kept
 
     def importance(self, scores: Named, path: str) -> jax.Array:
-        """Compute the importance of an adapter's triplets from the importance of its entries.
+        """Return the importance [L, 1, R] of an adapter's triplets.
 
         Args:
-            scores: Importance of each entry, by array name.
-            path: Path of the adapter.
-
-        Returns:
-            Importance of the triplets [L, 1, R].
+          scores: importance of each entry, by array name.
+          path: path of the adapter.
         """
         a_LIR, b_LRO, e_L1R = (scores[join(path, part)] for part in ("a", "b", "e"))
         return e_L1R + a_LIR.mean(axis=-2, keepdims=True) + jnp.swapaxes(b_LRO.mean(axis=-1, keepdims=True), -1, -2)

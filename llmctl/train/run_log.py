@@ -33,29 +33,31 @@ SHORT = {
 }
 """Short names of metrics in the progress line."""
 UNSHOWN = frozenset({"step_seconds"})
-"""Metrics that are only in the log; the progress line shows others with the same information."""
+"""Metrics that the log has and the progress line omits, because another metric has the same information."""
 
 
 class Reporter:
-    """Log of one stage; a context manager. Each `log` call writes one line to `<work_dir>/log.jsonl` and flushes it.
+    """Log the metrics of one stage; a context manager. Each `log` call appends one line to `<work_dir>/log.jsonl`.
 
-    A resumed run gives its first step as `start`. Lines of later steps are removed, because the resumed run writes them
-    again. So the log has every step once.
+    A resumed run passes its first step as `start`. Lines of later steps are removed, because the resumed run writes
+    them again. So the log contains every step once.
 
     On a terminal a bar shows step, metrics, elapsed and remaining time. Otherwise a plain line is printed at most every
-    `every` seconds, and at the last step. Both go to stderr, because stdout is for results.
+    `every` seconds, and at the last step. Both are written to stderr, because stdout is for results.
 
     Args:
       work_dir: folder of the log; it is created if it is missing.
       total_steps: steps of the complete run, including those before `start`.
       title: title of the bar, usually the stage's name.
-      tensorboard: also write events to `<work_dir>/tensorboard`.
+      tensorboard: whether to write events to `<work_dir>/tensorboard` too.
       start: step from which the run resumes; 0 starts a new log.
       lasting: folder for files that remain after `work_dir` is removed: TensorBoard events in `tensorboard/<title>`,
         W&B's files in `wandb`. By default they are in `work_dir`, the events in `tensorboard`.
-      wandb: W&B project to log to (extra `wandb`); empty disables it. A resumed run continues the same W&B run.
+      wandb: W&B project to log to (extra `wandb`); empty disables W&B. A resumed run continues the same W&B run.
       writes: whether this process writes and prints; by default only process 0 does.
+      every: seconds between plain lines.
       console: console of the bar and of plain lines; stderr by default.
+      clock: function that returns the time in seconds.
 
     Raises:
       RequestError: W&B is requested and not installed.
@@ -135,19 +137,20 @@ class Reporter:
         self._bar = self._file = self._events = self._run = None
 
     def _wandb_id(self) -> str:
-        """Return W&B's id of this run. It is stored in `work_dir`, so that a resumed run has the same."""
+        """Return W&B's id of this run. The id is stored in `work_dir`, so that a resumed run uses the same one."""
         file = self.work_dir / "wandb_id"
         if self.start == 0 or not file.exists():
             file.write_text(secrets.token_hex(8), encoding="utf-8")
         return file.read_text(encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one line for `step` and update the bar.
+        """Append one line for `step` to the log and update the bar.
 
         Args:
           step: number of finished optimizer steps.
-          metrics: scalars by name: numbers, or values that `float` accepts (arrays of no dimension). A value that is
-            not finite is written as null, because JSON has no NaN.
+          metrics: scalars by name: numbers, or values that `float` accepts (arrays without dimensions). A value that is
+            not
+            finite is written as null, because JSON has no NaN.
         """
         values = {name: _number(value) for name, value in metrics.items()}
         self._latest.update({k: v for k, v in values.items() if isinstance(v, (int, float))})
@@ -164,7 +167,11 @@ class Reporter:
         self._show(step)
 
     def _add_events(self, values: Mapping[str, Any], step: int) -> None:
-        """Write to TensorBoard unless its writing thread has died (full disk); its queue would then block the run."""
+        """Write metrics to TensorBoard.
+
+        TensorBoard's writing thread ends if the disk is full, and its queue would then block the run. In this case the
+        method prints a line and disables TensorBoard.
+        """
         if not self._events:
             return
         if not self._events.file_writer.event_writer._worker.is_alive():
@@ -175,7 +182,7 @@ class Reporter:
             self._events.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """Print one line above the bar."""
+        """Print one line above the bar, preceded by the title."""
         if self.writes:
             self.console.print(f"{self.title}: {text}", soft_wrap=True)
 
@@ -194,7 +201,7 @@ class Reporter:
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Remove the lines of later steps, and an incomplete last line of a killed process."""
+    """Remove the log's lines of steps after `step`, and an incomplete last line of a killed process."""
     if not log.exists():
         return
     kept = []

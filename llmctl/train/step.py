@@ -1,8 +1,8 @@
-"""Build one optimizer step of a job: a function that is compiled once and maps a training state to the next.
+"""Build the training step of a job: a function from a training state to the next one, compiled once.
 
-The state is {"params": trained arrays by name, "optimizer", "step", "skipped": bad steps in a row, "skips": all bad
-steps}, with "ema" if weights are averaged, "usual" if outliers are skipped, and "memory" if the job has one. Arrays
-that are not trained stay outside the state. All randomness comes from (seed, step).
+The state is a dictionary: "params" (trained arrays by name), "optimizer", "step", "skipped" (consecutive bad steps) and
+"skips" (all bad steps). It contains "ema" if weights are averaged, "usual" if outliers are skipped, and "memory" if the
+job has one. Arrays that are not trained are not in the state. All randomness is derived from (seed, step).
 
     runs = program(job, train, optim, mesh, seed)
     state = runs.begin(runs.named)
@@ -28,19 +28,21 @@ from llmctl.train import optim
 from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 
 Fixed = tuple[Params, tuple[Any, ...]]
-"""Inputs of a step that it does not change: arrays that are not trained, and the job's constants."""
+"""Inputs that the step does not change: arrays that are not trained, and the job's constants."""
 
 Memory = Callable[[Params], Any] | None
 """Function from the trained arrays to the "memory" of the state, as in Job."""
 
 TOO_MANY_BAD = 20
-"""Bad steps in a row that end a run. Later steps change nothing, so the host may check the count less often."""
+"""Number of consecutive bad steps that ends a run. Later steps change nothing, so the host may check the count less
+often."""
 SETTLED = 20
-"""Good steps before outliers are detected."""
+"""Number of good steps before outliers are detected."""
 MEMORY = 0.02
 """Weight of the newest step in the running mean and variance of loss and gradient norm."""
 STEADY = 0.02
-"""Least standard deviation, as a fraction of the mean. Without it a very steady run would skip harmless steps."""
+"""Smallest standard deviation of loss and gradient norm, as a fraction of the mean. Without this limit a run with
+little noise would skip harmless steps."""
 
 OVERLAP = {
     "xla_enable_async_all_gather": True,
@@ -48,11 +50,11 @@ OVERLAP = {
     "xla_enable_async_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
 }
-"""Options of the TPU compiler: overlap collectives with matrix products. Its defaults do so on few kinds of TPU."""
+"""Options of the TPU compiler that overlap collectives with matrix products. By default only few kinds of TPU do so."""
 
 
 def fresh(optimizer: Any, config: OptimConfig, named: Params, memory: Memory = None) -> State:
-    """Return the state before the first step; `memory` as in Job."""
+    """Return the training state before the first step. `memory` is the function of the Job."""
 
     def zero() -> jax.Array:  # a buffer per counter, because the step donates each buffer of its input
         return jnp.zeros((), jnp.int32)
@@ -70,7 +72,10 @@ def fresh(optimizer: Any, config: OptimConfig, named: Params, memory: Memory = N
 def state_shardings(
     optimizer: Any, config: OptimConfig, named: Params, mesh: jax.sharding.Mesh, memory: Memory = None
 ) -> State:
-    """Return the shardings of a state: moments, averages and memory like their parameters, counters replicated."""
+    """Return the sharding of each array of a training state, in the state's structure.
+
+    Moments, averages and memory are sharded like their parameters. Counters are replicated.
+    """
     params = {name: a.sharding for name, a in named.items()}
     replicated = meshes.replicated(mesh)
     shapes = jax.eval_shape(lambda n: fresh(optimizer, config, n, memory), named)
@@ -82,25 +87,27 @@ def state_shardings(
 
 @dataclass(frozen=True)
 class Program:
-    """A job's compiled functions. The state is sharded over the mesh and donated at every step."""
+    """Store the compiled functions of a job and their inputs.
+
+    The state is sharded over the mesh and donated at every step.
+    """
 
     step: Any
-    """Compiled (state, (fixed, constants), batch) -> (state, metrics)."""
+    """Compiled function (state, (fixed, constants), batch) -> (state, metrics)."""
     begin: Any
-    """Compiled (trained arrays, donated) -> the first state."""
+    """Compiled function from the trained arrays, which are donated, to the first state."""
     named: Params
-    """The trained arrays, in float32 whatever the parent stores (an import may be bfloat16, where small updates would
-    round to zero)."""
+    """Trained arrays by name, in float32. The parent may store bfloat16, in which small updates would round to zero."""
     fixed: Params
-    """The arrays that are not trained."""
+    """Arrays that are not trained, by name."""
     state: State
-    """Shapes, dtypes and shardings of the state."""
+    """Shape, dtype and sharding of each array of the state."""
 
 
 def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.sharding.Mesh, seed: int) -> Program:
-    """Return the functions of a job. Nothing is computed or traced yet.
+    """Return the functions of a job, before any tracing or computation.
 
-    The arrays of the job may be abstract and the devices of the mesh need not be attached.
+    The arrays of the job may be abstract, and the devices of the mesh need not be attached.
     """
     trained, fixed = split(job)
     named = {name: _master(a) for name, a in trained.items()}
@@ -123,7 +130,7 @@ def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.shardin
 
 @contextlib.contextmanager
 def context(mesh: jax.sharding.Mesh, train: TrainConfig) -> Iterator[None]:
-    """Set what the model reads while a step is traced: the mesh, the attention kernel, the microbatches."""
+    """Set the mesh, the attention kernel and the microbatches that the model reads while a step is traced."""
     with meshes.use(mesh), attention_kernels.use(train.attention), pipeline_parallel.use(train.microbatches):
         yield
 
@@ -133,7 +140,7 @@ def _master(a: Any) -> Any:
 
 
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
-    """Return the step (state, (fixed, constants), batch) -> (state, metrics), and the optimizer of its state."""
+    """Return the function (state, (fixed, constants), batch) -> (state, metrics), and the optimizer of the state."""
     trained = split(job)[0]
     optimizer = optim.build(config, train.steps, trained)
     rate = optim.schedule(config, train.steps)
@@ -187,7 +194,10 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
 
 
 def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums]]:
-    """Return (trained arrays, fixed, batch, key) -> (gradients, sums) over the batch, microbatch by microbatch."""
+    """Return a function (trained arrays, fixed, batch, key) -> (gradients by name, sums of the loss) over the batch.
+
+    If `train.accumulate` is above 1, the function adds the gradients of the microbatches.
+    """
     accumulate, rules = train.accumulate, train.matmuls
     template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), job.params)
     # The names are matched to the leaves of the tree once, here, so that the step only reorders arrays.
@@ -236,7 +246,10 @@ def clip(grads: Params, norm: Any, limit: float) -> Params:
 
 
 def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
-    """Keep zeros of `old` at zero in the arrays that `held` names, so that pruned weights stay pruned."""
+    """Return `new` with zeros at the zeros of `old`, in the arrays named in `held`.
+
+    Pruned weights therefore stay pruned.
+    """
     return {name: jnp.where(old[name] == 0, 0, a) if name in held else a for name, a in new.items()}
 
 
@@ -254,9 +267,10 @@ def freeze_layers(updates: Params, layers: int) -> Params:
 
 
 def average(old: Params, new: Params, step: Any, decay: float) -> Params:
-    """Return the exponential moving average of weights after `step` + 1 updates.
+    """Return the exponential moving average of the weights after `step` + 1 updates.
 
-    The decay is min(decay, (1 + n) / (10 + n)) at update n, so that a short run forgets its initial weights.
+    The decay at update n is min(decay, (1 + n) / (10 + n)). It is small at first, so that initial weights have little
+    influence in a short run.
     """
     n = step.astype(jnp.float32) + 1
     share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
@@ -265,13 +279,22 @@ def average(old: Params, new: Params, step: Any, decay: float) -> Params:
 
 
 def _is_outlier(found: jax.Array, usual: dict[str, jax.Array], deviations: float) -> jax.Array:
-    """Return whether loss or gradient norm [2] is far above its running mean; values far below are not outliers."""
+    """Return whether the loss or the gradient norm is far above its running mean. Values far below are not outliers.
+
+    Args:
+      found: loss and gradient norm of the step, [2].
+      usual: running "mean" [2], "variance" [2] and "count" of the good steps.
+      deviations: number of standard deviations that makes an outlier.
+    """
     width = jnp.maximum(jnp.sqrt(usual["variance"]), STEADY * jnp.abs(usual["mean"]))
     return (usual["count"] >= SETTLED) & jnp.any(found > usual["mean"] + deviations * width)
 
 
 def _remember(found: jax.Array, usual: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Update the running mean and variance of [loss, norm]: over all steps until 1 / MEMORY of them, then decaying."""
+    """Return the running mean and variance of [loss, norm], updated with the values of a step.
+
+    All steps have equal weight for the first 1 / MEMORY steps. The weight of older steps then decays.
+    """
     count = usual["count"] + 1
     share = jnp.maximum(1 / count.astype(jnp.float32), MEMORY)
     apart = found - usual["mean"]

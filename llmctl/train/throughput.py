@@ -18,7 +18,8 @@ from llmctl.distributed import hardware
 from llmctl.distributed.mesh import Device
 
 SIDE = 1536
-"""Side of the matrices whose product measures a CPU: large enough for full speed, 0.1 s per product on two cores."""
+"""Number of rows and columns of the matrices whose product measures a CPU. The product runs at full speed and takes 0.1
+s on two cores."""
 
 
 class Timer:
@@ -34,27 +35,29 @@ class Timer:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new interval."""
+        """Start a new interval."""
         self.start, self.tokens, self.steps = time.monotonic(), 0, 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time spent in this context: validation, checkpoints."""
+        """Exclude the time of this context, such as a validation or the writing of a checkpoint."""
         before = time.monotonic()
         yield
         self.start += time.monotonic() - before
 
     def read(self, waited: float, flops: float = 0.0, peak: float | None = None) -> dict[str, float]:
-        """Return the metrics of the interval and begin a new one; empty if it has no steps.
+        """Return the metrics of the interval by name, and start a new interval. Without steps the dictionary is empty.
 
-        Read after the results of the last step are on the host, because steps are dispatched asynchronously.
+        Call it when the results of the last step are on the host, because steps are dispatched asynchronously.
 
         Args:
           waited: seconds spent waiting for input since training began.
           flops: floating-point operations per token.
-          peak: peak of all devices, in operations per second. With `flops` it gives "mfu", the fraction of the peak
-            that the model's own operations reach (Chowdhery et al., 2022, arXiv:2204.02311, appendix B). Padding and
-            recomputation do not count.
+          peak: peak performance of all devices together, in operations per second. With `flops` it gives "mfu", the
+            fraction
+            of the peak that the model's own operations reach (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
+              Operations
+            on padding and recomputation do not count.
         """
         wait, self.waited = waited - self.waited, waited
         if not self.steps:
@@ -70,10 +73,11 @@ class Timer:
 
 
 def peak(devices: list[Device], cache: Path) -> float | None:
-    """Return the peak of all `devices` together in operations per second; None for a chip that is not in the table.
+    """Return the peak performance of all `devices` together, in operations per second; None if the chip is unknown.
 
-    Accelerators have the bfloat16 figure of the hardware table. CPU devices share the machine's cores, whatever their
-    number: they are measured once with a float32 matrix product, and the figure is stored in the file `cache`.
+    For accelerators it is the bfloat16 figure of the hardware table. CPU devices share the cores of the machine, so
+    their number does not matter. Their performance is measured once with a float32 matrix product. The figure is stored
+    in the file `cache`.
     """
     if devices[0].platform != "cpu":
         one = hardware.of_kind(devices[0].device_kind)
@@ -89,7 +93,7 @@ def peak(devices: list[Device], cache: Path) -> float | None:
 def measure(side: int) -> float:
     """Return the operations per second of the fastest of five float32 matrix products [side, side] on one device.
 
-    A process measures once, because a run may have many stages that train and this takes half a CPU second.
+    Each process measures only once. A run may have many training stages, and a measurement takes half a CPU second.
     """
     x = jnp.ones((side, side))
     product = jax.jit(jnp.matmul)
@@ -103,7 +107,10 @@ def measure(side: int) -> float:
 
 
 def memory(devices: list[Device]) -> dict[str, float]:
-    """Return {"memory_gib": largest peak memory of this process's devices}; on the CPU, of the process."""
+    """Return {"memory_gib": peak memory in GiB}, the largest of this process's devices; on a CPU, of the process.
+
+    The dictionary is empty if the devices report no memory.
+    """
     stats = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if not peaks and devices[0].platform == "cpu":

@@ -1,4 +1,4 @@
-"""Compute validation metrics: exact means over all held-out rows, independent of batch size and mesh."""
+"""Compute validation metrics: exact means over all validation rows, independent of batch size and mesh."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmctl.train import preemption
 
 
 class Validation:
-    """Validation metrics: `validation(params)` returns {"loss", "accuracy", ...}, weighted means over the rows.
+    """Compute validation metrics. `validation(params)` returns {"loss", "accuracy", ...}, weighted means over the rows.
 
     The function is compiled once.
     """
@@ -26,10 +26,10 @@ class Validation:
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:
-        """Evaluate the rows once, at most `batches` batches.
+        """Return the metrics of parameters by name, computed on at most `batches` batches of the rows.
 
         Raises:
-          preemption.Asked: a stop of the run was requested.
+          preemption.Asked: the process received a request to stop the run.
         """
         total: Any = None
         with meshes.use(self.mesh), self.batches.once(self.rows, self.limit) as steps:

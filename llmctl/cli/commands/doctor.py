@@ -1,4 +1,4 @@
-"""`llmctl doctor`."""
+"""Define the command `llmctl doctor`."""
 
 from pathlib import Path
 from typing import Annotated

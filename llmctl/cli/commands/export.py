@@ -1,4 +1,4 @@
-"""`llmctl export`."""
+"""Define the command `llmctl export`."""
 
 from pathlib import Path
 from typing import Annotated

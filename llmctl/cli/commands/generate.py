@@ -1,4 +1,4 @@
-"""`llmctl generate`."""
+"""Define the command `llmctl generate`."""
 
 import itertools
 import sys
@@ -62,7 +62,7 @@ def generate(
 ) -> None:
     """Continue text, chat, or fill masks. Prompts come from flags, a file, or lines of standard input.
 
-    An encoder-decoder answers prompts; an encoder fills every <mask> with the most likely word.
+    An encoder-decoder answers prompts. An encoder replaces every <mask> by the most likely word.
     """
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
@@ -185,7 +185,10 @@ def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str
 
 
 def _fill(loaded: "Artifact", filler: "Filler", texts: Iterable[str], k: int, json: bool) -> None:
-    """Print every text with its masks filled; as JSON with the `k` most likely tokens per mask."""
+    """Print every text with its masks replaced by the most likely tokens.
+
+    With `json`, print the `k` most likely tokens per mask.
+    """
     done = []
     for text in texts:
         for filled in filler.fill([text], k):
@@ -208,7 +211,7 @@ def _report(loaded: "Artifact", json: bool, result: dict[str, Any], speed: Any) 
 
 
 def _write(text: str) -> None:
-    """Write generated text to stdout as it is; to a terminal, without control characters that act."""
+    """Write generated text to stdout. If stdout is a terminal, control characters are replaced."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -239,7 +242,11 @@ def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
 
 
 def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
-    """Return the prompts from flags and a file; None if both are missing, so that standard input is read."""
+    """Return the prompts from flags and a file. Return None if both are missing, so that standard input is read.
+
+    Raises:
+      RequestError: the file cannot be read, or it has no prompt.
+    """
     if file is None:
         return prompts or None
     from etils import epath
@@ -259,7 +266,11 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
 
 
 def _said(file: Path, number: int, line: str) -> str:
-    """Return the prompt in a line of JSON: a text, or an object's "prompt"."""
+    """Return the prompt in a line of JSON: a string, or an object's "prompt".
+
+    Raises:
+      RequestError: the line is not JSON, or it has no prompt.
+    """
     try:
         value = parse_json(line)
     except ValueError as e:

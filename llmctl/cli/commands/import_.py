@@ -1,4 +1,4 @@
-"""`llmctl import`."""
+"""Define the command `llmctl import`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +32,7 @@ def import_(
     replace: Annotated[bool, typer.Option("--replace", help="Replace an artifact that was not imported.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a published model to an artifact. Unknown settings and tensors are errors; none is dropped."""
+    """Convert a published model to an artifact. Unknown settings and tensors are errors, and none is dropped."""
     from llmctl.artifacts import atomic
     from llmctl.config.errors import RequestError
     from llmctl.convert import importing, peft

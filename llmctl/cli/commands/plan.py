@@ -1,4 +1,4 @@
-"""`llmctl plan`."""
+"""Define the command `llmctl plan`."""
 
 import math
 from pathlib import Path
@@ -39,9 +39,9 @@ def plan(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compile a recipe's stages for chips that are not attached; report memory, time, and whether they fit.
+    """Compile a recipe's stages for chips that are not attached, and report memory, time, and whether the stages fit.
 
-    This needs no accelerator, no data and little memory.
+    This requires no accelerator, no data and little memory.
     """
     from llmctl.config.errors import RequestError
     from llmctl.pipeline import console, recipe

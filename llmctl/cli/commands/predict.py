@@ -1,4 +1,4 @@
-"""`llmctl predict`."""
+"""Define the command `llmctl predict`."""
 
 import contextlib
 import csv
@@ -14,7 +14,7 @@ from llmctl.config.errors import RequestError
 from llmctl.pipeline import console
 
 WINDOW = 32
-"""Batches of rows that are sorted by length together."""
+"""Number of batches whose rows are sorted by length together."""
 
 
 def predict(
@@ -46,7 +46,7 @@ def predict(
 ) -> None:
     """Predict labels, numbers, tags, answers or embeddings of new rows, in their order, one answer per row.
 
-    A row that cannot be read is named on standard error, and its answer has the field "error".
+    A row that cannot be read is reported on standard error, and its answer has the field "error".
     """
     from llmctl.data import row_stream
 
@@ -94,7 +94,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _asked(task: Any, where: str, row: Any) -> Any:
-    """Return a row that the task can read, or what is wrong with it."""
+    """Return a row that the task can read, or otherwise the RequestError that describes its problem."""
     if isinstance(row, RequestError):
         return row
     missing = [c for c in task.asks if not row.get(c)]
@@ -113,7 +113,7 @@ def _opened(file: Path) -> IO[bytes]:
 
 @contextlib.contextmanager
 def _output(out: Path | None) -> Iterator[IO[str]]:
-    """Yield standard output, or a draft beside `out` that takes its name when it is complete."""
+    """Yield standard output, or a temporary file that is renamed to `out` when it is complete."""
     if out is None:
         yield sys.stdout
         return
@@ -132,7 +132,7 @@ def _output(out: Path | None) -> Iterator[IO[str]]:
 
 
 def _writer(file: IO[str], to: str) -> Any:
-    """Return the function that writes an answer. CSV takes its columns from the first answer; "error" is the last."""
+    """Return the function that writes an answer. CSV columns are those of the first answer, followed by "error"."""
     from llmctl.config.terminal import as_json
 
     if to == "jsonl":

@@ -1,4 +1,4 @@
-"""`llmctl prepare`."""
+"""Define the command `llmctl prepare`."""
 
 import os
 from pathlib import Path
@@ -80,7 +80,11 @@ def prepare(
 
 
 def _write_splits(recipe_file: Path | None, folder: Path, sets: list[str], name: str, json: bool) -> None:
-    """Write the splits of a stage's data: the named stage's, or those of the first stage that has data."""
+    """Write the splits of the data of the stage `name`, or of the first stage with data if `name` is empty.
+
+    Raises:
+      RequestError: the stage has no data.
+    """
     from rich.table import Table
 
     from llmctl.config.base import hint

@@ -1,4 +1,4 @@
-"""`llmctl run`."""
+"""Define the command `llmctl run`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`llmctl show`."""
+"""Define the command `llmctl show`."""
 
 from pathlib import Path
 from typing import Annotated

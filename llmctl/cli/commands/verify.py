@@ -1,4 +1,4 @@
-"""`llmctl verify`."""
+"""Define the command `llmctl verify`."""
 
 from pathlib import Path
 from typing import Annotated

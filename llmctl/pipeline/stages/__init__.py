@@ -1,1 +1,1 @@
-"""Stages: one file each with a `Config` and a function `run`."""
+"""Define the stages: one file each with a class `Config` and a function `run`."""

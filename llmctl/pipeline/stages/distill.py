@@ -1,4 +1,7 @@
-"""`distill`: train a smaller student on a teacher's outputs (Hinton et al., 2015, arXiv:1503.02531), for every head."""
+"""`distill`: train a student on the outputs of a teacher, for every kind of head.
+
+(Hinton et al., 2015, arXiv:1503.02531)
+"""
 
 from __future__ import annotations
 
@@ -35,21 +38,21 @@ class Config(StageConfig):
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
-    """Artifact whose outputs the student learns; its head decides the task."""
+    """Artifact whose outputs the student learns. Its head determines the task."""
     model: ModelConfig | None = None
-    """Sizes of a new student, which replaces the artifact in `from`."""
+    """Sizes of a new student, which is used instead of the artifact in `from`."""
     data: DataConfig = DataConfig()
-    """Examples, as in finetune."""
+    """Training examples, as in finetune."""
     temperature: float = Field(default=2.0, gt=0)
-    """Temperature of the teacher's and the student's softmax; above 1 softens both."""
+    """Temperature of the teacher's and the student's softmax. Above 1 both distributions are softer."""
     hard: float = Field(default=0.1, ge=0, le=1)
-    """Weight of the cross-entropy with the labels; the remainder weighs the KL divergence from the teacher."""
+    """Weight of the cross-entropy with the labels. The KL divergence from the teacher has the remaining weight."""
     truncate: Truncate = "tail"
     """Truncation of long texts: cut the tail, or keep both ends (head_tail)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate of the student."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
-    """Number of steps, and their batches."""
+    """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
 
@@ -63,7 +66,7 @@ class Config(StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Train the student and leave it in `ctx.out`."""
+    """Train the student and write its artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data.device_batches import training_rows
     from llmctl.data.pretraining.lm_corpus import Text
@@ -104,7 +107,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the train step of student and teacher, and the artifact of the student."""
+    """Return the training step of student and teacher, and the artifact of the student."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
     from llmctl.train import programs
@@ -134,7 +137,7 @@ def _rows(
     shuffle: bool,
     needed: int = 0,
 ) -> Any:
-    """Return the rows of a split; `cache` keeps its tokens."""
+    """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
     return learns.task.stage_rows(
         learns.model, text, split, tokens, config.train.seq_len, cache,
         seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
@@ -142,7 +145,7 @@ def _rows(
 
 
 def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
-    """Return the student (from an artifact, or newly initialized) with the distillation loss."""
+    """Return the learner of the student, from an artifact or newly initialized, with the distillation loss."""
     import jax.numpy as jnp
 
     from llmctl.evaluate.tasks.registry import of
@@ -178,7 +181,7 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
 
 
 def _student_model(config: Config, teacher: Artifact, student: Artifact | None) -> ModelConfig:
-    """Return the student's config. It must have the teacher's tokenizer and outputs.
+    """Return the student's config. The student must have the teacher's tokenizer and outputs.
 
     Raises:
       RequestError: the student does not fit the teacher.

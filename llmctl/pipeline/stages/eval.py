@@ -1,4 +1,4 @@
-"""`eval`: measure artifacts on held-out data. Every result has the digest of the weights that were scored."""
+"""`eval`: measure artifacts on held-out data. Every result has the digest of the measured weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Config(MeasureConfig, StageConfig):
-    """Measure artifacts: accuracy, perplexity, size and speed, on the same held-out examples."""
+    """Measure accuracy, perplexity, size and speed of artifacts on the same held-out examples."""
 
     common: ClassVar[tuple[str, ...] | None] = ("of", "split", "examples", "batch_size", "speed", "plot")
     produces: ClassVar[bool] = False
@@ -36,13 +36,13 @@ class Config(MeasureConfig, StageConfig):
     of: list[str] = []
     """Artifacts to measure; all models of earlier stages by default."""
     data: DataConfig = DataConfig()
-    """Data to measure on."""
+    """Data for the measurement."""
     plot: bool = True
-    """Plot quality against size as tradeoff.png. Needs matplotlib (extra `demo`)."""
+    """Plot quality against size as tradeoff.png. Requires matplotlib (extra `demo`)."""
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Evaluate `ctx.siblings`, or the parent alone, and write results.json, table.md and tradeoff.png to `ctx.out`."""
+    """Evaluate `ctx.siblings`, or only the parent, and write results.json, table.md and tradeoff.png to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data import splits
     from llmctl.distributed import mesh
@@ -64,7 +64,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the scoring program of every artifact, and None because eval produces no model."""
+    """Return the scoring programs of every artifact, and None because eval writes no model."""
     from llmctl.evaluate import programs
 
     chosen = others or ({base.path.name: base} if base else {})
@@ -74,13 +74,20 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _can_draw() -> None:
-    """Raise RequestError before the evaluation if matplotlib is missing."""
+    """Check, before the evaluation, that matplotlib is installed.
+
+    Raises:
+      RequestError: matplotlib is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("eval: the picture needs matplotlib: pip install 'llmctl[demo]', or say plot = false")
 
 
 def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest) -> None:
-    """Write the report as an artifact without parameters. Its digest excludes times and bytes on disk, which vary."""
+    """Write the results as an artifact without parameters.
+
+    Its digest excludes times and bytes on disk, because they vary between runs.
+    """
     from llmctl.artifacts import artifact, atomic
     from llmctl.distributed import processes
     from llmctl.evaluate import report, tradeoff_plot

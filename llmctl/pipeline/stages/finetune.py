@@ -1,4 +1,4 @@
-"""`finetune`: train a pretrained model for a task, with all parameters, above frozen layers, or with adapters."""
+"""`finetune`: train a pretrained model for a task, with all parameters, with frozen first layers, or with adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Train a model on a task's examples, and keep the best parameters by validation."""
+    """Train a model on a task's examples, and keep the parameters with the best validation metric."""
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
     added: ClassVar[frozenset[str]] = frozenset({"adalora"})
@@ -41,18 +41,18 @@ class Config(StageConfig):
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
-    vectors that are similar for pairs of texts, or as given by numbers. lm: language modelling, with loss on
-    completions if the data has them."""
+    vectors that are similar for pairs of texts, or that match given scores. lm: language modelling. If the data has
+    completions, only they count in the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
-    """Parameters to train. full: all. The others train the task head and: lora: low-rank adapters. dora: low-rank
-    adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters whose ranks move
-    between matrices. ia3: factors of keys, values and inner activations. bitfit: biases. head: nothing else."""
+    """Parameters to train. full: all. Each other method trains the task head and: lora: low-rank adapters. dora:
+    low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that share a
+    budget of ranks. ia3: factors of keys, values and inner activations. bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
     """Settings of the methods lora, dora and adalora."""
     adalora: AdaLoraConfig = AdaLoraConfig()
     """Settings of method adalora."""
     merge: bool = True
-    """Methods with adapters: merge them into the matrices at the end; false keeps them apart."""
+    """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of first layers to freeze, together with the embeddings."""
     pooling: Literal["", "last", "mean", "first"] = ""
@@ -61,12 +61,12 @@ class Config(StageConfig):
     truncate: Truncate = "tail"
     """Truncation of long texts: cut the tail, or keep both ends (head_tail)."""
     temperature: float = Field(default=0.05, gt=0)
-    """Task embed without scores: divisor of the similarities in the contrastive loss over the pairs of a batch (of a
-    microbatch with train.accumulate)."""
+    """Task embed without scores: divisor of the similarities in the contrastive loss. The loss compares the pairs of a
+    batch, or of a microbatch if train.accumulate is above 1."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
-    """Number of steps, and their batches."""
+    """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
 
@@ -78,7 +78,7 @@ class Config(StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Finetune the parent and leave the artifact in `ctx.out`."""
+    """Finetune the parent and write the artifact to `ctx.out`."""
     import jax
 
     from llmctl.artifacts import artifact
@@ -124,7 +124,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the train step and the finetuned artifact."""
+    """Return the training step and the finetuned artifact."""
     import jax
 
     from llmctl.artifacts import abstract_artifact
@@ -156,7 +156,7 @@ def _rows(
     shuffle: bool,
     needed: int = 0,
 ) -> Any:
-    """Return the rows of a split; `cache` keeps its tokens."""
+    """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
     return TASKS[config.task].stage_rows(
         model, text, split, tokens, config.train.seq_len, cache,
         seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
@@ -164,12 +164,16 @@ def _rows(
 
 
 def _labels(config: Config, text: Text) -> list[str]:
-    """Return the names of the classes, if the task has classes."""
+    """Return the names of the classes; empty if the task has no classes."""
     return list(text.classes) if TASKS[config.task].classes else []
 
 
 def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:
-    """Return the parent with the task's head and loss, and what the method adds and trains."""
+    """Return the learner of the parent with the task's head and loss, and with the adapters of the finetuning method.
+
+    Raises:
+      RequestError: the settings do not fit the parent or the mesh.
+    """
     from functools import partial
 
     import jax
@@ -200,10 +204,11 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
 
 
 def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
-    """Return a hint if the first token is pooled by default and nothing in the parent has trained it as a summary.
+    """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
-    A BERT of this project's size that was pretrained on masked tokens alone classified 67% right by its first token and
-    78% by the mean. A next-sentence objective trains the first token and its pooler.
+    The message is returned if the first token is pooled by default and the parent's pretraining did not train the first
+    token as a summary. A BERT of this project's size, pretrained only on masked tokens, classified 67% of the examples
+    correctly by its first token and 78% by the mean. A next-sentence objective trains the first token and its pooler.
     """
     from llmctl.model.head_kinds import HEAD_KINDS
 
@@ -216,7 +221,10 @@ def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
 
 
 def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the parent's network with the task's head. A head that does not fit is replaced by a new one."""
+    """Return the parent's config and parameters with the task's head.
+
+    A head that does not fit is replaced by a new one.
+    """
     import jax
 
     from llmctl.model import functional

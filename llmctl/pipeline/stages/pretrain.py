@@ -27,39 +27,39 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Train a language model on raw text; with `from`, continue from that artifact on other text."""
+    """Train a language model on raw text. With `from`, continue to train that artifact on other text."""
 
     common: ClassVar[tuple[str, ...] | None] = ("objective",)
     starts: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
     data: DataConfig = DataConfig()
-    """Corpus to train on."""
+    """Text to train on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """Tokenizer to train or to load; with `from`, the parent's is used."""
+    """Tokenizer to train or to load. With `from`, the parent's tokenizer is used."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
-    """Sizes of the model; its vocabulary is the tokenizer's. With `from`, the parent's are used."""
+    """Sizes of the model. The vocabulary size is the tokenizer's. With `from`, the parent's sizes are used."""
     packing: Literal["segments", "concat", "fit"] = "segments"
-    """Packing of documents into rows. segments: cut at row ends. concat: the same, with attention across documents.
-    fit: not cut, with padding."""
+    """Packing of documents into rows. segments: cut documents at row ends. concat: the same, with attention across
+    documents. fit: do not cut documents, and pad rows."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix", "completions"] = ""
-    """Training objective. causal: the next token. masked: masked tokens. next_sentence: also whether a passage follows
-    another. spans: dropped spans (encoder-decoder). prefix: the rest of a text (encoder-decoder). completions: the
-    completion of a prompt (columns prompt and completion). Default: by the model's architecture."""
+    """Training objective. causal: the next token. masked: masked tokens. next_sentence: masked tokens, and whether a
+    passage follows another. spans: removed spans (encoder-decoder). prefix: the rest of a text (encoder-decoder).
+    completions: the completion of a prompt (columns prompt and completion). Default: by the model's architecture."""
     rate: float = Field(default=0.15, gt=0, lt=1)
     """Objectives masked, next_sentence and spans: fraction of tokens to predict."""
     span: float = Field(default=3.0, ge=1)
     """Objective spans: mean length of a span in tokens."""
     whole_words: bool = False
-    """Objectives masked and next_sentence: mask whole words, not single tokens."""
+    """Objectives masked and next_sentence: mask whole words instead of single tokens."""
     train: TrainConfig = TrainConfig()
-    """Number of steps, and their batches."""
+    """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and schedule."""
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Train a language model and leave it in `ctx.out`."""
+    """Train a language model and write its artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data.device_batches import training_rows, validation_rows
     from llmctl.data.pretraining import baselines, next_sentence
@@ -109,7 +109,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the train step and the artifact of the language model."""
+    """Return the training step and the artifact of the language model."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
     from llmctl.train import programs
@@ -126,7 +126,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _amount(rows: Any) -> dict[str, Any]:
-    """Return the tokens of an epoch, and the share of padding in the rows; nothing for pairs of texts."""
+    """Return the tokens per epoch, and the fraction of padding in the rows. Rows of text pairs have neither."""
     return {"tokens_an_epoch": rows.tokens, "padding": rows.waste} if hasattr(rows, "waste") else {}
 
 
@@ -142,7 +142,7 @@ def _rows(
     shuffle: bool,
     needed: int = 0,
 ) -> Any:
-    """Return the rows of a split; `cache` keeps its tokens."""
+    """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
     if objective.name == "completions":
         from llmctl.evaluate.tasks.registry import TASKS
 
@@ -156,7 +156,7 @@ def _rows(
 
 
 def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
-    """Return the parent, or a new model with `vocab_size` tokens, with the objective's loss."""
+    """Return the learner of the parent, or of a new model with `vocab_size` tokens, with the objective's loss."""
     from llmctl.evaluate.tasks.registry import default
     from llmctl.train import learner, loop
 
@@ -173,7 +173,7 @@ def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
     """Return the training objective.
 
     Raises:
-      RequestError: the model or the mesh does not support it.
+      RequestError: the model or the mesh does not support the objective.
     """
     from llmctl.data.pretraining import objective_rows
     from llmctl.train import loop
@@ -190,7 +190,7 @@ def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
 
 
 def _vocabulary(config: Config, objective: Objective) -> int:
-    """Return the vocabulary size of the tokenizer, as far as it is known before the tokenizer exists."""
+    """Return the vocabulary size of the tokenizer. It is an estimate if the tokenizer does not exist yet."""
     from llmctl.data.tokenizers import loading
     from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 
@@ -204,7 +204,10 @@ def _vocabulary(config: Config, objective: Objective) -> int:
 
 
 def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
-    """Return the tokenizer's config with enough sentinels for span corruption, if a trained one has none set."""
+    """Return the tokenizer's config with enough sentinel tokens for span corruption.
+
+    The config is returned unchanged if the objective is not `spans`, or if its path or sentinels are set.
+    """
     from llmctl.data.pretraining import span_corruption
 
     if objective.name != "spans" or tokenizer.path or tokenizer.sentinels:

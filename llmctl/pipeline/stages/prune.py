@@ -1,4 +1,4 @@
-"""`prune`: remove heads, neurons and layers, or set single weights to zero, chosen on calibration data."""
+"""`prune`: remove heads, neurons and layers, or set single weights to zero, selected on calibration data."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 STRUCTURED = "structured"
-"""Method that removes whole parts; every other method is the name of a score."""
+"""Name of the method that removes heads, neurons and layers. Every other method is the name of a pruning score."""
 PARTS = ("heads", "ffn", "layers")
-"""Fields that say how much structured pruning removes; each has the explicit forms keep_ and remove_."""
+"""Fields that set how much structured pruning removes. Each has two explicit forms, keep_FIELD and remove_FIELD."""
 
 
 def _method(name: str) -> str:
@@ -49,7 +49,7 @@ def _methods() -> list[str]:
 
 
 class Config(CalibrationConfig, StageConfig):
-    """Prune a model: remove whole parts (structured), or set weights to zero by a score (magnitude, wanda, …)."""
+    """Prune a model: remove heads, neurons and layers, or set weights to zero by a score (magnitude, wanda, …)."""
 
     added: ClassVar[frozenset[str]] = frozenset({f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")})
     common: ClassVar[tuple[str, ...] | None] = (
@@ -59,26 +59,28 @@ class Config(CalibrationConfig, StageConfig):
 
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
-    """Method: structured removes heads, neurons and layers. Scores set single weights to zero: magnitude (absolute
-    value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient), random."""
+    """Method. structured: remove heads, neurons and layers. The others are scores that select single weights to set to
+    zero: magnitude (absolute value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient),
+    random."""
     heads: float = Field(default=0.0, ge=0)
-    """Short form of keep_heads (from 1) and remove_heads (below 1); 0 keeps all."""
+    """Short form of keep_heads (1 or more) and remove_heads (below 1); 0 keeps all."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
     """Structured: number of query heads to keep per layer."""
     remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Structured: fraction of the query heads to remove per layer."""
     heads_by: Literal["groups", "queries"] = "groups"
-    """Structured: remove key/value heads with all their query heads, or query heads evenly from each of them."""
+    """Structured: remove key/value heads with all their query heads, or remove the same number of query heads from
+    each."""
     ffn: float = Field(default=0.0, ge=0)
-    """Short form of keep_ffn (from 1) and remove_ffn (below 1); 0 keeps all."""
+    """Short form of keep_ffn (1 or more) and remove_ffn (below 1); 0 keeps all."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)
     """Structured: number of neurons to keep per feed-forward layer."""
     remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Structured: fraction of the neurons to remove per feed-forward layer."""
     multiple: int = Field(default=1, ge=1)
-    """Structured: keep a multiple of this number of neurons (128 suits TPUs)."""
+    """Structured: keep a number of neurons that is a multiple of this (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
-    """Short form of keep_layers (from 1) and remove_layers (below 1); 0 keeps all."""
+    """Short form of keep_layers (1 or more) and remove_layers (below 1); 0 keeps all."""
     keep_layers: int = Field(default=0, ge=0, strict=True)
     """Structured: number of layers to keep."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
@@ -91,9 +93,9 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Write keep_layers = 3 as layers = 3 and remove_layers = 0.75 as layers = 0.75, so that the keys are equal.
+        """Replace keep_layers = 3 by layers = 3 and remove_layers = 0.75 by layers = 0.75, so that the keys are equal.
 
-        Other values of these fields are left to their strict types, which refuse all but 0.
+        Other values of these fields are not replaced. Their strict types reject all values except 0.
         """
         if not isinstance(given, dict):
             return given
@@ -129,7 +131,7 @@ class Config(CalibrationConfig, StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Prune the parent and leave the artifact in `ctx.out`."""
+    """Prune the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.compress.layer_files import Saved
     from llmctl.compress.lowrank import merged
@@ -187,7 +189,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-    """Return the calibration walk over generated texts of the right shapes."""
+    """Return the calibration walk over generated texts with the shapes of the real ones."""
     from llmctl.compress import calibration_data
     from llmctl.compress.programs import Walk
     from llmctl.evaluate.tasks.registry import of
@@ -197,10 +199,10 @@ def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> W
 
 
 def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) -> ModelConfig:
-    """Return the sizes after structured pruning.
+    """Return the model's config after structured pruning.
 
     Raises:
-      RequestError: the model cannot be cut to them, or the mesh cannot split them.
+      RequestError: the model cannot be pruned to these sizes, or the mesh cannot shard them.
     """
     from llmctl.compress import shrink
     from llmctl.model import functional
@@ -215,7 +217,7 @@ def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) 
 
 
 def sizes(config: Config, before: ModelConfig, after: ModelConfig) -> str:
-    """Return one line about what structured pruning does: the request, and each size before and after."""
+    """Return one line about structured pruning: the settings, and each size before and after."""
     fields = {"layers": "layers", "heads": "heads", "ffn": "d_ff"}
     said = []
     for part, field in fields.items():
@@ -237,10 +239,11 @@ def _structured(
     progress: Callable[[LayerReport], None],
     say: Callable[[str], None],
 ) -> Pruned:
-    """Prune layers first, then widths, so that heads and neurons are scored on the inputs that they will have.
+    """Prune layers first, then heads and neurons, and return the config, the parameters and the metrics.
 
-    The walk that chooses widths saves its finished layers. The one that chooses layers has nothing to save: a resumed
-    layer would repeat its only pass.
+    The order ensures that heads and neurons are scored on the inputs of the remaining layers. The walk that prunes
+    heads and neurons saves its finished layers. The walk that selects layers is not saved, because resuming it would
+    repeat its only pass.
     """
     from llmctl.compress import calibration_data, structured
 
@@ -265,7 +268,13 @@ def _unstructured(
     saved: Saved,
     progress: Callable[[LayerReport], None],
 ) -> Pruned:
-    """Set weights to zero by a score, layer by layer. Finished layers are saved."""
+    """Set weights to zero by a score, and return the config, the parameters and the metrics.
+
+    A score that needs calibration data prunes layer by layer and saves finished layers.
+
+    Raises:
+      RequestError: the pattern does not fit the matrices, or the model already has this sparsity.
+    """
     from llmctl.compress import calibration_data, gradients, prune
     from llmctl.compress.calibrate import Visit, walk
     from llmctl.compress.statistics import moments, nothing
@@ -300,5 +309,8 @@ def _unstructured(
 
 
 def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
-    """Return the relative output error of each stack's layers, on the outputs of the pruned layers before them."""
+    """Return the relative output error of each layer, by stack.
+
+    The layer's inputs come from the pruned layers before it.
+    """
     return {s: [round(r.error, 6) for r in reports if r.stack == s] for s in dict.fromkeys(r.stack for r in reports)}

@@ -1,4 +1,4 @@
-"""`quantize`: store the matrices as integers with scales and compute with them."""
+"""`quantize`: store the matrices as integers with scales, and compute with these integers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import Programs
 
 SHORT = {"int8": 8, "int4": 4}
-"""Schemes that have a short form in bits."""
+"""Schemes that the setting `bits` can select, with their bits."""
 
 
 def _scheme(name: str) -> str:
@@ -35,11 +35,11 @@ class Config(StageConfig):
     bits: int = 8
     """Bits per weight: 8 or 4, for the schemes int8 and int4."""
     scheme: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
-    """Quantization scheme by name, also of an installed package; empty uses bits."""
+    """Name of a quantization scheme, also of an installed package. If empty, `bits` selects the scheme."""
     group: int = Field(default=0, ge=0)
-    """Number of inputs per scale, which must divide those of every matrix; 0 means one scale per output."""
+    """Number of inputs per scale, which must divide the inputs of every matrix; 0 means one scale per output."""
     embeddings: bool = False
-    """Also quantize the token embeddings, with one scale per row. Tied ones are the output projection too."""
+    """Also quantize the token embeddings, with one scale per token. Tied embeddings are the output projection too."""
     head: bool = False
     """Also quantize the output projection and the task head."""
     activations: Literal["", "int8"] = ""
@@ -48,7 +48,7 @@ class Config(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Write a scheme that bits can express as bits, so that both forms have the same key."""
+        """Replace a scheme that `bits` can select by its bits, so that both forms have the same key."""
         if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("scheme", "")))) is None:
             return given
         if given.get("bits", bits) != bits:
@@ -70,12 +70,12 @@ class Config(StageConfig):
 
     @property
     def scheme_name(self) -> str:
-        """Name of the scheme in `SCHEMES`."""
+        """Return the name of the scheme in `SCHEMES`."""
         return self.scheme or f"int{self.bits}"
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Quantize the parent and leave the artifact in `ctx.out`."""
+    """Quantize the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
     from llmctl.compress.quantize import quantize
@@ -113,7 +113,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def left_out(params: dict[str, Any], parameters: int) -> list[str]:
-    """Return a line for each kind of matrix that is not quantized: its share of the weights, and the setting."""
+    """Return a line for each kind of matrix that is not quantized: its fraction of the weights, and its setting."""
     from llmctl.model import weights
 
     kinds: list[tuple[Literal["embedding", "head"], str, str]] = [
@@ -142,6 +142,6 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _how(config: Config) -> dict[str, Any]:
-    """Return the arguments of `llmctl.compress.quantize.quantize`."""
+    """Return the keyword arguments of `llmctl.compress.quantize.quantize`."""
     given = {name: getattr(config, name) for name in ("group", "embeddings", "head", "activations")}
     return {"scheme": config.scheme_name, **given}

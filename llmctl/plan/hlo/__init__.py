@@ -1,1 +1,1 @@
-"""Analysis of compiled HLO text: FLOPs, bytes and collectives per step, with the trip counts of loops."""
+"""Analyze compiled HLO text: FLOPs, bytes and collectives per step, with the trip counts of loops."""

@@ -25,12 +25,12 @@ from llmctl.plan.hlo.parser import Computation, Instruction, Module, parse
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over one group of devices, summed over a step, per device."""
+    """Store the sums over all collectives of one kind over one group of devices in a step, per device."""
 
     kind: str
     """One of all-gather, reduce-scatter, all-reduce, all-to-all and collective-permute."""
     bytes: float
-    """Bytes that a device sends; it receives as many."""
+    """Bytes that a device sends. It receives the same number."""
     axis: str
     """Mesh axis of the collective.
 
@@ -48,7 +48,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of one compiled step, per device."""
+    """Store the counts of one compiled step, per device."""
 
     flops: float
     """FLOPs of matrix products and convolutions, without custom kernels."""
@@ -56,7 +56,7 @@ class Counts:
     """Bytes that all operations read from and write to HBM."""
     collectives: list[Collective] = field(default_factory=list)
     flops_by_type: dict[str, float] = field(default_factory=dict)
-    """`flops` by the operand dtype: bfloat16, int8, …"""
+    """`flops` by operand dtype: bfloat16, int8, …"""
     kernels: dict[str, float] = field(default_factory=dict)
     """Number of runs of each custom kernel (splash attention), by name."""
     kernel_flops: float = 0.0
@@ -66,11 +66,11 @@ class Counts:
 
 
 def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
-    """Count the operations of a compiled module.
+    """Count the operations, bytes and collectives of a compiled module, per device.
 
     Args:
-        hlo_text: Text of the optimized HLO.
-        mesh_axes: Axes of the mesh and their sizes, in order. Collectives are attributed to these axes.
+      hlo_text: text of the optimized HLO.
+      mesh_axes: axes of the mesh and their sizes, in order. Collectives are attributed to these axes.
     """
     module = parse(hlo_text)
     tally = _Counter(module, mesh_axes).of(module.computations[module.entry])
@@ -92,7 +92,7 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
 }  # fmt: skip
 """Custom calls that are not kernels."""
 APART = ("async-start", "call-start")
-"""Opcodes that start asynchronous computations. Those of call-start run on separate cores."""
+"""Opcodes that start asynchronous computations. A computation started by call-start runs on separate cores."""
 SLICES = "slices"
 """Name of the network between TPU slices, used instead of a mesh axis."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -100,7 +100,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclass
 class _Tally:
-    """Sums over one run of a computation."""
+    """Accumulate the counts of one run of a computation."""
 
     flops: dict[str, float] = field(default_factory=dict)
     bytes: float = 0.0
@@ -111,7 +111,7 @@ class _Tally:
 
     @property
     def work(self) -> float:
-        """FLOPs that a collective can overlap with."""
+        """Return the FLOPs that a collective can overlap with."""
         return sum(self.flops.values()) + self.kernel_flops
 
     def hide(self) -> None:
@@ -120,7 +120,10 @@ class _Tally:
             sums |= {"overlapped": sums["count"], "hidden": sums["bytes"]}
 
     def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
-        """Add `other` multiplied by `times`; without its bytes if the caller counts those, as for a fusion."""
+        """Add `other`, multiplied by `times`.
+
+        If `bytes_too` is false, omit its bytes, which the caller counts (a fusion).
+        """
         for mine, theirs in ((self.flops, other.flops), (self.kernels, other.kernels)):
             for key, value in theirs.items():
                 mine[key] = mine.get(key, 0.0) + times * value
@@ -134,14 +137,14 @@ class _Tally:
 
 
 class _Counter:
-    """Count computations and cache the result of each, because several instructions may call it."""
+    """Count computations, and cache the result of each one, because several instructions may call it."""
 
     def __init__(self, module: Module, mesh: Mapping[str, int]) -> None:
         self.module, self.mesh = module, mesh
         self.done: dict[str, _Tally] = {}
 
     def of(self, where: Computation) -> _Tally:
-        """Return the sums over one run of a computation."""
+        """Return the counts of one run of a computation."""
         if where.name not in self.done:
             tally, apart = _Tally(), [self.instruction(where, i) for i in where.instructions]
             for n, i in enumerate(where.instructions):
@@ -158,7 +161,7 @@ class _Counter:
         return self.done[where.name]
 
     def instruction(self, where: Computation, i: Instruction) -> _Tally:
-        """Return the sums over one run of `i`, without those of a collective that is `i` itself."""
+        """Return the counts of one run of `i`. If `i` is a collective, the collective itself is not included."""
         tally = _Tally(bytes=hbm_traffic.of(self.module, where, i))
         flops, dtype = operations.matrix(where, i)
         if flops:
@@ -182,7 +185,7 @@ class _Counter:
         return tally
 
     def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
-        """Return the sums over one run of a collective."""
+        """Return the counts of one run of a collective."""
         group = replica_groups.group_of(i, math.prod(self.mesh.values()))
         if len(group) < 2:
             return _Tally()
@@ -192,7 +195,7 @@ class _Counter:
 
 
 def _summed(kind: str, axis: str, n: int, given: float, hidden: bool) -> _Tally:
-    """Return the sums over one run of a collective of `n` devices that each contribute `given` bytes."""
+    """Return the counts of one run of a collective of `n` devices that each contribute `given` bytes."""
     payload = given * n if kind == "all-gather" else given
     sent = payload * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
     sums = {
@@ -225,7 +228,7 @@ def _kind(i: Instruction) -> str:
 def _between_slices(i: Instruction) -> str:
     """Return the kind of a collective between TPU slices, or an empty string.
 
-    The hosts run it on data that a device sends.
+    The hosts run the collective on data that a device sends.
     """
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes) if i.opcode == "send" else None
     kind = found[1].lower().replace("_", "-") if found else ""
@@ -233,7 +236,7 @@ def _between_slices(i: Instruction) -> str:
 
 
 def _received(where: Computation, sent: Instruction) -> int:
-    """Return the index of the instruction that waits for the reply to `sent`; the index of `sent` if there is none."""
+    """Return the index of the instruction that waits for the reply to `sent`; the index of `sent` if none does."""
     meeting = sent.attributes.partition('_xla_host_transfer_rendezvous="')[2].partition('"')[0]
     names = [i.name for i in where.instructions if i.opcode == "recv" and f'rendezvous="{meeting}"' in i.attributes]
     ends = (n for n, i in enumerate(where.instructions) if i.opcode == "recv-done" and set(names) & set(i.operands))
@@ -241,13 +244,13 @@ def _received(where: Computation, sent: Instruction) -> int:
 
 
 def _scatters(where: Computation, i: Instruction) -> bool:
-    """Return True if only slices of an all-reduce are used, which makes it a fused reduce-scatter."""
+    """Return whether only slices of an all-reduce are used, which makes it a fused reduce-scatter."""
     users = where.users[i.name]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
 
 def _hides(where: Computation, n: int, apart: list[_Tally]) -> bool:
-    """Return True if matrix products run between the start and the end of collective `n`."""
+    """Return whether matrix products run between the start and the end of collective `n`."""
     start = where.instructions[n]
     if any(i.target == "AsyncCollectiveStart" for i in where.instructions):
         return True  # the fusions of this computation also contain other work

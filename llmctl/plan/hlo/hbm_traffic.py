@@ -1,6 +1,6 @@
-"""HBM traffic of one instruction of compiled HLO, in bytes.
+"""Compute the HBM traffic of one instruction of compiled HLO, in bytes.
 
-Arrays that the layout puts in on-chip memory cost nothing. If an operation only slices an array, or updates it in
+Arrays in on-chip memory, as given by their layout, cost nothing. If an operation only slices an array, or updates it in
 place, only the slice counts.
 """
 
@@ -44,12 +44,12 @@ def _hbm(arrays: list[Array]) -> float:
 
 
 def _like(place: Array, moved: list[Array]) -> float:
-    """Return the bytes of `moved` if `place` is in HBM, else 0."""
+    """Return the bytes of `moved` if the array `place` is in HBM, otherwise 0."""
     return sum(a.bytes for a in moved) if place.space == 0 else 0.0
 
 
 def _started(where: Computation, i: Instruction) -> float:
-    """Return the bytes of an asynchronous operation at its start: it reads its operands and writes its outputs.
+    """Return the bytes of an asynchronous operation at its start. It reads its operands and writes its outputs.
 
     The result of such an instruction contains the operands, the outputs and flags, in this order.
     """
@@ -92,7 +92,7 @@ def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
 
 
 def _written(inner: Computation, i: Instruction) -> float:
-    """Return the bytes of a fusion's results that are written; for an in-place update only the new part."""
+    """Return the bytes of a fusion's results that are written. For an in-place update only the new part counts."""
     parts = [inner.by_name[o] for o in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
     if len(parts) != len(i.arrays):
         return _hbm(i.arrays)

@@ -1,4 +1,4 @@
-"""FLOPs of one instruction of compiled HLO; a multiply-add counts as two."""
+"""Compute the FLOPs of one instruction of compiled HLO. A multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TYPES = {
     "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8", "u8": "int8",
     "s4": "int4", "u4": "int4", "s32": "int32",
 }  # fmt: skip
-"""HLO dtype name -> our name; all float8 types are "float8"."""
+"""Names of dtypes in JAX, by their names in HLO. All float8 types are named "float8"."""
 
 
 def matrix(where: Computation, i: Instruction) -> tuple[float, str]:
-    """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product; (0, "") for others."""
+    """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product; otherwise (0, "")."""
     if i.opcode == "dot":
         contracted = i.numbers("lhs_contracting_dims")
         left = where.operand(i, 0).arrays[0]
@@ -39,7 +39,7 @@ def _dtype(where: Computation, i: Instruction) -> str:
 
 
 def _convolution(where: Computation, i: Instruction) -> float:
-    """Return the FLOPs of a convolution; TPU programs express matrix products as convolutions.
+    """Return the FLOPs of a convolution, because TPU programs express matrix products as convolutions.
 
     Products with padding do not count.
     """
@@ -73,7 +73,7 @@ def _window(i: Instruction, spatial: int) -> list[dict[str, int]]:
 
 
 def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, apart: int, within: int) -> int:
-    """Count the pairs (output position, kernel position) along one dimension that meet an input element."""
+    """Return the number of pairs (output position, kernel position) along one dimension that read an input element."""
     last = (size - 1) * apart
     if kernel == 1 and low == 0 and apart == 1:
         return out
@@ -93,7 +93,7 @@ of the probabilities, and two more. The kernel for queries computes one fewer.
 
 
 def attention(where: Computation, i: Instruction) -> float:
-    """Return the FLOPs of a splash attention kernel from its shapes; only blocks inside the mask run.
+    """Return the FLOPs of a splash attention kernel from its shapes. Only blocks inside the mask run.
 
     Queries are [B, H, T, K] and keys [B, G, S, K]; B is absent if it is 1. If the kernel skips blocks, its block table
     is [., rows, columns]. Each row of blocks then has at most that many columns, and ends at the diagonal.

@@ -1,4 +1,4 @@
-"""Parser of compiled HLO text: computations and instructions, with the details that counting needs.
+"""Parse compiled HLO text into computations and instructions, with the details that counting needs.
 
 The input is the result of `compiled.as_text()`: optimized, scheduled, with layouts. The parser accepts the output of
 all backends, which differ in percent signs, memory spaces and attributes over several lines.
@@ -15,9 +15,9 @@ BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
 }  # fmt: skip
-"""Bits per element; the float8 types have 8, and tokens none."""
+"""Bits per element of each dtype. The float8 types have 8 bits, and tokens have none."""
 DEVICE = 0
-"""Memory space of HBM; other numbers are on-chip memories (VMEM, SMEM) and host memory."""
+"""Memory space of HBM. Other numbers are on-chip memories (VMEM, SMEM) and host memory."""
 
 _LEAF = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -30,7 +30,7 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 @dataclass(frozen=True)
 class Array:
-    """Dtype, shape and memory space of one array."""
+    """Store dtype, shape and memory space of one array."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -38,23 +38,23 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> float:
-        """Size in bytes as a packed array; the padding of tiled layouts is not counted."""
+        """Return the size in bytes as a packed array. The padding of tiled layouts is not counted."""
         return self.size * BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0) / 8
 
     @property
     def hbm(self) -> float:
-        """Size in bytes if the array is in HBM, else 0."""
+        """Return the size in bytes if the array is in HBM, otherwise 0."""
         return self.bytes if self.space == DEVICE else 0.0
 
 
 @dataclass
 class Instruction:
-    """One instruction of a computation."""
+    """Store one instruction of a computation."""
 
     name: str
     opcode: str
@@ -68,14 +68,14 @@ class Instruction:
 
     @cached_property
     def called(self) -> dict[str, list[str]]:
-        """Called computations by attribute: calls, body, condition, to_apply, branch_computations, …"""
+        """Return the called computations by attribute: calls, body, condition, to_apply, branch_computations, …"""
         found: dict[str, list[str]] = {}
         for key, many, one in re.findall(r"(\w+)=(?:\{((?:%[\w.\-]+(?:, )?)+)\}|%([\w.\-]+))", self.attributes):
             found[key] = _NAMES.findall(many) if many else [one]
         return found
 
     def attribute(self, name: str) -> str:
-        """Return the text of an attribute up to the next one, or an empty string."""
+        """Return the text of an attribute up to the next one, or an empty string if the attribute is missing."""
         found = re.search(rf"(?:^|[ ,]){name}=(\{{[^}}]*\}}|[^,\s]*)", self.attributes)
         return found[1] if found else ""
 
@@ -85,31 +85,31 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """Target of a custom call; empty for other instructions."""
+        """Return the target of a custom call, or an empty string for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
 
 @dataclass
 class Computation:
-    """Computation: instructions in execution order."""
+    """Store the instructions of a computation, in execution order."""
 
     name: str
     instructions: list[Instruction] = field(default_factory=list)
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """Instructions by name."""
+        """Return the instructions by name."""
         return {i.name: i for i in self.instructions}
 
     @cached_property
     def root(self) -> Instruction:
-        """Root instruction, whose result the computation returns."""
+        """Return the root instruction, whose result is the result of the computation."""
         return next((i for i in self.instructions if i.root), self.instructions[-1])
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instructions that read each instruction's result."""
+        """Return the instructions that read each instruction's result, by the name of the latter."""
         found: dict[str, list[Instruction]] = {i.name: [] for i in self.instructions}
         for i in self.instructions:
             for name in dict.fromkeys(i.operands):
@@ -118,7 +118,7 @@ class Computation:
 
     @cached_property
     def parameters(self) -> list[Instruction]:
-        """Parameter instructions, in the order of their numbers."""
+        """Return the parameter instructions, in the order of their numbers."""
         return sorted((i for i in self.instructions if i.opcode == "parameter"), key=lambda i: int(i.inside))
 
     def operand(self, i: Instruction, n: int) -> Instruction:
@@ -132,7 +132,7 @@ class Computation:
 
 @dataclass
 class Module:
-    """Compiled program: its computations and the name of the entry."""
+    """Store a compiled program: its computations by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
@@ -142,7 +142,7 @@ def parse(text: str) -> Module:
     """Parse the text of a compiled module.
 
     Raises:
-        ValueError: If there is no ENTRY computation.
+      ValueError: the text has no ENTRY computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
@@ -211,7 +211,7 @@ def _closing(text: str, opens: int) -> int:
 
 
 def arrays(kind: str) -> list[Array]:
-    """Return the leaf arrays of a type such as f32[2,8]{1,0:T(8,128)S(1)} or a tuple of them."""
+    """Return the leaf arrays of a type such as f32[2,8]{1,0:T(8,128)S(1)}, or of a tuple of such types."""
     found = []
     for dtype, dims, layout in _LEAF.findall(_COMMENT.sub("", kind)):
         space = _SPACE.search(layout or "")

@@ -1,4 +1,4 @@
-"""Replica groups of collectives, and the mesh axes that they span.
+"""Read the replica groups of collectives, and determine the mesh axes that they span.
 
 Devices are numbered in mesh order, with the last axis fastest.
 """
@@ -16,13 +16,14 @@ from llmctl.plan.hlo.parser import Instruction
 
 
 def group_of(i: Instruction, devices: int) -> list[int]:
-    """Return the devices in one replica group of `i`, mostly that of device 0.
+    """Return the device numbers of one replica group of `i`, usually the group of device 0.
 
-    All printed forms are read: {{0,1},{2,3}}, [4,2]<=[2,4]T(1,0), mesh['a'=2,'b'=4] {'b'}, and source-target pairs.
+    All printed forms are supported: {{0,1},{2,3}}, [4,2]<=[2,4]T(1,0), mesh['a'=2,'b'=4] {'b'}, and source-target
+    pairs.
 
     Args:
-        i: A collective.
-        devices: Number of devices of the program, which form the group if `i` names none.
+      i: a collective.
+      devices: number of devices of the program. They form the group if `i` names none.
     """
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", i.attributes):
         return _chain([(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])])
@@ -37,7 +38,7 @@ def group_of(i: Instruction, devices: int) -> list[int]:
 
 
 def slices_of(i: Instruction) -> int:
-    """Return the number of slices that take part when `i` sends between slices.
+    """Return the number of TPU slices in the collective to which the send instruction `i` belongs.
 
     {1,2}x{0:3} means 2 slices with 4 devices each.
     """
@@ -51,7 +52,7 @@ def _ints(text: str) -> list[int]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """Return 0, 1, 2, … in the shape `dims`, transposed to `order`."""
+    """Return the numbers 0, 1, 2, … in the shape `dims`, transposed to `order`."""
     ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
     return ids.transpose(_ints(order)) if order else ids
 
@@ -65,7 +66,7 @@ def _chain(pairs: list[tuple[int, int]]) -> list[int]:
 
 
 def _of_mesh(text: str) -> list[int]:
-    """Return the group of the form mesh['a'=2,'b'=4] {'b'}.
+    """Return the group that has the form mesh['a'=2,'b'=4] {'b'}.
 
     XLA chooses the names. Part of an axis is written 'a':(1)2, with the size before it and its own size.
     """

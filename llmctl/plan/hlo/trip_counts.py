@@ -13,7 +13,7 @@ import re
 from llmctl.plan.hlo.parser import Computation, Instruction, Module
 
 Affine = tuple[dict[int, int], int]
-"""Affine sum: {index in the loop's tuple: factor} and a constant."""
+"""Affine sum: {index in the loop's tuple: factor}, and a constant."""
 
 _SAME = {"copy", "bitcast", "convert", "copy-done", "reshape"}
 
@@ -66,9 +66,9 @@ def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine,
 
 
 def _affine(module: Module, where: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
-    """Return `i` as an affine sum over the loop's tuple, or None.
+    """Return `i` as an affine sum over the loop's tuple, or None if it is not affine.
 
-    `given` holds the parameters of a computation that the loop calls.
+    `given` contains the parameters of a computation that the loop calls.
     """
     if i.opcode == "constant":
         return ({}, int(i.inside)) if re.fullmatch(r"-?\d+", i.inside.strip()) else None
@@ -105,7 +105,7 @@ def _add(left: Affine, right: Affine, sign: int) -> Affine:
 
 
 def _settle(module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine) -> Affine | None:
-    """Replace the elements of `side` that the body does not change by their constants."""
+    """Replace the elements of `side` that the body does not change by their constants; None if one is not constant."""
     out: Affine = ({}, side[1])
     for index, factor in side[0].items():
         if _step(module, body, index) == 0:
@@ -119,7 +119,7 @@ def _settle(module: Module, caller: Computation, loop: Instruction, body: Comput
 
 
 def _start(module: Module, caller: Computation, loop: Instruction, index: int) -> int | None:
-    """Return the constant that element `index` of the loop's tuple starts with, or None."""
+    """Return the initial value of element `index` of the loop's tuple, or None if it is not constant."""
     source = caller.operand(loop, 0)
     while source.opcode in _SAME and source.operands:
         source = caller.operand(source, 0)
@@ -130,7 +130,7 @@ def _start(module: Module, caller: Computation, loop: Instruction, index: int) -
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """Return the increment of element `index` per iteration, or None."""
+    """Return the increment of element `index` per iteration, or None if it is not constant."""
     if body.root.opcode != "tuple":
         return None
     found = _affine(module, body, body.operand(body.root, index), [])

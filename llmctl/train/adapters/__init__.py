@@ -1,1 +1,1 @@
-"""Parameter-efficient finetuning."""
+"""Finetune models with few trained parameters."""

@@ -1,7 +1,7 @@
-"""Train low-rank adapters whose ranks move between matrices (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
+"""Train low-rank adapters that share a budget of ranks (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
-Each update is scale * P diag(e) Q with nearly orthogonal P and Q. Singular values of little importance are set to zero
-until the mean rank is `lora.rank`. The artifact stores the other ones as low-rank pairs.
+Each update is scale * P diag(e) Q with nearly orthogonal P and Q. Training sets the least important singular values e
+to zero until the mean rank is `lora.rank`. The artifact stores the remaining ones as low-rank pairs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DEVIATION = 0.02
 
 
 class AdaLora(Method):
-    """Low-rank updates with a shared budget of ranks, and the task's head."""
+    """Train low-rank updates with a shared rank budget, and the task's head."""
 
     name = "adalora"
     settings = ("lora", "adalora", "merge")
     adapts = True
 
     def check(self, config: Any, base: Artifact) -> None:
-        """See Method; options of LoRA that fix ranks or scales have no meaning here."""
+        """Raise RequestError if the settings fix ranks or scales, which AdaLoRA chooses, or if Method.check does."""
         given = config.lora.model_fields_set & {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern"}
         if given:
             raise RequestError(f"lora.{min(given)}: not for method 'adalora', which chooses the ranks")
@@ -41,7 +41,10 @@ class AdaLora(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """See Method; the singular values start at zero, so the model is unchanged at first."""
+        """Return the parameters with an `Svd` adapter around each target matrix, sharded over `mesh`.
+
+        The singular values are initialized to zero, so the model's outputs do not change.
+        """
         import jax
         import jax.numpy as jnp
 
@@ -59,10 +62,10 @@ class AdaLora(Method):
         return targets.wrap(model, params, config.lora.targets, svd, mesh, "lora.targets")
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """See Method: the budget, the state that importance needs, and the orthogonality term.
+        """Return the fields of a Job that allocate ranks and penalize singular vectors that are not orthogonal.
 
         Raises:
-          RequestError: no step is left between the first and the last phase.
+          RequestError: no step is left between `adalora.warmup` and `adalora.final`.
         """
         from llmctl.model import weights
         from llmctl.train import optim, rank_budget
@@ -92,7 +95,7 @@ class AdaLora(Method):
         return {"memory": ranks.memory, "after_step": ranks.after_step, "penalty": penalty, "best_from": settled}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """See Method; pairs of the ranks that are left."""
+        """Return the parameters with a low-rank pair of the remaining ranks in place of each `Svd` adapter."""
         from llmctl.model import weights
 
         return weights.updated(params, {path: w.kept() for path, w in weights.of_type(params, weights.Svd).items()})

@@ -1,4 +1,4 @@
-"""Train the biases, those of norms included (BitFit; Ben Zaken et al., 2022, arXiv:2106.10199)."""
+"""Train the biases, including those of norms (BitFit; Ben Zaken et al., 2022, arXiv:2106.10199)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class BitFit(Method):
-    """Biases and the task's head."""
+    """Train the biases and the task's head."""
 
     name = "bitfit"
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """See Method.
+        """Return a function from an array's name to whether it is trained: True for biases and the task's head.
 
         Raises:
           RequestError: the layers have no biases, as in Llama and T5.

@@ -1,8 +1,8 @@
-"""Train the direction of each matrix by a low-rank adapter, and its magnitude.
+"""Train the magnitude of each matrix, and its direction by a low-rank adapter.
 
 (DoRA; Liu et al., 2024, arXiv:2402.09353)
 
-The matrices may be quantized. Ranks, scales, targets and initialization are those of LoRA.
+The matrices may be quantized. Ranks, scales, targets and initialization are the same as in LoRA.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 class Dora(Lora):
-    """Low-rank pairs, magnitudes and the task's head."""
+    """Train low-rank pairs, magnitudes and the task's head."""
 
     name = "dora"
 
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """See Method; the magnitudes start as those of the matrices, so the model is unchanged at first."""
+        """Return the parameters with a DoRA adapter around each target matrix, sharded over `mesh`.
+
+        The magnitudes are initialized to those of the matrices, so the model's outputs do not change.
+        """
         from llmctl.model import weights
 
         return attach(model, params, config.lora, key, mesh, weights.Dora.around)

@@ -1,4 +1,4 @@
-"""Train all parameters, those of the parent and those of the head."""
+"""Train all parameters of the parent and of the task's head."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class Full(Method):
-    """All parameters."""
+    """Train all parameters."""
 
     name = "full"
     changes_base = True
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """See Method."""
+        """Return a function that is True for the name of every array."""
         return lambda _: True
 
 

@@ -1,4 +1,4 @@
-"""Train the task's head on the frozen parent."""
+"""Train the task's head and freeze the parent."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Head(Method):
-    """The task's head alone."""
+    """Train only the task's head."""
 
     name = "head"
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """See Method.
+        """Return a function from an array's name to whether it belongs to the task's head.
 
         Raises:
           RequestError: the task has no head of its own.

@@ -1,4 +1,4 @@
-"""Train factors of keys, values and inner activations of the feed-forward layers.
+"""Train factors of the keys, the values, and the inner activations of the feed-forward layers.
 
 (IA)^3 (Liu et al., 2022, arXiv:2205.05638). The matrices may be quantized.
 """
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
-"""Matrices that get factors, by name, and the activations that the factors multiply."""
+"""Side of the factors for each matrix that gets an adapter: they multiply its outputs or its inputs."""
 
 
 class Ia3(Method):
-    """Factors of activations and the task's head."""
+    """Train factors of activations, and the task's head."""
 
     name = "ia3"
     settings = ("merge",)
@@ -31,7 +31,10 @@ class Ia3(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """See Method; the factors start as ones."""
+        """Return the parameters with factors around the matrices k, v and down, sharded over `mesh`.
+
+        The factors are initialized to one, so the model's outputs do not change.
+        """
         import jax.numpy as jnp
 
         from llmctl.model import weights

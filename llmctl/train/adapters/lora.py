@@ -1,4 +1,4 @@
-"""Train low-rank adapters (LoRA; Hu et al., 2021, arXiv:2106.09685) beside frozen matrices.
+"""Train low-rank adapters and freeze the matrices that they update (LoRA; Hu et al., 2021, arXiv:2106.09685).
 
 The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314). Options are the scale of rsLoRA
 (Kalajdzievski, 2023, arXiv:2312.03732) and the learning rates of LoRA+ (Hayou et al., 2024, arXiv:2402.12354).
@@ -30,21 +30,21 @@ def attach(
     mesh: jax.sharding.Mesh,
     make: Callable[[Any, jax.Array, jax.Array, float], weights.LowRank] | None = None,
 ) -> Params:
-    """Add a low-rank pair to every matrix of the blocks that `lora.targets` names; all of them if it is empty.
+    """Return the parameters with a low-rank pair a [..., I, R], b [..., R, O] around each target matrix [..., I, O].
 
-    a [..., I, R] is initialized uniformly, as in the LoRA authors' code (Kaiming, a = sqrt(5)), and b [..., R, O] to
-    zero, so the model is unchanged at first.
+    a is initialized uniformly, as in the LoRA authors' code (Kaiming, a = sqrt(5)). b is initialized to zero, so the
+    model's outputs do not change.
 
     Args:
       cfg: config of the model.
-      params: its parameters.
-      lora: ranks, scales and targets.
+      params: parameters of the model.
+      lora: ranks R, scales and targets. If `lora.targets` is empty, all matrices of the blocks are targets.
       key: random key of a.
       mesh: the devices.
-      make: function from (weight, a, b, scale) to the adapter; None makes a `LowRank`.
+      make: function from (weight, a, b, scale) to the adapter; None creates a `LowRank`.
 
     Raises:
-      RequestError: a target or a pattern names no matrix, a matrix has a pair already, or a rank does not fit
+      RequestError: a target or a pattern names no matrix, a matrix already has a pair, or a rank does not fit
         (`check_rank`).
     """
     import jax
@@ -69,10 +69,10 @@ def attach(
 
 
 def check_rank(params: Params, lora: LoraConfig) -> None:
-    """Check that the highest rank is not above the smaller side of every matrix: no update has a higher rank.
+    """Check the highest rank of the adapters, because no update has a rank above the smaller side of its matrix.
 
     Raises:
-      RequestError: it is.
+      RequestError: the rank is above the smaller side of every matrix.
     """
     from llmctl.model import weights
 
@@ -83,7 +83,7 @@ def check_rank(params: Params, lora: LoraConfig) -> None:
 
 
 class Lora(Method):
-    """Low-rank pairs and the task's head."""
+    """Train low-rank pairs and the task's head."""
 
     name = "lora"
     settings = ("lora", "merge")
@@ -92,11 +92,14 @@ class Lora(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """See Method."""
+        """Return the parameters with a low-rank pair around each target matrix, sharded over `mesh`."""
         return attach(model, params, config.lora, key, mesh)
 
     def rate(self, config: Any, name: str) -> float:
-        """See Method; LoRA+ trains b faster than a."""
+        """Return the factor on an array's learning rate.
+
+        It is `lora.plus_ratio` for the second matrices b (LoRA+), otherwise 1.
+        """
         from llmctl.model import weights
 
         return config.lora.plus_ratio if weights.parse(name).part == "b" else 1.0

@@ -1,4 +1,4 @@
-"""Define finetuning methods: the parameters that each adds, those that it trains, and the models that it rejects.
+"""Define the interface of finetuning methods: added parameters, trained parameters, and rejected models.
 
 A new method is a subclass whose instance is registered in `llmctl.train.adapters.registry`. It overrides methods:
 
@@ -30,9 +30,9 @@ Params = dict[str, Any]
 
 
 class Method:
-    """Finetuning method. By default it trains the task head and freezes all parameters of the parent.
+    """Finetune a model. By default a method trains the task's head and freezes all parameters of the parent.
 
-    `config` is always the config of the stage, with the sections that `settings` names.
+    In each function, `config` is the config of the stage, with the sections that `settings` names.
 
     Example:
       >>> from llmctl.train.adapters.registry import METHODS
@@ -43,13 +43,14 @@ class Method:
     name: ClassVar[str]
     """Name in the registry."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Fields of the stage that this method reads and that not all methods read."""
+    """Fields of the stage's config that only some methods read, this method included."""
     changes_base: ClassVar[bool] = False
-    """Trains the parent's matrices, which integers do not allow."""
+    """Whether the method trains the parent's matrices. If so, it rejects quantized parents."""
     adapts: ClassVar[bool] = False
-    """Adds adapters. After training they are merged exactly into their matrices, unless `merge` is false."""
+    """Whether the method adds adapters. If `merge` is true, training ends by merging them exactly into their
+    matrices."""
     fills_zeros: ClassVar[bool] = True
-    """Merged adapters change the zeros of a pruned matrix."""
+    """Whether merged adapters change the zeros of a pruned matrix."""
 
     def check(self, config: Any, base: Artifact) -> None:
         """Raise RequestError if training would undo the parent's pruning or quantization."""
@@ -75,7 +76,7 @@ class Method:
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with the method's adapters, sharded over `mesh`. The default adds none.
+        """Return the parameters with the method's adapters, sharded over `mesh`. By default there are none.
 
         Raises:
           RequestError: the settings do not fit the model.
@@ -83,10 +84,12 @@ class Method:
         return params
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from the name of an array to whether it is trained: adapters and the task's head.
+        """Return a function from an array's name to whether it is trained.
+
+        By default adapters and the task's head are trained.
 
         Raises:
-          RequestError: the model has nothing that the method trains.
+          RequestError: the model has no parameters that the method trains.
         """
         from llmctl.model import weights
 

@@ -1,6 +1,7 @@
-"""Registry of finetuning methods. A record imports JAX only inside its functions, so that settings can ask it.
+"""Register finetuning methods by name.
 
-Another package adds a method by an entry point:
+A method imports JAX only inside its functions, so that settings can read this registry without loading JAX. Another
+package adds a method by an entry point:
 
     [project.entry-points."llmctl"]
     "method.norms" = "my_package.norms:METHOD"
@@ -26,7 +27,7 @@ METHODS: Registry[Method] = Registry(
 
 
 def stray(method: str, given: set[str]) -> str:
-    """Return an error about settings in `given` that belong to other methods; empty if there are none.
+    """Return an error message about fields in `given` that only other methods read; empty if there are none.
 
     >>> stray("full", {"merge", "task"}).startswith("merge: not for method 'full', say method = 'lora'")
     True

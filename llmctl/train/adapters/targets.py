@@ -1,4 +1,4 @@
-"""Select the matrices of the blocks that get an adapter, and put adapters around them."""
+"""Select the matrices of the blocks that get an adapter, and replace each by an adapter that contains it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def wrap(
     mesh: jax.sharding.Mesh,
     setting: str,
 ) -> Params:
-    """Put an adapter around every matrix of the blocks whose name (q, k, v, o, gate, up, down) is in `targets`.
+    """Return the parameters with an adapter around every target matrix of the blocks.
 
     Args:
       cfg: config of the model.
-      params: its parameters.
-      targets: names of matrices; empty means all.
+      params: parameters of the model.
+      targets: names of matrices (q, k, v, o, gate, up, down); empty means all.
       make: function from a matrix and its number to the adapter. The number does not depend on `targets`.
-      mesh: the devices.
+      mesh: the devices over which the result is sharded.
       setting: name of the setting `targets` in errors.
 
     Raises:
-      RequestError: a target names no matrix, or a matrix has an adapter already.
+      RequestError: a target names no matrix, or a matrix already has an adapter.
     """
     import jax
 
@@ -58,12 +58,19 @@ def wrap(
 
 
 def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
-    """Return a matrix's entry of a pattern, whose keys are modules (attn/q), which win, or names (q)."""
+    """Return the entry of a pattern for a matrix, or the default.
+
+    The key of its module (attn/q) precedes its name (q).
+    """
     return pattern.get(m.module, pattern.get(m.name, default))
 
 
 def check_pattern(params: Params, targets: Sequence[str], pattern: Iterable[str], setting: str) -> None:
-    """Raise RequestError if a key of a pattern names no matrix that gets an adapter."""
+    """Check that every key of a pattern names a matrix that gets an adapter.
+
+    Raises:
+      RequestError: a key names no such matrix.
+    """
     from llmctl.model import weights
 
     found = [m for m in weights.matrices(params, "block") if not targets or m.name in targets]
