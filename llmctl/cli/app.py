@@ -221,7 +221,7 @@ def _near(e: Any) -> str:
 
 
 def _be_quiet() -> None:
-    """Silence libraries, and handle SIGTERM like Ctrl-C."""
+    """Silence the logs and warnings of libraries, and handle SIGTERM like Ctrl-C."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     backend.hush()

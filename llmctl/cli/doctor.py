@@ -36,7 +36,7 @@ EXTRAS = {
     "cuda": ("jax-cuda13-plugin",),
     "tpu": ("libtpu",),
 }
-"""Packages that show whether an extra is installed, by extra."""
+"""Packages whose presence means that an extra is installed, by the extra's name."""
 LOW_DISK, LOW_MEMORY = 2e9, 2e9
 
 

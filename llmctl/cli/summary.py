@@ -113,7 +113,8 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
 def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
     """Return whether a report measured the weights of this artifact.
 
-    The digests of the contents are compared. If an earlier llmctl wrote either of them, the digests of the arrays are.
+    The digests of both contents are compared. If an earlier llmctl wrote one of them without this digest, the digests
+    of the arrays are compared instead.
     """
     if report.get("content") and manifest.content:
         return report["content"] == manifest.content
@@ -141,7 +142,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
 
 
 def _shown(there: set[str]) -> list[Metric]:
-    """Return the metrics that have a column in the closing table, of those with a name in `there`."""
+    """Return the metrics, of those named in `there`, that have a column in the closing table."""
     measured = columns(there, "run")
     if any(m.aspect == "quality" for m in measured):
         return measured

@@ -63,7 +63,7 @@ class Visit:
 
 
 Change = Callable[[Visit], Layer]
-"""Method: a function from a visit to the changed parameters. Every layer of a stack must end with the same node
+"""Method: a function from a visit to the changed parameters. All layers of a stack must end with the same node
 types."""
 
 
@@ -120,8 +120,7 @@ def walk(
       keep: whether to keep each layer's statistics in its report.
       progress: function that is called with each report.
       saved: folder of finished layers. Layers in this folder are not visited again. The same compiled function passes
-        the
-        batches through the saved layers, so an interrupted walk gives the same bits.
+        the batches through the saved layers, so an interrupted walk gives the same bits.
       dtype: dtype of the computation.
 
     Returns:

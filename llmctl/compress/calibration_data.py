@@ -31,8 +31,7 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
       config: settings that select the examples and their length.
       base: the artifact, whose training length and truncation are the defaults.
       mesh: the devices.
-      labels: whether batches contain labels or targets, as in training. Otherwise they contain only inputs of the
-        model.
+      labels: whether batches contain labels or targets, as in training. Otherwise they contain only the model's inputs.
 
     Raises:
       RequestError: the sequence length is unknown or too long, the split has no texts, or `labels` is true and the data

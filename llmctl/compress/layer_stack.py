@@ -39,8 +39,7 @@ class LayerStack:
 
         Raises:
           ValueError: the layer's parameters are not those of the stack, or the layer changes the types of other weights
-            than
-            the first replaced layer.
+            than the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():

@@ -1,4 +1,4 @@
-"""Prune unstructured or N:M: set the weights with the lowest scores to zero, among those that a pattern compares.
+"""Prune matrices in unstructured or N:M patterns: set the weights with the lowest scores to zero.
 
 The zeros themselves are the mask, and nothing else is stored. A stage that trains a sparse artifact keeps `w == 0`.
 Scores are in `llmctl.compress.scores`, patterns in `llmctl.compress.pattern`.

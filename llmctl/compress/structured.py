@@ -1,4 +1,4 @@
-"""Prune structures: remove attention heads, feed-forward neurons and layers, so that arrays become smaller.
+"""Prune attention heads, feed-forward neurons and layers, so that arrays become smaller (structured pruning).
 
 All layers of a stack end with the same widths, because they are scanned. Each layer selects its own heads and neurons.
 The importance of a head or neuron is the norm of its contribution to the residual stream on the calibration data.

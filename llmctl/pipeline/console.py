@@ -36,7 +36,7 @@ def show(renderable: Any) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path | None) -> Iterator[Path]:
-    """Yield `path`, or the path of a temporary folder that is removed afterwards if `path` is None."""
+    """Yield `path`. If it is None, yield a path in a temporary folder that is removed afterwards."""
     if path:
         yield path
         return

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 ROWS = 100
 """Number of first rows of each source whose labels are checked."""
 LARGEST = 64_000_000
-"""Size in bytes of the largest csv, jsonl or text file that is checked. Other sources have a schema, which is fast to
-read."""
+"""Largest size in bytes of a csv, jsonl or text file that is checked. Other sources have a schema, which is read
+quickly."""
 
 
 def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> None:
@@ -47,7 +47,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
-    """Return the canonical columns that a stage's data must have.
+    """Return the columns that a stage's data must have, by llmctl's names.
 
     The result is empty if the recipe does not determine them.
     """

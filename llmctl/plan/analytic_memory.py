@@ -1,9 +1,9 @@
 """Estimate the memory of a step from its config and mesh, without compiling.
 
-The model follows the arrays that XLA keeps: the state (arguments), what the forward scan saves per layer, and the
-larger of two peaks. One peak is the loss, with the output projection gathered on every device. The other is the
-backward pass of its last layer, when the gradients of all layers exist. `recipes/bench/plan_model.md` compares the
-model with compiled programs.
+The model counts the arrays that XLA keeps in memory: the state (arguments), the arrays that the forward scan saves per
+layer, and the larger of two peaks. One peak is the loss, with the output projection gathered on every device. The other
+is the backward pass of the last layer to finish, when the gradients of all layers exist. `recipes/bench/plan_model.md`
+compares the model with compiled programs.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def _optimizer(setup: Setup, own: Entries) -> float:
 def _factored(setup: Setup, own: Entries) -> float:
     """Return the bytes of Adafactor's second moments on one device.
 
-    A matrix with two long sides has a row and a column. Other arrays have one number per parameter.
+    A matrix with two long sides needs one number per row and one per column. Other arrays need one number per
+    parameter.
     """
     model = setup.model
     D, F = model.d_model, model.d_ff

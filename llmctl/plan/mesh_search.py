@@ -15,7 +15,8 @@ from llmctl.plan.topologies import Topology
 
 REMATS = ("none", "minimal", "qkv", "full")
 MARGIN = 1.1
-"""Tolerance of the memory estimate: a candidate is compiled if it needs up to this factor times the capacity."""
+"""Tolerance of the memory estimate: a candidate is compiled if its estimate is at most this factor times the
+capacity."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Plan the stages of a recipe in order. Each starts from the artifact that the previous stage would write."""
+"""Plan the stages of a recipe in order. A stage starts from the artifact that an earlier stage would write."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _types(found: dict[str, Any]) -> str:
 
 
 def facts(found: dict[str, Any]) -> str:
-    """Return a line that says which figures come from the compiler and which from the model."""
+    """Return a line about the origin of the figures: the compiler or the model."""
     if not found["compiled"] and not found.get("checked"):
         return "compiled fact: the compiler refused it for want of memory, and says how much it needs"
     if not found["compiled"]:

@@ -30,7 +30,10 @@ def described(cost: Cost) -> Estimate:
 
 
 def least(program: Program) -> Estimate:
-    """Return a lower bound: the results are in memory, and arguments and results are read or written once."""
+    """Return a lower bound of a program's memory and work.
+
+    The bound assumes that memory holds the results, and that arguments and results are read or written once.
+    """
     flops = program.flops / program.mesh.size
     into = bytes_of([program.parameters, program.optimizer, program.batch, program.cache]) - bytes_of(program.beside)
     out = float(bytes_of(program.trace().out_info))

@@ -1,8 +1,7 @@
 """Save checkpoints of a stage in the background, restore the newest intact one, and keep the best parameters.
 
 Each checkpoint stores checksums of its arrays. They are compared after a restore, because TensorStore does not store
-checksums of large arrays. @ ARRAYS, META Names of two entries in a checkpoint's JSON metadata: checksums of the arrays,
-and of all other entries.
+checksums of large arrays.
 """
 
 from __future__ import annotations
@@ -24,15 +23,14 @@ from llmctl.distributed import processes
 from llmctl.train import array_checksums
 
 ARRAYS, META = "arrays", "meta"
-"""Entries of a checkpoint's JSON beside the metadata: checksums of the arrays, and of all other entries."""
+"""Names of two entries in a checkpoint's JSON metadata: checksums of the arrays, and of all other entries."""
 
 
 class Checkpoints:
     """Save and restore the checkpoints of one stage in `folder`.
 
-    The context manager waits for unfinished saves at its end.
-
-    If the disk is full, a save raises WorkError. The error names the newest intact checkpoint.
+    At its end, the context manager waits for unfinished saves. If the disk is full, a save raises WorkError. The error
+    names the newest intact checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -75,7 +73,7 @@ class Checkpoints:
         self._save(self._latest, step, state, meta, wait)
 
     def has_best(self, step: int) -> bool:
-        """Return True if the stored best parameters are those of `step`."""
+        """Return whether the stored best parameters are those of `step`."""
         return step in self._best.all_steps()
 
     def save_best(self, step: int, named: Any) -> None:

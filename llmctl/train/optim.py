@@ -29,7 +29,7 @@ FACTORED_FROM = 128
 
 
 def portion(amount: float, steps: int) -> int:
-    """Return a number of steps. An `amount` below 1 is a fraction of all `steps`; otherwise it is the number itself."""
+    """Return `amount` as a number of steps. If it is below 1, it is a fraction of all `steps`."""
     return round(amount * steps) if amount < 1 else round(amount)
 
 

@@ -20,8 +20,8 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps before the stop requests of all processes are read. They have arrived by then, so reading does not
-wait."""
+"""Number of steps between the exchange of stop requests and the reading of its result. The result has arrived by then,
+so reading does not wait."""
 
 
 class Asked(Interrupted):

@@ -38,9 +38,9 @@ class Profile:
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """End the trace after its last step. Call this when the step was dispatched.
+        """End the trace if `step` is its last step. Call this after each step is dispatched.
 
-        The method waits for the `results` of the last step.
+        At the end of the trace, the method waits for `results`.
         """
         if self._running and step >= self.last:
             jax.block_until_ready(results)

@@ -33,7 +33,7 @@ SHORT = {
 }
 """Short names of metrics in the progress line."""
 UNSHOWN = frozenset({"step_seconds"})
-"""Metrics that the log has and the progress line omits, because another metric has the same information."""
+"""Metrics that are in the log but not in the progress line, because another metric has the same information."""
 
 
 class Reporter:
@@ -149,8 +149,7 @@ class Reporter:
         Args:
           step: number of finished optimizer steps.
           metrics: scalars by name: numbers, or values that `float` accepts (arrays without dimensions). A value that is
-            not
-            finite is written as null, because JSON has no NaN.
+            not finite is written as null, because JSON has no NaN.
         """
         values = {name: _number(value) for name, value in metrics.items()}
         self._latest.update({k: v for k, v in values.items() if isinstance(v, (int, float))})

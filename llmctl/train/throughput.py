@@ -18,8 +18,8 @@ from llmctl.distributed import hardware
 from llmctl.distributed.mesh import Device
 
 SIDE = 1536
-"""Number of rows and columns of the matrices whose product measures a CPU. The product runs at full speed and takes 0.1
-s on two cores."""
+"""Number of rows and columns of the matrices that are multiplied to measure a CPU. The product reaches full speed and
+takes 0.1 s on two cores."""
 
 
 class Timer:
@@ -54,10 +54,8 @@ class Timer:
           waited: seconds spent waiting for input since training began.
           flops: floating-point operations per token.
           peak: peak performance of all devices together, in operations per second. With `flops` it gives "mfu", the
-            fraction
-            of the peak that the model's own operations reach (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
-              Operations
-            on padding and recomputation do not count.
+            fraction of the peak that the model's own operations reach (Chowdhery et al., 2022, arXiv:2204.02311,
+            appendix B). Operations on padding and recomputation do not count.
         """
         wait, self.waited = waited - self.waited, waited
         if not self.steps:

@@ -1,7 +1,4 @@
-"""`distill`: train a student on the outputs of a teacher, for every kind of head.
-
-(Hinton et al., 2015, arXiv:1503.02531)
-"""
+"""`distill`: train a student on a teacher's outputs (Hinton et al., 2015, arXiv:1503.02531), for every kind of head."""
 
 from __future__ import annotations
 

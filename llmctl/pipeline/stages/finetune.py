@@ -44,9 +44,9 @@ class Config(StageConfig):
     vectors that are similar for pairs of texts, or that match given scores. lm: language modelling. If the data has
     completions, only they count in the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
-    """Parameters to train. full: all. Each other method trains the task head and: lora: low-rank adapters. dora:
-    low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that share a
-    budget of ranks. ia3: factors of keys, values and inner activations. bitfit: biases. head: nothing else."""
+    """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
+    dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
+    share a budget of ranks. ia3: factors of keys, values and inner activations. bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
     """Settings of the methods lora, dora and adalora."""
     adalora: AdaLoraConfig = AdaLoraConfig()

@@ -97,7 +97,7 @@ class Method:
         return lambda name: name in adapters or weights.parse(name).task_head
 
     def rate(self, config: Any, name: str) -> float:
-        """Return the factor on the learning rate of a trained array."""
+        """Return the factor on the learning rate of a trained array, by default 1."""
         return 1.0
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:

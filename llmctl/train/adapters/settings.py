@@ -47,6 +47,6 @@ class AdaLoraConfig(Settings):
     sensitivity: float = Field(default=0.85, ge=0, lt=1)
     """Decay of the moving average of the sensitivities |weight * gradient|."""
     uncertainty: float = Field(default=0.85, ge=0, lt=1)
-    """Decay of the moving average of uncertainties, the absolute deviations of the sensitivities from their average."""
+    """Decay of the moving average of uncertainties, the absolute deviations of sensitivities from their average."""
     orthogonality: float = Field(default=0.5, ge=0)
     """Weight of the penalty on singular vectors that are not orthogonal."""

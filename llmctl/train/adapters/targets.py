@@ -58,9 +58,9 @@ def wrap(
 
 
 def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
-    """Return the entry of a pattern for a matrix, or the default.
+    """Return a matrix's entry in a pattern, or the default if the pattern has none.
 
-    The key of its module (attn/q) precedes its name (q).
+    An entry for the matrix's module (attn/q) takes precedence over an entry for its name (q).
     """
     return pattern.get(m.module, pattern.get(m.name, default))
 
