@@ -92,10 +92,10 @@ def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
 
 
 def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
-    """Wrap a command so that an interrupt raises `Interrupted`, even if a library converts it to another error.
+    """Return the command, wrapped so that an interrupt raises `Interrupted`.
 
-    Typer would exit with another code. Orbax and SentencePiece raise other errors, which would be reported as a damaged
-    file.
+    This also works if a library converts the interrupt to another error. Typer would exit with another code. Orbax and
+    SentencePiece raise other errors, which would be reported as a damaged file.
     """
 
     @functools.wraps(command)

@@ -159,7 +159,7 @@ def _fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def _defaults(cls: type[Config], fields: list[tuple[tuple[str, ...], FieldInfo]]) -> Iterator[Any]:
-    """Yield the default of each flag. It is the stage's default, which may differ from that of the section's class."""
+    """Yield the default of each flag: the stage's default, which may differ from the default of the section's class."""
     tops = {f.alias or n: f.get_default(call_default_factory=True) for n, f in cls.model_fields.items()}
     for path, field in fields:
         at: Any = tops[path[0]]
@@ -199,7 +199,7 @@ def _variable(path: tuple[str, ...]) -> str:
 
 
 def _parsed(field: FieldInfo, value: Any) -> Any:
-    """Return a flag's text as the value that TOML would give. The text of a str field is returned unchanged."""
+    """Return the value of a flag's text, as TOML would parse it. The text of a str field is returned unchanged."""
     kind = _base(field.annotation)
     if not isinstance(value, str) or kind is str or get_origin(kind) is Literal:
         return value

@@ -2,8 +2,8 @@
 
 The walk first computes the embeddings of all batches. For each layer in turn, it adds the inputs of every matrix to
 statistics. Then a method may change the layer, and the batches pass through the changed layer. The inputs of later
-layers therefore include the errors of earlier changes. Besides the parameters, memory holds one layer's statistics and
-the residual stream of every batch. All layers of a stack run one compiled block.
+layers therefore include the errors of earlier changes. Besides the parameters, one layer's statistics and the residual
+stream of every batch are in memory. All layers of a stack run one compiled block.
 
 A method is a function of a `Visit` that returns the layer's parameters. A weight that keeps its type overwrites the
 unchanged one in place. Weights that change their type (dense to quantized) are stacked layer by layer in new memory.
@@ -40,7 +40,7 @@ from llmctl.model.config import ModelConfig
 Batch = dict[str, Any]
 Layer = dict[str, Any]
 HEAD = "head"
-"""Name of the output head in visits and reports, where layers have the name of their stack."""
+"""Name of the output head in visits and reports. Layers have the name of their stack instead."""
 
 
 @dataclass(frozen=True)

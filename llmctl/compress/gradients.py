@@ -1,9 +1,9 @@
 """Compute gradients of the task's loss with respect to the matrices, summed over the calibration batches.
 
-One backward pass per batch covers the whole model and recomputes activations (`remat = "full"`). Memory besides the
-parameters holds one gradient per matrix, one float32 array per matrix and requested sum, and a float32 copy of every
-matrix with another dtype. A backward pass per layer would need only one layer's sums, but as many backward passes as
-there are layers.
+One backward pass per batch covers the whole model and recomputes activations (`remat = "full"`). Besides the
+parameters, three kinds of arrays are in memory: one gradient per matrix, one float32 array per matrix and requested
+sum, and a float32 copy of every matrix with another dtype. A backward pass per layer would need only one layer's sums,
+but as many backward passes as there are layers.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def accumulate(
 ) -> Gradients:
     """Return sums over batches of functions of the loss's gradient, for every matrix [L, I, O] of the stacks.
 
-    The gradient is that of the loss summed over tokens (or examples), so the sum of g does not depend on the batch
-    size. For a quantized matrix it is the gradient with respect to the dequantized values.
+    The loss is summed over tokens (or examples), so the sum of g does not depend on the batch size. For a quantized
+    matrix it is the gradient with respect to the dequantized values.
 
     Args:
       task: the task, whose loss is differentiated.

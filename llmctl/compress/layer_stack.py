@@ -1,6 +1,6 @@
 """Replace the layers of a stack one by one while the other layers are still read.
 
-Weights that keep their type are updated in place, so memory never holds a second set of layers. Weights that change
+Weights that keep their type are updated in place, so a second set of layers is never in memory. Weights that change
 their type (dense to quantized) are collected in new stacked arrays.
 """
 

@@ -1,6 +1,6 @@
 """Describe the computation of compression as programs: the steps of the calibration walk, and the change of one weight.
 
-During the walk, memory holds the arguments of the program, all parameters and the residual stream of every batch.
+During the walk, the arguments of the program, all parameters and the residual stream of every batch are in memory.
 Changed layers replace the unchanged ones in the parameters.
 """
 

@@ -36,7 +36,7 @@ def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]
     Args:
       score_IO: scores; the lowest are pruned.
       pattern: sparsity pattern.
-      per: weights that compete in an unstructured pattern: those of the matrix, or of each output.
+      per: weights that compete in an unstructured pattern: all weights of the matrix, or the weights of each output.
 
     Raises:
       RequestError: the M of an N:M pattern does not divide the inputs.

@@ -27,7 +27,7 @@ SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for n
 
 
 def int8(w: jax.Array, inputs: int, group: int) -> Quantized:
-    """Round a weight to integers from -127 to 127, with the scale max|w| / 127.5.
+    """Return the weight rounded to integers from -127 to 127, with the scale max|w| / 127.5.
 
     The error of an element is at most half its scale.
     """
@@ -35,7 +35,7 @@ def int8(w: jax.Array, inputs: int, group: int) -> Quantized:
 
 
 def int4(w: jax.Array, inputs: int, group: int) -> Quantized:
-    """Round a weight to integers from -7 to 7, with the scale max|w| / 7.5.
+    """Return the weight rounded to integers from -7 to 7, with the scale max|w| / 7.5.
 
     The error of an element is at most half its scale.
     """
@@ -43,7 +43,7 @@ def int4(w: jax.Array, inputs: int, group: int) -> Quantized:
 
 
 def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> Quantized:
-    """Round a weight to the nearest integers, symmetric around zero, and return them with their scales.
+    """Return the weight rounded to the nearest integers with their scales, symmetric around zero.
 
     >>> from jax import numpy as jnp
     >>> nearest(jnp.array([[7.5], [-3.2], [0.49]]), "int4", -2, 0).dense().tolist()

@@ -40,7 +40,7 @@ class Score:
 
     calculate_scores: Calculate
     per: Literal["matrix", "output"] = "matrix"
-    """Weights that compete in an unstructured pattern: those of the matrix, or those of each output."""
+    """Weights that compete in an unstructured pattern: the weights of the matrix, or the weights of each output."""
     statistics: bool = False
     """Whether the function needs the moments of each matrix's inputs."""
     gradients: tuple[Literal["sum", "absolute", "square"], ...] = ()

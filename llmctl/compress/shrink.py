@@ -31,7 +31,7 @@ def target(
 ) -> ModelConfig:
     """Return the config after pruning.
 
-    For `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove, a number of 1 or more is the count to
+    In `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove. A number of 1 or more is the count to
     keep, and 0 keeps all. The count that a fraction keeps is rounded to the nearest whole number, and is at least 1.
 
     Args:
@@ -153,7 +153,10 @@ def columns(units: np.ndarray, width: int) -> np.ndarray:
 
 
 def take(path: str, w: Weight, index_LN: np.ndarray, axis: int) -> Weight:
-    """Select positions `index_LN` of a stacked weight [L, ...] in each layer, along `axis` (-1 outputs, -2 inputs)."""
+    """Return the positions `index_LN` [L, N] of a stacked weight [L, ...], along `axis` (-1 outputs, -2 inputs).
+
+    Each layer has its own positions.
+    """
     try:
         return as_node(w).select(index_LN, axis)
     except RequestError as e:

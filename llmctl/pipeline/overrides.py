@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def assign_to(doc: dict[str, Any], text: str) -> None:
-    """Apply an assignment to a recipe.
+    """Apply an assignment to the tables of a recipe, in place.
 
     A path that starts with `stage` changes one stage. Any other path changes the shared settings, and each stage that
     overrides them.
@@ -52,7 +52,7 @@ def assign_to(doc: dict[str, Any], text: str) -> None:
 
 
 def assign_in(values: dict[str, Any], text: str, cls: type[Config]) -> None:
-    """Apply an assignment to the settings of one stage.
+    """Apply an assignment to the settings of one stage, in place.
 
     Raises:
       RequestError: the assignment is malformed.

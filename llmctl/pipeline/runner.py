@@ -129,8 +129,12 @@ def plan(recipe: Recipe) -> list[Task]:
 def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
     """Return the key of a stage's result. Equal keys mean equal results.
 
-    The key is the SHA-256 of canonical JSON: the config without its unkeyed fields, the keys of all artifacts that the
-    stage reads, the content of its input files, and the version of the artifact format.
+    The key is the SHA-256 of canonical JSON with these parts:
+
+    - the config without its unkeyed fields
+    - the keys of all artifacts that the stage reads
+    - the content of the stage's input files
+    - the version of the artifact format
 
     Args:
       config: config of the stage.

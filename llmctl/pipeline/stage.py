@@ -11,8 +11,8 @@ A stage is one module:
     def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
         ...  # optional: the programs that `llmctl plan` compiles, and the artifact of the stage
 
-`base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. If a stage
-has no `programs`, `plan` assumes that it compiles nothing and that its arrays have the shapes of its parent's arrays.
+`base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. A stage
+without `programs` compiles nothing in a plan. Its arrays then have the shapes of its parent's arrays.
 """
 
 from __future__ import annotations
@@ -94,5 +94,5 @@ def kinds() -> list[str]:
 
 
 def load(kind: str) -> ModuleType:
-    """Import a stage's module, which defines `Config` (a StageConfig) and `run`. The import does not load JAX."""
+    """Import and return a stage's module, which defines `Config` (a StageConfig) and `run`. JAX is not imported."""
     return importlib.import_module(f"llmctl.pipeline.stages.{kind}")

@@ -52,7 +52,7 @@ def is_done(step: Step, key: str) -> bool:
 def remark(step: Step) -> str:
     """Return a remark on an artifact that is up to date, or "".
 
-    The remark says that metrics differ from the saved ones, or that an earlier llmctl wrote the artifact.
+    There is a remark if metrics differ from the saved ones, or if an earlier llmctl wrote the artifact.
     """
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:

@@ -47,7 +47,7 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def compiled(program: Program) -> Compiled:
-    """Compile a program.
+    """Compile a program, and return its HLO text and memory figures.
 
     If the program exceeds the device memory, no error is raised, and the result contains the bytes that it needs.
 

@@ -40,7 +40,7 @@ class Candidate:
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
-"""Function from a setup to the bytes of one device and the seconds per step, or to None if the setup does not fit."""
+"""Function from a setup to (bytes of one device, seconds per step). It returns None if the setup does not fit."""
 
 
 def meshes(
@@ -108,8 +108,8 @@ def front(found: Iterable[Candidate]) -> list[Candidate]:
 def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
     """Return the Pareto front of time and memory of the compiled programs.
 
-    The candidates on the model's Pareto front are compiled first, then the others by the model's time, until `best` of
-    them fit.
+    The candidates on the model's Pareto front are compiled first. The others follow in the order of the model's time,
+    until `best` of them fit.
     """
     ordered = candidates(setup, topology)
     first = front(ordered)

@@ -5,8 +5,8 @@
 - Matrix products run at the peak rate of their operand dtype.
 - All data is read and written at the full bandwidth of HBM.
 - Collectives over an axis use the links of the torus dimensions that the axis spans, in both directions of a ring.
-- In collectives across slices, the data-center network carries only what the devices of a slice cannot get from each
-  other. The devices of a slice share this traffic.
+- Devices of a slice first exchange data among themselves. Only the data of other slices crosses the data-center
+  network, and the devices of a slice share this traffic.
 
 Real steps are slower. The time is therefore a lower bound, and the utilization an upper bound.
 """

@@ -32,7 +32,7 @@ def described(cost: Cost) -> Estimate:
 def least(program: Program) -> Estimate:
     """Return a lower bound of a program's memory and work.
 
-    The bound assumes that memory holds the results, and that arguments and results are read or written once.
+    The bound counts the results as memory, and one read or write of arguments and results as work.
     """
     flops = program.flops / program.mesh.size
     into = bytes_of([program.parameters, program.optimizer, program.batch, program.cache]) - bytes_of(program.beside)
@@ -41,7 +41,7 @@ def least(program: Program) -> Estimate:
 
 
 def layers(program: Program, work: Pass) -> Estimate:
-    """Estimate a batch through a few layers of the last stack, in plain attention.
+    """Return the estimate of one batch through a few layers of the last stack, with plain attention.
 
     The inputs of all matrices with a statistic stay in memory until they are added to the statistic.
     """

@@ -126,7 +126,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> Any:
-        """Read this process's part of a checkpoint.
+        """Read and return this process's part of a checkpoint.
 
         Orbax's manager is not used, because it would wait for processes that failed to read.
         """
@@ -157,7 +157,7 @@ class Checkpoints:
         shutil.move(self.folder / "steps" / str(step), aside)
 
     def restore_best(self, step: int, abstract: Any) -> Any:
-        """Restore the best parameters, which were saved at `step`, sharded as `abstract`.
+        """Restore and return the best parameters, which were saved at `step`, sharded as `abstract`.
 
         Raises:
           WorkError: the parameters cannot be read.

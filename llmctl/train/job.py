@@ -1,4 +1,4 @@
-"""Describe what a training run computes: parameters, loss, rows, validation, and the arrays that are trained.
+"""Describe the computation of a training run: parameters, loss, rows, validation, and the arrays that are trained.
 
 Example:
   >>> import jax.numpy as jnp

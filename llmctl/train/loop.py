@@ -58,7 +58,7 @@ def fit(
 ) -> tuple[Params, dict[str, Any]]:
     """Train to the last step, starting from the last checkpoint if one exists, and return the parameters and metrics.
 
-    Trained arrays of the job are donated to the training state, so memory never holds two copies.
+    Trained arrays of the job are donated to the training state, so two copies are never in memory.
 
     Args:
       job: the training job.

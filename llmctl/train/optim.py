@@ -37,8 +37,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the step: linear warm-up, then the configured schedule.
 
     - cosine and linear decay to `final` times the peak at the last step.
-    - wsd (warm-up, stable, decay: Hu et al., 2024, arXiv:2404.06395) keeps the peak and decays linearly in the last
-      `decay` steps.
+    - wsd (warm-up, stable, decay) keeps the peak and decays linearly in the last `decay` steps (Hu et al., 2024,
+      arXiv:2404.06395).
     - rsqrt is peak * sqrt(warmup / step) (Vaswani et al., 2017, arXiv:1706.03762).
     - constant keeps the peak.
     """
@@ -72,7 +72,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def decays(name: str) -> bool:
     """Return whether weight decay applies to an array, by its name.
 
-    It applies to matrices, including those of adapters.
+    Weight decay applies to matrices, including the matrices of adapters.
     """
     return weights.is_kernel(name) and not weights.parse(name).vector
 
@@ -142,7 +142,7 @@ def _muon_axes(named: Named) -> Named:
 
 
 def _like_adam() -> optax.GradientTransformation:
-    """Scale orthogonal updates [inputs, outputs] to AdamW's root mean square of about 0.2.
+    """Return a transformation that scales updates [inputs, outputs] to AdamW's root mean square of about 0.2.
 
     The root mean square of an orthogonal update is 1 / sqrt(max(inputs, outputs)).
     """
@@ -150,7 +150,7 @@ def _like_adam() -> optax.GradientTransformation:
 
 
 def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Apply the transformation `inner` to each layer of stacked arrays separately.
+    """Return a transformation that applies `inner` to each layer of stacked arrays separately.
 
     Arrays are grouped by their number of layers. The state is a dictionary of inner states with this number as the key,
     as a string. Arrays that are not stacked have the key "0".

@@ -73,9 +73,9 @@ def heed() -> None:
 
 @contextlib.contextmanager
 def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
-    """Handle signals in this context: SIGTERM and the first Ctrl-C request a checkpoint and a stop.
+    """Handle signals in this context, and yield the Stop of the run.
 
-    A second Ctrl-C exits immediately.
+    SIGTERM and the first Ctrl-C request a checkpoint and a stop. A second Ctrl-C exits immediately.
 
     Raises:
       Interrupted: at the end of the context, if a signal arrived after the last check.

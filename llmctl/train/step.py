@@ -105,7 +105,7 @@ class Program:
 
 
 def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.sharding.Mesh, seed: int) -> Program:
-    """Return the functions of a job, before any tracing or computation.
+    """Return the compiled functions of a job. They are traced and compiled at their first call.
 
     The arrays of the job may be abstract, and the devices of the mesh need not be attached.
     """
@@ -238,7 +238,7 @@ def _microbatches(a: jax.Array, pieces: int) -> jax.Array:
 
 
 def clip(grads: Params, norm: Any, limit: float) -> Params:
-    """Scale the gradients so that their global norm is at most `limit`; 0 does not clip."""
+    """Return the gradients, scaled so that their global norm is at most `limit`; 0 does not clip."""
     if not limit:
         return grads
     factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
@@ -254,7 +254,10 @@ def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
 
 
 def freeze_layers(updates: Params, layers: int) -> Params:
-    """Set the updates of the embeddings and of the first `layers` layers of every stack to zero; 0 freezes nothing."""
+    """Return the updates with zeros for the embeddings and for the first `layers` layers of every stack.
+
+    If `layers` is 0, nothing is frozen.
+    """
 
     def one(name: str, u: Any) -> Any:
         if weights.parse(name).embeds:

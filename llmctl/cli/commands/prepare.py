@@ -33,7 +33,7 @@ def prepare(
 ) -> None:
     """Tokenize a corpus once, in parallel, for training with data.source = "prepared" and data.path = the folder.
 
-    The same command resumes where an interrupted one stopped.
+    If the command was interrupted, the same command resumes the work.
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table

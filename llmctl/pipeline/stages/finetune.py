@@ -206,9 +206,9 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
 def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
     """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
-    The message is returned if the first token is pooled by default and the parent's pretraining did not train the first
-    token as a summary. A BERT of this project's size, pretrained only on masked tokens, classified 67% of the examples
-    correctly by its first token and 78% by the mean. A next-sentence objective trains the first token and its pooler.
+    The message is returned if the first token is pooled by default, but was not trained as a summary of the text. A
+    BERT of this project's size was pretrained only on masked tokens. It then classified 67% of the examples correctly
+    by its first token, and 78% by the mean. A next-sentence objective trains the first token and its pooler.
     """
     from llmctl.model.head_kinds import HEAD_KINDS
 

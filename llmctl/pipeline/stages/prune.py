@@ -93,9 +93,10 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace keep_layers = 3 by layers = 3 and remove_layers = 0.75 by layers = 0.75, so that the keys are equal.
+        """Return the settings with keep_layers = 3 or remove_layers = 0.75 written as layers = 3 or layers = 0.75.
 
-        Other values of these fields are not replaced. Their strict types reject all values except 0.
+        Both forms therefore have the same key. Other values of these fields are not changed. Their strict types reject
+        all values except 0.
         """
         if not isinstance(given, dict):
             return given

@@ -48,7 +48,10 @@ class Config(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace a scheme that `bits` can select by its bits, so that both forms have the same key."""
+        """Return the settings with a scheme that `bits` can select written as `bits`.
+
+        Both forms therefore have the same key.
+        """
         if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("scheme", "")))) is None:
             return given
         if given.get("bits", bits) != bits:

@@ -139,7 +139,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parse the text of a compiled module.
+    """Return the computations and instructions in the text of a compiled module.
 
     Raises:
       ValueError: the text has no ENTRY computation.

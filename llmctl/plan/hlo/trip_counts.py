@@ -105,7 +105,7 @@ def _add(left: Affine, right: Affine, sign: int) -> Affine:
 
 
 def _settle(module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine) -> Affine | None:
-    """Replace the elements of `side` that the body does not change by their constants; None if one is not constant."""
+    """Return `side` with the constants of the elements that the body does not change; None if one is not constant."""
     out: Affine = ({}, side[1])
     for index, factor in side[0].items():
         if _step(module, body, index) == 0:
