@@ -1,1 +1,1 @@
-"""Compress a trained model: calibration, pruning, structured pruning, quantization."""
+"""Compress a trained model by pruning, structured pruning and quantization, with calibration data."""

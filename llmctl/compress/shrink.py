@@ -17,7 +17,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Weight, as_node, flatten, kernel_of, unflatten
 
 Kept = dict[str, dict[str, list[np.ndarray]]]
-"""Kept positions: stack -> name of the units ("attn/heads", "mlp/neurons", …) -> positions per layer, ascending."""
+"""Indices to keep: stack -> name of the units ("attn/heads", "mlp/neurons", …) -> ascending indices per layer."""
 
 
 def target(
@@ -148,7 +148,7 @@ def cut(
 
 
 def columns(units: np.ndarray, width: int) -> np.ndarray:
-    """Return the columns [..., N * width] of units [..., N] with `width` columns each."""
+    """Return the column indices [..., N * width] of heads or neurons [..., N] that have `width` columns each."""
     return (units[..., None] * width + np.arange(width)).reshape(*units.shape[:-1], -1)
 
 

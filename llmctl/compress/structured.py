@@ -138,7 +138,7 @@ def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
 
 
 def _read(cfg: ModelConfig, target: ModelConfig) -> dict[str, wiring.Units]:
-    """Return the units to remove in all stacks, by the path of the matrix that reads them."""
+    """Return the heads and neurons to remove in all stacks, by the path of the matrix that reads them."""
     heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     found = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
     neurons = {p for p, u in found.items() if not u.name.endswith("/heads")}

@@ -288,7 +288,7 @@ def forward(setup: Setup, own: Entries) -> float:
 
 
 def logits(setup: Setup) -> float:
-    """Return the bytes of the float32 logits of a chunk, which contains at least one token of every sequence."""
+    """Return the bytes of the float32 logits of a chunk of tokens. A chunk has at least one token of every sequence."""
     if not setup.model.head_kind.vocabulary:
         return 0.0
     a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")

@@ -160,9 +160,9 @@ class _Loop:
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
         """Return a checkpoint's `meta`, corrected if the best parameters that `meta` names are missing.
 
-        They are missing if the run was killed while they were written. If the checkpoint itself has these parameters,
-        they are saved again. Otherwise the record of the best is cleared: the resumed run may not reach the same value
-        again, because rounding differs on another mesh.
+        The parameters are missing if the run was killed while they were written. If they are the checkpoint's own
+        parameters, they are saved again. Otherwise the record of the best is cleared, because the resumed run may not
+        reach the same value again: rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps_best or best is None or self.checkpoints.has_best(best):
