@@ -1,1 +1,1 @@
-"""Models: one Transformer for all families, with weights, losses and text generation."""
+"""Define the models: one Transformer for all families, with weights, losses and text generation."""

@@ -1,4 +1,4 @@
-"""Return the bytes that abstract arrays occupy."""
+"""Compute the size of abstract arrays in bytes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 
 def bytes_of(tree: Any, whole: bool = False) -> int:
-    """Return the bytes of a tree of arrays.
+    """Return the size of a tree of arrays in bytes.
 
     Args:
-      tree: arrays or abstract arrays.
-      whole: count every array in full; by default only the shard of one device is counted.
+        tree: Arrays or abstract arrays.
+        whole: Whether to count each array in full; by default only the shard of one device is counted.
     """
     total = 0
     for a in jax.tree.leaves(tree):

@@ -1,10 +1,10 @@
-"""Attention: grouped-query self-attention and cross-attention, and the softmax in plain XLA.
+"""Compute attention: grouped-query self-attention and cross-attention, with the softmax in plain XLA.
 
-The backward pass of the softmax recomputes the scores from queries and keys. Saving the probabilities of every layer
-costs more memory traffic than computing them again (FlashAttention; Dao et al., 2022, arXiv:2205.14135). Only q, k, v,
-the output and two numbers per row are saved.
+The backward pass of the softmax recomputes the scores from queries and keys. This costs less memory traffic than saving
+the probabilities of every layer (FlashAttention; Dao et al., 2022, arXiv:2205.14135). Only q, k, v, the output and two
+numbers per row are saved.
 
-Other modules hold what only some runs need: `attention_kernels`, `ring_attention`, `relative_bias` and `kv_cache`.
+Features that only some runs need are in `attention_kernels`, `ring_attention`, `relative_bias` and `kv_cache`.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width, D model width.
 """
@@ -29,22 +29,23 @@ from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotat
 PROJECTED = "projected"
 """Checkpoint name of projected queries, keys and values, for rematerialization policies."""
 KEPT = "attention"
-"""Checkpoint name of the residuals of the softmax; if a policy saves them, no product of the scores runs again."""
+"""Checkpoint name of the residuals of the softmax. If a policy saves them, the backward pass does not recompute
+products of the scores."""
 MASKED = -1e30
-"""Score of a masked pair; finite, so that a row without any visible key (padding) stays finite."""
+"""Score of a masked pair. It is finite, so that a row without any visible key (padding) stays finite."""
 
 Choose = Callable[..., jax.Array]
-"""Function of (q, k, v, mask, shared, local, config, cross) that returns the outputs of attention [B, T, H, K]."""
+"""Function (q, k, v, mask, shared, local, config, cross) -> outputs of attention [B, T, H, K]."""
 
 
 class Shared(NamedTuple):
-    """Inputs that all layers of a stack share.
+    """Store the inputs that all layers of a stack share.
 
-    The `local_*` fields serve layers with a sliding window. Absent parts are None.
+    The `local_*` fields are for layers with a sliding window. Fields that are not used are None.
     """
 
     mask_BTS: jax.Array | None
-    """None under ring attention (`llmctl.model.ring_attention`), which derives masks from segments."""
+    """Mask of visible pairs. It is None for ring attention, which derives masks from segments."""
     local_mask_BTS: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
@@ -53,19 +54,19 @@ class Shared(NamedTuple):
     memory_mask_BTS: jax.Array | None = None
     memory_segments_BS: jax.Array | None = None
     bias_table_UH: jax.Array | None = None
-    """Table of the position bias. Ring attention uses it and the segments instead of bias and masks."""
+    """Table of the position bias. Ring attention uses this table and the segments, not the bias and the masks."""
     slot: jax.Array | int | None = None
     """Cache slot of the first token; None without a cache."""
     causal_BT: jax.Array | None = None
-    """Segments of tokens under causal attention. Without a cache, this field or the next is set."""
+    """Segments of tokens under causal attention. Without a cache, either this field or `mutual_BT` is set."""
     mutual_BT: jax.Array | None = None
     """Segments of tokens under bidirectional attention."""
     rows_B: jax.Array | None = None
-    """Index of each row in the full batch, of which these rows may be a part."""
+    """Index of each row in the full batch, because these rows may be a part of it."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """Return the mask [B, T, S] of pairs in the same document, without padding (segment 0)."""
+    """Return the mask [B, T, S] of pairs that are in the same document; padding (segment 0) is excluded."""
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 
@@ -93,16 +94,16 @@ def share(
     slot: jax.Array | int | None = None,
     order_BT: jax.Array | None = None,
 ) -> Shared:
-    """Build the masks and rotary tables of a self-attention stack.
+    """Build the inputs that all layers of a self-attention stack share: masks and rotary tables.
 
     Args:
         cfg: Config of the model.
         segments_BT: Document of each token; 0 is padding.
         positions_BT: Position of each token in its document.
         causal: Whether tokens attend to earlier tokens only.
-        cached_BS: Segments of all S cache slots. The T tokens occupy the slots from `slot` to `slot + T`.
+        cached_BS: Segments of all S cache slots. The T tokens use the slots from `slot` to `slot + T`.
         slot: Cache slot of the first token; None without a cache.
-        order_BT: Order of the tokens, if rows are in balanced order (`llmctl.distributed.context_parallel`).
+        order_BT: Text position of each token, if rows are permuted for context parallelism.
     """
     mask = local = None
     if order_BT is None or not meshes.splits_sequences():
@@ -131,14 +132,14 @@ def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Self-attention, or cross-attention to `shared.memory_BSD` if `cross` is set."""
+    """Compute self-attention, or cross-attention to `shared.memory_BSD` if `cross` is set."""
 
     config: ModelConfig
     dtype: Any
     layers: int
     cross: bool = False
     choose: Choose | None = None
-    """Function that chooses among attention kernels (`attention_kernels.attend`); None computes plain XLA."""
+    """Function that selects an attention kernel (`attention_kernels.attend`); None uses plain XLA."""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, shared: Shared, local: jax.Array) -> jax.Array:
@@ -198,7 +199,8 @@ def attend(
 ) -> jax.Array:
     """Compute attention with scores and softmax in float32.
 
-    The query heads of one key head are folded into its rows. All products are then batched matrix products over (B, G).
+    The query heads that share a key head are folded into one matrix. All products are then batched matrix products over
+    (B, G).
 
     Args:
         q_BTHK: Queries.
@@ -221,7 +223,10 @@ def attend(
 
 
 def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: Any) -> jax.Array:
-    """Compute a batched matrix product over (B, G) that contracts one axis of each operand."""
+    """Compute a matrix product batched over (B, G).
+
+    Axis `contract_a` of a and axis `contract_b` of b are contracted.
+    """
     dims = (((contract_a,), (contract_b,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
@@ -229,14 +234,14 @@ def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype
 def _gather(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     """Multiply the transpose of p [B, G, N, S] by rows [B, G, N, K] -> [B, G, S, K].
 
-    The product is computed as transpose(transpose(rows) p), which XLA's CPU backend runs 1.4 to 2x faster. The barrier
-    stops XLA from rewriting it.
+    The product is computed as transpose(transpose(rows) p), which is 1.4 to 2x faster on XLA's CPU backend. The barrier
+    stops XLA from rewriting this product.
     """
     return jax.lax.optimization_barrier(_product(rows, p, 2, 2, dtype)).swapaxes(2, 3)
 
 
 def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None) -> Any:
-    """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap."""
+    """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap (None without a cap)."""
     B, G, N, _ = q.shape
     T, S = mask_BTS.shape[1:]
     scores = _product(q, k, 3, 3, jnp.float32).reshape(B, G, N // T, T, S)
@@ -250,17 +255,17 @@ def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bia
 
 
 class Sums(NamedTuple):
-    """Running softmax sums of queries over the keys so far; sums over more keys can be merged.
+    """Store the softmax sums of queries over a block of keys; the sums of several blocks can be merged.
 
     (Milakov and Gimelshein, 2018, arXiv:1805.02867)
     """
 
     values: jax.Array
-    """Sum of exp(score - top) * value, float32 [B, G, N, K]."""
+    """Sum of exp(score - top) * value over the keys, float32 [B, G, N, K]."""
     top: jax.Array
-    """Maximum score [B, G, R, T, 1]."""
+    """Maximum score over the keys, [B, G, R, T, 1]."""
     total: jax.Array
-    """Sum of exp(score - top), [B, G, R, T, 1]."""
+    """Sum of exp(score - top) over the keys, [B, G, R, T, 1]."""
 
 
 def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -> Sums:
@@ -275,7 +280,7 @@ def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -
 def pull(
     softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any, seen: Any, d_y: Any, wide: bool = False
 ) -> Any:
-    """Compute the gradients of a block of keys.
+    """Compute the gradients of attention for a block of keys.
 
     Args:
         softcap: Soft cap of the scores; 0 means none.
@@ -305,7 +310,10 @@ def pull(
 
 
 def share_of(d_y: jax.Array, y: jax.Array) -> jax.Array:
-    """Compute the sum over K of d_y * y, [..., N], which the softmax gradient subtracts from every score's gradient."""
+    """Return the sum over K of d_y * y, float32 [..., N].
+
+    The softmax gradient subtracts it from every score's gradient.
+    """
     return jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
 

@@ -1,12 +1,12 @@
-"""Fused attention kernels that never store all scores: Pallas splash attention on TPUs, cuDNN on GPUs.
+"""Select fused attention kernels that never store all scores: Pallas splash attention on TPUs, cuDNN on GPUs.
 
 (Dao et al., 2022, arXiv:2205.14135)
 
-If no kernel applies, `llmctl.model.attention` computes the softmax in plain XLA. The choice is made at tracing time,
-from the platform of the mesh and the shapes. `describe` reports the choice and its reason.
+If no kernel applies, `llmctl.model.attention` computes the softmax in plain XLA. The kernel is selected at tracing
+time, from the platform of the mesh and the shapes. `describe` reports the kernel and the reason.
 
-Padding (segment 0) attends to padding in these kernels, and to nothing in plain XLA. The outputs of padding are never
-used.
+In these kernels, padding (segment 0) attends to padding; in plain XLA it attends to nothing. The outputs of padding are
+never used.
 
 Shapes: B batch, T sequence, H query heads, G key/value heads, K head width.
 """
@@ -28,14 +28,14 @@ from llmctl.model.attention import Shared
 from llmctl.model.config import ModelConfig
 
 LANES = 128
-"""Block size of splash attention in tokens."""
+"""Granularity of splash attention in tokens; sequence lengths must be a multiple of it."""
 
 setting: ContextVar[str] = ContextVar("attention", default="auto")
-"""Setting of `use`."""
+"""Name of the kernel that `use` sets."""
 
 
 class Choice(NamedTuple):
-    """Name of a kernel, and the reason for its choice."""
+    """Store the name of a kernel and the reason for its selection."""
 
     kernel: str
     why: str
@@ -76,7 +76,7 @@ def attend(
         shared: Inputs that all layers share.
         local: Whether this layer has the sliding window, a bool scalar.
         cfg: Config of the model.
-        cross: Whether keys and values are of the encoder's output.
+        cross: Whether keys and values come from the encoder's output.
 
     Returns:
         Outputs [B, T, H, K].
@@ -136,7 +136,7 @@ def _on_gpu(cfg: ModelConfig, length: int, dtype: Any, device: Any) -> Choice:
 
 
 def _has_cudnn() -> bool:
-    """Return True if JAX finds cuDNN; its attention is traced but not run."""
+    """Return True if cuDNN is installed. Its attention is traced, but not run."""
     q = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
     try:
         jax.eval_shape(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn"), q)
@@ -146,7 +146,7 @@ def _has_cudnn() -> bool:
 
 
 def describe(cfg: ModelConfig, length: int, dtype: Any) -> str:
-    """Describe the chosen kernel for the log."""
+    """Return a description of the selected kernel for the log."""
     return "attention: {} ({})".format(*choose(cfg, length, dtype))
 
 
@@ -231,7 +231,7 @@ def _splash(
 
 
 def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask_BTS: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Compute self-attention with cuDNN's fused kernel; `mask_BTS` is the mask of `attention.attend`.
+    """Compute self-attention with cuDNN's fused kernel; the arguments are those of `attention.attend`.
 
     Returns:
         Outputs [B, T, H, K].

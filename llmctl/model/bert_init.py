@@ -1,12 +1,12 @@
-"""Initialization of BERT-style encoders: equal tokens attend to each other in the first layer.
+"""Initialize BERT-style encoders so that equal tokens attend to each other in the first layer.
 
-Whether a passage follows another one shows in the words that both contain. With random queries and keys, attention is a
-uniform mean at first. The smallest BERTs do not learn to compare tokens within millions of tokens.
+To decide whether one passage follows another, a network compares the words that both contain. With random queries and
+keys, attention is a uniform mean at first. The smallest BERTs do not learn to compare tokens within millions of tokens.
 
-Here queries equal keys, are scaled up, and ignore the segment type. A token embedding also outweighs the position
-embedding. Attention therefore finds equal tokens of either passage from the first step, and its output shows their
-segment type. To start with the structure of trained networks is mimetic initialization (Trockman and Kolter, 2023,
-arXiv:2305.09828).
+Here the first layer's keys equal its queries. Both are scaled up and ignore the segment type. Token embeddings are
+larger than position embeddings. Attention therefore finds equal tokens in both passages from the first step, and its
+output contains their segment type. Initialization with the structure of trained networks is called mimetic (Trockman
+and Kolter, 2023, arXiv:2305.09828).
 
 Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width, U segment types minus one.
 """
@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from llmctl.model.config import ModelConfig
 
 SHARES = {"tokens": 5.0, "positions": 0.25, "types": 3.5}
-"""Factors on the embeddings' initial standard deviation of 0.02; the norm after their sum keeps only the ratios."""
+"""Factors on the embeddings' initial standard deviation of 0.02. A norm follows their sum, so only the ratios
+matter."""
 SHARPNESS = 2.5
-"""Factor on the first layer's queries and keys, so that equal tokens stand out among hundreds of others."""
+"""Factor on the first layer's queries and keys. It gives equal tokens the largest scores among hundreds of others."""
 
 
 def suits(cfg: ModelConfig) -> bool:
@@ -32,7 +33,7 @@ def suits(cfg: ModelConfig) -> bool:
 
 
 def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Return new parameters with these embeddings and these queries and keys in the first layer."""
+    """Return the parameters with rescaled embeddings, and with new queries and keys in the first layer."""
     embed = {name: value * SHARES[name] if name in SHARES else value for name, value in params["embed"].items()}
     blocks = params["encoder"]["blocks"]
     attention = blocks["attn"]
@@ -48,7 +49,7 @@ def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_type_response(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
-    """Remove from the kernel its response to differences of segment types, in the form that a LayerNorm passes on."""
+    """Return the kernel without its response to differences between segment types, after a LayerNorm."""
     if types_UD is None or len(types_UD) < 2:
         return kernel_DI
     apart_UD = types_UD[1:] - types_UD[0]

@@ -1,10 +1,10 @@
-"""Losses over a vocabulary, computed in chunks of the sequence, so that logits [B, T, V] are never stored.
+"""Compute losses over a vocabulary in chunks of the sequence, so that logits [B, T, V] are never stored.
 
 `chunked` sums a loss over chunks of the sequence. If a gradient is needed, it is computed chunk by chunk in the same
-pass. This takes three matrix products for the output projection, instead of the four that rematerialization takes.
+pass. The output projection then takes three matrix products; rematerialization takes four.
 
-On a mesh, every device processes its own rows and tokens, and sums are reduced once, after the last chunk. The
-vocabulary stays sharded over the `tensor` axis: only a few numbers per token cross it, never logits.
+On a mesh, every device processes its own rows and tokens. Sums are reduced once, after the last chunk. The vocabulary
+stays sharded over the `tensor` axis: devices exchange a few numbers per token, never logits.
 
 Shapes: B batch, T sequence, c tokens per chunk, D model width, V vocabulary; b and t a device's share of B and T.
 """
@@ -23,14 +23,15 @@ from llmctl.distributed import mesh as meshes
 from llmctl.model import weights
 
 CHUNK_BYTES = 16 * 2**20
-"""Approximate bytes of float32 logits per chunk: enough for full-speed products, and few enough for CPU caches."""
+"""Approximate size of the float32 logits of a chunk in bytes: large enough for fast products, small enough for CPU
+caches."""
 
 Tree = Any
 ChunkLoss = Callable[[Tree, Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
-"""Function of (head params, constants, x [B, c, D], aligned [B, c, ...]) that returns (sum of losses, tree of sums)."""
+"""Function (head params, constants, x [B, c, D], aligned [B, c, ...]) -> (sum of losses, tree of sums)."""
 
 Project = Callable[[Tree, jax.Array], jax.Array]
-"""Function of (head params, x [..., D]) that returns logits [..., V]."""
+"""Function (head params, x [..., D]) -> logits [..., V]."""
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
@@ -46,12 +47,12 @@ def chunk_length(batch: int, length: int, vocab: int) -> int:
 
 
 def _split(tree: Tree, chunk: int) -> Tree:
-    """Split [B, T, ...] into chunks [T / c, B, c, ...]."""
+    """Split the arrays [B, T, ...] of a tree into chunks [T / c, B, c, ...]."""
     return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1), tree)
 
 
 def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tree]]:
-    """Return the leaves that have gradients, and a function that puts other leaves in their place."""
+    """Return the floating-point leaves, which have gradients, and a function that replaces them in the tree."""
     leaves, treedef = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
@@ -103,7 +104,11 @@ def _chunk_of(x_btD: jax.Array, vocab: int) -> int:
 def chunked(
     fn: ChunkLoss, vocab: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Sum `fn` over chunks of tokens; only the first sum is differentiable, in `head` and `x_BTD`."""
+    """Sum the results of `fn` over chunks of tokens.
+
+    Returns:
+        (sum of losses, tree of sums). Only the sum of losses is differentiable, in `head` and `x_BTD`.
+    """
 
     def sums(head: Tree, constants: Tree, x: jax.Array, aligned: Tree) -> tuple[Tree, None]:
         def body(carry: Tree, piece: Tree) -> tuple[Tree, None]:
@@ -169,9 +174,9 @@ chunked.defvjp(_forward, _backward)
 
 
 def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute the log probability of targets [...] and the log of the partition sum, for logits [..., V].
+    """Return (log probability of the targets [...], log of the partition sum [...]) for logits [..., V].
 
-    The target is selected by comparison instead of a gather, so that a sharded vocabulary stays sharded.
+    The target is selected by comparison, not by a gather, so that a sharded vocabulary stays sharded.
     """
     partition = jax.nn.logsumexp(logits_V, axis=-1)
     hit = jnp.arange(logits_V.shape[-1]) == targets[..., None]
@@ -179,9 +184,9 @@ def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax
 
 
 def hits(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return whether each target is the first maximum of its logits.
+    """Return whether each target is the first maximum of its logits, bool [...].
 
-    This replaces argmax, which would gather a sharded vocabulary.
+    An argmax would gather a sharded vocabulary.
     """
     places = jnp.arange(logits_V.shape[-1])
     top = jnp.max(logits_V, axis=-1, keepdims=True)
@@ -206,7 +211,7 @@ def cross_entropy(
 
     Args:
         project: Output projection.
-        head: Its parameters.
+        head: Parameters of the output projection.
         x_BTD: Hidden states.
         targets_BT: Target tokens.
         weights_BT: Weights of the targets.
@@ -235,9 +240,9 @@ def cross_entropy(
 
 
 def means(sums: dict[str, Any]) -> dict[str, Any]:
-    """Convert sums to metrics: each is divided by "weight", or a metric x_... by "x_weight" if that exists.
+    """Convert sums to metrics by dividing each by "weight"; if "x_weight" exists, metrics x_... are divided by that.
 
-    Sums and their weights may be vectors, such as one entry per class. The metric is then the mean over the entries of
+    A sum and its weight may be vectors, such as one entry per class. The metric is then the mean over the entries with
     positive weight.
     """
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
@@ -253,7 +258,7 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:
-    """Compute the negative log-likelihood in nats of every target [B, T]; for evaluation."""
+    """Return the negative log-likelihood of every target in nats, [B, T], for evaluation."""
 
     def nll(head: Tree, _: Tree, x_btD: jax.Array, targets_bt: jax.Array) -> tuple[None, jax.Array]:
         def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
@@ -267,7 +272,7 @@ def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Ar
 
 
 def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -> jax.Array:
-    """Compute KL(teacher || student) of logits [..., V] at a temperature, times the temperature squared.
+    """Return KL(teacher || student) of logits [..., V] at a temperature, times the temperature squared; [...] in nats.
 
     (Hinton et al., 2015, arXiv:1503.02531)
     """
@@ -289,7 +294,10 @@ def distillation(
     temperature: float,
     hard: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Compute the distillation loss: (1 - hard) * KL to the softened teacher + hard * cross-entropy.
+    """Compute the distillation loss: (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
+
+    The KL divergence uses softmax outputs at `temperature`. The arguments without the prefix `teacher_` are those of
+    `cross_entropy`, for the student.
 
     Returns:
         The loss, and the sums of `cross_entropy` plus "kl".

@@ -1,6 +1,6 @@
-"""ModelConfig: sizes and flags of a model, the single source of all shapes.
+"""Define ModelConfig: the sizes and flags of a model, from which all array shapes are derived.
 
-Families are modules in `llmctl/model/families` that define flags and sizes for the shared blocks.
+The modules in `llmctl/model/families` define the flags and sizes of each family for the shared blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FAMILIES = "llmctl.model.families"
 
 
 class ModelConfig(Config):
-    """Sizes and flags of one Transformer, including the sizes that structured pruning left.
+    """Configure one Transformer: its sizes and flags, including the sizes after structured pruning.
 
     Example:
         >>> cfg = ModelConfig(preset="llama-tiny", layers=3)
@@ -35,15 +35,15 @@ class ModelConfig(Config):
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
     preset: str = ""
-    """Family and size to start from, such as llama-tiny (`llmctl show --presets` lists all); every other field
-    overrides it."""
+    """Family and size to start from, such as llama-tiny (`llmctl show --presets` lists all). All other fields
+    override it."""
     family: str = "llama"
-    """Name map and default flags; the name of a module in `llmctl/model/families`."""
+    """Model family, a module in `llmctl/model/families`; it defines default flags and tensor names."""
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """Stacks of the model: decoder, encoder, or both."""
 
     vocab_size: int = Field(default=4096, ge=2)
-    """Rows of the embedding table; set by the tokenizer if a model is trained from scratch."""
+    """Number of rows of the embedding table; set by the tokenizer if a model is trained from scratch."""
     d_model: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     layers: int = Field(default=2, ge=1, le=LAYERS)
@@ -82,13 +82,13 @@ class ModelConfig(Config):
     qk_norm: bool = False
     """Apply RMSNorm to each query and key head."""
     attn_scale: float = Field(default=0.0, ge=0)
-    """Factor on attention scores; 0 takes head_dim ** -0.5."""
+    """Factor on attention scores; 0 uses head_dim ** -0.5."""
     attn_softcap: float = Field(default=0.0, ge=0)
     """Soft cap on attention scores; 0 means none."""
     final_softcap: float = Field(default=0.0, ge=0)
     """Soft cap on logits; 0 means none."""
     window: int = Field(default=0, ge=0)
-    """Window of local layers in tokens, the current one included; 0 means full attention."""
+    """Window of local layers in tokens, including the current one; 0 means full attention."""
     window_every: int = Field(default=1, ge=1)
     """Period of the attention pattern: the last layer of each period is global; 1 makes every layer local."""
     window_layers: tuple[int, ...] = ()
@@ -97,11 +97,11 @@ class ModelConfig(Config):
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
     """Encoding of positions."""
     position_offset: int = Field(default=0, ge=0)
-    """Rows of the learned position table before position 0."""
+    """Number of rows of the learned position table before position 0."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_local_theta: float = Field(default=0.0, ge=0)
-    """Base of the rotary frequencies in local layers; 0 takes rope_theta."""
+    """Base of the rotary frequencies in local layers; 0 uses rope_theta."""
     rope_scaling: dict[str, Any] = {}
     """Scaling of the rotary frequencies, with the keys of the Hugging Face config; empty means none."""
     relative_buckets: int = Field(default=32, ge=4)
@@ -112,17 +112,17 @@ class ModelConfig(Config):
     tied: bool = True
     """Use the embedding table as the output projection."""
     embed_scale: float = Field(default=1.0, ge=0)
-    """Factor on token embeddings; 0 takes d_model ** 0.5."""
+    """Factor on token embeddings; 0 uses d_model ** 0.5."""
     logit_scale: float = Field(default=1.0, ge=0)
-    """Factor on the hidden state before the output projection; 0 takes d_model ** -0.5."""
+    """Factor on the hidden state before the output projection; 0 uses d_model ** -0.5."""
     embed_norm: bool = False
     """Normalize the sum of the embeddings."""
     token_types: int = Field(default=0, ge=0)
-    """Rows of the segment-type table; 0 means no table."""
+    """Number of rows of the segment-type table; 0 means no table."""
     head_transform: bool = False
     """Apply a dense layer, activation and norm before the output projection, and a bias after it (BERT)."""
     head_activation: Literal["", "silu", "gelu", "gelu_tanh", "relu"] = ""
-    """Nonlinearity of head_transform; empty takes that of the feed-forward layer."""
+    """Nonlinearity of head_transform; empty uses that of the feed-forward layer."""
     pooler: bool = False
     """Apply a dense layer with tanh to the pooled token before classification."""
     next_sentence: bool = False
@@ -131,7 +131,7 @@ class ModelConfig(Config):
     """Add a bias to the task head."""
 
     head: Literal["lm", "classify", "regress", "tokens", "span", "embed"] = "lm"
-    """Output of the model."""
+    """Output head of the model: logits over the vocabulary (lm), or a task head."""
     labels: int = Field(default=0, ge=0)
     """Number of classes of a classification head."""
     pooling: Literal["last", "mean", "first"] = "last"
@@ -176,27 +176,27 @@ class ModelConfig(Config):
 
     @property
     def head_kind(self) -> HeadKind:
-        """Structure of the head's answer."""
+        """Return the description of the model's head: whether it predicts per token, its width, and so on."""
         return HEAD_KINDS[self.head]
 
     @property
     def task_head(self) -> bool:
-        """Whether there is a task head: instead of the output projection, or beside it for next sentences."""
+        """Return True if the model has a task head. A next-sentence head, beside the output projection, is also one."""
         return not self.head_kind.vocabulary or self.next_sentence
 
     @property
     def pools(self) -> bool:
-        """Whether the task head has a pooler."""
+        """Return True if the task head has a pooler."""
         return self.pooler and self.task_head and not self.head_kind.per_token
 
     @property
     def answer_width(self) -> int:
-        """Logits per answer of the task head; 0 if there is none, or if it projects nothing."""
+        """Return the number of logits per output of the task head; 0 if there is no task head or no projection."""
         return 0 if self.head_kind.bare or not self.task_head else self.head_kind.width or self.labels
 
 
 def families() -> list[str]:
-    """Return the names of all families, which are the modules in their folder."""
+    """Return the names of all families, which are the modules in the folder `families`."""
     folder = importlib.import_module(FAMILIES)
     return sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
 
@@ -207,12 +207,12 @@ def presets() -> list[str]:
 
 
 def family(name: str) -> ModuleType:
-    """Import the module of a family: FLAGS, SIZES and, if Hugging Face checkpoints exist, BRIDGE."""
+    """Import the module of a family, which defines FLAGS, SIZES and, if Hugging Face checkpoints exist, BRIDGE."""
     return importlib.import_module(f"{FAMILIES}.{name}")
 
 
 def defaults(preset: str, name: str) -> dict[str, Any]:
-    """Return the fields that a preset, or the family `name` alone, sets."""
+    """Return the fields that a preset sets, or those of the family `name` if there is no preset."""
     if preset:
         given, name = name, next((f for f in families() if preset in family(f).SIZES), "")
         if not name:

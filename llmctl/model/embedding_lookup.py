@@ -1,4 +1,4 @@
-"""Embedding lookup in a table whose columns are sharded over devices with different tokens.
+"""Look up embeddings in a table whose columns are sharded over devices with different tokens.
 
 There are two methods. In the first, every device gathers the table. In the second, every device looks up its columns
 for all tokens. An all-to-all then gives each device all columns of its own tokens. The method that sends fewer bytes
@@ -41,7 +41,7 @@ def take(table_VD: jax.Array, ids_BT: jax.Array, rows: str | None, dtype: Any) -
 
 
 class _Layout(NamedTuple):
-    """Sharding of a table and of the tokens that are looked up."""
+    """Describe the sharding of a table and of the tokens that are looked up."""
 
     mesh: Mesh
     tokens: PartitionSpec
@@ -53,11 +53,15 @@ class _Layout(NamedTuple):
     rows: tuple[str, ...]
     """Mesh axes that shard the rows of the table."""
     exchanges: bool
-    """Whether exchanging columns of tokens, forward and backward, sends less than the table and its gradient."""
+    """Whether an exchange of columns per token sends fewer bytes, forward and backward, than the table and its
+    gradient."""
 
 
 def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:
-    """Return the sharding, or None if no device shares columns with devices that have other tokens."""
+    """Return the sharding of table and tokens.
+
+    Return None if the devices that share the columns have the same tokens.
+    """
     mesh = meshes.current()
     if mesh is None:
         return None
@@ -115,7 +119,7 @@ _take.defvjp(_forward, _backward)
 
 
 def _rows_of(table_v: jax.Array, ids: jax.Array, layout: _Layout) -> jax.Array:
-    """Look up rows of a table that may be sharded by rows."""
+    """Look up rows of a local table; the table may be sharded by rows. Return [..., columns]."""
     if not layout.rows:
         return jnp.take(table_v, ids, axis=0)
     at, here = _local_index(ids, len(table_v), layout)
@@ -132,7 +136,7 @@ def _summed(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) -> jax.A
 
 
 def _local_index(ids: jax.Array, rows: int, layout: _Layout) -> tuple[jax.Array, jax.Array]:
-    """Return the indices of ids among the local rows, and whether each id is local."""
+    """Return the index of each id in the local rows (0 if it is not local), and whether the id is local."""
     at = ids - rows * jax.lax.axis_index(layout.rows)
     here = (at >= 0) & (at < rows)
     return jnp.where(here, at, 0), here

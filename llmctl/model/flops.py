@@ -1,7 +1,8 @@
-"""Cost of a model from its config: parameters, FLOPs and cache size, without building arrays.
+"""Compute a model's parameter count, FLOPs and cache size from its config, without arrays.
 
-FLOPs are those of matrix products, with two per multiply-add. Norms, activations, softmax and recomputation do not
-count (Chowdhery et al., 2022, arXiv:2204.02311, appendix B). In attention, only pairs inside the mask count.
+FLOPs are those of matrix products, with two FLOPs per multiply-add. Norms, activations, softmax and recomputation are
+not counted (Chowdhery et al., 2022, arXiv:2204.02311, appendix B). In attention, only pairs inside the mask are
+counted.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
 
 
 def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = None) -> float:
-    """Compute the FLOPs of a forward pass over one row; a backward pass takes twice as many.
+    """Return the FLOPs of a forward pass over one row; a backward pass takes twice as many.
 
     Args:
         cfg: Config of the model.
-        length: Number of tokens in the row; those of the decoder in an encoder-decoder.
-        source: Number of encoder tokens in an encoder-decoder.
-        predicted: Number of tokens with an output projection in a language model; all by default.
+        length: Number of tokens in the row; for an encoder-decoder, number of decoder tokens.
+        source: Number of encoder tokens of an encoder-decoder.
+        predicted: Number of tokens with an output projection, for language models; all by default.
     """
     matrices = 0.0
     if cfg.head_kind.vocabulary:
@@ -61,7 +62,7 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
 
 
 def flops(cfg: ModelConfig, length: int) -> float:
-    """Compute the FLOPs per token of a forward pass over sequences of `length` tokens.
+    """Return the FLOPs per token of a forward pass over sequences of `length` tokens.
 
     A backward pass takes twice as many. In an encoder-decoder, the count is per decoder token, and the encoder has as
     many tokens as the decoder.
@@ -70,9 +71,9 @@ def flops(cfg: ModelConfig, length: int) -> float:
 
 
 def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
-    """Compute the FLOPs per token of a forward pass over rows with arrays of these shapes.
+    """Return the FLOPs per token of a forward pass over rows whose arrays have these shapes.
 
-    The tokens of both stacks count.
+    Tokens of both encoder and decoder are counted.
     """
     length = shapes["tokens"][-1]
     source = shapes.get("encoder_tokens", (0,))[-1]
@@ -89,7 +90,7 @@ def _norm(cfg: ModelConfig, width: int) -> int:
 
 
 def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
-    """Count the entries of one layer's matrices."""
+    """Return the number of entries in the matrices of one layer."""
     attention = cfg.d_model * cfg.head_dim * 2 * (cfg.heads + cfg.kv_heads)
     return attention * (2 if cross else 1) + cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2)
 
@@ -119,7 +120,10 @@ def _head(cfg: ModelConfig) -> int:
 
 
 def _seen(length: int, window: int, causal: bool) -> float:
-    """Return the mean number of visible keys per token: those fewer than `window` tokens away, or all."""
+    """Return the mean number of visible keys per token.
+
+    These are the keys fewer than `window` tokens away, or all keys if `window` is 0.
+    """
     reach = min(window or length, length)
     if causal:
         return (reach * (reach + 1) / 2 + (length - reach) * reach) / length

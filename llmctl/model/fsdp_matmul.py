@@ -1,6 +1,6 @@
-"""Matrix product under FSDP: the weight is gathered once per pass, and its gradient is reduce-scattered.
+"""Multiply by an FSDP-sharded weight: gather the weight once per pass, and reduce-scatter its gradient.
 
-Without this, XLA gathers the weight separately for recomputation and for the backward product.
+By default, XLA gathers the weight again for recomputation and for the backward product.
 
 Shapes: I inputs, O outputs.
 """
@@ -19,7 +19,7 @@ Axes = tuple[str, str]
 
 
 def splits(axes: Axes) -> bool:
-    """Return True if the mesh shards the weight over devices that have different tokens of complete sequences."""
+    """Return True if the mesh shards a weight with these logical axes over devices with different rows of tokens."""
     mesh = meshes.current()
     if mesh is None or meshes.splits_sequences() or "embed" not in axes:
         return False

@@ -1,10 +1,8 @@
-"""Functional interface of the model: functions of a config and a plain parameter tree, without Flax modules.
+"""Define functions of a config and a plain parameter tree that run the model, without Flax modules.
 
 Only `llmctl/model` uses Flax modules. The parameter tree has `embed`, `encoder` and/or `decoder` (`blocks`, `norm`),
-`lm_head` (if untied or transformed) and `head` (task heads).
-
-The forward pass of training, `hidden` and `head_logits`, is defined beside the modules it runs
-(`llmctl.model.transformer`).
+`lm_head` (if untied or transformed) and `head` (task heads). The forward pass of training, `hidden` and `head_logits`,
+is defined in `llmctl.model.transformer`.
 
 Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of a matrix.
 """
@@ -71,7 +69,7 @@ __all__ = [
 
 
 class Carry(NamedTuple):
-    """State between two blocks: the residual stream, and the inputs that all layers share."""
+    """Store the state between two blocks: the residual stream, and the inputs that all layers share."""
 
     x_BTD: jax.Array
     shared: Shared
@@ -101,7 +99,7 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Initialize float32 parameters.
+    """Return new float32 parameters, randomly initialized.
 
     Example:
         >>> cfg = ModelConfig(preset="llama-tiny", layers=1, vocab_size=16)
@@ -114,12 +112,12 @@ def init(cfg: ModelConfig, key: jax.Array) -> Params:
 
 
 def abstract(cfg: ModelConfig) -> Params:
-    """Return the shapes and dtypes of the parameters, without computing them."""
+    """Return the shapes and dtypes of the parameters, without arrays."""
     return _of_boxes(cfg, lambda box: box.value)
 
 
 def axes(cfg: ModelConfig) -> Params:
-    """Return the logical axes of every parameter: tuples of names in `llmctl.distributed.mesh.RULES`."""
+    """Return the logical axes of every parameter, as tuples of names in `llmctl.distributed.mesh.RULES`."""
     return _of_boxes(cfg, lambda box: box.names)
 
 
@@ -129,13 +127,13 @@ def _of_boxes(cfg: ModelConfig, part: Callable[[Any], Any]) -> Params:
 
 @functools.lru_cache(64)
 def _boxes(config: str) -> Params:
-    """Trace the initialization; cached, because callers need the result many times."""
+    """Return the traced initialization with its logical axes. It is cached, because callers need it many times."""
     cfg = ModelConfig.model_validate_json(config)
     return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
 
 
 def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """Return the sharding on `mesh` of every array in `params` (abstract or not).
+    """Return the sharding on `mesh` of every array in `params`, which may be abstract.
 
     Raises:
         RequestError: If the mesh does not divide the model. A head is never split.
@@ -148,7 +146,7 @@ def laid_out(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Return abstract parameters with their shardings.
 
     Raises:
-        RequestError: In the cases of `shardings`.
+        RequestError: If `shardings` raises it.
     """
     return jax.tree.map(lambda a, s: a.update(sharding=s), params, shardings(cfg, params, mesh))
 
@@ -185,7 +183,7 @@ def hidden_states(
 
     Args:
         cfg: Config of the model.
-        params: Its parameters.
+        params: Parameters of the model.
         batch: As in `hidden`.
         layers: Indices of layers of the last stack; 0 is the first layer.
         train: Whether dropout is applied.
@@ -227,25 +225,25 @@ def depth(cfg: ModelConfig, stack: str) -> int:
 def embed(
     cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32
 ) -> Carry:
-    """Compute the input of the first block in the stack that reads `tokens`; `memory_BSD` is the encoder's output."""
+    """Return the input of the first block in the stack that reads `tokens`. `memory_BSD` is the encoder's output."""
     model, body = Transformer(cfg, dtype), body_params(params)
     return Carry(*apply(model, {"params": body}, batch, memory_BSD, method="start"))
 
 
 def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> Carry:
-    """Compute the input of the first encoder block in an encoder-decoder."""
+    """Return the input of the first encoder block in an encoder-decoder."""
     model, body = Transformer(cfg, dtype), body_params(params)
     return Carry(*apply(model, {"params": body}, batch, method="start_encoder"))
 
 
 def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
-    """Compute the encoder output [B, S, D] of an encoder-decoder from `encoder_tokens`."""
+    """Return the encoder output [B, S, D] of an encoder-decoder, computed from `encoder_tokens`."""
     body = body_params(params)
     return apply(Transformer(cfg, dtype), {"params": body}, batch, method="encode")
 
 
 def layer_params(params: Params, stack: str, layer: int) -> Params:
-    """Return one layer's slice of the stacked parameters."""
+    """Return the parameters of one layer, sliced from the stacked parameters."""
     return weights.layer_of(params[stack]["blocks"], layer)
 
 
@@ -286,8 +284,8 @@ def cached_block(
 ) -> tuple[Carry, Params]:
     """Apply one layer, and write its keys and values into `cache` ({"attn": {"past_k", "past_v"}}).
 
-    Keys and values of the encoder's output are computed once and also cached ("cross"). `carry` comes from `embed` of a
-    batch with `slot` and `cached_segments`.
+    Keys and values of the encoder's output are computed once and also cached ("cross"). `carry` is the result of
+    `embed` for a batch with `slot` and `cached_segments`.
 
     Returns:
         The output and the new cache.
@@ -302,7 +300,7 @@ def cached_block(
 
 
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
-    """Compute the stack's final hidden states [B, T, D]."""
+    """Return the stack's final hidden states [B, T, D], from the output of its last layer."""
     body = body_params(params)
     return apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
 
@@ -310,9 +308,9 @@ def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: An
 def head_taps(
     cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
-    """Return the inputs [N, I] of the output head's matrices, by their path in `wiring.matrices`.
+    """Return the inputs [N, I] of the output head's matrices, by path as in `wiring.matrices`.
 
-    N is the number of tokens, or of sequences for a matrix behind the pooling.
+    N is the number of tokens, or of sequences for a matrix after the pooling.
     """
     found: dict[str, jax.Array] = {}
     if cfg.head_kind.vocabulary:

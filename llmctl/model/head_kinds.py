@@ -1,6 +1,6 @@
-"""Head kinds: output structure of a model, by the name in `ModelConfig.head`. This module does not import JAX.
+"""Define the output structure of each model head, by the name in `ModelConfig.head`. This module does not import JAX.
 
-A task (`llmctl.evaluate.tasks`) names the head that it needs; several tasks may share one.
+A task (`llmctl.evaluate.tasks`) names the head that it needs. Several tasks may share a head.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadKind:
-    """Output structure of a head. By default one vector per sequence is pooled and projected to one logit per label."""
+    """Describe the output structure of a head.
+
+    By default, each sequence is pooled to one vector, which is projected to one logit per label.
+    """
 
     vocabulary: bool = False
-    """The output projection gives logits over the vocabulary. Only next-sentence prediction adds a task head."""
+    """Whether the outputs are logits over the vocabulary. Such a model has a task head only for next-sentence
+    prediction."""
     per_token: bool = False
-    """One output per token, without pooling."""
+    """Whether there is one output per token, without pooling."""
     bare: bool = False
-    """The output is the pooled vector at unit length, without a projection."""
+    """Whether the output is the pooled vector at unit length, without a projection."""
     width: int = 0
-    """Logits per output; 0 means one per label."""
+    """Number of logits per output; 0 means one per label."""
     scalar: bool = False
-    """The output is a scalar: the axis of logits is removed."""
+    """Whether the output is a scalar, without an axis of logits."""
 
     @property
     def labelled(self) -> bool:
-        """Whether the output has one logit per label."""
+        """Return True if the output has one logit per label."""
         return not (self.width or self.bare)
 
 
@@ -37,4 +41,4 @@ HEAD_KINDS = {
     "span": HeadKind(per_token=True, width=2),
     "embed": HeadKind(bare=True),
 }
-"""Head kinds by name. The width of "lm" is the width of the next-sentence head."""
+"""Output structures by name of the head. The width of "lm" is that of the next-sentence head."""

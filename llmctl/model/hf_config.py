@@ -1,8 +1,8 @@
-"""Conversion between a family and Hugging Face: name maps, and the keys of config.json, without arrays.
+"""Convert between a model family and Hugging Face: tensor names and the keys of config.json, without arrays.
 
-A name map is a table {our path: Hugging Face name}. "{}" in a name stands for the layer index; our arrays stack layers
-on axis 0. Our matrices are [in, out]. Theirs are [out, in] unless the family declares otherwise. "name#i" is part i of
-a fused tensor (query, key and value), in the order of outputs.
+A name map is a table {parameter path: Hugging Face tensor name}. "{}" in a name is the layer index, because our arrays
+stack layers on axis 0. Our matrices are [in, out]. Those of Hugging Face are [out, in], unless the family declares
+otherwise. "name#i" is part i of a fused tensor (query, key and value), split along its outputs.
 
 Example:
     >>> linear({"attn/q": "q_proj"})
@@ -23,7 +23,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """One head of a family: its class in `transformers`, and the name map of its weights."""
+    """Describe one head of a family: its class in `transformers`, and the name map of its weights."""
 
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
@@ -35,41 +35,42 @@ class Head:
 
 @dataclass(frozen=True)
 class Bridge:
-    """Conversion of a family to and from Hugging Face folders."""
+    """Describe the conversion of a family to and from Hugging Face folders."""
 
     model_type: str
     prefix: str
-    """Prefix of the tensor names of the network, without its heads. Base models are stored without it."""
+    """Prefix of the tensor names of the network without heads. Files of base models omit it."""
     names: Callable[[Any], Mapping[str, str]]
     """Function from a ModelConfig to the name map of the network."""
     heads: Mapping[str, Head]
-    """Heads by our name. "lm+next_sentence" is a language model that also has the next-sentence head."""
+    """Heads by name. "lm+next_sentence" is a language model that also has the next-sentence head."""
     from_config: Callable[[Keys], Fields]
-    """Function from a config.json to fields of ModelConfig beyond the family's flags; it takes every relevant key."""
+    """Function from the keys of a config.json to fields of ModelConfig beyond the family's flags. It reads every
+    relevant key."""
     to_config: Callable[[Any], Fields]
-    """Function from ModelConfig to config.json keys; it raises RequestError for unsupported fields."""
+    """Function from a ModelConfig to config.json keys. It raises RequestError for unsupported fields."""
     buffers: tuple[str, ...] = ()
-    """Regular expressions of stored tensors that are computed, not trained."""
+    """Regular expressions for the names of stored tensors that are computed, not trained."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that some files duplicate: name -> name of the tensor that it must equal."""
+    """Tensors that some files duplicate, as {name: name of the equal tensor}."""
     in_out: str = ""
-    """Regular expression of the names of matrices that are stored as [in, out], as ours."""
+    """Regular expression for the names of matrices that Hugging Face stores as [in, out], as llmctl does."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Outdated names of tensors or classes -> current names."""
+    """Current names of tensors or classes by their outdated names."""
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
-        """Return the full name map of a model with this head; `bare` omits the prefix."""
+        """Return the complete name map of a model with this head. If `bare` is true, omit the prefix."""
         prefix = "" if bare else head.prefix or self.prefix
         return {ours: prefix + theirs for ours, theirs in self.names(cfg).items()} | dict(head.names)
 
 
 def blocks(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
-    """Prefix both sides of a name map with the path of a stack."""
+    """Return a name map with both sides prefixed: parameter paths by `ours`, Hugging Face names by `theirs`."""
     return {f"{ours}/{k}": f"{theirs}.{v}" for k, v in table.items()}
 
 
 def linear(table: Mapping[str, str]) -> dict[str, str]:
-    """Expand names of linear layers to their kernel and bias: {"attn/q": "q_proj"} gives two entries."""
+    """Return a name map with the kernel and the bias of each linear layer; `table` has only the layers' names."""
     return {
         f"{ours}/{ours_leaf}": _part(theirs, theirs_leaf)
         for ours, theirs in table.items()
@@ -78,7 +79,7 @@ def linear(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def norm(table: Mapping[str, str]) -> dict[str, str]:
-    """Expand names of norms to their scale and bias: {"attn_norm": "ln_1"} gives two entries."""
+    """Return a name map with the scale and the bias of each norm; `table` has only the norms' names."""
     return {
         f"{ours}/{ours_leaf}": f"{theirs}.{theirs_leaf}"
         for ours, theirs in table.items()
@@ -107,7 +108,7 @@ IRRELEVANT = frozenset({
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "transformers.js_config",
 })  # fmt: skip
-"""Keys that affect neither the network's function nor its shapes; labels are read elsewhere."""
+"""Keys that affect neither the network's function nor its shapes. Labels are read elsewhere."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -122,7 +123,7 @@ ACTIVATIONS = {
 
 
 class Keys:
-    """Reader of a config.json. A key that is neither taken, required nor known to be irrelevant is an error."""
+    """Read the keys of a config.json. A key that is neither read, required nor known to be irrelevant is an error."""
 
     def __init__(self, given: Mapping[str, Any], ignore: frozenset[str] = frozenset()):
         self.given = {k: v for k, v in given.items() if k not in IRRELEVANT | ignore}
@@ -130,7 +131,7 @@ class Keys:
         self.problems: list[str] = []
 
     def take(self, key: str, default: Any = ...) -> Any:
-        """Return the value of a key, or the default if it is absent or null."""
+        """Remove a key and return its value, or the default if it is missing or null."""
         value = self.given.pop(key, None)
         if value is not None:
             return value
@@ -140,17 +141,17 @@ class Keys:
         return default
 
     def absent(self, key: str, value: Any) -> None:
-        """Set the value that transformers assumes if the key is absent; null has another meaning."""
+        """Set the value that `transformers` uses if the key is missing. A null value has another meaning and stays."""
         self.given.setdefault(key, value)
 
     def must(self, key: str, *allowed: Any) -> None:
-        """Require one of these values if the key is present and not null; other values are not implemented."""
+        """Remove a key that may only be missing, null or one of `allowed`; record other values as unsupported."""
         value = self.given.pop(key, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{key} = {value!r} is not supported")
 
     def activation(self, key: str, default: str) -> str:
-        """Return an activation under our name."""
+        """Remove a key with an activation, and return llmctl's name of the activation."""
         value = self.take(key, default)
         if value not in ACTIVATIONS:
             self.problems.append(f"{key} = {value!r} is not a known activation")
@@ -162,7 +163,11 @@ class Keys:
             self.given.pop(key, None)
 
     def finish(self, where: str) -> None:
-        """Raise RequestError with all problems, if there are any."""
+        """Check that all keys were read without problems.
+
+        Raises:
+            RequestError: If there are problems or unknown keys. The message lists up to eight.
+        """
         unknown = [f"{k} = {v!r} is not understood" for k, v in sorted(self.given.items()) if v is not None]
         if self.problems + unknown:
             raise RequestError(f"{where}: {'; '.join((self.problems + unknown)[:8])}")
@@ -171,7 +176,7 @@ class Keys:
 def take_rope(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
     """Read the rotary bases and scaling, from rope_theta and rope_scaling (older) or rope_parameters (newer).
 
-    rope_theta also gives the base if rope_parameters lacks it.
+    If rope_parameters lacks the base, rope_theta is used.
     """
     theta = keys.take("rope_theta", theta)
     given = {"rope_theta": theta, **(keys.take("rope_scaling", None) or {})}
@@ -192,11 +197,11 @@ SCALINGS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"},
 }
-"""Types of rotary scaling, with the parameters of each."""
+"""Types of rotary scaling, with their allowed parameters."""
 
 
 def wrong_scaling(scaling: Mapping[str, Any]) -> str:
-    """Return the problem with a `rope_scaling`, or an empty string."""
+    """Return the problem with a `rope_scaling` dict as text, or an empty string."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     numbers = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     if not scaling or kind == "default":
@@ -252,9 +257,9 @@ def give_rope(cfg: Any, local: bool = False) -> Fields:
 
 
 def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields:
-    """Read which layers are local, from `layer_types` or else by the family's rule.
+    """Read which layers have local attention, from `layer_types` or else by the rule of the family.
 
-    Under the rule, the last of every `every` layers is global.
+    By this rule, the last of every `every` layers is global.
     """
     kinds = keys.take("layer_types", None)
     if layers > LAYERS:
@@ -283,12 +288,15 @@ def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields
 
 
 def give_windows(cfg: Any) -> list[str]:
-    """Return the `layer_types` of a config."""
+    """Return the value of `layer_types` for a ModelConfig."""
     return ["sliding_attention" if local else "full_attention" for local in local_layers(cfg, cfg.layers)]
 
 
 def local_layers(cfg: Any, layers: int) -> list[bool]:
-    """Return which layers of a stack are local: those of `window_layers`, or all except every `window_every`-th."""
+    """Return whether each layer of a stack has local attention.
+
+    These are the layers in `window_layers`, or all except every `window_every`-th layer.
+    """
     if not cfg.window:
         return [False] * layers
     if cfg.window_layers:
@@ -297,7 +305,11 @@ def local_layers(cfg: Any, layers: int) -> list[bool]:
 
 
 def refuse(cfg: Any, what: str, **needed: Any) -> None:
-    """Raise RequestError if a field of the config differs from the value that the family requires."""
+    """Check that fields of the config have the values that a family requires.
+
+    Raises:
+        RequestError: If a field has another value.
+    """
     odd = [f"{k} = {getattr(cfg, k)!r}" for k, v in needed.items() if getattr(cfg, k) != v]
     if odd:
         raise RequestError(f"{what} models have no {', '.join(odd)}; this model has no counterpart to export to")

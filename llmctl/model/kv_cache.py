@@ -1,4 +1,4 @@
-"""Cache of keys and values for decoding: its layout, and the access of an attention module to its own.
+"""Cache keys and values for decoding: the layout of the cache, and functions to read and write it.
 
 Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
 """
@@ -13,17 +13,17 @@ import jax.numpy as jnp
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
-    """Return the shape of a layer's cached keys or values: [B, G, S, K] without those of B and G that are 1.
+    """Return the shape of a layer's cached keys or values: [B, G, S, K], without B and G if they are 1.
 
-    This is the layout that the products of `attention.attend` read, so that XLA can update the cache in place. If
-    the program dropped an axis of size 1 between the update and the product, XLA's CPU backend would fuse the two
-    separately. It would then copy the cache at every step.
+    The products of `attention.attend` read this layout, so that XLA can update the cache in place. If the program
+    dropped an axis of size 1 between the update and the product, XLA's CPU backend would fuse the update and the
+    product separately. It would then copy the cache at every step.
     """
     return (*(n for n in (B, G) if n > 1), S, K)
 
 
 def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> jax.Array:
-    """Write keys or values into a module's cache (see `cache_shape`), and return all cached ones [B, S, G, K]."""
+    """Write new keys or values into a module's cache at `slot`, and return all cached ones, [B, S, G, K]."""
     B, T, G, K = new_BTGK.shape
     kept = module.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), dtype))
     new = _laid_out(new_BTGK).astype(kept.value.dtype)
@@ -32,7 +32,7 @@ def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array 
 
 
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
-    """Store keys or values of an encoder's output, which later tokens reuse."""
+    """Store keys or values of an encoder's output in the cache, for later decoding steps."""
     module.put_variable("cache", f"memory_{name}", _laid_out(x_BSGK))
 
 

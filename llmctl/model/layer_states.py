@@ -1,9 +1,9 @@
 """Run a stack of layers and keep the outputs of some of them, for losses on hidden states (distillation, probes).
 
-The scan over layers carries a buffer with one slot per chosen layer, and one more that all others overwrite. Memory
-does not grow with the number of layers.
+The scan over layers carries a buffer with one slot per selected layer, and one slot that all other layers overwrite.
+Memory does not grow with the number of layers.
 
-Shapes: B batch, T sequence, D model width, L layers, n chosen layers.
+Shapes: B batch, T sequence, D model width, L layers, n selected layers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llmctl.model.attention import Shared
 
 Tree = Any
 Layer = Callable[..., jax.Array]
-"""Function of (layer parameters, x [B, T, D], shared inputs, *per-layer inputs) that returns x [B, T, D]."""
+"""Function (layer parameters, x [B, T, D], shared inputs, *per-layer inputs) -> x [B, T, D]."""
 
 
 def run(
     layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, shared: Shared, layers: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Run a stack of layers.
+    """Run a stack of layers, and also return the outputs of selected layers.
 
     Args:
         layer: The layer function.

@@ -1,4 +1,4 @@
-"""Layers of all families: dense layers, norms, feed-forward layers, rotary positions, dropout, embeddings, output head.
+"""Define layers of all families: dense, norm, feed-forward, rotary positions, dropout, embeddings, output head.
 
 Shapes: B batch, T sequence, D model width, F feed-forward width, K head width, I inputs, O outputs, V vocabulary.
 """
@@ -28,12 +28,12 @@ ACTIVATIONS = {
 
 
 def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
-    """Return a module's weight: a fresh array while it is initialized, else the array or node in its parameters.
+    """Return a module's weight: a new array during initialization, else the array or node in its parameters.
 
-    Flax would compare the shape of a node's first part with the config's; this compares the node's logical shape.
+    For nodes, Flax would compare the shape of the first part with the config. This function compares the logical shape.
 
     Raises:
-      ScopeParamShapeError: the weight is not of `shape`.
+        ScopeParamShapeError: If the weight has another shape than `shape`.
     """
     w = module.get_variable("params", name) if module.has_variable("params", name) else None
     if w is None or weights.is_plain(w):
@@ -44,13 +44,16 @@ def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...],
 
 
 def tap(module: nn.Module, x: jax.Array) -> None:
-    """Leave a matrix's input [N, I] in the collection "taps" if a caller asks for it (calibration)."""
+    """Store the input [N, I] of a matrix in the collection "taps", if a caller requests it for calibration."""
     rows = x.reshape(-1, x.shape[-1])
     module.sow("taps", "x", rows, reduce_fn=lambda _, new: new, init_fn=lambda: cast(Any, None))
 
 
 class Dense(nn.Module):
-    """Dense layer x [..., I] @ kernel [I, O] + bias [O]; calibration can capture its input (collection "taps")."""
+    """Apply a dense layer: x [..., I] @ kernel [I, O] + bias [O].
+
+    Calibration can capture its input (collection "taps").
+    """
 
     features: int
     axes: tuple[str, str]
@@ -78,7 +81,7 @@ class Dense(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467) or LayerNorm over the last axis, computed in float32."""
+    """Normalize the last axis in float32, by RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467) or LayerNorm."""
 
     config: ModelConfig
     dtype: Any
@@ -104,7 +107,7 @@ class Norm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Feed-forward layer: down(act(up(x))), or down(act(gate(x)) * up(x)) if gated.
+    """Apply a feed-forward layer: down(act(up(x))), or down(act(gate(x)) * up(x)) if gated.
 
     (Shazeer, 2020, arXiv:2002.05202)
     """
@@ -133,10 +136,10 @@ def residual_scale(layers: int) -> float:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array) -> jax.Array:
-    """Apply inverted dropout to x [B, ...]; none without a key.
+    """Apply inverted dropout to x [B, ...]; without a key, return x.
 
-    The mask of a row depends only on the key and the row's index in the batch. It is therefore the same when the batch
-    is computed in parts.
+    The mask of a row depends only on the key and the row's index in the batch. It is therefore the same if the batch is
+    computed in parts.
     """
     if key is None or rate == 0.0:
         return x
@@ -165,7 +168,7 @@ def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Embed(nn.Module):
-    """Sum of token, position and segment-type embeddings [B, T, D]."""
+    """Compute the sum of token, position and segment-type embeddings, [B, T, D]."""
 
     config: ModelConfig
     dtype: Any
@@ -179,7 +182,7 @@ class Embed(nn.Module):
         offset_BTD: jax.Array | None,
         train: bool,
     ) -> jax.Array:
-        """Compute the embeddings; `offset_BTD` is added to the rows of the token table, before any scale."""
+        """Return the embeddings. `offset_BTD` is added to the rows of the token table, before any scale."""
         cfg = self.config
 
         def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:
@@ -209,9 +212,9 @@ class Embed(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Output head of a language model: hidden states [..., D] -> logits [..., V] in float32.
+    """Project hidden states [..., D] to logits [..., V] in float32 (the output head of a language model).
 
-    The projection is tied or untied. BERT transforms the hidden states first.
+    The projection may be tied to the embedding table. BERT transforms the hidden states first.
     """
 
     config: ModelConfig
@@ -219,12 +222,12 @@ class LMHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, table: weights.Weight | None, output: jax.Array | None = None) -> jax.Array:
-        """Compute the logits.
+        """Return the logits.
 
         Args:
             x: Hidden states [..., D].
             table: Embedding table [V, D] of a tied model.
-            output: The same table, already transposed [D, V].
+            output: The same table, already transposed to [D, V].
         """
         cfg = self.config
         if cfg.head_transform:

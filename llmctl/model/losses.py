@@ -1,7 +1,7 @@
-"""Sums that the losses of tasks are made of: cross-entropy of classes, squared error of numbers, divergences.
+"""Compute the sums for the losses of tasks: cross-entropy of classes, squared error of numbers, divergences.
 
-A metric is its sum divided by the sum of "weight" (`chunked_loss.means`), so that means over batches, microbatches and
-devices are exact.
+A metric is its sum divided by the sum of "weight" (`chunked_loss.means`). Means over batches, microbatches and devices
+are therefore exact.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from llmctl.model.transformer import Batch
 
 Sums = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Sums]]
-"""loss(params, batch, key=None) -> (sum of losses, sums by metric name, and "weight").
+"""Function (params, batch, key=None) -> (sum of losses, sums by metric name and "weight").
 
-With a dropout key it is a training loss, without one a validation loss.
+With a dropout key, it computes a training loss; without one, a validation loss.
 """
 
 IMPOSSIBLE = -1e30
-"""Logit of an excluded class; finite, so that no difference of two is undefined."""
+"""Logit of an excluded class. It is finite, so that the difference of two such logits is defined."""
 NEARNESS = 0.05
-"""Divisor of cosine similarities, so that a softmax over them can become sharp."""
+"""Divisor of cosine similarities, so that a softmax over them can assign a high probability to one class."""
 
 
 def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
-    """Return the squared error; the sums are its own and that of the absolute "error"."""
+    """Return the summed squared error, and the sums "loss", "error" (absolute error) and "weight"."""
     off_B = y_B - label_B
     loss = jnp.sum(jnp.square(off_B) * weight_B)
     return loss, {"loss": loss, "error": jnp.sum(jnp.abs(off_B) * weight_B), "weight": jnp.sum(weight_B)}
 
 
 def row_weight(batch: Batch, label_B: jax.Array) -> jax.Array:
-    """Return [B]: 1 for an example, 0 for a row that only fills the batch. `label_B` is any array of the rows."""
+    """Return the weight of each row, float32 [B]: 1 for an example, 0 for a padding row.
+
+    `label_B` is any array of the rows; only its length is used.
+    """
     return batch["row_weight"] if "row_weight" in batch else jnp.ones(label_B.shape[:1], jnp.float32)
 
 
@@ -47,9 +50,10 @@ def class_sums(
     z: float = 0.0,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return the cross-entropy (nats) of class logits and its sums, which smoothing and z-loss do not change.
+    """Return the summed cross-entropy (nats) of class logits, and the sums "loss", "accuracy" and "weight".
 
-    There may be other axes between B and C. If `among` is given, classes where it is 0 are excluded.
+    Smoothing and z-loss do not change the sums. Between B and C there may be other axes. If `among` is given, classes
+    where it is 0 are excluded.
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0
     logits_BC = only(logits_BC, among)
@@ -63,7 +67,7 @@ def class_sums(
 
 
 def only(logits_BC: jax.Array, among: jax.Array | None) -> jax.Array:
-    """Return the logits with IMPOSSIBLE where `among` is 0."""
+    """Return the logits, with IMPOSSIBLE where `among` is 0."""
     return logits_BC if among is None else jnp.where(among > 0, logits_BC, IMPOSSIBLE)
 
 
@@ -76,7 +80,7 @@ def soft_class_sums(
     hard: float,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return (1 - hard) * softened KL to the teacher's logits + hard * cross-entropy; the sums also hold "kl"."""
+    """Return (1 - hard) * KL divergence from the teacher + hard * cross-entropy, and the metric sums including "kl"."""
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
     kl = jnp.sum(chunked_loss.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
     return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
@@ -85,7 +89,7 @@ def soft_class_sums(
 def soft_number_sums(
     teacher_B: jax.Array, y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array, hard: float
 ) -> tuple[jax.Array, Sums]:
-    """Return (1 - hard) * squared error to the teacher's numbers + hard * that to the labels, and its sums."""
+    """Return (1 - hard) * squared error to the teacher + hard * squared error to the labels, and the metric sums."""
     taught, _ = number_sums(y_B, teacher_B, weight_B)
     loss, sums = number_sums(y_B, label_B, weight_B)
     return (1 - hard) * taught + hard * loss, sums

@@ -1,4 +1,4 @@
-"""Sharding of a parameter tree: the logical axes of each weight apply to all of its arrays."""
+"""Compute the sharding of a parameter tree: the logical axes of a weight apply to all of its arrays."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llmctl.model import weights
 def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the sharding of every array in `params`.
 
-    The arrays of a weight node follow the weight. A dimension that an array does not have at full
-    length (a scale's single row, a rank) is replicated.
+    The arrays of a weight node have the logical axes of the weight. If an array does not have the full length of a
+    dimension (such as a scale with one row, or a rank), this dimension is replicated.
 
     Args:
         axes: Logical axes of each weight.
         params: Arrays or abstract arrays.
-        mesh: The mesh.
+        mesh: The device mesh.
 
     Raises:
         RequestError: If a mesh axis does not divide a dimension.

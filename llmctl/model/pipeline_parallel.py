@@ -1,10 +1,10 @@
-"""Pipeline parallelism: layers are split into stages on successive devices, and microbatches flow through the stages.
+"""Run layers as a pipeline: successive devices have successive layers (stages), and microbatches pass all stages.
 
 (GPipe; Huang et al., 2018, arXiv:1811.06965)
 
 The pipeline is one program. Its state has a stage axis, sharded over the mesh axis `pipeline`. At each tick, every
 stage runs its layers on a different microbatch and sends the result to the next stage. M microbatches pass P stages in
-M + P - 1 ticks, of which each stage is idle for P - 1 (the bubble). Automatic differentiation runs the same schedule
+M + P - 1 ticks, and each stage is idle for P - 1 of them (the bubble). Automatic differentiation runs the same schedule
 backwards. Only the residual stream (and an encoder's memory) is sent. Microbatch m consists of rows m, m + M, …, so
 that each device keeps its own rows.
 
@@ -28,17 +28,17 @@ from llmctl.model.attention import Shared
 
 Tree = Any
 Layer = Callable[..., jax.Array]
-"""Function of (layer parameters, x [b, T, D], shared inputs, *per-layer inputs) that returns x [b, T, D]."""
+"""Function (layer parameters, x [b, T, D], shared inputs, *per-layer inputs) -> x [b, T, D]."""
 
 A_STAGE = 4
-"""Default maximum number of microbatches per stage, which gives a bubble of one fifth."""
+"""Default maximum number of microbatches per stage, for which the bubble is about one fifth."""
 
 _wanted: ContextVar[int] = ContextVar("microbatches", default=0)
 
 
 @contextlib.contextmanager
 def use(microbatches: int) -> Iterator[None]:
-    """Set the maximum number of microbatches for computations traced in this context; 0 takes A_STAGE per stage."""
+    """Set the maximum number of microbatches for computations traced in this context; 0 uses A_STAGE per stage."""
     token = _wanted.set(microbatches)
     try:
         yield
@@ -53,7 +53,7 @@ def stages() -> int:
 
 
 def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
-    """Return the largest number of microbatches, up to `wanted`, that divides the rows of each device on `mesh`."""
+    """Return the largest number of microbatches, up to `wanted`, that divides the number of rows per device."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batch // ways if batch % ways == 0 else batch
     most = wanted or A_STAGE * mesh.shape["pipeline"]
@@ -61,7 +61,7 @@ def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
 
 
 def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
-    """Describe the pipeline for the log; the list is empty without a pipeline."""
+    """Return a log line that describes the pipeline, in a list; without a pipeline, the list is empty."""
     P = mesh.shape["pipeline"]
     if P == 1:
         return []
@@ -73,9 +73,8 @@ def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
 def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, shared: Shared) -> jax.Array:
     """Run the stack of layers as a pipeline on the current mesh.
 
-    Each stage, and each of its replicas along `data`, is a separate program in which XLA shards over the other axes.
-    Gradients of its parameters therefore accumulate locally. They are summed over the replicas once, after the last
-    tick.
+    `shard_map` makes the axes `pipeline` and `data` manual; XLA shards over the other axes. Gradients of a stage's
+    parameters therefore accumulate locally. They are summed over the replicas once, after the last tick.
 
     Args:
         layer: The layer function.
@@ -107,7 +106,7 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
 
 
 def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shared, whole: Tree) -> jax.Array:
-    """Run one stage on the rows of its replica."""
+    """Run one stage on the rows of its replica, and return the output of the last stage."""
     stage = jax.lax.axis_index("pipeline")
     entering = jax.tree.map(partial(_split, M, "seq"), moving)
     still = jax.tree.map(partial(_split, M, None), still)
@@ -140,12 +139,12 @@ def _split(M: int, along: str | None, a: jax.Array) -> jax.Array:
 
 
 def _send_to_next(P: int, a: jax.Array) -> jax.Array:
-    """Send an array to the next stage; the first stage receives zeros and does not read them."""
+    """Send an array to the next stage. The first stage receives zeros, which it does not read."""
     return jax.lax.ppermute(a, "pipeline", [(i, i + 1) for i in range(P - 1)])
 
 
 def spread(x_BTD: jax.Array) -> jax.Array:
-    """Shard the rows of the pipeline's output over its stages, which then share the work of the output head."""
+    """Shard the rows of the pipeline's output over its stages, so that all stages compute a part of the output head."""
     mesh = meshes.current()
     if stages() == 1 or mesh is None or len(x_BTD) % (mesh.size // mesh.shape["tensor"]):
         return x_BTD

@@ -1,4 +1,4 @@
-"""Position encodings of some families: rotary frequencies scaled for longer contexts, and fixed sinusoids.
+"""Compute position encodings: rotary frequencies scaled for longer contexts, and fixed sinusoids.
 
 Shapes: B batch, T sequence, D model width, K head width.
 """
@@ -14,11 +14,14 @@ from llmctl.model.config import ModelConfig
 
 
 def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
-    """Scale rotary frequencies for longer contexts: linear, llama3 (by wavelength) or yarn.
+    """Scale rotary frequencies [K / 2] for longer contexts, by the method linear, llama3 (by wavelength) or yarn.
 
     (YaRN; Peng et al., 2023, arXiv:2309.00071)
 
-    ModelConfig has already checked the keys (`hf_config.wrong_scaling`).
+    The keys of `rope_scaling` are already validated (`hf_config.wrong_scaling`).
+
+    Returns:
+        The frequencies, and a factor on cos and sin.
     """
     scaling = cfg.rope_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -47,7 +50,7 @@ def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array
 
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Compute sine and cosine position encodings, interleaved [B, T, D].
+    """Return sine and cosine position encodings, interleaved, float32 [B, T, D].
 
     (Vaswani et al., 2017, arXiv:1706.03762, section 3.5)
     """

@@ -1,7 +1,7 @@
-"""Describe the compiled functions that a stage runs: their computation, and the arrays in memory meanwhile.
+"""Describe the compiled functions of a stage: their computation, and the arrays in memory while they run.
 
-A stage builds these records from its config and from abstract arrays, through the code that its run uses. `llmctl plan`
-compiles them for hardware that is not attached. Nothing is computed here.
+A stage creates these records from its config and abstract arrays, with the same code as a run. `llmctl plan` compiles
+them for hardware that is not present. This module computes nothing.
 """
 
 from __future__ import annotations
@@ -16,105 +16,104 @@ from llmctl.config.settings import OptimConfig
 from llmctl.model.config import ModelConfig
 
 Tree = Any
-"""A tree of abstract arrays with shardings."""
+"""Tree of abstract arrays with shardings."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass through the layers of a model, in the terms of the analytic cost model."""
+    """Describe a pass through the layers of a model, for the analytic cost model."""
 
     model: ModelConfig | None = None
-    """The network, if it is not the program's."""
+    """Config of the network, if it is not that of the program."""
     layers: int = 0
-    """Number of layers of the stack that runs last, without embeddings and head; 0 is the whole model."""
+    """Number of layers that run, in the last stack, without embeddings and head; 0 means the complete model."""
     optim: OptimConfig | None = None
-    """Optimizer of a training step; None is a forward pass."""
+    """Optimizer of a training step; None means a forward pass only."""
     attention: str = "auto"
-    """As `train.attention`: auto takes the platform's kernel."""
+    """Attention implementation, as in `train.attention`: auto uses the platform's kernel."""
     replicated: bool = False
-    """Whether every device computes the full program."""
+    """Whether every device computes the full program, without sharding."""
     trained: float = 1.0
     """Fraction of the parameters that is trained."""
     beside: float = 0.0
-    """Operations of a step, over all devices, of another model that runs beside it (a teacher)."""
+    """FLOPs of another model in the same step (a teacher), over all devices."""
     predicted: float = 1.0
-    """Fraction of the tokens that the output projection reads."""
+    """Fraction of the tokens that the output projection is applied to."""
     written: int = 0
-    """Tokens per sequence of a decoder beside an encoder, if they differ from the encoder's."""
+    """Number of decoder tokens per sequence in an encoder-decoder, if it differs from the encoder's."""
     cached: int = 0
-    """Tokens per sequence in the cache of keys and values."""
+    """Number of tokens per sequence in the key-value cache."""
     eight: Mapping[str, float] = field(default_factory=dict)
-    """Fraction of the layers' matrix products that is in 8 bits, by type: int8, float8."""
+    """Fraction of the layers' matrix products that is computed in 8 bits, by type: int8, float8."""
     statistics: Mapping[str, Tree] = field(default_factory=dict)
-    """Calibration statistics by matrix ("mlp/down"), whose inputs are kept until they are folded in."""
+    """Calibration statistics by matrix ("mlp/down"). The inputs of these matrices stay in memory until they are
+    accumulated."""
 
 
 class Gather(NamedTuple):
-    """An all-gather of a program."""
+    """Describe an all-gather of a program."""
 
     axes: str
-    """The mesh axes, as "data,fsdp"."""
+    """Mesh axes of the all-gather, such as "data,fsdp"."""
     sent: float
-    """Bytes that a device receives."""
+    """Bytes that each device receives."""
     payload: float
-    """Bytes of the gathered array."""
+    """Size of the gathered array in bytes."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a program that is smaller than a pass through a layer: of one device, by arithmetic."""
+    """Estimate the cost of a small program on one device, by arithmetic."""
 
     temporaries: float
-    """Bytes in memory beside the arguments, results included."""
+    """Bytes of temporaries and results in memory, without the arguments."""
     moved: float
-    """Bytes read from and written to memory."""
+    """Bytes read from and written to device memory."""
     flops_by_type: Mapping[str, float] = field(default_factory=dict)
-    """Operations of matrix products by type of the operands."""
+    """FLOPs of matrix products, by type of the operands."""
     gathers: tuple[Gather, ...] = ()
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled function that a stage runs repeatedly, and the arrays in memory while it runs.
+    """Describe a compiled function that a stage runs repeatedly, and the arrays in memory while it runs.
 
-    A stage exports its programs, so that `llmctl plan` can compile them:
+    A stage defines a function `programs`, so that `llmctl plan` can compile them:
 
-        def programs(config, base, others, mesh):
-            step = jax.jit(lambda params: jax.tree.map(lambda a: a / 2, params), donate_argnums=0)
-            found = Program("halving", base.model, mesh, lambda: step.trace(base.params), parameters=base.params)
-            return [found], base
+        def programs(config, base, others, mesh): step = jax.jit(lambda params: jax.tree.map(lambda a: a / 2, params),
+        donate_argnums=0) found = Program("halving", base.model, mesh, lambda: step.trace(base.params),
+        parameters=base.params) return [found], base
     """
 
     title: str
-    """Name of the program in tables: train step, prefill, ..."""
+    """Name of the program in tables, such as "train step" or "prefill"."""
     model: ModelConfig
     mesh: Mesh
     trace: Callable[[], Any] = field(repr=False)
-    """Trace the jitted function with abstract arguments; the result can be lowered for any platform."""
+    """Function that traces the jitted function with abstract arguments; its result can be lowered for any platform."""
     flops: float = 0.0
-    """Operations of the model per run, on all devices, as `llmctl.model.flops` counts them."""
+    """FLOPs of the model per run, over all devices, as counted by `llmctl.model.flops`."""
     tokens: int = 0
-    """Tokens that a run reads or writes, on all devices."""
+    """Number of tokens that a run processes, over all devices."""
     rows: int = 0
-    """Sequences per run."""
+    """Number of sequences per run."""
     seq_len: int = 0
     dtype: str = "float32"
-    """Compute type."""
+    """Dtype of the computation."""
     remat: str = "none"
     accumulate: int = 1
     steps: int = 0
     """Number of runs in the stage; 0 if unknown."""
     parameters: Tree = ()
-    """Arrays in memory while it runs, by class: weights,"""
+    """Weights in memory while the program runs."""
     optimizer: Tree = ()
-    """optimizer state,"""
+    """Optimizer state in memory while the program runs."""
     batch: Tree = ()
-    """inputs,"""
+    """Inputs in memory while the program runs."""
     cache: Tree = ()
-    """keys and values or statistics."""
+    """Cached keys and values, or statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Those of the arrays above that are not arguments of the program."""
+    """Arrays among those above that are in memory but not arguments of the program."""
     work: Pass | Cost | None = None
-    """Assumptions of the analytic model on platforms whose compiler is not used (GPUs).
-
-    None counts `flops`, and the arguments and results as memory traffic."""
+    """Input of the analytic model for platforms whose compiler is not used (GPUs). If None, the model counts
+    `flops`, and the arguments and results as memory traffic."""

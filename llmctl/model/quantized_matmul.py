@@ -1,8 +1,8 @@
-"""Quantized training: matrix products in 8 bits, forward and backward, on qwix arrays; master weights keep their dtype.
+"""Compute matrix products in 8 bits during training, forward and backward; master weights keep their dtype.
 
-Operands are quantized at every step with scales of their own rows or columns. Nothing is calibrated or stored.
+qwix quantizes the operands at every step, with scales of their own rows or columns. Nothing is calibrated or stored.
 Activations have one scale per token, weights one per output. In the backward pass, the gradient has one scale per row
-of the result. A scale that varies along the contracted axis is multiplied into the gradient before it is rounded, as in
+of the result. If a scale varies along the contracted axis, it is multiplied into the gradient before rounding, as in
 qwix's own quantized training.
 
 int8 is used in both directions. fp8 is e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022,
@@ -27,14 +27,14 @@ from llmctl.config.errors import RequestError
 from llmctl.model.weights.names import is_layer_matrix, is_stacked, module_path
 
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
-"""Setting -> (dtype of operands, dtype of gradients)."""
+"""(dtype of operands, dtype of gradients) by the value of the setting."""
 
 rules_in_use: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
 
 
 @contextlib.contextmanager
 def use(rules: Mapping[str, str]) -> Iterator[None]:
-    """Set the rules for computations traced in this context.
+    """Set the 8-bit types for computations traced in this context.
 
     Args:
         rules: {pattern of a matrix's path: name in TYPES}; the first match applies.
@@ -47,7 +47,7 @@ def use(rules: Mapping[str, str]) -> Iterator[None]:
 
 
 def kind_of(path: str) -> str:
-    """Return the setting of the matrix at `path` ("decoder/blocks/mlp/up"); an empty string means the plain product."""
+    """Return the 8-bit type of the matrix at `path` ("decoder/blocks/mlp/up"), or "" for an unquantized product."""
     return next((kind for pattern, kind in (rules_in_use.get() or {}).items() if _matches(path, pattern)), "")
 
 
@@ -66,7 +66,7 @@ def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Match a complete path or its last parts: `mlp/*` matches the feed-forward matrices of every stack."""
+    """Return True if the pattern matches a complete path or its last parts: `mlp/*` matches the MLPs of every stack."""
     return is_stacked(path) and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*/{pattern}"))
 
 

@@ -1,4 +1,4 @@
-"""Relative position bias of T5: one learned number per head and bucket of distances, added to the attention scores.
+"""Compute T5's relative position bias: one learned number per head and bucket of distances, added to the scores.
 
 (Raffel et al., 2019, arXiv:1910.10683)
 
@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 
 class RelativeBias(nn.Module):
-    """Bias table [U, H], shared by all layers of a stack."""
+    """Define the bias table [U, H], which all layers of a stack share."""
 
     config: ModelConfig
 
@@ -38,9 +38,9 @@ def add(
     slot: jax.Array | int | None,
     order_BT: jax.Array | None,
 ) -> Shared:
-    """Add the bias [H, T, S] to the shared attention inputs of a stack.
+    """Return the shared attention inputs of a stack with the bias [H, T, S].
 
-    Without a mask, add the table instead. Ring attention then computes the bias of each block from it.
+    If there is no mask (ring attention), return them with the table. Ring attention then computes the bias per block.
     """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)
@@ -50,12 +50,15 @@ def add(
 
 
 def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:
-    """Return the bucket of each key-minus-query distance under this config."""
+    """Return the bucket of each key-minus-query distance, with the config's number of buckets."""
     return relative_bucket(distance, cfg.relative_buckets, cfg.relative_max_distance, bidirectional)
 
 
 def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:
-    """Return the bucket of each key-minus-query distance: exact for short distances, logarithmic for long ones."""
+    """Return the bucket of each key-minus-query distance, int32.
+
+    Buckets are exact for short distances and logarithmic for long ones.
+    """
     offset = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2

@@ -1,10 +1,10 @@
-"""Ring attention: keys and values of a sequence sharded over devices are passed around in a ring.
+"""Compute attention over sharded sequences: devices pass their keys and values around a ring.
 
 (Liu et al., 2023, arXiv:2310.01889)
 
-Rows are in the balanced order of `llmctl.distributed.context_parallel`. Causal attention is then the same work on every
-device at every step. Fully masked blocks are not computed. Softmax sums are merged in float32 between steps. The
-backward pass goes around the ring a second time. Only q, k, v, the output and one number per row are saved.
+Rows are in the zig-zag order of `llmctl.distributed.context_parallel`. Causal attention then takes the same work on
+every device at every step. Fully masked blocks are not computed. Softmax sums are merged in float32 between steps. The
+backward pass sends keys and values around the ring again. Only q, k, v, the output and one number per row are saved.
 
 Shapes: B batch, T queries and S keys in total, t and s per device, P chunks per device (2 if causal, else 1), c = t /
 P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.
@@ -30,18 +30,18 @@ AXIS = "context"
 
 
 class Plan(NamedTuple):
-    """Static settings of the computation."""
+    """Store the static settings of ring attention."""
 
     mesh: Mesh
     causal: bool
     softcap: float
     window: int
     bucket: Callable[[jax.Array], jax.Array] | None
-    """Function from the key-minus-query distance to the bucket of the position bias."""
+    """Function from the key-minus-query distance to the bucket of the position bias; None without a bias."""
 
 
 class Block(NamedTuple):
-    """Keys and values of one device as they pass around: [P, B, G, s / P, K], and their segments [P, B, s / P]."""
+    """Store the keys and values that a device currently has, [P, B, G, s / P, K], and their segments [P, B, s / P]."""
 
     k: jax.Array
     v: jax.Array
@@ -61,12 +61,12 @@ def attend(
     table_UH: jax.Array | None = None,
     bucket: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Compute attention within segments, for rows in balanced order.
+    """Compute attention within segments, for rows in zig-zag order.
 
     Args:
         q_BTHK: Queries.
-        k_BSGK: Keys, or keys of the encoder memory.
-        v_BSGK: Values of the same tokens.
+        k_BSGK: Keys of the same tokens, or of the encoder's output.
+        v_BSGK: Values of the tokens of `k_BSGK`.
         segments_BT: Documents of the queries; 0 is padding.
         segments_BS: Documents of the keys; 0 is padding.
         cfg: Config with the score scale, soft cap and window.
@@ -91,7 +91,7 @@ def _attend(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> ja
 
 
 def _specs(plan: Plan) -> Any:
-    """Return the shardings of the operands (q, k, v, about, table), which split rows, tokens and heads."""
+    """Return the PartitionSpecs of the operands (q, k, v, about, table), which split rows, tokens and heads."""
     heads, rows = (meshes.spec(n, plan.mesh) for n in (("batch", "seq", "act_heads", None), ("batch", "seq")))
     return heads, heads, heads, (rows, rows, PartitionSpec()), meshes.spec((None, "act_heads"), plan.mesh)
 
@@ -122,7 +122,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> Any:
-    """Compute the output [B, t, H, K] and the log of the softmax denominator [B, t, H] of one device."""
+    """Return the output [B, t, H, K] and the log of the softmax denominator [B, t, H] of one device."""
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     N = here.q.shape[-2]
     numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
@@ -149,7 +149,10 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
 def _backward_here(
     plan: Plan, sharers: list[str], q: Any, k: Any, v: Any, about: Any, table_UH: Any, y: Any, top: Any, d_y: Any
 ) -> Any:
-    """Compute the gradients of q, k, v and the table on one device; the devices along `sharers` share the table."""
+    """Return the gradients of q, k, v and the table on one device.
+
+    The gradient of the table is summed over the mesh axes `sharers`, whose devices have copies of it.
+    """
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     P, N = here.q.shape[0], here.q.shape[-2]
     d_y_PBGNK = _fold(d_y, P, here.q.shape[2])
@@ -191,7 +194,7 @@ def _backward_here(
 
 
 class _Here:
-    """State of one device: its queries, and the visibility of the keys that arrive."""
+    """Store the queries of one device, and compute the masks for the keys that arrive."""
 
     def __init__(self, plan: Plan, q: jax.Array, k: jax.Array, about: Any, table_UH: jax.Array | None) -> None:
         self.plan, self.table_UH, self.local = plan, table_UH, about[2]
@@ -209,9 +212,9 @@ class _Here:
         return _at(a, self.q), _at(b, block.k), _at(b, block.v)
 
     def visible(self, a: Any, b: Any, block: Block, step: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Return the mask [B, c, s / P] and bias [H, c, s / P] of a product.
+        """Return the mask [B, c, s / P] and the bias [H, c, s / P] of a block product.
 
-        Causal masking is needed in the first step only.
+        Causal masking is needed only in the first step.
         """
         mine, theirs = _at(a, self.segments_PBc)[:, :, None], _at(b, block.segments)[:, None, :]
         mask = (mine == theirs) & (theirs > 0)
@@ -230,15 +233,15 @@ class _Here:
         return self.plan.bucket(self.distance(a, b, step))
 
     def distance(self, a: Any, b: Any, step: Any) -> jax.Array:
-        """Return the distance [c, s / P] from each query to each key, in positions."""
+        """Return the key-minus-query distance of each pair, int [c, s / P], in positions."""
         mine = self._positions(self.device, a, self.length)
         theirs = self._positions((self.device - step) % self.devices, b, self.keys)
         return theirs[None, :] - mine[:, None]
 
     def _positions(self, device: Any, chunk: Any, length: int) -> jax.Array:
-        """Return the positions of a chunk's tokens.
+        """Return the text positions of a chunk's tokens, int [length].
 
-        Without causality, the device's early and late part form one chunk.
+        Without causal masking, the early and the late chunk of a device form one chunk.
         """
         late = 2 * self.devices - 1 - device
         if self.chunks == 2:
@@ -281,7 +284,7 @@ def _chunks(segments_Bt: jax.Array, P: int) -> jax.Array:
 
 
 def _fold(x_BtHK: jax.Array, P: int, G: int) -> jax.Array:
-    """Fold [B, t, H, K] into [P, B, G, N, K]; the query heads of one key head become rows of one product."""
+    """Fold [B, t, H, K] into [P, B, G, N, K]; query heads that share a key head are merged into axis N."""
     B, t, H, K = x_BtHK.shape
     x = x_BtHK.reshape(B, P, t // P, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(P, B, G, -1, K)

@@ -1,4 +1,4 @@
-"""Size report of a model before training, for `llmctl show --config`: `llmctl.model.flops` as one JSON object."""
+"""Report the size of a model before training, for `llmctl show --config`, as one JSON object."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def report(cfg: ModelConfig, seq_len: int = 0) -> dict[str, Any]:
-    """Compute the parameters, bytes, FLOPs per token and cache size of a model.
+    """Return the parameter counts, bytes, FLOPs per token and cache size of a model.
 
     Args:
         cfg: Config of the model.
-        seq_len: Sequence length in tokens; 0 takes the model's maximum, limited to 2,048.
+        seq_len: Sequence length in tokens; 0 uses the model's maximum, limited to 2,048.
     """
     length = seq_len or min(cfg.max_seq_len, 2048)
     counts, forward = flops.parameters(cfg), flops.flops(cfg, length)

@@ -1,4 +1,4 @@
-"""Task heads: map hidden states of any stack to the outputs of a task.
+"""Define task heads, which map hidden states of a stack to the outputs of a task.
 
 Shapes: B batch, T sequence, D model width, C classes.
 """
@@ -36,11 +36,11 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
 
 
 class TaskHead(nn.Module):
-    """Task head with outputs in float32.
+    """Compute the outputs of a task head in float32.
 
     Shapes: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] with unit length.
 
-    In a language model, it is the next-sentence head with outputs [B, 2]; class 0 means "is next", as in BERT.
+    In a language model, this is the next-sentence head with outputs [B, 2]; class 0 means "is next", as in BERT.
     """
 
     config: ModelConfig

@@ -1,4 +1,4 @@
-"""Transformer of all families: stacks of scanned blocks on embeddings, and the forward pass that training runs.
+"""Define the Transformer of all families: embeddings, stacks of scanned blocks, and the forward pass of training.
 
 Shapes: B batch, T sequence, D model width, L layers, V vocabulary.
 """
@@ -37,7 +37,7 @@ REMAT = {
 
 
 class Block(nn.Module):
-    """One layer: attention (and cross-attention) and feed-forward, each with residual connection and norms."""
+    """Apply one layer: attention (and cross-attention) and feed-forward, each with residual connection and norms."""
 
     config: ModelConfig
     dtype: Any
@@ -48,7 +48,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
-        """Apply the layer.
+        """Apply the layer, and return (output [B, T, D], None), as a scan requires.
 
         Args:
             x_BTD: Input.
@@ -82,13 +82,16 @@ class Block(nn.Module):
 
 
 def _may_use_kernels() -> bool:
-    """Return whether attention may be other than plain XLA: not on CPUs, unless sequences are split or a test asks."""
+    """Return True if attention may use kernels other than plain XLA.
+
+    On CPUs this is False, unless sequences are sharded or a test requests kernels.
+    """
     on_cpu = meshes.device().platform == "cpu"
     return not on_cpu or meshes.splits_sequences() or attention_kernels.setting.get() == "interpret"
 
 
 class Stack(nn.Module):
-    """Stack of L blocks as one scan, with parameters stacked on axis 0. Compile time does not grow with L.
+    """Run L blocks as one scan, with parameters stacked on axis 0, so that compile time does not grow with L.
 
     On a mesh with a `pipeline` axis, each stage scans over its own layers (`llmctl.model.pipeline_parallel`).
     """
@@ -126,7 +129,7 @@ class Stack(nn.Module):
         slot: jax.Array | int | None = None,
         order_BT: jax.Array | None = None,
     ) -> Shared:
-        """Compute the shared inputs of the layers once; see `attention.share` for the arguments."""
+        """Return the inputs that all layers share. `attention.share` describes the arguments."""
         cfg = self.config
         shared = share(
             cfg, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot, order_BT=order_BT
@@ -145,25 +148,25 @@ class Stack(nn.Module):
         return self.finish(x_BTD)
 
     def states(self, x_BTD: jax.Array, shared: Shared, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Return the result of the stack, and the outputs [n, B, T, D] of the chosen layers."""
+        """Return the output of the stack, and the outputs [n, B, T, D] of the selected layers."""
         blocks = self.variables["params"]["blocks"]
         x_BTD, states_nBTD = layer_states.run(self._as_function(), blocks, self._own(), x_BTD, shared, layers)
         return self.finish(x_BTD), states_nBTD
 
     def _own(self) -> tuple[jax.Array, jax.Array | None]:
-        """Return the inputs that differ by layer: whether it is local, and the random key of its dropout."""
+        """Return the inputs that differ by layer: whether it has local attention, and its dropout key."""
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
         keys_L = None if key is None else jax.random.split(key, self.layers)
         return local_layers(self.config, self.layers), keys_L
 
     def _as_function(self) -> Callable[..., jax.Array]:
-        """Return `_layer` with the stack's rematerialization."""
+        """Return `_layer` as a function, with the stack's rematerialization policy."""
         if self.remat == "none":
             return self._layer
         return jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
 
     def _layer(self, params: Any, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: Any) -> jax.Array:
-        """Apply one layer of `blocks` as a function of its parameters."""
+        """Apply one layer of `blocks` with the given parameters."""
         at: Any = Scope({"params": params}, path=(*self.path, "blocks"))
         return Block(self.config, self.dtype, self.layers, self.cross, parent=at)(x_BTD, shared, local, key)[0]
 
@@ -173,7 +176,10 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings with an encoder stack, a decoder stack, or both. Task heads are in `llmctl.model.task_head`."""
+    """Combine embeddings with an encoder stack, a decoder stack, or both.
+
+    Task heads are in `llmctl.model.task_head`.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -190,13 +196,13 @@ class Transformer(nn.Module):
             self.decoder = Stack(cfg, cfg.layers, causal=True, cross=cfg.encoder_layers > 0, **common)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Compute the final hidden states [B, T, D] of the last stack."""
+        """Return the final hidden states [B, T, D] of the last stack."""
         memory = self.encode(batch) if self.config.encoder_layers else None
         x_BTD = self._last()(*self.start(batch, memory))
         return x_BTD if meshes.axis_size("pipeline") == 1 else pipeline_parallel.spread(x_BTD)
 
     def states(self, batch: Batch, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Compute the final hidden states, and the outputs [n, B, T, D] of chosen layers of the last stack."""
+        """Return the final hidden states, and the outputs [n, B, T, D] of selected layers of the last stack."""
         memory = self.encode(batch) if self.config.encoder_layers else None
         return self._last().states(*self.start(batch, memory), layers)
 
@@ -205,9 +211,9 @@ class Transformer(nn.Module):
         return self.encoder if self.config.architecture == "encoder" else self.decoder
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
-        """Compute the embeddings and shared inputs of the stack that reads `tokens`.
+        """Return the embeddings and the shared inputs of the stack that reads `tokens`.
 
-        With a cache, `cached_segments` [B, S] and `slot` of the batch give the tokens' slots in it.
+        With a cache, `cached_segments` [B, S] and `slot` in the batch define the tokens' cache slots.
         """
         stack = self._last()
         offset_BTD = batch.get("embedding_offset")
@@ -223,14 +229,14 @@ class Transformer(nn.Module):
         return x, shared._replace(memory_mask_BTS=visible(batch["segments"], batch["encoder_segments"]))
 
     def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
-        """Compute the embeddings and shared inputs of the encoder in an encoder-decoder."""
+        """Return the embeddings and the shared inputs of the encoder in an encoder-decoder."""
         offset_BSD = batch.get("encoder_embedding_offset")
         x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, offset_BSD, self.train)
         order_BS = batch.get("encoder_order")
         return x, self.encoder.share(batch["encoder_segments"], batch["encoder_positions"], order_BT=order_BS)
 
     def encode(self, batch: Batch) -> jax.Array:
-        """Compute the encoder output [B, S, D] that the decoder attends to."""
+        """Return the encoder output [B, S, D] that the decoder attends to."""
         return self.encoder(*self.start_encoder(batch))
 
     def finish(self, x_BTD: jax.Array, stack: str) -> jax.Array:
@@ -242,17 +248,20 @@ class Transformer(nn.Module):
 
 
 def apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> Any:
-    """Call `module.apply`; its declared result is a union over `mutable`, which callers cannot use."""
+    """Call `module.apply`. This wrapper declares a usable result type for type checkers."""
     return module.apply(variables, *args, **options)
 
 
 def body_params(params: Params) -> Params:
-    """Return the parameters of `Transformer`, without those of heads."""
+    """Return the parameters of `Transformer`, without those of the heads."""
     return {name: params[name] for name in ("embed", "encoder", "decoder") if name in params}
 
 
 def product_rules(train: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which validation and teachers compute in their own dtype, though training may use 8 bits."""
+    """Return a context in which products have no 8-bit quantization, unless `train` is true.
+
+    Validation and teachers therefore compute in their own dtype, also if training uses 8 bits.
+    """
     off = not train and bool(quantized_matmul.rules_in_use.get())
     return quantized_matmul.use({}) if off else contextlib.nullcontext()
 
@@ -271,7 +280,7 @@ def hidden(
 
     Args:
         cfg: Config of the model.
-        params: Its parameters.
+        params: Parameters of the model.
         batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder. An optional
             `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning), and
             `encoder_embedding_offset` to those of the encoder.
@@ -289,9 +298,9 @@ def hidden(
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Params:
-    """Return the parameters of `head_logits`, prepared for many calls: a tied table is transposed once.
+    """Return the parameters of `head_logits`. A tied table is transposed once, for many calls.
 
-    For the gradient of a table [V, D], XLA's CPU backend runs at less than half the speed of [D, V].
+    On XLA's CPU backend, the gradient of a table [V, D] takes more than twice the time of that of [D, V].
     """
     head = {"lm_head": params.get("lm_head", {})}
     if not cfg.tied:

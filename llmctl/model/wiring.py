@@ -1,10 +1,10 @@
-"""Wiring: which norm or matrix feeds which matrices, derived from a ModelConfig. Imports no JAX.
+"""Derive from a ModelConfig which norm or matrix produces the inputs of which matrices. This module imports no JAX.
 
 Structured pruning needs the columns and rows of a head or a neuron. Methods that move a scale from one matrix to the
-next without changing the outputs need the pairs of matrices (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
+next, without changing the outputs, need the pairs of matrices (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
 Rotations need the matrices that write to and read from the residual stream (QuaRot, arXiv:2404.00456).
 
-Paths are those of the parameter tree without the leaf: "decoder/blocks/attn/q" stands for its kernel and its bias.
+Paths are those of the parameter tree without the leaf: "decoder/blocks/attn/q" means both its kernel and its bias.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmctl.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Feed:
-    """One activation: the module that produces it and every matrix that reads it.
+    """Describe one activation: the module that produces it, and all matrices that read it.
 
     >>> cfg = ModelConfig(preset="llama-tiny")
     >>> next(f for f in feeds(cfg) if f.source == "decoder/blocks/mlp_norm").readers
@@ -24,57 +24,60 @@ class Feed:
     """
 
     source: str
-    """Path of the norm or matrix whose output channels are the readers' inputs; empty for a residual stream itself."""
+    """Path of the norm or matrix whose outputs are the readers' inputs; empty if the inputs are a residual stream."""
     readers: tuple[str, ...]
-    """Paths of the matrices whose inputs these are; the table `embed/tokens` if the output projection is tied."""
+    """Paths of the matrices that read the activation, including the table `embed/tokens` if the output projection is
+    tied."""
     foldable: bool
-    """Whether the network stays the same if a channel of the source is multiplied by a positive number and its rows in
-    the readers are divided by it. False if anything else reads the activation, or if a nonlinearity is between."""
+    """Whether a positive factor on a channel of the source can be compensated by dividing its rows in the readers.
+    False if another module reads the activation, or if a nonlinearity lies between."""
     repeat: int = 1
-    """Readers' heads per head of the source: grouped queries read each value head this many times."""
+    """Number of the readers' heads per head of the source, because grouped queries share value heads."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """Heads or neurons of a sublayer: columns and rows that a model loses together."""
+    """Describe the heads or neurons of a sublayer, whose columns and rows are removed together."""
 
     name: str
-    """"attn/heads" (of the queries), "attn/groups" (of keys and values), "cross/…" or "mlp/neurons"."""
+    """Name of the units: "attn/heads" (of the queries), "attn/groups" (of keys and values), "cross/…" or
+    "mlp/neurons"."""
     writers: tuple[str, ...]
-    """Matrices (within a block) whose output columns, and biases, belong to the units."""
+    """Paths within a block of the matrices whose output columns, and biases, belong to the units."""
     readers: tuple[str, ...]
-    """Matrices (within a block) whose input rows belong to the units."""
+    """Paths within a block of the matrices whose input rows belong to the units."""
     count: int
-    """Units per layer."""
+    """Number of units per layer."""
     width: int
-    """Columns or rows per unit."""
+    """Number of columns or rows per unit."""
     tables: tuple[str, ...] = ()
-    """Parameters of the stack, shared by its layers, whose last axis has one entry per unit."""
+    """Paths within a stack of parameters that its layers share, and whose last axis has one entry per unit."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """Residual stream of a stack: everything that adds to it and everything that reads it."""
+    """Describe the residual stream of a stack: the modules that write to it and those that read it."""
 
     stack: str
     writers: tuple[str, ...]
-    """Embedding tables, matrices and norms whose output is added to the stream or, after a post-norm, is the stream."""
+    """Paths of embedding tables, matrices and norms whose output is added to the stream, or is the stream (after a
+    post-norm)."""
     readers: tuple[str, ...]
-    """Norms and matrices that read the stream directly."""
+    """Paths of norms and matrices that read the stream directly."""
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
-    """Return the names of the stacks in the order they run."""
+    """Return the names of the stacks in the order in which they run."""
     return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
 
 
 def crosses(cfg: ModelConfig, stack: str) -> bool:
-    """Return whether the layers of a stack attend to the output of an encoder."""
+    """Return True if the layers of a stack attend to the output of an encoder."""
     return stack == "decoder" and cfg.encoder_layers > 0
 
 
 def feeds(cfg: ModelConfig) -> list[Feed]:
-    """Return every activation that a matrix reads. Each matrix of the network is a reader of exactly one of them."""
+    """Return all activations that matrices read. Each matrix of the network is a reader of exactly one of them."""
     found: list[Feed] = []
     for stack in stacks(cfg):
         found += _block_feeds(cfg, stack)
@@ -104,12 +107,15 @@ def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
 
 
 def _end(cfg: ModelConfig, stack: str) -> str:
-    """Return the path of the norm whose output leaves the stack."""
+    """Return the path of the norm that produces the output of the stack."""
     return f"{stack}/blocks/mlp_norm" if cfg.norm_position == "post" else f"{stack}/norm"
 
 
 def _head_feeds(cfg: ModelConfig) -> list[Feed]:
-    """Return the matrices that read the last stack's output. Pooling is linear, so a scale passes through it."""
+    """Return the activations that matrices of the output heads read.
+
+    Pooling is linear, so a scale can be moved through it.
+    """
     end, found, readers = _end(cfg, stacks(cfg)[-1]), [], []
     tied, alone = False, True
     if cfg.head_kind.vocabulary:
@@ -139,7 +145,7 @@ def matrices(cfg: ModelConfig) -> list[str]:
 
 
 def units(cfg: ModelConfig, stack: str) -> list[Units]:
-    """Return the heads and neurons of a layer of `stack`, which structured pruning may remove."""
+    """Return the heads and neurons of a layer of `stack`, which structured pruning can remove."""
     found: list[Units] = []
     for part in ("attn", "cross") if crosses(cfg, stack) else ("attn",):
         tables = ("relative_bias/table",) if part == "attn" and cfg.positions == "relative" else ()
@@ -150,7 +156,7 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Return the writers and readers of a stack's residual stream."""
+    """Return the modules that write and read the residual stream of a stack."""
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

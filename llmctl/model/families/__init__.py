@@ -1,10 +1,9 @@
-"""Model families: architecture flags and sizes for the shared blocks, and name maps to Hugging Face checkpoints.
+"""Define model families: flags and sizes for the shared blocks, and tensor names of Hugging Face checkpoints.
 
-A family is one module of this folder, found by its file name. It defines:
+Each module of this folder is a family with the module's name. It defines:
 
-- `FLAGS`: fields of ModelConfig that all sizes of the family share.
-- `SIZES`: fields of ModelConfig for each named preset.
-- `BRIDGE`: a `hf_config.Bridge`, if checkpoints of this family exist in the Hugging Face format.
+- `FLAGS`: fields of ModelConfig that all sizes of the family share. - `SIZES`: fields of ModelConfig for each named
+preset. - `BRIDGE`: a `hf_config.Bridge`, if checkpoints of this family exist in the Hugging Face format.
 
 Example:
     >>> from llmctl.model.config import family

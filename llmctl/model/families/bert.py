@@ -1,4 +1,4 @@
-"""BERT: post-norm encoder with token types, for masked language modelling and next-sentence prediction.
+"""Define BERT: a post-norm encoder with token types, for masked language modelling and next-sentence prediction.
 
 (Devlin et al., 2018, arXiv:1810.04805)
 """
@@ -90,7 +90,7 @@ def give(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     return {
         "embed/tokens": "embeddings.word_embeddings.weight",
         "embed/positions": "embeddings.position_embeddings.weight",

@@ -1,4 +1,4 @@
-"""Gemma 2: decoder with norms around every sublayer, soft caps, and alternating local and global attention layers.
+"""Define Gemma 2: a decoder with norms around each sublayer, soft caps, and alternating local and global attention.
 
 (Gemma Team, 2024, arXiv:2408.00118)
 """
@@ -80,12 +80,15 @@ def give(cfg: Any) -> Fields:
 
 
 def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
-    """Raise RequestError if a Gemma model cannot express this config.
+    """Check that a Gemma model can express a config.
 
     Args:
         cfg: The ModelConfig to export.
         name: Name of the family in the error message.
         **differs: Fields in which this family differs from Gemma 2, with the required value; None allows any value.
+
+    Raises:
+        RequestError: If a field has another value than the required one.
     """
     free = dict.fromkeys(("attn_scale", "attn_softcap", "final_softcap", "window", "qkv_bias"))
     flags = {k: FLAGS[k] for k in ("norm_position", "norm_plus_one", "activation", "embed_scale")}
@@ -106,7 +109,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     return llama.body(NORMS)
 
 

@@ -1,4 +1,6 @@
-"""Gemma 3 (text model): Gemma 2 with query and key norms instead of soft caps (Gemma Team, 2025, arXiv:2503.19786).
+"""Define Gemma 3 (text model): Gemma 2 with query and key norms in place of soft caps.
+
+(Gemma Team, 2025, arXiv:2503.19786)
 
 Five local layers precede each global layer. Local and global layers have separate rotary bases.
 """
@@ -49,7 +51,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     return llama.body(NORMS)
 
 

@@ -1,4 +1,4 @@
-"""GPT-2: pre-norm decoder with LayerNorm, learned positions, GELU and biases (Radford et al., 2019)."""
+"""Define GPT-2: a pre-norm decoder with LayerNorm, learned positions, GELU and biases (Radford et al., 2019)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     layer = hf_config.linear(MATRICES) | hf_config.norm({"attn_norm": "ln_1", "mlp_norm": "ln_2"})
     return {
         "embed/tokens": "wte.weight",

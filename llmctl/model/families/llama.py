@@ -1,8 +1,8 @@
-"""Llama: pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
+"""Define Llama: a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
 
 (Touvron et al., 2023, arXiv:2302.13971 and arXiv:2307.09288)
 
-SmolLM2 uses the Llama architecture. Mistral, Qwen and Gemma derive from it: their modules define the differences.
+SmolLM2 uses the Llama architecture. Mistral, Qwen and Gemma are derived from it: their modules define the differences.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 def body(norms: dict[str, str]) -> dict[str, str]:
-    """Return the name map of Llama and its derivatives.
+    """Return the map {parameter name: Hugging Face tensor name} of Llama and its derivatives.
 
     Args:
-        norms: Name map of the norms in one layer, {our name: Hugging Face name}.
+        norms: Map of the norms in one layer, {parameter name: Hugging Face name}.
     """
     layer = hf_config.linear(MATRICES) | hf_config.norm(norms)
     return {
@@ -91,12 +91,12 @@ def body(norms: dict[str, str]) -> dict[str, str]:
 
 
 def heads(name: str, model: str = "", asked: str = "") -> dict[str, Head]:
-    """Return the heads of Llama and its derivatives.
+    """Return the heads of Llama and its derivatives, by the name of the head.
 
     Args:
         name: Prefix of the class names in `transformers`, such as "Llama".
         model: Class name of the base model; `name` + "Model" if empty.
-        asked: Prefix of the network's tensor names in the question-answering class; no such head if empty.
+        asked: Prefix of the network's tensor names in the question-answering class. If empty, there is no such head.
     """
     outputs = hf_config.linear({"head/out": "qa_outputs"})
     spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, asked)} if asked else {}
@@ -147,12 +147,15 @@ def give_sizes(cfg: Any) -> Fields:
 
 
 def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
-    """Raise RequestError if a derivative of Llama cannot express this config.
+    """Check that a derivative of Llama can express a config.
 
     Args:
         cfg: The ModelConfig to export.
         name: Name of the family in the error message.
         **differs: Fields in which this family differs from Llama, with the required value; None allows any value.
+
+    Raises:
+        RequestError: If a field has another value than the required one.
     """
     plain: Fields = {k: v for k, v in FLAGS.items() if k != "head_bias"}
     plain |= dict.fromkeys(
@@ -195,7 +198,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     return body(NORMS)
 
 

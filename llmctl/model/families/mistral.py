@@ -1,4 +1,4 @@
-"""Mistral: Llama with sliding-window attention (Jiang et al., 2023, arXiv:2310.06825)."""
+"""Define Mistral: Llama with sliding-window attention (Jiang et al., 2023, arXiv:2310.06825)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     return llama.body(llama.NORMS)
 
 

@@ -1,4 +1,4 @@
-"""Qwen2: Llama with biases on queries, keys and values (Yang et al., 2024, arXiv:2407.10671)."""
+"""Define Qwen2: Llama with biases on queries, keys and values (Yang et al., 2024, arXiv:2407.10671)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     return llama.body(llama.NORMS)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama with RMSNorm on each query and key head (Yang et al., 2025, arXiv:2505.09388)."""
+"""Define Qwen3: Llama with RMSNorm on each query and key head (Yang et al., 2025, arXiv:2505.09388)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map, which is the same for every config."""
+    """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
     return llama.body(NORMS)
 
 

@@ -1,6 +1,6 @@
-"""RoBERTa: BERT without token types and next-sentence prediction (Liu et al., 2019, arXiv:1907.11692).
+"""Define RoBERTa: BERT without token types and next-sentence prediction (Liu et al., 2019, arXiv:1907.11692).
 
-Position ids start after the padding token's id.
+Position ids start after the id of the padding token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""T5: encoder-decoder with relative position biases and RMSNorm, without other biases.
+"""Define T5: an encoder-decoder with relative position biases and RMSNorm, without other biases.
 
 (Raffel et al., 2019, arXiv:1910.10683)
 
-Version 1.0 has ReLU, and a tied output projection with a scale of d_model ** -0.5 before it. Version 1.1 has gated GELU
+Version 1.0 has ReLU and a tied output projection, whose input is scaled by d_model ** -0.5. Version 1.1 has gated GELU
 and an untied output projection (Shazeer, 2020, arXiv:2002.05202).
 """
 
@@ -111,7 +111,10 @@ def _attention(ours: str, theirs: str) -> dict[str, str]:
 
 
 def names_of(cfg: Any) -> Fields:
-    """Return the name map; the feed-forward names depend on whether the layer is gated."""
+    """Return the map {parameter name: Hugging Face tensor name}.
+
+    The names of the feed-forward layer depend on whether it is gated.
+    """
     wi = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if cfg.gated else {"up": "wi", "down": "wo"}
 
     def stack(name: str, mlp: int) -> dict[str, str]:
@@ -135,7 +138,7 @@ def names_of(cfg: Any) -> Fields:
 
 
 ENCODER, TAGGER = "T5EncoderModel", "T5ForTokenClassification"
-"""Encoder-only classes of `transformers`."""
+"""Names of the encoder-only classes of `transformers`."""
 BOTH: Fields = {"architecture": "encoder_decoder"}
 ALONE: Fields = {"architecture": "encoder", "pooler": False}
 
@@ -158,7 +161,7 @@ BRIDGE = Bridge(
         for stack in ("encoder", "decoder")
     },
 )
-"""Mapping between T5 and the Hugging Face format. Its task heads read the encoder output only.
+"""Mapping between T5 and the Hugging Face format. Task heads read only the encoder output.
 
 The T5ForSequenceClassification and T5ForQuestionAnswering classes of `transformers` also run the decoder over the text.
 They are different networks, so no head maps to them.

@@ -1,1 +1,1 @@
-"""Text generation: decoding with a key-value cache, sampling, beam search, chat, and mask filling."""
+"""Generate text: decoding with a key-value cache, sampling, beam search, chat, and mask filling."""

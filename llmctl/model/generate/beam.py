@@ -1,10 +1,10 @@
-"""Beam search: maximize the probability of complete answers, in one compiled program.
+"""Search for the most probable answers by beam search, in one compiled program.
 
 Each prompt has W live beams, which can be continued, and up to W finished answers. A step ranks the continuations of
-all live beams together. Continuations that end compete for the finished slots by score. The score is the sum of their
-log probabilities divided by length ** penalty (Wu et al., 2016, arXiv:1609.08144, section 7). The best of the other
-continuations become the live beams. Key-value caches follow their beams by a gather. The prompt's part of the cache is
-the same for all beams and is not gathered.
+all live beams together. Continuations with an end token compete for the finished slots by score. The score is the sum
+of log probabilities divided by length ** penalty (Wu et al., 2016, arXiv:1609.08144, section 7). The best of the other
+continuations become the live beams. Key-value caches are reordered by a gather, as the beams are. The prompt's part of
+the cache is equal for all beams and is not gathered.
 
 Shapes: B prompts, W beams, C candidates per prompt, N maximum new tokens, D model width, V vocabulary, E end tokens.
 """
@@ -27,23 +27,23 @@ from llmctl.model.kv_cache import cache_shape
 
 STOPS = ("no", "yes", "never")
 STRONGEST = 6
-"""Largest length penalty: a million tokens to this power is still in the range of float32."""
+"""Maximum length penalty: a million tokens to this power is within the range of float32."""
 WORST = -jnp.inf
-"""Score of a slot that holds no answer."""
+"""Score of a slot without an answer."""
 
 
 @dataclass(frozen=True)
 class Beams:
-    """Settings of a beam search: width, length normalization and stopping rule."""
+    """Configure a beam search: width, length normalization and stopping rule."""
 
     width: int
     length_penalty: float = 1.0
-    """Exponent of the length by which a sum of log probabilities is divided; above 0 favours long answers."""
+    """Exponent of the length by which sums of log probabilities are divided; larger values favor longer answers."""
     early_stopping: str = "no"
     """Rule that stops a prompt's search once W answers have finished.
 
-    "yes": stop at once. "no": stop if the best live beam, normalized by its current length, scores no better than the
-    worst finished answer. "never": stop if no length could let that beam score better.
+    "yes": stop immediately. "no": stop if the score of the best live beam, at its current length, is no better than
+    that of the worst finished answer. "never": stop only if its score can be no better at any length.
     """
 
     def __post_init__(self) -> None:
@@ -54,26 +54,26 @@ class Beams:
 
 
 class Search(NamedTuple):
-    """State of a beam search after `made` tokens."""
+    """Store the state of a beam search after `made` tokens."""
 
     made: jax.Array
     live_BW: jax.Array
-    """Sums of log probabilities, best first."""
+    """Sums of log probabilities of the live beams, best first."""
     live_BWN: jax.Array
-    """Tokens; NOTHING at positions that are not generated yet."""
+    """Tokens of the live beams; NOTHING at positions that are not generated yet."""
     done_BW: jax.Array
-    """Scores, best first; WORST in slots without a finished answer."""
+    """Scores of the finished answers, best first; WORST in slots without an answer."""
     done_BWN: jax.Array
     open_B: jax.Array
-    """Whether a better answer is still possible."""
+    """Whether a better answer to the prompt is still possible."""
     parent_BW: jax.Array
-    """Index of the live beam, before the last token, that each beam continues."""
+    """For each live beam, the index of the previous step's beam that it continues."""
 
 
 class BeamSearch:
-    """Beam search on a Decoder, with one compiled program per shape.
+    """Run beam search on a Decoder, with one compiled program per shape.
 
-    Args of the constructor:
+    Args:
         decoder: The model that generates.
         beams: Settings of the search.
     """
@@ -97,7 +97,7 @@ class BeamSearch:
             after it. If fewer than W answers were found, the remaining scores are -inf.
 
         Raises:
-            ValueError: In the cases of `Decoder.generate`.
+            ValueError: If `Decoder.generate` raises it.
             RequestError: If there are more candidates than tokens in the vocabulary.
         """
         decoder = self.decoder
@@ -159,10 +159,10 @@ class BeamSearch:
         max_new: jax.Array,
         candidates: int,
     ) -> Search:
-        """Extend every live beam by one token.
+        """Extend every live beam by one token, and return the new state of the search.
 
         Args:
-            served: Parameters, as `Decoder.weights` holds them.
+            served: Parameters in the form of `Decoder.weights`.
             x_BD: Hidden states [B * W, D] after the live beams.
             search: State of the search.
             ends_E: End tokens.
@@ -205,7 +205,7 @@ class BeamSearch:
 
 
 def _repeated(state: State, B: int, W: int) -> State:
-    """Repeat the state that `Decoder.read` returned for B prompts W times per prompt."""
+    """Repeat the state of `Decoder.read` for B prompts W times per prompt, once per beam."""
 
     def cached(a: jax.Array) -> jax.Array:
         rows = jnp.repeat(a.reshape(B, -1, *a.shape[-2:]), W, axis=0)  # merge axes of size 1; see `cache_shape`
@@ -216,7 +216,10 @@ def _repeated(state: State, B: int, W: int) -> State:
 
 
 def _follow(cache: list[Any], parent_BW: jax.Array, prompt: int) -> list[Any]:
-    """Gather the keys and values of the beam that each live beam continues, from cache slot `prompt` on."""
+    """Reorder the cache: each live beam gets the keys and values of the beam that it continues.
+
+    Only slots from `prompt` on are reordered.
+    """
     B, W = parent_BW.shape
     rows = (parent_BW + jnp.arange(B)[:, None] * W).reshape(-1)
 

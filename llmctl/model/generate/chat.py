@@ -1,11 +1,10 @@
-"""Chat: render conversations with a tokenizer's chat template, encode them, and stream the model's answers.
+"""Render conversations with a tokenizer's chat template, encode them, and stream the model's answers.
 
-A template is a program that comes with an artifact. It runs in a sandbox without side effects and with a limit of steps
-(`generate/template_sandbox.py`). Text in a message never
-becomes a special token, whatever its spelling.
+A template is a program that is part of an artifact. It runs in a sandbox without side effects and with a limit of steps
+(`generate/template_sandbox.py`). Text in a message never becomes a special token, whatever its spelling.
 
-The template renders the whole conversation at every turn, because it may render earlier turns differently from the
-tokens in the cache. The longest common prefix with the cached tokens is not computed again (`generate/chat_cache.py`).
+The template renders the complete conversation for every answer, because earlier messages may render differently from
+the cached tokens. The longest common prefix with the cached tokens is not computed again (`generate/chat_cache.py`).
 """
 
 from __future__ import annotations
@@ -27,11 +26,15 @@ from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.sampling import Sampling
 
 Message = dict[str, str]
-"""A chat message: {"role": "system", "user" or "assistant", "content": text}."""
+"""Chat message {"role": "system", "user" or "assistant", "content": text}."""
 
 
 def read_messages(file: Path) -> list[Message]:
-    """Read the messages of a JSON file, which holds a list or an object with the list "messages"."""
+    """Read the messages of a JSON file, which contains a list or an object with the list "messages".
+
+    Raises:
+        RequestError: If the file is missing or has another format.
+    """
     try:
         content = parse_json(regular(file).read_bytes())
     except FileNotFoundError:
@@ -48,7 +51,10 @@ def read_messages(file: Path) -> list[Message]:
 
 
 class Template:
-    """Chat template, compiled once. Its output depends on the messages only, unless the template asks for the date."""
+    """Compile a chat template once.
+
+    Its output depends only on the messages, and on the date if the template reads it.
+    """
 
     def __init__(self, text: str | None, tokenizer: Tokenizer) -> None:
         """Compile the template.
@@ -103,7 +109,7 @@ class Template:
         Only the template can produce special tokens. If a message spells one, it is encoded as text.
 
         Raises:
-            RequestError: As `render`, or the template gives no text.
+            RequestError: If `render` raises it, or if the rendered text is empty.
         """
         own = self.tokenizer.special_ids
 
@@ -130,7 +136,7 @@ def _now(pattern: str) -> str:
 
 
 class Conversation:
-    """Conversation with a model: the messages so far, and a session that answers them."""
+    """Store a conversation with a model: the messages so far, and the session that generates answers."""
 
     def __init__(self, template: Template, decoder: Decoder, end_ids: Sequence[int]) -> None:
         self.template, self.session, self.end_ids = template, Session(decoder), end_ids
@@ -152,7 +158,7 @@ class Conversation:
             The next piece of text.
 
         Raises:
-            RequestError: If the conversation leaves no room for an answer.
+            RequestError: If the conversation is too long for another answer.
         """
         tokenizer = self.template.tokenizer
         row = Continuation("", self.template.prompt(self.messages), [s for s in stops if s])

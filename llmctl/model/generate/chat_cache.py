@@ -1,7 +1,7 @@
-"""Key-value cache of one conversation: only the new tokens of a longer prompt are computed.
+"""Cache the keys and values of one conversation, so that only new tokens of a longer prompt are computed.
 
-Tokens fill the cache from slot 0 without gaps. A new prompt is compared with the cached tokens one by one. Everything
-after the first difference is computed again, so the answer equals that of a run without the cache.
+Tokens fill the cache from slot 0 without gaps. A new prompt is compared with the cached tokens one by one. All tokens
+after the first difference are computed again, so the answer equals that of a run without the cache.
 
 Shapes: T new tokens with padding, S cache slots, V vocabulary, E end tokens. The batch size is 1.
 """
@@ -22,7 +22,10 @@ from llmctl.model.generate.sampling import Sampling, row_keys
 
 
 class Session:
-    """Decoder that keeps its cache between calls; `generate` has the interface of `Decoder.generate` for one prompt."""
+    """Wrap a Decoder and keep its cache between calls.
+
+    `generate` has the interface of `Decoder.generate`, for one prompt.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         """Start with an empty cache.
@@ -41,7 +44,7 @@ class Session:
 
     @property
     def model(self) -> ModelConfig:
-        """Config of the decoder's model."""
+        """Return the config of the decoder's model."""
         return self.decoder.model
 
     def generate(
@@ -56,7 +59,7 @@ class Session:
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
-        """Continue one prompt; yields and raises as `Decoder.generate` does."""
+        """Continue one prompt. Yields and errors are those of `Decoder.generate`."""
         (prompt,) = prompts
         self.decoder.check([prompt], max_new)
         rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, 1, first)
@@ -83,7 +86,7 @@ class Session:
             left -= out_1N.shape[1]
 
     def _room(self, slots: int) -> list[Any]:
-        """Return the cache with at least `slots` slots, and give up this object's reference to it.
+        """Return the cache with at least `slots` slots, and drop this object's reference to it, because it is donated.
 
         The size doubles when the cache grows, so that few sizes are compiled.
         """
@@ -111,7 +114,7 @@ class Session:
         ends_E: jax.Array,
         rules: Sampling,
     ) -> State:
-        """Compute `new` tokens after the `kept` ones in the cache, and choose the next token."""
+        """Compute `new` tokens after the `kept` cached ones, select the next token, and return the new state."""
         at_1T = jnp.arange(tokens_1T.shape[1])[None]
         segments_1S = (jnp.arange(cache[0]["attn"]["past_k"].shape[-2])[None] < kept + new).astype(jnp.int32)
         batch = {

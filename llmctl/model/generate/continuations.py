@@ -1,4 +1,4 @@
-"""Text continuations of a language model: streamed as they are generated, cut at stop strings, and timed."""
+"""Generate continuations of text: streamed as they are generated, cut at stop strings, and timed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llmctl.model.generate.padded_prompts import NOTHING
 from llmctl.model.generate.sampling import Sampling
 
 INCOMPLETE = "\ufffd"
-"""Character that an incomplete UTF-8 sequence decodes to."""
+"""Character that results from decoding an incomplete UTF-8 sequence."""
 
 
 @dataclass
 class Continuation:
-    """One prompt and its continuation so far."""
+    """Store one prompt and its continuation so far."""
 
     prompt: str
     prompt_ids: list[int]
@@ -41,7 +41,7 @@ class Continuation:
     """Reason for the end: "end" (an end token), "stop" (a stop string) or "length"; empty while the row is active."""
 
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
-        """Append new tokens (NOTHING stands for none) and return the text that has become final."""
+        """Append new tokens (NOTHING is skipped), and return the text that can no longer change."""
         if self.ended:
             return ""
         self.ids += [i for i in ids if i != NOTHING]
@@ -55,7 +55,7 @@ class Continuation:
         return self._settle(whole if self.ended else whole[: len(whole) - self._doubtful(whole)])
 
     def finish(self, decode: Callable[[Sequence[int]], str]) -> str:
-        """End the row at the maximum length, and return the text that was held back."""
+        """End the row at the maximum length, and return the remaining text."""
         if self.ended:
             return ""
         self.ended = "length"
@@ -75,7 +75,7 @@ class Continuation:
 def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """Return the token ids that end an answer.
 
-    They are the tokenizer's end token and those of a generation_config.json in the same folder.
+    These are the tokenizer's end token and those of a generation_config.json in the same folder.
 
     Raises:
         RequestError: If that file is damaged, or an id in it has more than 31 bits.
@@ -93,7 +93,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
 
 @dataclass
 class Speed:
-    """Number of new tokens and their wall time in seconds. The chunk that includes compilation is not timed."""
+    """Count new tokens and their wall time in seconds. The chunk that includes compilation is not timed."""
 
     tokens: int = 0
     timed_tokens: int = 0
@@ -101,14 +101,14 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Throughput over all rows; None if every row ended before the first timed chunk."""
+        """Return the throughput over all rows, or None if every row ended before the first timed chunk."""
         return self.timed_tokens / self.seconds if self.seconds else None
 
 
 def begin(
     tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str] = (), *, encoded: bool = False
 ) -> list[Continuation]:
-    """Create one continuation per prompt, with nothing generated yet.
+    """Return one continuation per prompt, without generated tokens.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -117,7 +117,7 @@ def begin(
         encoded: True for an encoder-decoder. Its encoder reads each prompt in the tokenizer's template.
 
     Raises:
-        RequestError: If a prompt is empty and the tokenizer has no token to begin with.
+        RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token.
     """
     stops = [s for s in stops if s]
     if encoded:
@@ -143,7 +143,7 @@ def continue_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
-    """Continue a batch in place, and yield the new final text of each row after every chunk.
+    """Continue a batch in place. After every chunk, yield the new text of each row that can no longer change.
 
     Args:
         decoder: Decoder, or Session for a single row.
@@ -152,13 +152,13 @@ def continue_rows(
         max_new: Maximum number of new tokens.
         sampling: Sampling rules; greedy if None.
         seed: Seed of the sampling.
-        first: Index of the first row among all rows that share the seed. Later batches of one run continue the count.
+        first: Index of the first row among all rows of a run, which share the seed.
         chunk: Number of tokens between two yields.
         speed: Counter to update.
         ends: Tokens that end a row; the tokenizer's end-of-sequence token if empty.
 
     Raises:
-        RequestError: If a prompt leaves no room for a continuation.
+        RequestError: If a prompt is too long for a continuation.
     """
     speed, ends = speed or Speed(), ends or [tokenizer.eos_id]
     stopped_B = np.zeros(len(rows), bool)
@@ -195,10 +195,10 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Set every row to the best answer of a beam search, with its score. A stop string then cuts the answer.
+    """Set every row to the best answer of a beam search and its score. A stop string then cuts the answer.
 
     Raises:
-        RequestError: If a prompt leaves no room for a continuation.
+        RequestError: If a prompt is too long for a continuation.
     """
     speed, ends = speed or Speed(), ends or [tokenizer.eos_id]
     begun, timed = time.perf_counter(), speed.tokens > 0  # the first batch includes the compilation
@@ -219,7 +219,7 @@ def _prompts(rows: Sequence[Continuation]) -> list[list[int]]:
 
 
 def _room(decoder: Decoder | Session, rows: Sequence[Continuation]) -> int:
-    """Return how many new tokens fit after the longest prompt.
+    """Return the number of new tokens that fit after the longest prompt.
 
     Raises:
         RequestError: If none fits.

@@ -1,13 +1,13 @@
-"""Generation with a key-value cache: one compiled prefill and one compiled loop, both on the code of the layers.
+"""Generate text with a key-value cache: one compiled prefill and one compiled loop, both with the code of the layers.
 
 An encoder-decoder computes the prompt once, in its encoder. Its decoder starts from a single token.
 
 Prompts of unequal length are padded on the left. All rows then write the same cache slot, and a step costs one in-place
-update. Padding is masked, and positions count from each prompt's first token, so a row's result does not depend on the
-other rows.
+update. Padding is masked, and positions count from each prompt's first token. A row's result therefore does not depend
+on the other rows.
 
-Layers are unrolled, and their parameters are split once. A scan would copy every layer's weights out of the stack at
-each step. Such copies are expensive, because a step of one token is bound by reading the weights.
+Layers are unrolled, and their parameters are split once. A scan would copy every layer's weights from the stack at each
+step. Such copies are expensive, because the speed of a one-token step is limited by reading the weights.
 
 Shapes: B rows, T prompt slots, S cache slots, G key/value heads, K head width, V vocabulary, E end tokens.
 """
@@ -39,11 +39,11 @@ from llmctl.model.kv_cache import cache_shape
 
 State = dict[str, Any]
 Served = tuple[functional.Params, list[functional.Params]]
-"""Parameters in the form that a step uses: all but the decoder's blocks, and one tree per decoder layer."""
+"""Parameters in the form of a decoding step: all except the decoder's blocks, and one tree per decoder layer."""
 
 
 class Decoder:
-    """Language model that generates text.
+    """Generate text with a language model.
 
     Invariant: greedy tokens equal those of repeated full forward passes over the prompt and its continuation.
 
@@ -68,10 +68,10 @@ class Decoder:
 
         Args:
             model: Config of the model.
-            params: Its parameters.
+            params: Parameters of the model.
             dtype: Dtype of the computation and of the cache.
             start: First token of the decoder of an encoder-decoder.
-            platform: Platform that will run the programs; the platform of the current mesh or device if empty.
+            platform: Platform that will run the programs. If empty, the platform of the current mesh or device.
 
         Raises:
             ValueError: If the model does not generate text.
@@ -116,7 +116,7 @@ class Decoder:
             closed earlier.
 
         Raises:
-            ValueError: If a prompt is empty or leaves no room within the model's maximum sequence length.
+            ValueError: If a prompt is empty, or if it and `max_new` exceed the model's maximum sequence length.
             RequestError: If the cache does not fit into memory.
         """
         inputs, slots = self.inputs(prompts, max_new)
@@ -138,7 +138,7 @@ class Decoder:
         chunk: int,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[tuple[State, np.ndarray]]:
-        """Yield (state, tokens [B, n]) from the state of `first` on, in the chunks of `generate`.
+        """Yield (state, tokens [B, n]) from the state that `first` returned, in the chunks of `generate`.
 
         Each state is valid until the next one is requested, because it is then donated. The last chunk has full length,
         even if it exceeds `max_new`.
@@ -153,10 +153,10 @@ class Decoder:
             yield state, np.asarray(out_BN)
 
     def inputs(self, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Prompts, int]:
-        """Return the padded inputs of `read` and the number of cache slots.
+        """Return the padded inputs of `read`, and the number of cache slots.
 
         Raises:
-            ValueError: In the cases of `generate`.
+            ValueError: If `generate` raises it for these prompts.
         """
         self.check(prompts, max_new)
         reads = self.model.encoder_layers > 0
@@ -165,10 +165,10 @@ class Decoder:
         return Prompts(tokens_BT, segments_BT, source), round_up(tokens_BT.shape[1] + max_new)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
-        """Check the prompts.
+        """Check that prompts are not empty and fit the maximum sequence length.
 
         Raises:
-            ValueError: In the cases of `generate`.
+            ValueError: If `generate` raises it for these prompts.
         """
         longest = max(map(len, prompts))
         if not min(map(len, prompts)):
@@ -194,7 +194,7 @@ class Decoder:
     def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
-        """Choose the token after `x_BD` for the rows that have not ended."""
+        """Select the token after `x_BD` for the rows that have not ended, and return the new state."""
         logits_BV = functional.lm_logits(self.model, served[0], x_BD, self.dtype)
         chosen_B = choose(logits_BV, state.get("seen"), keys_B, state["step"], rules)
         token_B = jnp.where(state["done"], NOTHING, chosen_B)
@@ -205,9 +205,10 @@ class Decoder:
         return out
 
     def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
-        """Write left-padded prompts into a cache of `slots` slots.
+        """Compute left-padded prompts, and write their keys and values into a cache of `slots` slots.
 
-        Call it within a traced function. Parameters are arguments, so that no program holds them as constants.
+        Call this within a traced function. Parameters are arguments, so that they do not become constants of the
+        program.
 
         Returns:
             The hidden state [B, D] after each prompt, and the state from which `advance` continues.
@@ -232,7 +233,7 @@ class Decoder:
         return x_BD, state
 
     def advance(self, served: Served, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
-        """Compute one more token per row.
+        """Compute one token per row with the cache.
 
         Returns:
             The hidden state [B, D] after the token, and the new state.
@@ -264,7 +265,7 @@ class Decoder:
         slots: int,
         rules: Sampling,
     ) -> State:
-        """Compute prompts in the form of `inputs`, and choose the token after each."""
+        """Compute prompts in the form of `inputs`, select the token after each, and return the state."""
         B = len(prompts.tokens_BT)
         x_BD, state = self.read(served, prompts, slots)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
@@ -274,14 +275,18 @@ class Decoder:
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def one(self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling) -> State:
-        """Run one step of the loop: compute the last token and choose the next one."""
+        """Compute the last token of each row, select the next one, and return the new state."""
         x_BD, state = self.advance(served, state, jnp.maximum(state["token"], 0))
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def _decode_loop(
         self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling, count: int
     ) -> tuple[State, jax.Array]:
-        """Run up to `count` steps; stop early if all rows have ended."""
+        """Run up to `count` steps, or fewer if all rows end.
+
+        Returns:
+            The state, and the new tokens int32 [B, count].
+        """
 
         def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
             n, state, out_BN = carry
@@ -298,10 +303,10 @@ class Decoder:
 
 
 def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
-    """Check that the keys and values of so many rows fit into this machine's memory, at two bytes each.
+    """Check that a key-value cache fits into this machine's memory, with two bytes per number.
 
     Raises:
-        RequestError: If they do not.
+        RequestError: If it does not fit.
     """
     what = f"the cache of {rows:,} texts of {slots:,} tokens"
     size = 2 * 2 * cfg.layers * rows * slots * cfg.kv_heads * cfg.head_dim
@@ -309,21 +314,21 @@ def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
 
 
 def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
-    """Allocate an empty key-value cache of `slots` slots for every layer."""
+    """Return an empty key-value cache of `slots` slots for every layer, for B rows."""
     shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
     return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]
 
 
 def served(model: ModelConfig, params: functional.Params, platform: str = "") -> tuple[ModelConfig, functional.Params]:
-    """Convert a model to the form that a decoding step reads fastest.
+    """Convert a model to the form that decoding steps read fastest.
 
     Low-rank updates are merged. On a CPU, weight-only quantized matrices become dense, because the CPU would convert
-    their integers again for every token. Matrices with quantized activations stay, because they compute a different
-    function. Also on a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU backend reads it up to twice
-    as fast as the transpose of [V, D].
+    their integers again for every token. Matrices with quantized activations stay, because dense ones would compute
+    another function. On a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU backend reads it up to
+    twice as fast as the transpose of [V, D].
 
     Returns:
-        The config and the parameters of the same function.
+        The config and the parameters of the converted model, which computes the same function.
     """
     mesh = meshes.current()
     on_cpu = (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"

@@ -1,4 +1,4 @@
-"""Mask filling with an encoder."""
+"""Fill masks in texts with an encoder."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
 ROUND = 32
-"""Lengths are rounded up to a multiple of this many tokens, so that few lengths are compiled."""
+"""Multiple to which lengths in tokens are rounded up, so that few lengths are compiled."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """One text and the predictions for its masks."""
+    """Store one text and the predictions for its masks."""
 
     prompt: str
     text: str
-    """The text with the most probable token at every mask. Each mask is predicted independently of the others."""
+    """Text with the most probable token at every mask. Each mask is predicted independently of the others."""
     masks: list[list[tuple[str, float]]]
     """Most probable tokens with their probabilities, for every mask."""
 
 
 class Filler:
-    """Encoder and tokenizer that fill masks, with one compiled program per length."""
+    """Fill masks with an encoder and a tokenizer, with one compiled program per length."""
 
     def __init__(self, model: ModelConfig, params: Any, tokenizer: Tokenizer, dtype: Any = jnp.float32):
-        """Prepare the prediction function.
+        """Compile the prediction function.
 
         Raises:
             RequestError: If the model or the tokenizer cannot fill masks.

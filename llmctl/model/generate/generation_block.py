@@ -1,6 +1,6 @@
-"""`{% generation %}` block of chat templates, which marks the assistant's tokens.
+"""Define the block `{% generation %}` of chat templates, which marks the assistant's tokens.
 
-Training reads the marks to know which tokens count. Rendering a prompt needs the text inside only.
+Training uses the marks to select tokens. To render a prompt, only the content of the block is needed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from jinja2.parser import Parser
 
 
 class GenerationBlock(Extension):
-    """Jinja extension that renders `{% generation %} ... {% endgeneration %}` as its content."""
+    """Render `{% generation %} ... {% endgeneration %}` as its content, as a Jinja extension."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the nodes inside the block."""
+        """Return the parsed nodes inside the block."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -5,7 +5,7 @@ Example:
     >>> tokens_BT.tolist(), segments_BT.tolist()
     ([[0, 5, 6, 7], [0, 0, 0, 8]], [[0, 1, 1, 1], [0, 0, 0, 1]])
 
-Shapes: B rows, T prompt slots, S tokens that an encoder reads, E end tokens.
+Shapes: B rows, T prompt slots, S encoder tokens, E end tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 NOTHING = -1
-"""Output value in a row after the row has ended."""
+"""Value in the output of a row after the row has ended."""
 
 ROUND = 64
-"""Prompt slots and cache slots are rounded up to a multiple of this, so that few lengths are compiled."""
+"""Multiple to which the numbers of prompt slots and cache slots are rounded up, so that few lengths are compiled."""
 
 
 class Prompts(NamedTuple):
-    """Padded inputs of `Decoder.read`."""
+    """Store padded inputs of `Decoder.read`."""
 
     tokens_BT: Any
     segments_BT: Any
@@ -32,15 +32,15 @@ class Prompts(NamedTuple):
 
 
 def padded_ends(ends: Sequence[int]) -> np.ndarray:
-    """Return end tokens int32 [E], padded with NOTHING to at least 8.
+    """Return end tokens int32 [E], padded with NOTHING to at least 8 entries.
 
-    The padding avoids a compilation for every number of end tokens. NOTHING is also the token of rows that have ended.
+    The padding avoids a compilation for every number of end tokens. NOTHING is also the token of ended rows.
     """
     return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and segments int32 [B, T]; T is the longest prompt rounded up to a multiple."""
+    """Return tokens and segments, int32 [B, T]; T is the longest prompt rounded up to a multiple of `multiple`."""
     T = round_up(max(map(len, prompts)), multiple)
     tokens_BT = np.zeros((len(prompts), T), np.int32)
     segments_BT = np.zeros_like(tokens_BT)
@@ -51,7 +51,7 @@ def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tupl
 
 
 def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]."""
+    """Return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S], padded on the right."""
     S = round_up(max(map(len, prompts)))
     tokens_BS = np.zeros((len(prompts), S), np.int32)
     segments_BS = np.zeros_like(tokens_BS)
@@ -63,5 +63,5 @@ def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
 
 
 def round_up(n: int, multiple: int = ROUND) -> int:
-    """Round `n` up to a multiple."""
+    """Round `n` up to a multiple of `multiple`."""
     return -(-n // multiple) * multiple

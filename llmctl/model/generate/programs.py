@@ -1,6 +1,6 @@
-"""Describe generation as programs: the pass over the prompts that fills the cache, and one decoding step.
+"""List the programs of text generation for the cost model: the prefill of the cache, and one decoding step.
 
-The parameters are replicated over all devices, as `llmctl generate` holds them.
+The parameters are replicated on all devices, as in `llmctl generate`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llmctl.model.generate.sampling import Sampling, row_keys
 from llmctl.model.program import Cost, Pass, Program
 
 DTYPE = "float32"
-"""The command's default."""
+"""Default of the setting `dtype` of `llmctl generate`."""
 
 
 class Request(NamedTuple):
-    """Prompts per batch, tokens per prompt, and new tokens after each."""
+    """Describe sizes: number of prompts per batch, tokens per prompt, and new tokens per prompt."""
 
     rows: int
     prompt: int
@@ -35,17 +35,17 @@ class Request(NamedTuple):
 def generation(
     model: ModelConfig, weights: functional.Params, wants: Request, mesh: Mesh, platform: str = ""
 ) -> list[Program]:
-    """Return the prefill and one decoding step.
+    """Return the programs of the prefill and of one decoding step.
 
     Args:
-      model: the network.
-      weights: its abstract parameters.
-      wants: the sizes.
-      mesh: devices, which may stand for those of another platform.
-      platform: that platform; by default the devices' own.
+        model: Config of the model.
+        weights: Abstract parameters of the model.
+        wants: Sizes of the batch.
+        mesh: Device mesh; its devices may represent those of another platform.
+        platform: The represented platform; by default that of the devices.
 
     Raises:
-      ValueError: the model writes no text, or no text of this length.
+        ValueError: If the model does not generate text, or if the text exceeds its maximum length.
     """
     whole = meshes.replicated(mesh)
     one = meshes.make(MeshConfig(data=1), [mesh.devices.flat[0]])  # nothing is split
@@ -105,7 +105,15 @@ def generation(
 
 
 def _one_token(model: ModelConfig, rows: int, slots: int, flops_per_row: float, read: Any) -> Cost:
-    """Return the cost of one decoding step on one device; `read` are the weights, keys and values that it reads."""
+    """Return the cost of one decoding step on one device.
+
+    Args:
+        model: Config of the model.
+        rows: Number of rows.
+        slots: Number of cache slots.
+        flops_per_row: FLOPs per row of the step.
+        read: Tree of the weights, keys and values that the step reads.
+    """
     per_row = 2 * 4 * (model.vocab_size + model.heads * slots) + 4 * (2 * model.d_model + 2 * model.d_ff)
     between = float(rows * per_row)
     return Cost(between, bytes_of(read) + 2 * between, {DTYPE: rows * flops_per_row})

@@ -1,4 +1,4 @@
-"""Sampling: choose the next token from logits, greedily or from a truncated distribution.
+"""Sample the next token from logits, greedily or from a truncated distribution.
 
 The rules apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Each row has its own random key,
 which depends only on the seed, the row's index and the step. The tokens of a row are therefore the same in every batch.
@@ -17,12 +17,12 @@ from llmctl.config.base import FLOAT32_MAX
 
 EXCLUDED = -jnp.inf
 COLDEST = 1e-6
-"""Smallest temperature above 0: logits that are divided by less leave the range of float32."""
+"""Smallest allowed temperature above 0, because division by less can exceed the range of float32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling rules; the default is greedy.
+    """Configure the sampling of tokens; the default is greedy.
 
     Example:
         >>> import jax.numpy as jnp
@@ -32,15 +32,15 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """Divisor of the logits; 0 chooses the most probable token."""
+    """Divisor of the logits; 0 selects the most probable token."""
     top_k: int = 0
     """Number of most probable tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Total probability of the most probable tokens that are kept (Holtzman et al., 2019, arXiv:1904.09751)."""
+    """Total probability of the most probable tokens to keep (Holtzman et al., 2019, arXiv:1904.09751)."""
     min_p: float = 0.0
     """Smallest probability to keep, as a fraction of the highest one (Nguyen et al., 2024, arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Penalty on tokens seen before: a divisor of positive logits and a factor on negative logits.
+    """Penalty on tokens that already occurred; it divides positive logits and multiplies negative ones.
 
     (Keskar et al., 2019, arXiv:1909.05858)
     """
@@ -55,12 +55,15 @@ class Sampling:
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """Apply the repetition penalty to the tokens in the prompt or the generated text."""
+    """Return the logits with the repetition penalty applied to the tokens in `seen_BV`."""
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def narrow(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
-    """Set the logits of tokens that top-k, top-p or min-p exclude to -inf. All tokens tied at a limit are kept."""
+    """Return the logits with -inf for tokens that top-k, top-p or min-p exclude.
+
+    All tokens tied at a limit are kept.
+    """
     if rules.top_k and rules.top_k < logits_BV.shape[-1]:
         limit_B1 = jax.lax.top_k(logits_BV, rules.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < limit_B1, EXCLUDED, logits_BV)
@@ -82,11 +85,11 @@ def narrow(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
 def choose(
     logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, step: jax.Array | int, rules: Sampling
 ) -> jax.Array:
-    """Choose the next token of each row.
+    """Sample the next token of each row.
 
     Args:
         logits_BV: Logits.
-        seen_BV: Tokens seen before; used only with a repetition penalty.
+        seen_BV: Whether each token occurred before; used only with a repetition penalty.
         keys_B: One random key per row.
         step: Index of the step, folded into the keys.
         rules: Sampling rules.
@@ -104,5 +107,5 @@ def choose(
 
 
 def row_keys(seed: int, rows: int, first: int = 0) -> jax.Array:
-    """Return one random key per row, derived from its index; `first` is the index of the first row."""
+    """Return one random key per row, derived from the seed and the row's index, which starts at `first`."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(rows))

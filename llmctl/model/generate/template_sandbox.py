@@ -1,20 +1,19 @@
-"""Sandbox for chat templates: no side effects, and a limited number of steps and characters.
+"""Run chat templates in a sandbox: without side effects, and with a limited number of steps and characters.
 
-A template comes with a model. Nested loops and `'a' * 10**10` would otherwise take hours or all memory. Steps are
-counted, not seconds, so a template fails on every machine or on none.
-
+A template comes with a model and is not trusted. Without limits, nested loops and `'a' * 10**10` would take hours or
+all memory. Steps are counted, not seconds, so that a template fails on all machines or on none.
 - Each body of a loop, macro or block counts its nodes every time it runs.
-- Operators, calls, filters, tests, comparisons and outputs count the characters and items that they read and make.
-- What would make a long value (`*`, `%`, `replace`, `join`, `center`, …) is measured before it is made.
+- Operators, calls, filters, tests, comparisons and outputs count the characters and items that they read and create.
+- For operations with long results (`*`, `%`, `replace`, `join`, `center`, …), the length is computed beforehand.
 
 Example:
-  >>> sandbox = Sandbox()
-  >>> sandbox.render(sandbox.from_string("{{ 'ab' * n }}"), {"n": 3})
-  'ababab'
-  >>> sandbox.render(sandbox.from_string("{{ 'ab' * n }}"), {"n": 10**10})
-  Traceback (most recent call last):
-    ...
-  llmctl.config.errors.RequestError: the chat template makes a value of more than 20,000,000 characters
+    >>> sandbox = Sandbox()
+    >>> sandbox.render(sandbox.from_string("{{ 'ab' * n }}"), {"n": 3})
+    'ababab'
+    >>> sandbox.render(sandbox.from_string("{{ 'ab' * n }}"), {"n": 10**10})
+    Traceback (most recent call last):
+        ...
+    llmctl.config.errors.RequestError: the chat template makes a value of more than 20,000,000 characters
 """
 
 from __future__ import annotations
@@ -33,30 +32,30 @@ from llmctl.config.errors import RequestError
 from llmctl.config.limits import TEMPLATE, TEMPLATE_BITS, TEMPLATE_STEPS, TEMPLATE_TEXT
 
 BLOCK = 64
-"""Characters or items that count as one step."""
+"""Number of characters or items that count as one step."""
 BODIES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)
-"""Nodes whose body runs any number of times."""
+"""Template nodes whose body may run several times."""
 PADDING = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
-"""Methods of text whose result is as long as a number says."""
+"""Methods of text for which an argument determines the length of the result."""
 BACKWARDS = frozenset(["rfind", "rindex", "rsplit", "rpartition"])
-"""Methods of text whose time grows with the product of the lengths."""
+"""Methods of text whose time is proportional to the product of the lengths."""
 REFUSED_METHODS = frozenset(["translate", "to_bytes", "fromkeys"])
-"""Methods whose result is as long as a table or number says, and which no template needs."""
+"""Rejected methods: an argument determines the length of their result, and no template needs them."""
 REFUSED_FILTERS = frozenset(["striptags", "urlize", "xmlattr"])
-"""Filters of web pages, whose time grows faster than the text."""
+"""Rejected filters, which are for web pages and whose time grows faster than the length of the text."""
 LENGTHENING = frozenset(["center", "indent", "batch", "slice", "tojson", "round", "wordwrap", "truncate"])
-"""Filters whose result is as long as a number says."""
+"""Filters for which an argument determines the length of the result."""
 SHALLOW = frozenset([
     "length", "count", "first", "last", "list", "default", "d", "items", "map", "select", "reject", "selectattr",
     "rejectattr", "reverse", "attr", "random", "defined", "undefined", "none", "mapping", "iterable", "sequence",
     "string", "number", "true", "false", "boolean", "integer", "float", "callable", "sameas", "filter", "test",
 ])  # fmt: skip
-"""Filters and tests that do not read what is inside the items of a value. The filter `string` does."""
+"""Filters and tests that do not read the content of the items of a value, except for the filter `string`."""
 CONTAINERS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja environment whose templates run under the limits of `llmctl.config.limits`."""
+    """Define a Jinja environment that enforces the limits of `llmctl.config.limits` on templates."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
@@ -70,14 +69,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Add a filter."""
+        """Add a filter whose steps are counted."""
         self.filters[name] = self._counted(name, function, False)
 
     def from_string(self, source: Any, *rest: Any, **more: Any) -> Template:
         """Compile a template.
 
         Raises:
-          RequestError: its text is too long.
+            RequestError: If its text is too long.
         """
         if len(source) > TEMPLATE:
             raise RequestError(f"the chat template has {len(source):,} characters; at most {TEMPLATE:,} are read")
@@ -90,7 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Return the output of a template.
 
         Raises:
-          RequestError: it takes too many steps or characters.
+            RequestError: If it takes too many steps or characters.
         """
         self._left = TEMPLATE_STEPS
         parts, size = [], 0
@@ -101,19 +100,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(parts)
 
     def spend(self, steps: int) -> bool:
-        """Count steps, and return True."""
+        """Count `steps`, and return True so that templates can call this in conditions.
+
+        Raises:
+            RequestError: If the template exceeds the limit of steps.
+        """
         self._left -= steps
         if self._left < 0:
             raise RequestError(f"the chat template takes more than {TEMPLATE_STEPS:,} steps on these messages")
         return True
 
     def read(self, value: Any) -> Any:
-        """Count the characters and items of a value, those of inner lists and objects included, and return it."""
+        """Count the characters and items of a value, including inner lists and objects, and return the value."""
         self.weigh(value)
         return value
 
     def weigh(self, value: Any) -> int:
-        """Count and return the size of a value, which bounds the length of its text. Shared parts count each time."""
+        """Count and return the size of a value, which is an upper bound of the length of its text.
+
+        A part that occurs several times counts each time.
+        """
         size, stack = 0, [value]
         while stack:
             item = stack.pop()
@@ -132,18 +138,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """Join the output of a macro or block."""
+        """Join the output of a macro or block, after a check of its length."""
         parts = list(parts)
         _allow(sum(map(len, parts)))
         return "".join(parts)
 
     def joined(self, *parts: Any) -> str:
-        """Return the result of the operator `~`."""
+        """Return the result of the operator `~`, after a check of its length."""
         _allow(sum(map(self.weigh, parts)))
         return "".join(map(str, parts))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute a binary operator, whose result is bounded."""
+        """Compute a binary operator, after a check of the size of its result."""
         if operator == "*":
             count, other = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(count, int) and isinstance(other, int):
@@ -159,11 +165,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._made(super().call_binop(context, operator, left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Return whether a template may use an attribute."""
+        """Return True if a template may use the attribute."""
         return attr not in REFUSED_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return a replacement of `str.format` that measures its fields first."""
+        """Return a replacement of `str.format` that checks the sizes of its fields first."""
         inner = super().wrap_str_format(value)
         if inner is None:
             return None
@@ -176,7 +182,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, a macro or a method of a value."""
+        """Call a function, a macro or a method of a value, with checks of the sizes of arguments and result."""
         if obj in (self.spend, self.read, self.joined):  # inserted by `_instrument`
             return obj(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
@@ -197,7 +203,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._made(super().call(context, obj, *args, **kwargs))
 
     def _instrument(self, node: Any) -> None:
-        """Insert calls of `spend`, `read` and `joined` into the template."""
+        """Insert calls of `spend`, `read` and `joined` into the parsed template."""
         if isinstance(node, nodes.Compare):
             for operand in (node, *node.ops):
                 operand.expr = self._own("read", operand.expr)
@@ -220,7 +226,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
 
     def _counted(self, name: str, function: Callable[..., Any], shallow: bool) -> Callable[..., Any]:
-        """Return a filter or test that counts what it reads and makes."""
+        """Return a filter or test that counts the characters and items that it reads and creates."""
         first = int(hasattr(function, "jinja_pass_arg"))  # such functions get the environment or context first
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -247,12 +253,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return counted
 
     def _attributes(self, items: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Return what the filter `join` joins: the items, or an attribute of each."""
+        """Return the values that the filter `join` joins: the items, or an attribute of each item."""
         attribute = kwargs.get("attribute", args[3] if len(args) > 3 else None)
         return items if attribute is None else list(map(make_attrgetter(self, attribute), items))
 
     def _joining(self, between: Any, parts: Iterable[Any]) -> list[Any]:
-        """Return the parts of a text to join as a list, after measuring them."""
+        """Return the parts of a text to join as a list, after a check of their total length."""
         found, size = [], 0
         for part in parts:
             found.append(part)
@@ -261,7 +267,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return found
 
     def _allow_percent(self, text: Any, values: Any) -> None:
-        """Check the result of `text % values`. A width may be in the text or, for `*`, in the values."""
+        """Check the length of the result of `text % values`. A width may be in the text or, for `*`, in the values."""
         shown = text.decode("latin-1") if isinstance(text, bytes) else str(text)
         given = values if isinstance(values, tuple) else (values,)
         widest = sum(map(self.weigh, given))
@@ -277,7 +283,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _BoundedFormatter(SandboxedFormatter):
-    """Formatter that refuses wide fields and long results before they are made."""
+    """Reject wide fields and long results before they are created."""
 
     size = 0
 
@@ -286,18 +292,18 @@ class _BoundedFormatter(SandboxedFormatter):
         self._sandbox = sandbox
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Return the text of one field, after measuring it."""
+        """Return the text of one field, after a check of its length."""
         self.size += self._sandbox.weigh(value) + sum(int(d[:12]) for d in re.findall(r"\d+", format_spec))
         _allow(self.size)
         return super().format_field(value, format_spec)
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        """Return a value converted by `!r` or `!s`, after measuring it."""
+        """Return a value converted by `!r` or `!s`, after counting its size."""
         return super().convert_field(self._sandbox.read(value), conversion)
 
 
 def _inside(node: nodes.Node) -> Iterable[nodes.Node]:
-    """Yield a node and those below it, but not the bodies that count themselves."""
+    """Yield a node and its descendants, without the bodies that count their own nodes."""
     yield node
     for child in () if isinstance(node, BODIES) else node.iter_child_nodes():
         yield from _inside(child)

@@ -1,7 +1,8 @@
-"""Weights: the leaves of the parameter tree, and the only code that multiplies weights with activations.
+"""Define weights, the leaves of the parameter tree, and all products of weights with activations.
 
-A weight is a plain array or a node (`llmctl.model.weights.base.Node`): integers with scales, a low-rank update around
-another weight, or a class of another package. The functions here take either:
+A weight is a plain array or a node (`llmctl.model.weights.base.Node`). Examples of nodes are integers with scales, and
+a low-rank update of another weight. Other packages can define nodes. The functions of this package accept both arrays
+and nodes:
 
     >>> import jax.numpy as jnp
     >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))

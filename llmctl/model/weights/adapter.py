@@ -18,13 +18,13 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updat
 
 @dataclass(frozen=True)
 class Adapter(Node):
-    """Node around another weight. A kind of adapter adds its fields, names the trained ones, and defines `dense`."""
+    """Define a node that wraps another weight. A subclass adds fields, lists the trained ones, and defines `dense`."""
 
     adapter_parts: ClassVar[tuple[str, ...]] = ()
-    """The fields that are trained; the others are frozen."""
+    """Names of the fields that are trained; all others are frozen."""
 
     base: Any
-    """A plain array or a node."""
+    """Wrapped weight, a plain array or a node."""
 
     shape = property(lambda self: self.base.shape)
     dtype = property(lambda self: self.base.dtype)
@@ -33,12 +33,12 @@ class Adapter(Node):
 
     @property
     def values_part(self) -> str | None:
-        """Name of the part of the base that stores its values; see `Node.values_part`."""
+        """Return the name of the base's part with its values, or None (see `Node.values_part`)."""
         part = as_node(self.base).values_part
         return None if part is None else _base_part(part)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the merged dense weight, or this node if decoding reads the base as integers."""
+        """Return the merged dense weight, or this node if decoding keeps the base as integers."""
         base = as_node(self.base)
         return self if base.is_integer and base.for_decoding(on_cpu) is base else self.dense()
 
@@ -48,12 +48,12 @@ class Adapter(Node):
         return inner | {k: a for k, a in super().parts().items() if k != "base"}
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings, with the settings of the base under `base`; see `Node.settings`."""
+        """Return the settings as JSON data, with those of the base under the key `base`."""
         return {**super().settings(), "base": typed(self.base)}
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
-        """Return the node from its settings and parts; see `Node.restore`."""
+        """Return the node that has the given settings and parts; the inverse of `settings` and `parts`."""
         inner = {k.removeprefix("base").removeprefix("."): a for k, a in parts.items() if _is_base(k)}
         own = {k: a for k, a in parts.items() if not _is_base(k)}
         return super().restore(settings, {"base": assemble(settings["base"], inner), **own})
@@ -63,11 +63,14 @@ class Adapter(Node):
         return as_node(self.base).count() + sum(math.prod(self.parts()[name].shape) for name in self.adapter_parts)
 
     def bare(self) -> Any:
-        """Return the base."""
+        """Return the base without the adapter."""
         return self.base
 
     def merged(self) -> jax.Array:
-        """Return the dense sum of base and adapter in the base's dtype. Integers with float32 scales give float32."""
+        """Return the base with the adapter applied, as a dense array in the base's dtype.
+
+        For integers with float32 scales, the dtype is float32.
+        """
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
@@ -75,11 +78,19 @@ class Adapter(Node):
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
-        """Raise RequestError: an adapter must be merged before pruning."""
+        """Reject pruning, because the update would fill the zeros again.
+
+        Raises:
+            RequestError: Always; an adapter must be merged before pruning.
+        """
         raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """Raise RequestError: an adapter must be merged before pruning."""
+        """Reject the selection of channels.
+
+        Raises:
+            RequestError: Always; an adapter must be merged before pruning.
+        """
         raise RequestError("has a low-rank update; merge it into its base before pruning")
 
 
@@ -92,23 +103,29 @@ def _is_base(part: str) -> bool:
 
 
 def adapted(params: Params) -> dict[str, Any]:
-    """Return the weights with an adapter that is not merged, by path."""
+    """Return the weights that have an adapter, by path."""
     return {path: w for path, w in flatten(params).items() if as_node(w).has_adapter}
 
 
 def adapter_names(params: Params) -> frozenset[str]:
-    """Return the names of the arrays that adapter methods train."""
+    """Return the names of all arrays that adapter methods train."""
     return frozenset(join(path, part) for path, w in flatten(params).items() for part in as_node(w).adapter_parts)
 
 
 def merge_adapters(params: Params) -> Params:
-    """Merge every adapter into its base, in the base's dtype (float32 for a quantized base)."""
+    """Return the parameters with every adapter merged into its base, in the base's dtype.
+
+    For a quantized base, the result is float32.
+    """
     settled = merge_bias_adapters(params)
     return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))
 
 
 def merge_bias_adapters(params: Params) -> Params:
-    """Merge the adapters that also change a bias, so that no weight depends on another one's adapter."""
+    """Return the parameters with those adapters merged that also change a bias.
+
+    After this, no weight depends on the adapter of another weight.
+    """
     flat = flatten(params)
     changes: dict[str, Any] = {}
     for path, w in adapted(params).items():

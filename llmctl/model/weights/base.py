@@ -1,4 +1,4 @@
-"""Define weight nodes: leaves of the parameter tree that stand for one weight and store it as several arrays.
+"""Define weight nodes: leaves of the parameter tree that store one weight as several arrays.
 
 A node is a frozen dataclass that derives from `Node`. Its array fields are its parts, its other fields its settings:
 
@@ -16,12 +16,13 @@ A node is a frozen dataclass that derives from `Node`. Its array fields are its 
     >>> w.matmul(jnp.ones((3, 2)), jnp.float32, Product())[0].tolist(), w.count(), [*w.parts()]
     ([0.0, 0.5], 4, ['values_IO', 'scale'])
 
-With the entry point `"weight.ternary" = "my_package:Ternary"` it runs forward, is saved, loaded, sharded, counted,
-merged and exported like the others. Methods that are slow or impossible by way of `dense` are overridden. A node around
-another weight derives from `llmctl.model.weights.adapter.Adapter`.
+With the entry point `"weight.ternary" = "my_package:Ternary"`, llmctl can run, save, load, shard, merge and export this
+node. By default, all methods use `dense`. A subclass overrides methods for which that is slow or impossible. A node
+around another weight derives from `llmctl.model.weights.adapter.Adapter`.
 
-Limits: every part has as many axes as the weight, and the weight's leading axes (layers) in front, because a scan over
-layers and a sharding by axis read them. A part that lacks a dimension's full length is replicated along it.
+Limits: every part must have as many axes as the weight, and must begin with the weight's leading axes (layers). Scans
+over layers and sharding rules need these axes. If a part does not have the full length of a dimension, it is replicated
+along this dimension.
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -45,51 +46,54 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Product:
-    """Options of a matrix product that the caller knows and a node may use."""
+    """Store options of a matrix product that the caller knows and a node may use."""
 
     fold: bool = True
-    """Make the leading axes one, with which XLA's CPU backend runs much faster (see recipes/bench). If devices split
-    more than the first of them, no sharding of the single axis expresses the same, and XLA would gather."""
+    """Whether to merge the leading axes into one, which is much faster on XLA's CPU backend (see recipes/bench). If
+    devices split more than the first leading axis, the merged axis has no equivalent sharding, and XLA would gather."""
     kind: str = ""
-    """Type of 8-bit training, a name of `quantized_matmul.TYPES`; plain arrays only."""
+    """8-bit type of training, a name in `quantized_matmul.TYPES`; only for plain arrays."""
     axes: tuple[str, str] | None = None
-    """Logical axes of the matrix, by which a plain array decides when it is gathered over devices."""
+    """Logical axes of the matrix. A plain array uses them to decide when it is gathered over devices."""
 
 
 def setting(*, default: Any = MISSING) -> Any:
-    """Declare a field of a node that is not an array. The manifest records it."""
+    """Declare a field of a node that is not an array. The manifest stores it."""
     return field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, setting))
 def node_type(cls: C) -> C:
-    """Register a class as a weight node: a frozen dataclass and a pytree whose leaves are its parts."""
+    """Register a class as a weight node: a frozen dataclass, and a pytree whose leaves are its parts."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
 class Node(abc.ABC):
-    """One weight of the parameter tree, independent of its storage format. See this module's example."""
+    """Represent one weight of the parameter tree, independent of its storage format.
+
+    The module docstring has an example.
+    """
 
     kind: ClassVar[str]
-    """Name that the manifest records and the registry `weight` finds."""
+    """Name of the class in manifests and in the registry `weight`."""
     adapter_parts: ClassVar[tuple[str, ...]] = ()
-    """Parts that an adapter method trains while the others are frozen."""
+    """Names of the parts that an adapter method trains while the others are frozen."""
     keeps_zeros: ClassVar[bool] = False
-    """Of an adapter: the merged weight is zero wherever the base is."""
+    """For adapters: whether the merged weight is zero wherever the base is zero."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Logical shape according to the model config. Leading axes are layers."""
+        """Return the logical shape, as the model config defines it. Leading axes are layers."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> Any:
-        """Dtype of the weight as a plain array."""
+        """Return the dtype of the weight as a plain array."""
 
     @property
     def ndim(self) -> int:
-        """Number of logical axes."""
+        """Return the number of logical axes."""
         return len(self.shape)
 
     @abc.abstractmethod
@@ -99,46 +103,58 @@ class Node(abc.ABC):
     # --- products ----------------------------------------------------------------------------------------------------
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """Return x [..., I] times the weight [I, O] in `dtype` -> [..., O]."""
+        """Return x [..., I] times the weight [I, O] in `dtype`, an array [..., O]."""
         x = x.astype(dtype)
         x_NI = x.reshape(-1, x.shape[-1]) if how.fold else x
         return self.multiply(x_NI, dtype, how).reshape(*x.shape[:-1], self.shape[-1])
 
     def multiply(self, x_NI: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """Return the product of `matmul` for x in `dtype`, whose leading axes are folded."""
+        """Return the product of `matmul` for x [N, I], which already has type `dtype` and folded leading axes."""
         return jnp.matmul(x_NI, self.dense(dtype))
 
     def transpose_matmul(self, x: jax.Array, dtype: Any) -> jax.Array:
-        """Return x [..., D] times this table [V, D] transposed, in `dtype` -> [..., V] (tied output projection)."""
+        """Return x [..., D] times the transpose of this table [V, D] in `dtype`, an array [..., V].
+
+        This is the product of a tied output projection.
+        """
         x_ND = x.astype(dtype).reshape(-1, x.shape[-1])
         y_NV = jax.lax.dot_general(x_ND, self.dense(dtype), (((1,), (1,)), ((), ())))
         return y_NV.reshape(*x.shape[:-1], self.shape[0])
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """Return rows of this table [V, D] at ids [...] -> [..., D]. `axes` are the logical axes of the table."""
+        """Return the rows of this table [V, D] at ids [...] in `dtype`, an array [..., D].
+
+        `axes` are the table's logical axes.
+        """
         return jnp.take(self.dense(dtype), ids, axis=0)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the same weight in the form that a decoding step reads fastest."""
+        """Return the same weight in the form that decoding steps read fastest."""
         return self
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
-        """Return the bias of the layer that this matrix belongs to, in `dtype`. `b` is the stored bias."""
+        """Return the bias of this matrix's layer in `dtype`, from the stored bias `b`."""
         return b.astype(dtype)
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, Any]:
-        """Return the arrays that the weight is stored as, by name."""
+        """Return the stored arrays of the weight, by name."""
         return {name: getattr(self, name) for name in _names(self, static=False)}
 
     def settings(self) -> dict[str, Any]:
-        """Return the manifest's record of the node without the parts, as JSON. `node` and `parts` are reserved keys."""
+        """Return the fields that are not arrays, as JSON data for the manifest.
+
+        The keys `node` and `parts` are reserved.
+        """
         return {name: getattr(self, name) for name in _names(self, static=True)}
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
-        """Return the node around its parts: the inverse of `settings` and `parts`. Parts may be abstract."""
+        """Return the node that has the given settings and parts; the inverse of `settings` and `parts`.
+
+        Parts may be abstract.
+        """
         return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
 
     def count(self) -> int:
@@ -149,16 +165,19 @@ class Node(abc.ABC):
 
     @property
     def values_part(self) -> str | None:
-        """Name of the part of logical shape whose zeros are the weight's zeros; None if no single part holds them."""
+        """Return the name of the part whose zeros are the weight's zeros, or None if there is no such part.
+
+        This part has the logical shape.
+        """
         return None
 
     def values(self) -> Any:
-        """Return an array of logical shape whose zeros are the zeros that pruning or rounding stored."""
+        """Return an array of the logical shape that is zero wherever the stored weight is zero."""
         return self.dense() if self.values_part is None else self.parts()[self.values_part]
 
     @property
     def is_integer(self) -> bool:
-        """True if the weight is stored as integers, which training cannot change."""
+        """Return True if the weight is stored as integers, which training cannot change."""
         return False
 
     @property
@@ -176,7 +195,10 @@ class Node(abc.ABC):
         return self
 
     def merged(self) -> Any:
-        """Return the weight with its adapter merged, in the dtype of its base. Without an adapter, return itself."""
+        """Return the weight with its adapter merged, in the dtype of its base.
+
+        Without an adapter, return the weight itself.
+        """
         return self
 
     def integers(self) -> Any:
@@ -184,36 +206,46 @@ class Node(abc.ABC):
         return None
 
     def with_activations(self, kind: str) -> Any:
-        """Return the weight that quantizes its activations per token to `kind` (int8).
+        """Return the weight with activation quantization per token to `kind` (int8).
 
         Raises:
-          RequestError: this kind of weight has no such product.
+            RequestError: If this kind of weight does not support it.
         """
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the weight without activation quantization, as a dense export stores it."""
+        """Return the weight without activation quantization, for export as a dense weight."""
         return self
 
     def masked(self, mask: jax.Array) -> Any:
-        """Return the weight with zeros where the mask, of (or broadcast to) logical shape, is False.
+        """Return the weight with zeros where the mask is False. The mask has, or broadcasts to, the logical shape.
 
         Raises:
-          RequestError: this kind of weight cannot hold zeros.
+            RequestError: If this kind of weight cannot store zeros.
         """
         raise RequestError(f"{with_article(self.kind)} weight cannot be pruned; prune before it is made")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """Return, layer by layer, the positions `index_LN` of a stacked weight along `axis` (-1 outputs, -2 inputs).
+        """Return selected channels of a stacked weight.
+
+        Args:
+            index_LN: Indices of the channels, per layer.
+            axis: Axis of the channels: -1 for outputs, -2 for inputs.
 
         Raises:
-          RequestError: a part stores several positions along `axis` together. The text follows the weight's path.
+            RequestError: If a part stores several channels together. The message continues the weight's path.
         """
         return jax.tree.map(lambda a: take_along(a, index_LN, axis, self.shape[axis]), self)
 
 
 def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.Array:
-    """Select positions of one part of a weight along an axis of length `full`. A part of length 1 is unchanged."""
+    """Return selected positions of one part of a weight, whose full axis has the length `full`.
+
+    A part of length 1 along this axis is returned unchanged.
+
+    Raises:
+        RequestError: If the part stores several positions together.
+    """
     if a.shape[axis] == 1 and full > 1:
         return a
     if a.shape[axis] != full:
@@ -227,5 +259,5 @@ def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.
 
 
 def _names(cls: Any, static: bool) -> list[str]:
-    """Return the names of a node's settings (`static`), or of its fields with arrays."""
+    """Return the names of a node's settings (if `static`), or of its array fields."""
     return [f.name for f in fields(cls) if bool(f.metadata.get("static")) is static]

@@ -1,4 +1,4 @@
-"""Decompose a weight into magnitude and direction, and add a low-rank update to the direction (DoRA, arXiv:2402.09353).
+"""Decompose a weight into magnitude and direction, with a low-rank update of the direction (DoRA, arXiv:2402.09353).
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -18,9 +18,9 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class Dora(LowRank):
-    """magnitude * V / ||V||, V = base + scale * a @ b; the norm is that of each output's column over the inputs.
+    """Store magnitude * V / ||V|| with V = base + scale * a @ b; the norm of each output is over its inputs.
 
-    The norm is a constant of the backward pass, as in section 4.3 of the paper, which saves memory.
+    The backward pass treats the norm as a constant, as in section 4.3 of the paper, which saves memory.
     """
 
     kind: ClassVar[str] = "dora"
@@ -30,19 +30,19 @@ class Dora(LowRank):
 
     @classmethod
     def around(cls, base: Any, a: jax.Array, b: jax.Array, scale: float) -> Self:
-        """Return the adapter that equals `base` while b is zero."""
+        """Return an adapter of `base` that equals `base` while b is zero."""
         return cls(base, a, b, scale, _norm(as_node(base).dense()))
 
     def factor(self) -> jax.Array:
-        """Return magnitude / ||V|| [..., 1, O], in float32."""
+        """Return magnitude / ||V||, float32 [..., 1, O]."""
         return self.magnitude.astype(jnp.float32) / jax.lax.stop_gradient(_norm(super().dense()))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """See Node."""
+        """Return the weight as a plain array of its logical shape."""
         return (super().dense() * self.factor()).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """See Node; V is formed for its norm alone."""
+        """Return x [..., I] times the weight in `dtype`, an array [..., O]. V is computed only for its norm."""
         return super().matmul(x, dtype, how) * self.factor()[..., 0, :].astype(dtype)
 
     take = Adapter.take

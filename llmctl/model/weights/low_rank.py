@@ -17,7 +17,7 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class LowRank(Adapter):
-    """base + scale * a @ b; a [..., I, R], b [..., R, O]."""
+    """Store base + scale * a @ b, with a [..., I, R] and b [..., R, O]."""
 
     kind: ClassVar[str] = "low_rank"
     adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b")
@@ -27,17 +27,17 @@ class LowRank(Adapter):
     scale: float = setting()
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """See Node."""
+        """Return the weight as a plain array of its logical shape."""
         delta = self.scale * jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32))
         return (as_node(self.base).dense() + delta).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """See Node; the update is never formed."""
+        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The dense update is never computed."""
         x, plain = x.astype(dtype), Product(fold=how.fold)
         low = as_node(self.b).matmul(as_node(self.a).matmul(x, dtype, plain), dtype, plain)
         return as_node(self.base).matmul(x, dtype, plain) + jnp.asarray(self.scale, dtype) * low
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """See Node."""
+        """Return the rows of this table at ids [...] in `dtype`, an array [..., D]."""
         rows = as_node(self.base).take(ids, dtype)
         return rows + self.scale * jnp.matmul(as_node(self.a).take(ids, dtype), self.b.astype(dtype))

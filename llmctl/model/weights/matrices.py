@@ -1,7 +1,7 @@
-"""Find the matrices of a model: what pruning, quantization and adapters work on, layer by layer.
+"""Find the matrices of a model, which pruning, quantization and adapters process layer by layer.
 
-Norms, biases and position tables are no matrices. Matrices of layers are stacked [L, I, O]; `per_layer` alone takes
-leading axes apart.
+Norms, biases and position tables are excluded. Matrices of layers are stacked, [L, I, O]. Only `per_layer` splits the
+leading axes.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from llmctl.model.weights.tree import Params, as_node, flatten, updated
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix, with all its layers if it is stacked."""
+    """Describe one matrix, with all its layers if it is stacked."""
 
     path: str
-    """`decoder/blocks/attn/q/kernel`; relative to the layer for a matrix of one layer."""
+    """Path of the weight, such as `decoder/blocks/attn/q/kernel`; relative to the layer for a matrix of one layer."""
     weight: Any
-    """A plain array or a node, [..., I, O]; a token table is [V, D]."""
+    """Plain array or node, [..., I, O]; a token table is [V, D]."""
     place: Place
-    """`block`, `head` or `embedding`; a tied table counts as an embedding."""
+    """Location: `block`, `head` or `embedding`. A tied table counts as an embedding."""
     stack: str
-    """`encoder` or `decoder`; empty outside stacks and for a matrix of one layer."""
+    """`encoder` or `decoder`; empty outside stacks, and for a matrix of one layer."""
     module: str
-    """Its owner within the layer, `attn/q`: the name of its inputs in calibration."""
+    """Path of the module within the layer, such as `attn/q`. Calibration stores the matrix's inputs under this name."""
 
     @property
     def node(self) -> Node:
-        """The weight's methods."""
+        """Return the weight as a node, which has the methods of weights."""
         return as_node(self.weight)
 
     @property
     def inputs(self) -> int:
-        """Axis of the inputs: -2, or -1 for a token table, which is looked up by row."""
+        """Return the axis of the inputs: -2, or -1 for a token table, whose rows are looked up."""
         return -1 if self.place == "embedding" else -2
 
     @property
     def name(self) -> str:
-        """Last key of the module: `q`, `down`, `out`."""
+        """Return the last key of the module path, such as `q`, `down` or `out`."""
         return self.module.rpartition("/")[2]
 
 
 def matrices(params: Params, *places: Place) -> Iterator[Matrix]:
-    """Yield the matrices of a model in `places` (all without any), sorted by path; weights may be abstract.
+    """Yield the matrices of a model at the locations `places` (all if none is given), sorted by path.
 
     >>> tree = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones((2, 8))}}}}}
     >>> [(m.stack, m.module, m.place, m.weight.shape) for m in matrices(tree)]
@@ -64,19 +64,19 @@ def matrices(params: Params, *places: Place) -> Iterator[Matrix]:
 
 
 def layer_matrices(layer: Params) -> Iterator[Matrix]:
-    """Yield the matrices of one layer's tree ({"attn": {"q": {"kernel": [I, O], …}}}), sorted by path."""
+    """Yield the matrices of one layer's parameters ({"attn": {"q": {"kernel": [I, O], …}}}), sorted by path."""
     for path, w in flatten(layer).items():
         if names.is_kernel(path):
             yield Matrix(path, w, "block", "", names.parse(path).module)
 
 
 def map_layer(layer: Params, change: Callable[[Matrix], Any]) -> Params:
-    """Return one layer's tree with `change` of every matrix in its place."""
+    """Return one layer's parameters with every matrix replaced by `change(matrix)`."""
     return updated(layer, {m.path: change(m) for m in layer_matrices(layer)})
 
 
 def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
-    """Return `change` of each matrix [I, O] of a stacked weight, stacked again along all its leading axes."""
+    """Return a stacked weight with `change` applied to each matrix [I, O] separately."""
     if as_node(w).ndim == 2:
         return change(w)
     changed = [per_layer(layer_of(w, i), change) for i in range(w.shape[0])]
@@ -84,14 +84,15 @@ def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def layer_of(tree: Any, index: int) -> Any:
-    """Return one layer's slice of a stacked weight, or of a tree of them."""
+    """Return the slice of one layer from a stacked weight, or from a tree of stacked weights."""
     return jax.tree.map(lambda a: a[index], tree)
 
 
 def zero_names(params: Params) -> frozenset[str]:
-    """Return the names of the arrays whose zeros are those of pruned matrices, if the model was pruned.
+    """Return the names of the arrays whose zeros are the pruning mask, if the model was pruned.
 
-    They are floating-point arrays of layers' matrices. Adapters start at zero and were not pruned.
+    These are the floating-point arrays of layers' matrices. Adapters are excluded, because their zeros come from
+    initialization.
     """
     found = ((m.path, m.node, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, node, part in found if part is not None and not node.is_integer)

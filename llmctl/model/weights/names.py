@@ -1,7 +1,7 @@
-"""Parse the names of parameters: which are matrices, which belong to a layer of a stack, and which part of a node.
+"""Parse parameter names: detect matrices, parameters of layers, and parts of nodes.
 
-A path is the keys of the parameter tree joined by "/": `decoder/blocks/attn/q/kernel`. A name is a path and, for a
-weight node, one of its parts: `decoder/blocks/attn/q/kernel:a`. This is the only module that compares such strings.
+A path is the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`. A name is a path and,
+for a weight node, one of its parts, such as `decoder/blocks/attn/q/kernel:a`. Only this module compares such strings.
 """
 
 from __future__ import annotations
@@ -13,58 +13,58 @@ Place = Literal["block", "head", "embedding"]
 
 BLOCKS, KERNEL, BIAS, EMBED, HEAD = "blocks", "kernel", "bias", "embed", "head"
 VECTORS = ("factor", "magnitude", "e")
-"""Parts of adapters that are a vector per matrix."""
+"""Parts of adapters that are one vector per matrix."""
 
 
 class Name(NamedTuple):
-    """The pieces of a name."""
+    """Store the components of a parameter name."""
 
     path: str
-    """The weight: `decoder/blocks/attn/q/kernel`."""
+    """Path of the weight, such as `decoder/blocks/attn/q/kernel`."""
     stack: str
     """`encoder` or `decoder` for a parameter that is stacked over layers, otherwise empty."""
     module: str
-    """The owner of the leaf, within its layer if it has one: `attn/q`, `lm_head`."""
+    """Path of the module, within its layer if it has one, such as `attn/q` or `lm_head`."""
     leaf: str
-    """`kernel`, `bias`, `scale`, …"""
+    """Last key of the path: `kernel`, `bias`, `scale`, …"""
     part: str
-    """The part of a node; empty for a plain array."""
+    """Part of a node; empty for a plain array."""
 
     @property
     def stacked(self) -> bool:
-        """True if axis 0 is the layers of a stack."""
+        """Return True if axis 0 is the layers of a stack."""
         return bool(self.stack)
 
     @property
     def place(self) -> Place | None:
-        """Location of this matrix; None for other weights (norms, biases, tables of positions)."""
+        """Return the location of this matrix, or None for other weights (norms, biases, position tables)."""
         if self.leaf == KERNEL:
             return "block" if self.stack else "head"
         return "embedding" if self.path == f"{EMBED}/tokens" else None
 
     @property
     def bias(self) -> bool:
-        """True for the bias of a matrix, a norm or an output head."""
+        """Return True for the bias of a matrix, a norm or an output head."""
         return self.leaf == BIAS
 
     @property
     def vector(self) -> bool:
-        """True for an adapter's vector of factors, magnitudes or singular values."""
+        """Return True for a vector of an adapter: factors, magnitudes or singular values."""
         return self.part in VECTORS
 
     @property
     def embeds(self) -> bool:
-        """True for everything that makes the embeddings: tokens, positions, types and their norm."""
+        """Return True for all parameters of the embeddings: tokens, positions, types and their norm."""
         return self.path.startswith(f"{EMBED}/")
 
     @property
     def task_head(self) -> bool:
-        """True for everything of the task's head, matrices or not; the language model's is not one."""
+        """Return True for all parameters of a task head. The language-model head is not a task head."""
         return self.path.startswith(f"{HEAD}/")
 
 
 def parse(name: str) -> Name:
-    """Split a name into its pieces.
+    """Split a parameter name into its components.
 
     >>> parse("decoder/blocks/attn/q/kernel:a")[1:]
     ('decoder', 'attn/q', 'kernel', 'a')
@@ -81,7 +81,7 @@ def parse(name: str) -> Name:
 
 
 def join(path: str, part: str) -> str:
-    """Return the name of one array: the weight's path, and for a node its part."""
+    """Return the name of one array: the weight's path and, for a node, its part."""
     return f"{path}:{part}" if part else path
 
 
@@ -102,7 +102,7 @@ def is_layer_matrix(name: str) -> bool:
 
 
 def module_path(path: str) -> str:
-    """Return the path of the module that a matrix belongs to: `decoder/blocks/attn/q/kernel` without `/kernel`."""
+    """Return the path of the module of a matrix: `decoder/blocks/attn/q/kernel` without `/kernel`."""
     return path.removesuffix(f"/{KERNEL}")
 
 

@@ -1,4 +1,4 @@
-"""Store a weight as symmetric integers with scales, per output channel or in groups of its inputs.
+"""Store a weight as symmetric integers with scales, per output channel or per group of inputs.
 
 Shapes: N tokens, I inputs, O outputs, G groups, V vocabulary, D model width.
 """
@@ -17,7 +17,7 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 
 @node_type
 class Quantized(Node):
-    """Integers with scales, symmetric; `activations="int8"` also quantizes the activations, per token (W8A8)."""
+    """Store symmetric integers with scales. `activations="int8"` also quantizes the activations, per token (W8A8)."""
 
     kind: ClassVar[str] = "quantized"
 
@@ -30,11 +30,11 @@ class Quantized(Node):
     is_integer = property(lambda self: True)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """See Node."""
+        """Return the weight as a plain array of its logical shape."""
         return qwix.dequantize(self.array).astype(dtype)
 
     def multiply(self, x_NI: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """See Node."""
+        """Return x [N, I] times the weight in `dtype`, an array [N, O]."""
         if self.activations:
             # One scale per token; grouped weights need the same groups on the activation.
             groups, last = self.array.scale.shape[0], x_NI.ndim - 1
@@ -46,7 +46,7 @@ class Quantized(Node):
         return jnp.matmul(x_NI, self.dense(dtype))
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """See Node; only the rows that are taken are dequantized."""
+        """Return the rows of this table at ids [...] in `dtype`, an array [..., D]. Only these rows are dequantized."""
         q_ND = jnp.take(self.array.qvalue, ids, axis=0)
         scale = self.array.scale
         scale_NG = (
@@ -59,35 +59,35 @@ class Quantized(Node):
         ).astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """See Node. A CPU would convert the integers at every token, so they become dense once.
+        """Return a dense weight on CPUs, which would otherwise convert the integers again for every token.
 
-        Weights that quantize their activations stay, because they compute something else.
+        Weights that quantize activations are returned unchanged, because a dense weight would compute another function.
         """
         return self.dense() if on_cpu and not self.activations else self
 
     def parts(self) -> dict[str, Any]:
-        """See Node."""
+        """Return the integers ("qvalue") and their scales ("scale")."""
         return {"qvalue": self.array.qvalue, "scale": self.array.scale}
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
-        """See Node."""
+        """Return the node that has the given settings and parts."""
         array = qwix.QArray(parts["qvalue"], parts["scale"], qtype=parts["qvalue"].dtype)
         return cls(array, settings["activations"])
 
     def integers(self) -> Quantized:
-        """See Node."""
+        """Return this node, for export formats that store integers."""
         return self
 
     def with_activations(self, kind: str) -> Quantized:
-        """See Node."""
+        """Return the weight with activation quantization per token to `kind` (int8)."""
         return replace(self, activations=kind)
 
     def without_activations(self) -> Quantized:
-        """See Node."""
+        """Return the weight without activation quantization."""
         return replace(self, activations="")
 
     def masked(self, mask: jax.Array) -> Quantized:
-        """See Node; integers and scales stay elsewhere."""
+        """Return the weight with zeros where the mask is False. Other integers, and all scales, are unchanged."""
         zero = jnp.zeros((), self.array.qvalue.dtype)
         return replace(self, array=replace(self.array, qvalue=jnp.where(mask, self.array.qvalue, zero)))

@@ -1,6 +1,7 @@
 """Record a weight's type in the manifest, and rebuild the weight from the record and its arrays.
 
-A record is {"parts": {name: [dtype, shape]}}; a node adds "node", its name in the registry, and its settings.
+The record of a plain array is {"parts": {name: [dtype, shape]}}. For a node, it also has "node", the name in the
+registry, and the node's settings.
 """
 
 from __future__ import annotations
@@ -21,36 +22,38 @@ KINDS: Registry[type[Node]] = Registry(
         "dora": "llmctl.model.weights.dora:Dora",
     },
 )
-"""Weight nodes by the name that manifests record."""
+"""Classes of weight nodes, by their name in manifests."""
 
 
 def parts(w: Any) -> dict[str, Any]:
-    """Return the arrays a weight is stored as, by name; a plain array is its own only part, with an empty name."""
+    """Return the stored arrays of a weight by name. A plain array has one part with an empty name."""
     return as_node(w).parts()
 
 
 def describe(w: Any) -> dict[str, Any]:
-    """Return a JSON record of a weight's type, from which `assemble` rebuilds the node around its parts."""
+    """Return a JSON record of a weight's type, dtypes and shapes, from which `assemble` rebuilds the weight."""
     return {"parts": {k: [str(a.dtype), list(a.shape)] for k, a in parts(w).items()}, **typed(w)}
 
 
 def typed(w: Any) -> dict[str, Any]:
-    """Return the record of a weight without its parts; empty for a plain array."""
+    """Return the record of a weight without its parts; for a plain array, return {}."""
     return {} if is_plain(w) else {"node": w.kind, **w.settings()}
 
 
 def assemble(record: dict[str, Any], arrays: dict[str, Any]) -> Any:
-    """Return the weight of a record around its parts: the inverse of (`describe`, `parts`). Arrays may be abstract.
+    """Return the weight that a record describes, with the given arrays; the inverse of (`describe`, `parts`).
+
+    Arrays may be abstract.
 
     Raises:
-      RequestError: the record names a node that no installed package provides.
+        RequestError: If no installed package provides the recorded class.
     """
     record = _current(record)
     return KINDS[record["node"]].restore(record, arrays) if "node" in record else arrays[""]
 
 
 def _current(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of an artifact that was written before nodes had names, in today's form."""
+    """Convert the record of an old artifact, from before nodes had names, to the current format."""
     if "node" in record:
         return record
     base = {"node": "quantized", "activations": record["activations"]} if record.get("quantized") else {}

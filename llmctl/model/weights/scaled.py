@@ -1,4 +1,4 @@
-"""Multiply the inputs or the outputs of a weight by trained factors ((IA)^3; Liu et al., 2022, arXiv:2205.05638).
+"""Multiply the inputs or outputs of a weight by trained factors ((IA)^3; Liu et al., 2022, arXiv:2205.05638).
 
 Shapes: I inputs, O outputs.
 """
@@ -18,7 +18,7 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class Scaled(Adapter):
-    """base * factor; factor [..., 1, O] of the outputs, bias included, or [..., I, 1] of the inputs."""
+    """Store base * factor; factor is [..., 1, O] for outputs, including the bias, or [..., I, 1] for inputs."""
 
     kind: ClassVar[str] = "scaled"
     adapter_parts: ClassVar[tuple[str, ...]] = ("factor",)
@@ -26,16 +26,19 @@ class Scaled(Adapter):
 
     factor: jax.Array
     side: str = setting()
-    """`inputs` or `outputs`."""
+    """Scaled side, `inputs` or `outputs`."""
 
     scales_bias = property(lambda self: self.side == "outputs")
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """See Node."""
+        """Return the weight as a plain array of its logical shape."""
         return (as_node(self.base).dense() * self.factor.astype(jnp.float32)).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """See Node; the activations are scaled and not the weight."""
+        """Return x [..., I] times the weight in `dtype`, an array [..., O].
+
+        The factor is applied to activations, not to the weight.
+        """
         base, plain = as_node(self.base), Product(fold=how.fold)
         factor = self.factor.astype(dtype).reshape(-1)
         if self.side == "inputs":
@@ -43,9 +46,9 @@ class Scaled(Adapter):
         return base.matmul(x, dtype, plain) * factor
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
-        """See Node."""
+        """Return the bias in `dtype`, multiplied by the factor if it scales outputs."""
         return b.astype(dtype) * self.factor.astype(dtype)[..., 0, :] if self.scales_bias else b.astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """See Node; the factor stays apart, because it also scales the bias."""
+        """Return the weight with a base for decoding. The factor is not merged, because it also scales the bias."""
         return replace(self, base=as_node(self.base).for_decoding(on_cpu))

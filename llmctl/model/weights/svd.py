@@ -17,7 +17,7 @@ from llmctl.model.weights.low_rank import LowRank
 
 @node_type
 class Svd(Adapter):
-    """base + scale * a @ diag(e) @ b; a [..., I, R], e [..., 1, R], b [..., R, O]."""
+    """Store base + scale * a @ diag(e) @ b, with a [..., I, R], e [..., 1, R] and b [..., R, O]."""
 
     kind: ClassVar[str] = "svd"
     adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b", "e")
@@ -28,22 +28,22 @@ class Svd(Adapter):
     scale: float = setting()
 
     def pair(self) -> LowRank:
-        """Return the same weight as a low-rank pair, with the singular values multiplied into `a`."""
+        """Return the same weight as a low-rank update, with the singular values multiplied into `a`."""
         return LowRank(self.base, self.a * self.e, self.b, self.scale)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array; see `Node.dense`."""
+        """Return the weight as a plain array of its logical shape."""
         return self.pair().dense(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """Compute the product without materializing the dense update; see `Node.matmul`."""
+        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The dense update is never computed."""
         return self.pair().matmul(x, dtype, how)
 
     def kept(self) -> Any:
-        """Return the same weight as a low-rank pair of its nonzero singular values, or the base if all are zero.
+        """Return the same weight as a low-rank update without zero singular values, or the base if all are zero.
 
-        Layers of a stack keep different numbers of values. All layers are padded with zeros to the largest rank. The
-        ranks are computed on the host.
+        Layers of a stack may have different numbers of nonzero values. All layers are padded with zeros to the largest
+        rank. The ranks are computed on the host.
         """
         import numpy as np
 
@@ -60,7 +60,7 @@ class Svd(Adapter):
 
 
 def orthogonality(w: Svd) -> jax.Array:
-    """Return the sum over layers of ||a^T a - I|| + ||b b^T - I||, Frobenius norms."""
+    """Return the sum over layers of ||a^T a - I|| + ||b b^T - I|| (Frobenius norms), a scalar."""
     one = jnp.eye(w.a.shape[-1])
 
     def norm(gram: jax.Array) -> jax.Array:

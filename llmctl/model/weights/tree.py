@@ -1,7 +1,7 @@
-"""The parameter tree: nested dictionaries of weights, with functions that take a plain array or a node alike.
+"""Process the parameter tree: nested dictionaries of weights. All functions accept plain arrays and nodes.
 
-The model works on the tree. Optimizers, checkpoints and artifacts work on flat dictionaries of arrays by name
-(`llmctl.model.weights.names`). A training step of a model with plain arrays enters no other module of this package.
+The model uses the tree. Optimizers, checkpoints and artifacts use flat dictionaries of arrays by name
+(`llmctl.model.weights.names`). If all weights are plain arrays, a training step calls no other module of this package.
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -28,7 +28,7 @@ N = TypeVar("N", bound=Node)
 
 @dataclass(frozen=True)
 class Plain(Node):
-    """A view of an array (or its abstract shape); parameter trees hold the array itself."""
+    """Wrap a plain or abstract array in the interface of nodes. Parameter trees contain the array itself."""
 
     kind: ClassVar[str] = ""
 
@@ -39,13 +39,13 @@ class Plain(Node):
     values_part = property(lambda self: "")
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """See Node."""
+        """Return the array in `dtype`."""
         return self.array.astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """See Node.
+        """Return x [..., I] times the array in `dtype`, an array [..., O].
 
-        Under FSDP, the array is gathered once per pass. If training sets a type of 8-bit product, it is used.
+        Under FSDP, the array is gathered once per pass. If training uses 8-bit products, this product is one.
         """
         if how.axes and not how.kind and meshes.size() > 1 and fsdp_matmul.splits(how.axes):
             return cast(jax.Array, fsdp_matmul.matmul(x, self.array, how.axes, dtype))
@@ -56,47 +56,50 @@ class Plain(Node):
         return cast(jax.Array, y_NO).reshape(*x.shape[:-1], self.shape[-1])
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """See Node. Devices that share the table exchange embeddings instead of gathering it, if that sends less."""
+        """Return the rows of the table at ids [...] in `dtype`, an array [..., D].
+
+        If devices shard the table, they exchange embeddings or gather the table, whichever sends fewer bytes.
+        """
         if axes and meshes.size() > 1:
             return embedding_lookup.take(self.array, ids, axes[0], dtype)
         return jnp.take(self.array, ids, axis=0).astype(dtype)
 
     def parts(self) -> dict[str, Any]:
-        """See Node; the array is its own only part, without a name."""
+        """Return the array as the only part, with an empty name."""
         return {"": self.array}
 
     def masked(self, mask: jax.Array) -> jax.Array:
-        """See Node."""
+        """Return the array with zeros where the mask is False."""
         return jnp.where(mask, self.array, jnp.zeros((), self.array.dtype))
 
     def select(self, index_LN: np.ndarray, axis: int) -> jax.Array:
-        """See Node."""
+        """Return selected channels of a stacked array, per layer."""
         return take_along(self.array, index_LN, axis, self.shape[axis])
 
     def bare(self) -> Any:
-        """See Node."""
+        """Return the array."""
         return self.array
 
     def merged(self) -> Any:
-        """See Node."""
+        """Return the array, which has no adapter to merge."""
         return self.array
 
     def without_activations(self) -> Any:
-        """See Node."""
+        """Return the array, which does not quantize activations."""
         return self.array
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """See Node."""
+        """Return the array, which decoding reads directly."""
         return self.array
 
 
 def as_node(w: Any) -> Node:
-    """Return the weight's methods: a node itself, a plain array in a `Plain`."""
+    """Return a node unchanged, and a plain array as a `Plain`, which has the same methods."""
     return w if isinstance(w, Node) else Plain(w)
 
 
 def is_plain(w: Any) -> bool:
-    """Return True for a weight that is one array."""
+    """Return True if the weight is a plain array."""
     return not isinstance(w, Node)
 
 
@@ -116,22 +119,25 @@ def matmul(
     fold: bool = True,
     axes: tuple[str, str] | None = None,
 ) -> jax.Array:
-    """Return x [..., I] times w [I, O] in `dtype` -> [..., O]; the options are those of `Product`."""
+    """Return x [..., I] times w [I, O] in `dtype`, an array [..., O]. `Product` describes the other arguments."""
     return as_node(w).matmul(x, dtype, Product(fold, kind, axes))
 
 
 def bias(w: Weight, b: jax.Array, dtype: Any) -> jax.Array:
-    """Return the bias of the layer whose matrix is `w`, in `dtype`; `b` is the stored bias."""
+    """Return the bias of the layer of matrix `w` in `dtype`, from the stored bias `b`."""
     return as_node(w).bias(b, dtype)
 
 
 def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:
-    """Return x [..., D] times the transpose of table [V, D] in `dtype` -> [..., V] (tied output projection)."""
+    """Return x [..., D] times the transpose of table [V, D] in `dtype`, an array [..., V] (tied output projection)."""
     return as_node(table).transpose_matmul(x, dtype)
 
 
 def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-    """Return rows of table [V, D] at ids [...] -> [..., D]; `axes` are the table's logical axes."""
+    """Return the rows of table [V, D] at ids [...] in `dtype`, an array [..., D].
+
+    `axes` are the table's logical axes.
+    """
     return as_node(table).take(ids, dtype, axes)
 
 
@@ -139,12 +145,12 @@ def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str]
 
 
 def is_weight(x: Any) -> bool:
-    """Return True for a leaf of a tree of weights, nodes included; use as `is_leaf`."""
+    """Return True for a leaf of a tree of weights, which may be a node. Use this function as `is_leaf`."""
     return not isinstance(x, dict)
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """Return {"decoder/blocks/attn/q/kernel": weight}, sorted by path, of nested dictionaries."""
+    """Return the weights of nested dictionaries by path ("decoder/blocks/attn/q/kernel"), sorted by path."""
     flat: dict[str, Any] = {}
 
     def visit(node: Any, path: str) -> None:
@@ -159,7 +165,7 @@ def flatten(params: Params) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Return nested dictionaries: the inverse of `flatten`."""
+    """Return nested dictionaries of the weights; the inverse of `flatten`."""
     tree: Params = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -171,17 +177,20 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def updated(params: Params, changes: Mapping[str, Any]) -> Params:
-    """Return the tree with other weights at the paths of `changes`."""
+    """Return the tree with the weights at the paths in `changes` replaced."""
     return unflatten({**flatten(params), **changes})
 
 
 def arrays(params: Params) -> dict[str, Any]:
-    """Return every array by name, a flat dictionary that optimizers and checkpoints understand."""
+    """Return all arrays by name, as a flat dictionary for optimizers and checkpoints."""
     return {join(path, part): a for path, w in flatten(params).items() for part, a in as_node(w).parts().items()}
 
 
 def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
-    """Return `template` (a parameter tree, abstract or not) with other arrays in it: the inverse of `arrays`."""
+    """Return the parameter tree `template` with its arrays replaced; the inverse of `arrays`.
+
+    The tree may be abstract.
+    """
 
     def restored(path: str, node: Node) -> Node:
         return node.restore(node.settings(), {part: named[join(path, part)] for part in node.parts()})
@@ -190,10 +199,10 @@ def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
 
 
 def count(params: Params) -> int:
-    """Return the number of parameters by logical shape; an adapter adds its own."""
+    """Return the number of parameters: those of the logical shapes, plus those of adapters."""
     return sum(as_node(w).count() for w in flatten(params).values())
 
 
 def of_type(params: Params, kind: type[N]) -> dict[str, N]:
-    """Return the nodes of one class by path, for formats that hold nothing else (PEFT's LoRA)."""
+    """Return the nodes of one class by path, for formats that store only this class (such as PEFT's LoRA)."""
     return {path: w for path, w in flatten(params).items() if isinstance(w, kind)}
