@@ -1,1 +1,1 @@
-"""Import and export of models: Hugging Face folders, GGUF files and PEFT adapters, verified by comparing outputs."""
+"""Import and export models: Hugging Face folders, GGUF files and PEFT adapters, verified by comparing outputs."""

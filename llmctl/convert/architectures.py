@@ -1,4 +1,4 @@
-"""Selection of the Bridge and the Head that convert a model."""
+"""Select the conversion of a model: the Bridge of its family, and the Head of that Bridge."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from llmctl.model.hf_config import Bridge, Head
 
 
 def bridges() -> dict[str, tuple[str, Bridge]]:
-    """Return {model_type of Hugging Face: (our family name, its Bridge)}."""
+    """Return {model_type of Hugging Face: (name of the family, its Bridge)}."""
     found = {f: getattr(family(f), "BRIDGE", None) for f in families()}
     return {b.model_type: (f, b) for f, b in found.items() if b}
 
 
 def of(model: ModelConfig) -> tuple[Bridge, Head]:
-    """Return the Bridge and the Head of a model.
+    """Return the Bridge and the Head that convert a model to the Hugging Face format.
 
     Raises:
         RequestError: If the family has no Hugging Face counterpart, or the counterpart has no such head.

@@ -1,9 +1,8 @@
-"""compressed-tensors format: integers and scales of quantized linear layers, as vLLM and transformers read them.
+"""Convert quantized linear layers to and from the compressed-tensors format, which vLLM and transformers read.
 
-If activations are quantized too (W8A8), a layer has `weight` [out, in] int8 and `weight_scale` [out, groups].
-
-If only weights are quantized, it has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. An
-element of `weight_packed` holds several values with an offset, the first one in the lowest bits.
+If activations are also quantized (W8A8), a layer has `weight` [out, in] int8 and `weight_scale` [out, groups]. If only
+weights are quantized, a layer has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. An
+element of `weight_packed` contains several values with an offset, the first one in the lowest bits.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 WORD = 32
-"""Bits of an element of weight_packed."""
+"""Number of bits per element of weight_packed."""
 
 
 def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
@@ -34,14 +33,15 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
 
     Args:
         cfg: Config of the model.
-        params: Its parameters.
+        params: Parameters of the model.
         dense: All tensors of the model in dense form, by their Hugging Face names.
 
     Returns:
         The tensors to write, and the `quantization_config` that describes them.
 
     Raises:
-        RequestError: If nothing is quantized, layers differ in bits or groups, or the family has no linear layers.
+        RequestError: If nothing is quantized, if layers differ in bits or groups, or if the family has no linear
+            layers.
     """
     bridge, head = bridge_names.of(cfg)
     if bridge.in_out:
@@ -102,12 +102,12 @@ def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, bits: int) ->
 
 
 def packed_length(inputs: int, bits: int) -> int:
-    """Return the number of int32 elements that hold `inputs` values."""
+    """Return the number of int32 elements that `inputs` values of `bits` bits need."""
     return -(-inputs * bits // WORD)
 
 
 def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack signed values [out, in] into int32 [out, in * bits / 32]; the last element is padded with zero bits."""
+    """Pack signed values [out, in] into int32 [out, in * bits / 32]. The last element is padded with zero bits."""
     per_word = WORD // bits
     shifted = (values.astype(np.int32) + (1 << (bits - 1))).astype(np.uint32)
     shifted = np.pad(shifted, ((0, 0), (0, -values.shape[1] % per_word))).reshape(len(values), -1, per_word)
@@ -116,7 +116,7 @@ def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_words(words: np.ndarray, inputs: int, bits: int) -> np.ndarray:
-    """Unpack int32 elements to signed values [out, in]; inverse of `pack_words`."""
+    """Unpack int32 elements to signed int8 values [out, inputs]; inverse of `pack_words`."""
     shifts = bits * np.arange(WORD // bits, dtype=np.uint32)
     parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & ((1 << bits) - 1)
     return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - (1 << (bits - 1))).astype(np.int8)
@@ -153,7 +153,7 @@ def _config(bits: int, group: int, activations: str, untouched: list[str]) -> di
 
 
 def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
-    """Return the tensors with quantized layers replaced by tensors that dequantize when they are read.
+    """Return the tensors, with quantized layers replaced by tensors that are dequantized when they are read.
 
     Args:
         where: Name of the source in error messages.
@@ -161,7 +161,7 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         tensors: The stored tensors.
 
     Raises:
-        RequestError: If the method is another one, or a scheme is not symmetric integers with scales.
+        RequestError: If the quantization method is another one, or if a scheme is not symmetric integers with scales.
     """
     schemes: list[Any] = []
     method, kind = (settings.get(k, "") if isinstance(settings, dict) else "" for k in ("quant_method", "format"))

@@ -1,4 +1,4 @@
-"""`export`: write an artifact in another format, then read it back and compare its outputs with the artifact's."""
+"""Write an artifact in another format, then read it back and compare its outputs with those of the artifact."""
 
 from __future__ import annotations
 
@@ -48,27 +48,28 @@ def run(
     shard_bytes: int = folders.SHARD_BYTES,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write the artifact `source` to `out` and verify that the written model gives the same outputs.
+    """Write the artifact `source` to `out`, and verify that the written model gives the same outputs.
 
     Args:
         source: Folder of an artifact.
-        out: A new folder, or a new file for GGUF. It appears only after everything was written and verified.
-        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact), "peft" (a low-rank adapter)
-            or "gguf".
-        dtype: Dtype of the written weights. If empty, weights keep theirs, and quantized weights take that of their
+        out: A new folder, or a new file for GGUF. It appears only after everything is written and verified.
+        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact), "peft" (an adapter) or
+            "gguf".
+        dtype: Dtype of the written weights. If empty, weights keep their dtype, and quantized weights get that of their
             scales.
         kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
-        shard_bytes: Largest size of a weight file in bytes.
-        say: Called with one line of text for each message to the user.
+        shard_bytes: Maximum size of a weight file in bytes.
+        say: Function that is called with one line of text per message to the user.
 
     Returns:
-        {"artifact", "digest", "format", "out", "files", "bytes", "parity", "transformers", "proof"}: parity is the
-        largest difference between the outputs of the artifact and those of the written weights in llmctl, transformers
-        that of transformers with the written files (None if it did not read them), and proof says what was compared.
+        A dict with "artifact", "digest", "format", "out", "files", "bytes", "parity", "transformers" and "proof".
+        "parity" is the largest difference between the outputs of the artifact and those of the written weights in
+        llmctl. "transformers" is the same with transformers as the reader, or None if it did not read them. "proof"
+        describes the comparison.
 
     Raises:
-        RequestError: If the artifact has no counterpart in that format, or `out` exists.
-        WorkError: If the written model gives other outputs; it is removed.
+        RequestError: If the artifact has no counterpart in that format, or if `out` exists.
+        WorkError: If the written model gives other outputs. It is then removed.
     """
     if to not in FORMATS:
         raise RequestError(f"--to {to}: not a known format; known: {', '.join(FORMATS)}")
@@ -157,11 +158,11 @@ def _prove(
     to: str,
     say: Callable[[str], None],
 ) -> tuple[float, float | None, str]:
-    """Compare texts in llmctl with the same texts through the written files.
+    """Compare the outputs of the artifact with those of the written files, on the same texts.
 
     Returns:
-        The largest difference if llmctl reads the weights, that if transformers reads them (None if it cannot), and
-        what was compared.
+        The largest difference if llmctl reads the files, the largest difference if transformers reads them (None if it
+        cannot), and a description of the comparison.
     """
     what = str(found.path)
     missing = text_proof.available(4 * found.manifest.parameters, to.replace("-", "_") if to != "hf" else "")
@@ -179,17 +180,18 @@ def _prove(
 def _rows(
     found: artifact.Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
 ) -> tuple[text_proof.Rows, int, str]:
-    """Return the token ids of the proof's texts, their greatest number T, and "from text, " if a tokenizer was written.
+    """Return the test texts as token ids, their maximum length T, and "from text, " if a tokenizer was written.
 
     Args:
         found: The artifact.
         cfg: Config of the written model.
         folder: Folder of the written model.
-        theirs: Whether transformers reads the written tokenizer; otherwise tokenizers does.
-        say: Called with one line if others tokenize the texts differently. The ids are then theirs.
+        theirs: Whether transformers reads the written tokenizer; if false, the library tokenizers does.
+        say: Function that is called with one line if the written tokenizer gives other ids. These ids are then
+            returned.
 
     Raises:
-        WorkError: If others tokenize the texts of a model that reads complete texts differently.
+        WorkError: If the written tokenizer gives other ids, and the model reads complete texts.
     """
     rows, T = text_proof.texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
     if not (folder / "tokenizer.json").is_file():
@@ -204,7 +206,7 @@ def _rows(
 
 
 def _with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """Append zeros to the embedding table, for tokens that no text contains."""
+    """Return the config and the parameters with zero rows appended to the embedding table, for additional tokens."""
     flat = weights.flatten(params)
     table_VD = weights.dense(flat["embed/tokens"], flat["embed/tokens"].dtype)
     flat["embed/tokens"] = jnp.pad(table_VD, ((0, rows - len(table_VD)), (0, 0)))
@@ -223,14 +225,14 @@ FREE = {
     "attn_scale",
     "head_activation",
 }
-"""Fields that a format may express differently for the same function; the comparison of outputs covers them."""
+"""Fields that a format may express differently for the same function. The comparison of outputs verifies them."""
 
 
 def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
-    """Cast the weights to the dtype in which they are written, so that rounding to it does not count as a difference.
+    """Return the weights in the dtype in which they are written, so that rounding does not count as a difference.
 
-    If matrices are `packed` integers, they stay quantized. Activations are not rounded, because the program that runs
-    the exported weights does that.
+    If `packed` is true, quantized matrices stay quantized. Activation quantization is removed, because the program that
+    runs the exported weights applies it.
     """
 
     def cast(path: str, w: Any) -> Any:
@@ -242,9 +244,12 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
 
 
 def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an adapter, and compare the base with it, as PEFT loads both, with the artifact.
+    """Write an adapter, and compare the outputs of base and adapter, loaded by PEFT, with those of the artifact.
 
-    A base without a counterpart is refused whether PEFT is installed or not.
+    The base must have a Hugging Face counterpart, also if PEFT is not installed.
+
+    Returns:
+        The same as `_prove`.
     """
     cfg, task, labels = found.model, registry.of(found.manifest), found.manifest.labels
     folders.config_of(cfg, task, labels, {}, "float32")
@@ -285,7 +290,7 @@ def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], 
 
 
 def sentence_transformer(cfg: ModelConfig, folder: Path) -> None:
-    """Write the config files from which sentence-transformers reads the pooling and the normalization."""
+    """Write the config files in which sentence-transformers looks for the pooling and the normalization."""
     import json
 
     modes = {flag: cfg.pooling == pooling for pooling, flag in SENTENCE.items()}

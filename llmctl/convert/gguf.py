@@ -1,7 +1,6 @@
-"""GGUF files of llama.cpp: read their metadata as a config.json and their tensors under the names of transformers.
+"""Read GGUF files of llama.cpp: convert metadata to a config.json, and tensor names to those of transformers.
 
-They differ from a Hugging Face folder in four points:
-
+A GGUF file differs from a Hugging Face folder in four points:
 - Tensors have other names.
 - The "llama" architecture permutes the rows of queries and keys for interleaved rotary positions.
 - Gemma's norms include the added 1.
@@ -27,9 +26,9 @@ from llmctl.convert.lazy_tensors import Tensor
 from llmctl.model.families.llama import LLAMA3_ROPE
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types of tensors that are no integers with scales."""
+"""GGUF tensor types that are not quantized."""
 TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-"""Architecture name of llama.cpp -> model_type of transformers."""
+"""Values of `model_type` in transformers, by the architecture names of llama.cpp."""
 CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -53,12 +52,12 @@ GEMMA = PLAIN | {
 
 
 def stems(model_type: str) -> dict[str, str]:
-    """Return {tensor name of llama.cpp without layer and suffix: name in transformers} of one architecture."""
+    """Return {name in llama.cpp: name in transformers} for tensors of an architecture, without layers and suffixes."""
     return GEMMA if model_type.startswith("gemma") else PLAIN
 
 
 def library() -> Any:
-    """Import the gguf package.
+    """Import and return the gguf package.
 
     Raises:
         RequestError: If it is not installed.
@@ -75,10 +74,10 @@ def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
 
     Args:
         file: The file.
-        drop: Regular expressions of tensors to leave out, by either name.
+        drop: Regular expressions for the names of tensors to omit, in llama.cpp or in transformers.
 
     Raises:
-        RequestError: If the file is absent or damaged, or an architecture or tensor is unknown.
+        RequestError: If the file is missing or damaged, or if an architecture or tensor is unknown.
     """
     metadata, stored = _open(file)
     architecture = metadata.get("general.architecture")
@@ -107,10 +106,10 @@ def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
 
 
 def _biases(back: dict[str, Tensor]) -> dict[str, bool]:
-    """Return which biases a Llama has: llama.cpp adds those that the file holds.
+    """Return the config keys for the biases of a Llama model, such as {"attention_bias": True}.
 
-    transformers has biases on queries, keys, values and output together, or on none of them. If a file has them on
-    some, the others are added to `back` as zeros.
+    llama.cpp adds all biases in the file. transformers has biases on queries, keys, values and output together, or on
+    none of them. If only some exist, the others are added to `back` as zeros.
     """
     ends = {
         "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -144,9 +143,9 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _bounded(reader: Any) -> Any:
-    """Return a subclass of the reader that raises at the end of the file.
+    """Return a subclass of the GGUF reader that raises an error at the end of the file.
 
-    The original continues to read there as often as a damaged header demands.
+    The original class continues to read beyond the end if a damaged header requires it.
     """
 
     class Bounded(reader):
@@ -181,7 +180,7 @@ def _rename(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, Any], factors: Tensor | None) -> Any:
-    """Convert the metadata to a config.json of transformers."""
+    """Convert GGUF metadata to a config.json of transformers."""
 
     def take(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
@@ -233,7 +232,7 @@ def _short(x: Any) -> float:
     """Return a float32 as its shortest decimal: 1e-5, not 9.999999747378752e-06.
 
     Raises:
-        ValueError: If it is no number.
+        ValueError: If `x` is no number.
     """
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise ValueError(f"{x!r} is no number")
@@ -261,7 +260,7 @@ def _scaling(
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """Return the divisor of every rotary frequency under llama3 scaling, float32 [K/2]."""
+    """Return the divisor of every rotary frequency for llama3 scaling, float32 [K/2]."""
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -286,17 +285,24 @@ def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor)
 
 
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permute the rows of a query or key projection [H*K, …] from halves to the interleaved pairs of llama.cpp."""
+    """Permute the rows of a query or key projection [H*K, …] from the order of transformers to that of llama.cpp.
+
+    In transformers, the two halves of each head are rotated together; in llama.cpp, these are interleaved pairs of
+    rows.
+    """
     return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permute the rows from interleaved pairs to halves; inverse of `interleaved`."""
+    """Permute the rows of a query or key projection from the order of llama.cpp to that of transformers.
+
+    This is the inverse of `interleaved`.
+    """
     return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def tokenizer(file: Path, work: Path) -> Path:
-    """Write the file's vocabulary as a tokenizer file into `work`, and return its path.
+    """Convert the vocabulary of a GGUF file to a tokenizer in the folder `work`, and return that folder.
 
     Raises:
         RequestError: If the kind of vocabulary is unknown.

@@ -1,4 +1,4 @@
-"""GGUF export: write an artifact's weights under llama.cpp's names, rounded to the precision of the file."""
+"""Write an artifact's weights to a GGUF file, with llama.cpp's tensor names and the precision of the file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ARCHITECTURES = {v: k for k, v in TYPES.items()} | {"mistral": "llama"}
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
 BLOCK = 32
-"""Number of inputs that share a scale in the quantized kinds."""
+"""Number of inputs that share a scale in the quantized kinds of GGUF."""
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """Return the storage kind of a tensor, by its transformers name.
+    """Return the storage kind of a tensor, from its name in transformers, its shape and the kind of the file.
 
     Vectors are float32. Embedding tables of a 4-bit file have 8 bits.
     """
@@ -45,10 +45,10 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     """Write an artifact's model and vocabulary to a GGUF file.
 
     Returns:
-        A description of how llama.cpp will deviate from llmctl; empty if it will not.
+        A description of differences between llama.cpp and llmctl with this model, or "" if there are none.
 
     Raises:
-        RequestError: If the kind is unknown, or GGUF cannot express the family or one of its settings.
+        RequestError: If the kind is unknown, or if GGUF cannot express the family or one of its settings.
     """
     gguf = library()
     cfg = found.model
@@ -152,7 +152,10 @@ def _to_gguf(name: str, table: Mapping[str, str]) -> str:
 
 
 def expected(found: Artifact, kind: str, batch: dict[str, jax.Array]) -> jax.Array:
-    """Compute the artifact's outputs with weights rounded as `kind` rounds them; the file must reproduce them."""
+    """Return the artifact's outputs with weights rounded as `kind` rounds them.
+
+    The written file must reproduce these outputs.
+    """
     quants, cfg = library().quants, found.model
     flat = {}
     for path, w in weights.flatten(found.params).items():

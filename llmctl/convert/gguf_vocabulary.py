@@ -1,4 +1,4 @@
-"""Vocabularies of GGUF files: byte-level BPE to and from tokenizer.json, SentencePiece to and from tokenizer.model."""
+"""Convert vocabularies of GGUF files: byte-level BPE (tokenizer.json) and SentencePiece (tokenizer.model)."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model.generate.continuations import end_ids
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
-"""Token types, with the numbers of SentencePiece."""
+"""Token types of GGUF, which are numbered as in SentencePiece."""
 ABSENT = -1000.0
-"""Score of a token that the SentencePiece model does not have, as llama.cpp's converter writes it."""
+"""Score of tokens that the SentencePiece model lacks, as in llama.cpp's converter."""
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"llama-bpe": CONTRACTIONS + r"\p{N}{1,3}" + REST, "qwen2": CONTRACTIONS + r"\p{N}" + REST}
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 WHOLE = ("gpt-2", "default")
-"""Pre-tokenization patterns, by the names that llama.cpp gives them."""
+"""Names of llama.cpp for the pre-tokenization by GPT-2's pattern. `SPLITS` and `DIGITS` have other
+pre-tokenizations."""
 
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""Tokens that end an answer: of a text, of a turn, of a message to a tool."""
+"""Keys of the tokens that end an answer: end of text, end of turn, end of message to a tool."""
 TURNS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
-"""Control tokens of which llama.cpp takes the first to end a turn, if a file names none."""
+"""Control tokens that may end a turn. If a file names no such token, llmctl and llama.cpp use the first of these."""
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
 def read(file: Path, work: Path) -> Path:
-    """Write the vocabulary of a GGUF file into `work`, and return that folder.
+    """Convert the vocabulary of a GGUF file to a tokenizer in the folder `work`, and return that folder.
 
     Raises:
         RequestError: If the kind of vocabulary is unknown.
@@ -150,10 +151,10 @@ def write(writer: Any, folder: Path, rows: int) -> str:
     Args:
         writer: A `gguf.GGUFWriter`.
         folder: Folder of the tokenizer.
-        rows: Number of rows of the model's embedding table. The vocabulary is padded to it.
+        rows: Number of rows of the model's embedding table. The vocabulary is padded to this size.
 
     Returns:
-        A description of how llama.cpp tokenizes differently from llmctl; empty if it does not.
+        A description of differences between the tokenization of llama.cpp and llmctl, or "" if there are none.
 
     Raises:
         RequestError: If GGUF cannot express the tokenizer.
@@ -187,14 +188,20 @@ def write(writer: Any, folder: Path, rows: int) -> str:
 
 
 def _unlike(words: Tokenizer, pieces: SentencePieces) -> str:
-    """Describe how llama.cpp tokenizes with SentencePiece's pieces in contrast to the artifact's tokenizer."""
+    """Describe the difference between llama.cpp's and the artifact's tokenization; "" if there is none.
+
+    llmctl exports SentencePiece's pieces, and llama.cpp tokenizes with these.
+    """
     if isinstance(words, JsonTokenizer) and sentencepiece_json.spaces_differ(words, pieces):
         return "llama.cpp adds a space before a text that begins with one, and this tokenizer.json does not"
     return _difference(pieces)
 
 
 def _difference(words: SentencePieces) -> str:
-    """Describe the parts of SentencePiece that llama.cpp does not implement; found by comparing the two on text."""
+    """Describe the features of this SentencePiece model that llama.cpp lacks; "" if there are none.
+
+    The features were found by comparing the tokenization of texts.
+    """
     pb = _protobuf()
     model = pb.ModelProto.FromString(words.model)
     if model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM:
@@ -224,7 +231,11 @@ def _write_bpe(writer: Any, words: JsonTokenizer, where: str) -> tuple[list[str]
 
 
 def _pre(cut: Any, where: str) -> str:
-    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json."""
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json.
+
+    Raises:
+        RequestError: If llama.cpp has no such pre-tokenizer.
+    """
     steps = (cut or {}).get("pretokenizers", [cut] if cut else [])
     kinds = [s["type"] for s in steps]
     if kinds == ["ByteLevel"]:
@@ -245,7 +256,10 @@ def _pre(cut: Any, where: str) -> str:
 def _write_sentencepiece(
     writer: Any, pieces: SentencePieces, words: Tokenizer, rows: int
 ) -> tuple[list[str], list[int]]:
-    """Write SentencePiece's pieces; `words` is the same, or a tokenizer.json that may have added tokens."""
+    """Write SentencePiece's pieces, and return all tokens and their types.
+
+    `words` is the same tokenizer, or a tokenizer.json with additional tokens.
+    """
     pb = _protobuf()
     model = pb.ModelProto.FromString(pieces.model)
     unigram = model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM

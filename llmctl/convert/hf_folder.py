@@ -1,4 +1,4 @@
-"""Hugging Face folders: read config.json and safetensors into a model, and write a model as such a folder."""
+"""Read a model from a Hugging Face folder (config.json and safetensors), and write a model as such a folder."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first
 
 @dataclass(frozen=True)
 class Found:
-    """Model found in a folder; its arrays are not read yet."""
+    """Describe a model in a folder whose tensors are not read yet."""
 
     model: ModelConfig
     tensors: Tensors
     wanted: dict[str, name_map.Joint]
     labels: list[str]
     task: str
-    """Task that defines the meaning of the outputs."""
+    """Name of the task that defines the meaning of the outputs."""
     fitted: Fields
-    """Values that the task fitted, which the config holds."""
+    """Fitted values of the task in the config, such as thresholds."""
     config: Fields
-    """The config.json of the folder."""
+    """Content of the folder's config.json."""
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of the tensors that will be read."""
+        """Return the size in bytes of the tensors that will be read."""
         return sum(self.tensors[n].nbytes for n in self.wanted)
 
     @property
     def rounded(self) -> bool:
-        """Return whether tensors that will be read are dequantized integers."""
+        """Return True if tensors that will be read are dequantized integers."""
         return any(self.tensors[n].rounded for n in self.wanted)
 
 
 def read_json(path: Path) -> Fields:
-    """Read a JSON object from a file.
+    """Return the JSON object in a file.
 
     Raises:
-        RequestError: If the file is absent, unreadable, or holds something else.
+        RequestError: If the file is missing, unreadable, or contains no JSON object.
     """
     try:
         content = parse_json(containment.regular(path).read_bytes())
@@ -79,17 +79,17 @@ def look(
     drop: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Found:
-    """Inspect a Hugging Face folder and check it by its headers; only names and shapes are read.
+    """Inspect a Hugging Face folder and check it; only the names and shapes of tensors are read.
 
     Args:
         folder: Folder with config.json and safetensors, as a single file or shards with an index.
         ignore: Keys of config.json that are known to be irrelevant.
-        drop: Regular expressions of tensors to leave out.
-        say: Called with one line of text if the folder holds its weights twice.
+        drop: Regular expressions for the names of tensors to omit.
+        say: Function that is called with one line of text if the folder contains its weights twice.
 
     Raises:
-        RequestError: If an architecture or key is unknown, the weights are a pickle, a file is damaged, or tensors
-            contradict the config; or a link leads out of the folder.
+        RequestError: If an architecture or key is unknown, if the weights are a pickle, if a file is damaged, if
+            tensors contradict the config, or if a link leads out of the folder.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
@@ -101,7 +101,7 @@ def look(
 def understand(
     folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()
 ) -> Found:
-    """Check a config and its tensors; the part of `look` after reading the files."""
+    """Check a config and its tensors, after `look` or the GGUF reader has read them."""
     where = folder / CONFIG
     known = architectures.bridges()
     if config.get("model_type") not in list(known):
@@ -144,7 +144,7 @@ def understand(
 
 
 def _now(bridge: Bridge, name: str) -> str:
-    """Return the current name of a tensor that has an outdated name."""
+    """Return the current name of a tensor that may have an outdated name."""
     return next((name.removesuffix(old) + new for old, new in bridge.renamed.items() if name.endswith(old)), name)
 
 
@@ -179,7 +179,7 @@ def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tupl
 
 
 def _labels(where: Path, config: Fields) -> list[str]:
-    """Return the names of the classes; transformers has two classes by default."""
+    """Return the class names in a config. Like transformers, assume two classes if the config declares none."""
     given = config.get("id2label")
     try:
         if isinstance(given, dict):
@@ -193,7 +193,7 @@ def _labels(where: Path, config: Fields) -> list[str]:
 
 
 def _pooling(folder: Path) -> str:
-    """Return the pooling that the sentence-transformers files declare; the default is the mean."""
+    """Return the pooling that the sentence-transformers files declare, or "mean" if there are no such files."""
     files = [f for f in sorted(folder.glob("*_Pooling/config.json")) if f.is_file()]
     if not files:
         return "mean"
@@ -204,9 +204,9 @@ def _pooling(folder: Path) -> str:
 
 
 def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, config: Fields) -> ModelConfig:
-    """Set the fields that only the tensors determine.
+    """Return the config with the fields that only the tensors determine.
 
-    Embedding and output tables that differ are untied. A pooler may be absent.
+    If the embedding and output tables differ, they are untied. A pooler may be missing.
     """
     update: Fields = {}
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
@@ -224,7 +224,10 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
-    """Return tensors that duplicate another one: those of the family, and a tied output table."""
+    """Return the tensors that must equal others, as {name: name of the other}.
+
+    These are the duplicates that the family declares, and a tied output table.
+    """
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}
     if model.tied and model.head_kind.vocabulary and table.get("lm_head/kernel") in tensors:
         copies[table["lm_head/kernel"]] = table["embed/tokens"]
@@ -243,7 +246,17 @@ def load(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Read the parameters of a Found model one at a time, and return them as placed by `place`."""
+    """Read the parameters of an inspected model one at a time.
+
+    Args:
+        found: The inspected model.
+        place: Function that reads a parameter and places it on devices.
+        dtype: Dtype of the parameters; None keeps the stored dtype.
+        wrote: Function that is called with the size in bytes of each part that was read.
+
+    Returns:
+        The parameter tree of the arrays that `place` returned.
+    """
     return name_map.read(found.model, found.wanted, found.tensors, place, dtype=dtype, wrote=wrote)
 
 
@@ -258,15 +271,15 @@ def config_of(
     dtype: str,
     fitted: Mapping[str, Any] | None = None,
 ) -> Fields:
-    """Create the config.json of a model.
+    """Return the content of a model's config.json.
 
     Args:
         model: Config of the model.
         task: Task that defines the meaning of the outputs.
-        labels: Names of its classes.
+        labels: Class names.
         tokens: Ids of special tokens ("bos_token_id", …).
-        dtype: Name of the dtype of its weights.
-        fitted: Values that the task fitted.
+        dtype: Name of the dtype of the weights.
+        fitted: Fitted values of the task.
 
     Raises:
         RequestError: If the family's format cannot express this config.
@@ -289,7 +302,7 @@ def config_of(
 
 
 def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a model under their Hugging Face names; none is copied to the host yet."""
+    """Return the tensors of a model by their Hugging Face names. A tensor is copied to the host when it is read."""
     bridge, head = architectures.of(model)
     return name_map.write(params, name_map.joints(model, bridge, head, bare=model.head_kind.bare), dtype)
 
@@ -301,7 +314,7 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write config.json and the tensors, with one tensor in host memory at a time."""
+    """Write config.json and the tensors. One tensor at a time is in host memory."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.write_folder(folder, dict(sorted(tensors.items())), shard_bytes, wrote)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`import`: convert a model from another format to an artifact, and compare its outputs with an optional reference."""
+"""Convert a model from another format to an artifact, and compare its outputs with an optional reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 REFERENCE = "reference.safetensors"
-"""File in the folder with {input_ids, logits} that the imported model must reproduce."""
+"""Name of a file in the folder with {input_ids, logits} that the imported model must reproduce."""
 
 
 def run(
@@ -55,29 +55,28 @@ def run(
 ) -> dict[str, Any]:
     """Convert a Hugging Face folder or a GGUF file to the artifact `out`.
 
-    All headers are checked before any tensor is read. Parameters are read and written one at a time. After a kill, the
-    same call resumes after the last written parameter.
+    All headers are checked before any tensor is read. Parameters are read and written one at a time. If the process is
+    killed, the same call resumes after the last written parameter.
 
     Args:
         source: The folder or file.
-        out: Folder of the artifact. It appears only after everything was written.
-        dtype: Dtype of the parameters; as stored if empty (float32 for GGUF).
+        out: Folder of the artifact. It appears only after everything is written.
+        dtype: Dtype of the parameters; empty keeps the stored dtype (float32 for GGUF).
         tokenizer: Folder or file of a tokenizer that replaces the source's.
         reference: File with logits to reproduce; `reference.safetensors` of the folder by default, if it exists.
         ignore: Keys of config.json that are known to be irrelevant.
-        drop: Regular expressions of tensors to leave out.
-        name: Name of the artifact; that of the folder by default.
-        allow_nonfinite: Import weights that hold NaN or infinity.
-        replace: Replace any artifact at `out`; otherwise only one that was imported.
-        say: Called with one line of text for each message to the user.
+        drop: Regular expressions for the names of tensors to omit.
+        name: Name of the artifact; by default the name of the folder.
+        allow_nonfinite: Whether to import weights that contain NaN or infinity.
+        replace: Whether to replace any artifact at `out`; if false, only an imported one is replaced.
+        say: Function that is called with one line of text per message to the user.
 
     Returns:
         {"artifact", "family", "parameters", "bytes", "digest", "source", "tokenizer", "parity"}; parity is the largest
         difference from the reference, or None.
 
     Raises:
-        RequestError: If the source has a defect, or `out` holds something other than an artifact, or the source.
-            Nothing is written then.
+        RequestError: If the source is invalid, or if `out` is no artifact or contains the source. Nothing is written.
 
     Example:
         >>> import tempfile
@@ -169,13 +168,13 @@ def _report(out: Path, manifest: artifact.Manifest, source: Path, delta: float |
 def adapter(
     source: Path, base: Path, out: Path, *, allow_nonfinite: bool = False, replace: bool = False
 ) -> dict[str, Any]:
-    """Create the artifact `out` from a base and an adapter in PEFT's format; its low-rank pairs stay unmerged.
+    """Create the artifact `out` from a base and an adapter in PEFT's format. The adapter is not merged.
 
     Returns:
         The same report as `run`.
 
     Raises:
-        RequestError: If the adapter is not plain LoRA or does not fit the base.
+        RequestError: If the adapter is of an unsupported kind, or does not fit the base.
     """
     artifact.check_place(out, source, base, stage="import", replace=replace)
     containment.check(source)
@@ -198,22 +197,22 @@ def adapter(
 
 
 def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> name_map.Place:
-    """Return a function that puts parameters on a mesh (the default mesh if None), sharded by the rules.
+    """Return a function that reads parameters onto a mesh (the default mesh if None), sharded by the rules.
 
-    Every device's shard is read separately.
+    The shard of each device is read separately.
     """
     where = shardings(cfg, mesh)
     return lambda path, w: jax.make_array_from_callback(w.shape, where[path], lambda i: w.read(i or ()))
 
 
 def shardings(cfg: ModelConfig, mesh: MeshConfig | None = None) -> dict[str, Any]:
-    """Return the sharding of every parameter on a mesh (the default mesh if None), by its path."""
+    """Return the sharding of every parameter on a mesh (the default mesh if None), by path."""
     return weights.flatten(functional.shardings(cfg, functional.abstract(cfg), meshes.make(mesh or MeshConfig())))
 
 
 @contextlib.contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in bytes on stderr, if stderr is a terminal."""
+    """Show a progress bar in bytes on stderr if it is a terminal. Yield a function that advances the bar."""
     console = terminal(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -222,7 +221,13 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _key(source: Path, dtype: str, without: tuple[str, ...] = ()) -> str:
-    """Return a hash of the source's files except those of these names; later stages are keyed by it."""
+    """Return a hash of the source's files, as part of the keys of later stages.
+
+    Args:
+        source: A file or folder.
+        dtype: Dtype of the imported parameters.
+        without: Names of files to omit.
+    """
     files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
     files = [f for f in files if f.name not in without]
     total = hashlib.sha256(f"import:{dtype}\n".encode())

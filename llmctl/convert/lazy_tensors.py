@@ -1,4 +1,4 @@
-"""Lazy tensors: shape and dtype of tensors in a file, or of tensors to write, with a function that reads the values."""
+"""Define lazy tensors: the shape and dtype of a tensor, and a function that reads its values."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 from llmctl.config.errors import RequestError
 
 SHOWN = 6
-"""Maximum number of names that an error message lists."""
+"""Maximum number of names in an error message."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Tensor whose values are read on demand."""
+    """Describe a tensor whose values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     rounded: bool = False
-    """Whether the values are dequantized integers, so that rounding made some of them zero."""
+    """Whether the values are dequantized integers, some of which are 0 only because of rounding."""
 
     @property
     def nbytes(self) -> int:
-        """Size of the values in bytes."""
+        """Return the size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -36,12 +36,12 @@ Tensors = Mapping[str, Tensor]
 
 
 def of_array(array: np.ndarray) -> Tensor:
-    """Wrap an array as a Tensor."""
+    """Return a Tensor whose values are those of an array in memory."""
     return Tensor(tuple(array.shape), array.dtype, lambda: array)
 
 
 def listed(names: Iterable[str]) -> str:
-    """Join the first names and the number of the others for an error message."""
+    """Join the first names with commas, and append the number of the others, for an error message."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -55,9 +55,10 @@ DTYPES: dict[str, Any] = {
 
 
 def common(kinds: Iterable[np.dtype]) -> np.dtype:
-    """Return the narrowest of the given dtypes, float16, bfloat16 and float32 that holds every value of all of them.
+    """Return the narrowest dtype that can represent every value of the given floating-point dtypes.
 
-    NumPy promotes no float8 or bfloat16 with another 16-bit or 8-bit type.
+    Candidates are the given dtypes, float16, bfloat16 and float32. NumPy cannot promote float8 or bfloat16 together
+    with other 16-bit or 8-bit types.
 
     Example:
         >>> common([np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)])
@@ -76,10 +77,10 @@ def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
 
 
 def dtype(name: str) -> np.dtype:
-    """Return a floating-point dtype by name.
+    """Return the floating-point dtype called `name`.
 
     Raises:
-        RequestError: If the name is another one.
+        RequestError: If the name is not in `DTYPES`.
     """
     if name not in DTYPES:
         raise RequestError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")

@@ -1,6 +1,6 @@
-"""Name-map conversion: assemble parameters from the tensors of another format, and split them back, one at a time.
+"""Convert parameters from and to the tensors of another format by a name map, one parameter at a time.
 
-Our parameters stack layers on axis 0, and our matrices are [in, out]. The name map describes how the other format
+llmctl's parameters stack layers on axis 0, and its matrices are [in, out]. The name map describes how the other format
 differs.
 
 Example:
@@ -32,55 +32,55 @@ from llmctl.model.hf_config import Bridge, Head
 
 @dataclass(frozen=True)
 class Pending:
-    """One of our parameters, not read yet. The shard of each device can be read separately."""
+    """Describe a parameter of llmctl that is not read yet. The shard of each device can be read separately."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[tuple[slice, ...]], np.ndarray]
-    """Function from the index of a shard to its values; the index () means the whole parameter."""
+    """Function from the index of a shard to its values; the index () means the complete parameter."""
 
 
 Place = Callable[[str, Pending], Any]
-"""Function of (our path, parameter) that reads the parameter and returns the placed array."""
+"""Function (parameter path, Pending) that reads the parameter and returns it on its devices."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One matrix or vector of ours as a slice of a tensor in the other format."""
+    """Describe one matrix or vector of llmctl as a slice of a tensor in the other format."""
 
     path: str
-    """Path of our parameter."""
+    """Path of the parameter in llmctl."""
     layer: int
     """Index of the layer; -1 if the parameter is not stacked."""
     shape: tuple[int, ...]
-    """Shape of one layer of our parameter."""
+    """Shape of one layer of the parameter."""
     first: int
-    """Offset of its outputs in the tensor."""
+    """Offset of the slice in the tensor, along its outputs."""
     transposed: bool
 
 
 @dataclass(frozen=True)
 class Joint:
-    """One tensor of the other format: our slots concatenated along our last axis."""
+    """Describe one tensor of the other format: slots concatenated along the last axis of llmctl's layout."""
 
     slots: tuple[Slot, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor in the other format."""
+        """Return the shape of the tensor in the other format."""
         first = self.slots[0]
         ours = (*first.shape[:-1], sum(s.shape[-1] for s in self.slots))
         return ours[::-1] if first.transposed else ours
 
 
 def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, Joint]:
-    """Return every tensor that the other format has for this config, by its name there.
+    """Return all tensors that the other format has for this config, by name.
 
     Args:
         cfg: Config of the model.
-        bridge: Bridge of its family.
+        bridge: Bridge of the model's family.
         head: Head of the bridge.
-        bare: True to omit the prefix of the network's names, as base models do.
+        bare: Whether to omit the prefix of the network's names, as base models do.
 
     Raises:
         RequestError: If the name map lacks a parameter of the config.
@@ -120,17 +120,20 @@ def read(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Assemble our parameters from tensors of the other format.
+    """Assemble llmctl's parameters from tensors of the other format.
 
-    Host memory holds one device's shard of one parameter at a time.
+    At a time, host memory contains one device's shard of one parameter.
 
     Args:
         cfg: Config of the model.
-        wanted: Result of `joints` for it.
+        wanted: Result of `joints` for this config.
         tensors: Tensors that passed `check`.
         place: Function that reads a parameter and puts it on its devices.
-        dtype: Dtype of all parameters; that of the tensors if None, or the `common` one if layers differ.
-        wrote: Called with the size in bytes of every slice that was read.
+        dtype: Dtype of all parameters. If None, that of the tensors; if layers differ, their `common` dtype.
+        wrote: Function that is called with the size in bytes of every slice that was read.
+
+    Returns:
+        The parameter tree of the arrays that `place` returned.
     """
     pieces = _pieces(wanted)
     flat = {}
@@ -142,7 +145,7 @@ def read(
 
 
 def _pieces(wanted: Mapping[str, Joint]) -> dict[str, list[tuple[Slot, str]]]:
-    """Return the slots of every parameter, with the name of each one's tensor."""
+    """Return, for every parameter path, its slots with the names of their tensors."""
     found: dict[str, list[tuple[Slot, str]]] = {}
     for name, joint in wanted.items():
         for slot in joint.slots:
@@ -151,7 +154,7 @@ def _pieces(wanted: Mapping[str, Joint]) -> dict[str, list[tuple[Slot, str]]]:
 
 
 def mixed(wanted: Mapping[str, Joint], tensors: Tensors) -> str:
-    """Describe parameters whose layers are stored in several dtypes; empty if there are none."""
+    """Describe parameters whose layers are stored in several dtypes; "" if there are none."""
     odd: dict[tuple[str, ...], int] = {}
     for slots in _pieces(wanted).values():
         kinds = {tensors[name].dtype for _, name in slots}
@@ -172,7 +175,7 @@ def _part(
     wrote: Callable[[int], None],
     index: tuple[slice, ...] = (),
 ) -> np.ndarray:
-    """Read a shard of one parameter. Files are memory-mapped, so only the bytes of the shard are read."""
+    """Return the values of one shard of a parameter. Files are memory-mapped, so only bytes of the shard are read."""
     ranges = [range(n)[s] for n, s in zip(shape, index or (slice(None),) * len(shape), strict=True)]
     out = np.empty([len(r) for r in ranges], dtype)
     for slot, name in sources:
@@ -189,7 +192,7 @@ def _part(
 
 
 def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:
-    """Check that every wanted tensor exists with its shape, and no other except those that match `ignored`.
+    """Check that every wanted tensor exists with its shape, and that all other tensors match `ignored`.
 
     Raises:
         RequestError: If tensors are missing, unknown, of another shape, or not floating-point.
@@ -215,7 +218,7 @@ def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tu
 
 
 def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype | None = None) -> dict[str, Tensor]:
-    """Return our parameters as tensors of the other format, each copied to the host when it is read.
+    """Return llmctl's parameters as tensors of the other format. A tensor is copied to the host when it is read.
 
     Quantized and low-rank weights are written as dense arrays.
     """
@@ -242,9 +245,9 @@ def _slice(w: Any, layer: int, dtype: np.dtype) -> np.ndarray:
 
 
 def host(a: jax.Array, layer: int = -1) -> np.ndarray:
-    """Copy one layer of a stacked array (all layers if -1) to the host.
+    """Return one layer of a stacked array (all layers if -1) on the host.
 
-    On a CPU this is a view. On other devices only the layer is transferred.
+    On a CPU, this is a view. From other devices, only the layer is transferred.
     """
     if len(a.devices()) == 1 and next(iter(a.devices())).platform == "cpu":
         whole = np.asarray(a)

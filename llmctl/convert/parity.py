@@ -1,4 +1,4 @@
-"""Parity check: two sets of weights give the same outputs on the same tokens.
+"""Check that two sets of weights give the same outputs for the same tokens.
 
 Shapes: B sequences, T tokens.
 """
@@ -16,11 +16,11 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
 TOLERANCE = 1e-4
-"""Maximum difference of two outputs, relative to the largest output if that exceeds 1."""
+"""Maximum difference between two outputs, relative to the largest output (or to 1, if that is larger)."""
 
 
 def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
-    """Create a fixed batch of random tokens: one full row, one padded row, and one row packed with two sequences."""
+    """Return a fixed batch of random tokens: one full row, one padded row, and one row packed with two sequences."""
     T = min(length, cfg.max_seq_len)
     rng = np.random.default_rng(0)
     segments = np.ones((3, T), np.int32)
@@ -36,7 +36,7 @@ def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
 
 
 def answers(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-    """Compute the model's outputs in float32, flattened to [B, ...]: logits, and next-sentence scores if any."""
+    """Return the model's outputs in float32, flattened to [B, ...]: logits, and next-sentence scores if any."""
     return _answers(cfg.model_dump_json(), params, batch)
 
 
@@ -57,7 +57,10 @@ def _answers(config: str, params: dict[str, Any], batch: dict[str, jax.Array]) -
 
 
 def difference(ours: Any, theirs: Any) -> tuple[float, float]:
-    """Return (largest absolute difference, largest allowed difference); NaN and infinity differ from every number."""
+    """Return (largest absolute difference, largest allowed difference).
+
+    If an output is NaN or infinite, the former is inf.
+    """
     a, b = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
     largest = float(np.max(np.abs(b), initial=1.0))
     delta = float(np.max(np.abs(a - b), initial=0.0))
@@ -65,7 +68,7 @@ def difference(ours: Any, theirs: Any) -> tuple[float, float]:
 
 
 def prove(what: str, ours: Any, theirs: Any) -> float:
-    """Return the largest difference of two outputs.
+    """Return the largest difference between two outputs.
 
     Raises:
         WorkError: If it exceeds the tolerance.
@@ -79,17 +82,17 @@ def prove(what: str, ours: Any, theirs: Any) -> float:
 
 
 def against_reference(cfg: ModelConfig, params: dict[str, Any], reference: dict[str, np.ndarray], where: str) -> float:
-    """Return the largest difference from stored logits.
+    """Return the largest difference between the model's logits and stored logits.
 
     Args:
         cfg: Config of the model.
-        params: Its parameters.
+        params: Parameters of the model.
         reference: {input_ids [B, T], logits [B, T, V], optionally attention_mask [B, T]}. An encoder-decoder also needs
             decoder_input_ids. Padding (mask 0) is not compared.
         where: Name of the reference in error messages.
 
     Raises:
-        RequestError: If the reference has other shapes than the model, or its logits differ.
+        RequestError: If the reference has other shapes than the model, or if its logits differ.
     """
     needed = ["input_ids", "logits"] + (["decoder_input_ids"] if cfg.encoder_layers else [])
     if absent := [n for n in needed if n not in reference]:

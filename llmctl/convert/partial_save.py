@@ -1,7 +1,7 @@
-"""Incremental save of an artifact's parameters: at most one parameter is in memory, and a kill loses at most one.
+"""Save an artifact's parameters one at a time, so that only one is in memory and a kill loses at most one.
 
-The parameters are written to a folder next to the artifact's path, together with a key of the source. The same import
-resumes from this folder. An import with another key deletes it and starts again.
+The parameters are written to a folder beside the artifact's path, together with a key of the source. The same import
+resumes from this folder. An import with another key deletes the folder and starts again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from llmctl.model import weights
 
 @contextlib.contextmanager
 def opened(out: Path, key: str) -> Iterator[Stream]:
-    """Open the stream of parameters for the artifact `out`.
+    """Yield the stream to which parameters of the artifact `out` are written.
 
     The folder is deleted at the end, also after an exception. It remains only if the process is killed or interrupted.
 
     Args:
         out: Folder of the future artifact.
-        key: Identity of the source and the settings.
+        key: Key of the source and the settings.
     """
     with locks.claim(out):
         stream = Stream(out, key)
@@ -49,14 +49,14 @@ def opened(out: Path, key: str) -> Iterator[Stream]:
 
 
 class Stream:
-    """Folder of parameters that are written one by one. Each is committed and recorded before the next is read."""
+    """Write parameters to a folder one by one. Each is committed and recorded before the next is read."""
 
     def __init__(self, out: Path, key: str) -> None:
         """Open or create the folder.
 
         Args:
             out: Folder of the future artifact.
-            key: Identity of the source; parameters under another key are deleted.
+            key: Key of the source and the settings. Parameters that were written for another key are deleted.
         """
         self.folder = locks.scratch(out, "import")
         self._arrays, self._log, said = (self.folder / name for name in ("arrays", "written", "key"))
@@ -68,16 +68,16 @@ class Stream:
         containment.check(self.folder)
         lines = self._log.read_text().splitlines() if self._log.is_file() else []
         self.before = dict(line.split("\t") for line in lines if line.count("\t") == 1)
-        """Digest of each parameter that an earlier process wrote, by its path."""
+        """Digest of each parameter that an earlier process wrote, by path."""
         self._digests = dict(self.before)
         self._targets: dict[str, jax.ShapeDtypeStruct] = {}
 
     def place(self, placer: name_map.Place, passed: Callable[[int], None]) -> name_map.Place:
-        """Return a function that writes parameters instead of keeping them.
+        """Return a function that writes parameters to the folder and does not keep them in memory.
 
         Args:
             placer: Function that reads a parameter onto its devices.
-            passed: Called with the size in bytes of each parameter that was written before.
+            passed: Function that is called with the size in bytes of each parameter that already exists in the folder.
         """
 
         def write(path: str, w: name_map.Pending) -> None:
@@ -98,7 +98,7 @@ class Stream:
         return write
 
     def finish(self, shardings: Mapping[str, Any]) -> Stored:
-        """Finish the folder after all parameters were written, and return them for reading."""
+        """Complete the folder after all parameters are written, and return the parameters for reading."""
         from orbax.checkpoint.experimental.v1 import partial
 
         if not self._arrays.exists():
@@ -112,7 +112,7 @@ class Stream:
 
 
 class Stored(Mapping[str, Any]):
-    """Parameters by path, each read from disk on every access, and compared with what was written."""
+    """Read parameters by path from disk on every access, and check their digests."""
 
     def __init__(
         self, folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct], digests: Mapping[str, str] | None = None

@@ -1,6 +1,6 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Read and write adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-A module per kind of adapter reads and writes the tensors of one matrix (`FORMATS`).
+For each kind of adapter, a module reads and writes the tensors of one matrix (`FORMATS`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
-"""Module that reads and writes each `peft_type`."""
+"""Modules that read and write adapters, by the value of `peft_type`."""
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return True if the folder holds an adapter."""
+    """Return True if the folder contains an adapter."""
     return (folder / CONFIG).is_file()
 
 
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
-    """Return the linear layers of the other format with the matrices of ours that each holds: {module name: slots}."""
+    """Return the linear layers of the other format with the slots of their matrices: {module name: slots}.
+
+    A fused layer has several slots.
+    """
     bridge, head = architectures.of(cfg)
     found = name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare)
     return {
@@ -48,18 +51,18 @@ def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
 
 
 def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
-    """Return the linear layers of the other format that equal one of our matrices: {module name: our slot}."""
+    """Return the linear layers of the other format that are one matrix in llmctl: {module name: slot}."""
     return {module: slots[0] for module, slots in _layers(cfg).items() if len(slots) == 1}
 
 
 def load(base: Artifact, folder: Path) -> dict[str, Any]:
-    """Load an adapter: wrap the base's matrices in it, and replace the heads that it trained.
+    """Load an adapter: wrap the base's matrices in it, and replace the heads that were trained with it.
 
     Returns:
         The parameters of the base with the adapter.
 
     Raises:
-        RequestError: If the adapter is of another kind, is an unsupported variant, or does not fit the base.
+        RequestError: If the adapter is of an unknown kind, is an unsupported variant, or does not fit the base.
     """
     config = folders.read_json(folder / CONFIG)
     kind = config.get("peft_type")
@@ -118,14 +121,14 @@ def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any],
 
 
 def export(found: Artifact, folder: Path) -> float:
-    """Write an artifact's adapters in PEFT's format.
+    """Write an artifact's adapters in PEFT's format, read them back, and compare outputs.
 
     Returns:
-        The largest difference of outputs after the adapter is read back.
+        The largest difference between outputs with the original and the written adapter.
 
     Raises:
-        RequestError: If the artifact has no adapters, has some on matrices that share a tensor in the other format, or
-            differs from its base in weights that an adapter cannot hold.
+        RequestError: If the artifact has no adapters, if matrices with adapters share a tensor in the other format, or
+            if the artifact differs from its base in weights that an adapter cannot store.
     """
     cfg, flat = found.model, weights.flatten(found.params)
     adapters = weights.adapted(found.params)
@@ -159,7 +162,11 @@ def export(found: Artifact, folder: Path) -> float:
 
 
 def _format_of(path: Path, kinds: set[str]) -> ModuleType:
-    """Return the format that holds these kinds of weight nodes."""
+    """Return the format module for these kinds of weight nodes.
+
+    Raises:
+        RequestError: If no format stores them.
+    """
     for form in FORMATS.values():
         if len(kinds) == 1 and kinds <= {*form.KINDS}:
             return form
@@ -171,16 +178,22 @@ def _layer(w: Any, layer: int) -> Any:
 
 
 def base_of(found: Artifact) -> dict[str, Any]:
-    """Return the base for a proof: without pairs, and with zeros where the adapter must bring trained weights."""
+    """Return the parameters of the base without adapters, and with zeros in place of trained heads.
+
+    With these zeros, a comparison detects a head that the adapter's files lack.
+    """
     base = weights.flatten(weights.without_adapters(found.params))
     base |= {path: jnp.zeros(base[path].shape, jnp.float32) for path in _trained(found)}
     return weights.unflatten(base)
 
 
 def _trained(found: Artifact) -> dict[str, str]:
-    """Return the weights of the heads that were trained beside the pairs: {our path: name in the other format}.
+    """Return the weights of trained heads, {parameter path: name in the other format}.
 
-    Finetuning trains task heads only. An imported adapter may also have brought a language-model head.
+    Finetuning trains only task heads. An imported adapter may also have a language-model head.
+
+    Raises:
+        RequestError: If an imported artifact differs from its base, and has no head that could be the difference.
     """
     flat, names = weights.flatten(found.params), architectures.of(found.model)[1].names
     heads = {ours: theirs for ours, theirs in names.items() if ours in flat}

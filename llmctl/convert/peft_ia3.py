@@ -1,6 +1,6 @@
-"""Factors of activations in PEFT's format ((IA)^3; Liu et al., 2022, arXiv:2205.05638).
+"""Read and write (IA)^3 factors in PEFT's format (Liu et al., 2022, arXiv:2205.05638).
 
-A feed-forward module's factors multiply its inputs, those of other modules their outputs.
+The factors of a feed-forward module multiply its inputs. Those of other modules multiply their outputs.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from llmctl.convert.name_map import Slot
 from llmctl.model import weights
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"init_ia3_weights": (True, False)}
-"""Settings that change the computation, and the values under which they do not."""
+"""Config keys that could change the computation, with the values for which they do not."""
 KINDS = ("scaled",)
-"""Our weight nodes that this format holds."""
+"""Kinds of weight nodes that this format stores."""
 
 
 class Factors(NamedTuple):
-    """Factors of one layer's matrix in our layout: [I, 1] of its inputs or [1, O] of its outputs."""
+    """Store the factors of one layer's matrix in llmctl's layout: [I, 1] for inputs or [1, O] for outputs."""
 
     factor: np.ndarray
     side: str
 
 
 def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the tensors of one module."""
+    """Return the suffixes of the tensor names of one module."""
     return ("ia3_l",)
 
 
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Factors]:
-    """Return the factors of each slot of a module; the slots of a fused matrix share the inputs' factors.
+    """Return the factors of each slot of a module. The slots of a fused matrix share factors of inputs.
 
     Raises:
         RequestError: If the factors do not fit the base's matrix.
@@ -57,7 +57,7 @@ def read(
 
 
 def node(w: Any, layers: Mapping[int, Factors]) -> weights.Scaled:
-    """Return our adapter around the weight `w` from the factors of its layers; other layers get ones."""
+    """Return the weight `w` wrapped in an adapter with these factors. Layers without factors get ones."""
     first = next(iter(layers.values()))
     factor = np.ones((*w.shape[:-2], *first.factor.shape), np.float32)
     for layer, one in layers.items():
@@ -66,14 +66,14 @@ def node(w: Any, layers: Mapping[int, Factors]) -> weights.Scaled:
 
 
 def write(w: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of one layer's adapter."""
+    """Return the tensors of one layer's adapter, by suffix."""
     return {"ia3_l": np.asarray(w.factor, np.float32).T}
 
 
 def settings(
     nodes: Mapping[str, Any], tensors: Mapping[str, Mapping[str, np.ndarray]], every: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the format's settings for adapters by module."""
+    """Return the config keys of the format for the adapters of all modules."""
     return {
         "peft_type": "IA3",
         "target_modules": sorted(tensors),

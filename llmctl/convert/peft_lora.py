@@ -1,7 +1,7 @@
-"""Low-rank adapters in PEFT's format: LoRA, rsLoRA, DoRA, and AdaLoRA, which is read as LoRA.
+"""Read and write low-rank adapters in PEFT's format: LoRA, rsLoRA, DoRA, and AdaLoRA, which is read as LoRA.
 
-A pair of the format belongs to one layer; ours is stacked over layers. Papers: LoRA (Hu et al., 2021,
-arXiv:2106.09685), DoRA (Liu et al., 2024, arXiv:2402.09353), AdaLoRA (Zhang et al., 2023, arXiv:2303.10512).
+In the format, a pair of low-rank matrices belongs to one layer; llmctl stacks them over layers. Papers: LoRA (Hu et
+al., 2021, arXiv:2106.09685), DoRA (Liu et al., 2024, arXiv:2402.09353), AdaLoRA (Zhang et al., 2023, arXiv:2303.10512).
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -28,19 +28,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (), "kasa_config": (), "monteclora_config": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
-"""Settings that change the computation, and the values under which they do not.
+"""Config keys that could change the computation, with the values for which they do not.
 
-Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Settings that only select modules
-(layers_to_transform, layers_pattern, exclude_modules) are not checked: the stored tensors name the selected modules.
-Neither is fan_in_fan_out. It describes the layout of the base's matrix, and the pair has the same layout either way.
+Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
+(layers_to_transform, layers_pattern, exclude_modules) are not checked, because the names of the stored tensors contain
+the selection. fan_in_fan_out is not checked either: it describes the layout of the base's matrix, and the layout of the
+pair does not depend on it.
 """
 KINDS = ("low_rank", "dora")
-"""Our weight nodes that this format holds."""
+"""Kinds of weight nodes that this format stores."""
 MAGNITUDE = "lora_magnitude_vector"
 
 
 class Pair(NamedTuple):
-    """Adapter of one layer's matrix in our layout."""
+    """Store the low-rank adapter of one layer's matrix in llmctl's layout."""
 
     a_IR: np.ndarray
     b_RO: np.ndarray
@@ -49,7 +50,7 @@ class Pair(NamedTuple):
 
 
 def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the tensors of one module."""
+    """Return the suffixes of the tensor names of one module."""
     if config["peft_type"] == "ADALORA":
         return "lora_A", "lora_B", "lora_E"
     return ("lora_A.weight", "lora_B.weight", *((MAGNITUDE,) if config.get("use_dora") else ()))
@@ -58,7 +59,7 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Pair]:
-    """Return the pair of each slot of a module; the slots of a fused matrix share the inputs' side.
+    """Return the low-rank matrices of each slot of a module. The slots of a fused matrix share the input side.
 
     Raises:
         RequestError: If the tensors do not fit the base's matrix.
@@ -100,9 +101,10 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
-    """Return our adapter around the weight `w` from the pairs of its layers; layer -1 is a weight without layers.
+    """Return the weight `w` wrapped in an adapter with the low-rank matrices of its layers.
 
-    Layers without a pair get zeros, and differing scales are multiplied into b. The product stays the same.
+    Layer -1 means a weight without layers. Layers without an adapter get zeros. If scales differ, they are multiplied
+    into b, so that the product stays the same.
     """
     scales = {p.scale for p in layers.values()}
     scale, rank = (scales.pop() if len(scales) == 1 else 1.0), max(1, *(p.a_IR.shape[1] for p in layers.values()))
@@ -125,7 +127,10 @@ def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
 
 
 def write(w: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of one layer's adapter, without rank that is zero on both sides; none if no rank is left."""
+    """Return the tensors of one layer's adapter, by suffix.
+
+    Components of the rank that are zero in both matrices are omitted. If all are zero, return {}.
+    """
     a, b = np.asarray(w.a, np.float32), np.asarray(w.b, np.float32)
     magnitude = {MAGNITUDE: np.asarray(w.magnitude, np.float32)[0]} if w.kind == "dora" else {}
     used = np.logical_or(a.any(axis=0), b.any(axis=1)).reshape(-1)
@@ -139,7 +144,7 @@ def write(w: Any) -> dict[str, np.ndarray]:
 def settings(
     nodes: Mapping[str, Any], tensors: Mapping[str, Mapping[str, np.ndarray]], every: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the format's settings for adapters by module; `every` names all modules of the model."""
+    """Return the config keys of the format for the adapters of all modules; `every` lists the model's modules."""
     sizes = {m: (t["lora_A.weight"].shape[0], nodes[m].scale) for m, t in tensors.items()}
     (rank, scale), _ = Counter(sizes.values()).most_common(1)[0]
     leaves = {m.rpartition(".")[2] for m in sizes}

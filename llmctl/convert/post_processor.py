@@ -1,4 +1,4 @@
-"""Post-processors of tokenizer.json files: the special tokens that other programs put around a text.
+"""Read and write the post-processors of tokenizer.json files, which add special tokens around a text.
 
 Example:
     >>> from tokenizers import Tokenizer, models
@@ -19,16 +19,16 @@ from tokenizers import Tokenizer
 from llmctl.data.tokenizers.base import TextTemplate
 
 SAMPLES = ("a", "the", "A", "0", ".", "e")
-"""Texts of which at least one has tokens in any vocabulary."""
+"""Texts for sampling the post-processor; in any vocabulary, at least one of them has tokens."""
 
 
 def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int | None]) -> TextTemplate:
-    """Return the special tokens that transformers puts around a text.
+    """Return the special tokens that transformers adds around a text.
 
     Args:
-        made: The tokenizer.json.
-        config: The tokenizer_config.json beside it. If it says `add_bos_token` or `add_eos_token`, transformers
-            replaces the post-processor.
+        made: Tokenizer of the tokenizer.json.
+        config: Content of the tokenizer_config.json beside it. If this has `add_bos_token` or `add_eos_token`,
+            transformers replaces the post-processor.
         special: Ids of bos and eos.
     """
     if "add_bos_token" in config or "add_eos_token" in config:
@@ -47,7 +47,7 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
 
 
 def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the ids before, after and between the texts of an encoding."""
+    """Return the ids (before, after, between) of special tokens around the texts of an encoding."""
     of_text = [i for i, s in enumerate(encoded.sequence_ids) if s is not None]
     if not of_text:
         return tuple(encoded.ids), (), ()
@@ -57,7 +57,10 @@ def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
 
 
 def put(made: Any, template: TextTemplate) -> None:
-    """Make a tokenizer add the tokens of a template; its byte-level post-processing of offsets stays."""
+    """Set the post-processor of a tokenizer to one that adds the tokens of a template.
+
+    A byte-level step that processes offsets is kept.
+    """
     from tokenizers import processors
 
     begin, end, between = (

@@ -1,7 +1,8 @@
-"""safetensors format: lazy reader and incremental writer for files of a length, a JSON header and the raw values.
+"""Read safetensors files lazily, and write them one tensor at a time.
 
-This module has three advantages over the official library. Neither a folder nor a shard is ever in memory as a whole.
-Every dtype of the format maps to a NumPy dtype. Damage is found before any tensor is read. Pickles are refused.
+A file is a length, a JSON header and the raw values. Compared with the official library, this module has three
+advantages. Neither a folder nor a shard is ever completely in memory. Every dtype of the format maps to a NumPy dtype.
+Damage is found before any tensor is read. Pickles are rejected.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ MOST_HEADER = 100_000_000
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file; no values are read yet.
+    """Return the tensors of one file by name; values are not read yet.
 
     Raises:
-        RequestError: If the file is absent, is not a safetensors file, or is truncated.
+        RequestError: If the file is missing, is no safetensors file, or is truncated.
     """
     try:
         size = regular(path).stat().st_size
@@ -88,17 +89,17 @@ def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tenso
 
 
 def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tensor]:
-    """Return the tensors of a model folder, from one file or from shards with an index.
+    """Return the tensors of a model folder by name, from one file or from shards with an index.
 
-    If the folder has both, the one file is taken, as transformers does. Values are read here only to compare the two.
+    If the folder has both, the single file is used, as in transformers. Values are read only to compare the two.
 
     Args:
-        folder: The folder.
-        say: Called with one line of text if the folder has both.
+        folder: Folder of the model.
+        say: Function that is called with one line of text if the folder has both.
 
     Raises:
-        RequestError: If the folder holds only a pickle, a shard is missing or damaged, the index is wrong, or one file
-            and shards hold different tensors.
+        RequestError: If the folder has only a pickle, if a shard is missing or damaged, if the index is wrong, or if
+            the single file and the shards differ.
     """
     if (folder / SINGLE).is_file():
         whole = read_file(folder / SINGLE)
@@ -117,10 +118,10 @@ def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> di
 
 
 def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
-    """Describe the index beside a whole file.
+    """Describe an index that exists in addition to a single file with all weights.
 
     Raises:
-        RequestError: If its shards hold other tensors.
+        RequestError: If the shards of the index contain other tensors.
     """
     try:
         placed = dict(parse_json((folder / INDEX).read_bytes())["weight_map"])
@@ -142,7 +143,7 @@ def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same bits."""
+    """Return True if two tensors have the same bits."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return np.array_equal(a.read().reshape(-1).view(np.uint8), b.read().reshape(-1).view(np.uint8))
@@ -168,14 +169,14 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda _: None) -> None:
-    """Write tensors with one in memory at a time.
+    """Write tensors to a file, with one tensor at a time in memory.
 
     Tensors are ordered by item size, then by name.
 
     Args:
-        path: The file.
+        path: Path of the file.
         tensors: Tensors by name.
-        wrote: Called with the size in bytes of each tensor.
+        wrote: Function that is called with the size in bytes of each tensor.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -198,7 +199,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int],
 
 
 def shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Group names into shards of at most `most` bytes, in the given order; a larger tensor gets its own shard."""
+    """Group names into shards of at most `most` bytes, in the given order. A larger tensor gets its own shard."""
     out: list[list[str]] = []
     room = 0
     for name, t in tensors.items():
@@ -231,5 +232,5 @@ def _shard(i: int, of: int) -> str:
 
 
 def total(tensors: Iterable[Tensor]) -> int:
-    """Return the size of all tensors in bytes."""
+    """Return the total size of all tensors in bytes."""
     return sum(t.nbytes for t in tensors)

@@ -1,6 +1,7 @@
-"""SentencePiece models and tokenizer.json: conversion for programs that read only the latter, and a test of equality.
+"""Convert SentencePiece models to tokenizer.json, and check that both tokenize equally.
 
-A conversion, and a model found beside a tokenizer.json, are used only if both tokenize a set of samples identically.
+Many programs read only tokenizer.json. A conversion is used only if both tokenize a set of sample texts identically.
+The same holds for a model that is found beside a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from llmctl.data.tokenizers.sentencepieces import SentencePieces
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
-"""Piece types of SentencePiece."""
+"""Piece types of SentencePiece models."""
 SPACE = "▁"
 
 SAMPLES = (
@@ -25,15 +26,15 @@ SAMPLES = (
     "lines\nand\ttabs\n\n",
     "",
 )
-"""Texts that both tokenizers must split identically."""
+"""Texts that both tokenizers must tokenize identically."""
 
 
 def twin(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
-    """Return the SentencePiece model beside a tokenizer.json, as Llama 2, Mistral and Gemma have it.
+    """Return the SentencePiece model beside a tokenizer.json, as in folders of Llama 2, Mistral and Gemma.
 
     Returns:
-        The model, or None if there is none, or if it has other tokens or splits one of the samples differently. Samples
-        that begin with a space may differ (`spaces_differ`).
+        The model, or None if there is none, or if it has other tokens or tokenizes a sample differently. Samples that
+        begin with a space may differ (`spaces_differ`).
     """
     file = folder / SentencePieces.file
     if not file.is_file():
@@ -51,15 +52,15 @@ def twin(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
 
 
 def spaces_differ(words: JsonTokenizer, found: SentencePieces) -> bool:
-    """Return whether a text that begins with spaces is split differently; newer files add no space before it."""
+    """Return True if texts that begin with spaces are tokenized differently. Newer files add no space before them."""
     return any(words.encode(t) != found.encode(t) for t in SAMPLES if t.startswith(" "))
 
 
 def convert(words: SentencePieces) -> Tokenizer | None:
-    """Convert a SentencePiece model to a `tokenizers` tokenizer.
+    """Convert a SentencePiece model to a tokenizer of the library `tokenizers`.
 
     Returns:
-        The tokenizer, or None if it would split one of the samples differently.
+        The tokenizer, or None if it would tokenize a sample differently.
     """
     from sentencepiece import sentencepiece_model_pb2
 

@@ -1,7 +1,7 @@
-"""Proof from text: the same texts through the written files as others read them, and through llmctl, give the same.
+"""Compare exported files with llmctl on texts: tokenization, padding, pooling and outputs.
 
-A comparison on token ids alone cannot see how a written tokenizer begins and ends a text, how it pads, and where the
-other side pools. If transformers and torch are installed, they read the files; otherwise llmctl's reader does.
+A comparison of token ids alone does not cover the special tokens around a text, the padding, and the pooling position
+in other programs. If transformers and torch are installed, they read the files; otherwise llmctl reads them.
 
 Shapes: B rows, T tokens.
 """
@@ -35,19 +35,19 @@ TEXTS = (
     "Ein Satz, 12 Worte?  Two spaces",
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen",
 )
-"""Texts of unequal length; the last one is cut."""
+"""Texts of unequal length; the last one is truncated."""
 LENGTH = 24
-"""Tokens per row."""
+"""Maximum number of tokens per row."""
 COPY = 1.5
-"""Memory that transformers takes to load a model, in multiples of its float32 weights."""
+"""Memory that transformers needs to load a model, as a multiple of its float32 weights."""
 
 Rows = list[list[int]]
 
 
 def texts_of(cfg: ModelConfig, folder: Path, seq_len: int = 0) -> tuple[Rows, int]:
-    """Return the token ids that llmctl makes of `TEXTS` with the tokenizer in a folder, and their greatest number T.
+    """Return the token ids of `TEXTS` from the tokenizer in a folder, and their maximum length T.
 
-    Without a tokenizer there is one row of random tokens.
+    Without a tokenizer, return one row of random tokens.
     """
     T = min(LENGTH, cfg.max_seq_len, seq_len or LENGTH)
     if not (folder / loading.DESCRIPTOR).is_file():
@@ -63,7 +63,7 @@ def _ids(cfg: ModelConfig, words: Tokenizer, text: str, T: int) -> list[int]:
 
 
 def batch_of(cfg: ModelConfig, rows: Rows, T: int) -> dict[str, jax.Array]:
-    """Return the probe of random tokens, followed by one row per text."""
+    """Return a batch of `parity.probe` (random tokens), followed by one row per text."""
     probe = {k: np.asarray(v) for k, v in parity.probe(cfg, T).items()}
     side = _padded(rows, T, "encoder_" if cfg.encoder_layers else "")
     if cfg.encoder_layers:
@@ -72,7 +72,7 @@ def batch_of(cfg: ModelConfig, rows: Rows, T: int) -> dict[str, jax.Array]:
 
 
 def _decoded(ids: Sequence[int], T: int) -> list[int]:
-    """Return tokens for the decoder of an encoder-decoder: its start token, and some of the text."""
+    """Return decoder tokens for an encoder-decoder: its start token, and up to five tokens of the text."""
     return [0, *ids[: min(5, T - 1)]]
 
 
@@ -85,11 +85,11 @@ def _padded(rows: Rows, T: int, prefix: str) -> dict[str, np.ndarray]:
 
 
 def available(found_bytes: int, package: str = "") -> str:
-    """Return why transformers cannot make the proof; empty if it can.
+    """Return the reason why transformers cannot read the files, or "" if it can.
 
     Args:
         found_bytes: Size of the model's weights in float32.
-        package: Another package that it needs for this format.
+        package: Another package that this format needs.
     """
     for name in filter(None, ("transformers", "torch", package)):
         if importlib.util.find_spec(name) is None:
@@ -102,9 +102,16 @@ def available(found_bytes: int, package: str = "") -> str:
 
 
 def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
-    """Return the token ids that another program makes of `TEXTS` with the written tokenizer.
+    """Return the token ids of `TEXTS` from the written tokenizer, as another program reads it.
 
-    A decoder's classifier pools at the last token that is not the padding token, so its rows end there.
+    If the model is a decoder with a classifier, a row ends at the last token that is not padding, where transformers
+    pools.
+
+    Args:
+        cfg: Config of the model.
+        folder: Folder of the written model.
+        T: Maximum number of tokens per row.
+        theirs: Whether transformers reads the tokenizer; if false, the library tokenizers does.
     """
     if theirs:
         with _quietly() as hf:
@@ -126,7 +133,7 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
 
 
 def same_tokens(what: str, ours: Rows, there: Rows) -> str:
-    """Return how another program tokenizes a text otherwise; empty if it does not."""
+    """Describe the first text that another program tokenizes differently; "" if there is none."""
     for text, a, b in zip(TEXTS, ours, there, strict=True):
         if a != b:
             return f"{what}: others read {text!r} as {b[:8]}…{b[-2:]} ({len(b)} tokens), llmctl as {a[:8]}…{a[-2:]}"
@@ -134,9 +141,9 @@ def same_tokens(what: str, ours: Rows, there: Rows) -> str:
 
 
 def otherwise(cfg: ModelConfig, source: Path, folder: Path) -> str:
-    """Return how transformers tokenizes texts otherwise with the files of `source` than llmctl with those of `folder`.
+    """Describe a difference between transformers with the tokenizer of `source` and llmctl with that of `folder`.
 
-    It is empty if both agree, if transformers is not installed, or if the model does not read complete texts.
+    Return "" if both agree, if transformers is not installed, or if the model does not read complete texts.
     """
     if not reads_texts(cfg) or importlib.util.find_spec("transformers") is None:
         return ""
@@ -148,10 +155,10 @@ def otherwise(cfg: ModelConfig, source: Path, folder: Path) -> str:
 
 
 def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None) -> np.ndarray:
-    """Return the outputs of transformers, as `parity.answers` lays them out, for rows of token ids.
+    """Return the outputs of transformers for rows of token ids, in the layout of `parity.answers`.
 
-    Rows of a classifier are padded as the written tokenizer pads them. Other rows are run one by one. An `adapter` is
-    loaded onto the model by PEFT.
+    Rows of a classifier are padded as the written tokenizer pads them. Other rows run one by one. If `adapter` is
+    given, PEFT loads it onto the model.
 
     Raises:
         WorkError: If transformers cannot load the folder, or misses weights.
@@ -210,7 +217,7 @@ def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folde
 
 
 def _pooled(x_TD: np.ndarray, folder: Path) -> np.ndarray:
-    """Pool and normalize as the sentence-transformers files say."""
+    """Return the pooled and normalized vector [D], as the sentence-transformers files specify."""
     said = json.loads((folder / "1_Pooling" / "config.json").read_text("utf-8"))
     if said.get("pooling_mode_cls_token"):
         y_D = x_TD[0]
@@ -221,7 +228,7 @@ def _pooled(x_TD: np.ndarray, folder: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[Any]:
-    """Import transformers, and silence its progress bars and warnings."""
+    """Import transformers without progress bars and warnings, and yield the module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers as hf

@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 
 def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
-    """Return the spellings of a tokenizer's special tokens."""
+    """Return the spellings of a tokenizer's special tokens, by name ("bos", …)."""
     if isinstance(words, JsonTokenizer):
         return dict(words.special)
     if not isinstance(words, SentencePieces):
@@ -29,14 +29,14 @@ def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of `hand_on`: ids of the exported tokenizer's special tokens, and the embedding rows that it needs."""
+    """Store the result of `hand_on`: ids of the exported special tokens, and the embedding rows that they need."""
 
     ids: dict[str, Any]
     """Ids of special tokens under the names of config.json."""
     rows: int
-    """Rows that the embedding table needs; 0 if those of the model suffice."""
+    """Number of rows that the embedding table needs; 0 if the model has enough."""
     said: tuple[str, ...] = ()
-    """Differences in how other programs read texts, one line each."""
+    """Differences in the tokenization by other programs, one line each."""
 
 
 def hand_on(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Written | None:
@@ -44,16 +44,17 @@ def hand_on(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Wr
 
     A tokenizer.json is copied. A SentencePiece model is copied and also converted to a tokenizer.json. The
     post-processor is replaced if it does not add the special tokens that the model was trained with. If the model reads
-    texts, tokenizer_config.json gets the padding token, the sides of padding and truncation, and the maximum length.
+    complete texts, tokenizer_config.json gets the padding token, the sides of padding and truncation, and the maximum
+    length.
 
     Args:
         folder: Folder of the artifact's tokenizer.
         out: Folder to write to.
         model: Config of the model.
-        seq_len: Length in tokens to which texts were cut in training; 0 if unknown.
+        seq_len: Length in tokens to which texts were truncated in training; 0 if unknown.
 
     Returns:
-        What was written, or None if the artifact has no tokenizer.
+        The exported special tokens, or None if the artifact has no tokenizer.
     """
     if not (folder / tokenizers.DESCRIPTOR).is_file():
         return None
@@ -110,10 +111,10 @@ PAD = "<|pad|>"
 def _padding(
     words: tokenizers.Tokenizer, special: dict[str, str], made: Any, wanted: TextTemplate, model: ModelConfig
 ) -> tuple[str, bool]:
-    """Return (a padding token, whether it is added to `made` now).
+    """Return (padding token, whether it was added to `made`).
 
-    transformers pools a decoder's classifier at the last token that is not the padding token. Such a model needs a
-    padding token that ends no text.
+    For a decoder with a classifier, transformers pools at the last token that is not the padding token. Such a model
+    needs a padding token that never ends a text.
     """
     eos: str = made.id_to_token(words.eos_id)
     own = special.get("pad", eos)
@@ -131,6 +132,6 @@ def _padding(
 
 
 def _rename_pad(file: Path, pad: str) -> None:
-    """Set the padding token in a special_tokens_map.json, if there is one."""
+    """Set the padding token in a special_tokens_map.json, if the file exists."""
     if said := read_json(file):
         file.write_text(json.dumps(said | {"pad_token": pad}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Tokenizers of imported models: find them, check them against the embedding table, and copy them."""
+"""Find the tokenizers of imported models, check them against the embedding table, and copy them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model.config import ModelConfig
 
 GENERATION = "generation_config.json"
-"""File with the tokens that end an answer, if there are more than the tokenizer's own."""
+"""Name of the file with the tokens that end an answer, if there are several."""
 BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", GENERATION, "sentence_bert_config.json"),
 )
-"""Files that belong to a tokenizer and that other programs read; they are copied unchanged."""
+"""Files of a tokenizer that other programs read; they are copied unchanged."""
 LEAST = 0.9
-"""Minimum fraction of the embedding table that the tokenizer must cover. Tables are padded to round numbers only."""
+"""Minimum fraction of the embedding table that the tokenizer must cover. Tables are padded only to round numbers."""
 
 
 def bring(
@@ -36,7 +36,7 @@ def bring(
 ) -> Path | None:
     """Copy the tokenizer of `source` (a folder or a file) into `work` for an artifact.
 
-    If the model reads complete texts, the special tokens that transformers puts around them are recorded. All tokens
+    If the model reads complete texts, the special tokens that transformers adds around them are recorded. All tokens
     that end an answer are written to a generation_config.json.
 
     Args:
@@ -44,14 +44,14 @@ def bring(
         work: The folder to write.
         model: Config of the model.
         config: The model's config.json.
-        of: Folder of the model, if the tokenizer is from elsewhere.
+        of: Folder of the model, if the tokenizer is from another folder.
 
     Returns:
         The folder, or None if the source has no tokenizer.
 
     Raises:
-        RequestError: If the tokenizer is damaged, does not fit the model's table, or lacks its added tokens, or a file
-            is a link out of its folder.
+        RequestError: If the tokenizer is damaged, does not fit the model's table, or lacks its added tokens. If a file
+            is a link to a file outside its folder.
     """
     folder = source if source.is_dir() else source.parent
     for name in (*BESIDE, SentencePieces.file):
@@ -86,30 +86,33 @@ def bring(
 
 
 def unread(folder: Path) -> tuple[str, ...]:
-    """Return the names of files in a tokenizer folder that no stage reads: the model beside a tokenizer.json."""
+    """Return the names of files in a tokenizer folder that no stage reads.
+
+    This is the SentencePiece model beside a tokenizer.json, if there is one.
+    """
     return (SentencePieces.file,) if (folder / JsonTokenizer.file).is_file() else ()
 
 
 def reads_texts(model: ModelConfig) -> bool:
-    """Return True if the model reads complete texts, in contrast to a decoder that continues them."""
+    """Return True if the model reads complete texts; a decoder with a language-model head continues them."""
     return not model.head_kind.vocabulary or model.architecture != "decoder"
 
 
 def projects_pooled(model: ModelConfig) -> bool:
-    """Return True if the model projects one vector per text (classes, a number)."""
+    """Return True if the model projects one vector per text to its outputs (classes, a number)."""
     kind = model.head_kind
     return not (kind.vocabulary or kind.per_token or kind.bare)
 
 
 def pools_last(model: ModelConfig) -> bool:
-    """Return True if transformers pools at the last token that is not the padding token."""
+    """Return True if transformers pools the model at the last token that is not the padding token."""
     return model.architecture == "decoder" and projects_pooled(model)
 
 
 def _recorded(
     words: tokenizers.Tokenizer, folder: Path, model: ModelConfig, config: Mapping[str, Any]
 ) -> TextTemplate | None:
-    """Return the template that transformers applies to texts, or None if it is that of llmctl."""
+    """Return the template that transformers applies to texts, or None if llmctl's default is equal."""
     found = _template(words, folder)
     pad = config.get("pad_token_id")
     if pools_last(model) and isinstance(pad, int):
@@ -123,7 +126,7 @@ def _recorded(
 
 
 def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
-    """Return the special tokens that transformers puts around a text, by the files in a folder."""
+    """Return the special tokens that transformers adds around a text, according to the files in a folder."""
     said = read_json(folder / "tokenizer_config.json")
     ids: dict[str, int | None] = {"bos": words.bos_id, "eos": words.eos_id}
     if isinstance(words, JsonTokenizer):
@@ -138,7 +141,7 @@ def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
 
 
 def _write_ends(folder: Path, words: tokenizers.Tokenizer, said: Iterable[Any]) -> None:
-    """Add end tokens of other files to the generation_config.json of a tokenizer's folder."""
+    """Add the end tokens of other files to the generation_config.json of a tokenizer's folder."""
     content = read_json(folder / GENERATION)
     own = ids_of(content.get("eos_token_id"))
     every = list(dict.fromkeys([*(own or [words.eos_id]), *(i for ids in said for i in ids_of(ids))]))
@@ -147,12 +150,12 @@ def _write_ends(folder: Path, words: tokenizers.Tokenizer, said: Iterable[Any]) 
 
 
 def ids_of(said: Any) -> list[int]:
-    """Return the token ids of a field that holds one, several or none."""
+    """Return the token ids in a field that contains one id, a list of ids, or none."""
     return [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
 
 
 def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
-    """Check that the model has an embedding row for every token.
+    """Check that the model has an embedding row for every token, and few rows without a token.
 
     Raises:
         RequestError: If the table has another size.
@@ -181,7 +184,7 @@ def _epath(path: Path) -> Any:
 
 
 def _from_vocabulary(folder: Path) -> bytes | None:
-    """Build a tokenizer.json from the files of older folders: vocab.txt, or vocab.json and merges.txt."""
+    """Return a tokenizer.json built from files of older folders, vocab.txt or vocab.json and merges.txt; else None."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     said = read_json(folder / "tokenizer_config.json")
@@ -223,7 +226,7 @@ def _from_vocabulary(folder: Path) -> bytes | None:
 
 
 def _lines(file: Path) -> list[str]:
-    """Return the lines of a file, split at line feeds only.
+    """Return the lines of a file, split only at line feeds.
 
     Some vocabularies contain other line separators as tokens.
     """
@@ -231,7 +234,11 @@ def _lines(file: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; empty if there is no such file or it holds something else."""
+    """Return the JSON object in a file, or {} if there is no such file or object.
+
+    Raises:
+        RequestError: If the file is no valid JSON.
+    """
     if not path.is_file():
         return {}
     try:

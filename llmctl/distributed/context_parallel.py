@@ -1,4 +1,4 @@
-"""Context parallelism: split a sequence over devices so that causal attention gives each device equal work.
+"""Split sequences over devices so that causal attention takes equal work on each device (context parallelism).
 
 For n devices, a sequence is cut into 2n chunks, and device i gets chunks i and 2n - 1 - i ("zig-zag" order). Each
 device then has one early chunk, which attends to few keys, and one late chunk, which attends to many. Losses are sums

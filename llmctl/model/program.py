@@ -80,9 +80,10 @@ class Program:
 
     A stage defines a function `programs`, so that `llmctl plan` can compile them:
 
-        def programs(config, base, others, mesh): step = jax.jit(lambda params: jax.tree.map(lambda a: a / 2, params),
-        donate_argnums=0) found = Program("halving", base.model, mesh, lambda: step.trace(base.params),
-        parameters=base.params) return [found], base
+        def programs(config, base, others, mesh):
+            step = jax.jit(lambda params: jax.tree.map(lambda a: a / 2, params), donate_argnums=0)
+            found = Program("halving", base.model, mesh, lambda: step.trace(base.params), parameters=base.params)
+            return [found], base
     """
 
     title: str

@@ -40,7 +40,7 @@ class AnswerRows(ExampleRows):
     - among [B, T]: 1 at candidates for start and end, which are the first token and the context's tokens
     - first, last [B, T]: the context's characters [first, last) of each token
     - start, end [B]: first and last token of the first accepted answer; both are 0 if there is no answer, or if the
-    window does not contain all of it
+      window does not contain all of it
     - example [B]: index of the example
     """
 

@@ -26,8 +26,8 @@ COPIES = 4
 class MadeUp(Text):
     """Generate synthetic text with the columns that a data config maps.
 
-    text = MadeUp(config.data, ("text", "label"), seq_len=128) rows = stage_rows(model, text, "train", TOKENIZER, 128,
-    Path(), shuffle=False)
+    text = MadeUp(config.data, ("text", "label"), seq_len=128)
+    rows = stage_rows(model, text, "train", TOKENIZER, 128, Path(), shuffle=False)
     """
 
     def __init__(

@@ -77,10 +77,10 @@ class PackedRows:
 
     Packing methods:
     - segments: an epoch's shuffled documents form one stream, which is cut every T tokens. If the end of a row cuts a
-    document, the next row continues it as a new segment. The last, incomplete row is dropped.
+      document, the next row continues it as a new segment. The last, incomplete row is dropped.
     - concat: the same stream, but each row is one segment, so attention and loss cross documents.
     - fit: documents (cut at T tokens) are placed uncut into the row that they fit best (best fit, longest first). Rows
-    are padded, and shuffled in each epoch.
+      are padded, and shuffled in each epoch.
 
     Args:
         corpus: Tokenized documents.

@@ -3,14 +3,15 @@
 A new task is a subclass whose instance is registered in `llmctl.evaluate.tasks.registry`. The subclass overrides
 methods:
 
-    class Ordinal(Classify): name, title = "ordinal", "ordinal classification"
+    class Ordinal(Classify):
+        name, title = "ordinal", "ordinal classification"
 
         def score(self, y, batch, options):
             ...
 
     TASK = Ordinal()
 
-Shapes: B rows, T tokens per row, D model width, C classes. ""
+Shapes: B rows, T tokens per row, D model width, C classes.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Classify a text, or a pair of texts, into any number of classes per row, or into none.
 
 Example:
-  >>> truth_NC = np.array([[1, 1], [1, 0], [0, 0]])
-  >>> thresholds(truth_NC, np.array([[0.9, 0.5], [0.3, 0.2], [0.1, 0.4]]))
-  [0.2, 0.45]
+    >>> truth_NC = np.array([[1, 1], [1, 0], [0, 0]])
+    >>> thresholds(truth_NC, np.array([[0.9, 0.5], [0.3, 0.2], [0.1, 0.4]]))
+    [0.2, 0.45]
 
-Shapes: B rows per batch, N rows, C classes. ""
+Shapes: B rows per batch, N rows, C classes.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class MultiLabel(Classify):
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss: (1 - hard) * KL divergence + hard * cross-entropy, averaged over classes.
+        """Return the distillation loss of logits [B, C]: (1 - hard) * KL divergence + hard * cross-entropy.
 
-        Each class is a binary distribution with the logits z and 0, where z is the output of the model. ""
+        Both terms are means over the classes. Each class is a binary distribution with the logits z and 0, where z is
+        the output of the model.
         """
         nll, sums = self.score(y, batch, Options())
         taught_BC2, said_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))

@@ -2,8 +2,9 @@
 
 Each module of this folder is a family with the module's name. It defines:
 
-- `FLAGS`: fields of ModelConfig that all sizes of the family share. - `SIZES`: fields of ModelConfig for each named
-preset. - `BRIDGE`: a `hf_config.Bridge`, if checkpoints of this family exist in the Hugging Face format.
+- `FLAGS`: fields of ModelConfig that all sizes of the family share.
+- `SIZES`: fields of ModelConfig for each named preset.
+- `BRIDGE`: a `hf_config.Bridge`, if checkpoints of this family exist in the Hugging Face format.
 
 Example:
     >>> from llmctl.model.config import family
