@@ -30,7 +30,7 @@ class Context:
     key: str
     """Content key of the stage; equal keys mean equal results."""
     siblings: dict[str, Path] = field(default_factory=dict)
-    """Artifacts of the same run that the config names, by name in order, such as the teacher of `distill`."""
+    """Other artifacts of the run that the config refers to, by name, such as the teacher of `distill`."""
 
     def leave(self, config: Any, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
         """Save the stage's result as the artifact `out`.

@@ -40,31 +40,33 @@ class OptimConfig(Config):
     """Optimizer. muon trains the matrices of the layers and uses AdamW for the other parameters. adafactor suits T5,
     whose initial embeddings are large."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate. Adafactor's is relative to each weight's scale; Lion's is 3 to 10 times below AdamW's."""
+    """Peak learning rate. For Adafactor, it is relative to each weight's scale. For Lion, use a rate 3 to 10 times
+    smaller than for AdamW."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
     """Schedule after the warm-up: wsd is constant and decays at the end, rsqrt decays with the root of the step."""
     warmup: float = Field(default=0.05, ge=0)
-    """Number of warm-up steps; below 1 the fraction of all steps."""
+    """Number of warm-up steps, or a fraction of all steps if below 1."""
     final: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end of cosine, linear and wsd, as a fraction of the peak."""
     decay: float = Field(default=0.2, ge=0)
-    """wsd: number of steps of the final decay; below 1 the fraction of all steps."""
+    """Number of steps of the final decay of wsd, or a fraction of all steps if below 1."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW and Lion: decay of the first moment."""
+    """Decay rate of the first moment, for AdamW and Lion."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """AdamW: decay of the second moment; Lion: of its momentum."""
+    """Decay rate of the second moment for AdamW, and of the momentum for Lion."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    """SGD and Muon: decay of the momentum."""
+    """Decay rate of the momentum, for SGD and Muon."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """AdamW: constant added to the root of the second moment."""
+    """Constant added to the root of the second moment, for AdamW."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    """Decoupled weight decay of matrices. Norms, biases and embeddings are not decayed."""
     clip: float = Field(default=1.0, ge=0)
-    """Maximum global gradient norm; 0 does not clip."""
+    """Maximum global gradient norm; 0 disables clipping."""
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights. If set, the averaged weights are validated and saved; 0 disables it."""
     spike: float = Field(default=0.0, ge=0)
-    """Skip a step if its gradient norm or loss exceeds its running mean by this many standard deviations; 0 is off."""
+    """Skip a step if its gradient norm or loss exceeds the running mean by this number of standard deviations; 0
+    disables it."""
 
 
 class TrainConfig(Config):
@@ -84,11 +86,11 @@ class TrainConfig(Config):
     """Passes over the training rows, in place of steps. The number of steps follows from the number of rows and
     batch_size."""
     batch_size: int = Field(default=32, ge=1)
-    """Sequences per optimizer step, over all devices."""
+    """Number of sequences per optimizer step, over all devices."""
     seq_len: int = Field(default=256, ge=2)
-    """Tokens per sequence."""
+    """Number of tokens per sequence."""
     accumulate: int = Field(default=1, ge=1)
-    """Number of microbatches per step; gradients equal those of the full batch."""
+    """Number of microbatches per step. Their accumulated gradients equal those of the full batch."""
     microbatches: int = Field(default=0, ge=0)
     """Number of microbatches in the pipeline (mesh.pipeline); 0 uses up to four per stage."""
     dtype: Dtype = "float32"
@@ -112,7 +114,7 @@ class TrainConfig(Config):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of the uniform distribution in the targets."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of log(Z)^2 per token, which limits the drift of logits (1e-4 is usual)."""
+    """Weight of log(Z)^2 per token in the loss, which limits the growth of logits. A usual value is 1e-4."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints of the training state."""
     keep: int = Field(default=2, ge=1)
@@ -122,7 +124,7 @@ class TrainConfig(Config):
     tensorboard: bool = True
     """Write TensorBoard events to the run's folder `tensorboard`."""
     wandb: str = ""
-    """Weights & Biases project to log to (extra `wandb`)."""
+    """Weights & Biases project for logging (extra `wandb`); empty disables it."""
     profile: str = ""
     """Steps to profile, as first:last. The trace is written beside the TensorBoard events, for TensorBoard or XProf."""
 

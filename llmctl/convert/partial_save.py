@@ -107,7 +107,7 @@ class Stream:
         return Stored(self._arrays / "state", targets, self._digests)
 
     def remove(self) -> None:
-        """Delete the folder."""
+        """Delete the folder of parameters."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -20,9 +20,9 @@ CHATS = (
 class View(Source):
     """Wrap a source to use canonical column names, filter rows and replace text.
 
-    `read` returns None for filtered rows. If `tokens` (a list of words) is mapped and no text is, the column `text`
-    contains the words joined by spaces. Class numbers are replaced by the names that the data declares, unless
-    `data.classes` has none of these names.
+    `read` returns None for filtered rows. If `tokens` (a list of words) is mapped but no text column, `text` contains
+    the words joined by spaces. Class numbers are replaced by the names that the data declares, unless `data.classes`
+    contains none of these names.
     """
 
     def __init__(self, cfg: SourceConfig, classes: Sequence[str] = (), numbers: bool = False, labels: bool = True):

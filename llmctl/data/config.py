@@ -25,7 +25,7 @@ COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers")
 LABEL_COLUMNS = {"label", "tags", "answers"}
 """Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
-"""Groups of columns that are mapped by default only if all columns of the group exist, because one alone may have
+"""Groups of columns that are mapped by default only if all columns of the group exist, because a single one may have
 another meaning."""
 
 Scalar = str | bool | int | float
@@ -44,25 +44,26 @@ class SourceConfig(Config):
     """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. For the
     sources hf and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
-    """Source tfds: name of the data set, optionally with config and version (`glue/sst2:2.0.0`)."""
+    """Name of the TFDS data set (source tfds), optionally with config and version (`glue/sst2:2.0.0`)."""
     split: str = "train"
-    """Sources tfds and hf: split of the data set to read. tfds can slice and add (`train[:80%]+test`)."""
+    """Split of the data set to read (sources tfds and hf). tfds supports slices and sums (`train[:80%]+test`)."""
     data_dir: str = ""
-    """Source tfds: folder of the data sets; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    """Folder of the TFDS data sets (source tfds); $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     download: bool = False
-    """Source tfds: download and prepare the data set if it is missing."""
+    """Download and prepare the TFDS data set if it is missing (source tfds)."""
     columns: dict[str, str] = {}
-    """Map of canonical to source columns, such as {text = "review"}; empty uses columns with canonical names. These are
-    text, pair, prompt, completion, label; the lists tokens (words) and tags (one label per word); context, question and
-    answers in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if there is no answer."""
+    """Map from canonical column names to those of the source, such as {text = "review"}. Empty uses the columns with
+    canonical names. Canonical names of text columns are text, pair, prompt, completion, context and question. The
+    others are label, tokens (a list of words), tags (one label per word) and answers (in SQuAD's format {text =
+    [...], answer_start = [...]}, with empty lists if there is no answer)."""
     filter: dict[str, Scalar | list[Scalar]] = {}
-    """Keep only rows whose column (in the source's naming) has this value, or one of these values."""
+    """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     replace: dict[str, str] = {}
     """Substrings to replace in every text column, in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
-    """Unit of one document, for the source text. Blank lines separate paragraphs."""
+    """Unit of one document (source text). Blank lines separate paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
-    """Source csv: character between fields."""
+    """Character between fields (source csv)."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the training rows of a mixture, relative to the other weights."""
     epochs: float = Field(default=0.0, ge=0)
@@ -90,7 +91,7 @@ class DataConfig(SourceConfig):
     )
 
     mixture: list[SourceConfig] = []
-    """List of several sources, each with a weight, instead of one source."""
+    """List of sources, each with a weight, in place of a single source."""
     classes: list[str] = []
     """Label values in the order of their class indices. Empty uses the distinct values, sorted, or in the order in
     which the data set declares their names (sources tfds, hf, parquet). If the list contains numbers, labels stay

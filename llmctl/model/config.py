@@ -55,7 +55,7 @@ class ModelConfig(Config):
     kv_heads: int = Field(default=4, ge=1)
     """Number of key and value heads per layer; fewer than `heads` gives grouped-query attention."""
     head_dim: int = Field(default=32, ge=1)
-    """Width of a head."""
+    """Width of each attention head."""
     d_ff: int = Field(default=512, ge=1)
     """Width of the feed-forward layer."""
     max_seq_len: int = Field(default=2048, ge=2)
@@ -95,7 +95,7 @@ class ModelConfig(Config):
     """Indices of the local layers, if they do not follow window_every; indices beyond the last layer are ignored."""
 
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
-    """Encoding of positions."""
+    """Type of position encoding."""
     position_offset: int = Field(default=0, ge=0)
     """Number of rows of the learned position table before position 0."""
     rope_theta: float = Field(default=10_000.0, gt=0)

@@ -119,7 +119,7 @@ _take.defvjp(_forward, _backward)
 
 
 def _rows_of(table_v: jax.Array, ids: jax.Array, layout: _Layout) -> jax.Array:
-    """Look up rows of a local table; the table may be sharded by rows. Return [..., columns]."""
+    """Look up `ids` [...] in a local table, which may be sharded by rows, and return an array [..., columns]."""
     if not layout.rows:
         return jnp.take(table_v, ids, axis=0)
     at, here = _local_index(ids, len(table_v), layout)

@@ -179,20 +179,20 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the final hidden states and those of chosen layers.
+    """Compute the final hidden states and those of selected layers.
 
     Args:
         cfg: Config of the model.
         params: Parameters of the model.
-        batch: As in `hidden`.
+        batch: Batch as in `hidden`.
         layers: Indices of layers of the last stack; 0 is the first layer.
         train: Whether dropout is applied.
-        rng: As in `hidden`.
+        rng: Random key as in `hidden`.
         dtype: Dtype of the computation.
-        remat: As in `hidden`.
+        remat: Rematerialization policy as in `hidden`.
 
     Returns:
-        The result of `hidden` [B, T, D], and the outputs of the chosen layers [n, B, T, D], before any final norm.
+        The result of `hidden` [B, T, D], and the outputs of the selected layers [n, B, T, D], before any final norm.
 
     Raises:
         RequestError: If an index is not a layer or is given twice, or if the mesh has a pipeline.
@@ -257,19 +257,19 @@ def block(
     taps: bool = False,
     dtype: Any = jnp.float32,
 ) -> tuple[Carry, dict[str, jax.Array]]:
-    """Apply one layer.
+    """Apply one layer, and optionally capture the inputs of its matrices.
 
     Args:
         cfg: Config of the model.
-        stack: Name of the stack.
+        stack: Name of the stack, "encoder" or "decoder".
         layer: Parameters of the layer.
-        carry: Input.
+        carry: State before the layer.
         index: Index of the layer in the stack.
         taps: Whether to capture the inputs of the layer's matrices.
         dtype: Dtype of the computation.
 
     Returns:
-        The output, and the captured inputs [N, I] by path ("attn/q", "mlp/down", …).
+        The state after the layer, and the captured inputs [N, I] by path ("attn/q", "mlp/down", …).
     """
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, crosses(cfg, stack))

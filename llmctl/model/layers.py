@@ -161,7 +161,10 @@ def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tup
 
 
 def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the two halves of each head (the "rotate half" convention of Hugging Face weights)."""
+    """Return heads [B, T, H, K] rotated by the angles of a rotary table.
+
+    The two halves of each head are rotated together (the "rotate half" convention of Hugging Face weights).
+    """
     cos, sin = (t[:, :, None, :] for t in table)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)

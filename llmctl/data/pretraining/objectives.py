@@ -41,16 +41,17 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
     token, and 10 % stay.
 
     Args:
-      packed: rows; special tokens are never chosen.
-      words: the tokenizer's vocabulary, with a mask token.
-      rate: fraction of the row's ordinary tokens, rounded; at least one token.
-      whole_words: choose all tokens of a word or none. The fraction is then an upper bound, which is nearly reached.
-      seed: seed of the random choices.
+        packed: Packed rows; special tokens are never chosen.
+        words: Vocabulary of the tokenizer, with a mask token.
+        rate: Fraction of the row's ordinary tokens, rounded; at least one token.
+        whole_words: Whether to choose all tokens of a word or none. The fraction is then an upper bound, which is
+            nearly reached.
+        seed: Seed of the random choices.
 
     Returns:
-      tokens, targets, weights (1 at chosen positions), segments and positions [B, T], and places int32 [B, P]. `places`
-        has the positions of the chosen tokens, ascending, filled up with positions of weight 0. P is `rate` * T rounded
-        up to a multiple of 8.
+        int32 tokens, targets, segments, positions and float32 weights (1 at chosen positions) [B, T], and places int32
+        [B, P]. `places` has the positions of the chosen tokens, ascending, filled up with positions of weight 0. P is
+        `rate` * T rounded up to a multiple of 8.
     """
     tokens_BT, T = packed.tokens, packed.tokens.shape[1]
     ordinary_BT = (packed.segments > 0) & ~words.special[tokens_BT]

@@ -93,19 +93,20 @@ def corrupted(
     predicted.
 
     Args:
-      packed: rows, best of `sizes(encoder, rate, span)[0]` tokens.
-      words: the tokenizer's vocabulary, with sentinels.
-      encoder: encoder length S in tokens.
-      decoder: decoder length T in tokens.
-      rate: fraction of each document's tokens to drop; beginning-of-sequence and end-of-sequence tokens stay.
-      span: mean span length in tokens.
-      seed: seed of the random choices.
+        packed: Packed rows, best of `sizes(encoder, rate, span)[0]` tokens.
+        words: Vocabulary of the tokenizer, with sentinels.
+        encoder: Encoder length S in tokens.
+        decoder: Decoder length T in tokens.
+        rate: Fraction of each document's tokens to drop; beginning-of-sequence and end-of-sequence tokens stay.
+        span: Mean span length in tokens.
+        seed: Seed of the random choices.
 
     Returns:
-      encoder_tokens, encoder_segments, encoder_positions [B, S]; tokens, targets, weights, segments, positions [B, T].
+        int32 encoder_tokens, encoder_segments, encoder_positions [B, S]; int32 tokens, targets, segments, positions and
+        float32 weights [B, T].
 
     Raises:
-      RequestError: the tokenizer has too few sentinels.
+        RequestError: If the tokenizer has too few sentinels.
     """
     width = packed.tokens.shape[1]
     up_BL = uniform(packed.rows, width, seed, 3)

@@ -14,7 +14,9 @@ from llmctl.data.source import Source, Table, of_files
 
 
 def table(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Read delimited text with a header line. Fields may be quoted and contain line breaks (RFC 4180).
+    """Return the rows of a delimited text file with a header line.
+
+    Fields may be quoted and contain line breaks (RFC 4180).
 
     Raises:
         RequestError: If the file is not valid CSV, or if a row has too few or too many fields.

@@ -15,7 +15,11 @@ from llmctl.data.source import Groups, Row, Source, of_files
 
 
 def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Read an Apache Parquet file."""
+    """Return the rows of an Apache Parquet file, with their class names if the schema declares them.
+
+    Raises:
+        RequestError: If the file is damaged or has another format, or if a row group exceeds the memory.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

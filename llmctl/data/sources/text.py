@@ -32,7 +32,10 @@ class TextFile(Source):
 
 
 def text(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Read plain UTF-8 text. The file, each line, or each paragraph is one document (column `text`)."""
+    """Return the documents of a plain UTF-8 text file (column `text`).
+
+    The file, each line, or each paragraph is one document, as `cfg.documents` defines.
+    """
     if cfg.documents == "file":
         return TextFile(path)
     if cfg.documents == "line":

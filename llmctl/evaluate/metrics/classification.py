@@ -17,7 +17,7 @@ Z_95 = 1.959963984540054
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Count predictions per class.
+    """Count examples by true and predicted class.
 
     Args:
         labels: True classes [N], integers from 0 to classes - 1.
@@ -28,7 +28,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
         Counts int64 [C, C]; rows are true classes, columns are predicted classes.
 
     Raises:
-        ValueError: If a label or prediction is outside the classes, or the lengths differ.
+        ValueError: If a label or prediction is outside the classes, or if the lengths differ.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1:

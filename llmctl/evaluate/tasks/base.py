@@ -392,7 +392,7 @@ class Task(Predicts):
         return fields | ({"problem_type": self.problem_type} if self.problem_type else {})
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Remove the fields with fitted values from the keys of a config.json, and return the values as `fit` does."""
+        """Remove the fitted values from the keys of a config.json, and return them in the form of `fit`."""
         return {}
 
     def peft_task_type(self, model: ModelConfig) -> str:

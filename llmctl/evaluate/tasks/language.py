@@ -171,7 +171,7 @@ class LanguageModel(Language):
     title = "language model"
 
     def among(self, model: ModelConfig, columns: Iterable[str]) -> Task:
-        """Return the task for a model and for data with these columns."""
+        """Return the task for a model and for data with the column names `columns`."""
         if completes(model, columns):
             return TASKS["completions"]
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
