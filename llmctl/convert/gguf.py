@@ -287,14 +287,13 @@ def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor)
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
     """Permute the rows of a query or key projection [H*K, …] from the order of transformers to that of llama.cpp.
 
-    In transformers, the two halves of each head are rotated together; in llama.cpp, these are interleaved pairs of
-    rows.
+    For rotary positions, transformers pairs row i of a head with row i + K / 2, and llama.cpp pairs adjacent rows.
     """
     return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permute the rows of a query or key projection from the order of llama.cpp to that of transformers.
+    """Permute the rows of a query or key projection [H*K, …] from the order of llama.cpp to that of transformers.
 
     This is the inverse of `interleaved`.
     """

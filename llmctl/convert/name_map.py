@@ -1,7 +1,7 @@
-"""Convert parameters from and to the tensors of another format by a name map, one parameter at a time.
+"""Convert parameters from and to tensors of the Hugging Face format by a name map, one parameter at a time.
 
-llmctl's parameters stack layers on axis 0, and its matrices are [in, out]. The name map describes how the other format
-differs.
+llmctl's parameters stack layers on axis 0, and its matrices are [in, out]. The name map describes how the Hugging Face
+format differs.
 
 Example:
     >>> from llmctl.convert import architectures
@@ -46,7 +46,7 @@ Place = Callable[[str, Pending], Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """Describe one matrix or vector of llmctl as a slice of a tensor in the other format."""
+    """Describe one matrix or vector of llmctl as a slice of a tensor in the Hugging Face format."""
 
     path: str
     """Path of the parameter in llmctl."""
@@ -61,20 +61,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Joint:
-    """Describe one tensor of the other format: slots concatenated along the last axis of llmctl's layout."""
+    """Describe one tensor of the Hugging Face format: slots concatenated along the last axis of llmctl's layout."""
 
     slots: tuple[Slot, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the tensor in the other format."""
+        """Return the shape of the tensor in the Hugging Face format."""
         first = self.slots[0]
         ours = (*first.shape[:-1], sum(s.shape[-1] for s in self.slots))
         return ours[::-1] if first.transposed else ours
 
 
 def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, Joint]:
-    """Return all tensors that the other format has for this config, by name.
+    """Return all tensors that the Hugging Face format has for this config, by name.
 
     Args:
         cfg: Config of the model.
@@ -120,7 +120,7 @@ def read(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Assemble llmctl's parameters from tensors of the other format.
+    """Assemble llmctl's parameters from tensors of the Hugging Face format.
 
     At a time, host memory contains one device's shard of one parameter.
 
@@ -218,7 +218,7 @@ def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tu
 
 
 def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype | None = None) -> dict[str, Tensor]:
-    """Return llmctl's parameters as tensors of the other format. A tensor is copied to the host when it is read.
+    """Return llmctl's parameters as tensors of the Hugging Face format. A tensor is copied to the host when it is read.
 
     Quantized and low-rank weights are written as dense arrays.
     """

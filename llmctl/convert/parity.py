@@ -59,7 +59,7 @@ def _answers(config: str, params: dict[str, Any], batch: dict[str, jax.Array]) -
 def difference(ours: Any, theirs: Any) -> tuple[float, float]:
     """Return (largest absolute difference, largest allowed difference).
 
-    If an output is NaN or infinite, the former is inf.
+    If an output is NaN or infinite, the largest difference is inf.
     """
     a, b = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
     largest = float(np.max(np.abs(b), initial=1.0))

@@ -37,7 +37,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
-    """Return the linear layers of the other format with the slots of their matrices: {module name: slots}.
+    """Return the linear layers of the Hugging Face format with the slots of their matrices: {module name: slots}.
 
     A fused layer has several slots.
     """
@@ -51,7 +51,7 @@ def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
 
 
 def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
-    """Return the linear layers of the other format that are one matrix in llmctl: {module name: slot}."""
+    """Return the linear layers of the Hugging Face format that are one matrix in llmctl: {module name: slot}."""
     return {module: slots[0] for module, slots in _layers(cfg).items() if len(slots) == 1}
 
 
@@ -127,8 +127,8 @@ def export(found: Artifact, folder: Path) -> float:
         The largest difference between outputs with the original and the written adapter.
 
     Raises:
-        RequestError: If the artifact has no adapters, if matrices with adapters share a tensor in the other format, or
-            if the artifact differs from its base in weights that an adapter cannot store.
+        RequestError: If the artifact has no adapters, if matrices with adapters share a tensor in the Hugging Face
+            format, or if the artifact differs from its base in weights that an adapter cannot store.
     """
     cfg, flat = found.model, weights.flatten(found.params)
     adapters = weights.adapted(found.params)
@@ -188,7 +188,7 @@ def base_of(found: Artifact) -> dict[str, Any]:
 
 
 def _trained(found: Artifact) -> dict[str, str]:
-    """Return the weights of trained heads, {parameter path: name in the other format}.
+    """Return the weights of trained heads, {parameter path: name in the Hugging Face format}.
 
     Finetuning trains only task heads. An imported adapter may also have a language-model head.
 

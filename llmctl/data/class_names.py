@@ -68,7 +68,7 @@ def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
 def numbers_hint(classes: Sequence[str], names: Sequence[str]) -> str:
     """Return advice for an error message if an artifact's class names are numbers and the data declares names.
 
-    Otherwise return an empty string.
+    Otherwise return an empty string. Example:
 
     >>> numbers_hint(["neg", "pos"], ["0", "1"])
     '; if its numbers are those of the data: data.classes = ["0", "1"]'

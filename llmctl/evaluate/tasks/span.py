@@ -120,8 +120,8 @@ class Span(Task):
     def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
         """Return exact match and word F1 of the best span over all windows of a context.
 
-        If the data has questions without an answer, the model may give no answer. It does so if the score of the first
-        token exceeds that of the best span.
+        If the data has questions without an answer, the model may give no answer. This is the case if the score of the
+        first token exceeds the score of the best span.
         """
         asked = list(examples)
         N = len(asked)
