@@ -214,10 +214,23 @@ def _near(e: Any) -> str:
         said = str(getattr(e, "message", ""))
         lost = said.startswith("No such command") and "Did you mean" not in said
         return " `llmctl --help` lists the commands." if lost else ""
-    known = [o for p in e.ctx.command.params for o in (*p.opts, *p.secondary_opts)]
+    params = e.ctx.command.params
+    flags = {o: o for p in params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
+    named = {f"--{p.name.replace('_', '-')}": p for p in params if p.param_type_name == "argument"}
+    arguments = {flag: f"{_metavar(p)}, which is written without a flag" for flag, p in named.items()}
+    arguments |= {f"--{_metavar(p).lower()}": arguments[flag] for flag, p in named.items()}
     negated = re.sub(r"^--(.+\.)no-", r"--no-\1", wrong)  # the negation comes before the section
+    known = flags | arguments
     near = [negated] if negated in known else difflib.get_close_matches(wrong, known, n=1)
-    return f", did you mean {near[0]}?" if near else ""
+    if near:
+        return f", did you mean {known[near[0]]}?"
+    if "." in wrong and "--set" in flags:
+        return f"; write --set {wrong.removeprefix('--').replace('-', '_')}=VALUE"
+    return ""
+
+
+def _metavar(argument: Any) -> str:
+    return (argument.metavar or argument.name).strip("[]").upper()
 
 
 def _be_quiet() -> None:

@@ -83,8 +83,9 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
             runner.run(chosen, say=console.say, processes=processes)
             _report(chosen.steps[0], json)
 
+    made = "Folder of the new artifact." if cls.produces else "Folder for the report; without it the result is printed."
     first = [
-        _parameter("out", Path, "--out", metavar="DIR", help="Folder of the new artifact."),
+        _parameter("out", Path, "--out", metavar="DIR", help=made),
         _parameter(
             "recipe_file",
             Path,
@@ -113,8 +114,8 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
             **PROCESSES, "json": (json, False), "help_all": (Annotated[bool, everything], False),
         }.items()
     ]  # fmt: skip
-    made = [_flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
-    parameters = [*sorted([*first, *made], key=lambda p: p.name not in (ARTIFACT, "parent", "out")), *last]
+    own = [_flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
+    parameters = [*sorted([*first, *own], key=lambda p: p.name not in (ARTIFACT, "parent", "out")), *last]
     run_stage.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_stage.__annotations__ = {p.name: p.annotation for p in parameters}
     run_stage.__doc__ = summary(module)
@@ -130,16 +131,14 @@ def summary(module: types.ModuleType) -> str:
 
 def _report(step: Step, json: bool) -> None:
     from llmctl.cli import summary as shown
-    from llmctl.evaluate.metrics import base as metrics
+    from llmctl.evaluate import report
     from llmctl.pipeline import console
 
     results = shown.results(step.out)
     if results and json:
         console.result(results[0] if len(results) == 1 else {"results": results})
     elif results:
-        for r in results:
-            console.show(f"{r['artifact']}: {r['task']} ({r['protocol']})")
-            console.show("  ".join(metrics.named(k, v) for k, v in r["metrics"].items() if isinstance(v, (int, float))))
+        console.show(report.table(results))
     elif json:
         console.result(shown.one(step.out))
     else:

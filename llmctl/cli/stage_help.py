@@ -21,6 +21,11 @@ FILES = "Artifacts and recipe"
 WHERE = "Where it runs"
 """Heading of the flags for devices and processes. `MeshConfig` has the same heading."""
 ALL = "--help-all"
+SYNTAX = {
+    "LIST": 'LIST is items with commas, such as a,b or 0.1,0.2, or a TOML list: \'["a, b", "c"]\'.',
+    "TABLE": 'TABLE is a TOML table in quotes for the shell: \'{text = "review", label = "stars"}\'.',
+}
+"""How values of lists and tables are written in a shell, by the placeholder of their flags."""
 
 
 class StageCommand(TyperCommand):
@@ -49,6 +54,10 @@ class StageCommand(TyperCommand):
             if shown:
                 with formatter.section(heading):
                     formatter.write_dl(shown)
+        kinds = {param.metavar for param in self.get_params(ctx) if whole or param.name in order}
+        for text in (SYNTAX[kind] for kind in SYNTAX if kind in kinds):
+            formatter.write_paragraph()
+            formatter.write_text(text)
         hidden = [f"{heading} ({len(rest)})" for heading, (_, rest) in sections.items() if rest]
         if hidden and not whole:
             formatter.write_paragraph()

@@ -191,7 +191,8 @@ def model(spec: str) -> ModelConfig:
 
 
 def presets() -> list[dict[str, Any]]:
-    """Return the name, family, architecture and sizes of every preset, sorted by family and then by parameters."""
+    """Return the name, family, export formats and sizes of every preset, sorted by family and then by parameters."""
+    from llmctl.convert import architectures
     from llmctl.model import flops
 
     found = []
@@ -201,21 +202,30 @@ def presets() -> list[dict[str, Any]]:
         sizes = {k: getattr(cfg, k) for k in ("layers", "d_model", "vocab_size", "max_seq_len")}
         layers = sizes["layers"] + cfg.encoder_layers
         one = {"preset": name, "family": cfg.family, "architecture": cfg.architecture, "parameters": parameters}
-        found.append(one | sizes | {"layers": layers})
+        found.append(one | sizes | {"layers": layers, "exports": architectures.formats(cfg.family)})
     return sorted(found, key=lambda p: (p["family"], p["parameters"]))
 
 
 def preset_table(found: list[dict[str, Any]]) -> Table:
     """Return the result of `presets` as a table."""
-    out = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", caption=EXPORTS, caption_justify="left")
     for column in ("preset", "family", "architecture"):
         out.add_column(column, overflow="fold")
     for column in ("parameters", "layers", "width", "vocabulary", "positions"):
         out.add_column(column, justify="right")
+    out.add_column("export", overflow="fold")
     for p in found:
         figures = (p["parameters"], p["layers"], p["d_model"], p["vocab_size"], p["max_seq_len"])
-        out.add_row(p["preset"], p["family"], p["architecture"], *(f"{n:,}" for n in figures))
+        formats = ", ".join(f for f in p["exports"] if f in ("hf", "gguf")) or "–"
+        out.add_row(p["preset"], p["family"], p["architecture"], *(f"{n:,}" for n in figures), formats)
     return out
+
+
+EXPORTS = (
+    "export: what `llmctl export --to` can write. hf includes compressed-tensors for quantized models and peft for\n"
+    "unmerged adapters; gguf is for language models. –: the family exists in llmctl only."
+)
+"""Caption of the table of presets."""
 
 
 def size_table(found: dict[str, Any]) -> Table:

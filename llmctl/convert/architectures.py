@@ -13,6 +13,25 @@ def bridges() -> dict[str, tuple[str, Bridge]]:
     return {b.model_type: (f, b) for f, b in found.items() if b}
 
 
+GGUF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+"""Values of `model_type` in transformers, by the architecture names of llama.cpp."""
+TO_GGUF = {v: k for k, v in GGUF.items()} | {"mistral": "llama"}
+"""Architecture names of llama.cpp, by the values of `model_type` in transformers."""
+
+
+def formats(name: str) -> list[str]:
+    """Return the formats to which models of a family can be exported; none if the family has no counterpart.
+
+    Example:
+        >>> formats("llama"), formats("bert"), formats("original")
+        (['hf', 'compressed-tensors', 'peft', 'gguf'], ['hf', 'compressed-tensors', 'peft'], [])
+    """
+    bridge: Bridge | None = getattr(family(name), "BRIDGE", None)
+    if bridge is None:
+        return []
+    return ["hf", "compressed-tensors", "peft", *(["gguf"] if bridge.model_type in TO_GGUF else [])]
+
+
 def of(model: ModelConfig) -> tuple[Bridge, Head]:
     """Return the Bridge and the Head that convert a model to the Hugging Face format.
 

@@ -200,7 +200,7 @@ def _rows(
     if differs := text_proof.same_tokens(str(found.path), rows, there):
         if tokenizers.reads_texts(cfg):
             raise WorkError(f"{differs}; nothing was written")
-        say(differs)
+        say(f"{differs}; both sides are compared on theirs, and prompts there need llmctl's tokens for its answers")
         rows = there
     return rows, T, "from text, "
 

@@ -22,13 +22,12 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.convert import gguf_vocabulary
 from llmctl.convert import hf_folder as folders
+from llmctl.convert.architectures import GGUF
 from llmctl.convert.lazy_tensors import Tensor
 from llmctl.model.families.llama import LLAMA3_ROPE
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """GGUF tensor types that are not quantized."""
-TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-"""Values of `model_type` in transformers, by the architecture names of llama.cpp."""
 CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -81,9 +80,9 @@ def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
     """
     metadata, stored = _open(file)
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in TYPES:
-        raise RequestError(f"{file}: architecture {architecture!r} is not known; known: {', '.join(sorted(TYPES))}")
-    model_type = TYPES[architecture]
+    if not isinstance(architecture, str) or architecture not in GGUF:
+        raise RequestError(f"{file}: architecture {architecture!r} is not known; known: {', '.join(sorted(GGUF))}")
+    model_type = GGUF[architecture]
     if architecture == "llama" and metadata.get("llama.attention.sliding_window"):
         model_type = "mistral"
     factors = stored.pop("rope_freqs.weight", None)

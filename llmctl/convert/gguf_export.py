@@ -15,14 +15,14 @@ from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures, gguf_vocabulary, parity
 from llmctl.convert import hf_folder as folders
-from llmctl.convert.gguf import TYPES, heads_of, interleaved, library, llama3_factors, stems
+from llmctl.convert.architectures import GGUF, TO_GGUF
+from llmctl.convert.gguf import heads_of, interleaved, library, llama3_factors, stems
 from llmctl.convert.lazy_tensors import listed
 from llmctl.evaluate.tasks import registry
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.families.llama import LLAMA3_ROPE
 
-ARCHITECTURES = {v: k for k, v in TYPES.items()} | {"mistral": "llama"}
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
 BLOCK = 32
@@ -55,11 +55,9 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     bridge, _ = architectures.of(cfg)
     if kind not in KINDS:
         raise RequestError(f"--type {kind}: not a known kind; known: {', '.join(KINDS)}")
-    if bridge.model_type not in ARCHITECTURES or not cfg.head_kind.vocabulary:
-        raise RequestError(
-            f"GGUF export knows language models of {', '.join(sorted(ARCHITECTURES))}, not {cfg.family!r}"
-        )
-    architecture = ARCHITECTURES[bridge.model_type]
+    if bridge.model_type not in TO_GGUF or not cfg.head_kind.vocabulary:
+        raise RequestError(f"GGUF export knows language models of {', '.join(sorted(TO_GGUF))}, not {cfg.family!r}")
+    architecture = TO_GGUF[bridge.model_type]
     _refuse(cfg, architecture)
     config = folders.config_of(cfg, registry.of(found.manifest), [], {}, "float32")
     theirs = folders.tensors_of(cfg, found.params)
@@ -68,7 +66,7 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     writer.add_file_type(FILE_TYPES[kind])
     _write_metadata(writer, cfg, kind)
     differs = gguf_vocabulary.write(writer, found.tokenizer_dir, cfg.vocab_size)
-    back = {v: k for k, v in stems(TYPES[architecture]).items()}
+    back = {v: k for k, v in stems(GGUF[architecture]).items()}
     if cfg.rope_scaling.get("rope_type") == "llama3":
         factors = llama3_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
         writer.add_tensor("rope_freqs.weight", factors)

@@ -38,6 +38,12 @@ from llmctl.model.config import ModelConfig
 REFERENCE = "reference.safetensors"
 """Name of a file in the folder with {input_ids, logits} that the imported model must reproduce."""
 
+ADVICE = (
+    "llmctl reads all texts in its way from here on, so compare `llmctl eval` on your examples with the figures that "
+    "you know; --tokenizer names another tokenizer, and finetuning adapts the model to these tokens"
+)
+"""What to do if transformers tokenizes texts otherwise with the imported files."""
+
 
 def run(
     source: Path,
@@ -108,7 +114,7 @@ def run(
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
         if brought and not tokenizer and (differs := text_proof.otherwise(found.model, source, brought)):
-            say(differs)
+            say(f"{differs}; {ADVICE}")
         stream = closing.enter_context(partial_save.opened(out, made_of))
         if stream.before:
             say(f"{out}: going on after the {len(stream.before)} parameters that were written before")

@@ -135,6 +135,28 @@ class Splits:
         """Return the class names by class index."""
         return self.examples["train"].classes
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Return the number of rows that are in no split, by reason."""
+        return {
+            "duplicates": self.duplicates,
+            "filtered": self.filtered,
+            "blank": self.blank,
+            "unlabeled": self.unlabeled,
+        }
+
+    def describe(self) -> str:
+        """Return one line about the rows: how many are in each split, and how many are left out, by reason.
+
+        Example:
+          >>> empty = Examples(Chain([]), (), *[np.zeros(0)] * 4, None, np.zeros(0), ())
+          >>> Splits(DataConfig(), dict.fromkeys(("train", "test"), empty), 5, 2, 0, 3).describe()
+          '5 rows: 0 train, 0 test; left out: 3 duplicates, 2 filtered'
+        """
+        kept = ", ".join(f"{len(examples):,} {name}" for name, examples in self.examples.items())
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.left_out.items() if n)
+        return f"{self.rows:,} rows: {kept}" + (f"; left out: {dropped}" if dropped else "")
+
     def __getitem__(self, split: str) -> Examples:
         """Return the examples of a split.
 

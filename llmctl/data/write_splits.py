@@ -14,13 +14,13 @@ from llmctl.data.source import Row
 from llmctl.distributed import locks
 
 
-def write(cfg: DataConfig, folder: Path) -> dict[str, tuple[Path, int]]:
+def write(cfg: DataConfig, folder: Path) -> tuple[dict[str, tuple[Path, int]], splits.Splits]:
     """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` with canonical column names and class names.
 
     To read the same splits again, set `data.path = "train.jsonl"`, `data.validation_path` and `data.test_path`.
 
     Returns:
-        (file, number of rows) for each split. A split without rows has an empty file.
+        (file, number of rows) for each split, and the splits. A split without rows has an empty file.
 
     Raises:
         RequestError: If the data is invalid, or if the folder contains files.
@@ -39,7 +39,8 @@ def write(cfg: DataConfig, folder: Path) -> dict[str, tuple[Path, int]]:
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-    return {split: (folder / f"{split}.jsonl", len(examples)) for split, examples in loaded.examples.items()}
+    files = {split: (folder / f"{split}.jsonl", len(examples)) for split, examples in loaded.examples.items()}
+    return files, loaded
 
 
 def _plain(row: Row, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 A result is a dict with the keys "artifact", "digest", "content", "task", "protocol" and "metrics". It also has fields
 of the artifact: "stage", "parameters", "weight_bytes", "bytes", "sparsity" and "bits".
 
-An artifact that was measured on several tasks has several results. They form one table row, or one row per task if
-metrics of different tasks have the same name.
+An artifact that was measured on several tasks has several results. In the file they form one row, or one row per task
+if metrics of different tasks have the same name. In the terminal each result is a column.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmctl.evaluate.metrics.base import columns, find
+from llmctl.evaluate.metrics.base import columns, find, text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,17 +59,12 @@ def determined(results: Sequence[Result]) -> list[Result]:
     return [{**r, "metrics": {k: v for k, v in r["metrics"].items() if same(k)}} for r in kept]
 
 
-def cells(results: Sequence[Result], wide: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Return the table as text: (headings, rows of cells). A missing value is a dash.
-
-    Args:
-        results: Results to show.
-        wide: If false, omit the stage and some metrics, so that the table fits about 100 characters.
-    """
+def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the table of the file as text: (headings, rows of cells). A missing value is a dash."""
     records = lines(results)
     there = {k for r in records for k, v in r.items() if v is not None}
-    shown = [c for c in _ARTIFACT if c[0] in there and (wide or c[0] not in ("stage", "bytes"))]
-    shown += [(m.name, m.title, m.text) for m in columns(there, "file" if wide else "terminal")]
+    shown = [c for c in _ARTIFACT if c[0] in there]
+    shown += [(m.name, m.title, m.text) for m in columns(there, "file")]
     body = [[form(r[key]) if r.get(key) is not None else "–" for key, _, form in shown] for r in records]
     return [title for _, title, _ in shown], body
 
@@ -108,14 +103,34 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join([*table, "", "Protocols", "", *notes, "", "Digests of the scored weights", "", *digests, ""])
 
 
-def table(results: Sequence[Result], title: str = "") -> Table:
-    """Return a table of the results for the terminal, with the protocols as its caption."""
+def table(results: Sequence[Result]) -> Table:
+    """Return a table for the terminal: one row per metric, one column per result, and the protocols as its caption.
+
+    Metrics have the names that they have in JSON, with spaces. An interval is in the row of its metric.
+    """
     from rich.table import Table
 
-    head, body = cells(results, wide=False)
-    rich_table = Table(title=title or None, caption="\n".join(protocols(results)), title_justify="left")
-    for i, heading in enumerate(head):
-        rich_table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for row in body:
-        rich_table.add_row(*row)
-    return rich_table
+    found = [{k: v for k, v in r["metrics"].items() if isinstance(v, (int, float))} for r in results]
+    names = dict.fromkeys(name for one in found for name in one)
+    ends = {f"{name}_{end}" for name in names for end in ("low", "high")}
+    names = [name for name in names if name not in ends]
+    several = len({r["task"] for r in results}) > 1
+    out = Table(caption="\n".join(protocols(results)), caption_justify="left")
+    out.add_column("metric", no_wrap=True)
+    for result in results:
+        out.add_column(result["artifact"] + (f": {result['task']}" if several else ""), justify="right")
+    for name in names:
+        record = find(name)
+        heading = record.title if record and record.unit == "s" else name.replace("_", " ")  # its title has the unit
+        out.add_row(heading, *(_figure(one, name) for one in found))
+    return out
+
+
+def _figure(metrics: Result, name: str) -> str:
+    """Format a metric with its 95 % interval; a dash if it is missing."""
+    if name not in metrics:
+        return "–"
+    shown = text(name, metrics[name])
+    ends = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
+    interval = " to ".join(text(name, v) for v in ends if v is not None)
+    return f"{shown} (95 % interval {interval})" if interval else shown

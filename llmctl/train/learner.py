@@ -135,7 +135,8 @@ def run(
       Interrupted, WorkError: as `llmctl.train.loop.fit`.
     """
     settings, about = with_length(config, rows)
-    about = [*padding.describe(rows), *about]
+    note = learner.task.validation_note(learner.model, unseen)
+    about = [*padding.describe(rows), *about, *filter(None, [note])]
     judge = learner.task.loss_of(
         learner.trains,
         dtype=jnp.dtype(settings.dtype),

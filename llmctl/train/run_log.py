@@ -17,7 +17,7 @@ from llmctl.config.terminal import terminal, visible
 from llmctl.distributed import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     from rich.console import Console
@@ -32,6 +32,16 @@ SHORT = {
     "memory_gib": "GiB",
 }
 """Short names of metrics in the progress line."""
+MEANINGS = {
+    "gnorm": "norm of the gradient",
+    "wait": "share of the time in which the devices wait for rows",
+    "mfu": "model FLOP/s as a share of the hardware's peak",
+    "GiB": "peak memory",
+    "influence": "change of the hidden states by the layer, 0 to 1",
+    "layer_error": "change of the layer's output by the compression, relative",
+}
+"""Explanations of the short names, printed above the first line in which a process shows them."""
+_explained: set[str] = set()
 UNSHOWN = frozenset({"step_seconds"})
 """Metrics that are in the log but not in the progress line, because another metric has the same information."""
 
@@ -188,6 +198,7 @@ class Reporter:
     def _show(self, step: int) -> None:
         shown = [(n, v) for n, v in self._latest.items() if n not in UNSHOWN]
         text = "  ".join(f"{SHORT.get(name, name)} {_brief(value)}" for name, value in shown)
+        self._explain(SHORT.get(name, name) for name, _ in shown)
         if self._bar:
             self._bar.update(self._task, completed=step, metrics=text)
             return
@@ -197,6 +208,13 @@ class Reporter:
             self._shown = now
             left = (now - began) / (step - first) * (self.total - step) if step > first else 0
             self.say(f"step {step}/{self.total}  {text}{f'  ETA {_duration(left)}' if left else ''}")
+
+    def _explain(self, names: Iterable[str]) -> None:
+        """Print what names mean that this process has not explained before."""
+        new = [name for name in names if name in MEANINGS and name not in _explained]
+        _explained.update(new)
+        if new:
+            self.say("; ".join(f"{name}: {MEANINGS[name]}" for name in new))
 
 
 def _forget_after(log: Path, step: int) -> None:

@@ -47,6 +47,12 @@ def test_headings_come_from_the_config_classes(call):
     assert flags(out[out.index("What it does:") :])[:2] == ["--task", "--method"]  # in the order of `common`
 
 
+def test_the_syntax_of_lists_and_tables_is_explained_where_flags_take_them(call):
+    text = " ".join(call("eval", "--help")[1].split())
+    assert "LIST is items with commas, such as a,b" in text and "TABLE is a TOML table in quotes" in text
+    assert "LIST is" not in call("finetune", "--help")[1] and "LIST is" in call("finetune", "--help-all")[1]
+
+
 def test_the_artifact_may_stand_in_first_place(call, tmp_path, fake_stages, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call("make", "--out", "r/a")[0] == 0
@@ -64,6 +70,7 @@ def test_presets_are_listed(call):
     found = {p["preset"]: p for p in json.loads(out)["presets"]}
     assert code == 0 and found["gpt2"]["parameters"] == 124_439_808  # as published
     assert (found["bert-base"]["family"], found["t5-small"]["architecture"]) == ("bert", "encoder_decoder")
+    assert found["bert-base"]["exports"] == ["hf", "compressed-tensors", "peft"] and not found["modern-base"]["exports"]
     assert "llama-tiny" in call("show", "--presets")[1] and call("show", "--presets", "x")[0] == 2
     assert "llmctl show --presets" in " ".join(call("pretrain", "--help")[1].split())
 

@@ -76,6 +76,12 @@ def test_the_first_of_our_columns_decides_the_split_however_they_are_written_dow
     assert splits.load(DataConfig(mixture=parts)).duplicates == 200
 
 
+def test_rows_that_are_left_out_are_counted_by_reason(tmp_path, sentences):
+    rows = [[s, 0, "a"] for s in sentences[:50]] + [[sentences[0], 0, "a"], ["  ", 1, "a"], ["other", 1, "b"]]
+    found = load(write(tmp_path / "x.csv", rows), filter={"site": "a"}, test=0.0, validation=0.0)
+    assert found.describe() == "53 rows: 50 train, 0 validation, 0 test; left out: 1 duplicates, 1 filtered, 1 blank"
+
+
 def test_duplicates_are_dropped_before_splitting(tmp_path, sentences):
     rows = [[s, 0, "a"] for s in sentences[:50]] + [[s.upper().replace(" ", "  "), 1, "a"] for s in sentences[:50]]
     path = write(tmp_path / "twice.csv", [*rows, ["  ", 0, "a"]])
@@ -336,7 +342,7 @@ def test_the_data_of_an_evaluation_may_be_all_test(reviews):
 def test_written_splits_are_read_as_the_same_splits(reviews, tmp_path):
     found = load(reviews)
     cfg = found.config
-    wrote = write_splits.write(cfg, tmp_path / "out")
+    wrote, _ = write_splits.write(cfg, tmp_path / "out")
     assert {split: n for split, (_, n) in wrote.items()} == {s: len(e) for s, e in found.examples.items()}
     paths = {f"{split}_path": str(wrote[split][0]) for split in ("validation", "test")}
     again = splits.load(DataConfig(source="jsonl", path=str(wrote["train"][0]), **paths))

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from llmctl.config.errors import RequestError
+from llmctl.train import run_log
 from llmctl.train.run_log import LOG, Reporter
 
 
@@ -63,6 +64,20 @@ def test_off_a_terminal_a_plain_line_now_and_then_and_at_the_end(tmp_path):
         "prune: step 1/4  loss 2  lr 1.0e-05  tok/s 12,346",
         "prune: step 3/4  loss 2  lr 1.0e-05  tok/s 12,346  ETA 0:06",  # 11 s for 2 steps, 1 to go
         "prune: step 4/4  loss 2  lr 1.0e-05  tok/s 12,346",
+    ]
+
+
+def test_short_names_are_explained_once_per_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "_explained", set())
+    console = quiet()
+    for names in (["gradient_norm"], ["gradient_norm", "input_wait"]):
+        with Reporter(tmp_path, 1, "t", tensorboard=False, console=console) as report:
+            report.log(1, dict.fromkeys(names, 1.0))
+    assert console.file.getvalue().splitlines() == [
+        "t: gnorm: norm of the gradient",
+        "t: step 1/1  gnorm 1",
+        "t: wait: share of the time in which the devices wait for rows",
+        "t: step 1/1  gnorm 1  wait 1",
     ]
 
 

@@ -102,11 +102,13 @@ def _write_splits(recipe_file: Path | None, folder: Path, sets: list[str], name:
     if not found:
         raise RequestError(f"{recipe_file}: no stage has data")
     config = found[name] if name else next(iter(found.values()))
-    counts = write_splits.write(config.data, folder)  # pyright: ignore[reportAttributeAccessIssue]: it has data
+    counts, loaded = write_splits.write(config.data, folder)  # pyright: ignore[reportAttributeAccessIssue]: it has data
     if json:
-        console.result({"splits": {split: {"file": str(path), "rows": n} for split, (path, n) in counts.items()}})
+        files = {split: {"file": str(path), "rows": n} for split, (path, n) in counts.items()}
+        console.result({"splits": files, "rows": loaded.rows, "left_out": loaded.left_out})
         return
     table = Table("split", "rows", "file", title=f"data of {config.title}")
     for split, (path, n) in counts.items():
         table.add_row(split, f"{n:,}", str(path))
     console.show(table)
+    console.show(loaded.describe())

@@ -60,6 +60,10 @@ class Text:
         """Return the columns of the text; prepared text has only `text`."""
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
+    def describe(self) -> list[str]:
+        """Return a line about the rows of raw text and its splits; none for prepared text."""
+        return [] if self._prepared else [self.splits.describe()]
+
     @property
     def target_len(self) -> int:
         """Return the maximum number of tokens per completion; 0 uses the sequence length."""

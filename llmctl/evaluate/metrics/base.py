@@ -23,9 +23,9 @@ from typing import Any, Literal
 from llmctl.config.registry import Registry
 
 Direction = Literal["maximize", "minimize", "neither"]
-Table = Literal["run", "terminal", "file", "none"]
+Table = Literal["run", "file", "none"]
 """Tables in order of width; a table has the columns of all tables before it."""
-TABLES: tuple[Table, ...] = ("run", "terminal", "file")
+TABLES: tuple[Table, ...] = ("run", "file")
 VALIDATION = "validation_"
 """Prefix of the names of metrics that are measured during training."""
 
@@ -46,7 +46,7 @@ class Metric:
     """Unit of the value in JSON; empty for shares and other pure numbers."""
     scale: float = 1.0
     """Factor from the unit in JSON to the printed unit, such as 1e3 from seconds to milliseconds."""
-    table: Table = "terminal"
+    table: Table = "file"
     """Narrowest table with a column for the metric; "none" if no table shows it."""
     aspect: Literal["quality", "speed"] = "quality"
     """Whether the metric measures the quality of predictions or their speed."""
@@ -65,7 +65,7 @@ class Metric:
 _OWN = (
     Metric("accuracy", "accuracy", "maximize", "{:.2%}", table="run"),
     Metric("micro_f1", "micro F1", "maximize", table="run", unless="accuracy"),
-    Metric("macro_f1", "macro F1", "maximize", table="file"),
+    Metric("macro_f1", "macro F1", "maximize"),
     Metric("weighted_f1", "weighted F1", "maximize", table="none"),
     Metric("entity_f1", "entity F1", "maximize", table="run"),
     Metric("entity_precision", "entity precision", "maximize", table="none"),
@@ -82,9 +82,9 @@ _OWN = (
     Metric("token_accuracy", "token accuracy", "maximize", "{:.2%}", table="run", baseline="baseline_accuracy"),
     Metric("next_sentence_accuracy", "next sentence", "maximize", "{:.2%}"),
     Metric("perplexity", "perplexity", "minimize", "{:,.3f}", "per token", table="run"),
-    Metric("word_perplexity", "per word", "minimize", "{:.2f}", table="file"),
-    Metric("bits_per_byte", "bits/byte", "minimize", unit="bits per byte", table="file"),
-    Metric("nll", "nats/token", "minimize", unit="nats per token", table="file", baseline="baseline_loss"),
+    Metric("word_perplexity", "per word", "minimize", "{:.2f}"),
+    Metric("bits_per_byte", "bits/byte", "minimize", unit="bits per byte"),
+    Metric("nll", "nats/token", "minimize", unit="nats per token", baseline="baseline_loss"),
     Metric("loss", "loss", "minimize", table="run"),
     Metric("error", "mean absolute error", "minimize", unit="the label's unit", table="none"),
     Metric("next_sentence_loss", "next sentence loss", "minimize", unit="nats", table="none"),
@@ -123,9 +123,3 @@ def text(name: str, value: float) -> str:
     """Format `value` as the metric's record defines; without a record, format it with six significant digits."""
     record = find(name)
     return record.text(value) if record else f"{value:.6g}"
-
-
-def named(name: str, value: float) -> str:
-    """Return "name=value". For a duration, the title replaces the name, because the title contains the unit."""
-    record = find(name)
-    return f"{record.title if record and record.unit == 's' else name}={text(name, value)}"

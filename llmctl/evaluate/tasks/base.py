@@ -300,6 +300,10 @@ class Task(Predicts):
         """Fit values on validation rows after training, such as thresholds. The artifact stores them as `fitted`."""
         return {}
 
+    def validation_note(self, model: ModelConfig, rows: Rows) -> str:
+        """Return how the validation of rows in training differs from `evaluate`; empty if it does not."""
+        return ""
+
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def check_model(self, model: ModelConfig, where: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import Truncate
+from llmctl.data.examples.labelled import SequencePairRows
 from llmctl.data.pretraining import baselines, objective_rows
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
@@ -93,6 +94,12 @@ class Language(Task):
             row_weight(batch, label_B) * (label_B >= 0), temperature, hard,
         )  # fmt: skip
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+
+    def validation_note(self, model: ModelConfig, rows: Any) -> str:
+        """Return that training predicts ends of texts, which perplexity and the scores of completions leave out."""
+        if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
+            return ""
+        return "validation also scores the end of each text, which eval leaves out; compare its figures with themselves"
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> scores.

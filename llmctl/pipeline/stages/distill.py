@@ -69,6 +69,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
+    from llmctl.pipeline import console
     from llmctl.train import learner
 
     devices = mesh.make(config.mesh)
@@ -77,6 +78,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     learns = make_learner(config, teacher, student, devices)
     tokens = loading.load(teacher.tokenizer_dir)
     text = Text(config.data, learns.task.reads_labels)
+    for line in text.describe():
+        console.say(f"{config.title}: {line}")
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
         advice = numbers_hint(text.classes, teacher.manifest.labels)
         raise RequestError(

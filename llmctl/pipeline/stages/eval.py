@@ -55,7 +55,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if config.plot:
         _can_draw()
     tasks = [TASKS[t] for t in config.tasks] or [of(artifact.read_manifest(path)) for path in chosen.values()]
-    examples = splits.examples(config.data, config.split, any(task.reads_labels for task in tasks))
+    loaded = splits.load(config.data, labels=any(task.reads_labels for task in tasks))
+    examples = loaded[config.split]
+    console.say(f"{config.title}: {loaded.describe()}")
     if config.examples:
         examples = examples.sample(config.examples)
     with mesh.use(mesh.make(config.mesh)) as devices:

@@ -95,11 +95,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     tokens = loading.load(base.tokenizer_dir)
     text = Text(config.data, TASKS[config.task].reads_labels)
     labels = _labels(config, text)
-    if config.data.unlabeled == "drop" and text.splits.unlabeled:
-        console.say(f"{config.title}: {text.splits.unlabeled} of {text.splits.rows} rows have no label, dropped")
+    for line in text.describe():
+        console.say(f"{config.title}: {line}")
     learns = make_learner(config, base, labels, devices)
-    if hint := pooling_hint(config, base, learns.model):
-        console.say(f"{config.title}: {hint}")
+    for line in filter(None, (head_notice(config, base, labels), pooling_hint(config, base, learns.model))):
+        console.say(f"{config.title}: {line}")
 
     cache = ctx.work / "corpus"
     needed = training_rows(config.train)
@@ -203,6 +203,30 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
     )  # fmt: skip
 
 
+def why_new_head(config: Config, base: Artifact, labels: list[str]) -> str:
+    """Return why the task needs another head than the parent's; empty if the parent's fits."""
+    from llmctl.artifacts.manifest import listed
+    from llmctl.model.head_kinds import HEAD_KINDS
+
+    task, cfg = TASKS[config.task], base.model
+    if HEAD_KINDS[task.head].vocabulary:
+        return ""
+    if (parents := of(base.manifest)) is not task:
+        return f"the parent's is for task {parents.name}"
+    if labels and base.manifest.labels != labels:
+        return f"the parent's classes are {listed(base.manifest.labels)}, the data's {listed(labels)}"
+    if not HEAD_KINDS[task.head].per_token and config.pooling not in ("", cfg.pooling):
+        return f"the parent pools by {cfg.pooling}"
+    return ""
+
+
+def head_notice(config: Config, base: Artifact, labels: list[str]) -> str:
+    """Return a line if the trained head of an earlier finetuning is replaced by a new one; else an empty string."""
+    kind = base.model.head_kind
+    why = "" if kind.vocabulary or kind.bare else why_new_head(config, base, labels)
+    return f"the task's head is new and begins untrained: {why}" if why else ""
+
+
 def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
     """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
@@ -241,8 +265,7 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
         return cfg, params
     task.check_data(config.data, labels)
     per_token = HEAD_KINDS[task.head].per_token
-    fits = per_token or config.pooling in ("", cfg.pooling)
-    if of(base.manifest) is task and fits and (not labels or base.manifest.labels == labels):
+    if not why_new_head(config, base, labels):
         return cfg, params
     head = {"head": task.head, "labels": len(labels), "pooling": config.pooling or task.pooling or cfg.pooling}
     head |= {"pooler": False, "head_bias": True} if per_token else {}  # no pooling; biases as in published models

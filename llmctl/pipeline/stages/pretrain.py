@@ -73,6 +73,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     base = artifact.load(parent, devices) if parent else None
     objective = aim(config, base, devices)
     text = Text(config.data, labels=False)
+    for line in text.describe():
+        console.say(f"{config.title}: {line}")
     words = ctx.work / "tokenizer"
     with processes.in_turn():  # process 0 trains the tokenizer; the others read it
         done = ctx.work / "tokenizer.done"

@@ -149,7 +149,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         def progress(report: LayerReport) -> None:
             nonlocal done
             done += 1
-            reporter.log(done, {"layer": report.layer, "influence": report.influence, "error": report.error})
+            reporter.log(done, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
 
         params, saved = merged(base, reporter.say), Saved(ctx.work / "layers")
         if config.method == STRUCTURED:

@@ -105,6 +105,25 @@ def test_a_first_token_that_no_pretraining_has_trained_is_mentioned(base):
     assert not finetune.pooling_hint(finetune.Config(), trained, head)
 
 
+def test_a_trained_head_that_does_not_fit_is_said_to_be_new(base):
+    def parent(head, **about):
+        model = base.model.model_copy(update={"head": head, "pooling": "last"})
+        return SimpleNamespace(
+            model=model, manifest=SimpleNamespace(model=model, **{"task": head, "labels": []} | about)
+        )
+
+    def notice(parent, labels, **given):
+        return finetune.head_notice(finetune.Config(**given), parent, labels)
+
+    two = parent("classify", labels=["no", "yes"])
+    assert notice(two, ["no", "yes"]) == notice(parent("lm"), ["no", "yes"]) == notice(two, [], task="lm") == ""
+    assert notice(parent("embed"), ["no", "yes"]) == ""  # vectors have no trained head
+    new = "the task's head is new and begins untrained: the parent"
+    assert notice(two, ["a", "b", "c", "d"]) == f"{new}'s classes are no, yes, the data's a, b, c and 1 more"
+    assert notice(two, [], task="regress") == f"{new}'s is for task classify"
+    assert notice(two, ["no", "yes"], pooling="mean") == f"{new} pools by last"
+
+
 def test_frozen_layers_are_the_parents(sentiment, base, tmp_path):
     made = go(finetune, classify(sentiment, freeze_layers=2), base.path, tmp_path)
     before, after = (weights.flatten(a.params) for a in (base, made))
