@@ -107,7 +107,6 @@ def _prepare(
     text = splits.load(data, lambda ranges: pool(_scan, ranges), labels=False)
     if "text" not in text["train"].columns:
         raise RequestError("prepare takes text for language modelling: map data.columns.text")
-    say(f"{data.title}: {text.describe()}")
     key = _key(data, tokenizer, text)
     where, found = read(str(out)) if (out / DESCRIPTION).exists() else (None, None)
     if where and found and found.key == key:
@@ -118,6 +117,7 @@ def _prepare(
         return found
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out}: is there already, with something else; move it away or choose another folder")
+    say(f"{data.title}: {text.describe()}")
     words = _begin(work, key, tokenizer, text, say)
     plan = {split: list(_jobs(split, examples)) for split, examples in text.examples.items()}
     _write(work, [job for parts in plan.values() for _, jobs in parts for job in jobs], pool, progress)
