@@ -59,7 +59,7 @@ class SourceConfig(Config):
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     replace: dict[str, str] = {}
-    """Substrings to replace in every text column, in the given order."""
+    """Replacements {substring: new text} in every text column, applied in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
     """Unit of one document (source text). Blank lines separate paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)

@@ -24,8 +24,8 @@ from llmctl.config.registry import Registry
 
 Direction = Literal["maximize", "minimize", "neither"]
 Table = Literal["run", "file", "none"]
-"""Tables in order of width; a table has the columns of all tables before it."""
 TABLES: tuple[Table, ...] = ("run", "file")
+"""Tables in order of width; a table has the columns of all tables before it."""
 VALIDATION = "validation_"
 """Prefix of the names of metrics that are measured during training."""
 

@@ -92,7 +92,7 @@ class Template:
         """Render the conversation as text, up to the start of the assistant's answer.
 
         Raises:
-            RequestError: If the template refuses the messages (for example roles that do not alternate), fails, or
+            RequestError: If the template rejects the messages (for example roles that do not alternate), fails, or
                 exceeds the limits of `template_sandbox`.
         """
         try:
