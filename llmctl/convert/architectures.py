@@ -20,7 +20,9 @@ TO_GGUF = {v: k for k, v in GGUF.items()} | {"mistral": "llama"}
 
 
 def formats(name: str) -> list[str]:
-    """Return the formats to which models of a family can be exported; none if the family has no counterpart.
+    """Return the names of the formats to which models of a family can be exported.
+
+    If the family has no Hugging Face counterpart, the list is empty.
 
     Example:
         >>> formats("llama"), formats("bert"), formats("original")

@@ -42,7 +42,7 @@ ADVICE = (
     "llmctl reads all texts in its way from here on, so compare `llmctl eval` on your examples with the figures that "
     "you know; --tokenizer names another tokenizer, and finetuning adapts the model to these tokens"
 )
-"""What to do if transformers tokenizes texts otherwise with the imported files."""
+"""Advice for an imported model whose texts transformers tokenizes differently with the original files."""
 
 
 def run(

@@ -127,7 +127,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _figure(metrics: Result, name: str) -> str:
-    """Format a metric with its 95 % interval; a dash if it is missing."""
+    """Return a metric with its 95 % interval as text, or a dash if it is missing."""
     if name not in metrics:
         return "–"
     shown = text(name, metrics[name])

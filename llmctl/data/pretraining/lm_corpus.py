@@ -61,7 +61,7 @@ class Text:
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     def describe(self) -> list[str]:
-        """Return a line about the rows of raw text and its splits; none for prepared text."""
+        """Return a log line about the raw rows and their splits, in a list; for prepared text, the list is empty."""
         return [] if self._prepared else [self.splits.describe()]
 
     @property

@@ -301,7 +301,7 @@ class Task(Predicts):
         return {}
 
     def validation_note(self, model: ModelConfig, rows: Rows) -> str:
-        """Return how the validation of rows in training differs from `evaluate`; empty if it does not."""
+        """Return a note about the difference between validation in training and `evaluate`; "" if there is none."""
         return ""
 
     # --- evaluation --------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class Language(Task):
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
-        """Return that training predicts ends of texts, which perplexity and the scores of completions leave out."""
+        """Return a note that validation also scores the ends of texts, which the evaluation of perplexity omits."""
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
             return ""
         return "validation also scores the end of each text, which eval leaves out; compare its figures with themselves"
