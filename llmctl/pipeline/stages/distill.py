@@ -1,4 +1,7 @@
-"""`distill`: train a student on a teacher's outputs (Hinton et al., 2015, arXiv:1503.02531), for every kind of head."""
+"""Define the stage `distill`, which trains a student on a teacher's outputs (Hinton et al., 2015, arXiv:1503.02531).
+
+It supports every kind of head.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`eval`: measure artifacts on held-out data. Every result has the digest of the measured weights."""
+"""Define the stage `eval`, which measures artifacts on held-out data.
+
+Every result has the digest of the measured weights.
+"""
 
 from __future__ import annotations
 

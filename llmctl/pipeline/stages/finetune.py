@@ -1,4 +1,7 @@
-"""`finetune`: train a pretrained model for a task, with all parameters, with frozen first layers, or with adapters."""
+"""Define the stage `finetune`, which trains a pretrained model for a task.
+
+It trains all parameters, the layers above frozen ones, or adapters.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pretrain`: train a tokenizer and a language model on raw text."""
+"""Define the stage `pretrain`, which trains a tokenizer and a language model on raw text."""
 
 from __future__ import annotations
 

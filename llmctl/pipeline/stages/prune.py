@@ -1,4 +1,7 @@
-"""`prune`: remove heads, neurons and layers, or set single weights to zero, selected on calibration data."""
+"""Define the stage `prune`, which removes heads, neurons and layers, or sets single weights to zero.
+
+Both are selected on calibration data.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`quantize`: store the matrices as integers with scales, and compute with these integers."""
+"""Define the stage `quantize`, which stores the matrices as integers with scales.
+
+The products are computed with these integers.
+"""
 
 from __future__ import annotations
 
