@@ -1,6 +1,6 @@
 """Define the stage `prune`, which removes heads, neurons and layers, or sets single weights to zero.
 
-Both are selected on calibration data.
+Most methods select them on calibration data.
 """
 
 from __future__ import annotations
