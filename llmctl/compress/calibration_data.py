@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from llmctl.artifacts.artifact import Artifact
 from llmctl.compress.settings import CalibrationConfig
 from llmctl.config.errors import RequestError
+from llmctl.data import columns as mapping
 from llmctl.data import splits
 from llmctl.data.device_batches import DeviceBatches
 from llmctl.data.examples import made_up
@@ -37,7 +38,8 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
       RequestError: the sequence length is unknown or too long, the split has no texts, or `labels` is true and the data
         has no labels.
     """
-    chosen = splits.examples(config.data, config.split, labels).sample(config.examples)
+    talks = of(base.manifest).reads_conversations and (labels or mapping.holds_conversations(config.data))
+    chosen = splits.examples(config.data, config.split, labels, talks).sample(config.examples)
     if labels and base.manifest.labels and list(chosen.classes) != base.manifest.labels:
         raise RequestError(f"data: classes {list(chosen.classes)} are not those of {base.path}, {base.manifest.labels}")
     rows = _rows(config, base, chosen, tokenizers.load(base.tokenizer_dir), labels)

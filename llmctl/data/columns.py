@@ -7,13 +7,19 @@ from typing import Any
 
 from llmctl.config.base import hint, spelled
 from llmctl.config.errors import RequestError
-from llmctl.data.config import COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
+from llmctl.data import chats
+from llmctl.data.config import CHAT_COLUMNS, COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
 from llmctl.data.label_values import Unlabeled, canonical, plain
 from llmctl.data.source import Row, Source, open_source
 
 CHATS = (
-    "chats, which are not trained yet; write each exchange as two text columns, prompt and completion "
-    "(`llmctl generate --chat` answers chats)"
+    'chats, which task = "chat" reads; for another task write each exchange as two text columns, prompt and completion'
+)
+
+
+NO_CHATS = (
+    'none of its columns holds conversations; name one in data.columns, such as { messages = "dialog" } (lists of '
+    '{"role", "content"} or {"from", "value"})'
 )
 
 
@@ -23,9 +29,19 @@ class View(Source):
     `read` returns None for filtered rows. If `tokens` (a list of words) is mapped but no text column, `text` contains
     the words joined by spaces. Class numbers are replaced by the names that the data declares, unless `data.classes`
     contains none of these names.
+
+    Of conversations only the columns `messages` and `tools` are mapped, and each row has its messages in the format of
+    `llmctl.data.chats`. Otherwise these two columns are not mapped.
     """
 
-    def __init__(self, cfg: SourceConfig, classes: Sequence[str] = (), numbers: bool = False, labels: bool = True):
+    def __init__(
+        self,
+        cfg: SourceConfig,
+        classes: Sequence[str] = (),
+        numbers: bool = False,
+        labels: bool = True,
+        conversations: bool = False,
+    ):
         """Open the source and map its columns.
 
         Args:
@@ -33,6 +49,7 @@ class View(Source):
             classes: Label values that the data may have (`data.classes`); empty allows all.
             numbers: Whether labels are numbers, which have no class names.
             labels: Whether to map label columns. Pretraining does not read them.
+            conversations: Whether the rows are conversations.
 
         Raises:
             RequestError: If the source lacks a column, or has no text column.
@@ -50,9 +67,11 @@ class View(Source):
                 raise RequestError(
                     f"data.columns: unknown column {ours!r}{hint(ours, list(COLUMNS))} (ours: {', '.join(COLUMNS)})"
                 )
-        hidden = set() if labels else LABEL_COLUMNS
+        hidden = set(COLUMNS) - CHAT_COLUMNS if conversations else CHAT_COLUMNS | (set() if labels else LABEL_COLUMNS)
         self._late = set() if cfg.columns else set(COLUMNS) - set(known) - hidden
         given = cfg.columns or {c: c for c in _mapped(known)}
+        if conversations:
+            given = dict(zip(("messages",), _conversations(self._source), strict=False)) | given
         # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
         self._map = {c: given[c] for c in COLUMNS if c in given and c not in hidden}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
@@ -64,8 +83,9 @@ class View(Source):
         self.texts = (*self._joined, *self._texts)
         """Text columns. The text of the first one determines a row's split."""
         self.columns = (*self._joined, *self._map)
-        if len(self._source) and not self.texts:
-            raise RequestError(f"{cfg.title}: {_without_text(self._source[0])} (columns: {', '.join(known)})")
+        if len(self._source) and not (self.texts or "messages" in self._map):
+            wrong = NO_CHATS if conversations else _without_text(self._source[0])
+            raise RequestError(f"{cfg.title}: {wrong} (columns: {', '.join(known)})")
         self._keep = {
             column: [(plain(v), isinstance(v, str)) for v in (value if isinstance(value, list) else [value])]
             for column, value in cfg.filter.items()
@@ -100,7 +120,7 @@ class View(Source):
     def _canonical(self, raw: Row, i: int) -> Row:
         row = {}
         for ours, theirs in self._map.items():
-            if theirs not in raw and ours != "pair":
+            if theirs not in raw and ours not in ("pair", "tools"):
                 error = Unlabeled if ours in LABEL_COLUMNS else RequestError
                 raise error(
                     f"{self.where(i)}: no column {theirs!r}{hint(theirs, list(raw))} (columns: {', '.join(raw)})"
@@ -115,8 +135,8 @@ class View(Source):
             if value is None:
                 value = ""
             if not isinstance(value, str):
-                what = CHATS if _is_chat(value) else f"{type(value).__name__}, not text"
-                if isinstance(value, list) and value and isinstance(value[0], str) and not _is_chat(value):
+                what = CHATS if chats.is_chat(value) else f"{type(value).__name__}, not text"
+                if isinstance(value, list) and value and isinstance(value[0], str):
                     what += "; write one text per row, or map lists of words to tokens"
                 raise RequestError(f"{self.where(i)}: column {self._map[ours]!r} holds {what}")
             row[ours] = self._clean(value)
@@ -126,7 +146,26 @@ class View(Source):
             row["text"] = " ".join(row["tokens"])
         if "answers" in row:
             row["answers"] = self._answers(row, i)
+        if "messages" in row:
+            row |= self._conversation(row, i)
         return row
+
+    def _conversation(self, row: Row, i: int) -> Row:
+        column = "messages"
+        try:
+            found: Row = {"messages": chats.read(row["messages"], self._clean)}
+            column = "tools"
+            return found | {"tools": chats.read_tools(row.get("tools"))}
+        except RequestError as e:
+            raise RequestError(f"{self.where(i)}: column {self._map[column]!r} {e}") from None
+        except RecursionError:
+            raise RequestError(f"{self.where(i)}: column {self._map[column]!r} is nested too deeply") from None
+
+    def written(self, row: Row) -> list[str]:
+        """Return the texts that make a row. The first one decides its split; equal ones are repeated rows."""
+        if "messages" in row:
+            return [chats.opening(row["messages"]), chats.written(row["messages"], row["tools"])]
+        return [row[c] for c in self.texts]
 
     def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
         """Return True if a value is in the list of a filter. Two texts are equal only if their spelling is equal."""
@@ -196,31 +235,42 @@ class View(Source):
 
 def _without_text(row: Row) -> str:
     """Return advice for data without a canonical text column, based on its first row."""
-    if chats := next((column for column, value in row.items() if _is_chat(value)), None):
-        return f"column {chats!r} holds {CHATS}"
+    if found := next((column for column, value in row.items() if chats.is_chat(value)), None):
+        return f"column {found!r} holds {CHATS}"
     if text := next((column for column, value in row.items() if isinstance(value, str)), None):
         return f'none of its columns is a text column; set data.columns, such as {{text = "{text}"}}'
     return "none of its columns holds text"
 
 
-def _is_chat(value: Any) -> bool:
-    """Return True if a value is a list of chat messages, which have roles."""
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        return False
-    return all({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in value)
+def _conversations(source: Source) -> list[str]:
+    """Return the column of conversations, by its name or by the first row's value; empty if there is none."""
+    named = [c for c in chats.NAMES if c in source.columns]
+    held = [c for c, value in source[0].items() if chats.is_chat(value)] if len(source) and not named else []
+    return (named or held)[:1]
 
 
-def views(cfg: DataConfig, labels: bool = True) -> list[View]:
+def views(cfg: DataConfig, labels: bool = True, conversations: bool = False) -> list[View]:
     """Open every source of a data config.
 
     Args:
         cfg: Settings of the data.
         labels: Whether to map label columns.
+        conversations: Whether the rows are conversations.
 
     Raises:
         RequestError: If a source lacks a column, or has no text column.
     """
-    return [View(part, cfg.classes, cfg.label_type == "number", labels) for part in cfg.sources()]
+    numbers = cfg.label_type == "number"
+    return [View(part, cfg.classes, numbers, labels, conversations) for part in cfg.sources()]
+
+
+def holds_conversations(cfg: DataConfig) -> bool:
+    """Return whether every source has a column of conversations.
+
+    Raises:
+        RequestError: If a source cannot be opened.
+    """
+    return all(part.columns.get("messages") or _conversations(open_source(part)) for part in cfg.sources())
 
 
 def _mapped(known: Collection[str]) -> list[str]:

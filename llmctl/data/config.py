@@ -20,8 +20,10 @@ Truncate = Literal["tail", "head_tail"]
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "context", "question")
 """Canonical columns that contain text. The first one that a row has determines the row's split, so that a context
 and all of its questions are in the same split."""
-COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers")
+COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "messages", "tools")
 """All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
+CHAT_COLUMNS = {"messages", "tools"}
+"""Canonical columns of conversations: a list of messages, and a list of tools that the assistant may call."""
 LABEL_COLUMNS = {"label", "tags", "answers"}
 """Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
@@ -55,7 +57,8 @@ class SourceConfig(Config):
     """Map from canonical column names to those of the source, such as {text = "review"}. Empty uses the columns with
     canonical names. Canonical names of text columns are text, pair, prompt, completion, context and question. The
     others are label, tokens (a list of words), tags (one label per word) and answers (in SQuAD's format {text =
-    [...], answer_start = [...]}, with empty lists if there is no answer)."""
+    [...], answer_start = [...]}, with empty lists if there is no answer). Conversations have messages (also called
+    conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     replace: dict[str, str] = {}

@@ -84,7 +84,7 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
         if row is None:
             state[i - first] = FILTERED
             continue
-        values = [row[c] for c in view.texts]
+        values = view.written(row)
         if not any(v.strip() for v in values):
             state[i - first] = BLANK
             continue

@@ -30,7 +30,8 @@ Range = tuple[int, int, int]
 class Examples:
     """Give access to the rows of one split. A row is a dict of text columns and, if the data is labeled, `label`.
 
-    Rows also have `tokens`, `tags` (lists of text) and `answers` if the data has them. An answer is a pair (text, index
+    Rows also have `tokens`, `tags` (lists of text) and `answers` if the data has them. Conversations have `messages`
+    and `tools` instead (`llmctl.data.chats`). An answer is a pair (text, index
     of its first character). `label` is the class index (int), the number (float), or the set of classes as C zeros and
     ones. Rows are read at each access. Arrays are [N], with one entry per row.
     """
@@ -173,17 +174,21 @@ class Splits:
         return self.examples[split]
 
 
-def examples(cfg: DataConfig, split: Split, labels: bool = True) -> Examples:
+def examples(cfg: DataConfig, split: Split, labels: bool = True, conversations: bool = False) -> Examples:
     """Load the examples of one split, with or without labels. `load` returns all three splits for the same cost.
 
     Raises:
         RequestError: If `load` raises it, or if the split is empty.
     """
-    return load(cfg, labels=labels)[split]
+    return load(cfg, labels=labels, conversations=conversations)[split]
 
 
 def load(
-    cfg: DataConfig, scans: Callable[[Iterable[Range]], Iterable[Scan]] | None = None, *, labels: bool = True
+    cfg: DataConfig,
+    scans: Callable[[Iterable[Range]], Iterable[Scan]] | None = None,
+    *,
+    labels: bool = True,
+    conversations: bool = False,
 ) -> Splits:
     """Read every row once: filter rows, map labels, remove blanks and duplicates, and split.
 
@@ -191,12 +196,13 @@ def load(
         cfg: Settings of the data.
         scans: Function that scans ranges of rows (source, first, last + 1) in order, for example in several processes.
         labels: Whether to read labels. If false, rows have no label columns.
+        conversations: Whether the rows are conversations, which have only the columns messages and tools.
 
     Raises:
         RequestError: If files or columns are missing, if rows cannot be read, if labels are not among the classes, or
             if there is no text.
     """
-    views = columns.views(cfg, labels=labels)
+    views = columns.views(cfg, labels=labels, conversations=conversations)
     if any(v.columns != views[0].columns for v in views):
         listed = "; ".join(", ".join(v.columns) for v in views)
         what = "sources of a mixture" if cfg.mixture else "files of the splits"

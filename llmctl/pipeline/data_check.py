@@ -40,10 +40,10 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
         data = getattr(step.config, "data", None)
         if (wanted and step.name not in wanted) or not isinstance(data, DataConfig):
             continue
-        columns, labels = needed(recipe, step), _reads_labels(recipe, step)
-        if (mark := (data.model_dump_json(), columns, labels)) not in seen:
+        columns, (labels, conversations) = needed(recipe, step), _reads(recipe, step)
+        if (mark := (data.model_dump_json(), columns, labels, conversations)) not in seen:
             seen.add(mark)
-            _check(step.name, data, columns, missing, labels)
+            _check(step.name, data, columns, missing, labels, conversations)
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
@@ -61,11 +61,12 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
     return tuple(c for c in columns if c != "pair")  # the pair is optional with scores
 
 
-def _reads_labels(recipe: Recipe, step: Step) -> bool:
-    """Return whether the recipe determines that a stage reads labels."""
+def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool]:
+    """Return whether a stage is known to read labels, and conversations."""
     from llmctl.evaluate.tasks.registry import TASKS
 
-    return any(TASKS[task].reads_labels for task in _tasks(recipe, step))
+    tasks = [TASKS[task] for task in _tasks(recipe, step)]
+    return any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
 
 
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
@@ -93,7 +94,9 @@ def _learned(recipe: Recipe, read: str | Path | None) -> str:
     return ""
 
 
-def _check(name: str, data: DataConfig, columns: tuple[str, ...], missing: bool, labels: bool) -> None:
+def _check(
+    name: str, data: DataConfig, columns: tuple[str, ...], missing: bool, labels: bool, conversations: bool
+) -> None:
     from llmctl.data import columns as mapping
     from llmctl.data.dedup import scan
     from llmctl.data.source import open_source
@@ -108,7 +111,7 @@ def _check(name: str, data: DataConfig, columns: tuple[str, ...], missing: bool,
             return
         raise
     try:
-        views = mapping.views(data, labels)
+        views = mapping.views(data, labels, conversations)
         for view in views:
             absent = [c for c in columns if c not in view.columns]
             if len(view) and absent:

@@ -136,7 +136,7 @@ def run(
     """
     settings, about = with_length(config, rows)
     note = learner.task.validation_note(learner.model, unseen)
-    about = [*padding.describe(rows), *about, *filter(None, [note])]
+    about = [*getattr(rows, "remarks", ()), *padding.describe(rows), *about, *filter(None, [note])]
     judge = learner.task.loss_of(
         learner.trains,
         dtype=jnp.dtype(settings.dtype),

@@ -237,7 +237,7 @@ def test_wrong_requests(reviews, kw, message):
 @pytest.mark.parametrize("columns", [{}, {"text": "messages"}])
 def test_chats_are_refused_with_what_works(said, columns, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": "a", "messages": [said]}) + "\n")
-    with pytest.raises(RequestError, match=r"'messages' holds chats, .* prompt and completion \(`llmctl generate"):
+    with pytest.raises(RequestError, match=r"'messages' holds chats, which task = .chat. reads"):
         splits.load(DataConfig(source="jsonl", path=str(tmp_path / "x.jsonl"), columns=columns))
 
 

@@ -38,6 +38,7 @@ BATCH = {
     "span": {"types", "among", "first", "last", "start", "end", "example"},
     "embed": {"pair_tokens", "pair_segments", "pair_positions"},
     "lm": {"targets", "weights"},
+    "chat": {"targets", "weights"},
 }
 """Arrays of a batch beside tokens, segments and positions."""
 

@@ -167,10 +167,11 @@ def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str
     """Answer the messages of a file, or every line of standard input. Print answers while they are generated."""
     from llmctl.data.tokenizers import loading as tokenizers
     from llmctl.model.generate import chat
+    from llmctl.model.generate.chat_template import Template
     from llmctl.model.generate.continuations import end_ids
 
     words = tokenizers.load(loaded.tokenizer_dir)
-    template = chat.Template(tokenizers.chat_template(loaded.tokenizer_dir), words)
+    template = Template(words.chat_template, words)
     talk = chat.Conversation(template, decoder, end_ids(loaded.tokenizer_dir, words))
     talk.messages += [{"role": "system", "content": system}] if system else []
     turns = [chat.read_messages(file)] if file else ([{"role": "user", "content": line}] for line in _stdin())

@@ -19,6 +19,7 @@ from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer.new(sentinels=1000)
 """Tokenizer of synthetic examples. It can replace any tokenizer, because row shapes do not depend on the vocabulary."""
+TOKENIZER.chat_template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
 TEXT = "Once there was a text. It had some sentences! "
 COPIES = 4
 
@@ -78,6 +79,7 @@ def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Seq
     found = tuple(cfg.classes) or tuple(classes) or ("no", "yes")
     long, words = TEXT * (1 + seq_len // len(TEXT)), TEXT.split()
     values: dict[str, Any] = {"tokens": words, "tags": found[:1] * len(words), "answers": [], "question": TEXT}
+    values |= {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": long}], "tools": None}
     row = tuple(values.get(name, long) for name in names)
     labels = np.zeros(COPIES, np.float32 if numbers else np.int32)
     labels = np.zeros((COPIES, len(found)), np.uint8) if sets else labels

@@ -24,18 +24,19 @@ from llmctl.data.tokenizers.base import Tokenizer
 class Text:
     """Give access to the text of a data config. Raw text is read at first use; prepared text is already tokenized."""
 
-    def __init__(self, cfg: DataConfig, labels: bool = True):
+    def __init__(self, cfg: DataConfig, labels: bool = True, conversations: bool = False):
         """Open prepared sources and check their settings.
 
         Args:
             cfg: Settings of the data.
             labels: Whether to read labels.
+            conversations: Whether the rows are conversations.
 
         Raises:
             RequestError: If prepared and raw sources are mixed, or if prepared ones are missing, have different
                 tokenizers, or were prepared with other settings.
         """
-        self._cfg, self._labels = cfg, labels
+        self._cfg, self._labels, self._conversations = cfg, labels, conversations
         kinds = {part.source == "prepared" for part in cfg.parts()}
         if len(kinds) > 1:
             raise RequestError("a mixture is of prepared sources or of raw ones; prepare the others as well")
@@ -48,7 +49,7 @@ class Text:
     @functools.cached_property
     def splits(self) -> splits.Splits:
         """Return the splits of the raw text."""
-        return splits.load(self._cfg, labels=self._labels)
+        return splits.load(self._cfg, labels=self._labels, conversations=self._conversations)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -81,6 +81,8 @@ class Tokenizer(ABC):
     """Whether documents and prompts begin with `bos_id`."""
     model: bytes
     """Content of the model file."""
+    chat_template: str | None = None
+    """Source of the Jinja template of conversations; None if the tokenizer has none."""
     own_template: TextTemplate | None = None
     """Template of an imported tokenizer, with which the model was trained; None uses llmctl's own template."""
 
@@ -175,14 +177,33 @@ class Tokenizer(ABC):
         A spelling that contains `SPOILED` is encoded as text, without that character.
         """
         special = self.special_ids
-        if not special:
-            return self.encode(text.replace(SPOILED, ""))
-        pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        parts = re.split(f"({pattern})", text)
         out: list[int] = []
-        for i, part in enumerate(parts):
+        for i, part in enumerate(self.split_special(text)):
             out += [special[part]] if i % 2 else self.encode(part.replace(SPOILED, "")) if part else []
         return out
+
+    def split_special(self, text: str) -> list[str]:
+        """Split a text at the spellings of special tokens, which are every second part."""
+        special = sorted(self.special_ids, key=len, reverse=True)
+        return re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+
+    def spelled_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return `encode_spelled(text)` and the range [first, last) of each token's characters in `text`."""
+        special = self.special_ids
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for i, part in enumerate(self.split_special(text)):
+            if i % 2:
+                ids.append(special[part])
+                spans.append((at, at + len(part)))
+            elif part:
+                place = [*(at + n for n, c in enumerate(part) if c != SPOILED), at + len(part)]
+                own, found = self.offsets([part.replace(SPOILED, "")])[0]
+                ids += own
+                spans += [(place[a], place[b - 1] + 1 if a < b else place[a]) for a, b in found]
+            at += len(part)
+        return ids, spans
 
     @property
     def template(self) -> TextTemplate:

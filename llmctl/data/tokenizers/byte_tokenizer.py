@@ -13,6 +13,8 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 FIRST = 5
 """Id of byte 0. The ids below are pad, unk, bos, eos and mask."""
+SPELLINGS = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}
+"""Spellings of the special tokens in chat templates."""
 
 MOST_SENTINELS = 1000
 """Maximum number of sentinels, as in the setting `tokenizer.sentinels`."""
@@ -45,6 +47,10 @@ class ByteTokenizer(Tokenizer):
     def new(cls, sentinels: int = 0, add_bos: bool = True) -> ByteTokenizer:
         """Build a byte tokenizer with `sentinels` sentinels."""
         return cls((json.dumps({"sentinels": sentinels}) + "\n").encode(), add_bos)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        return SPELLINGS
 
     def encode(self, text: str) -> list[int]:
         return (np.frombuffer(text.encode(), np.uint8).astype(int) + FIRST).tolist()

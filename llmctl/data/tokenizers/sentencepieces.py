@@ -51,6 +51,7 @@ class SentencePieces(Tokenizer):
         except RuntimeError:
             raise ValueError("not a SentencePiece model") from None
         self.model, self.add_bos = model, add_bos and self._sp.bos_id() >= 0
+        self._special_ids: dict[str, int] | None = None
         self.vocab_size = self._sp.vocab_size()
         self.unk_id, self.bos_id, self.eos_id = self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id()
         if self.eos_id < 0:
@@ -72,8 +73,10 @@ class SentencePieces(Tokenizer):
 
     @property
     def special_ids(self) -> dict[str, int]:
-        special = (i for i in range(self.vocab_size) if self._sp.is_control(i) or self._sp.is_unknown(i))
-        return {self._sp.id_to_piece(i): i for i in special}
+        if self._special_ids is None:
+            special = (i for i in range(self.vocab_size) if self._sp.is_control(i) or self._sp.is_unknown(i))
+            self._special_ids = {self._sp.id_to_piece(i): i for i in special}
+        return self._special_ids
 
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)

@@ -62,6 +62,7 @@ class JsonTokenizer(Tokenizer):
         if self.vocab_size > len(model):  # each token takes some bytes, and arrays are as long as the largest id
             raise ValueError(f"its largest token id is {self.vocab_size - 1:,}, and it does not hold so many tokens")
         self.special = dict(special or {})
+        self._special_ids: dict[str, int] | None = None
         ids = {name: self._find(name) for name in SPELLINGS}
         eos = ids["eos"]
         if eos is None:
@@ -110,20 +111,28 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def special_ids(self) -> dict[str, int]:
-        added = self._backend.get_added_tokens_decoder().items()
-        return {token.content: i for i, token in added if token.special or i in self._hidden}
+        if self._special_ids is None:
+            added = self._backend.get_added_tokens_decoder().items()
+            self._special_ids = {token.content: i for i, token in added if token.special or i in self._hidden}
+        return self._special_ids
 
     def encode_spelled(self, text: str) -> list[int]:
         if SPOILED in text:
             return super().encode_spelled(text)
         # The text is encoded at once, because the backend may put a space before each separate part.
-        return self._encode_special(text)
+        return self._encode_special(text).ids
 
-    def _encode_special(self, text: str) -> list[int]:
-        """Encode a text in which spellings of special tokens become special tokens."""
+    def spelled_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if SPOILED in text:
+            return super().spelled_offsets(text)
+        found = self._encode_special(text)
+        return found.ids, found.offsets
+
+    def _encode_special(self, text: str) -> Any:
+        """Encode a text in which spelled-out special tokens become special tokens, for this call only."""
         self._backend.encode_special_tokens = False
         try:
-            return rust_errors.call(self._backend.encode, text, add_special_tokens=False).ids
+            return rust_errors.call(self._backend.encode, text, add_special_tokens=False)
         finally:
             self._backend.encode_special_tokens = True
 
@@ -146,7 +155,7 @@ class JsonTokenizer(Tokenizer):
             raise ValueError("the tokenizer has no mask token")
         own = self.special["mask"]
         # Only an added token with `lstrip` absorbs the space before it, so that space is removed here.
-        return self._encode_special(text.replace(f" {MASK}", own).replace(MASK, own))
+        return self._encode_special(text.replace(f" {MASK}", own).replace(MASK, own)).ids
 
     def pieces(self) -> list[str]:
         raw = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]

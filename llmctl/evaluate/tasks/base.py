@@ -100,8 +100,12 @@ class Task(Predicts):
     """Required value of `data.label_type`; empty accepts every value."""
     classes: ClassVar[bool] = False
     """Whether the model has one output per class of the data; the artifact then stores the class names."""
+    reads_conversations: ClassVar[bool] = False
+    """Whether its rows are conversations, with the columns messages and tools."""
     pooling: ClassVar[str] = ""
     """Default pooling of token outputs; empty keeps the pooling of the model."""
+    section: ClassVar[str] = ""
+    """Name of the section of `finetune` with the settings of this task; empty if it has none."""
     answers: ClassVar[bool] = True
     """Whether `metrics` also returns true labels and predictions, which user-selected metrics need."""
     reads: ClassVar[tuple[str, ...]] = READ
@@ -127,6 +131,19 @@ class Task(Predicts):
         self.check_label_type(data)
         if self.classes and len(labels) < 2:
             raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
+
+    def tokenizer_dir(self, folder: Path, settings: Any, work: Path) -> Path:
+        """Return the folder of the tokenizer that a finetuned artifact gets.
+
+        Args:
+            folder: Folder of the parent's tokenizer, which is returned if the task changes nothing.
+            settings: The task's own settings (`section`).
+            work: Folder to write a changed tokenizer to.
+
+        Raises:
+            RequestError: If the tokenizer lacks what the task needs.
+        """
+        return folder
 
     def check_label_type(self, data: DataConfig) -> None:
         """Check that `data.label_type` is the type that the task needs.

@@ -27,6 +27,7 @@ TASKS: Registry[Task] = Registry(
         "tokens": "llmctl.evaluate.tasks.tokens:TASK",
         "span": "llmctl.evaluate.tasks.span:TASK",
         "embed": "llmctl.evaluate.tasks.embed:TASK",
+        "chat": "llmctl.evaluate.tasks.chat:TASK",
         "lm": "llmctl.evaluate.tasks.language:TASK",
         "causal": "llmctl.evaluate.tasks.objectives:CAUSAL",
         "masked": "llmctl.evaluate.tasks.objectives:MASKED",

@@ -18,6 +18,8 @@ from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING
 from llmctl.model.generate.sampling import Sampling
 
+GENERATION = "generation_config.json"
+"""File in a tokenizer folder with the tokens that end an answer, if there are more than the tokenizer's own."""
 INCOMPLETE = "\ufffd"
 """Character that results from decoding an incomplete UTF-8 sequence."""
 
@@ -80,7 +82,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     Raises:
         RequestError: If that file is damaged, or an id in it has more than 31 bits.
     """
-    file = folder / "generation_config.json"
+    file = folder / GENERATION
     try:
         said = parse_json(file.read_bytes()).get("eos_token_id") if file.is_file() else None
     except (OSError, ValueError, AttributeError) as e:

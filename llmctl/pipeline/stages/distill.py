@@ -80,7 +80,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     student = artifact.load(parent, devices) if parent and config.model is None else None
     learns = make_learner(config, teacher, student, devices)
     tokens = loading.load(teacher.tokenizer_dir)
-    text = Text(config.data, learns.task.reads_labels)
+    text = Text(config.data, learns.task.reads_labels, learns.task.reads_conversations)
     for line in text.describe():
         console.say(f"{config.title}: {line}")
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:

@@ -58,7 +58,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if config.plot:
         _can_draw()
     tasks = [TASKS[t] for t in config.tasks] or [of(artifact.read_manifest(path)) for path in chosen.values()]
-    loaded = splits.load(config.data, labels=any(task.reads_labels for task in tasks))
+    labels, conversations = any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
+    loaded = splits.load(config.data, labels=labels, conversations=conversations)
     examples = loaded[config.split]
     console.say(f"{config.title}: {loaded.describe()}")
     if config.examples:

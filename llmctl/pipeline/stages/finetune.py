@@ -15,6 +15,7 @@ from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
+from llmctl.evaluate.settings import ChatConfig
 from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
@@ -35,17 +36,18 @@ class Config(StageConfig):
     """Train a model on a task's examples, and keep the parameters with the best validation metric."""
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
-    added: ClassVar[frozenset[str]] = frozenset({"adalora"})
+    added: ClassVar[frozenset[str]] = frozenset({"adalora", "chat"})
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
     """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
-    question, context and answers (span); text and pair (embed); prompt and completion, or text (lm)."""
+    question, context and answers (span); text and pair (embed); messages, and tools if there are any (chat); prompt
+    and completion, or text (lm)."""
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
-    vectors that are similar for pairs of texts, or that match given scores. lm: language modelling. If the data has
-    completions, only they count in the loss."""
+    vectors that are similar for pairs of texts, or that match given scores. chat: answers of the assistant in
+    conversations. lm: language modelling. If the data has completions, only they count in the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
@@ -66,6 +68,8 @@ class Config(StageConfig):
     temperature: float = Field(default=0.05, gt=0)
     """Task embed without scores: divisor of the similarities in the contrastive loss. The loss compares the pairs of a
     batch, or of a microbatch if train.accumulate is above 1."""
+    chat: ChatConfig = ChatConfig()
+    """Settings of task chat."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
@@ -77,6 +81,8 @@ class Config(StageConfig):
     def _belongs(self) -> Config:
         if error := stray(self.method, self.model_fields_set):
             raise ValueError(error)
+        if "chat" in self.model_fields_set and self.task != "chat":
+            raise ValueError(f"chat: not for task {self.task!r}, say task = 'chat'")
         return self
 
 
@@ -95,8 +101,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices)
-    tokens = loading.load(base.tokenizer_dir)
-    text = Text(config.data, TASKS[config.task].reads_labels)
+    task = TASKS[config.task]
+    own = getattr(config, task.section) if task.section else None
+    tokenizer_dir = task.tokenizer_dir(base.tokenizer_dir, own, ctx.work / "tokenizer")
+    tokens = loading.load(tokenizer_dir)
+    text = Text(config.data, task.reads_labels, task.reads_conversations)
     labels = _labels(config, text)
     for line in text.describe():
         console.say(f"{config.title}: {line}")
@@ -122,7 +131,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         task=config.task,
         fitted=learner.fitted(config, learns, params, held_out),
         metrics=metrics,
-        tokenizer_dir=base.tokenizer_dir,
+        tokenizer_dir=tokenizer_dir,
     )
 
 

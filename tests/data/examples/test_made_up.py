@@ -24,6 +24,7 @@ ROWS = {
     "scored": {"text": "", "pair": "two", "label": 0.5},
     "completion": {"prompt": "", "completion": "two"},
     "lm": {"text": ""},
+    "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
 }
 TYPES = {float: "number", list: "set"}
 HEADS = {"pair": "classify", "scored": "embed", "completion": "lm"}
@@ -51,7 +52,8 @@ def test_rows_have_the_form_of_the_data(name, tmp_path):
         return {key: (a.shape, a.dtype) for key, a in rows[0].items()}
 
     made = made_up.MadeUp(cfg, TASKS[head].columns, SEQ_LEN)
-    assert forms(made, Path("no such folder")) == forms(Text(cfg), tmp_path)
+    told = Text(cfg, conversations=TASKS[head].reads_conversations)
+    assert forms(made, Path("no such folder")) == forms(told, tmp_path)
 
 
 def test_classes_are_those_of_the_data_then_of_the_parent():

@@ -1,0 +1,169 @@
+"""Read conversations of a data set as messages in OpenAI's format, from that format or from ShareGPT's.
+
+Example:
+    >>> read([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}])
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    >>> opening(_)
+    'Hi'
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
+
+Message = dict[str, Any]
+"""Message: "role" (system, user, assistant or tool), "content" (text), and further keys for the chat template."""
+
+NAMES = ("messages", "conversations")
+"""Usual names of a column of conversations."""
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "function": "tool"}  # fmt: skip
+"""Role in chat templates of each role in OpenAI's format."""
+SENDERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+           "function_call": "assistant", "function": "tool", "tool": "tool", "observation": "tool"}  # fmt: skip
+"""Role of each sender in ShareGPT's format. The text of a `function_call` is a call as JSON."""
+
+
+def is_chat(value: Any) -> bool:
+    """Return whether a value is a list of messages with roles."""
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        return False
+    return all({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in value)
+
+
+def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
+    """Return a conversation in OpenAI's format, as chat templates read it.
+
+    Keys without a value are dropped. A content of several text parts becomes one text. The arguments of calls, which
+    data sets often store as text, become JSON data.
+
+    Args:
+        value: Value of a cell.
+        clean: Function that is applied to every text of a message.
+
+    Raises:
+        RequestError: If it is no conversation, a role is unknown, a message is empty, or the assistant is silent.
+    """
+    if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
+        kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
+        raise RequestError(f"holds {kind}, not a list of messages")
+    if not value:
+        raise RequestError("holds a conversation without messages")
+    found = [_message(m, f"message {number}", clean) for number, m in enumerate(value, 1)]
+    if all(m["role"] != "assistant" for m in found):
+        raise RequestError("holds a conversation in which the assistant says nothing, so there is nothing to learn")
+    return found
+
+
+def read_tools(value: Any) -> list[Any] | None:
+    """Return descriptions of tools, a list of JSON objects or its text; None if there are none.
+
+    Raises:
+        RequestError: If it is something else.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = parse_json(value)
+        except ValueError as e:
+            raise RequestError(f"holds tools that are not JSON ({e})") from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RequestError("must hold a list of tools, each a JSON object")
+    return [_kept(tool) for tool in value]
+
+
+def opening(messages: list[Message]) -> str:
+    """Return the first text of the user, or the first text if there is none. It decides the split."""
+    said = [m["content"] for m in messages if m["role"] == "user"] or [messages[0]["content"]]
+    return said[0]
+
+
+def written(messages: list[Message], tools: list[Any] | None) -> str:
+    """Return the whole conversation as one text, which tells whether two are equal."""
+    return json.dumps([messages, tools], ensure_ascii=False, sort_keys=True)
+
+
+def _message(given: dict[str, Any], where: str, clean: Callable[[str], str]) -> Message:
+    shared = "from" in given and "role" not in given
+    name, text, roles = ("from", "value", SENDERS) if shared else ("role", "content", ROLES)
+    said = given.get(name)
+    if not isinstance(said, str) or said.strip().lower() not in roles:
+        known = ", ".join(roles)
+        close = hint(said, list(roles)) if isinstance(said, str) else ""
+        raise RequestError(f"{where} has the {'sender' if shared else 'role'} {said!r}{close} (known: {known})")
+    said = said.strip().lower()
+    content = _text(given.get(text), where)
+    more = {} if shared else {k: _kept(v) for k, v in given.items() if k not in (name, text) and v is not None}
+    if said == "function_call":
+        content, more = "", {"tool_calls": [_written_call(content, where)]}
+    if "tool_calls" in more:
+        more = {**more, "tool_calls": _calls(more["tool_calls"], where)}
+        if not more["tool_calls"]:
+            del more["tool_calls"]
+    out = {"role": roles[said], "content": content, **more}
+    if out["role"] in ("user", "assistant") and not content.strip() and "tool_calls" not in out:
+        raise RequestError(f"{where} ({out['role']}) is empty")
+    return _mapped(out, clean)
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else None for p in parts]
+    if not all(isinstance(t, str) for t in texts):
+        odd = next(p for p, t in zip(parts, texts, strict=True) if not isinstance(t, str))
+        kind = f"a part of type {odd['type']!r}" if isinstance(odd, dict) and "type" in odd else type(odd).__name__
+        raise RequestError(f"{where} holds {kind}, not text")
+    return "".join(str(t) for t in texts)
+
+
+def _calls(calls: Any, where: str) -> list[Any]:
+    """Return calls of tools whose arguments are JSON data."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RequestError(f"{where}: tool_calls must be a list of objects")
+    return [{**c, "function": _call(c["function"])} if isinstance(c.get("function"), dict) else c for c in calls]
+
+
+def _call(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            return {**function, "arguments": parse_json(arguments)}
+        except ValueError:  # a call that the model got wrong stays as it is
+            pass
+    return function
+
+
+def _written_call(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = parse_json(text)
+    except ValueError as e:
+        raise RequestError(f"{where} (function_call) is not JSON ({e})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise RequestError(f'{where} (function_call) must read {{"name": …, "arguments": {{…}}}}')
+    return {"type": "function", "function": found}
+
+
+def _kept(value: Any) -> Any:
+    """Return JSON data without keys that have no value, which columnar files add."""
+    if isinstance(value, dict):
+        return {k: _kept(v) for k, v in value.items() if v is not None}
+    return [_kept(v) for v in value] if isinstance(value, list) else value
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return [_mapped(v, change) for v in value] if isinstance(value, list) else value

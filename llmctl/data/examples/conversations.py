@@ -1,0 +1,129 @@
+"""Rows of conversations for decoders: one conversation per row, with loss on what the assistant writes.
+
+Legend: B rows, T tokens per row, N tokens of a conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.data.chats import Message
+from llmctl.data.examples.labelled import ExampleRows
+from llmctl.data.pretraining.packing import Batch
+from llmctl.data.splits import Examples
+
+Encode = Callable[[list[Message], list[Any] | None], tuple[list[int], np.ndarray, int]]
+"""Function (messages, tools) -> (token ids [N], whether a token is the assistant's [N], answers that it cannot find).
+"""
+
+
+class ConversationRows(ExampleRows):
+    """Language-model rows of conversations: tokens, targets, weights, segments and positions [B, T].
+
+    Messages after the last answer are not read. A conversation that is too long loses its first exchanges, each from a
+    message of the user to the next one. Messages of the system at the beginning stay. If the last exchange alone is too
+    long, it loses its end. A conversation without tokens of the assistant after this is dropped.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        encode: Encode,
+        pad_id: int,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        """Encode all conversations.
+
+        Args:
+            examples: Examples with the columns of conversations.
+            encode: The tokenizer's chat template.
+            pad_id: Padding token.
+            seq_len: Tokens per row, T.
+            seed: Seed of the shuffle.
+            shuffle: Use another order in every epoch.
+
+        Raises:
+            RequestError: If the template refuses a conversation, or no conversation has an answer within `seq_len`.
+        """
+        if "messages" not in examples.columns:
+            raise RequestError("the data holds no conversations; map a column of messages in data.columns")
+        self._encode, self._pad, self._seq_len = encode, pad_id, seq_len
+        self.shortened = self.cut = self.dropped = self.missed = 0
+        ids, counted, lengths = [], [], [0]
+        for i in range(len(examples)):
+            row = examples[i]
+            try:
+                found = self._fitted(row["messages"], row.get("tools"))
+            except RequestError as e:
+                raise RequestError(f"{examples.source.where(int(examples.index[i]))}: {e}") from None
+            if found is None:
+                self.dropped += 1
+                continue
+            ids.append(np.array(found[0], np.int32))
+            counted.append(found[1])
+            lengths.append(len(found[0]))
+        if not ids:
+            raise RequestError(
+                f"none of the {len(examples)} conversations has an answer within {seq_len} tokens; train.seq_len is "
+                "too short for them"
+            )
+        self._ids, self._counted, self._starts = np.concatenate(ids), np.concatenate(counted), np.cumsum(lengths)
+        super().__init__(len(ids), seed, shuffle)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Return one line about conversations that are not learned as a whole, if there are any."""
+        told = {
+            "lose their first exchanges": self.shortened,
+            "lose the end of the last answer": self.cut,
+            "have no answer within the length and are dropped": self.dropped,
+        }
+        found = [f"{count:,} {what}" for what, count in told.items() if count]
+        lines = [f"conversations longer than {self._seq_len} tokens: {', '.join(found)}"] if found else []
+        if self.missed:
+            lines.append(
+                f"{self.missed:,} answers are context only, because the chat template renders them differently once "
+                "the conversation goes on"
+            )
+        return lines
+
+    def _fitted(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[int], np.ndarray] | None:
+        """Return the tokens of a conversation, and whether each counts; None if none does."""
+        room = self._seq_len + 1  # the model reads all tokens but the last
+        messages = messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1]
+        ids, counted_N, missed = self._encode(messages, tools)
+        if len(ids) > room:
+            system = next(i for i, m in enumerate(messages) if m["role"] != "system")
+            for first in [i for i, m in enumerate(messages) if m["role"] == "user" and i > system]:
+                ids, counted_N, missed = self._encode([*messages[:system], *messages[first:]], tools)
+                if len(ids) <= room:
+                    break
+            self.shortened += len(ids) <= room
+        self.missed += missed
+        # The first token is never predicted.
+        if not counted_N[1:room].any():
+            return None
+        self.cut += len(ids) > room
+        return ids[:room], counted_N[:room]
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        shape = (len(example_B), self._seq_len)
+        tokens_BT, targets_BT = (np.full(shape, self._pad, np.int32) for _ in range(2))
+        segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for b, example in enumerate(map(int, example_B)):
+            here = slice(self._starts[example], self._starts[example + 1])
+            ids_N = self._ids[here]
+            n = len(ids_N) - 1
+            tokens_BT[b, :n], targets_BT[b, :n] = ids_N[:-1], ids_N[1:]
+            weights_BT[b, :n] = self._counted[here][1:]
+            segments_BT[b, :n] = 1
+        positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
+        return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT, "segments": segments_BT,
+                "positions": positions_BT}  # fmt: skip

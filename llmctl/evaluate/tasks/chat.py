@@ -1,0 +1,121 @@
+"""Conversations: loss on what the assistant writes, given everything before it, in the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config import containment
+from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
+from llmctl.data.config import Truncate
+from llmctl.data.examples.conversations import ConversationRows
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.distributed import processes
+from llmctl.evaluate.settings import ChatConfig
+from llmctl.evaluate.setup import Held, Measured, Setup
+from llmctl.evaluate.tasks.base import Corpora
+from llmctl.evaluate.tasks.language import Language, scored, timed
+from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.model.config import ModelConfig
+from llmctl.model.generate import chat_template
+from llmctl.model.generate.chat_template import Template
+from llmctl.model.generate.continuations import GENERATION, end_ids
+
+
+class Chat(Language):
+    """Cross-entropy of the assistant's tokens in conversations of several turns; measured as perplexity."""
+
+    name = "chat"
+    title = "conversations"
+    architectures = ("decoder",)
+    columns = ("messages",)
+    reads_conversations = True
+    section = "chat"
+
+    def check_model(self, model: ModelConfig, where: str) -> None:
+        """See Task.
+
+        Raises:
+            RequestError: If the model is no decoder of text.
+        """
+        if model.head_kind.vocabulary and model.architecture != "decoder":
+            raise RequestError(f"{where}: task 'chat' needs a decoder, this model is an {model.architecture}")
+        super().check_model(model, where)
+
+    def tokenizer_dir(self, folder: Path, settings: ChatConfig, work: Path) -> Path:
+        """Return the folder of the tokenizer that the finetuned model has, with its template and its end tokens.
+
+        Raises:
+            RequestError: If there is no chat template, or it is damaged.
+        """
+        words = tokenizers.load(folder)
+        text = settings.source() or (chat_template.chatml(words) if settings.template else words.chat_template)
+        if text is None:
+            raise RequestError(f'{folder}: has no chat template; say chat.template = "chatml", or name a file with one')
+        ends = sorted({*end_ids(folder, words), *Template(text, words).end_ids()})
+        if text == words.chat_template and ends == end_ids(folder, words):
+            return folder
+        with processes.in_turn():
+            if processes.first():
+                shutil.rmtree(work, ignore_errors=True)
+                containment.copy(folder, work)
+                (work / "chat_template.jinja").write_text(text, encoding="utf-8")
+                file = work / GENERATION
+                said = parse_json(file.read_bytes()) if file.is_file() else {}
+                file.write_text(json.dumps({**said, "eos_token_id": ends}, indent=1) + "\n", encoding="utf-8")
+        return work
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+    ) -> ConversationRows:
+        """Return one conversation per row.
+
+        Raises:
+            RequestError: If the tokenizer has no chat template, or the template refuses a conversation.
+        """
+        encode = Template(tokenizer.chat_template, tokenizer).conversation
+        return ConversationRows(examples, encode, tokenizer.pad_id, seq_len, seed=seed, shuffle=shuffle)
+
+    def reading_rows(
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
+    ) -> Any:
+        """Return conversations as in training if the data has them, else its texts."""
+        task = self if "messages" in examples.columns else TASKS["causal"]
+        return task.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled (params, batch) -> sums of the loss over the assistant's tokens."""
+        loss = self.loss_of(model, dtype=dtype)
+        return jax.jit(lambda params, batch: loss(params, batch)[1])
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
+        """Measure perplexity of the assistant's tokens and of the tokens that end its answers."""
+        tokenizer = tokenizers.load(artifact.tokenizer_dir)
+        rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False)
+        step, metrics = scored(self, artifact, rows, setup)
+        metrics["perplexity"] = float(np.exp(min(metrics["nll"], 700.0)))
+        left = f"{len(rows)} of {len(held.examples)} conversations"
+        protocol = f"{held.split} split, {left} ({rows.shortened} without their first exchanges, {rows.cut} without "
+        protocol += f"their end), context {setup.seq_len}, every token of the assistant and the end of every answer "
+        return timed(self, f"{protocol}once, given all before it, {setup.dtype}", metrics, artifact, rows, step, setup)
+
+
+TASK = Chat()

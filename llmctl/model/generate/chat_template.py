@@ -1,0 +1,249 @@
+"""Render conversations with a tokenizer's chat template, encode them, and find the tokens that the assistant writes.
+
+A template is a program that comes with an artifact. It runs in a sandbox without side effects and with a limit of steps
+(`generate/template_sandbox.py`). Text in a message never becomes a special token, whatever its spelling.
+
+Training needs to know which tokens are the assistant's. A template may mark them with `{% generation %}`. Otherwise a
+conversation is rendered up to each answer, as for generation, and up to its end. If both are the beginning of the whole
+conversation, the text between them is the answer with the token that ends it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.config.text_input import check_unicode
+from llmctl.data.tokenizers.base import SPOILED, Tokenizer
+from llmctl.model.generate import generation_block
+
+Message = dict[str, Any]
+"""A chat message: {"role": "system", "user", "assistant" or "tool", "content": text}, and keys of the template."""
+
+DAY = datetime.datetime(2024, 7, 26)
+"""Date that templates get in training and evaluation, so that results do not depend on the day."""
+END = "<|im_end|>"
+"""Token that ends a turn in ChatML."""
+CHATML = """\
+{%- set end = '<|im_end|>' %}
+{%- if tools %}
+    {%- set about = namespace(text='') %}
+    {%- if messages and messages[0]['role'] == 'system' %}
+        {%- set about.text = messages[0]['content'] + '\\n\\n' %}
+    {%- endif %}
+    {%- set about.text = about.text + '# Tools\\n\\nCall one as <tool_call>{"name": …, "arguments": …}</tool_call>:' %}
+    {%- for tool in tools %}
+        {%- set about.text = about.text + '\\n' + (tool | tojson) %}
+    {%- endfor %}
+    {{- '<|im_start|>system\\n' + about.text + end + '\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}
+            {{- message['content'] or '' }}
+            {%- for call in message['tool_calls'] or [] %}
+                {{- '\\n' if message['content'] or not loop.first else '' }}
+                {{- '<tool_call>' + ((call['function'] or call) | tojson) + '</tool_call>' }}
+            {%- endfor %}
+            {{- end }}
+        {%- endgeneration %}
+        {{- '\\n' }}
+    {%- elif not (tools and loop.first and message['role'] == 'system') %}
+        {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + end + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""Template of the ChatML format. It marks what the assistant writes."""
+
+
+class Marked(NamedTuple):
+    """Encoded conversation."""
+
+    ids: list[int]
+    """Token ids [N]."""
+    counted_N: np.ndarray
+    """Whether a token is the assistant's, bool [N]."""
+    missed: int
+    """Number of answers without counted tokens, because the template renders them differently later."""
+
+
+class Template:
+    """Chat template, compiled once. Its output depends on the messages only, unless the template asks for the date.
+
+    Example:
+        >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+        >>> words = ByteTokenizer.new()
+        >>> talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        >>> template = Template("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}", words)
+        >>> template.render(talk)
+        'user: Hi\\nassistant: Hello\\n'
+    """
+
+    def __init__(self, text: str | None, tokenizer: Tokenizer) -> None:
+        """Compile the template.
+
+        Args:
+            text: Source of the Jinja template; None if the tokenizer has none.
+            tokenizer: Tokenizer that encodes the rendered text.
+
+        Raises:
+            RequestError: If the text is not a valid template, or is None.
+        """
+        from jinja2 import TemplateError
+
+        from llmctl.model.generate.template_sandbox import Sandbox
+
+        if text is None:
+            raise RequestError("the tokenizer has no chat template, so the model knows no conversations")
+        self.tokenizer = tokenizer
+        self.marks = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
+        """Whether the template marks the assistant's text."""
+        self._day: datetime.datetime | None = None
+        self._sandbox = Sandbox(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", generation_block.GenerationBlock],
+        )
+        # no HTML escapes
+        self._sandbox.add_filter("tojson", lambda x, **options: json.dumps(x, ensure_ascii=False, **options))
+        self._sandbox.globals |= {"raise_exception": _refuse, "strftime_now": self._now}
+        try:
+            self._compiled = self._sandbox.from_string(text)
+        except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as e:
+            raise RequestError(f"the chat template is damaged ({type(e).__name__}: {e})") from None
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None, prompt: bool = True) -> str:
+        """Render the conversation as text.
+
+        Args:
+            messages: Messages so far.
+            tools: Descriptions of the tools that the assistant may call.
+            prompt: Whether to end with the start of the assistant's answer.
+
+        Raises:
+            RequestError: If the template refuses the messages (for example roles that do not alternate), fails, or
+                exceeds the limits of `template_sandbox`.
+        """
+        return generation_block.spans(self._rendered(messages, tools, prompt))[0]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of the conversation, up to the start of the assistant's answer.
+
+        Only the template can produce special tokens. If a message spells one, it is encoded as text.
+
+        Raises:
+            RequestError: As `render`, or the template gives no text.
+        """
+        text = self.render(self._harmless(list(messages)))
+        ids = self.tokenizer.encode_spelled(check_unicode(text, "the text of the chat template"))
+        if not ids:
+            raise RequestError("the chat template gives no text for these messages")
+        return ids
+
+    def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
+        """Return the token ids of a whole conversation, and which of them the assistant writes.
+
+        A token counts if any of its characters belongs to an answer. The token that ends an answer counts; white space
+        after it and the header before the answer do not. The date of the template is `DAY`.
+
+        Raises:
+            RequestError: As `render`; or no answer can be found, because the template neither marks answers nor renders
+                the conversation before an answer as it does for generation.
+        """
+        self._day = DAY
+        try:
+            text, spans, missed = self._answers(self._harmless(list(messages)), self._harmless(tools))
+        finally:
+            self._day = None
+        ids, places = self.tokenizer.spelled_offsets(check_unicode(text, "the text of the chat template"))
+        first_N, last_N = np.array(places, np.int64).reshape(-1, 2).T
+        counted_N = np.zeros(len(ids), bool)
+        for first, last in spans:
+            # A token without characters, such as the space before a first word, belongs to the text that it begins.
+            counted_N |= (first_N < last) & ((last_N > first) | ((last_N == first_N) & (first_N == first)))
+        return Marked(ids, counted_N, missed)
+
+    def end_ids(self) -> list[int]:
+        """Return the special tokens that end the assistant's answers; empty if none does, or the template fails."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        try:
+            found = self.conversation(talk)
+        except RequestError:
+            return []
+        last = [i for i, counts in zip(found.ids, found.counted_N, strict=True) if counts][-1:]
+        return [i for i in last if i in self.tokenizer.special_ids.values()]
+
+    def _answers(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]], int]:
+        """Return the text of a conversation, the ranges of characters of the answers, and the number of missed ones."""
+        text, spans = generation_block.spans(self._rendered(messages, tools, False))
+        if self.marks:
+            return text, spans, 0
+        places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        for i in places:
+            before = self.render(messages[:i], tools) if i else ""
+            after = text if i == len(messages) - 1 else self.render(messages[: i + 1], tools, False)
+            if i and len(before) < len(after) and text.startswith(after) and after.startswith(before):
+                spans.append((len(before), len(before) + self._ending(after[len(before) :])))
+        if places and not spans:
+            raise RequestError(
+                "the chat template renders what is before an answer differently for generation, so it cannot be told "
+                "what the assistant writes; use a template that marks it with {% generation %}"
+            )
+        return text, spans, len(places) - len(spans)
+
+    def _ending(self, answer: str) -> int:
+        """Return the length of an answer without white space after the last special token."""
+        parts = self.tokenizer.split_special(answer)
+        return len(answer) - (len(parts[-1]) if len(parts) > 1 and not parts[-1].strip() else 0)
+
+    def _rendered(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool) -> str:
+        given = {"messages": list(messages), "add_generation_prompt": prompt, "tools": tools, "documents": None}
+        try:
+            return self._sandbox.render(self._compiled, given | self.tokenizer.spelled)
+        except RequestError:
+            raise
+        except Exception as e:  # a template is third-party code and may raise anything
+            raise RequestError(f"the chat template fails on these messages ({type(e).__name__}: {e})") from None
+
+    def _harmless(self, value: Any) -> Any:
+        """Return JSON data in which no text spells a special token or a mark."""
+        own = self.tokenizer.special_ids
+
+        def text(said: str) -> str:
+            said = re.sub(f"[{generation_block.BEGIN}{generation_block.END}]", "\ufffd", said)
+            for spelling in own:
+                said = said.replace(spelling, spelling[:1] + SPOILED + spelling[1:])
+            return said
+
+        def inner(value: Any) -> Any:
+            if isinstance(value, str):
+                return text(value)
+            if isinstance(value, dict):
+                return {text(k): inner(v) for k, v in value.items()}
+            return [inner(v) for v in value] if isinstance(value, list) else value
+
+        return inner(value)
+
+    def _now(self, pattern: str) -> str:
+        if re.search(r"%[^a-zA-Z%]*\d", pattern):  # some systems pad a field to any width
+            raise RequestError("the chat template asks for a date with a width")
+        return (self._day or datetime.datetime.now()).strftime(pattern)
+
+
+def chatml(tokenizer: Tokenizer) -> str:
+    """Return the ChatML template for a tokenizer. If it has no token that ends a turn, its end token does."""
+    return CHATML if END in tokenizer.special_ids else CHATML.replace(f"'{END}'", "eos_token")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise RequestError(f"the chat template refuses these messages: {reason}")
