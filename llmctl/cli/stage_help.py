@@ -25,7 +25,7 @@ SYNTAX = {
     "LIST": 'LIST is items with commas, such as a,b or 0.1,0.2, or a TOML list: \'["a, b", "c"]\'.',
     "TABLE": 'TABLE is a TOML table in quotes for the shell: \'{text = "review", label = "stars"}\'.',
 }
-"""How values of lists and tables are written in a shell, by the placeholder of their flags."""
+"""Syntax of lists and tables on the command line, by the placeholder of their flags. The help prints it."""
 
 
 class StageCommand(TyperCommand):

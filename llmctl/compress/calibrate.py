@@ -74,11 +74,11 @@ class LayerReport:
     stack: str
     layer: int
     influence: float
-    """1 - cosine similarity of the unchanged layer's input and output (block influence, arXiv:2403.03853). 0 for the
-    head."""
+    """Block influence: 1 - cosine similarity of the unchanged layer's input and output (arXiv:2403.03853). 0 for the
+    output head."""
     error: float
-    """||changed output - unchanged output|| / ||unchanged output - input|| on the same inputs. Removing a layer has
-    error 1. For the head the denominator is ||unchanged output||."""
+    """Relative output error: ||changed output - unchanged output|| / ||unchanged output - input|| on the same inputs.
+    It is 1 if the layer is removed. For the output head the denominator is ||unchanged output||."""
     stats: Stats
     """Statistics of the layer if the walk keeps them, otherwise empty. They are also empty if the layer was read from
     disk."""

@@ -40,7 +40,7 @@ MEANINGS = {
     "influence": "change of the hidden states by the layer, 0 to 1",
     "layer_error": "change of the layer's output by the compression, relative",
 }
-"""Explanations of the short names, printed above the first line in which a process shows them."""
+"""Explanations of the short names of metrics. Each process prints them once, before the first line with the name."""
 _explained: set[str] = set()
 UNSHOWN = frozenset({"step_seconds"})
 """Metrics that are in the log but not in the progress line, because another metric has the same information."""
@@ -210,7 +210,7 @@ class Reporter:
             self.say(f"step {step}/{self.total}  {text}{f'  ETA {_duration(left)}' if left else ''}")
 
     def _explain(self, names: Iterable[str]) -> None:
-        """Print what names mean that this process has not explained before."""
+        """Print the meanings of metric names that this process has not explained before."""
         new = [name for name in names if name in MEANINGS and name not in _explained]
         _explained.update(new)
         if new:

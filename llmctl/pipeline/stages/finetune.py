@@ -216,7 +216,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
 
 
 def why_new_head(config: Config, base: Artifact, labels: list[str]) -> str:
-    """Return why the task needs another head than the parent's; empty if the parent's fits."""
+    """Return the reason why the task needs a new head, or "" if it can use the parent's head."""
     from llmctl.artifacts.manifest import listed
     from llmctl.model.head_kinds import HEAD_KINDS
 
@@ -233,7 +233,7 @@ def why_new_head(config: Config, base: Artifact, labels: list[str]) -> str:
 
 
 def head_notice(config: Config, base: Artifact, labels: list[str]) -> str:
-    """Return a line if the trained head of an earlier finetuning is replaced by a new one; else an empty string."""
+    """Return a message if a new head replaces the trained head of an earlier finetuning, otherwise ""."""
     kind = base.model.head_kind
     why = "" if kind.vocabulary or kind.bare else why_new_head(config, base, labels)
     return f"the task's head is new and begins untrained: {why}" if why else ""
