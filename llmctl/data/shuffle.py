@@ -64,3 +64,27 @@ class Epochs:
                     del self._orders[next(iter(self._orders))]
                 self._orders[epoch] = permutation(self._count, self._seed, epoch)
             return self._orders[epoch]
+
+
+class Balanced:
+    """Map endless row numbers to indices so that any C successive rows, from a multiple of C, have every class once.
+
+    The examples of each class are in epochs of their own, so a rare class is repeated more often.
+
+    Example:
+      >>> [int(i) for i in Balanced(np.array([0, 0, 0, 1]), seed=0)(np.arange(4)) % 3]
+      [1, 0, 2, 0]
+    """
+
+    def __init__(self, labels_N: np.ndarray, seed: int):
+        members = (np.flatnonzero(labels_N == c) for c in np.unique(labels_N))
+        self._members = [(index_n, Epochs(len(index_n), seed + c, True)) for c, index_n in enumerate(members)]
+
+    def __call__(self, rows_B: np.ndarray) -> np.ndarray:
+        """Return the indices of rows `rows_B` (any numbers >= 0)."""
+        class_B, number_B = rows_B % len(self._members), rows_B // len(self._members)
+        found_B = np.empty_like(rows_B)
+        for c, (index_n, epochs) in enumerate(self._members):
+            here_B = class_B == c
+            found_B[here_B] = index_n[epochs(number_B[here_B])]
+        return found_B

@@ -281,6 +281,36 @@ def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -
     return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
 
 
+def symmetric_divergence(
+    project: Project,
+    heads: tuple[Tree, Tree],
+    x_BTD: jax.Array,
+    other_BTD: jax.Array,
+    weights_BT: jax.Array,
+    vocab: int,
+) -> jax.Array:
+    """Compute the weighted sum of (KL(p || q) + KL(q || p)) / 2 per token (nats), with gradients in both sides.
+
+    Args:
+        project: Output projection.
+        heads: Its parameters, of either side.
+        x_BTD: Hidden states of one side.
+        other_BTD: Those of the other, of the same width.
+        weights_BT: Weights of the positions.
+        vocab: Size of the vocabulary.
+    """
+    width = x_BTD.shape[-1]
+
+    def fn(heads: Tree, _: Tree, both: jax.Array, weights: jax.Array) -> tuple[jax.Array, Tree]:
+        p = _logits(project, heads["one"], both[..., :width])
+        q = _logits(project, heads["other"], both[..., width:])
+        return jnp.sum((divergence(p, q, 1.0) + divergence(q, p, 1.0)) / 2 * weights), {}
+
+    both_BTE = jnp.concatenate([x_BTD, other_BTD], axis=-1)  # `chunked` differentiates one array of hidden states
+    found: tuple[jax.Array, Tree] = chunked(fn, vocab, {"one": heads[0], "other": heads[1]}, (), both_BTE, weights_BT)
+    return found[0]
+
+
 def distillation(
     project: Project,
     head: Tree,

@@ -70,6 +70,8 @@ class Job:
     memory: Callable[[Params], Any] | None = None
     """Function from the trained arrays, by name, to the initial "memory" of the state: a tree of arrays that
     `after_step` reads and updates."""
+    reads_memory: bool = False
+    """Whether the loss also receives the state's "memory", as the keyword argument `memory`."""
     penalty: Callable[[Params], jax.Array] | None = None
     """Function from the parameters to a scalar that is added to the mean loss in every step. The logged loss omits the
     scalar."""

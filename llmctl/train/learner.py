@@ -56,11 +56,22 @@ class Learner:
     """Further fields of `llmctl.train.job.Job`, by name."""
     during: Callable[[int], dict[str, Any]] = lambda _: {}
     """Function from the number of training steps to further fields of `llmctl.train.job.Job`."""
+    changed: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
+    """Function from the job and the number of steps to the job that is trained, such as one with another loss."""
 
     @property
     def trains(self) -> ModelConfig:
         """Return the config of the model in training, with the dropout rate of this learner."""
         return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
+
+    def options(self, train: TrainConfig) -> dict[str, Any]:
+        """Return the fields of `llmctl.evaluate.tasks.base.Options` for the training loss."""
+        return {
+            "dtype": jnp.dtype(train.dtype),
+            "label_smoothing": train.label_smoothing,
+            "z_loss": train.z_loss,
+            "temperature": self.temperature,
+        }
 
 
 def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> loop.Job:
@@ -74,16 +85,9 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
       steps: number of training steps.
     """
     settings, model = config.train, learner.trains
-    own = learner.task.loss_of(
-        model,
-        dtype=jnp.dtype(settings.dtype),
-        remat=settings.remat,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        temperature=learner.temperature,
-    )
+    own = learner.task.loss_of(model, remat=settings.remat, **learner.options(settings))
     beside = flops.of_rows(learner.beside, row_shapes(rows)) if learner.beside else 0.0
-    return loop.Job(
+    made = loop.Job(
         params=learner.params,
         loss=learner.loss or own,
         model=model,
@@ -93,6 +97,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
         **learner.how,
         **learner.during(steps),
     )
+    return learner.changed(made, steps)
 
 
 def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:

@@ -57,7 +57,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
         parameters=held,
         optimizer=state,
         batch=batch,
-        work=_work(learner, runs, config, tokens, rows),
+        work=_work(learner, runs, config, tokens, rows, job.flops),
     )
 
 
@@ -76,15 +76,15 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
     return replace(made[0], params=functional.laid_out(made[0].model, shapes, mesh))
 
 
-def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any) -> Pass:
-    """Return the training step as a `Pass`, the input of the analytic cost model."""
+def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any, flops: float) -> Pass:
+    """Return the training step as a `Pass`, the input of the analytic cost model; `flops` are those per token."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     row = row_shapes(rows)
     return Pass(
         optim=config.optim,
         attention=config.train.attention,
         trained=sizes[0] / sum(sizes),
-        beside=cost.of_rows(learner.beside, row) * tokens if learner.beside else 0.0,
+        beside=(flops - 3 * cost.of_rows(learner.trains, row)) * tokens,
         predicted=row["places"][-1] / row["tokens"][-1] if "places" in row else 1.0,
         written=row["tokens"][-1] if "encoder_tokens" in row else 0,
         eight=_in_eight_bits(config.train.matmuls, runs.named),

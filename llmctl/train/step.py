@@ -30,6 +30,9 @@ from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 Fixed = tuple[Params, tuple[Any, ...]]
 """Inputs that the step does not change: arrays that are not trained, and the job's constants."""
 
+Inputs = tuple[Params, tuple[Any, ...], Any]
+"""Those, and the state's "memory" if the loss reads it, else None."""
+
 Memory = Callable[[Params], Any] | None
 """Function from the trained arrays to the "memory" of the state, as in Job."""
 
@@ -151,7 +154,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
     def step(state: State, fixed: Fixed, batch: Batch) -> tuple[State, Sums]:
         old = state["params"]
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        grads, sums = gradients(old, fixed, batch, key)
+        grads, sums = gradients(old, (*fixed, state["memory"] if job.reads_memory else None), batch, key)
         weight = jnp.maximum(sums["weight"], 1e-9)
         grads = {name: g.astype(jnp.float32) / weight for name, g in grads.items()}
         grads = hold_zeros(old, grads, held)
@@ -194,7 +197,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
 
 
 def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums]]:
-    """Return a function (trained arrays, fixed, batch, key) -> (gradients by name, sums of the loss) over the batch.
+    """Return a function (trained arrays, inputs, batch, key) -> (gradients by name, sums of the loss) over the batch.
 
     If `train.accumulate` is above 1, the function adds the gradients of the microbatches.
     """
@@ -205,11 +208,12 @@ def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums
     leaves, structure = jax.tree.flatten(template)
     order = [name_of[id(leaf)] for leaf in leaves]
 
-    def loss(named: Params, fixed: Fixed, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        rest, constants = fixed
+    def loss(named: Params, inputs: Inputs, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        rest, constants, memory = inputs
         arrays = named | rest
         params = jax.tree.unflatten(structure, [arrays[name] for name in order])
-        extra = {"extra": {name: named[EXTRA + name] for name in job.extra}} if job.extra else {}
+        extra: dict[str, Any] = {"extra": {name: named[EXTRA + name] for name in job.extra}} if job.extra else {}
+        extra |= {"memory": memory} if job.reads_memory else {}
         with quantized_matmul.use(rules) if rules else contextlib.nullcontext():
             total, sums = job.loss(params, batch, key, *constants, **extra)
         return (total + sums["weight"] * job.penalty(params), sums) if job.penalty else (total, sums)
@@ -218,15 +222,15 @@ def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums
     if accumulate == 1:
         return grad
 
-    def accumulated(named: Params, fixed: Fixed, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+    def accumulated(named: Params, inputs: Inputs, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
         def body(total: Any, piece: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             micro, index = piece
-            out = grad(named, fixed, micro, jax.random.fold_in(key, index))
+            out = grad(named, inputs, micro, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, out), None
 
         micro = {k: _microbatches(a, accumulate) for k, a in batch.items()}
         first = jax.tree.map(lambda a: a[0], micro)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, named, fixed, first, key))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, named, inputs, first, key))
         return jax.lax.scan(body, zero, (micro, jnp.arange(accumulate)))[0]
 
     return accumulated

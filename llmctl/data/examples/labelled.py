@@ -5,13 +5,15 @@ Shapes: B rows, T tokens per row, N examples.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import Corpus, tokenize
 from llmctl.data.pretraining.packing import Batch
-from llmctl.data.shuffle import Epochs
+from llmctl.data.shuffle import Balanced, Epochs
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import TextTemplate, Tokenizer
 
@@ -28,7 +30,8 @@ class ExampleRows:
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool):
-        self._count, self._epochs = count, Epochs(count, seed, shuffle)
+        self._count = count
+        self._epochs: Epochs | Balanced = Epochs(count, seed, shuffle)
 
     def __len__(self) -> int:
         return self._count
@@ -89,13 +92,19 @@ class ClassificationRows(ExampleRows):
             raise RequestError('the data has no column "label"; map one in data.columns')
         super().__init__(len(examples), seed, shuffle)
         self.classes = examples.classes
-        self._labels_N = examples.labels
+        self._labels_N, self._seed = examples.labels, seed
         self._tokenizer, self._seq_len = tokenizer, seq_len
         self._truncate: Truncate = truncate
         self._corpus = tokenize(examples.texts(), tokenizer) if corpus is None else corpus
         if len(self._corpus) != len(examples):
             raise ValueError(f"{len(self._corpus)} tokenized texts for {len(examples)} examples")
         self._pairs = tokenize(examples.texts("pair"), tokenizer) if "pair" in examples.columns else None
+
+    def balanced(self) -> ClassificationRows:
+        """Return the rows of the same examples, with every class equally often."""
+        found = copy.copy(self)
+        found._epochs = Balanced(self._labels_N, self._seed)
+        return found
 
     def _build(self, example_B: np.ndarray) -> Batch:
         template, rows = self._tokenizer.template, []

@@ -313,6 +313,20 @@ class Task(Predicts):
         """Return the distillation loss and the metric sums, from the outputs of both task heads."""
         raise NotImplementedError
 
+    def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
+        """Return the symmetric divergence between the outputs of two networks, summed like the loss.
+
+        It is the mean of both directions of the distillation loss without labels: of two KL divergences (nats), or of
+        the squared difference of numbers. Gradients pass both networks.
+        """
+        y, z = (functional.outputs(cfg, params, x, batch, dtype) for cfg, params, x in (one, other))
+        there, back = (self.soft_score(a, b, batch, 1.0, 0.0)[0] for a, b in ((y, z), (z, y)))
+        return (there + back) / 2
+
+    def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
+        """Return the batch whose rows, or words, have weights by their class. For tasks with a single class."""
+        raise NotImplementedError
+
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
         """Fit values on validation rows after training, such as thresholds. The artifact stores them as `fitted`."""
         return {}

@@ -56,6 +56,11 @@ class Classify(Task):
         """
         return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), temperature, hard)
 
+    def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
+        """See Task; a mean is divided by the sum of the weights, as in torch's `CrossEntropyLoss`."""
+        label_B = batch["label"]
+        return batch | {"row_weight": row_weight(batch, label_B) * weight_C[label_B]}
+
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
         """Check the type of the labels, and that the model has every class of the data.
 

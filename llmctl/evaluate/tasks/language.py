@@ -101,6 +101,16 @@ class Language(Task):
             return ""
         return "validation also scores the end of each text, which eval leaves out; compare its figures with themselves"
 
+    def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
+        """See Task; the divergence at the predicted positions, in chunks."""
+        (cfg, params, x_BTD), (other_cfg, other_params, other_BTD) = one, other
+        x_BPD, _, weights_BP = predicted(batch, x_BTD)
+        heads = functional.head_params(cfg, params), functional.head_params(other_cfg, other_params)
+        other_BPD = predicted(batch, other_BTD)[0]
+        return chunked_loss.symmetric_divergence(
+            project(cfg, dtype), heads, x_BPD, other_BPD, weights_BP, cfg.vocab_size
+        )
+
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> scores.
 

@@ -74,6 +74,10 @@ class Tokens(Classify):
         """Return the distillation loss of logits [B, T, C]: (1 - hard) * KL divergence + hard * cross-entropy."""
         return soft_class_sums(teacher, y, batch["targets"], batch["weights"], temperature, hard)
 
+    def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
+        """See Task."""
+        return batch | {"weights": batch["weights"] * weight_C[batch["targets"]]}
+
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
     ) -> TagRows:

@@ -5,6 +5,7 @@ It trains all parameters, the layers above frozen ones, or adapters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
 from llmctl.train.adapters.settings import AdaLoraConfig, LoraConfig
+from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -36,7 +38,7 @@ class Config(StageConfig):
     """Train a model on a task's examples, and keep the parameters with the best validation metric."""
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
-    added: ClassVar[frozenset[str]] = frozenset({"adalora", "chat"})
+    added: ClassVar[frozenset[str]] = frozenset({"adalora", "adversarial", "chat", "regularize"})
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
@@ -72,6 +74,10 @@ class Config(StageConfig):
     """Settings of task chat."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
+    adversarial: AdversarialConfig = AdversarialConfig()
+    """Adversarial training on embeddings."""
+    regularize: RegularizeConfig = RegularizeConfig()
+    """Regularization, and weights of classes."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
     """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
@@ -98,6 +104,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.model import weights
     from llmctl.pipeline import console
     from llmctl.train import learner
+    from llmctl.train.robust.regularize import class_counts
 
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices)
@@ -109,13 +116,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     labels = _labels(config, text)
     for line in text.describe():
         console.say(f"{config.title}: {line}")
-    learns = make_learner(config, base, labels, devices)
+    counts = class_counts(text.splits["train"]) if config.regularize.class_weights == "balanced" else []
+    learns = make_learner(config, base, labels, devices, counts)
     for line in filter(None, (head_notice(config, base, labels), pooling_hint(config, base, learns.model))):
         console.say(f"{config.title}: {line}")
 
     cache = ctx.work / "corpus"
     needed = training_rows(config.train)
     learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
+    learn = learn.balanced() if config.regularize.balance else learn
     unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
     params = METHODS[config.method].finish(config, params)
@@ -180,8 +189,15 @@ def _labels(config: Config, text: Text) -> list[str]:
     return list(text.classes) if TASKS[config.task].classes else []
 
 
-def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) -> Learner:
+def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, counts: Sequence[int] = ()) -> Learner:
     """Return the learner of the parent with the task's head and loss, and with the adapters of the finetuning method.
+
+    Args:
+      config: settings of the stage.
+      base: the parent.
+      labels: names of the classes.
+      mesh: the devices.
+      counts: training examples of each class, if they are counted.
 
     Raises:
       RequestError: the settings do not fit the parent or the mesh.
@@ -192,6 +208,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
 
     from llmctl.model import weights
     from llmctl.train import learner, loop
+    from llmctl.train.robust import robust_job
 
     task, method = TASKS[config.task], METHODS[config.method]
     if weights.adapted(base.params):
@@ -209,10 +226,11 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh) 
         "holds_zeros": base.zeros.__contains__,
         **learner.chooses(task, labels),
     }
-    return learner.Learner(
+    made = learner.Learner(
         model, params, task, config.dropout, temperature=config.temperature, labels=labels, how=how,
         during=partial(method.during, config, params),
     )  # fmt: skip
+    return robust_job.attached(config, made, counts)
 
 
 def why_new_head(config: Config, base: Artifact, labels: list[str]) -> str:

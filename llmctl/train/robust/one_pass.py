@@ -1,0 +1,99 @@
+"""Compute the gradients of weights and of a perturbation in one backward pass.
+
+An adversarial step needs the gradient of the loss in the perturbation before it can compute the next loss. Inside an
+ordinary loss function, the differentiation of the whole would repeat each of these passes. Here the forward rule of a
+custom derivative runs the passes and keeps the gradients of the weights that they give, as `chunked_loss` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from llmctl.model.losses import Loss, Sums
+from llmctl.model.transformer import Batch, Params
+from llmctl.train.robust import perturbation
+from llmctl.train.robust.perturbation import Search
+from llmctl.train.robust.problem import Problem
+
+Tree = Any
+Found = tuple[jax.Array, Sums]
+"""Sum of losses, and sums by metric name, as a loss returns them."""
+Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
+"""Function from a perturbation [B, T, D] to (found, gradients of the trained arrays, gradient of the perturbation)."""
+Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
+"""The passes of a method, `Adversary.passes`."""
+
+START = 0x0F
+"""Number of the random key of the start, folded into that of the dropout."""
+
+
+def wrapped(own: Loss, method: Passes, options: dict[str, Any], problem: Problem) -> Loss:
+    """Return the loss of an adversarial method's passes over the loss `own`; `options` are its settings."""
+
+    def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, **more: Any) -> Found:
+        def at(trained: Tree, offset_BTD: jax.Array, rest: Tree) -> Found:
+            params, constants, more = trained
+            batch, key = rest
+            where = perturbation.site(problem.model, problem.task.woven(batch))
+            return own(params, where.added(batch, offset_BTD), key, *constants, **more)
+
+        def passes(pull: Pull, trained: Tree, rest: Tree) -> tuple[Found, Tree]:
+            batch, key = rest
+            where = perturbation.site(problem.model, problem.task.woven(batch))
+            search = Search.of(options, where, trained[0])
+            return method(search, search.begin(where, jax.random.fold_in(key, START)), pull)
+
+        return with_gradients(at, passes, (params, constants, more), (batch, key))
+
+    return loss
+
+
+def with_gradients(
+    loss: Callable[[Tree, jax.Array, Tree], Found],
+    passes: Callable[[Pull, Tree, Tree], tuple[Found, list[jax.Array]]],
+    trained: Tree,
+    rest: Tree,
+) -> Found:
+    """Return the (loss, sums) of `passes`, differentiable in `trained` by the gradients that it returns.
+
+    Args:
+      loss: (trained, perturbation, rest) -> (sum of losses, sums).
+      passes: (pull, trained, rest) -> ((sum of losses, sums), gradients), made of calls of `pull`.
+      trained: arrays; gradients are computed only of those that the caller differentiates.
+      rest: arrays without gradients.
+    """
+    leaves, structure = jax.tree.flatten(trained)
+
+    def run(leaves: list[Any], rest: Tree, chosen: list[int]) -> tuple[Found, list[jax.Array]]:
+        def at(picked: list[Any], offset_BTD: jax.Array) -> Found:
+            now = list(leaves)
+            for i, leaf in zip(chosen, picked, strict=True):
+                now[i] = leaf
+            return loss(jax.tree.unflatten(structure, now), offset_BTD, rest)
+
+        def pull(offset_BTD: jax.Array) -> tuple[Found, list[jax.Array], jax.Array]:
+            both = jax.value_and_grad(at, argnums=(0, 1), has_aux=True)
+            found, (gradients, rises_BTD) = both([leaves[i] for i in chosen], offset_BTD)
+            return found, gradients, rises_BTD
+
+        return passes(pull, jax.tree.unflatten(structure, leaves), rest)
+
+    @jax.custom_vjp
+    def value(leaves: list[Any], rest: Tree) -> Found:
+        return run(leaves, rest, [])[0]
+
+    def forward(leaves: list[Any], rest: Tree) -> tuple[Found, list[Any]]:
+        chosen = [i for i, leaf in enumerate(leaves) if leaf.perturbed]
+        leaves, rest = jax.tree.map(lambda a: a.value, (leaves, rest))
+        found, gradients = run(leaves, rest, chosen)
+        of = dict(zip(chosen, gradients, strict=True))
+        return found, [of.get(i) for i in range(len(leaves))]
+
+    def backward(gradients: list[Any], cotangent: Any) -> tuple[list[Any], None]:
+        return [None if g is None else g * cotangent[0].astype(g.dtype) for g in gradients], None
+
+    value.defvjp(forward, backward, symbolic_zeros=True)
+    return value(leaves, rest)

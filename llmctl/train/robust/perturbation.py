@@ -1,0 +1,116 @@
+"""Perturbations of token embeddings: where they are added, their unit of size, and the steps of a search.
+
+Padding is never perturbed. Norms and steps are per row, so a row does not depend on the others of its batch.
+
+Shapes: B rows, T tokens per row, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.distributed import mesh as meshes
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.transformer import Batch, Params
+
+TINY = 1e-30
+
+
+class Site(NamedTuple):
+    """Embeddings that are perturbed: those of the encoder if there is one, else those of the decoder."""
+
+    name: str
+    """Key of the perturbation in the batch."""
+    mask_BT1: jax.Array
+    """1 at tokens, 0 at padding."""
+    tokens_BT: jax.Array
+    width: int
+    entries_B11: jax.Array
+    """Number of entries of a row that are perturbed."""
+
+    def uniform(self, key: jax.Array) -> jax.Array:
+        """Sample entries from -1 to 1, [B, T, D], zero at padding."""
+        shape = (*self.tokens_BT.shape, self.width)
+        return self.constrained(jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * self.mask_BT1)
+
+    def zeros(self) -> jax.Array:
+        """Return a perturbation of zero."""
+        return self.constrained(jnp.zeros((*self.tokens_BT.shape, self.width)))
+
+    def constrained(self, offset_BTD: jax.Array) -> jax.Array:
+        """Shard a perturbation like the embeddings."""
+        return meshes.constrain(offset_BTD, "batch", "seq", "act_embed")
+
+    def added(self, batch: Batch, offset_BTD: jax.Array) -> Batch:
+        """Return the batch with a perturbation beside those that it has."""
+        return batch | {self.name: batch[self.name] + offset_BTD if self.name in batch else offset_BTD}
+
+    def unit(self, params: Params) -> jax.Array:
+        """Return the root mean square of the entries of each row's token embeddings, [B, 1, 1]."""
+        table = jax.tree.map(jax.lax.stop_gradient, params["embed"]["tokens"])
+        x_BTD = weights.take(table, self.tokens_BT, jnp.float32, ("vocab_in", "embed_in")) * self.mask_BT1
+        square_B11 = jnp.sum(jnp.square(x_BTD), axis=(1, 2), keepdims=True)
+        return jnp.sqrt(square_B11 / self.entries_B11)
+
+
+def site(cfg: ModelConfig, batch: Batch) -> Site:
+    """Return the embeddings of a batch that are perturbed."""
+    side = "encoder_" if cfg.encoder_layers else ""
+    mask_BT1 = (batch[f"{side}segments"] > 0).astype(jnp.float32)[..., None]
+    entries_B11 = jnp.maximum(jnp.sum(mask_BT1, axis=(1, 2), keepdims=True), 1) * cfg.d_model
+    return Site(f"{side}embedding_offset", mask_BT1, batch[f"{side}tokens"], cfg.d_model, entries_B11)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Steps of ascent within a ball around the embeddings. Sizes are in units of the row's embeddings."""
+
+    mask_BT1: Any
+    unit_B11: Any
+    epsilon: float
+    """Radius of the ball."""
+    step_size: float
+    norm: str = "l2"
+    """l2 of all entries of a row, or linf."""
+    steps: int = 1
+    start: float = 0.0
+    """Radius of the random start."""
+    weight: float = 1.0
+    """Weight of the perturbed rows, which methods use as they need."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
+        """Return the search with the settings of a method; without a step size one step reaches the surface."""
+        known = {k: options[k] for k in ("epsilon", "norm", "steps", "step_size", "start", "weight") if k in options}
+        return cls(at.mask_BT1, at.unit(params), **{"step_size": known["epsilon"], **known})
+
+    def begin(self, at: Site, key: jax.Array) -> jax.Array:
+        """Return the perturbation [B, T, D] before the first step: uniform in a cube within the ball of `start`."""
+        if not self.start:
+            return at.zeros()
+        side_B11 = self.start * self.unit_B11
+        return at.uniform(key) * (side_B11 / jnp.sqrt(at.entries_B11) if self.norm == "l2" else side_B11)
+
+    def ascend(self, offset_BTD: jax.Array, rises_BTD: jax.Array) -> jax.Array:
+        """Return the perturbation after a step along the gradient of the loss, projected onto the ball."""
+        rises_BTD = rises_BTD.astype(jnp.float32) * self.mask_BT1
+        if self.norm == "linf":
+            moved_BTD = offset_BTD + self.step_size * self.unit_B11 * jnp.sign(rises_BTD)
+            most_B11 = self.epsilon * self.unit_B11
+            return jnp.clip(moved_BTD, -most_B11, most_B11)
+        # Divided by the largest entry first, because the square of a small gradient would be zero.
+        largest_B11 = jnp.max(jnp.abs(rises_BTD), axis=(1, 2), keepdims=True)
+        rises_BTD = rises_BTD / jnp.where(largest_B11 > 0, largest_B11, 1.0)
+        moved_BTD = offset_BTD + self.step_size * self.unit_B11 * rises_BTD / jnp.maximum(length(rises_BTD), TINY)
+        return moved_BTD * jnp.minimum(1.0, self.epsilon * self.unit_B11 / jnp.maximum(length(moved_BTD), TINY))
+
+
+def length(x_BTD: jax.Array) -> jax.Array:
+    """Return the Euclidean norm of all entries of each row, [B, 1, 1]."""
+    return jnp.sqrt(jnp.sum(jnp.square(x_BTD), axis=(1, 2), keepdims=True))

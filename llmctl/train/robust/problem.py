@@ -1,0 +1,63 @@
+"""A task's training loss in its parts, for methods that need the outputs of several passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.base import Options, Task
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums
+from llmctl.model.transformer import Batch, Params
+
+States = tuple[Params, jax.Array]
+"""Parameters, and the hidden states [B, T, D] that they gave."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Task, network and options of a training loss."""
+
+    task: Task
+    model: ModelConfig
+    """Config of the model in training."""
+    options: Options
+    """Options of the loss."""
+    remat: str = "none"
+    """What the backward pass recomputes."""
+    prepare: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
+    """Function (batch, key) to the batch of a training step, with noise and weights of classes."""
+
+    def batch(self, batch: Batch, key: jax.Array) -> Batch:
+        """Return a prepared batch in the form that the network reads."""
+        return self.task.woven(self.prepare(batch, key))
+
+    def hidden(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        """Return the hidden states [B, T, D] of such a batch, with dropout."""
+        return functional.hidden(
+            self.model, params, batch, train=True, rng=key, dtype=self.options.dtype, remat=self.remat
+        )
+
+    def loss(self, states: States, batch: Batch) -> tuple[jax.Array, Sums]:
+        """Return the loss and its sums."""
+        params, x_BTD = states
+        return self.task.loss(self.model, params, x_BTD, batch, self.options)
+
+    def divergence(self, one: States, other: States, batch: Batch) -> jax.Array:
+        """Return the symmetric divergence between the outputs of two passes, summed like the loss."""
+        return self.task.divergence((self.model, *one), (self.model, *other), batch, self.options.dtype)
+
+    def check(self, setting: str) -> None:
+        """Check that the task's outputs can be compared.
+
+        Raises:
+          RequestError: the task has a loss of its own, or no divergence.
+        """
+        own = type(self.task)
+        compares = own.divergence is not Task.divergence or own.soft_score is not Task.soft_score
+        if own.loss_of is not Task.loss_of or not compares:
+            raise RequestError(f"{setting}: task {self.task.name!r} has no divergence between two outputs")

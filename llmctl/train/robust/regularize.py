@@ -1,0 +1,105 @@
+"""Regularization of finetuning: noise on embeddings, agreement under dropout, distance from the start, class weights.
+
+Shapes: B rows, T tokens per row, D model width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.config.base import hint
+from llmctl.config.errors import RequestError
+from llmctl.data.splits import Examples
+from llmctl.model import weights
+from llmctl.model.losses import Loss, Sums
+from llmctl.model.transformer import Batch, Params
+from llmctl.train.robust.perturbation import Site
+from llmctl.train.robust.problem import Problem
+
+NOISE = 0x0E
+"""Number of the random key of the noise, folded into that of the dropout."""
+
+
+def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
+    """Sample uniform noise [B, T, D] of at most alpha / sqrt(T * D) per entry (NEFTune; Jain et al., 2023).
+
+    T is the number of tokens of the row, without padding (arXiv:2310.05914).
+    """
+    return where.uniform(jax.random.fold_in(key, NOISE)) * (alpha / jnp.sqrt(where.entries_B11))
+
+
+def r_drop(problem: Problem, alpha: float) -> Loss:
+    """Return the mean loss of two passes with different dropout, plus alpha times the divergence of their outputs.
+
+    (R-Drop; Liang et al., 2021, arXiv:2106.14448)
+    """
+
+    def loss(params: Params, batch: Batch, key: jax.Array, **_: Any) -> tuple[jax.Array, Sums]:
+        batch = problem.batch(batch, key)
+        one, other = ((params, problem.hidden(params, batch, k)) for k in jax.random.split(key))
+        total, sums = jax.tree.map(lambda a, b: (a + b) / 2, problem.loss(one, batch), problem.loss(other, batch))
+        return total + alpha * problem.divergence(one, other, batch), sums
+
+    return loss
+
+
+def toward_start(own: Loss, factor: float) -> Loss:
+    """Return the loss plus factor / 2 times the squared distance from the weights in the memory's "start".
+
+    (L2-SP; Li et al., 2018, arXiv:1802.01483)
+    """
+
+    def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any, **more: Any) -> Any:
+        total, sums = own(params, batch, key, *constants, memory=memory, **more)
+        now = weights.arrays(params)
+        apart = [jnp.sum(jnp.square(now[name] - start)) for name, start in memory["start"].items()]
+        return total + sums["weight"] * (factor / 2) * sum(apart[1:], apart[0]), sums
+
+    return loss
+
+
+def from_parent(names: Collection[str], params: Params) -> list[str]:
+    """Return the names of trained arrays that began as the parent's: neither adapters nor the task's head."""
+    adapters = weights.adapter_names(params)
+    return [name for name in names if name not in adapters and not weights.parse(name).task_head]
+
+
+def class_counts(examples: Examples) -> list[int]:
+    """Count the examples of each class, or the words if words have classes."""
+    if examples.labels is not None:
+        return np.bincount(examples.labels, minlength=len(examples.classes)).tolist()
+    found = Counter(tag for i in range(len(examples)) for tag in examples[i]["tags"])
+    return [found[name] for name in examples.classes]
+
+
+def class_weights(given: Any, labels: Sequence[str], counts: Sequence[int]) -> np.ndarray:
+    """Return the weight of each class, float32 [C].
+
+    `balanced` gives n / (C * n_c), whose mean over the examples is 1. A class without examples has weight 1.
+
+    Raises:
+      RequestError: a class is unknown.
+
+    Example:
+      >>> class_weights("balanced", ["no", "yes"], [3, 1]).round(3).tolist()
+      [0.667, 2.0]
+      >>> class_weights({"yes": 5.0}, ["no", "yes"], []).tolist()
+      [1.0, 5.0]
+    """
+    if given == "balanced":
+        n_C = np.array(counts, np.float64) if len(counts) else np.ones(len(labels))
+        balanced_C = n_C.sum() / ((n_C > 0).sum() * np.maximum(n_C, 1))
+        return np.where(n_C > 0, balanced_C, 1.0).astype(np.float32)
+    table: Mapping[str, float] = given
+    for name in table:
+        if name not in labels:
+            raise RequestError(
+                f"regularize.class_weights: no class {name!r}{hint(name, list(labels))}; there are {', '.join(labels)}"
+            )
+    return np.array([table.get(name, 1.0) for name in labels], np.float32)

@@ -1,0 +1,151 @@
+"""Change a stage's training job by its sections `adversarial` and `regularize`.
+
+    learner = robust_job.attached(config, learner, counts)
+
+The order, from the inside: noise on embeddings and weights of classes, the loss of the task or of two passes (R-Drop),
+the adversarial method, the distance from the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.base import Options, Task
+from llmctl.model.config import ModelConfig
+from llmctl.model.transformer import Batch
+from llmctl.train.job import EXTRA, Job, Params, State, split
+from llmctl.train.robust import perturbation, regularize
+from llmctl.train.robust.problem import Problem
+from llmctl.train.robust.registry import ADVERSARIES
+
+if TYPE_CHECKING:
+    from llmctl.train.learner import Learner
+
+
+Kept = tuple[Callable[[Params], dict[str, Any]], Callable[[dict[str, Any], Params, jax.Array], dict[str, Any]]]
+"""What a job remembers, by name: function from the trained arrays to its first value, and function (memory, trained
+arrays, step) -> its value after a step."""
+
+
+def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learner:
+    """Return the learner whose job has the losses and the memory that the sections ask for.
+
+    Args:
+      config: the stage's, with `adversarial`, `regularize` and `train`.
+      learner: the model, the task and its method.
+      counts: training examples of each class, for `class_weights = "balanced"`; equal if empty.
+
+    Raises:
+      RequestError: a setting does not suit the task or the model, or would do nothing.
+    """
+    asks, named = config.regularize, config.adversarial.method
+    if not named and asks == type(asks)():
+        return learner
+    _check_classes(asks, learner.task)
+    weight_C = None
+    if asks.class_weights:
+        weight_C = jnp.asarray(regularize.class_weights(asks.class_weights, learner.labels, counts))
+    problem = Problem(
+        learner.task,
+        learner.trains,
+        Options(**learner.options(config.train)),
+        config.train.remat,
+        _preparation(learner.task, learner.trains, asks.neftune, weight_C),
+    )
+    compares = [f"adversarial.method = {named!r}"] if named and ADVERSARIES[named].compares else []
+    if asks.r_drop:
+        compares.append("regularize.r_drop")
+        if not learner.trains.dropout:
+            raise RequestError("regularize.r_drop: two passes are equal without dropout; set dropout, such as 0.1")
+    if len(compares) > 1:
+        raise RequestError(f"{' and '.join(compares)} both compare outputs: leave one of them out")
+    for setting in compares:
+        problem.check(setting)
+        if learner.loss or learner.how.get("extra"):
+            raise RequestError(f"{setting}: not for method {config.method!r}, which has a loss of its own")
+    return dataclasses.replace(learner, changed=partial(_changed, config, problem))
+
+
+def _check_classes(asks: Any, task: Task) -> None:
+    """Raise RequestError if settings about classes do not suit the task."""
+    single = task.classes and task.label_type == "class"
+    if asks.class_weights and not single:
+        raise RequestError(f"regularize.class_weights: not for task {task.name!r}, which has no single class")
+    if asks.balance and not (single and type(task).rows is Task.rows):
+        raise RequestError(f"regularize.balance: not for task {task.name!r}, whose rows have no single class")
+    if asks.balance and asks.class_weights == "balanced":
+        raise RequestError("regularize: balance and class_weights = 'balanced' correct the same: leave one of them out")
+
+
+def _preparation(
+    task: Task, model: ModelConfig, alpha: float, weight_C: jax.Array | None
+) -> Callable[[Batch, jax.Array], Batch]:
+    """Return the function (batch, key) -> batch that adds weights of classes and noise on embeddings."""
+
+    def prepare(batch: Batch, key: jax.Array) -> Batch:
+        if weight_C is not None:
+            batch = task.weighted(batch, weight_C)
+        if alpha:
+            where = perturbation.site(model, task.woven(batch))
+            batch = where.added(batch, regularize.noise(alpha, where, key))
+        return batch
+
+    return prepare
+
+
+def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
+    """Return the job with the losses, the memory and the operations that the sections ask for."""
+    asks, factor, plain = config.regularize, 1.0, job.loss
+
+    def prepared(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any = None, **more: Any) -> Any:
+        return plain(params, problem.prepare(batch, key), key, *constants, **more)
+
+    loss: Any = prepared
+    kept: list[Kept] = []
+    if asks.r_drop:
+        loss, factor = regularize.r_drop(problem, asks.r_drop), 2.0
+    if config.adversarial.method:
+        method = ADVERSARIES[config.adversarial.method]
+        loss, factor = method.loss(config.adversarial, problem, loss), factor * method.cost(config.adversarial)
+        if begins := method.memory(config.adversarial):
+            kept.append((begins, partial(method.remember, config.adversarial, steps)))
+    if asks.l2_start:
+        trained = [name for name in split(job)[0] if not name.startswith(EXTRA)]
+        names = regularize.from_parent(trained, job.params)
+        if not names:
+            raise RequestError(f"regularize.l2_start: method {config.method!r} trains no weights of the parent")
+        loss = regularize.toward_start(loss, asks.l2_start)
+        kept.append(
+            (
+                lambda named: {"start": {name: jnp.copy(named[name]) for name in names}},
+                lambda memory, named, step: {"start": memory["start"]},
+            )
+        )
+    changed = dataclasses.replace(job, loss=loss, flops=factor * job.flops)
+    return remembering(changed, kept) if kept else changed
+
+
+def remembering(job: Job, kept: Sequence[Kept]) -> Job:
+    """Return the job with more in its memory, which its loss reads. The memory that it had stays as it was."""
+
+    def memory(named: Params) -> dict[str, Any]:
+        found = dict(job.memory(named)) if job.memory else {}
+        for begins, _ in kept:
+            found |= begins(named)
+        return found
+
+    def after_step(state: State, step: jax.Array) -> State:
+        found = job.after_step(state, step) if job.after_step else state
+        after = found["memory"]
+        for _, follows in kept:
+            after = after | follows(state["memory"], found["params"], step)
+        return found | {"memory": after}
+
+    return dataclasses.replace(job, memory=memory, after_step=after_step, reads_memory=True)
