@@ -17,7 +17,7 @@ Packing = Literal["segments", "concat", "fit"]
 Truncate = Literal["tail", "head_tail"]
 """Truncation of long texts: "tail" cuts the end, "head_tail" cuts the middle."""
 
-TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "context", "question")
+TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
 """Canonical columns that contain text. The first one that a row has determines the row's split, so that a context
 and all of its questions are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "messages", "tools")
@@ -26,7 +26,7 @@ CHAT_COLUMNS = {"messages", "tools"}
 """Canonical columns of conversations: a list of messages, and a list of tools that the assistant may call."""
 LABEL_COLUMNS = {"label", "tags", "answers"}
 """Canonical columns that contain labels, not text."""
-TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"})
+TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"})
 """Groups of columns that are mapped by default only if all columns of the group exist, because a single one may have
 another meaning."""
 
@@ -55,9 +55,10 @@ class SourceConfig(Config):
     """Download and prepare the TFDS data set if it is missing (source tfds)."""
     columns: dict[str, str] = {}
     """Map from canonical column names to those of the source, such as {text = "review"}. Empty uses the columns with
-    canonical names. Canonical names of text columns are text, pair, prompt, completion, context and question. The
-    others are label, tokens (a list of words), tags (one label per word) and answers (in SQuAD's format {text =
-    [...], answer_start = [...]}, with empty lists if there is no answer). Conversations have messages (also called
+    canonical names. Canonical names of text columns are text, pair, prompt, completion, chosen and rejected (a better
+    and a worse completion), context and question. The others are label, tokens (a list of words), tags (one label per
+    word) and answers (in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if there is no answer).
+    Conversations have messages (also called
     conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""

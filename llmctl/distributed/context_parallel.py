@@ -26,7 +26,7 @@ PLACES = ("places", "start", "end")
 
 def runs_along(name: str) -> bool:
     """Return True if the second axis of the batch array `name` is the sequence."""
-    return name.removeprefix("encoder_").removeprefix("pair_") in ALONG | {"order"}
+    return name.removeprefix("pair_").removeprefix("encoder_") in ALONG | {"order"}
 
 
 def order(length: int, devices: int) -> np.ndarray:

@@ -50,6 +50,8 @@ class Learner:
     """Config of another model that runs forward in each step, such as a teacher."""
     temperature: float = NEARNESS
     """Temperature by which the loss divides similarities of embeddings."""
+    settings: Any = None
+    """Section of the finetuning settings that belongs to the task (`Task.section`)."""
     labels: Sequence[str] = ()
     """Names of the classes."""
     how: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class Learner:
             "label_smoothing": train.label_smoothing,
             "z_loss": train.z_loss,
             "temperature": self.temperature,
+            "settings": self.settings,
         }
 
 
@@ -91,7 +94,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
         params=learner.params,
         loss=learner.loss or own,
         model=model,
-        flops=3 * flops.of_rows(model, row_shapes(rows)) + beside,
+        flops=(3 + learner.task.extra_passes(learner.settings)) * flops.of_rows(model, row_shapes(rows)) + beside,
         rows=rows,
         validate=validate,
         **learner.how,
@@ -147,6 +150,7 @@ def run(
         dtype=jnp.dtype(settings.dtype),
         temperature=learner.temperature,
         labels=learner.labels,
+        settings=learner.settings,
     )
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
     made = job(config, learner, rows, held_out, settings.steps)

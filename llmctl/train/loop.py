@@ -233,7 +233,7 @@ class _Loop:
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
         """Return host rows as device arrays sharded over the batch, and the number of tokens without padding."""
-        tokens = sum(int(np.count_nonzero(batch[name])) for name in ("segments", "encoder_segments") if name in batch)
+        tokens = sum(int(np.count_nonzero(a)) for name, a in batch.items() if name.endswith("segments"))
         # Each process counts its own rows and extrapolates to the rows of the others.
         return self.batches.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
 

@@ -40,7 +40,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
 
     state = dict(runs.state)
     held = [state.pop("params"), state.pop("ema", ()), runs.fixed, job.constants]
-    tokens = sum(a.shape[1] for name, a in batch.items() if name in ("tokens", "encoder_tokens")) * train.batch_size
+    tokens = sum(a.shape[1] for name, a in batch.items() if name.endswith("tokens")) * train.batch_size
     return Program(
         "train step",
         learner.model,

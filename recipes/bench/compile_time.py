@@ -18,7 +18,7 @@ from _figures import show, where
 BATCH, LENGTH = 8, 256
 
 
-def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
+def lowered(layers: int, axes: dict[str, int], **sizes: Any) -> Any:
     """Trace, without compiling, the training step of a Llama with width 384 and `layers` layers (or other sizes)."""
     import jax
     import jax.numpy as jnp
@@ -39,7 +39,7 @@ def lowered(layers: int, axes: dict[str, int], **sizes: int) -> Any:
     runs = step.program(job, TrainConfig(batch_size=BATCH, seq_len=LENGTH), OptimConfig(), mesh, 0)
     whole = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=meshes.batch_sharding(mesh, 2))
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), whole)
-    batch["weights"] = whole.update(dtype=jnp.dtype("float32"))
+    batch |= {"weights": whole.update(dtype=jnp.dtype("float32"))}
     with meshes.use(mesh), pipeline_parallel.use(axes.get("pipeline", 1)):
         return runs.step.lower(runs.state, (runs.fixed, ()), batch)
 

@@ -79,7 +79,7 @@ def theirs(folder: Path, prompt: list[int], new: int, dtype: str) -> Program:
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     class Clock(BaseStreamer):
         """Streamer that records the time of every token, after a first call with the prompt."""
@@ -148,6 +148,7 @@ def main() -> None:
     from llmctl.convert import hf_folder as folders
     from llmctl.convert.importing import placer
     from llmctl.data.tokenizers import loading
+    from llmctl.evaluate.tasks.registry import default
     from llmctl.model import weights
 
     file = weights_file(args.gguf)
@@ -156,7 +157,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         prompt = loading.load(gguf.tokenizer(file, Path(work) / "words")).prompt(TEXT)
         folder = Path(work) / "hf"
-        folders.save(folder, folders.config_of(found.model, [], {}, "float32"), folders.tensors_of(found.model, params))
+        config = folders.config_of(found.model, default(found.model), [], {}, "float32")
+        folders.save(folder, config, folders.tensors_of(found.model, params))
         programs = {
             "llmctl": ours(found, params, prompt, args.new, args.dtype),
             "transformers": theirs(folder, prompt, args.new, args.dtype),

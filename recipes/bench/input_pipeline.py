@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from _figures import show, where
 
@@ -37,7 +38,7 @@ def alone(recipe: str, artifact: Path, cache: Path, batches: int) -> float:
     from llmctl.distributed import mesh as meshes
     from llmctl.pipeline import recipe as recipes
 
-    config = recipes.read(recipe).steps[0].config
+    config: Any = recipes.read(recipe).steps[0].config
     feeding = DeviceBatches(meshes.make(config.mesh), config.train.batch_size)
     rows = Text(config.data).rows(
         "train", loading.load(artifact / "tokenizer"), config.train.seq_len, cache,

@@ -179,8 +179,8 @@ def main() -> None:
         for _ in range(3):
             run()
         # getrusage would include the memory of the process that forked this one.
-        status = Path("/proc/self/status").read_text()
-        print(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024)  # noqa: T201
+        peak = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        print(int(peak[0]) * 1024)  # noqa: T201
         return
     runs = {name: build(name) for name in args.programs}
     for run in runs.values():  # compile and warm up

@@ -137,25 +137,29 @@ class CompletionRows(ExampleRows):
         self._completions = tokenize(examples.texts("completion"), tokenizer)
 
     def _build(self, example_B: np.ndarray) -> Batch:
-        shape = (len(example_B), self._seq_len)
-        pad, eos = self._tokenizer.pad_id, self._tokenizer.eos_id
-        tokens_BT, targets_BT = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
-        segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        bos = [self._tokenizer.bos_id] * self._tokenizer.add_bos
-        for b, example in enumerate(map(int, example_B)):
-            # The model reads all tokens but the last, so a row holds one token more than its inputs.
-            completion = np.append(self._completions[example], eos)[: self._seq_len - len(bos)]
-            room = self._seq_len + 1 - len(bos) - len(completion)
-            prompt = self._prompts[example]
-            prompt = np.concatenate([bos, prompt[max(len(prompt) - room, 0) :]]).astype(np.int32)
-            whole = np.concatenate([prompt, completion])
-            n = len(whole) - 1
-            tokens_BT[b, :n], targets_BT[b, :n] = whole[:-1], whole[1:]
-            segments_BT[b, :n] = 1
-            weights_BT[b, max(len(prompt) - 1, 0) : n] = 1
-        positions_BT = np.arange(self._seq_len, dtype=np.int32) * segments_BT
-        return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT, "segments": segments_BT,
-                "positions": positions_BT}  # fmt: skip
+        pairs = [(self._prompts[i], self._completions[i]) for i in map(int, example_B)]
+        return completion_batch(pairs, self._tokenizer, self._seq_len)
+
+
+def completion_batch(pairs: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, seq_len: int) -> Batch:
+    """Build decoder rows [B, T] of tokenized prompts and completions; see `CompletionRows`."""
+    shape = (len(pairs), seq_len)
+    tokens_BT, targets_BT = (np.full(shape, tokenizer.pad_id, np.int32) for _ in range(2))
+    segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    bos = [tokenizer.bos_id] * tokenizer.add_bos
+    for b, (prompt, completion) in enumerate(pairs):
+        # The model reads all tokens but the last, so a row holds one token more than its inputs.
+        completion = np.append(completion, tokenizer.eos_id)[: seq_len - len(bos)]
+        room = seq_len + 1 - len(bos) - len(completion)
+        prompt = np.concatenate([bos, prompt[max(len(prompt) - room, 0) :]]).astype(np.int32)
+        whole = np.concatenate([prompt, completion])
+        n = len(whole) - 1
+        tokens_BT[b, :n], targets_BT[b, :n] = whole[:-1], whole[1:]
+        segments_BT[b, :n] = 1
+        weights_BT[b, max(len(prompt) - 1, 0) : n] = 1
+    positions_BT = np.arange(seq_len, dtype=np.int32) * segments_BT
+    return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT, "segments": segments_BT,
+            "positions": positions_BT}  # fmt: skip
 
 
 class SequencePairRows(ExampleRows):
@@ -177,6 +181,7 @@ class SequencePairRows(ExampleRows):
         target_len: int = 0,
         whole: bool = False,
         ends: bool = True,
+        column: str = "completion",
     ):
         """Tokenize prompts and completions.
 
@@ -189,6 +194,7 @@ class SequencePairRows(ExampleRows):
             target_len: Maximum number of tokens per completion; 0 uses `seq_len`.
             whole: Whether to never cut completions. The longest one then determines the decoder's length.
             ends: Whether to also predict the `eos` after a completion.
+            column: Column of the completions.
 
         Raises:
             RequestError: If the examples have no prompt or no completion.
@@ -196,7 +202,7 @@ class SequencePairRows(ExampleRows):
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len, self._ends = tokenizer, seq_len, ends
         self._prompts = tokenize(examples.texts("prompt"), tokenizer)
-        self._completions = tokenize(examples.texts("completion"), tokenizer)
+        self._completions = tokenize(examples.texts(column), tokenizer)
         self._template = tokenizer.template
         self._room = seq_len - len(self._template.row([]))
         count = range(len(examples))

@@ -85,6 +85,8 @@ _OWN = (
     Metric("word_perplexity", "per word", "minimize", "{:.2f}"),
     Metric("bits_per_byte", "bits/byte", "minimize", unit="bits per byte"),
     Metric("nll", "nats/token", "minimize", unit="nats per token", baseline="baseline_loss"),
+    Metric("accuracy_per_token", "accuracy per token", "maximize", "{:.2%}", table="file"),
+    Metric("margin", "margin", "maximize", "{:.3f}", table="file"),
     Metric("loss", "loss", "minimize", table="run"),
     Metric("error", "mean absolute error", "minimize", unit="the label's unit", table="none"),
     Metric("next_sentence_loss", "next sentence loss", "minimize", unit="nats", table="none"),

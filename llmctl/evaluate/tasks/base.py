@@ -71,6 +71,8 @@ class Options:
     """Divisor of the similarities of embeddings before the softmax."""
     labels: Sequence[str] = ()
     """Class names, for validation metrics that need them."""
+    settings: Any = None
+    """Section of the finetuning settings that belongs to the task (`Task.section`)."""
 
 
 class Task(Predicts):
@@ -144,6 +146,33 @@ class Task(Predicts):
             RequestError: If the tokenizer lacks what the task needs.
         """
         return folder
+
+    def check_method(self, adapts: bool, options: Options) -> None:
+        """Check that a finetuning method suits the task.
+
+        Args:
+          adapts: whether the method adds adapters to a frozen model.
+          options: settings of the loss.
+
+        Raises:
+          RequestError: it does not.
+        """
+
+    def extra_passes(self, settings: Any) -> int:
+        """Return the forward passes per training step beside the one that is differentiated.
+
+        Args:
+          settings: the task's own settings (`section`).
+        """
+        return 0
+
+    def reads_adapters(self, settings: Any) -> bool:
+        """Return whether the loss reads adapters apart from the matrices, so that it has no value after merging.
+
+        Args:
+          settings: the task's own settings (`section`).
+        """
+        return False
 
     def check_label_type(self, data: DataConfig) -> None:
         """Check that `data.label_type` is the type that the task needs.

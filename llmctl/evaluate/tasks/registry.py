@@ -28,6 +28,7 @@ TASKS: Registry[Task] = Registry(
         "span": "llmctl.evaluate.tasks.span:TASK",
         "embed": "llmctl.evaluate.tasks.embed:TASK",
         "chat": "llmctl.evaluate.tasks.chat:TASK",
+        "preference": "llmctl.evaluate.tasks.preference:TASK",
         "lm": "llmctl.evaluate.tasks.language:TASK",
         "causal": "llmctl.evaluate.tasks.objectives:CAUSAL",
         "masked": "llmctl.evaluate.tasks.objectives:MASKED",

@@ -18,6 +18,7 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.evaluate.settings import ChatConfig
 from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
+from llmctl.evaluate.tasks.settings import PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
 from llmctl.train.adapters.settings import AdaLoraConfig, LoraConfig
@@ -38,18 +39,19 @@ class Config(StageConfig):
     """Train a model on a task's examples, and keep the parameters with the best validation metric."""
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
-    added: ClassVar[frozenset[str]] = frozenset({"adalora", "adversarial", "chat", "regularize"})
+    added: ClassVar[frozenset[str]] = frozenset({"adalora", "adversarial", "chat", "preference", "regularize"})
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
     """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
-    question, context and answers (span); text and pair (embed); messages, and tools if there are any (chat); prompt
-    and completion, or text (lm)."""
+    question, context and answers (span); text and pair (embed); prompt, chosen and rejected (preference); messages, and
+    tools if there are any (chat); prompt and completion, or text (lm)."""
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
-    vectors that are similar for pairs of texts, or that match given scores. chat: answers of the assistant in
-    conversations. lm: language modelling. If the data has completions, only they count in the loss."""
+    vectors that are similar for pairs of texts, or that match given scores. preference: the better of two completions
+    becomes more likely. chat: answers of the assistant in conversations. lm: language modelling. If the data has
+    completions, only they count in the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
@@ -72,6 +74,8 @@ class Config(StageConfig):
     batch, or of a microbatch if train.accumulate is above 1."""
     chat: ChatConfig = ChatConfig()
     """Settings of task chat."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """Settings of task preference."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     adversarial: AdversarialConfig = AdversarialConfig()
@@ -87,8 +91,9 @@ class Config(StageConfig):
     def _belongs(self) -> Config:
         if error := stray(self.method, self.model_fields_set):
             raise ValueError(error)
-        if "chat" in self.model_fields_set and self.task != "chat":
-            raise ValueError(f"chat: not for task {self.task!r}, say task = 'chat'")
+        for section in ("chat", "preference"):
+            if section in self.model_fields_set and self.task != section:
+                raise ValueError(f"{section}: not for task {self.task!r}, say task = {section!r}")
         return self
 
 
@@ -130,7 +135,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     params = METHODS[config.method].finish(config, params)
     if METHODS[config.method].merges(config):
         params = jax.jit(weights.merge_adapters)(params)
-        metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
+        if not learns.task.reads_adapters(learns.settings):
+            metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
     ctx.leave(
         config,
         params,
@@ -206,6 +212,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
 
     import jax
 
+    from llmctl.evaluate.tasks.base import Options
     from llmctl.model import weights
     from llmctl.train import learner, loop
     from llmctl.train.robust import robust_job
@@ -214,6 +221,8 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     if weights.adapted(base.params):
         raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
     method.check(config, base)
+    settings = getattr(config, task.section) if task.section else None
+    task.check_method(method.adapts, Options(label_smoothing=config.train.label_smoothing, settings=settings))
     loop.check(base.model, config.train, mesh)
     model, params = _with_head(config, base, labels, mesh)
     if config.freeze_layers > model.layers:
@@ -227,7 +236,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
         **learner.chooses(task, labels),
     }
     made = learner.Learner(
-        model, params, task, config.dropout, temperature=config.temperature, labels=labels, how=how,
+        model, params, task, config.dropout, temperature=config.temperature, settings=settings, labels=labels, how=how,
         during=partial(method.during, config, params),
     )  # fmt: skip
     return robust_job.attached(config, made, counts)

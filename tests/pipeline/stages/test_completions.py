@@ -141,3 +141,33 @@ def test_a_model_from_scratch_learns_pairs_of_texts_with_their_own_lengths(pairs
     batch = rows.batch(np.arange(2))
     assert batch["encoder_tokens"].shape == (2, 24) and batch["tokens"].shape == (2, 6)
     assert "padding" not in made.manifest.metrics and made.manifest.metrics["steps"] == 2
+
+
+@pytest.fixture(scope="module")
+def better(tmp_path_factory):
+    file = tmp_path_factory.mktemp("better") / "pairs.jsonl"
+    rows = [{"prompt": f"{i}", "chosen": "abc", "rejected": "cba"} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return DataConfig(source="jsonl", path=str(file), validation=0.2, test=0.2)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_preferences_are_learned_with_adapters_alone(better, tmp_path, merge):
+    words = loading.train((), TokenizerConfig(kind="bytes"))
+    words.save(tmp_path / "words")
+    sizes = {k: v for k, v in SIZES.items() if k != "encoder_layers"}
+    model = ModelConfig(**sizes, vocab_size=words.vocab_size, max_seq_len=32)
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
+    about = {"stage": "pretrain", "key": "k", "config": {"train": {"seq_len": 16}}}
+    artifact.save(tmp_path / "base", params, model, tokenizer_dir=tmp_path / "words", **about)
+    train = TrainConfig(steps=30, batch_size=8, seq_len=16, log_every=30, tensorboard=False)
+    optim = OptimConfig(learning_rate=2e-2)
+    ctx = Context(tmp_path / "tuned", tmp_path / "work", "key", {})
+    ctx.work.mkdir()
+    config = finetune.Config(data=better, task="preference", method="lora", merge=merge, train=train, optim=optim)
+    finetune.run(config, tmp_path / "base", ctx)
+    manifest = artifact.read_manifest(ctx.out)
+    # Merged parameters are no longer apart from the reference, so validation is that of before.
+    assert manifest.metrics["validation_accuracy"] == 1 and manifest.metrics["validation_loss"] < np.log(2)
+    found = measured(ctx.out, tmp_path / "eval", better)["metrics"]
+    assert found["accuracy"] == 1 and found["accuracy_per_token"] == 1 and found["margin"] > 1

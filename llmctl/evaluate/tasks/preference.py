@@ -1,0 +1,210 @@
+"""Preferences: the chosen completion of a prompt becomes more likely than the rejected one.
+
+Losses: DPO (Rafailov et al., 2023, arXiv:2305.18290), IPO (Azar et al., 2023, arXiv:2310.12036) and SimPO (Meng et al.,
+2024, arXiv:2405.14734). The reference model of DPO and IPO is the model in training without its adapters, so no second
+copy of the parameters exists.
+
+Shapes: B pairs, T tokens per row, D model width. Rows 2i and 2i + 1 of [2B, T] are chosen and rejected.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Truncate
+from llmctl.data.examples.preferences import REJECTED, PreferencePairRows, PreferenceRows
+from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.setup import Batch, Held, Setup
+from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored
+from llmctl.evaluate.tasks.language import Language, predicted, project
+from llmctl.evaluate.tasks.settings import PreferenceConfig
+from llmctl.model import chunked_loss, functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Loss, Sums, row_weight
+
+COMPLETED = (
+    "tokens", "targets", "weights", "segments", "positions", "encoder_tokens", "encoder_segments", "encoder_positions",
+)  # fmt: skip
+"""Arrays of one completion, with its prompt."""
+
+
+class Preference(Language):
+    """Pairwise loss on the log-likelihoods of two completions; measured by the share of pairs in the right order."""
+
+    name = "preference"
+    title = "preferences"
+    architectures = ("decoder", "encoder_decoder")
+    columns = ("prompt", "chosen", "rejected")
+    columns_read = columns
+    section = "preference"
+    reads = tuple(prefix + name for prefix in ("", REJECTED) for name in COMPLETED)
+
+    def check_method(self, adapts: bool, options: Options) -> None:
+        """See Task.
+
+        Raises:
+          RequestError: DPO or IPO without adapters, or label smoothing with IPO.
+        """
+        settings = options.settings
+        if self.reads_adapters(settings) and not adapts:
+            raise RequestError(
+                f"preference.loss = {settings.loss!r}: compares the model with itself without adapters; use "
+                "method = 'lora', or preference.loss = 'simpo'"
+            )
+        if settings.loss == "ipo" and options.label_smoothing:
+            raise RequestError("train.label_smoothing: not for preference.loss = 'ipo'")
+
+    def extra_passes(self, settings: Any) -> int:
+        """Return 1 for the pass without adapters, 0 for SimPO."""
+        return int(self.reads_adapters(settings))
+
+    def reads_adapters(self, settings: Any) -> bool:
+        """Return whether the loss compares with the model without adapters."""
+        return settings.loss != "simpo"
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+        target_len: int = 0,
+    ) -> PreferenceRows | PreferencePairRows:
+        """Return a prompt with both completions per row."""
+        if model.architecture == "encoder_decoder":
+            return PreferencePairRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=target_len)
+        if target_len:
+            raise RequestError("data.target_len is for encoder-decoders; a decoder reads both texts in one row")
+        return PreferenceRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+
+    def row_settings(self, text: Text) -> dict[str, Any]:
+        """Return the number of tokens per completion."""
+        return {"target_len": text.target_len}
+
+    def woven(self, batch: Batch) -> Batch:
+        """Return chosen and rejected completions as successive rows [2B, T]."""
+
+        def both(name: str) -> jax.Array:
+            two = jnp.stack([batch[name], batch[REJECTED + name]], axis=1)
+            return meshes.constrain(two.reshape(-1, two.shape[-1]), "batch", "seq")
+
+        names = [name.removeprefix(REJECTED) for name in batch if name.startswith(REJECTED)]
+        return {k: a for k, a in batch.items() if not k.startswith(REJECTED)} | {name: both(name) for name in names}
+
+    def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
+        """Return the loss per pair; see Task. Its sums have "accuracy" and "margin", of the pairs' rewards in nats."""
+        settings = Options(**options)
+        chosen: PreferenceConfig = settings.settings or PreferenceConfig()
+
+        def loss(params: functional.Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
+            weight_B = row_weight(batch, batch["tokens"])
+            batch = self.woven(batch)
+            reference_2B: Any = 0.0
+            if self.reads_adapters(chosen):
+                if not weights.adapted(params):
+                    raise ValueError("the parameters have no adapters, so they are their own reference")
+                bare = weights.without_adapters(params)
+                x_2BTD = functional.hidden(cfg, bare, batch, dtype=settings.dtype)
+                reference_2B = jax.lax.stop_gradient(log_likelihood(cfg, bare, x_2BTD, batch, settings.dtype))
+            x_2BTD = functional.hidden(
+                cfg, params, batch, train=key is not None, rng=key, dtype=settings.dtype, remat=remat
+            )
+            fixed = jax.lax.stop_gradient((params, x_2BTD))
+            policy_2B = log_likelihood(cfg, *fixed, batch, settings.dtype)
+            tokens_2B = jnp.maximum(batch["weights"].sum(-1), 1)
+
+            def of(policy_2B: jax.Array) -> tuple[jax.Array, Sums]:
+                gained_2B = policy_2B - reference_2B
+                return pair_loss(gained_2B, tokens_2B, weight_B, chosen, settings.label_smoothing)
+
+            # The derivatives of the loss by the log-likelihoods weigh the tokens of a cross-entropy, whose gradient is
+            # then that of the loss. So the logits are computed in chunks, as in every other loss.
+            (total, sums), slope_2B = jax.value_and_grad(of, has_aux=True)(policy_2B)
+            weights_2BT = -slope_2B[:, None] * batch["weights"]
+            head = functional.head_params(cfg, params)
+            weighed, _ = chunked_loss.cross_entropy(
+                project(cfg, settings.dtype), head, x_2BTD, batch["targets"], weights_2BT, cfg.vocab_size
+            )
+            return total + weighed - jax.lax.stop_gradient(weighed), sums
+
+        return loss
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled (params, batch) -> (log-likelihood, number of tokens) of both completions, [B, 2, 2]."""
+
+        @jax.jit
+        def score(params: functional.Params, batch: Batch) -> jax.Array:
+            batch = self.woven(batch)
+            x_2BTD = functional.hidden(model, params, batch, dtype=dtype)
+            found_2B = log_likelihood(model, params, x_2BTD, batch, dtype)
+            return jnp.stack([found_2B, batch["weights"].sum(-1)], axis=-1).reshape(-1, 2, 2)
+
+        return score
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Any:
+        """Measure how often the chosen completion is the more likely one; no reference model is involved."""
+        return super(Language, self).evaluate(artifact, held, setup)
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+        """Return the share of pairs in the right order, by sums and by means per token, and the mean difference."""
+        scores_N22 = np.concatenate([outputs for _, outputs in found]).astype(np.float64)
+        total_N2, tokens_N2 = scores_N22[..., 0], scores_N22[..., 1]
+        mean_N2 = total_N2 / np.maximum(tokens_N2, 1)
+        return {
+            "accuracy": float(np.mean(total_N2[:, 0] > total_N2[:, 1])),
+            "accuracy_per_token": float(np.mean(mean_N2[:, 0] > mean_N2[:, 1])),
+            "margin": float(np.mean(total_N2[:, 0] - total_N2[:, 1])),
+        }, None
+
+
+def log_likelihood(
+    cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, dtype: Any
+) -> jax.Array:
+    """Return the log-likelihood (nats) of each row's weighted targets, [B]. Logits are computed in chunks."""
+    x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
+    head = functional.head_params(cfg, params)
+    nll_BP = chunked_loss.token_nll(project(cfg, dtype), head, x_BPD, targets_BP, cfg.vocab_size)
+    return -jnp.sum(jnp.where(weights_BP > 0, nll_BP * weights_BP, 0.0), axis=-1)
+
+
+def pair_loss(
+    gained_2B: jax.Array, tokens_2B: jax.Array, weight_B: jax.Array, settings: PreferenceConfig, smoothing: float = 0.0
+) -> tuple[jax.Array, Sums]:
+    """Return the loss of pairs and its sums.
+
+    Args:
+      gained_2B: log-likelihoods of chosen and rejected completions, less those of the reference model if there is one.
+      tokens_2B: number of tokens of each completion.
+      weight_B: weight of each pair.
+      settings: loss and its scale.
+      smoothing: probability that a pair is in the wrong order (conservative DPO; Mitchell, 2023).
+    """
+    beta = settings.scale
+    # IPO's log-likelihoods are means per token, as its authors compute them.
+    reward_2B = beta * (gained_2B if settings.loss == "dpo" else gained_2B / tokens_2B)
+    margin_B = reward_2B[0::2] - reward_2B[1::2]
+    if settings.loss == "ipo":
+        loss_B = jnp.square(margin_B / beta - 1 / (2 * beta))
+    else:
+        apart_B = margin_B - (settings.gap if settings.loss == "simpo" else 0.0)
+        loss_B = -(1 - smoothing) * jax.nn.log_sigmoid(apart_B) - smoothing * jax.nn.log_sigmoid(-apart_B)
+    total = jnp.sum(loss_B * weight_B)
+    sums = {"loss": total, "accuracy": jnp.sum((margin_B > 0) * weight_B), "margin": jnp.sum(margin_B * weight_B)}
+    return total, sums | {"weight": jnp.sum(weight_B)}
+
+
+TASK = Preference()
