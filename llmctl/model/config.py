@@ -31,7 +31,7 @@ class ModelConfig(Config):
     heading: ClassVar[str] = "Model"
     common: ClassVar[tuple[str, ...] | None] = ("preset",)
     unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
-    added: ClassVar[frozenset[str]] = frozenset({"head_activation"})
+    added: ClassVar[frozenset[str]] = frozenset({"head_activation", "adapter_size", "adapter_form", "adapter_scale"})
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
     preset: str = ""
@@ -130,6 +130,13 @@ class ModelConfig(Config):
     head_bias: bool = True
     """Add a bias to the task head."""
 
+    adapter_size: int = Field(default=0, ge=0)
+    """Width of the bottleneck adapters of each layer; 0 means none."""
+    adapter_form: Literal["sequential", "parallel"] = "sequential"
+    """Position of the adapters: after each sublayer, or beside the feed-forward layer."""
+    adapter_scale: float = Field(default=1.0, gt=0)
+    """Factor on the adapters' output before it is added."""
+
     head: Literal["lm", "classify", "regress", "tokens", "span", "embed"] = "lm"
     """Output head of the model: logits over the vocabulary (lm), or a task head."""
     labels: int = Field(default=0, ge=0)
@@ -178,6 +185,10 @@ class ModelConfig(Config):
     def head_kind(self) -> HeadKind:
         """Return the description of the model's head: whether it predicts per token, its width, and so on."""
         return HEAD_KINDS[self.head]
+
+    def has_adapter(self, part: str) -> bool:
+        """Return whether a sublayer of each layer ("attn", "cross" or "mlp") has a bottleneck adapter."""
+        return self.adapter_size > 0 and (part == "mlp" or self.adapter_form == "sequential")
 
     @property
     def task_head(self) -> bool:

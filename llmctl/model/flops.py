@@ -58,6 +58,7 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
         # Cross-attention: queries and outputs of decoder tokens, keys and values of encoder tokens.
         width = 2 * cfg.d_model * cfg.head_dim
         total += 2.0 * cfg.layers * width * (length * cfg.heads + source * cfg.kv_heads)
+        total += 2.0 * cfg.layers * length * _adapters(cfg, "cross") * 2 * cfg.d_model * cfg.adapter_size
     return total + 4.0 * cfg.heads * cfg.head_dim * pairs
 
 
@@ -92,7 +93,18 @@ def _norm(cfg: ModelConfig, width: int) -> int:
 def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
     """Return the number of entries in the matrices of one layer."""
     attention = cfg.d_model * cfg.head_dim * 2 * (cfg.heads + cfg.kv_heads)
-    return attention * (2 if cross else 1) + cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2)
+    adapters = _adapters(cfg, *_sublayers(cross)) * 2 * cfg.d_model * cfg.adapter_size
+    return attention * (2 if cross else 1) + cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2) + adapters
+
+
+def _sublayers(cross: bool) -> tuple[str, ...]:
+    """Return the sublayers of a layer."""
+    return ("attn", "cross", "mlp") if cross else ("attn", "mlp")
+
+
+def _adapters(cfg: ModelConfig, *parts: str) -> int:
+    """Count the bottleneck adapters of these sublayers."""
+    return sum(cfg.has_adapter(part) for part in parts)
 
 
 def _stack(cfg: ModelConfig, layers: int, *, cross: bool = False) -> int:
@@ -102,7 +114,8 @@ def _stack(cfg: ModelConfig, layers: int, *, cross: bool = False) -> int:
     attention = (cfg.heads + 2 * cfg.kv_heads) * K if cfg.qkv_bias else 0
     attention += (D if cfg.out_bias else 0) + (2 * _norm(cfg, K) if cfg.qk_norm else 0)
     mlp = D + cfg.d_ff * (2 if cfg.gated else 1) if cfg.mlp_bias else 0
-    sublayers = 3 if cross else 2
+    sublayers = len(_sublayers(cross))
+    mlp += _adapters(cfg, *_sublayers(cross)) * (D + cfg.adapter_size)
     norms = sublayers * _norm(cfg, D) * (2 if cfg.norm_position == "sandwich" else 1)
     layer = _matrices(cfg, cross=cross) + (sublayers - 1) * attention + mlp + norms
     beside = cfg.relative_buckets * cfg.heads if cfg.positions == "relative" else 0

@@ -19,6 +19,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
 from llmctl.model import attention_kernels, layer_states, pipeline_parallel, quantized_matmul, relative_bias, weights
 from llmctl.model.attention import KEPT, PROJECTED, Attention, Shared, local_layers, share, visible
+from llmctl.model.bottleneck import Bottleneck
 from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Embed, FeedForward, LMHead, Norm, dropout
 
@@ -74,10 +75,17 @@ class Block(nn.Module):
         def norm(suffix: str) -> Norm:
             return Norm(cfg, self.dtype, name=f"{name}_{suffix}")
 
-        y = sublayer(x if cfg.norm_position == "post" else norm("norm")(x))
+        read = x if cfg.norm_position == "post" else norm("norm")(x)
+        y = sublayer(read)
+        adapter = Bottleneck(cfg, self.dtype, name=f"{name}_adapter") if cfg.has_adapter(name) else None
+        if adapter and cfg.adapter_form == "parallel":
+            y = y + adapter(read)
         if cfg.norm_position == "sandwich":
             y = norm("post_norm")(y)
-        x = x + drop(y)
+        y = drop(y)
+        if adapter and cfg.adapter_form == "sequential":
+            y = y + adapter(y)
+        x = x + y
         return norm("norm")(x) if cfg.norm_position == "post" else x
 
 

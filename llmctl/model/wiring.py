@@ -63,7 +63,7 @@ class Residual:
     """Paths of embedding tables, matrices and norms whose output is added to the stream, or is the stream (after a
     post-norm)."""
     readers: tuple[str, ...]
-    """Paths of norms and matrices that read the stream directly."""
+    """Paths of norms and matrices that read the stream directly. With adapters, also those that read what is added."""
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
@@ -95,7 +95,9 @@ def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
         # A post-norm's output is also the residual stream, so no scale can be moved out of it.
         norm = (f"{block}/{parts[i - 1]}_norm" if i else "") if post else f"{block}/{part}_norm"
         names = {"attn": "qkv", "cross": "q"}.get(part) or (("gate", "up") if cfg.gated else ("up",))
-        found.append(Feed(norm, tuple(f"{block}/{part}/{name}" for name in names), not post))
+        adapter = f"{block}/{part}_adapter" if cfg.has_adapter(part) else ""
+        beside = (f"{adapter}/reduce",) if adapter and cfg.adapter_form == "parallel" else ()
+        found.append(Feed(norm, (*(f"{block}/{part}/{name}" for name in names), *beside), not post))
         if part == "mlp":
             # down(act(gate) * up) is linear in up; down(act(up)) is only if act(s x) = s act(x) for s > 0.
             linear = cfg.gated or cfg.activation == "relu"
@@ -103,7 +105,17 @@ def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
         else:  # attention averages values, which is linear
             repeat = cfg.heads // cfg.kv_heads
             found.append(Feed(f"{block}/{part}/v", (f"{block}/{part}/o",), True, repeat))
+        if adapter and not beside:  # the residual stream gets its input as well
+            found.append(Feed(_output(cfg, block, part), (f"{adapter}/reduce",), False))
+        if adapter:  # only relu lets a positive factor pass
+            found.append(Feed(f"{adapter}/reduce", (f"{adapter}/expand",), bool(beside)))
     return found
+
+
+def _output(cfg: ModelConfig, block: str, part: str) -> str:
+    """Return the matrix or norm whose output a sublayer adds to the residual stream."""
+    last = f"{block}/{part}/{'down' if part == 'mlp' else 'o'}"
+    return f"{block}/{part}_post_norm" if cfg.norm_position == "sandwich" else last
 
 
 def _end(cfg: ModelConfig, stack: str) -> str:
@@ -170,8 +182,11 @@ def residual(cfg: ModelConfig, stack: str) -> Residual:
             readers += [*inner, norm]
             writers.append(norm)
         readers += [norm] if cfg.norm_position != "post" else []
-        last = f"{block}/{part}/{'down' if part == 'mlp' else 'o'}"
-        writers.append(f"{block}/{part}_post_norm" if cfg.norm_position == "sandwich" else last)
+        writers.append(_output(cfg, block, part))
+        if cfg.has_adapter(part):
+            sequential = cfg.adapter_form == "sequential"
+            readers += [f"{block}/{part}_adapter/reduce"] if sequential else []
+            writers += [f"{block}/{part}_adapter/expand"] if sequential or cfg.norm_position != "sandwich" else []
     if cfg.norm_position != "post":
         readers.append(f"{stack}/norm")
     return Residual(stack, tuple(writers), tuple(readers))

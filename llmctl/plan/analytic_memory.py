@@ -225,12 +225,17 @@ def saved(setup: Setup) -> float:
     elif setup.remat == "qkv":
         numbers = item * (D + heads)
     elif setup.remat == "minimal":  # and the results of the products; the last one is not read again
-        numbers = item * (D + heads + D + ffs * F)
+        numbers = item * (D + heads + D + ffs * F + adapters(setup.model))
         if not setup.fused:  # plain attention also keeps its result, and two numbers per head
             numbers += item * queries + 8.0 * setup.model.heads / setup.size("tensor")
     else:  # also norms in float32, operands of the products, and intermediate results of the activation
-        numbers = 4 * 3 * D + item * (3 * D + 2 * heads + queries + (ffs + 2) * F) + 4.0
+        numbers = 4 * 3 * D + item * (3 * D + 2 * heads + queries + (ffs + 2) * F + adapters(setup.model)) + 4.0
     return numbers * setup.tokens + (0.0 if setup.remat != "none" else scores(setup) / 3)
+
+
+def adapters(model: ModelConfig) -> float:
+    """Return the numbers per token and layer that bottleneck adapters keep: their two results."""
+    return sum(model.has_adapter(part) for part in ("attn", "mlp")) * float(model.adapter_size + model.d_model)
 
 
 def scores(setup: Setup) -> float:

@@ -23,6 +23,8 @@ Batch = dict[str, Any]
 State = dict[str, Any]
 Sums = dict[str, jax.Array]
 
+NEVER = 2**31 - 1
+"""Value of `Job.starts` for layers that are not trained."""
 EXTRA = "extra/"
 """Prefix of the names of extra parameters in the training state."""
 
@@ -49,8 +51,13 @@ class Job:
     """Return the parameters with the best validation metric instead of the last ones."""
     trains: Callable[[str], bool] = lambda _: True
     """Function from the name of an array of `params` to whether the array is trained."""
-    rate: Callable[[str], float] = lambda _: 1.0
-    """Function from the name of a trained array to the factor on its learning rate."""
+    rate: Callable[[str], Any] = lambda _: 1.0
+    """Function from the name of a trained array to the factor on its learning rate: a number, or for a stacked array
+    [L, ...] one factor per layer [L, 1, ...]."""
+    starts: Callable[[str], Any] = lambda _: 0
+    """Function from the name of a trained array to the number of updates before it is trained: a number, or one number
+    per layer as in `rate`. Until then its gradient, its optimizer state and the array itself do not change. `NEVER`
+    freezes the array in all steps."""
     frozen_layers: int = 0
     """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False

@@ -10,7 +10,7 @@ trains like an unrolled one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import jax
@@ -77,11 +77,14 @@ def decays(name: str) -> bool:
     return weights.is_kernel(name) and not weights.parse(name).vector
 
 
-def build(config: OptimConfig, steps: int, names: Iterable[str]) -> optax.GradientTransformation:
+def build(
+    config: OptimConfig, steps: int, names: Iterable[str], starts: Mapping[str, Any] | None = None
+) -> optax.GradientTransformation:
     """Build the configured optimizer with its schedule, for arrays with these names.
 
     Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. The optimizer
-    does not clip gradients. The caller clips them, because it also logs their norm.
+    does not clip gradients. The caller clips them, because it also logs their norm. `starts` contains the arrays that
+    are frozen at first, as in `llmctl.train.job.Job`. The caller sets their gradients and updates to zero until then.
 
     - adamw, and sgd with momentum.
     - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.
@@ -95,6 +98,8 @@ def build(config: OptimConfig, steps: int, names: Iterable[str]) -> optax.Gradie
     step = optax.scale_by_learning_rate(rate)
 
     def adamw() -> optax.GradientTransformation:
+        if starts:
+            return optax.chain(adam_from(config, starts), decay, step)
         return optax.adamw(
             rate,
             b1=config.beta1,
@@ -126,6 +131,28 @@ def build(config: OptimConfig, steps: int, names: Iterable[str]) -> optax.Gradie
         )
 
     return {"adamw": adamw, "sgd": sgd, "adafactor": adafactor, "lion": lion, "muon": muon}[config.name]()
+
+
+def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Build Adam's scaling with the bias correction of arrays that start later counted from their own first update.
+
+    Their moments are zero until then. With the common count, the first updates would be up to
+    (1 - beta1) / sqrt(1 - beta2) times too large.
+    """
+    b1, b2, eps = config.beta1, config.beta2, config.epsilon
+    inner = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates: Named, state: Any, params: Named | None = None) -> tuple[Named, Any]:
+        out, new = cast(Any, inner.update(cast(Any, updates), state, cast(Any, params)))
+        out = dict(out)
+        for name, start in starts.items():
+            if not isinstance(new.mu[name], optax.MaskedNode):
+                own = jnp.maximum(new.count - start, 1).astype(jnp.float32)
+                variance = new.nu[name] / (1 - b2**own)
+                out[name] = new.mu[name] / (1 - b1**own) / (jnp.sqrt(variance) + eps)
+        return out, new
+
+    return optax.GradientTransformation(inner.init, cast(Any, update))
 
 
 def _is_muon(name: str, a: Any) -> bool:

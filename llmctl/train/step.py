@@ -12,13 +12,14 @@ job has one. Arrays that are not trained are not in the state. All randomness is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llmctl.config.settings import OptimConfig, TrainConfig
@@ -145,11 +146,12 @@ def _master(a: Any) -> Any:
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
     """Return the function (state, (fixed, constants), batch) -> (state, metrics), and the optimizer of the state."""
     trained = split(job)[0]
-    optimizer = optim.build(config, train.steps, trained)
+    starts = {name: s for name in trained if np.any((s := job.starts(name)) > 0)}
+    optimizer = optim.build(config, train.steps, trained, starts)
     rate = optim.schedule(config, train.steps)
     gradients = _gradients(job, train)
     held = {name for name in trained if job.holds_zeros(name)}
-    rates = {name: f for name in trained if (f := job.rate(name)) != 1.0}
+    rates = {name: f for name in trained if np.any((f := job.rate(name)) != 1.0)}
 
     def step(state: State, fixed: Fixed, batch: Batch) -> tuple[State, Sums]:
         old = state["params"]
@@ -159,11 +161,13 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         grads = {name: g.astype(jnp.float32) / weight for name, g in grads.items()}
         grads = hold_zeros(old, grads, held)
         grads = freeze_layers(grads, job.frozen_layers)
+        grads = freeze_until(grads, starts, state["step"] - state["skips"])
         norm = optax.tree.norm(grads)
         grads = clip(grads, norm, config.clip)
         updates, opt = optimizer.update(grads, state["optimizer"], old)
         updates = {name: u * rates[name] if name in rates else u for name, u in cast(Params, updates).items()}
         updates = freeze_layers(updates, job.frozen_layers)
+        updates = freeze_until(updates, starts, state["step"] - state["skips"])
         new = hold_zeros(old, cast(Params, optax.apply_updates(old, updates)), held)
         metrics = chunked_loss.means(sums)
         # A batch without labels, or with a loss that is not finite or an outlier, must change nothing.
@@ -271,6 +275,12 @@ def freeze_layers(updates: Params, layers: int) -> Params:
         return u
 
     return {name: one(name, u) for name, u in updates.items()} if layers else updates
+
+
+def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Params:
+    """Set the updates of arrays, or of their layers, to zero before update number `starts` (see Job); `count` is the
+    number of updates so far."""
+    return {n: jnp.where(count >= starts[n], u, 0) if n in starts else u for n, u in updates.items()}
 
 
 def average(old: Params, new: Params, step: Any, decay: float) -> Params:

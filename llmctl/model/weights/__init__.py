@@ -47,6 +47,7 @@ from llmctl.model.weights.names import (
     is_stacked,
     join,
     kernel_of,
+    matches,
     module_path,
     parse,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "layer_matrices",
     "layer_of",
     "map_layer",
+    "matches",
     "matmul",
     "matrices",
     "merge_adapters",

@@ -6,12 +6,14 @@ for a weight node, one of its parts, such as `decoder/blocks/attn/q/kernel:a`. O
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Literal, NamedTuple
 
 Place = Literal["block", "head", "embedding"]
 """Location of a matrix: a layer of a stack, an output head (language model, pooler, task), or a token table."""
 
 BLOCKS, KERNEL, BIAS, EMBED, HEAD = "blocks", "kernel", "bias", "embed", "head"
+RELATIVE = "relative_bias"
 VECTORS = ("factor", "magnitude", "e")
 """Parts of adapters that are one vector per matrix."""
 
@@ -53,9 +55,28 @@ class Name(NamedTuple):
         return self.part in VECTORS
 
     @property
+    def bottleneck(self) -> bool:
+        """True for everything of a layer's bottleneck adapters."""
+        return self.stacked and self.module.partition("/")[0].endswith("_adapter")
+
+    @property
+    def norm(self) -> bool:
+        """True for the scale or bias of a norm."""
+        return self.module.endswith("norm")
+
+    @property
     def embeds(self) -> bool:
         """Return True for all parameters of the embeddings: tokens, positions, types and their norm."""
         return self.path.startswith(f"{EMBED}/")
+
+    def belongs(self, module: str) -> bool:
+        """Return True for a parameter of a module, which is named by the last keys of its path (`attn/q`, `q`)."""
+        return f"/{self.path.rpartition('/')[0]}".endswith(f"/{module}")
+
+    @property
+    def below(self) -> bool:
+        """True for what the first layer reads: the embeddings, and the bias of relative positions."""
+        return self.embeds or RELATIVE in self.path.split("/")
 
     @property
     def task_head(self) -> bool:
@@ -83,6 +104,15 @@ def parse(name: str) -> Name:
 def join(path: str, part: str) -> str:
     """Return the name of one array: the weight's path and, for a node, its part."""
     return f"{path}:{part}" if part else path
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return True if a pattern of file names (`*`, `?`, `[…]`) matches a part of the name.
+
+    >>> matches("decoder/blocks/attn_norm/scale", "norm"), matches("decoder/blocks/mlp/up/kernel", "attn/*/kernel")
+    (True, False)
+    """
+    return fnmatch.fnmatchcase(name, f"*{pattern}*")
 
 
 def is_kernel(path: str) -> bool:

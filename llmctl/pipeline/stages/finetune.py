@@ -21,7 +21,7 @@ from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
 from llmctl.evaluate.tasks.settings import PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
-from llmctl.train.adapters.settings import AdaLoraConfig, LoraConfig
+from llmctl.train.adapters.settings import AdaLoraConfig, HoulsbyConfig, LoraConfig, TrainedConfig
 from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ class Config(StageConfig):
     """Train a model on a task's examples, and keep the parameters with the best validation metric."""
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
-    added: ClassVar[frozenset[str]] = frozenset({"adalora", "adversarial", "chat", "preference", "regularize"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"adalora", "adversarial", "chat", "houlsby", "preference", "regularize", "trained"}
+    )
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
@@ -55,15 +57,20 @@ class Config(StageConfig):
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
-    share a budget of ranks. ia3: factors of keys, values and inner activations. bitfit: biases. head: nothing else."""
+    share a budget of ranks. houlsby: bottleneck adapters in the layers. ia3: factors of keys, values and inner
+    activations. bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
     """Settings of the methods lora, dora and adalora."""
     adalora: AdaLoraConfig = AdaLoraConfig()
     """Settings of method adalora."""
+    houlsby: HoulsbyConfig = HoulsbyConfig()
+    """Settings of method houlsby."""
     merge: bool = True
     """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of first layers to freeze, together with the embeddings."""
+    trained: TrainedConfig = TrainedConfig()
+    """Choice of what is trained, and how fast."""
     pooling: Literal["", "last", "mean", "first"] = ""
     """Vector of a text to classify or embed: last token, mean, or first token. Default: the model's; the mean for
     embeddings and for encoder-decoders. After a short pretraining the mean is often better than the first token."""
@@ -94,6 +101,8 @@ class Config(StageConfig):
         for section in ("chat", "preference"):
             if section in self.model_fields_set and self.task != section:
                 raise ValueError(f"{section}: not for task {self.task!r}, say task = {section!r}")
+        if self.freeze_layers and self.trained.last_layers:
+            raise ValueError("freeze_layers and trained.last_layers exclude each other: leave one of them out")
         return self
 
 
@@ -215,6 +224,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     from llmctl.evaluate.tasks.base import Options
     from llmctl.model import weights
     from llmctl.train import learner, loop
+    from llmctl.train.adapters import selection
     from llmctl.train.robust import robust_job
 
     task, method = TASKS[config.task], METHODS[config.method]
@@ -227,17 +237,16 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     model, params = _with_head(config, base, labels, mesh)
     if config.freeze_layers > model.layers:
         raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
+    model = method.network(config, model)
     params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
     how = {
-        "trains": method.trains(config, model, params),
-        "rate": partial(method.rate, config),
-        "frozen_layers": config.freeze_layers,
+        **selection.job_fields(config, method, model, params),
         "holds_zeros": base.zeros.__contains__,
         **learner.chooses(task, labels),
     }
     made = learner.Learner(
         model, params, task, config.dropout, temperature=config.temperature, settings=settings, labels=labels, how=how,
-        during=partial(method.during, config, params),
+        during=partial(selection.during, config, method, model, params),
     )  # fmt: skip
     return robust_job.attached(config, made, counts)
 

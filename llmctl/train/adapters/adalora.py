@@ -33,9 +33,12 @@ class AdaLora(Method):
 
     def check(self, config: Any, base: Artifact) -> None:
         """Raise RequestError if the settings fix ranks or scales, which AdaLoRA chooses, or if Method.check does."""
-        given = config.lora.model_fields_set & {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern"}
+        of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
+        given = config.lora.model_fields_set & of_lora
         if given:
             raise RequestError(f"lora.{min(given)}: not for method 'adalora', which chooses the ranks")
+        if config.trained.unfreeze_every:
+            raise RequestError("trained.unfreeze_every: not for method 'adalora', which takes ranks from frozen layers")
         super().check(config, base)
 
     def attach(

@@ -73,6 +73,14 @@ class Method:
         """Return whether adapters are merged into their matrices after training."""
         return self.adapts and config.merge
 
+    def network(self, config: Any, model: ModelConfig) -> ModelConfig:
+        """Return the config of the network with what the method adds to its layers. The default adds nothing.
+
+        Raises:
+          RequestError: the settings do not fit the model.
+        """
+        return model
+
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:

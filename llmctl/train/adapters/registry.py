@@ -19,6 +19,7 @@ METHODS: Registry[Method] = Registry(
         "lora": "llmctl.train.adapters.lora:METHOD",
         "dora": "llmctl.train.adapters.dora:METHOD",
         "adalora": "llmctl.train.adapters.adalora:METHOD",
+        "houlsby": "llmctl.train.adapters.houlsby:METHOD",
         "ia3": "llmctl.train.adapters.ia3:METHOD",
         "bitfit": "llmctl.train.adapters.bitfit:METHOD",
         "head": "llmctl.train.adapters.head:METHOD",

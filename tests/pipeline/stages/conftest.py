@@ -31,7 +31,7 @@ def reviews(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def artifacts(reviews, tmp_path_factory):
-    """The folder; `lm` and `classifier` (made from it) lie in it."""
+    """The folder; `lm`, `classifier` (made from it) and `encoder` (a BERT with the same words) lie in it."""
     run = tmp_path_factory.mktemp("artifacts")
     words = loading.train(splits.examples(reviews, "train").texts(), TokenizerConfig(vocab_size=300))
     words.save(run / "words")
@@ -42,4 +42,7 @@ def artifacts(reviews, tmp_path_factory):
     model = lm.model_copy(update={"head": "classify", "labels": 2})
     params |= {"head": jax.jit(lambda key: functional.init(model, key))(jax.random.key(1))["head"]}
     artifact.save(run / "classifier", params, model, stage="finetune", labels=["neg", "pos"], parent=base, **common)
+    bert = ModelConfig.model_validate({"family": "bert", "vocab_size": words.vocab_size, **SIZES, "kv_heads": 4})
+    params = jax.jit(lambda key: functional.init(bert, key))(jax.random.key(0))
+    artifact.save(run / "encoder", params, bert, stage="pretrain", **common)
     return run

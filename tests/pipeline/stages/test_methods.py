@@ -15,6 +15,7 @@ from llmctl.convert import peft, safetensors
 from llmctl.distributed import mesh as meshes
 from llmctl.model import weights
 from llmctl.pipeline.stages import finetune
+from llmctl.train.adapters.registry import METHODS
 from llmctl.train.adapters.settings import AdaLoraConfig, LoraConfig
 
 TRAIN = TrainConfig(steps=12, batch_size=8, seq_len=32, eval_every=4, log_every=6, tensorboard=False)
@@ -47,6 +48,43 @@ def test_adalora_leaves_pairs_of_different_ranks_within_its_budget(artifacts, re
     stored = safetensors.read_file(tmp_path / peft.WEIGHTS)
     assert said["peft_type"] == "LORA"
     assert sum(t.shape[0] for n, t in stored.items() if n.endswith("lora_A.weight")) == 2 * matrices
+
+
+MOVED = {
+    "full": lambda name: True,
+    "head": lambda name: False,
+    "bitfit": lambda name: name.bias,
+    "houlsby": lambda name: name.stacked and name.norm,
+    "ia3": lambda name: (
+        name.module in ("attn/k", "attn/v", "mlp/down") and name.leaf == "kernel"
+    ),  # the biases are zero
+    **dict.fromkeys(
+        ("lora", "dora", "adalora"),
+        lambda name: name.module in ("attn/q", "attn/v", "mlp/down") and name.leaf == "kernel",
+    ),
+}
+"""Arrays of the parent that each method changes, merging included, beside the task's head. The biases of `encoder` are
+zero, so that factors do not change them."""
+
+CHEAP = ("bitfit",)
+"""Methods whose stage is not among the slow tests, one of which suffices."""
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m not in CHEAP)) for m in METHODS.own])
+def test_every_method_is_a_whole_stage(method, artifacts, reviews, tmp_path):
+    sections = {"lora": LORA} if method in ("lora", "dora", "adalora") else {}
+    sections |= {"houlsby": {"size": 4}} if method == "houlsby" else {}
+    train = TRAIN.model_copy(update={"steps": 6, "eval_every": 0})
+    made = go(config(reviews, method=method, train=train, pooling="mean", **sections), artifacts / "encoder", tmp_path)
+    assert made.manifest.metrics["validation_accuracy"] > 0 and not weights.adapted(made.params)
+    before, after = (weights.arrays(p) for p in (artifact.load(artifacts / "encoder").params, made.params))
+    shared = {n for n in before.keys() & after.keys() if not n.startswith("head/")}
+    moved = {n for n in shared if not np.array_equal(before[n], after[n])}
+    assert moved == {n for n in shared if MOVED[method](weights.parse(n))}
+    assert all(np.asarray(a).any() for n, a in after.items() if weights.parse(n).bottleneck)
+    assert {n for n in after if weights.parse(n).bottleneck} == after.keys() - before.keys() - {
+        n for n in after if n.startswith("head/")
+    }
 
 
 @pytest.mark.slow
@@ -88,10 +126,12 @@ def test_optimizer_bytes_are_those_of_what_is_trained(artifacts, reviews):
         "dora": 8 * (2 * pairs + L * (Q + KV + D) + head),
         "adalora": 8 * (svd + head) + 8 * svd + 3 * 3 * L + 1,
         "ia3": 8 * (L * (2 * KV + F) + head),
+        "houlsby": 8 * (L * (2 * (2 * D * 4 + D + 4) + 2 * D) + head),  # RMSNorm has no bias
         "head": 8 * head,
     }
     for method, size in expected.items():
         more = {"lora": LORA} if method in ("lora", "dora", "adalora") else {}
+        more |= {"houlsby": {"size": 4}} if method == "houlsby" else {}
         programs, left = finetune.programs(config(reviews, method=method, **more), base, {}, mesh)
         state = jax.tree.leaves(programs[0].optimizer)
         assert sum(a.size * a.dtype.itemsize for a in state) == size + 5 * 4, method

@@ -1,0 +1,85 @@
+"""Train bottleneck adapters in the layers of a frozen model, which may be quantized.
+
+After each sublayer (Houlsby et al., 2019, arXiv:1902.00751) or beside the feed-forward layer (He et al., 2022,
+arXiv:2110.04366). They are part of the network: its config has their size, and they cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.errors import RequestError
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.model.config import ModelConfig
+
+SCALE = {"sequential": 1.0, "parallel": 4.0}
+"""Factor on the adapters' output, as the authors of each form chose it."""
+
+
+class Houlsby(Method):
+    """Bottleneck adapters and the task's head; of the sequential form also the norms of the layers, as in the paper."""
+
+    name = "houlsby"
+    settings = ("houlsby",)
+
+    def network(self, config: Any, model: ModelConfig) -> ModelConfig:
+        """Return the config of the network with adapters. Adapters of the parent are trained further.
+
+        Raises:
+          RequestError: the parent has adapters of another size, form or scale, or an adapter is no bottleneck.
+        """
+        settings = config.houlsby
+        if settings.size > model.d_model:
+            raise RequestError(f"houlsby.size = {settings.size:,} is above the width of the layers ({model.d_model:,})")
+        fields = {
+            "adapter_size": settings.size,
+            "adapter_form": settings.form,
+            "adapter_scale": settings.scale or SCALE[settings.form],
+        }
+        found = {name: getattr(model, name) for name in fields}
+        if model.adapter_size and found != fields:
+            raise RequestError(
+                f"houlsby: the parent has bottleneck adapters already (size {model.adapter_size}, "
+                f"{model.adapter_form}, scale {model.adapter_scale:g}), which these settings must repeat"
+            )
+        return model.model_copy(update=fields)
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """Return the parameters with new adapters, sharded over `mesh`. The outputs do not change."""
+        import jax
+
+        from llmctl.model import functional, weights
+
+        missing = sorted(weights.flatten(functional.abstract(model)).keys() - weights.flatten(params).keys())
+        if not missing:
+            return params
+        layout = weights.flatten(functional.shardings(model, functional.abstract(model), mesh))
+
+        def fresh(key: jax.Array) -> dict[str, Any]:
+            made = weights.flatten(functional.init(model, key))
+            return {path: made[path] for path in missing}
+
+        new = jax.jit(fresh, out_shardings={path: layout[path] for path in missing})(key)
+        return weights.updated(params, new)
+
+    def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
+        """Return a function from the name of an array to whether it is trained."""
+        from llmctl.model import weights
+
+        norms = model.adapter_form == "sequential"
+
+        def trained(name: str) -> bool:
+            found = weights.parse(name)
+            return found.bottleneck or found.task_head or (norms and found.stacked and found.norm)
+
+        return trained
+
+
+METHOD = Houlsby()

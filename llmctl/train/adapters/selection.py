@@ -1,0 +1,144 @@
+"""Select the arrays and layers that a finetuning stage trains, with their learning rates and first steps.
+
+Each array has a level: 0 for what follows the layers (final norms, output projection, task head), 1 for the last layer
+of a stack, its depth for the first layer, and one more than the largest depth for the embeddings.
+
+    how = selection.job_fields(config, METHODS[config.method], model, params)
+
+Layer-wise decay: Howard and Ruder, 2018, arXiv:1801.06146; with a factor per layer as in ELECTRA (Clark et al., 2020,
+arXiv:2003.10555). Gradual unfreezing is of the first paper too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    from llmctl.model.config import ModelConfig
+
+LEVEL_0 = np.asarray(0)
+
+
+def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) -> dict[str, Any]:
+    """Return `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`, by the sections `trained` and of `method`.
+
+    Args:
+      config: config of the stage.
+      method: its finetuning method.
+      model: config of the model.
+      params: its parameters with the method's adapters; abstract arrays suffice.
+
+    Raises:
+      RequestError: a setting names nothing, or does nothing with this method and task.
+    """
+    settings, levels = config.trained, _levels(model, params)
+    own = method.trains(config, model, params)
+    _check(config, method, model, {name: levels[name] for name in levels if own(name)}, levels)
+
+    def trains(name: str) -> bool:
+        from llmctl.model import weights
+
+        found = weights.parse(name)
+        chosen = not settings.patterns or found.task_head or any(weights.matches(name, p) for p in settings.patterns)
+        return own(name) and chosen and not (settings.last_layers and found.below)
+
+    def rate(name: str) -> Any:
+        from llmctl.model import weights
+
+        factor: Any = method.rate(config, name)
+        if settings.layer_decay < 1:
+            factor = factor * (settings.layer_decay ** levels.get(name, LEVEL_0)).astype("float32")
+        return factor * settings.head_rate if weights.parse(name).task_head else factor
+
+    if not any(trains(name) for name in levels):
+        raise RequestError("trained: nothing is left to train; leave out trained.last_layers or trained.patterns")
+    return {"trains": trains, "rate": rate, "frozen_layers": config.freeze_layers}
+
+
+def during(config: Any, method: Method, model: ModelConfig, params: Params, steps: int) -> dict[str, Any]:
+    """Return further fields of a job that runs for `steps` steps: the method's, and `starts`.
+
+    Raises:
+      RequestError: `trained.unfreeze_every` leaves layers frozen to the end.
+    """
+    from llmctl.train import optim
+    from llmctl.train.job import NEVER
+
+    settings, fields = config.trained, method.during(config, params, steps)
+    if not (settings.last_layers or settings.unfreeze_every):
+        return fields
+    levels, depth = _levels(model, params), _depth(model)
+    last = settings.last_layers or (depth - config.freeze_layers if config.freeze_layers else depth + 1)
+    every = optim.portion(settings.unfreeze_every, steps) if settings.unfreeze_every else 0
+    first = 0 if "head" in params else 1  # without a head, the last layer is trained first
+    trains = job_fields(config, method, model, params)["trains"]
+    top = max((int(level.max()) for name, level in levels.items() if trains(name)), default=0)
+    if settings.unfreeze_every and (begin := every * (min(top, last) - first)) >= steps:
+        raise RequestError(
+            f"trained.unfreeze_every = {settings.unfreeze_every:g}: the first layer would be trained from step "
+            f"{begin:,} on, and the run has {steps:,} steps; choose a smaller one, or set trained.last_layers"
+        )
+
+    def starts(name: str) -> Any:
+        level = levels.get(name, LEVEL_0)
+        return np.where(level > last, NEVER, every * np.maximum(level - first, 0)).astype("int32")
+
+    return {**fields, "starts": starts}
+
+
+def _depth(model: ModelConfig) -> int:
+    """Return the largest number of layers of a stack."""
+    return max(model.layers, model.encoder_layers)
+
+
+def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
+    """Return the level of each array by name, as arrays that broadcast with it: [L, 1, ...] if stacked, else 0-d."""
+    from llmctl.model import weights
+
+    found: dict[str, Any] = {}
+    for name, a in weights.arrays(params).items():
+        parsed = weights.parse(name)
+        if parsed.stacked:
+            found[name] = np.arange(a.shape[0], 0, -1).reshape(-1, *[1] * (a.ndim - 1))
+        else:
+            found[name] = np.asarray(_depth(model) + 1 if parsed.below else 0)
+    return found
+
+
+def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, Any], every: dict[str, Any]) -> None:
+    """Raise RequestError if a setting of `trained` names nothing, or does nothing.
+
+    `trained` has the levels of the arrays that the method trains, and `every` those of all arrays.
+    """
+    from llmctl.model import weights
+
+    settings, depth = config.trained, _depth(model)
+    if settings.last_layers > depth:
+        raise RequestError(f"trained.last_layers: {settings.last_layers} of {depth} layers")
+    if settings.last_layers and not any((level > settings.last_layers).any() for level in trained.values()):
+        raise RequestError(
+            f"trained.last_layers = {settings.last_layers}: method {method.name!r} trains nothing that it freezes"
+        )
+    if settings.patterns and not method.changes_base:
+        raise RequestError(f"trained.patterns: not for method {method.name!r}, say method = 'full'")
+    for pattern in settings.patterns:
+        if not any(weights.matches(name, pattern) for name in every):
+            raise RequestError(f"trained.patterns: no parameter matches {pattern!r}; names are as {_example(every)}")
+    layered = any(level.any() for level in trained.values())
+    for field, given in (("layer_decay", settings.layer_decay < 1), ("unfreeze_every", settings.unfreeze_every > 0)):
+        if given and not layered:
+            raise RequestError(f"trained.{field}: method {method.name!r} trains no layer")
+    if settings.head_rate != 1 and not any(weights.parse(name).task_head for name in trained):
+        raise RequestError(f"trained.head_rate: task {config.task!r} has no head of its own")
+
+
+def _example(names: dict[str, Any]) -> str:
+    """Return a name of a layer's parameter, as an example for an error."""
+    from llmctl.model import weights
+
+    return next((name for name in names if weights.is_stacked(name)), next(iter(names)))
