@@ -193,7 +193,7 @@ def adapter(
         found.model,
         stage="import",
         key=hashlib.sha256(f"{_key(source, '')}:{found.manifest.key}".encode()).hexdigest(),
-        config={"source": str(source)},
+        config={"source": str(source), peft.FULL: peft.replaced(found, params)},
         parent=found.manifest,
         labels=found.manifest.labels,
         tokenizer_dir=found.tokenizer_dir if found.tokenizer_dir.is_dir() else None,

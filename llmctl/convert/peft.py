@@ -17,7 +17,7 @@ import numpy as np
 from llmctl.artifacts import fingerprint
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.convert import architectures, name_map, parity, peft_ia3, peft_lora, safetensors
+from llmctl.convert import architectures, name_map, parity, peft_ia3, peft_lora, peft_table, safetensors
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.lazy_tensors import Tensor, listed, of_array
 from llmctl.evaluate.tasks import registry
@@ -26,6 +26,8 @@ from llmctl.model.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FULL = "trained_in_full"
+"""Key of an import's config with the paths of the weights that the adapter replaced."""
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
 """Modules that read and write adapters, by the value of `peft_type`."""
@@ -36,16 +38,20 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def _joints(cfg: ModelConfig) -> dict[str, name_map.Joint]:
+    """Return every tensor of the Hugging Face format, by its name there."""
+    bridge, head = architectures.of(cfg)
+    return name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare)
+
+
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
     """Return the linear layers of the Hugging Face format with the slots of their matrices: {module name: slots}.
 
     A fused layer has several slots.
     """
-    bridge, head = architectures.of(cfg)
-    found = name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare)
     return {
         n.removesuffix(".weight"): j.slots
-        for n, j in found.items()
+        for n, j in _joints(cfg).items()
         if weights.is_kernel(j.slots[0].path) and n.endswith(".weight")
     }
 
@@ -56,7 +62,7 @@ def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
 
 
 def load(base: Artifact, folder: Path) -> dict[str, Any]:
-    """Load an adapter: wrap the base's matrices in it, and replace the heads that were trained with it.
+    """Load an adapter: wrap the matrices of the base in it, and replace the modules that were trained in full.
 
     Returns:
         The parameters of the base with the adapter.
@@ -93,7 +99,13 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
             raise RequestError(f"{folder / WEIGHTS}: {e}") from None
         for slot, part in zip(slots, parts, strict=True):
             found.setdefault(slot.path, {})[slot.layer] = part
-    left -= _heads(base.model, stored, flat, left)
+    table = peft_table.of(base.model, _joints(base.model))
+    pair, used = peft_table.read(table, config, stored, PREFIX, flat[table.path].shape)
+    if pair:
+        found[table.path] = {-1: pair}
+    left -= used
+    left -= _copy_full(base.model, stored, flat, left)
+    left -= _of_base(base, stored, left)
     if left:
         raise RequestError(f"{folder / WEIGHTS}: tensors that are not understood: {listed(sorted(left))}")
     if not found:
@@ -105,19 +117,43 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
     return weights.unflatten(flat)
 
 
-def _heads(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
-    """Copy fully trained heads into `flat`, and return the names of their tensors."""
-    _, head = architectures.of(cfg)
-    used = set()
-    for ours, theirs in head.names.items():
-        if theirs in left and ours in flat:
-            array = np.asarray(stored[PREFIX + theirs].read())
-            array = array.T if weights.is_kernel(ours) else array
-            if array.shape != flat[ours].shape:
-                raise RequestError(f"{theirs} is {list(array.shape)}, the base's {list(flat[ours].shape)}")
-            flat[ours] = jnp.asarray(array).astype(flat[ours].dtype)
-            used.add(theirs)
+def _copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
+    """Copy fully trained modules into `flat`, and return the names of their tensors."""
+    joints = _joints(cfg)
+    table = peft_table.of(cfg, joints)
+    used = {name for name in joints if name in left}
+    for name in used:
+        array = np.asarray(stored[PREFIX + name].read())
+        if array.shape != joints[name].shape:
+            raise RequestError(f"{name} is {list(array.shape)}, the base's {list(joints[name].shape)}")
+        for slot in joints[name].slots:
+            old, ours = flat[slot.path], array.T if slot.transposed else array
+            if not weights.is_plain(old):
+                raise RequestError(f"{name}: is trained in full, and the base's {slot.path} is no plain array")
+            ours = jnp.asarray(ours[..., slot.first : slot.first + slot.shape[-1]]).astype(old.dtype)
+            flat[slot.path] = ours if slot.layer < 0 else jnp.asarray(old).at[slot.layer].set(ours)
+    twin = f"{table.output}.weight"
+    if twin in left and f"{table.module}.weight" in used:
+        first, second = (np.asarray(stored[PREFIX + name].read()) for name in (twin, f"{table.module}.weight"))
+        if not np.array_equal(first, second):
+            raise RequestError(f"{table.module} and {table.output} are one weight in the base, and differ here")
+        used.add(twin)
     return used
+
+
+def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> set[str]:
+    """Return the names of tensors that repeat weights of the base, which PEFT saves beside adapters of a token table.
+
+    Raises:
+        RequestError: If such a tensor differs from the base.
+    """
+    theirs = {n.replace(".base_layer.", "."): n for n in left if ".base_layer." in n}
+    wanted = {n: j for n, j in _joints(base.model).items() if n in theirs}
+    for name, ours in name_map.write(base.params, wanted, np.dtype(np.float32)).items():
+        array = np.asarray(stored[PREFIX + theirs[name]].read(), np.float32)
+        if array.shape != ours.shape or not np.array_equal(array, ours.read()):
+            raise RequestError(f"{theirs[name]} differs from the weight of the base {base.path}")
+    return {theirs[name] for name in wanted}
 
 
 def export(found: Artifact, folder: Path) -> float:
@@ -130,24 +166,37 @@ def export(found: Artifact, folder: Path) -> float:
         RequestError: If the artifact has no adapters, if matrices with adapters share a tensor in the Hugging Face
             format, or if the artifact differs from its base in weights that an adapter cannot store.
     """
-    cfg, flat = found.model, weights.flatten(found.params)
+    cfg = found.model
     adapters = weights.adapted(found.params)
     if not adapters:
         raise RequestError(f"{found.path}: has no low-rank pairs; finetune with method = 'lora' and merge = false")
     form = _format_of(found.path, {w.kind for w in adapters.values()})
     modules = {m: s for m, s in _modules(cfg).items() if s.path in adapters}
-    if homeless := sorted(adapters.keys() - {s.path for s in modules.values()}):
+    joints, full = _joints(cfg), full_paths(found)
+    table = peft_table.of(cfg, joints)
+    if cfg.encoder_layers and table.path in {*adapters, *full}:
+        raise RequestError(f"{found.path}: its token table is three modules there; merge the pairs and export --to hf")
+    if homeless := sorted(adapters.keys() - {s.path for s in modules.values()} - {table.path}):
         raise RequestError(f"{listed(homeless)}: shares a tensor with others there; merge the pairs and export --to hf")
     nodes = {m: _layer(adapters[slot.path], slot.layer) for m, slot in modules.items()}
+    nodes |= peft_table.nodes(table, adapters[table.path]) if table.path in adapters else {}
     tensors = {m: made for m, w in nodes.items() if (made := form.write(w))}
-    out = {f"{PREFIX}{m}.{suffix}": of_array(a) for m, made in tensors.items() for suffix, a in made.items()}
-    trained = _trained(found)
-    for ours, theirs in trained.items():
-        array = np.asarray(weights.dense(flat[ours]), np.float32)
-        out[PREFIX + theirs] = of_array(array.T if weights.is_kernel(ours) else array)
-    saved = {theirs.rpartition(".")[0] for theirs in trained.values()}
+    names = {table.module: peft_table.NAMES}
+    out = {
+        f"{PREFIX}{m}.{names.get(m, {}).get(suffix, suffix)}": of_array(a)
+        for m, made in tensors.items()
+        for suffix, a in made.items()
+    }
+    whole = {n: j for n, j in joints.items() if {s.path for s in j.slots} <= full}
+    if homeless := sorted(full - {s.path for j in whole.values() for s in j.slots}):
+        raise RequestError(f"{listed(homeless)}: shares a tensor with others there; merge the pairs and export --to hf")
+    arrays = name_map.write(found.params, whole, np.dtype(np.float32))
+    if table.output and table.path in full:
+        arrays[f"{table.output}.weight"] = arrays[f"{table.module}.weight"]
+    out |= {PREFIX + n: t for n, t in arrays.items()}
+    saved = {n.rpartition(".")[0] for n in arrays}
     config = {
-        **form.settings(nodes, tensors, _modules(cfg)),
+        **form.settings(nodes, tensors, {*_modules(cfg), table.module, *filter(None, [table.output])}),
         "task_type": registry.of(found.manifest).peft_task_type(cfg),
         "base_model_name_or_path": "",
         "modules_to_save": sorted(saved) or None,
@@ -183,28 +232,38 @@ def base_of(found: Artifact) -> dict[str, Any]:
     With these zeros, a comparison detects a head that the adapter's files lack.
     """
     base = weights.flatten(weights.without_adapters(found.params))
-    base |= {path: jnp.zeros(base[path].shape, jnp.float32) for path in _trained(found)}
+    base |= {path: jnp.zeros(base[path].shape, jnp.float32) for path in full_paths(found)}
     return weights.unflatten(base)
 
 
-def _trained(found: Artifact) -> dict[str, str]:
-    """Return the weights of trained heads, {parameter path: name in the Hugging Face format}.
+def full_paths(found: Artifact) -> set[str]:
+    """Return the paths of the weights that were trained in full beside the adapters.
 
-    Finetuning trains only task heads. An imported adapter may also have a language-model head.
+    After finetuning they are the task head and `lora.modules_to_save`. An import records what its adapter contained.
+    Older imports did not, and may have a trained head.
 
     Raises:
-        RequestError: If an imported artifact differs from its base, and has no head that could be the difference.
+        RequestError: If an older import differs from its base, and has no head that could be the difference.
     """
-    flat, names = weights.flatten(found.params), architectures.of(found.model)[1].names
-    heads = {ours: theirs for ours, theirs in names.items() if ours in flat}
-    parent = found.manifest.parent
+    flat, parent, config = weights.flatten(found.params), found.manifest.parent, found.manifest.config
     if found.manifest.stage == "import" and parent is not None:
+        if FULL in config:
+            return {*config[FULL]}
         if fingerprint.digest(weights.flatten(weights.without_adapters(found.params))) == parent.digest:
-            return {}
+            return set()
+        heads = {ours for ours in architectures.of(found.model)[1].names if ours in flat}
         if not heads:
             raise RequestError(
                 f"{found.path}: differs from its base in more than low-rank pairs and its head, which an adapter "
                 "cannot hold; merge the pairs and export --to hf"
             )
         return heads
-    return {ours: theirs for ours, theirs in heads.items() if weights.parse(ours).task_head}
+    saved = config.get("lora", {}).get("modules_to_save", [])
+    names = {path: weights.parse(path) for path in flat}
+    return {path for path, name in names.items() if name.task_head or any(name.belongs(m) for m in saved)}
+
+
+def replaced(base: Artifact, params: dict[str, Any]) -> list[str]:
+    """Return the paths of the base's weights that an adapter replaced, from the result of `load`."""
+    before, after = weights.flatten(base.params), weights.flatten(weights.without_adapters(params))
+    return sorted(path for path, w in after.items() if w is not before[path])

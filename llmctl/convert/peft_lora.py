@@ -76,7 +76,7 @@ def read(
     if "lora_E" in tensors:  # singular values; the scale is that of the initial rank, as PEFT computes it
         a, scale = a * tensors["lora_E"], float(config["lora_alpha"]) / (float(config["init_r"]) + 1e-5)
     else:
-        scale = _scale(config, module, rank)
+        scale = scale_of(config, module, rank)
     magnitude = tensors.get(MAGNITUDE)
 
     def part(slot: Slot) -> Pair:
@@ -86,7 +86,8 @@ def read(
     return [part(slot) for slot in slots]
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return the scale of a module's update by the format's settings."""
     patterns = config.get("alpha_pattern") or {}  # regular expressions that match the end of a name
     if not isinstance(patterns, dict):
         raise RequestError("adapter_config.json: alpha_pattern is no object")

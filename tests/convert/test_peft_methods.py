@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
-from llmctl.convert import peft, safetensors
+from llmctl.convert import name_map, peft, peft_table, safetensors
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import finetune
@@ -27,6 +27,9 @@ CASES = {
     "rslora": ("llama", "LoraConfig", LORA | {
         "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 2},
         "alpha_pattern": {"down_proj": 3},
+    }),
+    "table": ("llama", "LoraConfig", LORA | {
+        "target_modules": ["embed_tokens", "lm_head", "q_proj"], "modules_to_save": ["norm"],  # every norm
     }),
     "dora": ("llama", "LoraConfig", LORA | {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
     "ia3": ("llama", "IA3Config", {
@@ -56,7 +59,11 @@ def of_peft(name, folder, ids, cotangent_of):
                 p.add_(torch.randn_like(p) * 0.2)
     logits = tuned(input_ids=torch.tensor(np.asarray(ids))).logits
     (logits * torch.tensor(cotangent_of(logits.shape))).sum().backward()
-    grads = {n.replace(".default", ""): p.grad.numpy() for n, p in tuned.named_parameters() if p.requires_grad}
+    grads = {
+        n.replace(".modules_to_save", "").replace(".default", ""): p.grad.numpy()
+        for n, p in tuned.named_parameters()
+        if p.requires_grad
+    }
     count, _ = tuned.get_nb_trainable_parameters()
     tuned.save_pretrained(folder / "adapter")
     with torch.no_grad():
@@ -94,8 +101,10 @@ def test_forward_gradients_counts_and_merging_are_those_of_peft(name, bases, cal
     expected, merged, grads, count = of_peft(name, tmp_path, ids, cotangent)
     batch = batch_of(ids)
 
-    params = peft.load(artifact.load(saved), tmp_path / "adapter")
-    names = weights.adapter_names(params)
+    base = artifact.load(saved)
+    params = peft.load(base, tmp_path / "adapter")
+    full = peft.replaced(base, params)
+    names = weights.adapter_names(params) | {*full}
     named = weights.arrays(params)
 
     @jax.jit
@@ -111,7 +120,7 @@ def test_forward_gradients_counts_and_merging_are_those_of_peft(name, bases, cal
     size = np.abs(expected).max()
     np.testing.assert_allclose(got, expected, atol=1e-4 * size)
     assert sum(named[n].size for n in names) == count
-    found = gradients(config, weights.rebuild(params, named | slopes))
+    found = gradients(config, weights.rebuild(params, named | slopes), full)
     assert set(found) == set(grads)
     for n, g in grads.items():
         np.testing.assert_allclose(found[n], g, atol=1e-4 * max(1.0, np.abs(g).max()), err_msg=n)
@@ -122,27 +131,60 @@ def test_forward_gradients_counts_and_merging_are_those_of_peft(name, bases, cal
 
     # Back to PEFT's format, whose proof runs PEFT itself; the tensors are the same.
     tuned = artifact.load(saved)
-    artifact.save(tmp_path / "tuned", params, config, stage="import", key="k", config={}, parent=tuned.manifest,
-                  tokenizer_dir=tuned.tokenizer_dir)  # fmt: skip
+    artifact.save(tmp_path / "tuned", params, config, stage="import", key="k", config={peft.FULL: full},
+                  parent=tuned.manifest, tokenizer_dir=tuned.tokenizer_dir)  # fmt: skip
     code, made, err = call("export", tmp_path / "tuned", "--to", "peft", "--out", tmp_path / "again")
     assert code == 0, err
     assert made["proof"] == "from text, PEFT reads what was written" and made["transformers"] < 1e-4
     first, again = (safetensors.read_file(tmp_path / f / peft.WEIGHTS) for f in ("adapter", "again"))
-    assert set(first) == set(again)
-    for n in first:
+    assert {n for n in first if ".base_layer." not in n} == set(again)  # PEFT repeats the base of a table's adapter
+    for n in again:
         np.testing.assert_allclose(again[n].read(), first[n].read(), atol=1e-6, err_msg=n)
 
 
-def gradients(config, tree) -> Mapping[str, np.ndarray]:
-    """Gradients by PEFT's names, from a tree whose adapters hold gradients in place of their arrays."""
+def gradients(config, tree, full) -> Mapping[str, np.ndarray]:
+    """Gradients by PEFT's names, from a tree whose adapters, and weights of `full`, hold gradients."""
     adapters, out = weights.adapted(tree), {}
+    joints = peft._joints(config)
+    table = peft_table.of(config, joints)
+    if table.path in adapters:
+        tensors = peft.peft_lora.write(adapters[table.path])
+        out |= {f"{peft.PREFIX}{table.module}.{peft_table.NAMES[k]}": a for k, a in tensors.items()}
+    whole = {n: j for n, j in joints.items() if j.slots[0].path in full}
+    out |= {peft.PREFIX + n: t.read() for n, t in name_map.write(tree, whole).items()}
     for module, slot in peft._modules(config).items():
         if slot.path not in adapters:
             continue
-        w = weights.layer_of(adapters[slot.path], slot.layer)
+        w = peft._layer(adapters[slot.path], slot.layer)
         tensors = peft.FORMATS[{"low_rank": "LORA", "dora": "LORA"}.get(w.kind, "IA3")].write(w)
         out |= {f"{peft.PREFIX}{module}.{k}": a for k, a in tensors.items()}
     return {n + (".weight" if n.endswith("vector") else ""): a for n, a in out.items()}
+
+
+def test_a_tied_table_is_two_modules_there(config, wild, save, call, tmp_path):
+    """Adapter and norms of a finetuned model with tied embeddings, through PEFT's files and back."""
+    pytest.importorskip("peft")
+    tied = config.model_copy(update={"tied": True})
+    params, rng = wild(tied), np.random.default_rng(3)
+    flat = weights.flatten(params)
+    a, b = (jnp.asarray(rng.normal(0, 0.2, s), jnp.float32) for s in ((tied.vocab_size, 3), (3, 64)))
+    flat["embed/tokens"] = weights.LowRank(flat["embed/tokens"], a, b, 2.0)
+    base = save(tied, params)
+    common = {"key": "k", "parent": artifact.read_manifest(base), "tokenizer_dir": artifact.load(base).tokenizer_dir}
+    norms = flat["decoder/blocks/attn_norm/scale"] = jnp.asarray(rng.normal(1, 0.2, (3, 64)), jnp.float32)
+    artifact.save(tmp_path / "a", weights.unflatten(flat), tied, stage="finetune",
+                  config={"lora": {"modules_to_save": ["attn_norm"]}}, **common)  # fmt: skip
+    code, made, err = call("export", tmp_path / "a", "--to", "peft", "--out", tmp_path / "adapter")
+    assert code == 0, err
+    assert made["proof"] == "from text, PEFT reads what was written" and made["transformers"] < 1e-4
+    code, _, err = call("import", tmp_path / "adapter", "--base", base, "--out", tmp_path / "back")
+    assert code == 0, err
+    back = weights.flatten(artifact.load(tmp_path / "back").params)
+    np.testing.assert_array_equal(back["decoder/blocks/attn_norm/scale"], norms)
+    np.testing.assert_allclose(weights.dense(back["embed/tokens"]), weights.dense(flat["embed/tokens"]), atol=1e-6)
+    code, made, err = call("export", tmp_path / "back", "--to", "peft", "--out", tmp_path / "again")
+    first, again = (safetensors.read_file(tmp_path / f / peft.WEIGHTS) for f in ("adapter", "again"))
+    assert code == 0 and set(first) == set(again), err
 
 
 def test_adalora_trains_as_peft_does(saved, call, config, tmp_path):

@@ -39,5 +39,5 @@ class LowRank(Adapter):
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
         """Return the rows of this table at ids [...] in `dtype`, an array [..., D]."""
-        rows = as_node(self.base).take(ids, dtype)
+        rows = as_node(self.base).take(ids, dtype, axes)
         return rows + self.scale * jnp.matmul(as_node(self.a).take(ids, dtype), self.b.astype(dtype))

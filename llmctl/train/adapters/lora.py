@@ -33,7 +33,7 @@ def attach(
     """Return the parameters with a low-rank pair a [..., I, R], b [..., R, O] around each target matrix [..., I, O].
 
     a is initialized uniformly, as in the LoRA authors' code (Kaiming, a = sqrt(5)). b is initialized to zero, so the
-    model's outputs do not change.
+    model's outputs do not change. Of the token table, a is zero and b normal, as in PEFT, because a is looked up.
 
     Args:
       cfg: config of the model.
@@ -61,11 +61,16 @@ def attach(
         alpha = targets.of_matrix(m, lora.alpha_pattern, lora.alpha)
         *lead, fan_in, fan_out = m.weight.shape
         bound, own = fan_in**-0.5, jax.random.fold_in(key, number)
+        if m.place == "embedding":
+            b = jax.random.normal(own, (rank, fan_out))
+            return weights.LowRank(m.weight, jnp.zeros((fan_in, rank)), b, scale_of(alpha, rank))
         a = jax.random.uniform(own, (*lead, fan_in, rank), minval=-bound, maxval=bound)
-        scale = alpha / (math.sqrt(rank) if lora.rslora else rank)
-        return (make or weights.LowRank)(m.weight, a, jnp.zeros((*lead, rank, fan_out)), scale)
+        return (make or weights.LowRank)(m.weight, a, jnp.zeros((*lead, rank, fan_out)), scale_of(alpha, rank))
 
-    return targets.wrap(cfg, params, lora.targets, pair, mesh, "lora.targets")
+    def scale_of(alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if lora.rslora else rank)
+
+    return targets.wrap(cfg, params, lora.targets, pair, mesh, "lora.targets", table=make is None)
 
 
 def check_rank(params: Params, lora: LoraConfig) -> None:
@@ -74,9 +79,7 @@ def check_rank(params: Params, lora: LoraConfig) -> None:
     Raises:
       RequestError: the rank is above the smaller side of every matrix.
     """
-    from llmctl.model import weights
-
-    found = [m for m in weights.matrices(params, "block") if not lora.targets or m.name in lora.targets]
+    found = targets.selected(params, lora.targets)
     rank, sides = max(lora.rank, *lora.rank_pattern.values(), 1), [min(m.weight.shape[-2:]) for m in found]
     if rank > max(sides, default=rank):
         raise RequestError(f"lora.rank = {rank:,} is above the smaller side of every matrix ({max(sides):,} at most)")
@@ -94,6 +97,29 @@ class Lora(Method):
     ) -> Params:
         """Return the parameters with a low-rank pair around each target matrix, sharded over `mesh`."""
         return attach(model, params, config.lora, key, mesh)
+
+    def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
+        """Return a function from the name of an array to whether it is trained.
+
+        The adapters, the task's head and the modules of `lora.modules_to_save` are.
+
+        Raises:
+          RequestError: a module to save does not exist, has an adapter, or is quantized.
+        """
+        from llmctl.model import weights
+
+        saved, own = config.lora.modules_to_save, super().trains(config, model, params)
+        flat = weights.flatten(params)
+        for module in saved:
+            paths = [path for path in flat if weights.parse(path).belongs(module)]
+            if not paths:
+                raise RequestError(f"lora.modules_to_save: the model has no module {module}")
+            for path in paths:
+                node = weights.as_node(flat[path])
+                if node.has_adapter or node.is_integer:
+                    what = "has an adapter; leave it out of lora.targets" if node.has_adapter else "is quantized"
+                    raise RequestError(f"lora.modules_to_save: {path} {what}")
+        return lambda name: own(name) or any(weights.parse(name).belongs(module) for module in saved)
 
     def rate(self, config: Any, name: str) -> float:
         """Return the factor on an array's learning rate.

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+OUTSIDE = ("embed", "lm_head")
+"""Names of the matrices outside the blocks that may get an adapter; tasks' heads are trained in full."""
+
 
 def wrap(
     cfg: ModelConfig,
@@ -24,19 +27,22 @@ def wrap(
     make: Callable[[weights.Matrix, int], weights.Adapter],
     mesh: jax.sharding.Mesh,
     setting: str,
+    *,
+    table: bool = False,
 ) -> Params:
-    """Return the parameters with an adapter around every target matrix of the blocks.
+    """Return the parameters with an adapter around every target matrix.
 
     Args:
       cfg: config of the model.
       params: parameters of the model.
-      targets: names of matrices (q, k, v, o, gate, up, down); empty means all.
+      targets: names of matrices (q, k, v, o, gate, up, down, lm_head, embed); empty means all of the blocks.
       make: function from a matrix and its number to the adapter. The number does not depend on `targets`.
       mesh: the devices over which the result is sharded.
       setting: name of the setting `targets` in errors.
+      table: whether the adapter can be around the token table, which is looked up.
 
     Raises:
-      RequestError: a target names no matrix, or a matrix already has an adapter.
+      RequestError: a target names no matrix, or one that the adapter does not support, or one that has an adapter.
     """
     import jax
 
@@ -44,10 +50,12 @@ def wrap(
 
     number = {path: i for i, path in enumerate(weights.flatten(params))}
     made: dict[str, weights.Adapter] = {}
-    chosen = [m for m in weights.matrices(params, "block") if not targets or m.name in targets]
+    chosen = selected(params, targets)
     if missing := sorted(set(targets) - {m.name for m in chosen}):
         raise RequestError(f"{setting}: the model has no matrix {', '.join(missing)} in its blocks")
     for m in chosen:
+        if m.place == "embedding" and not table:
+            raise RequestError(f"{setting}: {m.name}: the token table has adapters of method 'lora' only")
         if m.node.has_adapter:
             raise RequestError(
                 f"{m.path}: has a low-rank pair already; merge the parent first (finetune with merge = true)"
@@ -55,6 +63,15 @@ def wrap(
         made[m.path] = make(m, number[m.path])
     tree = weights.updated(params, made)
     return jax.device_put(tree, functional.shardings(cfg, tree, mesh))
+
+
+def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
+    """Return the matrices that get an adapter; those outside the blocks only if `targets` names them."""
+    from llmctl.model import weights
+
+    if not targets:
+        return list(weights.matrices(params, "block"))
+    return [m for m in weights.matrices(params) if m.name in targets and (m.place == "block" or m.name in OUTSIDE)]
 
 
 def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
@@ -71,8 +88,6 @@ def check_pattern(params: Params, targets: Sequence[str], pattern: Iterable[str]
     Raises:
       RequestError: a key names no such matrix.
     """
-    from llmctl.model import weights
-
-    found = [m for m in weights.matrices(params, "block") if not targets or m.name in targets]
+    found = selected(params, targets)
     if missing := sorted({*pattern} - {m.name for m in found} - {m.module for m in found}):
         raise RequestError(f"{setting}: no matrix with an adapter is called {', '.join(missing)}")

@@ -109,3 +109,33 @@ def test_dora_starts_as_its_base_and_leaves_integers(params, one):
     }
     assert arrays[f"{up}:base.qvalue"].dtype == jnp.int8 and not trains(f"{up}:base.qvalue")
     assert weights.count(tuned) - weights.count(params) == 2 * ((16 + 24 + 16 + 16) * 2 + 24 + 16)
+
+
+def test_the_token_table_starts_with_zeros_where_it_is_looked_up(params, one):
+    tuned = lora.attach(TINY, params, LoraConfig(rank=2, targets=["embed", "q"]), jax.random.key(1), one)
+    w = tuned["embed"]["tokens"]
+    assert (w.a.shape, w.b.shape) == ((32, 2), (2, 16)) and not np.asarray(w.a).any() and np.asarray(w.b).all()
+    with pytest.raises(RequestError, match=r"lora.targets: embed: the token table has adapters of method 'lora' only"):
+        METHODS["dora"].attach(
+            finetune.Config(method="dora", lora={"targets": ["embed"]}), TINY, params, jax.random.key(1), one
+        )
+
+
+def test_modules_to_save_are_trained_in_full(params, one):
+    config = finetune.Config(method="lora", lora={"rank": 2, "targets": ["q"], "modules_to_save": ["embed", "norm"]})
+    tuned = METHODS["lora"].attach(config, TINY, params, jax.random.key(1), one)
+    trains = METHODS["lora"].trains(config, TINY, tuned)
+    q = "decoder/blocks/attn/q/kernel"
+    assert {n for n in weights.arrays(tuned) if trains(n)} == {
+        f"{q}:a", f"{q}:b", "decoder/norm/scale", "embed/tokens"
+    }  # fmt: skip
+    int8 = weights.Quantized(qwix.quantize(params["embed"]["tokens"], "int8", channelwise_axes=[0]))
+    integers = weights.updated(tuned, {"embed/tokens": int8})
+    for modules, tree, line in (
+        (["emb"], tuned, "the model has no module emb"),
+        (["attn/q"], tuned, f"{q} has an adapter; leave it out of lora.targets"),
+        (["embed"], integers, "embed/tokens is quantized"),
+    ):
+        odd = finetune.Config(method="lora", lora={"modules_to_save": modules})
+        with pytest.raises(RequestError, match=f"lora.modules_to_save: {line}"):
+            METHODS["lora"].trains(odd, TINY, tree)

@@ -1,0 +1,82 @@
+"""Low-rank adapters of the token table in PEFT's format.
+
+Their tensors have names of their own. If the table is also the output projection, the format has a second adapter for
+that, with the same numbers: LoRA changes modules there, and weights here.
+
+Shapes: V vocabulary, D model width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.convert import architectures, peft_lora
+from llmctl.convert.lazy_tensors import Tensor
+from llmctl.convert.name_map import Joint
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
+
+NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
+"""Names of a linear layer's tensors, and of the same tensors of a table."""
+
+
+class Table(NamedTuple):
+    """Token table of a model in the Hugging Face format."""
+
+    path: str
+    """Our path."""
+    module: str
+    """Name of the module there."""
+    output: str
+    """Name of the output projection there if it is the same weight, else empty."""
+
+
+def of(cfg: ModelConfig, joints: Mapping[str, Joint]) -> Table:
+    """Return the token table of a model whose tensors are `joints`."""
+    name, slot = next((n, j.slots[0]) for n, j in joints.items() if weights.parse(j.slots[0].path).place == "embedding")
+    output = architectures.of(cfg)[1].names.get("lm_head/kernel", "") if cfg.tied and cfg.head_kind.vocabulary else ""
+    return Table(slot.path, name.removesuffix(".weight"), output.removesuffix(".weight"))
+
+
+def read(
+    table: Table, config: Mapping[str, Any], stored: Mapping[str, Tensor], prefix: str, shape: tuple[int, ...]
+) -> tuple[peft_lora.Pair | None, set[str]]:
+    """Return the adapter of the token table [V, D], or None, and the names of its tensors.
+
+    Raises:
+        RequestError: If the tensors do not fit the table, or change one of two modules that share it.
+    """
+    names = [f"{table.module}.{name}" for name in NAMES.values()]
+    if not any(prefix + name in stored for name in names):
+        return None, set()
+    if missing := [name for name in names if prefix + name not in stored]:
+        raise RequestError(f"{table.module} has an adapter without {missing[0]}")
+    a_RV, b_DR = (np.asarray(stored[prefix + name].read(), np.float32) for name in names)
+    rank = a_RV.shape[0]
+    if (a_RV.shape, b_DR.shape) != ((rank, shape[0]), (shape[1], rank)):
+        raise RequestError(f"{names[0]} is {list(a_RV.shape)}, which does not fit the base's table {list(shape)}")
+    scale, used = peft_lora.scale_of(config, table.module, rank), set(names)
+    if table.output:
+        twin = [f"{table.output}.{name}" for name in NAMES]
+        same = all(prefix + name in stored for name in twin) and all(
+            np.array_equal(np.asarray(stored[prefix + name].read(), np.float32), a)
+            for name, a in zip(twin, (b_DR.T, a_RV.T), strict=True)
+        )
+        if not same or peft_lora.scale_of(config, table.output, rank) != scale:
+            raise RequestError(
+                f"{table.module} and {table.output} are one weight in the base, and their adapters differ"
+            )
+        used |= set(twin)
+    return peft_lora.Pair(a_RV.T, b_DR.T, scale, None), used
+
+
+def nodes(table: Table, w: Any) -> dict[str, Any]:
+    """Return the adapters of the Hugging Face format by module, as pairs [I, R] and [R, O] of linear layers."""
+    found = {table.module: w}
+    if table.output:
+        found[table.output] = weights.LowRank(w.base, w.b.T, w.a.T, w.scale)
+    return found
