@@ -72,8 +72,9 @@ class Balanced:
     The examples of each class are in epochs of their own, so a rare class is repeated more often.
 
     Example:
-      >>> [int(i) for i in Balanced(np.array([0, 0, 0, 1]), seed=0)(np.arange(4)) % 3]
-      [1, 0, 2, 0]
+      >>> index_B = Balanced(np.array([0, 0, 0, 1]), seed=0)(np.arange(6))
+      >>> sorted(index_B[0::2].tolist()), index_B[1::2].tolist()
+      ([0, 1, 2], [3, 3, 3])
     """
 
     def __init__(self, labels_N: np.ndarray, seed: int):

@@ -87,8 +87,8 @@ def class_weights(given: Any, labels: Sequence[str], counts: Sequence[int]) -> n
       RequestError: a class is unknown.
 
     Example:
-      >>> class_weights("balanced", ["no", "yes"], [3, 1]).round(3).tolist()
-      [0.667, 2.0]
+      >>> class_weights("balanced", ["no", "yes", "maybe"], [2, 1, 3]).tolist()
+      [1.0, 2.0, 0.6666666865348816]
       >>> class_weights({"yes": 5.0}, ["no", "yes"], []).tolist()
       [1.0, 5.0]
     """

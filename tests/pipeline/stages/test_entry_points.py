@@ -55,7 +55,7 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
     data = ("--data.source", "quotes", "--data.path", quotes, "--data.test", "0.3")
     classifier = package / "run" / "classifier"
     train = ("--train.steps", 1, "--train.batch-size", 8, "--train.eval-every", 0, "--train.seq-len", 16)
-    train = (*train, "--task", "focal", "--method", "norms")
+    train = (*train, "--task", "focal", "--method", "norms", "--adversarial.method", "noise")
     llmctl("finetune", "--from", artifacts / "lm", "--out", classifier, *data, *train)
     powers = package / "run" / "powers"
     llmctl("quantize", "--from", classifier, "--out", powers, "--scheme", "powers")
@@ -90,7 +90,7 @@ def test_the_task_and_the_weight_by_hand(package):
 
 def test_help_lists_what_packages_add(package, capsys):
     for command, *names in (
-        ("finetune", "quotes", "focal", "norms"), ("eval", "kappa"), ("prune", "movement"),
+        ("finetune", "quotes", "focal", "norms", "noise"), ("eval", "kappa"), ("prune", "movement"),
         ("quantize", "ternary", "powers"),
     ):  # fmt: skip
         llmctl(command, "--help-all")

@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
+from llmctl.artifacts.workspace import Context
 from llmctl.config.errors import RequestError
-from llmctl.config.settings import TrainConfig
+from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
+from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
-from llmctl.train import learner
+from llmctl.pipeline.stages import finetune
+from llmctl.train import learner, loop
 from llmctl.train.adapters.registry import METHODS
 from llmctl.train.robust import robust_job
 from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
@@ -53,8 +57,24 @@ def batch_of(cfg):
     }
 
 
-def job_of(cfg, task="classify", dropout=0.1, params=None, method="full", **sections):
-    """The job of a stage with these sections, without rows."""
+class Rows:
+    """Rows of a batch, endlessly."""
+
+    def __init__(self, batch):
+        self.arrays = {k: np.asarray(a) for k, a in batch.items()}
+
+    def __len__(self):
+        return B
+
+    def __getitem__(self, i):
+        return {k: a[i % B] for k, a in self.arrays.items()}
+
+    def batch(self, rows_B):
+        return {k: a[rows_B % B] for k, a in self.arrays.items()}
+
+
+def job_of(cfg, task="classify", dropout=0.1, params=None, method="full", rows=None, **sections):
+    """The job of a stage with these sections."""
     params = functional.abstract(cfg) if params is None else params
     config = SimpleNamespace(
         train=TrainConfig(steps=20, seq_len=T, batch_size=B),
@@ -65,7 +85,7 @@ def job_of(cfg, task="classify", dropout=0.1, params=None, method="full", **sect
     trains = METHODS[method].trains(config, cfg, params)
     made = learner.Learner(cfg, params, TASKS[task], dropout, labels=["a", "b", "c"], how={"trains": trains})
     made = robust_job.attached(config, made)
-    return learner.job(config, made, [batch_of(cfg)], None, 20)
+    return learner.job(config, made, rows or Rows(batch_of(cfg)), lambda params: {"accuracy": 0.0}, 20)
 
 
 def memory_of(job):
@@ -82,6 +102,31 @@ def test_every_family_and_head_has_robust_losses(family, task, sections):
     (total, sums), gradients = jax.eval_shape(loss, job.params, batch_of(cfg), KEY, **memory_of(job))
     assert total.shape == () and {"loss", "accuracy", "weight"} <= set(sums)
     assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, job.params)
+
+
+def test_adapters_over_integers_get_the_only_gradients():
+    cfg, mesh = model("bert"), meshes.make(MeshConfig())
+    config = finetune.Config(method="lora", merge=False)
+
+    def attach(params):
+        down = "encoder/blocks/mlp/down/kernel"
+        stored = qwix.quantize(weights.flatten(params)[down], "int8", channelwise_axes=[0, 2])
+        integers = weights.updated(params, {down: weights.Quantized(stored)})
+        return METHODS["lora"].attach(config, cfg, integers, KEY, mesh)
+
+    job = job_of(cfg, params=jax.eval_shape(attach, functional.abstract(cfg)), method="lora", **CASES[2][2])
+    named = weights.arrays(job.params)
+    adapters = {n: a for n, a in named.items() if job.trains(n)}
+
+    def loss(trained):
+        return job.loss(weights.rebuild(job.params, named_zeros | trained), batch_of(cfg), KEY)
+
+    named_zeros = {n: jnp.zeros(a.shape, a.dtype) for n, a in named.items()}
+    traced = jax.make_jaxpr(jax.grad(loss, has_aux=True))(adapters)
+    loops = [e for e in traced.eqns if e.primitive.name == "scan" and e.params["length"] == 3]
+    carried = {v.aval.shape for e in loops for v in e.outvars}
+    assert {a.shape for a in adapters.values()} <= carried  # gradients that FreeLB adds over its steps
+    assert named["encoder/blocks/mlp/up/kernel:base"].shape not in carried
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +180,37 @@ def test_a_method_with_a_memory_of_its_own_keeps_it():
 
     job = SimpleNamespace(memory=lambda named: {"budget": jnp.int32(9)}, after_step=after_step)
     kept = [(lambda named: {"start": named["w"]}, lambda memory, named, step: {"start": memory["start"]})]
-    real = learner.loop.Job(params={}, loss=None, rows=None, validate=None, **vars(job))
+    real = loop.Job(params={}, loss=None, rows=None, validate=None, **vars(job))
     found = robust_job.remembering(real, kept)
     memory = found.memory({"w": jnp.float32(3)})
     after = found.after_step({"params": {"w": jnp.float32(5)}, "memory": memory}, jnp.int32(2))["memory"]
     assert (after["budget"], after["start"]) == (7, 3)
+
+
+def fit(folder, steps=4, **mesh):
+    """Train with SMART and L2-SP; return the arrays by name."""
+    cfg, devices = model("bert"), meshes.make(MeshConfig(**mesh))
+    train = TrainConfig(steps=steps, seq_len=T, batch_size=8, checkpoint_every=2, log_every=4, tensorboard=False)
+    job = job_of(
+        cfg, dropout=0.0, params=loop.initialize(cfg, 0, devices), rows=Rows(batch_of(cfg)),
+        adversarial={"method": "smart", "epsilon": 2.0}, regularize={"l2_start": 0.1},
+    )  # fmt: skip
+    optim = OptimConfig(name="sgd", learning_rate=0.1, schedule="constant", warmup=0)
+    params = loop.fit(job, train, optim, devices, Context(folder / "out", folder, "key"), 0, "toy")[0]
+    return jax.tree.map(np.asarray, weights.arrays(params))
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    """The average of weights and the start of L2-SP are parts of the state."""
+    whole = fit(tmp_path / "whole")
+    fit(tmp_path / "cut", steps=2)
+    jax.tree.map(np.testing.assert_array_equal, whole, fit(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+def test_eight_devices_compute_the_same(tmp_path):
+    one, eight = fit(tmp_path / "one"), fit(tmp_path / "eight", data=4, fsdp=2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, eight)
 
 
 @pytest.mark.parametrize(
