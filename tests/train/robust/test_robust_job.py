@@ -19,7 +19,6 @@ from llmctl.pipeline.stages import finetune
 from llmctl.train import learner, loop
 from llmctl.train.adapters.registry import METHODS
 from llmctl.train.robust import robust_job
-from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
 
 SIZES = {"vocab_size": 32, "d_model": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24}
 HEAD = {"head": "classify", "labels": 3, "next_sentence": False, "head_transform": False}
@@ -76,12 +75,8 @@ class Rows:
 def job_of(cfg, task="classify", dropout=0.1, params=None, method="full", rows=None, **sections):
     """The job of a stage with these sections."""
     params = functional.abstract(cfg) if params is None else params
-    config = SimpleNamespace(
-        train=TrainConfig(steps=20, seq_len=T, batch_size=B),
-        method=method,
-        adversarial=AdversarialConfig(**sections.get("adversarial", {})),
-        regularize=RegularizeConfig(**sections.get("regularize", {})),
-    )
+    train = TrainConfig(steps=20, seq_len=T, batch_size=B)
+    config = finetune.Config.model_validate({"train": train, "method": method, **sections})
     trains = METHODS[method].trains(config, cfg, params)
     made = learner.Learner(cfg, params, TASKS[task], dropout, labels=["a", "b", "c"], how={"trains": trains})
     made = robust_job.attached(config, made)
