@@ -176,7 +176,7 @@ def check(operation: str, parent: Made, made: Made, to: str) -> None:
     Loading has compared the digests, and the shapes with the model config.
     """
     before, now = parent.found.manifest, made.found.manifest
-    damage = integrity.quick(made.path, now)
+    damage = integrity.quick_check(made.path, now)
     assert not damage.content and not damage.record, damage
     expected = after(operation, parent.state)
     if to in DENSE:  # an import guesses from the share of zeros, of which rounding makes some

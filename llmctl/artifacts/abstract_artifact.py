@@ -29,13 +29,13 @@ def left(
     task: str | None = None,
     pruned: bool | None = None,
 ) -> Artifact:
-    """Return the artifact that a stage would save.
+    """Return the artifact that a stage would save, with abstract arrays and without digests.
 
     Args:
         config: Config of the stage.
         params: Abstract parameters with shardings.
         model: Config of the saved model.
-        base: Parent artifact; its values replace those that are not given.
+        base: Parent artifact. It provides `labels`, `task` and `pruned` where these are None.
         labels: Class names.
         task: Name of the task.
         pruned: Whether the weights are pruned, so that later stages keep zeros.
@@ -64,7 +64,7 @@ def left(
 
 
 def masters(params: Params) -> Params:
-    """Return the parameters with the dtypes that training saves: float32 in place of every float type."""
+    """Return the parameters with the dtypes that training saves: float32 in place of other floating-point types."""
 
     def one(a: Any) -> Any:
         return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -73,5 +73,5 @@ def masters(params: Params) -> Params:
 
 
 def on(there: Artifact, mesh: Mesh) -> Artifact:
-    """Return the artifact sharded over `mesh`."""
+    """Return the artifact with the shardings that its arrays have on `mesh`."""
     return Artifact(there.path, there.manifest, functional.laid_out(there.model, there.params, mesh))

@@ -67,14 +67,14 @@ class Artifact:
 
     @property
     def plain(self) -> bool:
-        """Return True if every weight is a plain array: not quantized, and without low-rank factors."""
+        """Return True if every weight is a plain array, and False if any is quantized or has an adapter."""
         return all("" in record["parts"] for record in self.manifest.weights.values())
 
     @property
     def zeros(self) -> frozenset[str]:
         """Return the names of arrays whose zeros later training must keep.
 
-        If the model was pruned, these are the matrices of the layers.
+        If the model was pruned, these are the matrices of the layers. Otherwise there are none.
         """
         from llmctl.model import weights
 
@@ -160,7 +160,9 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
 
 
 def _check_layers(path: Path, manifest: Manifest) -> None:
-    """Check that the model config has no more layers than the arrays, before lists of that length are built.
+    """Check that the model config has no more layers than the stored arrays.
+
+    Lists with one entry per layer are built only after this check.
 
     Raises:
         RequestError: If it has more.
@@ -205,9 +207,9 @@ def check_place(out: Path, *reads: Path, stage: str = "", replace: bool = False)
         replace: Whether to replace an artifact of any kind.
 
     Raises:
-        RequestError: If the path of `out` has a glob character or contains a folder of `reads`. If `out` exists and is
-            neither empty nor an artifact. If it is an artifact of another kind of stage or has files that llmctl did
-            not write, and `replace` is false.
+        RequestError: If the path of `out` has a glob character. If a folder of `reads` is `out` or lies inside it. If
+            `out` exists and is neither empty nor an artifact. If `replace` is false, also if `out` is an artifact of
+            another kind of stage, or contains files that llmctl did not write.
     """
     locks.check_path(out, str(out))
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
@@ -252,7 +254,8 @@ def save(
 
     Args:
         out: Output folder; an existing artifact is replaced.
-        params: Parameter tree. If `written` is given, a flat mapping {path: weight} that is read one weight at a time.
+        params: Parameter tree; or, together with `written`, a flat mapping {path: weight} from which one weight at a
+            time is read.
         model: Model config; its shapes are those of the parameters.
         stage: Kind of the stage.
         key: Content key of the stage.
@@ -266,9 +269,9 @@ def save(
         tokenizer_dir: Tokenizer folder to copy.
         log: Log file to copy.
         written: Folder that contains the arrays in Orbax format; it is moved to `params/`.
-        pruned: Whether zeros come from pruning; by default the parent's value. Without a parent, the share of zeros
-            decides.
-        rounded: Whether the arrays are dequantized integers. A higher share of zeros is then needed to count as pruned.
+        pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
+            of zeros is high (`fingerprint.PRUNED`).
+        rounded: Whether the arrays are dequantized integers, of which a higher fraction is zero without pruning.
         allow_nonfinite: Whether to save arrays that contain NaN or infinity.
 
     Raises:
@@ -328,7 +331,7 @@ def save(
 
 
 def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
-    """Return the manifest fields "seq_len" and "truncate", from the stage's config or else from its parent.
+    """Return the manifest fields "seq_len" and "truncate": those of the stage's config, or else the parent's.
 
     Args:
         config: Resolved config of the stage.
@@ -346,5 +349,5 @@ def versions() -> dict[str, str]:
 
 
 def _first(text: str) -> str:
-    """Return the beginning of an error message, without the TensorStore details that follow it."""
+    """Return an error message on one line of at most 200 characters, without the details that TensorStore appends."""
     return " ".join(text.partition(". See full TensorStore details")[0].split())[:200]

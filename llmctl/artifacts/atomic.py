@@ -14,11 +14,11 @@ from llmctl.distributed import locks, processes
 
 
 def check(out: Path) -> None:
-    """Check an output path before any work is done.
+    """Check that an artifact can be written to the path `out`, before any work is done.
 
     Raises:
-        RequestError: If the path has no folder name (such as "." or "/"), names a remote store, or has too long a name.
-            If it leads into an artifact, because artifacts are replaced as a whole.
+        RequestError: If the path has no folder name (such as "." or "/"), is in a remote store, or has a name that is
+            too long. If it is inside an artifact, because artifacts are replaced as a whole.
     """
     if out.name in ("", ".."):
         raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
@@ -31,12 +31,12 @@ def check(out: Path) -> None:
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
-"""Message of NumPy's OSError if a full disk cut off an array."""
+"""Pattern of the message of NumPy's OSError when an array was written only in part, because the disk is full."""
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `out` if the block succeeds and deleted if it raises an error.
+    """Yield a temporary folder, which becomes `out` if the block succeeds and is deleted if the block raises an error.
 
     With several processes, process 0 creates, renames and deletes the folder. All processes may use it inside the
     block.

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 PRUNED = 0.01, 0.45
-"""Fractions of zeros above which imported matrices count as pruned: (float matrices, integer or dequantized ones).
-Training almost never produces exact zeros. Rounding to 4 bits alone makes about a fifth of normally distributed
-weights zero."""
+"""Fractions of zeros above which imported matrices count as pruned: (for float matrices, for matrices of integers or of
+dequantized integers). Training almost never produces exact zeros. Rounding to 4 bits alone makes about a fifth of
+normally distributed weights zero."""
 
 
 def digest(flat: Mapping[str, Any]) -> str:
@@ -50,11 +50,12 @@ def take(flat: Mapping[str, Any], rounded: bool = False) -> dict[str, Any]:
 
     Args:
         flat: Weights by path.
-        rounded: Whether floats are dequantized integers, which have zeros from rounding.
+        rounded: Whether the floating-point arrays are dequantized integers, some of which are 0 only because of
+            rounding.
 
     Returns:
         A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite". "pruned" is
-        estimated from the fraction of zeros; it is used if the weights come from outside llmctl.
+        estimated from the fraction of zeros. This estimate is used only for weights that were imported.
     """
     import jax.numpy as jnp
 

@@ -1,7 +1,7 @@
-"""Compare artifacts with the digests in their manifest, with or without the arrays.
+"""Find differences between an artifact's files and the digests in its manifest, with or without reading the arrays.
 
 Example:
-    >>> quick(folder, read_manifest(folder)).content, complete(folder).content
+    >>> quick_check(folder, read_manifest(folder)).content, full_check(folder).content
     ({}, {})
 """
 
@@ -28,24 +28,28 @@ class Damage:
     """Differences in metrics, parents, sizes and logs, which cannot change predictions."""
 
 
-def quick(path: Path, manifest: Manifest) -> Damage:
-    """Compare the files and fields of an artifact with its manifest. Of arrays, compare only the size on disk."""
+def quick_check(path: Path, manifest: Manifest) -> Damage:
+    """Return the differences between an artifact and its manifest, without reading the arrays.
+
+    Files and fields are compared by checksum. Of the arrays, only the total size on disk is compared.
+    """
     content = damaged_files(path, manifest, "content")
     if manifest.weights and size(path / "params") != manifest.bytes:
         content["params"] = "params has another size on disk than was saved"
     return Damage(content, damaged_fields(path, "record") | damaged_files(path, manifest, "record"))
 
 
-def complete(path: Path) -> Damage:
-    """Compare the files, fields and arrays of an artifact with its manifest.
+def full_check(path: Path) -> Damage:
+    """Return the differences between an artifact and its manifest, including those of the arrays.
 
-    The arrays are read once, sharded over the default mesh.
+    The arrays are read once, sharded over the default mesh. They are not read if another difference can already change
+    predictions.
 
     Raises:
         RequestError: If the manifest is missing, is damaged or has a later format.
     """
     manifest = read_manifest(path)
-    found = quick(path, manifest)
+    found = quick_check(path, manifest)
     if manifest.weights and not found.content:
         try:
             artifact.load(path)
@@ -55,7 +59,7 @@ def complete(path: Path) -> Damage:
 
 
 def reason(e: LlmctlError, path: Path) -> str:
-    """Return the cause from an error message about `path`, without the path and the advice."""
+    """Return the cause that an error message about the artifact `path` reports, without the path and the advice."""
     line = str(e).removeprefix(f"{path}: ").removeprefix(f"{path / NAME}: ")
     line = line.rpartition("; ")[0] or line
     return line[len("damaged (") : -1] if line.startswith("damaged (") else line

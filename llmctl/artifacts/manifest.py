@@ -47,7 +47,7 @@ reading their arrays."""
 
 
 class Parent(BaseModel):
-    """Identify the artifact that a stage started from."""
+    """Store the name and the digests of the artifact that a stage started from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,7 +58,7 @@ class Parent(BaseModel):
 
 
 class Digest(BaseModel):
-    """Store SHA-256 checksums of some fields and files, and one digest over all of them."""
+    """Store SHA-256 checksums of some fields and files, and one digest over all these checksums."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,7 +68,7 @@ class Digest(BaseModel):
 
     @classmethod
     def over(cls, values: dict[str, Any], files: dict[str, str]) -> Digest:
-        """Return the digest over JSON values and file checksums, both by name."""
+        """Return the digest over JSON values and over file checksums, each given by name."""
         named = {name: checksums.of_json(value) for name, value in values.items()}
         return cls(digest=checksums.of_json([named, files]), fields=named, files=files)
 
@@ -111,7 +111,7 @@ class Manifest(BaseModel):
     bytes: int
     """Size of `params/` on disk in bytes. Equal weights may take a few bytes more or less."""
     sparsity: float
-    """Fraction of zeros in the weight matrices."""
+    """Fraction of elements of the weight matrices that are zero."""
     pruned: bool = False
     """Whether the matrices were pruned. If so, their zeros are the pruning mask, and later stages keep them. Pruning
     sets this field and later stages inherit it. No stage infers it from the weights."""
@@ -132,7 +132,7 @@ class Manifest(BaseModel):
     truncate: Literal["", "tail", "head_tail"] = ""
     """Truncation of long texts in training; empty if unknown."""
     weights: dict[str, dict[str, Any]] = {}
-    """Node type, dtypes and shapes of each weight, as returned by `llmctl.model.weights.describe`."""
+    """Node type, dtypes and shapes of each weight by path, as returned by `llmctl.model.weights.describe`."""
     versions: dict[str, str] = {}
     checksums: Checksums | None = None
     """Checksums of the fields above and of the artifact's files; None if an older llmctl saved the artifact."""
@@ -205,7 +205,7 @@ def damaged_fields(path: Path, part: Part) -> dict[str, str]:
         part: "content" compares the fields that can change predictions, "record" the others.
 
     Returns:
-        One message per differing field, by field name.
+        {name of the field: message} for the fields that differ.
 
     Raises:
         RequestError: If the manifest cannot be parsed.
@@ -226,7 +226,7 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
         part: "content" compares the tokenizer, "record" the files beside the manifest.
 
     Returns:
-        One message per differing file, by relative path.
+        {relative path: message} for the files that differ.
     """
     summed = manifest.checksums
     if part == "content":
@@ -243,7 +243,7 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
 
 
 def listed(clauses: Iterable[str]) -> str:
-    """Join the first three clauses with commas, and append the number of the others."""
+    """Join the first three strings with commas. If there are more, append " and N more"."""
     found = list(clauses)
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
@@ -256,7 +256,11 @@ def _is_array(part: Any) -> bool:
 
 
 def _other(path: Path, manifest: Manifest) -> dict[str, str]:
-    """Compare the tokenizer's digest in its descriptor with the digest that the manifest stores."""
+    """Compare the digest in the tokenizer's descriptor with the tokenizer digest in the manifest.
+
+    Returns:
+        {name of the tokenizer's folder: message} if they differ or the descriptor is damaged, else {}.
+    """
     from llmctl.data.tokenizers.base import DESCRIPTOR
 
     if not manifest.tokenizer:
@@ -288,9 +292,15 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _fields(content: dict[str, Any], part: Part) -> dict[str, str]:
-    """Compare the fields in the file with their checksums, before defaults are added.
+    """Compare the fields in manifest.json with their checksums, before defaults are added.
 
-    The result therefore does not depend on fields that later versions add.
+    Fields that later versions add therefore do not change the result.
+
+    Returns:
+        {name of the field: message} for the fields that differ.
+
+    Raises:
+        ValueError: If the checksums are not in the expected format.
     """
     if content.get("checksums") is None:
         return {}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Give a stage's `run` function its folders, its key and the other artifacts of the run.
+    """Store the inputs of a stage's `run` besides its config: its folders, its key and other artifacts of the run.
 
     Example:
       >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")

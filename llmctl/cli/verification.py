@@ -51,7 +51,7 @@ def _artifact(path: Path, say: Callable[[str], None]) -> Entry:
     entry |= {"differences": [], "notes": []}
     try:
         manifest = artifact.read_manifest(path)
-        found = integrity.complete(path)
+        found = integrity.full_check(path)
     except RequestError as e:
         return entry | {"state": "damaged", "differences": [integrity.reason(e, path)]}
     entry |= {"digest": manifest.digest, "content": manifest.content}

@@ -1,7 +1,8 @@
 """Define the base class of frozen, strict settings.
 
 A setting's name, type, default and help text are defined once, in its class. TOML is validated into frozen models. An
-error message is one line: the file, the path inside the file as for `--set`, the problem, and a similarly spelled key.
+error message is one line. It names the file, the path of the key as for `--set`, the problem, and, for an unknown key,
+a known key with a similar spelling.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ FLOAT32_MAX = 2.0**128 - 2.0**104
 
 
 class Config(BaseModel):
-    """Define the base of every settings class. Field docstrings become the help texts of the command line."""
+    """Define the base class of all settings: frozen, and without unknown keys.
+
+    The docstrings of fields become the help texts of the command line.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -47,14 +51,13 @@ class Config(BaseModel):
     deciding: ClassVar[tuple[str, ...]] = ()
     """Fields that determine the defaults of other fields, such as a preset (see `_filled`)."""
     instead: ClassVar[dict[str, str]] = {}
-    """Pairs of fields that exclude each other, such as {"epochs": "steps"}.
-
-    If both are set in different places (recipe, command line), the place with higher precedence wins.
-    """
+    """Pairs of fields that exclude each other, such as {"epochs": "steps"}. If the recipe sets one and the command line
+    sets the other, the command line wins."""
     heading: ClassVar[str] = ""
-    """Heading of the fields in a command's help; empty uses the heading of the enclosing section."""
+    """Heading above the fields in a command's help. If empty, the fields are listed under the heading of the enclosing
+    section."""
     common: ClassVar[tuple[str, ...] | None] = None
-    """Keys of the fields that a command's `--help` lists; `--help-all` lists all. None lists all fields in both."""
+    """Keys of the fields that a command's `--help` lists; None lists all. `--help-all` always lists all."""
 
     @field_validator("*")
     @classmethod
@@ -149,10 +152,11 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
-    """Return `below` with the values of `above` in place of its own.
+    """Return the settings `below`, overridden by the settings `above`.
 
-    A table that is a settings class in `cls` is merged key by key. Other values are replaced. A field of `above` also
-    removes the fields of `below` that it excludes (`Config.instead`).
+    If a field of `cls` is a section and both have a table for it, the tables are merged key by key. Any other value of
+    `above` replaces that of `below`. A field of `above` also removes the fields of `below` that it excludes
+    (`Config.instead`).
     """
     void = excluded(above, cls)
     out = copy.deepcopy({key: value for key, value in below.items() if key not in void})
@@ -166,7 +170,11 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
 
 
 def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
-    """Return the fields of `cls` that the settings `given` exclude. For example, epochs = 0 does not exclude steps."""
+    """Return the fields of `cls` that may not be set together with the settings `given` (`Config.instead`).
+
+    With the pair {"epochs": "steps"}, a given `steps` excludes `epochs`. A given `epochs` excludes `steps` unless it is
+    0, which means that it is not set.
+    """
     pairs = cls.instead.items()
     return {other for name, other in pairs if given.get(name)} | {name for name, other in pairs if other in given}
 
@@ -177,7 +185,7 @@ def field_names(cls: type[Config]) -> list[str]:
 
 
 def section(cls: type[Config], key: str) -> type[Config] | None:
-    """Return the settings class of the field `key` of `cls`, or None if the field is no section.
+    """Return the settings class of the field `key` of `cls`, or None if the field is missing or is no section.
 
     A field of type `Section | None` counts as a section.
     """
@@ -223,11 +231,11 @@ def keyed(value: Any) -> Any:
 
 
 def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """Complete partially given sections with the default that the enclosing class defines for them.
+    """Return `values` with each partially given section completed by the default of the enclosing class.
 
-    With `train: TrainConfig = TrainConfig(steps=300)`, the number of steps is 300 also if only `train.batch_size = 8`
-    is given. If a section has `deciding` fields, only these are completed, because they determine the defaults of the
-    others. If one of them is given, nothing is completed.
+    With `train: TrainConfig = TrainConfig(steps=300)`, the number of steps is 300 even if only `train.batch_size = 8`
+    is given. If a section has `deciding` fields and none of them is given, only these are completed. If one of them is
+    given, nothing is completed, because it determines the defaults of the other fields.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():
@@ -252,7 +260,10 @@ def _config_in(annotation: Any) -> type[Config] | None:
 
 
 def _class_at(cls: type[Config], path: tuple[Any, ...]) -> type[Config] | None:
-    """Return the settings class that contains the last key of `path`. Keys that are not sections are skipped."""
+    """Return the settings class of the value at `path`, starting at `cls`, or None if the value is not a section.
+
+    Indices, and names of a union's branches, are skipped.
+    """
     at: type[Config] | None = cls
     for part in path:
         if not isinstance(part, str) or at is None:

@@ -45,8 +45,8 @@ def differing(folder: Any, expected: Mapping[str, str]) -> dict[str, str]:
     Files whose names begin with a dot are ignored unless they are expected.
 
     Returns:
-        One message per differing file, by relative path: "does not match what was saved", "is missing", or "was not
-        saved with it".
+        {relative path: message} for the files that differ. A message is the path and "does not match what was saved",
+        "is missing", or "was not saved with it".
     """
     found = {n: p for n, p in _files(folder).items() if n in expected or not n.rpartition("/")[2].startswith(".")}
     wrong = dict.fromkeys(expected.keys() - found.keys(), "is missing")

@@ -30,7 +30,7 @@ P = TypeVar("P", bound=Any)
 
 
 def within(folder: P, name: str) -> P:
-    """Return the path of `name` inside a folder. The file may be missing.
+    """Return the path of `name` inside a folder, whether or not a file exists there.
 
     Args:
         folder: A local or remote folder.
@@ -75,12 +75,12 @@ def copy(folder: Path, target: Path) -> None:
 
 
 def regular(path: P) -> P:
-    """Return `path` if it is a regular file, a folder or missing.
+    """Return `path` if it is a regular file or a folder, or if nothing exists there.
 
     Pipes, sockets and devices are rejected, because reading them may never end.
 
     Raises:
-        RequestError: If it is a special file.
+        RequestError: If it is a pipe, a socket or a device.
     """
     if _is_local(path):
         try:

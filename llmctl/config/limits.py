@@ -21,10 +21,12 @@ RATIO = 1000
 """Maximum number of decompressed bytes per compressed byte. Text has about 3 to 10; gzip of equal bytes reaches
 1032, zstd more."""
 UNCHECKED = 64 << 20
-"""Number of decompressed bytes that are exempt from `RATIO`, because small files of equal lines are harmless."""
+"""Size of decompressed data in bytes up to which `RATIO` is not enforced, because small files of equal lines are
+harmless."""
 
 LAYERS = 100_000
-"""Maximum number of layers. Published models have up to a few hundred; the lengths of lists grow with this number."""
+"""Maximum number of layers. Published models have up to a few hundred. Lists with one entry per layer are built from
+this number."""
 LABELS = 1_000_000
 """Maximum number of classes that a config.json may declare without names. Published models have up to 22,000."""
 

@@ -32,7 +32,11 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
 
 @dataclass(frozen=True)
 class Choices:
-    """List the names that help and shell completion show for a setting, if they are not those of one registry."""
+    """Compute the names that help and shell completion list for a setting.
+
+    This class is for settings whose names come from several registries, or from elsewhere. Otherwise a `Registry` lists
+    its own names.
+    """
 
     names: Callable[[], list[str]]
 
@@ -52,9 +56,9 @@ class Registry(Generic[T]):
         self.kind, self.own = kind, own
 
     def names(self) -> list[str]:
-        """Return all names: llmctl's in the order of the table, then those of other packages, sorted.
+        """Return all names: llmctl's in the order of its table, then those of other packages in alphabetical order.
 
-        Nothing is imported.
+        No object is imported.
         """
         start = f"{self.kind}."
         return [

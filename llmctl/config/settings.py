@@ -45,11 +45,11 @@ class OptimConfig(Config):
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
     """Schedule after the warm-up: wsd is constant and decays at the end, rsqrt decays with the root of the step."""
     warmup: float = Field(default=0.05, ge=0)
-    """Number of warm-up steps, or a fraction of all steps if below 1."""
+    """Number of warm-up steps. A value below 1 is a fraction of all steps."""
     final: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end of cosine, linear and wsd, as a fraction of the peak."""
     decay: float = Field(default=0.2, ge=0)
-    """Number of steps of the final decay of wsd, or a fraction of all steps if below 1."""
+    """Number of steps of the final decay of wsd. A value below 1 is a fraction of all steps."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the first moment, for AdamW and Lion."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -65,8 +65,8 @@ class OptimConfig(Config):
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights. If set, the averaged weights are validated and saved; 0 disables it."""
     spike: float = Field(default=0.0, ge=0)
-    """Skip a step if its gradient norm or loss exceeds the running mean by this number of standard deviations; 0
-    disables it."""
+    """Number of standard deviations above the running mean. Steps whose gradient norm or loss is higher are skipped; 0
+    skips none."""
 
 
 class TrainConfig(Config):
@@ -92,7 +92,7 @@ class TrainConfig(Config):
     accumulate: int = Field(default=1, ge=1)
     """Number of microbatches per step. Their accumulated gradients equal those of the full batch."""
     microbatches: int = Field(default=0, ge=0)
-    """Number of microbatches in the pipeline (mesh.pipeline); 0 uses up to four per stage."""
+    """Number of microbatches that pass through the pipeline (mesh.pipeline); 0 uses up to four per pipeline stage."""
     dtype: Dtype = "float32"
     """Dtype of the computation; master weights and optimizer state stay float32."""
     matmuls: dict[str, Literal["int8", "fp8"]] = {}
@@ -100,9 +100,9 @@ class TrainConfig(Config):
     attention: Literal["auto", "xla"] = "auto"
     """Attention implementation: the platform's fused kernel if there is one (TPU, GPU), or always XLA's."""
     remat: Literal["none", "minimal", "qkv", "full", "offload"] = "minimal"
-    """Activations to recompute in the backward pass. none: nothing. minimal: all but matrix products. offload: as
-    minimal, plus attention, with the products kept in host memory. qkv: all but queries, keys and values. full:
-    everything."""
+    """Activations to recompute in the backward pass. none: no activations. minimal: all except the outputs of matrix
+    products. offload: as minimal, and also attention; the products are kept in host memory. qkv: all except queries,
+    keys and values. full: all activations."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates only at the end."""
     eval_batches: int = Field(default=32, ge=1)
@@ -112,7 +112,7 @@ class TrainConfig(Config):
     best_by: str = ""
     """Validation metric (loss, accuracy, …) that selects the best parameters; empty uses the stage's default."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Weight of the uniform distribution in the targets."""
+    """Label smoothing: weight of the uniform distribution in the targets."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of log(Z)^2 per token in the loss, which limits the growth of logits. A usual value is 1e-4."""
     checkpoint_every: int = Field(default=200, ge=1)

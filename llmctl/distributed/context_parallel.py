@@ -40,10 +40,10 @@ def order(length: int, devices: int) -> np.ndarray:
 
 
 def balanced(batch: Mapping[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
-    """Permute a batch into zig-zag order, and add the permutation as `order` and `encoder_order`, int32 [B, T].
+    """Return a batch in zig-zag order, with the permutation as `order` and `encoder_order`, int32 [B, T].
 
-    A sequence is padded if 2 * devices does not divide its length. The first token stays first. With one device, the
-    batch is returned unchanged.
+    Sequences are first padded to a multiple of 2 * devices. The first token stays first. With one device, the batch is
+    returned unchanged.
     """
     if devices == 1:
         return dict(batch)
@@ -79,17 +79,19 @@ def check(length: int, devices: int) -> None:
 
 
 def pairs(causal: bool, step: Any, device: Any, where: Any = np.where) -> list[tuple[Any, Any]]:
-    """Return the block products of one device at one step of ring attention, as (query chunk, key chunk) pairs.
+    """Return the block products of one device at one step of ring attention, as pairs (query chunk, key chunk).
 
-    At step s, device i has the keys of device i - s. With a causal mask, fully masked chunk pairs are omitted:
+    Each device has two chunks, 0 (early) and 1 (late). At step s, device i has the keys of device i - s. With a causal
+    mask, fully masked pairs of chunks are omitted:
     - At step 0, a device has its own keys and computes three products.
-    - If the keys come from before its first chunk, both query chunks attend to the first key chunk only.
-    - If the keys come from after its first chunk, its last query chunk attends to both key chunks.
+    - If the keys come from a device with a smaller index, both query chunks attend to key chunk 0 only.
+    - If the keys come from a device with a larger index, only query chunk 1 attends, to both key chunks.
 
     Every device therefore computes two products at each later step.
 
     Args:
-        causal: Whether attention is causal. Without a mask, all chunks form one product.
+        causal: Whether attention is causal. Otherwise a device has one chunk of queries and one of keys, with one
+            product.
         step: Ring step; may be a traced value if it is not 0.
         device: Index of the device on the context axis; may be a traced value.
         where: `np.where`, or `jnp.where` for traced values.

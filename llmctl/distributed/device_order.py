@@ -12,7 +12,7 @@ from llmctl.config.errors import RequestError
 
 
 def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], slices: int) -> np.ndarray:
-    """Arrange devices into an array of shape `sizes`, with slices along the outer part of the data axis.
+    """Arrange devices into an array of shape `sizes`, in which only the data axis spans several slices.
 
     Args:
         devices: Devices, as many as the product of `sizes`.
@@ -22,7 +22,7 @@ def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], s
             all devices as one slice.
 
     Returns:
-        Object array [*sizes] of devices. Every axis except data stays inside one slice.
+        Object array [*sizes] of devices. Along the data axis, the devices of one slice are contiguous.
 
     Raises:
         RequestError: If the data axis or the devices cannot be divided by the number of slices.
@@ -51,10 +51,10 @@ def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 
 def _groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """Group devices by slice. If the devices report no slices, group consecutive processes.
+    """Return the devices of each slice. If the devices report no slices, each slice is made of consecutive processes.
 
     Raises:
-        RequestError: If the devices report another number of slices, or cannot be divided by `slices`.
+        RequestError: If the devices report a number of slices other than `slices`, or cannot be divided by `slices`.
     """
     told = sorted({getattr(d, "slice_index", 0) for d in devices})
     if len(told) > 1 and slices != 1:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmctl.distributed import processes
 
 PIECE = 1 << 28
-"""Maximum size in bytes of the parts in which a sharded array is gathered."""
+"""Maximum size in bytes of each part when a sharded array is gathered part by part."""
 
 
 def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -49,5 +49,5 @@ def pieces(a: jax.Array) -> Iterator[np.ndarray]:
 
 @cache
 def _gather(length: int, whole: NamedSharding) -> Any:
-    """Return a jitted function (array, start) -> replicated slice of `length` rows, compiled once per shape."""
+    """Return a jitted function (array, first row) -> `length` rows of the array, replicated on all devices."""
     return jax.jit(partial(jax.lax.dynamic_slice_in_dim, slice_size=length), out_shardings=whole)

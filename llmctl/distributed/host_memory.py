@@ -26,11 +26,11 @@ HUGE = 2 << 20
 def keep() -> bool:
     """Configure this process to keep freed memory. Repeated calls have no effect.
 
-    The process then keeps its peak memory. Half of the machine's memory is reserved as addresses. A page is allocated
-    only when it is first written.
+    The memory of the process then never falls below its peak. Half of the machine's memory is reserved as address
+    space, but a page is allocated only when it is first written.
 
     Returns:
-        True if the allocator was configured (Linux with glibc).
+        True if the allocator was configured, which requires Linux with glibc; otherwise False.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

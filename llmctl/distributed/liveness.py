@@ -34,7 +34,8 @@ class _Run:
         self.index, self.count = index, count
         self.links: dict[int, socket.socket] = {}
         self.ended: set[int] = set()
-        """Processes that sent their final message; if one of them closes its connection, this is no failure."""
+        """Indices of processes that sent their final message. If one of them closes its connection, it is not reported
+        as dead."""
         self.failed = False
         self.ending = threading.Lock()
         self.over = threading.Event()
@@ -50,7 +51,11 @@ class _Run:
                 link.sendall(text)
 
     def heard(self, who: int, message: dict[str, Any]) -> None:
-        """Handle the final message of process `who`, which contains its exit code."""
+        """Handle the final message of process `who`.
+
+        An error code schedules the end of this process. A success is counted in process 0. The other processes receive
+        only the success of process 0, which means that all processes have succeeded.
+        """
         self.answered.set()
         self.ended.add(who)
         if message["code"]:
@@ -62,7 +67,7 @@ class _Run:
             self.finish()
 
     def finish(self) -> None:
-        """End the wait of all processes if every process has ended successfully. Only process 0 calls this."""
+        """Tell all processes that they may exit, if every process has ended successfully. Only process 0 calls this."""
         if len(self.ended) == self.count and not self.failed:
             self.send({"from": 0, "code": 0})
             self.over.set()
@@ -73,9 +78,10 @@ class _Run:
             self.follow({"from": who, "code": 1, "line": f"died or cannot be reached; {RESUME}", "dead": True})
 
     def follow(self, message: dict[str, Any]) -> None:
-        """Schedule the end of this process after another process has ended.
+        """Schedule the end of this process, because another process has failed or died.
 
-        If the other process sent a message, this process gets a grace period to exit by itself.
+        If the other process failed and sent a message, this process gets `GRACE` seconds to exit by itself. If it died,
+        this process ends at once.
         """
         if self.index == 0:
             self.send(message)
@@ -87,7 +93,7 @@ class _Run:
         timer.start()
 
     def end(self, code: int, line: str, message: dict[str, Any] | None = None) -> None:
-        """Exit this process after printing `line` and sending `message` to the others. Later calls have no effect."""
+        """Print `line`, send `message` to the other processes, and exit this process. Later calls have no effect."""
         if not self.ending.acquire(blocking=False):
             return
         if line:
@@ -102,7 +108,7 @@ class _Run:
         os._exit(code)  # skips libraries' exit handlers, which would wait for lost processes
 
     def wait_for_others(self) -> None:
-        """Wait until all connections are closed, at most 2 * GRACE seconds, because a process may hang."""
+        """Wait until all connections are closed, but at most 2 * GRACE seconds, because another process may hang."""
         until = time.monotonic() + 2 * GRACE
         while self.links and time.monotonic() < until:
             time.sleep(0.02)
@@ -214,9 +220,10 @@ def _known(line: bytes, secret: str) -> int | None:
 
 
 def leave(code: int, line: str) -> None:
-    """End this process together with the others.
+    """End this process together with the other processes of the run.
 
-    With code 0, the function returns when all processes have ended successfully. Otherwise it does not return.
+    With code 0, return when all processes have ended successfully. With another code, or if another process fails, exit
+    this process instead of returning.
 
     Args:
         code: Exit code of this process.

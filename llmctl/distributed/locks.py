@@ -23,13 +23,13 @@ LONGEST = 200
 ATTEMPTS = 100
 """Maximum number of attempts to create a lock file. An attempt fails if another process has just removed its folder."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Error numbers of the operating system that do not mean that the request was invalid, such as a full disk."""
+"""Error numbers that report a problem of the machine, such as a full disk, and not an invalid request."""
 
 _claimed: set[Path] = set()
 
 
 def scratch(out: Path, what: str) -> Path:
-    """Return the path of a hidden temporary file or folder beside `out`, such as `.out.llmctl-draft`.
+    """Return the path of a hidden temporary file or folder in the folder of `out`, such as `.out.llmctl-draft`.
 
     Raises:
         RequestError: If the path is a link.
@@ -67,7 +67,7 @@ def check_path(path: Path, where: str) -> None:
 
 @contextlib.contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Lock `out` for writing by this process while the context lasts. Nested claims in one process are allowed.
+    """Lock `out` for writing by this process while the context lasts. A process may lock the same path several times.
 
     Raises:
         RequestError: If another process has locked it.
@@ -96,7 +96,8 @@ def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = Fals
         path: Path of the lock file.
         what: Name of the locked object, for the error message.
         shared: Whether several processes may take the lock with shared=True at the same time.
-        own_folder: Whether the folder belongs to llmctl. An empty one is then removed, whoever created it.
+        own_folder: Whether only llmctl uses the file's folder. If so, it is removed when empty, even if another process
+            created it.
 
     Raises:
         RequestError: If another process has the lock, the file or its folder is a link, or the file cannot be created.

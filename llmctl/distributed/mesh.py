@@ -153,7 +153,7 @@ def spec(names: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = 
 
 
 def axes_of(spec: PartitionSpec) -> list[str]:
-    """Return the mesh axes that a PartitionSpec uses."""
+    """Return the names of the mesh axes that a PartitionSpec uses."""
     return [axis for entry in spec if entry for axis in ([entry] if isinstance(entry, str) else entry)]
 
 

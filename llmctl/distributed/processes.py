@@ -24,7 +24,7 @@ T = TypeVar("T")
 HEARTBEAT = "LLMCTL_HEARTBEAT"
 """Environment variable with the seconds without a reply after which a host is considered dead."""
 SECONDS = 60
-"""Default value of the environment variable `HEARTBEAT`, in seconds."""
+"""Default time without a reply after which a host is considered dead, in seconds. `HEARTBEAT` overrides it."""
 FOREVER = 7 * 24 * 3600 * 1000
 """Timeout in milliseconds for waits on other processes: one week. Dead processes are detected by
 `llmctl.distributed.liveness`."""
@@ -112,7 +112,7 @@ def _heartbeat() -> int:
 
 
 def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any] | None:
-    """Convert the flags to arguments of `jax.distributed.initialize`; return None for a single process.
+    """Convert the command line's flags to arguments of `jax.distributed.initialize`; return None for a single process.
 
     Raises:
         RequestError: If the flags are incomplete or contradict each other.
@@ -212,7 +212,7 @@ def gather(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
-    """Run the block in process 0 first, then in the other processes.
+    """Run the block of the context in process 0 first, and then in the other processes at the same time.
 
     The other processes can then read the files that process 0 wrote.
     """

@@ -254,7 +254,7 @@ def _key_of(of: str | Path, keys: dict[str, str]) -> str:
     if isinstance(of, str):
         return keys[of]
     manifest = artifact.read_manifest(of)
-    if wrong := integrity.quick(of, manifest).content:
+    if wrong := integrity.quick_check(of, manifest).content:
         raise RequestError(f"{of}: damaged ({listed(wrong.values())}); {ADVICE}")
     return f"{manifest.key}:{manifest.content or manifest.digest}"
 

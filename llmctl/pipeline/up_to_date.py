@@ -57,7 +57,7 @@ def remark(step: Step) -> str:
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:
         return f" ({integrity.OLDER})"
-    wrong = integrity.quick(step.out, manifest).record
+    wrong = integrity.quick_check(step.out, manifest).record
     return f" ({listed(wrong.values())}; its weights are whole)" if wrong else ""
 
 
@@ -75,7 +75,7 @@ def _damage(folder: Path, manifest: Manifest) -> str:
     The function `load` also checks the arrays. If only the metrics or the lineage of a model differ, the artifact is
     kept, and `remark` reports the difference. A report of `eval` contains only metrics, so it is created again.
     """
-    found = integrity.quick(folder, manifest)
+    found = integrity.quick_check(folder, manifest)
     again = not manifest.weights or "key" in found.record
     return listed((found.content | (found.record if again else {})).values())
 

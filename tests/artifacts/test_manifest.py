@@ -109,7 +109,7 @@ def test_every_single_edit_of_a_manifest_is_refused_by_name_or_found_by_a_check(
     finally:
         file.write_text(before)
     assert count > 500 and refused > 300 and harmless > 50, (count, refused, harmless)
-    assert integrity.complete(saved) == integrity.Damage({}, {})
+    assert integrity.full_check(saved) == integrity.Damage({}, {})
 
 
 def test_each_field_is_under_one_digest_on_purpose():
@@ -155,7 +155,7 @@ def test_another_tokenizer_is_refused(saved, tmp_path, edit, line):
     edit(tmp_path / "a" / "tokenizer")
     with pytest.raises(RequestError, match=line):
         artifact.load(tmp_path / "a")
-    found = integrity.complete(tmp_path / "a")
+    found = integrity.full_check(tmp_path / "a")
     assert found.content and not found.record
 
 
@@ -168,7 +168,7 @@ def test_an_artifact_of_an_earlier_llmctl_is_read_and_its_tokenizer_compared(sav
     found = artifact.load(tmp_path / "a").manifest
     assert (found.content, found.parent.content, found.labels) == ("", "", ["no", "yes"])
     (tmp_path / "a" / "tokenizer" / ".DS_Store").touch()
-    assert integrity.complete(tmp_path / "a") == integrity.Damage({}, {})
+    assert integrity.full_check(tmp_path / "a") == integrity.Damage({}, {})
     ByteTokenizer.new(3).save(tmp_path / "a" / "tokenizer")
     with pytest.raises(RequestError, match=r"damaged \(the tokenizer is another \(\w+\) than the model's"):
         artifact.load(tmp_path / "a")
@@ -194,7 +194,7 @@ def test_damaged_arrays_are_named_and_a_model_keeps_its_damaged_metrics_apart(sa
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
     (tmp_path / "a" / "log.jsonl").write_text('{"step": 2}\n')
-    found = integrity.complete(tmp_path / "a")
+    found = integrity.full_check(tmp_path / "a")
     assert list(found.content) == ["params"] and list(found.record) == ["log.jsonl"]
     with pytest.raises(RequestError, match=r"a: damaged \(params: .*remove this folder and run the stage"):
         artifact.load(tmp_path / "a")

@@ -53,7 +53,7 @@ class Artifact:
         found = artifact.load(self.folder).manifest
         assert found.digest == self.manifest.digest
         words = loading.load(self.folder / "tokenizer")
-        record = damaged_fields(self.folder, "record") | integrity.quick(self.folder, found).record
+        record = damaged_fields(self.folder, "record") | integrity.quick_check(self.folder, found).record
         about = {n: getattr(found, n) for n in CONTENT}
         rest = "named" if record else read_manifest(self.folder).model_dump_json(exclude={"checksums"})
         return about, words.options(), words.encode("abc"), loading.chat_template(self.folder / "tokenizer"), rest

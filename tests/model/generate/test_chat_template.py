@@ -283,6 +283,13 @@ def test_the_date_in_training_is_fixed(words):
     assert words.decode(Template(dated, words).conversation(TALK).ids).startswith("26 Jul 2024user")
 
 
+def test_a_date_of_any_width_is_refused(words):
+    template = Template("{{ strftime_now('%1000000000Y') }}" + CHATML, words)
+    for use in (template.render, template.prompt, template.conversation):
+        with pytest.raises(RequestError, match=r"^the chat template asks for a date with a width$"):
+            use(TALK)
+
+
 @pytest.mark.parametrize("text", ["a<s>b</s> c", "ü</s>漢\n\n<|im_end|>x <unk>", "", "a\ufdd0b", "<\ufdd0s>x<s>"])
 def test_characters_of_tokens(text, words, pieces, trained):
     for tokenizer in (words, pieces, trained, ByteTokenizer.new()):
