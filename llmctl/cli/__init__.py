@@ -1,1 +1,1 @@
-"""Define the command line: the Typer app, flags generated from config classes, and the commands that are not stages."""
+"""Define the command line: its Typer app, the flags made from config classes, and the commands that are not stages."""

@@ -35,17 +35,21 @@ if TYPE_CHECKING:
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_LEVEL": "2"}
 """Environment variables that silence the logs of C++ libraries."""
 _stop_requested = threading.Event()
-PLACES = (
+PATH_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.ENXIO),
 )
-"""Errors of the operating system that mean that a path in the request is wrong. They have exit code 2."""
-GOES_ON = ("run", "prepare", "import")
-"""Commands, besides the stages, that finish interrupted work when they are run again."""
+"""Error numbers (errno) of the operating system that mean that a path in the request is wrong. The command then ends
+with exit code 2."""
+RESUMABLE = ("run", "prepare", "import")
+"""Commands that finish interrupted work when they are run again. Every stage does this too."""
 
 
 def app(chosen: str = "") -> typer.Typer:
-    """Return the command line. Only the chosen command is imported. The others consist of a name and a summary."""
+    """Return the Typer app of all commands. Only the module of the command `chosen` is imported.
+
+    The app has the names and summaries of the other commands for `--help`.
+    """
     made = typer.Typer(
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # long flags do not fit into columns
@@ -70,9 +74,9 @@ def app(chosen: str = "") -> typer.Typer:
     kinds = registry.stages()
     for name in sorted([*registry.commands(), *kinds], key=_rank):
         if name == chosen:
-            goes_on = name in kinds or name in GOES_ON
+            goes_on = name in kinds or name in RESUMABLE
             function, cls = _function(name, name in kinds)
-            made.command(name, cls=cls, short_help=registry.summary(name))(_stoppable(function, goes_on))
+            made.command(name, cls=cls, short_help=registry.summary(name))(_interruptible(function, goes_on))
         else:
             made.command(name, short_help=registry.summary(name))(lambda: None)
     return made
@@ -83,7 +87,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
-    """Return the function of a command, and the class of the command (None for Typer's class)."""
+    """Return (function, class) of a command for Typer. The class is None if the command uses Typer's own class."""
     if stage:
         from llmctl.cli import flags
 
@@ -91,11 +95,11 @@ def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
     return getattr(importlib.import_module(registry.module(name)), registry.symbol(name)), None
 
 
-def _stoppable(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
-    """Return the command, wrapped so that an interrupt raises `Interrupted`.
+def _interruptible(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
+    """Return a function that runs the command, and raises `Interrupted` if SIGTERM or Ctrl-C arrives.
 
-    This also works if a library converts the interrupt to another error. Typer would exit with another code. Orbax and
-    SentencePiece raise other errors, which would be reported as a damaged file.
+    A KeyboardInterrupt alone would not suffice. Typer turns it into another exit code. Orbax and SentencePiece turn it
+    into other errors, which would be reported as damaged files.
     """
 
     @functools.wraps(command)
@@ -139,28 +143,28 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def run(argv: list[str]) -> int:
-    """Run one command and return its exit code. An error is printed as one line to stderr."""
+    """Run one command and return its exit code. If it fails, print one line about the error to stderr."""
     try:
         _check_request(argv)
-        words = argv or _completing()
+        words = argv or _completion_words()
         chosen = next((word for word in words if not word.startswith("-")), "")
         code = app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
         return processes.leave(code, "")
     except BaseException as e:
-        code, line = ending(e)
+        code, line = error_result(e)
         if os.environ.get("LLMCTL_DEBUG") == "1":
             traceback.print_exc()
         return processes.leave(code, " ".join(line.split()))
 
 
-def _completing() -> list[str]:
-    """Return the words of a shell's completion request, without the program's name; empty if there is no request."""
+def _completion_words() -> list[str]:
+    """Return the words typed after `llmctl` if the shell requests completion, otherwise an empty list."""
     line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return line.split()[1:] if os.environ.get("_LLMCTL_COMPLETE") else []
 
 
-def ending(e: BaseException) -> tuple[int, str]:
-    """Return the exit code of an exception, and the line to print for it."""
+def error_result(e: BaseException) -> tuple[int, str]:
+    """Return (exit code, message) for an exception that ended a command. An empty message is not printed."""
     if isinstance(e, LlmctlError):
         return e.exit_code, str(e)
     if isinstance(e, (KeyboardInterrupt, typer.Abort)):
@@ -173,7 +177,7 @@ def ending(e: BaseException) -> tuple[int, str]:
         where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
         return 1, f"disk full{where}: what was saved before is intact; free some space and run the same command"
     if isinstance(e, OSError) and e.errno:
-        return _of_system(e)
+        return _for_os_error(e)
     if isinstance(e, RuntimeError) and str(e).startswith("Symlink loop from"):
         return 2, f"{e}; choose another place"
     if isinstance(e, MemoryError):
@@ -184,16 +188,16 @@ def ending(e: BaseException) -> tuple[int, str]:
     return 1, f"{type(e).__name__}: {e} (LLMCTL_DEBUG=1 shows where)"
 
 
-def _of_system(e: OSError) -> tuple[int, str]:
-    """Return the exit code of an error of the operating system, and the line to print for it."""
+def _for_os_error(e: OSError) -> tuple[int, str]:
+    """Return (exit code, message) for an error of the operating system: code 2 if a path is wrong, otherwise 1."""
     where = f"{os.fsdecode(e.filename)}: " if e.filename else ""
-    if e.errno in PLACES:
+    if e.errno in PATH_ERRORS:
         return 2, f"{where}{str(e.strerror).lower()}; choose another place"
     return 1, f"{where}{str(e.strerror).lower()}; what was saved before is intact, run the same command again"
 
 
 def _check_request(argv: list[str]) -> None:
-    """Check the requirements of every command: arguments that are text, and a current folder.
+    """Check that all arguments are UTF-8 text, and that the current folder exists.
 
     Raises:
       RequestError: an argument is not UTF-8, or the current folder was deleted.
@@ -250,6 +254,9 @@ def _be_quiet() -> None:
 
 
 def _stop(*_: Any) -> None:
-    """Raise KeyboardInterrupt and record it, because libraries convert KeyboardInterrupt to other errors."""
+    """Record a signal and raise KeyboardInterrupt.
+
+    The record is needed because libraries turn KeyboardInterrupt into other errors.
+    """
     _stop_requested.set()
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Report this machine's devices as JAX detects them, versions, memory and disk, with the problems found."""
+"""Report this machine's devices, package versions, memory and free disk space, and the problems found."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXTRAS = {
     "cuda": ("jax-cuda13-plugin",),
     "tpu": ("libtpu",),
 }
-"""Packages whose presence means that an extra is installed, by the extra's name."""
+"""Packages of each extra of llmctl. An extra counts as installed if all of its packages are installed."""
 LOW_DISK, LOW_MEMORY = 2e9, 2e9
 
 
@@ -77,7 +77,7 @@ def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """Return the result of `examine` as a table."""
+    """Return the report of `examine` as a table."""
     out = Table(show_header=False, title="llmctl doctor", title_justify="left")
     kinds: dict[str, int] = {}
     for d in found["devices"]:
@@ -110,7 +110,7 @@ def _version(package: str) -> str | None:
 
 
 def _memory() -> dict[str, int]:
-    """Return the bytes of main memory: the total, and the part that is available to a new process."""
+    """Return main memory in bytes: the "total", and the part "available" to a new process."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = os.sysconf("SC_PHYS_PAGES") * page
     if sys.platform == "linux":

@@ -51,11 +51,12 @@ PROCESSES: dict[str, tuple[Any, Any]] = {
     "num_processes": (NumProcesses, 0),
     "process_id": (ProcessId, -1),
 }
-"""Flags of every command that uses devices, with defaults: the arguments of `llmctl.distributed.processes.join`."""
+"""Flags for runs of several processes, as (annotation, default): the arguments of
+`llmctl.distributed.processes.join`."""
 
 
 def command(kind: str) -> tuple[Callable[..., None], Any]:
-    """Return the function of `llmctl KIND --from A --out B …` with Typer's annotations, and the command's class."""
+    """Return (function, class) of a stage's command for Typer. The function has one parameter per flag."""
     module = stage.load(kind)
     cls: type[stage.StageConfig] = module.Config
     fields = list(_fields(cls))
@@ -125,7 +126,7 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
 
 
 def summary(module: types.ModuleType) -> str:
-    """Return the stage's description: the docstring of its config class, or of its file."""
+    """Return the description of a stage: the docstring of its config class, or of its module if the class has none."""
     return inspect.cleandoc(module.Config.__doc__ or module.__doc__ or "")
 
 
@@ -158,7 +159,7 @@ def _fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def _defaults(cls: type[Config], fields: list[tuple[tuple[str, ...], FieldInfo]]) -> Iterator[Any]:
-    """Yield the default of each flag: the stage's default, which may differ from the default of the section's class."""
+    """Yield the default of each flag. A stage may set another default than the class of the section."""
     tops = {f.alias or n: f.get_default(call_default_factory=True) for n, f in cls.model_fields.items()}
     for path, field in fields:
         at: Any = tops[path[0]]
@@ -198,7 +199,7 @@ def _variable(path: tuple[str, ...]) -> str:
 
 
 def _parsed(field: FieldInfo, value: Any) -> Any:
-    """Return the value of a flag's text, as TOML would parse it. The text of a str field is returned unchanged."""
+    """Return the value of a flag from its text. The text is parsed as TOML, except for fields of type str."""
     kind = _base(field.annotation)
     if not isinstance(value, str) or kind is str or get_origin(kind) is Literal:
         return value
@@ -209,13 +210,13 @@ def _parsed(field: FieldInfo, value: Any) -> Any:
 
 
 def _item(kind: Any) -> Any:
-    """Return the type of a list's items, without its annotations."""
+    """Return the type of a list's items without `Annotated`."""
     (item,) = get_args(kind)[:1] or (None,)
     return getattr(item, "__origin__", item)
 
 
 def _base(annotation: Any) -> Any:
-    """Return the annotation without `| None`."""
+    """Return the type of a field without `| None`."""
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [a for a in get_args(annotation) if a is not type(None)]
         return parts[0] if len(parts) == 1 else annotation
@@ -223,9 +224,9 @@ def _base(annotation: Any) -> Any:
 
 
 def _metavar(field: FieldInfo) -> str:
-    """Return the choices of a Literal, a registry or a list of names, joined by "|".
+    """Return the placeholder of a flag's value in the help.
 
-    Otherwise return the type's name.
+    It is the choices joined by "|" if the field is a Literal or names entries of a registry, otherwise the type's name.
     """
     kind = _base(field.annotation)
     registered = next((m for m in (*field.metadata, *_metadata(kind)) if isinstance(m, (Choices, Registry))), None)
@@ -238,7 +239,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _metadata(kind: Any) -> Iterator[Any]:
-    """Yield the annotations of a list's items and of a union's branches."""
+    """Yield the `Annotated` metadata of a list's items and of a union's members."""
     for part in get_args(kind) if get_origin(kind) is not Literal else ():
         yield from getattr(part, "__metadata__", ())
 

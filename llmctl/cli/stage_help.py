@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
 
 FILES = "Artifacts and recipe"
-"""Heading of the flags that every stage's command has besides its fields: inputs, outputs and printing."""
+"""Heading of the flags that every stage's command has and that are no fields of its config: inputs, outputs and
+printing."""
 WHERE = "Where it runs"
 """Heading of the flags for devices and processes. `MeshConfig` has the same heading."""
 ALL = "--help-all"
@@ -25,7 +26,8 @@ SYNTAX = {
     "LIST": 'LIST is items with commas, such as a,b or 0.1,0.2, or a TOML list: \'["a, b", "c"]\'.',
     "TABLE": 'TABLE is a TOML table in quotes for the shell: \'{text = "review", label = "stars"}\'.',
 }
-"""Syntax of lists and tables on the command line, by the placeholder of their flags. The help prints it."""
+"""Explanation, printed in the help, of how to write lists and tables on the command line, by their placeholder (LIST,
+TABLE)."""
 
 
 class StageCommand(TyperCommand):
@@ -69,9 +71,9 @@ def of_stage(cls: type[StageConfig], paths: dict[tuple[str, ...], str], first: l
 
     Args:
       cls: the stage's config class.
-      paths: variable of the flag of each field, by the field's path.
-      first: variables that every stage has, listed first.
-      where: variables of the flags for processes.
+      paths: name of each flag's variable, by the path of its field.
+      first: variables of the flags that every stage has. They are listed first.
+      where: variables of the flags for runs of several processes.
     """
     headings = {**dict.fromkeys(["help", *first], FILES), **dict.fromkeys(["help_all"], FILES)}
     own = [(path, variable) for path, variable in paths.items() if variable not in headings]
@@ -102,7 +104,7 @@ def help_all(ctx: typer.Context, value: bool) -> None:
 
 
 def _heading(cls: Any, path: tuple[str, ...]) -> str:
-    """Return the heading of the innermost section that defines one."""
+    """Return the help heading of a field: that of the innermost section around the field that defines a heading."""
     if path == ("platform",):  # a setting of the stage that belongs to the mesh
         return WHERE
     found = cls.heading

@@ -47,7 +47,7 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def one(folder: Path) -> dict[str, Any]:
-    """Return one artifact as a dictionary: its record as in `run`, and the other fields of its manifest.
+    """Return one artifact as a dictionary: the entries that `run` returns, and the other fields of its manifest.
 
     Raises:
       RequestError: the folder is not an artifact, or it is damaged.
@@ -80,9 +80,9 @@ def reports(folder: Path) -> list[Path]:
 
 
 def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Return an artifact's record: figures of its manifest, and metrics of the reports that measured the same weights.
+    """Return an artifact's record: sizes and metrics of its manifest, and metrics of `reports` on the same weights.
 
-    If two tasks have a metric of the same name, the later one is named `task/metric`.
+    If two tasks have a metric of the same name, the metric of the later task is named `task/metric`.
     """
     metrics, owner = dict(manifest.metrics), dict.fromkeys(manifest.metrics, "")
     for report in reports:
@@ -113,8 +113,8 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
 def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
     """Return whether a report measured the weights of this artifact.
 
-    The digests of both contents are compared. If an earlier llmctl wrote one of them without this digest, the digests
-    of the arrays are compared instead.
+    Their content digests are compared. If an earlier llmctl wrote the report or the artifact without a content digest,
+    the digests of the arrays are compared instead.
     """
     if report.get("content") and manifest.content:
         return report["content"] == manifest.content
@@ -122,11 +122,11 @@ def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
 
 
 def table(entries: list[dict[str, Any]], title: str) -> Table:
-    """Return the closing table of a run: one row per artifact, and one column per metric that any artifact has.
+    """Return the table that ends a run: one row per artifact, and one column per metric that any artifact has.
 
     If no `eval` has measured the run, the columns are the validation metrics of training.
     """
-    shown = _shown({name for e in entries for name, value in e["metrics"].items() if value is not None})
+    shown = _table_metrics({name for e in entries for name, value in e["metrics"].items() if value is not None})
     out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("artifact", "stage", "from"):
         out.add_column(column, overflow="fold")
@@ -141,8 +141,8 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
     return out
 
 
-def _shown(there: set[str]) -> list[Metric]:
-    """Return the metrics, of those named in `there`, that have a column in the closing table."""
+def _table_metrics(there: set[str]) -> list[Metric]:
+    """Return the metrics that are columns of the table, selected from the names in `there`."""
     measured = columns(there, "run")
     if any(m.aspect == "quality" for m in measured):
         return measured
@@ -160,7 +160,7 @@ def size(count: float) -> str:
 
 
 def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records sorted so that parents precede children. Other records keep their order (oldest first)."""
+    """Return the records sorted so that every parent precedes its children, and otherwise from old to new."""
     out: list[dict[str, Any]] = []
     waiting = list(entries)
     while waiting:
@@ -176,7 +176,7 @@ def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def model(spec: str) -> ModelConfig:
     """Return the model config of a preset or a TOML file.
 
-    In a file, the config is the table `[model]`, the `model` of the first stage that has one, or the top level.
+    A file has it in the table `[model]`, otherwise in the first stage with a `model`, otherwise at the top level.
 
     Raises:
       RequestError: the preset or file does not exist, or a setting in it is invalid.
@@ -225,7 +225,7 @@ EXPORTS = (
     "export: what `llmctl export --to` can write. hf includes compressed-tensors for quantized models and peft for\n"
     "unmerged adapters; gguf is for language models. –: the family exists in llmctl only."
 )
-"""Caption of the table of presets."""
+"""Caption of the table of presets, which explains its column "export"."""
 
 
 def size_table(found: dict[str, Any]) -> Table:

@@ -1,7 +1,7 @@
 """Check the data of a recipe's stages before the first stage runs: columns, and the labels of the first rows.
 
-Otherwise a wrong column of the last stage would end the run after hours. Large or prepared data is not checked, because
-the check must be fast.
+Without this check, a wrong column of the last stage would end the run after hours. Large or prepared data is not
+checked, because the check must be fast.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
-    """Return the columns that a stage's data must have, by llmctl's names.
+    """Return the canonical names of the columns that a stage's data must have.
 
-    The result is empty if the recipe does not determine them.
+    The result is empty if the recipe does not determine the columns.
     """
     if step.config.kind == "pretrain":
         return ("prompt", "completion") if getattr(step.config, "objective", "") == "completions" else ("text",)
@@ -62,7 +62,10 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
 
 
 def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool]:
-    """Return whether a stage is known to read labels, and conversations."""
+    """Return two booleans: whether a task of the stage reads labels, and whether one reads conversations.
+
+    Both are False if the stage's tasks are unknown.
+    """
     from llmctl.evaluate.tasks.registry import TASKS
 
     tasks = [TASKS[task] for task in _tasks(recipe, step)]
@@ -72,8 +75,8 @@ def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool]:
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
     """Return the tasks that determine the columns of a stage's data.
 
-    They are the tasks in the stage's config. Otherwise they are the tasks of the artifacts that the config names, such
-    as the teacher of `distill`. Only if it names none, the parent's task is returned.
+    These are the tasks in the stage's config. If it has none, they are the tasks of the artifacts that the config
+    names, such as the teacher of `distill`. If it names no artifact either, it is the parent's task.
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]
@@ -85,7 +88,7 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
 
 
 def _learned(recipe: Recipe, read: str | Path | None) -> str:
-    """Return the task for which an artifact of the recipe was finetuned; empty if it was not finetuned."""
+    """Return the task that an artifact was finetuned for; empty if no stage of the recipe finetuned it."""
     steps: dict[Any, Step] = {s.name: s for s in recipe.steps}
     while isinstance(read, str) and read in steps:
         if hasattr(steps[read].config, "task"):

@@ -1,6 +1,7 @@
 """Apply `--set` assignments, such as `stage.2.sparsity=0.6` or `train.epochs=2`, to a recipe or to one stage.
 
-Some settings exclude each other, such as `train.steps` and `train.epochs`. An assignment to one removes the other.
+Some settings exclude each other, such as `train.steps` and `train.epochs`. An assignment to one of them removes the
+other.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 def assign_to(doc: dict[str, Any], text: str) -> None:
     """Apply an assignment to the tables of a recipe, in place.
 
-    A path that starts with `stage` changes one stage. Any other path changes the shared settings, and each stage that
-    overrides them.
+    A path that starts with `stage` changes one stage. Any other path changes the shared settings. It also changes the
+    stages whose tables override this shared setting.
 
     Raises:
       RequestError: the assignment is malformed, or no stage has this index or name.
@@ -78,19 +79,19 @@ def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _class(table: Any) -> type[StageConfig] | None:
-    """Return the config class for a `[[stage]]` table; None if the table's kind is unknown."""
+    """Return the config class of a `[[stage]]` table; None if the kind in the table is unknown."""
     kind = table.get("kind", "") if isinstance(table, dict) else ""
     return stage.load(kind).Config if kind in stage.kinds() else None
 
 
 def _replace(values: dict[str, Any], path: list[str], value: Any, cls: type[Config] | None) -> None:
-    """Assign `value` in the settings of a `cls`, and remove the settings that the assignment excludes."""
+    """Set the value at a path in the settings of a config class, and remove the settings that exclude it."""
     assign(values, path, value)
     _drop(values, _excluded(path, value, cls) if cls else [])
 
 
 def _excluded(path: list[str], value: Any, cls: type[Config]) -> list[list[str]]:
-    """Return the paths of the settings that an assignment of `value` to `path` excludes."""
+    """Return the paths of the settings that must be removed if `path` is set to `value`."""
     at: type[Config] | None = cls
     for part in path[:-1]:
         at = section(at, part) if at else None

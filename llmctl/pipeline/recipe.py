@@ -1,8 +1,8 @@
 """Read and validate a recipe: shared settings and an ordered list of stages.
 
-The recipe is validated before any stage runs. If a setting has several values, the last in this list applies: the
-field's default, the shared setting of the recipe, the setting in the stage's table, `--set`, the flag of a stage
-command.
+The recipe is validated before any stage runs. If a setting has values in several places, the last place in this list
+applies: the default in the config class, the recipe's shared settings, the stage's table, `--set`, the flags of a
+stage's command.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
 
 MANIFEST = "manifest.json"
-"""Name of the file by which a folder is recognized as an artifact."""
+"""Name of the file that marks a folder as an artifact."""
 
 RUNS = Path("runs")
-"""Default folder for the folders of runs."""
+"""Default folder in which run folders are created."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Recipe:
     run: Path
     steps: tuple[Step, ...]
     alone: bool = False
-    """Whether the recipe is a single stage with --out, whose folder does not belong to a run."""
+    """Whether the recipe was built for a single stage command with --out. The output folder then belongs to no run."""
 
 
 def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = ()) -> Recipe:
@@ -177,8 +177,8 @@ def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) ->
     """
     shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
     used: set[str] = set()
-    found = [_fitting(cls, shared, used) for cls in classes]
-    _no_strays(shared, used, classes, file)
+    found = [_settings_of(cls, shared, used) for cls in classes]
+    _check_all_used(shared, used, classes, file)
     return found
 
 
@@ -193,8 +193,8 @@ def _check_name(name: Any, where: str) -> None:
     locks.check_name(name, where)
 
 
-def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:
-    """Return the shared settings that `cls` defines, and add their paths to `used`."""
+def _settings_of(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:
+    """Return those of the shared settings that the config class `cls` has, and add their paths to `used`."""
     out: dict[str, Any] = {}
     for key, value in shared.items():
         if key not in overrides.shareable(cls):
@@ -202,15 +202,15 @@ def _fitting(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: 
         inner = section(cls, key)
         if inner and isinstance(value, dict):
             used.add(prefix + key)
-            out[key] = _fitting(inner, value, used, f"{prefix}{key}.")
+            out[key] = _settings_of(inner, value, used, f"{prefix}{key}.")
         else:
             used.update(overrides.paths({key: value}, prefix))
             out[key] = copy.deepcopy(value)
     return out
 
 
-def _no_strays(shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], file: str) -> None:
-    """Check that at least one stage uses each shared setting.
+def _check_all_used(shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], file: str) -> None:
+    """Check that each shared setting is used by at least one stage.
 
     Raises:
       RequestError: no stage uses a shared setting.
@@ -248,9 +248,14 @@ def _holds(values: Any, path: str) -> bool:
 
 
 def _linked(config: StageConfig, before: list[Step], out: Path, where: str, beside: Path | None = None) -> Step:
-    """Return the Step of a config, with the artifacts that the config names.
+    """Return the Step of a config: find its parent and the other artifacts that the stage reads.
 
-    They are earlier stages, or folders. If `beside` is given, a folder inside it may be named too.
+    Args:
+      config: config of the stage. Each artifact in it is the name of an earlier stage, or a folder.
+      before: the earlier stages.
+      out: folder of the stage's artifact.
+      where: path of the stage in the recipe, for errors.
+      beside: folder in which artifacts may also be named without their path; None for no such folder.
 
     Raises:
       RequestError: an artifact is missing, or the stage would replace an artifact that it reads.
@@ -281,7 +286,7 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
 
 
 def _names_others(config: StageConfig) -> bool:
-    """Return whether the stage needs no parent, because its config names all artifacts that it reads.
+    """Return whether a stage needs no parent because its config names every artifact that it reads.
 
     Examples are `distill` with a teacher and a new student, and `eval` with a list of artifacts.
     """

@@ -1,4 +1,4 @@
-"""Run the stages of a recipe: skip finished ones, resume an interrupted one, and repeat those whose inputs changed."""
+"""Run the stages of a recipe: skip finished stages, resume interrupted ones, and repeat those whose inputs changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Recipe, Step
 
 WORK = ".work"
-"""Folder of a run that contains temporary files of its stages."""
+"""Name of the folder in a run's folder that contains the temporary files of its stages."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def fetch(config: Any) -> None:
 
 
 def _batches_fit(step: Step) -> None:
-    """Check that a batch fits into the memory of all processes: tokens, targets and weights, 4 bytes each.
+    """Check that one batch fits in the memory of all processes, with 4 bytes per token, target and weight.
 
     Raises:
       RequestError: the batch does not fit.
@@ -214,8 +214,8 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
 def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
     """Create the stage's temporary folder, and return whether it is new.
 
-    An existing folder is removed first if it belongs to another key. If the stage runs `alone`, its output may be
-    replaced only if a stage of the same kind wrote it.
+    An existing folder of another key is removed first. With `alone` (a single stage command), an artifact at the
+    output folder may be replaced only if a stage of the same kind wrote it.
     """
     artifact.check_place(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"
@@ -233,10 +233,10 @@ def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: 
 
 
 def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None:
-    """Check that the inputs of the wanted stages are up to date, if `some` is true (`--only`).
+    """Check that the inputs of the stages to run are up to date, if the user chose them (`some`, by `--only`).
 
     Raises:
-      RequestError: an input is not up to date.
+      RequestError: an input is not up to date, and its stage is not among the stages to run.
     """
     by_name = {t.step.name: t for t in tasks}
     coming = {t.step.name for t in wanted}

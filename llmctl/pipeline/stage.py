@@ -45,14 +45,14 @@ class StageConfig(Config):
     heading: ClassVar[str] = "What it does"
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform", "allow_nonfinite", "replace"})
     unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent"})
-    """Fields that a recipe cannot set for all stages, because each stage needs its own value."""
+    """Fields that a recipe cannot set among its shared settings, because each stage needs its own value."""
     starts: ClassVar[bool] = False
     """Whether the stage has no parent unless `from` is given, as in pretrain."""
     produces: ClassVar[bool] = True
-    """Whether the stage writes a model, which is the default parent of the next stage. `eval` writes no model."""
+    """Whether the stage writes a model. The next stage then starts from it by default. `eval` writes no model."""
     artifact_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that name further artifacts: a str, or a list of str. An empty list means all earlier models. These
-    artifacts are in `Context.siblings`, and their keys are part of this stage's key."""
+    """Names of the fields that name further artifacts. Their type is str or a list of str; an empty list means all
+    earlier models. The artifacts are in `Context.siblings`, and their keys are part of this stage's key."""
 
     kind: str
     """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def why(step: Step, key: str, due: set[str]) -> str:
-    """Return the reason why the stage has to run, as one clause; empty if its artifact has this key and is intact.
+    """Return why the stage has to run, as a clause for messages; empty if its artifact has this key and is intact.
 
     Args:
       step: the stage.
@@ -45,14 +45,17 @@ def why(step: Step, key: str, due: set[str]) -> str:
 
 
 def is_done(step: Step, key: str) -> bool:
-    """Return whether the artifact now has this key and is intact, because another process wrote it in the meantime."""
+    """Return whether the stage's artifact has this key and is intact.
+
+    This is asked again before a stage runs, because another process may have written the artifact in the meantime.
+    """
     return key_at(step.out) == key and not _damage(step.out, artifact.read_manifest(step.out))
 
 
 def remark(step: Step) -> str:
-    """Return a remark on an artifact that is up to date, or "".
+    """Return a remark in parentheses on an artifact that is up to date; empty if there is nothing to remark.
 
-    There is a remark if metrics differ from the saved ones, or if an earlier llmctl wrote the artifact.
+    The remark says that metrics or lineage differ from their checksums, or that an earlier llmctl wrote the artifact.
     """
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:
@@ -70,10 +73,10 @@ def key_at(folder: Path) -> str:
 
 
 def _damage(folder: Path, manifest: Manifest) -> str:
-    """Return the reason why an artifact has to be created again, as a clause; empty if a quick check finds no damage.
+    """Return why an artifact must be created again, as a clause for messages; empty if a quick check finds no damage.
 
-    The function `load` also checks the arrays. If only the metrics or the lineage of a model differ, the artifact is
-    kept, and `remark` reports the difference. A report of `eval` contains only metrics, so it is created again.
+    Arrays are checked later, by `load`. If only the metrics or the lineage of a model differ, the artifact is kept, and
+    `remark` reports the difference. A report of `eval` contains only metrics, so it is created again.
     """
     found = integrity.quick_check(folder, manifest)
     again = not manifest.weights or "key" in found.record

@@ -77,8 +77,8 @@ def _attention(setup: Setup, trains: bool, again: bool) -> float:
 def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
     """Return the bytes of HBM traffic on one device per step.
 
-    Weights are read in each pass, activations are written and read, and the state is updated once per step. The scores
-    of plain attention are written and read twice per forward pass, and twice as often in the backward pass.
+    Weights are read in each pass. Activations are written and read. The training state is updated once per step. The
+    scores of plain attention are written and read twice in a forward pass, and four times in a backward pass.
     """
     D, F, heads = widths(setup)
     weights = passes * setup.accumulate * setup.item * whole * 2

@@ -20,15 +20,15 @@ from llmctl.train.optim import FACTORED_FROM
 
 ITEM = {"float32": 4, "bfloat16": 2}
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "lion": 1.0, "adafactor": 0.0, "muon": 1.0}
-"""Number of float32 arrays that the optimizer stores per matrix of a layer. Muon uses AdamW for all other
+"""Number of float32 arrays that each optimizer stores per matrix of a layer. Muon uses AdamW for the other
 parameters."""
 AGAIN = ("full", "qkv")
-"""Values of `remat` that repeat matrix products."""
+"""Values of `remat` with which the backward pass repeats matrix products of the forward pass."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Store the memory of one device by class, in bytes."""
+    """Store the bytes that each kind of array needs on one device."""
 
     parameters: float
     optimizer: float
@@ -40,13 +40,13 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Return the sum of all classes, in bytes."""
+        """Return the bytes of all kinds of arrays together."""
         return self.parameters + self.optimizer + self.temporaries + self.batch + self.cache
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Describe a training step or forward pass whose memory and work are estimated."""
+    """Describe a training step or a forward pass, whose memory and work are to be estimated."""
 
     model: ModelConfig
     mesh: Mapping[str, int]
@@ -54,40 +54,41 @@ class Setup:
     rows: int
     """Number of sequences per step, over all devices and microbatches."""
     seq_len: int
-    """Number of tokens per sequence; in the encoder, if the model has one."""
+    """Number of tokens per sequence. In an encoder-decoder these are the encoder's."""
     dtype: str = "bfloat16"
-    """Dtype of the computation."""
+    """Dtype of matrix products and activations."""
     remat: str = "none"
     accumulate: int = 1
     optimizer: str = ""
     """Name of the optimizer; empty for a forward pass."""
     ema: bool = False
     trained: float = 1.0
-    """Fraction of the parameters that is trained. For LoRA: entries of the pairs over entries of the model."""
+    """Fraction of the parameters that are trained. For LoRA: number of the adapters' parameters over those of the
+    model."""
     stored: float = 0.0
-    """Further bytes stored per parameter of the model: a frozen base, a teacher, or the model of a forward pass."""
+    """Bytes per parameter of parameters that are not in the training state, such as frozen weights or a teacher."""
     fused: bool = True
-    """Whether attention runs in the platform's kernel, which stores no scores."""
+    """Whether attention runs in a fused kernel of the platform, which stores no attention scores."""
     eight: Mapping[str, float] = field(default_factory=dict)
-    """Fraction of the layers' matrix products that is computed in 8 bits, by type: int8, float8."""
+    """Fraction of the layers' matrix products that are computed in 8 bits, by dtype (int8, float8)."""
     beside: float = 0.0
-    """Operations per step, over all devices, of another model that runs in the step, such as a teacher."""
+    """FLOPs per step, over all devices, of another model that runs in the same step, such as a teacher."""
     cached: int = 0
-    """Number of tokens per sequence in the cache of keys and values."""
+    """Number of tokens per sequence in the key/value cache."""
     predicted: float = 1.0
-    """Fraction of the tokens that the output projection reads."""
+    """Fraction of the tokens for which the output projection is computed."""
     written: int = 0
-    """Number of tokens per sequence in the decoder of an encoder-decoder; 0 if it equals the encoder's."""
+    """Number of decoder tokens per sequence of an encoder-decoder; 0 if it equals `seq_len`."""
     hessians: bool = False
-    """Whether calibration keeps the second moments [I, I] of every matrix's input, of one layer."""
+    """Whether calibration keeps, for one layer at a time, the second moments [I, I] of the inputs of every matrix."""
 
     def size(self, *axes: str) -> int:
-        """Return the number of devices along these axes."""
+        """Return the product of the sizes of these mesh axes."""
         return math.prod(self.mesh.get(axis, 1) for axis in axes)
 
     @property
     def item(self) -> int:
-        """Return the bytes per number of an activation."""
+        """Return the bytes per element of an activation."""
         return ITEM[self.dtype]
 
     @property
@@ -97,19 +98,19 @@ class Setup:
 
     @property
     def last(self) -> float:
-        """Return the number of tokens per device and microbatch in the last stack."""
+        """Return the number of tokens per device and microbatch in the last stack (the decoder, if there is one)."""
         return self.own_rows * (self.written or self.seq_len) / self.size("context")
 
     @property
     def tokens(self) -> float:
-        """Return the number of tokens per device and microbatch, averaged over the layers."""
+        """Return the number of tokens per device and microbatch that a layer reads, averaged over all layers."""
         first, layers = self.model.encoder_layers, self.model.layers
         read = self.own_rows * self.seq_len / self.size("context")
         return (first * read + layers * self.last) / (first + layers) if self.written else read
 
     @property
     def depth(self) -> float:
-        """Return the number of layers per device, in both stacks."""
+        """Return the number of layers on each device, summed over the encoder and the decoder."""
         return (self.model.layers + self.model.encoder_layers) / self.size("pipeline")
 
 
@@ -129,16 +130,16 @@ def has_kernel(model: ModelConfig, attention: str, mesh: Mapping[str, int]) -> b
 
 @dataclass(frozen=True)
 class Entries:
-    """Store the number of parameters on one device, by kind."""
+    """Store the number of parameters on one device, by where they are in the model."""
 
     layers: float
     """Matrices of the layers."""
     table: float
-    """Input embeddings."""
+    """Token embeddings."""
     head: float
-    """Output projection; 0 if it is tied to the table."""
+    """Output projection; 0 if it shares the token embeddings."""
     rest: float
-    """Norms and biases, which are replicated, and tables of positions."""
+    """Replicated parameters: norms, biases and position tables."""
 
     @property
     def total(self) -> float:
@@ -147,7 +148,7 @@ class Entries:
 
 
 def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
-    """Return the number of parameters per device.
+    """Return the number of parameters on each device of a mesh with these axis sizes.
 
     The axes fsdp, context and tensor split every matrix. The axis pipeline splits the layers.
     """
@@ -193,8 +194,8 @@ def _optimizer(setup: Setup, own: Entries) -> float:
 def _factored(setup: Setup, own: Entries) -> float:
     """Return the bytes of Adafactor's second moments on one device.
 
-    A matrix with two long sides needs one number per row and one per column. Other arrays need one number per
-    parameter.
+    A matrix whose sides are both long stores one float32 per row and one per column. Any other array stores one float32
+    per parameter.
     """
     model = setup.model
     D, F = model.d_model, model.d_ff
@@ -206,9 +207,9 @@ def _factored(setup: Setup, own: Entries) -> float:
 
 
 def widths(setup: Setup) -> tuple[float, float, float]:
-    """Return the widths of the residual stream, of one feed-forward activation, and of q, k and v together.
+    """Return three widths, in elements per token on one device.
 
-    The unit is numbers per token and device.
+    They are the widths of the residual stream, of one feed-forward activation, and of q, k and v together.
     """
     model, tensor = setup.model, setup.size("tensor")
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
@@ -216,7 +217,7 @@ def widths(setup: Setup) -> tuple[float, float, float]:
 
 
 def saved(setup: Setup) -> float:
-    """Return the bytes per layer that the forward pass keeps for the backward pass, on one device."""
+    """Return the bytes of activations that the forward pass keeps for the backward pass, per layer and device."""
     D, F, heads = widths(setup)
     ffs, item = (2 if setup.model.gated else 1), setup.item
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
@@ -234,14 +235,18 @@ def saved(setup: Setup) -> float:
 
 
 def adapters(model: ModelConfig) -> float:
-    """Return the numbers per token and layer that bottleneck adapters keep: their two results."""
+    """Return the number of elements per token that the bottleneck adapters of one layer keep for the backward pass.
+
+    Each adapter keeps its inner activation and its output.
+    """
     return sum(model.has_adapter(part) for part in ("attn", "mlp")) * float(model.adapter_size + model.d_model)
 
 
 def scores(setup: Setup) -> float:
-    """Return the bytes of the scores of plain attention: probabilities, their gradient and a copy, in float32.
+    """Return the bytes of the attention scores on one device; 0 if attention is fused.
 
-    In ring attention, a device computes its own queries against one device's keys at a time.
+    Plain attention holds three float32 arrays: the probabilities, their gradient and a copy. In ring attention, a
+    device computes its queries against the keys of one device at a time.
     """
     if setup.fused:
         return 0.0
@@ -250,7 +255,7 @@ def scores(setup: Setup) -> float:
 
 
 def training(setup: Setup, own: Entries) -> float:
-    """Return the temporary bytes of a training step on one device."""
+    """Return the bytes of temporaries of a training step on one device."""
     D, F, heads = widths(setup)
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
     unit = setup.item * setup.tokens
@@ -271,10 +276,10 @@ def training(setup: Setup, own: Entries) -> float:
 
 
 def gathered(setup: Setup, own: Entries) -> float:
-    """Return the bytes of gathered matrices that the backward pass of a layer keeps.
+    """Return the bytes of gathered matrices that are in memory during a layer's backward pass.
 
-    It keeps one matrix. If the layer is recomputed, all its matrices stay gathered from the recomputation to the
-    gradients.
+    Usually this is one matrix. If `remat` recomputes the layer, all its matrices stay gathered from the recomputation
+    until the gradients are computed.
     """
     ways = setup.size("fsdp", "context")
     if ways == 1:
@@ -286,7 +291,7 @@ def gathered(setup: Setup, own: Entries) -> float:
 
 
 def forward(setup: Setup, own: Entries) -> float:
-    """Return the temporary bytes of a forward pass: one layer, the logits, and keys and values for the cache."""
+    """Return the bytes of temporaries of a forward pass: one layer, the logits, and keys and values for the cache."""
     projection = setup.item * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
     written = _cache(setup) if setup.seq_len > 1 else 0.0
     return layer(setup) + logits(setup) + projection + written
@@ -301,10 +306,13 @@ def logits(setup: Setup) -> float:
 
 
 def layer(setup: Setup, times: int = 1) -> float:
-    """Return the temporary bytes of `times` forward passes through a layer.
+    """Return the bytes of temporaries of a layer's forward pass, with `times` copies of its activations.
 
-    The bytes are the sum of three parts: the larger of the scores with their probabilities (plain attention) and two
-    feed-forward activations; two residual streams; and the largest matrix, if it is gathered.
+    They are the sum of three parts:
+
+    - two feed-forward activations, or the scores and probabilities of plain attention if these are larger
+    - two residual streams
+    - the largest matrix, if it is gathered
     """
     D, F, _ = widths(setup)
     unit = setup.item * setup.tokens
@@ -320,7 +328,7 @@ def _cache(setup: Setup) -> float:
 
 
 def _statistics(setup: Setup) -> float:
-    """Return the bytes of the float32 second moments of the inputs of every matrix of one layer."""
+    """Return the bytes of one layer's calibration statistics: float32 second moments [I, I] of each matrix's inputs."""
     if not setup.hessians:
         return 0.0
     model = setup.model

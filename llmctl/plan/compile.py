@@ -19,22 +19,22 @@ class Compiled:
     text: str
     """Optimized HLO text; empty if the compiler ran out of device memory."""
     arguments: int
-    """Bytes of the arguments, which stay allocated during the run."""
+    """Bytes of the arguments, which stay allocated while the program runs."""
     outputs: int
     """Bytes of the outputs that are not aliased to an argument."""
     temporaries: int
-    """Bytes of the temporaries."""
+    """Bytes of arrays that exist only while the program runs."""
     peak: int
-    """Bytes at the peak."""
+    """Bytes in use at the peak, as the compiler reports them."""
     wants: int
-    """Bytes that a program needs if it is too large for the device; 0 if it compiled."""
+    """Bytes that the program needs, if the compiler rejected it for lack of device memory; 0 if it compiled."""
     seconds: float
     says: dict[str, float]
-    """Cost figures of the compiler, only for display. They count loop bodies once and omit kernels."""
+    """The compiler's own cost figures, only for display. They count a loop's body once and omit custom kernels."""
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Return the devices of the topology, from which a mesh is created."""
+    """Return the JAX devices of a topology. A mesh is created from them."""
     import jax
     from jax.experimental import topologies
 

@@ -1,6 +1,7 @@
-"""Search the meshes, recomputations and accumulations of a step for the fastest and the smallest.
+"""Search for the fastest and the smallest layout of a training step.
 
-The analytic model ranks all of them. Only the fastest programs that fit, as estimated by the model, are compiled.
+A layout is a mesh, a value of `remat` and a number of microbatches. The analytic model ranks all layouts. Only the
+fastest of those that fit in memory, as estimated by the model, are compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ capacity."""
 
 @dataclass(frozen=True)
 class Candidate:
-    """Store one layout of a step (mesh, remat, accumulation) and its cost."""
+    """Store one layout of a training step (mesh, remat, number of microbatches), its memory and its time."""
 
     setup: Setup
     memory: float
@@ -30,23 +31,23 @@ class Candidate:
     """Seconds per step."""
     compiled: bool = False
     recipe: tuple[str, ...] = ()
-    """Lines that set this layout in the stage's recipe."""
+    """Lines of TOML that set this layout in the stage's table of the recipe."""
 
     @property
     def axes(self) -> dict[str, int]:
-        """Return the mesh without axes of size 1, except "data"."""
+        """Return the sizes of the mesh axes. Axes of size 1 other than "data" are omitted."""
         sizes = {axis: self.setup.size(axis) for axis in AXES}
         return {axis: n for axis, n in sizes.items() if n > 1 or axis == "data"}
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
-"""Function from a setup to (bytes of one device, seconds per step). It returns None if the setup does not fit."""
+"""Function from a setup to (bytes per device, seconds per step); None if the program exceeds the device memory."""
 
 
 def meshes(
     setup: Setup, devices: int, *, axes: Sequence[str] = ("data", "fsdp", "context", "tensor")
 ) -> Iterator[Setup]:
-    """Yield the setup with every mesh of `devices` devices that divides the model and the batch."""
+    """Yield a copy of the setup for every mesh of `devices` devices that divides the model's sizes and the batch."""
     model = setup.model
     for sizes in _splits(devices, len(axes)):
         mesh = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))
@@ -71,19 +72,19 @@ def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def pieces(setup: Setup) -> Iterable[int]:
-    """Return the numbers of microbatches, powers of two, that divide the batch over the mesh."""
+    """Return the powers of two that divide the rows of each mesh shard. Each is a possible number of microbatches."""
     rows = setup.rows // setup.size("data", "fsdp")
     return (n for n in range(1, rows + 1) if rows % n == 0 and n & (n - 1) == 0)
 
 
 def modelled(setup: Setup, topology: Topology) -> Candidate:
-    """Return the setup with its cost as estimated by the analytic model."""
+    """Return the setup as a Candidate, with memory and time as estimated by the analytic model."""
     memory, line = analytic_memory.estimate(setup), roofline.of(analytic_counts.counts(setup), topology, setup.mesh)
     return Candidate(setup, memory.total, line.seconds if line else float("inf"))
 
 
 def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
-    """Return every layout that fits according to the model: fastest first, then smallest first."""
+    """Return all layouts that fit in memory according to the analytic model, sorted by time and then by memory."""
     found = []
     for on_mesh in meshes(setup, topology.devices):
         if topology.platform == "tpu" and on_mesh.size("data") % topology.slices:
@@ -97,7 +98,10 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
 
 
 def front(found: Iterable[Candidate]) -> list[Candidate]:
-    """Return the Pareto front of time and memory, fastest first."""
+    """Return the Pareto front of time and memory: the candidates for which no other is both faster and smaller.
+
+    They are sorted from the fastest to the smallest.
+    """
     out: list[Candidate] = []
     for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
         if not out or c.memory < out[-1].memory:
@@ -106,10 +110,10 @@ def front(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
-    """Return the Pareto front of time and memory of the compiled programs.
+    """Return the Pareto front of time and memory among the layouts that were compiled.
 
-    The candidates on the model's Pareto front are compiled first. The others follow in the order of the model's time,
-    until `best` of them fit.
+    The candidates on the model's Pareto front are compiled first. The others follow, the fastest according to the model
+    first, until `best` compiled programs fit.
     """
     ordered = candidates(setup, topology)
     first = front(ordered)
@@ -124,9 +128,9 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 
 
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
-    """Return the first of `slices` on which a compiled program fits, and the program; None if there is none.
+    """Return (topology, layout) for the first topology on which a compiled program fits; None if none fits.
 
-    Three candidates are compiled per slice: the fastest according to the model, the fastest with a margin of memory,
+    Three layouts are compiled per topology. According to the model they are the fastest, the fastest with spare memory,
     and the smallest.
     """
     for topology in slices:

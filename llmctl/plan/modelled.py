@@ -34,7 +34,7 @@ def lower(program: Program, platform: str) -> None:
 
 
 def setup_of(program: Program, work: Pass) -> Setup:
-    """Return the analytic model's setup of a pass through a model."""
+    """Return the analytic model's description of a program that is a pass through a model."""
     mesh = {} if work.replicated else {axis: int(n) for axis, n in program.mesh.shape.items()}
     model = work.model or program.model
     return Setup(
@@ -58,7 +58,7 @@ def setup_of(program: Program, work: Pass) -> Setup:
 
 
 def on(setup: Setup, topology: Topology) -> Setup:
-    """Return the setup with the attention that `llmctl.model.attention_kernels` selects on these chips."""
+    """Return the setup with `fused` set: whether `llmctl.model.attention_kernels` would use a kernel on these chips."""
     model, kernel = setup.model, False
     if topology.platform == "tpu":
         kernel = not setup.seq_len % attention_kernels.LANES
@@ -70,7 +70,7 @@ def on(setup: Setup, topology: Topology) -> Setup:
 
 
 def step(program: Program, topology: Topology) -> tuple[float, Counts]:
-    """Return the bytes of temporaries per device, and the operations, memory traffic and collectives per device."""
+    """Return (bytes of temporaries, counts of operations, memory traffic and collectives), both per device."""
     work = program.work
     if work is None:
         return small_programs.least(program)

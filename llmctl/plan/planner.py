@@ -1,4 +1,4 @@
-"""Plan the stages of a recipe in order. A stage starts from the artifact that an earlier stage would write."""
+"""Plan the stages of a recipe in order. Each stage starts from the artifact that its parent stage would write."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ def _request(text: str) -> Request:
 
 
 def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """Return the mesh with an explicit `data` axis over all devices, if the mesh is the default one.
+    """Return the mesh, with the default replaced by a `data` axis over all `devices` devices.
 
-    By default a plan uses all CPU devices, and a run only the first.
+    The default mesh would otherwise use all CPU devices in a plan, but only the first in a run.
     """
     return mesh.model_copy(update={"data": devices}) if mesh == type(mesh)() else mesh
 
@@ -163,7 +163,7 @@ def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:
-    """Return the memory, work and time of one program, as a dictionary."""
+    """Return the size, memory, work and time of one program as a dictionary, which `--json` prints."""
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     found: Found = {
         "program": program.title,
@@ -207,7 +207,7 @@ def _memory(program: Program, topology: Topology, beside: compiling.Compiled | f
 
 
 def _work(program: Program, topology: Topology, counts: hlo.Counts, axes: dict[str, int], tokens: int) -> Found:
-    """Return the counted operations, traffic and collectives, and the time of the roofline."""
+    """Return operations, memory traffic and collectives as counted, and the time that the roofline model gives."""
     bound = roofline.of(counts, topology, axes, program.dtype) if counts.flops or counts.bytes else None
     budget = (tokens or program.steps * program.tokens) if program.tokens else 0
     seconds = bound.seconds if bound else None

@@ -22,7 +22,7 @@ BINDS = {
     "ici": "links between chips (ICI)",
     "dcn": "the network between slices or nodes (DCN)",
 }
-"""Description of each resource that can bound the roofline's time."""
+"""Description of each resource that can determine the roofline's time."""
 
 
 def size(count: float) -> str:
@@ -80,9 +80,9 @@ def summary(found: list[dict[str, Any]]) -> Table:
 
 
 def _runs(one: dict[str, Any]) -> str:
-    """Format the number of runs.
+    """Return how often a stage runs the program, as text for the table.
 
-    It is unknown if a stage sets epochs, because a plan does not count the data's rows.
+    The number is unknown if the stage sets `train.epochs`, because a plan does not count the data's rows.
     """
     return f"{one['steps']:,}" if one["steps"] else "by train.epochs" if one["program"] == "train step" else ""
 
@@ -159,7 +159,7 @@ def _types(found: dict[str, Any]) -> str:
 
 
 def facts(found: dict[str, Any]) -> str:
-    """Return a line about the origin of the figures: the compiler or the model."""
+    """Return one line that says which figures come from the compiler and which from the analytic or roofline model."""
     if not found["compiled"] and not found.get("checked"):
         return "compiled fact: the compiler refused it for want of memory, and says how much it needs"
     if not found["compiled"]:
@@ -173,5 +173,5 @@ def facts(found: dict[str, Any]) -> str:
 
 
 def whole(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one JSON object: the program that needs the most memory, with all programs under `programs`."""
+    """Return the JSON object of a plan: the program that needs the most memory, and all programs in "programs"."""
     return max(found, key=lambda one: one["hbm_bytes"]["total"], default={}) | {"programs": found}

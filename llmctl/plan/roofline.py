@@ -28,9 +28,9 @@ class Roofline:
     compute: float
     hbm: float
     ici: float
-    """Time of all collectives inside a slice, overlapped or not."""
+    """Time of all collectives inside a slice (interconnect), whether they overlap with computation or not."""
     dcn: float
-    """Time of all collectives between slices."""
+    """Time of all collectives between slices (data-center network), whether they overlap with computation or not."""
     exposed: float
     """Time of the collectives that do not overlap with computation."""
 
@@ -41,7 +41,7 @@ class Roofline:
 
     @property
     def binds(self) -> str:
-        """Return the resource with the longest time: compute, hbm, ici or dcn."""
+        """Return the resource that takes the longest: compute, hbm, ici or dcn."""
         times = {"compute": self.compute, "hbm": self.hbm, "ici": self.ici, "dcn": self.dcn}
         return max(times, key=lambda name: times[name])
 
@@ -56,7 +56,7 @@ class Roofline:
         return model_flops / (self.seconds * topology.devices * topology.chip.peak(dtype))
 
     def chip_hours(self, tokens: float, tokens_a_step: float, topology: Topology) -> float:
-        """Return the chip-hours for `tokens` tokens: the number of chips times hours."""
+        """Return the number of chip-hours that training on `tokens` tokens takes."""
         return self.seconds * math.ceil(tokens / tokens_a_step) * topology.chips / 3600
 
 
@@ -89,7 +89,7 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
 
 
 def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Return {axis: (difference of the device numbers of neighbours, size)}."""
+    """Return, by mesh axis, (difference between the device numbers of neighbors, size of the axis)."""
     found, stride = {}, 1
     for axis, size in reversed(list(mesh.items())):
         found[axis] = (stride, size)
@@ -98,7 +98,7 @@ def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, int]:
-    """Return the size of a group along `axis` as (devices in one slice, slices)."""
+    """Return the size of a collective's group along `axis` as (devices per slice, slices)."""
     inside = topology.devices // topology.slices
     strides = _strides(mesh)
     names = [a for a in axis.split(",") if a in strides]
@@ -109,7 +109,7 @@ def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, 
 
 
 def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[float, float]:
-    """Return the bytes that a device sends within its slice, and the bytes that it sends to other slices.
+    """Return (bytes that a device sends within its slice, bytes that it sends to other slices) in a collective.
 
     The devices of a slice first reduce or gather among themselves. Each then sends only its share of the slice's data.
     """

@@ -1,4 +1,4 @@
-"""Search layouts of a recipe's training stage with its own programs, for `plan --search` and `plan --fit`."""
+"""Search for layouts of a recipe's training stage by compiling its programs: `plan --search` and `plan --fit`."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[C
     found = mesh_search.search(setup, topology, _compiles(recipe, step, topology, say))
     if not found:
         raise RequestError(f"plan: {step.name}: nothing fits {topology.name}; --fit finds the smallest slice that does")
-    return [_told(step, topology, one) for one in found]
+    return [_with_recipe_lines(step, topology, one) for one in found]
 
 
 def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> tuple[Topology, Candidate]:
-    """Return the first of `slices` on which a training stage fits, and the compiled candidate.
+    """Return the first topology in `slices` on which a training stage fits, and its layout there.
 
     Raises:
       RequestError: the training stage does not exist, or it fits on no slice.
@@ -52,7 +52,7 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
     setup = setup_of(recipe, step, slices[0])
     for topology in slices:
         if found := mesh_search.fit(setup, [topology], _compiles(recipe, step, topology, say)):
-            return topology, _told(step, topology, found[1])
+            return topology, _with_recipe_lines(step, topology, found[1])
         runs = any(True for _ in mesh_search.meshes(setup, topology.devices))
         why = "does not fit" if runs else f"no mesh divides its batch of {setup.rows} and its sizes over"
         say(f"{step.name}: {why} {topology.name}")
@@ -88,8 +88,8 @@ def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
     return replace(plain, stored=besides if besides > 0.05 else 0.0)
 
 
-def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
-    """Return a candidate with the lines that set its mesh and training settings in the recipe."""
+def _with_recipe_lines(step: Step, topology: Topology, one: Candidate) -> Candidate:
+    """Return the candidate with its `recipe`: the lines of TOML that set its mesh and training settings."""
     config: Any = step.config
     changed = config.train.model_copy(update={"remat": one.setup.remat, "accumulate": one.setup.accumulate})
     train = changed.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
@@ -102,7 +102,7 @@ def _told(step: Step, topology: Topology, one: Candidate) -> Candidate:
 
 
 def _edited(recipe: Recipe, step: Step, mesh: Mapping[str, int], train: dict[str, Any]) -> Recipe:
-    """Return the recipe with another mesh and other training settings in one stage."""
+    """Return a copy of the recipe in which one stage has another mesh and other training settings."""
     config: Any = step.config
     update = {"mesh": MeshConfig(**mesh), "train": config.train.model_copy(update=train)}
     new = replace(step, config=config.model_copy(update=update))
@@ -165,7 +165,7 @@ def table(found: Sequence[Candidate], topology: Topology) -> Table:
 
 
 def lines(found: Sequence[Candidate]) -> Text:
-    """Return, for each candidate, the lines that replace the stage's mesh and train in the recipe, ready to copy."""
+    """Return the TOML lines of each candidate as text to copy. They replace the stage's `mesh` and `train`."""
     from rich.text import Text
 
     said = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))

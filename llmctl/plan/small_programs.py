@@ -1,4 +1,4 @@
-"""Estimate programs smaller than a pass through a model: a layer of the calibration walk, and costs given by a stage.
+"""Estimate programs that are smaller than a pass through a model, such as one layer of the calibration walk.
 
 These estimates are used for chips whose compiler is not used. `tests/plan/test_small_programs.py` compares each of them
 with the program that XLA compiled.
@@ -19,11 +19,12 @@ from llmctl.plan.analytic_memory import Setup
 from llmctl.plan.hlo.counts import Collective, Counts
 
 Estimate = tuple[float, Counts]
-"""Bytes per device of results and temporaries, without the arguments, and the operations, traffic and collectives."""
+"""Pair of figures per device: bytes of results and temporaries (without arguments), and counts of operations, traffic
+and collectives."""
 
 
 def described(cost: Cost) -> Estimate:
-    """Return the estimate for a cost that a stage provides."""
+    """Return the estimate that corresponds to a `Cost`, which the stage provides for its program."""
     gathers = [Collective("all-gather", g.sent, g.axes, 1, 0, g.payload) for g in cost.gathers]
     types = dict(cost.flops_by_type)
     return cost.temporaries, Counts(sum(types.values()), cost.moved, gathers, types)
@@ -32,7 +33,7 @@ def described(cost: Cost) -> Estimate:
 def least(program: Program) -> Estimate:
     """Return a lower bound of a program's memory and work.
 
-    The bound counts the results as memory, and one read or write of arguments and results as work.
+    The memory is that of the results alone. The traffic is one read of the arguments and one write of the results.
     """
     flops = program.flops / program.mesh.size
     into = bytes_of([program.parameters, program.optimizer, program.batch, program.cache]) - bytes_of(program.beside)
@@ -41,9 +42,10 @@ def least(program: Program) -> Estimate:
 
 
 def layers(program: Program, work: Pass) -> Estimate:
-    """Return the estimate of one batch through a few layers of the last stack, with plain attention.
+    """Return the estimate of a program that runs one batch through a few layers, with plain attention.
 
-    The inputs of all matrices with a statistic stay in memory until they are added to the statistic.
+    The layers are those of the last stack. The inputs of all matrices with a statistic stay in memory until they are
+    added to the statistic.
     """
     model, dtype, statistics = program.model, program.dtype, work.statistics
     crossed = 2 if model.encoder_layers else 1  # cross-attention is as wide as self-attention
@@ -62,9 +64,10 @@ def layers(program: Program, work: Pass) -> Estimate:
 
 
 def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
-    """Return the numbers per token, on one device, of every input that has a statistic, by (block, inner).
+    """Return the elements per token on one device of each matrix input that has a statistic, by (block, inner).
 
-    Inputs are inner if they are computed inside the block. Matrices that share an input are counted once.
+    An input is inner if the block computes it: the inputs of `o` and `down`. Matrices that read the same input are
+    counted once.
     """
     found = {}
     for path, statistic in dict(statistics).items():

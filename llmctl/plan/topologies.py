@@ -23,12 +23,12 @@ SHAPES = {
     "v6e": FLAT,
     "tpu7x": (*CUBES, "16x16x24"),
 }
-"""Slice shapes that can be rented, by chip (docs.cloud.google.com/tpu/docs)."""
+"""Shapes of the slices that can be rented, by TPU chip (docs.cloud.google.com/tpu/docs)."""
 GPUS = ("a100", "h100", "h200")
 NODE = 8
-"""Number of GPUs that share an NVLink switch. More GPUs form several nodes on a network."""
+"""Number of GPUs that share an NVLink switch (a node). More GPUs are several nodes, connected by a network."""
 MOST = {"tpu": 2**15, "cuda": 2**12, "cpu": 2**12}
-"""Maximum number of devices in a plan, by platform, because JAX creates an object for each."""
+"""Maximum number of devices in a plan, by platform. It is limited because JAX creates an object for each device."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Return the number of JAX devices, which the product of the mesh axes must equal."""
+        """Return the number of JAX devices. The product of the mesh axes must equal it."""
         return self.chips * self.chip.devices
 
     @property
@@ -73,7 +73,7 @@ class Topology:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `jax.experimental.topologies.get_topology_desc`. Only for TPUs."""
+        """Return the arguments for `jax.experimental.topologies.get_topology_desc`, which describe a TPU topology."""
         found: dict[str, Any] = {
             "platform": "tpu",
             "topology_name": f"{self.chip.name}:{'x'.join(map(str, self.shape))}",
@@ -133,7 +133,7 @@ def _summary() -> str:
 
 
 def smallest_first(chip: str) -> list[Topology]:
-    """Return all topologies of a chip with one slice, or with 1 to 256 GPUs, smallest first. For `--fit` and `--chips`.
+    """Return the topologies of a chip, smallest first: all single slices of a TPU, or 1 to 256 GPUs.
 
     Raises:
       RequestError: the chip is unknown.

@@ -204,7 +204,7 @@ def test_how_work_ends_badly(place, call, steps, code, line):
     ],
 )
 def test_a_full_disk_is_one_whoever_meets_it(error):
-    code, line = app.ending(error)
+    code, line = app.error_result(error)
     assert code == 1 and line.startswith("disk full")
 
 

@@ -123,7 +123,7 @@ def test_paths_that_orbax_reads_as_globs(tmp_path):
     ],
 )
 def test_exit_codes_of_the_system_s_errors(error, code, line):
-    found = app.ending(error)
+    found = app.error_result(error)
     assert found[0] == code and found[1].startswith(line)
 
 

@@ -1,4 +1,4 @@
-"""Define the commands that are not stages: one file each, found by its name.
+"""Define the commands that are not stages. Each command is one file of this folder.
 
 `commands/x.py` contains one function `x` with Typer's annotations. Its docstring is the help text. Large modules are
 imported inside the function. Output is printed by `llmctl.pipeline.console`: `result` prints JSON for `--json`, `show`

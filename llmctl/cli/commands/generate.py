@@ -243,7 +243,7 @@ def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
 
 
 def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
-    """Return the prompts from flags and a file. Return None if both are missing, so that standard input is read.
+    """Return the prompts of the flags and of the file; None if neither is given, so that standard input is read.
 
     Raises:
       RequestError: the file cannot be read, or it has no prompt.
@@ -260,14 +260,14 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
         raise RequestError(f"--file {file}: no such file") from None
     except OSError as e:
         raise RequestError(f"--file {file}: cannot be read ({e})") from None
-    found = [*prompts, *(_said(file, n, line) if file.suffix == ".jsonl" else line for n, line in lines)]
+    found = [*prompts, *(_prompt_of_line(file, n, line) if file.suffix == ".jsonl" else line for n, line in lines)]
     if not found:
         raise RequestError(f"{file}: holds no prompt")
     return found
 
 
-def _said(file: Path, number: int, line: str) -> str:
-    """Return the prompt in a line of JSON: a string, or an object's "prompt".
+def _prompt_of_line(file: Path, number: int, line: str) -> str:
+    """Return the prompt in a line of JSON. The line is a string, or an object with the key "prompt".
 
     Raises:
       RequestError: the line is not JSON, or it has no prompt.

@@ -14,7 +14,7 @@ from llmctl.config.errors import RequestError
 from llmctl.pipeline import console
 
 WINDOW = 32
-"""Number of batches whose rows are sorted by length together."""
+"""Number of batches per window. Rows are sorted by length within a window, to reduce padding."""
 
 
 def predict(
@@ -72,7 +72,7 @@ def predict(
         write = _writer(closing.enter_context(_output(out)), to)
         begun, count, bad = time.monotonic(), 0, 0
         for window in row_stream.in_windows(read, WINDOW * batch_size):
-            found = [_asked(models.task, where, row) for where, row in window]
+            found = [_readable(models.task, where, row) for where, row in window]
             if strict and (wrong := next((r for r in found if isinstance(r, RequestError)), None)):
                 raise wrong
             answers = iter(models.answers([r for r in found if not isinstance(r, RequestError)], probabilities))
@@ -93,8 +93,8 @@ def _pair(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def _asked(task: Any, where: str, row: Any) -> Any:
-    """Return a row that the task can read, or otherwise the RequestError that describes its problem."""
+def _readable(task: Any, where: str, row: Any) -> Any:
+    """Return the row if the task can read it, otherwise a RequestError that says what is missing."""
     if isinstance(row, RequestError):
         return row
     missing = [c for c in task.asks if not row.get(c)]
@@ -132,7 +132,10 @@ def _output(out: Path | None) -> Iterator[IO[str]]:
 
 
 def _writer(file: IO[str], to: str) -> Any:
-    """Return the function that writes an answer. CSV columns are those of the first answer, followed by "error"."""
+    """Return the function that writes an answer to `file`.
+
+    CSV has the columns of the first answer without an error, and a last column "error".
+    """
     from llmctl.config.terminal import as_json
 
     if to == "jsonl":

@@ -80,7 +80,7 @@ def prepare(
 
 
 def _write_splits(recipe_file: Path | None, folder: Path, sets: list[str], name: str, json: bool) -> None:
-    """Write the splits of the data of the stage `name`, or of the first stage with data if `name` is empty.
+    """Write the data splits of one stage as JSON lines. If `name` is empty, this is the first stage with data.
 
     Raises:
       RequestError: the stage has no data.

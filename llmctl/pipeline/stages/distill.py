@@ -42,7 +42,7 @@ class Config(StageConfig):
     model: ModelConfig | None = None
     """Sizes of a new student, which is used instead of the artifact in `from`."""
     data: DataConfig = DataConfig()
-    """Training examples, as in finetune."""
+    """Training examples, with the columns that the teacher's task needs in finetune."""
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of the teacher's and the student's softmax. Above 1 both distributions are softer."""
     hard: float = Field(default=0.1, ge=0, le=1)
@@ -148,7 +148,17 @@ def _rows(
 
 
 def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
-    """Return the learner of the student, from an artifact or newly initialized, with the distillation loss."""
+    """Return the learner of the student with the distillation loss.
+
+    Args:
+      config: settings of the stage.
+      teacher: the teacher.
+      student: artifact from which the student starts; None initializes a new model of the sizes in `config.model`.
+      mesh: the devices.
+
+    Raises:
+      RequestError: the student does not fit the teacher, or the settings do not fit the models or the mesh.
+    """
     import jax.numpy as jnp
 
     from llmctl.evaluate.tasks.registry import of

@@ -39,7 +39,7 @@ class Config(MeasureConfig, StageConfig):
     of: list[str] = []
     """Artifacts to measure; all models of earlier stages by default."""
     data: DataConfig = DataConfig()
-    """Data for the measurement."""
+    """Data set; the setting `split` selects the part to measure."""
     plot: bool = True
     """Plot quality against size as tradeoff.png. Requires matplotlib (extra `demo`)."""
 
@@ -70,7 +70,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the scoring programs of every artifact, and None because eval writes no model."""
+    """Return (the programs that score each artifact, None). There is no artifact, because eval writes no model."""
     from llmctl.evaluate import programs
 
     chosen = others or ({base.path.name: base} if base else {})

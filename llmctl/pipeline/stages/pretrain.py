@@ -40,12 +40,13 @@ class Config(StageConfig):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
     """Sizes of the model. The vocabulary size is the tokenizer's. With `from`, the parent's sizes are used."""
     packing: Literal["segments", "concat", "fit"] = "segments"
-    """Packing of documents into rows. segments: cut documents at row ends. concat: the same, with attention across
-    documents. fit: do not cut documents, and pad rows."""
+    """Packing of documents into rows. segments: fill rows, cut documents at row ends, and mask attention between
+    documents. concat: the same without the mask. fit: do not cut documents, and pad rows."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix", "completions"] = ""
-    """Training objective. causal: the next token. masked: masked tokens. next_sentence: masked tokens, and whether a
-    passage follows another. spans: removed spans (encoder-decoder). prefix: the rest of a text (encoder-decoder).
-    completions: the completion of a prompt (columns prompt and completion). Default: by the model's architecture."""
+    """Training objective. causal: predict the next token. masked: predict masked tokens. next_sentence: the same, and
+    whether a passage follows another. spans: predict removed spans (encoder-decoder). prefix: predict the rest of a
+    text (encoder-decoder). completions: predict the completion of a prompt (columns prompt and completion). Default: by
+    the model's architecture."""
     rate: float = Field(default=0.15, gt=0, lt=1)
     """Objectives masked, next_sentence and spans: fraction of tokens to predict."""
     span: float = Field(default=3.0, ge=1)
@@ -128,7 +129,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _amount(rows: Any) -> dict[str, Any]:
-    """Return the tokens per epoch, and the fraction of padding in the rows. Rows of text pairs have neither."""
+    """Return {"tokens_an_epoch", "padding": fraction of the positions}; empty for rows of text pairs."""
     return {"tokens_an_epoch": rows.tokens, "padding": rows.waste} if hasattr(rows, "waste") else {}
 
 
@@ -172,7 +173,7 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
 
 
 def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
-    """Return the training objective.
+    """Return the training objective with its settings, as chosen by the config or by the model's architecture.
 
     Raises:
       RequestError: the model or the mesh does not support the objective.

@@ -1,6 +1,6 @@
 """Define the stage `prune`, which removes heads, neurons and layers, or sets single weights to zero.
 
-Most methods select them on calibration data.
+Most pruning methods choose what to prune by measurements on calibration data.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 STRUCTURED = "structured"
 """Name of the method that removes heads, neurons and layers. Every other method is the name of a pruning score."""
 PARTS = ("heads", "ffn", "layers")
-"""Fields that set how much structured pruning removes. Each has two explicit forms, keep_FIELD and remove_FIELD."""
+"""Fields that set how much structured pruning removes. Each field X has the longer forms keep_X and remove_X."""
 
 
 def _method(name: str) -> str:
@@ -66,7 +66,7 @@ class Config(CalibrationConfig, StageConfig):
     zero: magnitude (absolute value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient),
     random."""
     heads: float = Field(default=0.0, ge=0)
-    """Short form of keep_heads (1 or more) and remove_heads (below 1); 0 keeps all."""
+    """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
     """Structured: number of query heads to keep per layer."""
     remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
@@ -75,7 +75,7 @@ class Config(CalibrationConfig, StageConfig):
     """Structured: remove key/value heads with all their query heads, or remove the same number of query heads from
     each."""
     ffn: float = Field(default=0.0, ge=0)
-    """Short form of keep_ffn (1 or more) and remove_ffn (below 1); 0 keeps all."""
+    """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)
     """Structured: number of neurons to keep per feed-forward layer."""
     remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
@@ -83,7 +83,7 @@ class Config(CalibrationConfig, StageConfig):
     multiple: int = Field(default=1, ge=1)
     """Structured: keep a number of neurons that is a multiple of this (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
-    """Short form of keep_layers (1 or more) and remove_layers (below 1); 0 keeps all."""
+    """Short form of keep_layers (a number from 1) and of remove_layers (a number below 1); 0 keeps all layers."""
     keep_layers: int = Field(default=0, ge=0, strict=True)
     """Structured: number of layers to keep."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
@@ -96,10 +96,10 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Return the settings with keep_layers = 3 or remove_layers = 0.75 written as layers = 3 or layers = 0.75.
+        """Replace the long forms by the short one: keep_layers = 3 and remove_layers = 0.75 become `layers`.
 
-        Both forms therefore have the same key. Other values of these fields are not changed. Their strict types reject
-        all values except 0.
+        The stage's key is therefore the same for both forms. Values that are out of range are left in place, and fail
+        the validation of the fields, which accept only 0.
         """
         if not isinstance(given, dict):
             return given
@@ -193,7 +193,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-    """Return the calibration walk over generated texts with the shapes of the real ones."""
+    """Return the calibration walk for `programs`. Its batches have the shapes of the real ones, but generated texts."""
     from llmctl.compress import calibration_data
     from llmctl.compress.programs import Walk
     from llmctl.evaluate.tasks.registry import of

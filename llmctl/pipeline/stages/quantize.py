@@ -1,6 +1,6 @@
-"""Define the stage `quantize`, which stores the matrices as integers with scales.
+"""Define the stage `quantize`, which replaces matrices by integers with scales.
 
-The products are computed with these integers.
+Matrix products are then computed with these integers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import Programs
 
 SHORT = {"int8": 8, "int4": 4}
-"""Schemes that the setting `bits` can select, with their bits."""
+"""Schemes that the setting `bits` selects, and the number of bits that selects each."""
 
 
 def _scheme(name: str) -> str:
@@ -51,9 +51,9 @@ class Config(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Return the settings with a scheme that `bits` can select written as `bits`.
+        """Replace `scheme` by `bits` if `bits` can select this scheme.
 
-        Both forms therefore have the same key.
+        The stage's key is therefore the same for both forms.
         """
         if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("scheme", "")))) is None:
             return given
@@ -95,7 +95,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     params, errors = quantize(
         merged(base, say, requantizes=True),
-        **_how(config),
+        **_quantize_arguments(config),
     )
     worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN is the largest
     say(f"{len(errors)} weights to {config.scheme_name}; largest relative error {errors[worst]:.2%} ({worst})")
@@ -119,7 +119,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def left_out(params: dict[str, Any], parameters: int) -> list[str]:
-    """Return a line for each kind of matrix that is not quantized: its fraction of the weights, and its setting."""
+    """Return one line per kind of matrix that stays unquantized.
+
+    The line says which fraction of the weights these matrices have, and which setting quantizes them too.
+    """
     from llmctl.model import weights
 
     kinds: list[tuple[Literal["embedding", "head"], str, str]] = [
@@ -143,11 +146,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)
     held = [] if params is base.params else [base.params]
-    found, small = programs.roundings(base.model, params, mesh, held, **_how(config))
+    found, small = programs.roundings(base.model, params, mesh, held, **_quantize_arguments(config))
     return [found], abstract_artifact.left(config, small, base.model, base=base)
 
 
-def _how(config: Config) -> dict[str, Any]:
-    """Return the keyword arguments of `llmctl.compress.quantize.quantize`."""
+def _quantize_arguments(config: Config) -> dict[str, Any]:
+    """Return the arguments of `llmctl.compress.quantize.quantize` that the config sets, by name."""
     given = {name: getattr(config, name) for name in ("group", "embeddings", "head", "activations")}
     return {"scheme": config.scheme_name, **given}

@@ -25,12 +25,12 @@ from llmctl.plan.hlo.parser import Computation, Instruction, Module, parse
 
 @dataclass(frozen=True)
 class Collective:
-    """Store the sums over all collectives of one kind over one group of devices in a step, per device."""
+    """Store the counts of all collectives of one kind over one mesh axis: sums over one step, per device."""
 
     kind: str
     """One of all-gather, reduce-scatter, all-reduce, all-to-all and collective-permute."""
     bytes: float
-    """Bytes that a device sends. It receives the same number."""
+    """Bytes that a device sends. It receives as many bytes."""
     axis: str
     """Mesh axis of the collective.
 
@@ -39,7 +39,8 @@ class Collective:
     count: float
     """Number of runs per step."""
     overlapped: float
-    """Number of these runs with separate start and done instructions and with computation between the two."""
+    """Number of these runs that overlap with computation: they start and end in separate instructions with matrix
+    products between them."""
     payload: float = 0.0
     """Bytes of the full arrays: the larger of the total input and the total output."""
     hidden: float = 0.0
@@ -62,7 +63,7 @@ class Counts:
     kernel_flops: float = 0.0
     """FLOPs of the attention kernels, computed from their shapes because the compiler does not report them."""
     unknown_loops: list[str] = field(default_factory=list)
-    """Loops with an unknown trip count; each is counted as one iteration."""
+    """Names of loops whose trip count is unknown. Each is counted as one iteration."""
 
 
 def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:
@@ -92,7 +93,7 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
 }  # fmt: skip
 """Custom calls that are not kernels."""
 APART = ("async-start", "call-start")
-"""Opcodes that start asynchronous computations. A computation started by call-start runs on separate cores."""
+"""Opcodes that start an asynchronous computation. What call-start starts runs on other cores of the chip."""
 SLICES = "slices"
 """Name of the network between TPU slices, used instead of a mesh axis."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -100,7 +101,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclass
 class _Tally:
-    """Accumulate the counts of one run of a computation."""
+    """Accumulate the counts of one run of a computation, per device."""
 
     flops: dict[str, float] = field(default_factory=dict)
     bytes: float = 0.0
@@ -111,7 +112,7 @@ class _Tally:
 
     @property
     def work(self) -> float:
-        """Return the FLOPs that a collective can overlap with."""
+        """Return the FLOPs of matrix products and kernels, which can overlap with a collective."""
         return sum(self.flops.values()) + self.kernel_flops
 
     def hide(self) -> None:
@@ -120,9 +121,9 @@ class _Tally:
             sums |= {"overlapped": sums["count"], "hidden": sums["bytes"]}
 
     def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
-        """Add `other`, multiplied by `times`.
+        """Add the counts of `times` runs of `other`.
 
-        If `bytes_too` is false, omit its bytes, which the caller counts (a fusion).
+        If `bytes_too` is false, its HBM bytes are omitted. The caller counts them for the fusion as a whole.
         """
         for mine, theirs in ((self.flops, other.flops), (self.kernels, other.kernels)):
             for key, value in theirs.items():
@@ -137,7 +138,7 @@ class _Tally:
 
 
 class _Counter:
-    """Count computations, and cache the result of each one, because several instructions may call it."""
+    """Count computations. Each result is cached, because several instructions may call the same computation."""
 
     def __init__(self, module: Module, mesh: Mapping[str, int]) -> None:
         self.module, self.mesh = module, mesh
@@ -161,7 +162,7 @@ class _Counter:
         return self.done[where.name]
 
     def instruction(self, where: Computation, i: Instruction) -> _Tally:
-        """Return the counts of one run of `i`. If `i` is a collective, the collective itself is not included."""
+        """Return the counts of one run of `i`. Collectives are omitted, because `collective` counts them."""
         tally = _Tally(bytes=hbm_traffic.of(self.module, where, i))
         flops, dtype = operations.matrix(where, i)
         if flops:
@@ -185,7 +186,7 @@ class _Counter:
         return tally
 
     def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
-        """Return the counts of one run of a collective."""
+        """Return the counts of one run of the collective `i`. `hidden` says whether it overlaps with computation."""
         group = replica_groups.group_of(i, math.prod(self.mesh.values()))
         if len(group) < 2:
             return _Tally()
@@ -195,7 +196,15 @@ class _Counter:
 
 
 def _summed(kind: str, axis: str, n: int, given: float, hidden: bool) -> _Tally:
-    """Return the counts of one run of a collective of `n` devices that each contribute `given` bytes."""
+    """Return the counts of one run of a collective.
+
+    Args:
+      kind: kind of the collective, as in `Collective`.
+      axis: mesh axis.
+      n: number of devices of a group.
+      given: bytes of each device's input.
+      hidden: whether the collective overlaps with computation.
+    """
     payload = given * n if kind == "all-gather" else given
     sent = payload * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
     sums = {
@@ -214,7 +223,7 @@ def _branches(i: Instruction) -> list[str]:
 
 
 def _kind(i: Instruction) -> str:
-    """Return the kind of collective that starts at `i`, or an empty string.
+    """Return the kind of the collective that starts at `i`; empty if none starts there.
 
     A TPU program repeats an asynchronous collective in every fusion that overlaps it. Only the first is counted.
     """
@@ -226,9 +235,9 @@ def _kind(i: Instruction) -> str:
 
 
 def _between_slices(i: Instruction) -> str:
-    """Return the kind of a collective between TPU slices, or an empty string.
+    """Return the kind of collective that a send instruction between TPU slices belongs to; empty for others.
 
-    The hosts run the collective on data that a device sends.
+    The hosts run such a collective on the data that each device sends.
     """
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes) if i.opcode == "send" else None
     kind = found[1].lower().replace("_", "-") if found else ""
@@ -236,7 +245,7 @@ def _between_slices(i: Instruction) -> str:
 
 
 def _received(where: Computation, sent: Instruction) -> int:
-    """Return the index of the instruction that waits for the reply to `sent`; the index of `sent` if none does."""
+    """Return the index of the instruction that waits for the reply to `sent`. If none waits, return that of `sent`."""
     meeting = sent.attributes.partition('_xla_host_transfer_rendezvous="')[2].partition('"')[0]
     names = [i.name for i in where.instructions if i.opcode == "recv" and f'rendezvous="{meeting}"' in i.attributes]
     ends = (n for n, i in enumerate(where.instructions) if i.opcode == "recv-done" and set(names) & set(i.operands))
@@ -244,7 +253,7 @@ def _received(where: Computation, sent: Instruction) -> int:
 
 
 def _scatters(where: Computation, i: Instruction) -> bool:
-    """Return whether only slices of an all-reduce are used, which makes it a fused reduce-scatter."""
+    """Return whether an all-reduce is a fused reduce-scatter: every instruction that reads its result slices it."""
     users = where.users[i.name]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 

@@ -1,4 +1,4 @@
-"""Compute the HBM traffic of one instruction of compiled HLO, in bytes.
+"""Compute the bytes that one instruction of compiled HLO reads from and writes to HBM.
 
 Arrays in on-chip memory, as given by their layout, cost nothing. If an operation only slices an array, or updates it in
 place, only the slice counts.
@@ -22,18 +22,18 @@ def of(module: Module, where: Computation, i: Instruction) -> float:
     if i.opcode in FREE or i.opcode.endswith("-done") or i.target in FREE_CALLS:
         return 0.0
     if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.endswith("-start"):
-        return _started(where, i)
+        return _start_bytes(where, i)
     if i.opcode in ("send", "recv"):  # the sent array is also among the results
         return _hbm(i.arrays[:1])
     if i.opcode in SLICES:
         source = where.operand(i, 0).arrays[0]
-        return _hbm(i.arrays) + _like(source, i.arrays)
+        return _hbm(i.arrays) + _bytes_if_hbm(source, i.arrays)
     if i.opcode == "dynamic-update-slice":
         update = where.operand(i, 1).arrays[0]
-        return update.hbm + _like(i.arrays[0], [update])
+        return update.hbm + _bytes_if_hbm(i.arrays[0], [update])
     if i.opcode == "scatter":
         updates = where.inputs(i)[len(i.arrays) :]
-        return _hbm(updates) + 2 * _like(i.arrays[0], updates[1:])
+        return _hbm(updates) + 2 * _bytes_if_hbm(i.arrays[0], updates[1:])
     if i.opcode == "fusion":
         return _fusion(module, where, i)
     return _hbm(i.arrays) + _hbm(where.inputs(i))
@@ -43,20 +43,20 @@ def _hbm(arrays: list[Array]) -> float:
     return sum(a.hbm for a in arrays)
 
 
-def _like(place: Array, moved: list[Array]) -> float:
-    """Return the bytes of `moved` if the array `place` is in HBM, otherwise 0."""
+def _bytes_if_hbm(place: Array, moved: list[Array]) -> float:
+    """Return the bytes of the arrays `moved` if the array `place`, which holds them, is in HBM, otherwise 0."""
     return sum(a.bytes for a in moved) if place.space == 0 else 0.0
 
 
-def _started(where: Computation, i: Instruction) -> float:
-    """Return the bytes of an asynchronous operation at its start. It reads its operands and writes its outputs.
+def _start_bytes(where: Computation, i: Instruction) -> float:
+    """Return the HBM bytes that an asynchronous operation reads and writes. They are counted at its start instruction.
 
-    The result of such an instruction contains the operands, the outputs and flags, in this order.
+    The result of the start instruction contains the operands, the outputs and flags, in this order.
     """
     inputs = where.inputs(i)
     outputs = i.arrays[len(inputs) :] or i.arrays
     if i.opcode == "slice-start":
-        return _like(inputs[0], outputs[:1]) + _hbm(outputs[:1])
+        return _bytes_if_hbm(inputs[0], outputs[:1]) + _hbm(outputs[:1])
     if i.opcode == "copy-start":  # backends disagree on the order of result and operand
         spaces = [a for a in i.arrays if a.dims == inputs[0].dims][:2]
         return _hbm(spaces)
@@ -68,16 +68,16 @@ def _fusion(module: Module, where: Computation, i: Instruction) -> float:
     read = 0.0
     for name, parameter in zip(i.operands, inner.parameters, strict=False):
         given = where.by_name[name].arrays
-        read += min(_hbm(given), _read(module, inner, parameter)) if _hbm(given) else 0.0
-    return read + _written(inner, i)
+        read += min(_hbm(given), _parameter_bytes(module, inner, parameter)) if _hbm(given) else 0.0
+    return read + _result_bytes(inner, i)
 
 
-def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
-    """Return the bytes of a fusion's parameter that the fusion reads."""
+def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction) -> float:
+    """Return how many bytes of one of its parameters a fusion reads."""
     total = 0.0
     for user in inner.users[parameter.name]:
         if user.opcode in _SAME:
-            total += _read(module, inner, user)
+            total += _parameter_bytes(module, inner, user)
         elif user.opcode in SLICES and user.operands[0] == parameter.name:
             total += sum(a.bytes for a in user.arrays)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
@@ -85,14 +85,14 @@ def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
         elif user.opcode == "fusion":
             nested = module.computations[user.called["calls"][0]]
             places = [n for n, o in enumerate(user.operands) if o == parameter.name]
-            total += sum(_read(module, nested, nested.parameters[n]) for n in places)
+            total += sum(_parameter_bytes(module, nested, nested.parameters[n]) for n in places)
         else:
             return sum(a.bytes for a in parameter.arrays)
     return total
 
 
-def _written(inner: Computation, i: Instruction) -> float:
-    """Return the bytes of a fusion's results that are written. For an in-place update only the new part counts."""
+def _result_bytes(inner: Computation, i: Instruction) -> float:
+    """Return how many bytes of its results a fusion writes. If it updates an array in place, only the update counts."""
     parts = [inner.by_name[o] for o in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
     if len(parts) != len(i.arrays):
         return _hbm(i.arrays)
@@ -101,5 +101,5 @@ def _written(inner: Computation, i: Instruction) -> float:
         while part.opcode in _SAME and part.operands:
             part = inner.operand(part, 0)
         update = inner.operand(part, 1).arrays if part.opcode == "dynamic-update-slice" else [out]
-        total += _like(out, update)
+        total += _bytes_if_hbm(out, update)
     return total

@@ -16,7 +16,7 @@ TYPES = {
 
 
 def matrix(where: Computation, i: Instruction) -> tuple[float, str]:
-    """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product; otherwise (0, "")."""
+    """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product; else (0, "")."""
     if i.opcode == "dot":
         contracted = i.numbers("lhs_contracting_dims")
         left = where.operand(i, 0).arrays[0]
@@ -33,15 +33,15 @@ def matrix(where: Computation, i: Instruction) -> tuple[float, str]:
 
 
 def _dtype(where: Computation, i: Instruction) -> str:
-    """Return the wider dtype of the two operands, which determines the speed of the product."""
+    """Return the wider dtype of the two operands. It determines the speed of the product."""
     wider = max((where.operand(i, n).arrays[0] for n in (0, 1)), key=lambda a: a.bytes / max(a.size, 1))
     return "float8" if wider.dtype.startswith("f8") else TYPES.get(wider.dtype, wider.dtype)
 
 
 def _convolution(where: Computation, i: Instruction) -> float:
-    """Return the FLOPs of a convolution, because TPU programs express matrix products as convolutions.
+    """Return the FLOPs of a convolution, without products with padding.
 
-    Products with padding do not count.
+    TPU programs express matrix products as convolutions.
     """
     left, right, out = (*(where.operand(i, n).arrays[0] for n in (0, 1)), i.arrays[0])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
@@ -73,7 +73,19 @@ def _window(i: Instruction, spatial: int) -> list[dict[str, int]]:
 
 
 def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, apart: int, within: int) -> int:
-    """Return the number of pairs (output position, kernel position) along one dimension that read an input element."""
+    """Return how many multiply-adds one dimension of a convolution needs, without those that read padding.
+
+    These are the pairs of an output position and a kernel position whose product reads an element of the input.
+
+    Args:
+      size: length of the input.
+      kernel: length of the kernel.
+      out: length of the output.
+      stride: step between outputs.
+      low: padding before the input.
+      apart: dilation of the input.
+      within: dilation of the kernel.
+    """
     last = (size - 1) * apart
     if kernel == 1 and low == 0 and apart == 1:
         return out
@@ -112,7 +124,7 @@ def attention(where: Computation, i: Instruction) -> float:
 
 
 def _share(inputs: list[Array]) -> float:
-    """Return the fraction of block pairs that run."""
+    """Return the fraction of the attention's block pairs (queries, keys) that the kernel computes."""
     table = inputs[0]  # absent if every block runs
     if len(table.dims) != 3 or not table.dtype.startswith("s"):
         return 1.0

@@ -15,7 +15,7 @@ BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
 }  # fmt: skip
-"""Bits per element of each dtype. The float8 types have 8 bits, and tokens have none."""
+"""Bits per element of each HLO dtype. Types that are not listed have 8 bits (float8) or none (HLO's type `token`)."""
 DEVICE = 0
 """Memory space of HBM. Other numbers are on-chip memories (VMEM, SMEM) and host memory."""
 
@@ -62,7 +62,7 @@ class Instruction:
     """Leaf arrays of the result type, in order."""
     operands: list[str]
     inside: str
-    """Text between the parentheses: operands, or the value of a constant."""
+    """Text between the instruction's parentheses: its operands, or the value of a constant."""
     attributes: str
     root: bool = False
 
@@ -109,7 +109,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Return the instructions that read each instruction's result, by the name of the latter."""
+        """Return, by the name of each instruction, the instructions that read its result."""
         found: dict[str, list[Instruction]] = {i.name: [] for i in self.instructions}
         for i in self.instructions:
             for name in dict.fromkeys(i.operands):
@@ -118,11 +118,11 @@ class Computation:
 
     @cached_property
     def parameters(self) -> list[Instruction]:
-        """Return the parameter instructions, in the order of their numbers."""
+        """Return the instructions that are parameters, in the order of their parameter numbers."""
         return sorted((i for i in self.instructions if i.opcode == "parameter"), key=lambda i: int(i.inside))
 
     def operand(self, i: Instruction, n: int) -> Instruction:
-        """Return the instruction that produces the n-th operand of `i`."""
+        """Return the instruction that produces operand `n` of `i`, counted from 0."""
         return self.by_name[i.operands[n]]
 
     def inputs(self, i: Instruction) -> list[Array]:

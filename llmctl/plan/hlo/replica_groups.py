@@ -26,7 +26,7 @@ def group_of(i: Instruction, devices: int) -> list[int]:
       devices: number of devices of the program. They form the group if `i` names none.
     """
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", i.attributes):
-        return _chain([(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])])
+        return _connected([(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])])
     text = i.attributes.partition("replica_groups=")[2]
     if text.startswith("mesh["):
         return _of_mesh(text)
@@ -38,9 +38,9 @@ def group_of(i: Instruction, devices: int) -> list[int]:
 
 
 def slices_of(i: Instruction) -> int:
-    """Return the number of TPU slices in the collective to which the send instruction `i` belongs.
+    """Return the number of TPU slices that take part in the collective to which the send instruction `i` belongs.
 
-    {1,2}x{0:3} means 2 slices with 4 devices each.
+    The attribute {1,2}x{0:3} means two slices (1 and 2) with four devices each.
     """
     found = re.search(r'_xla_megascale_target="\{*([\d,:]+)\}', i.attributes)
     spans = (part.split(":") for part in found[1].split(",")) if found else ()
@@ -57,8 +57,12 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
     return ids.transpose(_ints(order)) if order else ids
 
 
-def _chain(pairs: list[tuple[int, int]]) -> list[int]:
-    """Return all devices that are connected with the first source by any number of pairs."""
+def _connected(pairs: list[tuple[int, int]]) -> list[int]:
+    """Return the sorted device numbers of the group that contains the first pair's source.
+
+    Each pair is (source, target) of a collective-permute. Devices belong to one group if pairs connect them, directly
+    or through other devices.
+    """
     joined = {pairs[0][0]} if pairs else {0}
     while more := {d for p in pairs if set(p) & joined for d in p} - joined:
         joined |= more
@@ -66,9 +70,10 @@ def _chain(pairs: list[tuple[int, int]]) -> list[int]:
 
 
 def _of_mesh(text: str) -> list[int]:
-    """Return the group that has the form mesh['a'=2,'b'=4] {'b'}.
+    """Return the sorted device numbers of the replica group that contains mesh index 0, from the printed mesh form.
 
-    XLA chooses the names. Part of an axis is written 'a':(1)2, with the size before it and its own size.
+    An example is mesh['a'=2,'b'=4] {'b'}: a group spans the axis b. XLA invents the names of the axes. If a group spans
+    a part of an axis, XLA prints 'a':(1)2, which means the product 1 of the parts before this part, and its size 2.
     """
     names = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text.partition("]")[0])}
     over = re.search(r"\{([^}]*)\}", text.partition("]")[2])
@@ -93,7 +98,10 @@ def _of_mesh(text: str) -> list[int]:
 
 
 def axis_of(group: list[int], mesh: Mapping[str, int]) -> str:
-    """Return the mesh axes along which the devices of a group differ, joined by commas; "?" outside the mesh."""
+    """Return the names of the mesh axes along which the devices of a group differ, joined by commas.
+
+    Return "?" if they differ along no axis, or if a device is not in the mesh.
+    """
     shape = tuple(mesh.values())
     if max(group, default=0) >= math.prod(shape):
         return "?"

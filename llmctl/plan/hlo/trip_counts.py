@@ -13,7 +13,7 @@ import re
 from llmctl.plan.hlo.parser import Computation, Instruction, Module
 
 Affine = tuple[dict[int, int], int]
-"""Affine sum: {index in the loop's tuple: factor}, and a constant."""
+"""Affine function of a loop's state: {index in the loop's tuple: factor}, and the constant term."""
 
 _SAME = {"copy", "bitcast", "convert", "copy-done", "reshape"}
 
@@ -29,7 +29,7 @@ def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
         return None
     left, right, direction = compared
     # Elements that the loop does not change equal the constants that they start with.
-    left, right = (_settle(module, caller, loop, body, side) for side in (left, right))
+    left, right = (_with_constants(module, caller, loop, body, side) for side in (left, right))
     if left is None or right is None:
         return None
     difference = _add(left, right, -1)
@@ -50,7 +50,10 @@ def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine, str] | None:
-    """Return both sides of the comparison in the loop condition, and its direction."""
+    """Return (left side, right side, direction) of the comparison in a loop condition; None if it is unsupported.
+
+    The sides are affine functions, and the direction is LT, LE, GT, GE or NE.
+    """
     root = condition.root
     if root.opcode == "fusion" or root.opcode == "call":
         inner = module.computations[next(iter(root.called.values()))[0]]
@@ -66,9 +69,10 @@ def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine,
 
 
 def _affine(module: Module, where: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
-    """Return `i` as an affine sum over the loop's tuple, or None if it is not affine.
+    """Return the value of `i` as an affine function of the loop's state, or None if it is not affine.
 
-    `given` contains the parameters of a computation that the loop calls.
+    `given` has the values of the parameters of `where`, if the loop's body or condition calls `where`. Otherwise it is
+    empty.
     """
     if i.opcode == "constant":
         return ({}, int(i.inside)) if re.fullmatch(r"-?\d+", i.inside.strip()) else None
@@ -104,8 +108,13 @@ def _add(left: Affine, right: Affine, sign: int) -> Affine:
     return {k: f for k, f in factors.items() if f}, left[1] + sign * right[1]
 
 
-def _settle(module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine) -> Affine | None:
-    """Return `side` with the constants of the elements that the body does not change; None if one is not constant."""
+def _with_constants(
+    module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine
+) -> Affine | None:
+    """Return an affine function with the loop's constants inserted, or None if one of them is unknown.
+
+    The constants are the elements of the loop's state that the body does not change.
+    """
     out: Affine = ({}, side[1])
     for index, factor in side[0].items():
         if _step(module, body, index) == 0:
