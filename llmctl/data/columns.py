@@ -10,6 +10,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data import chats
 from llmctl.data.config import CHAT_COLUMNS, COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
 from llmctl.data.label_values import Unlabeled, canonical, plain
+from llmctl.data.row_templates import RowTemplates
 from llmctl.data.source import Row, Source, open_source
 
 CHATS = (
@@ -75,14 +76,24 @@ class View(Source):
         # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
         self._map = {c: given[c] for c in COLUMNS if c in given and c not in hidden}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
+        self._templates = RowTemplates({} if conversations else cfg.template, cfg.words)
+        self._spelled = {canonical(name): name for name in cfg.words}
+        # Templates may read labels also for a task that does not.
+        self._readable = {c: t for c, t in given.items() if c not in CHAT_COLUMNS} if cfg.template else {}
         named = {c: n for c, n in self._source.names.items() if not classes or set(classes) & set(n)}
-        self._names = {c: named[t] for c, t in self._map.items() if t in named and not (numbers and c == "label")}
-        self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names), ())
+        self._names = {
+            c: named[t]
+            for c, t in (self._map | self._readable).items()
+            if t in named and not (numbers and c == "label")
+        }
+        self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names and c in self._map), ())
         """Declared class names of the labels by class number; empty if the data declares none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
-        self.texts = (*self._joined, *self._texts)
+        made = {} if conversations else cfg.template
+        texts = (*self._joined, *self._texts)
+        self.texts = (*texts, *(c for c in TEXT_COLUMNS if c in made and c not in texts))
         """Text columns. The text of the first one determines a row's split."""
-        self.columns = (*self._joined, *self._map)
+        self.columns = (*self._joined, *self._map, *(c for c in self.texts if c not in (*texts, *self._map)))
         if len(self._source) and not (self.texts or "messages" in self._map):
             wrong = NO_CHATS if conversations else _without_text(self._source[0])
             raise RequestError(f"{cfg.title}: {wrong} (columns: {', '.join(known)})")
@@ -148,7 +159,20 @@ class View(Source):
             row["answers"] = self._answers(row, i)
         if "messages" in row:
             row |= self._conversation(row, i)
-        return row
+        return row | self._made(row, raw, i) if self._cfg.template else row
+
+    def _made(self, row: Row, raw: Row, i: int) -> Row:
+        """Return the columns that templates make."""
+        read: Row = {}
+        for ours, theirs in self._readable.items():
+            value = row.get(ours, raw.get(theirs))
+            if ours == "label" and not isinstance(value, list):
+                value = self._class_name(ours, value, i) if ours in self._names else value
+                if self._cfg.words and value in (None, ""):
+                    raise Unlabeled(f"{self.where(i)}: the label is empty (column {theirs!r})")
+                value = value if value is None else self._spelled.get(canonical(plain(value)), plain(value))
+            read[ours] = value
+        return self._templates.render(row | read, raw, self.where(i))
 
     def _conversation(self, row: Row, i: int) -> Row:
         column = "messages"

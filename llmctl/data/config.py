@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmctl.config.base import Config
 from llmctl.data.sources import SOURCES
@@ -38,6 +38,7 @@ class SourceConfig(Config):
 
     heading: ClassVar[str] = "Data"
     common: ClassVar[tuple[str, ...] | None] = ("source", "path", "columns")
+    added: ClassVar[frozenset[str]] = frozenset({"template", "words"})
 
     source: Annotated[str, AfterValidator(SOURCES.check), SOURCES] = "text"
     """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set,
@@ -62,6 +63,11 @@ class SourceConfig(Config):
     conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
+    template: dict[str, str] = {}
+    """Text columns to make from each row, such as {prompt = "{{ text }} It was", completion = " {{ words[label] }}"}.
+    Each is a jinja2 template. It reads the canonical columns, `row` (all columns of the source) and `words`."""
+    words: dict[str, str] = {}
+    """Words for the classes in templates (verbalizers), by class name, such as {pos = "great", neg = "bad"}."""
     replace: dict[str, str] = {}
     """Replacements {substring: new text} in every text column, applied in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
@@ -72,6 +78,13 @@ class SourceConfig(Config):
     """Share of this source in the training rows of a mixture, relative to the other weights."""
     epochs: float = Field(default=0.0, ge=0)
     """Maximum number of training epochs of this source; 0 means no limit."""
+
+    @field_validator("template")
+    @classmethod
+    def _makes_text(cls, value: dict[str, str]) -> dict[str, str]:
+        if wrong := [column for column in value if column not in TEXT_COLUMNS]:
+            raise ValueError(f"makes no column {wrong[0]!r}; it makes {', '.join(TEXT_COLUMNS)}")
+        return value
 
     @property
     def title(self) -> str:
@@ -91,7 +104,17 @@ class DataConfig(SourceConfig):
     """Configure the data of a stage: one source or a mixture, labels and splits."""
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"label_separator", "unlabeled", "validation_path", "test_path", "validation_split", "test_split", "target_len"}
+        {
+            "template",
+            "words",
+            "label_separator",
+            "unlabeled",
+            "validation_path",
+            "test_path",
+            "validation_split",
+            "test_split",
+            "target_len",
+        }
     )
 
     mixture: list[SourceConfig] = []

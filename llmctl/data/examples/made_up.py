@@ -72,7 +72,8 @@ class MadeUp(Text):
 
 def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Sequence[str] = ()) -> Examples:
     """Generate synthetic examples with the given columns. `MadeUp` describes the arguments."""
-    asked = [*(c for c in cfg.columns if c != "label"), *(c for c in columns if c != "label"), "text"]
+    made = [c for part in cfg.parts() for c in part.template]
+    asked = [*(c for c in cfg.columns if c != "label"), *made, *(c for c in columns if c != "label"), "text"]
     names = tuple(dict.fromkeys(asked))
     numbers, sets = cfg.label_type == "number", cfg.label_type == "set"
     labelled = numbers or "label" in columns

@@ -1,7 +1,7 @@
 """Render conversations with a tokenizer's chat template, encode them, and find the tokens that the assistant writes.
 
 A template is a program that comes with an artifact. It runs in a sandbox without side effects and with a limit of steps
-(`generate/template_sandbox.py`). Text in a message never becomes a special token, whatever its spelling.
+(`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, whatever its spelling.
 
 Training needs to know which tokens are the assistant's. A template may mark them with `{% generation %}`. Otherwise a
 conversation is rendered up to each answer, as for generation, and up to its end. If both are the beginning of the whole
@@ -101,7 +101,7 @@ class Template:
         """
         from jinja2 import TemplateError
 
-        from llmctl.model.generate.template_sandbox import Sandbox
+        from llmctl.data.template_sandbox import Sandbox
 
         if text is None:
             raise RequestError("the tokenizer has no chat template, so the model knows no conversations")

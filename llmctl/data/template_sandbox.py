@@ -13,7 +13,7 @@ Example:
     >>> sandbox.render(sandbox.from_string("{{ 'ab' * n }}"), {"n": 10**10})
     Traceback (most recent call last):
         ...
-    llmctl.config.errors.RequestError: the chat template makes a value of more than 20,000,000 characters
+    llmctl.config.errors.RequestError: the template makes a value of more than 20,000,000 characters
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             RequestError: If its text is too long.
         """
         if len(source) > TEMPLATE:
-            raise RequestError(f"the chat template has {len(source):,} characters; at most {TEMPLATE:,} are read")
+            raise RequestError(f"the template has {len(source):,} characters; at most {TEMPLATE:,} are read")
         tree = self.parse(source)
         for node in list(tree.find_all((*BODIES, nodes.Compare, nodes.Getitem, nodes.Concat, nodes.Pair))):
             self._instrument(node)
@@ -107,7 +107,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """
         self._left -= steps
         if self._left < 0:
-            raise RequestError(f"the chat template takes more than {TEMPLATE_STEPS:,} steps on these messages")
+            raise RequestError(f"the template takes more than {TEMPLATE_STEPS:,} steps")
         return True
 
     def read(self, value: Any) -> Any:
@@ -319,12 +319,12 @@ def _numbers(values: Iterable[Any]) -> int:
 
 def _allow(size: int) -> None:
     if size > TEMPLATE_TEXT:
-        raise RequestError(f"the chat template makes a value of more than {TEMPLATE_TEXT:,} characters")
+        raise RequestError(f"the template makes a value of more than {TEMPLATE_TEXT:,} characters")
 
 
 def _allow_bits(bits: int) -> None:
     if bits > TEMPLATE_BITS:
-        raise RequestError(f"the chat template makes a number of more than {TEMPLATE_BITS:,} bits")
+        raise RequestError(f"the template makes a number of more than {TEMPLATE_BITS:,} bits")
 
 
 def _allow_replacing(text: Any, old: Any = "", new: Any = "", *_: Any) -> None:

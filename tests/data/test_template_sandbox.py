@@ -5,8 +5,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmctl.config.errors import RequestError
-from llmctl.model.generate import template_sandbox
-from llmctl.model.generate.template_sandbox import Sandbox
+from llmctl.data import template_sandbox
+from llmctl.data.template_sandbox import Sandbox
 
 TALK = [{"role": "user", "content": "a  b"}, {"role": "assistant", "content": "c", "tool_calls": [{"n": 1}]}]
 
@@ -96,7 +96,7 @@ DOUBLE = "{% set n = namespace(x=START) %}{% for i in range(200) %}{% set n.x = 
 )
 def test_templates_without_end_are_refused(text, monkeypatch):
     monkeypatch.setattr(template_sandbox, "TEMPLATE_STEPS", 300_000)  # as the full count, in less time
-    with pytest.raises(RequestError, match=r"the chat template (takes|makes|has)"):
+    with pytest.raises(RequestError, match=r"the template (takes|makes|has)"):
         render(text)
 
 

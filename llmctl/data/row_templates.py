@@ -1,0 +1,63 @@
+"""Make text columns from rows with templates, so that a set of labelled texts also trains a generator.
+
+Templates come with recipes, which may be a stranger's, so they run in the sandbox of `llmctl.data.template_sandbox`.
+
+Example:
+    >>> templates = RowTemplates({"prompt": "{{ text }} It was", "completion": " {{ words[label] }}"}, {"pos": "great"})
+    >>> templates.render({"text": "Loved it.", "label": "pos"}, {"text": "Loved it.", "label": 1}, "row 1")
+    {'prompt': 'Loved it. It was', 'completion': ' great'}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmctl.config.errors import RequestError
+
+
+class RowTemplates:
+    """Render the text columns of a row from templates."""
+
+    def __init__(self, templates: Mapping[str, str], words: Mapping[str, str]) -> None:
+        """Compile the templates.
+
+        Args:
+            templates: Source of a jinja2 template by canonical column.
+            words: Words for the classes, by class name.
+
+        Raises:
+            RequestError: If a template is no valid jinja2 template.
+        """
+        self.words, self._compiled = dict(words), {}
+        if not templates:  # jinja2 is imported only if there is a template
+            return
+        from jinja2 import StrictUndefined, TemplateError
+
+        from llmctl.data.template_sandbox import Sandbox
+
+        self._sandbox = Sandbox(undefined=StrictUndefined, keep_trailing_newline=True)
+        for column, text in templates.items():
+            try:
+                self._compiled[column] = self._sandbox.from_string(text)
+            except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as e:
+                raise RequestError(f"data.template.{column}: no valid template ({type(e).__name__}: {e})") from None
+
+    def render(self, columns: Mapping[str, Any], row: Mapping[str, Any], where: str) -> dict[str, str]:
+        """Return the text of each made column.
+
+        Args:
+            columns: Values of the canonical columns.
+            row: All columns of the source.
+            where: Location of the row, for errors.
+
+        Raises:
+            RequestError: If a template fails, for example because it reads a column that the row lacks.
+        """
+        made: dict[str, str] = {}
+        for column, template in self._compiled.items():
+            try:
+                made[column] = self._sandbox.render(template, {**columns, "row": row, "words": self.words})
+            except Exception as e:  # a template may raise anything
+                raise RequestError(f"{where}: data.template.{column} fails: {str(e).splitlines()[0]}") from None
+        return made
