@@ -45,7 +45,10 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "Artifact", "Manifest", "Parent", "abstract", "load", "read_manifest", "save", "write_manifest"]
 
 
-FILES = {"manifest.json", "params", "tokenizer", "log.jsonl", "results.json", "table.md", "tradeoff.png"}
+FILES = {
+    *("manifest.json", "params", "tokenizer", "log.jsonl"),
+    *("results.json", "table.md", "tradeoff.png", "predictions.jsonl"),
+}
 """Names of the files and folders that stages write into an artifact's folder."""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -28,6 +30,7 @@ def results(
     mesh: Mesh,
     work: Path,
     say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[Result]:
     """Measure artifacts on held-out examples.
 
@@ -38,6 +41,7 @@ def results(
         mesh: The device mesh.
         work: Folder for tokenized examples.
         say: Function that is called with one line of text per result.
+        keep: Function that is called with the record of every example (`Measured.written`).
 
     Returns:
         One result per artifact and task (see `llmctl.evaluate.report`).
@@ -61,6 +65,9 @@ def results(
             measured = task.evaluate(there, held, setups[name])
             out.append(_result(name, manifests[name], measured))
             out[-1]["metrics"] |= further(config.metrics, measured)
+            for record in measured.written or ():
+                keep({"artifact": name, "task": task.name, **record})
+            measured = replace(measured, answers=None, written=None)
             if config.speed:  # this keeps the weights of all artifacts in memory, because they are timed in alternation
                 programs[str(len(programs))] = measured
             say(f"{name}: {headline(out[-1])}")
@@ -132,4 +139,4 @@ def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> 
     if stride > seq_len:
         raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")
     truncate = config.truncate or manifest.truncate or "tail"
-    return Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype)
+    return Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype, config.generation)

@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from llmctl.config.base import Config, hint
-from llmctl.config.containment import regular
-from llmctl.config.errors import RequestError
+from llmctl.config.base import Config
 from llmctl.config.settings import Dtype
 from llmctl.data.config import Split
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.tasks.registry import TASKS
-
-CHATML = "chatml"
-"""Name of the ChatML template in settings."""
-
-
-class ChatConfig(Config):
-    """Conversations (task chat)."""
-
-    common: ClassVar[tuple[str, ...] | None] = ("template",)
-
-    template: str = ""
-    """Chat template: a file with a Jinja template, or chatml for the format ChatML. The finetuned artifact keeps it.
-    Empty uses the template of the tokenizer."""
-
-    def inputs(self) -> list[str]:
-        """Return the file of the template; its content belongs to a stage's key.
-
-        Raises:
-            RequestError: If it does not exist.
-        """
-        if self.template in ("", CHATML):
-            return []
-        if not Path(self.template).is_file():
-            raise RequestError(f"chat.template: no such file: {self.template!r}{hint(self.template, [CHATML])}")
-        return [self.template]
-
-    def source(self) -> str | None:
-        """Return the text of the template's file; None if no file is named.
-
-        Raises:
-            RequestError: If it does not exist, or is not UTF-8 text.
-        """
-        for file in self.inputs():
-            try:
-                return regular(Path(file)).read_text(encoding="utf-8")
-            except (OSError, ValueError) as e:
-                raise RequestError(f"chat.template: {file} cannot be read ({e})") from None
-        return None
+from llmctl.evaluate.tasks.settings import GenerationConfig
 
 
 class MeasureConfig(Config):
     """Configure an evaluation: data split, truncation, batches and speed measurement."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"metrics", "tasks"})
+    added: ClassVar[frozenset[str]] = frozenset({"metrics", "tasks", "generation"})
 
     split: Split = "test"
     """Split of the data to measure on."""
@@ -79,6 +39,8 @@ class MeasureConfig(Config):
     """Measure latency (batch 1) and throughput of all artifacts in alternation."""
     repeats: int = Field(default=15, ge=1)
     """Number of rounds in the speed measurement."""
+    generation: GenerationConfig = GenerationConfig()
+    """Task seq2seq: answers to generate."""
     tasks: list[str] = []
     """Tasks to measure each artifact on, such as masked and next_sentence; empty uses the task of its training."""
 

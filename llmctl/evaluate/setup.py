@@ -21,6 +21,7 @@ from llmctl.data.label_values import one_spelling
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import host_arrays
+from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.model import functional
 
 Batch = dict[str, Any]
@@ -63,6 +64,7 @@ class Setup:
     batch_size: int
     truncate: Truncate
     dtype: str
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def batches(self) -> DeviceBatches:
         """Return the function that shards batches for the evaluation; tokens keep their text order."""
@@ -85,6 +87,8 @@ class Measured:
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
     """(truth, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task has none.
     """
+    written: list[dict[str, Any]] | None = field(default=None, repr=False)
+    """One record per example for predictions.jsonl; None if the task writes none."""
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from llmctl.model import flops
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import NEARNESS, Loss
 from llmctl.train import loop
-from llmctl.train.validation import Validation
+from llmctl.train.validation import Further, Validation
 
 if TYPE_CHECKING:
     from llmctl.artifacts.workspace import Context
@@ -124,7 +124,13 @@ def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
 
 
 def run(
-    config: Any, ctx: Context, mesh: jax.sharding.Mesh, learner: Learner, rows: Any, unseen: Any
+    config: Any,
+    ctx: Context,
+    mesh: jax.sharding.Mesh,
+    learner: Learner,
+    rows: Any,
+    unseen: Any,
+    further: Further | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], Validation]:
     """Train the model of a stage and return the parameters, their metrics and the validation.
 
@@ -135,6 +141,7 @@ def run(
       learner: the model and its task.
       rows: training rows.
       unseen: validation rows.
+      further: function that computes further validation metrics.
 
     Returns:
       (parameters, metrics by name, the Validation that computed the metrics).
@@ -152,7 +159,7 @@ def run(
         labels=learner.labels,
         settings=learner.settings,
     )
-    held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh)
+    held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh, further)
     made = job(config, learner, rows, held_out, settings.steps)
     params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title, about)
     return params, metrics, held_out

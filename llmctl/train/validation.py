@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,15 +14,27 @@ from llmctl.model import chunked_loss
 from llmctl.model.losses import Loss
 from llmctl.train import preemption
 
+Further = Callable[[dict[str, Any], Callable[[], None]], dict[str, float]]
+"""Function that computes further validation metrics."""
+
 
 class Validation:
     """Compute validation metrics. `validation(params)` returns {"loss", "accuracy", ...}, weighted means over the rows.
 
-    The function is compiled once.
+    The function is compiled once. `further` is called with the parameters and a function that it calls often, which
+    raises `preemption.Asked` if the run has to stop; it returns more metrics.
     """
 
-    def __init__(self, loss: Loss, rows: Rows, batch_size: int, batches: int, mesh: jax.sharding.Mesh) -> None:
-        self.rows, self.limit, self.mesh = rows, batches, mesh
+    def __init__(
+        self,
+        loss: Loss,
+        rows: Rows,
+        batch_size: int,
+        batches: int,
+        mesh: jax.sharding.Mesh,
+        further: Further | None = None,
+    ) -> None:
+        self.rows, self.limit, self.mesh, self.further = rows, batches, mesh, further
         self.batches = DeviceBatches.covering(mesh, batch_size, len(rows))
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
@@ -37,4 +50,5 @@ class Validation:
                 preemption.heed()
                 sums = self._sums(params, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        return {name: float(value) for name, value in chunked_loss.means(total).items()}
+        found = {name: float(value) for name, value in chunked_loss.means(total).items()}
+        return found | (self.further(params, preemption.heed) if self.further else {})

@@ -39,6 +39,7 @@ BATCH = {
     "embed": {"pair_tokens", "pair_segments", "pair_positions"},
     "lm": {"targets", "weights"},
     "chat": {"targets", "weights"},
+    "seq2seq": {"targets", "weights"},
 }
 """Arrays of a batch beside tokens, segments and positions."""
 

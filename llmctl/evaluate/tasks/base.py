@@ -28,6 +28,7 @@ import numpy as np
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
+from llmctl.config.settings import TrainConfig
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.data.corpus import Corpus
 from llmctl.data.examples.labelled import ClassificationRows
@@ -355,6 +356,25 @@ class Task(Predicts):
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
         """Return the batch whose rows, or words, have weights by their class. For tasks with a single class."""
         raise NotImplementedError
+
+    def validator(
+        self, model: ModelConfig, text: Text, tokenizer: Tokenizer, settings: Any, train: TrainConfig
+    ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
+        """Return a function that computes further validation metrics during training; None if there are none.
+
+        The function gets the parameters, and a function that it calls often and that raises an exception to stop.
+
+        Args:
+            model: Config of the model.
+            text: Text of the stage.
+            tokenizer: Tokenizer of the model.
+            settings: The task's own settings (`section`).
+            train: Settings of training.
+
+        Raises:
+            RequestError: If the metrics cannot be computed.
+        """
+        return None
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
         """Fit values on validation rows after training, such as thresholds. The artifact stores them as `fitted`."""

@@ -20,11 +20,11 @@ from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import processes
-from llmctl.evaluate.settings import ChatConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
 from llmctl.evaluate.tasks.base import Corpora
 from llmctl.evaluate.tasks.language import Language, scored, timed
 from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.settings import ChatConfig
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate import chat_template
 from llmctl.model.generate.chat_template import Template

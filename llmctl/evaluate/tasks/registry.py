@@ -29,6 +29,7 @@ TASKS: Registry[Task] = Registry(
         "embed": "llmctl.evaluate.tasks.embed:TASK",
         "chat": "llmctl.evaluate.tasks.chat:TASK",
         "preference": "llmctl.evaluate.tasks.preference:TASK",
+        "seq2seq": "llmctl.evaluate.tasks.seq2seq:TASK",
         "lm": "llmctl.evaluate.tasks.language:TASK",
         "causal": "llmctl.evaluate.tasks.objectives:CAUSAL",
         "masked": "llmctl.evaluate.tasks.objectives:MASKED",

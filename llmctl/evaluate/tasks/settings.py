@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.config.base import Config
+from llmctl.config.base import Config, hint
+from llmctl.config.containment import regular
+from llmctl.config.errors import RequestError
+
+CHATML = "chatml"
+"""Name of the ChatML template in settings."""
 
 
 class PreferenceConfig(Config):
@@ -28,3 +34,53 @@ class PreferenceConfig(Config):
     def scale(self) -> float:
         """Return `beta`, or the default of the loss."""
         return self.beta or (2.0 if self.loss == "simpo" else 0.1)
+
+
+class ChatConfig(Config):
+    """Conversations (task chat)."""
+
+    common: ClassVar[tuple[str, ...] | None] = ("template",)
+
+    template: str = ""
+    """Chat template: a file with a Jinja template, or chatml for the format ChatML. The finetuned artifact keeps it.
+    Empty uses the template of the tokenizer."""
+
+    def inputs(self) -> list[str]:
+        """Return the file of the template; its content belongs to a stage's key.
+
+        Raises:
+            RequestError: If it does not exist.
+        """
+        if self.template in ("", CHATML):
+            return []
+        if not Path(self.template).is_file():
+            raise RequestError(f"chat.template: no such file: {self.template!r}{hint(self.template, [CHATML])}")
+        return [self.template]
+
+    def source(self) -> str | None:
+        """Return the text of the template's file; None if no file is named.
+
+        Raises:
+            RequestError: If it does not exist, or is not UTF-8 text.
+        """
+        for file in self.inputs():
+            try:
+                return regular(Path(file)).read_text(encoding="utf-8")
+            except (OSError, ValueError) as e:
+                raise RequestError(f"chat.template: {file} cannot be read ({e})") from None
+        return None
+
+
+class GenerationConfig(Config):
+    """Answers that validation and evaluation generate (task seq2seq)."""
+
+    common: ClassVar[tuple[str, ...] | None] = ("max_new", "beams")
+
+    max_new: int = Field(default=0, ge=0)
+    """Maximum number of tokens per answer. 0 takes 64, or half of the model's maximum sequence length if it is less."""
+    beams: int = Field(default=1, ge=1)
+    """Number of beams of a beam search; 1 generates greedily."""
+    examples: int = Field(default=200, ge=0)
+    """Maximum number of examples per validation in training, chosen by their hash; 0 generates none."""
+    bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = "13a"
+    """Tokenizer of BLEU: 13a for languages with spaces, zh for Chinese, char for single characters."""

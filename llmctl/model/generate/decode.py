@@ -80,12 +80,22 @@ class Decoder:
             raise ValueError(
                 f"a model with {model.architecture!r} stacks and head {model.head!r} does not continue text"
             )
-        model, params = served(model, params, platform)
-        self.model, self.dtype, self.start = model, dtype, start
-        rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
-        self.weights: Served = rest, [functional.layer_params(params, "decoder", i) for i in range(model.layers)]
+        self._given, self._platform, self.dtype, self.start = model, platform, dtype, start
+        self.model, self.weights = model, ({}, [])
+        self.hold(params)
         self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
+
+    def hold(self, params: functional.Params) -> None:
+        """Replace the parameters by others of the same shapes. The compiled programs are used again."""
+        self.model, params = served(self._given, params, self._platform)
+        rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
+        layers = [functional.layer_params(params, "decoder", i) for i in range(self.model.layers)]
+        self.weights: Served = rest, layers
+
+    def release(self) -> None:
+        """Drop the parameters, so that training may use their memory until the next `hold`."""
+        self.weights = {}, []
 
     def generate(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -45,7 +46,10 @@ class Config(MeasureConfig, StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Evaluate `ctx.siblings`, or only the parent, and write results.json, table.md and tradeoff.png to `ctx.out`."""
+    """Evaluate `ctx.siblings`, or only the parent, and write the results to `ctx.out`.
+
+    The files are results.json, table.md, tradeoff.png, and predictions.jsonl if a task generates text.
+    """
     from llmctl.artifacts import artifact
     from llmctl.data import splits
     from llmctl.distributed import mesh
@@ -65,8 +69,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if config.examples:
         examples = examples.sample(config.examples)
     with mesh.use(mesh.make(config.mesh)) as devices:
-        results = runner.results(config, chosen, examples, devices, ctx.work / "corpus", console.say)
-    write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]))
+        kept: list[dict[str, Any]] = []
+        results = runner.results(config, chosen, examples, devices, ctx.work / "corpus", console.say, kept.append)
+    write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]), kept)
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
@@ -89,7 +94,9 @@ def _can_draw() -> None:
         raise RequestError("eval: the picture needs matplotlib: pip install 'llmctl[demo]', or say plot = false")
 
 
-def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest) -> None:
+def write(
+    ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest, kept: Sequence[dict[str, Any]] = ()
+) -> None:
     """Write the results as an artifact without parameters.
 
     Its digest excludes times and bytes on disk, because they vary between runs.
@@ -103,6 +110,9 @@ def write(ctx: Context, config: Config, results: list[dict[str, Any]], last: Man
         if not processes.first():
             return
         (draft / "results.json").write_text(text + "\n", encoding="utf-8")
+        if kept:
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            (draft / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         (draft / "table.md").write_text(report.markdown(results), encoding="utf-8")
         if config.plot:
             tradeoff_plot.tradeoff(results, draft / "tradeoff.png")

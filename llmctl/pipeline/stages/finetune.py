@@ -16,9 +16,8 @@ from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
-from llmctl.evaluate.settings import ChatConfig
 from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
-from llmctl.evaluate.tasks.settings import PreferenceConfig
+from llmctl.evaluate.tasks.settings import ChatConfig, GenerationConfig, PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
 from llmctl.train.adapters.settings import AdaLoraConfig, HoulsbyConfig, LoraConfig, TrainedConfig
@@ -40,20 +39,21 @@ class Config(StageConfig):
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
     added: ClassVar[frozenset[str]] = frozenset(
-        {"adalora", "adversarial", "chat", "houlsby", "preference", "regularize", "trained"}
+        {"adalora", "adversarial", "chat", "generation", "houlsby", "preference", "regularize", "trained"}
     )
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
     """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
     question, context and answers (span); text and pair (embed); prompt, chosen and rejected (preference); messages, and
-    tools if there are any (chat); prompt and completion, or text (lm)."""
+    tools if there are any (chat); prompt and completion (seq2seq); the same, or text (lm)."""
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
     vectors that are similar for pairs of texts, or that match given scores. preference: the better of two completions
-    becomes more likely. chat: answers of the assistant in conversations. lm: language modelling. If the data has
-    completions, only they count in the loss."""
+    becomes more likely. chat: answers of the assistant in conversations. seq2seq: completions of prompts, validated by
+    generation (translation, summarization). lm: language modelling. If the data has completions, only they count in
+    the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
@@ -83,6 +83,9 @@ class Config(StageConfig):
     """Settings of task chat."""
     preference: PreferenceConfig = PreferenceConfig()
     """Settings of task preference."""
+    generation: GenerationConfig = GenerationConfig()
+    """Settings of task seq2seq: answers to validation prompts, whose BLEU, chrF, ROUGE and exact match are computed.
+    train.best_by = "bleu" keeps the parameters with the best BLEU."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     adversarial: AdversarialConfig = AdversarialConfig()
@@ -98,9 +101,9 @@ class Config(StageConfig):
     def _belongs(self) -> Config:
         if error := stray(self.method, self.model_fields_set):
             raise ValueError(error)
-        for section in ("chat", "preference"):
-            if section in self.model_fields_set and self.task != section:
-                raise ValueError(f"{section}: not for task {self.task!r}, say task = {section!r}")
+        for section, task in (("chat", "chat"), ("generation", "seq2seq"), ("preference", "preference")):
+            if section in self.model_fields_set and self.task != task:
+                raise ValueError(f"{section}: not for task {self.task!r}, say task = {task!r}")
         if self.freeze_layers and self.trained.last_layers:
             raise ValueError("freeze_layers and trained.last_layers exclude each other: leave one of them out")
         return self
@@ -140,7 +143,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
     learn = learn.balanced() if config.regularize.balance else learn
     unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
-    params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
+    further = task.validator(learns.model, text, tokens, own, config.train)
+    params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen, further)
     params = METHODS[config.method].finish(config, params)
     if METHODS[config.method].merges(config):
         params = jax.jit(weights.merge_adapters)(params)

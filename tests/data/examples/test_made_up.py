@@ -24,6 +24,7 @@ ROWS = {
     "scored": {"text": "", "pair": "two", "label": 0.5},
     "completion": {"prompt": "", "completion": "two"},
     "lm": {"text": ""},
+    "seq2seq": {"prompt": "", "completion": "two"},
     "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
 }
 TYPES = {float: "number", list: "set"}

@@ -14,7 +14,7 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
-from llmctl.evaluate.settings import ChatConfig
+from llmctl.evaluate.tasks.settings import ChatConfig
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.chat_template import Template

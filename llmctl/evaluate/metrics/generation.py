@@ -1,0 +1,62 @@
+"""Metrics of generated texts, computed by sacrebleu and rouge-score (extra `seq2seq`).
+
+BLEU (Papineni et al., 2002) and chrF (Popović, 2015) are scores of the whole set of texts, from 0 to 100. ROUGE (Lin,
+2004) is the mean F1 of the texts, and exact match the share of texts that equal their reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from llmctl.config.errors import RequestError
+
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+"""Name in rouge-score of each metric."""
+
+
+def check() -> None:
+    """Check that the packages are installed.
+
+    Raises:
+        RequestError: If one is not.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("sacrebleu", "rouge_score")):
+        raise RequestError("task seq2seq: its metrics need sacrebleu and rouge-score: pip install 'llmctl[seq2seq]'")
+
+
+def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> dict[str, float]:
+    """Return all metrics by name.
+
+    Args:
+        references: True text of each example.
+        predictions: Generated text of each example.
+        tokenizer: Tokenizer of BLEU, a name of sacrebleu.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    bleu, chrf = _corpus(tokenizer)
+    found = {"bleu": bleu.corpus_score(predictions, [references]).score}
+    found["chrf"] = chrf.corpus_score(predictions, [references]).score
+    scorer = RougeScorer(list(ROUGE.values()), use_stemmer=False)
+    pairs = list(zip(references, predictions, strict=True))
+    rows = [scorer.score(reference, prediction) for reference, prediction in pairs]
+    found |= {ours: sum(row[theirs].fmeasure for row in rows) / len(rows) for ours, theirs in ROUGE.items()}
+    return found | {"exact_match": sum(r.strip() == p.strip() for r, p in pairs) / len(pairs)}
+
+
+def signature(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> str:
+    """Return how BLEU and chrF were computed, in the form that publications quote."""
+    found = []
+    for name, metric in zip(("BLEU", "chrF"), _corpus(tokenizer), strict=True):
+        metric.corpus_score(predictions[:1], [references[:1]])  # the signature is complete after a computation
+        found.append(f"{name} {metric.get_signature()}")
+    return ", ".join(found)
+
+
+def _corpus(tokenizer: str) -> tuple[Any, Any]:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    return BLEU(tokenize=tokenizer), CHRF()

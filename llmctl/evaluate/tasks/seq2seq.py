@@ -1,0 +1,88 @@
+"""Sequence to sequence: completions of prompts, measured by the answers that the model writes.
+
+Training is that of completions. Validation and evaluation also generate an answer to each prompt and compare it with
+the completion: BLEU, chrF, ROUGE and exact match.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.settings import TrainConfig
+from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate.metrics import generation
+from llmctl.evaluate.setup import Held, Measured, Setup
+from llmctl.evaluate.tasks.completions import Completions
+from llmctl.evaluate.tasks.settings import GenerationConfig
+from llmctl.evaluate.written_answers import Writer
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+
+
+class SequenceToSequence(Completions):
+    """Cross-entropy of completions given prompts; measured by generated answers."""
+
+    name = "seq2seq"
+    title = "sequence to sequence"
+    section = "generation"
+    answers = True
+
+    def validator(
+        self,
+        model: ModelConfig,
+        text: Text,
+        tokenizer: Tokenizer,
+        settings: GenerationConfig,
+        train: TrainConfig,
+    ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
+        """Return the metrics of answers to at most `generation.examples` validation prompts; see Task.
+
+        Raises:
+            RequestError: If the packages of the metrics are missing, or the answers leave no room for a prompt.
+        """
+        if not settings.examples:
+            return None
+        generation.check()
+        some = text.splits["validation"].sample(settings.examples)
+        prompts, references = list(some.texts("prompt")), list(some.texts("completion"))
+        size = min(train.batch_size, len(prompts))
+        write = Writer(model, tokenizer, settings, seq_len=train.seq_len, batch_size=size, dtype=train.dtype)
+
+        def measure(params: functional.Params, heed: Callable[[], None]) -> dict[str, float]:
+            return generation.scores(references, write(params, prompts, heed), settings.bleu_tokenizer)
+
+        return measure
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
+        """Measure perplexity of the completions, and the answers to all prompts.
+
+        Raises:
+            RequestError: If the packages of the metrics are missing, a completion is longer than the model's longest
+                sequence, or the answers leave no room for a prompt.
+        """
+        generation.check()
+        settings, words = setup.generation, tokenizers.load(artifact.tokenizer_dir)
+        prompts, references = (list(held.examples.texts(column)) for column in ("prompt", "completion"))
+        size = min(setup.batch_size, len(prompts))
+        write = Writer(artifact.model, words, settings, seq_len=setup.seq_len, batch_size=size, dtype=setup.dtype)
+        predictions = write(artifact.params, prompts)
+        found = super().evaluate(artifact, held, setup)
+        how = f"{settings.beams} beams" if settings.beams > 1 else "greedy"
+        protocol = f"{found.protocol}; answers of at most {write.max_new} tokens, {how}, to prompts of at most "
+        protocol += f"{write.room} tokens ({write.cut} cut), "
+        protocol += f"{generation.signature(references, predictions, settings.bleu_tokenizer)}, ROUGE without stemming"
+        rows = zip(prompts, references, predictions, strict=True)
+        return dataclasses.replace(
+            found,
+            protocol=protocol,
+            metrics=generation.scores(references, predictions, settings.bleu_tokenizer) | found.metrics,
+            answers=(references, predictions),
+            written=[{"prompt": p, "reference": r, "prediction": w} for p, r, w in rows],
+        )
+
+
+TASK = SequenceToSequence()

@@ -1,0 +1,147 @@
+"""Generate answers to prompts with parameters that change, as validation and evaluation need it.
+
+Prompts are sorted by length and padded to few lengths. The programs are compiled once and run on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.tasks.settings import GenerationConfig
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.generate.beam import Beams, BeamSearch
+from llmctl.model.generate.continuations import Continuation, continue_rows, search_rows
+from llmctl.model.generate.decode import Decoder
+
+
+class Writer:
+    """Write the likeliest answer to each prompt, greedily or by beam search.
+
+    A prompt that leaves no room for the answer is truncated: a decoder reads its end, an encoder its beginning, as in
+    training.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        settings: GenerationConfig,
+        *,
+        seq_len: int,
+        batch_size: int,
+        dtype: Any,
+    ) -> None:
+        """Prepare a writer.
+
+        Args:
+            model: Config of the model.
+            tokenizer: Tokenizer of the model.
+            settings: Length of the answers, and number of beams.
+            seq_len: Maximum number of tokens per prompt.
+            batch_size: Prompts per batch.
+            dtype: Compute dtype.
+
+        Raises:
+            RequestError: If the answers leave no room for a prompt within the model's maximum sequence length.
+        """
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.batch_size, self.dtype = batch_size, dtype
+        self.encoded = model.architecture == "encoder_decoder"
+        self.max_new = settings.max_new or min(64, model.max_seq_len // 2)
+        """Maximum number of tokens per answer."""
+        if self.max_new >= model.max_seq_len:
+            raise RequestError(
+                f"generation.max_new: {settings.max_new} new tokens leave no room within the model's longest sequence "
+                f"({model.max_seq_len})"
+            )
+        self.room = min(seq_len, model.max_seq_len - (0 if self.encoded else self.max_new))
+        """Maximum number of tokens of a prompt."""
+        self.cut = 0
+        """Number of prompts of the last call that were truncated."""
+        self._decoder: Decoder | None = None
+        self._search: BeamSearch | None = None
+
+    def __call__(
+        self, params: functional.Params, prompts: Sequence[str], heed: Callable[[], None] = lambda: None
+    ) -> list[str]:
+        """Return the answer to each prompt.
+
+        Args:
+            params: Parameters of the model.
+            prompts: Texts.
+            heed: Function that is called before each batch; it may raise an exception to stop.
+
+        Raises:
+            RequestError: If a prompt is empty and the tokenizer has no token to begin with, or if the parameters are
+                sharded over several processes.
+        """
+        rows = self._rows(prompts)
+        order = np.argsort([len(r.source_ids or r.prompt_ids) for r in rows], kind="stable")
+        device = jax.local_devices()[0]
+        with meshes.use(meshes.make(MeshConfig(data=1), [device])):
+            decoder = self._with(jax.tree.map(lambda a: _on(device, a), params))
+            for first in range(0, len(order), self.batch_size):
+                heed()
+                batch = [rows[i] for i in order[first : first + self.batch_size]]
+                # The last batch repeats a row, so that it runs in the same programs.
+                last = batch[-1]
+                batch += [
+                    Continuation(last.prompt, last.prompt_ids, source_ids=last.source_ids)
+                    for _ in range(self.batch_size - len(batch))
+                ]
+                ends = [self.tokenizer.eos_id]
+                if self._search:
+                    search_rows(self._search, self.tokenizer, batch, self.max_new, ends=ends)
+                else:
+                    for _ in continue_rows(decoder, self.tokenizer, batch, self.max_new, ends=ends):
+                        pass
+            decoder.release()
+        return [row.text for row in rows]
+
+    def _with(self, params: functional.Params) -> Decoder:
+        if self._decoder is None:
+            self._decoder = Decoder(self.model, params, self.dtype, start=self.tokenizer.pad_id)
+            if self.settings.beams > 1:
+                self._search = BeamSearch(self._decoder, Beams(self.settings.beams))
+        else:
+            self._decoder.hold(params)
+        return self._decoder
+
+    def _rows(self, prompts: Sequence[str]) -> list[Continuation]:
+        words = self.tokenizer
+        encoded = words.encode_batch(list(prompts))
+        if self.encoded:
+            room = self.room - len(words.template.row([]))
+            self.cut = sum(len(ids) > room for ids in encoded)
+            return [
+                Continuation(p, [], source_ids=words.template.row(ids[:room]).tolist())
+                for p, ids in zip(prompts, encoded, strict=True)
+            ]
+        bos = [words.bos_id] * words.add_bos
+        room = self.room - len(bos)
+        self.cut = sum(len(ids) > room for ids in encoded)
+        rows = [Continuation(p, bos + ids[max(len(ids) - room, 0) :]) for p, ids in zip(prompts, encoded, strict=True)]
+        if not all(row.prompt_ids for row in rows):
+            raise RequestError("a prompt is empty, and this tokenizer has no token to begin with; drop such rows")
+        return rows
+
+
+def _on(device: Any, a: jax.Array) -> jax.Array:
+    """Return an array on one device, without a copy if it is there already."""
+    if a.is_fully_replicated:
+        return next((s.data for s in a.addressable_shards if s.device == device), a.addressable_shards[0].data)
+    if not a.is_fully_addressable:
+        raise RequestError(
+            "task seq2seq: generates with all parameters on one device, and they are sharded over several processes; "
+            "use mesh.data, or task lm"
+        )
+    return jax.device_put(a, device)
