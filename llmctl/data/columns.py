@@ -7,7 +7,7 @@ from typing import Any
 
 from llmctl.config.base import hint, spelled
 from llmctl.config.errors import RequestError
-from llmctl.data import chats
+from llmctl.data import chats, multiple_choice
 from llmctl.data.config import CHAT_COLUMNS, COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
 from llmctl.data.label_values import Unlabeled, canonical, plain
 from llmctl.data.row_templates import RowTemplates
@@ -93,7 +93,12 @@ class View(Source):
         texts = (*self._joined, *self._texts)
         self.texts = (*texts, *(c for c in TEXT_COLUMNS if c in made and c not in texts))
         """Text columns. The text of the first one determines a row's split."""
-        self.columns = (*self._joined, *self._map, *(c for c in self.texts if c not in (*texts, *self._map)))
+        # With words for the classes, a row is also a question whose choices are these words.
+        self._asks = bool(
+            labels and made and len(cfg.words) > 1 and "label" in self._map and "choices" not in self._map
+        )
+        made = [c for c in self.texts if c not in (*texts, *self._map)]
+        self.columns = (*self._joined, *self._map, *made, *(("choices", "answer") if self._asks else ()))
         if len(self._source) and not (self.texts or "messages" in self._map):
             wrong = NO_CHATS if conversations else _without_text(self._source[0])
             raise RequestError(f"{cfg.title}: {wrong} (columns: {', '.join(known)})")
@@ -157,12 +162,23 @@ class View(Source):
             row["text"] = " ".join(row["tokens"])
         if "answers" in row:
             row["answers"] = self._answers(row, i)
+        if "choices" in row and "answer" in row:
+            row |= self._question(row, i)
         if "messages" in row:
             row |= self._conversation(row, i)
         return row | self._made(row, raw, i) if self._cfg.template else row
 
+    def _question(self, row: Row, i: int) -> Row:
+        if row["answer"] in (None, ""):
+            raise Unlabeled(f"{self.where(i)}: the answer is empty (column {self._map['answer']!r})")
+        try:
+            choices, answer = multiple_choice.read(row["choices"], row["answer"])
+        except RequestError as e:
+            raise RequestError(f"{self.where(i)}: {e}") from None
+        return {"choices": tuple(map(self._clean, choices)), "answer": answer}
+
     def _made(self, row: Row, raw: Row, i: int) -> Row:
-        """Return the columns that templates make."""
+        """Return the columns that templates make, and the words of the classes as choices."""
         read: Row = {}
         for ours, theirs in self._readable.items():
             value = row.get(ours, raw.get(theirs))
@@ -172,7 +188,13 @@ class View(Source):
                     raise Unlabeled(f"{self.where(i)}: the label is empty (column {theirs!r})")
                 value = value if value is None else self._spelled.get(canonical(plain(value)), plain(value))
             read[ours] = value
-        return self._templates.render(row | read, raw, self.where(i))
+        made: Row = self._templates.render(row | read, raw, self.where(i))
+        if not self._asks:
+            return made
+        names = [*self._cfg.words]
+        if read["label"] not in names:
+            raise RequestError(f"{self.where(i)}: the label {read['label']!r} has no word in data.words")
+        return made | {"choices": tuple(self._cfg.words.values()), "answer": names.index(read["label"])}
 
     def _conversation(self, row: Row, i: int) -> Row:
         column = "messages"
@@ -189,7 +211,8 @@ class View(Source):
         """Return the texts that make a row. The first one decides its split; equal ones are repeated rows."""
         if "messages" in row:
             return [chats.opening(row["messages"]), chats.written(row["messages"], row["tools"])]
-        return [row[c] for c in self.texts]
+        choices = row["choices"] if {"choices", "answer"} <= self._map.keys() else ()
+        return [*(row[c] for c in self.texts), *choices]
 
     def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
         """Return True if a value is in the list of a filter. Two texts are equal only if their spelling is equal."""

@@ -20,13 +20,13 @@ Truncate = Literal["tail", "head_tail"]
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
 """Canonical columns that contain text. The first one that a row has determines the row's split, so that a context
 and all of its questions are in the same split."""
-COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "messages", "tools")
+COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "choices", "answer", "messages", "tools")
 """All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
 CHAT_COLUMNS = {"messages", "tools"}
 """Canonical columns of conversations: a list of messages, and a list of tools that the assistant may call."""
-LABEL_COLUMNS = {"label", "tags", "answers"}
+LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 """Canonical columns that contain labels, not text."""
-TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"})
+TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
 """Groups of columns that are mapped by default only if all columns of the group exist, because a single one may have
 another meaning."""
 
@@ -59,6 +59,7 @@ class SourceConfig(Config):
     canonical names. Canonical names of text columns are text, pair, prompt, completion, chosen and rejected (a better
     and a worse completion), context and question. The others are label, tokens (a list of words), tags (one label per
     word) and answers (in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if there is no answer).
+    Multiple choice has choices (a list of texts) and answer (the index, the text or the name of the right one).
     Conversations have messages (also called
     conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}

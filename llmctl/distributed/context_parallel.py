@@ -7,6 +7,7 @@ over positions, and attention receives each token's position. It is therefore en
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +21,14 @@ ALONG = frozenset({"tokens", "targets", "weights", "segments", "positions", "typ
 The prefix `encoder_` marks arrays of the encoder of an encoder-decoder model. The prefix `pair_` marks arrays of the
 second text of a pair.
 """
+_PREFIX = re.compile(r"^(pair_|choice\d+_)?(encoder_)?")
 PLACES = ("places", "start", "end")
 """Names of batch arrays whose values are positions in the sequence."""
 
 
 def runs_along(name: str) -> bool:
     """Return True if the second axis of the batch array `name` is the sequence."""
-    return name.removeprefix("pair_").removeprefix("encoder_") in ALONG | {"order"}
+    return _PREFIX.sub("", name) in ALONG | {"order"}
 
 
 def order(length: int, devices: int) -> np.ndarray:

@@ -137,12 +137,15 @@ def answers(
     """
     batches = setup.batches()
 
+    def read(name: str) -> bool:
+        return not reads or name in reads
+
     def place(batch: Batch) -> tuple[Batch, Batch]:
-        return batch, batches.place({k: a for k, a in batch.items() if k in reads or batches.spans is not None})
+        return batch, batches.place({k: a for k, a in batch.items() if read(k) or batches.spans is not None})
 
     with batches.once(rows, place=place) as steps:
         for _, (batch, placed) in steps:
-            found = step(params, {k: placed[k] for k in reads if k in placed})
+            found = step(params, {k: a for k, a in placed.items() if read(k) and k != "row_weight"})
             batch = batches.gathered(batch, placed)
             real = batch["row_weight"] > 0
             yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: host_arrays.read(a)[r], found)
@@ -151,7 +154,7 @@ def answers(
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
     """Return a batch of the first `setup.batch_size` rows, for timing. Rows repeat if there are too few."""
     batch = rows.batch(np.arange(setup.batch_size) % len(rows))
-    return {k: batch[k] for k in reads if k in batch}
+    return {k: a for k, a in batch.items() if not reads or k in reads}
 
 
 def programs(

@@ -137,7 +137,7 @@ class ModelConfig(Config):
     adapter_scale: float = Field(default=1.0, gt=0)
     """Factor on the adapters' output before it is added."""
 
-    head: Literal["lm", "classify", "regress", "tokens", "span", "embed"] = "lm"
+    head: Literal["lm", "classify", "regress", "tokens", "span", "embed", "choice"] = "lm"
     """Output head of the model: logits over the vocabulary (lm), or a task head."""
     labels: int = Field(default=0, ge=0)
     """Number of classes of a classification head."""

@@ -40,5 +40,6 @@ HEAD_KINDS = {
     "tokens": HeadKind(per_token=True),
     "span": HeadKind(per_token=True, width=2),
     "embed": HeadKind(bare=True),
+    "choice": HeadKind(width=1, scalar=True),
 }
 """Output structures by name of the head. The width of "lm" is that of the next-sentence head."""

@@ -141,19 +141,29 @@ class CompletionRows(ExampleRows):
         return completion_batch(pairs, self._tokenizer, self._seq_len)
 
 
-def completion_batch(pairs: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, seq_len: int) -> Batch:
-    """Build decoder rows [B, T] of tokenized prompts and completions; see `CompletionRows`."""
+def completion_batch(
+    pairs: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, seq_len: int, ends: bool = True
+) -> Batch:
+    """Build decoder rows [B, T] of tokenized prompts and completions; see `CompletionRows`.
+
+    Args:
+        pairs: Token ids of a prompt and its completion, per row.
+        tokenizer: Tokenizer of the model.
+        seq_len: Number of tokens per row, T.
+        ends: Whether a completion continues with `eos`, which is then predicted too.
+    """
     shape = (len(pairs), seq_len)
     tokens_BT, targets_BT = (np.full(shape, tokenizer.pad_id, np.int32) for _ in range(2))
     segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     bos = [tokenizer.bos_id] * tokenizer.add_bos
     for b, (prompt, completion) in enumerate(pairs):
         # The model reads all tokens but the last, so a row holds one token more than its inputs.
-        completion = np.append(completion, tokenizer.eos_id)[: seq_len - len(bos)]
+        completion = np.append(completion, tokenizer.eos_id) if ends else completion
+        completion = completion[: seq_len - len(bos)]
         room = seq_len + 1 - len(bos) - len(completion)
         prompt = np.concatenate([bos, prompt[max(len(prompt) - room, 0) :]]).astype(np.int32)
         whole = np.concatenate([prompt, completion])
-        n = len(whole) - 1
+        n = max(len(whole) - 1, 0)
         tokens_BT[b, :n], targets_BT[b, :n] = whole[:-1], whole[1:]
         segments_BT[b, :n] = 1
         weights_BT[b, max(len(prompt) - 1, 0) : n] = 1
@@ -214,18 +224,33 @@ class SequencePairRows(ExampleRows):
         """Number of prompts whose end is cut."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
-        pad, eos = self._tokenizer.pad_id, self._tokenizer.eos_id
-        read, written = [], []
-        for example in map(int, example_B):
-            read.append(self._template.row(self._prompts[example][: self._room]))
-            written.append(np.append(self._completions[example][: self.written - 1], eos).astype(np.int32))
-        batch = padded(written, self.written, pad)
-        targets_BT, segments_BT = batch["tokens"], batch["segments"]
-        told_BT = np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1]
-        counted_B1 = segments_BT.sum(1, keepdims=True) - (not self._ends)
-        weights_BT = (np.arange(self.written) < counted_B1).astype(np.float32)
-        batch |= {"tokens": np.where(segments_BT, told_BT, pad), "targets": targets_BT, "weights": weights_BT}
-        return batch | padded(read, self._seq_len, pad, "encoder_")
+        pairs = [(self._prompts[i], self._completions[i]) for i in map(int, example_B)]
+        return sequence_batch(pairs, self._tokenizer, self._seq_len, self.written, self._ends)
+
+
+def sequence_batch(
+    pairs: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, seq_len: int, written: int, ends: bool = True
+) -> Batch:
+    """Build encoder-decoder rows of tokenized prompts and completions; see `SequencePairRows`.
+
+    Args:
+        pairs: Token ids of a prompt and its completion, per row.
+        tokenizer: Tokenizer of the model.
+        seq_len: Number of tokens per row of the encoder.
+        written: Number of tokens per row of the decoder.
+        ends: Whether the `eos` after a completion is predicted too.
+    """
+    pad, template = tokenizer.pad_id, tokenizer.template
+    room = seq_len - len(template.row([]))
+    read = [template.row(prompt[:room]) for prompt, _ in pairs]
+    told = [np.append(completion[: written - 1], tokenizer.eos_id).astype(np.int32) for _, completion in pairs]
+    batch = padded(told, written, pad)
+    targets_BT, segments_BT = batch["tokens"], batch["segments"]
+    before_BT = np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1]
+    counted_B1 = segments_BT.sum(1, keepdims=True) - (not ends)
+    weights_BT = (np.arange(written) < counted_B1).astype(np.float32)
+    batch |= {"tokens": np.where(segments_BT, before_BT, pad), "targets": targets_BT, "weights": weights_BT}
+    return batch | padded(read, seq_len, pad, "encoder_")
 
 
 def templated(

@@ -79,7 +79,14 @@ def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Seq
     labelled = numbers or "label" in columns
     found = tuple(cfg.classes) or tuple(classes) or ("no", "yes")
     long, words = TEXT * (1 + seq_len // len(TEXT)), TEXT.split()
-    values: dict[str, Any] = {"tokens": words, "tags": found[:1] * len(words), "answers": [], "question": TEXT}
+    values: dict[str, Any] = {
+        "tokens": words,
+        "tags": found[:1] * len(words),
+        "answers": [],
+        "question": TEXT,
+        "choices": words[:4],
+        "answer": 0,
+    }
     values |= {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": long}], "tools": None}
     row = tuple(values.get(name, long) for name in names)
     labels = np.zeros(COPIES, np.float32 if numbers else np.int32)

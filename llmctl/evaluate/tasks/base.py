@@ -118,6 +118,10 @@ class Task(Predicts):
     problem_type: ClassVar[str] = ""
     """Value of `problem_type` in Hugging Face's config.json; empty omits the field."""
 
+    def head_for(self, model: ModelConfig) -> str:
+        """Return the head that a model of this architecture needs, a key of `HEAD_KINDS`."""
+        return self.head
+
     # --- data --------------------------------------------------------------------------------------------------------
 
     @property
@@ -392,10 +396,8 @@ class Task(Predicts):
         Raises:
             RequestError: If the model has another head, or an architecture that the task does not support.
         """
-        if model.head != self.head:
-            raise RequestError(
-                f"{where}: task {self.name!r} needs the head {self.head!r}, this model has {model.head!r}"
-            )
+        if model.head != (needed := self.head_for(model)):
+            raise RequestError(f"{where}: task {self.name!r} needs the head {needed!r}, this model has {model.head!r}")
         if model.architecture not in self.architectures:
             raise RequestError(
                 f"{where}: eval has no task for {with_article(model.architecture)} with the head {model.head!r}"

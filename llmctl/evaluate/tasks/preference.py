@@ -22,19 +22,14 @@ from llmctl.data.examples.preferences import REJECTED, PreferencePairRows, Prefe
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
-from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.setup import Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored
-from llmctl.evaluate.tasks.language import Language, predicted, project
+from llmctl.evaluate.tasks.language import Language
+from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
 from llmctl.evaluate.tasks.settings import PreferenceConfig
-from llmctl.model import chunked_loss, functional, weights
+from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Loss, Sums, row_weight
-
-COMPLETED = (
-    "tokens", "targets", "weights", "segments", "positions", "encoder_tokens", "encoder_segments", "encoder_positions",
-)  # fmt: skip
-"""Arrays of one completion, with its prompt."""
 
 
 class Preference(Language):
@@ -46,7 +41,6 @@ class Preference(Language):
     columns = ("prompt", "chosen", "rejected")
     columns_read = columns
     section = "preference"
-    reads = tuple(prefix + name for prefix in ("", REJECTED) for name in COMPLETED)
 
     def check_method(self, adapts: bool, options: Options) -> None:
         """See Task.
@@ -97,13 +91,7 @@ class Preference(Language):
 
     def woven(self, batch: Batch) -> Batch:
         """Return chosen and rejected completions as successive rows [2B, T]."""
-
-        def both(name: str) -> jax.Array:
-            two = jnp.stack([batch[name], batch[REJECTED + name]], axis=1)
-            return meshes.constrain(two.reshape(-1, two.shape[-1]), "batch", "seq")
-
-        names = [name.removeprefix(REJECTED) for name in batch if name.startswith(REJECTED)]
-        return {k: a for k, a in batch.items() if not k.startswith(REJECTED)} | {name: both(name) for name in names}
+        return interleaved(batch, ("", REJECTED))
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
         """Return the loss per pair; see Task. Its sums have "accuracy" and "margin", of the pairs' rewards in nats."""
@@ -123,23 +111,13 @@ class Preference(Language):
             x_2BTD = functional.hidden(
                 cfg, params, batch, train=key is not None, rng=key, dtype=settings.dtype, remat=remat
             )
-            fixed = jax.lax.stop_gradient((params, x_2BTD))
-            policy_2B = log_likelihood(cfg, *fixed, batch, settings.dtype)
             tokens_2B = jnp.maximum(batch["weights"].sum(-1), 1)
 
             def of(policy_2B: jax.Array) -> tuple[jax.Array, Sums]:
                 gained_2B = policy_2B - reference_2B
                 return pair_loss(gained_2B, tokens_2B, weight_B, chosen, settings.label_smoothing)
 
-            # The derivatives of the loss by the log-likelihoods weigh the tokens of a cross-entropy, whose gradient is
-            # then that of the loss. So the logits are computed in chunks, as in every other loss.
-            (total, sums), slope_2B = jax.value_and_grad(of, has_aux=True)(policy_2B)
-            weights_2BT = -slope_2B[:, None] * batch["weights"]
-            head = functional.head_params(cfg, params)
-            weighed, _ = chunked_loss.cross_entropy(
-                project(cfg, settings.dtype), head, x_2BTD, batch["targets"], weights_2BT, cfg.vocab_size
-            )
-            return total + weighed - jax.lax.stop_gradient(weighed), sums
+            return loss_of_rows(cfg, params, x_2BTD, batch, settings.dtype, of)
 
         return loss
 
@@ -169,16 +147,6 @@ class Preference(Language):
             "accuracy_per_token": float(np.mean(mean_N2[:, 0] > mean_N2[:, 1])),
             "margin": float(np.mean(total_N2[:, 0] - total_N2[:, 1])),
         }, None
-
-
-def log_likelihood(
-    cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, dtype: Any
-) -> jax.Array:
-    """Return the log-likelihood (nats) of each row's weighted targets, [B]. Logits are computed in chunks."""
-    x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-    head = functional.head_params(cfg, params)
-    nll_BP = chunked_loss.token_nll(project(cfg, dtype), head, x_BPD, targets_BP, cfg.vocab_size)
-    return -jnp.sum(jnp.where(weights_BP > 0, nll_BP * weights_BP, 0.0), axis=-1)
 
 
 def pair_loss(

@@ -28,6 +28,7 @@ TASKS: Registry[Task] = Registry(
         "span": "llmctl.evaluate.tasks.span:TASK",
         "embed": "llmctl.evaluate.tasks.embed:TASK",
         "chat": "llmctl.evaluate.tasks.chat:TASK",
+        "choice": "llmctl.evaluate.tasks.choice:TASK",
         "preference": "llmctl.evaluate.tasks.preference:TASK",
         "seq2seq": "llmctl.evaluate.tasks.seq2seq:TASK",
         "lm": "llmctl.evaluate.tasks.language:TASK",

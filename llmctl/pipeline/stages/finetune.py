@@ -45,15 +45,16 @@ class Config(StageConfig):
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
     """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
-    question, context and answers (span); text and pair (embed); prompt, chosen and rejected (preference); messages, and
-    tools if there are any (chat); prompt and completion (seq2seq); the same, or text (lm)."""
+    question, context and answers (span); text and pair (embed); prompt, choices and answer (choice); prompt, chosen and
+    rejected (preference); messages, and tools if there are any (chat); prompt and completion (seq2seq); the same, or
+    text (lm)."""
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
-    vectors that are similar for pairs of texts, or that match given scores. preference: the better of two completions
-    becomes more likely. chat: answers of the assistant in conversations. seq2seq: completions of prompts, validated by
-    generation (translation, summarization). lm: language modelling. If the data has completions, only they count in
-    the loss."""
+    vectors that are similar for pairs of texts, or that match given scores. choice: one of several choices per prompt.
+    preference: the better of two completions becomes more likely. chat: answers of the assistant in conversations.
+    seq2seq: completions of prompts, validated by generation (translation, summarization). lm: language modelling. If
+    the data has completions, only they count in the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
@@ -261,7 +262,7 @@ def why_new_head(config: Config, base: Artifact, labels: list[str]) -> str:
     from llmctl.model.head_kinds import HEAD_KINDS
 
     task, cfg = TASKS[config.task], base.model
-    if HEAD_KINDS[task.head].vocabulary:
+    if HEAD_KINDS[task.head_for(cfg)].vocabulary:
         return ""
     if (parents := of(base.manifest)) is not task:
         return f"the parent's is for task {parents.name}"
@@ -308,7 +309,7 @@ def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) 
     from llmctl.model.head_kinds import HEAD_KINDS
 
     cfg, params, task = base.model, dict(base.params), TASKS[config.task]
-    if HEAD_KINDS[task.head].vocabulary:
+    if HEAD_KINDS[task.head_for(cfg)].vocabulary:
         if not cfg.head_kind.vocabulary:
             raise RequestError(
                 f"{base.path}: has no language-model head (its head is {cfg.head!r}); start from one that has"

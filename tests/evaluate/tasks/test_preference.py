@@ -11,7 +11,8 @@ from llmctl.data.config import DataConfig
 from llmctl.data.examples.preferences import PreferenceRows
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.evaluate.tasks.base import Options
-from llmctl.evaluate.tasks.preference import TASK, log_likelihood, pair_loss
+from llmctl.evaluate.tasks.likelihoods import log_likelihood
+from llmctl.evaluate.tasks.preference import TASK, pair_loss
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.settings import PreferenceConfig
 from llmctl.model import functional, weights

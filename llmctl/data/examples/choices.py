@@ -1,0 +1,94 @@
+"""Rows of multiple-choice questions: a prompt with several choices, of which one is right.
+
+Legend: B rows, T tokens per row, K choices of the question with the most.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmctl.data.config import Truncate
+from llmctl.data.corpus import tokenize
+from llmctl.data.examples.labelled import ExampleRows, completion_batch, padded, sequence_batch, templated
+from llmctl.data.pretraining.packing import Batch
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+
+NOTHING = np.zeros(0, np.int32)
+
+
+def prefix(k: int) -> str:
+    """Return the prefix of the arrays of choice k; those of the first choice have none."""
+    return f"choice{k}_" if k else ""
+
+
+class ChoiceRows(ExampleRows):
+    """Build the rows of a question with each of its choices, and label and choices, int32 [B].
+
+    The arrays of each choice are those of the architecture. Decoders read the prompt and the choice, as in
+    `CompletionRows`, without `eos`. Encoder-decoders read the prompt with the encoder. Encoders read a pair of texts.
+    `choices` is the number of choices; the rows of further ones have nothing to predict.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        architecture: str,
+        *,
+        truncate: Truncate = "tail",
+        target_len: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        """Tokenize prompts and choices.
+
+        Args:
+            examples: Examples with prompts, choices and answers.
+            tokenizer: Tokenizer of the model.
+            seq_len: Number of tokens per row, T.
+            architecture: Architecture of the model: decoder, encoder or encoder_decoder.
+            truncate: Which part of a long prompt to cut, for an encoder.
+            target_len: Number of tokens per choice, for an encoder-decoder; 0 uses `seq_len`.
+            seed: Seed of the shuffle.
+            shuffle: Whether to shuffle in every epoch.
+
+        Raises:
+            RequestError: If the examples have no prompts.
+        """
+        super().__init__(len(examples), seed, shuffle)
+        self._tokenizer, self._seq_len, self._architecture = tokenizer, seq_len, architecture
+        self._truncate: Truncate = truncate
+        self._written = target_len or seq_len
+        self._prompts = tokenize(examples.texts("prompt"), tokenizer)
+        rows = [examples.source[int(i)] for i in examples.index]
+        self._count_N = np.array([len(row["choices"]) for row in rows], np.int32)
+        self._first_N = np.cumsum(self._count_N) - self._count_N
+        self._choices = tokenize((choice for row in rows for choice in row["choices"]), tokenizer)
+        self.answers_N = np.array([row["answer"] for row in rows], np.int32)
+        """Index of the right choice of each example."""
+        self.most = int(self._count_N.max(initial=2))
+        """Number of choices of the question with the most, K."""
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        batch = {"label": self.answers_N[example_B], "choices": self._count_N[example_B]}
+        for k in range(self.most):
+            pairs = [(self._prompts[i], self._choice(i, k)) for i in map(int, example_B)]
+            batch |= {prefix(k) + name: a for name, a in self._rows(pairs).items()}
+        return batch
+
+    def _choice(self, i: int, k: int) -> np.ndarray:
+        return self._choices[int(self._first_N[i]) + k] if k < self._count_N[i] else NOTHING
+
+    def _rows(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        if self._architecture == "decoder":
+            return completion_batch(pairs, self._tokenizer, self._seq_len, ends=False)
+        if self._architecture == "encoder_decoder":
+            return sequence_batch(pairs, self._tokenizer, self._seq_len, self._written, ends=False)
+        rows, types_BT = [], np.zeros((len(pairs), self._seq_len), np.int32)
+        for b, (prompt, choice) in enumerate(pairs):
+            row, types = templated(self._tokenizer.template, prompt, choice, self._seq_len, self._truncate)
+            rows.append(row)
+            types_BT[b, : len(types)] = types
+        return padded(rows, self._seq_len, self._tokenizer.pad_id) | {"types": types_BT}

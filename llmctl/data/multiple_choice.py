@@ -1,0 +1,49 @@
+"""Read the choices of a multiple-choice question and the index of the right one.
+
+Example:
+    >>> read(["red", "blue"], "blue")
+    (('red', 'blue'), 1)
+    >>> read({"text": ["red", "blue"], "label": ["A", "B"]}, "A")  # the format of ARC and CommonsenseQA
+    (('red', 'blue'), 0)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmctl.config.errors import RequestError
+
+
+def read(choices: Any, answer: Any) -> tuple[tuple[str, ...], int]:
+    """Return the choices, and the index of the right one.
+
+    Args:
+        choices: List of texts, or {"text": texts, "label": names of the choices}.
+        answer: Index from 0, the text of a choice, or its name. Without names, the letters A, B, … are names.
+
+    Raises:
+        RequestError: If there are fewer than two different choices, or the answer is not one of them.
+    """
+    texts, names = choices, None
+    if isinstance(choices, dict):
+        texts, names = choices.get("text"), choices.get("label")
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise RequestError('choices must be a list of texts, or {"text": [...], "label": [...]}')
+    if len(texts) < 2 or len({*texts}) < len(texts):
+        raise RequestError(f"needs at least two different choices, has {len(texts)}")
+    if names is not None and (not isinstance(names, list) or len(names) != len(texts)):
+        raise RequestError("choices must have one label per text")
+    letters = [chr(ord("A") + k) for k in range(len(texts))]
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and names is None:
+        if answer == int(answer) and 0 <= answer < len(texts):
+            return tuple(texts), int(answer)
+    elif isinstance(answer, str):
+        found = [[str(n) for n in names]] if names is not None else [list(texts), letters]
+        found += [list(texts)] if names is not None else [[str(k) for k in range(len(texts))]]
+        for known in found:
+            if known.count(answer) == 1:
+                return tuple(texts), known.index(answer)
+    known = (
+        ", ".join(map(str, names)) if names is not None else f"0 to {len(texts) - 1}, A to {letters[-1]}, or a choice"
+    )
+    raise RequestError(f"the answer {answer!r} is none of the choices ({known})")

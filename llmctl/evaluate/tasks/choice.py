@@ -1,0 +1,187 @@
+"""Multiple choice: one of several choices is the right continuation of a prompt.
+
+A language model scores a choice by its log-likelihood after the prompt, so it can be measured without any training
+(Brown et al., 2020, arXiv:2005.14165). An encoder gets a head with one output per pair of prompt and choice.
+
+Shapes: B questions, K choices per question, R = B * K rows, T tokens per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
+from llmctl.data.config import Truncate
+from llmctl.data.examples.choices import ChoiceRows, prefix
+from llmctl.data.pretraining.lm_corpus import Text
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate.setup import Batch
+from llmctl.evaluate.tasks.base import Corpora, Found, Network, Options, Scored, Task
+from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Loss, Sums, class_sums, only, row_weight, soft_class_sums
+
+
+class Choice(Task):
+    """Train and measure the choice of the most likely answer, with cross-entropy over the choices."""
+
+    name = "choice"
+    head = "choice"
+    title = "multiple choice"
+    architectures = ("decoder", "encoder", "encoder_decoder")
+    columns = ("prompt", "choices", "answer")
+    columns_read = columns
+    reads = ()
+    answers = False
+    peft_type = "FEATURE_EXTRACTION"
+
+    def head_for(self, model: ModelConfig) -> str:
+        """Return "lm" for models that generate text, and "choice" for encoders."""
+        return "choice" if model.architecture == "encoder" else "lm"
+
+    def best(self, labels: Sequence[str] = ()) -> str:
+        """Return "accuracy"."""
+        return "accuracy"
+
+    def rows(
+        self,
+        model: ModelConfig,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        truncate: Truncate = "tail",
+        corpus: Corpora | None = None,
+        target_len: int = 0,
+    ) -> ChoiceRows:
+        """Return a question with all of its choices per row.
+
+        Raises:
+            RequestError: If the data has no questions.
+        """
+        if missing := [c for c in self.columns if c not in examples.columns]:
+            raise RequestError(
+                f"the data has no column {missing[0]!r}; map one in data.columns, or make questions with data.template "
+                f"and data.words (it has: {', '.join(examples.columns)})"
+            )
+        return ChoiceRows(
+            examples, tokenizer, seq_len, model.architecture,
+            truncate=truncate, target_len=target_len, seed=seed, shuffle=shuffle,
+        )  # fmt: skip
+
+    def reading_rows(
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
+    ) -> Any:
+        """Return rows for calibration, built as in training."""
+        return self.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
+
+    def row_settings(self, text: Text) -> dict[str, Any]:
+        """Return the number of tokens per choice."""
+        return {"target_len": text.target_len}
+
+    def woven(self, batch: Batch) -> Batch:
+        """Return the choices of a question as successive rows [R, T]."""
+        count = sum(name.endswith("segments") and "encoder" not in name for name in batch)
+        return interleaved(batch, [prefix(k) for k in range(count)])
+
+    def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
+        """Return the cross-entropy of the choices, as a loss function; see Task."""
+        settings = Options(**options)
+
+        def loss(params: functional.Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
+            batch = self.woven(batch)
+            x_RTD = functional.hidden(
+                cfg, params, batch, train=key is not None, rng=key, dtype=settings.dtype, remat=remat
+            )
+
+            def of(score_R: jax.Array) -> tuple[jax.Array, Sums]:
+                smoothing, z = settings.label_smoothing, settings.z_loss
+                label_B, allowed_BK = batch["label"], allowed(batch, score_R)
+                score_BK = score_R.reshape(allowed_BK.shape)
+                return class_sums(score_BK, label_B, row_weight(batch, label_B), smoothing, z, allowed_BK)
+
+            return loss_of_scores(cfg, params, x_RTD, batch, settings.dtype, of)
+
+        return loss
+
+    def soft_loss(
+        self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
+    ) -> tuple[jax.Array, Sums]:
+        """Return the divergence from the teacher's distribution over the choices, mixed with the cross-entropy."""
+        taught_R = choice_scores(*teacher, batch, dtype)
+        label_B, allowed_BK = batch["label"], allowed(batch, taught_R)
+
+        def of(score_R: jax.Array) -> tuple[jax.Array, Sums]:
+            taught_BK, score_BK = taught_R.reshape(allowed_BK.shape), score_R.reshape(allowed_BK.shape)
+            weight_B = row_weight(batch, label_B)
+            return soft_class_sums(taught_BK, score_BK, label_B, weight_B, temperature, hard, allowed_BK)
+
+        return loss_of_scores(*student, batch, dtype, of)
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return a compiled function of (params, batch).
+
+        It returns the score of each choice, and its number of tokens, float32 [B, K, 2].
+        """
+
+        @jax.jit
+        def scores(params: functional.Params, batch: Batch) -> jax.Array:
+            batch = self.woven(batch)
+            x_RTD = functional.hidden(model, params, batch, dtype=dtype)
+            score_R = choice_scores(model, params, x_RTD, batch, dtype)
+            tokens_R = batch["weights"].sum(-1) if model.head_kind.vocabulary else jnp.ones_like(score_R)
+            allowed_BK = allowed(batch, score_R)
+            score_BK = only(score_R.reshape(allowed_BK.shape), allowed_BK)
+            return jnp.stack([score_BK, tokens_R.reshape(allowed_BK.shape)], axis=-1)
+
+        return scores
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+        """Return accuracies by sums and by means per token of the log-likelihoods, and those of guessing."""
+        pairs = [(batch["label"], batch["choices"], outputs) for batch, outputs in found]
+        label_N, count_N, scores_NK2 = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        total_NK, tokens_NK = scores_NK2[..., 0], np.maximum(scores_NK2[..., 1], 1)
+        metrics = {"accuracy": float(np.mean(total_NK.argmax(-1) == label_N))}
+        if artifact.model.head_kind.vocabulary:
+            metrics |= {"accuracy_per_token": float(np.mean((total_NK / tokens_NK).argmax(-1) == label_N))}
+        return metrics | {"baseline_accuracy": float(np.mean(1 / count_N))}, None
+
+
+def choice_scores(cfg: ModelConfig, params: functional.Params, x_RTD: jax.Array, batch: Batch, dtype: Any) -> jax.Array:
+    """Return the score of each row, [R]: its log-likelihood in nats, or the output of the head of an encoder."""
+    if cfg.head_kind.vocabulary:
+        return log_likelihood(cfg, params, x_RTD, batch, dtype)
+    return functional.outputs(cfg, params, x_RTD, batch, dtype)
+
+
+def loss_of_scores(
+    cfg: ModelConfig,
+    params: functional.Params,
+    x_RTD: jax.Array,
+    batch: Batch,
+    dtype: Any,
+    of: Callable[[jax.Array], tuple[jax.Array, Sums]],
+) -> tuple[jax.Array, Sums]:
+    """Return `of` of the scores [R], as a function that is differentiated without storing logits."""
+    if cfg.head_kind.vocabulary:
+        return loss_of_rows(cfg, params, x_RTD, batch, dtype, of)
+    return of(choice_scores(cfg, params, x_RTD, batch, dtype))
+
+
+def allowed(batch: Batch, score_R: jax.Array) -> jax.Array:
+    """Return 1 for a choice of the question and 0 for a row that only fills the array, [B, K]."""
+    count_B = batch["choices"]
+    return (jnp.arange(score_R.shape[0] // count_B.shape[0]) < count_B[:, None]).astype(jnp.int32)
+
+
+TASK = Choice()

@@ -1,0 +1,76 @@
+"""Losses on the log-likelihoods of whole rows, such as of the completions of one prompt.
+
+Shapes: B examples, K rows per example, R = B * K rows, T tokens per row, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.setup import Batch
+from llmctl.evaluate.tasks.language import predicted, project
+from llmctl.model import chunked_loss, functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums
+
+
+def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
+    """Return the arrays [B, T] of each prefix as successive rows [B * K, T] of one array without a prefix.
+
+    The first prefix is "". Arrays that exist for it alone stay as they are.
+    """
+    last = prefixes[-1]
+    names = [name.removeprefix(last) for name in batch if name.startswith(last)]
+
+    def rows(name: str) -> jax.Array:
+        stacked = jnp.stack([batch[prefix + name] for prefix in prefixes], axis=1)
+        return meshes.constrain(stacked.reshape(-1, stacked.shape[-1]), "batch", "seq")
+
+    others = tuple(prefix for prefix in prefixes if prefix)
+    return {k: a for k, a in batch.items() if not k.startswith(others)} | {name: rows(name) for name in names}
+
+
+def log_likelihood(
+    cfg: ModelConfig, params: functional.Params, x_RTD: jax.Array, batch: Batch, dtype: Any
+) -> jax.Array:
+    """Return the log-likelihood (nats) of each row's weighted targets, [R]. Logits are computed in chunks."""
+    x_RPD, targets_RP, weights_RP = predicted(batch, x_RTD)
+    head = functional.head_params(cfg, params)
+    nll_RP = chunked_loss.token_nll(project(cfg, dtype), head, x_RPD, targets_RP, cfg.vocab_size)
+    return -jnp.sum(jnp.where(weights_RP > 0, nll_RP * weights_RP, 0.0), axis=-1)
+
+
+def loss_of_rows(
+    cfg: ModelConfig,
+    params: functional.Params,
+    x_RTD: jax.Array,
+    batch: Batch,
+    dtype: Any,
+    of: Callable[[jax.Array], tuple[jax.Array, Sums]],
+) -> tuple[jax.Array, Sums]:
+    """Return a loss of the rows' log-likelihoods, and its sums.
+
+    The derivatives of the loss by the log-likelihoods weigh the tokens of a cross-entropy, whose gradient is then that
+    of the loss. So the logits are computed in chunks, as in other losses. It takes one more output projection.
+
+    Args:
+        cfg: Config of the model.
+        params: Its parameters.
+        x_RTD: Hidden states.
+        batch: Rows with `targets` and `weights` [R, T].
+        dtype: Dtype of the computation.
+        of: Function from log-likelihoods [R] to (loss, sums).
+    """
+    found_R = log_likelihood(cfg, *jax.lax.stop_gradient((params, x_RTD)), batch, dtype)
+    (total, sums), slope_R = jax.value_and_grad(of, has_aux=True)(found_R)
+    x_RPD, targets_RP, weights_RP = predicted(batch, x_RTD)
+    weighed, _ = chunked_loss.cross_entropy(
+        project(cfg, dtype), functional.head_params(cfg, params), x_RPD, targets_RP, -slope_R[:, None] * weights_RP,
+        cfg.vocab_size,
+    )  # fmt: skip
+    return total + weighed - jax.lax.stop_gradient(weighed), sums

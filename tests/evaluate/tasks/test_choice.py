@@ -1,0 +1,115 @@
+"""Multiple choice: scores and gradients against whole logits, questions of different sizes, zero-shot verbalizers."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.artifacts import artifact
+from llmctl.config.settings import MeshConfig
+from llmctl.data import splits
+from llmctl.data.config import DataConfig, TokenizerConfig
+from llmctl.data.tokenizers import loading
+from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.setup import Held, Setup
+from llmctl.evaluate.tasks.choice import TASK
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+
+SIZES = {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "vocab_size": 300}
+MODELS = {
+    "decoder": ModelConfig(preset="llama-tiny", **SIZES),
+    "encoder_decoder": ModelConfig(preset="t5-tiny", encoder_layers=1, **SIZES),
+    "encoder": ModelConfig(preset="bert-tiny", head="choice", next_sentence=False, head_transform=False, **SIZES),
+}
+ROWS = [
+    {"prompt": "the sky is", "choices": [" blue", " red", " a dog"], "answer": 0},
+    {"prompt": "two and two", "choices": [" five", " four"], "answer": "B"},
+    {"prompt": "snow", "choices": [" hot", " white"], "answer": " white"},
+    {"prompt": "fire", "choices": [" cold", " hot"], "answer": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    file = tmp_path_factory.mktemp("questions") / "x.jsonl"
+    file.write_text("\n".join(map(json.dumps, ROWS)))
+    return splits.load(DataConfig(source="jsonl", path=str(file), validation=0, test=0))["train"]
+
+
+def batch_of(model, examples):
+    rows = TASK.rows(model, examples, ByteTokenizer.new(), 24, shuffle=False)
+    return {k: jnp.asarray(a) for k, a in rows.batch(np.arange(4)).items()}
+
+
+def alone(model, params, batch, b, k):
+    """Return the score of one choice, read in a batch of its own, from all logits."""
+    names = [n for n in batch if n not in ("label", "choices") and not n.startswith("choice")]
+    own = {n: batch[(f"choice{k}_" if k else "") + n][b : b + 1] for n in names}
+    x = functional.hidden(model, params, own)
+    if not model.head_kind.vocabulary:
+        return functional.outputs(model, params, x, own)[0]
+    log_p = jax.nn.log_softmax(functional.lm_logits(model, params, x))
+    log_p = jnp.take_along_axis(log_p, own["targets"][..., None], -1)[..., 0]
+    return (log_p * own["weights"]).sum()
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_loss_and_gradients_equal_those_of_whole_logits(architecture, examples):
+    model = MODELS[architecture]
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
+    batch = batch_of(model, examples)
+    counts, labels = [3, 2, 2, 2], [0, 1, 1, 1]
+    assert batch["choices"].tolist() == counts and batch["label"].tolist() == labels
+
+    def whole(params):
+        total = 0.0
+        for b, (count, label) in enumerate(zip(counts, labels, strict=True)):
+            scores = jnp.stack([alone(model, params, batch, b, k) for k in range(count)])
+            total -= jax.nn.log_softmax(scores)[label]
+        return total
+
+    (total, sums), got = jax.jit(jax.value_and_grad(TASK.loss_of(model), has_aux=True))(params, batch)
+    want_total, want = jax.jit(jax.value_and_grad(whole))(params)
+    np.testing.assert_allclose(total, want_total, rtol=1e-5)
+    assert sums["weight"] == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-6), got, want)
+
+    scores = TASK.scorer(model, "float32")(params, batch)
+    assert scores.shape == (4, 3, 2) and (scores[1:, 2, 0] < -1e29).all()
+    np.testing.assert_allclose(scores[0, 2, 0], alone(model, params, batch, 0, 2), rtol=1e-5)
+    if architecture != "encoder":
+        assert scores[0, :, 1].tolist() == [5, 4, 6]  # bytes of the choices, without an end
+
+
+def test_a_teacher_equal_to_the_student_diverges_by_nothing(examples):
+    model = MODELS["decoder"]
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
+    loss = TASK.soft_loss_of(model, model, temperature=2.0, hard=0.0)
+    total, sums = jax.jit(loss)(params, batch_of(model, examples), jax.random.key(0), params)
+    np.testing.assert_allclose([total, sums["kl"]], 0, atol=1e-5)
+
+
+def test_words_of_classes_are_measured_without_training(tmp_path):
+    """A decoder without a preference answers the first word for every review."""
+    file = tmp_path / "x.jsonl"
+    rows = [{"text": f"review {i}", "label": "pos" if i % 4 else "neg"} for i in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(source="jsonl", path=str(file), validation=0, test=1,
+                      template={"prompt": "{{ text }}: "}, words={"neg": "b", "pos": "g"})  # fmt: skip
+    words = loading.train((), TokenizerConfig(kind="bytes"))
+    words.save(tmp_path / "words")
+    model = MODELS["decoder"].model_copy(update={"tied": False, "vocab_size": words.vocab_size})
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
+    params["lm_head"]["kernel"] = jnp.zeros_like(params["lm_head"]["kernel"])
+    about = {"stage": "pretrain", "key": "k", "config": {"train": {"seq_len": 24}}}
+    artifact.save(tmp_path / "lm", params, model, tokenizer_dir=tmp_path / "words", **about)
+    mesh = meshes.make(MeshConfig())
+    held = Held(splits.load(data)["test"], "test", tmp_path / "held")
+    found = TASK.evaluate(artifact.load(tmp_path / "lm", mesh), held, Setup(mesh, 24, 24, 8, "tail", "float32"))
+    # All logits are zero, so the first word wins: "b" of class neg, a quarter of the reviews.
+    assert found.metrics == {"accuracy": 0.25, "accuracy_per_token": 0.25, "baseline_accuracy": 0.5}
+    assert "40 examples" in found.protocol
