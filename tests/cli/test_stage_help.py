@@ -6,6 +6,7 @@ import pytest
 
 from llmctl.cli import app
 from llmctl.pipeline import registry
+from llmctl.train.adapters.registry import METHODS
 
 STAGES = registry.stages()
 
@@ -80,7 +81,7 @@ def test_presets_are_listed(call):
     [
         ("llmctl fin", ["finetune"]),
         ("llmctl finetune --train.st", ["--train.steps"]),
-        ("llmctl finetune --method ", ["full", "lora", "dora", "adalora", "ia3", "bitfit", "head"]),
+        ("llmctl finetune --method ", [*METHODS]),
         ("llmctl show --pre", ["--presets"]),
     ],
 )

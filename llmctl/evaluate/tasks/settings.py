@@ -39,7 +39,7 @@ class PreferenceConfig(Config):
 class ChatConfig(Config):
     """Conversations (task chat)."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("template",)
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     template: str = ""
     """Chat template: a file with a Jinja template, or chatml for the format ChatML. The finetuned artifact keeps it.
@@ -74,7 +74,7 @@ class ChatConfig(Config):
 class GenerationConfig(Config):
     """Answers that validation and evaluation generate (task seq2seq)."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("max_new", "beams")
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     max_new: int = Field(default=0, ge=0)
     """Maximum number of tokens per answer. 0 takes 64, or half of the model's maximum sequence length if it is less."""

@@ -34,7 +34,7 @@ class AdversarialConfig(Settings):
     A size of 1 is the root mean square of the entries of the row's own embeddings.
     """
 
-    common: ClassVar[tuple[str, ...] | None] = ("method",)
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     method: Annotated[str, AfterValidator(_known), ADVERSARIES] = ""
     """Adversarial training. fgm: clean rows, and rows one step along the gradient. pgd: rows after several steps.
