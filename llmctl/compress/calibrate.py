@@ -1,4 +1,4 @@
-"""Run calibration data through a model layer by layer, collect statistics and change the layers (calibration walk).
+"""Run calibration data through a model, layer by layer, to measure and change each layer (calibration walk).
 
 The walk first computes the embeddings of all batches. For each layer in turn, it adds the inputs of every matrix to
 statistics. Then a method may change the layer, and the batches pass through the changed layer. The inputs of later
@@ -45,7 +45,10 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Visit:
-    """Provide one layer of the walk to a method: its parameters, statistics and gradients."""
+    """Describe the layer at which the walk has arrived: its parameters, statistics and gradients.
+
+    It is the argument of the method that changes layers.
+    """
 
     stack: str
     """Stack of the layer, "encoder" or "decoder"; `HEAD` for the output head."""
@@ -54,17 +57,18 @@ class Visit:
     layer: Layer
     """Parameters of the layer. For the output head these are the subtrees "lm_head" and "head"."""
     stats: Stats
-    """Statistics of the inputs of the layer's matrices, by path of the matrix. `collect` selects them."""
+    """Statistics of the inputs of each matrix of the layer, by the matrix's path. The argument `collect` of `walk`
+    selects them."""
     gradients: Gradients = field(default_factory=dict)
-    """Sums of the loss's gradients of the layer's matrices, by path, if the walk has gradients. The output head has
-    none."""
+    """Sums over batches of the loss's gradients, for each matrix of the layer, by its path. It is empty for the output
+    head, and if `walk` got no gradients."""
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method records about the layer. The report contains it, also after a resume."""
 
 
 Change = Callable[[Visit], Layer]
-"""Method: a function from a visit to the changed parameters. All layers of a stack must end with the same node
-types."""
+"""Function from a visit to the changed parameters of its layer: the method. All layers of a stack must end with the
+same node types."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,14 @@ class LayerReport:
     """Relative output error: ||changed output - unchanged output|| / ||unchanged output - input|| on the same inputs.
     It is 1 if the layer is removed. For the output head the denominator is ||unchanged output||."""
     stats: Stats
-    """Statistics of the layer if the walk keeps them, otherwise empty. They are also empty if the layer was read from
+    """Statistics of the layer. It is empty unless `walk` was called with `keep`, and for a layer that was read from
     disk."""
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method recorded for the layer."""
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Return all fields except the statistics."""
+        """Return all fields except `stats`, by name, for JSON."""
         measured = {"influence": self.influence, "error": self.error}
         return {"stack": self.stack, "layer": self.layer, **measured, "notes": self.notes}
 
@@ -114,7 +118,7 @@ def walk(
       batches: inputs of the model: tokens, segments, positions [B, T], and encoder_* for an encoder-decoder. Padding
         (segment 0) is not counted.
       collect: function that selects the statistics of each matrix.
-      change: the method; None only measures.
+      change: the method, which returns the changed layer; None only measures.
       gradients: sums over batches of the unchanged model's gradients (`gradients.accumulate`).
       head: whether to visit the output head too, after all layers.
       keep: whether to keep each layer's statistics in its report.
@@ -155,7 +159,7 @@ def walk(
 
 @dataclass(frozen=True)
 class _Walk:
-    """Store the arguments of `walk`, and walk through one stack or the output head."""
+    """Hold the arguments of `walk`. Each method walks through one stack, or through the output head."""
 
     cfg: ModelConfig
     batches: Sequence[Batch]

@@ -22,7 +22,7 @@ from llmctl.evaluate.tasks.registry import of
 from llmctl.model.config import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
-"""Arrays of a batch that the walk reads. Gradients also need labels and targets."""
+"""Names of the arrays in a batch that the model reads. Labels and targets are kept only to compute gradients."""
 
 
 def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False) -> list[dict[str, Any]]:

@@ -23,10 +23,10 @@ from llmctl.model.config import ModelConfig
 Params = dict[str, Any]
 
 SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
-"""Functions of the gradient g of a batch's total loss. Their values are summed over batches."""
+"""Functions of g, the gradient of one batch's total loss. Each function's values are summed over the batches."""
 
 Gradients = dict[str, dict[str, jax.Array]]
-"""Sums of gradients: path of a matrix -> name in `SUMS` -> array of the matrix's shape, float32."""
+"""Sums of functions of the gradient: path of a matrix -> name in `SUMS` -> float32 array of the matrix's shape."""
 
 
 def accumulate(

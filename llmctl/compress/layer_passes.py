@@ -20,16 +20,16 @@ Layer = dict[str, Any]
 
 
 def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
-    """Return two compiled functions for the layers of a stack.
+    """Return the compiled functions (look, advance) for the layers of a stack.
 
-    `look` collects statistics of a layer. `advance` runs a changed layer.
+    `look` runs the unchanged layer and collects statistics. `advance` runs the changed layer and measures its error.
     """
     beside = stack == "encoder" and cfg.encoder_layers > 0
 
     def real(batch: Batch, path: str) -> jax.Array:
-        """Return a mask [N] of the rows of a matrix's input that are tokens, not padding.
+        """Return a mask [N] of the tokens that the matrix at `path` reads: True except at padding.
 
-        The keys and values of cross-attention read the encoder's tokens.
+        The tokens are the encoder's for keys and values of cross-attention.
         """
         memory = beside or path in ("cross/k", "cross/v")
         return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
@@ -38,19 +38,16 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     def look(
         layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
     ) -> tuple[Any, Stats, Any]:
-        """Run one batch through the layer.
-
-        Return its output, the updated statistics, and the influence of the layer.
-        """
+        """Run one batch through the layer, and return (output, updated statistics, influence of the layer)."""
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
     def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
-        """Run one batch through the changed layer.
+        """Run one batch through the changed layer, and return its output and two squared norms.
 
-        Return its output and the squared norms [error, change] of its output.
+        The norms are [||changed output - unchanged output||^2, ||unchanged output - input||^2], without padding.
         """
         before, _ = functional.block(cfg, stack, old, carry, index, dtype=dtype)
         after, _ = functional.block(cfg, stack, new, carry, index, dtype=dtype)
@@ -69,7 +66,10 @@ def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, c
 
 
 def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
-    """Return two compiled functions for the output head: `look` collects statistics, `compare` measures the error."""
+    """Return the compiled functions (look, compare) for the output head.
+
+    `look` collects the statistics of the unchanged head. `compare` measures the error of the changed head.
+    """
 
     @jax.jit
     def look(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
@@ -121,7 +121,7 @@ def _wanted(taps: dict[str, Any], collect: Collect) -> Stats:
 
 
 def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:
-    """Return [sum over tokens of 1 - cosine(x, y), number of tokens], without padding."""
+    """Return [sum over tokens of 1 - cosine(x, y), number of tokens], both without padding."""
     x_ND, y_ND = (v.astype(jnp.float32).reshape(-1, v.shape[-1]) for v in (x_BTD, y_BTD))
     norms = jnp.linalg.norm(x_ND, axis=-1) * jnp.linalg.norm(y_ND, axis=-1)
     cosine = jnp.sum(x_ND * y_ND, axis=-1) / jnp.maximum(norms, 1e-30)

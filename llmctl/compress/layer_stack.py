@@ -31,15 +31,15 @@ class LayerStack:
         self._done: set[int] = set()
 
     def __getitem__(self, index: int) -> Layer:
-        """Return one layer that was not replaced yet. The result for a replaced layer is undefined."""
+        """Return a layer that has not been replaced yet. For a replaced layer the result is undefined."""
         return jax.tree.map(lambda a: a[index], self._old)
 
     def put(self, index: int, layer: Layer) -> None:
         """Replace one layer.
 
         Raises:
-          ValueError: the layer's parameters are not those of the stack, or the layer changes the types of other weights
-            than the first replaced layer.
+          ValueError: the layer does not have the stack's parameters, or the first replaced layer changed the types of
+            other weights than this layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
@@ -60,10 +60,10 @@ class LayerStack:
             self._made = self._puts[1](self._made, {p: new[p] for p in changed}, at)
 
     def finish(self) -> Layer:
-        """Return the stack with all replaced layers.
+        """Return the stack in which all layers are replaced.
 
         Raises:
-          ValueError: some but not all layers changed the type of a weight.
+          ValueError: some layers changed the types of weights, but other layers were not replaced.
         """
         if self._made and len(self._done) < self._depth:
             raise ValueError(f"{len(self._done)} of {self._depth} layers changed the type of {sorted(self._made)}")
@@ -80,9 +80,9 @@ def putter(blocks: Layer) -> Any:
 
 
 def shard_like(new: Layer, old: Layer) -> Layer:
-    """Return a changed layer, sharded like the unchanged layer.
+    """Return a changed layer, with its arrays sharded like those of the unchanged layer.
 
-    A dimension with another length than in the unchanged layer is replicated.
+    A dimension whose length has changed is replicated.
     """
     before = flatten(old)
 
@@ -93,9 +93,9 @@ def shard_like(new: Layer, old: Layer) -> Layer:
 
 
 def sharding(shape: tuple[int, ...], old: Any) -> Sharding:
-    """Return the sharding of an array in a changed weight. It follows the sharding of the replaced weight `old`.
+    """Return the sharding for an array of this shape in a changed weight, like that of the unchanged weight `old`.
 
-    A dimension with another length than in `old` is replicated.
+    A dimension whose length has changed is replicated.
     """
     first = jax.tree.leaves(old)[0]
     if not isinstance(first.sharding, NamedSharding):
@@ -116,7 +116,7 @@ def _same_type(stacked: Any, layer: Any) -> bool:
 
 
 def _room(depth: int, layer: Any, old: Any) -> Any:
-    """Return zeros for `depth` layers of a weight, stacked on a new first axis."""
+    """Return zeros with the shapes of a weight of `depth` layers, stacked on a new first axis."""
 
     def one(a: jax.Array) -> jax.Array:
         shape = (depth, *a.shape)

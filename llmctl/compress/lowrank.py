@@ -1,4 +1,7 @@
-"""Merge the low-rank pairs of a finetuned artifact before compression, unless that would undo earlier compression."""
+"""Merge the low-rank adapters of a finetuned artifact into its matrices before compression.
+
+If merging would undo an earlier quantization or pruning, it is refused.
+"""
 
 from __future__ import annotations
 

@@ -34,10 +34,10 @@ from llmctl.model.program import Cost, Gather, Pass, Program, Tree
 
 @dataclass(frozen=True)
 class Walk:
-    """Store the arguments of a calibration walk, and return its programs."""
+    """Describe a calibration walk by abstract arrays, and return its programs."""
 
     batch: Mapping[str, Any]
-    """Abstract batch of arrays [B, T]."""
+    """Batch of abstract arrays [B, T], by name."""
     batches: int
     """Number of batches."""
     dtype: str
@@ -45,8 +45,7 @@ class Walk:
     """Task of the parent."""
     mesh: Mesh
     parent: Tree
-    """Abstract parameters of the parent. They stay in memory if the walk reads other parameters, such as merged
-    ones."""
+    """Abstract parameters of the parent. They stay in memory even if the walk reads others, such as merged ones."""
 
     def programs(self, model: ModelConfig, params: Tree, collect: Collect, changes: bool) -> list[Program]:
         """Return the programs that `llmctl.compress.calibrate.walk` runs per layer and batch, for the last stack.
@@ -106,7 +105,7 @@ class Walk:
         return found
 
     def sums(self, params: Tree, method: str) -> Tree:
-        """Return the abstract sums of gradients that a pruning score reads, by matrix path and name of the sum."""
+        """Return the abstract arrays of the gradient sums that a score reads, by matrix path and name of the sum."""
         inner = {m.path: m.weight for m in weights.matrices(params, "block")}
         names = SCORES[method].gradients
         return {
@@ -143,9 +142,9 @@ def _lies(w: Tree) -> Any:
 def zeros(
     model: ModelConfig, params: Tree, method: str, pattern: Pattern, mesh: Mesh, walk: Walk | None
 ) -> list[Program]:
-    """Return the programs of unstructured pruning.
+    """Return the programs of unstructured pruning, the largest matrix standing for all.
 
-    They are the walk, if the score reads data, and the change of the largest matrix.
+    One program prunes this matrix. If the score reads data, the programs of the calibration walk come first.
 
     Args:
       model: config of the model.
@@ -177,7 +176,10 @@ def zeros(
 
 
 def cuts(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
-    """Return the programs of structured pruning to `target`: walks that select layers and widths."""
+    """Return the programs of structured pruning to the config `target`.
+
+    A walk selects layers if layers are removed, and a walk selects heads and neurons if these are removed.
+    """
     found: list[Program] = []
     if structured.fewer_layers(model, target):
         found += walk.programs(model, params, nothing, changes=False)
@@ -242,7 +244,7 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return the abstract parameters with the number of layers that `model` has."""
+    """Return the abstract parameters, with as many layers as `model` has."""
     out = dict(params)
     for stack in functional.stacks(model):
         depth = functional.depth(model, stack)
@@ -252,7 +254,7 @@ def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _putting(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:
-    """Return the program that writes a changed layer into the stacked layers, in place."""
+    """Return the program that writes one changed layer into the stacked parameters, in place."""
     blocks = params[stack]["blocks"]
     rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}
     return replace(
@@ -274,10 +276,10 @@ def _layer_of(params: Tree, stack: str) -> Tree:
 
 
 def _sorting(w: Tree, method: str, pattern: Pattern) -> Cost:
-    """Return the cost of sorting a matrix's scores twice, with their positions.
+    """Return the cost of computing a mask from a matrix's scores, which sorts the scores twice.
 
-    If scores compete over the whole matrix, every device gathers and sorts all of them. Both sorts are counted as one
-    pass over the bytes that they read and write.
+    Each sort also moves the positions of the scores. If the scores of a whole matrix compete, every device gathers and
+    sorts all of them. The traffic of both sorts is counted as one pass over the bytes that they read and write.
     """
     leaf = jax.tree.leaves(w)[0]
     everywhere = SCORES[method].per == "matrix" and not pattern.of

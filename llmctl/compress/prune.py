@@ -36,7 +36,7 @@ def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]
     Args:
       score_IO: scores; the lowest are pruned.
       pattern: sparsity pattern.
-      per: weights that compete in an unstructured pattern: all weights of the matrix, or the weights of each output.
+      per: group within which scores compete in an unstructured pattern: the whole matrix, or each output's inputs.
 
     Raises:
       RequestError: the M of an N:M pattern does not divide the inputs.
@@ -54,9 +54,9 @@ def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]
 
 
 def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
-    """Return a mask of the shape of `score` that is True at the `keep` highest scores along `axis`.
+    """Return a boolean mask of the shape of `score`, True at the `keep` highest scores along `axis`.
 
-    The mask is computed from ranks, so equal scores do not change the number of kept weights.
+    The mask is computed from ranks, so that equal scores do not change the number of kept weights.
     """
     order = jnp.argsort(score, axis=axis, stable=True)
     rank = jnp.argsort(order, axis=axis)

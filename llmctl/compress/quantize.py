@@ -58,7 +58,7 @@ def quantize(
 
 
 def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[tuple[str, int]]:
-    """Yield (path, axis of the inputs) of every weight to quantize."""
+    """Yield (path, axis of the inputs) of every weight that the settings select for quantization."""
     wanted = {"block": True, "head": head, "embedding": embeddings}
     for m in weights.matrices(unflatten(flat)):
         if wanted[m.place]:
@@ -66,7 +66,7 @@ def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[t
 
 
 def check(path: str, w: Weight, inputs: int, group: int) -> None:
-    """Check that a weight can be quantized.
+    """Check that the weight at `path` can be quantized with one scale per `group` inputs.
 
     Raises:
       RequestError: the group does not divide the weight's inputs, or the weight is already quantized or low-rank.

@@ -40,11 +40,13 @@ class Score:
 
     calculate_scores: Calculate
     per: Literal["matrix", "output"] = "matrix"
-    """Weights that compete in an unstructured pattern: the weights of the matrix, or the weights of each output."""
+    """Group of weights within which scores compete in an unstructured pattern: the whole matrix, or each output's
+    inputs."""
     statistics: bool = False
     """Whether the function needs the moments of each matrix's inputs."""
     gradients: tuple[Literal["sum", "absolute", "square"], ...] = ()
-    """Sums over calibration batches that the function needs, of the loss's gradient g, of |g| or of g^2."""
+    """Names of the gradient sums that the function needs. Each is a sum over calibration batches of a function of the
+    loss's gradient g: g, |g| or g^2."""
 
     @property
     def calibrated(self) -> bool:

@@ -31,8 +31,8 @@ def target(
 ) -> ModelConfig:
     """Return the config after pruning.
 
-    In `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove. A number of 1 or more is the count to
-    keep, and 0 keeps all. The count that a fraction keeps is rounded to the nearest whole number, and is at least 1.
+    In `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove. A number from 1 is the count to keep. 0
+    keeps all. What a fraction leaves is rounded to the nearest count, but at least 1.
 
     Args:
       cfg: the config before pruning.
@@ -43,7 +43,8 @@ def target(
       multiple: divisor of the number of kept neurons.
 
     Raises:
-      RequestError: a number is impossible, or a fraction removes nothing, whatever the other numbers remove.
+      RequestError: a number cannot be reached, or a fraction removes nothing. The latter is an error even if the other
+        numbers remove something.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}
@@ -76,7 +77,7 @@ def target(
 
 
 def _keep(field: str, request: float, units: float, unit: int) -> int:
-    """Return the number of units to keep of `units`. One unit consists of `unit` heads, neurons or layers.
+    """Return how many of `units` units to keep. A unit is `unit` heads, neurons or layers.
 
     Raises:
       RequestError: the requested count is not a multiple of `unit`, or is too large.
@@ -110,7 +111,7 @@ def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig
 def drop_layers(
     cfg: ModelConfig, params: dict[str, Any], kept: dict[str, list[int]]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the config and parameters with only the layers in `kept` of each stack, in their order."""
+    """Return the config and parameters with only the layers in `kept` ({stack: ascending indices})."""
     update: dict[str, Any] = {"preset": ""}
     for stack, layers in kept.items():
         index = jnp.asarray(layers)
@@ -148,14 +149,22 @@ def cut(
 
 
 def columns(units: np.ndarray, width: int) -> np.ndarray:
-    """Return the column indices [..., N * width] of heads or neurons [..., N] that have `width` columns each."""
+    """Return the indices of the columns that belong to heads or neurons.
+
+    Args:
+      units: indices [..., N] of heads or neurons.
+      width: number of columns per head or neuron.
+
+    Returns:
+      Indices of columns [..., N * width].
+    """
     return (units[..., None] * width + np.arange(width)).reshape(*units.shape[:-1], -1)
 
 
 def take(path: str, w: Weight, index_LN: np.ndarray, axis: int) -> Weight:
-    """Return the positions `index_LN` [L, N] of a stacked weight [L, ...], along `axis` (-1 outputs, -2 inputs).
+    """Return a stacked weight [L, ...] with only the entries `index_LN` [L, N] along `axis` (-1 outputs, -2 inputs).
 
-    Each layer has its own positions.
+    Row l of `index_LN` has the indices that layer l keeps.
     """
     try:
         return as_node(w).select(index_LN, axis)

@@ -23,7 +23,7 @@ class Statistic(Protocol):
     """
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Self:
-        """Return the statistic with the tokens added at which `real_N` is True."""
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
         ...
 
 
@@ -41,7 +41,7 @@ class Moments:
         return Moments(jnp.zeros(inputs, jnp.float32), jnp.zeros((), jnp.float32))
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Moments:
-        """Return the statistic with the tokens added at which `real_N` is True."""
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
         x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
         return Moments(self.squares + jnp.sum(jnp.square(x_NI), axis=0), self.count + jnp.sum(real_N))
 
@@ -51,7 +51,8 @@ class Moments:
 class Gram:
     """Sum the Gram matrices X^T X [H, K, K] of a matrix's inputs, in H blocks of K inputs.
 
-    One block of all inputs is the Hessian of the layer's squared error. One block per head is used for head pruning.
+    With a single block of all inputs, the Gram matrix is the Hessian of the layer's squared error. With one block per
+    head, it serves to score the heads for pruning.
     """
 
     products: jax.Array
@@ -63,7 +64,7 @@ class Gram:
         return Gram(jnp.zeros((blocks, width, width), jnp.float32))
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Gram:
-        """Return the statistic with the tokens added at which `real_N` is True."""
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
         x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
         x_NHK = x_NI.reshape(x_NI.shape[0], self.products.shape[0], -1)
         return Gram(self.products + jnp.einsum("nhk,nhl->hkl", x_NHK, x_NHK))
@@ -83,4 +84,4 @@ def moments(path: str, inputs: int) -> Statistic:
 
 
 def nothing(path: str, inputs: int) -> None:
-    """Return None for every matrix. The walk then measures only the block influence."""
+    """Return None for every matrix. Without statistics, the walk measures only the block influence."""

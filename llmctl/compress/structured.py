@@ -58,7 +58,7 @@ def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads:
 
 
 def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
-    """Return the indices [keep] of the neurons with the highest scores, ascending."""
+    """Return the indices of the `keep` neurons with the highest scores, ascending."""
     return np.sort(_highest(score_F[None], keep)[0])
 
 
@@ -85,7 +85,7 @@ def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[boo
 
 
 def _highest(score: np.ndarray, keep: int) -> np.ndarray:
-    """Return the positions of the `keep` highest scores along the last axis. If scores are equal, the first is kept."""
+    """Return the indices of the `keep` highest scores along the last axis. If scores are equal, the first is kept."""
     return np.argsort(-score, axis=-1, kind="stable")[..., :keep]
 
 
@@ -112,19 +112,19 @@ def prune_layers(
 
 
 def fewer_layers(cfg: ModelConfig, target: ModelConfig) -> bool:
-    """Return whether `target` has fewer layers in a stack."""
+    """Return whether any stack has fewer layers in `target` than in `cfg`."""
     return (target.layers, target.encoder_layers) != (cfg.layers, cfg.encoder_layers)
 
 
 def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
-    """Return whether `target` has fewer heads or neurons per layer."""
+    """Return whether a layer has fewer heads or neurons in `target` than in `cfg`."""
     return (target.heads, target.kv_heads, target.d_ff) != (cfg.heads, cfg.kv_heads, cfg.d_ff)
 
 
 def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
-    """Return the function that selects the statistics for pruning to `target`.
+    """Return the function for `walk` that selects the statistics for pruning from `cfg` to `target`.
 
-    It selects Gram matrices of heads, and moments of neurons.
+    It collects Gram matrices to score heads, and moments to score neurons.
     """
     read = _read(cfg, target)
 
@@ -138,7 +138,7 @@ def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
 
 
 def _read(cfg: ModelConfig, target: ModelConfig) -> dict[str, wiring.Units]:
-    """Return the heads and neurons to remove in all stacks, by the path of the matrix that reads them."""
+    """Return which heads or neurons must be pruned, by the path of the matrix that reads them (such as "attn/o")."""
     heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     found = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
     neurons = {p for p, u in found.items() if not u.name.endswith("/heads")}
@@ -154,11 +154,11 @@ def prune_widths(
     dtype: Any = jnp.float32,
     saved: Saved | None = None,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
-    """Reduce every layer to `target`'s heads, kv_heads and d_ff. Each layer selects its own. The blocks are donated.
+    """Reduce every layer to the heads, key/value heads and neurons of `target`. The blocks are donated.
 
-    With relative positions, the layers of a stack share one bias per head. Self-attention therefore keeps the same
-    heads in all of them, by scores that are normalized per layer and summed. Finished layers are `saved` with their
-    selection.
+    Each layer selects its own heads and neurons. With relative positions, however, the layers of a stack share one bias
+    per head. They then keep the same self-attention heads, by the sum of scores that are normalized per layer. Finished
+    layers and their selections are written to `saved`.
 
     Returns:
       The config, the parameters, and a report per layer.

@@ -24,7 +24,7 @@ import numpy as np
 from llmctl.distributed import host_arrays
 
 FACTORS = (0x9E3779B1, 0x85EBCA77)
-"""Odd factors of the hash of a number's position, one for each of the two sums."""
+"""Odd factors of the two hashes of a number's position: one for each sum."""
 
 
 def of_arrays(tree: Any) -> dict[str, list[int]]:
@@ -42,7 +42,7 @@ def _sums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _sum(a: jax.Array) -> jax.Array:
-    """Return two weighted sums over the bits of an array, uint32 [2]."""
+    """Return the checksum of an array: two weighted sums over the bits of its numbers, uint32 [2]."""
     bits = _bits(a)
     strides = [math.prod(a.shape[axis + 1 :]) % 2**32 for axis in range(a.ndim)]
     steps = (jax.lax.broadcasted_iota(jnp.uint32, a.shape, i) * np.uint32(s) for i, s in enumerate(strides))
@@ -51,7 +51,7 @@ def _sum(a: jax.Array) -> jax.Array:
 
 
 def _weight(position: jax.Array, factor: int) -> jax.Array:
-    """Hash positions (uint32) to odd weights of the same shape.
+    """Hash positions (uint32) to odd numbers of the same shape, which weight the numbers at these positions.
 
     Weights that are linear in the position would not detect some exchanges of two numbers.
     """

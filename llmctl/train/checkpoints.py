@@ -29,8 +29,8 @@ ARRAYS, META = "arrays", "meta"
 class Checkpoints:
     """Save and restore the checkpoints of one stage in `folder`.
 
-    At its end, the context manager waits for unfinished saves. If the disk is full, a save raises WorkError. The error
-    names the newest intact checkpoint.
+    It is a context manager, which waits for unfinished saves at its end. If the disk is full, a save raises WorkError
+    with the name of the newest intact checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -73,7 +73,7 @@ class Checkpoints:
         self._save(self._latest, step, state, meta, wait)
 
     def has_best(self, step: int) -> bool:
-        """Return whether the stored best parameters are those of `step`."""
+        """Return whether the best parameters on disk are those of `step`."""
         return step in self._best.all_steps()
 
     def save_best(self, step: int, named: Any) -> None:
@@ -126,7 +126,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> Any:
-        """Read and return this process's part of a checkpoint.
+        """Return this process's part of the checkpoint of `step`, as (state, metadata).
 
         Orbax's manager is not used, because it would wait for processes that failed to read.
         """

@@ -44,7 +44,8 @@ class Job:
     validate: Callable[[Params], dict[str, float]]
     """Function from parameters to their metrics on validation data, by name."""
     constants: tuple[Any, ...] = ()
-    """Further arrays that the loss reads, such as the parameters of a teacher."""
+    """Arrays that the loss reads as its last arguments and that no step changes, such as the parameters of a
+    teacher."""
     metric: str = "loss"
     """Validation metric that selects the best parameters. Its record in `METRICS` has the direction of improvement."""
     keep_best: bool = False
@@ -52,38 +53,39 @@ class Job:
     trains: Callable[[str], bool] = lambda _: True
     """Function from the name of an array of `params` to whether the array is trained."""
     rate: Callable[[str], Any] = lambda _: 1.0
-    """Function from the name of a trained array to the factor on its learning rate: a number, or for a stacked array
-    [L, ...] one factor per layer [L, 1, ...]."""
+    """Function from the name of a trained array to the factor on its learning rate. The factor is a number or, for an
+    array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
     starts: Callable[[str], Any] = lambda _: 0
-    """Function from the name of a trained array to the number of updates before it is trained: a number, or one number
-    per layer as in `rate`. Until then its gradient, its optimizer state and the array itself do not change. `NEVER`
-    freezes the array in all steps."""
+    """Function from the name of a trained array to the number of updates after which its training starts. It is a
+    number, or one number per layer as in `rate`. Until then its gradient, its optimizer state and the array itself do
+    not change. `NEVER` freezes the array in all steps."""
     frozen_layers: int = 0
     """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False
-    """Function from the name of an array to whether its zeros stay zero, as in pruned matrices."""
+    """Function from the name of an array to whether its zeros stay zero. They do in pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Trained arrays that are not part of the model, by name: projections for the distillation of hidden states, or
     prompt vectors. They keep their sharding and are trained in float32. Optimizer state, moving average and checkpoints
     include them."""
     result: Callable[[Params, Params], Params] = lambda params, extra: params
-    """Function (params, extra) -> the parameters that are validated and returned. The default omits `extra`."""
+    """Function (params, extra) -> the parameters that are validated and returned. By default these are `params`."""
     after_step: Callable[[State, jax.Array], State] | None = None
-    """Pure function (state, step) -> state that changes the state after the optimizer: pruning masks with a schedule,
-    rank budgets. It is part of the compiled step. `state` contains "params" (by name, extra parameters as
-    "extra/NAME"), "optimizer", and "ema", "usual" and "memory" if configured. It also contains "gradients" (by name,
-    clipped), which the function only reads. `step` counts from 1. The structure, shapes and dtypes must not change. If
-    a step is skipped, the result is discarded."""
+    """Function (state, step) -> state that is applied after the optimizer, as part of the compiled step. Examples are a
+    pruning schedule and a rank budget. `state` contains "params" (by name, extra parameters as "extra/NAME"),
+    "optimizer", and "ema", "usual" and "memory" if configured. It also contains "gradients" (by name, clipped), which
+    the function only reads. `step` counts from 1. The function must be pure, and must keep structure, shapes and
+    dtypes. If a step is skipped, the result is discarded."""
     memory: Callable[[Params], Any] | None = None
-    """Function from the trained arrays, by name, to the initial "memory" of the state: a tree of arrays that
-    `after_step` reads and updates."""
+    """Function that returns the initial entry "memory" of the training state, from the trained arrays by name. The
+    entry is a tree of arrays, which `after_step` reads and updates. None means no such entry."""
     reads_memory: bool = False
-    """Whether the loss also receives the state's "memory", as the keyword argument `memory`."""
+    """Whether the loss reads the entry "memory" of the training state. It then receives it as the keyword argument
+    `memory`."""
     penalty: Callable[[Params], jax.Array] | None = None
-    """Function from the parameters to a scalar that is added to the mean loss in every step. The logged loss omits the
-    scalar."""
+    """Function from the parameters to a scalar, which every step adds to the mean loss before it is differentiated. The
+    logged loss does not include it."""
     best_from: int = 0
-    """First step whose parameters can be the best. Earlier validations select nothing."""
+    """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0
     """Floating-point operations per token, from which the utilization (MFU) is computed. If it is 0, no MFU is
     reported."""
@@ -92,7 +94,7 @@ class Job:
 
 
 def split(job: Job) -> tuple[Params, Params]:
-    """Return two dictionaries of arrays by name: the trained ones, including extra ones, and the others."""
+    """Return (trained arrays, other arrays) by name. The trained ones include the extra ones."""
     named = weights.arrays(job.params)
     trained = {n: a for n, a in named.items() if job.trains(n)}
     trained |= {f"{EXTRA}{n}": a for n, a in job.extra.items()}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the fields of `llmctl.train.job.Job` that keep the best parameters, as measured by the task's metric."""
+    """Return the fields of `llmctl.train.job.Job` that select the best parameters by the task's metric, by name."""
     return {"metric": task.best(labels), "keep_best": True}
 
 
@@ -47,27 +47,28 @@ class Learner:
     loss: Loss | None = None
     """Loss function; None uses the loss of the task."""
     beside: ModelConfig | None = None
-    """Config of another model that runs forward in each step, such as a teacher."""
+    """Config of another model, such as a teacher, whose forward pass runs in each step; None if there is none."""
     temperature: float = NEARNESS
-    """Temperature by which the loss divides similarities of embeddings."""
+    """Temperature of embedding losses: similarities of embeddings are divided by it."""
     settings: Any = None
-    """Section of the finetuning settings that belongs to the task (`Task.section`)."""
+    """Settings that only the learner's task reads: the section of the stage's config that `Task.section` names."""
     labels: Sequence[str] = ()
     """Names of the classes."""
     how: dict[str, Any] = field(default_factory=dict)
-    """Further fields of `llmctl.train.job.Job`, by name."""
+    """Fields of the `llmctl.train.job.Job` that the stage sets, by name."""
     during: Callable[[int], dict[str, Any]] = lambda _: {}
-    """Function from the number of training steps to further fields of `llmctl.train.job.Job`."""
+    """Function that returns fields of the `llmctl.train.job.Job` that depend on the number of training steps."""
     changed: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
-    """Function from the job and the number of steps to the job that is trained, such as one with another loss."""
+    """Function (job, number of steps) -> the job to run. It may, for example, replace the loss. By default it is the
+    same job."""
 
     @property
-    def trains(self) -> ModelConfig:
+    def training_model(self) -> ModelConfig:
         """Return the config of the model in training, with the dropout rate of this learner."""
         return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
 
     def options(self, train: TrainConfig) -> dict[str, Any]:
-        """Return the fields of `llmctl.evaluate.tasks.base.Options` for the training loss."""
+        """Return the options of the training loss: the fields of `llmctl.evaluate.tasks.base.Options`, by name."""
         return {
             "dtype": jnp.dtype(train.dtype),
             "label_smoothing": train.label_smoothing,
@@ -87,7 +88,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
       validate: function from parameters to metrics, as in Job.
       steps: number of training steps.
     """
-    settings, model = config.train, learner.trains
+    settings, model = config.train, learner.training_model
     own = learner.task.loss_of(model, remat=settings.remat, **learner.options(settings))
     beside = flops.of_rows(learner.beside, row_shapes(rows)) if learner.beside else 0.0
     made = loop.Job(
@@ -153,7 +154,7 @@ def run(
     note = learner.task.validation_note(learner.model, unseen)
     about = [*getattr(rows, "remarks", ()), *padding.describe(rows), *about, *filter(None, [note])]
     judge = learner.task.loss_of(
-        learner.trains,
+        learner.training_model,
         dtype=jnp.dtype(settings.dtype),
         temperature=learner.temperature,
         labels=learner.labels,
@@ -166,7 +167,7 @@ def run(
 
 
 def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Validation) -> dict[str, Any]:
-    """Return the values that the task fits on all validation rows, such as thresholds, for the artifact's manifest."""
+    """Return what the task fits on the validation rows, such as thresholds. The artifact's manifest stores it."""
     train, mesh = config.train, held_out.mesh
     setup = Setup(mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)
     with meshes.use(mesh):

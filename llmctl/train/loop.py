@@ -114,21 +114,24 @@ def fit(
             loop.peak = throughput.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json")
         loop.profile = stack.enter_context(Profile(train.profile, report.events_folder))
         state, meta = loop.run(state, meta)
-        named = _answer(state)
+        named = _evaluated(state)
         if loop.keeps_best and meta["best"] is not None and meta["best_step"] != meta["step"]:
-            named = checkpoints.restore_best(meta["best_step"], _answer(runs.state))
+            named = checkpoints.restore_best(meta["best_step"], _evaluated(runs.state))
         params = joined(job, named | runs.fixed)
         metrics = {"steps": meta["step"], **{f"validation_{k}": v for k, v in job.validate(params).items()}}
         if loop.keeps_best:
             metrics |= {"best_step": meta["best_step"]}
         if skips := int(state["skips"]):
             metrics |= {"skipped_steps": skips}
-        loop.heed()
+        loop.raise_if_stopped()
         return params, metrics
 
 
-def _answer(state: State) -> Params:
-    """Return the arrays that are validated and saved, by name: the averaged ones if `optim.ema` is set."""
+def _evaluated(state: State) -> Params:
+    """Return the arrays to validate and to save, by name: the moving averages if `optim.ema` is set.
+
+    Otherwise they are the trained arrays themselves.
+    """
     return state.get("ema", state["params"])
 
 
@@ -160,15 +163,15 @@ class _Loop:
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
         """Return a checkpoint's `meta`, corrected if the best parameters that `meta` names are missing.
 
-        The parameters are missing if the run was killed while they were written. If they are the checkpoint's own
-        parameters, they are saved again. Otherwise the record of the best is cleared, because the resumed run may not
-        reach the same value again: rounding differs on another mesh.
+        They are missing if the run was killed while it wrote them. If the best step is the checkpoint's own step, its
+        parameters are saved again. Otherwise `meta` forgets the best metric, because the resumed run may not reach the
+        same value again: rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps_best or best is None or self.checkpoints.has_best(best):
             return meta
         if best == meta["step"]:
-            self.checkpoints.save_best(best, _answer(state))
+            self.checkpoints.save_best(best, _evaluated(state))
             return meta
         self.report.say(f"the best parameters so far, of step {best}, are gone; the best is looked for from here on")
         return {**meta, "best": None, "best_step": None, "bad": 0}
@@ -196,7 +199,7 @@ class _Loop:
                 if train.profile:
                     self.profile.after(done, metrics)
                 last = done == train.steps
-                stops = self.stop.told.is_set() if alone else self.stop.asked(now=last)
+                stops = self.stop.signalled.is_set() if alone else self.stop.requested(now=last)
                 if done % train.log_every == 0 or last:
                     self.log(done, metrics, state, timer, batches.wait_seconds)
                 meta = {**meta, "step": done}
@@ -204,23 +207,24 @@ class _Loop:
                     try:
                         with timer.paused():
                             meta = {**meta, "unvalidated": True} if stops else self.validate(done, state, meta)
-                    except preemption.Asked:  # the grace period is for the checkpoint; the resumed run validates first
+                    except preemption.StopRequested:
+                        # The grace period is for the checkpoint. The resumed run validates first.
                         meta, stops = {**meta, "unvalidated": True}, True
                 if done % train.checkpoint_every == 0 or last or stops or meta.get("stopped"):
                     with timer.paused():
-                        self.heed_bad(state)
+                        self.raise_if_bad(state)
                         self.checkpoints.save(done, state, meta, wait=stops)
                 if stops:
-                    self.heed(done)
+                    self.raise_if_stopped(done)
         return state, meta
 
-    def heed(self, done: int | None = None) -> None:
-        """Raise Interrupted if a stop of the run was requested. Call this after the checkpoint was written."""
-        if self.stop.asked(now=True):
+    def raise_if_stopped(self, done: int | None = None) -> None:
+        """Raise Interrupted if the run is to stop. Call this after the checkpoint was written."""
+        if self.stop.requested(now=True):
             where = f"at step {done}" if done else "after the last step"
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")
 
-    def heed_bad(self, state: State) -> None:
+    def raise_if_bad(self, state: State) -> None:
         """Raise WorkError if too many consecutive steps were bad.
 
         The state counts bad steps, so it suffices to check the count at log lines and checkpoints.
@@ -232,7 +236,7 @@ class _Loop:
             )
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
-        """Return host rows as device arrays sharded over the batch, and the number of tokens without padding."""
+        """Copy a batch of host arrays to the devices, and return (device arrays, number of tokens without padding)."""
         tokens = sum(int(np.count_nonzero(a)) for name, a in batch.items() if name.endswith("segments"))
         # Each process counts its own rows and extrapolates to the rows of the others.
         return self.batches.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
@@ -247,7 +251,7 @@ class _Loop:
                 f"outlying gradient, and left the weights unchanged ({skips} in all)"
             )
             self.skips = skips
-        self.heed_bad(state)
+        self.raise_if_bad(state)
         values |= timer.read(waited, self.job.flops, self.peak) | throughput.memory(
             self.mesh.devices.flatten().tolist()
         )
@@ -259,7 +263,7 @@ class _Loop:
         Raises:
           RequestError: the validation does not compute the metric that selects the best parameters.
         """
-        named = _answer(state)
+        named = _evaluated(state)
         found = self.job.validate(joined(self.job, named | self.fixed))
         self.report.log(done, {f"validation_{k}": v for k, v in found.items()})
         if self.metric not in found:

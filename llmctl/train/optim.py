@@ -29,7 +29,7 @@ FACTORED_FROM = 128
 
 
 def portion(amount: float, steps: int) -> int:
-    """Return `amount` as a number of steps. If it is below 1, it is a fraction of all `steps`."""
+    """Return a setting as a number of steps. An `amount` below 1 is a fraction of all `steps`."""
     return round(amount * steps) if amount < 1 else round(amount)
 
 
@@ -83,8 +83,9 @@ def build(
     """Build the configured optimizer with its schedule, for arrays with these names.
 
     Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. The optimizer
-    does not clip gradients. The caller clips them, because it also logs their norm. `starts` contains the arrays that
-    are frozen at first, as in `llmctl.train.job.Job`. The caller sets their gradients and updates to zero until then.
+    does not clip gradients. The caller clips them, because it also logs their norm. `starts` has, for each array that
+    is frozen at first, the number of updates after which it is trained, as in `llmctl.train.job.Job`. Until then the
+    caller sets its gradients and updates to zero.
 
     - adamw, and sgd with momentum.
     - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.
@@ -134,10 +135,11 @@ def build(
 
 
 def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Build Adam's scaling with the bias correction of arrays that start later counted from their own first update.
+    """Build Adam's scaling of updates for a job in which some arrays start later (`starts`, as in Job).
 
-    Their moments are zero until then. With the common count, the first updates would be up to
-    (1 - beta1) / sqrt(1 - beta2) times too large.
+    The moments of such an array are zero until it starts. Its bias correction therefore counts updates from its start.
+    Counted from the first step, the correction would make its first updates up to (1 - beta1) / sqrt(1 - beta2) times
+    too large.
     """
     b1, b2, eps = config.beta1, config.beta2, config.epsilon
     inner = optax.scale_by_adam(b1, b2, eps)
@@ -160,9 +162,9 @@ def _is_muon(name: str, a: Any) -> bool:
 
 
 def _muon_axes(named: Named) -> Named:
-    """Return the axes that Muon orthogonalizes, by name: the last two.
+    """Return, for each array, the two axes that Muon orthogonalizes: the last two.
 
-    Masked arrays of other optimizers stay masked.
+    Arrays that another optimizer updates are masked, and stay masked.
     """
     numbers = optax.contrib.MuonDimensionNumbers(1, 2)
     return {name: a if isinstance(a, optax.MaskedNode) else numbers for name, a in named.items()}

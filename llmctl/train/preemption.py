@@ -20,37 +20,36 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps between the exchange of stop requests and the reading of its result. The result has arrived by then,
-so reading does not wait."""
+"""Number of steps after which the result of an exchange of stop requests is read. It has arrived by then, so that
+reading does not wait."""
 
 
-class Asked(Interrupted):
-    """Signal a stop request during work that can be aborted, such as a validation."""
+class StopRequested(Interrupted):
+    """Report a stop request during work that can be aborted, such as a validation."""
 
 
 class Stop:
     """Exchange stop requests between the processes of a run, so that all processes stop at the same step."""
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
-        self.told = threading.Event()
+        self.signalled = threading.Event()
         """Whether this process received a signal."""
         self.agreed = False
-        """Whether all processes have received the request."""
+        """Whether the processes know that one of them received a signal, and therefore stop."""
         self._answers: deque[jax.Array] = deque()
         every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._every, self._size = every, mesh.size
-        self._any = jax.jit(lambda told: told.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._any = jax.jit(lambda signalled: signalled.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def asked(self, now: bool = False) -> bool:
-        """Return whether a stop was requested. All processes must call this method after each step.
+    def requested(self, now: bool = False) -> bool:
+        """Return whether any process received a stop request. All processes must call this method after each step.
 
-        If a run has several processes, the answer is `LAG` calls old. If `now` is true, it includes the current
-        requests.
+        In a run of several processes, the result is that of `LAG` calls ago. If `now` is true, it is the current one.
         """
         if processes.count() == 1:
-            self.agreed = self.told.is_set()
+            self.agreed = self.signalled.is_set()
         elif not self.agreed:
-            mine = np.array([self.told.is_set()])
+            mine = np.array([self.signalled.is_set()])
             said = jax.make_array_from_callback((self._size,), self._every, lambda _: mine)
             self._answers.append(self._any(said))
             while self._answers and (now or len(self._answers) > LAG):
@@ -61,14 +60,14 @@ class Stop:
 _current: ContextVar[Stop | None] = ContextVar("stop", default=None)
 
 
-def heed() -> None:
-    """Raise Asked if a stop of the current run was requested.
+def raise_if_requested() -> None:
+    """Raise StopRequested if any process of the run received a stop request.
 
     All processes must call this function in the same order.
     """
     stop = _current.get()
-    if stop and stop.asked():
-        raise Asked("stopped while validating; the same command goes on from the last checkpoint")
+    if stop and stop.requested():
+        raise StopRequested("stopped while validating; the same command goes on from the last checkpoint")
 
 
 @contextlib.contextmanager
@@ -83,7 +82,7 @@ def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
     stop = Stop(mesh)
 
     def ask(number: int, frame: Any) -> None:
-        stop.told.set()
+        stop.signalled.set()
         if number == signal.SIGINT and sys.stderr.isatty():  # a step may take minutes on a slow machine
             os.write(2, b"\nstopping: this step is finished and a checkpoint written; a second Ctrl-C exits at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -96,5 +95,5 @@ def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
         _current.reset(token)
         for s, handler in before.items():
             signal.signal(s, handler)
-    if stop.told.is_set():  # the signal came after the last check, during the final save
+    if stop.signalled.is_set():  # the signal came after the last check, during the final save
         raise Interrupted("stopped after the last checkpoint; the same command goes on from there")

@@ -29,7 +29,7 @@ class Profile:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Start the trace if `step` belongs to it.
+        """Start the trace if `step` is one of the steps to trace.
 
         Call this before each step. A resumed run traces the remaining steps.
         """

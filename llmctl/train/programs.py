@@ -77,14 +77,14 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 
 
 def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any, flops: float) -> Pass:
-    """Return the training step as a `Pass`, the input of the analytic cost model; `flops` are those per token."""
+    """Return the training step as a `Pass`, which the analytic cost model reads. `flops` is per token."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     row = row_shapes(rows)
     return Pass(
         optim=config.optim,
         attention=config.train.attention,
         trained=sizes[0] / sum(sizes),
-        beside=(flops - 3 * cost.of_rows(learner.trains, row)) * tokens,
+        beside=(flops - 3 * cost.of_rows(learner.training_model, row)) * tokens,
         predicted=row["places"][-1] / row["tokens"][-1] if "places" in row else 1.0,
         written=row["tokens"][-1] if "encoder_tokens" in row else 0,
         eight=_in_eight_bits(config.train.matmuls, runs.named),
@@ -92,7 +92,7 @@ def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: 
 
 
 def _in_eight_bits(rules: dict[str, str], named: Tree) -> dict[str, float]:
-    """Return the fraction of the entries of the layers' matrices that the rules multiply in each 8-bit dtype."""
+    """Return the fraction of the layers' matrix products that run in each 8-bit dtype (int8, float8), by dtype."""
     matrices = {weights.module_path(n): a.size for n, a in named.items() if weights.is_layer_matrix(n)}
     found: dict[str, float] = {}
     with quantized_matmul.use(rules):

@@ -24,16 +24,16 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Compute how many triplets all matrices together may keep at each step."""
+    """Compute the budget: how many triplets all matrices together may keep at each step."""
 
     first: int
     """Number of triplets at the start."""
     last: int
     """Number of triplets at the end."""
     start: int
-    """Step after which triplets are removed."""
+    """Number of steps before triplets are removed."""
     settled: int
-    """Step at which the number of triplets reaches `last`. The selection does not change afterwards."""
+    """Step from which the number of triplets is `last`. From then on the same triplets are kept."""
     interval: int
     """Number of steps between removals."""
 
@@ -46,9 +46,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocator:
-    """Remove the least important triplets of `Svd` adapters while training.
+    """Set the singular values of the least important triplets to zero while `Svd` adapters are trained.
 
-    Implements `memory` and `after_step` of a Job.
+    The methods `memory` and `after_step` are fields of a Job.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -96,9 +96,9 @@ class Allocator:
         return out
 
     def choose(self, scores: Named, budget: jax.Array) -> dict[str, jax.Array]:
-        """Return masks [L, 1, R], by path of the adapter.
+        """Return masks [L, 1, R] of the triplets to keep, by path of the adapter.
 
-        They keep the `budget` most important triplets of all adapters.
+        The `budget` most important triplets of all adapters together are kept.
         """
         importance = {path: self.importance(scores, path) for path in self.shapes}
         flat = jnp.concatenate([a.reshape(-1) for a in importance.values()])
@@ -113,7 +113,7 @@ class Allocator:
         """Return the importance [L, 1, R] of an adapter's triplets.
 
         Args:
-          scores: importance of each entry, by array name.
+          scores: importance of each entry of the adapters' arrays, by array name.
           path: path of the adapter.
         """
         a_LIR, b_LRO, e_L1R = (scores[join(path, part)] for part in ("a", "b", "e"))

@@ -40,14 +40,17 @@ MEANINGS = {
     "influence": "change of the hidden states by the layer, 0 to 1",
     "layer_error": "change of the layer's output by the compression, relative",
 }
-"""Explanations of the short names of metrics. Each process prints them once, before the first line with the name."""
+"""Explanations of the short names in the progress line. Each process prints an explanation once, before the first line
+with the name."""
 _explained: set[str] = set()
 UNSHOWN = frozenset({"step_seconds"})
-"""Metrics that are in the log but not in the progress line, because another metric has the same information."""
+"""Metrics that are written to the log but not shown in the progress line, because another metric there implies them."""
 
 
 class Reporter:
-    """Log the metrics of one stage; a context manager. Each `log` call appends one line to `<work_dir>/log.jsonl`.
+    """Log the metrics of one stage. Each call of `log` appends one line to `<work_dir>/log.jsonl`.
+
+    A Reporter is a context manager.
 
     A resumed run passes its first step as `start`. Lines of later steps are removed, because the resumed run writes
     them again. So the log contains every step once.
@@ -247,7 +250,7 @@ def _number(value: Any) -> int | float:
 
 
 def _brief(value: float) -> str:
-    """Format a number with four digits: 12,345  3.142  1.0e-05."""
+    """Format a number with about four digits, such as 12,345, 3.142 or 1.0e-05."""
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
     if value and math.isfinite(value) and abs(value) < 1e-3:

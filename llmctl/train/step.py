@@ -29,24 +29,26 @@ from llmctl.train import optim
 from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 
 Fixed = tuple[Params, tuple[Any, ...]]
-"""Inputs that the step does not change: arrays that are not trained, and the job's constants."""
+"""Inputs that no step changes: (arrays that are not trained, constants of the job)."""
 
 Inputs = tuple[Params, tuple[Any, ...], Any]
-"""Those, and the state's "memory" if the loss reads it, else None."""
+"""Inputs of the loss besides trained arrays: (arrays that are not trained, constants of the job, the state's "memory"
+or None if the loss does not read it)."""
 
 Memory = Callable[[Params], Any] | None
-"""Function from the trained arrays to the "memory" of the state, as in Job."""
+"""Function from the trained arrays to the initial "memory" of the training state; None if the state has none
+(Job.memory)."""
 
 TOO_MANY_BAD = 20
 """Number of consecutive bad steps that ends a run. Later steps change nothing, so the host may check the count less
 often."""
 SETTLED = 20
-"""Number of good steps before outliers are detected."""
-MEMORY = 0.02
-"""Weight of the newest step in the running mean and variance of loss and gradient norm."""
+"""Number of good steps before outliers are skipped. Until then the running mean and variance are unreliable."""
+NEWEST = 0.02
+"""Smallest weight of the newest step in the running mean and variance of loss and gradient norm."""
 STEADY = 0.02
-"""Smallest standard deviation of loss and gradient norm, as a fraction of the mean. Without this limit a run with
-little noise would skip harmless steps."""
+"""Smallest standard deviation assumed for loss and gradient norm, as a fraction of their mean. Without this limit a run
+with little noise would skip harmless steps."""
 
 OVERLAP = {
     "xla_enable_async_all_gather": True,
@@ -58,7 +60,7 @@ OVERLAP = {
 
 
 def fresh(optimizer: Any, config: OptimConfig, named: Params, memory: Memory = None) -> State:
-    """Return the training state before the first step. `memory` is the function of the Job."""
+    """Return the training state before the first step. `memory` is `Job.memory`."""
 
     def zero() -> jax.Array:  # a buffer per counter, because the step donates each buffer of its input
         return jnp.zeros((), jnp.int32)
@@ -246,7 +248,7 @@ def _microbatches(a: jax.Array, pieces: int) -> jax.Array:
 
 
 def clip(grads: Params, norm: Any, limit: float) -> Params:
-    """Return the gradients, scaled so that their global norm is at most `limit`; 0 does not clip."""
+    """Return the gradients scaled so that their global norm is at most `limit`; if it is 0, return them unchanged."""
     if not limit:
         return grads
     factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
@@ -278,8 +280,10 @@ def freeze_layers(updates: Params, layers: int) -> Params:
 
 
 def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Params:
-    """Set the updates of arrays, or of their layers, to zero before update number `starts` (see Job); `count` is the
-    number of updates so far."""
+    """Return the updates with zeros for arrays, or layers of arrays, whose training has not started yet.
+
+    Training starts after `starts` updates (see Job). `count` is the number of updates so far.
+    """
     return {n: jnp.where(count >= starts[n], u, 0) if n in starts else u for n, u in updates.items()}
 
 
@@ -310,10 +314,11 @@ def _is_outlier(found: jax.Array, usual: dict[str, jax.Array], deviations: float
 def _remember(found: jax.Array, usual: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the running mean and variance of [loss, norm], updated with the values of a step.
 
-    All steps have equal weight for the first 1 / MEMORY steps. The weight of older steps then decays.
+    In the first 1 / NEWEST steps, all steps have equal weight. After that the newest step has the weight NEWEST, and
+    the weights of older steps decay.
     """
     count = usual["count"] + 1
-    share = jnp.maximum(1 / count.astype(jnp.float32), MEMORY)
+    share = jnp.maximum(1 / count.astype(jnp.float32), NEWEST)
     apart = found - usual["mean"]
     return {
         "mean": usual["mean"] + share * apart,

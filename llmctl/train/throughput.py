@@ -105,9 +105,9 @@ def measure(side: int) -> float:
 
 
 def memory(devices: list[Device]) -> dict[str, float]:
-    """Return {"memory_gib": peak memory in GiB}, the largest of this process's devices; on a CPU, of the process.
+    """Return {"memory_gib": peak memory in GiB}; empty if the devices report no memory.
 
-    The dictionary is empty if the devices report no memory.
+    It is the largest peak among this process's devices. On a CPU it is the peak of the process.
     """
     stats = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]

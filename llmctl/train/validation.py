@@ -15,14 +15,14 @@ from llmctl.model.losses import Loss
 from llmctl.train import preemption
 
 Further = Callable[[dict[str, Any], Callable[[], None]], dict[str, float]]
-"""Function that computes further validation metrics."""
+"""Function (parameters, function that raises StopRequested if the run has to stop) -> further metrics by name."""
 
 
 class Validation:
-    """Compute validation metrics. `validation(params)` returns {"loss", "accuracy", ...}, weighted means over the rows.
+    """Compute metrics on validation rows: `validation(params)` returns {"loss", "accuracy", ...}.
 
-    The function is compiled once. `further` is called with the parameters and a function that it calls often, which
-    raises `preemption.Asked` if the run has to stop; it returns more metrics.
+    Each metric is a weighted mean over the rows. The computation is compiled once. `further` returns more metrics by name.
+    It gets the parameters, and a function to call often, which raises `preemption.StopRequested` if the run has to stop.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class Validation:
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:
-        """Return the metrics of parameters by name, computed on at most `batches` batches of the rows.
+        """Return the metrics of the parameters, by name, on at most the first `batches` batches of the rows.
 
         Raises:
-          preemption.Asked: the process received a request to stop the run.
+          preemption.StopRequested: a process of the run received a signal to stop.
         """
         total: Any = None
         with meshes.use(self.mesh), self.batches.once(self.rows, self.limit) as steps:
             for _, batch in steps:
-                preemption.heed()
+                preemption.raise_if_requested()
                 sums = self._sums(params, batch)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         found = {name: float(value) for name, value in chunked_loss.means(total).items()}
-        return found | (self.further(params, preemption.heed) if self.further else {})
+        return found | (self.further(params, preemption.raise_if_requested) if self.further else {})

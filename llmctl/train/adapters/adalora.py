@@ -1,7 +1,7 @@
 """Train low-rank adapters that share a budget of ranks (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
 Each update is scale * P diag(e) Q with nearly orthogonal P and Q. Training sets the least important singular values e
-to zero until the mean rank is `lora.rank`. The artifact stores the remaining ones as low-rank pairs.
+to zero until the mean rank is `lora.rank`. The artifact stores the updates that remain as low-rank pairs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ class AdaLora(Method):
     adapts = True
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Raise RequestError if the settings fix ranks or scales, which AdaLoRA chooses, or if Method.check does."""
+        """Check that Method.check passes, and that no setting contradicts AdaLoRA's choice of ranks.
+
+        Raises:
+          RequestError: a setting fixes ranks or scales of single matrices, a setting unfreezes layers later, or
+            Method.check fails.
+        """
         of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
         given = config.lora.model_fields_set & of_lora
         if given:
@@ -65,7 +70,7 @@ class AdaLora(Method):
         return targets.wrap(model, params, config.lora.targets, svd, mesh, "lora.targets")
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """Return the fields of a Job that allocate ranks and penalize singular vectors that are not orthogonal.
+        """Return the fields of a Job that allocate the ranks, and that penalize non-orthogonal singular vectors.
 
         Raises:
           RequestError: no step is left between `adalora.warmup` and `adalora.final`.
@@ -98,7 +103,7 @@ class AdaLora(Method):
         return {"memory": ranks.memory, "after_step": ranks.after_step, "penalty": penalty, "best_from": settled}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """Return the parameters with a low-rank pair of the remaining ranks in place of each `Svd` adapter."""
+        """Return the parameters with each `Svd` adapter replaced by a low-rank pair of the ranks that remain."""
         from llmctl.model import weights
 
         return weights.updated(params, {path: w.kept() for path, w in weights.of_type(params, weights.Svd).items()})

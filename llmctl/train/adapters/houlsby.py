@@ -1,7 +1,7 @@
 """Train bottleneck adapters in the layers of a frozen model, which may be quantized.
 
-After each sublayer (Houlsby et al., 2019, arXiv:1902.00751) or beside the feed-forward layer (He et al., 2022,
-arXiv:2110.04366). They are part of the network: its config has their size, and they cannot be merged.
+The adapters follow each sublayer (Houlsby et al., 2019, arXiv:1902.00751), or run beside the feed-forward layer (He et
+al., 2022, arXiv:2110.04366). They are part of the network: ModelConfig has their size, and they cannot be merged.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SCALE = {"sequential": 1.0, "parallel": 4.0}
-"""Factor on the adapters' output, as the authors of each form chose it."""
+"""Default factor on the adapters' output, by `houlsby.form`: the value in the paper that introduced the form."""
 
 
 class Houlsby(Method):
-    """Bottleneck adapters and the task's head; of the sequential form also the norms of the layers, as in the paper."""
+    """Train bottleneck adapters and the task's head; in the sequential form also the layers' norms, as its paper."""
 
     name = "houlsby"
     settings = ("houlsby",)
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the network with adapters. Adapters of the parent are trained further.
+        """Return the config of the network with adapters. If the parent has adapters, they are trained further.
 
         Raises:
-          RequestError: the parent has adapters of another size, form or scale, or an adapter is no bottleneck.
+          RequestError: the parent's adapters have another size, form or scale, or `houlsby.size` exceeds the width of
+            the layers.
         """
         settings = config.houlsby
         if settings.size > model.d_model:
@@ -52,7 +53,10 @@ class Houlsby(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with new adapters, sharded over `mesh`. The outputs do not change."""
+        """Return the parameters with new adapters if the parent has none, sharded over `mesh`.
+
+        New adapters do not change the model's outputs.
+        """
         import jax
 
         from llmctl.model import functional, weights
@@ -70,7 +74,10 @@ class Houlsby(Method):
         return weights.updated(params, new)
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from the name of an array to whether it is trained."""
+        """Return a function from an array's name to whether it is trained.
+
+        It is True for adapters, the task's head and, in the sequential form, the layers' norms.
+        """
         from llmctl.model import weights
 
         norms = model.adapter_form == "sequential"

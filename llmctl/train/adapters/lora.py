@@ -33,7 +33,8 @@ def attach(
     """Return the parameters with a low-rank pair a [..., I, R], b [..., R, O] around each target matrix [..., I, O].
 
     a is initialized uniformly, as in the LoRA authors' code (Kaiming, a = sqrt(5)). b is initialized to zero, so the
-    model's outputs do not change. Of the token table, a is zero and b normal, as in PEFT, because a is looked up.
+    model's outputs do not change. For the token table, a is zero and b is normally distributed, as in PEFT, because
+    tokens look up rows of a.
 
     Args:
       cfg: config of the model.
@@ -74,7 +75,7 @@ def attach(
 
 
 def check_rank(params: Params, lora: LoraConfig) -> None:
-    """Check the highest rank of the adapters, because no update has a rank above the smaller side of its matrix.
+    """Check that the highest rank is possible: an update's rank cannot exceed the smaller side of its matrix.
 
     Raises:
       RequestError: the rank is above the smaller side of every matrix.
@@ -99,9 +100,9 @@ class Lora(Method):
         return attach(model, params, config.lora, key, mesh)
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from the name of an array to whether it is trained.
+        """Return a function from an array's name to whether it is trained.
 
-        The adapters, the task's head and the modules of `lora.modules_to_save` are.
+        The adapters, the task's head and the modules in `lora.modules_to_save` are trained.
 
         Raises:
           RequestError: a module to save does not exist, has an adapter, or is quantized.

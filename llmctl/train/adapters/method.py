@@ -30,9 +30,9 @@ Params = dict[str, Any]
 
 
 class Method:
-    """Finetune a model. By default a method trains the task's head and freezes all parameters of the parent.
+    """Define a finetuning method. By default it trains the task's head, and freezes all parameters of the parent.
 
-    In each function, `config` is the config of the stage, with the sections that `settings` names.
+    The argument `config` of every method is the stage's config. It has the sections that `settings` names.
 
     Example:
       >>> from llmctl.train.adapters.registry import METHODS
@@ -43,14 +43,14 @@ class Method:
     name: ClassVar[str]
     """Name in the registry."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Fields of the stage's config that only some methods read, this method included."""
+    """Fields of the stage's config that this method reads and that not every method reads."""
     changes_base: ClassVar[bool] = False
     """Whether the method trains the parent's matrices. If so, it rejects quantized parents."""
     adapts: ClassVar[bool] = False
-    """Whether the method adds adapters. If `merge` is true, training ends by merging them exactly into their
-    matrices."""
+    """Whether the method adds adapters that can be merged. If the stage's `merge` is true, training ends by merging
+    them into their matrices."""
     fills_zeros: ClassVar[bool] = True
-    """Whether merged adapters change the zeros of a pruned matrix."""
+    """Whether merging an adapter makes the zeros of a pruned matrix nonzero."""
 
     def check(self, config: Any, base: Artifact) -> None:
         """Raise RequestError if training would undo the parent's pruning or quantization."""
@@ -74,7 +74,7 @@ class Method:
         return self.adapts and config.merge
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the network with what the method adds to its layers. The default adds nothing.
+        """Return the model's config with the layers that the method adds. By default it adds none.
 
         Raises:
           RequestError: the settings do not fit the model.
@@ -109,9 +109,9 @@ class Method:
         return 1.0
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """Return further fields of `llmctl.train.job.Job`, such as `after_step`, for a run of `steps` steps."""
+        """Return fields of `llmctl.train.job.Job` that the method sets, by name, for a run of `steps` steps."""
         return {}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """Return the trained parameters as the artifact stores them, before adapters are merged."""
+        """Convert the trained parameters to those that the artifact stores. Adapters are merged afterwards."""
         return params

@@ -28,7 +28,7 @@ METHODS: Registry[Method] = Registry(
 
 
 def stray(method: str, given: set[str]) -> str:
-    """Return an error message about fields in `given` that only other methods read; empty if there are none.
+    """Return an error message if a field in `given` is read only by other methods than `method`, otherwise "".
 
     >>> stray("full", {"merge", "task"}).startswith("merge: not for method 'full', say method = 'lora'")
     True

@@ -1,12 +1,15 @@
-"""Select the arrays and layers that a finetuning stage trains, with their learning rates and first steps.
-
-Each array has a level: 0 for what follows the layers (final norms, output projection, task head), 1 for the last layer
-of a stack, its depth for the first layer, and one more than the largest depth for the embeddings.
+"""Select the arrays that a finetuning stage trains, the learning rate of each, and the step at which it starts.
 
     how = selection.job_fields(config, METHODS[config.method], model, params)
 
-Layer-wise decay: Howard and Ruder, 2018, arXiv:1801.06146; with a factor per layer as in ELECTRA (Clark et al., 2020,
-arXiv:2003.10555). Gradual unfreezing is of the first paper too.
+Each array has a level, which counts from the output to the input:
+
+- 0: arrays after the layers (final norms, output projection, task head)
+- 1: the last layer of a stack; its first layer has the number of layers
+- one more than the largest number of layers: the embeddings
+
+Learning rates that decay with the level and gradual unfreezing are from ULMFiT (Howard and Ruder, 2018,
+arXiv:1801.06146). One factor per layer is as in ELECTRA (Clark et al., 2020, arXiv:2003.10555).
 """
 
 from __future__ import annotations
@@ -25,16 +28,18 @@ LEVEL_0 = np.asarray(0)
 
 
 def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) -> dict[str, Any]:
-    """Return `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`, by the sections `trained` and of `method`.
+    """Return the fields `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`, by name.
+
+    They follow from the section `trained` and from the finetuning method with its settings.
 
     Args:
       config: config of the stage.
-      method: its finetuning method.
+      method: finetuning method of the stage.
       model: config of the model.
-      params: its parameters with the method's adapters; abstract arrays suffice.
+      params: parameters of the model, including the method's adapters. Abstract arrays suffice.
 
     Raises:
-      RequestError: a setting names nothing, or does nothing with this method and task.
+      RequestError: a setting matches no parameter, or has no effect with this method and task.
     """
     settings, levels = config.trained, _levels(model, params)
     own = method.trains(config, model, params)
@@ -61,7 +66,7 @@ def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) 
 
 
 def during(config: Any, method: Method, model: ModelConfig, params: Params, steps: int) -> dict[str, Any]:
-    """Return further fields of a job that runs for `steps` steps: the method's, and `starts`.
+    """Return the fields of a Job that depend on the number of `steps`: those of the method, and `starts`.
 
     Raises:
       RequestError: `trained.unfreeze_every` leaves layers frozen to the end.
@@ -92,12 +97,15 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
 
 
 def _depth(model: ModelConfig) -> int:
-    """Return the largest number of layers of a stack."""
+    """Return the number of layers of the deeper stack."""
     return max(model.layers, model.encoder_layers)
 
 
 def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
-    """Return the level of each array by name, as arrays that broadcast with it: [L, 1, ...] if stacked, else 0-d."""
+    """Return the level of each array, by name, in a shape that broadcasts with the array.
+
+    The shape is [L, 1, ...] for an array of stacked layers, and [] for any other.
+    """
     from llmctl.model import weights
 
     found: dict[str, Any] = {}
@@ -111,9 +119,12 @@ def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
 
 
 def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, Any], every: dict[str, Any]) -> None:
-    """Raise RequestError if a setting of `trained` names nothing, or does nothing.
+    """Check that every setting in the section `trained` has an effect.
 
-    `trained` has the levels of the arrays that the method trains, and `every` those of all arrays.
+    `trained` has the levels of the arrays that the method trains, and `every` has those of all arrays.
+
+    Raises:
+      RequestError: a setting matches no parameter, or has no effect.
     """
     from llmctl.model import weights
 
@@ -138,7 +149,7 @@ def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, A
 
 
 def _example(names: dict[str, Any]) -> str:
-    """Return a name of a layer's parameter, as an example for an error."""
+    """Return the name of one parameter of a layer, as an example in an error message."""
     from llmctl.model import weights
 
     return next((name for name in names if weights.is_stacked(name)), next(iter(names)))

@@ -1,4 +1,4 @@
-"""Define the settings of the finetuning methods, each a section of `finetune`."""
+"""Define the settings of the finetuning methods. Each class is a section of the stage `finetune`."""
 
 from __future__ import annotations
 
@@ -22,69 +22,77 @@ class LoraConfig(Settings):
     alpha: float = Field(default=16.0, gt=0)
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
-    """Matrices that get an adapter: q, k, v, o, gate, up, down of each block; lm_head, the output projection; embed,
-    the token table (method lora). Empty means all of the blocks."""
+    """Matrices that get an adapter. In the blocks: q, k, v, o, gate, up, down. Outside the blocks: lm_head (output
+    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the blocks."""
     rslora: bool = False
-    """Scale updates by alpha / sqrt(rank), so that higher ranks do not learn more slowly (rsLoRA)."""
+    """Scale updates by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast as low ranks
+    (rsLoRA)."""
     plus_ratio: float = Field(default=1.0, gt=0)
-    """Learning rate of each pair's second matrix, as a multiple of the first matrix's rate (LoRA+ advises 16)."""
+    """Learning rate of each adapter's second matrix, divided by that of its first matrix (LoRA+ advises 16)."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
-    """Ranks of single matrices, by name (q) or by module (attn/q). Other matrices use `rank`."""
+    """Ranks of single matrices, by name (q) or by module and name (attn/q). All other matrices use `rank`."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Alphas of single matrices, by name (q) or by module (attn/q). Other matrices use `alpha`."""
+    """Values of alpha for single matrices, by name (q) or by module and name (attn/q). All other matrices use
+    `alpha`."""
     modules_to_save: list[str] = []
-    """Modules to train in full beside the adapters, such as embed, lm_head, norm or attn_norm (PEFT's name)."""
+    """Modules whose parameters are all trained, in addition to the adapters, such as embed, lm_head, norm or attn_norm.
+    The name is PEFT's."""
 
 
 class AdaLoraConfig(Settings):
-    """Set the rank budget that matrices share (AdaLoRA). `lora` sets the mean rank at the end, alpha and targets."""
+    """Set the rank budget that all adapters share (method adalora). `lora` sets the mean rank at the end."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     initial: float = Field(default=1.5, ge=1)
     """Rank of each adapter at the start, as a multiple of `lora.rank`."""
     warmup: float = Field(default=0.1, ge=0)
-    """Number of first steps without removed ranks; below 1 a fraction of all steps."""
+    """Number of initial steps before ranks are removed. A value below 1 is a fraction of all steps."""
     final: float = Field(default=0.3, gt=0)
-    """Number of last steps with fixed ranks; below 1 a fraction of all steps."""
+    """Number of final steps in which no more ranks are removed. A value below 1 is a fraction of all steps."""
     interval: int = Field(default=10, ge=1)
-    """Number of steps between reductions of the ranks."""
+    """Number of steps from one removal of ranks to the next."""
     sensitivity: float = Field(default=0.85, ge=0, lt=1)
     """Decay of the moving average of the sensitivities |weight * gradient|."""
     uncertainty: float = Field(default=0.85, ge=0, lt=1)
-    """Decay of the moving average of uncertainties, the absolute deviations of sensitivities from their average."""
+    """Decay of the moving average of the uncertainty: the absolute difference between a sensitivity and its moving
+    average."""
     orthogonality: float = Field(default=0.5, ge=0)
     """Weight of the penalty on singular vectors that are not orthogonal."""
 
 
 class HoulsbyConfig(Settings):
-    """Bottleneck adapters in the layers."""
+    """Set size and form of the bottleneck adapters (method houlsby)."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     size: int = Field(default=64, ge=1)
-    """Width of each adapter."""
+    """Number of inner activations of each adapter: the width of the bottleneck."""
     form: Literal["sequential", "parallel"] = "sequential"
-    """Position: after each sublayer (Houlsby et al.), or beside the feed-forward layer (He et al.)."""
+    """Place of the adapters. sequential: after each sublayer (Houlsby et al.). parallel: beside the feed-forward layer
+    (He et al.)."""
     scale: float = Field(default=0.0, ge=0)
-    """Factor on the adapters' output; 0 takes 1 if sequential and 4 if parallel."""
+    """Factor by which the adapters' output is multiplied. 0 means 1 for the sequential form and 4 for the parallel
+    form."""
 
 
 class TrainedConfig(Settings):
-    """Choice of what is trained, and how fast. Level 0 is everything after the layers, such as the task's head."""
+    """Set which parameters are trained, how fast, and from which step."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     last_layers: int = Field(default=0, ge=0)
-    """Number of last layers of each stack to train; the layers before and the embeddings are frozen. 0 trains all."""
+    """Number of last layers of each stack to train. Earlier layers and the embeddings are frozen. 0 trains all
+    layers."""
     patterns: list[str] = []
-    """Method full: patterns of the parameters to train beside the task's head, such as norm or attn/*/bias; each
-    matches a part of a name. Empty trains all."""
+    """Patterns of the names of the parameters to train, such as norm or attn/*/bias (method full). A pattern matches
+    any part of a name. The task's head is always trained. Empty trains all parameters."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Factor on the learning rate per level: once for the last layer, twice for the one before, and so on down to the
-    embeddings."""
+    """Factor on the learning rate for each layer towards the input. The last layer's rate is multiplied by it once, the
+    rate of the layer before it twice. The embeddings have the smallest rate."""
     head_rate: float = Field(default=1.0, gt=0)
-    """Learning rate of the task's head, as a multiple of the others'."""
+    """Factor on the learning rate of the task's head. Other parameters are not affected."""
     unfreeze_every: float = Field(default=0.0, ge=0)
-    """Steps after which one more layer of each stack is trained, from the last to the first and then the embeddings;
-    the task's head is trained first. Below 1 a fraction of all steps. 0 trains all from the start."""
+    """Number of steps after which one more layer of each stack is trained (gradual unfreezing). At first only the
+    task's head is trained, then the layers from the last to the first, then the embeddings. A value below 1 is a
+    fraction of all steps. 0 trains all layers from the start."""

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OUTSIDE = ("embed", "lm_head")
-"""Names of the matrices outside the blocks that may get an adapter; tasks' heads are trained in full."""
+"""Names of the matrices outside the blocks that can get an adapter. The task's head gets none, because it is trained
+itself."""
 
 
 def wrap(
@@ -35,14 +36,14 @@ def wrap(
     Args:
       cfg: config of the model.
       params: parameters of the model.
-      targets: names of matrices (q, k, v, o, gate, up, down, lm_head, embed); empty means all of the blocks.
+      targets: names of matrices (q, k, v, o, gate, up, down, lm_head, embed); empty means all matrices in the blocks.
       make: function from a matrix and its number to the adapter. The number does not depend on `targets`.
       mesh: the devices over which the result is sharded.
       setting: name of the setting `targets` in errors.
-      table: whether the adapter can be around the token table, which is looked up.
+      table: whether the adapter supports the token embeddings, whose rows are looked up.
 
     Raises:
-      RequestError: a target names no matrix, or one that the adapter does not support, or one that has an adapter.
+      RequestError: a target names no matrix, the adapter does not support the matrix, or the matrix has an adapter.
     """
     import jax
 
@@ -66,7 +67,7 @@ def wrap(
 
 
 def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
-    """Return the matrices that get an adapter; those outside the blocks only if `targets` names them."""
+    """Return the matrices that get an adapter: those named in `targets`, or all in the blocks if it is empty."""
     from llmctl.model import weights
 
     if not targets:
@@ -75,7 +76,7 @@ def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
 
 
 def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
-    """Return a matrix's entry in a pattern, or the default if the pattern has none.
+    """Return the value that a pattern ({name: value}) has for a matrix, or the default if it has none.
 
     An entry for the matrix's module (attn/q) takes precedence over an entry for its name (q).
     """
@@ -86,7 +87,7 @@ def check_pattern(params: Params, targets: Sequence[str], pattern: Iterable[str]
     """Check that every key of a pattern names a matrix that gets an adapter.
 
     Raises:
-      RequestError: a key names no such matrix.
+      RequestError: a key names a matrix that does not exist or gets no adapter.
     """
     found = selected(params, targets)
     if missing := sorted({*pattern} - {m.name for m in found} - {m.module for m in found}):

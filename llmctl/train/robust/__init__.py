@@ -1,1 +1,1 @@
-"""Robust finetuning: adversarial training on embeddings, and regularization. Both are options of any task."""
+"""Finetune robustly, with any task: adversarial training on embeddings, and regularization."""

@@ -1,7 +1,8 @@
-"""Define adversarial methods: their settings, the loss that they make of a task's loss, and its cost.
+"""Define the interface of adversarial methods: their settings, their loss, and its cost.
 
-A new method is a subclass whose instance is registered in `llmctl.train.robust.registry`. Most override `passes`, which
-calls `pull`, one forward and backward pass at a perturbation, as often as the method needs:
+A new method is a subclass whose instance is registered in `llmctl.train.robust.registry`. Most methods override
+`passes`. It calls the function `pull` as often as the method needs. Each call runs one forward and backward pass with
+a given perturbation:
 
     class Noise(Adversary):
         name = "noise"
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Adversary:
-    """Adversarial method. By default it turns the loss of a task into that of perturbed rows by `passes`.
+    """Define an adversarial method. By default its loss is the task's loss on perturbed rows, as `passes` computes it.
 
     Example:
       >>> from llmctl.train.robust.registry import ADVERSARIES
@@ -44,43 +45,47 @@ class Adversary:
     name: ClassVar[str]
     """Name in the registry."""
     reads: ClassVar[Mapping[str, Any]]
-    """Settings that the method reads, with their defaults."""
+    """Default value of each setting that the method reads."""
     compares: ClassVar[bool] = False
-    """Whether the loss compares outputs of the network, which not every task allows."""
+    """Whether the loss compares outputs of two passes. Not every task defines such a comparison."""
 
     def options(self, config: Any) -> dict[str, Any]:
-        """Return the settings of the method, with defaults for those that are not given."""
+        """Return the value of each setting that the method reads: the one in `config`, or the default."""
         options = {k: default if (v := getattr(config, k)) in (None, "") else v for k, default in self.reads.items()}
         if "start" in options and config.start is None:
             options["start"] = min(options["start"], options["epsilon"])
         return options
 
     def check(self, config: Any) -> None:
-        """Raise ValueError if settings contradict one another."""
+        """Check the settings of the method.
+
+        Raises:
+          ValueError: settings contradict one another.
+        """
         options = self.options(config)
         if options.get("start", 0.0) > options.get("epsilon", float("inf")):
             raise ValueError(f"start: {options['start']:g} is beyond epsilon = {options['epsilon']:g}")
 
     def cost(self, config: Any) -> float:
-        """Return the operations of a step, relative to a step without the method."""
+        """Return the FLOPs of a training step with the method, divided by those of a step without it."""
         raise NotImplementedError
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return the loss with its sums, and its gradients, which the method computes on the way.
+        """Return ((sum of losses, sums), gradients of the trained arrays) of one batch.
 
         Args:
-          search: settings of the steps.
-          begin: perturbation [B, T, D] before the first step; zero without `start`.
-          pull: one forward and backward pass.
+          search: computes the next perturbation from the gradient of the last one.
+          begin: perturbation [B, T, D] before the first step. It is zero if the method has no setting `start`.
+          pull: function from a perturbation to ((sum of losses, sums), gradients, gradient of the perturbation).
         """
         raise NotImplementedError
 
     def loss(self, config: Any, problem: Problem, own: Loss) -> Loss:
-        """Return the loss of the method.
+        """Return the training loss of the method, made from the loss of the task.
 
         Args:
-          config: the section of settings.
-          problem: the task, the network and its training options.
+          config: the section `adversarial` of the settings.
+          problem: parts of the task's loss, for methods that compare outputs.
           own: loss of the task.
         """
         from llmctl.train.robust import one_pass
@@ -88,9 +93,20 @@ class Adversary:
         return one_pass.wrapped(own, self.passes, self.options(config), problem)
 
     def memory(self, config: Any) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """Return a function from the trained arrays to what the loss remembers between steps, by name."""
+        """Return a function from the trained arrays to the initial arrays that the loss keeps between steps, by name.
+
+        Return None if the loss keeps none.
+        """
         return None
 
     def remember(self, config: Any, steps: int, memory: dict[str, Any], named: dict[str, Any], step: Any) -> Any:
-        """Return the method's memory after a step, from the trained arrays after it. `step` counts from 1."""
+        """Return the arrays that the loss keeps between steps, updated after a step.
+
+        Args:
+          config: the section `adversarial` of the settings.
+          steps: number of training steps.
+          memory: the arrays before the step, by name.
+          named: the trained arrays after the step.
+          step: number of the step, from 1.
+        """
         return {}

@@ -1,4 +1,4 @@
-"""Fast gradient method: clean rows, and rows one step along the gradient (Miyato et al., 2017, arXiv:1605.07725)."""
+"""Train on clean rows and on rows perturbed along the gradient (FGM; Miyato et al., 2017, arXiv:1605.07725)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,35 @@ if TYPE_CHECKING:
 
 
 class Fgm(Adversary):
-    """The perturbation is epsilon * g / |g|, g the gradient of a row's loss. Two forward and backward passes."""
+    """Perturb each row by epsilon * g / |g|, where g is the gradient of its loss with respect to its embeddings.
+
+    A training step needs two forward and backward passes.
+    """
 
     name = "fgm"
     reads = {"epsilon": 5.0, "norm": "l2", "weight": 0.5}
 
     def check(self, config: Any) -> None:
-        """See Adversary."""
+        """Check the settings as Adversary.check does, and that the weight of perturbed rows is at most 1."""
         super().check(config)
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """See Adversary."""
+        """Return 2: the passes for clean and for perturbed rows."""
         return 2.0
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """See Adversary; the sums are those of clean rows."""
+        """Return the weighted means of losses and gradients over clean and perturbed rows.
+
+        The sums are those of the clean rows.
+        """
         clean, gradients, rises = pull(begin)
         perturbed, steeper, _ = pull(search.ascend(begin, rises))
         return mixed(search.weight, (clean, gradients), (perturbed, steeper), sums=clean[1])
 
 
 def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any], sums: Any) -> tuple[Found, Any]:
-    """Return (1 - weight) * clean + weight * perturbed, of losses and gradients, with the given sums."""
+    """Return (1 - weight) * clean + weight * perturbed, for losses and for gradients. The result has the given sums."""
     import jax
 
     def mix(a: Any, b: Any) -> Any:
@@ -47,7 +53,11 @@ def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any],
 
 
 def check_share(config: Any) -> None:
-    """Raise ValueError if the weight of perturbed rows is above 1."""
+    """Check that the weight of perturbed rows is at most 1.
+
+    Raises:
+      ValueError: it is above 1.
+    """
     if config.weight is not None and config.weight > 1:
         raise ValueError(f"weight: {config.weight:g} is no share of the loss; method {config.method!r} takes up to 1")
 

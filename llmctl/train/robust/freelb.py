@@ -1,4 +1,4 @@
-"""FreeLB: the mean loss over the steps of ascent (Zhu et al., 2020, arXiv:1909.11764)."""
+"""Train on the mean loss over the steps of gradient ascent (FreeLB; Zhu et al., 2020, arXiv:1909.11764)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class FreeLb(Adversary):
-    """K steps cost K forward and backward passes: each gives the gradients of the weights and the next perturbation.
+    """Use each pass of the ascent twice: for the gradients of the weights, and for the next perturbation.
 
-    Dropout is the same in all steps of a batch, as in the paper.
+    K steps therefore cost K forward and backward passes. Dropout is the same in all steps of a batch, as in the paper.
     """
 
     name = "freelb"
     reads = {"epsilon": 5.0, "norm": "l2", "steps": 3, "step_size": 2.0, "start": 3.0}
 
     def cost(self, config: Any) -> float:
-        """See Adversary."""
+        """Return the number of ascent steps, because each is one forward and backward pass."""
         return float(self.options(config)["steps"])
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """See Adversary; losses, sums and gradients are means over the steps."""
+        """Return the means of losses, sums and gradients over the ascent steps."""
         import jax
         import jax.numpy as jnp
 

@@ -1,8 +1,9 @@
 """Compute the gradients of weights and of a perturbation in one backward pass.
 
-An adversarial step needs the gradient of the loss in the perturbation before it can compute the next loss. Inside an
-ordinary loss function, the differentiation of the whole would repeat each of these passes. Here the forward rule of a
-custom derivative runs the passes and keeps the gradients of the weights that they give, as `chunked_loss` does.
+An adversarial method needs the gradient of the loss with respect to the perturbation before it can compute the next
+loss. If an ordinary loss function computed these gradients, differentiating that function would repeat every pass.
+Therefore the forward rule of a custom derivative runs the passes. It keeps their gradients of the weights for the
+backward rule, as `chunked_loss` does.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from llmctl.train.robust.problem import Problem
 
 Tree = Any
 Found = tuple[jax.Array, Sums]
-"""Sum of losses, and sums by metric name, as a loss returns them."""
+"""Result of a loss: (sum of losses, sums by metric name)."""
 Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
-"""Function from a perturbation [B, T, D] to (found, gradients of the trained arrays, gradient of the perturbation)."""
+"""Function that runs one forward and backward pass with a perturbation [B, T, D], and returns ((sum of losses, sums),
+gradients of the trained arrays, gradient of the perturbation)."""
 Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
-"""The passes of a method, `Adversary.passes`."""
+"""Function (search, initial perturbation, pull) -> ((sum of losses, sums), gradients), as `Adversary.passes`."""
 
 START = 0x0F
-"""Number of the random key of the start, folded into that of the dropout."""
+"""Number that is folded into the dropout key to get the random key of the initial perturbation."""
 
 
 def wrapped(own: Loss, method: Passes, options: dict[str, Any], problem: Problem) -> Loss:
-    """Return the loss of an adversarial method's passes over the loss `own`; `options` are its settings."""
+    """Return a loss that runs an adversarial method's passes on the loss `own`. `options` has the method's settings."""
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, **more: Any) -> Found:
         def at(trained: Tree, offset_BTD: jax.Array, rest: Tree) -> Found:
@@ -57,13 +59,13 @@ def with_gradients(
     trained: Tree,
     rest: Tree,
 ) -> Found:
-    """Return the (loss, sums) of `passes`, differentiable in `trained` by the gradients that it returns.
+    """Return the (sum of losses, sums) of `passes`. Differentiating it gives the gradients that `passes` returns.
 
     Args:
       loss: (trained, perturbation, rest) -> (sum of losses, sums).
-      passes: (pull, trained, rest) -> ((sum of losses, sums), gradients), made of calls of `pull`.
-      trained: arrays; gradients are computed only of those that the caller differentiates.
-      rest: arrays without gradients.
+      passes: (pull, trained, rest) -> ((sum of losses, sums), gradients). It calls `pull`.
+      trained: arrays that may be differentiated. Gradients are computed only of those that the caller differentiates.
+      rest: other arguments of the loss, which have no gradients.
     """
     leaves, structure = jax.tree.flatten(trained)
 

@@ -1,6 +1,6 @@
-"""Perturbations of token embeddings: where they are added, their unit of size, and the steps of a search.
+"""Perturb token embeddings: add perturbations to a batch, measure their size, and search for harmful ones.
 
-Padding is never perturbed. Norms and steps are per row, so a row does not depend on the others of its batch.
+Padding is never perturbed. Norms and steps are per row, so a row's result does not depend on other rows of its batch.
 
 Shapes: B rows, T tokens per row, D model width.
 """
@@ -23,32 +23,32 @@ TINY = 1e-30
 
 
 class Site(NamedTuple):
-    """Embeddings that are perturbed: those of the encoder if there is one, else those of the decoder."""
+    """Describe the embeddings that are perturbed: the encoder's if the model has one, otherwise the decoder's."""
 
     name: str
-    """Key of the perturbation in the batch."""
+    """Key under which the batch holds the perturbation."""
     mask_BT1: jax.Array
     """1 at tokens, 0 at padding."""
     tokens_BT: jax.Array
     width: int
     entries_B11: jax.Array
-    """Number of entries of a row that are perturbed."""
+    """Number of perturbed entries per row: its tokens times the model width."""
 
     def uniform(self, key: jax.Array) -> jax.Array:
-        """Sample entries from -1 to 1, [B, T, D], zero at padding."""
+        """Sample a perturbation [B, T, D] with entries uniform in [-1, 1], and zero at padding."""
         shape = (*self.tokens_BT.shape, self.width)
         return self.constrained(jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * self.mask_BT1)
 
     def zeros(self) -> jax.Array:
-        """Return a perturbation of zero."""
+        """Return a perturbation [B, T, D] of zeros."""
         return self.constrained(jnp.zeros((*self.tokens_BT.shape, self.width)))
 
     def constrained(self, offset_BTD: jax.Array) -> jax.Array:
-        """Shard a perturbation like the embeddings."""
+        """Return the perturbation, sharded like the embeddings."""
         return meshes.constrain(offset_BTD, "batch", "seq", "act_embed")
 
     def added(self, batch: Batch, offset_BTD: jax.Array) -> Batch:
-        """Return the batch with a perturbation beside those that it has."""
+        """Return the batch with the perturbation added to the one that it holds, if any."""
         return batch | {self.name: batch[self.name] + offset_BTD if self.name in batch else offset_BTD}
 
     def unit(self, params: Params) -> jax.Array:
@@ -60,7 +60,7 @@ class Site(NamedTuple):
 
 
 def site(cfg: ModelConfig, batch: Batch) -> Site:
-    """Return the embeddings of a batch that are perturbed."""
+    """Return the Site of a batch."""
     side = "encoder_" if cfg.encoder_layers else ""
     mask_BT1 = (batch[f"{side}segments"] > 0).astype(jnp.float32)[..., None]
     entries_B11 = jnp.maximum(jnp.sum(mask_BT1, axis=(1, 2), keepdims=True), 1) * cfg.d_model
@@ -69,7 +69,10 @@ def site(cfg: ModelConfig, batch: Batch) -> Site:
 
 @dataclass(frozen=True)
 class Search:
-    """Steps of ascent within a ball around the embeddings. Sizes are in units of the row's embeddings."""
+    """Search for a perturbation that increases the loss, by gradient ascent within a ball around the embeddings.
+
+    The unit of `epsilon`, `step_size` and `start` is the root mean square of the row's embeddings.
+    """
 
     mask_BT1: Any
     unit_B11: Any
@@ -77,28 +80,31 @@ class Search:
     """Radius of the ball."""
     step_size: float
     norm: str = "l2"
-    """l2 of all entries of a row, or linf."""
+    """Norm of a row's perturbation: "l2" over all its entries, or "linf", its largest entry."""
     steps: int = 1
     start: float = 0.0
-    """Radius of the random start."""
+    """Maximum norm of the random perturbation before the first step; 0 starts from zero."""
     weight: float = 1.0
-    """Weight of the perturbed rows, which methods use as they need."""
+    """Setting `weight` of the method, which each method uses in its own way."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
-        """Return the search with the settings of a method; without a step size one step reaches the surface."""
+        """Return the search with a method's settings. Without a setting `step_size`, it is `epsilon`."""
         known = {k: options[k] for k in ("epsilon", "norm", "steps", "step_size", "start", "weight") if k in options}
         return cls(at.mask_BT1, at.unit(params), **{"step_size": known["epsilon"], **known})
 
     def begin(self, at: Site, key: jax.Array) -> jax.Array:
-        """Return the perturbation [B, T, D] before the first step: uniform in a cube within the ball of `start`."""
+        """Return the perturbation [B, T, D] before the first step. Its norm is at most `start`.
+
+        Entries are uniform in an interval around zero.
+        """
         if not self.start:
             return at.zeros()
         side_B11 = self.start * self.unit_B11
         return at.uniform(key) * (side_B11 / jnp.sqrt(at.entries_B11) if self.norm == "l2" else side_B11)
 
     def ascend(self, offset_BTD: jax.Array, rises_BTD: jax.Array) -> jax.Array:
-        """Return the perturbation after a step along the gradient of the loss, projected onto the ball."""
+        """Return the perturbation after a step along the loss's gradient `rises_BTD`, projected onto the ball."""
         rises_BTD = rises_BTD.astype(jnp.float32) * self.mask_BT1
         if self.norm == "linf":
             moved_BTD = offset_BTD + self.step_size * self.unit_B11 * jnp.sign(rises_BTD)

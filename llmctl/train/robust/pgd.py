@@ -1,4 +1,4 @@
-"""Projected gradient descent: rows after several steps of ascent (Madry et al., 2018, arXiv:1706.06083)."""
+"""Train on rows perturbed by several steps of projected gradient ascent (PGD; Madry et al., 2018, arXiv:1706.06083)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ if TYPE_CHECKING:
 
 
 class Pgd(Adversary):
-    """Steps from a random start, each projected onto the ball of radius epsilon; then one pass at the last one."""
+    """Search from a random perturbation, projecting each step onto the ball of radius epsilon.
+
+    The loss is computed at the last perturbation.
+    """
 
     name = "pgd"
     reads = {"epsilon": 5.0, "norm": "l2", "steps": 3, "step_size": 2.0, "start": 5.0, "weight": 1.0}
 
     def check(self, config: Any) -> None:
-        """See Adversary."""
+        """Check the settings as Adversary.check does, and that the weight of perturbed rows is at most 1."""
         super().check(config)
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """See Adversary; a step of the search needs no gradients of weights, a third of the operations."""
+        """Return the cost as Adversary.cost does.
+
+        A search step costs 2/3 of a training step, because it needs no gradients of the weights.
+        """
         options = self.options(config)
         return 1.0 + options["steps"] * 2 / 3 + (options["weight"] < 1)
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """See Adversary; the sums are those of perturbed rows."""
+        """Return loss and gradients at the last perturbation, averaged with those of clean rows if `weight` is below 1.
+
+        The sums are those of the perturbed rows.
+        """
         import jax
         import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""A task's training loss in its parts, for methods that need the outputs of several passes."""
+"""Split a task's training loss into its parts, for methods that compare the outputs of several passes."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from llmctl.model.losses import Sums
 from llmctl.model.transformer import Batch, Params
 
 States = tuple[Params, jax.Array]
-"""Parameters, and the hidden states [B, T, D] that they gave."""
+"""Result of a forward pass: (parameters, hidden states [B, T, D] that the output head reads)."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Task, network and options of a training loss."""
+    """Compute a task's training loss in parts: prepare the batch, run the network, compute the loss."""
 
     task: Task
     model: ModelConfig
     """Config of the model in training."""
     options: Options
-    """Options of the loss."""
+    """Options of the task's loss."""
     remat: str = "none"
-    """What the backward pass recomputes."""
+    """Activations that the backward pass recomputes, as `train.remat`."""
     prepare: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
-    """Function (batch, key) to the batch of a training step, with noise and weights of classes."""
+    """Function (batch, key) -> batch that adds noise on embeddings and class weights, as the settings require."""
 
     def batch(self, batch: Batch, key: jax.Array) -> Batch:
-        """Return a prepared batch in the form that the network reads."""
+        """Return the batch that the network reads, after `prepare`."""
         return self.task.woven(self.prepare(batch, key))
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        """Return the hidden states [B, T, D] of such a batch, with dropout."""
+        """Return the hidden states [B, T, D] of a batch that `batch` returned, with dropout."""
         return functional.hidden(
             self.model, params, batch, train=True, rng=key, dtype=self.options.dtype, remat=self.remat
         )
 
     def loss(self, states: States, batch: Batch) -> tuple[jax.Array, Sums]:
-        """Return the loss and its sums."""
+        """Return (sum of losses, sums by metric name) of a forward pass."""
         params, x_BTD = states
         return self.task.loss(self.model, params, x_BTD, batch, self.options)
 
     def divergence(self, one: States, other: States, batch: Batch) -> jax.Array:
-        """Return the symmetric divergence between the outputs of two passes, summed like the loss."""
+        """Return the symmetric divergence between the outputs of two passes, summed over what the loss sums over."""
         return self.task.divergence((self.model, *one), (self.model, *other), batch, self.options.dtype)
 
     def check(self, setting: str) -> None:

@@ -1,4 +1,6 @@
-"""Registry of adversarial methods. A record imports JAX only inside its functions, so that settings can ask it.
+"""Register adversarial methods by name.
+
+A method imports JAX only inside its functions, so that settings can read this registry without loading JAX.
 
 Another package adds a method by an entry point:
 

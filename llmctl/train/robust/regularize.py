@@ -1,4 +1,4 @@
-"""Regularization of finetuning: noise on embeddings, agreement under dropout, distance from the start, class weights.
+"""Regularize finetuning: noise on embeddings, R-Drop, distance from the parent's weights (L2-SP), class weights.
 
 Shapes: B rows, T tokens per row, D model width, C classes.
 """
@@ -23,7 +23,7 @@ from llmctl.train.robust.perturbation import Site
 from llmctl.train.robust.problem import Problem
 
 NOISE = 0x0E
-"""Number of the random key of the noise, folded into that of the dropout."""
+"""Number that is folded into the dropout key to get the random key of the noise."""
 
 
 def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
@@ -50,7 +50,9 @@ def r_drop(problem: Problem, alpha: float) -> Loss:
 
 
 def toward_start(own: Loss, factor: float) -> Loss:
-    """Return the loss plus factor / 2 times the squared distance from the weights in the memory's "start".
+    """Return the loss `own` plus factor / 2 times the squared distance between the weights and the parent's weights.
+
+    The parent's weights are in the state's memory as "start".
 
     (L2-SP; Li et al., 2018, arXiv:1802.01483)
     """
@@ -65,13 +67,13 @@ def toward_start(own: Loss, factor: float) -> Loss:
 
 
 def from_parent(names: Collection[str], params: Params) -> list[str]:
-    """Return the names of trained arrays that began as the parent's: neither adapters nor the task's head."""
+    """Return those of the names whose arrays come from the parent: all but adapters and the task's head."""
     adapters = weights.adapter_names(params)
     return [name for name in names if name not in adapters and not weights.parse(name).task_head]
 
 
 def class_counts(examples: Examples) -> list[int]:
-    """Count the examples of each class, or the words if words have classes."""
+    """Return the number of examples of each class, or the number of words if each word has a class."""
     if examples.labels is not None:
         return np.bincount(examples.labels, minlength=len(examples.classes)).tolist()
     found = Counter(tag for i in range(len(examples)) for tag in examples[i]["tags"])
@@ -81,7 +83,8 @@ def class_counts(examples: Examples) -> list[int]:
 def class_weights(given: Any, labels: Sequence[str], counts: Sequence[int]) -> np.ndarray:
     """Return the weight of each class, float32 [C].
 
-    `balanced` gives n / (C * n_c), whose mean over the examples is 1. A class without examples has weight 1.
+    If `given` is "balanced", the weight of class c is n / (C * n_c), for n_c of n examples and C classes with examples.
+    The mean weight of the examples is then 1. A class without examples has weight 1.
 
     Raises:
       RequestError: a class is unknown.

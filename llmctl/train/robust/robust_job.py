@@ -1,9 +1,13 @@
-"""Change a stage's training job by its sections `adversarial` and `regularize`.
+"""Apply the sections `adversarial` and `regularize` of a stage's settings to its training job.
 
     learner = robust_job.attached(config, learner, counts)
 
-The order, from the inside: noise on embeddings and weights of classes, the loss of the task or of two passes (R-Drop),
-the adversarial method, the distance from the start.
+The loss is built in this order:
+
+1. The batch gets noise on embeddings, and class weights.
+2. The task's loss is computed, or the loss of two passes (R-Drop).
+3. The adversarial method wraps this loss.
+4. The distance from the parent's weights is added.
 """
 
 from __future__ import annotations
@@ -30,20 +34,20 @@ if TYPE_CHECKING:
 
 
 Kept = tuple[Callable[[Params], dict[str, Any]], Callable[[dict[str, Any], Params, jax.Array], dict[str, Any]]]
-"""What a job remembers, by name: function from the trained arrays to its first value, and function (memory, trained
-arrays, step) -> its value after a step."""
+"""Arrays that a job keeps between steps: function (trained arrays) -> the first arrays by name, and function (memory,
+trained arrays, step) -> the arrays after a step."""
 
 
 def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learner:
-    """Return the learner whose job has the losses and the memory that the sections ask for.
+    """Return the learner with the losses that the sections `adversarial` and `regularize` set.
 
     Args:
-      config: the stage's, with `adversarial`, `regularize` and `train`.
-      learner: the model, the task and its method.
-      counts: training examples of each class, for `class_weights = "balanced"`; equal if empty.
+      config: config of the stage, with `adversarial`, `regularize` and `train`.
+      learner: the model, the task and the finetuning method.
+      counts: number of training examples of each class, for `class_weights = "balanced"`. Empty means equal numbers.
 
     Raises:
-      RequestError: a setting does not suit the task or the model, or would do nothing.
+      RequestError: a setting does not suit the task or the model, or has no effect.
     """
     asks, named = config.regularize, config.adversarial.method
     if not named and asks == type(asks)():
@@ -54,15 +58,15 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
         weight_C = jnp.asarray(regularize.class_weights(asks.class_weights, learner.labels, counts))
     problem = Problem(
         learner.task,
-        learner.trains,
+        learner.training_model,
         Options(**learner.options(config.train)),
         config.train.remat,
-        _preparation(learner.task, learner.trains, asks.neftune, weight_C),
+        _preparation(learner.task, learner.training_model, asks.neftune, weight_C),
     )
     compares = [f"adversarial.method = {named!r}"] if named and ADVERSARIES[named].compares else []
     if asks.r_drop:
         compares.append("regularize.r_drop")
-        if not learner.trains.dropout:
+        if not learner.training_model.dropout:
             raise RequestError("regularize.r_drop: two passes are equal without dropout; set dropout, such as 0.1")
     if len(compares) > 1:
         raise RequestError(f"{' and '.join(compares)} both compare outputs: leave one of them out")
@@ -74,7 +78,11 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
 
 
 def _check_classes(asks: Any, task: Task) -> None:
-    """Raise RequestError if settings about classes do not suit the task."""
+    """Check that the task has classes if a setting needs them.
+
+    Raises:
+      RequestError: `class_weights` or `balance` does not suit the task, or both would balance the classes.
+    """
     single = task.classes and task.label_type == "class"
     if asks.class_weights and not single:
         raise RequestError(f"regularize.class_weights: not for task {task.name!r}, which has no single class")
@@ -87,7 +95,7 @@ def _check_classes(asks: Any, task: Task) -> None:
 def _preparation(
     task: Task, model: ModelConfig, alpha: float, weight_C: jax.Array | None
 ) -> Callable[[Batch, jax.Array], Batch]:
-    """Return the function (batch, key) -> batch that adds weights of classes and noise on embeddings."""
+    """Return the function (batch, key) -> batch that adds class weights and noise on embeddings to a batch."""
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         if weight_C is not None:
@@ -101,7 +109,7 @@ def _preparation(
 
 
 def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
-    """Return the job with the losses, the memory and the operations that the sections ask for."""
+    """Return the job with the loss, the memory and the FLOPs per token that the sections require."""
     asks, factor, plain = config.regularize, 1.0, job.loss
 
     def prepared(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any = None, **more: Any) -> Any:
@@ -133,7 +141,10 @@ def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
 
 
 def remembering(job: Job, kept: Sequence[Kept]) -> Job:
-    """Return the job with more in its memory, which its loss reads. The memory that it had stays as it was."""
+    """Return the job with further entries in the state's "memory", which its loss then reads.
+
+    Entries that the job had before do not change.
+    """
 
     def memory(named: Params) -> dict[str, Any]:
         found = dict(job.memory(named)) if job.memory else {}

@@ -1,4 +1,4 @@
-"""Settings of robust finetuning, each a section of `finetune`."""
+"""Define the settings of robust finetuning. Each class is a section of the stage `finetune`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ def _known(name: str) -> str:
 
 
 def _weights(value: Any) -> Any:
-    """Return weights of classes, or "balanced"."""
+    """Return "balanced", or the class weights as a dictionary of floats.
+
+    Raises:
+      ValueError: the value is neither "balanced" nor a table of positive numbers.
+    """
     if value == "balanced":
         return value
     numbers = isinstance(value, dict) and all(isinstance(v, (int, float)) and v > 0 for v in value.values())
@@ -29,35 +33,37 @@ def _weights(value: Any) -> Any:
 
 
 class AdversarialConfig(Settings):
-    """Adversarial training: perturb token embeddings of each row so that the loss grows. Sizes are relative to them.
+    """Set adversarial training, which perturbs the token embeddings of each row so that the loss increases.
 
-    A size of 1 is the root mean square of the entries of the row's own embeddings.
+    Norms and step sizes are relative: 1 is the root mean square of the entries of the row's embeddings.
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     method: Annotated[str, AfterValidator(_known), ADVERSARIES] = ""
-    """Adversarial training. fgm: clean rows, and rows one step along the gradient. pgd: rows after several steps.
-    freelb: the mean over the steps, at the cost of one pass per step. smart: clean rows, with outputs that change
-    little under perturbation and from step to step. Default: none."""
+    """Adversarial method. fgm: train on clean rows, and on rows perturbed by one step along the gradient. pgd: train on
+    rows perturbed by several steps. freelb: train on the mean loss over the steps, at the cost of one pass per step.
+    smart: train on clean rows, and keep outputs similar under perturbation and from step to step. Default: none."""
     epsilon: Positive | None = None
     """Maximum norm of a row's perturbation. Default: 5; smart: 1."""
     norm: Norm = ""
-    """Norm: l2 of all of a row's entries, or linf, the largest entry. Default: l2; smart: linf."""
+    """Norm of a row's perturbation. l2: Euclidean norm of all its entries. linf: its largest entry. Default: l2; smart:
+    linf."""
     steps: Annotated[int, Field(ge=1)] | None = None
-    """pgd, freelb, smart: steps of the search for a perturbation. Default: 3; smart: 1."""
+    """Number of steps in the search for a perturbation (pgd, freelb, smart). Default: 3; smart: 1."""
     step_size: Positive | None = None
-    """pgd, freelb, smart: length of a step, in the norm. Default: 2; smart: 1."""
+    """Norm of each step of the search (pgd, freelb, smart). Default: 2; smart: 1."""
     start: Annotated[float, Field(ge=0)] | None = None
-    """pgd, freelb, smart: maximum norm of the random perturbation before the first step. Default: 5 (pgd), 3 (freelb),
+    """Maximum norm of the random perturbation before the first step (pgd, freelb, smart). Default: 5 (pgd), 3 (freelb),
     0.01 (smart), and at most epsilon."""
     weight: Positive | None = None
-    """fgm, pgd: weight of perturbed rows in the loss, at most 1; clean rows have the rest. Default: 0.5 (fgm), 1 (pgd).
-    smart: factor of the divergence between outputs of clean and perturbed rows. Default: 2."""
+    """fgm, pgd: fraction of the loss that comes from perturbed rows; the rest comes from clean rows. Default: 0.5
+    (fgm), 1 (pgd). smart: factor of the divergence between the outputs of clean and perturbed rows. Default: 2."""
     proximal: Annotated[float, Field(ge=0)] | None = None
-    """smart: factor of the divergence from the outputs of averaged weights. Default: 2."""
+    """Factor of the divergence between the outputs of the weights and of their moving average (smart). Default: 2."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """smart: decay of the average of weights, at most 0.99 in the first tenth of the steps. Default: 0.999."""
+    """Decay of the moving average of the weights, at most 0.99 in the first tenth of the steps (smart). Default:
+    0.999."""
 
     @model_validator(mode="after")
     def _is_read(self) -> AdversarialConfig:
@@ -74,18 +80,20 @@ class AdversarialConfig(Settings):
 
 
 class RegularizeConfig(Settings):
-    """Regularization of finetuning, and weights of classes."""
+    """Set the regularization of finetuning, and the weights of classes."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     r_drop: float = Field(default=0.0, ge=0)
-    """Factor of the divergence between the outputs of two passes with different dropout (R-Drop); 0 is off."""
+    """Factor of the divergence between the outputs of two passes with different dropout (R-Drop). 0 disables it."""
     neftune: float = Field(default=0.0, ge=0)
-    """Uniform noise on token embeddings: alpha / sqrt(tokens * width), alpha = 5 is usual (NEFTune); 0 is off."""
+    """Alpha of uniform noise on token embeddings, of at most alpha / sqrt(tokens * width) per entry (NEFTune). 5 is
+    usual. 0 disables it."""
     l2_start: float = Field(default=0.0, ge=0)
-    """Factor of half the squared distance from the parent's weights (L2-SP); 0 is off. The task's head is left out."""
+    """Factor of half the squared distance between the weights and the parent's weights (L2-SP), without the task's
+    head. 0 disables it."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
-    """Weights of examples by class, such as {"rare" = 5.0}; others have 1. balanced: inverse to the class's share of
-    the training rows."""
+    """Weight of the examples of each class in the loss, such as {"rare" = 5.0}. Other classes have weight 1. balanced:
+    weights inversely proportional to the number of training examples of the class."""
     balance: bool = False
-    """Sample every class equally often; rows of a rare class are repeated."""
+    """Sample every class equally often. Examples of rare classes are repeated."""

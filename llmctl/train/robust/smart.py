@@ -1,7 +1,9 @@
-"""SMART: outputs that change little under perturbation and from step to step (Jiang et al., 2020, arXiv:1911.03437).
+"""Keep outputs similar under perturbation and from step to step (SMART; Jiang et al., 2020, arXiv:1911.03437).
 
-The loss of clean rows gets two terms: the divergence between the outputs of clean rows and of the rows whose
-perturbation makes it largest, and the divergence from the outputs of averaged weights (Bregman proximal point).
+Two terms are added to the loss of clean rows:
+
+- the divergence between the outputs for clean and for perturbed rows, maximized over the perturbation
+- the divergence between the outputs of the weights and of their moving average (Bregman proximal point)
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ if TYPE_CHECKING:
     from llmctl.train.robust.problem import Problem
 
 EARLY, EARLY_DECAY = 0.1, 0.99
-"""Fraction of the steps in which the average forgets faster, and its decay there, as in the paper."""
+"""Fraction of the steps, at the beginning, in which the average of the weights has a smaller decay, and that decay, as
+in the paper."""
 
 
 class Smart(Adversary):
-    """Divergences are symmetric: the mean of both KL divergences, or the squared difference of numbers.
+    """Add two symmetric divergences to the loss: between clean and perturbed rows, and to averaged weights.
 
-    The paper adds both directions, so its factors of 1 are 2 here.
+    A divergence is the mean of the KL divergences in both directions, or for numbers the squared difference. The paper
+    has the sum of both directions, so its factors of 1 correspond to 2 here.
     """
 
     name = "smart"
@@ -40,18 +44,27 @@ class Smart(Adversary):
     }
 
     def check(self, config: Any) -> None:
-        """See Adversary; without a start the first gradient is zero: the divergence of equal outputs is the least."""
+        """Check the settings as Adversary.check does, and that `start` is above 0.
+
+        At a perturbation of zero both outputs are equal, the divergence is minimal, and its gradient is zero.
+        """
         super().check(config)
         if not self.options(config)["start"]:
             raise ValueError("start: method 'smart' needs one above 0, where the divergence has a gradient")
 
     def cost(self, config: Any) -> float:
-        """See Adversary: two differentiated passes, a search without gradients of weights, and averaged weights."""
+        """Return the cost as Adversary.cost does.
+
+        It is 2 for the passes of clean and of perturbed rows, 2/3 per search step, and 1/3 for the averaged weights.
+        """
         options = self.options(config)
         return 2 + options["steps"] * 2 / 3 + bool(options["proximal"]) / 3
 
     def loss(self, config: Any, problem: Problem, own: Loss) -> Loss:
-        """See Adversary; `own` is computed from its parts, so that its outputs are not computed twice."""
+        """Return the training loss as Adversary.loss does. It calls the task's loss in parts, and does not call `own`.
+
+        The outputs of clean rows are thereby computed once.
+        """
         import jax
 
         from llmctl.model import weights
@@ -87,7 +100,7 @@ class Smart(Adversary):
         return loss
 
     def memory(self, config: Any) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """See Adversary: the average of the trained weights."""
+        """Return a function from the trained arrays to their initial moving average; None if `proximal` is 0."""
         import jax
         import jax.numpy as jnp
 
@@ -96,7 +109,7 @@ class Smart(Adversary):
         return lambda named: {"average": jax.tree.map(jnp.copy, named)}
 
     def remember(self, config: Any, steps: int, memory: dict[str, Any], named: dict[str, Any], step: Any) -> Any:
-        """See Adversary: average <- momentum * average + (1 - momentum) * weights."""
+        """Return the updated moving average: momentum * average + (1 - momentum) * weights."""
         import jax.numpy as jnp
 
         momentum = self.options(config)["momentum"]
