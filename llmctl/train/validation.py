@@ -21,8 +21,10 @@ Further = Callable[[dict[str, Any], Callable[[], None]], dict[str, float]]
 class Validation:
     """Compute metrics on validation rows: `validation(params)` returns {"loss", "accuracy", ...}.
 
-    Each metric is a weighted mean over the rows. The computation is compiled once. `further` returns more metrics by name.
-    It gets the parameters, and a function to call often, which raises `preemption.StopRequested` if the run has to stop.
+    Each metric is a weighted mean over the rows. The computation is compiled once.
+
+    The function `further` returns more metrics by name. Its arguments are the parameters, and a function that it calls
+    often. The latter raises `preemption.StopRequested` if the run has to stop.
     """
 
     def __init__(
