@@ -95,6 +95,27 @@ batch_size = 4
     assert "tokens" in found["eval", "scoring of finetune"].batch
 
 
+def test_the_passes_of_robust_training_are_planned(tmp_path):
+    """FreeLB with four steps of R-Drop's two passes costs eight plain steps, and its program can be traced."""
+    stage = """
+[[stage]]
+kind = "finetune"
+name = "NAME"
+from = "pretrain"
+dropout = 0.1
+train = { steps = 10, batch_size = 4, seq_len = 16 }
+"""
+    robust = (
+        'adversarial = { method = "freelb", steps = 4 }\nregularize = { r_drop = 1.0, class_weights = "balanced" }\n'
+    )
+    text = stage.replace("NAME", "plain") + stage.replace("NAME", "robust") + robust
+    found = built(text, tmp_path, ["plain", "robust"])
+    plain, robust = (found[name, "train step"] for name in ("plain", "robust"))
+    assert robust.flops == 8 * plain.flops
+    assert (plain.work.beside, robust.work.beside) == (0, 7 * plain.flops)
+    assert robust.trace().jaxpr.eqns
+
+
 def test_word_labels_are_planned_from_the_command_line(tmp_path, capsys):
     """`plan` once refused every recipe with this task."""
     file = tmp_path / "tags.toml"

