@@ -136,7 +136,7 @@ class Bench:
         to = "peft" if parent.state.pairs else DENSE[bool(parent.state.integers)]
         with (  # other tests load what is written with transformers, whose import takes longer than all of this
             mock.patch.object(text_proof, "available", lambda *_: "not asked"),
-            mock.patch.object(text_proof, "otherwise", lambda *_: ""),
+            mock.patch.object(text_proof, "tokenization_difference", lambda *_: ""),
         ):
             exporting.run(parent.path, out.parent / "exported", to=to)
             if to == "peft":

@@ -113,7 +113,7 @@ def run(
         brought = tokenizers.bring(tokenizer or source, words, found.model, found.config, None if is_gguf else source)
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
-        if brought and not tokenizer and (differs := text_proof.otherwise(found.model, source, brought)):
+        if brought and not tokenizer and (differs := text_proof.tokenization_difference(found.model, source, brought)):
             say(f"{differs}; {ADVICE}")
         stream = closing.enter_context(partial_save.opened(out, made_of))
         if stream.before:

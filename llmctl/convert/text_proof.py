@@ -140,7 +140,7 @@ def same_tokens(what: str, ours: Rows, there: Rows) -> str:
     return ""
 
 
-def otherwise(cfg: ModelConfig, source: Path, folder: Path) -> str:
+def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str:
     """Describe a difference between transformers with the tokenizer of `source` and llmctl with that of `folder`.
 
     Return "" if both agree, if transformers is not installed, or if the model does not read complete texts.

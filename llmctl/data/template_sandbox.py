@@ -36,9 +36,9 @@ BLOCK = 64
 BODIES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)
 """Template nodes whose body may run several times."""
 PADDING = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
-"""Methods of text for which an argument determines the length of the result."""
+"""String methods for which an argument determines the length of the result."""
 BACKWARDS = frozenset(["rfind", "rindex", "rsplit", "rpartition"])
-"""Methods of text whose time is proportional to the product of the lengths."""
+"""String methods that take time proportional to the product of the lengths of the string and the argument."""
 REFUSED_METHODS = frozenset(["translate", "to_bytes", "fromkeys"])
 """Rejected methods: an argument determines the length of their result, and no template needs them."""
 REFUSED_FILTERS = frozenset(["striptags", "urlize", "xmlattr"])
@@ -69,7 +69,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Add a filter whose steps are counted."""
+        """Add a filter to the environment. Its characters and items count as steps, as in Jinja's own filters."""
         self.filters[name] = self._counted(name, function, False)
 
     def from_string(self, source: Any, *rest: Any, **more: Any) -> Template:
@@ -116,7 +116,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def weigh(self, value: Any) -> int:
-        """Count and return the size of a value, which is an upper bound of the length of its text.
+        """Return the size of a value, an upper bound of the length of its text, and count it as steps.
 
         A part that occurs several times counts each time.
         """
@@ -267,7 +267,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return found
 
     def _allow_percent(self, text: Any, values: Any) -> None:
-        """Check the length of the result of `text % values`. A width may be in the text or, for `*`, in the values."""
+        """Check the length of the result of `text % values` before it is computed.
+
+        The width of a field is in the text or, for `*`, in the values.
+        """
         shown = text.decode("latin-1") if isinstance(text, bytes) else str(text)
         given = values if isinstance(values, tuple) else (values,)
         widest = sum(map(self.weigh, given))
@@ -283,7 +286,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _BoundedFormatter(SandboxedFormatter):
-    """Reject wide fields and long results before they are created."""
+    """Format strings for `str.format`. Wide fields and long results are rejected before they are created."""
 
     size = 0
 
@@ -303,7 +306,7 @@ class _BoundedFormatter(SandboxedFormatter):
 
 
 def _inside(node: nodes.Node) -> Iterable[nodes.Node]:
-    """Yield a node and its descendants, without the bodies that count their own nodes."""
+    """Yield a node and its descendants, except the bodies that may run several times. These count their own nodes."""
     yield node
     for child in () if isinstance(node, BODIES) else node.iter_child_nodes():
         yield from _inside(child)

@@ -29,13 +29,14 @@ from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotat
 PROJECTED = "projected"
 """Checkpoint name of projected queries, keys and values, for rematerialization policies."""
 KEPT = "attention"
-"""Checkpoint name of the residuals of the softmax. If a policy saves them, the backward pass does not recompute
-products of the scores."""
+"""Checkpoint name of the arrays that the softmax saves for its backward pass. With a policy that saves them, the
+backward pass does not repeat the forward pass of the softmax."""
 MASKED = -1e30
 """Score of a masked pair. It is finite, so that a row without any visible key (padding) stays finite."""
 
 Choose = Callable[..., jax.Array]
-"""Function (q, k, v, mask, shared, local, config, cross) -> outputs of attention [B, T, H, K]."""
+"""Type of functions that select and run an attention kernel: (q, k, v, mask, shared, local, config, cross) -> outputs
+of attention [B, T, H, K]."""
 
 
 class Shared(NamedTuple):
@@ -45,7 +46,7 @@ class Shared(NamedTuple):
     """
 
     mask_BTS: jax.Array | None
-    """Mask of visible pairs. It is None for ring attention, which derives masks from segments."""
+    """Whether a query may attend to a key. None for ring attention, which derives its masks from the segments."""
     local_mask_BTS: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
@@ -54,29 +55,29 @@ class Shared(NamedTuple):
     memory_mask_BTS: jax.Array | None = None
     memory_segments_BS: jax.Array | None = None
     bias_table_UH: jax.Array | None = None
-    """Table of the position bias. Ring attention uses this table and the segments, not the bias and the masks."""
+    """Table of the relative position bias, only for ring attention, which computes the bias block by block."""
     slot: jax.Array | int | None = None
     """Cache slot of the first token; None without a cache."""
     causal_BT: jax.Array | None = None
-    """Segments of tokens under causal attention. Without a cache, either this field or `mutual_BT` is set."""
+    """Segment of each token if attention is causal. With a cache, this field and `mutual_BT` are None."""
     mutual_BT: jax.Array | None = None
-    """Segments of tokens under bidirectional attention."""
+    """Segment of each token if attention is bidirectional."""
     rows_B: jax.Array | None = None
-    """Index of each row in the full batch, because these rows may be a part of it."""
+    """Index of each row in the full batch, of which these rows may be a part. Dropout masks depend on this index."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """Return the mask [B, T, S] of pairs that are in the same document; padding (segment 0) is excluded."""
+    """Return the mask [B, T, S] of (query, key) pairs in the same segment. No query attends to padding (segment 0)."""
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 
 def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.Array | None) -> jax.Array:
-    """Return the distance [T, S] from each query to each key, in positions.
+    """Return the position of each key minus the position of each query, int [T, S].
 
     Args:
-        mask_BTS: Mask, for its shape.
+        mask_BTS: Mask, which is used only for its shape.
         slot: Cache slot of the first query; None without a cache.
-        order_BT: Positions of the tokens if they differ from their array order.
+        order_BT: Positions of the tokens, if they differ from the array order.
     """
     T, S = mask_BTS.shape[1:]
     if order_BT is not None:  # all rows have the same order
@@ -98,10 +99,11 @@ def share(
 
     Args:
         cfg: Config of the model.
-        segments_BT: Document of each token; 0 is padding.
-        positions_BT: Position of each token in its document.
+        segments_BT: Segment of each token; 0 is padding.
+        positions_BT: Position of each token in its segment.
         causal: Whether tokens attend to earlier tokens only.
-        cached_BS: Segments of all S cache slots. The T tokens use the slots from `slot` to `slot + T`.
+        cached_BS: Segment of each cache slot; None without a cache. The T tokens use the slots from `slot` to `slot +
+            T`.
         slot: Cache slot of the first token; None without a cache.
         order_BT: Text position of each token, if rows are permuted for context parallelism.
     """
@@ -223,19 +225,19 @@ def attend(
 
 
 def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: Any) -> jax.Array:
-    """Compute a matrix product batched over (B, G).
+    """Compute a matrix product that is batched over the first two axes (B, G).
 
-    Axis `contract_a` of a and axis `contract_b` of b are contracted.
+    Axis `contract_a` of `a` and axis `contract_b` of `b` are contracted.
     """
     dims = (((contract_a,), (contract_b,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
 
-def _gather(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
-    """Multiply the transpose of p [B, G, N, S] by rows [B, G, N, K] -> [B, G, S, K].
+def _transpose_product(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
+    """Return the transpose of p [B, G, N, S], multiplied by rows [B, G, N, K]: an array [B, G, S, K].
 
-    The product is computed as transpose(transpose(rows) p), which is 1.4 to 2x faster on XLA's CPU backend. The barrier
-    stops XLA from rewriting this product.
+    The product is computed as transpose(transpose(rows) p), which is 1.4 to 2 times as fast on XLA's CPU backend. The
+    optimization barrier stops XLA from rewriting this product.
     """
     return jax.lax.optimization_barrier(_product(rows, p, 2, 2, dtype)).swapaxes(2, 3)
 
@@ -291,7 +293,7 @@ def pull(
         bias_HTS: Additive bias of the scores, or None.
         seen: (top, total, share) over all keys; share is the sum over K of d_y * y.
         d_y: Gradient of the outputs [B, G, N, K].
-        wide: Whether the gradients of q, k and v are float32.
+        wide: Whether the gradients of q, k and v are float32. Otherwise they have the dtypes of q, k and v.
 
     Returns:
         Gradients of queries, keys, values and scores [B, G, R, T, S].
@@ -301,12 +303,12 @@ def pull(
     scores, slope = _scores(softcap, q, k, mask_BTS, bias_HTS)
     p = jnp.exp(scores - top) / total
     flat = (*q.shape[:3], scores.shape[-1])
-    d_v = _gather(p.astype(v.dtype).reshape(flat), d_y, kinds[2])
+    d_v = _transpose_product(p.astype(v.dtype).reshape(flat), d_y, kinds[2])
     d_p = _product(d_y, v, 3, 3, jnp.float32).reshape(p.shape)
     d_scores = jnp.where(mask_BTS[:, None, None], p * (d_p - share), 0)
     d_raw = d_scores if slope is None else d_scores * slope
     d_raw = d_raw.astype(q.dtype).reshape(flat)
-    return _product(d_raw, k, 3, 2, kinds[0]), _gather(d_raw, q, kinds[1]), d_v, d_scores
+    return _product(d_raw, k, 3, 2, kinds[0]), _transpose_product(d_raw, q, kinds[1]), d_v, d_scores
 
 
 def share_of(d_y: jax.Array, y: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ LANES = 128
 """Granularity of splash attention in tokens; sequence lengths must be a multiple of it."""
 
 setting: ContextVar[str] = ContextVar("attention", default="auto")
-"""Name of the kernel that `use` sets."""
+"""Kernel setting of the current context: a name that `use` accepts."""
 
 
 class Choice(NamedTuple):
@@ -136,7 +136,7 @@ def _on_gpu(cfg: ModelConfig, length: int, dtype: Any, device: Any) -> Choice:
 
 
 def _has_cudnn() -> bool:
-    """Return True if cuDNN is installed. Its attention is traced, but not run."""
+    """Return True if a usable cuDNN is installed. The test traces cuDNN's attention without running it."""
     q = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
     try:
         jax.eval_shape(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn"), q)
@@ -168,7 +168,7 @@ def splash(
         q_BTHK: Queries.
         k_BTGK: Keys.
         v_BTGK: Values.
-        segments_BT: Document of each token; 0 is padding.
+        segments_BT: Segment of each token; 0 is padding.
         local: Whether this layer has the sliding window, a bool scalar.
         cfg: Config of the model.
         causal: Whether tokens attend to earlier tokens only.

@@ -27,13 +27,19 @@ SHARPNESS = 2.5
 """Factor on the first layer's queries and keys. It gives equal tokens the largest scores among hundreds of others."""
 
 
-def suits(cfg: ModelConfig) -> bool:
-    """Return True if a new network uses this initialization: encoders with learned positions (BERT, RoBERTa)."""
+def applies_to(cfg: ModelConfig) -> bool:
+    """Return True if this initialization is used for new models with the config `cfg`.
+
+    These are encoders with learned positions, such as BERT and RoBERTa.
+    """
     return cfg.architecture == "encoder" and cfg.positions == "learned"
 
 
-def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters with rescaled embeddings, and with new queries and keys in the first layer."""
+def initialize(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Return new parameters with this initialization.
+
+    Embeddings are rescaled, and the first layer gets new queries and keys.
+    """
     embed = {name: value * SHARES[name] if name in SHARES else value for name, value in params["embed"].items()}
     blocks = params["encoder"]["blocks"]
     attention = blocks["attn"]
@@ -49,7 +55,10 @@ def begin(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_type_response(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
-    """Return the kernel without its response to differences between segment types, after a LayerNorm."""
+    """Return a kernel [D, I] whose products with LayerNorm outputs do not depend on the segment type.
+
+    The components of its columns along the differences between the centered type embeddings are removed.
+    """
     if types_UD is None or len(types_UD) < 2:
         return kernel_DI
     apart_UD = types_UD[1:] - types_UD[0]

@@ -1,10 +1,12 @@
-"""Bottleneck adapters of a layer: small networks that finetuning trains beside a frozen model.
+"""Define bottleneck adapters: small networks in each layer, which finetuning trains while the other weights are frozen.
 
-- sequential: y + scale * expand(gelu(reduce(y))), y the output of a sublayer before its residual sum (Houlsby et al.,
-  2019, arXiv:1902.00751). Attention, cross-attention and the feed-forward layer each have one.
-- parallel: feed_forward(x) + scale * expand(relu(reduce(x))) (He et al., 2022, arXiv:2110.04366).
+- sequential: y + scale * expand(gelu(reduce(y))), where y is the output of a sublayer before its residual sum (Houlsby
+  et al., 2019, arXiv:1902.00751). Attention, cross-attention and the feed-forward layer each have one adapter.
+- parallel: feed_forward(x) + scale * expand(relu(reduce(x))) (He et al., 2022, arXiv:2110.04366). Only the feed-forward
+  layer has an adapter.
 
-The nonlinearities are those of the authors' code. `expand` starts at zero, so a new adapter changes nothing.
+The nonlinearities are those of the authors' code. `expand` is initialized with zeros, so a new adapter does not change
+the model's outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ ACTIVATION = {"sequential": "gelu", "parallel": "relu"}
 
 
 class Bottleneck(nn.Module):
-    """Adapter x [..., D] -> what it adds [..., D]."""
+    """Compute scale * expand(activation(reduce(x))) [..., D] from x [..., D], to be added to a sublayer's output."""
 
     config: ModelConfig
     dtype: Any

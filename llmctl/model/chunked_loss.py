@@ -52,7 +52,10 @@ def _split(tree: Tree, chunk: int) -> Tree:
 
 
 def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tree]]:
-    """Return the floating-point leaves, which have gradients, and a function that replaces them in the tree."""
+    """Return the floating-point leaves of a tree, and a function that returns the tree with new leaves in their place.
+
+    Only floating-point leaves have gradients.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
@@ -68,7 +71,7 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, x_BTD: jax.Array, rest: Tree) -> Tree:
     """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device's rows and tokens.
 
-    XLA shards only the vocabulary. Matrices of the head, and sums with their shapes, are communicated in the dtype of
+    XLA shards only the vocabulary. Matrices of the head and their gradients are sent between devices in the dtype of
     `x`.
 
     Returns:
@@ -104,10 +107,18 @@ def _chunk_of(x_btD: jax.Array, vocab: int) -> int:
 def chunked(
     fn: ChunkLoss, vocab: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Sum the results of `fn` over chunks of tokens.
+    """Sum the results of `fn` over chunks of the sequence, so that logits are never stored for all tokens.
+
+    Args:
+        fn: Function that computes the loss of one chunk.
+        vocab: Size of the vocabulary, which determines the length of a chunk.
+        head: Parameters of the head.
+        constants: Further arguments of `fn` that are not differentiated.
+        x_BTD: Hidden states.
+        aligned: Tree of arrays [B, T, ...] with a value per token, such as targets and weights.
 
     Returns:
-        (sum of losses, tree of sums). Only the sum of losses is differentiable, in `head` and `x_BTD`.
+        (sum of losses, tree of sums). Only the sum of losses is differentiable, with respect to `head` and `x_BTD`.
     """
 
     def sums(head: Tree, constants: Tree, x: jax.Array, aligned: Tree) -> tuple[Tree, None]:
@@ -240,9 +251,10 @@ def cross_entropy(
 
 
 def means(sums: dict[str, Any]) -> dict[str, Any]:
-    """Convert sums to metrics by dividing each by "weight"; if "x_weight" exists, metrics x_... are divided by that.
+    """Convert sums to metrics: divide each sum by the sum "weight".
 
-    A sum and its weight may be vectors, such as one entry per class. The metric is then the mean over the entries with
+    If there is a sum "PREFIX_weight", sums whose names begin with "PREFIX_" are divided by that sum instead. A sum and
+    its weight may be vectors, such as one element per class. The metric is then the mean over the elements with
     positive weight.
     """
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
@@ -272,9 +284,10 @@ def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Ar
 
 
 def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -> jax.Array:
-    """Return KL(teacher || student) of logits [..., V] at a temperature, times the temperature squared; [...] in nats.
+    """Return the KL divergence KL(teacher || student) in nats, [...], from logits [..., V].
 
-    (Hinton et al., 2015, arXiv:1503.02531)
+    Both distributions are softmax outputs at `temperature`. The divergence is multiplied by the square of the
+    temperature (Hinton et al., 2015, arXiv:1503.02531).
     """
     log_t = jax.nn.log_softmax(teacher_V / temperature, axis=-1)
     log_s = jax.nn.log_softmax(student_V / temperature, axis=-1)
@@ -289,14 +302,16 @@ def symmetric_divergence(
     weights_BT: jax.Array,
     vocab: int,
 ) -> jax.Array:
-    """Compute the weighted sum of (KL(p || q) + KL(q || p)) / 2 per token (nats), with gradients in both sides.
+    """Compute the weighted sum over tokens of (KL(p || q) + KL(q || p)) / 2 in nats, for two sets of hidden states.
+
+    Gradients flow into both.
 
     Args:
         project: Output projection.
-        heads: Its parameters, of either side.
-        x_BTD: Hidden states of one side.
-        other_BTD: Those of the other, of the same width.
-        weights_BT: Weights of the positions.
+        heads: Parameters of the output projection for `x_BTD`, and for `other_BTD`.
+        x_BTD: Hidden states from which p is computed.
+        other_BTD: Hidden states from which q is computed.
+        weights_BT: Weights of the tokens.
         vocab: Size of the vocabulary.
     """
     width = x_BTD.shape[-1]
@@ -326,11 +341,11 @@ def distillation(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the distillation loss: (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
 
-    The KL divergence uses softmax outputs at `temperature`. The arguments without the prefix `teacher_` are those of
-    `cross_entropy`, for the student.
+    The KL divergence is that of `divergence`, at `temperature`. Arguments whose names begin with `teacher_` belong to
+    the teacher. The others belong to the student, and `cross_entropy` describes them.
 
     Returns:
-        The loss, and the sums of `cross_entropy` plus "kl".
+        The loss, and the sums {"nll", "kl", "correct", "weight"}.
     """
 
     def fn(head: Tree, teacher_head: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:

@@ -88,7 +88,7 @@ class ModelConfig(Config):
     final_softcap: float = Field(default=0.0, ge=0)
     """Soft cap on logits; 0 means none."""
     window: int = Field(default=0, ge=0)
-    """Window of local layers in tokens, including the current one; 0 means full attention."""
+    """Width of the attention window of local layers in tokens, including the current token; 0 means full attention."""
     window_every: int = Field(default=1, ge=1)
     """Period of the attention pattern: the last layer of each period is global; 1 makes every layer local."""
     window_layers: tuple[int, ...] = ()
@@ -183,16 +183,16 @@ class ModelConfig(Config):
 
     @property
     def head_kind(self) -> HeadKind:
-        """Return the description of the model's head: whether it predicts per token, its width, and so on."""
+        """Return the structure of the head's outputs, such as whether there is one output per token."""
         return HEAD_KINDS[self.head]
 
     def has_adapter(self, part: str) -> bool:
-        """Return whether a sublayer of each layer ("attn", "cross" or "mlp") has a bottleneck adapter."""
+        """Return True if the sublayer `part` ("attn", "cross" or "mlp") of each layer has a bottleneck adapter."""
         return self.adapter_size > 0 and (part == "mlp" or self.adapter_form == "sequential")
 
     @property
     def task_head(self) -> bool:
-        """Return True if the model has a task head. A next-sentence head, beside the output projection, is also one."""
+        """Return True if the model has a task head; the next-sentence head of a language model counts as one."""
         return not self.head_kind.vocabulary or self.next_sentence
 
     @property
@@ -223,7 +223,11 @@ def family(name: str) -> ModuleType:
 
 
 def defaults(preset: str, name: str) -> dict[str, Any]:
-    """Return the fields that a preset sets, or those of the family `name` if there is no preset."""
+    """Return the fields of ModelConfig that a preset sets. Without a preset, return those that the family `name` sets.
+
+    Raises:
+        ValueError: If the preset or the family is unknown, or if the preset is of another family than `name`.
+    """
     if preset:
         given, name = name, next((f for f in families() if preset in family(f).SIZES), "")
         if not name:

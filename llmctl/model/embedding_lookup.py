@@ -49,18 +49,18 @@ class _Layout(NamedTuple):
     shares: tuple[str, ...]
     """Mesh axes that shard both the columns of the table and the tokens."""
     copies: tuple[str, ...]
-    """Mesh axes that shard only the tokens."""
+    """Mesh axes that shard the tokens but not the table. The table's gradient is summed over them."""
     rows: tuple[str, ...]
     """Mesh axes that shard the rows of the table."""
     exchanges: bool
-    """Whether an exchange of columns per token sends fewer bytes, forward and backward, than the table and its
-    gradient."""
+    """Whether each device looks up its columns for all tokens and an all-to-all follows. Otherwise every device gathers
+    the table. The method that sends fewer bytes, forward and backward, is used."""
 
 
 def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:
-    """Return the sharding of table and tokens.
+    """Return the sharding of a table and of the tokens, or None if the lookup needs no special communication.
 
-    Return None if the devices that share the columns have the same tokens.
+    The result is None if there is no mesh, or if the columns are not sharded over devices with different tokens.
     """
     mesh = meshes.current()
     if mesh is None:
@@ -104,9 +104,9 @@ def _backward(layout: _Layout, dtype: Any, saved: tuple[jax.Array, jax.Array], d
         ids_N, d_x_ND = ids_bt.reshape(-1), d_x_btD.reshape(-1, d_x_btD.shape[-1])
         if layout.exchanges:
             d_x_nNd = jax.lax.all_to_all(d_x_ND[None], layout.shares, 2, 0, tiled=True)
-            d_vd = _summed(jax.lax.all_gather(ids_N, layout.shares), d_x_nNd, len(table_vd), layout)
+            d_vd = _table_gradient(jax.lax.all_gather(ids_N, layout.shares), d_x_nNd, len(table_vd), layout)
         else:
-            d_vD = _summed(ids_N, d_x_ND, len(table_vd), layout).astype(dtype)
+            d_vD = _table_gradient(ids_N, d_x_ND, len(table_vd), layout).astype(dtype)
             d_vd = jax.lax.psum_scatter(d_vD, layout.shares, scatter_dimension=1, tiled=True)
         d_vd = jax.lax.psum(d_vd.astype(dtype), layout.copies) if layout.copies else d_vd
         return d_vd.astype(table_vd.dtype)
@@ -119,15 +119,15 @@ _take.defvjp(_forward, _backward)
 
 
 def _rows_of(table_v: jax.Array, ids: jax.Array, layout: _Layout) -> jax.Array:
-    """Look up `ids` [...] in a local table, which may be sharded by rows, and return an array [..., columns]."""
+    """Return the embeddings [..., columns] of the tokens `ids` [...] from a local table, which may lack rows."""
     if not layout.rows:
         return jnp.take(table_v, ids, axis=0)
     at, here = _local_index(ids, len(table_v), layout)
     return jax.lax.psum(jnp.where(here[..., None], jnp.take(table_v, at, axis=0), 0), layout.rows)
 
 
-def _summed(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) -> jax.Array:
-    """Sum the gradient of the local rows, float32 [v, ...]."""
+def _table_gradient(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) -> jax.Array:
+    """Return the gradient of the local rows, float32 [rows, columns], from the tokens' ids and their gradients."""
     d_x = d_x.astype(jnp.float32)
     if layout.rows:
         ids, here = _local_index(ids, rows, layout)
@@ -136,7 +136,7 @@ def _summed(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) -> jax.A
 
 
 def _local_index(ids: jax.Array, rows: int, layout: _Layout) -> tuple[jax.Array, jax.Array]:
-    """Return the index of each id in the local rows (0 if it is not local), and whether the id is local."""
+    """Return the index of each id among the local rows, and whether its row is local. The index is 0 if it is not."""
     at = ids - rows * jax.lax.axis_index(layout.rows)
     here = (at >= 0) & (at < rows)
     return jnp.where(here, at, 0), here

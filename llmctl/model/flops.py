@@ -40,7 +40,7 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
         cfg: Config of the model.
         length: Number of tokens in the row; for an encoder-decoder, number of decoder tokens.
         source: Number of encoder tokens of an encoder-decoder.
-        predicted: Number of tokens with an output projection, for language models; all by default.
+        predicted: Number of tokens to which a language model applies its output projection; by default all.
     """
     matrices = 0.0
     if cfg.head_kind.vocabulary:
@@ -65,16 +65,16 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
 def flops(cfg: ModelConfig, length: int) -> float:
     """Return the FLOPs per token of a forward pass over sequences of `length` tokens.
 
-    A backward pass takes twice as many. In an encoder-decoder, the count is per decoder token, and the encoder has as
-    many tokens as the decoder.
+    A backward pass takes twice as many. For an encoder-decoder, both stacks read `length` tokens, and the FLOPs of both
+    are divided by the number of decoder tokens.
     """
     return row(cfg, length, length) / length
 
 
 def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
-    """Return the FLOPs per token of a forward pass over rows whose arrays have these shapes.
+    """Return the FLOPs per token of a forward pass over rows whose arrays have the given shapes.
 
-    Tokens of both encoder and decoder are counted.
+    In an encoder-decoder, the FLOPs of a row are divided by the number of its encoder and decoder tokens.
     """
     length = shapes["tokens"][-1]
     source = shapes.get("encoder_tokens", (0,))[-1]
@@ -82,7 +82,12 @@ def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
 
 
 def kv_cache(cfg: ModelConfig, itemsize: int = 2) -> int:
-    """Return the bytes of cached keys and values per token, with `itemsize` bytes per element."""
+    """Return the size of the keys and values that all layers cache per token, in bytes.
+
+    Args:
+        cfg: Config of the model.
+        itemsize: Number of bytes per element.
+    """
     return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * itemsize
 
 
@@ -91,19 +96,19 @@ def _norm(cfg: ModelConfig, width: int) -> int:
 
 
 def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
-    """Return the number of entries in the matrices of one layer."""
+    """Return the number of elements in the matrices of one layer, including those of bottleneck adapters."""
     attention = cfg.d_model * cfg.head_dim * 2 * (cfg.heads + cfg.kv_heads)
     adapters = _adapters(cfg, *_sublayers(cross)) * 2 * cfg.d_model * cfg.adapter_size
     return attention * (2 if cross else 1) + cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2) + adapters
 
 
 def _sublayers(cross: bool) -> tuple[str, ...]:
-    """Return the sublayers of a layer."""
+    """Return the names of a layer's sublayers. "cross" is among them only if the layer has cross-attention."""
     return ("attn", "cross", "mlp") if cross else ("attn", "mlp")
 
 
 def _adapters(cfg: ModelConfig, *parts: str) -> int:
-    """Count the bottleneck adapters of these sublayers."""
+    """Return how many of the sublayers `parts` of one layer have a bottleneck adapter."""
     return sum(cfg.has_adapter(part) for part in parts)
 
 
@@ -133,9 +138,10 @@ def _head(cfg: ModelConfig) -> int:
 
 
 def _seen(length: int, window: int, causal: bool) -> float:
-    """Return the mean number of visible keys per token.
+    """Return the mean number of keys to which a query attends.
 
-    These are the keys fewer than `window` tokens away, or all keys if `window` is 0.
+    These are the keys fewer than `window` tokens away, or all keys if `window` is 0. Later keys are excluded if
+    attention is causal.
     """
     reach = min(window or length, length)
     if causal:

@@ -19,7 +19,10 @@ Axes = tuple[str, str]
 
 
 def splits(axes: Axes) -> bool:
-    """Return True if the mesh shards a weight with these logical axes over devices with different rows of tokens."""
+    """Return True if the mesh shards a weight with these logical axes by FSDP, without context parallelism.
+
+    `matmul` is then used for products with the weight.
+    """
     mesh = meshes.current()
     if mesh is None or meshes.splits_sequences() or "embed" not in axes:
         return False

@@ -69,14 +69,14 @@ __all__ = [
 
 
 class Carry(NamedTuple):
-    """Store the state between two blocks: the residual stream, and the inputs that all layers share."""
+    """Store the input of a layer: the residual stream, and the inputs that all layers share."""
 
     x_BTD: jax.Array
     shared: Shared
 
 
 def example_batch(cfg: ModelConfig, batch: int = 1, length: int = 2) -> Batch:
-    """Create a batch of zeros, for tracing."""
+    """Return a batch of zeros for tracing: the int32 arrays [batch, length] that the model reads, by name."""
     zeros = jnp.zeros((batch, length), jnp.int32)
     names = ["tokens", "positions", "segments"]
     names += [f"encoder_{n}" for n in names] if cfg.encoder_layers else []
@@ -108,7 +108,7 @@ def init(cfg: ModelConfig, key: jax.Array) -> Params:
         (1, 2, 128)
     """
     params = nn.meta.unbox(_boxed_init(cfg, key))
-    return bert_init.begin(cfg, params) if bert_init.suits(cfg) else params
+    return bert_init.initialize(cfg, params) if bert_init.applies_to(cfg) else params
 
 
 def abstract(cfg: ModelConfig) -> Params:
@@ -127,7 +127,10 @@ def _of_boxes(cfg: ModelConfig, part: Callable[[Any], Any]) -> Params:
 
 @functools.lru_cache(64)
 def _boxes(config: str) -> Params:
-    """Return the traced initialization with its logical axes. It is cached, because callers need it many times."""
+    """Return abstract parameters with their logical axes, for a ModelConfig as JSON.
+
+    The result is cached, because many callers need it.
+    """
     cfg = ModelConfig.model_validate_json(config)
     return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
 
@@ -136,7 +139,7 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Return the sharding on `mesh` of every array in `params`, which may be abstract.
 
     Raises:
-        RequestError: If the mesh does not divide the model. A head is never split.
+        RequestError: If `check_mesh` rejects the mesh, or if a mesh axis does not divide a dimension.
     """
     check_mesh(cfg, mesh)
     return shard_params(axes(cfg), params, mesh)
@@ -155,7 +158,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
     """Check that the mesh fits the model.
 
     Raises:
-        RequestError: If the tensor axis would split a head, or pipeline stages would differ in their number of layers.
+        RequestError: If the tensor axis does not divide the number of heads, or the pipeline axis that of layers.
     """
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
     for stack in stacks(cfg):
@@ -209,7 +212,10 @@ def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.f
 
 
 def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
-    """Compute the task head's outputs in float32: [B, C], [B], [B, T, C], [B, T, 2] or [B, D]."""
+    """Compute the outputs of the task head in float32.
+
+    Shapes: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D].
+    """
     head = {"params": params.get("head", {})}
     return apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"))
 
@@ -243,7 +249,7 @@ def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.floa
 
 
 def layer_params(params: Params, stack: str, layer: int) -> Params:
-    """Return the parameters of one layer, sliced from the stacked parameters."""
+    """Return the parameters of the layer with the index `layer`, sliced from the stacked parameters of the stack."""
     return weights.layer_of(params[stack]["blocks"], layer)
 
 
@@ -284,11 +290,11 @@ def cached_block(
 ) -> tuple[Carry, Params]:
     """Apply one layer, and write its keys and values into `cache` ({"attn": {"past_k", "past_v"}}).
 
-    Keys and values of the encoder's output are computed once and also cached ("cross"). `carry` is the result of
-    `embed` for a batch with `slot` and `cached_segments`.
+    In an encoder-decoder, the keys and values of cross-attention are also cached (under "cross"), when they are first
+    computed. `carry` is the result of `embed` for a batch with `slot` and `cached_segments`.
 
     Returns:
-        The output and the new cache.
+        The state after the layer, and the new cache.
     """
     layers = depth(cfg, stack)
     module = Block(cfg, dtype, layers, crosses(cfg, stack))

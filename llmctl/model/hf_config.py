@@ -50,13 +50,13 @@ class Bridge:
     to_config: Callable[[Any], Fields]
     """Function from a ModelConfig to config.json keys. It raises RequestError for unsupported fields."""
     buffers: tuple[str, ...] = ()
-    """Regular expressions for the names of stored tensors that are computed, not trained."""
+    """Regular expressions for the names of stored tensors that are not parameters. They are ignored."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that some files duplicate, as {name: name of the equal tensor}."""
+    """Tensors that some files contain in addition to an equal tensor: {name: name of the equal tensor}."""
     in_out: str = ""
     """Regular expression for the names of matrices that Hugging Face stores as [in, out], as llmctl does."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Current names of tensors or classes by their outdated names."""
+    """Outdated names of tensors or classes that are accepted on import: {outdated name: current name}."""
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
         """Return the complete name map of a model with this head. If `bare` is true, omit the prefix."""
@@ -65,7 +65,7 @@ class Bridge:
 
 
 def blocks(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
-    """Return a name map with both sides prefixed: parameter paths by `ours`, Hugging Face names by `theirs`."""
+    """Return a name map with prefixes added: `ours` to each parameter path, and `theirs` to each Hugging Face name."""
     return {f"{ours}/{k}": f"{theirs}.{v}" for k, v in table.items()}
 
 
@@ -131,7 +131,10 @@ class Keys:
         self.problems: list[str] = []
 
     def take(self, key: str, default: Any = ...) -> Any:
-        """Remove a key and return its value, or the default if it is missing or null."""
+        """Remove a key and return its value. If it is missing or null, return the default.
+
+        Without a default, a missing key is recorded as a problem.
+        """
         value = self.given.pop(key, None)
         if value is not None:
             return value
@@ -141,7 +144,7 @@ class Keys:
         return default
 
     def absent(self, key: str, value: Any) -> None:
-        """Set the value that `transformers` uses if the key is missing. A null value has another meaning and stays."""
+        """Add the value that `transformers` uses for a missing key. A null key has another meaning and stays null."""
         self.given.setdefault(key, value)
 
     def must(self, key: str, *allowed: Any) -> None:
@@ -151,7 +154,7 @@ class Keys:
             self.problems.append(f"{key} = {value!r} is not supported")
 
     def activation(self, key: str, default: str) -> str:
-        """Remove a key with an activation, and return llmctl's name of the activation."""
+        """Remove a key with an activation and return llmctl's name of it. An unknown one is recorded as a problem."""
         value = self.take(key, default)
         if value not in ACTIVATIONS:
             self.problems.append(f"{key} = {value!r} is not a known activation")
@@ -174,9 +177,15 @@ class Keys:
 
 
 def take_rope(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
-    """Read the rotary bases and scaling, from rope_theta and rope_scaling (older) or rope_parameters (newer).
+    """Convert the rotary keys of a config.json to fields of ModelConfig: the rotary bases and the scaling.
 
-    If rope_parameters lacks the base, rope_theta is used.
+    They are read from rope_theta and rope_scaling (older) or from rope_parameters (newer). If rope_parameters lacks the
+    base, rope_theta is used.
+
+    Args:
+        keys: The config.json to read.
+        theta: Rotary base if no key defines it.
+        local: Whether local layers have a rotary base of their own, as in Gemma 3.
     """
     theta = keys.take("rope_theta", theta)
     given = {"rope_theta": theta, **(keys.take("rope_scaling", None) or {})}
@@ -235,7 +244,7 @@ def _rope(keys: Keys, given: Mapping[str, Any], theta: float) -> Fields:
 
 
 def give_rope(cfg: Any, local: bool = False) -> Fields:
-    """Convert the rotary settings to config keys; inverse of `take_rope`.
+    """Convert the rotary settings of a ModelConfig to config keys; inverse of `take_rope`.
 
     Both the older and the newer keys are written, so that every release of transformers finds one of them.
     """
@@ -257,9 +266,19 @@ def give_rope(cfg: Any, local: bool = False) -> Fields:
 
 
 def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields:
-    """Read which layers have local attention, from `layer_types` or else by the rule of the family.
+    """Return the fields of ModelConfig that define which layers have local attention.
 
-    By this rule, the last of every `every` layers is global.
+    They are read from the key `layer_types`. If it is missing, the last of every `every` layers is global, and the
+    others are local (all, if `every` is 1).
+
+    Args:
+        keys: The config.json to read.
+        layers: Number of layers.
+        window: Width of the attention window in tokens; 0 means that no layer is local.
+        every: Period of the family's attention pattern.
+
+    Raises:
+        ValueError: If there are more layers than `LAYERS`.
     """
     kinds = keys.take("layer_types", None)
     if layers > LAYERS:
@@ -288,14 +307,18 @@ def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields
 
 
 def give_windows(cfg: Any) -> list[str]:
-    """Return the value of `layer_types` for a ModelConfig."""
+    """Return the value of the config key `layer_types`, with one entry per layer.
+
+    An entry is "sliding_attention" for a layer with local attention, and "full_attention" for any other layer.
+    """
     return ["sliding_attention" if local else "full_attention" for local in local_layers(cfg, cfg.layers)]
 
 
 def local_layers(cfg: Any, layers: int) -> list[bool]:
     """Return whether each layer of a stack has local attention.
 
-    These are the layers in `window_layers`, or all except every `window_every`-th layer.
+    If `window` is 0, no layer has. If `window_layers` is set, its layers have. Otherwise all layers have, except the
+    last of every `window_every` layers; if `window_every` is 1, there is no exception.
     """
     if not cfg.window:
         return [False] * layers

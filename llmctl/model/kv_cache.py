@@ -23,7 +23,11 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
 
 
 def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> jax.Array:
-    """Write new keys or values into a module's cache at `slot`, and return all cached ones, [B, S, G, K]."""
+    """Write new keys or values [B, T, G, K] into a module's cache, starting at the slot `slot`.
+
+    Returns:
+        All cached keys or values [B, S, G, K].
+    """
     B, T, G, K = new_BTGK.shape
     kept = module.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), dtype))
     new = _laid_out(new_BTGK).astype(kept.value.dtype)
@@ -32,7 +36,7 @@ def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array 
 
 
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
-    """Store keys or values of an encoder's output in the cache, for later decoding steps."""
+    """Store the keys or values of cross-attention in the cache. Later decoding steps read them from there."""
     module.put_variable("cache", f"memory_{name}", _laid_out(x_BSGK))
 
 
@@ -42,6 +46,6 @@ def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> jax.Array:
 
 
 def _laid_out(x_BTGK: jax.Array) -> jax.Array:
-    """Transpose keys or values to the layout of the cache (`cache_shape`)."""
+    """Return keys or values [B, T, G, K] in the layout of the cache (`cache_shape`)."""
     B, T, G, K = x_BTGK.shape
     return x_BTGK.transpose(0, 2, 1, 3).reshape(cache_shape(B, G, T, K))

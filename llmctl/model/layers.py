@@ -28,9 +28,9 @@ ACTIVATIONS = {
 
 
 def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
-    """Return a module's weight: a new array during initialization, else the array or node in its parameters.
+    """Return a weight of a module: a new array during initialization, otherwise the array or node in its parameters.
 
-    For nodes, Flax would compare the shape of the first part with the config. This function compares the logical shape.
+    The shape of a node is its logical shape. Flax would compare the shape of its first part with `shape`.
 
     Raises:
         ScopeParamShapeError: If the weight has another shape than `shape`.
@@ -131,15 +131,18 @@ class FeedForward(nn.Module):
 
 
 def residual_scale(layers: int) -> float:
-    """Return the initial scale of residual branches that keeps the variance constant with depth (GPT-2)."""
+    """Return the factor on the initial weights that write to the residual stream, for `layers` layers.
+
+    It keeps the variance of the stream independent of the number of layers (GPT-2; Radford et al., 2019).
+    """
     return 1.0 / math.sqrt(2 * layers)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array) -> jax.Array:
-    """Apply inverted dropout to x [B, ...]; without a key, return x.
+    """Return x [B, ...] after inverted dropout at `rate`; without a key, return x unchanged.
 
-    The mask of a row depends only on the key and the row's index in the batch. It is therefore the same if the batch is
-    computed in parts.
+    The mask of a row depends only on the key and the row's index in the full batch (`rows_B`). The masks are therefore
+    the same if the batch is computed in parts.
     """
     if key is None or rate == 0.0:
         return x
@@ -149,7 +152,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array)
 
 
 def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Compute cos and sin [B, T, K/2] of the rotary angles, with the config's `rope_scaling`.
+    """Return the cosines and the sines of the rotary angles, each [B, T, K/2], with the config's `rope_scaling`.
 
     (RoPE; Su et al., 2021, arXiv:2104.09864)
     """
@@ -161,9 +164,9 @@ def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tup
 
 
 def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Return heads [B, T, H, K] rotated by the angles of a rotary table.
+    """Return heads [B, T, H, K], rotated by the angles of a rotary table.
 
-    The two halves of each head are rotated together (the "rotate half" convention of Hugging Face weights).
+    Element i of a head is rotated together with element i + K/2 (the "rotate half" convention of Hugging Face weights).
     """
     cos, sin = (t[:, :, None, :] for t in table)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
@@ -185,7 +188,10 @@ class Embed(nn.Module):
         offset_BTD: jax.Array | None,
         train: bool,
     ) -> jax.Array:
-        """Return the embeddings. `offset_BTD` is added to the rows of the token table, before any scale."""
+        """Return the embeddings [B, T, D].
+
+        `offset_BTD` is added to the token embeddings before `embed_scale` is applied.
+        """
         cfg = self.config
 
         def table(name: str, rows: int, axis: str | None, deviation: float = 0.02) -> Any:

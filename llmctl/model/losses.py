@@ -22,13 +22,16 @@ With a dropout key, it computes a training loss; without one, a validation loss.
 """
 
 IMPOSSIBLE = -1e30
-"""Logit of an excluded class. It is finite, so that the difference of two such logits is defined."""
+"""Logit of an excluded class. It is finite, so that the difference of two excluded classes' logits is defined."""
 NEARNESS = 0.05
 """Divisor of cosine similarities, so that a softmax over them can assign a high probability to one class."""
 
 
 def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
-    """Return the summed squared error, and the sums "loss", "error" (absolute error) and "weight"."""
+    """Return the weighted sum of squared errors, and the sums for metrics.
+
+    These are "loss" (squared errors), "error" (absolute errors) and "weight".
+    """
     off_B = y_B - label_B
     loss = jnp.sum(jnp.square(off_B) * weight_B)
     return loss, {"loss": loss, "error": jnp.sum(jnp.abs(off_B) * weight_B), "weight": jnp.sum(weight_B)}
@@ -37,7 +40,8 @@ def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tupl
 def row_weight(batch: Batch, label_B: jax.Array) -> jax.Array:
     """Return the weight of each row, float32 [B]: 1 for an example, 0 for a padding row.
 
-    `label_B` is any array of the rows; only its length is used.
+    The weights are the array "row_weight" of the batch. Without it, all rows count as examples. `label_B` is any array
+    with one element per row; only its length is used.
     """
     return batch["row_weight"] if "row_weight" in batch else jnp.ones(label_B.shape[:1], jnp.float32)
 
@@ -50,10 +54,15 @@ def class_sums(
     z: float = 0.0,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return the summed cross-entropy (nats) of class logits, and the sums "loss", "accuracy" and "weight".
+    """Return the weighted sum of cross-entropies in nats, and the sums "loss", "accuracy" and "weight".
 
-    Smoothing and z-loss do not change the sums. Between B and C there may be other axes. If `among` is given, classes
-    where it is 0 are excluded.
+    Args:
+        logits_BC: Logits of the classes. There may be further axes between B and C.
+        label_B: True classes.
+        weight_B: Weights of the examples.
+        smoothing: Weight of the uniform distribution in the targets. The returned sums do not use it.
+        z: Coefficient of log(Z)^2 in the loss. The returned sums do not use it.
+        among: Which classes count, as 0 or 1, broadcast to the logits; None means all.
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0
     logits_BC = only(logits_BC, among)
@@ -67,7 +76,7 @@ def class_sums(
 
 
 def only(logits_BC: jax.Array, among: jax.Array | None) -> jax.Array:
-    """Return the logits, with IMPOSSIBLE where `among` is 0."""
+    """Return the logits, with IMPOSSIBLE for classes at which `among` is 0; unchanged if `among` is None."""
     return logits_BC if among is None else jnp.where(among > 0, logits_BC, IMPOSSIBLE)
 
 
@@ -80,7 +89,11 @@ def soft_class_sums(
     hard: float,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return (1 - hard) * KL divergence from the teacher + hard * cross-entropy, and the metric sums including "kl"."""
+    """Return the weighted sum of (1 - hard) * KL divergence + hard * cross-entropy, and sums for metrics.
+
+    The KL divergence is that from the teacher (`chunked_loss.divergence`), at `temperature`. The sums are those of
+    `class_sums`, and "kl".
+    """
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
     kl = jnp.sum(chunked_loss.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
     return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
@@ -89,7 +102,11 @@ def soft_class_sums(
 def soft_number_sums(
     teacher_B: jax.Array, y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array, hard: float
 ) -> tuple[jax.Array, Sums]:
-    """Return (1 - hard) * squared error to the teacher + hard * squared error to the labels, and the metric sums."""
+    """Return the weighted sum of (1 - hard) * squared error to the teacher + hard * squared error to the labels.
+
+    Returns:
+        The loss, and the sums of `number_sums` for the labels.
+    """
     taught, _ = number_sums(y_B, teacher_B, weight_B)
     loss, sums = number_sums(y_B, label_B, weight_B)
     return (1 - hard) * taught + hard * loss, sums

@@ -38,7 +38,10 @@ _wanted: ContextVar[int] = ContextVar("microbatches", default=0)
 
 @contextlib.contextmanager
 def use(microbatches: int) -> Iterator[None]:
-    """Set the maximum number of microbatches for computations traced in this context; 0 uses A_STAGE per stage."""
+    """Set the maximum number of microbatches for computations traced in this context.
+
+    0 means A_STAGE per pipeline stage.
+    """
     token = _wanted.set(microbatches)
     try:
         yield
@@ -53,7 +56,10 @@ def stages() -> int:
 
 
 def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
-    """Return the largest number of microbatches, up to `wanted`, that divides the number of rows per device."""
+    """Return the largest number of microbatches that is at most `wanted` and divides the number of rows per device.
+
+    If `wanted` is 0, the maximum is A_STAGE per pipeline stage.
+    """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batch // ways if batch % ways == 0 else batch
     most = wanted or A_STAGE * mesh.shape["pipeline"]
@@ -61,7 +67,7 @@ def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
 
 
 def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
-    """Return a log line that describes the pipeline, in a list; without a pipeline, the list is empty."""
+    """Return a list with one log line that describes the pipeline. Without a pipeline, the list is empty."""
     P = mesh.shape["pipeline"]
     if P == 1:
         return []
@@ -106,7 +112,7 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
 
 
 def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shared, whole: Tree) -> jax.Array:
-    """Run one stage on the rows of its replica, and return the output of the last stage."""
+    """Run one stage's layers on all microbatches of its replica, and return the output of the last stage."""
     stage = jax.lax.axis_index("pipeline")
     entering = jax.tree.map(partial(_split, M, "seq"), moving)
     still = jax.tree.map(partial(_split, M, None), still)
@@ -144,7 +150,10 @@ def _send_to_next(P: int, a: jax.Array) -> jax.Array:
 
 
 def spread(x_BTD: jax.Array) -> jax.Array:
-    """Shard the rows of the pipeline's output over its stages, so that all stages compute a part of the output head."""
+    """Return the pipeline's output with its rows sharded over the stages.
+
+    Each stage then computes a part of the output head.
+    """
     mesh = meshes.current()
     if stages() == 1 or mesh is None or len(x_BTD) % (mesh.size // mesh.shape["tensor"]):
         return x_BTD

@@ -14,14 +14,14 @@ from llmctl.model.config import ModelConfig
 
 
 def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
-    """Scale rotary frequencies [K / 2] for longer contexts, by the method linear, llama3 (by wavelength) or yarn.
+    """Scale rotary frequencies [K / 2] for longer contexts, by the method in the config: linear, llama3 or yarn.
 
     (YaRN; Peng et al., 2023, arXiv:2309.00071)
 
     The keys of `rope_scaling` are already validated (`hf_config.wrong_scaling`).
 
     Returns:
-        The frequencies, and a factor on cos and sin.
+        The scaled frequencies [K / 2], and the factor by which the cosines and sines are multiplied.
     """
     scaling = cfg.rope_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))

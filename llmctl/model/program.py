@@ -26,9 +26,9 @@ class Pass:
     model: ModelConfig | None = None
     """Config of the network, if it is not that of the program."""
     layers: int = 0
-    """Number of layers that run, in the last stack, without embeddings and head; 0 means the complete model."""
+    """Number of layers of the last stack that run, without embeddings and head; 0 means the complete model."""
     optim: OptimConfig | None = None
-    """Optimizer of a training step; None means a forward pass only."""
+    """Optimizer of a training step; None means that the pass is a forward pass only."""
     attention: str = "auto"
     """Attention implementation, as in `train.attention`: auto uses the platform's kernel."""
     replicated: bool = False
@@ -36,22 +36,22 @@ class Pass:
     trained: float = 1.0
     """Fraction of the parameters that is trained."""
     beside: float = 0.0
-    """FLOPs of another model in the same step (a teacher), over all devices."""
+    """FLOPs of another model that runs in the same step (a teacher), summed over all devices."""
     predicted: float = 1.0
-    """Fraction of the tokens that the output projection is applied to."""
+    """Fraction of the tokens to which the output projection is applied."""
     written: int = 0
-    """Number of decoder tokens per sequence in an encoder-decoder, if it differs from the encoder's."""
+    """Number of decoder tokens per sequence in an encoder-decoder; 0 means as many as encoder tokens."""
     cached: int = 0
     """Number of tokens per sequence in the key-value cache."""
     eight: Mapping[str, float] = field(default_factory=dict)
-    """Fraction of the layers' matrix products that is computed in 8 bits, by type: int8, float8."""
+    """Fraction of the layers' matrix products that are computed in 8 bits, by type: int8, float8."""
     statistics: Mapping[str, Tree] = field(default_factory=dict)
-    """Calibration statistics by matrix ("mlp/down"). The inputs of these matrices stay in memory until they are
-    accumulated."""
+    """Calibration statistics by matrix, such as "mlp/down". The inputs of these matrices stay in memory until the
+    statistics are updated."""
 
 
 class Gather(NamedTuple):
-    """Describe an all-gather of a program."""
+    """Describe an all-gather in a program, for the cost model."""
 
     axes: str
     """Mesh axes of the all-gather, such as "data,fsdp"."""
@@ -112,9 +112,9 @@ class Program:
     batch: Tree = ()
     """Inputs in memory while the program runs."""
     cache: Tree = ()
-    """Cached keys and values, or statistics, in memory while the program runs."""
+    """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Arrays among those above that are in memory but not arguments of the program."""
+    """Arrays of the four fields above that are in memory while the program runs, but are not arguments of it."""
     work: Pass | Cost | None = None
-    """Input of the analytic model for platforms whose compiler is not used (GPUs). If None, the model counts
-    `flops`, and the arguments and results as memory traffic."""
+    """Input of the analytic model, for platforms whose compiler is not used (GPUs). If None, the analytic model uses
+    `flops`, and the size of arguments and results as memory traffic."""

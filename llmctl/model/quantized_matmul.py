@@ -27,7 +27,8 @@ from llmctl.config.errors import RequestError
 from llmctl.model.weights.names import is_layer_matrix, is_stacked, module_path
 
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
-"""(dtype of operands, dtype of gradients) by the value of the setting."""
+"""Dtypes by the name of the 8-bit type in settings: (dtype of the operands in the forward pass, dtype of the
+gradients)."""
 
 rules_in_use: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
 
@@ -47,15 +48,15 @@ def use(rules: Mapping[str, str]) -> Iterator[None]:
 
 
 def kind_of(path: str) -> str:
-    """Return the 8-bit type of the matrix at `path` ("decoder/blocks/mlp/up"), or "" for an unquantized product."""
+    """Return the 8-bit type of products with the matrix at `path` ("decoder/blocks/mlp/up"), or "" if none."""
     return next((kind for pattern, kind in (rules_in_use.get() or {}).items() if _matches(path, pattern)), "")
 
 
 def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
-    """Check that every rule matches a layer matrix.
+    """Check that every rule matches a matrix of the layers.
 
     Raises:
-        RequestError: If a rule matches none of `names`.
+        RequestError: If a rule matches no matrix among the array names `names`.
     """
     paths = [module_path(name) for name in names if is_layer_matrix(name)]
     for pattern in rules:
@@ -72,7 +73,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w_IO: jax.Array, kind: str) -> jax.Array:
-    """Multiply x [..., I] by w [I, O] in the operand dtype of `kind`; the result has the dtype of x."""
+    """Return x [..., I] @ w [I, O], computed with operands of the 8-bit type `kind`, in the dtype of x."""
     return _forward(x, w_IO, kind)[0]
 
 

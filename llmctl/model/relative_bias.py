@@ -38,9 +38,10 @@ def add(
     slot: jax.Array | int | None,
     order_BT: jax.Array | None,
 ) -> Shared:
-    """Return the shared attention inputs of a stack with the bias [H, T, S].
+    """Return the shared inputs of a stack's layers, with the relative position bias [H, T, S] added.
 
-    If there is no mask (ring attention), return them with the table. Ring attention then computes the bias per block.
+    For ring attention, which has no mask, the bias table [U, H] is added instead. Ring attention then computes the bias
+    block by block.
     """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)
@@ -50,14 +51,15 @@ def add(
 
 
 def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:
-    """Return the bucket of each key-minus-query distance, with the config's number of buckets."""
+    """Return the bucket of each distance (key position minus query position), int32, by the settings of the config."""
     return relative_bucket(distance, cfg.relative_buckets, cfg.relative_max_distance, bidirectional)
 
 
 def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:
-    """Return the bucket of each key-minus-query distance, int32.
+    """Return the bucket of each distance (key position minus query position), int32.
 
-    Buckets are exact for short distances and logarithmic for long ones.
+    Short distances have a bucket each. For long distances, the width of the buckets grows logarithmically up to
+    `max_distance`. If `bidirectional`, half of the buckets are for later keys; otherwise later keys have bucket 0.
     """
     offset = jnp.zeros_like(distance)
     if bidirectional:

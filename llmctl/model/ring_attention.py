@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     softcap: float
     window: int
     bucket: Callable[[jax.Array], jax.Array] | None
-    """Function from the key-minus-query distance to the bucket of the position bias; None without a bias."""
+    """Function from distances (key minus query position) to buckets of the position bias; None without a bias."""
 
 
 class Block(NamedTuple):
@@ -61,19 +61,19 @@ def attend(
     table_UH: jax.Array | None = None,
     bucket: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Compute attention within segments, for rows in zig-zag order.
+    """Compute attention over sharded sequences in zig-zag order. A token attends only to tokens of its segment.
 
     Args:
         q_BTHK: Queries.
         k_BSGK: Keys of the same tokens, or of the encoder's output.
         v_BSGK: Values of the tokens of `k_BSGK`.
-        segments_BT: Documents of the queries; 0 is padding.
-        segments_BS: Documents of the keys; 0 is padding.
+        segments_BT: Segment of each query; 0 is padding.
+        segments_BS: Segment of each key; 0 is padding.
         cfg: Config with the score scale, soft cap and window.
         causal: Whether tokens attend to earlier tokens only.
         local: Whether this layer has the sliding window.
         table_UH: Table of T5's position bias, or None.
-        bucket: Function from distance to bucket of the table.
+        bucket: Function from distances to rows of `table_UH` (see `Plan.bucket`).
 
     Returns:
         Outputs [B, T, H, K].
@@ -91,7 +91,10 @@ def _attend(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> ja
 
 
 def _specs(plan: Plan) -> Any:
-    """Return the PartitionSpecs of the operands (q, k, v, about, table), which split rows, tokens and heads."""
+    """Return the PartitionSpecs of the operands (q, k, v, (segments, segments of keys, local), table).
+
+    Rows, tokens and heads are sharded.
+    """
     heads, rows = (meshes.spec(n, plan.mesh) for n in (("batch", "seq", "act_heads", None), ("batch", "seq")))
     return heads, heads, heads, (rows, rows, PartitionSpec()), meshes.spec((None, "act_heads"), plan.mesh)
 
@@ -122,7 +125,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> Any:
-    """Return the output [B, t, H, K] and the log of the softmax denominator [B, t, H] of one device."""
+    """Return one device's output [B, t, H, K], and the logarithm of its softmax denominators [B, t, H]."""
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     N = here.q.shape[-2]
     numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
@@ -149,9 +152,9 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
 def _backward_here(
     plan: Plan, sharers: list[str], q: Any, k: Any, v: Any, about: Any, table_UH: Any, y: Any, top: Any, d_y: Any
 ) -> Any:
-    """Return the gradients of q, k, v and the table on one device.
+    """Return one device's gradients of q, k, v and the table of the position bias.
 
-    The gradient of the table is summed over the mesh axes `sharers`, whose devices have copies of it.
+    The gradient of the table is summed over the mesh axes `sharers`, along which devices have copies of the table.
     """
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     P, N = here.q.shape[0], here.q.shape[-2]
@@ -194,7 +197,7 @@ def _backward_here(
 
 
 class _Here:
-    """Store the queries of one device, and compute the masks for the keys that arrive."""
+    """Store one device's queries, and compute the masks for the keys that arrive from other devices."""
 
     def __init__(self, plan: Plan, q: jax.Array, k: jax.Array, about: Any, table_UH: jax.Array | None) -> None:
         self.plan, self.table_UH, self.local = plan, table_UH, about[2]
@@ -212,9 +215,10 @@ class _Here:
         return _at(a, self.q), _at(b, block.k), _at(b, block.v)
 
     def visible(self, a: Any, b: Any, block: Block, step: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Return the mask [B, c, s / P] and the bias [H, c, s / P] of a block product.
+        """Return the mask [B, c, s / P] and the position bias [H, c, s / P] of query chunk `a` and key chunk `b`.
 
-        Causal masking is needed only in the first step.
+        Without a bias table, the bias is None. The causal mask is applied only in the first step. In later steps,
+        `context_parallel.pairs` omits masked pairs.
         """
         mine, theirs = _at(a, self.segments_PBc)[:, :, None], _at(b, block.segments)[:, None, :]
         mask = (mine == theirs) & (theirs > 0)
@@ -233,13 +237,13 @@ class _Here:
         return self.plan.bucket(self.distance(a, b, step))
 
     def distance(self, a: Any, b: Any, step: Any) -> jax.Array:
-        """Return the key-minus-query distance of each pair, int [c, s / P], in positions."""
+        """Return key position minus query position for query chunk `a` and key chunk `b`, int [c, s / P]."""
         mine = self._positions(self.device, a, self.length)
         theirs = self._positions((self.device - step) % self.devices, b, self.keys)
         return theirs[None, :] - mine[:, None]
 
     def _positions(self, device: Any, chunk: Any, length: int) -> jax.Array:
-        """Return the text positions of a chunk's tokens, int [length].
+        """Return the positions in the sequence of the tokens of a chunk of a device, int [length].
 
         Without causal masking, the early and the late chunk of a device form one chunk.
         """
@@ -250,7 +254,7 @@ class _Here:
         return jnp.concatenate([device * (length // 2) + half, late * (length // 2) + half])
 
     def send_on(self, tree: Any) -> Any:
-        """Send a tree to the next device, and receive that of the previous device."""
+        """Send a tree of arrays to the next device of the ring, and return the tree that the previous device sent."""
         ring = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, ring), tree)
 
@@ -284,7 +288,10 @@ def _chunks(segments_Bt: jax.Array, P: int) -> jax.Array:
 
 
 def _fold(x_BtHK: jax.Array, P: int, G: int) -> jax.Array:
-    """Fold [B, t, H, K] into [P, B, G, N, K]; query heads that share a key head are merged into axis N."""
+    """Reshape [B, t, H, K] to [P, B, G, N, K].
+
+    Tokens are split into P chunks. Query heads that share a key head are merged into axis N.
+    """
     B, t, H, K = x_BtHK.shape
     x = x_BtHK.reshape(B, P, t // P, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(P, B, G, -1, K)

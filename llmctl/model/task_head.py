@@ -20,9 +20,10 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
 
     Args:
         x_BTD: Hidden states.
-        segments_BT: Document of each token; 0 is padding.
+        segments_BT: Segment of each token; 0 is padding.
         pooling: "last" (last real token), "mean" (over real tokens) or "first" (first token).
-        order_BT: Positions of the tokens, if they differ from their array order. The first token is always at index 0.
+        order_BT: Positions of the tokens, if they differ from the array order. The first token is at index 0 in every
+            order.
     """
     real_BT = segments_BT > 0
     if pooling == "first":
@@ -40,7 +41,8 @@ class TaskHead(nn.Module):
 
     Shapes: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] with unit length.
 
-    In a language model, this is the next-sentence head with outputs [B, 2]; class 0 means "is next", as in BERT.
+    The task head of a language model is the next-sentence head, with outputs [B, 2]. Class 0 means that the second
+    passage follows the first, as in BERT.
     """
 
     config: ModelConfig

@@ -156,19 +156,26 @@ class Stack(nn.Module):
         return self.finish(x_BTD)
 
     def states(self, x_BTD: jax.Array, shared: Shared, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Return the output of the stack, and the outputs [n, B, T, D] of the selected layers."""
+        """Run the stack, and also return the outputs of the layers with the indices `layers`.
+
+        Returns:
+            The output of the stack [B, T, D], and the outputs of these layers [n, B, T, D].
+        """
         blocks = self.variables["params"]["blocks"]
         x_BTD, states_nBTD = layer_states.run(self._as_function(), blocks, self._own(), x_BTD, shared, layers)
         return self.finish(x_BTD), states_nBTD
 
     def _own(self) -> tuple[jax.Array, jax.Array | None]:
-        """Return the inputs that differ by layer: whether it has local attention, and its dropout key."""
+        """Return the inputs that differ by layer.
+
+        They are: whether the layer has local attention, bool [L], and dropout keys [L] (None without dropout).
+        """
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
         keys_L = None if key is None else jax.random.split(key, self.layers)
         return local_layers(self.config, self.layers), keys_L
 
     def _as_function(self) -> Callable[..., jax.Array]:
-        """Return `_layer` as a function, with the stack's rematerialization policy."""
+        """Return `_layer`, wrapped in rematerialization by the policy of the stack."""
         if self.remat == "none":
             return self._layer
         return jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
@@ -248,7 +255,7 @@ class Transformer(nn.Module):
         return self.encoder(*self.start_encoder(batch))
 
     def finish(self, x_BTD: jax.Array, stack: str) -> jax.Array:
-        """Apply the final norm of the named stack."""
+        """Apply the final norm of the stack called `stack`."""
         return getattr(self, stack).finish(x_BTD)
 
 
@@ -266,9 +273,9 @@ def body_params(params: Params) -> Params:
 
 
 def product_rules(train: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which products have no 8-bit quantization, unless `train` is true.
+    """Return a context that disables 8-bit products if `train` is false, and changes nothing if it is true.
 
-    Validation and teachers therefore compute in their own dtype, also if training uses 8 bits.
+    Validation and teachers therefore compute in their own dtype, even if training uses 8-bit products.
     """
     off = not train and bool(quantized_matmul.rules_in_use.get())
     return quantized_matmul.use({}) if off else contextlib.nullcontext()
@@ -306,7 +313,7 @@ def hidden(
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Params:
-    """Return the parameters of `head_logits`. A tied table is transposed once, for many calls.
+    """Return the parameters that `head_logits` needs. A tied table is transposed here, once for many calls.
 
     On XLA's CPU backend, the gradient of a table [D, V] takes less than half the time of the gradient of [V, D].
     """

@@ -1,8 +1,9 @@
-"""Derive from a ModelConfig which norm or matrix produces the inputs of which matrices. This module imports no JAX.
+"""Derive from a ModelConfig which module produces the inputs of each matrix. This module imports no JAX.
 
-Structured pruning needs the columns and rows of a head or a neuron. Methods that move a scale from one matrix to the
-next, without changing the outputs, need the pairs of matrices (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
-Rotations need the matrices that write to and read from the residual stream (QuaRot, arXiv:2404.00456).
+Structured pruning needs the columns and rows that belong to a head or a neuron. Methods that move a scale from one
+matrix to the next, without changing the outputs, need the pairs of matrices (SmoothQuant, arXiv:2211.10438; AWQ,
+arXiv:2306.00978). Rotations need the matrices that write to and read from the residual stream (QuaRot,
+arXiv:2404.00456).
 
 Paths are those of the parameter tree without the leaf: "decoder/blocks/attn/q" means both its kernel and its bias.
 """
@@ -16,54 +17,58 @@ from llmctl.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Feed:
-    """Describe one activation: the module that produces it, and all matrices that read it.
+    """Describe one activation: the module that produces it, and all matrices whose input it is.
 
     >>> cfg = ModelConfig(preset="llama-tiny")
-    >>> next(f for f in feeds(cfg) if f.source == "decoder/blocks/mlp_norm").readers
+    >>> next(f for f in feeds(cfg) if f.producer == "decoder/blocks/mlp_norm").readers
     ('decoder/blocks/mlp/gate', 'decoder/blocks/mlp/up')
     """
 
-    source: str
-    """Path of the norm or matrix whose outputs are the readers' inputs; empty if the inputs are a residual stream."""
+    producer: str
+    """Path of the norm or matrix whose output is the activation; empty if the activation is a residual stream."""
     readers: tuple[str, ...]
-    """Paths of the matrices that read the activation, including the table `embed/tokens` if the output projection is
-    tied."""
+    """Paths of the matrices whose input is the activation. They include the table `embed/tokens` if the output
+    projection is tied."""
     foldable: bool
-    """Whether a positive factor on a channel of the source can be compensated by dividing its rows in the readers.
-    False if another module reads the activation, or if a nonlinearity lies between."""
+    """Whether multiplying a channel of the activation by a positive factor can be compensated by dividing the readers'
+    rows for this channel. False if another module reads the activation, or if a nonlinearity before the readers changes
+    the factor."""
     repeat: int = 1
-    """Number of the readers' heads per head of the source, because grouped queries share value heads."""
+    """Number of heads that readers read per head of the producer. With grouped queries, several query heads share a
+    value head."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """Describe the heads or neurons of a sublayer, whose columns and rows are removed together."""
+    """Describe the heads or neurons of one sublayer, which structured pruning removes with their columns and rows."""
 
     name: str
-    """Name of the units: "attn/heads" (of the queries), "attn/groups" (of keys and values), "cross/…" or
-    "mlp/neurons"."""
+    """Kind of the units: "attn/heads" (query heads), "attn/groups" (key and value heads), "cross/heads", "cross/groups"
+    or "mlp/neurons"."""
     writers: tuple[str, ...]
-    """Paths within a block of the matrices whose output columns, and biases, belong to the units."""
+    """Paths, relative to the layer, of matrices with columns (outputs) and bias elements that belong to the units."""
     readers: tuple[str, ...]
-    """Paths within a block of the matrices whose input rows belong to the units."""
+    """Paths, relative to the layer, of matrices with rows (inputs) that belong to the units."""
     count: int
     """Number of units per layer."""
     width: int
     """Number of columns or rows per unit."""
     tables: tuple[str, ...] = ()
-    """Paths within a stack of parameters that its layers share, and whose last axis has one entry per unit."""
+    """Paths, relative to the stack, of parameters that its layers share and that have one element per unit on the last
+    axis."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """Describe the residual stream of a stack: the modules that write to it and those that read it."""
+    """Describe the residual stream of a stack: the modules that write to it and the modules that read it."""
 
     stack: str
     writers: tuple[str, ...]
-    """Paths of embedding tables, matrices and norms whose output is added to the stream, or is the stream (after a
-    post-norm)."""
+    """Paths of the embedding tables, matrices and norms that write to the stream. Their output is added to it, or
+    replaces it (the norms of a post-norm model)."""
     readers: tuple[str, ...]
-    """Paths of norms and matrices that read the stream directly. With adapters, also those that read what is added."""
+    """Paths of the norms and matrices that read the stream. Sequential adapters, which read the output of a sublayer
+    before it is added to the stream, are included."""
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
@@ -113,7 +118,7 @@ def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
 
 
 def _output(cfg: ModelConfig, block: str, part: str) -> str:
-    """Return the matrix or norm whose output a sublayer adds to the residual stream."""
+    """Return the path of the matrix or norm whose output a sublayer adds to the residual stream."""
     last = f"{block}/{part}/{'down' if part == 'mlp' else 'o'}"
     return f"{block}/{part}_post_norm" if cfg.norm_position == "sandwich" else last
 
@@ -168,7 +173,7 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Return the modules that write and read the residual stream of a stack."""
+    """Return the modules that write to and read from the residual stream of a stack."""
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

@@ -42,7 +42,7 @@ def test_every_matrix_is_read_once(name):
         kernels |= {"embed/tokens"} if cfg.head == "lm" and cfg.tied else set()
         assert wiring.matrices(cfg) == sorted(kernels), cfg
         modules = {p.rpartition("/")[0] for p in tree} | {"embed/tokens", "embed/positions", "embed/types", ""}
-        assert {feed.source for feed in wiring.feeds(cfg)} <= modules
+        assert {feed.producer for feed in wiring.feeds(cfg)} <= modules
         for stack in wiring.stacks(cfg):
             found = wiring.residual(cfg, stack)
             assert {*found.writers, *found.readers} <= modules
@@ -78,7 +78,7 @@ def answers(cfg: ModelConfig, batch: dict[str, Any]) -> Any:
 def moved(cfg: ModelConfig, params: dict[str, Any], feed: wiring.Feed) -> dict[str, Any]:
     """The source's channels times random positive numbers, and the readers' rows divided by them."""
     flat = flatten(params)
-    source = [p for p in (f"{feed.source}/{leaf}" for leaf in ("kernel", "bias", "scale")) if p in flat]
+    source = [p for p in (f"{feed.producer}/{leaf}" for leaf in ("kernel", "bias", "scale")) if p in flat]
     width = flat[source[0]].shape[-1]
     s = jnp.exp(jax.random.normal(jax.random.key(7), (width,)))
     for path in source:

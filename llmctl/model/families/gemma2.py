@@ -80,7 +80,7 @@ def give(cfg: Any) -> Fields:
 
 
 def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
-    """Check that a Gemma model can express a config.
+    """Check that a model of the Gemma 2 or 3 family can express a config.
 
     Args:
         cfg: The ModelConfig to export.

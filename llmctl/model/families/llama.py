@@ -96,7 +96,8 @@ def heads(name: str, model: str = "", asked: str = "") -> dict[str, Head]:
     Args:
         name: Prefix of the class names in `transformers`, such as "Llama".
         model: Class name of the base model; `name` + "Model" if empty.
-        asked: Prefix of the network's tensor names in the question-answering class. If empty, there is no such head.
+        asked: Prefix of the network's tensor names in the question-answering class; empty if `transformers` has no such
+            class.
     """
     outputs = hf_config.linear({"head/out": "qa_outputs"})
     spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, asked)} if asked else {}

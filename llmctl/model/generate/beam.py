@@ -40,10 +40,10 @@ class Beams:
     length_penalty: float = 1.0
     """Exponent of the length by which sums of log probabilities are divided; larger values favor longer answers."""
     early_stopping: str = "no"
-    """Rule that stops a prompt's search once W answers have finished.
+    """Rule that stops the search for a prompt, once it has W finished answers.
 
-    "yes": stop immediately. "no": stop if the score of the best live beam, at its current length, is no better than
-    that of the worst finished answer. "never": stop only if its score can be no better at any length.
+    "yes": stop immediately. "no": stop if the score of the best live beam at its current length is no better than the
+    score of the worst finished answer. "never": stop only if no live beam can reach a better score at any length.
     """
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class BeamSearch:
 
         Args:
             served: Parameters in the form of `Decoder.weights`.
-            x_BD: Hidden states [B * W, D] after the live beams.
+            x_BD: Hidden states [B * W, D] of the last token of each live beam.
             search: State of the search.
             ends_E: End tokens.
             max_new: Maximum number of new tokens, int32 scalar.

@@ -22,7 +22,7 @@ from llmctl.model.generate.sampling import Sampling, row_keys
 
 
 class Session:
-    """Wrap a Decoder and keep its cache between calls.
+    """Generate with a Decoder, and keep its key-value cache between calls.
 
     `generate` has the interface of `Decoder.generate`, for one prompt.
     """
@@ -40,7 +40,7 @@ class Session:
         """Number of prompt tokens computed so far."""
         self._ids: list[int] = []
         self._cache: list[Any] = []
-        self._extend = jax.jit(self._go_on, static_argnames="rules", donate_argnames="cache")
+        self._extend = jax.jit(self._read_and_select, static_argnames="rules", donate_argnames="cache")
 
     @property
     def model(self) -> ModelConfig:
@@ -68,7 +68,7 @@ class Session:
         new = np.asarray(prompt[kept:], np.int32)
         T = round_up(len(new))
         # The loop runs to the end of its last chunk. Padding after the prompt is overwritten later.
-        cache = self._room(max(kept + T, len(prompt) + round_up(max_new, chunk)))
+        cache = self._take_cache(max(kept + T, len(prompt) + round_up(max_new, chunk)))
         seen_1V = np.zeros((1, self.model.vocab_size), bool)
         seen_1V[0, np.asarray(prompt)] = True
         begun = self._extend(
@@ -85,10 +85,11 @@ class Session:
             yield out_1N[:, :left]
             left -= out_1N.shape[1]
 
-    def _room(self, slots: int) -> list[Any]:
-        """Return the cache with at least `slots` slots, and drop this object's reference to it, because it is donated.
+    def _take_cache(self, slots: int) -> list[Any]:
+        """Return the cache, enlarged to at least `slots` slots if necessary, and forget it in this object.
 
-        The size doubles when the cache grows, so that few sizes are compiled.
+        The caller donates the cache to a program, so that this object may no longer use it. If the cache grows, its
+        size doubles, so that few sizes are compiled.
         """
         cfg, cache = self.model, self._cache
         held = cache[0]["attn"]["past_k"].shape[-2] if cache else 0
@@ -102,7 +103,7 @@ class Session:
         wider = [(0, 0)] * (cache[0]["attn"]["past_k"].ndim - 2) + [(0, size - held), (0, 0)]
         return jax.tree.map(lambda a: jnp.pad(a, wider), cache)
 
-    def _go_on(
+    def _read_and_select(
         self,
         served: Served,
         cache: list[Any],
@@ -114,7 +115,7 @@ class Session:
         ends_E: jax.Array,
         rules: Sampling,
     ) -> State:
-        """Compute `new` tokens after the `kept` cached ones, select the next token, and return the new state."""
+        """Process `new` tokens after the `kept` cached ones, select the next token, and return the state."""
         at_1T = jnp.arange(tokens_1T.shape[1])[None]
         segments_1S = (jnp.arange(cache[0]["attn"]["past_k"].shape[-2])[None] < kept + new).astype(jnp.int32)
         batch = {

@@ -24,7 +24,8 @@ from llmctl.data.tokenizers.base import SPOILED, Tokenizer
 from llmctl.model.generate import generation_block
 
 Message = dict[str, Any]
-"""A chat message: {"role": "system", "user", "assistant" or "tool", "content": text}, and keys of the template."""
+"""A chat message: {"role": "system", "user", "assistant" or "tool", "content": text}, and further keys that a template
+reads."""
 
 DAY = datetime.datetime(2024, 7, 26)
 """Date that templates get in training and evaluation, so that results do not depend on the day."""
@@ -63,22 +64,25 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-"""Template of the ChatML format. It marks what the assistant writes."""
+"""Template of the ChatML format. It marks the text that the assistant writes."""
 
 
 class Marked(NamedTuple):
-    """Encoded conversation."""
+    """Store an encoded conversation: its tokens, and which of them the assistant writes."""
 
     ids: list[int]
     """Token ids [N]."""
     counted_N: np.ndarray
-    """Whether a token is the assistant's, bool [N]."""
+    """Whether the assistant writes the token, bool [N]."""
     missed: int
-    """Number of answers without counted tokens, because the template renders them differently later."""
+    """Number of answers without counted tokens, because the template renders them differently when later messages
+    follow."""
 
 
 class Template:
-    """Chat template, compiled once. Its output depends on the messages only, unless the template asks for the date.
+    """Render and encode conversations with a chat template, which is compiled once.
+
+    The output depends only on the messages, unless the template asks for the date.
 
     Example:
         >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -93,7 +97,7 @@ class Template:
         """Compile the template.
 
         Args:
-            text: Source of the Jinja template; None if the tokenizer has none.
+            text: Text of the Jinja template; None if the tokenizer has none.
             tokenizer: Tokenizer that encodes the rendered text.
 
         Raises:
@@ -142,7 +146,7 @@ class Template:
         Only the template can produce special tokens. If a message spells one, it is encoded as text.
 
         Raises:
-            RequestError: As `render`, or the template gives no text.
+            RequestError: If `render` raises it, or if the rendered text is empty.
         """
         text = self.render(self._harmless(list(messages)))
         ids = self.tokenizer.encode_spelled(check_unicode(text, "the text of the chat template"))
@@ -153,12 +157,13 @@ class Template:
     def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
         """Return the token ids of a whole conversation, and which of them the assistant writes.
 
-        A token counts if any of its characters belongs to an answer. The token that ends an answer counts; white space
-        after it and the header before the answer do not. The date of the template is `DAY`.
+        The assistant writes a token if any of its characters belongs to an answer, and also the token that ends an
+        answer. It writes neither the white space after that token nor the header before the answer. The template gets
+        the date `DAY`.
 
         Raises:
-            RequestError: As `render`; or no answer can be found, because the template neither marks answers nor renders
-                the conversation before an answer as it does for generation.
+            RequestError: If `render` raises it. If the answers cannot be found, because the template neither marks them
+                nor renders the conversation before an answer as it does for generation.
         """
         self._day = DAY
         try:
@@ -174,7 +179,10 @@ class Template:
         return Marked(ids, counted_N, missed)
 
     def end_ids(self) -> list[int]:
-        """Return the special tokens that end the assistant's answers; empty if none does, or the template fails."""
+        """Return the special token that ends the assistant's answers, in a list.
+
+        The list is empty if answers do not end with a special token, or if the template fails.
+        """
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
         try:
             found = self.conversation(talk)
@@ -184,7 +192,7 @@ class Template:
         return [i for i in last if i in self.tokenizer.special_ids.values()]
 
     def _answers(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]], int]:
-        """Return the text of a conversation, the ranges of characters of the answers, and the number of missed ones."""
+        """Return a conversation's text, the character ranges of its answers, and the number of answers without one."""
         text, spans = generation_block.spans(self._rendered(messages, tools, False))
         if self.marks:
             return text, spans, 0
@@ -202,7 +210,7 @@ class Template:
         return text, spans, len(places) - len(spans)
 
     def _ending(self, answer: str) -> int:
-        """Return the length of an answer without white space after the last special token."""
+        """Return the number of characters of an answer, without the white space after its last special token."""
         parts = self.tokenizer.split_special(answer)
         return len(answer) - (len(parts[-1]) if len(parts) > 1 and not parts[-1].strip() else 0)
 
@@ -216,7 +224,7 @@ class Template:
             raise RequestError(f"the chat template fails on these messages ({type(e).__name__}: {e})") from None
 
     def _harmless(self, value: Any) -> Any:
-        """Return JSON data in which no text spells a special token or a mark."""
+        """Return a copy of JSON data in which spellings of special tokens, and the marks of answers, are altered."""
         own = self.tokenizer.special_ids
 
         def text(said: str) -> str:
@@ -241,7 +249,10 @@ class Template:
 
 
 def chatml(tokenizer: Tokenizer) -> str:
-    """Return the ChatML template for a tokenizer. If it has no token that ends a turn, its end token does."""
+    """Return the ChatML template for a tokenizer.
+
+    If the tokenizer lacks the token `<|im_end|>`, its end-of-sequence token ends each turn.
+    """
     return CHATML if END in tokenizer.special_ids else CHATML.replace(f"'{END}'", "eos_token")
 
 

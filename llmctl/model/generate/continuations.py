@@ -34,7 +34,8 @@ class Continuation:
     stops: Sequence[str] = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    """Text that can no longer change: no incomplete character, and no possible prefix of a stop string."""
+    """Generated text that can no longer change. An incomplete character, or a suffix that may begin a stop string, is
+    left out until later tokens decide it."""
     source_ids: list[int] = field(default_factory=list)
     """Token ids of the prompt for the encoder of an encoder-decoder."""
     score: float | None = None
@@ -43,7 +44,7 @@ class Continuation:
     """Reason for the end: "end" (an end token), "stop" (a stop string) or "length"; empty while the row is active."""
 
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
-        """Append new tokens (NOTHING is skipped), and return the text that can no longer change."""
+        """Append new tokens, except NOTHING, and return the text that was added to `text`."""
         if self.ended:
             return ""
         self.ids += [i for i in ids if i != NOTHING]
@@ -57,7 +58,7 @@ class Continuation:
         return self._settle(whole if self.ended else whole[: len(whole) - self._doubtful(whole)])
 
     def finish(self, decode: Callable[[Sequence[int]], str]) -> str:
-        """End the row at the maximum length, and return the remaining text."""
+        """End the row at the maximum number of tokens, and return the rest of the text; "" if the row has ended."""
         if self.ended:
             return ""
         self.ended = "length"
@@ -80,7 +81,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     These are the tokenizer's end token and those of a generation_config.json in the same folder.
 
     Raises:
-        RequestError: If that file is damaged, or an id in it has more than 31 bits.
+        RequestError: If generation_config.json is damaged, or contains an id of more than 31 bits.
     """
     file = folder / GENERATION
     try:
@@ -116,7 +117,8 @@ def begin(
         tokenizer: Tokenizer of the model.
         prompts: Texts to continue.
         stops: Strings that end a continuation; empty strings are ignored.
-        encoded: True for an encoder-decoder. Its encoder reads each prompt in the tokenizer's template.
+        encoded: True for an encoder-decoder. Its encoder reads each prompt with the special tokens that the tokenizer
+            adds.
 
     Raises:
         RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token.
@@ -145,7 +147,9 @@ def continue_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
-    """Continue a batch in place. After every chunk, yield the new text of each row that can no longer change.
+    """Continue a batch of rows in place. After every chunk of tokens, yield the new text of each row.
+
+    Text that later tokens may still change is yielded later (`Continuation.text`).
 
     Args:
         decoder: Decoder, or Session for a single row.
@@ -166,7 +170,7 @@ def continue_rows(
     stopped_B = np.zeros(len(rows), bool)
     chunks = decoder.generate(
         _prompts(rows),
-        min(max_new, _room(decoder, rows)),
+        min(max_new, _max_new(decoder, rows)),
         ends=ends,
         sampling=sampling,
         seed=seed,
@@ -197,14 +201,16 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Set every row to the best answer of a beam search and its score. A stop string then cuts the answer.
+    """Set the text and the score of every row to those of the best answer that beam search finds.
+
+    A stop string then cuts the text.
 
     Raises:
         RequestError: If a prompt is too long for a continuation.
     """
     speed, ends = speed or Speed(), ends or [tokenizer.eos_id]
     begun, timed = time.perf_counter(), speed.tokens > 0  # the first batch includes the compilation
-    tokens_BWN, scores_BW = search(_prompts(rows), min(max_new, _room(search.decoder, rows)), ends)
+    tokens_BWN, scores_BW = search(_prompts(rows), min(max_new, _max_new(search.decoder, rows)), ends)
     for row, ids, score in zip(rows, tokens_BWN[:, 0], scores_BW[:, 0], strict=True):
         row.score = float(score)
         row.add(ids.tolist(), tokenizer.decode, ends)
@@ -220,8 +226,10 @@ def _prompts(rows: Sequence[Continuation]) -> list[list[int]]:
     return [r.source_ids or r.prompt_ids for r in rows]
 
 
-def _room(decoder: Decoder | Session, rows: Sequence[Continuation]) -> int:
-    """Return the number of new tokens that fit after the longest prompt.
+def _max_new(decoder: Decoder | Session, rows: Sequence[Continuation]) -> int:
+    """Return the number of new tokens that fit into the model's maximum sequence length after the longest prompt.
+
+    In an encoder-decoder, the decoder does not read the prompt, but only a start token.
 
     Raises:
         RequestError: If none fits.

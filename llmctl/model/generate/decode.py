@@ -166,7 +166,7 @@ class Decoder:
         """Return the padded inputs of `read`, and the number of cache slots.
 
         Raises:
-            ValueError: If `generate` raises it for these prompts.
+            ValueError: If `check` raises it.
         """
         self.check(prompts, max_new)
         reads = self.model.encoder_layers > 0
@@ -175,10 +175,12 @@ class Decoder:
         return Prompts(tokens_BT, segments_BT, source), round_up(tokens_BT.shape[1] + max_new)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
-        """Check that prompts are not empty and fit the maximum sequence length.
+        """Check that each prompt has tokens, and fits the maximum sequence length together with `max_new` tokens.
+
+        In an encoder-decoder, prompt and new tokens must each fit the maximum sequence length.
 
         Raises:
-            ValueError: If `generate` raises it for these prompts.
+            ValueError: If a prompt is empty or too long.
         """
         longest = max(map(len, prompts))
         if not min(map(len, prompts)):
@@ -204,7 +206,10 @@ class Decoder:
     def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
-        """Select the token after `x_BD` for the rows that have not ended, and return the new state."""
+        """Select the next token of each row from its hidden state `x_BD`, and return the new state.
+
+        Rows that have ended get NOTHING.
+        """
         logits_BV = functional.lm_logits(self.model, served[0], x_BD, self.dtype)
         chosen_B = choose(logits_BV, state.get("seen"), keys_B, state["step"], rules)
         token_B = jnp.where(state["done"], NOTHING, chosen_B)
@@ -215,13 +220,13 @@ class Decoder:
         return out
 
     def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
-        """Compute left-padded prompts, and write their keys and values into a cache of `slots` slots.
+        """Run the model on left-padded prompts, and write their keys and values into a cache of `slots` slots.
 
         Call this within a traced function. Parameters are arguments, so that they do not become constants of the
         program.
 
         Returns:
-            The hidden state [B, D] after each prompt, and the state from which `advance` continues.
+            The hidden state [B, D] of the last token of each prompt, and the state from which `advance` continues.
         """
         cfg, (B, T) = self.model, prompts.tokens_BT.shape
         real_BS = jnp.pad(prompts.segments_BT, ((0, 0), (0, slots - T)))
@@ -243,10 +248,10 @@ class Decoder:
         return x_BD, state
 
     def advance(self, served: Served, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
-        """Compute one token per row with the cache.
+        """Run the decoder on one token per row, with the cache.
 
         Returns:
-            The hidden state [B, D] after the token, and the new state.
+            The hidden state [B, D] of the token, and the new state.
         """
         ones_B1 = jnp.ones((len(token_B), 1), jnp.int32)
         slot = state["slot"]
@@ -275,7 +280,7 @@ class Decoder:
         slots: int,
         rules: Sampling,
     ) -> State:
-        """Compute prompts in the form of `inputs`, select the token after each, and return the state."""
+        """Run the model on prompts in the form of `inputs`, select the first new tokens, and return the state."""
         B = len(prompts.tokens_BT)
         x_BD, state = self.read(served, prompts, slots)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
@@ -285,17 +290,17 @@ class Decoder:
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def one(self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling) -> State:
-        """Compute the last token of each row, select the next one, and return the new state."""
+        """Run the decoder on the last token of each row, select the next token, and return the new state."""
         x_BD, state = self.advance(served, state, jnp.maximum(state["token"], 0))
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def _decode_loop(
         self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling, count: int
     ) -> tuple[State, jax.Array]:
-        """Run up to `count` steps, or fewer if all rows end.
+        """Generate up to `count` tokens per row, and fewer if all rows end.
 
         Returns:
-            The state, and the new tokens int32 [B, count].
+            The state, and the new tokens int32 [B, count], with NOTHING after the end of a row.
         """
 
         def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
@@ -313,7 +318,7 @@ class Decoder:
 
 
 def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
-    """Check that a key-value cache fits into this machine's memory, with two bytes per number.
+    """Check that a key-value cache fits into this machine's memory, with two bytes per element.
 
     Raises:
         RequestError: If it does not fit.
@@ -324,7 +329,7 @@ def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
 
 
 def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
-    """Return an empty key-value cache of `slots` slots for every layer, for B rows."""
+    """Return a key-value cache of zeros: for every decoder layer, `slots` slots for each of B rows."""
     shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
     return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]
 

@@ -16,31 +16,34 @@ from typing import Any, NamedTuple
 import numpy as np
 
 NOTHING = -1
-"""Value in the output of a row after the row has ended."""
+"""Token id in the output at positions after the end of a row."""
 
 ROUND = 64
 """Multiple to which the numbers of prompt slots and cache slots are rounded up, so that few lengths are compiled."""
 
 
 class Prompts(NamedTuple):
-    """Store padded inputs of `Decoder.read`."""
+    """Store padded prompts, the inputs of `Decoder.read`."""
 
     tokens_BT: Any
     segments_BT: Any
     source: dict[str, Any]
-    """Encoder inputs; empty for a model without an encoder."""
+    """Arrays that the encoder reads, by name; empty for a model without an encoder."""
 
 
 def padded_ends(ends: Sequence[int]) -> np.ndarray:
     """Return end tokens int32 [E], padded with NOTHING to at least 8 entries.
 
-    The padding avoids a compilation for every number of end tokens. NOTHING is also the token of ended rows.
+    The padding avoids a compilation for every number of end tokens. Only rows that have already ended generate NOTHING.
     """
     return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and segments, int32 [B, T]; T is the longest prompt rounded up to a multiple of `multiple`."""
+    """Return tokens and segments, int32 [B, T], of prompts that are padded on the left.
+
+    T is the length of the longest prompt, rounded up to a multiple of `multiple`. Segments are 1, and 0 at padding.
+    """
     T = round_up(max(map(len, prompts)), multiple)
     tokens_BT = np.zeros((len(prompts), T), np.int32)
     segments_BT = np.zeros_like(tokens_BT)
@@ -51,7 +54,7 @@ def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tupl
 
 
 def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S], padded on the right."""
+    """Return encoder_tokens, encoder_segments and encoder_positions of prompts, int32 [B, S], padded on the right."""
     S = round_up(max(map(len, prompts)))
     tokens_BS = np.zeros((len(prompts), S), np.int32)
     segments_BS = np.zeros_like(tokens_BS)

@@ -25,7 +25,7 @@ DTYPE = "float32"
 
 
 class Request(NamedTuple):
-    """Describe sizes: number of prompts per batch, tokens per prompt, and new tokens per prompt."""
+    """Store the sizes of a generation: prompts per batch, tokens per prompt, and new tokens per prompt."""
 
     rows: int
     prompt: int
@@ -42,10 +42,10 @@ def generation(
         weights: Abstract parameters of the model.
         wants: Sizes of the batch.
         mesh: Device mesh; its devices may represent those of another platform.
-        platform: The represented platform; by default that of the devices.
+        platform: Platform that will run the programs; by default that of the devices.
 
     Raises:
-        ValueError: If the model does not generate text, or if the text exceeds its maximum length.
+        ValueError: If the model does not generate text, or if prompt and new tokens exceed its maximum sequence length.
     """
     whole = meshes.replicated(mesh)
     one = meshes.make(MeshConfig(data=1), [mesh.devices.flat[0]])  # nothing is split

@@ -62,7 +62,7 @@ def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Ar
 def narrow(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
     """Return the logits with -inf for tokens that top-k, top-p or min-p exclude.
 
-    All tokens tied at a limit are kept.
+    Tokens whose probability equals that of the least probable kept token are kept too.
     """
     if rules.top_k and rules.top_k < logits_BV.shape[-1]:
         limit_B1 = jax.lax.top_k(logits_BV, rules.top_k)[0][:, -1:]

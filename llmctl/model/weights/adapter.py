@@ -18,7 +18,10 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updat
 
 @dataclass(frozen=True)
 class Adapter(Node):
-    """Define a node that wraps another weight. A subclass adds fields, lists the trained ones, and defines `dense`."""
+    """Define the base class of adapters: nodes that wrap another weight.
+
+    A subclass adds fields, lists those that are trained in `adapter_parts`, and defines `dense`.
+    """
 
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that are trained; all others are frozen."""
@@ -33,12 +36,12 @@ class Adapter(Node):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of the base's part with its values, or None (see `Node.values_part`)."""
+        """Return the name of the part with the base's values, or None if there is none (`Node.values_part`)."""
         part = as_node(self.base).values_part
         return None if part is None else _base_part(part)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the merged dense weight, or this node if decoding keeps the base as integers."""
+        """Return the merged weight as a plain array, or this node if decoding keeps the base as integers."""
         base = as_node(self.base)
         return self if base.is_integer and base.for_decoding(on_cpu) is base else self.dense()
 
@@ -74,22 +77,22 @@ class Adapter(Node):
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return the node with a base that does not quantize activations."""
+        """Return the node with a base whose activations are not quantized."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
-        """Reject pruning, because the update would fill the zeros again.
+        """Raise an error, because the adapter would fill pruned elements again.
 
         Raises:
-            RequestError: Always; an adapter must be merged before pruning.
+            RequestError: Always. Adapters must be merged before pruning.
         """
         raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """Reject the selection of channels.
+        """Raise an error, because channels of an adapter cannot be selected.
 
         Raises:
-            RequestError: Always; an adapter must be merged before pruning.
+            RequestError: Always. Adapters must be merged before pruning.
         """
         raise RequestError("has a low-rank update; merge it into its base before pruning")
 
@@ -115,16 +118,17 @@ def adapter_names(params: Params) -> frozenset[str]:
 def merge_adapters(params: Params) -> Params:
     """Return the parameters with every adapter merged into its base, in the base's dtype.
 
-    For a quantized base, the result is float32.
+    A merged weight is a plain array; if its base is quantized, the dtype is that of the base's scales. Biases that an
+    adapter scales are multiplied by its factor.
     """
     settled = merge_bias_adapters(params)
     return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))
 
 
 def merge_bias_adapters(params: Params) -> Params:
-    """Return the parameters with those adapters merged that also change a bias.
+    """Return the parameters with an adapter merged if it also scales the layer's bias; other adapters are kept.
 
-    After this, no weight depends on the adapter of another weight.
+    After this, the product of a layer does not depend on the adapter of another weight.
     """
     flat = flatten(params)
     changes: dict[str, Any] = {}

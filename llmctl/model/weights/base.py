@@ -46,19 +46,21 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Product:
-    """Store options of a matrix product that the caller knows and a node may use."""
+    """Store options of a matrix product that its caller chooses. A node may ignore them."""
 
     fold: bool = True
-    """Whether to merge the leading axes into one, which is much faster on XLA's CPU backend (see recipes/bench). If
-    devices split more than the first leading axis, the merged axis has no equivalent sharding, and XLA would gather."""
+    """Whether to merge the leading axes of x into one before the product, which is much faster on XLA's CPU backend
+    (see recipes/bench). If devices shard more than the first leading axis, the merged axis has no equivalent sharding,
+    and XLA would gather."""
     kind: str = ""
-    """8-bit type of training, a name in `quantized_matmul.TYPES`; only for plain arrays."""
+    """8-bit type of the product in training, a name in `quantized_matmul.TYPES`; empty means none. Only plain arrays
+    use it."""
     axes: tuple[str, str] | None = None
-    """Logical axes of the matrix. A plain array uses them to decide when it is gathered over devices."""
+    """Logical axes of the matrix. For a plain array under FSDP, they determine how it is gathered."""
 
 
 def setting(*, default: Any = MISSING) -> Any:
-    """Declare a field of a node that is not an array. The manifest stores it."""
+    """Declare a dataclass field of a node that is no array. The manifest stores its value."""
     return field(default=default, metadata={"static": True})
 
 
@@ -77,7 +79,7 @@ class Node(abc.ABC):
     kind: ClassVar[str]
     """Name of the class in manifests and in the registry `weight`."""
     adapter_parts: ClassVar[tuple[str, ...]] = ()
-    """Names of the parts that an adapter method trains while the others are frozen."""
+    """Names of the parts that are trained in an adapter method; the other parts are frozen."""
     keeps_zeros: ClassVar[bool] = False
     """For adapters: whether the merged weight is zero wherever the base is zero."""
 
@@ -109,7 +111,10 @@ class Node(abc.ABC):
         return self.multiply(x_NI, dtype, how).reshape(*x.shape[:-1], self.shape[-1])
 
     def multiply(self, x_NI: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """Return the product of `matmul` for x [N, I], which already has type `dtype` and folded leading axes."""
+        """Return x_NI times the weight in `dtype`, an array [N, O]. `matmul` calls this method.
+
+        `x_NI` has the dtype `dtype`. It has the shape [N, I] if `how.fold` is true, otherwise [..., I].
+        """
         return jnp.matmul(x_NI, self.dense(dtype))
 
     def transpose_matmul(self, x: jax.Array, dtype: Any) -> jax.Array:
@@ -133,7 +138,7 @@ class Node(abc.ABC):
         return self
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
-        """Return the bias of this matrix's layer in `dtype`, from the stored bias `b`."""
+        """Return the bias of this matrix's layer in `dtype`. It is the stored bias `b`, which an adapter may scale."""
         return b.astype(dtype)
 
     # --- storage -----------------------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class Node(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """Return the fields that are not arrays, as JSON data for the manifest.
 
-        The keys `node` and `parts` are reserved.
+        Fields may not be called `node` or `parts`, because the manifest uses these keys.
         """
         return {name: getattr(self, name) for name in _names(self, static=True)}
 
@@ -158,16 +163,16 @@ class Node(abc.ABC):
         return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
 
     def count(self) -> int:
-        """Return the number of parameters of the logical shape, plus those of an adapter."""
+        """Return the number of elements of the logical shape. An adapter also counts the parameters that it adds."""
         return math.prod(self.shape)
 
     # --- what training and compression ask ---------------------------------------------------------------------------
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of the part whose zeros are the weight's zeros, or None if there is no such part.
+        """Return the name of the part that has the logical shape and is zero wherever the weight is zero.
 
-        This part has the logical shape.
+        Return None if there is no such part.
         """
         return None
 
@@ -206,7 +211,7 @@ class Node(abc.ABC):
         return None
 
     def with_activations(self, kind: str) -> Any:
-        """Return the weight with activation quantization per token to `kind` (int8).
+        """Return the weight with activations quantized to `kind` (int8) in products, with one scale per token.
 
         Raises:
             RequestError: If this kind of weight does not support it.
@@ -214,11 +219,14 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the weight without activation quantization, for export as a dense weight."""
+        """Return the weight without quantization of the activations in products.
+
+        An export as a dense weight needs this form.
+        """
         return self
 
     def masked(self, mask: jax.Array) -> Any:
-        """Return the weight with zeros where the mask is False. The mask has, or broadcasts to, the logical shape.
+        """Return the weight with zeros where the mask is False. The mask is broadcast to the logical shape.
 
         Raises:
             RequestError: If this kind of weight cannot store zeros.
@@ -226,25 +234,32 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot be pruned; prune before it is made")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """Return selected channels of a stacked weight.
+        """Return a stacked weight with only the selected channels of each layer.
 
         Args:
-            index_LN: Indices of the channels, per layer.
+            index_LN: Indices of the selected channels, per layer.
             axis: Axis of the channels: -1 for outputs, -2 for inputs.
 
         Raises:
-            RequestError: If a part stores several channels together. The message continues the weight's path.
+            RequestError: If an element of a part belongs to several channels, such as the scale of a group. The caller
+                puts the weight's path before the message.
         """
         return jax.tree.map(lambda a: take_along(a, index_LN, axis, self.shape[axis]), self)
 
 
 def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.Array:
-    """Return selected positions of one part of a weight, whose full axis has the length `full`.
+    """Return one part of a weight with only the selected channels along `axis`.
 
-    A part of length 1 along this axis is returned unchanged.
+    A part of length 1 along this axis belongs to all channels and is returned unchanged.
+
+    Args:
+        a: The part.
+        index_LN: Indices of the selected channels, per layer.
+        axis: Axis of the channels.
+        full: Number of channels of the weight.
 
     Raises:
-        RequestError: If the part stores several positions together.
+        RequestError: If an element of the part belongs to several channels.
     """
     if a.shape[axis] == 1 and full > 1:
         return a

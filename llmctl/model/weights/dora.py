@@ -30,7 +30,7 @@ class Dora(LowRank):
 
     @classmethod
     def around(cls, base: Any, a: jax.Array, b: jax.Array, scale: float) -> Self:
-        """Return an adapter of `base` that equals `base` while b is zero."""
+        """Return an adapter of `base` with the arrays `a` and `b`. While b is zero, the weight equals `base`."""
         return cls(base, a, b, scale, _norm(as_node(base).dense()))
 
     def factor(self) -> jax.Array:

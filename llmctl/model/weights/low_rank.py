@@ -17,7 +17,7 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class LowRank(Adapter):
-    """Store base + scale * a @ b, with a [..., I, R] and b [..., R, O]."""
+    """Store the weight base + scale * a @ b, with a [..., I, R] and b [..., R, O]."""
 
     kind: ClassVar[str] = "low_rank"
     adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b")

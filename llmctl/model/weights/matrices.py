@@ -21,7 +21,7 @@ from llmctl.model.weights.tree import Params, as_node, flatten, updated
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describe one matrix, with all its layers if it is stacked."""
+    """Describe one matrix of a model. A stacked matrix includes all layers of its stack."""
 
     path: str
     """Path of the weight, such as `decoder/blocks/attn/q/kernel`; relative to the layer for a matrix of one layer."""
@@ -36,12 +36,12 @@ class Matrix:
 
     @property
     def node(self) -> Node:
-        """Return the weight as a node, which has the methods of weights."""
+        """Return the weight as a node. A plain array is wrapped in `Plain`."""
         return as_node(self.weight)
 
     @property
     def inputs(self) -> int:
-        """Return the axis of the inputs: -2, or -1 for a token table, whose rows are looked up."""
+        """Return the index of the axis of inputs: -2, or -1 for a token table [V, D]."""
         return -1 if self.place == "embedding" else -2
 
     @property
@@ -76,7 +76,7 @@ def map_layer(layer: Params, change: Callable[[Matrix], Any]) -> Params:
 
 
 def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a stacked weight with `change` applied to each matrix [I, O] separately."""
+    """Return a stacked weight [..., I, O] whose matrices [I, O] are replaced by the results of `change`."""
     if as_node(w).ndim == 2:
         return change(w)
     changed = [per_layer(layer_of(w, i), change) for i in range(w.shape[0])]
@@ -84,7 +84,7 @@ def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def layer_of(tree: Any, index: int) -> Any:
-    """Return the slice of one layer from a stacked weight, or from a tree of stacked weights."""
+    """Return the layer with the given index of a stacked weight, or of a tree of stacked weights."""
     return jax.tree.map(lambda a: a[index], tree)
 
 

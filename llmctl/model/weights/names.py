@@ -26,7 +26,7 @@ class Name(NamedTuple):
     stack: str
     """`encoder` or `decoder` for a parameter that is stacked over layers, otherwise empty."""
     module: str
-    """Path of the module, within its layer if it has one, such as `attn/q` or `lm_head`."""
+    """Path of the module, such as `lm_head`; for a module of a layer, its path within the layer, such as `attn/q`."""
     leaf: str
     """Last key of the path: `kernel`, `bias`, `scale`, …"""
     part: str
@@ -51,17 +51,17 @@ class Name(NamedTuple):
 
     @property
     def vector(self) -> bool:
-        """Return True for a vector of an adapter: factors, magnitudes or singular values."""
+        """Return True for a part of an adapter that is a vector per matrix: factors, magnitudes, singular values."""
         return self.part in VECTORS
 
     @property
     def bottleneck(self) -> bool:
-        """True for everything of a layer's bottleneck adapters."""
+        """Return True for all parameters of a layer's bottleneck adapters."""
         return self.stacked and self.module.partition("/")[0].endswith("_adapter")
 
     @property
     def norm(self) -> bool:
-        """True for the scale or bias of a norm."""
+        """Return True for the scale or the bias of a norm."""
         return self.module.endswith("norm")
 
     @property
@@ -70,12 +70,15 @@ class Name(NamedTuple):
         return self.path.startswith(f"{EMBED}/")
 
     def belongs(self, module: str) -> bool:
-        """Return True for a parameter of a module, which is named by the last keys of its path (`attn/q`, `q`)."""
+        """Return True for a parameter of the modules with the name `module`.
+
+        The name is the last keys of a module's path, such as `attn/q` or `q`.
+        """
         return f"/{self.path.rpartition('/')[0]}".endswith(f"/{module}")
 
     @property
     def below(self) -> bool:
-        """True for what the first layer reads: the embeddings, and the bias of relative positions."""
+        """Return True for a parameter of the embeddings, or of the relative position bias that all layers read."""
         return self.embeds or RELATIVE in self.path.split("/")
 
     @property
@@ -132,12 +135,12 @@ def is_layer_matrix(name: str) -> bool:
 
 
 def module_path(path: str) -> str:
-    """Return the path of the module of a matrix: `decoder/blocks/attn/q/kernel` without `/kernel`."""
+    """Return the path of the module that a matrix belongs to: `attn/q/kernel` -> `attn/q`."""
     return path.removesuffix(f"/{KERNEL}")
 
 
 def bias_of(path: str) -> str:
-    """Return the path of the bias beside a matrix: `attn/q/kernel` -> `attn/q/bias`."""
+    """Return the path of the bias in the module of a matrix: `attn/q/kernel` -> `attn/q/bias`."""
     return f"{module_path(path)}/{BIAS}"
 
 

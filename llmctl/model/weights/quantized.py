@@ -17,7 +17,10 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 
 @node_type
 class Quantized(Node):
-    """Store symmetric integers with scales. `activations="int8"` also quantizes the activations, per token (W8A8)."""
+    """Store a weight as symmetric integers with scales.
+
+    If `activations` is "int8", products also quantize the activations, with one scale per token (W8A8).
+    """
 
     kind: ClassVar[str] = "quantized"
 
@@ -59,9 +62,10 @@ class Quantized(Node):
         ).astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return a dense weight on CPUs, which would otherwise convert the integers again for every token.
+        """Return a plain array on CPUs, which would otherwise convert the integers again for every token.
 
-        Weights that quantize activations are returned unchanged, because a dense weight would compute another function.
+        On other platforms, and if the node quantizes activations, return the node. With quantized activations, a plain
+        array would compute another function.
         """
         return self.dense() if on_cpu and not self.activations else self
 
@@ -76,15 +80,15 @@ class Quantized(Node):
         return cls(array, settings["activations"])
 
     def integers(self) -> Quantized:
-        """Return this node, for export formats that store integers."""
+        """Return this node, which export formats store as integers."""
         return self
 
     def with_activations(self, kind: str) -> Quantized:
-        """Return the weight with activation quantization per token to `kind` (int8)."""
+        """Return the weight with activations quantized to `kind` (int8) in products, with one scale per token."""
         return replace(self, activations=kind)
 
     def without_activations(self) -> Quantized:
-        """Return the weight without activation quantization."""
+        """Return the weight without quantization of the activations in products."""
         return replace(self, activations="")
 
     def masked(self, mask: jax.Array) -> Quantized:

@@ -36,12 +36,12 @@ def describe(w: Any) -> dict[str, Any]:
 
 
 def typed(w: Any) -> dict[str, Any]:
-    """Return the record of a weight without its parts; for a plain array, return {}."""
+    """Return the record of a weight without the key "parts": the node's name and settings, or {} for a plain array."""
     return {} if is_plain(w) else {"node": w.kind, **w.settings()}
 
 
 def assemble(record: dict[str, Any], arrays: dict[str, Any]) -> Any:
-    """Return the weight that a record describes, with the given arrays; the inverse of (`describe`, `parts`).
+    """Return the weight that a record of `describe` and the arrays of `parts` define.
 
     Arrays may be abstract.
 
@@ -53,7 +53,7 @@ def assemble(record: dict[str, Any], arrays: dict[str, Any]) -> Any:
 
 
 def _current(record: dict[str, Any]) -> dict[str, Any]:
-    """Convert the record of an old artifact, from before nodes had names, to the current format."""
+    """Convert a record of an older artifact, in which nodes had no names, to the current format."""
     if "node" in record:
         return record
     base = {"node": "quantized", "activations": record["activations"]} if record.get("quantized") else {}

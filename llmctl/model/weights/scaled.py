@@ -18,7 +18,10 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class Scaled(Adapter):
-    """Store base * factor; factor is [..., 1, O] for outputs, including the bias, or [..., I, 1] for inputs."""
+    """Store the weight base * factor. The factor is [..., 1, O] for outputs or [..., I, 1] for inputs.
+
+    A factor of outputs also multiplies the layer's bias.
+    """
 
     kind: ClassVar[str] = "scaled"
     adapter_parts: ClassVar[tuple[str, ...]] = ("factor",)
@@ -26,7 +29,7 @@ class Scaled(Adapter):
 
     factor: jax.Array
     side: str = setting()
-    """Scaled side, `inputs` or `outputs`."""
+    """Axis that the factor multiplies: `inputs` or `outputs`."""
 
     scales_bias = property(lambda self: self.side == "outputs")
 
@@ -50,5 +53,8 @@ class Scaled(Adapter):
         return b.astype(dtype) * self.factor.astype(dtype)[..., 0, :] if self.scales_bias else b.astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the weight with a base for decoding. The factor is not merged, because it also scales the bias."""
+        """Return the node with its base in the form for decoding.
+
+        The factor is not merged, because it may also scale the bias.
+        """
         return replace(self, base=as_node(self.base).for_decoding(on_cpu))

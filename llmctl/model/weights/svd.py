@@ -17,7 +17,7 @@ from llmctl.model.weights.low_rank import LowRank
 
 @node_type
 class Svd(Adapter):
-    """Store base + scale * a @ diag(e) @ b, with a [..., I, R], e [..., 1, R] and b [..., R, O]."""
+    """Store the weight base + scale * a @ diag(e) @ b: a [..., I, R], singular values e [..., 1, R], b [..., R, O]."""
 
     kind: ClassVar[str] = "svd"
     adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b", "e")
@@ -27,23 +27,23 @@ class Svd(Adapter):
     e: jax.Array
     scale: float = setting()
 
-    def pair(self) -> LowRank:
-        """Return the same weight as a low-rank update, with the singular values multiplied into `a`."""
+    def as_low_rank(self) -> LowRank:
+        """Return the equal weight base + scale * (a * e) @ b as a `LowRank` node."""
         return LowRank(self.base, self.a * self.e, self.b, self.scale)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """Return the weight as a plain array of its logical shape."""
-        return self.pair().dense(dtype)
+        return self.as_low_rank().dense(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
         """Return x [..., I] times the weight in `dtype`, an array [..., O]. The dense update is never computed."""
-        return self.pair().matmul(x, dtype, how)
+        return self.as_low_rank().matmul(x, dtype, how)
 
-    def kept(self) -> Any:
-        """Return the same weight as a low-rank update without zero singular values, or the base if all are zero.
+    def truncated(self) -> Any:
+        """Return the equal weight as a `LowRank` node, without ranks whose singular value is zero.
 
-        Layers of a stack may have different numbers of nonzero values. All layers are padded with zeros to the largest
-        rank. The ranks are computed on the host.
+        If all singular values are zero, return the base. Layers of a stack may have different numbers of nonzero
+        singular values. All are padded with zeros to the largest number. The numbers are computed on the host.
         """
         import numpy as np
 

@@ -28,7 +28,7 @@ N = TypeVar("N", bound=Node)
 
 @dataclass(frozen=True)
 class Plain(Node):
-    """Wrap a plain or abstract array in the interface of nodes. Parameter trees contain the array itself."""
+    """Wrap a plain or abstract array, so that it has the methods of nodes. Parameter trees contain the array itself."""
 
     kind: ClassVar[str] = ""
 
@@ -45,7 +45,7 @@ class Plain(Node):
     def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
         """Return x [..., I] times the array in `dtype`, an array [..., O].
 
-        Under FSDP, the array is gathered once per pass. If training uses 8-bit products, this product is one.
+        Under FSDP, the array is gathered once per pass. The product is computed in 8 bits if `how.kind` is set.
         """
         if how.axes and not how.kind and meshes.size() > 1 and fsdp_matmul.splits(how.axes):
             return cast(jax.Array, fsdp_matmul.matmul(x, self.array, how.axes, dtype))
@@ -145,7 +145,7 @@ def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str]
 
 
 def is_weight(x: Any) -> bool:
-    """Return True for a leaf of a tree of weights, which may be a node. Use this function as `is_leaf`."""
+    """Return True for a leaf of a tree of weights: a node or an array. Use this function as `is_leaf` of `jax.tree`."""
     return not isinstance(x, dict)
 
 
@@ -177,7 +177,7 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def updated(params: Params, changes: Mapping[str, Any]) -> Params:
-    """Return the tree with the weights at the paths in `changes` replaced."""
+    """Return the tree with some weights replaced: `changes` maps their paths to the new weights."""
     return unflatten({**flatten(params), **changes})
 
 
@@ -204,5 +204,5 @@ def count(params: Params) -> int:
 
 
 def of_type(params: Params, kind: type[N]) -> dict[str, N]:
-    """Return the nodes of one class by path, for formats that store only this class (such as PEFT's LoRA)."""
+    """Return the nodes of the class `kind` by path, for formats that store only this class (such as PEFT's LoRA)."""
     return {path: w for path, w in flatten(params).items() if isinstance(w, kind)}

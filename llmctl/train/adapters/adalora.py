@@ -106,7 +106,9 @@ class AdaLora(Method):
         """Return the parameters with each `Svd` adapter replaced by a low-rank pair of the ranks that remain."""
         from llmctl.model import weights
 
-        return weights.updated(params, {path: w.kept() for path, w in weights.of_type(params, weights.Svd).items()})
+        return weights.updated(
+            params, {path: w.truncated() for path, w in weights.of_type(params, weights.Svd).items()}
+        )
 
 
 METHOD = AdaLora()

@@ -108,12 +108,12 @@ def test_pairs_store_only_what_is_kept():
     a = jnp.arange(1.0, 13.0).reshape(2, 2, 3)
     b = jnp.arange(1.0, 19.0).reshape(2, 3, 3)
     w = weights.Svd(jnp.zeros((2, 2, 3)), a, b, jnp.array([[[0.0, 2.0, 0.0]], [[3.0, 0.0, -1.0]]]), 0.5)
-    kept = w.kept()
+    kept = w.truncated()
     assert kept.kind == "low_rank" and kept.a.shape == (2, 2, 2) and kept.b.shape == (2, 2, 3)
     assert not kept.a[0, :, 1].any() and not kept.b[0, 1].any()
     np.testing.assert_array_equal(kept.dense(), w.dense())
     empty = weights.Svd(jnp.ones((2, 2, 3)), a, b, jnp.zeros((2, 1, 3)), 0.5)
-    assert weights.is_plain(empty.kept())
+    assert weights.is_plain(empty.truncated())
 
 
 def test_the_record_says_how_many_ranks_are_trained_and_what_has_no_meaning():
