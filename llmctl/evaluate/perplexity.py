@@ -43,7 +43,7 @@ class Protocol:
     stride: int
     dtype: str = "float32"
     first: bool = True
-    """Whether the first token of a document is scored, which requires that documents begin with BOS."""
+    """Whether the first token of a document is scored. This needs a prefix token (BOS) or a prompt before it."""
     unit: str = "document"
     """Unit of scoring: a document, or the completion of a prompt."""
 
@@ -91,9 +91,9 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
 
 
 def row_nll(model: ModelConfig, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> NLL [B] in nats, summed over the weighted targets of each row.
+    """Return a compiled function (params, batch) -> negative log-likelihood [B] of each row's targets, in nats.
 
-    Logits are computed in chunks, never for all positions at once.
+    A target counts by its weight. Logits are computed in chunks, never for all positions at once.
     """
 
     def step(params: functional.Params, batch: dict[str, jax.Array]) -> jax.Array:
@@ -126,7 +126,7 @@ def total_nll(
 
     Args:
         model: Config of the model.
-        params: Its parameters.
+        params: Parameters of the model.
         documents: Token ids by document number, without BOS and EOS.
         prefix: Token before each document (see `sliding_window.Rows`).
         context: Maximum number of inputs per window.

@@ -1,4 +1,4 @@
-"""Predict new rows with artifacts. A batch has rows of similar length, and each padded length has one compiled program.
+"""Predict new rows with artifacts. Batches have rows of similar length, padded to few lengths, each with one program.
 
 Shapes: B rows per batch, T tokens per row.
 """
@@ -34,12 +34,14 @@ class Predictor:
 
         Args:
             path: Folder of the artifact.
-            batch_size: Rows per batch, rounded up to a multiple of the number of devices.
-            seq_len: Maximum number of tokens per row. 0 uses the value of training, or 512 if it is unknown (imports).
+            batch_size: Number of rows per batch, which is rounded up to a multiple of the number of devices.
+            seq_len: Maximum number of tokens per row. 0 uses the value of training. If that is unknown, as for imports,
+                0 uses 512, or the model's maximum if it is less.
             dtype: Dtype of the computation.
 
         Raises:
-            RequestError: If the folder is no artifact, the model generates text, or `seq_len` exceeds its limit.
+            RequestError: If the folder is no artifact, if the model has no task head, or if `seq_len` exceeds the
+                model's maximum sequence length.
         """
         self.mesh = meshes.make(MeshConfig())
         found = artifact.load(path, self.mesh)
@@ -56,10 +58,10 @@ class Predictor:
         self._step = self.task.believer(found.model, dtype)
 
     def beliefs(self, rows: Sequence[Row]) -> list[Any]:
-        """Return the prediction per row before formatting: class probabilities, a number or a vector.
+        """Return the belief for each row: its prediction before formatting, such as class probabilities or a number.
 
-        The order is that of `rows`. Rows with and without a second text run in separate batches. The prediction of a
-        row therefore does not depend on the other rows.
+        The order is that of `rows`. Rows with a second text and rows without one run in separate batches. The
+        prediction of a row therefore does not depend on the other rows.
         """
         truncate, found = self.manifest.truncate or "tail", [None] * len(rows)
         for paired in (False, True):
@@ -74,7 +76,7 @@ class Predictor:
         return found
 
     def _outputs(self, rows: Any) -> Iterator[tuple[np.ndarray, dict[str, Any], Any]]:
-        """Yield (row indices, host batch, outputs) per batch; batches are sorted by row length, shortest first."""
+        """Yield (row indices [B], host batch, outputs on the host) for batches of rows, the shortest rows first."""
         whole = rows.batch(np.arange(len(rows)))
         length_N = (whole["segments"] > 0).sum(-1)
         order_N = np.argsort(length_N, kind="stable")
@@ -135,7 +137,7 @@ class Ensemble:
 
 
 def padded_length(length: int, longest: int) -> int:
-    """Return the smallest power of two that is at least `length` and SHORTEST, but at most `longest`.
+    """Return the padded length of a row: the smallest power of two >= `length` and SHORTEST, but at most `longest`.
 
     Example:
         >>> [padded_length(n, 100) for n in (3, 16, 17, 65, 100)]

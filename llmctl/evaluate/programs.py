@@ -26,15 +26,15 @@ from llmctl.model.program import Pass, Program
 def scoring(
     config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh
 ) -> list[Program]:
-    """Return the programs that score a batch with one artifact, one program per task.
+    """Return the programs that evaluate one artifact, one per task. A program scores one batch.
 
     If speed is measured, the parameters of all artifacts are in memory at the same time.
 
     Args:
         config: Settings of the evaluation.
-        data: Settings of the held-out data.
+        data: Data settings, which determine the columns of a batch.
         name: Name of the artifact to score.
-        chosen: All measured artifacts by name, with abstract arrays.
+        chosen: All artifacts of the evaluation by name, with abstract arrays.
         mesh: The device mesh.
     """
     tasks = [TASKS[task] for task in config.tasks] or [of(chosen[name].manifest)]
@@ -73,7 +73,7 @@ def _program(
 
 
 def _batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes, dtypes and shardings of a batch of the task, without data."""
+    """Return an abstract batch of the task: shapes, dtypes and shardings of its arrays, by name."""
     text = made_up.MadeUp(data, task.columns, setup.seq_len)
     row = task.rows(model, text.splits["train"], made_up.TOKENIZER, setup.seq_len, shuffle=False)[0]
     row = {key: row[key] for key in task.reads or row if key in row}

@@ -3,8 +3,8 @@
 A result is a dict with the keys "artifact", "digest", "content", "task", "protocol" and "metrics". It also has fields
 of the artifact: "stage", "parameters", "weight_bytes", "bytes", "sparsity" and "bits".
 
-An artifact that was measured on several tasks has several results. In the file they form one row, or one row per task
-if metrics of different tasks have the same name. In the terminal each result is a column.
+An artifact that was measured on several tasks has several results. In the file, an artifact has one row. It has one row
+per task if two tasks have a metric of the same name. In the terminal, each result is a column.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def lines(results: Sequence[Result]) -> list[Result]:
 
 
 def determined(results: Sequence[Result]) -> list[Result]:
-    """Return the results without values that vary between runs with equal weights: times and bytes on disk."""
+    """Return the results without the values that may differ between two runs with equal weights.
+
+    These values are times, throughput, device names and sizes on disk.
+    """
 
     def same(name: str) -> bool:
         record = find(name)
@@ -60,7 +63,7 @@ def determined(results: Sequence[Result]) -> list[Result]:
 
 
 def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Return the table of the file as text: (headings, rows of cells). A missing value is a dash."""
+    """Return the table for the Markdown file as (headings, rows of cells), all text. A missing value is a dash."""
     records = lines(results)
     there = {k for r in records for k, v in r.items() if v is not None}
     shown = [c for c in _ARTIFACT if c[0] in there]
@@ -70,7 +73,10 @@ def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(result: Result) -> str:
-    """Return one line with the task and its quality metrics, with their 95 % intervals and baselines if known."""
+    """Return one line with the task and its quality metrics.
+
+    The 95 % interval and the baseline of a metric follow it, if they are known.
+    """
     found = {k: v for k, v in result["metrics"].items() if v is not None}
     said = []
     for m in columns(found, "file"):
@@ -87,7 +93,7 @@ def headline(result: Result) -> str:
 
 
 def protocols(results: Sequence[Result]) -> list[str]:
-    """Return the distinct protocols of the results as "task: protocol".
+    """Return a line "task: protocol" for each distinct protocol of the results.
 
     Metrics are comparable only if they were measured with the same protocol.
     """
@@ -106,7 +112,7 @@ def markdown(results: Sequence[Result]) -> str:
 def table(results: Sequence[Result]) -> Table:
     """Return a table for the terminal: one row per metric, one column per result, and the protocols as its caption.
 
-    Metrics have the names that they have in JSON, with spaces. An interval is in the row of its metric.
+    The name of a metric is its JSON key with spaces in place of underscores. An interval is in the row of its metric.
     """
     from rich.table import Table
 
@@ -127,7 +133,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _figure(metrics: Result, name: str) -> str:
-    """Return a metric with its 95 % interval as text, or a dash if it is missing."""
+    """Return the value of a metric as text, followed by its 95 % interval if it has one; a dash if it is missing."""
     if name not in metrics:
         return "–"
     shown = text(name, metrics[name])

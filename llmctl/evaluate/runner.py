@@ -1,4 +1,4 @@
-"""Evaluate artifacts: score each of them, then time all of them in alternation."""
+"""Evaluate artifacts: compute the metrics of one after the other, then time all of them in alternation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def results(
     say: Callable[[str], None],
     keep: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[Result]:
-    """Measure artifacts on held-out examples.
+    """Measure artifacts on held-out examples, and time them if `config.speed` is set.
 
     Args:
         config: Tasks, metrics, batch size and speed settings.
@@ -81,10 +81,10 @@ def results(
 
 
 def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
-    """Check that each metric in `names` can be computed from the task's true labels and predictions.
+    """Check that the metrics `names` can be computed from the task's true labels and predictions.
 
     Raises:
-        RequestError: If a metric has no function, or if the task returns no predictions.
+        RequestError: If a metric has no function `compute`, or if the task returns no predictions (`Task.answers`).
     """
     for name in names:
         if METRICS[name].compute is None:
@@ -94,7 +94,10 @@ def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
 
 
 def further(names: Iterable[str], measured: Measured) -> dict[str, float]:
-    """Compute the metrics `names` from the task's true labels and predictions. Call `check_metrics` first."""
+    """Return the additional metrics `names` by name, computed from true labels and predictions of all examples.
+
+    Call `check_metrics` first.
+    """
     found: dict[str, float] = {}
     for name in names:
         compute = METRICS[name].compute
@@ -111,7 +114,10 @@ def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
 
 
 def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: MeasureConfig) -> None:
-    """Add latency (seconds, batch 1) and throughput to the metrics in `out`, which has the order of `programs`."""
+    """Time all programs, and add latency (batch 1, in seconds) and throughput to the metrics of the results `out`.
+
+    `programs` and `out` have the same order.
+    """
     single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
     batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
     for name, result in zip(programs, out, strict=True):
@@ -123,10 +129,12 @@ def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: Measu
 
 
 def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
-    """Combine the settings of the evaluation with those of the artifact; explicit settings of the evaluation win.
+    """Return the settings for the measurement of one artifact.
+
+    A setting of the evaluation overrides the value that the artifact has from training.
 
     Raises:
-        RequestError: If the settings contradict each other or the artifact.
+        RequestError: If the sequence length is unknown or exceeds the model's maximum, or if the stride exceeds it.
     """
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:

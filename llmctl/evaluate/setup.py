@@ -27,25 +27,25 @@ from llmctl.model import functional
 Batch = dict[str, Any]
 
 KEPT = {"tail": "first", "head_tail": "first and last halves of"}
-"""Words that describe in a protocol which part of a long text is kept, by truncation mode."""
+"""Phrase in a protocol, by truncation mode, for the part of a long text that is kept."""
 
 
 class Held:
-    """Tokenize held-out examples once per tokenizer, and cache the tokens in `folder`."""
+    """Tokenize held-out examples once per tokenizer, and cache the tokens in a folder."""
 
     def __init__(self, examples: Examples, split: str, folder: Path) -> None:
         self.examples, self.split, self._folder = examples, split, folder
         self._corpora: dict[str, Corpus] = {}
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """Return the tokens of all texts, in the order of the examples."""
+        """Return the token ids of all texts, in the order of the examples."""
         if tokenizer.digest not in self._corpora:
             folder = self._folder / tokenizer.digest[:16]
             self._corpora[tokenizer.digest] = cached(folder, self.examples.texts(), self.examples.digest, tokenizer)
         return self._corpora[tokenizer.digest]
 
     def pairs(self, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
-        """Return (token ids of each prompt with its completion, number of tokens of each prompt).
+        """Return the token ids of each prompt followed by its completion, and the number of tokens of each prompt.
 
         Prompts and completions are tokenized separately, as in training.
         """
@@ -67,13 +67,16 @@ class Setup:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def batches(self) -> DeviceBatches:
-        """Return the function that shards batches for the evaluation; tokens keep their text order."""
+        """Return the object that shards batches over the mesh.
+
+        Tokens stay in text order, even with context parallelism.
+        """
         return DeviceBatches(self.mesh, self.batch_size, reading_order=True)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Store the result of one task on one artifact."""
+    """Store the metrics of one artifact on one task, and functions that time it."""
 
     task: str
     protocol: str
@@ -83,16 +86,16 @@ class Measured:
     batched: Callable[[], object] = field(repr=False)
     """Function that runs the model on one batch and blocks until it is done."""
     units: dict[str, int]
-    """Number of units per batch by the name of the throughput metric, such as {"examples_per_second": 32}."""
+    """Number of units in one batch, by the name of the throughput metric, such as {"examples_per_second": 32}."""
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
-    """(truth, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task has none.
-    """
+    """(true labels, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task
+    returns none."""
     written: list[dict[str, Any]] | None = field(default=None, repr=False)
     """One record per example for predictions.jsonl; None if the task writes none."""
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:
-    """Map class indices of the data to those of the artifact, by class name.
+    """Return the artifact's class index for each class of the data; classes are matched by name.
 
     Args:
         classes: Class names of the data.
@@ -100,10 +103,10 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
         where: Beginning of an error message.
 
     Returns:
-        The artifact's class index for each class of the data, an integer array [len(classes)].
+        An integer array [len(classes)].
 
     Raises:
-        RequestError: If the data has no labels, or a label that the classifier has no class for.
+        RequestError: If the data has no labels, or if the artifact lacks a class of the data.
     """
     if not classes:
         raise RequestError(f"{where}: is a classifier, and the data has no labels; map one in data.columns")
@@ -128,12 +131,12 @@ def answers(
     setup: Setup,
     reads: tuple[str, ...] = READ,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Run the compiled `step` on all rows and yield its outputs.
+    """Run the compiled function `step` on all rows, and yield its outputs batch by batch.
 
     Each process builds only the rows of its own devices. Every process receives the outputs of all rows.
 
     Yields:
-        (batch, outputs of `step`), both on the host. Each row occurs once, without padding rows.
+        (batch, outputs of `step`), both on the host. Each row occurs exactly once; padding rows are removed.
     """
     batches = setup.batches()
 
@@ -152,7 +155,7 @@ def answers(
 
 
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
-    """Return a batch of the first `setup.batch_size` rows, for timing. Rows repeat if there are too few."""
+    """Return a batch with the first `setup.batch_size` rows, for timing. If there are fewer rows, they are repeated."""
     batch = rows.batch(np.arange(setup.batch_size) % len(rows))
     return {k: a for k, a in batch.items() if not reads or k in reads}
 

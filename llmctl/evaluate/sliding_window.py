@@ -3,8 +3,8 @@
 A document is `prefix + tokens`. A window has at most `context` inputs. The first window of a document scores all its
 targets. Each later window scores `stride` new tokens, and its earlier tokens are context only.
 
-Windows of several documents share a row as separate segments, which attention separates. Packing therefore changes the
-cost, but never the score.
+Several windows are packed into one row as separate segments, and no token attends to another segment. Packing therefore
+changes the cost, but never the score.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Documents(Protocol):
 
 
 class Window(NamedTuple):
-    """Describe a window: inputs [begin, end) of one document. Targets of the inputs from `fresh` on are scored."""
+    """Describe a window: inputs [begin, end) of one document. Only targets of inputs from `fresh` on are scored."""
 
     document: int
     begin: int
@@ -34,7 +34,7 @@ class Window(NamedTuple):
 
 
 def slide(document: int, inputs: int, context: int, stride: int) -> Iterable[Window]:
-    """Yield the windows of a document that has `inputs` predicted tokens.
+    """Yield the windows of a document with `inputs` inputs, each of which predicts one token.
 
     Raises:
         ValueError: If stride < 1 or stride > context. A larger stride would leave tokens unscored.
@@ -56,7 +56,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         capacity: Maximum total length per bin.
 
     Returns:
-        The item numbers in each bin.
+        The indices of the items in each bin.
 
     Raises:
         ValueError: If an item exceeds the capacity.

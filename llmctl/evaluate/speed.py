@@ -14,22 +14,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Store the duration of each call in seconds, one entry per round."""
+    """Store the measured times of a program in seconds, one per round."""
 
     seconds: tuple[float, ...]
 
     @property
     def p50(self) -> float:
-        """Return the median duration in seconds."""
+        """Return the median time in seconds."""
         return float(np.percentile(self.seconds, 50))
 
     @property
     def p90(self) -> float:
-        """Return the 90th percentile of the duration in seconds."""
+        """Return the 90th percentile of the time in seconds."""
         return float(np.percentile(self.seconds, 90))
 
     def rate(self, units: float) -> float:
-        """Return the median rate in units per second of a call that processes `units`, such as tokens."""
+        """Return the throughput at the median time, in units per second. One call processes `units` units."""
         return units / self.p50
 
 
@@ -39,7 +39,7 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every program `repeats` times, round-robin, after `warmup` rounds that are not timed.
+    """Return the timings of all programs by name: `repeats` rounds, after `warmup` rounds that are not timed.
 
     A program must block until its work is done (`jax.block_until_ready` for JAX programs).
     """

@@ -15,8 +15,8 @@ _INK, _QUIET, _LINE, _POINT = "#1b1f24", "#6e7781", "#d0d7de", "#0b6bcb"
 def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
     """Write a PNG that plots quality against weight bytes, with 95 % intervals if known.
 
-    Quality is the first metric in the registry's order that an artifact has and that the last table of a run shows. If
-    speed was measured, a second plot shows quality against examples per second.
+    Quality is the first quality metric in the registry that an artifact has and that the last table of a run shows. If
+    speed was measured, a second plot in the same PNG shows quality against examples per second.
 
     Returns:
         True if the PNG was written; False if the results have no metric to plot.
@@ -93,7 +93,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return the numbers 1, 2 and 5 times powers of ten, from just below `low` to just above `high`, for axis ticks."""
+    """Return positions of axis ticks: 1, 2 and 5 times powers of ten, from just below `low` to just above `high`."""
     out, power = [], 1.0
     while power * 10 <= low:
         power *= 10

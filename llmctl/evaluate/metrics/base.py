@@ -25,7 +25,7 @@ from llmctl.config.registry import Registry
 Direction = Literal["maximize", "minimize", "neither"]
 Table = Literal["run", "file", "none"]
 TABLES: tuple[Table, ...] = ("run", "file")
-"""Tables in order of width; a table has the columns of all tables before it."""
+"""Tables from the narrowest to the widest. Each table also has the columns of the narrower ones."""
 VALIDATION = "validation_"
 """Prefix of the names of metrics that are measured during training."""
 
@@ -51,9 +51,9 @@ class Metric:
     aspect: Literal["quality", "speed"] = "quality"
     """Whether the metric measures the quality of predictions or their speed."""
     unless: str = ""
-    """Name of another metric with equal values; if a table shows that metric, it omits this one."""
+    """Name of another metric with the same value. A table that shows the other metric omits this one."""
     baseline: str = ""
-    """Name of the metric that has the score of a baseline, which ignores the input."""
+    """Name of the metric with the baseline's value for this metric. The baseline ignores the input."""
     compute: Callable[[Any, Any], float] | None = None
     """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
 

@@ -13,9 +13,9 @@ Entity = tuple[str, int, int]
 
 
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
-"""Tag letters of the supported schemes: IOB2 and IOBES, BILOU, BMES, BMEWO."""
+"""Tag letters of the supported schemes, besides O: IOB2 and IOBES, BILOU, BMES, BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
-"""Equivalent letter in "BIES" of the letters of other schemes: M (middle), L (last), U (unit), W (whole)."""
+"""Letter in "BIES" with the same meaning as a letter of another scheme: M (middle), L (last), U (unit), W (whole)."""
 UNTYPED = "entity"
 """Entity type for tags without a type, such as those of word segmentation."""
 
@@ -23,8 +23,9 @@ UNTYPED = "entity"
 def is_scheme(tags: Iterable[str]) -> bool:
     """Return True if the labels `tags` are entity tags.
 
-    Each tag must be "O", or a letter of one of `SCHEMES`, a dash and a type. At least one must differ from "O". Tags
-    without a type are accepted if there are at least three different tags, including "B".
+    Each tag must be "O", or have the form LETTER-TYPE such as "B-PER", with letters of one scheme in `SCHEMES`. At
+    least one tag must differ from "O". Tags without a type are accepted if there are at least three different tags,
+    including "B".
 
     >>> is_scheme(["B-PER", "L-PER", "U-PER"]), is_scheme(["B", "M", "E", "S"]), is_scheme(["B", "E"])
     (True, True, False)
@@ -44,10 +45,11 @@ def parsed(tag: str) -> tuple[str, str]:
 
 
 def marks(labels: Sequence[str]) -> np.ndarray | None:
-    """Convert entity tags to numbers: the letter (index in "OBIES") and the entity type.
+    """Convert entity tags to numbers.
 
     Returns:
-        int32 [C, 2], one row per label, or None if the labels are not entity tags.
+        int32 [C, 2], one row per label: the index of its letter in "OBIES", and the number of its entity type. None if
+        the labels are not entity tags.
     """
     if not is_scheme(labels):
         return None
@@ -60,8 +62,9 @@ def entities(tags: Sequence[str]) -> set[Entity]:
     """Return the set of entities (type, first word, last word) in the tags of one text.
 
     An entity begins at B- and S-. It also begins at I- and E- if the previous tag is O, ends an entity (E-, S-) or has
-    another type. For example, "I-PER" after "O" begins one. An entity ends before the next beginning or O. This is the
-    lenient interpretation of conlleval and of seqeval's default. L- counts as E-, M- as I-, U- and W- as S-.
+    another type. For example, "I-PER" after "O" begins an entity. An entity ends before the next word that begins an
+    entity or is O. This is the lenient interpretation of conlleval and of seqeval's default. L- counts as E-, M- as I-,
+    U- and W- as S-.
 
     >>> sorted(entities(["B-PER", "L-PER", "O", "U-LOC", "B-ORG", "M-ORG", "E-ORG"]))
     [('LOC', 3, 3), ('ORG', 4, 6), ('PER', 0, 1)]
@@ -90,7 +93,8 @@ def scores(truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dic
         said: Predicted tags of each word, per text.
 
     Returns:
-        entity_precision, entity_recall, entity_f1; entities, the number of true ones; per_entity, scores by type.
+        A dict with "entity_precision", "entity_recall" and "entity_f1"; "entities", the number of true entities; and
+        "per_entity", the precision, recall and F1 of each type.
     """
     right, there, named = Counter(), Counter(), Counter()
     for true_tags, said_tags in zip(truth, said, strict=True):

@@ -19,14 +19,14 @@ def sums(
     weight_BT: jax.Array,
     place_BT: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Return two sums, of which the first divided by the second is the entity F1 over all texts.
+    """Return two sums over the texts. The first sum divided by the second is the entity F1.
 
     Args:
-        mark_C2: Letter (index in "OBIES") and type number of each label.
+        mark_C2: Result of `entities.marks`: letter and type of each label.
         truth_BT: True labels, read only at the first token of each word.
-        said_BT: Predicted labels, read at the same tokens.
-        weight_BT: Positive at the first token of each word.
-        place_BT: Positions of the tokens, if they differ from the array order.
+        said_BT: Predicted labels, read only at the first token of each word.
+        weight_BT: Weights, which are positive only at the first token of each word.
+        place_BT: Positions of the tokens in the text, if they differ from the array order.
 
     Returns:
         {"entity_f1": twice the number of correct entities, "entity_weight": true plus predicted entities}.
@@ -38,7 +38,7 @@ def sums(
     real_BW = jnp.take_along_axis(word_BT, order_BW, axis=1)
 
     def found(label_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return arrays [B, W]: whether an entity begins at each word, its type, and the word after its end."""
+        """Return arrays [B, W]: whether an entity begins at the word, its type, and the word after its end."""
         label_BW = jnp.take_along_axis(label_BT, order_BW, axis=1)
         letter_BW, kind_BW = (jnp.where(real_BW, jnp.asarray(mark_C2[:, k])[label_BW], 0) for k in (0, 1))
         before_BW, kind_before_BW = (jnp.pad(a, ((0, 0), (1, 0)))[:, :-1] for a in (letter_BW, kind_BW))

@@ -1,7 +1,7 @@
-"""Metrics of generated texts, computed by sacrebleu and rouge-score (extra `seq2seq`).
+"""Compute metrics of generated texts with the packages sacrebleu and rouge-score (extra `seq2seq`).
 
 BLEU (Papineni et al., 2002) and chrF (Popović, 2015) are scores of the whole set of texts, from 0 to 100. ROUGE (Lin,
-2004) is the mean F1 of the texts, and exact match the share of texts that equal their reference.
+2004) is the mean F1 of the texts, from 0 to 1. Exact match is the fraction of texts that equal their reference.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 from llmctl.config.errors import RequestError
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-"""Name in rouge-score of each metric."""
+"""Names of metrics in rouge-score, by their names in llmctl."""
 
 
 def check() -> None:
-    """Check that the packages are installed.
+    """Check that the packages sacrebleu and rouge-score are installed.
 
     Raises:
-        RequestError: If one is not.
+        RequestError: If one of them is not.
     """
     if any(importlib.util.find_spec(name) is None for name in ("sacrebleu", "rouge_score")):
         raise RequestError("task seq2seq: its metrics need sacrebleu and rouge-score: pip install 'llmctl[seq2seq]'")
@@ -47,7 +47,7 @@ def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str
 
 
 def signature(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> str:
-    """Return how BLEU and chrF were computed, in the form that publications quote."""
+    """Return the signatures of BLEU and chrF: how they were computed, in the form that publications quote."""
     found = []
     for name, metric in zip(("BLEU", "chrF"), _corpus(tokenizer), strict=True):
         metric.corpus_score(predictions[:1], [references[:1]])  # the signature is complete after a computation

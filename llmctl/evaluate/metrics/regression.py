@@ -6,7 +6,7 @@ import numpy as np
 
 
 def scores(label_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
-    """Compute errors, correlations and the error of a baseline.
+    """Compute the metrics of predicted numbers.
 
     Args:
         label_N: True values [N].
@@ -15,9 +15,9 @@ def scores(label_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
     Returns:
         rmse: Root mean squared error in the label's unit.
         mae: Mean absolute error in the label's unit.
-        pearson, spearman: Correlations; 0 if either side is constant.
-        baseline_rmse: RMSE of the best constant prediction.
-        examples: N.
+        pearson, spearman: Correlations of true and predicted values; 0 if either are constant.
+        baseline_rmse: Root mean squared error of the best constant prediction.
+        examples: Number of examples N.
     """
     y, p = np.asarray(label_N, np.float64), np.asarray(predicted_N, np.float64)
     return {

@@ -28,9 +28,10 @@ def exact(said: str, truth: Sequence[str]) -> float:
 
 
 def f1(said: str, truth: Sequence[str]) -> float:
-    """Return the largest word F1 of `said` with an accepted answer.
+    """Return the largest word F1 of the answer `said` with an accepted answer, after normalization.
 
-    If one side has no words, F1 is 1 if both sides are empty, else 0.
+    If `truth` is empty, only the empty answer is accepted. If one of two compared answers has no words, their F1 is 1
+    if both have none, else 0.
     """
     return max(_overlap(normal(said).split(), normal(t).split()) for t in truth or [""])
 

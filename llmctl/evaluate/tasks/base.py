@@ -1,4 +1,4 @@
-"""Define the base class of tasks: a task is a training goal with its rows, loss and metrics.
+"""Define the base class of tasks. A task defines the rows, the loss, the metrics and the predictions of a model head.
 
 A new task is a subclass whose instance is registered in `llmctl.evaluate.tasks.registry`. The subclass overrides
 methods:
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 Corpora = Callable[[Tokenizer], Corpus]
 """Function from a tokenizer to the cached tokens of the examples' texts."""
 Found = Iterable[tuple[Batch, Any]]
-"""Host batches with the model's outputs for them; each row occurs once, without padding rows."""
+"""Batches on the host with the model's outputs for them. Each row occurs exactly once; padding rows are removed."""
 Scored = tuple[dict[str, Any], tuple[Any, Any] | None]
-"""Metrics by name, and (truth, predictions) of all examples, or None if there are none."""
+"""Metrics by name; and (true labels, predictions) of all examples, or None if the task returns none."""
 
 KINDS = {"class": "classes", "number": "numbers", "set": "sets of classes"}
-"""Names of label types in error messages, by `data.label_type`."""
+"""Words for the labels in error messages, by `data.label_type`."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class Task(Predicts):
     label_type: ClassVar[str] = ""
     """Required value of `data.label_type`; empty accepts every value."""
     classes: ClassVar[bool] = False
-    """Whether the model has one output per class of the data; the artifact then stores the class names."""
+    """Whether labels are classes. The model then has one output per class, and the artifact stores the class names."""
     reads_conversations: ClassVar[bool] = False
-    """Whether its rows are conversations, with the columns messages and tools."""
+    """Whether the task's rows are conversations, from the columns messages and tools."""
     pooling: ClassVar[str] = ""
-    """Default pooling of token outputs; empty keeps the pooling of the model."""
+    """Default pooling of hidden states to one vector per sequence; empty keeps the pooling of the model."""
     section: ClassVar[str] = ""
     """Name of the section of `finetune` with the settings of this task; empty if it has none."""
     answers: ClassVar[bool] = True
@@ -126,7 +126,7 @@ class Task(Predicts):
 
     @property
     def reads_labels(self) -> bool:
-        """Return whether rows may have labels. Language models read only text, so their rows ignore labels."""
+        """Return True if the task's rows have labels. Language-modelling tasks have none."""
         return not HEAD_KINDS[self.head].vocabulary
 
     def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:
@@ -153,29 +153,29 @@ class Task(Predicts):
         return folder
 
     def check_method(self, adapts: bool, options: Options) -> None:
-        """Check that a finetuning method suits the task.
+        """Check that the task can be trained with a finetuning method.
 
         Args:
-          adapts: whether the method adds adapters to a frozen model.
-          options: settings of the loss.
+            adapts: Whether the method adds adapters to a frozen model.
+            options: Settings of the loss.
 
         Raises:
-          RequestError: it does not.
+            RequestError: If the method does not suit the task.
         """
 
     def extra_passes(self, settings: Any) -> int:
-        """Return the forward passes per training step beside the one that is differentiated.
+        """Return the number of forward passes per training step in addition to the one that is differentiated.
 
         Args:
-          settings: the task's own settings (`section`).
+            settings: The task's own settings (`section`).
         """
         return 0
 
     def reads_adapters(self, settings: Any) -> bool:
-        """Return whether the loss reads adapters apart from the matrices, so that it has no value after merging.
+        """Return True if the loss compares the model with and without its adapters, so that merging is not possible.
 
         Args:
-          settings: the task's own settings (`section`).
+            settings: The task's own settings (`section`).
         """
         return False
 
@@ -210,7 +210,7 @@ class Task(Predicts):
             seq_len: Maximum number of tokens per row.
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle the rows in each epoch.
-            truncate: Which part of a long text to keep.
+            truncate: Truncation mode, which selects the part of a long text that is kept.
             corpus: Function that returns cached tokens of the texts.
 
         Raises:
@@ -244,10 +244,11 @@ class Task(Predicts):
         truncate: Truncate = "tail",
         needed: int = 0,
     ) -> Any:
-        """Return `rows` of a split, and check that they suffice for a stage that reads `needed` rows.
+        """Return the rows of a split of the data, and check that there are enough for a stage that reads `needed` rows.
 
         Raises:
-            RequestError: If `rows` raises it, or if `needed` exceeds the rows in the allowed number of epochs.
+            RequestError: If `rows` raises it, or if `needed` exceeds the number of rows times the allowed epochs
+                (`data.epochs`).
         """
         how = {"seed": seed, "shuffle": shuffle, "truncate": truncate, **self.row_settings(text)}
         rows = self.rows(model, text.splits[split], tokenizer, seq_len, **how)
@@ -268,11 +269,14 @@ class Task(Predicts):
         return "loss"
 
     def woven(self, batch: Batch) -> Batch:
-        """Return the batch with the array shapes that the network reads. By default, return it unchanged."""
+        """Return the batch with arrays of the shapes that the network reads.
+
+        By default, return the batch unchanged. Tasks with two texts per row make two rows of them.
+        """
         return batch
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return the loss function (params, batch, dropout key or None) -> (sum of losses, sums with the key "weight").
+        """Return the loss function (params, batch, dropout key or None) -> (sum of losses, metric sums).
 
         Args:
             cfg: Config of the network.
@@ -350,15 +354,22 @@ class Task(Predicts):
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
         """Return the symmetric divergence between the outputs of two networks, summed like the loss.
 
-        It is the mean of both directions of the distillation loss without labels: of two KL divergences (nats), or of
-        the squared difference of numbers. Gradients pass both networks.
+        For class outputs, it is the mean of the two KL divergences in nats. For numbers, it is the squared difference.
+        Gradients flow into both networks.
         """
         y, z = (functional.outputs(cfg, params, x, batch, dtype) for cfg, params, x in (one, other))
         there, back = (self.soft_score(a, b, batch, 1.0, 0.0)[0] for a, b in ((y, z), (z, y)))
         return (there + back) / 2
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
-        """Return the batch whose rows, or words, have weights by their class. For tasks with a single class."""
+        """Return the batch with each row, or each word, weighted by its class.
+
+        Only tasks with one class per row or per word define this method.
+
+        Args:
+            batch: Batch with labels.
+            weight_C: Weight of each class.
+        """
         raise NotImplementedError
 
     def validator(
@@ -381,11 +392,14 @@ class Task(Predicts):
         return None
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
-        """Fit values on validation rows after training, such as thresholds. The artifact stores them as `fitted`."""
+        """Return values that are fitted on validation rows after training, such as thresholds; {} if there are none.
+
+        The artifact stores them as `fitted`.
+        """
         return {}
 
     def validation_note(self, model: ModelConfig, rows: Rows) -> str:
-        """Return a note about the difference between validation in training and `evaluate`; "" if there is none."""
+        """Return a note on how validation in training differs from `evaluate`, or "" if it does not differ."""
         return ""
 
     # --- evaluation --------------------------------------------------------------------------------------------------
@@ -478,7 +492,7 @@ class Task(Predicts):
         return fields | ({"problem_type": self.problem_type} if self.problem_type else {})
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Remove the fitted values from the keys of a config.json, and return them in the form of `fit`."""
+        """Remove the fitted values from the keys of a config.json, and return them in the form that `fit` returns."""
         return {}
 
     def peft_task_type(self, model: ModelConfig) -> str:
@@ -487,14 +501,14 @@ class Task(Predicts):
 
 
 Network = tuple[ModelConfig, functional.Params, jax.Array]
-"""(config, parameters, hidden states [B, T, D]) of a network."""
+"""One network of a loss that compares two: (config, parameters, hidden states [B, T, D])."""
 
 
 def unlabelled(examples: Examples) -> Examples:
-    """Return the examples; if they have no labels, set all labels to 0."""
+    """Return the examples. If they have no labels, return them with all labels set to 0."""
     return examples if examples.labels is not None else replace(examples, labels=np.zeros(len(examples), np.int32))
 
 
 def completes(model: ModelConfig, columns: Iterable[str]) -> bool:
-    """Return True if the model is trained on completions: it has a decoder and the data has the column "completion"."""
+    """Return True if a model is trained on completions: it has a decoder, and the data has the column "completion"."""
     return model.architecture != "encoder" and "completion" in columns

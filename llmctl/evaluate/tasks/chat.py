@@ -1,4 +1,4 @@
-"""Conversations: loss on what the assistant writes, given everything before it, in the tokenizer's chat template."""
+"""Train on conversations: predict the assistant's tokens from all tokens before them, in the format of a chat template."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llmctl.model.generate.continuations import GENERATION, end_ids
 
 
 class Chat(Language):
-    """Cross-entropy of the assistant's tokens in conversations of several turns; measured as perplexity."""
+    """Train with cross-entropy on the assistant's tokens in conversations of several turns; measure perplexity."""
 
     name = "chat"
     title = "conversations"
@@ -42,20 +42,22 @@ class Chat(Language):
     section = "chat"
 
     def check_model(self, model: ModelConfig, where: str) -> None:
-        """See Task.
+        """Check that the task supports a model.
 
         Raises:
-            RequestError: If the model is no decoder of text.
+            RequestError: If the model is not a decoder with the language-model head.
         """
         if model.head_kind.vocabulary and model.architecture != "decoder":
             raise RequestError(f"{where}: task 'chat' needs a decoder, this model is an {model.architecture}")
         super().check_model(model, where)
 
     def tokenizer_dir(self, folder: Path, settings: ChatConfig, work: Path) -> Path:
-        """Return the folder of the tokenizer that the finetuned model has, with its template and its end tokens.
+        """Return the folder of the finetuned model's tokenizer.
+
+        It contains the chat template and the tokens that end an answer.
 
         Raises:
-            RequestError: If there is no chat template, or it is damaged.
+            RequestError: If there is no chat template, or if it is damaged.
         """
         words = tokenizers.load(folder)
         text = settings.source() or (chat_template.chatml(words) if settings.template else words.chat_template)
@@ -89,7 +91,7 @@ class Chat(Language):
         """Return one conversation per row.
 
         Raises:
-            RequestError: If the tokenizer has no chat template, or the template refuses a conversation.
+            RequestError: If the tokenizer has no chat template, or if the template rejects a conversation.
         """
         encode = Template(tokenizer.chat_template, tokenizer).conversation
         return ConversationRows(examples, encode, tokenizer.pad_id, seq_len, seed=seed, shuffle=shuffle)
@@ -97,17 +99,17 @@ class Chat(Language):
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
     ) -> Any:
-        """Return conversations as in training if the data has them, else its texts."""
+        """Return rows for calibration: conversations as in training if the data has them, otherwise its texts."""
         task = self if "messages" in examples.columns else TASKS["causal"]
         return task.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled (params, batch) -> sums of the loss over the assistant's tokens."""
+        """Return the compiled function (params, batch) -> metric sums over the assistant's tokens."""
         loss = self.loss_of(model, dtype=dtype)
         return jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure perplexity of the assistant's tokens and of the tokens that end its answers."""
+        """Measure the perplexity of the assistant's tokens, which include the token that ends each answer."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
         rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False)
         step, metrics = scored(self, artifact, rows, setup)

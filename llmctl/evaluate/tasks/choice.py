@@ -1,4 +1,4 @@
-"""Multiple choice: one of several choices is the right continuation of a prompt.
+"""Select one of several choices as the right continuation of a prompt (multiple choice).
 
 A language model scores a choice by its log-likelihood after the prompt, so it can be measured without any training
 (Brown et al., 2020, arXiv:2005.14165). An encoder gets a head with one output per pair of prompt and choice.
@@ -31,7 +31,7 @@ from llmctl.model.losses import Loss, Sums, class_sums, only, row_weight, soft_c
 
 
 class Choice(Task):
-    """Train and measure the choice of the most likely answer, with cross-entropy over the choices."""
+    """Train with cross-entropy over the choices of each question; measure accuracy."""
 
     name = "choice"
     head = "choice"
@@ -64,7 +64,7 @@ class Choice(Task):
         corpus: Corpora | None = None,
         target_len: int = 0,
     ) -> ChoiceRows:
-        """Return a question with all of its choices per row.
+        """Return rows of one question each, with all of its choices.
 
         Raises:
             RequestError: If the data has no questions.
@@ -86,11 +86,11 @@ class Choice(Task):
         return self.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
 
     def row_settings(self, text: Text) -> dict[str, Any]:
-        """Return the number of tokens per choice."""
+        """Return {"target_len": maximum number of tokens per choice}."""
         return {"target_len": text.target_len}
 
     def woven(self, batch: Batch) -> Batch:
-        """Return the choices of a question as successive rows [R, T]."""
+        """Return the batch with the choices of each question as successive rows, [R, T]."""
         count = sum(name.endswith("segments") and "encoder" not in name for name in batch)
         return interleaved(batch, [prefix(k) for k in range(count)])
 
@@ -117,7 +117,10 @@ class Choice(Task):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the divergence from the teacher's distribution over the choices, mixed with the cross-entropy."""
+        """Return the distillation loss over the choices, and the metric sums.
+
+        The loss is (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
+        """
         taught_R = choice_scores(*teacher, batch, dtype)
         label_B, allowed_BK = batch["label"], allowed(batch, taught_R)
 
@@ -129,9 +132,9 @@ class Choice(Task):
         return loss_of_scores(*student, batch, dtype, of)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return a compiled function of (params, batch).
+        """Return a compiled function (params, batch) -> float32 [B, K, 2].
 
-        It returns the score of each choice, and its number of tokens, float32 [B, K, 2].
+        Its result is the score of each choice, and its number of tokens.
         """
 
         @jax.jit
@@ -147,7 +150,10 @@ class Choice(Task):
         return scores
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return accuracies by sums and by means per token of the log-likelihoods, and those of guessing."""
+        """Return the accuracy of the highest scores, and that of guessing.
+
+        For a language model, return a second accuracy, whose scores are the mean log-likelihoods per token.
+        """
         pairs = [(batch["label"], batch["choices"], outputs) for batch, outputs in found]
         label_N, count_N, scores_NK2 = (np.concatenate(part) for part in zip(*pairs, strict=True))
         total_NK, tokens_NK = scores_NK2[..., 0], np.maximum(scores_NK2[..., 1], 1)
@@ -172,14 +178,14 @@ def loss_of_scores(
     dtype: Any,
     of: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return `of` of the scores [R], as a function that is differentiated without storing logits."""
+    """Return the loss and the metric sums that `of` computes from the scores [R]. Gradients need no stored logits."""
     if cfg.head_kind.vocabulary:
         return loss_of_rows(cfg, params, x_RTD, batch, dtype, of)
     return of(choice_scores(cfg, params, x_RTD, batch, dtype))
 
 
 def allowed(batch: Batch, score_R: jax.Array) -> jax.Array:
-    """Return 1 for a choice of the question and 0 for a row that only fills the array, [B, K]."""
+    """Return [B, K]: 1 for a choice of the question, 0 for a row that only fills the array."""
     count_B = batch["choices"]
     return (jnp.arange(score_R.shape[0] // count_B.shape[0]) < count_B[:, None]).astype(jnp.int32)
 

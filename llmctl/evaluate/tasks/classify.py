@@ -57,7 +57,10 @@ class Classify(Task):
         return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), temperature, hard)
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
-        """See Task; a mean is divided by the sum of the weights, as in torch's `CrossEntropyLoss`."""
+        """Return the batch with each row weighted by its class.
+
+        A mean is then divided by the sum of these weights, as in torch's `CrossEntropyLoss`.
+        """
         label_B = batch["label"]
         return batch | {"row_weight": row_weight(batch, label_B) * weight_C[label_B]}
 

@@ -1,6 +1,7 @@
 """Train text embeddings, from text pairs or from similarity scores.
 
-With pairs, each text must be nearest to its own pair. With scores, the cosine of two texts must equal their score.
+With text pairs, the vector of each text is trained to be nearest to that of its own second text. With scores, the
+cosine of two vectors is trained to equal the score of their texts.
 
 Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
 """
@@ -36,9 +37,9 @@ CHUNK = 1024
 
 
 class Embed(Task):
-    """Train with the contrastive loss over the pairs of a batch (van den Oord et al., 2018, arXiv:1807.03748).
+    """Train with the contrastive loss over the text pairs of a batch (van den Oord et al., 2018, arXiv:1807.03748).
 
-    If the data has scores, the loss is the squared error of the cosine.
+    If the data has similarity scores, the loss is the squared difference between the cosine and the score.
     """
 
     name = "embed"
@@ -68,9 +69,9 @@ class Embed(Task):
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
     ) -> Any:
-        """Return rows of one text each without its pair.
+        """Return rows of one text each for calibration. Second texts are not used.
 
-        The network reads the two texts of a pair separately.
+        In training, the network also reads the two texts of a pair separately.
         """
         alone = replace(examples, columns=tuple(c for c in examples.columns if c != "pair"))
         return super().reading_rows(model, alone, tokenizer, seq_len, truncate=truncate)
@@ -85,7 +86,7 @@ class Embed(Task):
         return batch | {name: both(name) for name in ("tokens", "segments", "positions", "order") if name in batch}
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed loss of unit vectors [2B, D], and the metric sums."""
+        """Return the summed loss and the metric sums, from unit vectors [2B, D] of texts and second texts in turn."""
         near = nearness(y, batch)
         weight_B = row_weight(batch, near)
         if "label" in batch:
@@ -128,7 +129,7 @@ class Embed(Task):
             raise RequestError(f"{artifact.path}: embeds texts, and the data has no pairs; map a second text to pair")
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> (text vectors [B, D], vectors of their pairs [B, D])."""
+        """Return the compiled function (params, batch) -> vectors of the texts and of the second texts, each [B, D]."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -140,9 +141,9 @@ class Embed(Task):
         return predict
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: TwoTextRows, found: Found) -> Scored:
-        """Return recall and mean reciprocal rank of each text's own pair among all pairs.
+        """Return recall and mean reciprocal rank of each text's own second text among all second texts.
 
-        If the data has scores, return the correlations of the scores with the cosine instead.
+        If the data has scores, return the correlations between the scores and the cosines instead.
         """
         text_ND, pair_ND = map(np.concatenate, zip(*(vectors for _, vectors in found), strict=True))
         if examples.labels is not None:
@@ -153,7 +154,7 @@ class Embed(Task):
         return scores(ranks(text_ND, pair_ND[first_M], own_N), len(first_M)), None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TwoTextRows, metrics: dict[str, Any]) -> str:
-        """Return a description of the measurement, with the figures that the cosine was compared with."""
+        """Return a description of the measurement: split, number of pairs, truncation and kind of comparison."""
         text = f"{held.split} split, {len(held.examples)} pairs, {KEPT[setup.truncate]} {setup.seq_len} tokens, "
         if held.examples.labels is not None:
             return text + f"cosine against the score, {setup.dtype}"
@@ -161,11 +162,14 @@ class Embed(Task):
 
 
 def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
-    """Return cosine similarities [B, B] of every text with every pair of the batch.
+    """Return the cosine similarities [B, B] of every text with every second text of the batch.
 
-    The input [2B, D] has the unit vectors of texts and pairs alternately. The pairs are those of all devices: each
-    text's own pair is compared with the pairs of all other texts (arXiv:1807.03748, arXiv:1705.00652). If the batch has
-    scores, return the cosine [B] of the two texts of each row.
+    With scores in the batch, return only the cosine [B] of the two texts of each row. The second texts are those of all
+    devices, so that each text is compared with the whole batch (arXiv:1807.03748, arXiv:1705.00652).
+
+    Args:
+        z_ND: Unit vectors [2B, D] of texts and second texts in turn.
+        batch: The batch.
     """
     # not z_ND[::2]: XLA's partitioner makes wrong programs of the gradient of such a slice
     text_BD, pair_BD = (z_ND.reshape(-1, 2, z_ND.shape[-1])[:, k] for k in (0, 1))
@@ -176,7 +180,9 @@ def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
 
 
 def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> np.ndarray:
-    """Return the rank [N] of each text's own candidate by similarity, from 1; ties count against the own candidate.
+    """Return the rank [N] of each text's own candidate among all candidates, by similarity; 1 is the best.
+
+    Candidates with the same similarity are ranked before the own candidate.
 
     Args:
         text_ND: Unit vectors of the texts.
@@ -192,10 +198,10 @@ def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> n
 
 
 def scores(rank_N: np.ndarray, candidates: int) -> dict[str, float]:
-    """Return retrieval metrics from the rank of each text's own pair.
+    """Return retrieval metrics from the rank of each text's own candidate.
 
     Returns:
-        recall_at_1, recall_at_10: Fraction of texts whose own pair has rank 1, or at most 10.
+        recall_at_1, recall_at_10: Fraction of texts whose own candidate has rank 1, and rank 10 or better.
         mrr: Mean of 1 / rank.
         candidates, examples: Numbers of candidates and texts.
     """

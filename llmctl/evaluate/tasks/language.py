@@ -45,7 +45,7 @@ class Language(Task):
     def reading_rows(
         self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
     ) -> Any:
-        """Return the same rows as for training, not shuffled."""
+        """Return rows for calibration: those of training, without shuffling."""
         return self.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
 
     def loss(
@@ -96,13 +96,16 @@ class Language(Task):
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
-        """Return a note that validation also scores the ends of texts, which the evaluation of perplexity omits."""
+        """Return a note on the difference between validation and the evaluation of perplexity, or "" if there is none.
+
+        Validation also scores the token that ends each text.
+        """
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
             return ""
         return "validation also scores the end of each text, which eval leaves out; compare its figures with themselves"
 
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
-        """See Task; the divergence at the predicted positions, in chunks."""
+        """Return the symmetric divergence at the predicted positions, computed in chunks (see `Task.divergence`)."""
         (cfg, params, x_BTD), (other_cfg, other_params, other_BTD) = one, other
         x_BPD, _, weights_BP = predicted(batch, x_BTD)
         heads = functional.head_params(cfg, params), functional.head_params(other_cfg, other_params)
@@ -128,7 +131,7 @@ class Language(Task):
 
 
 def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
-    """Return the function (`functional.head_params`, hidden states) -> logits that the chunked losses need."""
+    """Return the function (result of `functional.head_params`, hidden states) -> logits, for the chunked losses."""
     return lambda head, x: functional.head_logits(cfg, head, x, dtype)
 
 
@@ -149,9 +152,16 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
 def scored(
     task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
 ) -> tuple[Any, dict[str, Any]]:
-    """Score all rows and return (compiled function, metrics).
+    """Score all rows, and return the compiled function that did so and the metrics.
 
-    The metrics include the scores of a baseline without context. `sentinels` are the sentinel ids of span corruption.
+    The metrics include those of a baseline that ignores the context.
+
+    Args:
+        task: Task whose `scorer` is used.
+        artifact: The scored artifact.
+        rows: Rows of the task.
+        setup: Settings of the measurement.
+        sentinels: Ids of the sentinel tokens of span corruption.
     """
     step = task.scorer(artifact.model, setup.dtype)
     total: dict[str, float] = {}
@@ -168,7 +178,7 @@ def scored(
 def timed(
     task: Language, protocol: str, metrics: dict[str, Any], artifact: Artifact, rows: Any, step: Any, setup: Setup
 ) -> Measured:
-    """Return the result of a task with two functions for timing, which score one row and a full batch."""
+    """Return the result of a task, with functions that score one row and a full batch for timing."""
     size = setup.batch_size
     inputs = rows.batch(np.arange(size) % len(rows)) | {"row_weight": np.ones(size, np.float32)}
     single, batched = programs(step, artifact.params, inputs, setup.mesh)
@@ -188,7 +198,7 @@ class LanguageModel(Language):
     title = "language model"
 
     def among(self, model: ModelConfig, columns: Iterable[str]) -> Task:
-        """Return the task for a model and for data with the column names `columns`."""
+        """Return the task that "lm" stands for, given a model and the column names of the data."""
         if completes(model, columns):
             return TASKS["completions"]
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]

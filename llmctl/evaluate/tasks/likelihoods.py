@@ -1,4 +1,4 @@
-"""Losses on the log-likelihoods of whole rows, such as of the completions of one prompt.
+"""Compute losses on the log-likelihoods of whole rows, such as several completions of one prompt.
 
 Shapes: B examples, K rows per example, R = B * K rows, T tokens per row, D model width.
 """
@@ -20,9 +20,10 @@ from llmctl.model.losses import Sums
 
 
 def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
-    """Return the arrays [B, T] of each prefix as successive rows [B * K, T] of one array without a prefix.
+    """Return a batch whose arrays [B, T] with the K prefixes are merged to arrays [B * K, T] without prefix.
 
-    The first prefix is "". Arrays that exist for it alone stay as they are.
+    The K rows of an example follow one another. The first prefix is "". Arrays that have no counterpart with another
+    prefix are returned unchanged.
     """
     last = prefixes[-1]
     names = [name.removeprefix(last) for name in batch if name.startswith(last)]
@@ -53,18 +54,19 @@ def loss_of_rows(
     dtype: Any,
     of: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return a loss of the rows' log-likelihoods, and its sums.
+    """Return the loss that `of` computes from the rows' log-likelihoods, and its metric sums.
 
-    The derivatives of the loss by the log-likelihoods weigh the tokens of a cross-entropy, whose gradient is then that
-    of the loss. So the logits are computed in chunks, as in other losses. It takes one more output projection.
+    The gradient is that of a cross-entropy whose tokens are weighted by the derivative of the loss with respect to
+    their row's log-likelihood. Logits can therefore be computed in chunks, as in other losses. This takes one more
+    output projection.
 
     Args:
         cfg: Config of the model.
-        params: Its parameters.
+        params: Parameters of the model.
         x_RTD: Hidden states.
         batch: Rows with `targets` and `weights` [R, T].
         dtype: Dtype of the computation.
-        of: Function from log-likelihoods [R] to (loss, sums).
+        of: Function from log-likelihoods [R] to (loss, metric sums).
     """
     found_R = log_likelihood(cfg, *jax.lax.stop_gradient((params, x_RTD)), batch, dtype)
     (total, sums), slope_R = jax.value_and_grad(of, has_aux=True)(found_R)

@@ -81,7 +81,7 @@ class MultiLabel(Classify):
         return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup) -> dict[str, Any]:
-        """Return {"thresholds": {class: probability threshold}}; each threshold has the largest F1 on the rows."""
+        """Return {"thresholds": {class: probability threshold}}, which maximize the F1 of each class on the rows."""
         found = answers(self.scorer(model, setup.dtype), params, rows, setup, self.reads)
         truth_NC, p_NC = map(np.concatenate, zip(*((b["label"], probabilities(y)) for b, y in found), strict=True))
         return {"thresholds": dict(zip(rows.classes, thresholds(truth_NC, p_NC), strict=True))}
@@ -110,7 +110,10 @@ class MultiLabel(Classify):
         return {"labels": labels, "probabilities": given if every else {n: given[n] for n in labels}}
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return metrics at the artifact's thresholds, and the true and predicted tuples of class names per example."""
+        """Return the metrics at the artifact's thresholds, and the true and predicted class names of each example.
+
+        The class names of an example are a tuple.
+        """
         names = artifact.manifest.labels
         pairs = [(batch["label"], probabilities(y)) for batch, y in found]
         given_NC, p_NC = map(np.concatenate, zip(*pairs, strict=True))
@@ -126,7 +129,7 @@ class MultiLabel(Classify):
         return scored, (truth, said)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return a description of the measurement, with the origin of the thresholds."""
+        """Return a description of the measurement, which includes where the thresholds were fitted."""
         manifest = artifact.manifest
         chosen = "thresholds chosen on validation"
         if not manifest.fitted:

@@ -51,7 +51,7 @@ class TextObjective(Language):
         truncate: Truncate = "tail",
         corpus: Corpora | None = None,
     ) -> Any:
-        """Return the objective's rows of the examples' texts; packed texts are separate segments."""
+        """Return the objective's rows of the examples' texts. Several texts in one row are separate segments."""
         documents = corpus(tokenizer) if corpus else tokenize(examples.texts(), tokenizer)
         return self.objective.rows(documents, tokenizer, seq_len, seed=seed, packing="segments", shuffle=shuffle)
 
@@ -69,7 +69,10 @@ class TextObjective(Language):
         truncate: Truncate = "tail",
         needed: int = 0,
     ) -> Any:
-        """Return the objective's rows for training. The texts may be tokenized beforehand, or mixed by weight."""
+        """Return the objective's rows of a split for a training stage.
+
+        The texts may have been tokenized before (`llmctl prepare`). Several corpora are mixed by weight.
+        """
         objective_rows.check(self.name, model.architecture, model.next_sentence)
         return text.rows(
             split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed, objective=self.objective
@@ -123,7 +126,8 @@ def sliding(
         tokenizer: The artifact's tokenizer.
         texts: Scored texts, whose words and bytes are counted.
         documents: Token ids by document number.
-        given: Number of tokens at the beginning of each document that are only context, such as prompts.
+        given: Number of tokens at the beginning of each document that are context only, such as a prompt; None means
+            none.
     """
     # Without BOS in training a model cannot predict first tokens.
     prefix = tokenizer.bos_id if tokenizer.add_bos else None

@@ -33,7 +33,7 @@ DIGITS = 6
 
 
 class Predicts:
-    """Define the prediction methods of a task. By default, a task has one output per text or text pair."""
+    """Define the methods of a task that predict new rows. The defaults are those of tasks with one output per row."""
 
     asks: ClassVar[tuple[str, ...]] = ("text",)
     """Canonical columns that a new row must have."""
@@ -50,13 +50,13 @@ class Predicts:
             tokenizer: Tokenizer of the model.
             seq_len: Maximum number of tokens per row.
             labels: Class names of the artifact.
-            truncate: Which part of a long text to keep.
+            truncate: Truncation mode, which selects the part of a long text that is kept.
         """
         columns = ("text", "pair") if "pair" in rows[0] else ("text",)
         return ClassificationRows(new_examples(rows, columns), tokenizer, seq_len, truncate=truncate, shuffle=False)
 
     def believer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> prediction per row before formatting, [B, ...]."""
+        """Return the compiled function (params, batch) -> beliefs of the rows, arrays [B, ...]."""
 
         @jax.jit
         def run(params: functional.Params, batch: Batch) -> Any:
@@ -66,11 +66,11 @@ class Predicts:
         return run
 
     def belief(self, y: jax.Array, batch: Batch) -> Any:
-        """Convert the outputs of the task head to predictions. By default, return them unchanged."""
+        """Convert the outputs of the task head to beliefs. By default, return the outputs."""
         return y
 
     def beliefs(self, count: int, rows: Any, outputs: Outputs) -> list[Any]:
-        """Return the prediction of each of `count` new rows, in the order of the rows."""
+        """Return the belief for each of `count` new rows, in the order of the rows."""
         found: list[Any] = [None] * count
         for index_B, _, outputs_B in outputs:
             for i, one in zip(index_B, outputs_B, strict=True):
@@ -78,7 +78,7 @@ class Predicts:
         return found
 
     def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Format the prediction for one row as JSON data.
+        """Format the belief for one row as JSON data.
 
         Args:
             row: The new row.
@@ -90,7 +90,7 @@ class Predicts:
 
 
 def new_examples(rows: Sequence[Row], columns: tuple[str, ...], classes: tuple[str, ...] = ()) -> Examples:
-    """Return examples of rows in memory, with all labels 0. A missing column becomes an empty text."""
+    """Return new rows as examples. All labels are 0, and a missing column is an empty text."""
     N = len(rows)
     table = Table("rows", columns, [tuple(row.get(c, "") for c in columns) for row in rows], list(range(1, N + 1)))
     none = np.zeros(N)
@@ -113,5 +113,5 @@ def short(x: Any) -> float:
 
 
 def named(names: Sequence[str], p_C: np.ndarray) -> dict[str, float]:
-    """Return {class name: probability}."""
+    """Return {class name: rounded probability}."""
     return {name: short(p) for name, p in zip(names, p_C, strict=True)}

@@ -1,4 +1,4 @@
-"""Preferences: the chosen completion of a prompt becomes more likely than the rejected one.
+"""Train on preferences, so that the chosen completion of a prompt becomes more likely than the rejected one.
 
 Losses: DPO (Rafailov et al., 2023, arXiv:2305.18290), IPO (Azar et al., 2023, arXiv:2310.12036) and SimPO (Meng et al.,
 2024, arXiv:2405.14734). The reference model of DPO and IPO is the model in training without its adapters, so no second
@@ -33,7 +33,7 @@ from llmctl.model.losses import Loss, Sums, row_weight
 
 
 class Preference(Language):
-    """Pairwise loss on the log-likelihoods of two completions; measured by the share of pairs in the right order."""
+    """Train with a loss on the log-likelihoods of two completions; measure how often the chosen one is likelier."""
 
     name = "preference"
     title = "preferences"
@@ -43,10 +43,10 @@ class Preference(Language):
     section = "preference"
 
     def check_method(self, adapts: bool, options: Options) -> None:
-        """See Task.
+        """Check that the loss can be computed with a finetuning method.
 
         Raises:
-          RequestError: DPO or IPO without adapters, or label smoothing with IPO.
+            RequestError: If DPO or IPO is used without adapters, or label smoothing with IPO.
         """
         settings = options.settings
         if self.reads_adapters(settings) and not adapts:
@@ -58,11 +58,11 @@ class Preference(Language):
             raise RequestError("train.label_smoothing: not for preference.loss = 'ipo'")
 
     def extra_passes(self, settings: Any) -> int:
-        """Return 1 for the pass without adapters, 0 for SimPO."""
+        """Return 1 for the forward pass of the reference model, or 0 for SimPO, which has none."""
         return int(self.reads_adapters(settings))
 
     def reads_adapters(self, settings: Any) -> bool:
-        """Return whether the loss compares with the model without adapters."""
+        """Return True for DPO and IPO, whose reference is the model without its adapters."""
         return settings.loss != "simpo"
 
     def rows(
@@ -78,7 +78,7 @@ class Preference(Language):
         corpus: Corpora | None = None,
         target_len: int = 0,
     ) -> PreferenceRows | PreferencePairRows:
-        """Return a prompt with both completions per row."""
+        """Return rows of one prompt each, with both completions."""
         if model.architecture == "encoder_decoder":
             return PreferencePairRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=target_len)
         if target_len:
@@ -86,11 +86,11 @@ class Preference(Language):
         return PreferenceRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
 
     def row_settings(self, text: Text) -> dict[str, Any]:
-        """Return the number of tokens per completion."""
+        """Return {"target_len": maximum number of tokens per completion}."""
         return {"target_len": text.target_len}
 
     def woven(self, batch: Batch) -> Batch:
-        """Return chosen and rejected completions as successive rows [2B, T]."""
+        """Return the batch with the chosen and the rejected completion of each prompt as successive rows, [2B, T]."""
         return interleaved(batch, ("", REJECTED))
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
@@ -122,7 +122,7 @@ class Preference(Language):
         return loss
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled (params, batch) -> (log-likelihood, number of tokens) of both completions, [B, 2, 2]."""
+        """Return the compiled function (params, batch) -> [B, 2, 2]: log-likelihood and length of both completions."""
 
         @jax.jit
         def score(params: functional.Params, batch: Batch) -> jax.Array:
@@ -134,11 +134,15 @@ class Preference(Language):
         return score
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Any:
-        """Measure how often the chosen completion is the more likely one; no reference model is involved."""
+        """Measure how often the chosen completion is more likely than the rejected one, without a reference model."""
         return super(Language, self).evaluate(artifact, held, setup)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the share of pairs in the right order, by sums and by means per token, and the mean difference."""
+        """Return the fraction of pairs whose chosen completion is more likely, and the mean difference.
+
+        The fraction is computed from summed log-likelihoods, and again from means per token. The difference is that of
+        the sums, in nats.
+        """
         scores_N22 = np.concatenate([outputs for _, outputs in found]).astype(np.float64)
         total_N2, tokens_N2 = scores_N22[..., 0], scores_N22[..., 1]
         mean_N2 = total_N2 / np.maximum(tokens_N2, 1)

@@ -42,7 +42,7 @@ TASKS: Registry[Task] = Registry(
 )
 """Tasks by name.
 
-The default task of an artifact has the name of the model's head. The task "lm" selects one of the tasks below it by
+The default task of an artifact has the name of the model's head. The task "lm" selects one of the tasks in `OF_LM` by
 data columns and architecture.
 """
 

@@ -1,7 +1,7 @@
-"""Sequence to sequence: completions of prompts, measured by the answers that the model writes.
+"""Train on completions of prompts, and measure the answers that the model generates (sequence to sequence).
 
-Training is that of completions. Validation and evaluation also generate an answer to each prompt and compare it with
-the completion: BLEU, chrF, ROUGE and exact match.
+Training is that of the task completions. Validation and evaluation also generate an answer to each prompt and compare
+it with the completion, by BLEU, chrF, ROUGE and exact match.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmctl.model.config import ModelConfig
 
 
 class SequenceToSequence(Completions):
-    """Cross-entropy of completions given prompts; measured by generated answers."""
+    """Train with cross-entropy on completions given their prompts; measure generated answers."""
 
     name = "seq2seq"
     title = "sequence to sequence"

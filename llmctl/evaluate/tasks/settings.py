@@ -1,4 +1,4 @@
-"""Settings of single tasks, each a section of `finetune`."""
+"""Define settings that only one task reads. Each class is a section of `finetune`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHATML = "chatml"
 
 
 class PreferenceConfig(Config):
-    """Loss of preferences (task preference)."""
+    """Configure the loss of the task preference, which compares chosen and rejected completions."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -25,28 +25,30 @@ class PreferenceConfig(Config):
     without its adapters, so they need a method with adapters, such as lora. simpo compares means per token, without
     another model."""
     beta: float = Field(default=0.0, ge=0)
-    """Scale of the log-likelihoods. A larger one stays closer to the model before training (dpo, ipo). 0 takes 0.1 for
-    dpo and ipo, and 2 for simpo."""
+    """Scale of the log-likelihoods in the loss. For dpo and ipo, a larger value keeps the model closer to its start. 0
+    uses 0.1 for dpo and ipo, and 2 for simpo."""
     gap: float = Field(default=1.0, ge=0)
-    """simpo: aim for the difference between the scaled mean log-likelihoods of chosen and rejected."""
+    """Target difference between the scaled mean log-likelihoods of chosen and rejected completions, for simpo."""
 
     @property
     def scale(self) -> float:
-        """Return `beta`, or the default of the loss."""
+        """Return `beta`, or the default value of the chosen loss if `beta` is 0."""
         return self.beta or (2.0 if self.loss == "simpo" else 0.1)
 
 
 class ChatConfig(Config):
-    """Conversations (task chat)."""
+    """Configure the task chat: the template that renders conversations."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     template: str = ""
-    """Chat template: a file with a Jinja template, or chatml for the format ChatML. The finetuned artifact keeps it.
-    Empty uses the template of the tokenizer."""
+    """Chat template: a file with a Jinja template, or chatml for the ChatML format. The finetuned artifact gets this
+    template. Empty uses the template of the tokenizer."""
 
     def inputs(self) -> list[str]:
-        """Return the file of the template; its content belongs to a stage's key.
+        """Return the path of the template's file in a list, which is empty if no file is named.
+
+        The content of the file is a part of the stage's key.
 
         Raises:
             RequestError: If it does not exist.
@@ -58,7 +60,7 @@ class ChatConfig(Config):
         return [self.template]
 
     def source(self) -> str | None:
-        """Return the text of the template's file; None if no file is named.
+        """Return the text of the template's file, or None if no file is named.
 
         Raises:
             RequestError: If it does not exist, or is not UTF-8 text.
@@ -72,12 +74,12 @@ class ChatConfig(Config):
 
 
 class GenerationConfig(Config):
-    """Answers that validation and evaluation generate (task seq2seq)."""
+    """Configure the answers that validation and evaluation generate (task seq2seq)."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     max_new: int = Field(default=0, ge=0)
-    """Maximum number of tokens per answer. 0 takes 64, or half of the model's maximum sequence length if it is less."""
+    """Maximum number of tokens per answer. 0 uses 64, or half of the model's maximum sequence length if it is less."""
     beams: int = Field(default=1, ge=1)
     """Number of beams of a beam search; 1 generates greedily."""
     examples: int = Field(default=200, ge=0)

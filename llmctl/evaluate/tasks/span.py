@@ -66,7 +66,7 @@ class Span(Task):
         return self.rows(model, examples, tokenizer, seq_len, shuffle=False)
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "accuracy", the mean accuracy over the first and last tokens of answers."""
+        """Return "accuracy": the mean of the accuracies of the answer's first and last token."""
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
@@ -108,7 +108,10 @@ class Span(Task):
         return best_span(y, batch)
 
     def beliefs(self, count: int, rows: AnswerRows, outputs: Outputs) -> list[Any]:
-        """Return (score of the best span, score of no answer, (first character, last character + 1)) per question."""
+        """Return the best span over all windows for each of `count` questions.
+
+        A belief is (score, score of no answer, (first character, last character + 1)).
+        """
         return list(zip(*over_windows(count, ((batch, spans) for _, batch, spans in outputs)), strict=True))
 
     def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
@@ -120,8 +123,8 @@ class Span(Task):
     def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
         """Return exact match and word F1 of the best span over all windows of a context.
 
-        If the data has questions without an answer, the model may give no answer. This is the case if the score of the
-        first token exceeds the score of the best span.
+        If the data has questions without an answer, the model may also give no answer. It gives none if the score of no
+        answer exceeds the score of the best span.
         """
         asked = list(examples)
         N = len(asked)
@@ -148,10 +151,11 @@ class Span(Task):
 
 
 def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select the best span of each of N questions from the best spans of its windows.
+    """Select the best span of each of N questions among the best spans of its context's windows.
 
     Returns:
-      (score of the best span [N], score of no answer [N], begin and end characters of the best span [N, 2]).
+      (score of the best span [N], lowest score of no answer [N], first character and last character + 1 of the span [N,
+      2]).
     """
     best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)
     for batch, spans in found:
@@ -179,7 +183,7 @@ def best_span(logits_BT2: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
 
     A span begins and ends at tokens of the context, ends no earlier than it begins, and has at most LONGEST characters.
     Its score is the sum of its two logits. The score of no answer is the sum of both logits of the first token. If a
-    row has no such span, its score is -2e30.
+    row has no valid span, the score of its best span is -2e30.
     """
     start_BT, end_BT = (only(logits_BT2[..., k], batch["among"]) for k in (0, 1))
     first_BT, last_BT = batch["first"], batch["last"]

@@ -75,7 +75,7 @@ class Tokens(Classify):
         return soft_class_sums(teacher, y, batch["targets"], batch["weights"], temperature, hard)
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
-        """See Task."""
+        """Return the batch with each word weighted by its class."""
         return batch | {"weights": batch["weights"] * weight_C[batch["targets"]]}
 
     def new_rows(
@@ -83,7 +83,7 @@ class Tokens(Classify):
     ) -> TagRows:
         """Return tokenized model inputs for new rows of the user.
 
-        A row without the column `tokens` is split into words at white space.
+        If a row has no column `tokens`, its text is split into words at white space.
         """
         words = [row.get("tokens") or row["text"].split() for row in rows]
         filled = [{"tokens": w, "tags": [labels[0]] * len(w)} for w in words]
@@ -99,7 +99,11 @@ class Tokens(Classify):
         return found
 
     def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the words, their most likely labels and probabilities; null for words beyond the sequence length."""
+        """Return the words, and the most likely label of each with its probability.
+
+        Labels and probabilities are null for words beyond the sequence length. If `every` is true, the probabilities of
+        all classes are included.
+        """
         names = manifest.labels
         read_W = np.asarray(np.isfinite(belief).all(-1))
         best_W = np.where(read_W, np.nan_to_num(belief).argmax(-1), 0)
