@@ -115,6 +115,8 @@ class DataConfig(SourceConfig):
             "validation_split",
             "test_split",
             "target_len",
+            "examples_per_class",
+            "examples_seed",
         }
     )
 
@@ -148,6 +150,10 @@ class DataConfig(SourceConfig):
     """Name of the test split of a tfds or hf data set, in place of a fraction."""
     target_len: int = Field(default=0, ge=0)
     """Maximum number of tokens per completion, including the end token, for encoder-decoders. 0 uses train.seq_len."""
+    examples_per_class: int = Field(default=0, ge=0)
+    """Number of training examples per class (few-shot); 0 uses all. The other splits stay whole."""
+    examples_seed: int = Field(default=0, ge=0)
+    """Seed that chooses the examples of `examples_per_class`."""
     dedup: bool = True
     """Drop repeated texts (up to case, Unicode form and white space) before splitting. Rows with the
     text of a held-out file or split (test_path, test_split, …) are always dropped."""

@@ -79,6 +79,27 @@ class Examples:
         held = {name: getattr(self, name) for name in arrays}
         return dataclasses.replace(self, **{k: None if v is None else v[which] for k, v in held.items()})
 
+    def few(self, per_class: int, seed: int) -> Examples:
+        """Return `per_class` rows of each class, in their order.
+
+        The choice depends on the texts and the seed, not on the order of the rows.
+
+        Raises:
+            RequestError: If rows have no single class each, or a class has fewer rows.
+        """
+        if self.labels is None or not self.classes or self.labels.ndim > 1:
+            raise RequestError("data.examples_per_class: needs data with one class per row")
+        order_N = np.argsort([hashlib.sha256(b"%d " % seed + digest).digest() for digest in self.digests.tolist()])
+        chosen = []
+        for number, name in enumerate(self.classes):
+            own = order_N[self.labels[order_N] == number]
+            if len(own) < per_class:
+                raise RequestError(
+                    f"data.examples_per_class = {per_class}: the train split has {len(own)} examples of class {name!r}"
+                )
+            chosen.append(own[:per_class])
+        return self.take(np.sort(np.concatenate(chosen)))
+
     def sample(self, n: int) -> Examples:
         """Return at most n rows, selected by their hash.
 
@@ -266,6 +287,8 @@ def load(
     for name, part in own.items():
         of_N[everything.part == part] = kinds.index(name)
     split = {name: everything.take(np.flatnonzero(of_N == k)) for k, name in enumerate(kinds)}
+    if cfg.examples_per_class:
+        split["train"] = split["train"].few(cfg.examples_per_class, cfg.examples_seed)
     return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything), unlabeled)
 
 

@@ -166,9 +166,23 @@ def run(
     return params, metrics, held_out
 
 
+def calibrated(
+    config: Any, learner: Learner, params: dict[str, Any], held_out: Validation
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return parameters whose class probabilities are calibrated on the validation rows, and their metrics."""
+    with meshes.use(held_out.mesh):
+        setup = _setup(config, held_out)
+        params, found = learner.task.calibrated(learner.model, params, held_out.rows, setup)
+    return params, {f"validation_{k}": v for k, v in (held_out(params) | found).items()}
+
+
 def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Validation) -> dict[str, Any]:
     """Return what the task fits on the validation rows, such as thresholds. The artifact's manifest stores it."""
-    train, mesh = config.train, held_out.mesh
-    setup = Setup(mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)
-    with meshes.use(mesh):
-        return learner.task.fit(learner.model, params, held_out.rows, setup)
+    with meshes.use(held_out.mesh):
+        return learner.task.fit(learner.model, params, held_out.rows, _setup(config, held_out))
+
+
+def _setup(config: Any, held_out: Validation) -> Setup:
+    """Return the settings of a measurement on all validation rows."""
+    train = config.train
+    return Setup(held_out.mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)

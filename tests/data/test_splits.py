@@ -159,6 +159,19 @@ def test_sample_is_stable_and_spread(reviews):
     assert load(reviews)["train"].digest == train.digest
 
 
+def test_a_few_examples_per_class(reviews):
+    whole, few = load(reviews), load(reviews, examples_per_class=5)
+    assert np.bincount(few["train"].labels).tolist() == [5, 5]
+    assert where(few).items() <= where(whole).items() and len(few["test"]) == len(whole["test"])
+    again, other = load(reviews, examples_per_class=5), load(reviews, examples_per_class=5, examples_seed=1)
+    assert few["train"].index.tolist() == again["train"].index.tolist() != other["train"].index.tolist()
+    assert set(few["train"].index) < set(load(reviews, examples_per_class=6)["train"].index)
+    with pytest.raises(RequestError, match=r"examples_per_class = 9999: the train split has \d+ examples of class '0'"):
+        load(reviews, examples_per_class=9999)
+    with pytest.raises(RequestError, match="needs data with one class per row"):
+        load(reviews, examples_per_class=1, columns={"text": "review"})
+
+
 def test_a_mixture_keeps_its_parts(tmp_path, sentences):
     for name, part in (("one", sentences[:100]), ("two", sentences[50:200])):
         (tmp_path / f"{name}.txt").write_text("\n".join(part))

@@ -67,6 +67,8 @@ _OWN = (
     Metric("micro_f1", "micro F1", "maximize", table="run", unless="accuracy"),
     Metric("macro_f1", "macro F1", "maximize"),
     Metric("weighted_f1", "weighted F1", "maximize", table="none"),
+    Metric("ece", "ECE", "minimize", "{:.3f}", table="file"),
+    Metric("log_loss", "log loss", "minimize", unit="nats", table="file"),
     Metric("entity_f1", "entity F1", "maximize", table="run"),
     Metric("entity_precision", "entity precision", "maximize", table="none"),
     Metric("entity_recall", "entity recall", "maximize", table="none"),

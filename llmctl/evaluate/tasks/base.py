@@ -51,8 +51,11 @@ Corpora = Callable[[Tokenizer], Corpus]
 """Function from a tokenizer to the cached tokens of the examples' texts."""
 Found = Iterable[tuple[Batch, Any]]
 """Batches on the host with the model's outputs for them. Each row occurs exactly once; padding rows are removed."""
-Scored = tuple[dict[str, Any], tuple[Any, Any] | None]
-"""Metrics by name; and (true labels, predictions) of all examples, or None if the task returns none."""
+Scored = (
+    tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
+)
+"""Metrics by name; (true labels, predictions) of all examples, or None if the task returns none; and, if the task has
+any, the records of predictions.jsonl."""
 
 KINDS = {"class": "classes", "number": "numbers", "set": "sets of classes"}
 """Words for the labels in error messages, by `data.label_type`."""
@@ -105,6 +108,8 @@ class Task(Predicts):
     """Whether labels are classes. The model then has one output per class, and the artifact stores the class names."""
     reads_conversations: ClassVar[bool] = False
     """Whether the task's rows are conversations, from the columns messages and tools."""
+    calibrates: ClassVar[bool] = False
+    """Whether `calibrated` can scale the probabilities of the classes."""
     pooling: ClassVar[str] = ""
     """Default pooling of hidden states to one vector per sequence; empty keeps the pooling of the model."""
     section: ClassVar[str] = ""
@@ -391,6 +396,15 @@ class Task(Predicts):
         """
         return None
 
+    def calibrated(
+        self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup
+    ) -> tuple[functional.Params, dict[str, Any]]:
+        """Return parameters whose probabilities are calibrated on `rows`, and metrics about it.
+
+        Only tasks with `calibrates` define it.
+        """
+        raise NotImplementedError
+
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
         """Return values that are fitted on validation rows after training, such as thresholds; {} if there are none.
 
@@ -447,11 +461,13 @@ class Task(Predicts):
         )
         step = self.scorer(artifact.model, setup.dtype)
         found = answers(step, artifact.params, rows, setup, self.reads)
-        metrics, predictions = self.metrics(artifact, held.examples, rows, found)
+        metrics, predictions, *written = self.metrics(artifact, held.examples, rows, found)
         single, batched = programs(step, artifact.params, first(rows, setup, self.reads), setup.mesh)
         units = {"examples_per_second": setup.batch_size}
         protocol = self.protocol(artifact, held, setup, rows, metrics)
-        return Measured(self.title, protocol, metrics, single, batched, units, predictions)
+        return Measured(
+            self.title, protocol, metrics, single, batched, units, predictions, written[0] if written else None
+        )
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
         """Compute metrics from the model's outputs.

@@ -13,8 +13,8 @@ from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.source import Row
 from llmctl.data.splits import Examples
-from llmctl.evaluate.metrics import classification
-from llmctl.evaluate.setup import Batch, label_map
+from llmctl.evaluate.metrics import calibration, classification
+from llmctl.evaluate.setup import Batch, Setup, answers, label_map
 from llmctl.evaluate.tasks.base import KINDS, Found, Options, Scored, Task
 from llmctl.evaluate.tasks.predictions import named, short
 from llmctl.model import functional
@@ -33,6 +33,7 @@ class Classify(Task):
     name = "classify"
     head = "classify"
     title = "classification"
+    calibrates = True
     architectures = ("decoder", "encoder", "encoder_decoder")
     label_type = "class"
     classes = True
@@ -77,24 +78,46 @@ class Classify(Task):
         label_map(examples.classes, artifact.manifest.labels, str(artifact.path))
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> most likely class [B]."""
+        """Return the compiled function (params, batch) -> logits [B, C]."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:
-            x_BTD = functional.hidden(model, params, batch, dtype=dtype)
-            return functional.outputs(model, params, x_BTD, batch, dtype).argmax(-1)
+            return functional.outputs(model, params, functional.hidden(model, params, batch, dtype=dtype), batch, dtype)
 
         return predict
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the metrics of the confusion matrix, and the true and predicted class names of all examples."""
+        """Return the metrics, the true and predicted class names, and a record of each wrong prediction.
+
+        The metrics are those of the confusion matrix and of the calibration of the probabilities.
+        """
         names = artifact.manifest.labels
         truth_of = label_map(examples.classes, names, str(artifact.path))
-        pairs = [(truth_of[batch["label"]], predicted) for batch, predicted in found]
-        labels, predictions = map(np.concatenate, zip(*pairs, strict=True))
-        confusion = classification.confusion_matrix(labels, predictions, len(names))
-        named = [names[i] for i in labels], [names[i] for i in predictions]
-        return classification.scores(confusion, names), named
+        label_N, logits_NC = map(np.concatenate, zip(*((truth_of[b["label"]], y) for b, y in found), strict=True))
+        p_NC = calibration.softmax(logits_NC)
+        predicted_N = logits_NC.argmax(-1)
+        confusion = classification.confusion_matrix(label_N, predicted_N, len(names))
+        named = [names[i] for i in label_N], [names[i] for i in predicted_N]
+        scored = classification.scores(confusion, names) | calibration.scores(p_NC, label_N)
+        return scored, named, wrong_cases(examples, names, label_N, p_NC)
+
+    def calibrated(
+        self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup
+    ) -> tuple[functional.Params, dict[str, Any]]:
+        """Divide the logits by the temperature that suits `rows` best, by scaling the head's matrix and bias.
+
+        Predictions stay, and exported models have the same probabilities.
+
+        Returns:
+            The parameters, and the metrics "temperature" and "ece" (before and after).
+        """
+        found = answers(self.scorer(model, setup.dtype), params, rows, setup, self.reads)
+        label_N, logits_NC = map(np.concatenate, zip(*((b["label"], y) for b, y in found), strict=True))
+        divisor = calibration.temperature(logits_NC, label_N)
+        out = {name: a / divisor for name, a in params["head"]["out"].items()}
+        scaled = {**params, "head": {**params["head"], "out": out}}
+        before, after = (calibration.scores(calibration.softmax(logits_NC / t), label_N) for t in (1.0, divisor))
+        return scaled, {"temperature": divisor, "ece_uncalibrated": before["ece"], "ece": after["ece"]}
 
     def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
         """Return class probabilities [B, C] in float32 from logits."""
@@ -105,6 +128,23 @@ class Classify(Task):
         best = int(belief.argmax())
         found: dict[str, Any] = {"label": manifest.labels[best], "probability": short(belief[best])}
         return found | ({"probabilities": named(manifest.labels, belief)} if every else {})
+
+
+def wrong_cases(
+    examples: Examples, names: Sequence[str], label_N: np.ndarray, p_NC: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return a record of each wrong prediction with its row, texts, classes and probabilities, most confident first."""
+    wrong = np.flatnonzero(p_NC.argmax(-1) != label_N)
+    records = []
+    for i in wrong[np.argsort(-p_NC[wrong].max(-1), kind="stable")]:
+        number = int(examples.index[i])
+        row: Row = examples.source[number]
+        best = int(p_NC[i].argmax())
+        texts = {column: row[column] for column in ("text", "pair") if column in row}
+        said = {"label": names[int(label_N[i])], "prediction": names[best]}
+        sure = {"probability": short(p_NC[i, best]), "label_probability": short(p_NC[i, label_N[i]])}
+        records.append({"row": examples.source.where(number), **texts, **said, **sure})
+    return records
 
 
 TASK = Classify()

@@ -44,6 +44,7 @@ class MultiLabel(Classify):
 
     name = "multilabel"
     title = "multi-label classification"
+    calibrates = False
     label_type = "set"
     problem_type = "multi_label_classification"
 
@@ -85,15 +86,6 @@ class MultiLabel(Classify):
         found = answers(self.scorer(model, setup.dtype), params, rows, setup, self.reads)
         truth_NC, p_NC = map(np.concatenate, zip(*((b["label"], probabilities(y)) for b, y in found), strict=True))
         return {"thresholds": dict(zip(rows.classes, thresholds(truth_NC, p_NC), strict=True))}
-
-    def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> logits [B, C]."""
-
-        @jax.jit
-        def predict(params: functional.Params, batch: Batch) -> jax.Array:
-            return functional.outputs(model, params, functional.hidden(model, params, batch, dtype=dtype), batch, dtype)
-
-        return predict
 
     def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
         """Return the probability of each class, [B, C] in float32, from logits."""

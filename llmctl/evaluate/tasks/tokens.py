@@ -22,6 +22,7 @@ from llmctl.evaluate.setup import Batch, Held, Setup, label_map
 from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored
 from llmctl.evaluate.tasks.classify import Classify
 from llmctl.evaluate.tasks.predictions import Outputs, named, new_examples, short
+from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, soft_class_sums
 
@@ -35,6 +36,7 @@ class Tokens(Classify):
     name = "tokens"
     head = "tokens"
     title = "token classification"
+    calibrates = False
     architectures = ("decoder", "encoder")
     columns = ("tokens", "tags")
     asks = ()
@@ -116,6 +118,16 @@ class Tokens(Classify):
         }
         every_W = [named(names, p_C) if read else None for p_C, read in zip(belief, read_W, strict=True)]
         return found | ({"probabilities": every_W} if every else {})
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled function (params, batch) -> most likely class of each token [B, T]."""
+
+        @jax.jit
+        def predict(params: functional.Params, batch: Batch) -> jax.Array:
+            x_BTD = functional.hidden(model, params, batch, dtype=dtype)
+            return functional.outputs(model, params, x_BTD, batch, dtype).argmax(-1)
+
+        return predict
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: TagRows, found: Found) -> Scored:
         """Return accuracy and macro F1 over words; if the labels are entity tags, also the entity metrics."""

@@ -42,13 +42,15 @@ class Config(MeasureConfig, StageConfig):
     data: DataConfig = DataConfig()
     """Data set; the setting `split` selects the part to measure."""
     plot: bool = True
-    """Plot quality against size as tradeoff.png. Requires matplotlib (extra `demo`)."""
+    """Plot quality against size as tradeoff.png, and the predictions of classifiers as classes.png. Requires matplotlib
+    (extra `demo`)."""
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Evaluate `ctx.siblings`, or only the parent, and write the results to `ctx.out`.
 
-    The files are results.json, table.md, tradeoff.png, and predictions.jsonl if a task generates text.
+    The files are results.json, table.md, tradeoff.png, classes.png for classifiers, and predictions.jsonl. The last has
+    the texts that a task generates, or the wrong predictions of a classifier.
     """
     from llmctl.artifacts import artifact
     from llmctl.data import splits
@@ -103,7 +105,7 @@ def write(
     """
     from llmctl.artifacts import artifact, atomic
     from llmctl.distributed import processes
-    from llmctl.evaluate import report, tradeoff_plot
+    from llmctl.evaluate import classes_plot, report, tradeoff_plot
 
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic.writing(ctx.out) as draft:
@@ -116,6 +118,7 @@ def write(
         (draft / "table.md").write_text(report.markdown(results), encoding="utf-8")
         if config.plot:
             tradeoff_plot.tradeoff(results, draft / "tradeoff.png")
+            classes_plot.classes(results, draft / "classes.png")
         manifest = artifact.Manifest(
             format=artifact.FORMAT,
             name=config.name or ctx.out.name,

@@ -39,7 +39,7 @@ class Config(StageConfig):
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
     added: ClassVar[frozenset[str]] = frozenset(
-        {"adalora", "adversarial", "chat", "generation", "houlsby", "preference", "regularize", "trained"}
+        {"adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "regularize", "trained"}
     )
 
     kind: Literal["finetune"] = "finetune"
@@ -87,6 +87,9 @@ class Config(StageConfig):
     generation: GenerationConfig = GenerationConfig()
     """Settings of task seq2seq: answers to validation prompts, whose BLEU, chrF, ROUGE and exact match are computed.
     train.best_by = "bleu" keeps the parameters with the best BLEU."""
+    calibrate: bool = False
+    """Task classify: after training, divide the logits by the temperature with the least loss on the validation
+    examples, so that probabilities match accuracy. The head's parameters are scaled; predictions stay."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     adversarial: AdversarialConfig = AdversarialConfig()
@@ -151,6 +154,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         params = jax.jit(weights.merge_adapters)(params)
         if not learns.task.reads_adapters(learns.settings):
             metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
+    if config.calibrate:
+        params, found = learner.calibrated(config, learns, params, held_out)
+        metrics |= found
     ctx.leave(
         config,
         params,
@@ -244,6 +250,8 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
         raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
     model = method.network(config, model)
     params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
+    if config.calibrate and not (task.calibrates and all(map(weights.is_plain, params["head"]["out"].values()))):
+        raise RequestError("calibrate: needs task = 'classify' and a head of plain arrays; leave it out")
     how = {
         **selection.job_fields(config, method, model, params),
         "holds_zeros": base.zeros.__contains__,

@@ -15,7 +15,10 @@ from llmctl.config.settings import MeshConfig
 from llmctl.data import splits
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.tokenizers import loading
+from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import report
+from llmctl.evaluate.setup import Setup
+from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline import runner
@@ -112,6 +115,30 @@ def test_classifiers_are_scored_on_every_held_out_example(run_folder, tmp_path, 
     assert (out / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     table = (out / "table.md").read_text()
     assert big["digest"] in table and f"{big['metrics']['accuracy']:.2%}" in table and big["protocol"] in table
+
+
+def test_wrong_predictions_are_written_and_calibration_scales_the_head(run_folder, tmp_path, data):
+    ctx = Context(tmp_path / "out", tmp_path / "work", "key", {"big": run_folder / "big"})
+    ctx.work.mkdir()
+    stage.run(stage.Config(data=data, speed=False), None, ctx)
+    found = json.loads((ctx.out / "results.json").read_text())[0]["metrics"]
+    lines = [json.loads(line) for line in (ctx.out / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == found["confusion"][0][1] and (ctx.out / "classes.png").stat().st_size > 5000
+    assert {(r["label"], r["prediction"]) for r in lines} == {("neg", "pos")}
+    assert lines[0]["probability"] > 0.99 and lines[0]["row"].startswith(data.path) and lines[0]["text"]
+    # The classifier is certain, and right as often as its class occurs.
+    np.testing.assert_allclose(found["ece"], 1 - found["accuracy"], atol=1e-6)
+
+    big = artifact.load(run_folder / "big")
+    rows = TASKS["classify"].rows(
+        big.model, splits.examples(data, "test"), loading.load(big.tokenizer_dir), 32, shuffle=False
+    )
+    setup = Setup(meshes.make(MeshConfig()), 32, 32, 16, "tail", "float32")
+    scaled, metrics = TASKS["classify"].calibrated(big.model, big.params, rows, setup)
+    for name in ("kernel", "bias"):
+        want = np.array(big.params["head"]["out"][name]) / metrics["temperature"]
+        np.testing.assert_allclose(scaled["head"]["out"][name], want, rtol=1e-6)
+    assert metrics["temperature"] > 10 and metrics["ece"] < metrics["ece_uncalibrated"]
 
 
 def test_language_models_get_a_perplexity_with_its_protocol(run_folder, tmp_path, data):
