@@ -21,13 +21,14 @@ Message = dict[str, Any]
 """Message: "role" (system, user, assistant or tool), "content" (text), and further keys for the chat template."""
 
 NAMES = ("messages", "conversations")
-"""Usual names of a column of conversations."""
+"""Column names by which a column of conversations is recognized."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool"}  # fmt: skip
-"""Role in chat templates of each role in OpenAI's format."""
+"""Role in llmctl's chat templates, by the role in OpenAI's format."""
 SENDERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
            "function_call": "assistant", "function": "tool", "tool": "tool", "observation": "tool"}  # fmt: skip
-"""Role of each sender in ShareGPT's format. The text of a `function_call` is a call as JSON."""
+"""Role in llmctl's chat templates, by the sender in ShareGPT's format. The text of a `function_call` is a tool call as
+JSON."""
 
 
 def is_chat(value: Any) -> bool:
@@ -38,17 +39,18 @@ def is_chat(value: Any) -> bool:
 
 
 def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
-    """Return a conversation in OpenAI's format, as chat templates read it.
+    """Convert a conversation to messages in OpenAI's format, as chat templates read them.
 
-    Keys without a value are dropped. A content of several text parts becomes one text. The arguments of calls, which
-    data sets often store as text, become JSON data.
+    Keys without a value are dropped. If a message has several text parts, they are joined. The arguments of tool calls,
+    which data sets often store as text, become JSON data.
 
     Args:
         value: Value of a cell.
         clean: Function that is applied to every text of a message.
 
     Raises:
-        RequestError: If it is no conversation, a role is unknown, a message is empty, or the assistant is silent.
+        RequestError: If the value is no conversation, a role is unknown, a message is empty, or no message is the
+            assistant's.
     """
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
@@ -62,10 +64,13 @@ def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
 
 
 def read_tools(value: Any) -> list[Any] | None:
-    """Return descriptions of tools, a list of JSON objects or its text; None if there are none.
+    """Return the tool descriptions of a cell as a list of JSON objects; None if the cell has none.
+
+    Args:
+        value: Value of a cell: the list, or the list as JSON text.
 
     Raises:
-        RequestError: If it is something else.
+        RequestError: If the value is anything else.
     """
     if isinstance(value, str) and value.strip():
         try:
@@ -80,13 +85,13 @@ def read_tools(value: Any) -> list[Any] | None:
 
 
 def opening(messages: list[Message]) -> str:
-    """Return the first text of the user, or the first text if there is none. It decides the split."""
+    """Return the user's first message, or the first message if there is none. Its hash selects the split."""
     said = [m["content"] for m in messages if m["role"] == "user"] or [messages[0]["content"]]
     return said[0]
 
 
 def written(messages: list[Message], tools: list[Any] | None) -> str:
-    """Return the whole conversation as one text, which tells whether two are equal."""
+    """Return the conversation and its tools as one JSON text. Equal texts mean duplicate conversations."""
     return json.dumps([messages, tools], ensure_ascii=False, sort_keys=True)
 
 
@@ -128,7 +133,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def _calls(calls: Any, where: str) -> list[Any]:
-    """Return calls of tools whose arguments are JSON data."""
+    """Return a message's tool calls, with the arguments of each call as JSON data."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RequestError(f"{where}: tool_calls must be a list of objects")
     return [{**c, "function": _call(c["function"])} if isinstance(c.get("function"), dict) else c for c in calls]
@@ -155,7 +160,7 @@ def _written_call(text: str, where: str) -> dict[str, Any]:
 
 
 def _kept(value: Any) -> Any:
-    """Return JSON data without keys that have no value, which columnar files add."""
+    """Return JSON data without the keys whose value is null. Columnar files add such keys."""
     if isinstance(value, dict):
         return {k: _kept(v) for k, v in value.items() if v is not None}
     return [_kept(v) for v in value] if isinstance(value, list) else value

@@ -21,7 +21,10 @@ Names = Mapping[str, tuple[str, ...]]
 
 
 def of_features(features: Any) -> dict[str, tuple[str, ...]]:
-    """Return the class names of each column with classes, or lists of them, from features of `datasets`."""
+    """Return the class names that the features of a Hugging Face data set declare, by column.
+
+    The columns contain class numbers, or lists of class numbers.
+    """
     found = {column: _names(feature) for column, feature in dict(features or {}).items()}
     return {column: names for column, names in found.items() if names}
 
@@ -37,9 +40,9 @@ def _names(feature: Any) -> tuple[str, ...]:
 
 
 def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Return the class names in the metadata of an Arrow schema, by column.
+    """Return the class names that the metadata of an Arrow schema declares, by column.
 
-    If the metadata is unreadable, return {}.
+    The result is empty if the metadata is unreadable or declares none.
     """
     try:
         return of_features(parse_json((metadata or {})[b"huggingface"])["info"]["features"])
@@ -48,9 +51,9 @@ def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ..
 
 
 def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Return the class names of each column with classes, or lists of classes, from the features of a TFDS data set.
+    """Return the class names that the features of a TFDS data set declare, by column.
 
-    Nested features have names such as `about/label`, which are also the column names of the rows.
+    The columns contain class numbers, or lists of class numbers. Nested features are columns such as `about/label`.
     """
     import tensorflow_datasets
 
@@ -66,9 +69,11 @@ def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
 
 
 def numbers_hint(classes: Sequence[str], names: Sequence[str]) -> str:
-    """Return advice for an error message if an artifact's class names are numbers and the data declares names.
+    """Return advice for an error message if an artifact's class names are numbers, but the data declares names.
 
-    Otherwise return an empty string. Example:
+    Otherwise return an empty string.
+
+    Example:
 
     >>> numbers_hint(["neg", "pos"], ["0", "1"])
     '; if its numbers are those of the data: data.classes = ["0", "1"]'

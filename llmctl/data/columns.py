@@ -108,7 +108,7 @@ class View(Source):
         }
 
     def named(self, ours: str) -> str:
-        """Return the source's name of the canonical column `ours`."""
+        """Return the name that the canonical column `ours` has in the source."""
         return self._map.get(ours, ours)
 
     def __len__(self) -> int:
@@ -208,7 +208,10 @@ class View(Source):
             raise RequestError(f"{self.where(i)}: column {self._map[column]!r} is nested too deeply") from None
 
     def written(self, row: Row) -> list[str]:
-        """Return the texts that make a row. The first one decides its split; equal ones are repeated rows."""
+        """Return the texts by which rows are compared and split.
+
+        The hash of the first text selects the row's split. Rows whose texts are all equal are duplicates.
+        """
         if "messages" in row:
             return [chats.opening(row["messages"]), chats.written(row["messages"], row["tools"])]
         choices = row["choices"] if {"choices", "answer"} <= self._map.keys() else ()
@@ -321,13 +324,13 @@ def holds_conversations(cfg: DataConfig) -> bool:
 
 
 def _mapped(known: Collection[str]) -> list[str]:
-    """Return the canonical columns that are mapped by default for a source with the columns `known`."""
+    """Return the canonical columns to read from a source with the columns `known`, if `data.columns` is empty."""
     partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
     return [c for c in COLUMNS if c in known and c not in partial]
 
 
 def _name(names: Sequence[str], value: Any) -> Any:
-    """Return the name of a class number. Return None for a negative number, and any other value unchanged."""
+    """Replace a class number by its class name, or by None if it is negative. Other values are returned unchanged."""
     if isinstance(value, float) and value.is_integer():  # a column of integers with gaps
         value = int(value)
     if not names or isinstance(value, bool) or not isinstance(value, int) or value >= len(names):

@@ -13,7 +13,7 @@ Split = Literal["train", "validation", "test"]
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 """Splits that are never used for training."""
 Packing = Literal["segments", "concat", "fit"]
-"""Method of packing documents into rows; see `llmctl.data.pretraining.packing`."""
+"""Name of a method of packing documents into rows; `llmctl.data.pretraining.packing` describes the methods."""
 Truncate = Literal["tail", "head_tail"]
 """Truncation of long texts: "tail" cuts the end, "head_tail" cuts the middle."""
 
@@ -27,8 +27,8 @@ CHAT_COLUMNS = {"messages", "tools"}
 LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 """Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
-"""Groups of columns that are mapped by default only if all columns of the group exist, because a single one may have
-another meaning."""
+"""Groups of columns that are used without a mapping only if the source has all columns of the group. A single one may
+have another meaning there."""
 
 Scalar = str | bool | int | float
 
@@ -53,7 +53,7 @@ class SourceConfig(Config):
     data_dir: str = ""
     """Folder of the TFDS data sets (source tfds); $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     download: bool = False
-    """Download and prepare the TFDS data set if it is missing (source tfds)."""
+    """Download and prepare the data set if it is missing (source tfds)."""
     columns: dict[str, str] = {}
     """Map from canonical column names to those of the source, such as {text = "review"}. Empty uses the columns with
     canonical names. Canonical names of text columns are text, pair, prompt, completion, chosen and rejected (a better
@@ -224,15 +224,15 @@ class TokenizerConfig(Config):
     vocab_size: int = Field(default=4096, ge=264)
     """Number of tokens, including special tokens and 256 bytes."""
     sample: int = Field(default=10_000_000, ge=1000)
-    """Maximum number of characters to train on. A fixed hash selects complete documents."""
+    """Maximum number of characters of the corpus to train on. Complete documents are selected, by a fixed hash."""
     normalize: Literal["identity", "nfkc", "nfkc_lowercase"] = "identity"
     """Unicode normalization before tokenization. With identity, decoding returns the encoded text, with one
     exception: unigram and bpe decode the character U+2581 as a space."""
     sentinels: int = Field(default=0, ge=0, le=1000)
     """Number of extra tokens `<extra_id_0>`, `<extra_id_1>`, … for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"
-    """Begin documents and prompts with a begin-of-sequence token. auto: yes for a trained tokenizer; as in the file
-    for a loaded one."""
+    """Whether documents and prompts begin with a begin-of-sequence token. auto: yes for a trained tokenizer; as in the
+    file for a loaded one."""
 
     def inputs(self) -> list[str]:
         """Return the paths of the files of a loaded tokenizer; their content is part of a stage's key.

@@ -22,11 +22,11 @@ T = TypeVar("T")
 FILES = ("tokens.npy", "starts.npy")
 """Names of the files with the arrays of a saved corpus."""
 CHUNK = 1024
-"""Number of documents per tokenizer call: enough to use all cores, and few enough to limit memory."""
+"""Number of documents that the tokenizer gets per call: enough to use all cores, but few enough to limit memory."""
 
 
 class Tokens(Protocol):
-    """Define the type of the concatenated token ids of all documents: an object that is indexed like a flat array."""
+    """Define the interface of the token ids of all documents, concatenated: an object that is indexed like an array."""
 
     def __getitem__(self, at_N: np.ndarray, /) -> np.ndarray:
         """Return the token ids at the positions `at_N`, integers [N]."""
@@ -34,7 +34,7 @@ class Tokens(Protocol):
 
 
 class Documents(Protocol):
-    """Define the type of tokenized documents, independent of their storage. Packing needs no other attributes."""
+    """Define the interface of tokenized documents, however they are stored. Packing needs only these members."""
 
     @property
     def lengths(self) -> np.ndarray:

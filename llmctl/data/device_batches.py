@@ -108,7 +108,7 @@ class Prefetch(Iterator[tuple[int, T]], Generic[T]):
 
 
 class _Steps(Generic[T]):
-    """Give Grain random access to batches by step number, so that several threads can build batches at once."""
+    """Provide batches by step number, so that several of Grain's threads can build batches at once."""
 
     def __init__(self, build: Callable[[int], T], steps: int):
         self._build, self._steps = build, steps
@@ -163,9 +163,9 @@ def prefetch(
 
 
 def _filled(rows: Rows, index_B: np.ndarray) -> Batch:
-    """Return rows of the first epoch with `row_weight`.
+    """Return a batch of rows of the first epoch, with `row_weight` float32 [B] added.
 
-    Rows beyond its end are copies of the last row with weight 0.
+    Indices beyond the epoch give copies of the last row, whose `row_weight` and `weights` are 0.
     """
     batch = rows.batch(np.minimum(index_B, len(rows) - 1))
     batch["row_weight"] = (index_B < len(rows)).astype(np.float32)
@@ -178,8 +178,8 @@ class DeviceBatches:
     """Build batches of `size` rows, sharded over `mesh`.
 
     If the mesh axis `context` shards sequences, the tokens of a row are permuted to balance attention. With
-    `reading_order`, tokens keep their text order and only rows are sharded. If the row axes of the mesh do not divide
-    `size`, such batches are replicated.
+    `reading_order`, tokens keep their text order and only rows are sharded. Batches in reading order are replicated if
+    the number of row shards does not divide `size`.
     """
 
     def __init__(self, mesh: Mesh, size: int, reading_order: bool = False) -> None:
@@ -246,7 +246,7 @@ class DeviceBatches:
         return {name: self._assembled(a, shardings[name], self.spans) for name, a in batch.items()}
 
     def _assembled(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        """Return the global array of all processes, of which this process provides `rows`."""
+        """Return the global array of all processes. This process provides its `rows`."""
         begins = np.cumsum([0, *(last - first for first, last in spans)])
 
         def part(index: Any) -> np.ndarray:
@@ -258,11 +258,11 @@ class DeviceBatches:
         return jax.make_array_from_callback((self.size, *rows.shape[1:]), sharding, part)
 
     def gathered(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-        """Return the rows of all processes on every host.
+        """Return the global batch, with the rows of all processes, as host arrays in every process.
 
         Args:
             batch: Rows of this process in text order.
-            placed: Device arrays that `place` made of `batch`.
+            placed: Device arrays that `place` returned for `batch`.
         """
         return batch if self.spans is None else {name: host_arrays.read(a) for name, a in placed.items()}
 

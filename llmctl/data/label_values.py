@@ -85,7 +85,7 @@ def check_kinds(title: str, classes: Collection[str]) -> None:
     """Check that the classes do not include both booleans (true, false) and numbers (1, 0).
 
     Raises:
-        RequestError: If they do, because true and 1 may then be one class or two.
+        RequestError: If they include both. It is then unknown whether true and 1 are the same class.
     """
     kinds = [sorted(c for c in classes if canonical(c) in pair) for pair in (("false", "true"), ("0", "1"))]
     if all(kinds):
@@ -98,8 +98,8 @@ def check_kinds(title: str, classes: Collection[str]) -> None:
 def no_class(classes: Collection[str]) -> str:
     """Return the class in the data that probably means "no label", or an empty string.
 
-    This is -1 or -100, if 0 is also a class and no other class is negative. Among classes such as -1 and 1, or -2 to 2,
-    there is none.
+    This class is -1 or -100. It is returned only if 0 is also a class and no other class is negative. Classes such as
+    -1 and 1, or -2 to 2, therefore give an empty string.
     """
     named = {canonical(c): c for c in classes}
     if not all(_WHOLE.fullmatch(c) for c in named) or "0" not in named:

@@ -9,14 +9,15 @@ import numpy as np
 SAMPLE = 256
 """Maximum number of rows of the first epoch that are measured, evenly spaced."""
 MUCH = 0.25
-"""Fraction of padding above which it is reported."""
+"""Fraction of padding above which a report is printed."""
 
 
 def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the token counts of a sample of rows, for each segment array (such as those of encoder and decoder).
+    """Count the tokens of a sample of rows, without padding.
 
     Returns:
-        By name of the array: the number of tokens of each row [N], and the row length.
+        {name of a segment array: (number of tokens of each row [N], row length)}. Rows of an encoder-decoder or of
+        pairs have two segment arrays.
     """
     last = min(len(rows), getattr(rows, "total", None) or len(rows))  # a part of an epoch may be all that there is
     some = np.unique(np.linspace(0, last - 1, min(SAMPLE, last)).astype(np.int64))

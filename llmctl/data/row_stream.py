@@ -1,6 +1,6 @@
-"""Read rows one by one from a file or from standard input, of unknown length: JSON lines, CSV, or text.
+"""Read rows one by one from a stream of unknown length (a file or standard input): JSON lines, CSV, or text.
 
-For a row that cannot be read, an error is returned in its place, and reading continues.
+If a row cannot be read, the stream has an error in its place, and reading continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE = 0.2
 """Seconds to wait for another row of a slow stream before the rows read so far are processed."""
 
 Read = tuple[str, Row | RequestError]
-"""Location of a row, and the row or an error."""
+"""Pair of a row's location and either the row or the error that prevented reading it."""
 
 
 def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> Iterator[Read]:

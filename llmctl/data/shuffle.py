@@ -67,9 +67,10 @@ class Epochs:
 
 
 class Balanced:
-    """Map endless row numbers to indices so that any C successive rows, from a multiple of C, have every class once.
+    """Map endless row numbers to indices of examples, so that every class is equally frequent.
 
-    The examples of each class are in epochs of their own, so a rare class is repeated more often.
+    Rows k * C to k * C + C - 1 contain each of the C classes once. Each class has epochs of its own, so the examples of
+    a rare class are repeated more often.
 
     Example:
       >>> index_B = Balanced(np.array([0, 0, 0, 1]), seed=0)(np.arange(6))
@@ -82,7 +83,7 @@ class Balanced:
         self._members = [(index_n, Epochs(len(index_n), seed + c, True)) for c, index_n in enumerate(members)]
 
     def __call__(self, rows_B: np.ndarray) -> np.ndarray:
-        """Return the indices of rows `rows_B` (any numbers >= 0)."""
+        """Return the indices of the examples in the rows with the numbers `rows_B` (any >= 0)."""
         class_B, number_B = rows_B % len(self._members), rows_B // len(self._members)
         found_B = np.empty_like(rows_B)
         for c, (index_n, epochs) in enumerate(self._members):

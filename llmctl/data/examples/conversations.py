@@ -1,6 +1,6 @@
-"""Rows of conversations for decoders: one conversation per row, with loss on what the assistant writes.
+"""Build rows of conversations for decoders: one conversation per row, with loss on the assistant's tokens only.
 
-Legend: B rows, T tokens per row, N tokens of a conversation.
+Shapes: B rows, T tokens per row, N tokens of a conversation.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 
 Encode = Callable[[list[Message], list[Any] | None], tuple[list[int], np.ndarray, int]]
-"""Function (messages, tools) -> (token ids [N], whether a token is the assistant's [N], answers that it cannot find).
-"""
+"""Function (messages, tools) -> (token ids [N], mask [N] of the assistant's tokens, number of answers that it could not
+locate among the tokens)."""
 
 
 class ConversationRows(ExampleRows):
-    """Language-model rows of conversations: tokens, targets, weights, segments and positions [B, T].
+    """Build language-model rows of conversations: tokens, targets, weights, segments and positions [B, T].
 
-    Messages after the last answer are not read. A conversation that is too long loses its first exchanges, each from a
-    message of the user to the next one. Messages of the system at the beginning stay. If the last exchange alone is too
-    long, it loses its end. A conversation without tokens of the assistant after this is dropped.
+    Messages after the assistant's last message are omitted. An exchange is a message of the user with all messages
+    before the user's next one. If a conversation is too long, its first exchanges are removed. System messages at the
+    beginning stay. If the last exchange alone is too long, its end is cut. If no token of the assistant is left, the
+    conversation is dropped.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class ConversationRows(ExampleRows):
 
         Args:
             examples: Examples with the columns of conversations.
-            encode: The tokenizer's chat template.
+            encode: Function that applies the tokenizer's chat template.
             pad_id: Padding token.
             seq_len: Tokens per row, T.
             seed: Seed of the shuffle.
-            shuffle: Use another order in every epoch.
+            shuffle: Whether to shuffle in every epoch.
 
         Raises:
             RequestError: If the template refuses a conversation, or no conversation has an answer within `seq_len`.
@@ -79,7 +80,7 @@ class ConversationRows(ExampleRows):
 
     @property
     def remarks(self) -> list[str]:
-        """Return one line about conversations that are not learned as a whole, if there are any."""
+        """Return log lines about conversations that are cut, dropped, or partly without loss; empty if none is."""
         told = {
             "lose their first exchanges": self.shortened,
             "lose the end of the last answer": self.cut,
@@ -95,7 +96,7 @@ class ConversationRows(ExampleRows):
         return lines
 
     def _fitted(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[int], np.ndarray] | None:
-        """Return the tokens of a conversation, and whether each counts; None if none does."""
+        """Return (token ids [N], mask [N] of the assistant's tokens) of a conversation; None if no token is theirs."""
         room = self._seq_len + 1  # the model reads all tokens but the last
         messages = messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1]
         ids, counted_N, missed = self._encode(messages, tools)

@@ -31,7 +31,7 @@ class Window(NamedTuple):
 
 
 class AnswerRows(ExampleRows):
-    """Build rows of one question and one window of its context each.
+    """Build rows for extractive question answering. Each row has a question and one window of its context.
 
     A row is the pair of question and context in the tokenizer's template. A long context is split into windows that
     overlap by half. The question is cut to half a row. A batch has these int32 arrays:

@@ -1,6 +1,6 @@
-"""Rows of preferences: a prompt with a chosen and a rejected completion.
+"""Build rows of preferences: a prompt with a chosen and a rejected completion.
 
-Legend: B rows, T tokens per row.
+Shapes: B rows, T tokens per row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 
 REJECTED = "pair_"
-"""Prefix of the arrays of rejected completions. Those of chosen completions have no prefix."""
+"""Prefix of the names of arrays with rejected completions. Arrays with chosen completions have no prefix."""
 
 
 class PreferenceRows(ExampleRows):

@@ -40,7 +40,7 @@ class TagRows(ExampleRows):
         self._seen: list[np.ndarray] = []
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.words = self.cut = 0
-        """Number of words that truncation removes, with their labels. `words` is the number of all words."""
+        """Number of labeled words that truncation removes from the rows. `words` is the number of all labeled words."""
         room = seq_len - len(self._template.row([]))
         for some in batched(examples):
             spans = tokenizer.encode_spans([" ".join(row["tokens"]) for row in some])

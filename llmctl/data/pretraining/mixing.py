@@ -27,11 +27,11 @@ class Phase:
     start: int
     """Index of the first row."""
     blocks: float
-    """Number of blocks; infinite if no source is exhausted later."""
+    """Number of blocks in this phase; infinite if no source is exhausted after it."""
     counts: np.ndarray
     """Number of rows of each source per block, int64 [S]."""
     done: np.ndarray
-    """Number of rows of each source before this phase, int64 [S]."""
+    """Number of rows of each source in all phases before this one, int64 [S]."""
 
 
 class MixedRows:

@@ -47,7 +47,7 @@ MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
 
 @dataclass(frozen=True)
 class Job:
-    """Describe one shard to write."""
+    """Describe a shard that is to be written."""
 
     name: str
     """File name of the shard without suffix."""
@@ -56,7 +56,7 @@ class Job:
 
 
 class Note(BaseModel):
-    """Record a written shard, so that an interrupted preparation can continue."""
+    """Record that a shard was written, so that an interrupted preparation can continue after it."""
 
     shard: Shard
     lengths: str
@@ -163,7 +163,7 @@ def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say:
 
 
 def _jobs(split: str, examples: splits.Examples) -> Iterator[tuple[int, list[Job]]]:
-    """Yield (index of the source, list of its shards) for each source of a split."""
+    """Yield (index of the source, shards to write) for each source that has documents in a split."""
     for p, part in examples.parts():
         size = max(LEAST_DOCUMENTS, -(-len(part) // MOST_SHARDS))
         cuts = range(0, len(part), size)
@@ -180,7 +180,7 @@ def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> 
 
 
 def _write(work: Path, jobs: list[Job], pool: Pool, progress: Progress) -> None:
-    """Write the missing shards."""
+    """Write those of the shards that are missing."""
     missing = [job for job in jobs if not _is_written(work, job)]
     total = sum(len(job.index) for job in jobs)
     done = total - sum(len(job.index) for job in missing)
@@ -208,7 +208,7 @@ def _lengths(work: Path, job: Job) -> Path:
 
 
 Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
-"""Function that maps a function of (worker, task) over tasks, and yields the results in order."""
+"""Function (function of a worker and an item, items) -> the results in the order of the items."""
 
 
 class Worker:

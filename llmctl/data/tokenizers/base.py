@@ -68,7 +68,7 @@ class Tokenizer(ABC):
     file: ClassVar[str]
     """Name of the model file in a tokenizer folder."""
     foreign: ClassVar[tuple[str, ...]] = ()
-    """Other names of the model file, in folders that llmctl did not write."""
+    """Other names that the model file may have in folders that llmctl did not write."""
     vocab_size: int
     pad_id: int
     unk_id: int
@@ -166,13 +166,13 @@ class Tokenizer(ABC):
 
     @property
     def spelled(self) -> dict[str, str]:
-        """Return the spellings of special tokens by their names in chat templates ("bos_token", …)."""
+        """Return the spelling of each special token, by the variable of chat templates ("bos_token", …)."""
         names = {i: text for text, i in self.special_ids.items()}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         return {name: names[i] for name, i in ids.items() if i in names}
 
     def encode_spelled(self, text: str) -> list[int]:
-        """Encode the output of a chat template; spellings of special tokens become special tokens.
+        """Return the token ids of a chat template's output, in which spellings of special tokens become special tokens.
 
         A spelling that contains `SPOILED` is encoded as text, without that character.
         """
@@ -183,12 +183,15 @@ class Tokenizer(ABC):
         return out
 
     def split_special(self, text: str) -> list[str]:
-        """Split a text at the spellings of special tokens, which are every second part."""
+        """Split a text at the spellings of special tokens.
+
+        Parts 1, 3, 5, … of the result are these spellings. Parts 0, 2, 4, … are the texts around them.
+        """
         special = sorted(self.special_ids, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
 
     def spelled_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return `encode_spelled(text)` and the range [first, last) of each token's characters in `text`."""
+        """Return (token ids as of `encode_spelled`, range [first, last) of each token's characters in `text`)."""
         special = self.special_ids
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
