@@ -25,14 +25,14 @@ NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B
 
 
 class Table(NamedTuple):
-    """Token table of a model in the Hugging Face format."""
+    """Describe where the token embeddings are, here and in the model in the Hugging Face format."""
 
     path: str
-    """Our path."""
+    """Path of the weight in llmctl's parameter tree."""
     module: str
-    """Name of the module there."""
+    """Name of the module in the Hugging Face format."""
     output: str
-    """Name of the output projection there if it is the same weight, else empty."""
+    """Name of the output projection in the Hugging Face format if it is the same weight; otherwise empty."""
 
 
 def of(cfg: ModelConfig, joints: Mapping[str, Joint]) -> Table:

@@ -96,7 +96,7 @@ class ConversationRows(ExampleRows):
         return lines
 
     def _fitted(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[int], np.ndarray] | None:
-        """Return (token ids [N], mask [N] of the assistant's tokens) of a conversation; None if no token is theirs."""
+        """Return (token ids [N], mask [N] of the assistant's tokens) of a conversation; None if all are masked out."""
         room = self._seq_len + 1  # the model reads all tokens but the last
         messages = messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1]
         ids, counted_N, missed = self._encode(messages, tools)

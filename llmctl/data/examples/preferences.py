@@ -18,9 +18,9 @@ REJECTED = "pair_"
 
 
 class PreferenceRows(ExampleRows):
-    """Decoder rows of prompt and completion, as in `CompletionRows`, for both completions of each example.
+    """Build decoder rows of prompt and completion, as `CompletionRows` does, for both completions of each example.
 
-    A prompt that is too long for the longer completion loses its beginning, in both rows alike.
+    If the prompt with the longer completion is too long, the beginning of the prompt is cut, equally in both rows.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
@@ -48,7 +48,7 @@ class PreferenceRows(ExampleRows):
 
 
 class PreferencePairRows(ExampleRows):
-    """Encoder-decoder rows, as in `SequencePairRows`, for both completions of each example."""
+    """Build encoder-decoder rows, as `SequencePairRows` does, for both completions of each example."""
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedShard:
     """Describe a shard that is to be written."""
 
     name: str
@@ -119,15 +119,23 @@ def _prepare(
         raise RequestError(f"{out}: is there already, with something else; move it away or choose another folder")
     say(f"{data.title}: {text.describe()}")
     words = _begin(work, key, tokenizer, text, say)
-    plan = {split: list(_jobs(split, examples)) for split, examples in text.examples.items()}
-    _write(work, [job for parts in plan.values() for _, jobs in parts for job in jobs], pool, progress)
+    plan = {split: list(_planned_shards(split, examples)) for split, examples in text.examples.items()}
+    _write(
+        work,
+        [planned for parts in plan.values() for _, planned_shards in parts for planned in planned_shards],
+        pool,
+        progress,
+    )
     described = Prepared(
         format=FORMAT,
         key=key,
         tokenizer=words.digest,
         dtype=_dtype(words),
         data=keyed(data),
-        splits={split: [_part(work, data, p, split, jobs) for p, jobs in parts] for split, parts in plan.items()},
+        splits={
+            split: [_part(work, data, p, split, planned_shards) for p, planned_shards in parts]
+            for split, parts in plan.items()
+        },
         words=checksums.of_folder(work / "tokenizer"),
     )
     for scrap in (*work.glob("*.shard.json"), *work.glob("*.shard.npy"), work / "key"):
@@ -162,49 +170,58 @@ def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say:
     return tokenizers.load(work / "tokenizer")
 
 
-def _jobs(split: str, examples: splits.Examples) -> Iterator[tuple[int, list[Job]]]:
+def _planned_shards(split: str, examples: splits.Examples) -> Iterator[tuple[int, list[PlannedShard]]]:
     """Yield (index of the source, shards to write) for each source that has documents in a split."""
     for p, part in examples.parts():
         size = max(LEAST_DOCUMENTS, -(-len(part) // MOST_SHARDS))
         cuts = range(0, len(part), size)
-        yield p, [Job(f"{split}-{p}-{k:05}-of-{len(cuts):05}", part.index[at : at + size]) for k, at in enumerate(cuts)]
+        yield (
+            p,
+            [
+                PlannedShard(f"{split}-{p}-{k:05}-of-{len(cuts):05}", part.index[at : at + size])
+                for k, at in enumerate(cuts)
+            ],
+        )
 
 
-def _part(work: Path, data: DataConfig, p: int, split: str, jobs: list[Job]) -> Part:
+def _part(work: Path, data: DataConfig, p: int, split: str, planned_shards: list[PlannedShard]) -> Part:
     lengths = f"{split}-{p}.lengths.npy"
-    np.save(work / lengths, np.concatenate([np.load(_lengths(work, job), allow_pickle=False) for job in jobs]))
+    np.save(
+        work / lengths,
+        np.concatenate([np.load(_lengths(work, planned), allow_pickle=False) for planned in planned_shards]),
+    )
     source = data.sources()[p]
-    shards = [Note.model_validate_json(_note(work, job).read_text()).shard for job in jobs]
+    shards = [Note.model_validate_json(_note(work, planned).read_text()).shard for planned in planned_shards]
     about = {"title": source.title, "weight": source.weight, "epochs": source.epochs, "shards": shards}
     return Part(lengths=lengths, lengths_sha256=checksums.of_file(work / lengths), **about)
 
 
-def _write(work: Path, jobs: list[Job], pool: Pool, progress: Progress) -> None:
+def _write(work: Path, planned_shards: list[PlannedShard], pool: Pool, progress: Progress) -> None:
     """Write those of the shards that are missing."""
-    missing = [job for job in jobs if not _is_written(work, job)]
-    total = sum(len(job.index) for job in jobs)
-    done = total - sum(len(job.index) for job in missing)
+    missing = [planned for planned in planned_shards if not _is_written(work, planned)]
+    total = sum(len(planned.index) for planned in planned_shards)
+    done = total - sum(len(planned.index) for planned in missing)
     progress(done, total)
     for documents in pool(_shard, missing):
         progress(done := done + documents, total)
 
 
-def _is_written(work: Path, job: Job) -> bool:
+def _is_written(work: Path, planned: PlannedShard) -> bool:
     """Return True if an earlier call wrote a shard and its lengths, and both files still have their checksums."""
     try:
-        note = Note.model_validate_json(_note(work, job).read_text())
-        sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, job))
+        note = Note.model_validate_json(_note(work, planned).read_text())
+        sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, planned))
     except (OSError, ValueError):
         return False
     return sums == (note.shard.sha256, note.lengths)
 
 
-def _note(work: Path, job: Job) -> Path:
-    return work / f"{job.name}.shard.json"
+def _note(work: Path, planned: PlannedShard) -> Path:
+    return work / f"{planned.name}.shard.json"
 
 
-def _lengths(work: Path, job: Job) -> Path:
-    return work / f"{job.name}.shard.npy"
+def _lengths(work: Path, planned: PlannedShard) -> Path:
+    return work / f"{planned.name}.shard.npy"
 
 
 Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
@@ -238,23 +255,23 @@ def _scan(worker: Worker, rows: splits.Range) -> Scan:
     return scan(worker.data, worker.views[part], first, last)
 
 
-def _shard(worker: Worker, job: Job) -> int:
+def _shard(worker: Worker, planned: PlannedShard) -> int:
     """Write one shard, its lengths and then its record, and return the number of documents.
 
     The record is written last, so that its presence marks a complete shard.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    file = worker.work / f"{job.name}.arrayrecord"
+    file = worker.work / f"{planned.name}.arrayrecord"
     dtype = _dtype(worker.tokenizer)
     writer = ArrayRecordWriter(str(file), "group_size:1")
     lengths = []
-    for i in job.index:
+    for i in planned.index:
         ids = np.array(worker.tokenizer.encode(worker.source[int(i)]["text"]), dtype)
         writer.write(ids.tobytes())
         lengths.append(len(ids))
     writer.close()
-    np.save(_lengths(worker.work, job), np.array(lengths, np.int32), allow_pickle=False)
+    np.save(_lengths(worker.work, planned), np.array(lengths, np.int32), allow_pickle=False)
     content = file.read_bytes()
     shard = Shard(
         file=file.name,
@@ -263,9 +280,9 @@ def _shard(worker: Worker, job: Job) -> int:
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    draft = _note(worker.work, job).with_suffix(".tmp")
-    draft.write_text(Note(shard=shard, lengths=checksums.of_file(_lengths(worker.work, job))).model_dump_json())
-    draft.rename(_note(worker.work, job))
+    draft = _note(worker.work, planned).with_suffix(".tmp")
+    draft.write_text(Note(shard=shard, lengths=checksums.of_file(_lengths(worker.work, planned))).model_dump_json())
+    draft.rename(_note(worker.work, planned))
     return len(lengths)
 
 
