@@ -1,4 +1,4 @@
-"""Train on conversations: predict the assistant's tokens from all tokens before them, in the format of a chat template."""
+"""Train on conversations in the format of a chat template: predict each token of the assistant from those before it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
-from llmctl.evaluate.tasks.registry import TASKS, finetuned, of
+from llmctl.evaluate.tasks.registry import TASKS, finetuned
 from llmctl.evaluate.tasks.settings import ChatConfig, GenerationConfig, PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
@@ -124,7 +124,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.distributed import mesh
     from llmctl.model import weights
     from llmctl.pipeline import console
-    from llmctl.train import learner
+    from llmctl.train import learner, task_head
     from llmctl.train.robust.regularize import class_counts
 
     devices = mesh.make(config.mesh)
@@ -139,7 +139,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         console.say(f"{config.title}: {line}")
     counts = class_counts(text.splits["train"]) if config.regularize.class_weights == "balanced" else []
     learns = make_learner(config, base, labels, devices, counts)
-    for line in filter(None, (head_notice(config, base, labels), pooling_hint(config, base, learns.model))):
+    for line in task_head.notices(config, base, labels, learns.model):
         console.say(f"{config.title}: {line}")
 
     cache = ctx.work / "corpus"
@@ -234,7 +234,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
 
     from llmctl.evaluate.tasks.base import Options
     from llmctl.model import weights
-    from llmctl.train import learner, loop
+    from llmctl.train import learner, loop, task_head
     from llmctl.train.adapters import selection
     from llmctl.train.robust import robust_job
 
@@ -245,7 +245,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     settings = getattr(config, task.section) if task.section else None
     task.check_method(method.adapts, Options(label_smoothing=config.train.label_smoothing, settings=settings))
     loop.check(base.model, config.train, mesh)
-    model, params = _with_head(config, base, labels, mesh)
+    model, params = task_head.with_head(config, base, labels, mesh)
     if config.freeze_layers > model.layers:
         raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
     model = method.network(config, model)
@@ -262,84 +262,3 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
         during=partial(selection.during, config, method, model, params),
     )  # fmt: skip
     return robust_job.attached(config, made, counts)
-
-
-def why_new_head(config: Config, base: Artifact, labels: list[str]) -> str:
-    """Return the reason why the task needs a new head, or "" if it can use the parent's head."""
-    from llmctl.artifacts.manifest import listed
-    from llmctl.model.head_kinds import HEAD_KINDS
-
-    task, cfg = TASKS[config.task], base.model
-    if HEAD_KINDS[task.head_for(cfg)].vocabulary:
-        return ""
-    if (parents := of(base.manifest)) is not task:
-        return f"the parent's is for task {parents.name}"
-    if labels and base.manifest.labels != labels:
-        return f"the parent's classes are {listed(base.manifest.labels)}, the data's {listed(labels)}"
-    if not HEAD_KINDS[task.head].per_token and config.pooling not in ("", cfg.pooling):
-        return f"the parent pools by {cfg.pooling}"
-    return ""
-
-
-def head_notice(config: Config, base: Artifact, labels: list[str]) -> str:
-    """Return a message if a new head replaces the trained head of an earlier finetuning, otherwise ""."""
-    kind = base.model.head_kind
-    why = "" if kind.vocabulary or kind.bare else why_new_head(config, base, labels)
-    return f"the task's head is new and begins untrained: {why}" if why else ""
-
-
-def pooling_hint(config: Config, base: Artifact, model: ModelConfig) -> str:
-    """Return a message that suggests mean pooling, or "" if the default pooling suffices.
-
-    The message is returned if the first token is pooled by default, but was not trained as a summary of the text. A
-    BERT of this project's size was pretrained only on masked tokens. It then classified 67% of the examples correctly
-    by its first token, and 78% by the mean. A next-sentence objective trains the first token and its pooler.
-    """
-    from llmctl.model.head_kinds import HEAD_KINDS
-
-    kind = HEAD_KINDS[model.head]
-    if kind.vocabulary or kind.per_token or model.pooling != "first" or config.pooling or base.model.head == model.head:
-        return ""
-    if "pooler" in base.params.get("head", {}):
-        return ""
-    return 'the first token stands for the text, which this pretraining did not train; try pooling = "mean" as well'
-
-
-def _with_head(config: Config, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the parent's config and parameters with the task's head.
-
-    A head that does not fit is replaced by a new one.
-    """
-    import jax
-
-    from llmctl.model import functional
-    from llmctl.model.config import ModelConfig
-    from llmctl.model.head_kinds import HEAD_KINDS
-
-    cfg, params, task = base.model, dict(base.params), TASKS[config.task]
-    if HEAD_KINDS[task.head_for(cfg)].vocabulary:
-        if not cfg.head_kind.vocabulary:
-            raise RequestError(
-                f"{base.path}: has no language-model head (its head is {cfg.head!r}); start from one that has"
-            )
-        task.check_model(cfg, str(base.path))
-        return cfg, params
-    task.check_data(config.data, labels)
-    per_token = HEAD_KINDS[task.head].per_token
-    if not why_new_head(config, base, labels):
-        return cfg, params
-    head = {"head": task.head, "labels": len(labels), "pooling": config.pooling or task.pooling or cfg.pooling}
-    head |= {"pooler": False, "head_bias": True} if per_token else {}  # no pooling; biases as in published models
-    if cfg.architecture == "encoder_decoder":
-        # The task generates no text, so only the encoder is kept, as an encoder of the same family.
-        head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0}
-        head |= {"pooling": config.pooling or "mean", "preset": ""}
-        params.pop("decoder")
-    new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
-    params.pop("lm_head", None)
-    pooler = {k: v for k, v in params.pop("head", {}).items() if k == "pooler" and new.pooler}  # BERT's is pretrained
-    shardings = functional.shardings(new, functional.abstract(new), devices).get("head")
-    if not shardings:  # embeddings by the mean have no head parameters
-        return new, params
-    fresh = jax.jit(lambda key: functional.init(new, key)["head"], out_shardings=shardings)(jax.random.key(config.seed))
-    return new, params | {"head": fresh | pooler}

@@ -17,6 +17,7 @@ from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import distill, finetune, pretrain
+from llmctl.train import task_head
 
 SIZES = {"d_model": 16, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_ff": 24}
 
@@ -99,10 +100,10 @@ def test_epochs_decide_the_steps_and_padding_is_said(sentiment, base, tmp_path, 
 def test_a_first_token_that_no_pretraining_has_trained_is_mentioned(base):
     first = base.model.model_copy(update={"architecture": "encoder", "pooling": "first"})
     parent, head = SimpleNamespace(model=first, params=base.params), first.model_copy(update={"head": "classify"})
-    assert 'pooling = "mean"' in finetune.pooling_hint(finetune.Config(), parent, head)
-    assert not finetune.pooling_hint(finetune.Config(pooling="first"), parent, head)
+    assert 'pooling = "mean"' in task_head.pooling_hint(finetune.Config(), parent, head)
+    assert not task_head.pooling_hint(finetune.Config(pooling="first"), parent, head)
     trained = SimpleNamespace(model=first, params=base.params | {"head": {"pooler": {}}})
-    assert not finetune.pooling_hint(finetune.Config(), trained, head)
+    assert not task_head.pooling_hint(finetune.Config(), trained, head)
 
 
 def test_a_trained_head_that_does_not_fit_is_said_to_be_new(base):
@@ -113,7 +114,7 @@ def test_a_trained_head_that_does_not_fit_is_said_to_be_new(base):
         )
 
     def notice(parent, labels, **given):
-        return finetune.head_notice(finetune.Config(**given), parent, labels)
+        return task_head.notice(finetune.Config(**given), parent, labels)
 
     two = parent("classify", labels=["no", "yes"])
     assert notice(two, ["no", "yes"]) == notice(parent("lm"), ["no", "yes"]) == notice(two, [], task="lm") == ""
