@@ -68,7 +68,7 @@ def accumulate(
 def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
     """Return a compiled function (matrices, parameters, totals, batch) -> (totals, weight of the batch's loss).
 
-    The function adds the batch's gradients to the totals. The totals are donated.
+    It adds the values of the functions in `sums` for the batch's gradients to the totals. The totals are donated.
     """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 

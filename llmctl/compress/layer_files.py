@@ -80,7 +80,7 @@ class Saved:
 
 
 def _content(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the JSON content and the arrays of a file, by the names of the arrays."""
+    """Return (JSON content, arrays by name) of a saved layer's file."""
     arrays = {}
     with np.load(file, allow_pickle=False) as stored:
         about = json.loads(stored[ABOUT].tobytes())

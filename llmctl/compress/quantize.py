@@ -96,7 +96,7 @@ def with_activations(node: Node, inputs: int, activations: str) -> Node:
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def measured(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[Node, jax.Array]:
-    """Quantize one weight, and return it with its relative error, a float32 scalar."""
+    """Quantize one weight, and return (weight node, its relative error as a float32 scalar)."""
     node = SCHEMES[scheme](w, inputs, group)
     return node, relative_error(w, node)
 

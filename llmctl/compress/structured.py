@@ -198,9 +198,9 @@ def prune_widths(
 def _common_heads(
     cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], collect: Collect, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """Return scores [H] of the self-attention heads, by stack.
+    """Return one score per self-attention head [H] for all layers of a stack, by stack.
 
-    The scores of each layer are normalized to sum 1, and added over the layers of the stack.
+    It is the sum over the layers of scores that are normalized to sum 1 in each layer.
     """
     _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
     scores = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}

@@ -45,7 +45,10 @@ def fraction(text: str) -> float:
 
 @dataclass(frozen=True)
 class Scan:
-    """Store the scan result of a range of rows. `state` has one entry per row, the other fields one per kept row."""
+    """Store the scan result of a range of R rows.
+
+    `state` has one entry per row. The other fields have one entry per kept row.
+    """
 
     state: np.ndarray
     """State of each row, uint8 [R]: KEPT, FILTERED, BLANK or UNLABELED."""
@@ -56,11 +59,11 @@ class Scan:
     digest: np.ndarray
     """First 16 bytes of the SHA-256 of the exact texts of each row."""
     chars: np.ndarray
-    """Length of the first text of each row in characters, int64."""
+    """Number of characters of the first text of each row, int64."""
     labels: list[Label]
-    """Label values; empty if rows have no labels."""
+    """Label of each kept row as it is in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """Location of the first row with each word label, for error messages; empty if words have no labels."""
+    """Location of the first row in which each word label occurs, for error messages; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:

@@ -39,7 +39,7 @@ class Source:
 
     columns: tuple[str, ...] = ()
     names: Names = {}
-    """Class names of the columns with class numbers, if the data declares them."""
+    """Class names by class number, for each column of class numbers whose names the data declares."""
 
     def has(self, column: str) -> bool:
         """Return True if at least one row may have the column."""

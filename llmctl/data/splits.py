@@ -53,7 +53,7 @@ class Examples:
     classes: tuple[str, ...]
     """Class names by class index, of text labels or word labels; empty for numbers and unlabeled data."""
     class_of: Mapping[str, str] = field(default_factory=dict)
-    """Class name of each label in the data: {label as spelled there: class name}."""
+    """Map from each label as spelled in the data to its class name."""
 
     def __len__(self) -> int:
         return len(self.index)

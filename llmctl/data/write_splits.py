@@ -44,7 +44,7 @@ def write(cfg: DataConfig, folder: Path) -> tuple[dict[str, tuple[Path, int]], s
 
 
 def _plain(row: Row, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return a row in the format of a source: class names as labels, and answers in SQuAD's format."""
+    """Convert a row to the format of a source: class names as labels, and answers in SQuAD's format."""
     out = dict(row)
     label = out.get("label")
     if isinstance(label, list):

@@ -66,9 +66,9 @@ class Checkpoints:
         return WorkError(f"{self.folder}: a checkpoint could not be written ({' '.join(str(e).split())[:160]}); {left}")
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, wait: bool = False) -> None:
-        """Write state and JSON metadata of `step` in the background.
+        """Write the state and the JSON metadata of `step` to disk in the background.
 
-        If `wait` is true, return when both are on disk.
+        If `wait` is true, return only when both are on disk.
         """
         self._save(self._latest, step, state, meta, wait)
 
@@ -77,9 +77,9 @@ class Checkpoints:
         return step in self._best.all_steps()
 
     def save_best(self, step: int, named: Any) -> None:
-        """Store the parameters as the best ones, and remove the previous best.
+        """Store the parameters of `step` as the best ones, and remove the previous best.
 
-        A resumed run may reach the stored step again. It then saves nothing, because its parameters have the same bits.
+        If a resumed run reaches the stored step again, nothing is saved, because the parameters have the same bits.
         """
         if self.has_best(step):
             return
@@ -134,7 +134,7 @@ class Checkpoints:
         return ocp.CompositeCheckpointHandler().restore(epath.Path(self.folder / "steps" / str(step)), args=args)
 
     def _meta(self, found: Any, name: str) -> tuple[dict[str, Any], str]:
-        """Return the metadata of a restored checkpoint and the reason why it is damaged, or "" if it is intact."""
+        """Return (metadata of a restored checkpoint, reason why it is damaged or "" if it is intact)."""
         meta = dict(found["meta"])
         expected, digest = meta.pop(ARRAYS, None), meta.pop(META, None)
         if expected is None:
@@ -149,7 +149,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """Move a damaged checkpoint to the folder `damaged`.
 
-        It is not deleted, because the machine may be the cause.
+        It is not deleted, because the damage may be the machine's fault.
         """
         aside = self.folder / "damaged" / str(step)
         shutil.rmtree(aside, ignore_errors=True)

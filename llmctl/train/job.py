@@ -24,9 +24,9 @@ State = dict[str, Any]
 Sums = dict[str, jax.Array]
 
 NEVER = 2**31 - 1
-"""Value of `Job.starts` for layers that are not trained."""
+"""Value that `Job.starts` returns for layers that are never trained."""
 EXTRA = "extra/"
-"""Prefix of the names of extra parameters in the training state."""
+"""Prefix that the names of extra parameters (`Job.extra`) have in the training state."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,20 @@ class Job:
     """Initial parameters, sharded over the mesh. Trained arrays are donated to the training state. Abstract arrays
     suffice for compiling."""
     loss: Callable[..., tuple[jax.Array, Sums]]
-    """Function (params, batch, dropout key, *constants) -> (sum of losses, sums). The step divides the loss by the sum
-    "weight". If the job has extra parameters, the loss also receives them as the keyword argument `extra`."""
+    """Function (params, batch, dropout key, *constants) -> (sum of losses, metric sums). The step divides the loss by
+    the metric sum "weight". If the job has extra parameters, the loss also receives them as the keyword argument
+    `extra`."""
     rows: Any
-    """Training rows with random access by number."""
+    """Training rows. They have random access by row number."""
     validate: Callable[[Params], dict[str, float]]
-    """Function from parameters to their metrics on validation data, by name."""
+    """Function (parameters) -> metrics on the validation data, by name."""
     constants: tuple[Any, ...] = ()
     """Arrays that the loss reads as its last arguments and that no step changes, such as the parameters of a
     teacher."""
     metric: str = "loss"
     """Validation metric that selects the best parameters. Its record in `METRICS` has the direction of improvement."""
     keep_best: bool = False
-    """Return the parameters with the best validation metric instead of the last ones."""
+    """Whether training returns the parameters with the best validation metric. Otherwise it returns the last ones."""
     trains: Callable[[str], bool] = lambda _: True
     """Function from the name of an array of `params` to whether the array is trained."""
     rate: Callable[[str], Any] = lambda _: 1.0
@@ -87,8 +88,7 @@ class Job:
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0
-    """Floating-point operations per token, from which the utilization (MFU) is computed. If it is 0, no MFU is
-    reported."""
+    """Floating-point operations per token, used to report the utilization (MFU). If it is 0, no MFU is reported."""
     model: ModelConfig | None = None
     """Config of the model, if the job has one. The log then reports the attention kernel of the model."""
 
@@ -102,6 +102,6 @@ def split(job: Job) -> tuple[Params, Params]:
 
 
 def joined(job: Job, named: Params) -> Params:
-    """Return the parameters to validate and to save, from all arrays of the job by name."""
+    """Return the parameters to validate and to save, as a tree. `named` has all arrays of the job by name."""
     extra = {n: named[f"{EXTRA}{n}"] for n in job.extra}
     return job.result(weights.rebuild(job.params, named), extra)

@@ -82,7 +82,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
     """Return the training job of a stage.
 
     Args:
-      config: the stage's config, of which `train` is read.
+      config: the stage's config. Only the section `train` is read.
       learner: the model and its task.
       rows: training rows.
       validate: function from parameters to metrics, as in Job.
@@ -105,9 +105,10 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
 
 
 def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
-    """Return the settings `train` with the number of steps, and lines for the log.
+    """Return (`config.train` with its number of steps, log lines).
 
-    The list has one line if `train.epochs` determines the number of steps, and is empty otherwise.
+    If `train.epochs` is set, it determines the number of steps, and a log line reports this number. Otherwise there are
+    no log lines.
 
     Raises:
       RequestError: the data settings also limit the epochs, or the sources have fewer rows than the steps read.
@@ -183,6 +184,6 @@ def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Vali
 
 
 def _setup(config: Any, held_out: Validation) -> Setup:
-    """Return the settings of a measurement on all validation rows."""
+    """Return the settings with which all validation rows are measured."""
     train = config.train
     return Setup(held_out.mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)

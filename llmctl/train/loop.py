@@ -136,7 +136,7 @@ def _evaluated(state: State) -> Params:
 
 
 class _Loop:
-    """Run the training steps from the resumed step to the last one."""
+    """Run the training steps of a job, from the step after the restored checkpoint to the last one."""
 
     peak: float | None = None
     profile: Profile
@@ -225,7 +225,7 @@ class _Loop:
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")
 
     def raise_if_bad(self, state: State) -> None:
-        """Raise WorkError if too many consecutive steps were bad.
+        """Raise WorkError if too many consecutive steps were bad: without a finite loss, without a label, or outliers.
 
         The state counts bad steps, so it suffices to check the count at log lines and checkpoints.
         """

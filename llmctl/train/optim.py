@@ -25,7 +25,7 @@ from llmctl.model import weights
 Named = dict[str, Any]
 
 FACTORED_FROM = 128
-"""Smallest side length for factored second moments in Adafactor, as in the authors' code. Both sides must reach it."""
+"""Minimum length of both sides of a matrix for which Adafactor factors the second moments, as in the authors' code."""
 
 
 def portion(amount: float, steps: int) -> int:
@@ -70,10 +70,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(name: str) -> bool:
-    """Return whether weight decay applies to an array, by its name.
-
-    Weight decay applies to matrices, including the matrices of adapters.
-    """
+    """Return whether weight decay applies to the array with this name: to matrices, including those of adapters."""
     return weights.is_kernel(name) and not weights.parse(name).vector
 
 

@@ -70,7 +70,10 @@ class AnswerRows(ExampleRows):
         super().__init__(len(self._windows), seed, shuffle)
 
     def _cut(self, room: int, answer: tuple[str, int] | None) -> list[Window]:
-        """Return the windows of the last added example, whose rows have `room` tokens for question and context."""
+        """Return the windows of the example that was added last.
+
+        Question and context together get `room` tokens per row.
+        """
         example, spans_N2 = len(self._questions) - 1, self._contexts[-1][1]
         begin = len(self._template.begin) + len(self._questions[-1]) + len(self._template.between)
         width = room - len(self._questions[-1])

@@ -101,7 +101,7 @@ class ClassificationRows(ExampleRows):
         self._pairs = tokenize(examples.texts("pair"), tokenizer) if "pair" in examples.columns else None
 
     def balanced(self) -> ClassificationRows:
-        """Return the rows of the same examples, with every class equally often."""
+        """Return rows of the same examples, sampled so that every class occurs equally often."""
         found = copy.copy(self)
         found._epochs = Balanced(self._labels_N, self._seed)
         return found
@@ -219,9 +219,9 @@ class SequencePairRows(ExampleRows):
         self.written = (
             max((len(self._completions[i]) for i in count), default=0) + 1 if whole else target_len or seq_len
         )
-        """Length of the decoder rows in tokens."""
+        """Number of tokens per decoder row."""
         self.cut = sum(len(self._prompts[i]) > self._room for i in count)
-        """Number of prompts whose end is cut."""
+        """Number of prompts that are too long, so that their ends are cut."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         pairs = [(self._prompts[i], self._completions[i]) for i in map(int, example_B)]

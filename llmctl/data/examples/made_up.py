@@ -46,7 +46,7 @@ class MadeUp(Text):
 
     @property
     def splits(self) -> splits.Splits:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return splits that all have the same examples."""
+        """Return the splits. Each of them has the same examples."""
         held = dict.fromkeys(get_args(Split), self._examples)
         return splits.Splits(DataConfig(), held, rows=COPIES, filtered=0, blank=0, duplicates=0)
 
@@ -66,7 +66,7 @@ class MadeUp(Text):
         return 0.0
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return one source with weight 1 and the tokenized texts. `split` and `cache` are not used."""
+        """Return the tokenized texts as one source with weight 1. `split` and `cache` are not used."""
         return [(1.0, 0.0, tokenize(self._examples.texts(), tokenizer))]
 
 

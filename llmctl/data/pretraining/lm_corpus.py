@@ -62,7 +62,7 @@ class Text:
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     def describe(self) -> list[str]:
-        """Return a log line about the raw rows and their splits, in a list; for prepared text, the list is empty."""
+        """Return log lines about the rows and their splits: one for raw text, none for prepared text."""
         return [] if self._prepared else [self.splits.describe()]
 
     @property

@@ -22,7 +22,7 @@ one row."""
 
 @dataclass(frozen=True)
 class Phase:
-    """Describe consecutive blocks that have the same number of rows from each source."""
+    """Describe consecutive blocks of a mixture that all have the same number of rows from each source."""
 
     start: int
     """Index of the first row."""
@@ -66,7 +66,7 @@ class MixedRows:
         self.total = None if np.isinf(end) else int(end)
         self._starts = np.array([p.start for p in self._phases])
         self.tokens = sum(s.tokens for s in sources)
-        """Total number of tokens of all sources, in one epoch of each."""
+        """Number of tokens of all sources together, in one epoch of each."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
         """Fraction of positions that are padding, averaged by the weights."""
         self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
@@ -90,7 +90,7 @@ class MixedRows:
         return {name: np.concatenate([part[name] for part in parts])[back_B] for name in parts[0]}
 
     def places(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each row, and the row's index in that source, int64 [B] each."""
+        """Return (index of each row's source, index of the row in that source), int64 [B] each."""
         if self.total is not None and rows_B.max() >= self.total:
             raise RequestError(f"the sources' epochs are used up after {self.total} rows; more epochs, or fewer steps")
         phase_B = np.searchsorted(self._starts, rows_B, "right") - 1

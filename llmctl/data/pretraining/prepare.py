@@ -207,7 +207,7 @@ def _write(work: Path, planned_shards: list[PlannedShard], pool: Pool, progress:
 
 
 def _is_written(work: Path, planned: PlannedShard) -> bool:
-    """Return True if an earlier call wrote a shard and its lengths, and both files still have their checksums."""
+    """Return whether a shard and its lengths were written by an earlier call and still have their checksums."""
     try:
         note = Note.model_validate_json(_note(work, planned).read_text())
         sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, planned))
@@ -229,7 +229,7 @@ Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 class Worker:
-    """Store the state of a worker process: the opened sources and the tokenizer."""
+    """Hold what one worker process needs: the opened sources and the tokenizer."""
 
     def __init__(self, data: DataConfig, work: Path):
         self.data, self.work = data, work
@@ -292,7 +292,7 @@ def _dtype(tokenizer: Tokenizer) -> str:
 
 @contextlib.contextmanager
 def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
-    """Yield a pool of `workers` processes. With one worker, tasks run in this process."""
+    """Yield a Pool of `workers` processes. With one worker, items are processed in this process."""
     if workers == 1:
         worker = Worker(data, work)
         yield lambda function, tasks: (function(worker, task) for task in tasks)

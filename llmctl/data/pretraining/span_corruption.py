@@ -20,12 +20,10 @@ from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 
 def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
-    """Return the sizes of span corruption that give about `encoder` encoder tokens.
+    """Return (raw tokens per row, decoder tokens, sentinels) for rows of about `encoder` encoder tokens.
 
-    Corruption replaces n tokens by n - k + s. It drops k = rate * n tokens in s = k / span spans.
-
-    Returns:
-        Raw tokens per row, decoder tokens, and sentinels.
+    Corruption drops k = rate * n of n tokens in s = k / span spans, and replaces each span by a sentinel. The encoder
+    therefore reads n - k + s tokens.
     """
     raw = encoder
     while True:
@@ -187,7 +185,7 @@ class _Rows:
         self._read, self._written = np.zeros(B, int), np.zeros(B, int)
 
     def read(self, b: int, segment: int, tokens: np.ndarray) -> int:
-        """Append tokens to the encoder row b, and return the number of tokens that fit."""
+        """Append tokens of a document to encoder row b, and return how many of them fit."""
         at = self._read[b]
         n = min(len(tokens), self.batch["encoder_tokens"].shape[1] - at)
         here = (b, slice(at, at + n))
@@ -198,7 +196,7 @@ class _Rows:
         return n
 
     def write(self, b: int, segment: int, targets: np.ndarray) -> None:
-        """Append as many targets to the decoder row b as fit."""
+        """Append targets of a document to decoder row b. Targets that do not fit are dropped."""
         at = self._written[b]
         n = min(len(targets), self.batch["tokens"].shape[1] - at)
         here = (b, slice(at, at + n))

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
-"""Name of the file beside the model file that stores the tokenizer's kind, digest and options."""
+"""Name of the file with the tokenizer's kind, digest and options. It is in the folder of the model file."""
 
 
 SENTINEL = "<extra_id_{}>"

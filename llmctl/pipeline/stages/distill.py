@@ -110,7 +110,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the training step of student and teacher, and the artifact of the student."""
+    """Return (the training step of student and teacher as a program, the student's artifact)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
     from llmctl.train import programs

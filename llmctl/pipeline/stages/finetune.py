@@ -71,7 +71,7 @@ class Config(StageConfig):
     freeze_layers: int = Field(default=0, ge=0)
     """Number of first layers to freeze, together with the embeddings."""
     trained: TrainedConfig = TrainedConfig()
-    """Choice of what is trained, and how fast."""
+    """Parameters to train, their learning rates, and the steps at which their training starts."""
     pooling: Literal["", "last", "mean", "first"] = ""
     """Vector of a text to classify or embed: last token, mean, or first token. Default: the model's; the mean for
     embeddings and for encoder-decoders. After a short pretraining the mean is often better than the first token."""

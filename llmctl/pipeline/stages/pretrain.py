@@ -112,7 +112,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the training step and the artifact of the language model."""
+    """Return (the training step as a program, the artifact of the language model)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import made_up
     from llmctl.train import programs

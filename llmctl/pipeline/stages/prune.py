@@ -172,7 +172,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the programs of the calibration walk and of pruning a matrix, and the pruned artifact."""
+    """Return (programs of the calibration walk and of pruning the largest matrix, the pruned artifact)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs, prune
     from llmctl.model import functional

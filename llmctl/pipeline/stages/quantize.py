@@ -139,7 +139,7 @@ def left_out(params: dict[str, Any], parameters: int) -> list[str]:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the quantization program of the largest weight, and the quantized artifact."""
+    """Return (the program that quantizes the largest weight, the quantized artifact)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs
 
