@@ -1,6 +1,6 @@
-"""Build the command line, with one command per stage and per file in `llmctl/cli/commands`.
+"""Build the command line, with one command per stage and one per file in `llmctl/cli/commands`.
 
-Exceptions are mapped to exit codes.
+Exceptions end the process with exit codes.
 """
 
 from __future__ import annotations

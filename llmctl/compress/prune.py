@@ -64,7 +64,7 @@ def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
 
 
 def apply(w: Weight, mask_IO: jax.Array) -> Weight:
-    """Return the weight with zeros at the positions at which the mask is False.
+    """Return the weight with zeros where the mask is False.
 
     The other entries of a quantized weight keep their integers.
     """

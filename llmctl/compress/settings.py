@@ -1,4 +1,7 @@
-"""Define the settings of calibration, which select the examples that a compression method reads. Imports no JAX."""
+"""Define the settings of calibration, which select the examples that a compression method reads.
+
+The module does not import JAX.
+"""
 
 from __future__ import annotations
 

@@ -97,10 +97,10 @@ def prune_layers(
     progress: Progress = None,
     dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]]]:
-    """Remove the layers of least block influence (ShortGPT, arXiv:2403.03853) until each stack has `target`'s depth.
+    """Remove the layers with the least block influence (ShortGPT, arXiv:2403.03853), to the depths of `target`.
 
     Returns:
-      The config, the parameters, and the kept layers of each stack.
+      The config, the parameters, and the indices of the kept layers of each stack.
     """
     _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
     kept: dict[str, list[int]] = {}

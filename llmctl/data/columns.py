@@ -284,7 +284,7 @@ class View(Source):
 
 
 def _without_text(row: Row) -> str:
-    """Return advice for data without a canonical text column, based on its first row."""
+    """Return advice for an error about data without a text column. It names candidates from the first row."""
     if found := next((column for column, value in row.items() if chats.is_chat(value)), None):
         return f"column {found!r} holds {CHATS}"
     if text := next((column for column, value in row.items() if isinstance(value, str)), None):

@@ -72,7 +72,8 @@ class SourceConfig(Config):
     replace: dict[str, str] = {}
     """Replacements {substring: new text} in every text column, applied in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
-    """Unit of one document (source text). Blank lines separate paragraphs."""
+    """Part of a text file that is one document: the file, a line, or a paragraph (source text). Blank lines separate
+    paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     """Character between fields (source csv)."""
     weight: float = Field(default=1.0, gt=0)

@@ -30,7 +30,7 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def describe(rows: Any) -> list[str]:
-    """Return a one-line report with advice if more than a quarter of the positions is padding, else an empty list.
+    """Return log lines: a report with advice if more than a quarter of the positions is padding, otherwise none.
 
     The report is omitted if a shorter `seq_len` would cut more than 5 % of the rows. It gives the 95th percentile and
     the maximum of the sampled lengths, over both sides of an encoder-decoder or a pair.

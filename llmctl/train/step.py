@@ -146,7 +146,7 @@ def _master(a: Any) -> Any:
 
 
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
-    """Return the function (state, (fixed, constants), batch) -> (state, metrics), and the optimizer of the state."""
+    """Return (step function, optimizer). The step is (state, (fixed, constants), batch) -> (state, metrics)."""
     trained = split(job)[0]
     starts = {name: s for name in trained if np.any((s := job.starts(name)) > 0)}
     optimizer = optim.build(config, train.steps, trained, starts)

@@ -40,7 +40,7 @@ class Timer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time of this context, such as a validation or the writing of a checkpoint."""
+        """Exclude the time inside this context from the measurement, such as that of a validation."""
         before = time.monotonic()
         yield
         self.start += time.monotonic() - before

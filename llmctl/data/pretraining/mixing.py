@@ -134,7 +134,7 @@ def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
 
 
 def shares(weights: np.ndarray) -> np.ndarray:
-    """Return the number of rows of each source per block, int64 [S], by the largest-remainder method.
+    """Return the number of rows that each source has in a block, int64 [S], by the largest-remainder method.
 
     Every source with a positive weight has at least one row.
     """

@@ -130,7 +130,7 @@ class PackedRows:
 
     @property
     def waste(self) -> float:
-        """Return the fraction of an epoch's positions that are padding."""
+        """Return the fraction of padding among the positions of an epoch."""
         placed = min(self.tokens, self._rows * self.seq_len)
         return 1 - placed / (self._rows * self.seq_len)
 

@@ -82,7 +82,7 @@ class Tokenizer(ABC):
     model: bytes
     """Content of the model file."""
     chat_template: str | None = None
-    """Source of the Jinja template of conversations; None if the tokenizer has none."""
+    """Text of the Jinja template that renders conversations; None if the tokenizer has none."""
     own_template: TextTemplate | None = None
     """Template of an imported tokenizer, with which the model was trained; None uses llmctl's own template."""
 
@@ -96,7 +96,7 @@ class Tokenizer(ABC):
             folder: Folder of the model file, which may contain configuration files.
 
         Raises:
-            ValueError: If the files are invalid. The message has a few words.
+            ValueError: If the files are invalid. The message is a few words, which the caller completes.
         """
         return cls(model, described.get("bos", True))  # pyright: ignore[reportCallIssue]
 

@@ -93,9 +93,9 @@ class Config(StageConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     adversarial: AdversarialConfig = AdversarialConfig()
-    """Adversarial training on embeddings."""
+    """Settings of adversarial training."""
     regularize: RegularizeConfig = RegularizeConfig()
-    """Regularization, and weights of classes."""
+    """Settings of regularization, and weights of classes."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
     """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)

@@ -313,8 +313,5 @@ def _unstructured(
 
 
 def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
-    """Return the relative output error of each layer, by stack.
-
-    The layer's inputs come from the pruned layers before it.
-    """
+    """Return the relative output error of each pruned layer, by stack, on inputs from the pruned layers before it."""
     return {s: [round(r.error, 6) for r in reports if r.stack == s] for s in dict.fromkeys(r.stack for r in reports)}

@@ -42,7 +42,7 @@ class Collective:
     """Number of these runs that overlap with computation: they start and end in separate instructions with matrix
     products between them."""
     payload: float = 0.0
-    """Bytes of the full arrays: the larger of the total input and the total output."""
+    """Bytes of the full arrays: the larger of all inputs together and all outputs together."""
     hidden: float = 0.0
     """Part of `bytes` that belongs to overlapped runs."""
 

@@ -59,7 +59,7 @@ class Instruction:
     name: str
     opcode: str
     arrays: list[Array]
-    """Leaf arrays of the result type, in order."""
+    """Arrays in the result, in order. A result that is no tuple has one array."""
     operands: list[str]
     inside: str
     """Text between the instruction's parentheses: its operands, or the value of a constant."""
@@ -211,7 +211,7 @@ def _closing(text: str, opens: int) -> int:
 
 
 def arrays(kind: str) -> list[Array]:
-    """Return the leaf arrays of a type such as f32[2,8]{1,0:T(8,128)S(1)}, or of a tuple of such types."""
+    """Parse an HLO type, such as f32[2,8]{1,0:T(8,128)S(1)} or a tuple of types, and return the arrays in it."""
     found = []
     for dtype, dims, layout in _LEAF.findall(_COMMENT.sub("", kind)):
         space = _SPACE.search(layout or "")

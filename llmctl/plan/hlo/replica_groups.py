@@ -52,7 +52,7 @@ def _ints(text: str) -> list[int]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """Return the numbers 0, 1, 2, … in the shape `dims`, transposed to `order`."""
+    """Return the numbers 0, 1, 2, … as an array of the shape `dims`, with its axes transposed to `order`."""
     ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
     return ids.transpose(_ints(order)) if order else ids
 

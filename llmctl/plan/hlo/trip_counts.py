@@ -19,7 +19,7 @@ _SAME = {"copy", "bitcast", "convert", "copy-done", "reshape"}
 
 
 def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """Return the trip count of `loop`, or None if it is unknown."""
+    """Return the trip count of the while instruction `loop`, or None if it is unknown."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(known[1])
     condition = module.computations[loop.called["condition"][0]]
@@ -139,7 +139,7 @@ def _start(module: Module, caller: Computation, loop: Instruction, index: int) -
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """Return the increment of element `index` per iteration, or None if it is not constant."""
+    """Return how much element `index` of the loop's tuple increases per iteration, or None if this is not constant."""
     if body.root.opcode != "tuple":
         return None
     found = _affine(module, body, body.operand(body.root, index), [])
