@@ -1,8 +1,10 @@
 """GGUF files: the gguf package reads our files, round trips, rounding by kind, vocabularies."""
 
 import json
+import os
 import shutil
 import struct
+from pathlib import Path
 
 import gguf
 import jax.numpy as jnp
@@ -307,25 +309,72 @@ def test_bad_files_are_refused(files, saved, call, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", *FAMILIES])
-def test_llama_cpp_answers_as_we_do(name, save, wild, words, call, tmp_path, logits):
-    llama_cpp = pytest.importorskip("llama_cpp")
+GOLDEN = Path(__file__).parent / "llama_cpp_golden.json"
+"""What llama.cpp said: `LLMCTL_WRITE_GOLDEN=1 pytest tests/convert/test_gguf.py -k llama_cpp_reads` with xllamacpp."""
+TEXT = "The cat looked at 345, it's so!"
+KEPT = 12
+
+
+def llama_cpp_case(name, words, wild):
     # Its kernels take rows of 32 and more; Gemma's configs get a window that the text outgrows.
     sizes = {"d_model": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "d_ff": 96, "max_seq_len": 64}
     changes = {"attn_scale": 32**-0.5} if name.startswith("gemma") else {}
+    changes |= {"window": 32} if name == "mistral" else {}  # the file says nothing of Mistral's window
     cfg = ModelConfig(vocab_size=words.vocab_size, **sizes, **({"family": name} | FAMILIES.get(name, {}) | changes))
-    params = wild(cfg)
+    return cfg, wild(cfg)
+
+
+@pytest.fixture
+def after_text(words, logits):
+    """after_text(cfg, params) -> our log-probabilities of the token after TEXT [V], and the number of its tokens."""
+
+    def made(cfg, params):
+        ids = words.encode(TEXT)
+        tokens = np.array([ids], np.int32)
+        positions = np.arange(len(ids), dtype=np.int32)[None]
+        batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
+        last = logits(cfg, params, batch)[0, -1].astype(np.float64)
+        return last - last.max() - np.log(np.exp(last - last.max()).sum()), len(ids)
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", *FAMILIES])
+def test_llama_cpp_answered_as_we_do(name, wild, words, after_text):
+    """Figures of llama.cpp from our files of these very models, read from text; recorded once."""
+    golden = json.loads(GOLDEN.read_text())[name]
+    ours, count = after_text(*llama_cpp_case(name, words, wild))
+    assert golden["tokens"] == count
+    best = np.argsort(-ours, kind="stable")[:KEPT]
+    theirs = {int(i): p for i, p in golden["log_probabilities"]}
+    # Its cache of keys and values is float16.
+    for i in best[:3]:
+        np.testing.assert_allclose(theirs[int(i)], ours[i], atol=0.02)
+    np.testing.assert_allclose([theirs[i] for i in theirs], ours[[*theirs]], atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", *FAMILIES])
+def test_llama_cpp_reads_what_we_write(name, save, wild, words, call, tmp_path, after_text):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    cfg, params = llama_cpp_case(name, words, wild)
     code, _, err = call("export", save(cfg, params), "--to", "gguf", "--type", "f32", "--out", tmp_path / "g")
     assert code == 0, err
-    model = llama_cpp.Llama(str(tmp_path / "g" / "model.gguf"), logits_all=True, n_ctx=64, verbose=False)
-    text = "The cat looked at 345, it's so!"
-    ids = words.encode(text)
-    assert model.tokenize(text.encode(), add_bos=False, special=False) == ids
-    model.eval(ids)
-    theirs = np.array(model.scores[: len(ids)])
-    tokens = np.array([ids], np.int32)
-    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": np.arange(len(ids), dtype=np.int32)[None]}
-    ours = logits(cfg, params, batch)[0]
-    # Its cache of keys and values is float16.
-    assert np.abs(ours - theirs).max() < 0.01 * np.abs(ours).max()
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(tmp_path / "g" / "model.gguf")
+    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 64, 1, 2, False
+    asked = {"prompt": TEXT, "n_predict": 1, "n_probs": KEPT, "temperature": 1, "cache_prompt": False}
+    server = xllamacpp.Server(settings)
+    answers = (server.handle_completions({**asked, "seed": seed}) for seed in range(20))
+    # It tells no probabilities if the token that it samples is the end; they do not depend on that token.
+    found = next(answer for answer in answers if answer["choices"][0]["logprobs"])
+    told = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    ours, count = after_text(cfg, params)
+    assert found["usage"]["prompt_tokens"] == count
+    for one in told:
+        np.testing.assert_allclose(one["logprob"], ours[one["id"]], atol=0.05)
+    if os.environ.get("LLMCTL_WRITE_GOLDEN"):
+        recorded = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+        pairs = [[one["id"], round(one["logprob"], 5)] for one in told]
+        recorded[name] = {"tokens": count, "log_probabilities": pairs}
+        GOLDEN.write_text(json.dumps(recorded, indent=1) + "\n")
