@@ -61,15 +61,16 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
     return tuple(c for c in columns if c != "pair")  # the pair is optional with scores
 
 
-def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool]:
-    """Return two booleans: whether a task of the stage reads labels, and whether one reads conversations.
+def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
+    """Return whether a task of the stage reads labels, and whether one reads conversations.
 
-    Both are False if the stage's tasks are unknown.
+    The first is False and the second None if the stage's tasks are unknown.
     """
     from llmctl.evaluate.tasks.registry import TASKS
 
     tasks = [TASKS[task] for task in _tasks(recipe, step)]
-    return any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
+    unknown = not tasks and step.config.kind != "pretrain"
+    return any(t.reads_labels for t in tasks), None if unknown else any(t.reads_conversations for t in tasks)
 
 
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
@@ -98,7 +99,7 @@ def _learned(recipe: Recipe, read: str | Path | None) -> str:
 
 
 def _check(
-    name: str, data: DataConfig, columns: tuple[str, ...], missing: bool, labels: bool, conversations: bool
+    name: str, data: DataConfig, columns: tuple[str, ...], missing: bool, labels: bool, conversations: bool | None
 ) -> None:
     from llmctl.data import columns as mapping
     from llmctl.data.dedup import scan
@@ -114,7 +115,9 @@ def _check(
             return
         raise
     try:
-        views = mapping.views(data, labels, conversations)
+        if conversations is None and mapping.holds_conversations(data):
+            return  # the artifact may have been trained on conversations, or not
+        views = mapping.views(data, labels, bool(conversations))
         for view in views:
             absent = [c for c in columns if c not in view.columns]
             if len(view) and absent:

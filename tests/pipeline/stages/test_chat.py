@@ -117,6 +117,12 @@ def test_perplexity_is_that_of_the_answers_alone(tuned, talks, tmp_path):
     )
 
 
+def test_a_command_measures_an_artifact_of_another_run(tuned, talks, tmp_path):
+    argv = ["eval", str(tuned), "--out", str(tmp_path / "out"), "--data.source", "jsonl", "--data.path", talks.path]
+    assert app.run([*argv, "--data.test", "0.2", "--examples", "7", "--no-plot", "--no-speed"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[0]["task"] == "conversations"
+
+
 def test_answers_end_where_those_of_training_end(tuned, tmp_path, capsys, monkeypatch):
     import io
 
