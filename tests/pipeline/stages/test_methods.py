@@ -17,6 +17,7 @@ from llmctl.model import weights
 from llmctl.pipeline.stages import finetune
 from llmctl.train.adapters.registry import METHODS
 from llmctl.train.adapters.settings import AdaLoraConfig, LoraConfig
+from llmctl.train.robust.settings import RegularizeConfig
 
 TRAIN = TrainConfig(steps=12, batch_size=8, seq_len=32, eval_every=4, log_every=6, tensorboard=False)
 LORA = LoraConfig(rank=2, targets=["q", "v", "down"])
@@ -111,6 +112,29 @@ def test_merged_and_apart_answer_alike_and_integers_stay(method, artifacts, revi
             stored = after.get(name, after.get(name.replace(":qvalue", ":base.qvalue")))
             assert stored.dtype == np.int8
             np.testing.assert_array_equal(stored, a)
+
+
+def test_classes_are_counted_and_sampled_from_the_training_split(artifacts, reviews, tmp_path, monkeypatch):
+    """Two thirds of the reviews are positive; the stage ends where it would begin to train."""
+
+    class Begins(Exception):
+        pass
+
+    def run(config, ctx, mesh, learner, rows, *_):
+        raise Begins(learner, rows)
+
+    monkeypatch.setattr("llmctl.train.learner.run", run)
+    with pytest.raises(Begins) as caught:
+        go(config(reviews, regularize=RegularizeConfig(class_weights="balanced")), artifacts / "lm", tmp_path / "a")
+    made, rows = caught.value.args
+    labels = rows.batch(np.arange(len(rows)))["label"]
+    share = np.mean(labels)
+    assert 0.6 < share < 0.75
+    batch = made.changed.args[1].prepare({"label": labels}, jax.random.key(0))
+    np.testing.assert_allclose(batch["row_weight"], np.where(labels, 0.5 / share, 0.5 / (1 - share)), rtol=1e-5)
+    with pytest.raises(Begins) as caught:
+        go(config(reviews, regularize=RegularizeConfig(balance=True)), artifacts / "lm", tmp_path / "b")
+    assert caught.value.args[1].batch(np.arange(100))["label"].tolist() == [0, 1] * 50
 
 
 def test_optimizer_bytes_are_those_of_what_is_trained(artifacts, reviews):
