@@ -8,7 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from stage_pairs import MORE, QUANTIZE, SIZES, State, after, task
+from stage_pairs import ADAPTER, MORE, PROMPT, QUANTIZE, SIZES, State, after, task
 
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.artifact import Artifact
@@ -127,6 +127,10 @@ class Bench:
         else:
             how = {} if operation == "finetune" else {"method": "lora", "lora": finetune.LoraConfig(rank=2)}
             how |= {"merge": False} if operation == "LoRA apart" else {}
+            if operation == "houlsby":
+                how = {"method": "houlsby", "houlsby": finetune.HoulsbyConfig(size=ADAPTER)}
+            if operation == "prompt":
+                how = {"method": "prompt", "prompt": finetune.PromptConfig(tokens=PROMPT)}
             module, config = finetune, finetune.Config(task=task(operation, parent.state), **how, **learns)
         ctx.work.mkdir(parents=True)
         module.run(config, parent.path, ctx)
@@ -166,7 +170,8 @@ def state(found: Artifact, base: Path | None) -> State:
     return State(
         model.family, model.head, model.architecture, model.layers, model.heads, model.kv_heads, model.d_ff,
         "".join(kinds), pairs, artifact.read_manifest(base).model.head if pairs and base else "",
-        pruned=found.manifest.pruned, sparsity=zeros.sparsity(found.params),
+        adapter=model.adapter_size, prompt=model.prompt_tokens, pruned=found.manifest.pruned,
+        sparsity=zeros.sparsity(found.params),
     )  # fmt: skip
 
 
@@ -215,6 +220,8 @@ def kept_values(operation: str, parent: Artifact, made: Artifact, to: str) -> No
     params = jax.jit(weights.merge_adapters)(parent.params) if merges else parent.params
     old = {m.path: m.node for m in weights.matrices(params, "block")}
     new = {m.path: m.node for m in weights.matrices(made.params, "block")}
+    if operation == "houlsby":
+        new = {path: node for path, node in new.items() if path in old or not weights.parse(path).bottleneck}
     assert new.keys() <= old.keys()
     if operation == "structured":
         return selected(parent.model, params, made.params)

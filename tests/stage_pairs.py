@@ -7,11 +7,12 @@ import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-FINETUNE = ("finetune", "LoRA merged", "LoRA apart")
+FINETUNE = ("finetune", "LoRA merged", "LoRA apart", "houlsby", "prompt")
 SCORES = ("magnitude", "wanda 2:4")
 PRUNE = (*SCORES, "structured", "depth")
 QUANTIZE = ("int8", "int4", "W8A8")
 OPERATIONS = ("pretrain", *FINETUNE, *PRUNE, "distill", *QUANTIZE, "export and import")
+ADAPTER, PROMPT = 8, 3
 FAMILIES = ("llama", "bert", "t5")
 
 SIZES = {"d_model": 16, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 4, "d_ff": 16, "max_seq_len": 32}
@@ -36,6 +37,10 @@ class State:
     """Head of the artifact that unmerged low-rank pairs were attached to."""
     imported: bool = False
     """Whether the tokenizer is one that was written by export and read by import."""
+    adapter: int = 0
+    """Width of the bottleneck adapters."""
+    prompt: int = 0
+    """Length of the trained prompt."""
     pruned: bool = False
     sparsity: float = 0.0
     """Share of zeros in the layers' matrices."""
@@ -49,7 +54,7 @@ def start(family: str) -> State:
 
 def task(operation: str, s: State) -> str:
     """Return the task that an operation of `FINETUNE` is run for."""
-    return "lm" if operation != "finetune" and s.head == "lm" and s.family != "bert" else "classify"
+    return "lm" if operation not in ("finetune", "prompt") and s.head == "lm" and s.family != "bert" else "classify"
 
 
 def after(operation: str, s: State) -> State:
@@ -58,6 +63,8 @@ def after(operation: str, s: State) -> State:
         new = replace(s, head=task(operation, s))
         if new.head == "classify" and s.architecture == "encoder_decoder":
             new = replace(new, architecture="encoder")
+        new = replace(new, adapter=ADAPTER) if operation == "houlsby" else new
+        new = replace(new, prompt=PROMPT) if operation == "prompt" else new
         return replace(new, pairs=True, base_head=s.head) if operation == "LoRA apart" else new
     if operation == "export and import":  # pairs travel as an adapter; everything else as dense weights
         return s if s.pairs else replace(s, integers="", imported=True)
@@ -97,6 +104,8 @@ RULES = (
          "merged pairs would fill the zeros; full finetuning keeps them"),
     Rule("a task's head", ("pretrain",), lambda s: s.head != "lm", "cannot be pretrained further",
          "pretraining needs the head of a language model, which finetuning for another task replaces"),
+    Rule("a trained prompt", ("distill",), lambda s: s.prompt > 0, "has another trained prompt than the teacher",
+         "the teacher must have the same prompt"),
     Rule("integers or unmerged LoRA", ("pretrain", "distill"), lambda s: s.pairs or bool(s.integers),
          "cannot be pretrained further|has quantized or low-rank weights",
          "all weights would be trained, so merge first and quantize last"),
@@ -111,6 +120,10 @@ RULES = (
     Rule("as many zeros", ("magnitude",), lambda s: s.sparsity >= 0.5, "sparsity 0.5 changes nothing", ""),
     Rule("one head", ("structured",), lambda s: not can_halve(s), "nothing would be removed", ""),
     Rule("one layer", ("depth",), lambda s: s.layers == 1, "nothing would be removed", ""),
+    Rule("bottleneck adapters", ("export and import",), lambda s: s.adapter > 0, "has bottleneck adapters",
+         "no other format holds them"),
+    Rule("a trained prompt", ("export and import",), lambda s: s.prompt > 0, "has a trained prompt",
+         "no other format holds it"),
     Rule("a T5 with a task's head", ("export and import",), lambda s: s.family == "t5" and s.head != "lm",
          "have no head 'classify' to export to", "transformers has no T5 whose task head reads the encoder alone"),
     Rule("a BERT with fewer heads", ("export and import",),
@@ -133,6 +146,7 @@ def refusal(operation: str, s: State) -> Rule | None:
 
 GROUPS = {
     "pretrain": ("pretrain",), "finetune": ("finetune",), "LoRA": ("LoRA merged",), "unmerged LoRA": ("LoRA apart",),
+    "bottleneck adapters": ("houlsby",), "prompt tuning": ("prompt",),
     "prune by score": SCORES, "prune parts": ("structured", "depth"), "distill": ("distill",),
     "quantize": QUANTIZE, "export, import": ("export and import",),
 }  # fmt: skip

@@ -38,10 +38,15 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
     """Return the Bridge and the Head that convert a model to the Hugging Face format.
 
     Raises:
-        RequestError: If the model has bottleneck adapters, or the family has no Hugging Face counterpart, or the
-            counterpart has no such head.
+        RequestError: If the model has bottleneck adapters or a trained prompt, or the family has no Hugging Face
+            counterpart, or the counterpart has no such head.
 
     """
+    if model.prompt_tokens:
+        raise RequestError(
+            "the model has a trained prompt, which no other format holds; use it with llmctl, or finetune its parent "
+            "with method = 'lora'"
+        )
     if model.adapter_size:
         raise RequestError(
             "the model has bottleneck adapters, which no other format holds and which cannot be merged; use it with "

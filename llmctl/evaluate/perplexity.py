@@ -114,7 +114,7 @@ def total_nll(
     model: ModelConfig,
     params: functional.Params,
     documents: sliding_window.Documents,
-    prefix: int | None,
+    prefix: int | Sequence[int] | None,
     *,
     context: int,
     stride: int,
@@ -128,7 +128,7 @@ def total_nll(
         model: Config of the model.
         params: Parameters of the model.
         documents: Token ids by document number, without BOS and EOS.
-        prefix: Token before each document (see `sliding_window.Rows`).
+        prefix: Token or tokens before each document (see `sliding_window.Rows`).
         context: Maximum number of inputs per window.
         stride: Number of newly scored tokens per window.
         batches: Size and sharding of the batches of windows.

@@ -84,23 +84,28 @@ class Rows:
     """
 
     def __init__(
-        self, documents: Documents, prefix: int | None, context: int, stride: int, given: Sequence[int] | None = None
+        self,
+        documents: Documents,
+        prefix: int | Sequence[int] | None,
+        context: int,
+        stride: int,
+        given: Sequence[int] | None = None,
     ) -> None:
         """Compute the windows and pack them into rows.
 
         Args:
             documents: Token ids of each document.
-            prefix: Token (BOS) that conditions the first token; if None, first tokens are not scored.
+            prefix: Tokens that condition the first token, such as BOS; if None, first tokens are not scored.
             context: Maximum number of inputs per window, and the row length.
             stride: Number of newly scored tokens per window.
             given: Number of tokens at the beginning of each document (the prompt) that are context only.
         """
         self._documents, self._context = documents, context
-        self._start = np.array([] if prefix is None else [prefix], np.int32)
+        self._start = np.array([] if prefix is None else prefix, np.int32).reshape(-1)
         self._windows: list[Window] = []
         for d in range(len(documents)):
             # Input i predicts entry i + 1 of the sequence, which starts with the prefix.
-            known = given[d] + len(self._start) - 1 if given is not None else 0
+            known = max((given[d] if given is not None else 0) + len(self._start) - 1, 0)
             for w in slide(d, len(self._start) + len(documents[d]) - 1, context, stride):
                 self._windows.append(w._replace(fresh=min(max(w.fresh, known), w.end)))
         self._bins = pack([w.end - w.begin for w in self._windows], context)

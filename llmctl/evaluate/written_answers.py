@@ -126,7 +126,7 @@ class Writer:
                 Continuation(p, [], source_ids=words.template.row(ids[:room]).tolist())
                 for p, ids in zip(prompts, encoded, strict=True)
             ]
-        bos = [words.bos_id] * words.add_bos
+        bos = list(words.begin)
         room = self.room - len(bos)
         self.cut = sum(len(ids) > room for ids in encoded)
         rows = [Continuation(p, bos + ids[max(len(ids) - room, 0) :]) for p, ids in zip(prompts, encoded, strict=True)]

@@ -31,7 +31,9 @@ class ModelConfig(Config):
     heading: ClassVar[str] = "Model"
     common: ClassVar[tuple[str, ...] | None] = ("preset",)
     unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
-    added: ClassVar[frozenset[str]] = frozenset({"head_activation", "adapter_size", "adapter_form", "adapter_scale"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"head_activation", "adapter_size", "adapter_form", "adapter_scale", "prompt_tokens"}
+    )
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
     preset: str = ""
@@ -130,6 +132,8 @@ class ModelConfig(Config):
     head_bias: bool = True
     """Add a bias to the task head."""
 
+    prompt_tokens: int = Field(default=0, ge=0)
+    """Rows of the table of trained prompt vectors. Their token ids follow the vocabulary and are never predicted."""
     adapter_size: int = Field(default=0, ge=0)
     """Width of the bottleneck adapters of each layer; 0 means none."""
     adapter_form: Literal["sequential", "parallel"] = "sequential"

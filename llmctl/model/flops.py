@@ -19,7 +19,7 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
         128000
     """
     D = cfg.d_model
-    embed = cfg.vocab_size * D + cfg.token_types * D
+    embed = (cfg.vocab_size + cfg.token_types + cfg.prompt_tokens) * D
     embed += (cfg.max_seq_len + cfg.position_offset) * D if cfg.positions == "learned" else 0
     embed += _norm(cfg, D) if cfg.embed_norm else 0
     encoder = (cfg.encoder_layers or cfg.layers) if cfg.architecture != "decoder" else 0

@@ -201,7 +201,12 @@ class Embed(nn.Module):
 
         # If hidden states are scaled by d_model ** -0.5 before the tied output projection, unit variance of the logits
         # needs table entries of unit variance (T5).
-        x = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)(tokens_BT)
+        ids_BT = jnp.minimum(tokens_BT, cfg.vocab_size - 1) if cfg.prompt_tokens else tokens_BT
+        x = table("tokens", cfg.vocab_size, "vocab_in", 0.02 if cfg.logit_scale else 1.0)(ids_BT)
+        if cfg.prompt_tokens:
+            row_BT = tokens_BT - cfg.vocab_size
+            prompt = table("prompt", cfg.prompt_tokens, None)(jnp.maximum(row_BT, 0))
+            x = jnp.where((row_BT >= 0)[..., None], prompt, x)
         x = x if offset_BTD is None else x + offset_BTD.astype(self.dtype)
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":

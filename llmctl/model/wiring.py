@@ -178,6 +178,7 @@ def residual(cfg: ModelConfig, stack: str) -> Residual:
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []
     tables += ["embed/types"] if cfg.token_types else []
+    tables += ["embed/prompt"] if cfg.prompt_tokens else []
     writers = ["embed/norm"] if cfg.embed_norm else tables
     readers: list[str] = []
     for part in ("attn", "cross", "mlp") if crosses(cfg, stack) else ("attn", "mlp"):

@@ -159,7 +159,11 @@ def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
     table = model.vocab_size * model.d_model
     head = table if model.head_kind.vocabulary and not model.tied else 0
     rest = found["total"] - matrices - table - head
-    rows = model.token_types + (model.max_seq_len + model.position_offset) * (model.positions == "learned")
+    rows = (
+        model.token_types
+        + model.prompt_tokens
+        + (model.max_seq_len + model.position_offset) * (model.positions == "learned")
+    )
     pooled = model.pools
     squares = pooled + (model.head_kind.vocabulary and model.head_transform)
     wide = model.d_model * (rows + model.d_model * squares)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
+from llmctl.config.settings import MeshConfig
 from llmctl.convert import name_map, peft, peft_table, safetensors
+from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import finetune
@@ -185,6 +187,42 @@ def test_a_tied_table_is_two_modules_there(config, wild, save, call, tmp_path):
     code, made, err = call("export", tmp_path / "back", "--to", "peft", "--out", tmp_path / "again")
     first, again = (safetensors.read_file(tmp_path / f / peft.WEIGHTS) for f in ("adapter", "again"))
     assert code == 0 and set(first) == set(again), err
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_prompt_tuning_is_that_of_peft(family, bases, call, tmp_path):
+    """Forward, gradients of the prompt, and its number of entries. The prompt's ids follow the vocabulary."""
+    theirs, hf, torch = (pytest.importorskip(n) for n in ("peft", "transformers", "torch"))
+    saved, config = bases(family)
+    assert call("export", saved, "--out", tmp_path / "base")[0] == 0
+    model = getattr(hf, "AutoModelForCausalLM" if family == "llama" else "AutoModelForMaskedLM")
+    base = model.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+    kind = "CAUSAL_LM" if family == "llama" else "FEATURE_EXTRACTION"
+    tuned = theirs.get_peft_model(base, theirs.PromptTuningConfig(task_type=kind, num_virtual_tokens=3)).eval()
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9)).astype(np.int32)
+    logits = tuned(input_ids=torch.tensor(ids), attention_mask=torch.ones(2, 9)).logits
+    (logits * torch.tensor(cotangent(logits.shape))).sum().backward()
+    (weight,) = (p for p in tuned.parameters() if p.requires_grad)
+
+    method, settings = METHODS["prompt"], finetune.Config(method="prompt", prompt={"tokens": 3})
+    wide, mesh = method.network(settings, config), meshes.make(MeshConfig())
+    params = method.attach(settings, wide, artifact.load(saved).params, jax.random.key(0), mesh)
+    trains, named = method.trains(settings, wide, params), weights.arrays(params)
+    assert [n for n in named if trains(n) and not n.startswith("head/")] == ["embed/prompt"]
+    assert named["embed/prompt"].size == weight.numel()
+    before = np.tile(np.arange(3, dtype=np.int32) + config.vocab_size, (2, 1))
+    batch = batch_of(np.concatenate([before, ids], axis=1))
+
+    @jax.jit
+    def ours(prompt):
+        tree = weights.rebuild(params, named | {"embed/prompt": prompt})
+        y = functional.lm_logits(wide, tree, functional.hidden(wide, tree, batch))
+        return jnp.sum(y * cotangent(y.shape)), y
+
+    (_, got), slope = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(weight.detach().numpy()))
+    assert got.shape[-1] == config.vocab_size  # the prompt is never predicted
+    np.testing.assert_allclose(got, logits.detach().numpy(), atol=1e-4 * np.abs(got).max())
+    np.testing.assert_allclose(slope, weight.grad.numpy(), atol=1e-4 * np.abs(slope).max())
 
 
 def test_adalora_trains_as_peft_does(saved, call, config, tmp_path):

@@ -155,7 +155,7 @@ def completion_batch(
     shape = (len(pairs), seq_len)
     tokens_BT, targets_BT = (np.full(shape, tokenizer.pad_id, np.int32) for _ in range(2))
     segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    bos = [tokenizer.bos_id] * tokenizer.add_bos
+    bos = tokenizer.begin
     for b, (prompt, completion) in enumerate(pairs):
         # The model reads all tokens but the last, so a row holds one token more than its inputs.
         completion = np.append(completion, tokenizer.eos_id) if ends else completion

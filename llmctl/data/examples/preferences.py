@@ -38,7 +38,7 @@ class PreferenceRows(ExampleRows):
         chosen, rejected = [], []
         for i in map(int, example_B):
             longer = max(len(self._chosen[i]), len(self._rejected[i])) + 1
-            room = max(self._seq_len + 1 - self._tokenizer.add_bos - longer, 0)
+            room = max(self._seq_len + 1 - len(self._tokenizer.begin) - longer, 0)
             prompt = self._prompts[i]
             prompt = prompt[max(len(prompt) - room, 0) :]
             chosen.append((prompt, self._chosen[i]))

@@ -7,7 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -85,6 +85,9 @@ class Tokenizer(ABC):
     """Text of the Jinja template that renders conversations; None if the tokenizer has none."""
     own_template: TextTemplate | None = None
     """Template of an imported tokenizer, with which the model was trained; None uses llmctl's own template."""
+
+    prefix: tuple[int, ...] = ()
+    """Token ids of a trained prompt before every text. They follow the vocabulary of the model."""
 
     @classmethod
     def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> Self:
@@ -211,12 +214,18 @@ class Tokenizer(ABC):
     @property
     def template(self) -> TextTemplate:
         """Return the special tokens around complete texts: by default `bos` if `add_bos` is set, and `eos`."""
-        begin, end = (self.bos_id,) * self.add_bos, (self.eos_id,)
-        return self.own_template or TextTemplate(begin, end, end)
+        end = (self.eos_id,)
+        found = self.own_template or TextTemplate((self.bos_id,) * self.add_bos, end, end)
+        return replace(found, begin=(*self.prefix, *found.begin)) if self.prefix else found
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """Return the token ids before a document or a prompt: the prefix, and `bos_id` if `add_bos` is set."""
+        return (*self.prefix, *(self.bos_id,) * self.add_bos)
 
     def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, which begin with `bos_id` if `add_bos` is set."""
-        return [self.bos_id] * self.add_bos + self.encode(text)
+        """Return the token ids of a prompt, which begin with `begin`."""
+        return [*self.begin, *self.encode(text)]
 
     @property
     def digest(self) -> str:
@@ -229,4 +238,5 @@ class Tokenizer(ABC):
         (path / self.file).write_bytes(self.model)
         described = {"kind": self.kind, "file": self.file, "digest": self.digest, **self.options()}
         described |= {"template": asdict(self.own_template)} if self.own_template else {}
+        described |= {"prefix": list(self.prefix)} if self.prefix else {}
         (path / DESCRIPTOR).write_text(json.dumps(described, indent=2) + "\n")

@@ -95,6 +95,10 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
             tokenizer.own_template = TextTemplate(**{k: tuple(map(int, v)) for k, v in recorded.items()})
         except (AttributeError, TypeError, ValueError):
             raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
+    try:
+        tokenizer.prefix = tuple(map(int, described.get("prefix", ())))
+    except (TypeError, ValueError):
+        raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
     tokenizer.chat_template = chat_template(file.parent)
     if add_bos and not tokenizer.add_bos:
         raise RequestError(f"{file}: has no begin-of-sequence token to begin with; tokenizer.bos must be auto or no")

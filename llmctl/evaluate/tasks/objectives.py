@@ -130,7 +130,7 @@ def sliding(
             none.
     """
     # Without BOS in training a model cannot predict first tokens.
-    prefix = tokenizer.bos_id if tokenizer.add_bos else None
+    prefix = tokenizer.begin or None
     nll, tokens = likelihood.total_nll(
         artifact.model,
         artifact.params,

@@ -52,7 +52,7 @@ class Preference(Language):
         if self.reads_adapters(settings) and not adapts:
             raise RequestError(
                 f"preference.loss = {settings.loss!r}: compares the model with itself without adapters; use "
-                "method = 'lora', or preference.loss = 'simpo'"
+                "method = 'lora' without lora.modules_to_save, or preference.loss = 'simpo'"
             )
         if settings.loss == "ipo" and options.label_smoothing:
             raise RequestError("train.label_smoothing: not for preference.loss = 'ipo'")

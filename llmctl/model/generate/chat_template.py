@@ -152,7 +152,7 @@ class Template:
         ids = self.tokenizer.encode_spelled(check_unicode(text, "the text of the chat template"))
         if not ids:
             raise RequestError("the chat template gives no text for these messages")
-        return ids
+        return [*self.tokenizer.prefix, *ids]
 
     def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
         """Return the token ids of a whole conversation, and which of them the assistant writes.
@@ -176,7 +176,8 @@ class Template:
         for first, last in spans:
             # A token without characters, such as the space before a first word, belongs to the text that it begins.
             counted_N |= (first_N < last) & ((last_N > first) | ((last_N == first_N) & (first_N == first)))
-        return Marked(ids, counted_N, missed)
+        prefix = self.tokenizer.prefix
+        return Marked([*prefix, *ids], np.concatenate([np.zeros(len(prefix), bool), counted_N]), missed)
 
     def end_ids(self) -> list[int]:
         """Return the special token that ends the assistant's answers, in a list.

@@ -82,6 +82,11 @@ class Name(NamedTuple):
         return self.embeds or RELATIVE in self.path.split("/")
 
     @property
+    def prompt(self) -> bool:
+        """True for the table of trained prompt vectors."""
+        return self.path == f"{EMBED}/prompt"
+
+    @property
     def task_head(self) -> bool:
         """Return True for all parameters of a task head. The language-model head is not a task head."""
         return self.path.startswith(f"{HEAD}/")

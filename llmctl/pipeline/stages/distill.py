@@ -209,7 +209,10 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
                 f"{with_article(like.architecture)}; "
                 "they must read the same rows"
             )
-        answer = {name: getattr(like, name) for name in ("head", "labels", "pooling", "vocab_size", "next_sentence")}
+        answer = {
+            name: getattr(like, name)
+            for name in ("head", "labels", "pooling", "vocab_size", "prompt_tokens", "next_sentence")
+        }
         per_token = like.head_kind.per_token
         answer["pooler"] = not per_token and (config.model.pooler or like.next_sentence)
         answer["head_bias"] = config.model.head_bias or per_token
@@ -222,6 +225,8 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
             f"{student.path}: is {with_article(student.model.architecture)} that answers as {student.model.head!r}, "
             f"the teacher {with_article(like.architecture)} that answers as {like.head!r}; they must agree"
         )
+    if student.model.prompt_tokens != teacher.model.prompt_tokens:
+        raise RequestError(f"{student.path}: has another trained prompt than the teacher {teacher.path}")
     if student.manifest.tokenizer != teacher.manifest.tokenizer:
         raise RequestError(f"{student.path}: has another tokenizer than the teacher {teacher.path}")
     if not student.plain:

@@ -20,7 +20,7 @@ from llmctl.evaluate.tasks.registry import TASKS, finetuned
 from llmctl.evaluate.tasks.settings import ChatConfig, GenerationConfig, PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
-from llmctl.train.adapters.settings import AdaLoraConfig, HoulsbyConfig, LoraConfig, TrainedConfig
+from llmctl.train.adapters.settings import AdaLoraConfig, HoulsbyConfig, LoraConfig, PromptConfig, TrainedConfig
 from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
 
 if TYPE_CHECKING:
@@ -39,8 +39,11 @@ class Config(StageConfig):
 
     common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
     added: ClassVar[frozenset[str]] = frozenset(
-        {"adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "regularize", "trained"}
-    )
+        {
+            "adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "prompt",
+            "regularize", "trained",
+        }
+    )  # fmt: skip
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
@@ -58,14 +61,16 @@ class Config(StageConfig):
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
-    share a budget of ranks. houlsby: bottleneck adapters in the layers. ia3: factors of keys, values and inner
-    activations. bitfit: biases. head: nothing else."""
+    share a budget of ranks. houlsby: bottleneck adapters in the layers. prompt: vectors before every text. ia3: factors
+    of keys, values and inner activations. bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
     """Settings of the methods lora, dora and adalora."""
     adalora: AdaLoraConfig = AdaLoraConfig()
     """Settings of method adalora."""
     houlsby: HoulsbyConfig = HoulsbyConfig()
     """Settings of method houlsby."""
+    prompt: PromptConfig = PromptConfig()
+    """Settings of method prompt."""
     merge: bool = True
     """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
     freeze_layers: int = Field(default=0, ge=0)
@@ -132,6 +137,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     task = TASKS[config.task]
     own = getattr(config, task.section) if task.section else None
     tokenizer_dir = task.tokenizer_dir(base.tokenizer_dir, own, ctx.work / "tokenizer")
+    method = METHODS[config.method]
+    tokenizer_dir = method.tokenizer_dir(config, base.model, tokenizer_dir, ctx.work / "prompted")
     tokens = loading.load(tokenizer_dir)
     text = Text(config.data, task.reads_labels, task.reads_conversations)
     labels = _labels(config, text)
@@ -146,11 +153,12 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     needed = training_rows(config.train)
     learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
     learn = learn.balanced() if config.regularize.balance else learn
+    method.check_rows(config, learns.model, learn)
     unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
     further = task.validator(learns.model, text, tokens, own, config.train)
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen, further)
-    params = METHODS[config.method].finish(config, params)
-    if METHODS[config.method].merges(config):
+    params = method.finish(config, params)
+    if method.merges(config):
         params = jax.jit(weights.merge_adapters)(params)
         if not learns.task.reads_adapters(learns.settings):
             metrics |= {f"validation_{k}": v for k, v in held_out(params).items()}
@@ -243,7 +251,8 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
         raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
     method.check(config, base)
     settings = getattr(config, task.section) if task.section else None
-    task.check_method(method.adapts, Options(label_smoothing=config.train.label_smoothing, settings=settings))
+    options = Options(label_smoothing=config.train.label_smoothing, settings=settings)
+    task.check_method(method.keeps_base(config), options)
     loop.check(base.model, config.train, mesh)
     model, params = task_head.with_head(config, base, labels, mesh)
     if config.freeze_layers > model.layers:

@@ -16,6 +16,7 @@ Modules of methods import JAX only inside functions, because the settings import
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmctl.config.errors import RequestError
@@ -73,6 +74,10 @@ class Method:
         """Return whether adapters are merged into their matrices after training."""
         return self.adapts and config.merge
 
+    def keeps_base(self, config: Any) -> bool:
+        """Return whether the model without its adapters is the parent."""
+        return self.adapts
+
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
         """Return the model's config with the layers that the method adds. By default it adds none.
 
@@ -80,6 +85,16 @@ class Method:
           RequestError: the settings do not fit the model.
         """
         return model
+
+    def tokenizer_dir(self, config: Any, model: ModelConfig, folder: Path, work: Path) -> Path:
+        """Return the folder of the tokenizer that the finetuned model has. The default is the parent's, `folder`.
+
+        A method that changes the tokenizer writes the changed one to the folder `work`.
+        """
+        return folder
+
+    def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
+        """Raise RequestError if the method cannot train on these rows. The default accepts all."""
 
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh

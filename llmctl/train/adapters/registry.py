@@ -20,6 +20,7 @@ METHODS: Registry[Method] = Registry(
         "dora": "llmctl.train.adapters.dora:METHOD",
         "adalora": "llmctl.train.adapters.adalora:METHOD",
         "houlsby": "llmctl.train.adapters.houlsby:METHOD",
+        "prompt": "llmctl.train.adapters.prompt:METHOD",
         "ia3": "llmctl.train.adapters.ia3:METHOD",
         "bitfit": "llmctl.train.adapters.bitfit:METHOD",
         "head": "llmctl.train.adapters.head:METHOD",

@@ -76,6 +76,17 @@ class HoulsbyConfig(Settings):
     form."""
 
 
+class PromptConfig(Settings):
+    """Set the length and the start of a trained prompt."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+
+    tokens: int = Field(default=20, ge=1)
+    """Number of trained vectors before every text."""
+    init: Literal["vocabulary", "uniform"] = "vocabulary"
+    """Start of the vectors: embeddings of tokens sampled from the vocabulary, or uniform in [-0.5, 0.5]."""
+
+
 class TrainedConfig(Settings):
     """Set which parameters are trained, how fast, and from which step."""
 

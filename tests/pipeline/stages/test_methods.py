@@ -55,6 +55,7 @@ MOVED = {
     "full": lambda name: True,
     "head": lambda name: False,
     "bitfit": lambda name: name.bias,
+    "prompt": lambda name: False,
     "houlsby": lambda name: name.stacked and name.norm,
     "ia3": lambda name: (
         name.module in ("attn/k", "attn/v", "mlp/down") and name.leaf == "kernel"
@@ -75,6 +76,7 @@ CHEAP = ("bitfit",)
 def test_every_method_is_a_whole_stage(method, artifacts, reviews, tmp_path):
     sections = {"lora": LORA} if method in ("lora", "dora", "adalora") else {}
     sections |= {"houlsby": {"size": 4}} if method == "houlsby" else {}
+    sections |= {"prompt": {"tokens": 3}} if method == "prompt" else {}
     train = TRAIN.model_copy(update={"steps": 6, "eval_every": 0})
     made = go(config(reviews, method=method, train=train, pooling="mean", **sections), artifacts / "encoder", tmp_path)
     assert made.manifest.metrics["validation_accuracy"] > 0 and not weights.adapted(made.params)
@@ -82,10 +84,9 @@ def test_every_method_is_a_whole_stage(method, artifacts, reviews, tmp_path):
     shared = {n for n in before.keys() & after.keys() if not n.startswith("head/")}
     moved = {n for n in shared if not np.array_equal(before[n], after[n])}
     assert moved == {n for n in shared if MOVED[method](weights.parse(n))}
-    assert all(np.asarray(a).any() for n, a in after.items() if weights.parse(n).bottleneck)
-    assert {n for n in after if weights.parse(n).bottleneck} == after.keys() - before.keys() - {
-        n for n in after if n.startswith("head/")
-    }
+    new = {n for n in after.keys() - before.keys() if not n.startswith("head/")}
+    assert new == {n for n in after if weights.parse(n).bottleneck or weights.parse(n).prompt}
+    assert bool(new) is (method in ("houlsby", "prompt")) and all(np.asarray(after[n]).any() for n in new)
 
 
 @pytest.mark.slow
@@ -151,11 +152,13 @@ def test_optimizer_bytes_are_those_of_what_is_trained(artifacts, reviews):
         "adalora": 8 * (svd + head) + 8 * svd + 3 * 3 * L + 1,
         "ia3": 8 * (L * (2 * KV + F) + head),
         "houlsby": 8 * (L * (2 * (2 * D * 4 + D + 4) + 2 * D) + head),  # RMSNorm has no bias
+        "prompt": 8 * (3 * D + head),
         "head": 8 * head,
     }
     for method, size in expected.items():
         more = {"lora": LORA} if method in ("lora", "dora", "adalora") else {}
         more |= {"houlsby": {"size": 4}} if method == "houlsby" else {}
+        more |= {"prompt": {"tokens": 3}} if method == "prompt" else {}
         programs, left = finetune.programs(config(reviews, method=method, **more), base, {}, mesh)
         state = jax.tree.leaves(programs[0].optimizer)
         assert sum(a.size * a.dtype.itemsize for a in state) == size + 5 * 4, method

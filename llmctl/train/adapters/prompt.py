@@ -1,0 +1,124 @@
+"""Train vectors that the model reads before every text (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
+
+The vectors are rows of a table `embed/prompt` beside the frozen token table, which may be quantized. Their token ids
+follow the vocabulary, and the tokenizer of the artifact begins every text with them. Whatever reads texts therefore
+reads the prompt. The output projection has no row for them, so they are never predicted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.errors import RequestError
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.config import ModelConfig
+
+
+class Prompt(Method):
+    """Prompt vectors and the task's head."""
+
+    name = "prompt"
+    settings = ("prompt",)
+
+    def check(self, config: Any, base: Artifact) -> None:
+        """Raise RequestError if a setting is about layers, or if the prompt leaves no room for texts.
+
+        Raises:
+          RequestError: as above, and in the cases of Method.check.
+        """
+        super().check(config, base)
+        given = [f"trained.{name}" for name in ("last_layers", "layer_decay", "unfreeze_every") if name in
+                 config.trained.model_fields_set]  # fmt: skip
+        if config.freeze_layers:
+            given.append("freeze_layers")
+        if given:
+            raise RequestError(f"{given[0]}: not for method 'prompt', which trains no layer")
+        if config.prompt.tokens > config.train.seq_len // 2:
+            raise RequestError(
+                f"prompt.tokens = {config.prompt.tokens:,}: more than half of train.seq_len = {config.train.seq_len:,}"
+            )
+
+    def network(self, config: Any, model: ModelConfig) -> ModelConfig:
+        """Return the config of the network with the prompt. A prompt of the parent is trained further.
+
+        Raises:
+          RequestError: the parent's prompt has another length.
+        """
+        tokens = config.prompt.tokens
+        if model.prompt_tokens not in (0, tokens):
+            raise RequestError(
+                f"prompt.tokens = {tokens:,}: the parent has a trained prompt of {model.prompt_tokens:,} tokens, which "
+                "these settings must repeat"
+            )
+        return model.model_copy(update={"prompt_tokens": tokens})
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """Return the parameters with the prompt's table, sharded over `mesh`."""
+        import jax
+        import jax.numpy as jnp
+
+        from llmctl.model import functional, weights
+
+        if "prompt" in params["embed"]:
+            return params
+        shape = (model.prompt_tokens, model.d_model)
+        if config.prompt.init == "vocabulary":
+            ids_P = jax.random.randint(key, shape[:1], 0, model.vocab_size)
+            table = weights.take(params["embed"]["tokens"], ids_P, jnp.float32)
+        else:
+            table = jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
+        tree = weights.updated(params, {"embed/prompt": table})
+        return jax.device_put(tree, functional.shardings(model, tree, mesh))
+
+    def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
+        """Return a function from the name of an array to whether it is trained: the prompt and the task's head."""
+        from llmctl.model import weights
+
+        return lambda name: weights.parse(name).prompt or weights.parse(name).task_head
+
+    def tokenizer_dir(self, config: Any, model: ModelConfig, folder: Path, work: Path) -> Path:
+        """Return a copy of the tokenizer's folder, in `work`, that begins texts with the prompt."""
+        import shutil
+
+        from llmctl.config import containment
+        from llmctl.data.tokenizers import loading
+        from llmctl.data.tokenizers.base import DESCRIPTOR
+        from llmctl.distributed import processes
+
+        prefix = [*range(model.vocab_size, model.vocab_size + config.prompt.tokens)]
+        if list(loading.load(folder).prefix) == prefix:
+            return folder
+        with processes.in_turn():
+            if processes.first():
+                shutil.rmtree(work, ignore_errors=True)
+                containment.copy(folder, work)
+                described = json.loads((work / DESCRIPTOR).read_text(encoding="utf-8"))
+                text = json.dumps({**described, "prefix": prefix}, indent=2)
+                (work / DESCRIPTOR).write_text(f"{text}\n", encoding="utf-8")
+        return work
+
+    def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
+        """Check that rows begin with the prompt.
+
+        Raises:
+          RequestError: they do not, because they are packed from texts without prompts.
+        """
+        row = rows[0]
+        if row.get("encoder_tokens", row["tokens"])[0] != model.vocab_size:
+            raise RequestError(
+                f"method = 'prompt': task {config.task!r} packs texts into rows, which have no beginning of their own; "
+                "give the data prompts and completions, or use method = 'lora'"
+            )
+
+
+METHOD = Prompt()
