@@ -1,4 +1,4 @@
-"""Select the conversion of a model: the Bridge of its family, and the Head of that Bridge."""
+"""Find what converts a model to the Hugging Face format: the Bridge of its family, and the Bridge's Head."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def bridges() -> dict[str, tuple[str, Bridge]]:
 
 
 GGUF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-"""Values of `model_type` in transformers, by the architecture names of llama.cpp."""
+"""Values of `model_type` in transformers, by the names of architectures in llama.cpp."""
 TO_GGUF = {v: k for k, v in GGUF.items()} | {"mistral": "llama"}
-"""Architecture names of llama.cpp, by the values of `model_type` in transformers."""
+"""Names of architectures in llama.cpp, by the values of `model_type` in transformers."""
 
 
 def formats(name: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Convert quantized linear layers to and from the compressed-tensors format, which vLLM and transformers read.
 
 If activations are also quantized (W8A8), a layer has `weight` [out, in] int8 and `weight_scale` [out, groups]. If only
-weights are quantized, a layer has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. An
-element of `weight_packed` contains several values with an offset, the first one in the lowest bits.
+weights are quantized, a layer has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. Each
+int32 contains several values, the first one in the lowest bits. An offset makes the values unsigned.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ def packed_length(inputs: int, bits: int) -> int:
 
 
 def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack signed values [out, in] into int32 [out, in * bits / 32]. The last element is padded with zero bits."""
+    """Pack signed values [out, in] into int32 [out, in * bits / 32].
+
+    The last int32 of a row is padded with zero bits.
+    """
     per_word = WORD // bits
     shifted = (values.astype(np.int32) + (1 << (bits - 1))).astype(np.uint32)
     shifted = np.pad(shifted, ((0, 0), (0, -values.shape[1] % per_word))).reshape(len(values), -1, per_word)
@@ -153,10 +156,10 @@ def _config(bits: int, group: int, activations: str, untouched: list[str]) -> di
 
 
 def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
-    """Return the tensors, with quantized layers replaced by tensors that are dequantized when they are read.
+    """Return the tensors of a model in dense form. Quantized layers are dequantized when they are read.
 
     Args:
-        where: Name of the source in error messages.
+        where: Name of the folder in error messages.
         settings: The `quantization_config` of the model.
         tensors: The stored tensors.
 

@@ -55,17 +55,17 @@ def run(
         out: A new folder, or a new file for GGUF. It appears only after everything is written and verified.
         to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact), "peft" (an adapter) or
             "gguf".
-        dtype: Dtype of the written weights. If empty, weights keep their dtype, and quantized weights get that of their
-            scales.
+        dtype: Dtype of the written weights. If empty, weights keep their dtype; quantized weights get the dtype of
+            their scales.
         kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
         shard_bytes: Maximum size of a weight file in bytes.
         say: Function that is called with one line of text per message to the user.
 
     Returns:
         A dict with "artifact", "digest", "format", "out", "files", "bytes", "parity", "transformers" and "proof".
-        "parity" is the largest difference between the outputs of the artifact and those of the written weights in
-        llmctl. "transformers" is the same with transformers as the reader, or None if it did not read them. "proof"
-        describes the comparison.
+        "parity" is the largest difference between the outputs of the artifact and those of the written model in llmctl.
+        "transformers" is the largest difference from the outputs of the written model in transformers, or None if
+        transformers did not read it. "proof" describes the comparison.
 
     Raises:
         RequestError: If the artifact has no counterpart in that format, or if `out` exists.
@@ -118,7 +118,7 @@ def _folder(
 ) -> tuple[float, float | None, str]:
     cfg, params = found.model, found.params
     kind = lazy_tensors.dtype(dtype) if dtype else None
-    written = tokenizer_export.hand_on(found.tokenizer_dir, draft, cfg, found.manifest.seq_len)
+    written = tokenizer_export.export_tokenizer(found.tokenizer_dir, draft, cfg, found.manifest.seq_len)
     for line in written.said if written else ("has no tokenizer; the folder has none",):
         say(f"{found.path}: {line}")
     if written and written.rows:
@@ -161,8 +161,8 @@ def _prove(
     """Compare the outputs of the artifact with those of the written files, on the same texts.
 
     Returns:
-        The largest difference if llmctl reads the files, the largest difference if transformers reads them (None if it
-        cannot), and a description of the comparison.
+        The largest difference if llmctl reads the written files; the largest difference if transformers reads them, or
+        None if it cannot; and a description of the comparison.
     """
     what = str(found.path)
     missing = text_proof.available(4 * found.manifest.parameters, to.replace("-", "_") if to != "hf" else "")
@@ -187,11 +187,11 @@ def _rows(
         cfg: Config of the written model.
         folder: Folder of the written model.
         theirs: Whether transformers reads the written tokenizer; if false, the library tokenizers does.
-        say: Function that is called with one line if the written tokenizer gives other ids. These ids are then
-            returned.
+        say: Function that is called with one line if the written tokenizer gives other ids than the artifact's. The ids
+            of the written tokenizer are then returned.
 
     Raises:
-        WorkError: If the written tokenizer gives other ids, and the model reads complete texts.
+        WorkError: If the written tokenizer gives other ids than the artifact's, and the model reads complete texts.
     """
     rows, T = text_proof.texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
     if not (folder / "tokenizer.json").is_file():
@@ -206,7 +206,7 @@ def _rows(
 
 
 def _with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the config and the parameters with zero rows appended to the embedding table, for additional tokens."""
+    """Return the config and the parameters for `rows` rows of the embedding table; rows for added tokens are zeros."""
     flat = weights.flatten(params)
     table_VD = weights.dense(flat["embed/tokens"], flat["embed/tokens"].dtype)
     flat["embed/tokens"] = jnp.pad(table_VD, ((0, rows - len(table_VD)), (0, 0)))
@@ -225,14 +225,15 @@ FREE = {
     "attn_scale",
     "head_activation",
 }
-"""Fields that a format may express differently for the same function. The comparison of outputs verifies them."""
+"""Config fields that may differ between the artifact and the written model, because a format can express the same
+function differently. The comparison of outputs verifies them."""
 
 
 def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
-    """Return the weights in the dtype in which they are written, so that rounding does not count as a difference.
+    """Return the weights in the dtype in which they are written. Rounding then does not count as a difference.
 
-    If `packed` is true, quantized matrices stay quantized. Activation quantization is removed, because the program that
-    runs the exported weights applies it.
+    If `packed` is true, quantized matrices stay quantized, but their products do not quantize activations. The program
+    that runs the exported weights does that.
     """
 
     def cast(path: str, w: Any) -> Any:
@@ -265,7 +266,7 @@ def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) 
         return delta, None, f"{OUR_READER} ({missing})"
     with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
         base, theirs, params = Path(work), cfg, peft.base_of(found)
-        written = tokenizer_export.hand_on(found.tokenizer_dir, base, cfg, found.manifest.seq_len)
+        written = tokenizer_export.export_tokenizer(found.tokenizer_dir, base, cfg, found.manifest.seq_len)
         if written and written.rows:
             theirs, params = _with_rows(cfg, params, written.rows)
         config = folders.config_of(theirs, task, labels, written.ids if written else {}, "float32")
@@ -290,7 +291,7 @@ def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], 
 
 
 def sentence_transformer(cfg: ModelConfig, folder: Path) -> None:
-    """Write the config files in which sentence-transformers looks for the pooling and the normalization."""
+    """Write the config files with an embedding model's pooling and normalization, for sentence-transformers."""
     import json
 
     modes = {flag: cfg.pooling == pooling for pooling, flag in SENTENCE.items()}

@@ -27,7 +27,7 @@ from llmctl.convert.lazy_tensors import Tensor
 from llmctl.model.families.llama import LLAMA3_ROPE
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""GGUF tensor types that are not quantized."""
+"""GGUF tensor types that are floating-point, and not quantized."""
 CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -51,7 +51,10 @@ GEMMA = PLAIN | {
 
 
 def stems(model_type: str) -> dict[str, str]:
-    """Return {name in llama.cpp: name in transformers} for tensors of an architecture, without layers and suffixes."""
+    """Return the names of an architecture's tensors, {name in llama.cpp: name in transformers}.
+
+    The names have neither the layer's prefix nor the suffixes `weight` and `bias`.
+    """
     return GEMMA if model_type.startswith("gemma") else PLAIN
 
 
@@ -107,8 +110,9 @@ def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
 def _biases(back: dict[str, Tensor]) -> dict[str, bool]:
     """Return the config keys for the biases of a Llama model, such as {"attention_bias": True}.
 
-    llama.cpp adds all biases in the file. transformers has biases on queries, keys, values and output together, or on
-    none of them. If only some exist, the others are added to `back` as zeros.
+    llama.cpp uses any biases that are in the file. transformers has biases on queries, keys, values and output
+    together, or on none of them, and likewise in the feed-forward layer. If a file has only some of them, the others
+    are added to `back` as zeros.
     """
     ends = {
         "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -228,7 +232,7 @@ def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, 
 
 
 def _short(x: Any) -> float:
-    """Return a float32 as its shortest decimal: 1e-5, not 9.999999747378752e-06.
+    """Return a float32 as the float with the fewest decimal digits that rounds to it: 1e-5, not 9.999999747378752e-06.
 
     Raises:
         ValueError: If `x` is no number.
@@ -259,7 +263,7 @@ def _scaling(
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """Return the divisor of every rotary frequency for llama3 scaling, float32 [K/2]."""
+    """Return the number by which llama3 scaling divides each rotary frequency, float32 [K/2]."""
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -284,7 +288,7 @@ def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor)
 
 
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permute the rows of a query or key projection [H*K, …] from the order of transformers to that of llama.cpp.
+    """Convert the rows of a query or key projection [H*K, …] from transformers' order to llama.cpp's.
 
     For rotary positions, transformers pairs row i of a head with row i + K / 2, and llama.cpp pairs adjacent rows.
     """
@@ -292,7 +296,7 @@ def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
 
 
 def halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Permute the rows of a query or key projection [H*K, …] from the order of llama.cpp to that of transformers.
+    """Convert the rows of a query or key projection [H*K, …] from llama.cpp's order to transformers'.
 
     This is the inverse of `interleaved`.
     """

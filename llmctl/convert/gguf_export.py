@@ -26,13 +26,19 @@ from llmctl.model.families.llama import LLAMA3_ROPE
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
 BLOCK = 32
-"""Number of inputs that share a scale in the quantized kinds of GGUF."""
+"""Number of inputs that share a scale in the quantized types of GGUF."""
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """Return the storage kind of a tensor, from its name in transformers, its shape and the kind of the file.
+    """Return the GGUF type in which a tensor is stored in a file of the type `kind`.
 
-    Vectors are float32. Embedding tables of a 4-bit file have 8 bits.
+    Vectors are float32. Matrices whose number of inputs is not a multiple of `BLOCK` are float16 in quantized files.
+    Embedding tables and output projections of a 4-bit file have 8 bits.
+
+    Args:
+        name: Name of the tensor in transformers.
+        shape: Shape of the tensor.
+        kind: Type of the file, a name in `KINDS`.
     """
     if len(shape) < 2 or kind == "f32":
         return "f32"
@@ -45,10 +51,10 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     """Write an artifact's model and vocabulary to a GGUF file.
 
     Returns:
-        A description of differences between llama.cpp and llmctl with this model, or "" if there are none.
+        A description of how this model behaves differently in llama.cpp and in llmctl, or "" if there is no difference.
 
     Raises:
-        RequestError: If the kind is unknown, or if GGUF cannot express the family or one of its settings.
+        RequestError: If the type `kind` is unknown, or if GGUF cannot express the family or one of its settings.
     """
     gguf = library()
     cfg = found.model
@@ -150,7 +156,7 @@ def _to_gguf(name: str, table: Mapping[str, str]) -> str:
 
 
 def expected(found: Artifact, kind: str, batch: dict[str, jax.Array]) -> jax.Array:
-    """Return the artifact's outputs with weights rounded as `kind` rounds them.
+    """Return the outputs of an artifact whose weights are rounded as in a file of the type `kind`.
 
     The written file must reproduce these outputs.
     """

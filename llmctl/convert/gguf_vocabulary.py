@@ -18,20 +18,20 @@ from llmctl.model.generate.continuations import end_ids
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 """Token types of GGUF, which are numbered as in SentencePiece."""
 ABSENT = -1000.0
-"""Score of tokens that the SentencePiece model lacks, as in llama.cpp's converter."""
+"""Score of tokens that are not in the SentencePiece model, as in llama.cpp's converter."""
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"llama-bpe": CONTRACTIONS + r"\p{N}{1,3}" + REST, "qwen2": CONTRACTIONS + r"\p{N}" + REST}
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 WHOLE = ("gpt-2", "default")
-"""Names of llama.cpp for the pre-tokenization by GPT-2's pattern. `SPLITS` and `DIGITS` have other
-pre-tokenizations."""
+"""Names in llama.cpp of pre-tokenizers that split texts only by GPT-2's pattern. `SPLITS` and `DIGITS` list others."""
 
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""Keys of the tokens that end an answer: end of text, end of turn, end of message to a tool."""
+"""Metadata keys of the tokens that end an answer: end of text, end of turn, end of a message to a tool."""
 TURNS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
-"""Control tokens that may end a turn. If a file names no such token, llmctl and llama.cpp use the first of these."""
+"""Control tokens that may end a turn. If the metadata names no such token, llmctl and llama.cpp use the first one of
+this list that exists."""
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
@@ -39,7 +39,7 @@ def read(file: Path, work: Path) -> Path:
     """Convert the vocabulary of a GGUF file to a tokenizer in the folder `work`, and return that folder.
 
     Raises:
-        RequestError: If the kind of vocabulary is unknown.
+        RequestError: If the type of the vocabulary is unknown.
     """
     import gguf
 
@@ -154,7 +154,7 @@ def write(writer: Any, folder: Path, rows: int) -> str:
         rows: Number of rows of the model's embedding table. The vocabulary is padded to this size.
 
     Returns:
-        A description of differences between the tokenization of llama.cpp and llmctl, or "" if there are none.
+        A description of how llama.cpp tokenizes differently from llmctl, or "" if there is no difference.
 
     Raises:
         RequestError: If GGUF cannot express the tokenizer.
@@ -162,7 +162,7 @@ def write(writer: Any, folder: Path, rows: int) -> str:
     if not (folder / DESCRIPTOR).is_file():
         return "the artifact has no tokenizer, and neither has the file"
     words = tokenizers.load(folder)
-    pieces = sentencepiece_json.twin(words, folder) if isinstance(words, JsonTokenizer) else words
+    pieces = sentencepiece_json.model_beside(words, folder) if isinstance(words, JsonTokenizer) else words
     if isinstance(pieces, SentencePieces):
         tokens, kinds = _write_sentencepiece(writer, pieces, words, rows)
     elif isinstance(words, JsonTokenizer):
@@ -184,13 +184,15 @@ def write(writer: Any, folder: Path, rows: int) -> str:
     if template := tokenizers.chat_template(folder):
         writer.add_chat_template(template)
     more = f"llama.cpp has no key for the end tokens {others[2:]}" if others[2:] else ""
-    return "; ".join(filter(None, (more, _unlike(words, pieces) if isinstance(pieces, SentencePieces) else "")))
+    return "; ".join(
+        filter(None, (more, _tokenization_difference(words, pieces) if isinstance(pieces, SentencePieces) else ""))
+    )
 
 
-def _unlike(words: Tokenizer, pieces: SentencePieces) -> str:
-    """Describe the difference between llama.cpp's and the artifact's tokenization; "" if there is none.
+def _tokenization_difference(words: Tokenizer, pieces: SentencePieces) -> str:
+    """Describe how llama.cpp tokenizes differently from the artifact's tokenizer; return "" if there is no difference.
 
-    llmctl exports SentencePiece's pieces, and llama.cpp tokenizes with these.
+    llama.cpp tokenizes with the SentencePiece pieces that llmctl exports.
     """
     if isinstance(words, JsonTokenizer) and sentencepiece_json.spaces_differ(words, pieces):
         return "llama.cpp adds a space before a text that begins with one, and this tokenizer.json does not"
@@ -198,7 +200,7 @@ def _unlike(words: Tokenizer, pieces: SentencePieces) -> str:
 
 
 def _difference(words: SentencePieces) -> str:
-    """Describe the features of this SentencePiece model that llama.cpp lacks; "" if there are none.
+    """Describe the features of a SentencePiece model that llama.cpp lacks; return "" if it lacks none.
 
     The features were found by comparing the tokenization of texts.
     """
@@ -234,7 +236,7 @@ def _pre(cut: Any, where: str) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json.
 
     Raises:
-        RequestError: If llama.cpp has no such pre-tokenizer.
+        RequestError: If llama.cpp has no equal pre-tokenizer.
     """
     steps = (cut or {}).get("pretokenizers", [cut] if cut else [])
     kinds = [s["type"] for s in steps]
@@ -256,9 +258,9 @@ def _pre(cut: Any, where: str) -> str:
 def _write_sentencepiece(
     writer: Any, pieces: SentencePieces, words: Tokenizer, rows: int
 ) -> tuple[list[str], list[int]]:
-    """Write SentencePiece's pieces, and return all tokens and their types.
+    """Write SentencePiece's pieces to a GGUF writer, and return all tokens and their types.
 
-    `words` is the same tokenizer, or a tokenizer.json with additional tokens.
+    `words` is the same tokenizer as the SentencePiece model, or a tokenizer.json with additional tokens.
     """
     pb = _protobuf()
     model = pb.ModelProto.FromString(pieces.model)

@@ -32,16 +32,16 @@ POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first
 
 @dataclass(frozen=True)
 class Found:
-    """Describe a model in a folder whose tensors are not read yet."""
+    """Describe a model in a folder. The names and shapes of its tensors are known; the values are not read yet."""
 
     model: ModelConfig
     tensors: Tensors
     wanted: dict[str, name_map.Joint]
     labels: list[str]
     task: str
-    """Name of the task that defines the meaning of the outputs."""
+    """Name of the task that the model was trained for, according to config.json."""
     fitted: Fields
-    """Fitted values of the task in the config, such as thresholds."""
+    """Values that the task fitted, such as thresholds, as stored in config.json."""
     config: Fields
     """Content of the folder's config.json."""
 
@@ -79,7 +79,7 @@ def look(
     drop: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Found:
-    """Inspect a Hugging Face folder and check it; only the names and shapes of tensors are read.
+    """Check a Hugging Face folder and describe its model. Only names and shapes of tensors are read.
 
     Args:
         folder: Folder with config.json and safetensors, as a single file or shards with an index.
@@ -101,7 +101,10 @@ def look(
 def understand(
     folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()
 ) -> Found:
-    """Check a config and its tensors, after `look` or the GGUF reader has read them."""
+    """Check that a config and its tensors fit together, and describe the model.
+
+    `look` and the GGUF reader call this function.
+    """
     where = folder / CONFIG
     known = architectures.bridges()
     if config.get("model_type") not in list(known):
@@ -112,7 +115,7 @@ def understand(
     config = dict(config)
     if quantized := config.pop("quantization_config", None):
         tensors = compressed_tensors.unpack(str(where), quantized, tensors)
-    tensors = {_now(bridge, n): t for n, t in tensors.items() if not any(re.fullmatch(p, n) for p in drop)}
+    tensors = {_current_name(bridge, n): t for n, t in tensors.items() if not any(re.fullmatch(p, n) for p in drop)}
     key, head = _head(where, config, bridge, tensors)
     keys = Keys(config, frozenset(ignore))
     try:
@@ -143,8 +146,8 @@ def understand(
     return Found(model, tensors, wanted, labels, task, fitted, config)
 
 
-def _now(bridge: Bridge, name: str) -> str:
-    """Return the current name of a tensor that may have an outdated name."""
+def _current_name(bridge: Bridge, name: str) -> str:
+    """Return the current name of a tensor. If `name` is outdated, its ending is replaced as in `Bridge.renamed`."""
     return next((name.removesuffix(old) + new for old, new in bridge.renamed.items() if name.endswith(old)), name)
 
 
@@ -179,7 +182,10 @@ def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tupl
 
 
 def _labels(where: Path, config: Fields) -> list[str]:
-    """Return the class names in a config. Like transformers, assume two classes if the config declares none."""
+    """Return the class names in a config.
+
+    If the config declares neither names nor a number of classes, assume two, as in transformers.
+    """
     given = config.get("id2label")
     try:
         if isinstance(given, dict):
@@ -204,9 +210,10 @@ def _pooling(folder: Path) -> str:
 
 
 def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, config: Fields) -> ModelConfig:
-    """Return the config with the fields that only the tensors determine.
+    """Return the config with the fields that only the stored tensors determine.
 
-    If the embedding and output tables differ, they are untied. A pooler may be missing.
+    `tied` is true only if the output table is missing or equals the embedding table. `pooler` of an embedding model is
+    true only if the pooler is stored.
     """
     update: Fields = {}
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
@@ -224,9 +231,9 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
-    """Return the tensors that must equal others, as {name: name of the other}.
+    """Return the tensors that must equal another stored tensor: {name: name of the other tensor}.
 
-    These are the duplicates that the family declares, and a tied output table.
+    These are the copies that the family declares (`Bridge.copies`), and a tied output table.
     """
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}
     if model.tied and model.head_kind.vocabulary and table.get("lm_head/kernel") in tensors:
@@ -246,10 +253,10 @@ def load(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Read the parameters of an inspected model one at a time.
+    """Read the parameters of a model that `look` described, one at a time.
 
     Args:
-        found: The inspected model.
+        found: Result of `look`.
         place: Function that reads a parameter and places it on devices.
         dtype: Dtype of the parameters; None keeps the stored dtype.
         wrote: Function that is called with the size in bytes of each part that was read.
@@ -279,7 +286,7 @@ def config_of(
         labels: Class names.
         tokens: Ids of special tokens ("bos_token_id", …).
         dtype: Name of the dtype of the weights.
-        fitted: Fitted values of the task.
+        fitted: Values that the task fitted, such as thresholds.
 
     Raises:
         RequestError: If the family's format cannot express this config.

@@ -36,13 +36,13 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 REFERENCE = "reference.safetensors"
-"""Name of a file in the folder with {input_ids, logits} that the imported model must reproduce."""
+"""Name of a file beside the model with {input_ids, logits}. The imported model must reproduce these logits."""
 
 ADVICE = (
     "llmctl reads all texts in its way from here on, so compare `llmctl eval` on your examples with the figures that "
     "you know; --tokenizer names another tokenizer, and finetuning adapts the model to these tokens"
 )
-"""Advice for an imported model whose texts transformers tokenizes differently with the original files."""
+"""Advice if transformers with the original files tokenizes texts differently from the imported tokenizer."""
 
 
 def run(
@@ -134,7 +134,7 @@ def run(
             found.model,
             stage="import",
             key=hashlib.sha256(
-                f"{made_of} {_key(brought, '', tokenizers.unread(brought)) if brought else ''}".encode()
+                f"{made_of} {_key(brought, '', tokenizers.unread_files(brought)) if brought else ''}".encode()
             ).hexdigest(),
             config={"source": str(source), "dtype": dtype},
             name=name,
@@ -203,22 +203,26 @@ def adapter(
 
 
 def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> name_map.Place:
-    """Return a function that reads parameters onto a mesh (the default mesh if None), sharded by the rules.
+    """Return a function that reads a parameter onto the devices of a mesh, sharded by the sharding rules.
 
-    The shard of each device is read separately.
+    The shard of each device is read separately. If `mesh` is None, the default mesh is used.
     """
     where = shardings(cfg, mesh)
     return lambda path, w: jax.make_array_from_callback(w.shape, where[path], lambda i: w.read(i or ()))
 
 
 def shardings(cfg: ModelConfig, mesh: MeshConfig | None = None) -> dict[str, Any]:
-    """Return the sharding of every parameter on a mesh (the default mesh if None), by path."""
+    """Return the sharding of every parameter by path. If `mesh` is None, the default mesh is used."""
     return weights.flatten(functional.shardings(cfg, functional.abstract(cfg), meshes.make(mesh or MeshConfig())))
 
 
 @contextlib.contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in bytes on stderr if it is a terminal. Yield a function that advances the bar."""
+    """Show a progress bar in bytes on standard error, if that is a terminal.
+
+    Yields:
+        A function that advances the bar by a number of bytes.
+    """
     console = terminal(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -227,10 +231,12 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _key(source: Path, dtype: str, without: tuple[str, ...] = ()) -> str:
-    """Return a hash of the source's files, as part of the keys of later stages.
+    """Return the content key of an import: a hash of the dtype, and of the names and contents of the files.
+
+    Later stages include it in their own keys.
 
     Args:
-        source: A file or folder.
+        source: The imported file, or the folder of the imported files.
         dtype: Dtype of the imported parameters.
         without: Names of files to omit.
     """

@@ -24,7 +24,7 @@ class Tensor:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     rounded: bool = False
-    """Whether the values are dequantized integers, some of which are 0 only because of rounding."""
+    """Whether the values are dequantized integers, so that rounding may have made some of them 0."""
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +41,7 @@ def of_array(array: np.ndarray) -> Tensor:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Join the first names with commas, and append the number of the others, for an error message."""
+    """Join the first `SHOWN` names with commas, for an error message. If there are more, append " and N more"."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

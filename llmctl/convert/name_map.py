@@ -32,12 +32,13 @@ from llmctl.model.hf_config import Bridge, Head
 
 @dataclass(frozen=True)
 class Pending:
-    """Describe a parameter of llmctl that is not read yet. The shard of each device can be read separately."""
+    """Describe a parameter of llmctl whose values are not read yet. The shard of each device can be read separately."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[tuple[slice, ...]], np.ndarray]
-    """Function from the index of a shard to its values; the index () means the complete parameter."""
+    """Function from an index (a tuple of slices) to the values at this index. The empty index () means the complete
+    parameter."""
 
 
 Place = Callable[[str, Pending], Any]
@@ -46,16 +47,16 @@ Place = Callable[[str, Pending], Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """Describe one matrix or vector of llmctl as a slice of a tensor in the Hugging Face format."""
+    """Describe which part of a tensor in the Hugging Face format is one layer of a parameter of llmctl."""
 
     path: str
     """Path of the parameter in llmctl."""
     layer: int
     """Index of the layer; -1 if the parameter is not stacked."""
     shape: tuple[int, ...]
-    """Shape of one layer of the parameter."""
+    """Shape of one layer of the parameter, in llmctl's layout."""
     first: int
-    """Offset of the slice in the tensor, along its outputs."""
+    """Index of the first output in the tensor that belongs to the parameter; above 0 only in fused tensors."""
     transposed: bool
 
 
@@ -74,7 +75,7 @@ class Joint:
 
 
 def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, Joint]:
-    """Return all tensors that the Hugging Face format has for this config, by name.
+    """Return all tensors that a model with this config has in the Hugging Face format, by name.
 
     Args:
         cfg: Config of the model.
@@ -122,14 +123,15 @@ def read(
 ) -> dict[str, Any]:
     """Assemble llmctl's parameters from tensors of the Hugging Face format.
 
-    At a time, host memory contains one device's shard of one parameter.
+    Host memory contains only one device's shard of one parameter at a time.
 
     Args:
         cfg: Config of the model.
         wanted: Result of `joints` for this config.
         tensors: Tensors that passed `check`.
         place: Function that reads a parameter and puts it on its devices.
-        dtype: Dtype of all parameters. If None, that of the tensors; if layers differ, their `common` dtype.
+        dtype: Dtype of all parameters. If None, each parameter keeps the dtype of its tensors. If these differ between
+            layers, it gets their `common` dtype.
         wrote: Function that is called with the size in bytes of every slice that was read.
 
     Returns:
@@ -145,7 +147,7 @@ def read(
 
 
 def _pieces(wanted: Mapping[str, Joint]) -> dict[str, list[tuple[Slot, str]]]:
-    """Return, for every parameter path, its slots with the names of their tensors."""
+    """Return the slots of every parameter with the names of their tensors: {parameter path: [(slot, tensor name)]}."""
     found: dict[str, list[tuple[Slot, str]]] = {}
     for name, joint in wanted.items():
         for slot in joint.slots:
@@ -154,7 +156,7 @@ def _pieces(wanted: Mapping[str, Joint]) -> dict[str, list[tuple[Slot, str]]]:
 
 
 def mixed(wanted: Mapping[str, Joint], tensors: Tensors) -> str:
-    """Describe parameters whose layers are stored in several dtypes; "" if there are none."""
+    """Describe the parameters whose layers are stored in different dtypes; return "" if there are none."""
     odd: dict[tuple[str, ...], int] = {}
     for slots in _pieces(wanted).values():
         kinds = {tensors[name].dtype for _, name in slots}
@@ -175,7 +177,10 @@ def _part(
     wrote: Callable[[int], None],
     index: tuple[slice, ...] = (),
 ) -> np.ndarray:
-    """Return the values of one shard of a parameter. Files are memory-mapped, so only bytes of the shard are read."""
+    """Return the values of a parameter at an index, such as the shard of a device.
+
+    Files are memory-mapped, so only bytes of the shard are read.
+    """
     ranges = [range(n)[s] for n, s in zip(shape, index or (slice(None),) * len(shape), strict=True)]
     out = np.empty([len(r) for r in ranges], dtype)
     for slot, name in sources:
@@ -192,7 +197,9 @@ def _part(
 
 
 def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:
-    """Check that every wanted tensor exists with its shape, and that all other tensors match `ignored`.
+    """Check that the tensors are exactly the wanted ones.
+
+    Other tensors are allowed only if a pattern in `ignored` matches their name.
 
     Raises:
         RequestError: If tensors are missing, unknown, of another shape, or not floating-point.
@@ -218,9 +225,9 @@ def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tu
 
 
 def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype | None = None) -> dict[str, Tensor]:
-    """Return llmctl's parameters as tensors of the Hugging Face format. A tensor is copied to the host when it is read.
+    """Return llmctl's parameters as tensors of the Hugging Face format, by name.
 
-    Quantized and low-rank weights are written as dense arrays.
+    A tensor is copied to the host when it is read. Weight nodes, such as quantized weights, become dense arrays.
     """
     flat = weights.flatten(params)
 
@@ -245,7 +252,7 @@ def _slice(w: Any, layer: int, dtype: np.dtype) -> np.ndarray:
 
 
 def host(a: jax.Array, layer: int = -1) -> np.ndarray:
-    """Return one layer of a stacked array (all layers if -1) on the host.
+    """Return a stacked array's layer with the index `layer`, or the complete array if `layer` is -1, on the host.
 
     On a CPU, this is a view. From other devices, only the layer is transferred.
     """

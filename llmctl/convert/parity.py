@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
-    """Return a fixed batch of random tokens: one full row, one padded row, and one row packed with two sequences."""
+    """Return a fixed batch of random tokens: one full row, one padded row, and one row of two packed sequences."""
     T = min(length, cfg.max_seq_len)
     rng = np.random.default_rng(0)
     segments = np.ones((3, T), np.int32)
@@ -36,7 +36,10 @@ def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
 
 
 def answers(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-    """Return the model's outputs in float32, flattened to [B, ...]: logits, and next-sentence scores if any."""
+    """Return a model's outputs in float32, flattened to one vector per row, [B, ...]. Outputs at padding are 0.
+
+    They are the logits of a language model, the outputs of a task head, or both, one after the other.
+    """
     return _answers(cfg.model_dump_json(), params, batch)
 
 
@@ -57,9 +60,9 @@ def _answers(config: str, params: dict[str, Any], batch: dict[str, jax.Array]) -
 
 
 def difference(ours: Any, theirs: Any) -> tuple[float, float]:
-    """Return (largest absolute difference, largest allowed difference).
+    """Return the largest absolute difference between two outputs, and the largest difference that is allowed.
 
-    If an output is NaN or infinite, the largest difference is inf.
+    If an output is NaN or infinite, the first value is inf.
     """
     a, b = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
     largest = float(np.max(np.abs(b), initial=1.0))
@@ -68,7 +71,7 @@ def difference(ours: Any, theirs: Any) -> tuple[float, float]:
 
 
 def prove(what: str, ours: Any, theirs: Any) -> float:
-    """Return the largest difference between two outputs.
+    """Return the largest absolute difference between two outputs, after a check that it is within the tolerance.
 
     Raises:
         WorkError: If it exceeds the tolerance.

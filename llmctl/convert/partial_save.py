@@ -1,7 +1,7 @@
-"""Save an artifact's parameters one at a time, so that only one is in memory and a kill loses at most one.
+"""Save an artifact's parameters one at a time. Only one is in memory, and a killed process loses at most one.
 
-The parameters are written to a folder beside the artifact's path, together with a key of the source. The same import
-resumes from this folder. An import with another key deletes the folder and starts again.
+The parameters are written to a folder beside the artifact's path, together with the key of the import. If the same
+import is started again, it resumes from this folder. An import with another key deletes the folder and starts again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from llmctl.model import weights
 
 @contextlib.contextmanager
 def opened(out: Path, key: str) -> Iterator[Stream]:
-    """Yield the stream to which parameters of the artifact `out` are written.
+    """Yield a `Stream`, to which the parameters of the artifact `out` are written.
 
     The folder is deleted at the end, also after an exception. It remains only if the process is killed or interrupted.
 
     Args:
         out: Folder of the future artifact.
-        key: Key of the source and the settings.
+        key: Hash of the imported files and of the settings.
     """
     with locks.claim(out):
         stream = Stream(out, key)
@@ -49,14 +49,15 @@ def opened(out: Path, key: str) -> Iterator[Stream]:
 
 
 class Stream:
-    """Write parameters to a folder one by one. Each is committed and recorded before the next is read."""
+    """Write parameters to a folder, one by one. Each is committed and recorded before the next one is read."""
 
     def __init__(self, out: Path, key: str) -> None:
         """Open or create the folder.
 
         Args:
             out: Folder of the future artifact.
-            key: Key of the source and the settings. Parameters that were written for another key are deleted.
+            key: Hash of the imported files and of the settings. Parameters that were written for another key are
+                deleted.
         """
         self.folder = locks.scratch(out, "import")
         self._arrays, self._log, said = (self.folder / name for name in ("arrays", "written", "key"))
@@ -73,7 +74,7 @@ class Stream:
         self._targets: dict[str, jax.ShapeDtypeStruct] = {}
 
     def place(self, placer: name_map.Place, passed: Callable[[int], None]) -> name_map.Place:
-        """Return a function that writes parameters to the folder and does not keep them in memory.
+        """Return a function that reads a parameter, writes it to the folder and frees its memory.
 
         Args:
             placer: Function that reads a parameter onto its devices.
@@ -98,7 +99,7 @@ class Stream:
         return write
 
     def finish(self, shardings: Mapping[str, Any]) -> Stored:
-        """Complete the folder after all parameters are written, and return the parameters for reading."""
+        """Complete the folder after all parameters are written, and return a mapping that reads them from it."""
         from orbax.checkpoint.experimental.v1 import partial
 
         if not self._arrays.exists():

@@ -27,10 +27,10 @@ from llmctl.model.config import ModelConfig
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FULL = "trained_in_full"
-"""Key of an import's config with the paths of the weights that the adapter replaced."""
+"""Key in the config of an import: the paths of the weights that the adapter replaced (modules trained in full)."""
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
-"""Modules that read and write adapters, by the value of `peft_type`."""
+"""Modules that read and write one kind of adapter, by the value of `peft_type`."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -39,13 +39,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _joints(cfg: ModelConfig) -> dict[str, name_map.Joint]:
-    """Return every tensor of the Hugging Face format, by its name there."""
+    """Return the model's tensors in the Hugging Face format, by name."""
     bridge, head = architectures.of(cfg)
     return name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare)
 
 
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
-    """Return the linear layers of the Hugging Face format with the slots of their matrices: {module name: slots}.
+    """Return the linear layers of the Hugging Face format: {module name: slots of its matrix}.
 
     A fused layer has several slots.
     """
@@ -57,7 +57,7 @@ def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
 
 
 def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
-    """Return the linear layers of the Hugging Face format that are one matrix in llmctl: {module name: slot}."""
+    """Return the linear layers of the Hugging Face format that are not fused: {module name: slot}."""
     return {module: slots[0] for module, slots in _layers(cfg).items() if len(slots) == 1}
 
 
@@ -118,7 +118,11 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
 
 
 def _copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
-    """Copy fully trained modules into `flat`, and return the names of their tensors."""
+    """Copy the modules that were trained in full into `flat`, and return the names of their tensors.
+
+    Raises:
+        RequestError: If a tensor does not fit the base.
+    """
     joints = _joints(cfg)
     table = peft_table.of(cfg, joints)
     used = {name for name in joints if name in left}
@@ -142,10 +146,12 @@ def _copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, A
 
 
 def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> set[str]:
-    """Return the names of tensors that repeat weights of the base, which PEFT saves beside adapters of a token table.
+    """Return the names of tensors that are copies of the base's weights.
+
+    PEFT saves such copies beside the adapter of a token table.
 
     Raises:
-        RequestError: If such a tensor differs from the base.
+        RequestError: If a copy differs from the base's weight.
     """
     theirs = {n.replace(".base_layer.", "."): n for n in left if ".base_layer." in n}
     wanted = {n: j for n, j in _joints(base.model).items() if n in theirs}
@@ -157,10 +163,10 @@ def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> se
 
 
 def export(found: Artifact, folder: Path) -> float:
-    """Write an artifact's adapters in PEFT's format, read them back, and compare outputs.
+    """Write an artifact's adapters in PEFT's format, read them back, and compare the model's outputs with both.
 
     Returns:
-        The largest difference between outputs with the original and the written adapter.
+        The largest difference between the outputs with the artifact's adapters and those with the written ones.
 
     Raises:
         RequestError: If the artifact has no adapters, if matrices with adapters share a tensor in the Hugging Face
@@ -211,7 +217,7 @@ def export(found: Artifact, folder: Path) -> float:
 
 
 def _format_of(path: Path, kinds: set[str]) -> ModuleType:
-    """Return the format module for these kinds of weight nodes.
+    """Return the module of `FORMATS` that stores weight nodes of the given kinds.
 
     Raises:
         RequestError: If no format stores them.
@@ -227,9 +233,9 @@ def _layer(w: Any, layer: int) -> Any:
 
 
 def base_of(found: Artifact) -> dict[str, Any]:
-    """Return the parameters of the base without adapters, and with zeros in place of trained heads.
+    """Return the parameters of an artifact without adapters, and without the weights that were trained in full.
 
-    With these zeros, a comparison detects a head that the adapter's files lack.
+    These weights are zeros. A comparison therefore detects a trained head that the adapter's files lack.
     """
     base = weights.flatten(weights.without_adapters(found.params))
     base |= {path: jnp.zeros(base[path].shape, jnp.float32) for path in full_paths(found)}
@@ -239,8 +245,9 @@ def base_of(found: Artifact) -> dict[str, Any]:
 def full_paths(found: Artifact) -> set[str]:
     """Return the paths of the weights that were trained in full beside the adapters.
 
-    After finetuning they are the task head and `lora.modules_to_save`. An import records what its adapter contained.
-    Older imports did not, and may have a trained head.
+    After finetuning, these are the task head and the modules in `lora.modules_to_save`. After an import, they are
+    recorded in its config. Older imports have no record. If such an import differs from its base, these are the weights
+    of its head.
 
     Raises:
         RequestError: If an older import differs from its base, and has no head that could be the difference.
@@ -264,6 +271,6 @@ def full_paths(found: Artifact) -> set[str]:
 
 
 def replaced(base: Artifact, params: dict[str, Any]) -> list[str]:
-    """Return the paths of the base's weights that an adapter replaced, from the result of `load`."""
+    """Return the paths of the base's weights that `load` replaced by weights in the adapter's files."""
     before, after = weights.flatten(base.params), weights.flatten(weights.without_adapters(params))
     return sorted(path for path, w in after.items() if w is not before[path])

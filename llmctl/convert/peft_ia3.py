@@ -16,7 +16,7 @@ from llmctl.convert.name_map import Slot
 from llmctl.model import weights
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"init_ia3_weights": (True, False)}
-"""Config keys that could change the computation, with the values for which they do not."""
+"""Config keys that may change the outputs, with the only supported value of each: the one that changes nothing."""
 KINDS = ("scaled",)
 """Kinds of weight nodes that this format stores."""
 
@@ -36,7 +36,7 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Factors]:
-    """Return the factors of each slot of a module. The slots of a fused matrix share factors of inputs.
+    """Return the factors of each slot of a module. Slots of a fused matrix have the same factors of inputs.
 
     Raises:
         RequestError: If the factors do not fit the base's matrix.

@@ -1,7 +1,8 @@
 """Read and write low-rank adapters in PEFT's format: LoRA, rsLoRA, DoRA, and AdaLoRA, which is read as LoRA.
 
-In the format, a pair of low-rank matrices belongs to one layer; llmctl stacks them over layers. Papers: LoRA (Hu et
-al., 2021, arXiv:2106.09685), DoRA (Liu et al., 2024, arXiv:2402.09353), AdaLoRA (Zhang et al., 2023, arXiv:2303.10512).
+In PEFT's format, a pair of low-rank matrices belongs to one layer. llmctl stacks the pairs of all layers. Papers: LoRA
+(Hu et al., 2021, arXiv:2106.09685), DoRA (Liu et al., 2024, arXiv:2402.09353), AdaLoRA (Zhang et al., 2023,
+arXiv:2303.10512).
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -28,7 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (), "kasa_config": (), "monteclora_config": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
-"""Config keys that could change the computation, with the values for which they do not.
+"""Config keys that may change the outputs, with the only supported value of each: the one that changes nothing.
 
 Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
 (layers_to_transform, layers_pattern, exclude_modules) are not checked, because the names of the stored tensors contain
@@ -59,7 +60,7 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Pair]:
-    """Return the low-rank matrices of each slot of a module. The slots of a fused matrix share the input side.
+    """Return the low-rank matrices of each slot of a module. Slots of a fused matrix have the same matrix of inputs.
 
     Raises:
         RequestError: If the tensors do not fit the base's matrix.
@@ -87,7 +88,7 @@ def read(
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return the scale of a module's update by the format's settings."""
+    """Return the factor on a module's low-rank update, from the settings in adapter_config.json."""
     patterns = config.get("alpha_pattern") or {}  # regular expressions that match the end of a name
     if not isinstance(patterns, dict):
         raise RequestError("adapter_config.json: alpha_pattern is no object")

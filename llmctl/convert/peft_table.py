@@ -1,7 +1,8 @@
-"""Low-rank adapters of the token table in PEFT's format.
+"""Read and write low-rank adapters of the token table in PEFT's format.
 
-Their tensors have names of their own. If the table is also the output projection, the format has a second adapter for
-that, with the same numbers: LoRA changes modules there, and weights here.
+Their tensors have other names than those of linear layers. If the table is tied to the output projection, PEFT's format
+has a second adapter for the output projection, with equal elements. The reason is that PEFT adapts modules, and llmctl
+adapts weights.
 
 Shapes: V vocabulary, D model width, R rank.
 """
@@ -21,7 +22,7 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
-"""Names of a linear layer's tensors, and of the same tensors of a table."""
+"""Names of a token table's tensors, by the names of the corresponding tensors of a linear layer."""
 
 
 class Table(NamedTuple):
@@ -36,7 +37,7 @@ class Table(NamedTuple):
 
 
 def of(cfg: ModelConfig, joints: Mapping[str, Joint]) -> Table:
-    """Return the token table of a model whose tensors are `joints`."""
+    """Return the description of a model's token table. `joints` are the model's tensors in the Hugging Face format."""
     name, slot = next((n, j.slots[0]) for n, j in joints.items() if weights.parse(j.slots[0].path).place == "embedding")
     output = architectures.of(cfg)[1].names.get("lm_head/kernel", "") if cfg.tied and cfg.head_kind.vocabulary else ""
     return Table(slot.path, name.removesuffix(".weight"), output.removesuffix(".weight"))
@@ -45,10 +46,12 @@ def of(cfg: ModelConfig, joints: Mapping[str, Joint]) -> Table:
 def read(
     table: Table, config: Mapping[str, Any], stored: Mapping[str, Tensor], prefix: str, shape: tuple[int, ...]
 ) -> tuple[peft_lora.Pair | None, set[str]]:
-    """Return the adapter of the token table [V, D], or None, and the names of its tensors.
+    """Return the adapter of the token table [V, D], and the names of the adapter's tensors.
+
+    If the table has no adapter, return None and an empty set.
 
     Raises:
-        RequestError: If the tensors do not fit the table, or change one of two modules that share it.
+        RequestError: If the tensors do not fit the table, or if adapters of tied modules differ.
     """
     names = [f"{table.module}.{name}" for name in NAMES.values()]
     if not any(prefix + name in stored for name in names):
@@ -75,7 +78,10 @@ def read(
 
 
 def nodes(table: Table, w: Any) -> dict[str, Any]:
-    """Return the adapters of the Hugging Face format by module, as pairs [I, R] and [R, O] of linear layers."""
+    """Return the adapters of the token table by module of the Hugging Face format, in the form of linear layers.
+
+    The output projection, if it is tied, gets the transposed pair.
+    """
     found = {table.module: w}
     if table.output:
         found[table.output] = weights.LowRank(w.base, w.b.T, w.a.T, w.scale)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from llmctl.data.tokenizers.base import TextTemplate
 
 SAMPLES = ("a", "the", "A", "0", ".", "e")
-"""Texts for sampling the post-processor; in any vocabulary, at least one of them has tokens."""
+"""Texts that are encoded to find out which tokens a post-processor adds. In any vocabulary, one of them has tokens."""
 
 
 def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int | None]) -> TextTemplate:
@@ -29,7 +29,7 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
         made: Tokenizer of the tokenizer.json.
         config: Content of the tokenizer_config.json beside it. If this has `add_bos_token` or `add_eos_token`,
             transformers replaces the post-processor.
-        special: Ids of bos and eos.
+        special: Token ids of "bos" and "eos", or None.
     """
     if "add_bos_token" in config or "add_eos_token" in config:
         bos, eos = (
@@ -47,7 +47,7 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
 
 
 def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the ids (before, after, between) of special tokens around the texts of an encoding."""
+    """Return the ids of an encoding's special tokens: before the first text, after the last, and between two."""
     of_text = [i for i, s in enumerate(encoded.sequence_ids) if s is not None]
     if not of_text:
         return tuple(encoded.ids), (), ()

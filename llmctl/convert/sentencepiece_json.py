@@ -1,7 +1,8 @@
 """Convert SentencePiece models to tokenizer.json, and check that both tokenize equally.
 
-Many programs read only tokenizer.json. A conversion is used only if both tokenize a set of sample texts identically.
-The same holds for a model that is found beside a tokenizer.json.
+Many programs read only tokenizer.json. A converted tokenizer is used only if it tokenizes a set of sample texts as the
+SentencePiece model does. A SentencePiece model beside a tokenizer.json is also used only if both tokenize these texts
+identically.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ SAMPLES = (
 """Texts that both tokenizers must tokenize identically."""
 
 
-def twin(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
-    """Return the SentencePiece model beside a tokenizer.json, as in folders of Llama 2, Mistral and Gemma.
+def model_beside(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
+    """Return the SentencePiece model that is in a folder with the equivalent tokenizer.json `words`.
+
+    Folders of Llama 2, Mistral and Gemma have both.
 
     Returns:
-        The model, or None if there is none, or if it has other tokens or tokenizes a sample differently. Samples that
-        begin with a space may differ (`spaces_differ`).
+        The model. None if there is none, if it has other tokens than the tokenizer.json, or if it tokenizes a sample
+        text differently. Texts that begin with a space may be tokenized differently (`spaces_differ`).
     """
     file = folder / SentencePieces.file
     if not file.is_file():
@@ -52,7 +55,10 @@ def twin(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
 
 
 def spaces_differ(words: JsonTokenizer, found: SentencePieces) -> bool:
-    """Return True if texts that begin with spaces are tokenized differently. Newer files add no space before them."""
+    """Return True if the tokenizer.json and the SentencePiece model tokenize texts that begin with spaces differently.
+
+    Newer files of tokenizer.json add no space before such texts, but SentencePiece does.
+    """
     return any(words.encode(t) != found.encode(t) for t in SAMPLES if t.startswith(" "))
 
 
@@ -60,7 +66,7 @@ def convert(words: SentencePieces) -> Tokenizer | None:
     """Convert a SentencePiece model to a tokenizer of the library `tokenizers`.
 
     Returns:
-        The tokenizer, or None if it would tokenize a sample differently.
+        The tokenizer. None if it tokenizes a sample text differently, or if the type of the model is not supported.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -97,7 +103,7 @@ def convert(words: SentencePieces) -> Tokenizer | None:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Return the merges of a SentencePiece BPE model: all splits of a piece into two others, best pieces first."""
+    """Return the merges of a SentencePiece BPE model: all pairs of pieces that form a piece, the best pieces first."""
     found: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece, i in vocab.items():
         for cut in range(1, len(piece)):

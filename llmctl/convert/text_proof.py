@@ -1,7 +1,7 @@
 """Compare exported files with llmctl on texts: tokenization, padding, pooling and outputs.
 
-A comparison of token ids alone does not cover the special tokens around a text, the padding, and the pooling position
-in other programs. If transformers and torch are installed, they read the files; otherwise llmctl reads them.
+A comparison from given token ids would not cover the special tokens around a text, the padding, and the pooling
+position in other programs. If transformers and torch are installed, they read the files; otherwise llmctl reads them.
 
 Shapes: B rows, T tokens.
 """
@@ -39,7 +39,7 @@ TEXTS = (
 LENGTH = 24
 """Maximum number of tokens per row."""
 COPY = 1.5
-"""Memory that transformers needs to load a model, as a multiple of its float32 weights."""
+"""Memory that transformers needs to load a model, as a multiple of the size of its float32 weights."""
 
 Rows = list[list[int]]
 
@@ -63,7 +63,7 @@ def _ids(cfg: ModelConfig, words: Tokenizer, text: str, T: int) -> list[int]:
 
 
 def batch_of(cfg: ModelConfig, rows: Rows, T: int) -> dict[str, jax.Array]:
-    """Return a batch of `parity.probe` (random tokens), followed by one row per text."""
+    """Return the batch of `parity.probe` (random tokens), extended by one row for each sequence in `rows`."""
     probe = {k: np.asarray(v) for k, v in parity.probe(cfg, T).items()}
     side = _padded(rows, T, "encoder_" if cfg.encoder_layers else "")
     if cfg.encoder_layers:
@@ -72,7 +72,7 @@ def batch_of(cfg: ModelConfig, rows: Rows, T: int) -> dict[str, jax.Array]:
 
 
 def _decoded(ids: Sequence[int], T: int) -> list[int]:
-    """Return decoder tokens for an encoder-decoder: its start token, and up to five tokens of the text."""
+    """Return tokens for the decoder of an encoder-decoder: its start token, and up to five tokens of the text."""
     return [0, *ids[: min(5, T - 1)]]
 
 
@@ -85,11 +85,13 @@ def _padded(rows: Rows, T: int, prefix: str) -> dict[str, np.ndarray]:
 
 
 def available(found_bytes: int, package: str = "") -> str:
-    """Return the reason why transformers cannot read the files, or "" if it can.
+    """Return why transformers cannot read the files, or "" if it can.
+
+    The reason is a missing package or too little memory.
 
     Args:
         found_bytes: Size of the model's weights in float32.
-        package: Another package that this format needs.
+        package: Name of another package that the format needs; empty if none.
     """
     for name in filter(None, ("transformers", "torch", package)):
         if importlib.util.find_spec(name) is None:
@@ -102,14 +104,14 @@ def available(found_bytes: int, package: str = "") -> str:
 
 
 def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
-    """Return the token ids of `TEXTS` from the written tokenizer, as another program reads it.
+    """Return the token ids of `TEXTS` that another program gets from the tokenizer in a folder.
 
-    If the model is a decoder with a classifier, a row ends at the last token that is not padding, where transformers
-    pools.
+    If the model is a decoder with a pooled head, padding tokens at the end of a row are removed, as transformers does
+    before pooling.
 
     Args:
         cfg: Config of the model.
-        folder: Folder of the written model.
+        folder: Folder of the model.
         T: Maximum number of tokens per row.
         theirs: Whether transformers reads the tokenizer; if false, the library tokenizers does.
     """
@@ -133,7 +135,7 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
 
 
 def same_tokens(what: str, ours: Rows, there: Rows) -> str:
-    """Describe the first text that another program tokenizes differently; "" if there is none."""
+    """Describe the first text whose token ids `ours` and `there` differ; return "" if all are equal."""
     for text, a, b in zip(TEXTS, ours, there, strict=True):
         if a != b:
             return f"{what}: others read {text!r} as {b[:8]}…{b[-2:]} ({len(b)} tokens), llmctl as {a[:8]}…{a[-2:]}"
@@ -141,9 +143,10 @@ def same_tokens(what: str, ours: Rows, there: Rows) -> str:
 
 
 def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str:
-    """Describe a difference between transformers with the tokenizer of `source` and llmctl with that of `folder`.
+    """Describe the first text that transformers, with the files in `source`, tokenizes differently from llmctl.
 
-    Return "" if both agree, if transformers is not installed, or if the model does not read complete texts.
+    llmctl uses the tokenizer in `folder`. Return "" if all texts have the same token ids, if transformers is not
+    installed, or if the model does not read complete texts.
     """
     if not reads_texts(cfg) or importlib.util.find_spec("transformers") is None:
         return ""
@@ -155,13 +158,15 @@ def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str
 
 
 def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None) -> np.ndarray:
-    """Return the outputs of transformers for rows of token ids, in the layout of `parity.answers`.
+    """Return the outputs of the model in `folder` for rows of token ids, computed by transformers.
+
+    The layout is that of `parity.answers`.
 
     Rows of a classifier are padded as the written tokenizer pads them. Other rows run one by one. If `adapter` is
     given, PEFT loads it onto the model.
 
     Raises:
-        WorkError: If transformers cannot load the folder, or misses weights.
+        WorkError: If transformers cannot load the model, or finds that weights are missing.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     with _quietly() as hf:

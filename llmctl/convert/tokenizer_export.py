@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 
 def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
-    """Return the spellings of a tokenizer's special tokens, by name ("bos", …)."""
+    """Return the texts of a tokenizer's special tokens, by the names "bos", "eos", "pad", "unk", "mask"."""
     if isinstance(words, JsonTokenizer):
         return dict(words.special)
     if not isinstance(words, SentencePieces):
@@ -29,21 +29,21 @@ def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Written:
-    """Store the result of `hand_on`: ids of the exported special tokens, and the embedding rows that they need."""
+    """Store the result of `export_tokenizer`: the ids of special tokens, and the embedding rows that they need."""
 
     ids: dict[str, Any]
-    """Ids of special tokens under the names of config.json."""
+    """Ids of special tokens, by the keys of config.json."""
     rows: int
-    """Number of rows that the embedding table needs; 0 if the model has enough."""
+    """Number of rows that the embedding table needs for added tokens; 0 if no row has to be added."""
     said: tuple[str, ...] = ()
-    """Differences in the tokenization by other programs, one line each."""
+    """Differences between the tokenization in llmctl and in other programs, one line each."""
 
 
-def hand_on(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Written | None:
+def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Written | None:
     """Write an artifact's tokenizer in formats that other programs read.
 
-    A tokenizer.json is copied. A SentencePiece model is copied and also converted to a tokenizer.json. The
-    post-processor is replaced if it does not add the special tokens that the model was trained with. If the model reads
+    A tokenizer.json is copied. A SentencePiece model is copied, and also converted to a tokenizer.json. If the
+    post-processor does not add the special tokens that the model was trained with, it is replaced. If the model reads
     complete texts, tokenizer_config.json gets the padding token, the sides of padding and truncation, and the maximum
     length.
 
@@ -105,15 +105,15 @@ def hand_on(folder: Path, out: Path, model: ModelConfig, seq_len: int = 0) -> Wr
 
 
 PAD = "<|pad|>"
-"""Spelling of a padding token that is added on export."""
+"""Text of the padding token that is added on export if a model needs one."""
 
 
 def _padding(
     words: tokenizers.Tokenizer, special: dict[str, str], made: Any, wanted: TextTemplate, model: ModelConfig
 ) -> tuple[str, bool]:
-    """Return (padding token, whether it was added to `made`).
+    """Return the padding token, and whether it was added to the tokenizer `made`.
 
-    For a decoder with a classifier, transformers pools at the last token that is not the padding token. Such a model
+    For a decoder with a pooled head, transformers pools at the last token that is not the padding token. Such a model
     needs a padding token that never ends a text.
     """
     eos: str = made.id_to_token(words.eos_id)

@@ -26,32 +26,33 @@ BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", GENERATION, "sentence_bert_config.json"),
 )
-"""Files of a tokenizer that other programs read; they are copied unchanged."""
+"""Files beside a tokenizer that other programs read. They are copied unchanged."""
 LEAST = 0.9
-"""Minimum fraction of the embedding table that the tokenizer must cover. Tables are padded only to round numbers."""
+"""Minimum number of tokens of a tokenizer, as a fraction of the rows of the model's embedding table. Tables have more
+rows than tokens only to reach a round number."""
 
 
 def bring(
     source: Path, work: Path, model: ModelConfig, config: Mapping[str, Any] | None = None, of: Path | None = None
 ) -> Path | None:
-    """Copy the tokenizer of `source` (a folder or a file) into `work` for an artifact.
+    """Copy the tokenizer of an imported model into the folder `work`, in the form that an artifact contains.
 
     If the model reads complete texts, the special tokens that transformers adds around them are recorded. All tokens
     that end an answer are written to a generation_config.json.
 
     Args:
-        source: A folder or a file.
-        work: The folder to write.
+        source: Folder or file of the tokenizer.
+        work: Folder to write to.
         model: Config of the model.
         config: The model's config.json.
         of: Folder of the model, if the tokenizer is from another folder.
 
     Returns:
-        The folder, or None if the source has no tokenizer.
+        The folder `work`, or None if `source` contains no tokenizer.
 
     Raises:
-        RequestError: If the tokenizer is damaged, does not fit the model's table, or lacks its added tokens. If a file
-            is a link to a file outside its folder.
+        RequestError: If the tokenizer is damaged, if it does not fit the model's embedding table, or if the file of its
+            added tokens is missing. If a file is a link to a file outside its folder.
     """
     folder = source if source.is_dir() else source.parent
     for name in (*BESIDE, SentencePieces.file):
@@ -80,39 +81,39 @@ def bring(
         raise RequestError(f"{of or folder}: eos_token_id {odd[0]} is no token")
     tokenizers.chat_template(folder)
     _write_ends(work, found, ends)
-    if isinstance(found, JsonTokenizer) and sentencepiece_json.twin(found, folder):
+    if isinstance(found, JsonTokenizer) and sentencepiece_json.model_beside(found, folder):
         shutil.copy(folder / SentencePieces.file, work / SentencePieces.file)  # GGUF export needs it
     return work
 
 
-def unread(folder: Path) -> tuple[str, ...]:
-    """Return the names of files in a tokenizer folder that no stage reads.
+def unread_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of files in an artifact's tokenizer folder that no stage reads.
 
-    This is the SentencePiece model beside a tokenizer.json, if there is one.
+    If the folder has a tokenizer.json, this is the SentencePiece model beside it.
     """
     return (SentencePieces.file,) if (folder / JsonTokenizer.file).is_file() else ()
 
 
 def reads_texts(model: ModelConfig) -> bool:
-    """Return True if the model reads complete texts; a decoder with a language-model head continues them."""
+    """Return True if the model reads complete texts, and False for a decoder language model, which continues them."""
     return not model.head_kind.vocabulary or model.architecture != "decoder"
 
 
 def projects_pooled(model: ModelConfig) -> bool:
-    """Return True if the model projects one vector per text to its outputs (classes, a number)."""
+    """Return True if the model pools each text to one vector and projects it to outputs (classes or a number)."""
     kind = model.head_kind
     return not (kind.vocabulary or kind.per_token or kind.bare)
 
 
 def pools_last(model: ModelConfig) -> bool:
-    """Return True if transformers pools the model at the last token that is not the padding token."""
+    """Return True if transformers pools the model's outputs at the last token that is not the padding token."""
     return model.architecture == "decoder" and projects_pooled(model)
 
 
 def _recorded(
     words: tokenizers.Tokenizer, folder: Path, model: ModelConfig, config: Mapping[str, Any]
 ) -> TextTemplate | None:
-    """Return the template that transformers applies to texts, or None if llmctl's default is equal."""
+    """Return the special tokens that transformers adds around a text, or None if llmctl adds the same by default."""
     found = _template(words, folder)
     pad = config.get("pad_token_id")
     if pools_last(model) and isinstance(pad, int):
@@ -141,7 +142,7 @@ def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
 
 
 def _write_ends(folder: Path, words: tokenizers.Tokenizer, said: Iterable[Any]) -> None:
-    """Add the end tokens of other files to the generation_config.json of a tokenizer's folder."""
+    """Add end tokens from other files, `said`, to the generation_config.json in a tokenizer's folder."""
     content = read_json(folder / GENERATION)
     own = ids_of(content.get("eos_token_id"))
     every = list(dict.fromkeys([*(own or [words.eos_id]), *(i for ids in said for i in ids_of(ids))]))
@@ -150,15 +151,15 @@ def _write_ends(folder: Path, words: tokenizers.Tokenizer, said: Iterable[Any]) 
 
 
 def ids_of(said: Any) -> list[int]:
-    """Return the token ids in a field that contains one id, a list of ids, or none."""
+    """Return the token ids in a JSON field as a list. The field may contain one id, a list of ids, or null."""
     return [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
 
 
 def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
-    """Check that the model has an embedding row for every token, and few rows without a token.
+    """Check that the model's embedding table has a row for every token, and only few rows more.
 
     Raises:
-        RequestError: If the table has another size.
+        RequestError: If it has fewer rows than tokens, or many more.
     """
     if not LEAST * model.vocab_size <= words.vocab_size <= model.vocab_size:
         raise RequestError(
@@ -184,7 +185,16 @@ def _epath(path: Path) -> Any:
 
 
 def _from_vocabulary(folder: Path) -> bytes | None:
-    """Return a tokenizer.json built from files of older folders, vocab.txt or vocab.json and merges.txt; else None."""
+    """Build a tokenizer.json from the vocabulary files of an older folder.
+
+    These are vocab.txt (WordPiece), or vocab.json with merges.txt (byte-level BPE).
+
+    Returns:
+        The content of the tokenizer.json, or None if the folder contains neither.
+
+    Raises:
+        RequestError: If vocab.json and merges.txt do not fit together.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     said = read_json(folder / "tokenizer_config.json")
@@ -234,7 +244,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or {} if there is no such file or object.
+    """Return the JSON object in a file. Return {} if the file is missing, or if its JSON value is no object.
 
     Raises:
         RequestError: If the file is no valid JSON.

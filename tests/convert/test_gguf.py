@@ -202,7 +202,7 @@ def test_a_sentencepiece_model_of_other_tokens_is_not_taken(pieces, tmp_path):
     other = loading.train(texts, TokenizerConfig(kind="bpe", vocab_size=280, normalize="identity"))
     for model, taken in ((other.model, False), (b"nothing", False), (pieces.model, True)):
         (tmp_path / "tokenizer.model").write_bytes(model)
-        assert (sentencepiece_json.twin(words, tmp_path) is not None) == taken
+        assert (sentencepiece_json.model_beside(words, tmp_path) is not None) == taken
 
 
 def test_what_llama_cpp_does_otherwise_with_a_vocabulary_is_said():
@@ -237,7 +237,7 @@ def test_llama_3_begins_where_its_file_does_not_say_so(tmp_path):
         words = loading.load(gguf_vocabulary.read(tmp_path / f"{pre}.gguf", tmp_path / pre))
         assert words.prompt("a") == [0] * said + [2]
         (tmp_path / f"{pre}-hf").mkdir()
-        tokenizer_export.hand_on(tmp_path / pre, tmp_path / f"{pre}-hf", ModelConfig(vocab_size=4))
+        tokenizer_export.export_tokenizer(tmp_path / pre, tmp_path / f"{pre}-hf", ModelConfig(vocab_size=4))
         assert loading.load(tmp_path / f"{pre}-hf").prompt("a") == words.prompt("a")
 
 

@@ -28,7 +28,7 @@ def test_our_tokenizers_go_out_as_transformers_reads_them(kind, normalize, tmp_p
     words.save(tmp_path / "ours")
     (tmp_path / "theirs").mkdir()
     model = ModelConfig(vocab_size=words.vocab_size, labels=2, head="classify" if kind == "bpe" else "lm")
-    ids = tokenizer_export.hand_on(tmp_path / "ours", tmp_path / "theirs", model).ids
+    ids = tokenizer_export.export_tokenizer(tmp_path / "ours", tmp_path / "theirs", model).ids
     assert ids == {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     for text in NEW:
