@@ -24,7 +24,7 @@ from llmctl.evaluate.setup import Held, Measured, Setup
 from llmctl.evaluate.tasks.base import Corpora
 from llmctl.evaluate.tasks.language import Language, scored, timed
 from llmctl.evaluate.tasks.registry import TASKS
-from llmctl.evaluate.tasks.settings import ChatConfig
+from llmctl.evaluate.tasks.settings import CHATML, ChatConfig
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate import chat_template
 from llmctl.model.generate.chat_template import Template
@@ -63,6 +63,8 @@ class Chat(Language):
         text = settings.source() or (chat_template.chatml(words) if settings.template else words.chat_template)
         if text is None:
             raise RequestError(f'{folder}: has no chat template; say chat.template = "chatml", or name a file with one')
+        if settings.template == CHATML and "eos_token" not in words.spelled:
+            raise RequestError(f"{folder}: has no end token that a template can name; name a file in chat.template")
         ends = sorted({*end_ids(folder, words), *Template(text, words).end_ids()})
         if text == words.chat_template and ends == end_ids(folder, words):
             return folder

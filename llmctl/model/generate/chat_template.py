@@ -227,10 +227,12 @@ class Template:
     def _harmless(self, value: Any) -> Any:
         """Return a copy of JSON data in which spellings of special tokens, and the marks of answers, are altered."""
         own = self.tokenizer.special_ids
+        firsts = {spelling[:1] for spelling in own}
 
         def text(said: str) -> str:
-            said = re.sub(f"[{generation_block.BEGIN}{generation_block.END}]", "\ufffd", said)
-            for spelling in own:
+            said = said.replace(generation_block.BEGIN, "\ufffd").replace(generation_block.END, "\ufffd")
+            # Vocabularies have hundreds of special tokens, and most texts have none of their first characters.
+            for spelling in own if any(first in said for first in firsts) else ():
                 said = said.replace(spelling, spelling[:1] + SPOILED + spelling[1:])
             return said
 

@@ -117,6 +117,22 @@ def test_perplexity_is_that_of_the_answers_alone(tuned, talks, tmp_path):
     )
 
 
+def test_calibration_reads_conversations_or_text(tuned, talks, tmp_path):
+    from llmctl.compress import calibration_data
+    from llmctl.compress.settings import CalibrationConfig
+    from llmctl.config.settings import MeshConfig
+    from llmctl.distributed import mesh
+
+    made, devices = artifact.load(tuned), mesh.make(MeshConfig())
+    config = CalibrationConfig(data=talks, split="train", examples=8, batch_size=8, seq_len=20)
+    (batch,) = calibration_data.load(config, made, devices, labels=True)
+    assert batch["tokens"].shape == (8, 20) and 0 < float(batch["weights"].sum()) < float(batch["segments"].sum())
+    (tmp_path / "x.txt").write_text("Some words that are no conversation. " * 9)
+    config = CalibrationConfig(data=DataConfig(path=str(tmp_path / "x.txt"), test=0, validation=0), split="train",
+                               examples=8, batch_size=8, seq_len=20)  # fmt: skip
+    assert {b["tokens"].shape[1] for b in calibration_data.load(config, made, devices)} == {20}
+
+
 def test_a_command_measures_an_artifact_of_another_run(tuned, talks, tmp_path):
     argv = ["eval", str(tuned), "--out", str(tmp_path / "out"), "--data.source", "jsonl", "--data.path", talks.path]
     assert app.run([*argv, "--data.test", "0.2", "--examples", "7", "--no-plot", "--no-speed"]) == 0
