@@ -128,7 +128,7 @@ RULES = (
          "have no head 'classify' to export to", "transformers has no T5 whose task head reads the encoder alone"),
     Rule("a BERT with fewer heads", ("export and import",),
          lambda s: s.family == "bert" and s.heads != SIZES["heads"], "head_dim",
-         "BERT's format derives the width of a head from their number"),
+         "BERT's format derives the width of a head from their number, as RoBERTa's and GPT-2's"),
     Rule("unmerged LoRA with a new head", ("export and import",), lambda s: s.pairs and s.base_head != s.head,
          "tensors that are not understood", "the adapter brings a head that its base does not have"),
 )  # fmt: skip

@@ -90,6 +90,9 @@ def table(found: dict[str, Any]) -> Table:
     out.add_row("disk", f"{size(found['disk']['free_bytes'])} free at {found['disk']['path']}")
     out.add_row("versions", ", ".join(f"{p} {v or 'missing'}" for p, v in found["versions"].items()))
     out.add_row("extras", ", ".join(f"{e} {'✓' if there else '–'}" for e, there in found["extras"].items()))
+    if chosen := found.get("recipe"):
+        stages = ", ".join(chosen["stages"])
+        out.add_row("recipe", f"{chosen['path']}: settings, and the first rows of data that is there, fit: {stages}")
     out.add_row("problems", "\n".join(found["problems"]) or "none")
     return out
 

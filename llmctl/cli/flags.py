@@ -140,6 +140,8 @@ def _report(step: Step, json: bool) -> None:
         console.result(results[0] if len(results) == 1 else {"results": results})
     elif results:
         console.show(report.table(results))
+        for protocol in report.protocols(results):
+            console.show(protocol)
     elif json:
         console.result(shown.one(step.out))
     else:

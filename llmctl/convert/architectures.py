@@ -31,7 +31,8 @@ def formats(name: str) -> list[str]:
     bridge: Bridge | None = getattr(family(name), "BRIDGE", None)
     if bridge is None:
         return []
-    return ["hf", "compressed-tensors", "peft", *(["gguf"] if bridge.model_type in TO_GGUF else [])]
+    packed = [] if bridge.in_out else ["compressed-tensors"]  # it holds linear layers alone
+    return ["hf", *packed, "peft", *(["gguf"] if bridge.model_type in TO_GGUF else [])]
 
 
 def of(model: ModelConfig) -> tuple[Bridge, Head]:
@@ -62,3 +63,43 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
     if head is None:
         raise RequestError(f"{bridge.model_type} models have no head {model.head!r} to export to")
     return bridge, head
+
+
+def check(model: ModelConfig) -> tuple[Bridge, Head]:
+    """Return the Bridge and the Head of a model whose outputs the head's class can express.
+
+    Raises:
+        RequestError: If there is no such class, or if it lacks one of the model's settings.
+    """
+    bridge, head = of(model)
+    needed = dict(head.fields)
+    if model.head_kind.bare:  # the pooler is optional, and pooling is stored in another file
+        needed.pop("pooler", None)
+    odd = [f"{k} = {getattr(model, k)!r}" for k, v in needed.items() if getattr(model, k) != v]
+    if odd:
+        raise RequestError(f"{head.architecture} has no {', '.join(odd)}; this model has no counterpart to export to")
+    return bridge, head
+
+
+def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
+    """Return a line if a model cannot be exported; an empty string if it can, or if `before` could not either.
+
+    Stages print it before their work, which export would otherwise refuse after hours.
+
+    Example:
+        >>> notice(ModelConfig(preset="modern-tiny"))[:56]
+        "cannot be exported to other libraries: family 'modern' h"
+        >>> notice(ModelConfig(preset="llama-tiny"))
+        ''
+    """
+    why = _refusal(model)
+    return f"cannot be exported to other libraries: {why}" if why and not (before and _refusal(before)) else ""
+
+
+def _refusal(model: ModelConfig) -> str:
+    try:
+        bridge, _ = check(model)
+        bridge.to_config(model)
+    except RequestError as e:
+        return str(e)
+    return ""

@@ -297,13 +297,7 @@ def config_of(
         >>> config["architectures"], config["hidden_size"], config["eos_token_id"]
         (['LlamaForCausalLM'], 128, 2)
     """
-    bridge, head = architectures.of(model)
-    needed = dict(head.fields)
-    if model.head_kind.bare:  # the pooler is optional, and pooling is stored in another file
-        needed.pop("pooler", None)
-    odd = [f"{k} = {getattr(model, k)!r}" for k, v in needed.items() if getattr(model, k) != v]
-    if odd:
-        raise RequestError(f"{head.architecture} has no {', '.join(odd)}; this model has no counterpart to export to")
+    bridge, head = architectures.check(model)
     fields = {"architectures": [head.architecture], "model_type": bridge.model_type, **tokens, "dtype": dtype}
     return fields | {"torch_dtype": dtype, **bridge.to_config(model), **task.hf_fields(model, labels, fitted or {})}
 

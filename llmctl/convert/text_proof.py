@@ -236,6 +236,7 @@ def _quietly() -> Iterator[Any]:
     """Import transformers without progress bars and warnings, and yield the module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; compressed-tensors has no other switch
         import transformers as hf
         from transformers.utils import logging
 

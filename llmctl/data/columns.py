@@ -61,7 +61,8 @@ class View(Source):
         for wanted in [*cfg.columns.values(), *cfg.filter]:
             if len(self._source) and not self._source.has(wanted):
                 raise RequestError(
-                    f"{cfg.title}: no column {wanted!r}{hint(wanted, list(known))} (columns: {', '.join(known)})"
+                    f"{cfg.title}: no column {wanted!r}{hint(wanted, list(known)) or _other_source(cfg)} "
+                    f"(columns: {', '.join(known)})"
                 )
         for ours in cfg.columns:
             if ours not in COLUMNS:
@@ -336,3 +337,9 @@ def _name(names: Sequence[str], value: Any) -> Any:
     if not names or isinstance(value, bool) or not isinstance(value, int) or value >= len(names):
         return value
     return names[value] if value >= 0 else None
+
+
+def _other_source(cfg: SourceConfig) -> str:
+    """Return a hint if a file that is read as text has the name of another kind of data; else an empty string."""
+    kinds = [kind for kind in ("csv", "jsonl", "parquet") if f".{kind}" in cfg.path]
+    return f'; set data.source = "{kinds[0]}" to read its columns' if kinds and cfg.source == "text" else ""

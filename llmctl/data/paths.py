@@ -27,7 +27,7 @@ def resolve(spec: str) -> list[epath.Path]:
         RequestError: If nothing matches, if the path is a folder, pipe or device, or if the package is not installed.
     """
     if not spec:
-        raise RequestError("data has no path: set data.path")
+        raise RequestError("data has no path: set data.path, or name the recipe that has it with --recipe")
     path = folder(spec)
     # a file name may contain glob characters, such as "reviews [1].csv"
     if GLOB.search(str(path)) and not path.exists():

@@ -56,7 +56,8 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
         return
     kind = kind or ("jsonl" if first[1].lstrip().startswith("{") else "text")
     lines = itertools.chain([first], lines)
-    read = _table(lines, "," if kind == "csv" else "\t") if kind in ("csv", "tsv") else _each(lines, kind)
+    table = kind in ("csv", "tsv")
+    read = _table(lines, name, "," if kind == "csv" else "\t", columns) if table else _each(lines, kind)
     for number, row in read:
         where = f"{name}:{number}"
         yield where, (_canonical(row, columns, where) if isinstance(row, dict) else RequestError(f"{where}: {row}"))
@@ -160,7 +161,9 @@ def _each(lines: Iterator[tuple[int, str]], kind: str) -> Iterator[tuple[int, An
             yield number, found if isinstance(found, dict) else f"a JSON {type(found).__name__}, not an object"
 
 
-def _table(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[tuple[int, Any]]:
+def _table(
+    lines: Iterator[tuple[int, str]], name: str, delimiter: str, columns: dict[str, str]
+) -> Iterator[tuple[int, Any]]:
     at = 0
 
     def texts() -> Iterator[str]:
@@ -173,6 +176,11 @@ def _table(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[tuple[i
     header = next(reader, [])
     if twice := [name for name in header if header.count(name) > 1]:
         raise RequestError(f"two columns are named {twice[0]!r}")
+    if header and not any(columns.get(ours, ours) in header for ours in TEXT_COLUMNS):
+        raise RequestError(
+            f"{name}: none of its columns is a text column; set --column, such as text={header[0]} "
+            f"(columns: {', '.join(header)})"
+        )
     while True:
         try:
             cells = next(reader)

@@ -191,7 +191,11 @@ class Splits:
             )
         if not len(self.examples[split]):
             how = "too few texts" if split == "train" else f"data.{split} = {getattr(self.config, split)}"
-            raise RequestError(f"{_named(self.config)}: the {split} split is empty ({how}, {self.rows} rows)")
+            files = any(part.source == "text" and part.documents == "file" for part in self.config.parts())
+            raise RequestError(
+                f"{_named(self.config)}: the {split} split is empty ({how}, {self.rows} rows)"
+                + '; data.documents = "paragraph" or "line" makes more rows of a file' * files
+            )
         return self.examples[split]
 
 

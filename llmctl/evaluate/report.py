@@ -110,33 +110,30 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Return a table for the terminal: one row per metric, one column per result, and the protocols as its caption.
+    """Return a table for the terminal: one row per metric and one column per result.
 
-    The name of a metric is its JSON key with spaces in place of underscores. An interval is in the row of its metric.
+    The name of a metric is its JSON key with spaces in place of underscores. The ends of an interval share a row.
     """
     from rich.table import Table
 
     found = [{k: v for k, v in r["metrics"].items() if isinstance(v, (int, float))} for r in results]
     names = dict.fromkeys(name for one in found for name in one)
     ends = {f"{name}_{end}" for name in names for end in ("low", "high")}
-    names = [name for name in names if name not in ends]
     several = len({r["task"] for r in results}) > 1
-    out = Table(caption="\n".join(protocols(results)), caption_justify="left")
+    out = Table()
     out.add_column("metric", no_wrap=True)
     for result in results:
         out.add_column(result["artifact"] + (f": {result['task']}" if several else ""), justify="right")
-    for name in names:
+    for name in (name for name in names if name not in ends):
         record = find(name)
         heading = record.title if record and record.unit == "s" else name.replace("_", " ")  # its title has the unit
-        out.add_row(heading, *(_figure(one, name) for one in found))
+        out.add_row(heading, *(text(name, one[name]) if name in one else "–" for one in found))
+        if f"{name}_low" in names:
+            out.add_row("  95 % interval", *(_interval(one, name) for one in found))
     return out
 
 
-def _figure(metrics: Result, name: str) -> str:
-    """Return the value of a metric as text, followed by its 95 % interval if it has one; a dash if it is missing."""
-    if name not in metrics:
-        return "–"
-    shown = text(name, metrics[name])
+def _interval(metrics: Result, name: str) -> str:
+    """Format the ends of a metric's interval; a dash if it has none."""
     ends = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
-    interval = " to ".join(text(name, v) for v in ends if v is not None)
-    return f"{shown} (95 % interval {interval})" if interval else shown
+    return " to ".join(text(name, v) for v in ends if v is not None) or "–"

@@ -118,12 +118,15 @@ def _check(
         if conversations is None and mapping.holds_conversations(data):
             return  # the artifact may have been trained on conversations, or not
         views = mapping.views(data, labels, bool(conversations))
+        pairs = {"prompt", "completion"}
         for view in views:
             absent = [c for c in columns if c not in view.columns]
             if len(view) and absent:
                 raise RequestError(
                     f"the data has no column {' and no column '.join(map(repr, absent))}; map it in data.columns "
                     f"(it has: {', '.join(view.columns)})"
+                    + '; objective = "completions" trains on these'
+                    * (absent == ["text"] and pairs <= set(view.columns))
                 )
             scan(data, view, 0, min(ROWS, len(view)))
     except RequestError as e:

@@ -178,7 +178,7 @@ def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) ->
     shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
     used: set[str] = set()
     found = [_settings_of(cls, shared, used) for cls in classes]
-    _check_all_used(shared, used, classes, file)
+    _check_all_used(shared, used, classes, [t.get("name", t["kind"]) for t in doc["stage"]], file)
     return found
 
 
@@ -209,7 +209,9 @@ def _settings_of(cls: type[Config], shared: dict[str, Any], used: set[str], pref
     return out
 
 
-def _check_all_used(shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], file: str) -> None:
+def _check_all_used(
+    shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], names: list[str], file: str
+) -> None:
     """Check that each shared setting is used by at least one stage.
 
     Raises:
@@ -225,7 +227,8 @@ def _check_all_used(shared: dict[str, Any], used: set[str], classes: list[type[S
             for part in above.split(".") if above else []:
                 at = section(at, part) if at else None
             known |= set(overrides.shareable(at)) if at else set()
-        raise RequestError(f"{file}: {path}: unknown key, no stage of this recipe has it{hint(key, sorted(known))}")
+        near = f", did you mean 'stage.{path}'?" if path in names else hint(key, sorted(known))
+        raise RequestError(f"{file}: {path}: unknown key, no stage of this recipe has it{near}")
 
 
 def _place(file: str, index: int, table: dict[str, Any], shared: dict[str, Any]) -> Callable[[str], str]:

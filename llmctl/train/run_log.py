@@ -37,7 +37,7 @@ MEANINGS = {
     "wait": "share of the time in which the devices wait for rows",
     "mfu": "model FLOP/s as a share of the hardware's peak",
     "GiB": "peak memory",
-    "influence": "change of the hidden states by the layer, 0 to 1",
+    "influence": "change of the hidden states by the layer, 0 if none",
     "layer_error": "change of the layer's output by the compression, relative",
 }
 """Explanations of the short names in the progress line. Each process prints an explanation once, before the first line

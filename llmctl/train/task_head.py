@@ -9,6 +9,7 @@ import jax
 from llmctl.artifacts.artifact import Artifact
 from llmctl.artifacts.manifest import listed
 from llmctl.config.errors import RequestError
+from llmctl.convert import architectures
 from llmctl.evaluate.tasks.registry import TASKS, of
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -30,8 +31,9 @@ def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
 
 
 def notices(config: Any, base: Artifact, labels: list[str], model: ModelConfig) -> list[str]:
-    """Return messages about a head that is new and about its pooling; `model` is the config with that head."""
-    return [line for line in (notice(config, base, labels), pooling_hint(config, base, model)) if line]
+    """Return messages about a new head, its pooling, and exports; `model` is the config with that head."""
+    exports = architectures.notice(model, base.model)
+    return [line for line in (notice(config, base, labels), pooling_hint(config, base, model), exports) if line]
 
 
 def notice(config: Any, base: Artifact, labels: list[str]) -> str:

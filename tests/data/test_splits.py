@@ -264,6 +264,11 @@ def test_advice_names_a_column_that_holds_text(tmp_path):
 def test_empty_and_missing(tmp_path, reviews):
     with pytest.raises(RequestError, match=r"no such file: '.*review.csv', did you mean 'reviews.csv'"):
         load(tmp_path / "review.csv")
+    with pytest.raises(RequestError, match=r'no column .*; set data.source = "csv" to read its columns'):
+        load(reviews, source="text")
+    (tmp_path / "one.txt").write_text("one document")
+    with pytest.raises(RequestError, match=r'split is empty .*; data.documents = "paragraph" or "line"'):
+        load(tmp_path / "one.txt", source="text", columns={}, test=0)["validation"]
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(RequestError, match=r"empty.csv: no text in it \(0 rows"):
         load(tmp_path / "empty.csv")

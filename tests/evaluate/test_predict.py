@@ -138,6 +138,13 @@ def test_streams_of_rows(kind, text, rows):
         assert got == wanted if isinstance(wanted, dict) else str(got).startswith(wanted)
 
 
+def test_a_table_without_a_text_column_is_refused_as_a_whole():
+    table = b"package,summary\na,b\n"
+    with pytest.raises(RequestError, match=r"in: none of its columns is a text column; set --column, .* text=pack"):
+        list(row_stream.rows(io.BytesIO(table), "in", "csv", {}))
+    assert list(row_stream.rows(io.BytesIO(table), "in", "csv", {"text": "summary"})) == [("in:2", {"text": "b"})]
+
+
 def test_an_endless_stream_is_read_in_windows_and_not_far_ahead():
     given = iter(range(10**9))
     windows = row_stream.in_windows((("", {"text": str(n)}) for n in given), 4)

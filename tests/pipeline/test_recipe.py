@@ -163,6 +163,7 @@ def test_one_line_for_what_is_wrong(write, text, line):
         ("stage.chnge.sparsity=0.5", "no stage chnge, did you mean 'change'?"),
         ("stage.1=0.5", "say which stage and which key"),
         ("sparsity", "must look like"),
+        ("change.sparsity=0.5", "no stage of this recipe has it, did you mean 'stage.change'?"),
         ("stage.1.sparsty=0.5", "r.toml: stage.1.sparsty (change): unknown key, did you mean 'sparsity'?"),
     ],
 )

@@ -21,6 +21,8 @@ def doctor(
     if chosen:
         data_check.check(chosen, missing=True)
     found = doctors.examine(platforms, chosen.run if chosen else Path())
+    if chosen:
+        found["recipe"] = {"path": str(recipe_file), "stages": [step.name for step in chosen.steps]}
     if json:
         console.result(found)
     else:

@@ -48,7 +48,9 @@ def plan(
     from llmctl.plan import environment, report, topologies
 
     if bool(topology) + bool(chips) + fit != 1:
-        raise RequestError("plan: say which chips with --topology NAME, --chips N or --fit")
+        raise RequestError(
+            "plan: say which chips with --topology NAME (such as v5e:16x16 or cpu:1), --chips N or --fit"
+        )
     if (search or fit) and len(stage or ()) > 1:
         raise RequestError("plan: --search and --fit look at one stage; name one with --stage")
     if (search or fit) and (generate or tokens):

@@ -107,7 +107,8 @@ def _write_splits(recipe_file: Path | None, folder: Path, sets: list[str], name:
         files = {split: {"file": str(path), "rows": n} for split, (path, n) in counts.items()}
         console.result({"splits": files, "rows": loaded.rows, "left_out": loaded.left_out})
         return
-    table = Table("split", "rows", "file", title=f"data of {config.title}")
+    columns = ", ".join(loaded.examples["train"].columns)
+    table = Table("split", "rows", "file", title=f"columns: {columns}", title_justify="left")
     for split, (path, n) in counts.items():
         table.add_row(split, f"{n:,}", str(path))
     console.show(table)

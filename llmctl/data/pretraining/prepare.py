@@ -106,7 +106,9 @@ def _prepare(
 ) -> Prepared:
     text = splits.load(data, lambda ranges: pool(_scan, ranges), labels=False)
     if "text" not in text["train"].columns:
-        raise RequestError("prepare takes text for language modelling: map data.columns.text")
+        raise RequestError(
+            "prepare takes text for language modelling: map data.columns.text; other tasks read raw data"
+        )
     key = _key(data, tokenizer, text)
     where, found = read(str(out)) if (out / DESCRIPTION).exists() else (None, None)
     if where and found and found.key == key:

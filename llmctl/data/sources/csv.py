@@ -34,7 +34,9 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
         for fields in reader:
             if fields:
                 if len(fields) != len(columns):
-                    raise RequestError(f"{path}:{line}: {len(fields)} fields where the header has {len(columns)}")
+                    raise RequestError(
+                        f"{path}:{line}: {len(fields)} fields where the header has {len(columns)}{other(columns)}"
+                    )
                 rows.append(tuple(fields))
                 lines.append(line)
             line = reader.line_num + 1
@@ -65,3 +67,14 @@ def _filled(path: epath.Path, columns: list[str], rows: list[tuple[str, ...]]) -
 
 
 SOURCE = of_files(table)
+
+
+def other(columns: list[str]) -> str:
+    """Return a hint if the header has one field with another delimiter in it; else an empty string.
+
+    Example:
+        >>> other(["text;label"]), other(["text", "label"])
+        ('; are they separated by \';\' (data.delimiter)?', '')
+    """
+    found = [c for c in (";", "\t", "|") if len(columns) == 1 and c in columns[0]]
+    return f"; are they separated by {found[0]!r} (data.delimiter)?" if found else ""

@@ -102,7 +102,7 @@ class Language(Task):
         """
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
             return ""
-        return "validation also scores the end of each text, which eval leaves out; compare its figures with themselves"
+        return "validation also scores the end of each text, which eval leaves out; compare it with validations"
 
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
         """Return the symmetric divergence at the predicted positions, computed in chunks (see `Task.divergence`)."""

@@ -62,6 +62,7 @@ class Config(StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Train a language model and write its artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
+    from llmctl.convert import architectures
     from llmctl.data.device_batches import training_rows, validation_rows
     from llmctl.data.pretraining import baselines, next_sentence
     from llmctl.data.pretraining.lm_corpus import Text
@@ -100,6 +101,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         blind = baselines.guesses(unseen, validation_rows(config.train), objective.sentinels(tokens))
         console.say(f"{config.title}: baseline that ignores the context: {baselines.describe(blind)}")
     learns = make_learner(config, base, tokens.vocab_size, devices)
+    if not base and (line := architectures.notice(learns.model)):
+        console.say(f"{config.title}: {line}")
     params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)
     ctx.leave(
         config,

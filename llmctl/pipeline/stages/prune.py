@@ -124,7 +124,10 @@ class Config(CalibrationConfig, StageConfig):
         if stray:
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}")
         if self.method == STRUCTURED and not (self.heads or self.ffn or self.layers):
-            raise ValueError("structured pruning needs at least one of heads, ffn and layers, such as keep_layers = 2")
+            raise ValueError(
+                "structured pruning needs at least one of heads, ffn and layers, such as keep_layers = 2 "
+                "(--keep-layers 2) or remove_ffn = 0.5"
+            )
         try:
             own = Pattern.parse(self.pattern, self.sparsity).sparsity
         except RequestError as e:
@@ -250,9 +253,11 @@ def _structured(
     repeat its only pass.
     """
     from llmctl.compress import calibration_data, structured
+    from llmctl.convert import architectures
 
     model, target = base.model, _target(config, base, params, devices)
-    say(sizes(config, model, target))
+    for line in filter(None, (sizes(config, model, target), architectures.notice(target, model))):
+        say(line)
     batches = calibration_data.load(config, base, devices)
     found: dict[str, Any] = {}
     how = {"progress": progress, "dtype": config.dtype}

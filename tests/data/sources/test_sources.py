@@ -106,6 +106,9 @@ def test_csv(tmp_path):
     path.write_text("text,label\na,1\nb,1,2\n")
     with pytest.raises(RequestError, match=r"x.csv:3: 3 fields where the header has 2"):
         rows(path, "csv")
+    path.write_text("text;label\na;1, or 2\n")
+    with pytest.raises(RequestError, match=r"2 fields where the header has 1; are they separated by ';' "):
+        rows(path, "csv")
     path.write_text('text\n"' + "x" * 200_000 + '"\n')
     assert len(rows(path, "csv")[0]["text"]) == 200_000
     path.write_bytes(b"text\ngood\nb\xe9d\n")
