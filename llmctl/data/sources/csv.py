@@ -74,7 +74,7 @@ def other(columns: list[str]) -> str:
 
     Example:
         >>> other(["text;label"]), other(["text", "label"])
-        ('; are they separated by \';\' (data.delimiter)?', '')
+        ("; are they separated by ';' (data.delimiter)?", '')
     """
     found = [c for c in (";", "\t", "|") if len(columns) == 1 and c in columns[0]]
     return f"; are they separated by {found[0]!r} (data.delimiter)?" if found else ""
