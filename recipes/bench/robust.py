@@ -29,6 +29,8 @@ LONG = 4
 """Letters of the words that are perturbed."""
 HELD_OUT = 2000
 WORDNET = Path("/usr/share/wordnet")
+RATES = {"clean": (0.0, 0.0), "light": (0.15, 0.15), "heavy": (0.5, 0.3)}
+"""Shares of the long words that are misspelt and that are replaced by a synonym."""
 METHODS: dict[str, list[Any]] = {
     "plain": [],
     "freelb": [
@@ -119,19 +121,17 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, default=WORDNET)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--base", type=Path, default=Path("runs/demo/pretrain"))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--swaps", type=float, default=0.15)
-    parser.add_argument("--synonyms", type=float, default=0.15)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     rows, known = sentences(), synonyms(given.wordnet)
-    held, rng = rows[:HELD_OUT], random.Random(1)
-    files = {"clean": given.out / "clean.csv", "perturbed": given.out / "perturbed.csv"}
+    held, files = rows[:HELD_OUT], {name: given.out / f"{name}.csv" for name in RATES}
     write(given.out / "train.csv", rows[HELD_OUT:])
-    write(files["clean"], held)
-    write(files["perturbed"], [(perturbed(t, given.swaps, given.synonyms, known, rng), y) for t, y in held])
+    for name, rates in RATES.items():
+        rng = random.Random(1)
+        write(files[name], [(perturbed(text, *rates, known, rng), label) for text, label in held])
     data = ("--data.source", "csv", "--data.path", given.out / "train.csv", "--data.test", 0, "--data.validation", 0.08)
     result: dict[str, Any] = _figures.where("jax") | {"synonyms": len(known)}
     methods = given.methods.split(",")
@@ -149,10 +149,11 @@ def main() -> None:
                 found[method, name].append(accuracy(out, file, held, given.out / f"{method}-{seed}-{name}.jsonl"))
     for (method, name), shares in found.items():
         result[f"{method} {name}"] = f"{statistics.mean(shares):.4f} ({' '.join(f'{s:.4f}' for s in shares)})"
-    lost = {m: statistics.mean(found[m, "clean"]) - statistics.mean(found[m, "perturbed"]) for m in methods}
-    result |= {f"{method} loses": f"{points:.4f}" for method, points in lost.items()}
-    if {"plain", "freelb"} <= set(lost):
-        result["freelb loses less by"] = f"{1 - lost['freelb'] / lost['plain']:.1%}"
+    for name in list(RATES)[1:]:
+        lost = {m: statistics.mean(found[m, "clean"]) - statistics.mean(found[m, name]) for m in methods}
+        result |= {f"{method} loses, {name}": f"{points:.4f}" for method, points in lost.items()}
+        if "freelb" in lost and lost.get("plain", 0) > 0:
+            result[f"freelb loses less, {name}"] = f"{1 - lost['freelb'] / lost['plain']:.1%}"
     _figures.show(result, given.json)
 
 
