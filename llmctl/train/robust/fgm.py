@@ -20,7 +20,7 @@ class Fgm(Adversary):
     """
 
     name = "fgm"
-    reads = {"epsilon": 5.0, "norm": "l2", "weight": 0.5}
+    reads = {"epsilon": 0.02, "norm": "l2", "weight": 0.5}
 
     def check(self, config: Any) -> None:
         """Check the settings as Adversary.check does, and that the weight of perturbed rows is at most 1."""

@@ -20,7 +20,7 @@ class FreeLb(Adversary):
     """
 
     name = "freelb"
-    reads = {"epsilon": 5.0, "norm": "l2", "steps": 3, "step_size": 2.0, "start": 3.0}
+    reads = {"epsilon": 0.02, "norm": "l2", "steps": 3, "step_size": 0.01, "start": 0.01}
 
     def cost(self, config: Any) -> float:
         """Return the number of ascent steps, because each is one forward and backward pass."""

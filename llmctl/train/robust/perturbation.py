@@ -51,12 +51,15 @@ class Site(NamedTuple):
         """Return the batch with the perturbation added to the one that it holds, if any."""
         return batch | {self.name: batch[self.name] + offset_BTD if self.name in batch else offset_BTD}
 
-    def unit(self, params: Params) -> jax.Array:
-        """Return the root mean square of the entries of each row's token embeddings, [B, 1, 1]."""
+    def size(self, params: Params, norm: str) -> jax.Array:
+        """Return the size of each row's token embeddings, [B, 1, 1].
+
+        It is their Euclidean norm for "l2", and the root mean square of their entries for "linf".
+        """
         table = jax.tree.map(jax.lax.stop_gradient, params["embed"]["tokens"])
         x_BTD = weights.take(table, self.tokens_BT, jnp.float32, ("vocab_in", "embed_in")) * self.mask_BT1
         square_B11 = jnp.sum(jnp.square(x_BTD), axis=(1, 2), keepdims=True)
-        return jnp.sqrt(square_B11 / self.entries_B11)
+        return jnp.sqrt(square_B11 if norm == "l2" else square_B11 / self.entries_B11)
 
 
 def site(cfg: ModelConfig, batch: Batch) -> Site:
@@ -71,11 +74,11 @@ def site(cfg: ModelConfig, batch: Batch) -> Site:
 class Search:
     """Search for a perturbation that increases the loss, by gradient ascent within a ball around the embeddings.
 
-    The unit of `epsilon`, `step_size` and `start` is the root mean square of the row's embeddings.
+    `epsilon`, `step_size` and `start` are relative to the size of the row's embeddings (`Site.size`).
     """
 
     mask_BT1: Any
-    unit_B11: Any
+    size_B11: Any
     epsilon: float
     """Radius of the ball."""
     step_size: float
@@ -91,7 +94,7 @@ class Search:
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
         """Return the search with a method's settings. Without a setting `step_size`, it is `epsilon`."""
         known = {k: options[k] for k in ("epsilon", "norm", "steps", "step_size", "start", "weight") if k in options}
-        return cls(at.mask_BT1, at.unit(params), **{"step_size": known["epsilon"], **known})
+        return cls(at.mask_BT1, at.size(params, known.get("norm", "l2")), **{"step_size": known["epsilon"], **known})
 
     def begin(self, at: Site, key: jax.Array) -> jax.Array:
         """Return the perturbation [B, T, D] before the first step. Its norm is at most `start`.
@@ -100,21 +103,21 @@ class Search:
         """
         if not self.start:
             return at.zeros()
-        side_B11 = self.start * self.unit_B11
+        side_B11 = self.start * self.size_B11
         return at.uniform(key) * (side_B11 / jnp.sqrt(at.entries_B11) if self.norm == "l2" else side_B11)
 
     def ascend(self, offset_BTD: jax.Array, rises_BTD: jax.Array) -> jax.Array:
         """Return the perturbation after a step along the loss's gradient `rises_BTD`, projected onto the ball."""
         rises_BTD = rises_BTD.astype(jnp.float32) * self.mask_BT1
         if self.norm == "linf":
-            moved_BTD = offset_BTD + self.step_size * self.unit_B11 * jnp.sign(rises_BTD)
-            most_B11 = self.epsilon * self.unit_B11
+            moved_BTD = offset_BTD + self.step_size * self.size_B11 * jnp.sign(rises_BTD)
+            most_B11 = self.epsilon * self.size_B11
             return jnp.clip(moved_BTD, -most_B11, most_B11)
         # Divided by the largest entry first, because the square of a small gradient would be zero.
         largest_B11 = jnp.max(jnp.abs(rises_BTD), axis=(1, 2), keepdims=True)
         rises_BTD = rises_BTD / jnp.where(largest_B11 > 0, largest_B11, 1.0)
-        moved_BTD = offset_BTD + self.step_size * self.unit_B11 * rises_BTD / jnp.maximum(length(rises_BTD), TINY)
-        return moved_BTD * jnp.minimum(1.0, self.epsilon * self.unit_B11 / jnp.maximum(length(moved_BTD), TINY))
+        moved_BTD = offset_BTD + self.step_size * self.size_B11 * rises_BTD / jnp.maximum(length(rises_BTD), TINY)
+        return moved_BTD * jnp.minimum(1.0, self.epsilon * self.size_B11 / jnp.maximum(length(moved_BTD), TINY))
 
 
 def length(x_BTD: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ class Pgd(Adversary):
     """
 
     name = "pgd"
-    reads = {"epsilon": 5.0, "norm": "l2", "steps": 3, "step_size": 2.0, "start": 5.0, "weight": 1.0}
+    reads = {"epsilon": 0.02, "norm": "l2", "steps": 3, "step_size": 0.01, "start": 0.02, "weight": 1.0}
 
     def check(self, config: Any) -> None:
         """Check the settings as Adversary.check does, and that the weight of perturbed rows is at most 1."""

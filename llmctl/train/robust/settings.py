@@ -35,7 +35,8 @@ def _weights(value: Any) -> Any:
 class AdversarialConfig(Settings):
     """Set adversarial training, which perturbs the token embeddings of each row so that the loss increases.
 
-    Norms and step sizes are relative: 1 is the root mean square of the entries of the row's embeddings.
+    Norms and step sizes are relative to the row's embeddings: to their Euclidean norm (l2), or to the root mean square
+    of their entries (linf).
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -45,17 +46,18 @@ class AdversarialConfig(Settings):
     rows perturbed by several steps. freelb: train on the mean loss over the steps, at the cost of one pass per step.
     smart: train on clean rows, and keep outputs similar under perturbation and from step to step. Default: none."""
     epsilon: Positive | None = None
-    """Maximum norm of a row's perturbation. Default: 5; smart: 1."""
+    """Maximum norm of a row's perturbation. Default: 0.02."""
     norm: Norm = ""
     """Norm of a row's perturbation. l2: Euclidean norm of all its entries. linf: its largest entry. Default: l2; smart:
     linf."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Number of steps in the search for a perturbation (pgd, freelb, smart). Default: 3; smart: 1."""
     step_size: Positive | None = None
-    """Norm of each step of the search (pgd, freelb, smart). Default: 2; smart: 1."""
+    """Norm of each step of the search (pgd, freelb, smart). Default: 0.01; smart:
+    0.02."""
     start: Annotated[float, Field(ge=0)] | None = None
-    """Maximum norm of the random perturbation before the first step (pgd, freelb, smart). Default: 5 (pgd), 3 (freelb),
-    0.01 (smart), and at most epsilon."""
+    """Maximum norm of the random perturbation before the first step (pgd, freelb, smart). Default: 0.02 (pgd), 0.01
+    (freelb), 0.001 (smart), and at most epsilon."""
     weight: Positive | None = None
     """fgm, pgd: fraction of the loss that comes from perturbed rows; the rest comes from clean rows. Default: 0.5
     (fgm), 1 (pgd). smart: factor of the divergence between the outputs of clean and perturbed rows. Default: 2."""

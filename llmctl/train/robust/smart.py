@@ -33,11 +33,11 @@ class Smart(Adversary):
     name = "smart"
     compares = True
     reads = {
-        "epsilon": 1.0,
+        "epsilon": 0.02,
         "norm": "linf",
         "steps": 1,
-        "step_size": 1.0,
-        "start": 0.01,
+        "step_size": 0.02,
+        "start": 0.001,
         "weight": 2.0,
         "proximal": 2.0,
         "momentum": 0.999,

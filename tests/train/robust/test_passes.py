@@ -48,10 +48,10 @@ def by_hand(offset):
     return loss, {"embed": {"tokens": table}, "kernel": mean.T @ off}, rises
 
 
-def unit():
-    """Root mean square of each row's embeddings."""
+def unit(norm):
+    """Euclidean norm of each row's embeddings, or the root mean square of their entries."""
     square = (TABLE[TOKENS] ** 2 * MASK[..., None]).sum((1, 2))
-    return np.sqrt(square / (MASK.sum(1) * D))[:, None, None]
+    return np.sqrt(square if norm == "l2" else square / (MASK.sum(1) * D))[:, None, None]
 
 
 def length(x):
@@ -61,9 +61,9 @@ def length(x):
 def step(offset, rises, norm, size, epsilon):
     """One step of projected ascent."""
     if norm == "linf":
-        return np.clip(offset + size * unit() * np.sign(rises), -epsilon * unit(), epsilon * unit())
-    moved = offset + size * unit() * rises / length(rises)
-    return moved * np.minimum(1, epsilon * unit() / length(moved))
+        return np.clip(offset + size * unit(norm) * np.sign(rises), -epsilon * unit(norm), epsilon * unit(norm))
+    moved = offset + size * unit(norm) * rises / length(rises)
+    return moved * np.minimum(1, epsilon * unit(norm) / length(moved))
 
 
 def mixed(weight, a, b):
@@ -86,9 +86,9 @@ def assert_equal(found, want):
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_fgm_is_one_step_along_the_gradient(norm):
-    total, sums, gradients = found(method="fgm", epsilon=0.7, norm=norm, weight=0.25)
+    total, sums, gradients = found(method="fgm", epsilon=0.2, norm=norm, weight=0.25)
     clean = by_hand(0.0)
-    perturbed = by_hand(step(np.zeros((5, 6, D)), clean[2], norm, 0.7, 0.7))
+    perturbed = by_hand(step(np.zeros((5, 6, D)), clean[2], norm, 0.2, 0.2))
     assert perturbed[0] > clean[0]
     assert_equal((total, gradients), mixed(0.25, clean[:2], perturbed[:2]))
     assert_equal((sums["loss"], sums["weight"]), (clean[0], 5))
@@ -101,7 +101,7 @@ def test_pgd_projects_each_step(norm, weight):
     offset = np.zeros((5, 6, D))
     for _ in range(3):
         offset = step(offset, by_hand(offset)[2], norm, 0.4, 0.6)
-    size = length(offset) / unit() if norm == "l2" else abs(offset).max((1, 2)) / unit()[:, 0, 0]
+    size = length(offset) / unit(norm) if norm == "l2" else abs(offset).max((1, 2)) / unit(norm)[:, 0, 0]
     np.testing.assert_allclose(size.ravel(), 0.6)
     clean, perturbed = by_hand(0.0), by_hand(offset)
     assert_equal((total, gradients), mixed(weight, clean[:2], perturbed[:2]))
@@ -130,9 +130,9 @@ def test_a_random_start_lies_in_its_ball_and_leaves_padding_alone():
     params = {"embed": {"tokens": jnp.asarray(TABLE, jnp.float32)}}
     for norm, sizes in (("l2", lambda x: np.asarray(perturbation.length(x))), ("linf", lambda x: abs(x).max((1, 2)))):
         search = perturbation.Search.of({"epsilon": 2.0, "start": 0.5, "norm": norm}, where, params)
-        np.testing.assert_allclose(search.unit_B11, unit(), rtol=1e-5)
+        np.testing.assert_allclose(search.size_B11, unit(norm), rtol=1e-5)
         begin = search.begin(where, KEY)
-        relative = np.ravel(sizes(begin)) / unit().ravel()
+        relative = np.ravel(sizes(begin)) / unit(norm).ravel()
         assert (relative <= 0.5).all() and (relative > 0.05).all()
         moved = search.ascend(begin, jnp.ones_like(begin))  # gradients at padding are ignored
         for offset in (begin, moved):

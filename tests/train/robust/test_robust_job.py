@@ -146,6 +146,7 @@ def test_smart_without_a_difference_is_plain_training(bert):
     cfg, params, batch = bert
     plain = job_of(cfg, dropout=0.0, params=params)
     near = {"method": "smart", "epsilon": 1e-6, "start": 1e-6}
+    strong = {"method": "smart", "epsilon": 1.0, "step_size": 1.0}
     memory = {"average": weights.arrays(params)}
 
     def value(job):
@@ -154,7 +155,7 @@ def test_smart_without_a_difference_is_plain_training(bert):
     base = value(plain)(params)
     close = value(job_of(cfg, dropout=0.0, params=params, adversarial=near))
     np.testing.assert_allclose(close(params, memory=memory), base, rtol=1e-6)
-    far = value(job_of(cfg, dropout=0.0, params=params, adversarial={"method": "smart"}))
+    far = value(job_of(cfg, dropout=0.0, params=params, adversarial=strong))
     assert far(params, memory=memory) > base + 1e-5
     moved = {"average": {n: a * 1.1 for n, a in memory["average"].items()}}
     assert far(params, memory=moved) > far(params, memory=memory) + 1e-5
@@ -188,7 +189,7 @@ def fit(folder, steps=4, **mesh):
     train = TrainConfig(steps=steps, seq_len=T, batch_size=8, checkpoint_every=2, log_every=4, tensorboard=False)
     job = job_of(
         cfg, dropout=0.0, params=loop.initialize(cfg, 0, devices), rows=Rows(batch_of(cfg)),
-        adversarial={"method": "smart", "epsilon": 2.0}, regularize={"l2_start": 0.1},
+        adversarial={"method": "smart", "epsilon": 1.0, "step_size": 1.0}, regularize={"l2_start": 0.1},
     )  # fmt: skip
     optim = OptimConfig(name="sgd", learning_rate=0.1, schedule="constant", warmup=0)
     params = loop.fit(job, train, optim, devices, Context(folder / "out", folder, "key"), 0, "toy")[0]
