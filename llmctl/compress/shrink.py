@@ -1,4 +1,6 @@
-"""Reduce arrays to a smaller ModelConfig: compute its widths, and select the heads and neurons that weights keep.
+"""Shrink parameter arrays to the shapes of a smaller ModelConfig.
+
+The new widths are computed, and the heads and neurons to keep are selected.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons.
 """

@@ -52,7 +52,7 @@ class Found:
 
     @property
     def rounded(self) -> bool:
-        """Return True if tensors that will be read are dequantized integers."""
+        """Return True if any tensor to read is stored as quantized integers, which are dequantized on reading."""
         return any(self.tensors[n].rounded for n in self.wanted)
 
 

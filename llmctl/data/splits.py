@@ -51,7 +51,7 @@ class Examples:
     part: np.ndarray
     """Index of each row's source in a mixture."""
     classes: tuple[str, ...]
-    """Class names by class index, of text labels or word labels; empty for numbers and unlabeled data."""
+    """Class names in the order of class indices, of texts or of words. Empty if labels are numbers or missing."""
     class_of: Mapping[str, str] = field(default_factory=dict)
     """Map from each label as spelled in the data to its class name."""
 

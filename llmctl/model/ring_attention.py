@@ -243,9 +243,10 @@ class _Here:
         return theirs[None, :] - mine[:, None]
 
     def _positions(self, device: Any, chunk: Any, length: int) -> jax.Array:
-        """Return the positions in the sequence of the tokens of a chunk of a device, int [length].
+        """Return the sequence positions of the tokens in one chunk of a device, int [length].
 
-        Without causal masking, the early and the late chunk of a device form one chunk.
+        With causal masking, each device has two chunks: one early and one late in the sequence. Without causal masking,
+        both form one chunk.
         """
         late = 2 * self.devices - 1 - device
         if self.chunks == 2:

@@ -41,8 +41,8 @@ class TaskHead(nn.Module):
 
     Shapes: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] with unit length.
 
-    The task head of a language model is the next-sentence head, with outputs [B, 2]. Class 0 means that the second
-    passage follows the first, as in BERT.
+    A language model has a task head only if it is pretrained with next-sentence prediction, as BERT is. Its outputs are
+    [B, 2]. Class 0 means that the second passage follows the first.
     """
 
     config: ModelConfig

@@ -51,9 +51,9 @@ def _sum(a: jax.Array) -> jax.Array:
 
 
 def _weight(position: jax.Array, factor: int) -> jax.Array:
-    """Hash positions (uint32) to odd numbers of the same shape, which weight the numbers at these positions.
+    """Return an odd checksum coefficient per position: a hash of the position, uint32 of the same shape.
 
-    Weights that are linear in the position would not detect some exchanges of two numbers.
+    Coefficients that are linear in the position would not detect some swaps of two values.
     """
     mixed = position * np.uint32(factor)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x2C1B3C6D)

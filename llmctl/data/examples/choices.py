@@ -1,6 +1,6 @@
-"""Rows of multiple-choice questions: a prompt with several choices, of which one is right.
+"""Build rows for multiple-choice questions: a prompt and several choices, of which one is correct.
 
-Legend: B rows, T tokens per row, K choices of the question with the most.
+Legend: B rows, T tokens per row, K largest number of choices per question.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ def prefix(k: int) -> str:
 
 
 class ChoiceRows(ExampleRows):
-    """Build the rows of a question with each of its choices, and label and choices, int32 [B].
+    """Build one row per question. It has the model inputs of the prompt with each choice.
 
-    The arrays of each choice are those of the architecture. Decoders read the prompt and the choice, as in
-    `CompletionRows`, without `eos`. Encoder-decoders read the prompt with the encoder. Encoders read a pair of texts.
-    `choices` is the number of choices; the rows of further ones have nothing to predict.
+    The inputs depend on the architecture. Decoders read the prompt and the choice, as in `CompletionRows`, without
+    `eos`. Encoder-decoders read the prompt with the encoder. Encoders read prompt and choice as a pair of texts.
+
+    A row also has `label`, the index of the correct choice, and `choices`, the number of choices, int32 [B] each. A
+    question with fewer than K choices is filled up with empty ones, whose tokens have weight 0.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class ChoiceRows(ExampleRows):
         self.answers_N = np.array([row["answer"] for row in rows], np.int32)
         """Index of the right choice of each example."""
         self.most = int(self._count_N.max(initial=2))
-        """Number of choices of the question with the most, K."""
+        """Largest number of choices per question, K."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         batch = {"label": self.answers_N[example_B], "choices": self._count_N[example_B]}

@@ -382,7 +382,8 @@ class Task(Predicts):
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
         """Return a function that computes further validation metrics during training; None if there are none.
 
-        The function gets the parameters, and a function that it calls often and that raises an exception to stop.
+        The function takes (parameters, check_stop). It must call `check_stop()` often, which raises an exception if
+        training must stop.
 
         Args:
             model: Config of the model.

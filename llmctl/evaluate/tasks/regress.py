@@ -22,7 +22,7 @@ from llmctl.model.losses import Sums, number_sums, row_weight, soft_number_sums
 
 
 class Regress(Task):
-    """Train with the squared error; measure errors in the label's unit and correlations."""
+    """Train a regression head with the squared error. Report correlations, and errors in the label's unit."""
 
     name = "regress"
     head = "regress"

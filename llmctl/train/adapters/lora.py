@@ -30,17 +30,17 @@ def attach(
     mesh: jax.sharding.Mesh,
     make: Callable[[Any, jax.Array, jax.Array, float], weights.LowRank] | None = None,
 ) -> Params:
-    """Return the parameters with a low-rank pair a [..., I, R], b [..., R, O] around each target matrix [..., I, O].
+    """Return the parameters with a low-rank pair for each target matrix [..., I, O]: `a` [..., I, R], `b` [..., R, O].
 
-    a is initialized uniformly, as in the LoRA authors' code (Kaiming, a = sqrt(5)). b is initialized to zero, so the
-    model's outputs do not change. For the token table, a is zero and b is normally distributed, as in PEFT, because
-    tokens look up rows of a.
+    `a` is initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code. `b` is
+    zero, so the model's outputs do not change. For the token table, `a` is zero and `b` is normally distributed, as in
+    PEFT, because tokens look up rows of `a`.
 
     Args:
       cfg: config of the model.
       params: parameters of the model.
       lora: ranks R, scales and targets. If `lora.targets` is empty, all matrices of the blocks are targets.
-      key: random key of a.
+      key: random key of the initialization.
       mesh: the devices.
       make: function from (weight, a, b, scale) to the adapter; None creates a `LowRank`.
 
