@@ -13,21 +13,28 @@ from llmctl.config.errors import LlmctlError, RequestError, WorkError
 from llmctl.distributed import locks, processes
 
 
-def check(out: Path) -> None:
+def check(out: Path, flag: str = "--out") -> None:
     """Check that an artifact can be written to the path `out`, before any work is done.
 
+    Args:
+        out: The path.
+        flag: Name of the flag, for the message.
+
     Raises:
-        RequestError: If the path has no folder name (such as "." or "/"), is in a remote store, or has a name that is
-            too long. If it is inside an artifact, because artifacts are replaced as a whole.
+        RequestError: If the path has no folder name (such as "." or "/"), is in a remote store, has a name that is
+            too long, or is a link that leads nowhere. If it is inside an artifact, because artifacts are replaced as a
+            whole.
     """
     if out.name in ("", ".."):
-        raise RequestError(f"--out {out}: say the folder's name, such as {out.resolve()}")
+        raise RequestError(f"{flag} {out}: say the folder's name, such as {out.resolve()}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(out)):  # a path keeps one slash of gs://
-        raise RequestError(f"--out {out}: is no local folder; write to one, and copy it")
-    locks.check_name(out.name, f"--out {out}")
+        raise RequestError(f"{flag} {out}: is no local folder; write to one, and copy it")
+    locks.check_name(out.name, f"{flag} {out}")
+    if out.is_symlink() and not out.exists():
+        raise RequestError(f"{flag} {out}: is a link that leads nowhere; remove it, or choose another place")
     for above in (out.parent.resolve() / out.name).parents:
         if (above / "manifest.json").is_file() and (above / "params").is_dir():
-            raise RequestError(f"--out {out}: is inside the artifact {above}, and is lost when that is made anew")
+            raise RequestError(f"{flag} {out}: is inside the artifact {above}, and is lost when that is made anew")
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")

@@ -69,6 +69,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
     try:
         found = parse_json(file.read_bytes())
         needed, newer = ("artifact", "digest", "task", "protocol", "metrics"), ("content",)
+        if odd := next((r for r in found if not isinstance(r["metrics"], dict)), None):
+            raise ValueError(f"the metrics of {str(odd['artifact'])[:40]!r} are no object")
         return [{k: r[k] for k in needed} | {k: r[k] for k in newer if k in r} for r in found]
     except (ValueError, KeyError, TypeError) as e:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
@@ -185,7 +187,9 @@ def model(spec: str) -> ModelConfig:
         return validate(ModelConfig, {"preset": spec}, lambda _: "--config")
     given = read_toml(spec)
     inner = [("model", given)]
-    inner += [(f"stage.{i}.model", s) for i, s in enumerate(given.get("stage", [])) if isinstance(s, dict)]
+    stages = given.get("stage", [])
+    inner += [(f"stage.{i}.model", s) for i, s in enumerate(stages if isinstance(stages, list) else [])]
+    inner = [(place, table) for place, table in inner if isinstance(table, dict)]
     place, values = next(((p, g["model"]) for p, g in inner if isinstance(g.get("model"), dict)), ("", given))
     return validate(ModelConfig, values, lambda at: f"{spec}: {'.'.join(filter(None, (place, at)))}")
 

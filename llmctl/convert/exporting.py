@@ -196,7 +196,13 @@ def _rows(
     rows, T = text_proof.texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
     if not (folder / "tokenizer.json").is_file():
         return rows, T, ""
-    there = text_proof.tokens_there(cfg, folder, T, theirs=theirs)
+    try:
+        there = text_proof.tokens_there(cfg, folder, T, theirs=theirs)
+    except Exception as e:  # the libraries raise many exception types
+        raise RequestError(
+            f"{found.path}: other programs cannot read its tokenizer ({type(e).__name__}: "
+            f"{' '.join(str(e).split())[:200]}); correct its tokenizer_config.json"
+        ) from None
     if differs := text_proof.same_tokens(str(found.path), rows, there):
         if tokenizers.reads_texts(cfg):
             raise WorkError(f"{differs}; nothing was written")

@@ -307,7 +307,15 @@ def tokenizer(file: Path, work: Path) -> Path:
     """Convert the vocabulary of a GGUF file to a tokenizer in the folder `work`, and return that folder.
 
     Raises:
-        RequestError: If the kind of vocabulary is unknown.
+        RequestError: If the kind of vocabulary is unknown, or it is damaged.
     """
     library()
-    return gguf_vocabulary.read(file, work)
+    try:
+        return gguf_vocabulary.read(file, work)
+    except RequestError:
+        raise
+    except Exception as e:  # protobuf and tokenizers raise many exception types for a damaged vocabulary
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise RequestError(
+            f"{file}: its vocabulary cannot be understood ({reason}); --tokenizer names another one"
+        ) from None

@@ -111,6 +111,8 @@ def run(
         if is_gguf and not tokenizer:
             tokenizer = gguf.tokenizer(source, work / "found")
         brought = tokenizers.bring(tokenizer or source, words, found.model, found.config, None if is_gguf else source)
+        if brought is None and tokenizer:
+            raise RequestError(f"--tokenizer {tokenizer}: no tokenizer there")
         if brought is None:
             say(f"{source}: no tokenizer there; the artifact has none (--tokenizer names one)")
         if brought and not tokenizer and (differs := text_proof.tokenization_difference(found.model, source, brought)):

@@ -72,7 +72,7 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
     """
     config = folders.read_json(folder / CONFIG)
     kind = config.get("peft_type")
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise RequestError(f"{folder / CONFIG}: peft_type = {kind!r}: only {', '.join(FORMATS)} are supported")
     form = FORMATS[kind]
     odd = [f"{k} = {config[k]!r}" for k, ok in form.NEUTRAL.items() if config.get(k) not in (None, [], {}, *ok)]

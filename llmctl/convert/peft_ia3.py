@@ -59,6 +59,8 @@ def read(
 def node(w: Any, layers: Mapping[int, Factors]) -> weights.Scaled:
     """Return the weight `w` wrapped in an adapter with these factors. Layers without factors get ones."""
     first = next(iter(layers.values()))
+    if any(one.side != first.side for one in layers.values()):
+        raise RequestError("ia3_l scales the inputs of one layer and the outputs of another, which is not supported")
     factor = np.ones((*w.shape[:-2], *first.factor.shape), np.float32)
     for layer, one in layers.items():
         factor[layer if set(layers) != {-1} else ...] = one.factor

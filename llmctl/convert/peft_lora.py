@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl.config.base import FLOAT32_MAX
 from llmctl.config.errors import RequestError
 from llmctl.convert.name_map import Slot
 from llmctl.model import weights
@@ -39,6 +40,8 @@ pair does not depend on it.
 KINDS = ("low_rank", "dora")
 """Kinds of weight nodes that this format stores."""
 MAGNITUDE = "lora_magnitude_vector"
+SLOW = re.compile(r"\)[*+{]|(?:[*+}?].*){5}", re.DOTALL)
+"""Regular expressions whose matching may take very long: a repeated group, or more than four repetitions."""
 
 
 class Pair(NamedTuple):
@@ -66,19 +69,27 @@ def read(
         RequestError: If the tensors do not fit the base's matrix.
     """
     a, b, *_ = tensors.values()
-    rank, outputs = a.shape[0], sum(s.shape[-1] for s in slots)
+    rank, outputs = (a.shape or (0,))[0], sum(s.shape[-1] for s in slots)
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise RequestError(
             f"{module}.{next(iter(tensors))} is {list(a.shape)} and its pair {list(b.shape)}, which do not fit the "
             f"base's matrix [{outputs}, {inputs}]"
         )
-    if rank > max(inputs, outputs):
-        raise RequestError(f"{module}.{next(iter(tensors))} has rank {rank:,}, more than the sides of its matrix")
-    if "lora_E" in tensors:  # singular values; the scale is that of the initial rank, as PEFT computes it
-        a, scale = a * tensors["lora_E"], float(config["lora_alpha"]) / (float(config["init_r"]) + 1e-5)
+    if not 0 < rank <= max(inputs, outputs):
+        what = "more than the sides of its matrix" if rank else "and 1 is the least"
+        raise RequestError(f"{module}.{next(iter(tensors))} has rank {rank:,}, {what}")
+    if (values := tensors.get("lora_E")) is not None:  # singular values
+        if values.shape != (rank, 1):
+            raise RequestError(f"{module}.lora_E is {list(values.shape)}, and its pair has rank {rank}")
+        # the scale is that of the initial rank, as PEFT computes it
+        a, scale = a * values, _number(config, "lora_alpha") / (_number(config, "init_r", least=1) + 1e-5)
     else:
         scale = scale_of(config, module, rank)
     magnitude = tensors.get(MAGNITUDE)
+    if magnitude is not None and magnitude.size != outputs:
+        raise RequestError(
+            f"{module}.{MAGNITUDE} is {list(magnitude.shape)}, and the base's matrix has {outputs} outputs"
+        )
 
     def part(slot: Slot) -> Pair:
         rows = slice(slot.first, slot.first + slot.shape[-1]) if len(slots) > 1 else slice(None)
@@ -92,14 +103,26 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}  # regular expressions that match the end of a name
     if not isinstance(patterns, dict):
         raise RequestError("adapter_config.json: alpha_pattern is no object")
+    if slow := next((k for k in patterns if SLOW.search(k)), None):
+        raise RequestError(f"adapter_config.json: alpha_pattern {slow[:40]!r} repeats too much; name the modules in it")
     try:
         found = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module))
         alpha = next(found, config.get("lora_alpha", rank))
     except re.error as e:
         raise RequestError(f"adapter_config.json: alpha_pattern holds no regular expression ({e})") from None
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise RequestError(f"adapter_config.json: lora_alpha = {alpha!r} is no finite number")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return _number({"lora_alpha": alpha}, "lora_alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number(config: Mapping[str, Any], key: str, least: float = -FLOAT32_MAX) -> float:
+    """Return a number of the config.
+
+    Raises:
+        RequestError: If it is none, or it is out of range.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= FLOAT32_MAX:
+        raise RequestError(f"adapter_config.json: {key} = {str(value)[:40]} is no finite number in range")
+    return float(value)
 
 
 def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:

@@ -117,7 +117,7 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
     """
     if theirs:
         with _quietly() as hf:
-            words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             rows = [words(text, truncation=True, max_length=T)["input_ids"] for text in TEXTS]
     else:
         from tokenizers import Tokenizer as Backend
@@ -176,7 +176,7 @@ def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: P
             kind = getattr(hf, config["architectures"][0])
             model: Any
             model, info = kind.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
         except Exception as e:  # the library raises many exception types
             raise WorkError(f"transformers cannot load what was written ({type(e).__name__}: {e})") from None
@@ -196,7 +196,7 @@ def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: P
         model.eval()
         with torch.no_grad():
             if projects_pooled(cfg) and (folder / "tokenizer.json").is_file():
-                words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 given = words(list(TEXTS), truncation=True, max_length=T, padding=True, return_tensors="pt")
                 return model(**given).logits.float().numpy().reshape(len(rows), -1)
             return np.stack([_one(cfg, model, torch, ids, T, folder) for ids in rows])

@@ -174,8 +174,11 @@ def _find(source: Path) -> tokenizers.Tokenizer | None:
     names = [n for kind in tokenizers.KINDS.values() for n in (kind.file, *kind.foreign)]
     if any((source / n).is_file() for n in (tokenizers.DESCRIPTOR, *names)):
         return tokenizers.load(source)
-    made = _from_vocabulary(source)
-    return JsonTokenizer.open(made, {}, _epath(source)) if made else None
+    try:
+        made = _from_vocabulary(source)
+        return JsonTokenizer.open(made, {}, _epath(source)) if made else None
+    except (OSError, ValueError, TypeError) as e:
+        raise RequestError(f"{source}: not a usable tokenizer ({' '.join(str(e).split())[:200]})") from None
 
 
 def _epath(path: Path) -> Any:
@@ -212,7 +215,9 @@ def _from_vocabulary(folder: Path) -> bytes | None:
         special = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab]
         ends = ("[CLS]", "[SEP]")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = read_json(folder / "vocab.json")
+        vocab, most = read_json(folder / "vocab.json"), (folder / "vocab.json").stat().st_size
+        if odd := [i for i in vocab.values() if type(i) is not int or not 0 <= i < most]:
+            raise ValueError(f"vocab.json: {str(odd[0])[:40]} is no id of so few tokens")
         lines = _lines(folder / "merges.txt")
         pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
         merges = [(left, right) for left, _, right in pairs]

@@ -24,6 +24,9 @@ def of_features(features: Any) -> dict[str, tuple[str, ...]]:
     """Return the class names that the features of a Hugging Face data set declare, by column.
 
     The columns contain class numbers, or lists of class numbers.
+
+    Raises:
+        ValueError or TypeError: If these are no features.
     """
     found = {column: _names(feature) for column, feature in dict(features or {}).items()}
     return {column: names for column, names in found.items() if names}
@@ -35,7 +38,10 @@ def _names(feature: Any) -> tuple[str, ...]:
     if not isinstance(feature, dict):
         return ()
     if feature.get("_type") == "ClassLabel":
-        return tuple(map(str, feature.get("names") or ()))
+        names = feature.get("names") or ()
+        if not isinstance(names, (list, tuple)):
+            raise TypeError("the names of a class are no list")
+        return tuple(map(str, names))
     return _names(feature.get("feature")) if feature.get("_type") in ("Sequence", "List", "LargeList") else ()
 
 

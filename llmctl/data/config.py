@@ -222,7 +222,7 @@ class TokenizerConfig(Config):
     training."""
     path: str = ""
     """Tokenizer to load, in place of training one: tokenizer.json, a SentencePiece model, or a folder with one."""
-    vocab_size: int = Field(default=4096, ge=264)
+    vocab_size: int = Field(default=4096, ge=264, lt=2**31)
     """Number of tokens, including special tokens and 256 bytes."""
     sample: int = Field(default=10_000_000, ge=1000)
     """Maximum number of characters of the corpus to train on. Complete documents are selected, by a fixed hash."""

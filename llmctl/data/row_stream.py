@@ -173,7 +173,10 @@ def _table(
             yield f"{line}\n"
 
     reader = csv.reader(texts(), delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    try:
+        header = next(reader, [])
+    except csv.Error as e:
+        raise RequestError(f"the header is not CSV ({e})") from None
     if twice := [name for name in header if header.count(name) > 1]:
         raise RequestError(f"two columns are named {twice[0]!r}")
     if header and not any(columns.get(ours, ours) in header for ours in TEXT_COLUMNS):

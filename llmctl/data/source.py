@@ -146,6 +146,25 @@ class Groups(Source):
         return f"{self.file}: row {i + 1}"
 
 
+def arrow_rows(damaged: str, batch: Any) -> list[Row]:
+    """Return the rows of an Arrow table or batch, after checking it: wrong offsets would read other memory.
+
+    Args:
+        damaged: The beginning of the error message.
+        batch: The table or batch.
+
+    Raises:
+        RequestError: If the data is damaged, or Python cannot hold a value, such as a date after the year 9999.
+    """
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+        return batch.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
+        raise RequestError(f"{damaged} ({' '.join(str(error).split())[:200]})") from None
+
+
 def _distinct(file: object, columns: Sequence[str]) -> tuple[str, ...]:
     """Return the columns as a tuple.
 

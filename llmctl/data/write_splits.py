@@ -32,13 +32,17 @@ def write(cfg: DataConfig, folder: Path) -> tuple[dict[str, tuple[Path, int]], s
     with locks.claim(folder):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        for split, examples in loaded.examples.items():
-            with (draft / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                for row in examples:
-                    file.write(json.dumps(_plain(row, examples.classes), ensure_ascii=False, allow_nan=False) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
+        try:
+            for split, examples in loaded.examples.items():
+                with (draft / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                    for row in examples:
+                        line = json.dumps(_plain(row, examples.classes), ensure_ascii=False, allow_nan=False)
+                        file.write(line + "\n")
+            if folder.exists():
+                folder.rmdir()
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     files = {split: (folder / f"{split}.jsonl", len(examples)) for split, examples in loaded.examples.items()}
     return files, loaded
 

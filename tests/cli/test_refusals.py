@@ -101,6 +101,21 @@ def test_places_where_nothing_can_be_written(refused, fake_stages, tmp_path, mon
         pass
 
 
+def test_a_link_that_leads_nowhere_is_no_place(refused, fake_stages, tmp_path, monkeypatch):
+    """The rename at the end failed, after the work."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("a")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nothing")
+    for link in ("loop", "gone"):
+        assert (
+            refused("make", "--out", link)
+            == f"--out {link}: is a link that leads nowhere; remove it, or choose another place"
+        )
+        assert "--splits" in refused("prepare", "--splits", link, "--set", "data.path=x.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fake_stages", "gone", "loop", "x.txt"]
+
+
 def test_paths_that_orbax_reads_as_globs(tmp_path):
     """The checkpoint's files were not found and not merged, and the artifact was damaged."""
     artifact.check_place(tmp_path / "a{1}")

@@ -1,8 +1,11 @@
 """The closing table of a run shows how good every artifact is, whatever its task."""
 
+import json
+
 import pytest
 
 from llmctl.cli import summary
+from llmctl.config.errors import RequestError
 
 ENTRY = {
     "name": "a",
@@ -34,6 +37,21 @@ def shown(*metrics):
 def test_every_task_shows_its_quality_beside_its_speed(measured, title, cell):
     found = shown({**measured, "examples_per_second": 3.0})
     assert found[title] == [cell] and found["examples/s"] == ["3"]
+
+
+@pytest.mark.parametrize("metrics", [None, [1], "x", 5])
+def test_results_whose_metrics_are_no_object(tmp_path, metrics):
+    one = {"artifact": "a", "digest": "d", "task": "t", "protocol": "p", "metrics": metrics}
+    (tmp_path / "results.json").write_text(json.dumps([one]))
+    with pytest.raises(RequestError, match=r"results\.json: damaged \(the metrics of 'a' are no object\)"):
+        summary.results(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["stage = 5", "stage = [5]", "model = 5"])
+def test_a_model_in_a_file_without_one(tmp_path, text):
+    (tmp_path / "m.toml").write_text(text)
+    with pytest.raises(RequestError, match=r"m\.toml: .*unknown key"):
+        summary.model(str(tmp_path / "m.toml"))
 
 
 def test_validation_is_shown_as_long_as_no_eval_has_measured():

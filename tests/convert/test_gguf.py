@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
 from llmctl.convert import gguf as ours
 from llmctl.data.tokenizers import loading
 from llmctl.model import weights
@@ -307,6 +308,17 @@ def test_bad_files_are_refused(files, saved, call, tmp_path):
     assert call("export", saved, "--to", "gguf", "--type", "q9", "--out", tmp_path / "x")[0] == 2
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "x").exists()
+
+
+def test_vocabularies_of_damaged_files_are_refused(files, tmp_path):
+    data, key = files("f16").read_bytes(), b"tokenizer.ggml.bos_token_id"
+    at = data.index(key) + len(key) + 4
+    beyond = data[:at] + struct.pack("<I", 2**31 - 1) + data[at + 4 :]
+    mark = "\u0120".encode()  # of a space
+    for wrong in (beyond, data.replace(mark, b"\xc4\xff")):
+        (tmp_path / "x.gguf").write_bytes(wrong)
+        with pytest.raises(RequestError, match=r"x\.gguf: its vocabulary cannot be understood"):
+            ours.tokenizer(tmp_path / "x.gguf", tmp_path / "work")
 
 
 GOLDEN = Path(__file__).parent / "llama_cpp_golden.json"

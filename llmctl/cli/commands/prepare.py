@@ -38,6 +38,7 @@ def prepare(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table
 
+    from llmctl.artifacts import atomic
     from llmctl.config.errors import RequestError
     from llmctl.config.terminal import terminal
     from llmctl.data.pretraining.prepare import prepare
@@ -46,6 +47,7 @@ def prepare(
     if (out is None) == (splits is None):
         raise RequestError("prepare: say --out DIR for the prepared data, or --splits DIR for the splits as JSON lines")
     if splits:
+        atomic.check(splits, "--splits")
         _write_splits(recipe_file, splits, sets or [], name, json)
         return
     assert out is not None

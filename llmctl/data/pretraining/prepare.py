@@ -32,7 +32,17 @@ from llmctl.data import columns, splits
 from llmctl.data.columns import View
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.dedup import Scan, scan
-from llmctl.data.pretraining.prepared import DESCRIPTION, FORMAT, Part, Prepared, Shard, Shards, check_words, read
+from llmctl.data.pretraining.prepared import (
+    DESCRIPTION,
+    FORMAT,
+    Dtype,
+    Part,
+    Prepared,
+    Shard,
+    Shards,
+    check_words,
+    read,
+)
 from llmctl.data.source import Chain
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
@@ -288,7 +298,7 @@ def _shard(worker: Worker, planned: PlannedShard) -> int:
     return len(lengths)
 
 
-def _dtype(tokenizer: Tokenizer) -> str:
+def _dtype(tokenizer: Tokenizer) -> Dtype:
     return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from llmctl.config import checksums
 from llmctl.config.containment import within
@@ -32,13 +32,17 @@ FORMAT = 1
 ADVICE = "remove the folder and prepare the data again"
 
 
+Dtype = Literal["<u2", "<u4"]
+"""NumPy dtype of stored token ids."""
+
+
 class Shard(BaseModel):
     """Describe one ArrayRecord file: its name, its counts, its size and its checksum."""
 
     file: str
-    documents: int
-    tokens: int
-    bytes: int
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -46,8 +50,8 @@ class Part(BaseModel):
     """Describe the documents of one source in one split, in order."""
 
     title: str
-    weight: float
-    epochs: float
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    epochs: float = Field(ge=0, allow_inf_nan=False)
     lengths: str
     """Name of the file with the number of tokens of each document."""
     lengths_sha256: str = ""
@@ -63,8 +67,8 @@ class Prepared(BaseModel):
     """SHA-256 of all inputs that determine the content."""
     tokenizer: str
     """Digest of the tokenizer."""
-    dtype: str
-    """NumPy dtype of the token ids in a record, such as `<u2`."""
+    dtype: Dtype
+    """NumPy dtype of the token ids in a record."""
     data: dict[str, Any]
     """Data config of the preparation."""
     splits: dict[str, list[Part]]
@@ -164,7 +168,10 @@ class Shards:
             records = [self._data[d] for d in docs] if is_local(self._files[0]) else self._data.__getitems__(docs)
         except (RuntimeError, ValueError, IndexError) as e:  # the format has a checksum of every record
             raise RequestError(f"{self._files[0].parent}: damaged ({' '.join(str(e).split())[:200]}); {ADVICE}") from e
-        documents = [np.frombuffer(r, self._dtype) for r in records]
+        try:
+            documents = [np.frombuffer(r, self._dtype) for r in records]
+        except ValueError as e:
+            raise RequestError(f"{self._files[0].parent}: damaged ({e}); {ADVICE}") from None
         for d, document in zip(docs, documents, strict=True):
             if len(document) != self._lengths[d]:
                 raise RequestError(f"{self._files[0].parent}: document {d} is damaged; {ADVICE}")

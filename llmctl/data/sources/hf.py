@@ -13,7 +13,7 @@ from llmctl.config.text_input import parse_json
 from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
 from llmctl.data.paths import files_below, folder, is_local, keep_open
-from llmctl.data.source import Chain, Groups, Reader, Source
+from llmctl.data.source import Chain, Groups, Reader, Source, arrow_rows
 
 
 def hf(cfg: SourceConfig) -> Source:
@@ -25,7 +25,9 @@ def hf(cfg: SourceConfig) -> Source:
     """
     path = folder(cfg.path)
     if (path / "dataset_dict.json").exists():
-        splits = _read_json(path / "dataset_dict.json")["splits"]
+        splits = _read_json(path / "dataset_dict.json").get("splits")
+        if not _texts(splits):
+            raise _damaged(path / "dataset_dict.json")
         if cfg.split not in splits:
             raise RequestError(
                 f"{cfg.path}: no split {cfg.split!r}{hint(cfg.split, splits)} (splits: {', '.join(splits)})"
@@ -36,10 +38,26 @@ def hf(cfg: SourceConfig) -> Source:
     state = _read_json(path / "state.json")
     if state.get("_indices_files"):
         raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
-    keep_open(len(state["_data_files"]))  # memory-mapped files stay open
-    info = path / "dataset_info.json"
-    names = class_names.of_features(_read_json(info).get("features")) if info.exists() else None
-    return Chain([_arrow(within(path, file["filename"]), names) for file in state["_data_files"]])
+    listed = state.get("_data_files")
+    files = [f.get("filename") if isinstance(f, dict) else f for f in listed] if isinstance(listed, list) else None
+    if files is None or not _texts(files):
+        raise _damaged(path / "state.json")
+    keep_open(len(files))  # memory-mapped files stay open
+    info, names = path / "dataset_info.json", None
+    if info.exists():
+        try:
+            names = class_names.of_features(_read_json(info).get("features"))
+        except (ValueError, TypeError):
+            raise _damaged(info) from None
+    return Chain([_arrow(within(path, file), names) for file in files])
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _damaged(file: epath.Path) -> RequestError:
+    return RequestError(f"{file}: damaged; save the data set again")
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
@@ -48,7 +66,7 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
     except (OSError, ValueError):
         said = None
     if not isinstance(said, dict):
-        raise RequestError(f"{file}: damaged; save the data set again")
+        raise _damaged(file)
     return said
 
 
@@ -65,10 +83,17 @@ def _arrow(path: epath.Path, names: class_names.Names | None) -> Source:
         file = pa.memory_map(str(path)) if is_local(path) else pa.BufferReader(path.read_bytes())
         with pa.ipc.open_stream(file) as stream:
             schema, batches = stream.schema, list(stream)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RequestError(f"{path}: not an Arrow stream ({str(error).splitlines()[0]})") from None
+        columns = schema.names
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RequestError(f"{path}: not an Arrow stream ({' '.join(str(error).split())[:200]})") from None
     names = class_names.of_schema(schema.metadata) if names is None else names
-    return Groups(path, schema.names, [b.num_rows for b in batches], lambda g: batches[g].to_pylist(), names)
+    return Groups(
+        path,
+        columns,
+        [b.num_rows for b in batches],
+        lambda g: arrow_rows(f"{path}: damaged in batch {g}", batches[g]),
+        names,
+    )
 
 
 SOURCE = Reader(hf, lambda cfg: files_below(cfg.path))

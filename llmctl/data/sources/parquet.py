@@ -11,7 +11,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
 from llmctl.data.paths import is_local
-from llmctl.data.source import Groups, Row, Source, of_files
+from llmctl.data.source import Groups, Row, Source, arrow_rows, of_files
 
 
 def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
@@ -25,8 +25,10 @@ def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
 
     try:
         file = pq.ParquetFile(path if is_local(path) else io.BytesIO(path.read_bytes()))
-    except (OSError, pa.ArrowException) as error:
-        raise RequestError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+        schema = file.schema_arrow
+        columns = schema.names
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RequestError(f"{path}: not a Parquet file ({' '.join(str(error).split())[:200]})") from None
     for g in range(file.metadata.num_row_groups):
         size = file.metadata.row_group(g).total_byte_size
         limits.check_memory(size, f"{path}: row group {g}", "write the file with smaller row groups")
@@ -34,12 +36,12 @@ def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
 
     def read(group: int) -> list[Row]:
         try:
-            return file.read_row_group(group).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise RequestError(f"{path}: damaged in row group {group} ({str(error).splitlines()[0]})") from None
+            table = file.read_row_group(group)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise RequestError(f"{path}: damaged in row group {group} ({' '.join(str(error).split())[:200]})") from None
+        return arrow_rows(f"{path}: damaged in row group {group}", table)
 
-    schema = file.schema_arrow
-    return Groups(path, schema.names, counts, read, class_names.of_schema(schema.metadata))
+    return Groups(path, columns, counts, read, class_names.of_schema(schema.metadata))
 
 
 SOURCE = of_files(parquet)

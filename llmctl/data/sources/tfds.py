@@ -10,7 +10,9 @@ from typing import Any
 from etils import epath
 
 from llmctl.config.base import hint
+from llmctl.config.containment import check
 from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
 from llmctl.data import class_names
 from llmctl.data.config import SourceConfig
 from llmctl.data.source import Reader, Row, Source
@@ -34,7 +36,10 @@ class Tfds(Source):
     def __getitem__(self, i: int) -> Row:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return {column: _plain(value) for column, value in _flat(self._data[i]).items()}
+        try:
+            return {column: _plain(value) for column, value in _flat(self._data[i]).items()}
+        except Exception as error:  # ArrayRecord and TFDS raise many types for a damaged file
+            raise RequestError(f"{self.where(i)}: damaged ({_first(error)}); prepare the data set again") from None
 
     def where(self, i: int) -> str:
         return f"{self._named}: example {i}"
@@ -66,22 +71,58 @@ def tfds(cfg: SourceConfig) -> Source:
     import tensorflow_datasets
 
     where = tfds_folder(cfg)
-    builder: Any = tensorflow_datasets.builder_from_directory(where)
-    splits = list(builder.info.splits)
+    check(where)
+    _check_classes(where)
+    try:
+        builder: Any = tensorflow_datasets.builder_from_directory(where)
+        splits = list(builder.info.splits)
+        features = builder.info.features
+    except Exception as error:  # TFDS raises many types for a damaged description
+        raise RequestError(f"{where}: damaged ({_first(error)}); prepare the data set again") from None
     wanted = set(re.findall(r"[A-Za-z_]\w*", re.sub(r"\[[^\]]*\]", "", cfg.split)))
     if not wanted or wanted - set(splits):
         absent = ", ".join(sorted(wanted - set(splits))) or cfg.split
         raise RequestError(f"{cfg.name}: no split {absent!r}{hint(absent, list(splits))} (splits: {', '.join(splits)})")
     try:
         data = builder.as_data_source(split=cfg.split)
-        return Tfds(f"{cfg.name} {cfg.split}", data, class_names.of_tfds(builder.info.features))
+        return Tfds(f"{cfg.name} {cfg.split}", data, class_names.of_tfds(features))
+    except RequestError:
+        raise
     except NotImplementedError:
         raise RequestError(
             f"{where}: stored in a file format that has no random access; prepare it again as array_record "
             "(tfds build --file_format=array_record)"
         ) from None
     except (ValueError, AssertionError) as error:
-        raise RequestError(f"{cfg.name}: bad split {cfg.split!r} ({str(error).splitlines()[0]})") from None
+        raise RequestError(f"{cfg.name}: bad split {cfg.split!r} ({_first(error)})") from None
+    except Exception as error:  # as for the description
+        raise RequestError(f"{where}: damaged ({_first(error)}); prepare the data set again") from None
+
+
+def _first(error: Exception) -> str:
+    return f"{' '.join(str(error).split())[:200] or type(error).__name__}"
+
+
+def _check_classes(where: epath.Path) -> None:
+    """Check that features.json names classes of TFDS alone, because TFDS imports the module of any class it names.
+
+    Raises:
+        RequestError: If it names another class, or is damaged.
+    """
+    file = where / "features.json"
+    if not file.exists():
+        return
+    try:
+        waiting = [parse_json(file.read_bytes())]
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file}: damaged ({_first(error)}); prepare the data set again") from None
+    while waiting:
+        item = waiting.pop()
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        waiting.extend(inner)
+        named = item.get("pythonClassName", item.get("type")) if isinstance(item, dict) else None
+        if isinstance(named, str) and "." in named and not named.startswith("tensorflow_datasets."):
+            raise RequestError(f"{file}: names the class {named!r}, and only those of TFDS are loaded")
 
 
 def fetch(cfg: SourceConfig) -> None:

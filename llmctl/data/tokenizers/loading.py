@@ -66,7 +66,7 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
             kind, file, digest = described["kind"], within(path, described["file"]), described["digest"]
         except (ValueError, KeyError, TypeError):
             raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise RequestError(
                 f"{path}: tokenizer of unknown kind {kind!r} (known: {', '.join(KINDS)}); a newer llmctl?"
             )

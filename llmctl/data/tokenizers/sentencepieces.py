@@ -47,6 +47,8 @@ class SentencePieces(Tokenizer):
             ValueError: If the bytes are no SentencePiece model, or if the model has no end-of-sequence token.
         """
         try:
+            if not model:  # the library would take it as none, and print errors at every call
+                raise RuntimeError
             self._sp = spm.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise ValueError("not a SentencePiece model") from None

@@ -21,6 +21,8 @@ SPELLINGS = {
     "mask": ("<mask>", "[MASK]"),
 }
 """Common spellings of special tokens, for folders that do not specify them."""
+GROWTH = 1000
+"""Most characters that replacements make of one. Published tokenizers replace a space by one character."""
 FOREIGN = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",),
            "unk": ("unk_token",), "mask": ("mask_token",)}  # fmt: skip
 """Keys of special tokens in tokenizer_config.json and special_tokens_map.json, by llmctl's names."""
@@ -49,6 +51,8 @@ class JsonTokenizer(Tokenizer):
         try:
             with rust_errors.unreported():
                 self._backend = Backend.from_buffer(model)
+                for part in (self._backend.normalizer, self._backend.decoder):
+                    _check_growth(part)
                 self._backend.no_padding()
                 self._backend.no_truncation()
                 own = self._backend.encode("a").ids
@@ -83,7 +87,10 @@ class JsonTokenizer(Tokenizer):
     @classmethod
     def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> JsonTokenizer:
         """Build the tokenizer, with special tokens from its descriptor or from the configuration files beside it."""
-        return cls(model, described.get("bos"), described.get("special") or _foreign(folder))
+        special = described.get("special") or _foreign(folder)
+        if not isinstance(special, dict) or not all(isinstance(text, str) for text in special.values()):
+            raise ValueError("its special tokens are no texts")
+        return cls(model, described.get("bos"), special)
 
     def options(self) -> dict[str, Any]:
         """Return the saved options, including the spellings of special tokens."""
@@ -166,6 +173,24 @@ class JsonTokenizer(Tokenizer):
             # Byte-level BPE spells bytes as letters, such as the newline as "Ċ". Metaspace spells spaces as "▁".
             said = [piece.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ") for piece in raw]
         return ["" if i in self._hidden else piece for i, piece in enumerate(said)]
+
+
+def _check_growth(part: Any) -> None:
+    """Check how much longer the replacements of a normalizer or decoder can make a text. Each replaces in the last's
+    result, so twenty of them could fill any memory.
+
+    Raises:
+        ValueError: If it is more than `GROWTH` times.
+    """
+    growth, waiting = 1.0, [parse_json(part.__getstate__())] if part is not None else []
+    while waiting:
+        item = waiting.pop()
+        waiting.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        if isinstance(item, dict) and item.get("type") == "Replace":
+            found = item["pattern"].get("String")  # a regular expression may match nothing, between any two characters
+            growth *= max(1.0, len(item["content"]) / len(found) if found else 1 + len(item["content"]))
+            if growth > GROWTH:
+                raise ValueError(f"its replacements make a text more than {GROWTH:,} times as long")
 
 
 def _foreign(folder: epath.Path) -> dict[str, str]:

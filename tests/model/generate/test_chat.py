@@ -77,6 +77,8 @@ def test_a_message_that_spells_a_special_token_says_text(words):
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"),
         ("{{ raise_exception('only pairs') }}", "refuses these messages: only pairs"),
+        ("{{ strftime_now('%999999999d') }}", "asks for a date with a width"),
+        ("{{ strftime_now(5) }}", "fails on these messages"),
     ],
 )
 def test_a_template_can_do_nothing_but_write(text, said, words):
