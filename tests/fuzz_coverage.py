@@ -37,7 +37,7 @@ def fuzz(seconds: int, folder: Path, names: list[str]) -> None:
         import fuzz_parsers
         import valid_inputs
 
-        from llmctl.model.generate import template_sandbox
+        from llmctl.data import template_sandbox
 
     template_sandbox.TEMPLATE_STEPS = STEPS
     work = folder / f"work-{os.getpid()}"

@@ -35,7 +35,7 @@ from llmctl.data.pretraining import prepared
 from llmctl.data.source import open_source
 from llmctl.data.tokenizers import loading
 from llmctl.model import size_report
-from llmctl.model.generate import chat, continuations
+from llmctl.model.generate import chat, chat_template, continuations
 from llmctl.pipeline import console, recipe
 from llmctl.plan import topologies
 
@@ -82,7 +82,7 @@ def judge(read: Callable[[], Any]) -> str:
     try:
         read()
     except BaseException as e:
-        code, line = app.ending(e)
+        code, line = app.error_result(e)
         if code != 2 or "LLMCTL_DEBUG" in line or not line.strip():
             raise AssertionError(f"exit {code}: {' '.join(line.split())[:300]}") from e
         outcome = "refused"
@@ -236,7 +236,7 @@ def _brought(path: Path, base: Artifact) -> None:
 
 def _chat(path: Path) -> None:
     words = loading.load(path)
-    template = chat.Template(loading.chat_template(path), words)
+    template = chat_template.Template(loading.chat_template(path), words)
     template.prompt([{"role": "user", "content": "hi </s>"}, {"role": "assistant", "content": "a"}])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
+from llmctl.config.limits import check_memory
 from llmctl.config.settings import MeshConfig
 from llmctl.data import device_batches
 from llmctl.data.source import Row
@@ -22,6 +23,8 @@ from llmctl.distributed import host_arrays
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import of
 
+ROW = 16
+"""Bytes per token of a batch: ids, segments and positions, and as much again while they are placed."""
 SHORTEST = 16
 """Smallest padded length in tokens. The others are larger powers of two, and the maximum sequence length."""
 
@@ -54,6 +57,7 @@ class Predictor:
                 f"{path}: --seq-len {seq_len} is longer than its longest sequence ({found.model.max_seq_len})"
             )
         self._size = -(-batch_size // self.mesh.size) * self.mesh.size
+        check_memory(self._size * self._seq_len * ROW, f"--batch-size {batch_size}: its rows", "take a smaller one")
         self._tokenizer = tokenizers.load(found.tokenizer_dir)
         self._step = self.task.believer(found.model, dtype)
 

@@ -11,6 +11,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,7 +223,8 @@ def wrong_scaling(scaling: Mapping[str, Any]) -> str:
         return f"rope_scaling of type {kind!r} needs {', '.join(missing)}"
     if odd := sorted(set(numbers) - SCALINGS[kind]):
         return f"rope_scaling of type {kind!r} knows no {', '.join(odd)}; it knows {', '.join(sorted(SCALINGS[kind]))}"
-    if bad := [k for k, v in numbers.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or not v > 0]:
+    plain = {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    if bad := [k for k in numbers if not 0 < plain.get(k, 0) < math.inf]:
         return f"rope_scaling: {bad[0]} must be a number above 0"
     return ""
 

@@ -51,11 +51,12 @@ def child(argv: list[str], place: Path, report: Any) -> None:
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     tempfile.tempdir = None
     writes: list[str] = []
+    ours = (str(place), "/dev/", "/proc/self/", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(place))
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str) and isinstance(arguments[1], str):
             path = os.path.abspath(arguments[0])
-            if set("wxa+") & set(arguments[1]) and not path.startswith((str(place), "/dev/", "/proc/self/")):
+            if set("wxa+") & set(arguments[1]) and not path.startswith(ours):
                 writes.append(path)
 
     sys.addaudithook(hook)

@@ -15,6 +15,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
     ({"rope_scaling": {**YARN, "beta_quick": 32}}, "knows no beta_quick; it knows attention_factor, beta_fast"),
     ({"rope_scaling": {**YARN, "factor": "4"}}, "factor must be a number above 0"),
     ({"rope_scaling": {**YARN, "factor": 0}}, "factor must be a number above 0"),
+    ({"rope_scaling": {**YARN, "factor": float("inf")}}, "factor must be a number above 0"),
     ({"preset": "llama-tiny", "family": "gemma2"}, "'llama-tiny' is of the family 'llama', not 'gemma2'"),
     ({"preset": "t5-tiny", "relative_max_distance": 16}, "must be more than 16"),
 ])  # fmt: skip

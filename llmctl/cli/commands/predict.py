@@ -10,6 +10,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
 from llmctl.pipeline import console
 
@@ -106,7 +107,7 @@ def _readable(task: Any, where: str, row: Any) -> Any:
 
 def _opened(file: Path) -> IO[bytes]:
     try:
-        return file.open("rb")
+        return (file if file.is_fifo() else regular(file)).open("rb")  # a shell makes a pipe for `<(…)`
     except OSError as e:
         raise RequestError(f"{file}: cannot be read: {e.strerror}") from None
 

@@ -133,13 +133,16 @@ class Shards:
             raise RequestError(f"{where / wrong}; {ADVICE}")
         try:
             with within(where, part.lengths).open("rb") as stream:
-                self._lengths = np.load(stream, allow_pickle=False).astype(np.int64)
+                lengths = np.load(stream, allow_pickle=False)
         except (OSError, ValueError, EOFError, MemoryError):
             raise RequestError(f"{where / part.lengths}: damaged; {ADVICE}") from None
+        documents, tokens = (sum(getattr(s, name) for s in part.shards) for name in ("documents", "tokens"))
+        whole = lengths.dtype.kind in "iu" and lengths.shape == (documents,)
+        if not whole or (lengths < 0).any() or lengths.sum(dtype=np.int64) != tokens:
+            raise RequestError(f"{where / part.lengths}: damaged; {ADVICE}")
+        self._lengths = lengths.astype(np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._dtype = dtype
-        if len(self._lengths) != sum(s.documents for s in part.shards):
-            raise RequestError(f"{where / part.lengths}: damaged; {ADVICE}")
 
     @property
     def lengths(self) -> np.ndarray:

@@ -3,13 +3,16 @@
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 
 from llmctl.config.errors import RequestError
 from llmctl.data import row_stream, write_splits
 from llmctl.data.config import DataConfig, SourceConfig
+from llmctl.data.pretraining import prepared
 from llmctl.data.source import open_source
 from llmctl.data.sources import tfds
 
@@ -108,3 +111,37 @@ def test_splits_that_cannot_be_written_leave_no_draft(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_splits.write(cfg, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dtype": "O"}, {"dtype": "<f2"}, {"dtype": "V9"}, {"splits": {"train": [{"weight": float("nan")}]}},
+        {"splits": {"train": [{"weight": -1.0}]}}, {"splits": {"train": [{"epochs": float("inf")}]}},
+        {"splits": {"train": [{"shards": [{"documents": -1}]}]}},
+    ],
+)  # fmt: skip
+def test_descriptions_of_prepared_data(tmp_path, wrong):
+    shard = {"file": "a", "documents": 1, "tokens": 3, "bytes": 6, "sha256": "0"}
+    part = {"title": "a", "weight": 1.0, "epochs": 0.0, "lengths": "a.npy", "shards": [shard]}
+    about = {"format": 1, "key": "k", "tokenizer": "0", "dtype": "<u2", "data": {}, "splits": {"train": [part]}}
+    (tmp_path / "prepared.json").write_text(json.dumps(about))
+    prepared.read(str(tmp_path))
+    if "dtype" not in wrong:
+        changed = wrong["splits"]["train"][0]
+        part |= {"shards": [shard | changed["shards"][0]]} if "shards" in changed else changed
+    (tmp_path / "prepared.json").write_text(json.dumps(about | {k: v for k, v in wrong.items() if k == "dtype"}))
+    with pytest.raises(RequestError, match=r"prepared\.json: damaged"):
+        prepared.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("lengths", [3, [[1, 2]], [4, -1], [1.0, 2.0], [1, 1], ["a", "b"], [2**62, 2**62]])
+def test_lengths_of_prepared_data(tmp_path, lengths):
+    (tmp_path / "a").write_bytes(bytes(6))
+    np.save(tmp_path / "a.npy", np.asarray(lengths))
+    shard = prepared.Shard(file="a", documents=2, tokens=3, bytes=6, sha256="0")
+    part = prepared.Part(title="a", weight=1.0, epochs=0.0, lengths="a.npy", shards=[shard])
+    with pytest.raises(RequestError, match=r"a\.npy: damaged"):
+        prepared.Shards(epath.Path(tmp_path), part, "<u2")
+    np.save(tmp_path / "a.npy", np.array([1, 2], np.int32))
+    assert prepared.Shards(epath.Path(tmp_path), part, "<u2").lengths.tolist() == [1, 2]
