@@ -20,6 +20,7 @@ from etils import epath
 from pydantic import BaseModel, Field
 
 from llmctl.config import checksums
+from llmctl.config.containment import check as check_links
 from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
@@ -100,6 +101,7 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
     where = folder(path)
     if not (where / DESCRIPTION).exists():
         raise RequestError(f"{path}: no prepared data there (no {DESCRIPTION}); llmctl prepare makes it")
+    check_links(where)
     try:
         values = parse_json(within(where, DESCRIPTION).read_bytes())
         digest = values.pop("digest", "")

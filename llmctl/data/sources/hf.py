@@ -25,7 +25,7 @@ def hf(cfg: SourceConfig) -> Source:
     """
     path = folder(cfg.path)
     if (path / "dataset_dict.json").exists():
-        splits = _read_json(path / "dataset_dict.json").get("splits")
+        splits = _read_json(within(path, "dataset_dict.json")).get("splits")
         if not _texts(splits):
             raise _damaged(path / "dataset_dict.json")
         if cfg.split not in splits:
@@ -35,7 +35,7 @@ def hf(cfg: SourceConfig) -> Source:
         path /= cfg.split
     if not (path / "state.json").exists():
         raise RequestError(f"{path}: not a folder that save_to_disk of Hugging Face datasets wrote (no state.json)")
-    state = _read_json(path / "state.json")
+    state = _read_json(within(path, "state.json"))
     if state.get("_indices_files"):
         raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
     listed = state.get("_data_files")
@@ -46,7 +46,7 @@ def hf(cfg: SourceConfig) -> Source:
     info, names = path / "dataset_info.json", None
     if info.exists():
         try:
-            names = class_names.of_features(_read_json(info).get("features"))
+            names = class_names.of_features(_read_json(within(path, info.name)).get("features"))
         except (ValueError, TypeError):
             raise _damaged(info) from None
     return Chain([_arrow(within(path, file), names) for file in files])

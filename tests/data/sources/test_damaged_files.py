@@ -135,6 +135,26 @@ def test_descriptions_of_prepared_data(tmp_path, wrong):
         prepared.read(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "dataset_info.json", "x.arrow"])
+def test_links_out_of_hugging_face_data_are_not_opened(saved, tmp_path_factory, name):
+    (saved / name).unlink(missing_ok=True)
+    secret = tmp_path_factory.mktemp("outside") / "secret"
+    secret.write_text("{}")
+    (saved / name).symlink_to(secret)
+    with pytest.raises(RequestError, match=rf"{name}: is a link to .*secret, outside"):
+        open_source(SourceConfig(source="hf", path=str(saved)))
+
+
+def test_links_out_of_prepared_data_are_not_opened(tmp_path, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("outside") / "secret"
+    secret.write_text("{}")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "prepared.json").write_text("{}")
+    (tmp_path / "tokenizer" / "llmctl_tokenizer.json").symlink_to(secret)
+    with pytest.raises(RequestError, match=r"llmctl_tokenizer\.json: is a link to .*secret, outside"):
+        prepared.read(str(tmp_path))
+
+
 @pytest.mark.parametrize("lengths", [3, [[1, 2]], [4, -1], [1.0, 2.0], [1, 1], ["a", "b"], [2**62, 2**62]])
 def test_lengths_of_prepared_data(tmp_path, lengths):
     (tmp_path / "a").write_bytes(bytes(6))
