@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from etils import epath
 
@@ -39,8 +39,8 @@ def hf(cfg: SourceConfig) -> Source:
     if state.get("_indices_files"):
         raise RequestError(f"{path}: rows are selected by an index file; save it again after flatten_indices()")
     listed = state.get("_data_files")
-    files = [f.get("filename") if isinstance(f, dict) else f for f in listed] if isinstance(listed, list) else None
-    if files is None or not _texts(files):
+    files: Any = [f.get("filename") if isinstance(f, dict) else f for f in listed] if isinstance(listed, list) else None
+    if not _texts(files):
         raise _damaged(path / "state.json")
     keep_open(len(files))  # memory-mapped files stay open
     info, names = path / "dataset_info.json", None
@@ -52,7 +52,7 @@ def hf(cfg: SourceConfig) -> Source:
     return Chain([_arrow(within(path, file), names) for file in files])
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
