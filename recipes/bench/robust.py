@@ -34,8 +34,8 @@ RATES = {"clean": (0.0, 0.0), "light": (0.15, 0.15), "heavy": (0.5, 0.3)}
 METHODS: dict[str, list[Any]] = {
     "plain": [],
     "freelb": [
-        *("--adversarial.method", "freelb", "--adversarial.steps", 2, "--adversarial.epsilon", 0.04),
-        *("--adversarial.step-size", 0.04, "--adversarial.start", 0.02),
+        *("--adversarial.method", "freelb", "--adversarial.steps", 2, "--adversarial.epsilon", 0.015),
+        *("--adversarial.step-size", 0.015, "--adversarial.start", 0.01),
     ],
 }
 
