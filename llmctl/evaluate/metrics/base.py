@@ -130,5 +130,5 @@ def columns(names: Iterable[str], table: Table) -> list[Metric]:
 
 def text(name: str, value: float) -> str:
     """Format `value` as the metric's record defines; without a record, format it with six significant digits."""
-    record = find(name)
+    record = find(name) or next((METRICS[n] for n in METRICS if METRICS[n].baseline == name), None)
     return record.text(value) if record else f"{value:.6g}"

@@ -34,6 +34,7 @@ def test_records_are_complete():
     ("perplexity", 12345.6784, "12,345.678"),
     ("validation_accuracy", 0.5, "50.00%"),
     ("text_words", 12, "12"),
+    ("baseline_accuracy", 0.054, "5.40%"),  # as the metric that it is the baseline of
 ])  # fmt: skip
 def test_a_value_is_printed_by_its_record(name, value, says):
     assert base.text(name, value) == says
