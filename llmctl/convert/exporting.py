@@ -15,6 +15,7 @@ import numpy as np
 from llmctl.artifacts import artifact, atomic
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.convert import (
+    architectures,
     compressed_tensors,
     gguf,
     gguf_export,
@@ -117,6 +118,7 @@ def _folder(
     found: artifact.Artifact, draft: Path, to: str, dtype: str, shard_bytes: int, say: Callable[[str], None]
 ) -> tuple[float, float | None, str]:
     cfg, params = found.model, found.params
+    architectures.of(cfg)  # a model without a counterpart is refused before its tokenizer is written
     kind = lazy_tensors.dtype(dtype) if dtype else None
     written = tokenizer_export.export_tokenizer(found.tokenizer_dir, draft, cfg, found.manifest.seq_len)
     for line in written.said if written else ("has no tokenizer; the folder has none",):
