@@ -63,7 +63,8 @@ def fuzz(seconds: int, folder: Path, names: list[str]) -> None:
         counts[name] += 1
         if time.monotonic() > written + 5:
             written = time.monotonic()
-            (folder / "counts" / str(os.getpid())).write_text(json.dumps(counts))
+            (work / "counts").write_text(json.dumps(counts))
+            (work / "counts").rename(folder / "counts" / str(os.getpid()))
         parser.put(target, data[1:])
         try:
             fuzz_parsers.judge(lambda: parser.read(target))
@@ -81,7 +82,13 @@ def fuzz(seconds: int, folder: Path, names: list[str]) -> None:
         except Exception:  # what was changed before is no longer of its format
             return data[:1] + fuzz_inputs.octets(rng, data[1:])[: size - 1]
 
-    about = [f"-max_len={2 * max(map(len, seeds))}", "-len_control=0", f"-max_total_time={seconds}", "-timeout=600"]
+    about = [
+        f"-max_len={2 * max(map(len, seeds))}",
+        "-len_control=0",
+        f"-max_total_time={seconds}",
+        "-timeout=600",
+        "-report_slow_units=600",
+    ]
     about += [f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={folder}/crash-", str(folder / "corpus")]
     atheris.Setup([sys.argv[0], *about], one, custom_mutator=change)
     try:

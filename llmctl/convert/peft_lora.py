@@ -140,7 +140,7 @@ def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
         at = layer if set(layers) != {-1} else ...
         r = pair.a_IR.shape[1]
         a[at][..., :r] = pair.a_IR
-        b[at][..., :r, :] = pair.b_RO * (pair.scale / scale)
+        b[at][..., :r, :] = pair.b_RO * (pair.scale / scale if scale else 1.0)
     low = jnp.asarray(a), jnp.asarray(b), scale
     if all(p.magnitude_O is None for p in layers.values()):
         return weights.LowRank(w, *low)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,6 +77,12 @@ def read(config, a, b, **more):
 def test_adapters_that_divide_by_nothing(config, shapes, line):
     with pytest.raises(RequestError, match=line):
         read(config, *shapes)
+
+
+def test_a_pair_that_is_scaled_to_nothing():
+    (pair,) = read({"lora_alpha": 0}, (2, 8), (6, 2))
+    node = peft_lora.node(jnp.ones((8, 6)), {-1: pair})
+    assert node.scale == 0 and np.isfinite(node.b).all()
 
 
 def test_parts_of_adapters_that_do_not_fit():
