@@ -9,7 +9,7 @@ from llmctl.config.base import hint, spelled
 from llmctl.config.errors import RequestError
 from llmctl.data import chats, multiple_choice
 from llmctl.data.config import CHAT_COLUMNS, COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
-from llmctl.data.label_values import Unlabeled, canonical, plain
+from llmctl.data.label_values import Labels, Unlabeled, canonical, plain
 from llmctl.data.row_templates import RowTemplates
 from llmctl.data.source import Row, Source, open_source
 
@@ -42,6 +42,7 @@ class View(Source):
         numbers: bool = False,
         labels: bool = True,
         conversations: bool = False,
+        checks: Labels | None = None,
     ):
         """Open the source and map its columns.
 
@@ -51,10 +52,12 @@ class View(Source):
             numbers: Whether labels are numbers, which have no class names.
             labels: Whether to map label columns. Pretraining does not read them.
             conversations: Whether the rows are conversations.
+            checks: Reader of label cells, for templates that read labels; None reads them as they are.
 
         Raises:
             RequestError: If the source lacks a column, or has no text column.
         """
+        self._checks = checks
         self._cfg, self._source = cfg, open_source(cfg)
         self.where = self._source.where
         known = self._source.columns
@@ -91,17 +94,18 @@ class View(Source):
         """Declared class names of the labels by class number; empty if the data declares none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         made = {} if conversations else cfg.template
-        texts = (*self._joined, *self._texts)
-        self.texts = (*texts, *(c for c in TEXT_COLUMNS if c in made and c not in texts))
+        self.texts = (*self._joined, *self._texts)
         """Text columns. The text of the first one determines a row's split."""
         # With words for the classes, a row is also a question whose choices are these words.
         self._asks = bool(
             labels and made and len(cfg.words) > 1 and "label" in self._map and "choices" not in self._map
         )
-        made = [c for c in self.texts if c not in (*texts, *self._map)]
+        made = [c for c in TEXT_COLUMNS if c in made and c not in self.texts]
         self.columns = (*self._joined, *self._map, *made, *(("choices", "answer") if self._asks else ()))
         if len(self._source) and not (self.texts or "messages" in self._map):
             wrong = NO_CHATS if conversations else _without_text(self._source[0])
+            if made and not conversations:
+                wrong = "data.template needs a text column whose text decides each row's split; " + wrong
             raise RequestError(f"{cfg.title}: {wrong} (columns: {', '.join(known)})")
         self._keep = {
             column: [(plain(v), isinstance(v, str)) for v in (value if isinstance(value, list) else [value])]
@@ -116,10 +120,18 @@ class View(Source):
         return len(self._source)
 
     def __getitem__(self, i: int) -> Row:
-        return self._canonical(self._source[i], i)
+        raw = self._source[i]
+        row = self._canonical(raw, i)
+        return row | self._made(row, raw, i)
 
-    def read(self, i: int) -> Row | None:
-        """Return row i, or None if the filter removes it."""
+    def read(self, i: int) -> tuple[Row, Row] | None:
+        """Return row i without the columns that templates make, and these columns.
+
+        Rows are compared and split without them, so that stages with and without templates hold out the same texts.
+
+        Returns:
+            (columns of the source, columns of templates); None if the filter removes the row.
+        """
         raw = self._source[i]
         for column, allowed in self._keep.items():
             if column not in raw:
@@ -132,7 +144,8 @@ class View(Source):
                 f"{self.where(i)}: column {late[0]!r} is in none of the first rows; name the columns to read in "
                 f"data.columns, such as {spelled({c: c for c in (*self._map, late[0])})}"
             )
-        return self._canonical(raw, i)
+        row = self._canonical(raw, i)
+        return row, self._made(row, raw, i)
 
     def _canonical(self, raw: Row, i: int) -> Row:
         row = {}
@@ -163,14 +176,16 @@ class View(Source):
             row["text"] = " ".join(row["tokens"])
         if "answers" in row:
             row["answers"] = self._answers(row, i)
-        if "choices" in row and "answer" in row:
+        if "answer" in row and isinstance(
+            row.get("choices"), (list, dict)
+        ):  # other columns of that name are no questions
             row |= self._question(row, i)
         if "messages" in row:
             row |= self._conversation(row, i)
-        return row | self._made(row, raw, i) if self._cfg.template else row
+        return row
 
     def _question(self, row: Row, i: int) -> Row:
-        if row["answer"] in (None, ""):
+        if row["answer"] in (None, "") or row["answer"] != row["answer"]:  # NaN is how some files write an empty cell
             raise Unlabeled(f"{self.where(i)}: the answer is empty (column {self._map['answer']!r})")
         try:
             choices, answer = multiple_choice.read(row["choices"], row["answer"])
@@ -180,14 +195,18 @@ class View(Source):
 
     def _made(self, row: Row, raw: Row, i: int) -> Row:
         """Return the columns that templates make, and the words of the classes as choices."""
+        if not self._cfg.template:
+            return {}
         read: Row = {}
         for ours, theirs in self._readable.items():
             value = row.get(ours, raw.get(theirs))
-            if ours == "label" and not isinstance(value, list):
-                value = self._class_name(ours, value, i) if ours in self._names else value
-                if self._cfg.words and value in (None, ""):
-                    raise Unlabeled(f"{self.where(i)}: the label is empty (column {theirs!r})")
-                value = value if value is None else self._spelled.get(canonical(plain(value)), plain(value))
+            if ours == "label" and not isinstance(value, list) and ("label" in self._templates.reads or self._asks):
+                value = self._class_name(ours, value, i) if ours in self._names and ours not in row else value
+                try:
+                    value = plain(self._checks.label(value) if self._checks else value)
+                except RequestError as e:
+                    raise type(e)(f"{self.where(i)}: {e}") from None
+                value = self._spelled.get(canonical(value), value)
             read[ours] = value
         made: Row = self._templates.render(row | read, raw, self.where(i))
         if not self._asks:
@@ -215,7 +234,7 @@ class View(Source):
         """
         if "messages" in row:
             return [chats.opening(row["messages"]), chats.written(row["messages"], row["tools"])]
-        choices = row["choices"] if {"choices", "answer"} <= self._map.keys() else ()
+        choices = row["choices"] if "answer" in row and isinstance(row.get("choices"), tuple) else ()
         return [*(row[c] for c in self.texts), *choices]
 
     def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
@@ -312,7 +331,10 @@ def views(cfg: DataConfig, labels: bool = True, conversations: bool = False) -> 
         RequestError: If a source lacks a column, or has no text column.
     """
     numbers = cfg.label_type == "number"
-    return [View(part, cfg.classes, numbers, labels, conversations) for part in cfg.sources()]
+    return [
+        View(part, cfg.classes, numbers, labels, conversations, Labels(cfg, part.columns.get("label", "label")))
+        for part in cfg.sources()
+    ]
 
 
 def holds_conversations(cfg: DataConfig) -> bool:

@@ -78,33 +78,34 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
     tags: dict[str, str] = {}
     for i in range(first, last):
         try:
-            row = view.read(i)
+            found = view.read(i)
         except Unlabeled:
             if cfg.unlabeled == "refuse":
                 raise
             state[i - first] = UNLABELED
             continue
-        if row is None:
+        if found is None:
             state[i - first] = FILTERED
             continue
+        row, made = found
         values = view.written(row)
         if not any(v.strip() for v in values):
             state[i - first] = BLANK
             continue
         try:
-            found = [of_rows.label(row["label"])] if "label" in row else []
+            label = [of_rows.label(row["label"])] if "label" in row else []
             words = [plain(tag) for tag in row.get("tags", ()) if of_words.of_class(tag)]
         except RequestError as error:
             if isinstance(error, Unlabeled) and cfg.unlabeled == "drop":
                 state[i - first] = UNLABELED
                 continue
             raise type(error)(f"{view.where(i)}: {error}") from None
-        labels += found
+        labels += label
         tags |= {tag: view.where(i) for tag in set(words) - tags.keys()}
         # Pairs and prompts are split by their first text, so all answers to a question are in one split.
         fractions.append(fraction(values[0] if values[0].strip() else "\0".join(values)))
         keys.append(_digest(map(normal, values)))
-        digests.append(_digest(values))
+        digests.append(_digest([*values, *(text for text in made.values() if isinstance(text, str))]))
         chars.append(len(values[0]))
     # S16 compares all 16 bytes: NumPy strips trailing zero bytes and pads with zeros again, which restores the value.
     key, digest = (np.frombuffer(b"".join(d), "S16") for d in (keys, digests))

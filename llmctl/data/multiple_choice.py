@@ -34,10 +34,12 @@ def read(choices: Any, answer: Any) -> tuple[tuple[str, ...], int]:
     if names is not None and (not isinstance(names, list) or len(names) != len(texts)):
         raise RequestError("choices must have one label per text")
     letters = [chr(ord("A") + k) for k in range(len(texts))]
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and names is None:
-        if answer == int(answer) and 0 <= answer < len(texts):
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        if names is not None and isinstance(answer, int):
+            answer = str(answer)
+        elif names is None and answer in range(len(texts)):
             return tuple(texts), int(answer)
-    elif isinstance(answer, str):
+    if isinstance(answer, str):
         found = [[str(n) for n in names]] if names is not None else [list(texts), letters]
         found += [list(texts)] if names is not None else [[str(k) for k in range(len(texts))]]
         for known in found:

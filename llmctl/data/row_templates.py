@@ -30,9 +30,11 @@ class RowTemplates:
             RequestError: If a template is no valid jinja2 template.
         """
         self.words, self._compiled = dict(words), {}
+        self.reads: set[str] = set()
+        """Names of the variables that the templates read."""
         if not templates:  # jinja2 is imported only if there is a template
             return
-        from jinja2 import StrictUndefined, TemplateError
+        from jinja2 import StrictUndefined, TemplateError, meta
 
         from llmctl.data.template_sandbox import Sandbox
 
@@ -40,6 +42,7 @@ class RowTemplates:
         for column, text in templates.items():
             try:
                 self._compiled[column] = self._sandbox.from_string(text)
+                self.reads |= meta.find_undeclared_variables(self._sandbox.parse(text))
             except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as e:
                 raise RequestError(f"data.template.{column}: no valid template ({type(e).__name__}: {e})") from None
 
@@ -59,5 +62,6 @@ class RowTemplates:
             try:
                 made[column] = self._sandbox.render(template, {**columns, "row": row, "words": self.words})
             except Exception as e:  # a template may raise anything
-                raise RequestError(f"{where}: data.template.{column} fails: {str(e).splitlines()[0]}") from None
+                reason = (str(e) or type(e).__name__).splitlines()[0]
+                raise RequestError(f"{where}: data.template.{column} fails: {reason}") from None
         return made

@@ -37,18 +37,30 @@ def test_labelled_texts_become_prompts_and_completions(reviews):
     assert list(found.texts("completion")) == [" great", " bad"]
     # A task with labels reads the same rows with their classes.
     assert loaded(path, labels=True, template=TEMPLATE, words=WORDS).classes == ("neg", "pos")
-    # Other columns of the source, and no mapped text at all.
-    only = DataConfig(source="csv", path=path, template={"text": "{{ row.review | upper }}"}, validation=0, test=0)
-    assert list(splits.load(only)["train"].texts()) == ["LOVED IT.", "LEFT EARLY."]
+    # Other columns of the source, and a text that is made anew.
+    made = loaded(path, template={"text": "{{ text | upper }} {{ row.mark }}"})["train"]
+    assert list(made.texts()) == ["LOVED IT. pos", "LEFT EARLY. neg"]
 
 
-def test_the_split_is_that_of_the_text(reviews):
+@pytest.mark.parametrize("template", [TEMPLATE, {"text": "Review: {{ text }}"}, {"prompt": "{{ label }} {{ text }}"}])
+def test_the_split_is_that_of_the_text_before_templates(reviews, template):
     path = reviews([(f"review number {i}", "pos" if i % 2 else "neg") for i in range(200)])
-    parts = [
-        loaded(path, labels, **more)["train"].fraction.tolist()
-        for labels, more in ((True, {}), (False, {"template": TEMPLATE, "words": WORDS}))
-    ]
-    assert parts[0] == parts[1]
+    labelled, made = loaded(path, labels=True)["train"], loaded(path, template=template, words=WORDS)["train"]
+    assert labelled.fraction.tolist() == made.fraction.tolist()
+    assert labelled.digest != made.digest  # caches of tokens are by the texts that are tokenized
+
+
+def test_texts_of_held_out_files_are_not_trained_on_under_another_label(reviews):
+    path = reviews([("The same.", "pos"), ("Another one.", "neg")])
+    held = reviews([("The same.", "neg")], "test.csv")
+    found = loaded(path, template=TEMPLATE, words=WORDS, test_path=held)
+    assert list(found["train"].texts()) == ["Another one."] and found.duplicates == 1
+
+
+def test_without_a_mapped_text_nothing_decides_the_split(reviews):
+    data = DataConfig(source="csv", path=reviews([("a", "pos")]), template={"prompt": "{{ row.review }}"})
+    with pytest.raises(RequestError, match="needs a text column whose text decides"):
+        splits.load(data)
 
 
 def test_numbers_find_their_words(reviews):
@@ -76,12 +88,16 @@ def test_what_fails_is_one_line(reviews, settings, message):
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
-def test_rows_without_a_label_are_dropped_if_asked(reviews):
-    path = reviews([("Loved it.", "pos"), ("No idea.", ""), ("Bad.", "neg")])
-    with pytest.raises(RequestError, match=r"x.csv:3: the label is empty"):
-        loaded(path, template=TEMPLATE, words=WORDS)
-    found = loaded(path, template=TEMPLATE, words=WORDS, unlabeled="drop")
-    assert len(found["train"]) == 2 and found.unlabeled == 1
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("empty", ["", "-1"])
+def test_rows_without_a_label_are_dropped_if_asked(reviews, empty, labels):
+    path = reviews([("Loved it.", "1"), ("No idea.", empty), ("Bad.", "0")])
+    template = {"completion": " {{ label }}"}
+    if empty == "":
+        with pytest.raises(RequestError, match=r"x.csv:3: the label is empty"):
+            loaded(path, labels, template=template)
+    found = loaded(path, labels, template=template, words={"1": "good", "0": "bad"}, unlabeled="drop")
+    assert found.unlabeled == 1 and list(found["train"].texts("completion")) == [" 1", " 0"]
 
 
 def test_only_text_columns_are_made():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
 from llmctl.data.examples.labelled import ExampleRows, completion_batch, padded, sequence_batch, templated
@@ -57,7 +58,8 @@ class ChoiceRows(ExampleRows):
             shuffle: Whether to shuffle in every epoch.
 
         Raises:
-            RequestError: If the examples have no prompts.
+            RequestError: If the examples have no prompts, a choice does not fit into a row, or a prompt is empty and
+                the tokenizer adds no `bos`.
         """
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len, self._architecture = tokenizer, seq_len, architecture
@@ -65,23 +67,46 @@ class ChoiceRows(ExampleRows):
         self._written = target_len or seq_len
         self._prompts = tokenize(examples.texts("prompt"), tokenizer)
         rows = [examples.source[int(i)] for i in examples.index]
+        wrong = next((i for i, row in enumerate(rows) if not isinstance(row["choices"], tuple)), None)
+        if wrong is not None:
+            where = examples.source.where(int(examples.index[wrong]))
+            raise RequestError(f"{where}: choices must be a list of texts")
         self._count_N = np.array([len(row["choices"]) for row in rows], np.int32)
         self._first_N = np.cumsum(self._count_N) - self._count_N
         self._choices = tokenize((choice for row in rows for choice in row["choices"]), tokenizer)
         self.answers_N = np.array([row["answer"] for row in rows], np.int32)
         """Index of the right choice of each example."""
+        if architecture == "decoder" and not tokenizer.add_bos:
+            bare = next((i for i in range(len(examples)) if not len(self._prompts[i])), None)
+            if bare is not None:  # its first token would follow nothing, so it could not be scored
+                raise RequestError(f"{examples.source.where(int(examples.index[bare]))}: the prompt is empty")
+        room = self._written - 1 if architecture == "encoder_decoder" else seq_len - tokenizer.add_bos
+        if architecture != "encoder" and (longest := max(map(len, self._choices), default=0)) > room:
+            raise RequestError(
+                f"the longest choice has {longest:,} tokens, and a row has room for {room:,}; raise train.seq_len or "
+                "data.target_len (in eval seq_len), or leave such questions out with data.filter"
+            )
         self.most = int(self._count_N.max(initial=2))
         """Largest number of choices per question, K."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         batch = {"label": self.answers_N[example_B], "choices": self._count_N[example_B]}
         for k in range(self.most):
-            pairs = [(self._prompts[i], self._choice(i, k)) for i in map(int, example_B)]
+            pairs = [(self._prompt(i), self._choice(i, k)) for i in map(int, example_B)]
             batch |= {prefix(k) + name: a for name, a in self._rows(pairs).items()}
         return batch
 
     def _choice(self, i: int, k: int) -> np.ndarray:
         return self._choices[int(self._first_N[i]) + k] if k < self._count_N[i] else NOTHING
+
+    def _prompt(self, i: int) -> np.ndarray:
+        """Return the prompt of a question. For decoders, a long one is cut so that all choices read the same prompt."""
+        prompt = self._prompts[i]
+        if self._architecture != "decoder":
+            return prompt
+        longest = max(len(self._choice(i, k)) for k in range(int(self._count_N[i])))
+        room = max(self._seq_len + 1 - self._tokenizer.add_bos - longest, 0)
+        return prompt[max(len(prompt) - room, 0) :]
 
     def _rows(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
         if self._architecture == "decoder":

@@ -62,8 +62,8 @@ def softmax(logits_NC: np.ndarray) -> np.ndarray:
 def temperature(logits_NC: np.ndarray, label_N: np.ndarray) -> float:
     """Return the divisor of the logits that minimizes the log loss (Guo et al., 2017, arXiv:1706.04599).
 
-    The loss is convex in the inverse temperature, so the sign of its derivative is bisected. The result is within
-    COLDEST and HOTTEST; if no prediction is wrong, the loss has no minimum.
+    The loss is convex in the inverse temperature, so the sign of its derivative is bisected between COLDEST and
+    HOTTEST. If the minimum is not between them, which is so if no prediction is wrong, the result is 1.
     """
     logits_NC = logits_NC.astype(np.float64)
     of_label_N = np.take_along_axis(logits_NC, label_N[:, None], -1)[:, 0]
@@ -73,4 +73,5 @@ def temperature(logits_NC: np.ndarray, label_N: np.ndarray) -> float:
         expected_N = (softmax(np.exp(middle) * logits_NC) * logits_NC).sum(-1)
         falls = np.mean(expected_N - of_label_N) < 0
         low, high = (middle, high) if falls else (low, middle)
-    return float(np.exp(-(low + high) / 2))
+    found = float(np.exp(-(low + high) / 2))
+    return found if COLDEST * 1.001 < found < HOTTEST / 1.001 else 1.0

@@ -106,7 +106,9 @@ class Preference(Language):
                 if not weights.adapted(params):
                     raise ValueError("the parameters have no adapters, so they are their own reference")
                 bare = weights.without_adapters(params)
-                x_2BTD = functional.hidden(cfg, bare, batch, dtype=settings.dtype)
+                # Perturbations of the embeddings (adversarial training, NEFTune) are for the model in training.
+                clean = {k: a for k, a in batch.items() if not k.endswith("embedding_offset")}
+                x_2BTD = functional.hidden(cfg, bare, clean, dtype=settings.dtype)
                 reference_2B = jax.lax.stop_gradient(log_likelihood(cfg, bare, x_2BTD, batch, settings.dtype))
             x_2BTD = functional.hidden(
                 cfg, params, batch, train=key is not None, rng=key, dtype=settings.dtype, remat=remat

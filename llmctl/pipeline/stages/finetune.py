@@ -266,6 +266,13 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
         "holds_zeros": base.zeros.__contains__,
         **learner.chooses(task, labels),
     }
+    if task.reads_adapters(settings):
+        beside = {n for n in weights.arrays(params) if how["trains"](n)} - weights.adapter_names(params)
+        if beside:
+            raise RequestError(
+                f"{task.section}: compares with the model without adapters, so nothing else may be trained, here "
+                f"{min(beside)}; use method = 'lora', 'dora', 'adalora' or 'ia3', without lora.modules_to_save"
+            )
     made = learner.Learner(
         model, params, task, config.dropout, temperature=config.temperature, settings=settings, labels=labels, how=how,
         during=partial(selection.during, config, method, model, params),

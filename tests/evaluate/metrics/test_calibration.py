@@ -35,7 +35,7 @@ def test_the_temperature_of_sampled_labels_is_found(true):
     assert calibration.scores(calibration.softmax(logits_NC / found), label_N)["ece"] < 0.01
 
 
-def test_without_wrong_predictions_the_search_stays_in_its_bounds():
+def test_without_a_minimum_the_probabilities_stay():
     logits_NC = np.array([[1.0, 0.0], [0.0, 2.0]])
-    np.testing.assert_allclose(calibration.temperature(logits_NC, np.array([0, 1])), calibration.COLDEST, rtol=1e-6)
-    np.testing.assert_allclose(calibration.temperature(logits_NC, np.array([1, 0])), calibration.HOTTEST, rtol=1e-6)
+    assert calibration.temperature(logits_NC, np.array([0, 1])) == 1.0  # never wrong: any certainty would do
+    assert calibration.temperature(logits_NC, np.array([1, 0])) == 1.0  # always wrong

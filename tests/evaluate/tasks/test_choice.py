@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.data import splits
 from llmctl.data.config import DataConfig, TokenizerConfig
@@ -83,6 +84,20 @@ def test_loss_and_gradients_equal_those_of_whole_logits(architecture, examples):
     np.testing.assert_allclose(scores[0, 2, 0], alone(model, params, batch, 0, 2), rtol=1e-5)
     if architecture != "encoder":
         assert scores[0, :, 1].tolist() == [5, 4, 6]  # bytes of the choices, without an end
+
+
+def test_every_choice_reads_the_same_prompt_and_none_is_cut(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"prompt": "abcdefghij", "choices": ["1", "12345"], "answer": 0}))
+    examples = splits.load(DataConfig(source="jsonl", path=str(file), validation=0, test=0))["train"]
+    words = ByteTokenizer.new()
+    row = TASK.rows(MODELS["decoder"], examples, words, 10, shuffle=False)[0]
+    read = [words.decode(row[p + "tokens"][: int(row[p + "weights"].argmax()) + 1].tolist()) for p in ("", "choice1_")]
+    assert read[0] == read[1] != "" and row["choice1_weights"].sum() == 5
+    with pytest.raises(RequestError, match="the longest choice has 5 tokens, and a row has room for"):
+        TASK.rows(MODELS["decoder"], examples, words, 4, shuffle=False)
+    with pytest.raises(RequestError, match="the longest choice has 5 tokens"):
+        TASK.rows(MODELS["encoder_decoder"], examples, words, 10, shuffle=False, target_len=5)
 
 
 def test_a_teacher_equal_to_the_student_diverges_by_nothing(examples):

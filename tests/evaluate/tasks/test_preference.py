@@ -132,6 +132,18 @@ def test_without_adapters_trained_the_model_is_its_own_reference(examples):
         TASK.loss_of(model, settings=PreferenceConfig())(weights.without_adapters(params), batch)
 
 
+def test_the_reference_reads_no_perturbed_embeddings(examples):
+    model = MODELS["decoder"]
+    batch, params = batch_of(model, examples), adapted(model, b_scale=0.0)
+    shape = (2 * batch["tokens"].shape[0], batch["tokens"].shape[1], model.d_model)
+    loss = TASK.loss_of(model, settings=PreferenceConfig())
+
+    offset = jax.random.normal(jax.random.key(3), shape)
+    total, _ = jax.jit(loss)(params, batch | {"embedding_offset": offset})
+    # Without trained adapters the clean loss is log 2 per pair; a perturbed policy differs from the clean reference.
+    assert abs(float(total) / 4 - np.log(2)) > 1e-4
+
+
 def test_a_small_step_raises_the_margin_as_the_gradient_predicts(examples):
     model = MODELS["decoder"]
     batch, params = batch_of(model, examples), adapted(model)
