@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import warnings
@@ -234,9 +235,9 @@ def _pooled(x_TD: np.ndarray, folder: Path) -> np.ndarray:
 @contextlib.contextmanager
 def _quietly() -> Iterator[Any]:
     """Import transformers without progress bars and warnings, and yield the module."""
-    with warnings.catch_warnings():
+    # compressed-tensors has bars that no switch turns off. Log handlers keep this stream, so it is never closed.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; compressed-tensors has no other switch
         import transformers as hf
         from transformers.utils import logging
 
