@@ -13,6 +13,7 @@ from llmctl.config.errors import RequestError
 from llmctl.convert import peft, peft_ia3, peft_lora, safetensors, text_proof
 from llmctl.convert import tokenizers as brought
 from llmctl.convert.lazy_tensors import of_array
+from llmctl.data.config import TokenizerConfig
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
@@ -77,6 +78,15 @@ def read(config, a, b, **more):
 def test_adapters_that_divide_by_nothing(config, shapes, line):
     with pytest.raises(RequestError, match=line):
         read(config, *shapes)
+
+
+def test_pieces_of_sentencepiece_are_text(tmp_path):
+    made = loading.train(["a b c d e"] * 9, TokenizerConfig(kind="bpe", vocab_size=270)).model
+    piece = "\u2581".encode()  # of a space
+    assert piece in made
+    (tmp_path / "tokenizer.model").write_bytes(made.replace(piece, b"\xa2\xa2\xa2"))
+    with pytest.raises(RequestError, match="not a usable tokenizer"):
+        loading.load(tmp_path)
 
 
 def test_a_pair_that_is_scaled_to_nothing():

@@ -58,6 +58,7 @@ class SentencePieces(Tokenizer):
         self.unk_id, self.bos_id, self.eos_id = self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id()
         if self.eos_id < 0:
             raise ValueError("it has no end-of-sequence token")
+        self._sp.id_to_piece(list(range(self.vocab_size)))  # raises a ValueError if a piece is not UTF-8 text
         # Other models may lack a padding token. Weights and segments mask padding, so any id serves.
         self.pad_id = max(self._sp.pad_id(), 0)
         self.bos_id = self.pad_id if self.bos_id < 0 else self.bos_id
