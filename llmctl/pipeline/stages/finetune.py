@@ -131,6 +131,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.pipeline import console
     from llmctl.train import learner, task_head
     from llmctl.train.robust.regularize import class_counts
+    from llmctl.train.robust.robust_job import check_classes
 
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices)
@@ -144,6 +145,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     labels = _labels(config, text)
     for line in text.describe():
         console.say(f"{config.title}: {line}")
+    check_classes(config.regularize, task)
     counts = class_counts(text.splits["train"]) if config.regularize.class_weights == "balanced" else []
     learns = make_learner(config, base, labels, devices, counts)
     for line in task_head.notices(config, base, labels, learns.model):
@@ -189,7 +191,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
     base = required(config, base)
     seq_len = config.train.seq_len
-    text = made_up.MadeUp(config.data, TASKS[config.task].columns, seq_len, base.manifest.labels)
+    weighed = [*config.regularize.class_weights] if isinstance(config.regularize.class_weights, dict) else []
+    names = base.manifest.labels if set(weighed) <= set(base.manifest.labels) else [*weighed, "other"]
+    text = made_up.MadeUp(config.data, TASKS[config.task].columns, seq_len, names)
     labels = _labels(config, text)
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b or base, labels, mesh), base)
     rows = _rows(config, learns.model, text, "train", made_up.TOKENIZER, Path(), shuffle=False)

@@ -37,7 +37,8 @@ def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
 def r_drop(problem: Problem, alpha: float) -> Loss:
     """Return the mean loss of two passes with different dropout, plus alpha times the divergence of their outputs.
 
-    (R-Drop; Liang et al., 2021, arXiv:2106.14448)
+    (R-Drop; Liang et al., 2021, arXiv:2106.14448). The paper adds the losses of both passes, so its alpha is twice this
+    one.
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, **_: Any) -> tuple[jax.Array, Sums]:

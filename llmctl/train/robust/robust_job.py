@@ -52,7 +52,7 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
     asks, named = config.regularize, config.adversarial.method
     if not named and asks == type(asks)():
         return learner
-    _check_classes(asks, learner.task)
+    check_classes(asks, learner.task)
     weight_C = None
     if asks.class_weights:
         weight_C = jnp.asarray(regularize.class_weights(asks.class_weights, learner.labels, counts))
@@ -77,7 +77,7 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
     return dataclasses.replace(learner, changed=partial(_changed, config, problem))
 
 
-def _check_classes(asks: Any, task: Task) -> None:
+def check_classes(asks: Any, task: Task) -> None:
     """Check that the task has classes if a setting needs them.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -26,7 +27,9 @@ def _weights(value: Any) -> Any:
     """
     if value == "balanced":
         return value
-    numbers = isinstance(value, dict) and all(isinstance(v, (int, float)) and v > 0 for v in value.values())
+    numbers = isinstance(value, dict) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in value.values()
+    )
     if not numbers:
         raise ValueError(f'must be "balanced" or a table of numbers above 0 by class, got {spelled(value)}')
     return {name: float(v) for name, v in value.items()}
@@ -93,7 +96,7 @@ class RegularizeConfig(Settings):
     usual. 0 disables it."""
     l2_start: float = Field(default=0.0, ge=0)
     """Factor of half the squared distance between the weights and the parent's weights (L2-SP), without the task's
-    head. 0 disables it."""
+    head. Set optim.weight_decay = 0 with it, which would pull the same weights to zero. 0 disables it."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
     """Weight of the examples of each class in the loss, such as {"rare" = 5.0}. Other classes have weight 1. balanced:
     weights inversely proportional to the number of training examples of the class."""

@@ -97,6 +97,12 @@ def test_epochs_decide_the_steps_and_padding_is_said(sentiment, base, tmp_path, 
         go(finetune, classify(limited, train=train), base.path, tmp_path / "limited")
 
 
+def test_weights_of_classes_are_refused_where_there_are_none(sentiment, base, tmp_path):
+    config = finetune.Config(data=sentiment, task="lm", regularize={"class_weights": "balanced"})
+    with pytest.raises(RequestError, match=r"regularize.class_weights: not for task 'lm'"):
+        go(finetune, config, base.path, tmp_path)
+
+
 def test_a_first_token_that_no_pretraining_has_trained_is_mentioned(base):
     first = base.model.model_copy(update={"architecture": "encoder", "pooling": "first"})
     parent, head = SimpleNamespace(model=first, params=base.params), first.model_copy(update={"head": "classify"})

@@ -136,7 +136,7 @@ def test_balanced_weights_have_the_mean_one_over_the_examples():
     np.testing.assert_allclose(np.dot(found, counts) / sum(counts), 1, rtol=1e-6)
     with pytest.raises(RequestError, match=r"class_weights: no class 'yess', did you mean 'yes'\?; there are no, yes"):
         regularize.class_weights({"yess": 2.0}, ["no", "yes"], [])
-    for wrong in ("balance", {"yes": 0}, {"yes": "2"}, 3):
+    for wrong in ("balance", {"yes": 0}, {"yes": "2"}, {"yes": float("inf")}, {"yes": True}, 3):
         with pytest.raises(ValueError, match='must be "balanced" or a table of numbers above 0 by class, got'):
             RegularizeConfig(class_weights=wrong)
 
