@@ -115,6 +115,11 @@ class Config(StageConfig):
                 raise ValueError(f"{section}: not for task {self.task!r}, say task = {task!r}")
         if self.freeze_layers and self.trained.last_layers:
             raise ValueError("freeze_layers and trained.last_layers exclude each other: leave one of them out")
+        if self.optim.spike and self.trained.unfreeze_every:
+            raise ValueError(
+                "optim.spike: not with trained.unfreeze_every, because each unfrozen layer raises the gradient norm "
+                "and its steps would be skipped; leave one of them out"
+            )
         return self
 
 

@@ -165,5 +165,7 @@ def test_other_refusals():
         selection.job_fields(only_embeddings, METHODS["full"], LLAMA, headless)
     with pytest.raises(ValueError, match=r"freeze_layers and trained.last_layers exclude each other"):
         finetune.Config(freeze_layers=1, trained={"last_layers": 1})
+    with pytest.raises(ValueError, match=r"optim.spike: not with trained.unfreeze_every, because each unfrozen layer"):
+        finetune.Config(optim={"spike": 6.0}, trained={"unfreeze_every": 2})
     with pytest.raises(RequestError, match=r"trained.unfreeze_every: not for method 'adalora'"):
         METHODS["adalora"].check(finetune.Config(method="adalora", trained={"unfreeze_every": 2}), None)
