@@ -120,6 +120,7 @@ def total_nll(
     stride: int,
     batches: DeviceBatches,
     given: Sequence[int] | None = None,
+    repeated: int = 0,
     dtype: str = "float32",
 ) -> tuple[float, int]:
     """Compute the negative log-likelihood (NLL) of tokenized documents, summed over their tokens.
@@ -133,12 +134,13 @@ def total_nll(
         stride: Number of newly scored tokens per window.
         batches: Size and sharding of the batches of windows.
         given: Number of tokens at the beginning of each document that are context only, such as prompts.
+        repeated: Number of first prefix tokens with which every later window begins (see `sliding_window.Rows`).
         dtype: Dtype of the computation. The sum over rows is in float64 on the host.
 
     Returns:
         The summed NLL in nats, and the number of scored tokens.
     """
-    rows = sliding_window.Rows(documents, prefix, context, stride, given)
+    rows = sliding_window.Rows(documents, prefix, context, stride, given, repeated)
     step = row_nll(model, dtype)
     total = 0.0
     with batches.once(rows) as steps:

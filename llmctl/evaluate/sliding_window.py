@@ -1,7 +1,8 @@
 """Split held-out documents into sliding windows that score each token exactly once, for every stride.
 
 A document is `prefix + tokens`. A window has at most `context` inputs. The first window of a document scores all its
-targets. Each later window scores `stride` new tokens, and its earlier tokens are context only.
+targets. Each later window scores `stride` new tokens, and its earlier tokens are context only. If the prefix begins
+with a trained prompt, every later window begins with it as well.
 
 Several windows are packed into one row as separate segments, and no token attends to another segment. Packing therefore
 changes the cost, but never the score.
@@ -90,6 +91,7 @@ class Rows:
         context: int,
         stride: int,
         given: Sequence[int] | None = None,
+        repeated: int = 0,
     ) -> None:
         """Compute the windows and pack them into rows.
 
@@ -99,8 +101,14 @@ class Rows:
             context: Maximum number of inputs per window, and the row length.
             stride: Number of newly scored tokens per window.
             given: Number of tokens at the beginning of each document (the prompt) that are context only.
+            repeated: Number of first prefix tokens with which every later window begins, in place of its oldest inputs.
+
+        Raises:
+            ValueError: If a later window would score the targets of repeated tokens.
         """
-        self._documents, self._context = documents, context
+        if repeated and stride > context - repeated:
+            raise ValueError(f"stride ({stride}) must be at most {context - repeated}: {repeated} inputs are repeated")
+        self._documents, self._context, self._repeated = documents, context, repeated
         self._start = np.array([] if prefix is None else prefix, np.int32).reshape(-1)
         self._windows: list[Window] = []
         for d in range(len(documents)):
@@ -133,6 +141,8 @@ class Rows:
                 sequence = np.concatenate([self._start, np.asarray(self._documents[document], np.int32)])
                 here = slice(at, at + end - begin)
                 out["tokens"][row, here] = sequence[begin:end]
+                if begin:
+                    out["tokens"][row, at : at + self._repeated] = self._start[: self._repeated]
                 out["targets"][row, here] = sequence[begin + 1 : end + 1]
                 out["weights"][row, at + fresh - begin : at + end - begin] = 1.0
                 out["segments"][row, here] = segment

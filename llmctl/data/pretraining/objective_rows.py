@@ -67,8 +67,14 @@ class Objective:
             shuffle: Whether to shuffle in every epoch.
 
         Raises:
-            RequestError: If the tokenizer lacks special tokens, or if there are too few documents.
+            RequestError: If the tokenizer lacks special tokens, if it begins texts with a trained prompt, or if there
+                are too few documents.
         """
+        if tokenizer.prefix:
+            raise RequestError(
+                f"packed rows leave out the trained prompt of {len(tokenizer.prefix):,} tokens before every text; give "
+                "the data prompts and completions, or use a model without a trained prompt"
+            )
         words = Vocabulary(tokenizer)
         if self.name in ("masked", "next_sentence"):
             _ = words.mask_id

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
 from llmctl.data.pretraining import objective_rows
@@ -128,7 +129,18 @@ def sliding(
         documents: Token ids by document number.
         given: Number of tokens at the beginning of each document that are context only, such as a prompt; None means
             none.
+
+    Raises:
+        RequestError: If the context has no room for text after a trained prompt.
     """
+    # Every window begins with a trained prompt, so each advances by at most the rest of the context.
+    room = setup.seq_len - len(tokenizer.prefix)
+    if room < 1:
+        raise RequestError(
+            f"seq_len = {setup.seq_len:,}: no room for text after the trained prompt of {len(tokenizer.prefix):,} "
+            "tokens; set a larger seq_len"
+        )
+    stride = min(setup.stride, room)
     # Without BOS in training a model cannot predict first tokens.
     prefix = tokenizer.begin or None
     nll, tokens = likelihood.total_nll(
@@ -137,16 +149,17 @@ def sliding(
         documents,
         prefix,
         context=setup.seq_len,
-        stride=setup.stride,
+        stride=stride,
         batches=setup.batches(),
         given=given,
+        repeated=len(tokenizer.prefix),
         dtype=setup.dtype,
     )
     protocol = likelihood.Protocol(
         held.split,
         len(texts),
         setup.seq_len,
-        setup.stride,
+        stride,
         setup.dtype,
         first=given is not None or prefix is not None,
         unit="document" if given is None else "completion",

@@ -7,7 +7,9 @@ import pytest
 
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, TrainConfig
+from llmctl.data.corpus import tokenize
 from llmctl.data.examples.labelled import completion_batch
+from llmctl.data.pretraining.objective_rows import Objective
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.distributed import mesh as meshes
@@ -55,6 +57,24 @@ def test_perplexity_reads_the_prompt_and_does_not_score_it(words):
     assert batch["tokens"][0, :5].tolist() == [300, 301, words.bos_id, 5, 6]
     assert batch["weights"][0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0] and rows.scored == 3
     assert batch["targets"][0, 2:5].tolist() == [5, 6, 7]
+
+
+def test_later_windows_begin_with_the_prompt_too(words):
+    rows = sliding_window.Rows([[5, 6, 7, 8, 9]], words.begin, 5, 2, repeated=2)
+    batch = rows.batch(np.arange(len(rows)))
+    # Inputs are 300 301 bos 5 6 7 8. The second window is [2, 7), whose first two inputs the prompt replaces.
+    assert batch["tokens"].tolist() == [[300, 301, words.bos_id, 5, 6], [300, 301, 6, 7, 8]]
+    assert batch["targets"][1].tolist() == [5, 6, 7, 8, 9]
+    assert batch["weights"].tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]] and rows.scored == 5
+    with pytest.raises(ValueError, match=r"stride \(4\) must be at most 3"):
+        sliding_window.Rows([[5, 6]], words.begin, 5, 4, repeated=2)
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked", "prefix"])
+def test_packed_rows_without_the_prompt_are_refused(words, objective):
+    documents = tokenize(["abc", "de"], words)
+    with pytest.raises(RequestError, match=r"packed rows leave out the trained prompt of 2 tokens"):
+        Objective(objective).rows(documents, words, 4, seed=0, packing="segments", shuffle=False)
 
 
 def test_the_prompt_starts_as_tokens_of_the_vocabulary_over_integers_too():
