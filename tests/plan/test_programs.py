@@ -105,7 +105,8 @@ from = "pretrain"
 dropout = 0.1
 train = { steps = 10, batch_size = 4, seq_len = 16 }
 """
-    robust = 'adversarial = { method = "freelb", steps = 4 }\nregularize = { r_drop = 1.0, class_weights = { rare = 5.0 } }\n'
+    robust = 'adversarial = { method = "freelb", steps = 4 }\n'
+    robust += "regularize = { r_drop = 1.0, class_weights = { rare = 5.0 } }\n"
     text = stage.replace("NAME", "plain") + stage.replace("NAME", "robust") + robust
     found = built(text, tmp_path, ["plain", "robust"])
     plain, robust = (found[name, "train step"] for name in ("plain", "robust"))

@@ -122,7 +122,8 @@ class Config(CalibrationConfig, StageConfig):
         other = {"sparsity", "pattern"} if self.method == STRUCTURED else structured
         stray = sorted(self.model_fields_set & other)
         if stray:
-            raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}")
+            instead = "another one, such as 'magnitude'" if self.method == STRUCTURED else repr(STRUCTURED)
+            raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to {instead}")
         if self.method == STRUCTURED and not (self.heads or self.ffn or self.layers):
             raise ValueError(
                 "structured pruning needs at least one of heads, ffn and layers, such as keep_layers = 2 "
