@@ -9,7 +9,10 @@ Example:
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +84,7 @@ def read_tools(value: Any) -> list[Any] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RequestError("must hold a list of tools, each a JSON object")
-    return [_kept(tool) for tool in value]
+    return [_kept(tool, f"tool {number}") for number, tool in enumerate(value, 1)]
 
 
 def opening(messages: list[Message]) -> str:
@@ -105,7 +108,8 @@ def _message(given: dict[str, Any], where: str, clean: Callable[[str], str]) -> 
         raise RequestError(f"{where} has the {'sender' if shared else 'role'} {said!r}{close} (known: {known})")
     said = said.strip().lower()
     content = _text(given.get(text), where)
-    more = {} if shared else {k: _kept(v) for k, v in given.items() if k not in (name, text) and v is not None}
+    rest = {} if shared else {k: v for k, v in given.items() if k not in (name, text)}
+    more = _kept(rest, where)
     if said == "function_call":
         content, more = "", {"tool_calls": [_written_call(content, where)]}
     if "tool_calls" in more:
@@ -159,11 +163,29 @@ def _written_call(text: str, where: str) -> dict[str, Any]:
     return {"type": "function", "function": found}
 
 
-def _kept(value: Any) -> Any:
-    """Return JSON data without the keys whose value is null. Columnar files add such keys."""
+def _kept(value: Any, where: str) -> Any:
+    """Return JSON data without the keys whose value is null. Columnar files add such keys.
+
+    Dates, times and decimal numbers of columnar files become text, because templates and JSON do not know them.
+
+    Args:
+        value: Value of a message or a tool.
+        where: Beginning of an error message.
+
+    Raises:
+        RequestError: If a value is neither JSON data nor such a scalar.
+    """
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if isinstance(value, dict):
-        return {k: _kept(v) for k, v in value.items() if v is not None}
-    return [_kept(v) for v in value] if isinstance(value, list) else value
+        return {k: _kept(v, f"{where}: {k}") for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_kept(v, where) for v in value]
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (datetime.timedelta, decimal.Decimal, uuid.UUID)):
+        return str(value)
+    raise RequestError(f"{where} holds {type(value).__name__}, which is no JSON data")
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -1,5 +1,7 @@
 """Conversations in the formats of OpenAI and ShareGPT: read alike, and refused in one line with what is wrong."""
 
+import datetime
+import decimal
 import json
 
 import pytest
@@ -53,6 +55,20 @@ def load(path, rows, **kw):
 )
 def test_both_formats_are_read_alike(given, expected):
     assert chats.read(given) == expected
+
+
+def test_scalars_of_columnar_files_become_text():
+    """Templates and the comparison of conversations read JSON data."""
+    day = datetime.datetime(2024, 7, 26, 1, 2)
+    more = {"at": day, "cost": [decimal.Decimal("1.50")], "about": {"day": day.date(), "none": None}}
+    found = chats.read([HI[0], {**HI[1], **more}])
+    assert found[1] == {
+        **HI[1], "at": "2024-07-26T01:02:00", "cost": ["1.50"], "about": {"day": "2024-07-26"}
+    }  # fmt: skip
+    tools = chats.read_tools([{"name": "f", "since": day}])
+    assert json.loads(chats.written(found, tools))[1] == [{"name": "f", "since": "2024-07-26T01:02:00"}]
+    with pytest.raises(RequestError, match=r"^message 2: about: image holds bytes, which is no JSON data$"):
+        chats.read([HI[0], {**HI[1], "about": {"image": b"a"}}])
 
 
 @pytest.mark.parametrize(

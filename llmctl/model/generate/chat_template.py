@@ -158,8 +158,9 @@ class Template:
         """Return the token ids of a whole conversation, and which of them the assistant writes.
 
         The assistant writes a token if any of its characters belongs to an answer, and also the token that ends an
-        answer. It writes neither the white space after that token nor the header before the answer. The template gets
-        the date `DAY`.
+        answer. It writes neither the white space after that token nor the header before the answer. If a template marks
+        answers without their end tokens, the special token right after an answer ends it. The template gets the date
+        `DAY`.
 
         Raises:
             RequestError: If `render` raises it. If the answers cannot be found, because the template neither marks them
@@ -189,14 +190,19 @@ class Template:
             found = self.conversation(talk)
         except RequestError:
             return []
-        last = [i for i, counts in zip(found.ids, found.counted_N, strict=True) if counts][-1:]
-        return [i for i in last if i in self.tokenizer.special_ids.values()]
+        special = set(self.tokenizer.special_ids.values())
+        for i in (i for i, counts in zip(found.ids[::-1], found.counted_N[::-1], strict=True) if counts):
+            if i in special:
+                return [i]
+            if self.tokenizer.decode([i]).strip():  # a special token before the last word, such as that of a thought
+                break
+        return []
 
     def _answers(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]], int]:
         """Return a conversation's text, the character ranges of its answers, and the number of answers without one."""
         text, spans = generation_block.spans(self._rendered(messages, tools, False))
         if self.marks:
-            return text, spans, 0
+            return text, self._with_ends(text, spans), 0
         places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         for i in places:
             before = self.render(messages[:i], tools) if i else ""
@@ -209,6 +215,23 @@ class Template:
                 "what the assistant writes; use a template that marks it with {% generation %}"
             )
         return text, spans, len(places) - len(spans)
+
+    def _with_ends(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return marked ranges without the white space after their end token, and with an end token right after them.
+
+        The special token right after the last range ends every answer, unless that range has an end token already.
+        """
+        spans = [(first, first + self._ending(text[first:last])) for first, last in spans]
+        if not spans or self._ends(text[slice(*spans[-1])]):
+            return spans
+        after = self.tokenizer.split_special(text[spans[-1][1] :])
+        end = after[1] if len(after) > 1 and not after[0] else ""
+        return [(first, last + len(end) * text.startswith(end, last)) for first, last in spans]
+
+    def _ends(self, answer: str) -> bool:
+        """Return whether a special token is the end of a text."""
+        parts = self.tokenizer.split_special(answer)
+        return len(parts) > 1 and not parts[-1]
 
     def _ending(self, answer: str) -> int:
         """Return the number of characters of an answer, without the white space after its last special token."""

@@ -234,6 +234,30 @@ def test_masks_are_those_of_transformers(name, content, words, pieces):
         assert bare.ids == found.ids and bare.counted_N.tolist() == found.counted_N.tolist()
 
 
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ("{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}", "«{}<|im_end|>»\n"),
+        ("{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}", "«{}<|im_end|>»\n"),
+        ("{% generation %}{{ m.content + '\n' }}{% endgeneration %}", "«{}\n»"),
+        ("{% generation %}{{ '<unk>' + m.content }}{% endgeneration %}", "«<unk>{}»"),
+    ],
+)
+def test_marked_answers_end_with_their_end_token(block, expected, words):
+    """White space after the end token is not learned, and an end token outside the block is."""
+    asks = "{{ '<|im_start|>' + m.role + '\n' }}"
+    said = "{% if m.role == 'assistant' %}" + block + "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}"
+    template = Template("{% for m in messages %}" + asks + said + "{% endfor %}", words)
+    text = "".join(
+        f"<|im_start|>{m['role']}\n"
+        + (expected.format(m["content"]) if m["role"] == "assistant" else f"{m['content']}<|im_end|>\n")
+        for m in TALK
+    )
+    found = template.conversation(TALK)
+    assert (found.ids, found.counted_N.tolist()) == by_hand(text, words)
+    assert template.end_ids() == [words.special_ids["<|im_end|>"]] * ("<|im_end|>" in expected)
+
+
 @pytest.fixture(scope="module")
 def trained():
     texts = ["Be brief. Is it? Yes, it is. user assistant system", "Never say no to the 2 or 3 of them"] * 30
