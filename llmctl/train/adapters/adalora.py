@@ -35,15 +35,21 @@ class AdaLora(Method):
         """Check that Method.check passes, and that no setting contradicts AdaLoRA's choice of ranks.
 
         Raises:
-          RequestError: a setting fixes ranks or scales of single matrices, a setting unfreezes layers later, or
+          RequestError: a setting fixes ranks or scales of single matrices, a setting freezes layers, or
             Method.check fails.
         """
         of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
         given = config.lora.model_fields_set & of_lora
         if given:
             raise RequestError(f"lora.{min(given)}: not for method 'adalora', which chooses the ranks")
-        if config.trained.unfreeze_every:
-            raise RequestError("trained.unfreeze_every: not for method 'adalora', which takes ranks from frozen layers")
+        freezing = {
+            "trained.unfreeze_every": config.trained.unfreeze_every,
+            "trained.last_layers": config.trained.last_layers,
+            "freeze_layers": config.freeze_layers,
+        }
+        for setting, amount in freezing.items():
+            if amount:
+                raise RequestError(f"{setting}: not for method 'adalora', which takes ranks from frozen layers")
         super().check(config, base)
 
     def attach(
