@@ -33,7 +33,8 @@ def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
 def notices(config: Any, base: Artifact, labels: list[str], model: ModelConfig) -> list[str]:
     """Return messages about a new head, its pooling, and exports; `model` is the config with that head."""
     exports = architectures.notice(model, base.model)
-    return [line for line in (notice(config, base, labels), pooling_hint(config, base, model), exports) if line]
+    pooling = prompt_hint(model) or pooling_hint(config, base, model)
+    return [line for line in (notice(config, base, labels), pooling, exports) if line]
 
 
 def notice(config: Any, base: Artifact, labels: list[str]) -> str:
@@ -41,6 +42,14 @@ def notice(config: Any, base: Artifact, labels: list[str]) -> str:
     kind = base.model.head_kind
     why = "" if kind.vocabulary or kind.bare else _why_new(config, base, labels)
     return f"the task's head is new and begins untrained: {why}" if why else ""
+
+
+def prompt_hint(model: ModelConfig) -> str:
+    """Return a message if the vector of a text is that of a trained prompt's first position, otherwise ""."""
+    kind = HEAD_KINDS[model.head]
+    if not model.prompt_tokens or kind.vocabulary or kind.per_token or model.pooling != "first":
+        return ""
+    return 'the first vector of the trained prompt stands for the text; try pooling = "mean" as well'
 
 
 def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:

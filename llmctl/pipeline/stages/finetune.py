@@ -264,8 +264,6 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     task.check_method(method.keeps_base(config), options)
     loop.check(base.model, config.train, mesh)
     model, params = task_head.with_head(config, base, labels, mesh)
-    if config.freeze_layers > model.layers:
-        raise RequestError(f"freeze_layers: {config.freeze_layers} of {model.layers} layers")
     model = method.network(config, model)
     params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
     if config.calibrate and not (task.calibrates and all(map(weights.is_plain, params["head"]["out"].values()))):

@@ -129,11 +129,13 @@ class Lora(Method):
     def rate(self, config: Any, name: str) -> float:
         """Return the factor on an array's learning rate.
 
-        It is `lora.plus_ratio` for the second matrices b (LoRA+), otherwise 1.
+        It is `lora.plus_ratio` for the second matrices b (LoRA+), otherwise 1. For the token table it is 1, because
+        there `a` starts with zeros instead of b.
         """
         from llmctl.model import weights
 
-        return config.lora.plus_ratio if weights.parse(name).part == "b" else 1.0
+        found = weights.parse(name)
+        return config.lora.plus_ratio if found.part == "b" and found.place != "embedding" else 1.0
 
 
 METHOD = Lora()

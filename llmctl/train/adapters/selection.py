@@ -44,6 +44,7 @@ def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) 
     settings, levels = config.trained, _levels(model, params)
     own = method.trains(config, model, params)
     _check(config, method, model, {name: levels[name] for name in levels if own(name)}, levels)
+    _check_modules(config, levels)
 
     def trains(name: str) -> bool:
         from llmctl.model import weights
@@ -69,7 +70,7 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
     """Return the fields of a Job that depend on the number of `steps`: those of the method, and `starts`.
 
     Raises:
-      RequestError: `trained.unfreeze_every` leaves layers frozen to the end.
+      RequestError: `trained.unfreeze_every` leaves layers frozen to the end, or rounds to no step.
     """
     from llmctl.train import optim
     from llmctl.train.job import NEVER
@@ -80,6 +81,11 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
     levels, depth = _levels(model, params), _depth(model)
     last = settings.last_layers or (depth - config.freeze_layers if config.freeze_layers else depth + 1)
     every = optim.portion(settings.unfreeze_every, steps) if settings.unfreeze_every else 0
+    if settings.unfreeze_every and not every:
+        raise RequestError(
+            f"trained.unfreeze_every = {settings.unfreeze_every:g}: rounds to 0 of {steps:,} steps; choose a larger "
+            "one, or leave it out to train all layers from the start"
+        )
     first = 0 if "head" in params else 1  # without a head, the last layer is trained first
     trains = job_fields(config, method, model, params)["trains"]
     top = max((int(level.max()) for name, level in levels.items() if trains(name)), default=0)
@@ -129,6 +135,8 @@ def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, A
     from llmctl.model import weights
 
     settings, depth = config.trained, _depth(model)
+    if config.freeze_layers > depth:
+        raise RequestError(f"freeze_layers: {config.freeze_layers} of {depth} layers")
     if settings.last_layers > depth:
         raise RequestError(f"trained.last_layers: {settings.last_layers} of {depth} layers")
     if settings.last_layers and not any((level > settings.last_layers).any() for level in trained.values()):
@@ -146,6 +154,30 @@ def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, A
             raise RequestError(f"trained.{field}: method {method.name!r} trains no layer")
     if settings.head_rate != 1 and not any(weights.parse(name).task_head for name in trained):
         raise RequestError(f"trained.head_rate: task {config.task!r} has no head of its own")
+
+
+def _check_modules(config: Any, levels: dict[str, Any]) -> None:
+    """Check that no module that the section `lora` names is frozen as a whole.
+
+    Raises:
+      RequestError: `freeze_layers` or `trained.last_layers` freezes all parameters of a module.
+    """
+    from llmctl.model import weights
+
+    last, first = config.trained.last_layers, config.freeze_layers
+    setting = "trained.last_layers" if last else "freeze_layers"
+
+    def frozen(name: str) -> bool:
+        found = weights.parse(name)
+        if last:
+            return found.below
+        return found.embeds or (found.stacked and len(levels[name]) <= first)
+
+    for field in ("targets", "modules_to_save") if last or first else ():
+        for module in getattr(config.lora, field):
+            names = [name for name in levels if weights.parse(name).belongs(module)]
+            if names and all(map(frozen, names)):
+                raise RequestError(f"lora.{field}: {setting} freezes all of {module}; leave out one of the two")
 
 
 def _example(names: dict[str, Any]) -> str:

@@ -23,12 +23,14 @@ class LoraConfig(Settings):
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
     """Matrices that get an adapter. In the blocks: q, k, v, o, gate, up, down. Outside the blocks: lm_head (output
-    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the blocks."""
+    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the blocks, except those of
+    bottleneck adapters."""
     rslora: bool = False
     """Scale updates by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast as low ranks
     (rsLoRA)."""
     plus_ratio: float = Field(default=1.0, gt=0)
-    """Learning rate of each adapter's second matrix, divided by that of its first matrix (LoRA+ advises 16)."""
+    """Learning rate of each adapter's second matrix, divided by that of its first matrix (LoRA+ advises 16). The
+    adapter of the token embeddings is not affected."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Ranks of single matrices, by name (q) or by module and name (attn/q). All other matrices use `rank`."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -106,4 +108,5 @@ class TrainedConfig(Settings):
     unfreeze_every: float = Field(default=0.0, ge=0)
     """Number of steps after which one more layer of each stack is trained (gradual unfreezing). At first only the
     task's head is trained, then the layers from the last to the first, then the embeddings. A value below 1 is a
-    fraction of all steps. 0 trains all layers from the start."""
+    fraction of all steps. train.patience also counts validations before all layers are trained. 0 trains all layers
+    from the start."""

@@ -67,11 +67,14 @@ def wrap(
 
 
 def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
-    """Return the matrices that get an adapter: those named in `targets`, or all in the blocks if it is empty."""
+    """Return the matrices that get an adapter: those named in `targets`.
+
+    If `targets` is empty, these are all matrices in the blocks except those of bottleneck adapters.
+    """
     from llmctl.model import weights
 
     if not targets:
-        return list(weights.matrices(params, "block"))
+        return [m for m in weights.matrices(params, "block") if not weights.parse(m.path).bottleneck]
     return [m for m in weights.matrices(params) if m.name in targets and (m.place == "block" or m.name in OUTSIDE)]
 
 

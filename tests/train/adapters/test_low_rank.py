@@ -12,7 +12,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import finetune
-from llmctl.train.adapters import lora
+from llmctl.train.adapters import lora, targets
 from llmctl.train.adapters.registry import METHODS
 from llmctl.train.adapters.settings import LoraConfig
 
@@ -67,8 +67,15 @@ def test_names_that_no_matrix_has_are_refused(params, one):
 def test_lora_plus_is_a_rate_of_the_second_matrix():
     config = finetune.Config(method="lora", lora=LoraConfig(plus_ratio=16.0))
     path = "decoder/blocks/attn/q/kernel"
-    rates = [METHODS["lora"].rate(config, name) for name in (f"{path}:a", f"{path}:b", "head/out/kernel")]
-    assert rates == [1.0, 16.0, 1.0]
+    names = (f"{path}:a", f"{path}:b", "head/out/kernel", "embed/tokens:a", "embed/tokens:b")
+    assert [METHODS["lora"].rate(config, name) for name in names] == [1.0, 16.0, 1.0, 1.0, 1.0]
+
+
+def test_bottleneck_adapters_get_pairs_only_by_name():
+    wide = TINY.model_copy(update={"adapter_size": 4, "adapter_form": "parallel", "adapter_scale": 1.0})
+    tree = functional.abstract(wide)
+    assert {m.name for m in targets.selected(tree, [])} == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert [m.module for m in targets.selected(tree, ["reduce"])] == ["mlp_adapter/reduce"]
 
 
 def test_new_settings_change_no_key_until_they_are_used():

@@ -1,5 +1,6 @@
 """Choice of what is trained: which arrays move, by which factor, and when, on a toy model with gradients of one."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import finetune
+from llmctl.train import task_head
 from llmctl.train.adapters import selection
 from llmctl.train.adapters.registry import METHODS
 from llmctl.train.job import Job, split
@@ -141,6 +143,8 @@ LLAMA = ModelConfig.model_validate(
     ("changes", "line"),
     [
         ({"trained": {"last_layers": 3}}, "trained.last_layers: 3 of 2 layers"),
+        ({"freeze_layers": 3}, "freeze_layers: 3 of 2 layers"),
+        ({"trained": {"unfreeze_every": 0.005}}, "trained.unfreeze_every = 0.005: rounds to 0 of 90 steps"),
         ({"method": "head", "trained": {"last_layers": 1}}, "method 'head' trains nothing that it freezes"),
         ({"method": "head", "trained": {"layer_decay": 0.9}}, "trained.layer_decay: method 'head' trains no layer"),
         ({"method": "head", "trained": {"unfreeze_every": 9}}, "trained.unfreeze_every: method 'head' trains no layer"),
@@ -167,5 +171,46 @@ def test_other_refusals():
         finetune.Config(freeze_layers=1, trained={"last_layers": 1})
     with pytest.raises(ValueError, match=r"optim.spike: not with trained.unfreeze_every, because each unfrozen layer"):
         finetune.Config(optim={"spike": 6.0}, trained={"unfreeze_every": 2})
-    with pytest.raises(RequestError, match=r"trained.unfreeze_every: not for method 'adalora'"):
-        METHODS["adalora"].check(finetune.Config(method="adalora", trained={"unfreeze_every": 2}), None)
+    for setting, given in (
+        ("trained.unfreeze_every", {"trained": {"unfreeze_every": 2}}),
+        ("trained.last_layers", {"trained": {"last_layers": 1}}),
+        ("freeze_layers", {"freeze_layers": 1}),
+    ):
+        with pytest.raises(RequestError, match=f"^{setting}: not for method 'adalora', which takes ranks"):
+            METHODS["adalora"].check(finetune.Config(method="adalora", **given), None)
+
+
+@pytest.mark.parametrize(
+    ("lora", "freezing", "line"),
+    [
+        ({"targets": ["q", "embed"]}, {"freeze_layers": 1}, "lora.targets: freeze_layers freezes all of embed; leave"),
+        ({"modules_to_save": ["embed"]}, {"trained": {"last_layers": 1}}, "trained.last_layers freezes all of embed"),
+        ({"targets": ["q"]}, {"freeze_layers": 2}, "lora.targets: freeze_layers freezes all of q"),
+        ({"targets": ["q"], "modules_to_save": ["lm_head", "norm"]}, {"freeze_layers": 1}, ""),
+        ({"targets": ["q"]}, {"trained": {"last_layers": 1}}, ""),
+        ({"targets": ["embed"]}, {}, ""),
+    ],
+)
+def test_modules_that_are_frozen_as_a_whole_are_refused(lora, freezing, line):
+    config = finetune.Config(method="lora", lora=lora, **freezing)
+    levels = selection._levels(LLAMA, functional.abstract(LLAMA))
+    with pytest.raises(RequestError, match=line) if line else nullcontext():
+        selection._check_modules(config, levels)
+
+
+def test_the_deeper_stack_limits_frozen_layers():
+    t5 = ModelConfig.model_validate(
+        {"family": "t5", "vocab_size": 32, "d_model": 16, "layers": 2, "encoder_layers": 4, "heads": 4, "kv_heads": 4,
+         "head_dim": 4, "d_ff": 24}
+    )  # fmt: skip
+    params = functional.abstract(t5)
+    assert selection.job_fields(finetune.Config(freeze_layers=3), METHODS["full"], t5, params)["frozen_layers"] == 3
+    with pytest.raises(RequestError, match="freeze_layers: 5 of 4 layers"):
+        selection.job_fields(finetune.Config(freeze_layers=5), METHODS["full"], t5, params)
+
+
+def test_a_prompt_whose_first_vector_stands_for_the_text_is_noticed():
+    first = LLAMA.model_copy(update={"pooling": "first", "prompt_tokens": 3})
+    assert task_head.prompt_hint(first).startswith("the first vector of the trained prompt stands for the text")
+    for changes in ({"pooling": "mean"}, {"prompt_tokens": 0}, {"head": "tokens"}):
+        assert not task_head.prompt_hint(first.model_copy(update=changes))
