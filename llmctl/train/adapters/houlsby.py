@@ -15,6 +15,7 @@ from llmctl.train.adapters.method import Method, Params
 if TYPE_CHECKING:
     import jax
 
+    from llmctl.artifacts.artifact import Artifact
     from llmctl.model.config import ModelConfig
 
 SCALE = {"sequential": 1.0, "parallel": 4.0}
@@ -26,6 +27,24 @@ class Houlsby(Method):
 
     name = "houlsby"
     settings = ("houlsby",)
+
+    def check(self, config: Any, base: Artifact) -> None:
+        """Check that Method.check passes, and that new adapters of a pruned parent are trained in every layer.
+
+        Adapters that are not trained stay zero. Later stages would hold these zeros as part of the pruning mask.
+
+        Raises:
+          RequestError: a setting freezes layers of a pruned parent without adapters, or Method.check fails.
+        """
+        super().check(config, base)
+        frozen = (
+            "freeze_layers" if config.freeze_layers else "trained.last_layers" if config.trained.last_layers else ""
+        )
+        if frozen and base.manifest.pruned and not base.model.adapter_size:
+            raise RequestError(
+                f"{frozen}: {base.path} is pruned, so later stages would hold the zeros of new adapters in frozen "
+                "layers; leave it out with method = 'houlsby', or use method = 'lora' with merge = false"
+            )
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
         """Return the config of the network with adapters. If the parent has adapters, they are trained further.

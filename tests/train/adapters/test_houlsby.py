@@ -1,6 +1,7 @@
 """Bottleneck adapters: a layer equals one written in torch, new ones change nothing, and what they train."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -137,3 +138,18 @@ def test_refusals():
         METHODS["houlsby"].network(finetune.Config(method="houlsby"), model("llama"))
     with pytest.raises(RequestError, match=r"the model has bottleneck adapters, which no other format holds"):
         architectures.of(cfg)
+
+
+@pytest.mark.parametrize("freezing", [{"freeze_layers": 1}, {"trained": {"last_layers": 1}}])
+def test_new_adapters_of_a_pruned_parent_are_trained_in_every_layer(freezing):
+    def check(pruned, cfg, **given):
+        manifest = SimpleNamespace(pruned=pruned, sparsity=0.5)
+        base = SimpleNamespace(params={}, path="parent", manifest=manifest, model=cfg)
+        METHODS["houlsby"].check(finetune.Config(method="houlsby", **given), base)
+
+    bare, wide = model("llama"), model("llama", "parallel")
+    check(True, bare)
+    check(True, wide, **freezing)
+    check(False, bare, **freezing)
+    with pytest.raises(RequestError, match=r"parent is pruned, so later stages would hold the zeros of new adapters"):
+        check(True, bare, **freezing)
