@@ -45,15 +45,16 @@ def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
     """Convert a conversation to messages in OpenAI's format, as chat templates read them.
 
     Keys without a value are dropped. If a message has several text parts, they are joined. The arguments of tool calls,
-    which data sets often store as text, become JSON data.
+    which data sets often store as text, become JSON data. A key "weight" of OpenAI's format is 0 if the message is
+    context only; the weight 1 is the default, and is dropped.
 
     Args:
         value: Value of a cell.
         clean: Function that is applied to every text of a message.
 
     Raises:
-        RequestError: If the value is no conversation, a role is unknown, a message is empty, or no message is the
-            assistant's.
+        RequestError: If the value is no conversation, a role is unknown, a message is empty, a weight is neither 0 nor
+            1, or no message is the assistant's.
     """
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
@@ -116,10 +117,19 @@ def _message(given: dict[str, Any], where: str, clean: Callable[[str], str]) -> 
         more = {**more, "tool_calls": _calls(more["tool_calls"], where)}
         if not more["tool_calls"]:
             del more["tool_calls"]
+    if "weight" in more:
+        more = {k: v for k, v in more.items() if k != "weight" or not _weighs(v, where)}
     out = {"role": roles[said], "content": content, **more}
     if out["role"] in ("user", "assistant") and not content.strip() and "tool_calls" not in out:
         raise RequestError(f"{where} ({out['role']}) is empty")
     return _mapped(out, clean)
+
+
+def _weighs(weight: Any, where: str) -> bool:
+    """Return whether a message with this weight counts in the loss."""
+    if weight not in (0, 1):
+        raise RequestError(f"{where} has the weight {weight!r}; it must be 0 (context only) or 1")
+    return bool(weight)
 
 
 def _text(content: Any, where: str) -> str:

@@ -21,6 +21,7 @@ from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
 from llmctl.evaluate.tasks import registry
 from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.settings import GenerationConfig
 
 
 def results(
@@ -147,4 +148,16 @@ def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> 
     if stride > seq_len:
         raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")
     truncate = config.truncate or manifest.truncate or "tail"
-    return Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype, config.generation)
+    return Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype, _generation(config, manifest))
+
+
+def _generation(config: MeasureConfig, manifest: Manifest) -> GenerationConfig:
+    """Return the settings of generated answers: those that the evaluation sets, and the others of training."""
+    fields = GenerationConfig.model_fields
+    trained = {k: v for k, v in manifest.config.get("generation", {}).items() if k in fields}
+    return GenerationConfig(**{**trained, **{k: getattr(config.generation, k) for k in _set(config)}})
+
+
+def _set(config: MeasureConfig) -> set[str]:
+    """Return the names of the settings of generated answers that the user set."""
+    return config.generation.model_fields_set if "generation" in config.model_fields_set else set()

@@ -51,6 +51,7 @@ def load(path, rows, **kw):
             [HI[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1}}}]}],
         ),
         ([HI[0], {**HI[1], "tool_calls": []}], HI),
+        ([HI[0], {**HI[1], "weight": 0.0}, {**HI[1], "weight": 1}], [HI[0], {**HI[1], "weight": 0.0}, HI[1]]),
     ],
 )
 def test_both_formats_are_read_alike(given, expected):
@@ -86,6 +87,7 @@ def test_scalars_of_columnar_files_become_text():
         ([{"role": "user", "content": 7}, HI[1]], "message 1 holds int, not text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}, HI[1]], "a part of type 'image_url', not text"),
         ([HI[0], {"from": "function_call", "value": "f(1)"}], r"message 2 \(function_call\) is not JSON"),
+        ([HI[0], {**HI[1], "weight": 0.5}], r"message 2 has the weight 0.5; it must be 0 \(context only\) or 1"),
         ([HI[0], {**HI[1], "tool_calls": "f"}], "message 2: tool_calls must be a list"),
     ],
 )

@@ -11,6 +11,7 @@ from llmctl.evaluate import runner
 from llmctl.evaluate.metrics.base import METRICS, Metric
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.model.config import ModelConfig
 
 
@@ -50,3 +51,22 @@ def test_no_artifact_is_loaded_before_all_can_be_measured(half, monkeypatch):
     with pytest.raises(RequestError, match="b: metrics: language model has no answers"):
         runner.results(config, chosen, None, None, Path("work"), print)  # pyright: ignore[reportArgumentType]
     assert not loaded
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, {"beams": 4, "max_new": 7}),
+        ({"beams": 2}, {"beams": 2, "max_new": 7}),
+        ({"beams": 1, "max_new": 0}, {"beams": 1, "max_new": 0}),
+    ],
+)
+def test_answers_are_generated_as_in_training_unless_the_user_says_otherwise(said, expected):
+    trained = {"beams": 4, "max_new": 7, "a_setting_of_an_older_version": 1}
+    model = ModelConfig(preset="llama-tiny")
+    manifest = SimpleNamespace(model=model, seq_len=8, truncate="", config={"generation": trained})
+    config = MeasureConfig(**({"generation": said} if said else {}))
+    found = runner.setup(config, None, Path("a"), manifest)  # pyright: ignore[reportArgumentType]
+    assert found.generation == GenerationConfig(**expected)
+    older = SimpleNamespace(model=model, seq_len=8, truncate="", config={})
+    assert runner.setup(config, None, Path("a"), older).generation == GenerationConfig(**said)  # pyright: ignore[reportArgumentType]

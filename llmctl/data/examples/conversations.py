@@ -27,7 +27,7 @@ class ConversationRows(ExampleRows):
     Messages after the assistant's last message are omitted. An exchange is a message of the user with all messages
     before the user's next one. If a conversation is too long, its first exchanges are removed. System messages at the
     beginning stay. If the last exchange alone is too long, its end is cut. If no token of the assistant is left, the
-    conversation is dropped.
+    conversation is dropped. So is a conversation whose answers all have the weight 0.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ConversationRows(ExampleRows):
         if "messages" not in examples.columns:
             raise RequestError("the data holds no conversations; map a column of messages in data.columns")
         self._encode, self._pad, self._seq_len = encode, pad_id, seq_len
-        self.shortened = self.cut = self.dropped = self.missed = 0
+        self.shortened = self.cut = self.dropped = self.missed = self.unweighted = 0
         ids, counted, lengths = [], [], [0]
         for i in range(len(examples)):
             row = examples[i]
@@ -65,11 +65,17 @@ class ConversationRows(ExampleRows):
             except RequestError as e:
                 raise RequestError(f"{examples.source.where(int(examples.index[i]))}: {e}") from None
             if found is None:
-                self.dropped += 1
+                learned = any(m["role"] == "assistant" and m.get("weight") != 0 for m in row["messages"])
+                self.dropped += learned
+                self.unweighted += not learned
                 continue
             ids.append(np.array(found[0], np.int32))
             counted.append(found[1])
             lengths.append(len(found[0]))
+        if not ids and self.unweighted == len(examples):
+            raise RequestError(
+                f"all answers of the {len(examples)} conversations have the weight 0; nothing is learned"
+            )
         if not ids:
             raise RequestError(
                 f"none of the {len(examples)} conversations has an answer within {seq_len} tokens; train.seq_len is "
@@ -88,6 +94,8 @@ class ConversationRows(ExampleRows):
         }
         found = [f"{count:,} {what}" for what, count in told.items() if count]
         lines = [f"conversations longer than {self._seq_len} tokens: {', '.join(found)}"] if found else []
+        if self.unweighted:
+            lines.append(f"{self.unweighted:,} conversations whose answers all have the weight 0 are dropped")
         if self.missed:
             lines.append(
                 f"{self.missed:,} answers are context only, because the chat template renders them differently once "

@@ -158,13 +158,15 @@ class Template:
         """Return the token ids of a whole conversation, and which of them the assistant writes.
 
         The assistant writes a token if any of its characters belongs to an answer, and also the token that ends an
-        answer. It writes neither the white space after that token nor the header before the answer. If a template marks
+        answer. It writes neither the white space after that token nor the header before the answer. A message with the
+        key "weight" and the value 0 is context only. If a template marks
         answers without their end tokens, the special token right after an answer ends it. The template gets the date
         `DAY`.
 
         Raises:
             RequestError: If `render` raises it. If the answers cannot be found, because the template neither marks them
-                nor renders the conversation before an answer as it does for generation.
+                nor renders the conversation before an answer as it does for generation. If a message has the weight 0,
+                and the template does not mark one text per answer.
         """
         self._day = DAY
         try:
@@ -201,20 +203,31 @@ class Template:
     def _answers(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]], int]:
         """Return a conversation's text, the character ranges of its answers, and the number of answers without one."""
         text, spans = generation_block.spans(self._rendered(messages, tools, False))
-        if self.marks:
-            return text, self._with_ends(text, spans), 0
         places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        for i in places:
+        counts = [messages[i].get("weight") != 0 for i in places]
+        if self.marks:
+            spans = self._with_ends(text, spans)
+            if not all(counts):
+                if len(spans) != len(places):
+                    raise RequestError(
+                        f"the chat template marks {len(spans)} texts of {len(places)} answers, so it cannot be told "
+                        "which of them a message with weight 0 leaves out"
+                    )
+                spans = [span for span, count in zip(spans, counts, strict=True) if count]
+            return text, spans, 0
+        learned: list[tuple[int, int]] = []
+        for i, count in zip(places, counts, strict=True):
             before = self.render(messages[:i], tools) if i else ""
             after = text if i == len(messages) - 1 else self.render(messages[: i + 1], tools, False)
             if i and len(before) < len(after) and text.startswith(after) and after.startswith(before):
                 spans.append((len(before), len(before) + self._ending(after[len(before) :])))
+                learned += spans[-1:] * count
         if places and not spans:
             raise RequestError(
                 "the chat template renders what is before an answer differently for generation, so it cannot be told "
                 "what the assistant writes; use a template that marks it with {% generation %}"
             )
-        return text, spans, len(places) - len(spans)
+        return text, learned, sum(counts) - len(learned)
 
     def _with_ends(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return marked ranges without the white space after their end token, and with an end token right after them.

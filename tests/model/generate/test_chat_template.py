@@ -258,6 +258,25 @@ def test_marked_answers_end_with_their_end_token(block, expected, words):
     assert template.end_ids() == [words.special_ids["<|im_end|>"]] * ("<|im_end|>" in expected)
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED["chatml"]])
+def test_an_answer_of_weight_0_is_context_only(template, words):
+    talk = [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]
+    whole = Template(template, words).conversation(TALK)
+    found = Template(template, words).conversation(talk)
+    said = words.decode([i for i, counts in zip(found.ids, found.counted_N, strict=True) if counts])
+    assert (found.ids, said, found.missed) == (whole.ids, "It is not.", 0)
+    rows = ConversationRows(examples(talk, talk[:2]), Template(template, words).conversation, 0, 300, shuffle=False)
+    assert (len(rows), rows.dropped, rows.unweighted) == (1, 0, 1) and "have the weight 0" in rows.remarks[0]
+    with pytest.raises(RequestError, match="all answers of the 1 conversations have the weight 0"):
+        rows_of(template, words, talk[:2], 300)
+
+
+def test_a_weight_needs_one_marked_text_per_answer(words):
+    twice = MARKED["chatml"].replace("{% generation %}", "{% generation %}{% endgeneration %}{% generation %}")
+    with pytest.raises(RequestError, match="marks 4 texts of 2 answers"):
+        Template(twice, words).conversation([TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]])
+
+
 @pytest.fixture(scope="module")
 def trained():
     texts = ["Be brief. Is it? Yes, it is. user assistant system", "Never say no to the 2 or 3 of them"] * 30
