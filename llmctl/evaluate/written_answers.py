@@ -39,6 +39,7 @@ class Writer:
         seq_len: int,
         batch_size: int,
         dtype: Any,
+        ends: Sequence[int] = (),
     ) -> None:
         """Prepare a writer.
 
@@ -49,12 +50,13 @@ class Writer:
             seq_len: Maximum number of tokens per prompt.
             batch_size: Prompts per batch.
             dtype: Compute dtype.
+            ends: Tokens that end an answer; the tokenizer's end-of-sequence token if empty.
 
         Raises:
             RequestError: If the answers leave no room for a prompt within the model's maximum sequence length.
         """
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.batch_size, self.dtype = batch_size, dtype
+        self.batch_size, self.dtype, self.ends = batch_size, dtype, list(ends) or [tokenizer.eos_id]
         self.encoded = model.architecture == "encoder_decoder"
         self.max_new = settings.max_new or min(64, model.max_seq_len // 2)
         """Maximum number of tokens per answer."""
@@ -98,11 +100,10 @@ class Writer:
                     Continuation(last.prompt, last.prompt_ids, source_ids=last.source_ids)
                     for _ in range(self.batch_size - len(batch))
                 ]
-                ends = [self.tokenizer.eos_id]
                 if self._search:
-                    search_rows(self._search, self.tokenizer, batch, self.max_new, ends=ends)
+                    search_rows(self._search, self.tokenizer, batch, self.max_new, ends=self.ends)
                 else:
-                    for _ in continue_rows(decoder, self.tokenizer, batch, self.max_new, ends=ends):
+                    for _ in continue_rows(decoder, self.tokenizer, batch, self.max_new, ends=self.ends):
                         pass
             decoder.release()
         return [row.text for row in rows]

@@ -109,3 +109,9 @@ def test_arrays_on_many_devices(model, params):
     assert write(jax.tree.map(split, params[0]), PROMPTS[:3]) == expected
     replicated = jax.device_put(params[0], NamedSharding(mesh, PartitionSpec()))
     assert write(replicated, PROMPTS[:3]) == expected
+
+
+def test_answers_end_at_every_end_token(model):
+    settings = GenerationConfig(max_new=6)
+    make = lambda **kw: Writer(model, WORDS, settings, seq_len=60, batch_size=1, dtype="float32", **kw)  # noqa: E731
+    assert (make().ends, make(ends=[3, 7]).ends) == ([WORDS.eos_id], [3, 7])

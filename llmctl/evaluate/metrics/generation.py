@@ -16,6 +16,25 @@ ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 """Names of metrics in rouge-score, by their names in llmctl."""
 
 
+class Words:
+    """Split a text into lowercase words of any script for ROUGE, as rouge-score splits text in ASCII.
+
+    The tokenizer of rouge-score keeps only Latin letters without accents. A character of Chinese or Japanese is a word.
+    """
+
+    def __init__(self, characters: bool = False) -> None:
+        """Compile the pattern of words, or of single characters of any script."""
+        import regex  # sacrebleu requires it
+
+        alone = r"\p{Han}\p{Hiragana}\p{Katakana}ー"
+        word = rf"[{alone}]|[[\p{{L}}\p{{N}}]--[{alone}]][[\p{{L}}\p{{N}}\p{{M}}]--[{alone}]]*"
+        self._pattern = regex.compile(r"[\p{L}\p{N}]\p{M}*" if characters else word, regex.V1)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words of a text."""
+        return self._pattern.findall(text.lower())
+
+
 def check() -> None:
     """Check that the packages sacrebleu and rouge-score are installed.
 
@@ -32,14 +51,14 @@ def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str
     Args:
         references: True text of each example.
         predictions: Generated text of each example.
-        tokenizer: Tokenizer of BLEU, a name of sacrebleu.
+        tokenizer: Tokenizer of BLEU, a name of sacrebleu. If it is char, ROUGE counts characters too.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     bleu, chrf = _corpus(tokenizer)
     found = {"bleu": bleu.corpus_score(predictions, [references]).score}
     found["chrf"] = chrf.corpus_score(predictions, [references]).score
-    scorer = RougeScorer(list(ROUGE.values()), use_stemmer=False)
+    scorer = RougeScorer(list(ROUGE.values()), tokenizer=Words(characters=tokenizer == "char"))
     pairs = list(zip(references, predictions, strict=True))
     rows = [scorer.score(reference, prediction) for reference, prediction in pairs]
     found |= {ours: sum(row[theirs].fmeasure for row in rows) / len(rows) for ours, theirs in ROUGE.items()}
@@ -47,11 +66,16 @@ def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str
 
 
 def signature(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> str:
-    """Return the signatures of BLEU and chrF: how they were computed, in the form that publications quote."""
+    """Return how BLEU, chrF and ROUGE were computed; for BLEU and chrF in the form that publications quote."""
     found = []
     for name, metric in zip(("BLEU", "chrF"), _corpus(tokenizer), strict=True):
         metric.corpus_score(predictions[:1], [references[:1]])  # the signature is complete after a computation
         found.append(f"{name} {metric.get_signature()}")
+    found.append("ROUGE without stemming")
+    if tokenizer == "char":
+        found[-1] += " of characters"
+    elif not all(text.isascii() for text in (*references, *predictions)):
+        found[-1] += " of words of any script, and characters of Chinese and Japanese"
     return ", ".join(found)
 
 

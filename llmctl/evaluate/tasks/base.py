@@ -378,7 +378,13 @@ class Task(Predicts):
         raise NotImplementedError
 
     def validator(
-        self, model: ModelConfig, text: Text, tokenizer: Tokenizer, settings: Any, train: TrainConfig
+        self,
+        model: ModelConfig,
+        text: Text,
+        tokenizer: Tokenizer,
+        settings: Any,
+        train: TrainConfig,
+        ends: Sequence[int],
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
         """Return a function that computes further validation metrics during training; None if there are none.
 
@@ -391,6 +397,7 @@ class Task(Predicts):
             tokenizer: Tokenizer of the model.
             settings: The task's own settings (`section`).
             train: Settings of training.
+            ends: Tokens that end an answer.
 
         Raises:
             RequestError: If the metrics cannot be computed.

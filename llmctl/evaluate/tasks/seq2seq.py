@@ -7,7 +7,7 @@ it with the completion, by BLEU, chrF, ROUGE and exact match.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.settings import TrainConfig
@@ -21,6 +21,7 @@ from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.evaluate.written_answers import Writer
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.generate.continuations import end_ids
 
 
 class SequenceToSequence(Completions):
@@ -38,6 +39,7 @@ class SequenceToSequence(Completions):
         tokenizer: Tokenizer,
         settings: GenerationConfig,
         train: TrainConfig,
+        ends: Sequence[int],
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
         """Return the metrics of answers to at most `generation.examples` validation prompts; see Task.
 
@@ -50,7 +52,8 @@ class SequenceToSequence(Completions):
         some = text.splits["validation"].sample(settings.examples)
         prompts, references = list(some.texts("prompt")), list(some.texts("completion"))
         size = min(train.batch_size, len(prompts))
-        write = Writer(model, tokenizer, settings, seq_len=train.seq_len, batch_size=size, dtype=train.dtype)
+        how = {"seq_len": train.seq_len, "batch_size": size, "dtype": train.dtype, "ends": ends}
+        write = Writer(model, tokenizer, settings, **how)
 
         def measure(params: functional.Params, heed: Callable[[], None]) -> dict[str, float]:
             return generation.scores(references, write(params, prompts, heed), settings.bleu_tokenizer)
@@ -68,13 +71,15 @@ class SequenceToSequence(Completions):
         settings, words = setup.generation, tokenizers.load(artifact.tokenizer_dir)
         prompts, references = (list(held.examples.texts(column)) for column in ("prompt", "completion"))
         size = min(setup.batch_size, len(prompts))
-        write = Writer(artifact.model, words, settings, seq_len=setup.seq_len, batch_size=size, dtype=setup.dtype)
+        ends = end_ids(artifact.tokenizer_dir, words)
+        how = {"seq_len": setup.seq_len, "batch_size": size, "dtype": setup.dtype, "ends": ends}
+        write = Writer(artifact.model, words, settings, **how)
         predictions = write(artifact.params, prompts)
         found = super().evaluate(artifact, held, setup)
-        how = f"{settings.beams} beams" if settings.beams > 1 else "greedy"
-        protocol = f"{found.protocol}; answers of at most {write.max_new} tokens, {how}, to prompts of at most "
+        search = f"{settings.beams} beams" if settings.beams > 1 else "greedy"
+        protocol = f"{found.protocol}; answers of at most {write.max_new} tokens, {search}, to prompts of at most "
         protocol += f"{write.room} tokens ({write.cut} cut), "
-        protocol += f"{generation.signature(references, predictions, settings.bleu_tokenizer)}, ROUGE without stemming"
+        protocol += generation.signature(references, predictions, settings.bleu_tokenizer)
         rows = zip(prompts, references, predictions, strict=True)
         return dataclasses.replace(
             found,

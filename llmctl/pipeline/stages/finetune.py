@@ -133,6 +133,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.model import weights
+    from llmctl.model.generate.continuations import end_ids
     from llmctl.pipeline import console
     from llmctl.train import learner, task_head
     from llmctl.train.robust.regularize import class_counts
@@ -162,7 +163,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     learn = learn.balanced() if config.regularize.balance else learn
     method.check_rows(config, learns.model, learn)
     unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
-    further = task.validator(learns.model, text, tokens, own, config.train)
+    further = task.validator(learns.model, text, tokens, own, config.train, end_ids(tokenizer_dir, tokens))
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen, further)
     params = method.finish(config, params)
     if method.merges(config):
