@@ -76,11 +76,17 @@ class View(Source):
         self._late = set() if cfg.columns else set(COLUMNS) - set(known) - hidden
         given = cfg.columns or {c: c for c in _mapped(known)}
         if conversations:
+            if cfg.template:
+                raise RequestError(
+                    f"{cfg.title}: data.template makes text columns, and a chat template renders conversations; "
+                    "leave data.template out"
+                )
             given = dict(zip(("messages",), _conversations(self._source), strict=False)) | given
+            given = {"tools": "tools"} | given if "tools" in known else given
         # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
         self._map = {c: given[c] for c in COLUMNS if c in given and c not in hidden}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
-        self._templates = RowTemplates({} if conversations else cfg.template, cfg.words)
+        self._templates = RowTemplates(cfg.template, cfg.words)
         self._spelled = {canonical(name): name for name in cfg.words}
         # Templates may read labels also for a task that does not.
         self._readable = {c: t for c, t in given.items() if c not in CHAT_COLUMNS} if cfg.template else {}
@@ -93,7 +99,7 @@ class View(Source):
         self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names and c in self._map), ())
         """Declared class names of the labels by class number; empty if the data declares none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
-        made = {} if conversations else cfg.template
+        made = cfg.template
         self.texts = (*self._joined, *self._texts)
         """Text columns. The text of the first one determines a row's split."""
         # With words for the classes, a row is also a question whose choices are these words.
@@ -104,7 +110,7 @@ class View(Source):
         self.columns = (*self._joined, *self._map, *made, *(("choices", "answer") if self._asks else ()))
         if len(self._source) and not (self.texts or "messages" in self._map):
             wrong = NO_CHATS if conversations else _without_text(self._source[0])
-            if made and not conversations:
+            if made:
                 wrong = "data.template needs a text column whose text decides each row's split; " + wrong
             raise RequestError(f"{cfg.title}: {wrong} (columns: {', '.join(known)})")
         self._keep = {

@@ -56,6 +56,9 @@ def results(
         for task in asked[name]:
             task.check_model(manifest.model, str(chosen[name]))
             check_metrics(config.metrics, task, str(chosen[name]))
+    if _set(config) and not any(task.section == "generation" for tasks in asked.values() for task in tasks):
+        given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}))
+        raise RequestError(f"generation: not for task {given}; only task seq2seq generates answers")
     setups = {name: setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
     held = Held(examples, config.split, work)
     out: list[Result] = []

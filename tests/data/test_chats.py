@@ -114,6 +114,14 @@ def test_tools_are_lists_or_their_text(tmp_path):
             load(tmp_path / "x.jsonl", [{"messages": HI, "tools": odd}])
 
 
+def test_tools_are_mapped_beside_a_named_column(tmp_path):
+    row = {"dialog": HI, "tools": [{"name": "f"}]}
+    found = load(tmp_path / "x.jsonl", [row], columns={"messages": "dialog"})["train"]
+    assert found[0]["tools"] == [{"name": "f"}]
+    with pytest.raises(RequestError, match=r"a chat template renders conversations; leave data\.template out"):
+        load(tmp_path / "x.jsonl", [row], template={"prompt": "{{ row }}"})
+
+
 @pytest.mark.parametrize(
     ("row", "mapped"),
     [

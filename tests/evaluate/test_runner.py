@@ -70,3 +70,11 @@ def test_answers_are_generated_as_in_training_unless_the_user_says_otherwise(sai
     assert found.generation == GenerationConfig(**expected)
     older = SimpleNamespace(model=model, seq_len=8, truncate="", config={})
     assert runner.setup(config, None, Path("a"), older).generation == GenerationConfig(**said)  # pyright: ignore[reportArgumentType]
+
+
+def test_generation_without_a_task_that_generates_is_refused(monkeypatch):
+    manifest = SimpleNamespace(model=ModelConfig(preset="llama-tiny"), task="lm")
+    monkeypatch.setattr(artifact, "read_manifest", lambda path: manifest)
+    config = MeasureConfig(generation=GenerationConfig(beams=2))
+    with pytest.raises(RequestError, match="generation: not for task lm"):
+        runner.results(config, {"a": Path("a")}, None, None, Path("work"), print)  # pyright: ignore[reportArgumentType]

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from llmctl.train.learner import Learner
 
 
+WRITTEN = ("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "exact_match")
+"""Metrics of generated answers to validation prompts."""
+
+
 class Config(StageConfig):
     """Train a model on a task's examples, and keep the parameters with the best validation metric."""
 
@@ -113,6 +117,10 @@ class Config(StageConfig):
         for section, task in (("chat", "chat"), ("generation", "seq2seq"), ("preference", "preference")):
             if section in self.model_fields_set and self.task != task:
                 raise ValueError(f"{section}: not for task {self.task!r}, say task = {task!r}")
+        if self.task == "seq2seq" and not self.generation.examples and self.train.best_by in WRITTEN:
+            raise ValueError(
+                f"train.best_by: {self.train.best_by} needs generated answers, and generation.examples is 0"
+            )
         if self.freeze_layers and self.trained.last_layers:
             raise ValueError("freeze_layers and trained.last_layers exclude each other: leave one of them out")
         if self.optim.spike and self.trained.unfreeze_every:

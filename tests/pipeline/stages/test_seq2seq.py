@@ -97,6 +97,10 @@ def test_scores_are_those_of_the_packages_on_the_written_answers(tuned, pairs, t
     [
         (["--task", "lm", "--generation.beams", "2"], "generation: not for task 'lm'"),
         (["--task", "seq2seq", "--generation.max-new", "40"], "40 new tokens leave no room within the model's longest"),
+        (
+            ["--task", "seq2seq", "--train.best-by", "bleu", "--generation.examples", "0"],
+            "bleu needs generated answers, and generation.examples is 0",
+        ),
         (["--task", "seq2seq", "--train.best-by", "bleus"], "train.best_by: unknown metric 'bleus'"),
     ],
 )
