@@ -81,7 +81,10 @@ class ChoiceRows(ExampleRows):
             if bare is not None:  # its first token would follow nothing, so it could not be scored
                 raise RequestError(f"{examples.source.where(int(examples.index[bare]))}: the prompt is empty")
         room = self._written - 1 if architecture == "encoder_decoder" else seq_len - tokenizer.add_bos
-        if architecture != "encoder" and (longest := max(map(len, self._choices), default=0)) > room:
+        if (
+            architecture != "encoder"
+            and (longest := max(len(self._choices[k]) for k in range(len(self._choices)))) > room
+        ):
             raise RequestError(
                 f"the longest choice has {longest:,} tokens, and a row has room for {room:,}; raise train.seq_len or "
                 "data.target_len (in eval seq_len), or leave such questions out with data.filter"
