@@ -77,7 +77,8 @@ class Block(nn.Module):
 
         read = x if cfg.norm_position == "post" else norm("norm")(x)
         y = sublayer(read)
-        adapter = Bottleneck(cfg, self.dtype, name=f"{name}_adapter") if cfg.has_adapter(name) else None
+        adapted = cfg.adapter_size and cfg.has_adapter(name)
+        adapter = Bottleneck(cfg, self.dtype, name=f"{name}_adapter") if adapted else None
         if adapter and cfg.adapter_form == "parallel":
             y = y + adapter(read)
         if cfg.norm_position == "sandwich":

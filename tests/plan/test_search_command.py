@@ -44,7 +44,10 @@ def test_the_model_sees_what_a_stage_holds(small):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (("--search", "--fit", "--topology", "cpu:8"), "--topology NAME, --chips N or --fit"),
+        (
+            ("--search", "--fit", "--topology", "cpu:8"),
+            "--topology NAME (such as v5e:16x16 or cpu:1), --chips N or --fit",
+        ),
         (("--search", "--topology", "cpu:8", "--stage", "pretain"), "there are pretrain, finetune"),
         (("--fit", "--chip", "v5"), "unknown chip 'v5'"),
         (("--fit", "--generate", "1x8x8"), "leave out --generate"),
