@@ -135,14 +135,14 @@ def test_wrong_predictions_are_written_and_calibration_scales_the_head(run_folde
     )
     setup = Setup(meshes.make(MeshConfig()), 32, 32, 16, "tail", "float32")
     head = big.params["head"]
-    sure = {**head["out"], "bias": jnp.array([0.0, 8.0])}  # still certain, and wrong in a third of the cases
+    sure = {**head["out"], "bias": jnp.array([0.0, 2.0])}  # too sure: "pos" is right in 57 % of the cases
     scaled, metrics = TASKS["classify"].calibrated(
         big.model, {**big.params, "head": {**head, "out": sure}}, rows, setup
     )
     for name in ("kernel", "bias"):
         want = np.array(sure[name]) / metrics["temperature"]
         np.testing.assert_allclose(scaled["head"]["out"][name], want, rtol=1e-6)
-    assert metrics["temperature"] > 4 and metrics["ece"] < 0.2 < metrics["ece_uncalibrated"]
+    assert metrics["temperature"] > 3 and metrics["ece"] < 0.2 < metrics["ece_uncalibrated"]
 
 
 def test_language_models_get_a_perplexity_with_its_protocol(run_folder, tmp_path, data):
