@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -134,6 +135,10 @@ def _arrow(t: Table, folder: Path, seed: int) -> list[str]:
     return [f"{path.name}: row {k + 1}" for k in range(len(t.rows))]
 
 
+_NUMBERS = itertools.count(1)
+"""Numbers that tell apart the data sets of one seed."""
+
+
 def _tfds(t: Table, folder: Path, seed: int) -> list[str]:
     import tensorflow_datasets as tfds
 
@@ -154,7 +159,8 @@ def _tfds(t: Table, folder: Path, seed: int) -> list[str]:
         "_split_generators": lambda self, manager: {"train": self._generate_examples()},
         "_generate_examples": lambda self: iter(list(enumerate(t.rows))),
     }
-    made: Any = type(f"Fuzz{seed}", (tfds.core.GeneratorBasedBuilder,), body)
+    number = f"{seed}x{next(_NUMBERS)}"  # a class is registered by its name once per process
+    made: Any = type(f"Fuzz{number}", (tfds.core.GeneratorBasedBuilder,), body)
     made(data_dir=folder, file_format="array_record").download_and_prepare()
-    t.config |= {"source": "tfds", "name": f"fuzz{seed}", "data_dir": str(folder)}
-    return [f"fuzz{seed} train: example \\d+"] * len(t.rows)
+    t.config |= {"source": "tfds", "name": f"fuzz{number}", "data_dir": str(folder)}
+    return [f"fuzz{number} train: example \\d+"] * len(t.rows)
