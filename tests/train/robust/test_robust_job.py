@@ -183,13 +183,14 @@ def test_a_method_with_a_memory_of_its_own_keeps_it():
     assert (after["budget"], after["start"]) == (7, 3)
 
 
-def fit(folder, steps=4, **mesh):
+def fit(folder, steps=4, search=None, **mesh):
     """Train with SMART and L2-SP; return the arrays by name."""
     cfg, devices = model("bert"), meshes.make(MeshConfig(**mesh))
     train = TrainConfig(steps=steps, seq_len=T, batch_size=8, checkpoint_every=2, log_every=4, tensorboard=False)
     job = job_of(
         cfg, dropout=0.0, params=loop.initialize(cfg, 0, devices), rows=Rows(batch_of(cfg)),
-        adversarial={"method": "smart", "epsilon": 1.0, "step_size": 1.0}, regularize={"l2_start": 0.1},
+        adversarial={"method": "smart", "epsilon": 1.0, "step_size": 1.0} | (search or {}),
+        regularize={"l2_start": 0.1},
     )  # fmt: skip
     optim = OptimConfig(name="sgd", learning_rate=0.1, schedule="constant", warmup=0)
     params = loop.fit(job, train, optim, devices, Context(folder / "out", folder, "key"), 0, "toy")[0]
@@ -205,7 +206,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_eight_devices_compute_the_same(tmp_path):
-    one, eight = fit(tmp_path / "one"), fit(tmp_path / "eight", data=4, fsdp=2)
+    # Near the clean embeddings the gradient of the divergence is almost zero, so that rounding decides its direction.
+    far = {"norm": "l2", "start": 1.0}
+    one, eight = fit(tmp_path / "one", search=far), fit(tmp_path / "eight", search=far, data=4, fsdp=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, eight)
 
 
