@@ -210,7 +210,7 @@ def check_place(out: Path, *reads: Path, stage: str = "", replace: bool = False)
         replace: Whether to replace an artifact of any kind.
 
     Raises:
-        RequestError: If the path of `out` has a glob character. If a folder of `reads` is `out` or lies inside it. If
+        RequestError: If the path of `out` has a glob character, if `out` is or contains a folder of `reads`, or if
             `out` exists and is neither empty nor an artifact. If `replace` is false, also if `out` is an artifact of
             another kind of stage, or contains files that llmctl did not write.
     """

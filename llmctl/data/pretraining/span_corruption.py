@@ -47,8 +47,8 @@ def choose_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample the tokens to drop out of n tokens, in spans.
 
-    Each span lies in its own gap between kept tokens. All choices of gaps are equally likely, and so are all divisions
-    of the dropped tokens into spans.
+    Spans are separated by kept tokens. All positions of the spans are equally likely, and so are all divisions of the
+    dropped tokens into spans.
 
     Args:
         n: Number of tokens.

@@ -44,7 +44,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float, float]:
     """Return the bounds (low, high) of the Wilson score interval of a proportion (Wilson, 1927).
 
-    The bounds lie inside [0, 1], and the interval keeps its coverage near 0 and 1. Without observations it is (0, 1).
+    The bounds are within [0, 1], and the coverage is correct also near 0 and 1. If `total` is 0, the result is (0, 1).
     """
     if total == 0:
         return 0.0, 1.0

@@ -52,7 +52,7 @@ class Preference(Language):
         if self.reads_adapters(settings) and not adapts:
             raise RequestError(
                 f"preference.loss = {settings.loss!r}: compares the model with itself without adapters; use "
-                "method = 'lora' without lora.modules_to_save, or preference.loss = 'simpo'"
+                "method = 'lora', or preference.loss = 'simpo'"
             )
         if settings.loss == "ipo" and options.label_smoothing:
             raise RequestError("train.label_smoothing: not for preference.loss = 'ipo'")
@@ -94,7 +94,11 @@ class Preference(Language):
         return interleaved(batch, ("", REJECTED))
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return the loss per pair; see Task. Its sums have "accuracy" and "margin", of the pairs' rewards in nats."""
+        """Return the loss function, as described in Task. It gives one loss per pair.
+
+        Its sums also have "accuracy", the fraction of pairs in the right order, and "margin", the mean difference of
+        rewards in nats.
+        """
         settings = Options(**options)
         chosen: PreferenceConfig = settings.settings or PreferenceConfig()
 

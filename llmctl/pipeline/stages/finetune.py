@@ -270,7 +270,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     method.check(config, base)
     settings = getattr(config, task.section) if task.section else None
     options = Options(label_smoothing=config.train.label_smoothing, settings=settings)
-    task.check_method(method.keeps_base(config), options)
+    task.check_method(method.adapts, options)
     loop.check(base.model, config.train, mesh)
     model, params = task_head.with_head(config, base, labels, mesh)
     model = method.network(config, model)

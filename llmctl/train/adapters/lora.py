@@ -99,10 +99,6 @@ class Lora(Method):
         """Return the parameters with a low-rank pair around each target matrix, sharded over `mesh`."""
         return attach(model, params, config.lora, key, mesh)
 
-    def keeps_base(self, config: Any) -> bool:
-        """Return whether the model without its adapters is the parent, of which modules to save are not part."""
-        return not config.lora.modules_to_save
-
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a function from an array's name to whether it is trained.
 

@@ -74,10 +74,6 @@ class Method:
         """Return whether adapters are merged into their matrices after training."""
         return self.adapts and config.merge
 
-    def keeps_base(self, config: Any) -> bool:
-        """Return whether the model without its adapters is the parent."""
-        return self.adapts
-
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
         """Return the model's config with the layers that the method adds. By default it adds none.
 

@@ -165,6 +165,10 @@ def test_preferences_are_learned_with_adapters_alone(better, tmp_path, merge):
     ctx = Context(tmp_path / "tuned", tmp_path / "work", "key", {})
     ctx.work.mkdir()
     config = finetune.Config(data=better, task="preference", method="lora", merge=merge, train=train, optim=optim)
+    beside = config.model_copy(update={"lora": finetune.LoraConfig(modules_to_save=["norm"])})
+    with pytest.raises(RequestError, match=r"nothing else may be trained, here decoder/norm/scale"):
+        finetune.run(beside, tmp_path / "base", ctx)
+    assert not ctx.out.exists()
     finetune.run(config, tmp_path / "base", ctx)
     manifest = artifact.read_manifest(ctx.out)
     # Merged parameters are no longer apart from the reference, so validation is that of before.
