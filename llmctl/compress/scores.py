@@ -65,7 +65,7 @@ def score(
 
 
 SCORES: Registry[Score] = Registry(
-    "score", {name: f"{__name__}:{name}" for name in ("magnitude", "wanda", "taylor", "fisher", "random")}
+    "score", {name: f"{__name__}:{name}" for name in ("magnitude", "wanda", "ria", "taylor", "fisher", "random")}
 )
 
 
@@ -84,6 +84,22 @@ def wanda(weights_IO, statistics, gradients, key):
     from jax import numpy as jnp
 
     return abs(weights_IO) * jnp.sqrt(statistics.squares)[:, None]
+
+
+@score(per="matrix", statistics=True)
+def ria(weights_IO, statistics, gradients, key):
+    """Return relative importance times sqrt(||X_i||_2) as the scores [I, O] (Zhang et al., 2024, ICLR).
+
+    The relative importance of a weight is |w| / sum(|w| of its input) + |w| / sum(|w| of its output). An input or an
+    output whose other weights are small therefore does not lose all its weights.
+    """
+    from jax import numpy as jnp
+
+    size_IO = abs(weights_IO)
+    tiny = jnp.finfo(size_IO.dtype).tiny  # an input or output without weights has no share
+    of_input = size_IO / jnp.maximum(size_IO.sum(axis=1, keepdims=True), tiny)
+    of_output = size_IO / jnp.maximum(size_IO.sum(axis=0, keepdims=True), tiny)
+    return (of_input + of_output) * (statistics.squares**0.25)[:, None]
 
 
 @score(per="matrix", gradients=("absolute",))

@@ -35,6 +35,34 @@ def test_wanda_compares_within_each_output():
     assert kept(prune(W, STATS, method="wanda", pattern=Pattern(0.25))) == [[1, 1], [1, 1], [0, 0], [1, 1]]
 
 
+def test_ria_compares_shares_of_inputs_and_of_outputs():
+    # Sums of |W|: inputs 6 8 10 4.5, outputs 10 18.5; norms 4 1 0 2.
+    # (|W| / input's sum + |W| / output's sum) * sqrt(norm):
+    # 0.533 2.207 | 0.45 1.074 | 0 0 | 1.823 0.195
+    assert kept(prune(W, STATS, method="ria", pattern=Pattern(0.5))) == [[1, 1], [0, 1], [0, 0], [1, 0]]
+    assert kept(prune(W, STATS, method="ria", pattern=Pattern(0.75))) == [[0, 1], [0, 0], [0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize(("method", "per"), [("magnitude", "matrix"), ("wanda", "output"), ("ria", "matrix")])
+def test_masks_equal_a_numpy_reference(method, per, pattern):
+    """The authors' formulas in float64, on inputs of uneven sizes."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 24)) * np.exp(rng.normal(size=24))
+    w = rng.normal(size=(24, 10)).astype(np.float32)
+    stats, size = Moments.start(24).fold(jnp.asarray(x, jnp.float32), jnp.ones(200, bool)), np.abs(w.astype(float))
+    norms = np.sqrt((x**2).sum(axis=0))[:, None]
+    relative = size / size.sum(axis=0) + size / size.sum(axis=1, keepdims=True)
+    score = {"magnitude": size, "wanda": size * norms, "ria": relative * norms**0.5}[method]
+    if pattern == "2:4":
+        groups = score.reshape(6, 4, 10)
+        expected = (groups > np.sort(groups, axis=1)[:, 1:2]).reshape(24, 10)
+    else:
+        flat = score if per == "output" else score.reshape(-1, 1)
+        expected = (flat > np.sort(flat, axis=0)[len(flat) // 2 - 1]).reshape(24, 10)
+    assert kept(prune(jnp.asarray(w), stats, method=method, pattern=Pattern.parse(pattern, 0.5))) == expected.tolist()
+
+
 def test_two_of_four_runs_along_the_inputs():
     two_four, one_two = Pattern.parse("2:4", 0.5), Pattern.parse("1:2", 0.5)
     assert kept(prune(W, None, method="magnitude", pattern=two_four)) == [[0, 0], [0, 1], [1, 1], [1, 0]]

@@ -63,8 +63,8 @@ class Config(CalibrationConfig, StageConfig):
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
     """Method. structured: remove heads, neurons and layers. The others are scores that select single weights to set to
-    zero: magnitude (absolute value), wanda (times the norm of the inputs), taylor and fisher (by the loss's gradient),
-    random."""
+    zero: magnitude (absolute value), wanda (times the norm of the inputs), ria (share of its input's and its output's
+    weights, times the root of that norm), taylor and fisher (by the loss's gradient), random."""
     heads: float = Field(default=0.0, ge=0)
     """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
