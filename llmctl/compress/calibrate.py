@@ -1,13 +1,13 @@
 """Run calibration data through a model, layer by layer, to measure and change each layer (calibration walk).
 
-The walk first computes the embeddings of all batches. For each layer in turn, it adds the inputs of every matrix to
-statistics. Then a method may change the layer, and the batches pass through the changed layer. The inputs of later
-layers therefore include the errors of earlier changes. Besides the parameters, one layer's statistics and the residual
-stream of every batch are in memory. All layers of a stack run one compiled block.
+The walk first computes the embeddings of all batches. For each layer in turn, it adds the inputs of every matrix to the
+statistics of that matrix. Then a method may change the layer, and the batches pass through the changed layer. The
+inputs of later layers therefore include the errors of earlier changes. Besides the parameters, one layer's statistics
+and the residual stream of every batch are in memory. All layers of a stack run one compiled block.
 
-A method is a function of a `Visit` that returns the layer's parameters. A weight that keeps its type overwrites the
-unchanged one in place. Weights that change their type (dense to quantized) are stacked layer by layer in new memory.
-The memory of the unchanged ones is freed at the end of the stack.
+A method is a function that takes a `Visit` and returns the layer's parameters. A weight that keeps its type overwrites
+the unchanged one in place. Weights that change their type (dense to quantized) are stacked layer by layer in new
+memory. The unchanged weights are freed when all layers of the stack are finished.
 
 Example:
     def change(visit: Visit) -> Layer:
@@ -45,9 +45,9 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Visit:
-    """Describe the layer at which the walk has arrived: its parameters, statistics and gradients.
+    """Describe the layer that the walk visits: its parameters, statistics and gradients.
 
-    It is the argument of the method that changes layers.
+    The method that changes layers gets a Visit as its argument.
     """
 
     stack: str
@@ -60,15 +60,17 @@ class Visit:
     """Statistics of the inputs of each matrix of the layer, by the matrix's path. The argument `collect` of `walk`
     selects them."""
     gradients: Gradients = field(default_factory=dict)
-    """Sums over batches of the loss's gradients, for each matrix of the layer, by its path. It is empty for the output
-    head, and if `walk` got no gradients."""
+    """Gradients of the loss, summed over batches, by the path of the matrix in the layer. Empty for the output head,
+    and if `walk` got no gradients.
+    """
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method records about the layer. The report contains it, also after a resume."""
 
 
 Change = Callable[[Visit], Layer]
-"""Function from a visit to the changed parameters of its layer: the method. All layers of a stack must end with the
-same node types."""
+"""The method: a function that takes a Visit and returns the changed parameters of its layer. In all layers of a stack,
+a weight must end with the same node type.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,7 @@ class LayerReport:
     """Relative output error: ||changed output - unchanged output|| / ||unchanged output - input|| on the same inputs.
     It is 1 if the layer is removed. For the output head the denominator is ||unchanged output||."""
     stats: Stats
-    """Statistics of the layer. It is empty unless `walk` was called with `keep`, and for a layer that was read from
-    disk."""
+    """Statistics of the layer. Empty unless `walk` was called with `keep`, and for a layer that was read from disk."""
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method recorded for the layer."""
 
@@ -110,21 +111,23 @@ def walk(
     saved: Saved | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[dict[str, Any], list[LayerReport]]:
-    """Walk through the layers of every stack in the order of the forward pass.
+    """Run batches through a model layer by layer, and measure or change each layer.
+
+    The layers are visited in the order of the forward pass.
 
     Args:
       cfg: config of the model.
       params: parameters of the model. With `change` their blocks are donated; without it they are returned unchanged.
       batches: inputs of the model: tokens, segments, positions [B, T], and encoder_* for an encoder-decoder. Padding
-        (segment 0) is not counted.
+          (segment 0) is not counted.
       collect: function that selects the statistics of each matrix.
       change: the method, which returns the changed layer; None only measures.
-      gradients: sums over batches of the unchanged model's gradients (`gradients.accumulate`).
+      gradients: gradients of the unchanged model, summed over batches (`gradients.accumulate`).
       head: whether to visit the output head too, after all layers.
       keep: whether to keep each layer's statistics in its report.
       progress: function that is called with each report.
-      saved: folder of finished layers. Layers in this folder are not visited again. The same compiled function passes
-        the batches through the saved layers, so an interrupted walk gives the same bits.
+      saved: folder of finished layers. Layers that are in this folder are read from it instead of visited. The same
+          compiled function passes the batches through the saved layers, so an interrupted walk gives the same bits.
       dtype: dtype of the computation.
 
     Returns:
@@ -159,7 +162,7 @@ def walk(
 
 @dataclass(frozen=True)
 class _Walk:
-    """Hold the arguments of `walk`. Each method walks through one stack, or through the output head."""
+    """Run `walk`, whose arguments are the fields. Each method processes one stack, or the output head."""
 
     cfg: ModelConfig
     batches: Sequence[Batch]
@@ -172,7 +175,7 @@ class _Walk:
     dtype: Any
 
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
-        """Walk through one stack and return the parameters with the changed blocks.
+        """Visit all layers of one stack, and return the parameters with the changed layers.
 
         `carries` are the hidden states of the batches. They are replaced by those at the end of the stack.
         """

@@ -57,9 +57,9 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
 def abstract(
     config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Return one batch as abstract arrays, and the number of batches, assuming one row per example.
+    """Return (one calibration batch as abstract arrays, number of batches).
 
-    Arguments and errors are the same as for `load`. The data is not read.
+    Each example is assumed to give one row. Arguments and errors are the same as for `load`. The data is not read.
     """
     task, seq_len = of(base.manifest), sequence_length(config, base)
     batches = DeviceBatches.covering(mesh, config.batch_size, config.examples)

@@ -37,17 +37,17 @@ def accumulate(
     sums: Sequence[str],
     dtype: Any = jnp.float32,
 ) -> Gradients:
-    """Return sums over batches of functions of the loss's gradient, for every matrix [L, I, O] of the stacks.
+    """Sum g, |g| or g^2 over batches; g is the gradient of the loss with respect to a matrix [L, I, O] of a stack.
 
     The loss is summed over tokens (or examples), so the sum of g does not depend on the batch size. For a quantized
-    matrix it is the gradient with respect to the dequantized values.
+    matrix, g is the gradient with respect to the dequantized values.
 
     Args:
       task: the task, whose loss is differentiated.
       cfg: config of the model.
       params: parameters of the model.
       batches: training batches, with labels or targets.
-      sums: names in `SUMS`.
+      sums: names in `SUMS` of the functions of g to sum.
       dtype: dtype of the computation.
 
     Raises:
@@ -68,7 +68,8 @@ def accumulate(
 def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
     """Return a compiled function (matrices, parameters, totals, batch) -> (totals, weight of the batch's loss).
 
-    It adds the values of the functions in `sums` for the batch's gradients to the totals. The totals are donated.
+    The function computes the gradients of one batch, applies each function that `sums` names, and adds the results to
+    the totals. The totals are donated.
     """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 
@@ -85,7 +86,7 @@ def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
 
 
 def of_layer(gradients: Gradients, stack: str, index: int) -> Gradients:
-    """Return the sums [I, O] of one layer, by the path of the matrix within the layer ("attn/q")."""
+    """Return the gradient sums of one layer: path of the matrix ("attn/q") -> name of the sum -> array [I, O]."""
     named = [(weights.parse(path), sums) for path, sums in gradients.items()]
     return {
         name.module: {moment: a[index] for moment, a in sums.items()} for name, sums in named if name.stack == stack

@@ -22,7 +22,7 @@ from llmctl.model import weights
 Layer = dict[str, Any]
 
 ABOUT = "about"
-"""Name of the entry in the file that contains JSON: the type of every weight, and the report's numbers."""
+"""Name of the entry in a layer's file that holds JSON data: the type of every weight, and the numbers of the report."""
 
 
 class Saved:

@@ -1,6 +1,6 @@
-"""Define the compiled functions of the calibration walk.
+"""Define the functions that the calibration walk compiles.
 
-They also accept abstract arrays, so that `llmctl plan` can compile them.
+The functions also accept abstract arrays, so that `llmctl plan` can compile them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Layer = dict[str, Any]
 
 
 def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
-    """Return the compiled functions (look, advance) for the layers of a stack.
+    """Return the compiled functions (observe, advance) for the layers of a stack.
 
-    `look` runs the unchanged layer and collects statistics. `advance` runs the changed layer and measures its error.
+    `observe` runs the unchanged layer and collects statistics. `advance` runs the changed layer and measures its error.
     """
     beside = stack == "encoder" and cfg.encoder_layers > 0
 
     def real(batch: Batch, path: str) -> jax.Array:
         """Return a mask [N] of the tokens that the matrix at `path` reads: True except at padding.
 
-        The tokens are the encoder's for keys and values of cross-attention.
+        Keys and values of cross-attention read the encoder's tokens.
         """
         memory = beside or path in ("cross/k", "cross/v")
         return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
@@ -38,14 +38,15 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     def look(
         layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
     ) -> tuple[Any, Stats, Any]:
-        """Run one batch through the layer, and return (output, updated statistics, influence of the layer)."""
+        """Run one batch through the unchanged layer, and return (output, updated statistics, result of `_influence`).
+        """
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
     def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
-        """Run one batch through the changed layer, and return its output and two squared norms.
+        """Run one batch through the changed layer, and return (its output, two squared norms).
 
         The norms are [||changed output - unchanged output||^2, ||unchanged output - input||^2], without padding.
         """
@@ -66,14 +67,14 @@ def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, c
 
 
 def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
-    """Return the compiled functions (look, compare) for the output head.
+    """Return the compiled functions (observe, compare) for the output head.
 
-    `look` collects the statistics of the unchanged head. `compare` measures the error of the changed head.
+    `observe` collects the statistics of the unchanged head. `compare` measures the error of the changed head.
     """
 
     @jax.jit
     def look(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
-        """Return the statistics, updated with the final hidden states of one batch."""
+        """Return the statistics, to which the final hidden states of one batch were added."""
         taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
 
@@ -84,7 +85,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
 
     @jax.jit
     def compare(old: Layer, new: Layer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
-        """Return [||changed output - unchanged output||^2, ||unchanged output||^2], summed over real tokens."""
+        """Return [||changed output - unchanged output||^2, ||unchanged output||^2] of one batch, without padding."""
         real_BT = jnp.asarray(batch["segments"]) > 0
         total = jnp.zeros(2)
         if cfg.head_kind.vocabulary:

@@ -31,15 +31,17 @@ class LayerStack:
         self._done: set[int] = set()
 
     def __getitem__(self, index: int) -> Layer:
-        """Return a layer that has not been replaced yet. For a replaced layer the result is undefined."""
+        """Return the parameters of a layer that has not been replaced yet. For a replaced layer the result is
+        undefined.
+        """
         return jax.tree.map(lambda a: a[index], self._old)
 
     def put(self, index: int, layer: Layer) -> None:
         """Replace one layer.
 
         Raises:
-          ValueError: the layer does not have the stack's parameters, or the first replaced layer changed the types of
-            other weights than this layer.
+          ValueError: the layer has other parameters than the stack, or the types of other weights changed than in the
+              first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
@@ -71,7 +73,10 @@ class LayerStack:
 
 
 def putter(blocks: Layer) -> Any:
-    """Return a compiled function (blocks [L, ...], layer, index) -> blocks with this layer. The blocks are donated."""
+    """Return a compiled function (blocks [L, ...], layer, index) -> blocks, which replaces the layer at `index`.
+
+    The blocks are donated.
+    """
 
     def put(blocks: Layer, layer: Layer, index: jax.Array) -> Layer:
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), blocks, layer)
@@ -80,7 +85,7 @@ def putter(blocks: Layer) -> Any:
 
 
 def shard_like(new: Layer, old: Layer) -> Layer:
-    """Return a changed layer, with its arrays sharded like those of the unchanged layer.
+    """Shard the arrays of a changed layer like those of the unchanged layer, and return the changed layer.
 
     A dimension whose length has changed is replicated.
     """
@@ -93,7 +98,7 @@ def shard_like(new: Layer, old: Layer) -> Layer:
 
 
 def sharding(shape: tuple[int, ...], old: Any) -> Sharding:
-    """Return the sharding for an array of this shape in a changed weight, like that of the unchanged weight `old`.
+    """Return the sharding for an array of a changed weight: that of the unchanged weight `old`, adapted to `shape`.
 
     A dimension whose length has changed is replicated.
     """
@@ -116,7 +121,7 @@ def _same_type(stacked: Any, layer: Any) -> bool:
 
 
 def _room(depth: int, layer: Any, old: Any) -> Any:
-    """Return zeros with the shapes of a weight of `depth` layers, stacked on a new first axis."""
+    """Return zero arrays for a weight of `depth` layers, stacked on a new first axis."""
 
     def one(a: jax.Array) -> jax.Array:
         shape = (depth, *a.shape)

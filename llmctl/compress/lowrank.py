@@ -1,6 +1,6 @@
 """Merge the low-rank adapters of a finetuned artifact into its matrices before compression.
 
-If merging would undo an earlier quantization or pruning, it is refused.
+Merging is refused if it would undo an earlier quantization or pruning.
 """
 
 from __future__ import annotations

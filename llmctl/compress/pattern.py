@@ -1,4 +1,4 @@
-"""Define sparsity patterns, which determine the weights that compete with one another.
+"""Define sparsity patterns: how many weights are pruned, and among which weights they are selected.
 
 The module does not import JAX, so that settings can be checked early.
 """

@@ -1,7 +1,8 @@
-"""Describe the computation of compression as programs: the steps of the calibration walk, and the change of one weight.
+"""Describe the compiled programs of pruning and quantization, so that `llmctl plan` can estimate them.
 
-During the walk, the arguments of the program, all parameters and the residual stream of every batch are in memory.
-Changed layers replace the unchanged ones in the parameters.
+They are the steps of the calibration walk, and the change of one weight. During the walk, the arguments of the program,
+all parameters and the residual stream of every batch are in memory. Changed layers replace the unchanged ones in the
+parameters.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class Walk:
     """Number of batches."""
     dtype: str
     task: Task
-    """Task of the parent."""
+    """Task of the parent artifact."""
     mesh: Mesh
     parent: Tree
-    """Abstract parameters of the parent. They stay in memory even if the walk reads others, such as merged ones."""
+    """Abstract parameters of the parent artifact. They stay in memory even if the walk reads others, such as merged
+    ones.
+    """
 
     def programs(self, model: ModelConfig, params: Tree, collect: Collect, changes: bool) -> list[Program]:
         """Return the programs that `llmctl.compress.calibrate.walk` runs per layer and batch, for the last stack.
@@ -142,9 +145,10 @@ def _lies(w: Tree) -> Any:
 def zeros(
     model: ModelConfig, params: Tree, method: str, pattern: Pattern, mesh: Mesh, walk: Walk | None
 ) -> list[Program]:
-    """Return the programs of unstructured pruning, the largest matrix standing for all.
+    """Return the programs of unstructured pruning.
 
-    One program prunes this matrix. If the score reads data, the programs of the calibration walk come first.
+    One program prunes the largest matrix, and represents those of all matrices. If the score reads data, the programs
+    of the calibration walk come first.
 
     Args:
       model: config of the model.
@@ -178,7 +182,8 @@ def zeros(
 def cuts(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
     """Return the programs of structured pruning to the config `target`.
 
-    A walk selects layers if layers are removed, and a walk selects heads and neurons if these are removed.
+    If layers are removed, the programs of the walk that selects layers are included. If heads or neurons are removed,
+    those of the walk that selects heads and neurons are included.
     """
     found: list[Program] = []
     if structured.fewer_layers(model, target):
@@ -244,7 +249,7 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return the abstract parameters, with as many layers as `model` has."""
+    """Return the abstract parameters with as many layers per stack as `model` has."""
     out = dict(params)
     for stack in functional.stacks(model):
         depth = functional.depth(model, stack)

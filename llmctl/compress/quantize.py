@@ -36,7 +36,7 @@ def quantize(
       group: inputs per scale; 0 means one scale per output channel.
       embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
       head: whether to quantize the output projection, pooler and task head.
-      activations: "int8" makes the products of the blocks and heads W8A8, with one scale per token.
+      activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).
 
     Returns:
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
@@ -86,7 +86,7 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
 
 
 def with_activations(node: Node, inputs: int, activations: str) -> Node:
-    """Return the weight with quantized activations, if `activations` is not empty.
+    """Return a weight node that also quantizes the inputs of its products, unless `activations` is empty.
 
     An embedding table (`inputs` -1) is returned unchanged: its rows are looked up, and the product with a tied table
     uses unquantized activations.

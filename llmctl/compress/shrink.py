@@ -1,6 +1,6 @@
 """Shrink parameter arrays to the shapes of a smaller ModelConfig.
 
-The new widths are computed, and the heads and neurons to keep are selected.
+`target` computes the smaller config. `cut` removes heads and neurons from the arrays, and `drop_layers` removes layers.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons.
 """
@@ -34,7 +34,7 @@ def target(
     """Return the config after pruning.
 
     In `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove. A number from 1 is the count to keep. 0
-    keeps all. What a fraction leaves is rounded to the nearest count, but at least 1.
+    keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer, and is at least 1.
 
     Args:
       cfg: the config before pruning.
@@ -45,8 +45,8 @@ def target(
       multiple: divisor of the number of kept neurons.
 
     Raises:
-      RequestError: a number cannot be reached, or a fraction removes nothing. The latter is an error even if the other
-        numbers remove something.
+      RequestError: a requested number is impossible, or a fraction removes nothing. The latter is an error even if the
+          other numbers remove something.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig
     """Check, before any computation, that `cut` can reduce the parameters to `target`.
 
     Raises:
-      RequestError: as `cut`.
+      RequestError: for the same reasons as `cut`.
     """
     kept: Kept = {}
     for stack in (name for name in ("encoder", "decoder") if name in params):

@@ -65,9 +65,9 @@ def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
 def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[bool]) -> list[int]:
     """Return the indices of the `keep` layers with the highest total influence, ascending.
 
-    The i-th kept layer must be of kind `kinds_L[i]`. Kinds are local and global attention. Their pattern belongs to the
-    config, so a layer may only move to an index of its own kind. If all layers have one kind, the best layers are kept.
-    The selection is exact, by dynamic programming.
+    The i-th kept layer must be of kind `kinds_L[i]`. The two kinds are local and global attention. The config fixes the
+    kind at each index, so a layer may only move to an index of its own kind. If all layers have one kind, the best
+    layers are kept. The selection is exact, by dynamic programming.
     """
     layers = len(influence_L)
     total = np.full((layers + 1, keep + 1), -np.inf)
@@ -122,9 +122,9 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
-    """Return the function for `walk` that selects the statistics for pruning from `cfg` to `target`.
+    """Return the argument `collect` of `walk` for pruning from `cfg` to `target`.
 
-    It collects Gram matrices to score heads, and moments to score neurons.
+    The function collects Gram matrices to score heads, and moments to score neurons.
     """
     read = _read(cfg, target)
 
@@ -157,8 +157,8 @@ def prune_widths(
     """Reduce every layer to the heads, key/value heads and neurons of `target`. The blocks are donated.
 
     Each layer selects its own heads and neurons. With relative positions, however, the layers of a stack share one bias
-    per head. They then keep the same self-attention heads, by the sum of scores that are normalized per layer. Finished
-    layers and their selections are written to `saved`.
+    per head. All layers then keep the same self-attention heads, selected by scores that are normalized per layer and
+    summed. Finished layers and their selections are written to `saved`.
 
     Returns:
       The config, the parameters, and a report per layer.
@@ -200,7 +200,7 @@ def _common_heads(
 ) -> dict[str, np.ndarray]:
     """Return one score per self-attention head [H] for all layers of a stack, by stack.
 
-    It is the sum over the layers of scores that are normalized to sum 1 in each layer.
+    Scores are normalized to sum 1 in each layer, and then summed over the layers.
     """
     _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
     scores = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}

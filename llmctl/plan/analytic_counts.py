@@ -1,8 +1,8 @@
 """Estimate the operations, memory traffic and collectives of a step from its config and mesh, without compiling.
 
-The model follows XLA's compiled programs. Weights are gathered over fsdp and context in the compute dtype, once per
-pass. Gradients are scattered back. Activations are reduced over tensor after the attention and after the feed-forward
-part of each layer.
+The model follows XLA's compiled programs. Weights are gathered over the mesh axes fsdp and context, in the compute
+dtype, once per pass. Gradients are scattered back. Activations are reduced over the tensor axis after the attention and
+after the feed-forward part of each layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = 512
 
 
 def counts(setup: Setup) -> Counts:
-    """Return the counts of a step on one device, over all microbatches."""
+    """Return the operations, memory traffic and collectives of a step on one device, summed over microbatches."""
     model, trains = setup.model, bool(setup.optimizer)
     again = trains and setup.remat != "none"
     tokens = setup.tokens * setup.accumulate

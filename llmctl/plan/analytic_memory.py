@@ -46,7 +46,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Setup:
-    """Describe a training step or a forward pass, whose memory and work are to be estimated."""
+    """Describe a training step or a forward pass, so that its memory and work can be estimated."""
 
     model: ModelConfig
     mesh: Mapping[str, int]
@@ -130,7 +130,7 @@ def has_kernel(model: ModelConfig, attention: str, mesh: Mapping[str, int]) -> b
 
 @dataclass(frozen=True)
 class Entries:
-    """Store the number of parameters on one device, by where they are in the model."""
+    """Store the number of parameters on one device, by part of the model."""
 
     layers: float
     """Matrices of the layers."""
@@ -221,7 +221,7 @@ def widths(setup: Setup) -> tuple[float, float, float]:
 
 
 def saved(setup: Setup) -> float:
-    """Return the bytes of activations that the forward pass keeps for the backward pass, per layer and device."""
+    """Return the bytes of one layer's activations that the forward pass keeps for the backward pass, per device."""
     D, F, heads = widths(setup)
     ffs, item = (2 if setup.model.gated else 1), setup.item
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
@@ -282,8 +282,8 @@ def training(setup: Setup, own: Entries) -> float:
 def gathered(setup: Setup, own: Entries) -> float:
     """Return the bytes of gathered matrices that are in memory during a layer's backward pass.
 
-    Usually this is one matrix. If `remat` recomputes the layer, all its matrices stay gathered from the recomputation
-    until the gradients are computed.
+    Usually only one matrix is gathered at a time. If `remat` recomputes the layer, all its matrices stay gathered from
+    the recomputation until the gradients are computed.
     """
     ways = setup.size("fsdp", "context")
     if ways == 1:
@@ -302,7 +302,10 @@ def forward(setup: Setup, own: Entries) -> float:
 
 
 def logits(setup: Setup) -> float:
-    """Return the bytes of the float32 logits of a chunk of tokens. A chunk has at least one token of every sequence."""
+    """Return the bytes of the float32 logits for one chunk of tokens, on one device.
+
+    A chunk has at least one token of every sequence.
+    """
     if not setup.model.head_kind.vocabulary:
         return 0.0
     a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")

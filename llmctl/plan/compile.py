@@ -30,11 +30,13 @@ class Compiled:
     """Bytes that the program needs, if the compiler rejected it for lack of device memory; 0 if it compiled."""
     seconds: float
     says: dict[str, float]
-    """The compiler's own cost figures, only for display. They count a loop's body once and omit custom kernels."""
+    """Cost figures that the compiler itself reports, only for display. They count a loop's body once and omit custom
+    kernels.
+    """
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Return the JAX devices of a topology. A mesh is created from them."""
+    """Return the JAX devices of a topology, from which a mesh can be created."""
     import jax
     from jax.experimental import topologies
 
@@ -89,7 +91,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def wanted(message: str) -> int:
-    """Return the bytes that the compiler's out-of-memory message reports; 0 for other messages."""
+    """Return the required bytes that the compiler's out-of-memory message reports; 0 for other messages."""
     for pattern in REFUSALS:
         if found := re.search(pattern, message):
             return int(float(found[1]) * UNITS[found[2]])

@@ -41,7 +41,9 @@ class Candidate:
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
-"""Function from a setup to (bytes per device, seconds per step); None if the program exceeds the device memory."""
+"""Function that takes a setup and returns (bytes per device, seconds per step); None if the program exceeds the device
+memory.
+"""
 
 
 def meshes(
@@ -72,13 +74,13 @@ def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def pieces(setup: Setup) -> Iterable[int]:
-    """Return the powers of two that divide the rows of each mesh shard. Each is a possible number of microbatches."""
+    """Yield the possible numbers of microbatches: the powers of two that divide the rows of each mesh shard."""
     rows = setup.rows // setup.size("data", "fsdp")
     return (n for n in range(1, rows + 1) if rows % n == 0 and n & (n - 1) == 0)
 
 
 def modelled(setup: Setup, topology: Topology) -> Candidate:
-    """Return the setup as a Candidate, with memory and time as estimated by the analytic model."""
+    """Return a Candidate with the setup's layout, and the memory and time that the analytic model estimates."""
     memory, line = analytic_memory.estimate(setup), roofline.of(analytic_counts.counts(setup), topology, setup.mesh)
     return Candidate(setup, memory.total, line.seconds if line else float("inf"))
 
@@ -100,7 +102,7 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
 def front(found: Iterable[Candidate]) -> list[Candidate]:
     """Return the Pareto front of time and memory: the candidates for which no other is both faster and smaller.
 
-    They are sorted from the fastest to the smallest.
+    The candidates are sorted from the fastest to the smallest.
     """
     out: list[Candidate] = []
     for c in sorted(found, key=lambda c: (c.seconds, c.memory)):
@@ -130,8 +132,8 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
     """Return (topology, layout) for the first topology on which a compiled program fits; None if none fits.
 
-    Three layouts are compiled per topology. According to the model they are the fastest, the fastest with spare memory,
-    and the smallest.
+    Three layouts are compiled per topology. They are those that the analytic model estimates to be the fastest, the
+    fastest with spare memory, and the smallest.
     """
     for topology in slices:
         ordered = candidates(setup, topology)

@@ -34,7 +34,7 @@ def lower(program: Program, platform: str) -> None:
 
 
 def setup_of(program: Program, work: Pass) -> Setup:
-    """Return the analytic model's description of a program that is a pass through a model."""
+    """Convert a program that is a pass through a model to the setup that the analytic model reads."""
     mesh = {} if work.replicated else {axis: int(n) for axis, n in program.mesh.shape.items()}
     model = work.model or program.model
     return Setup(

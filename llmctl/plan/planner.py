@@ -39,7 +39,9 @@ def plans(
     generate: str = "",
     say: Say = lambda text: None,
 ) -> list[Found]:
-    """Return one dictionary per program, in the order of the stages.
+    """Plan the programs of the chosen stages, and return one dictionary per program, in the order of the stages.
+
+    A dictionary has the size, memory, work and time of its program, as `one` returns them.
 
     Args:
       recipe: the stages. Only its settings, and the manifests of artifacts outside it, are read.
@@ -187,11 +189,12 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
 
 
 def _memory(program: Program, topology: Topology, beside: compiling.Compiled | float) -> Found:
-    """Return the bytes of one device, by class.
+    """Return the bytes of memory on one device, by class (parameters, optimizer, …).
 
-    Arrays that are in memory are computed from their shardings. The rest is reported by the compiler or the model. On
-    TPUs the compiler's peak counts all kinds of memory, also on-chip memory. The sum of arguments, results and
-    temporaries counts only HBM, but more than is in use at one time. The smaller of these two bounds is used.
+    The bytes of arguments and of other arrays in memory are computed from shapes and shardings. The compiler or the
+    analytic model reports the rest. On TPUs the compiler's peak counts all kinds of memory, also on-chip memory. The
+    sum of arguments, results and temporaries counts only HBM, but overestimates the use at any one time. The smaller of
+    these two bounds is used.
     """
     held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
     arrays, refused = sum(held.values()), False
@@ -207,7 +210,7 @@ def _memory(program: Program, topology: Topology, beside: compiling.Compiled | f
 
 
 def _work(program: Program, topology: Topology, counts: hlo.Counts, axes: dict[str, int], tokens: int) -> Found:
-    """Return operations, memory traffic and collectives as counted, and the time that the roofline model gives."""
+    """Return operations, memory traffic and collectives as counted, and the time that the roofline model predicts."""
     bound = roofline.of(counts, topology, axes, program.dtype) if counts.flops or counts.bytes else None
     budget = (tokens or program.steps * program.tokens) if program.tokens else 0
     seconds = bound.seconds if bound else None

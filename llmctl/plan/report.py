@@ -159,7 +159,7 @@ def _types(found: dict[str, Any]) -> str:
 
 
 def facts(found: dict[str, Any]) -> str:
-    """Return one line that says which figures come from the compiler and which from the analytic or roofline model."""
+    """Return one line that tells which figures come from the compiler and which from the analytic or roofline model."""
     if not found["compiled"] and not found.get("checked"):
         return "compiled fact: the compiler refused it for want of memory, and says how much it needs"
     if not found["compiled"]:

@@ -98,7 +98,7 @@ def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, int]:
-    """Return the size of a collective's group along `axis` as (devices per slice, slices)."""
+    """Return the number of devices that take part in a collective along `axis`, as (devices per slice, slices)."""
     inside = topology.devices // topology.slices
     strides = _strides(mesh)
     names = [a for a in axis.split(",") if a in strides]
@@ -126,7 +126,7 @@ def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[fl
 
 
 def bandwidth(axis: str, topology: Topology, mesh: Mapping[str, int]) -> float:
-    """Return the bandwidth of a device along a mesh axis inside a slice, in bytes per second that it sends.
+    """Return the bytes per second that a device can send along a mesh axis inside its slice.
 
     Devices are numbered along the torus, with its last dimension slowest. A mesh axis therefore spans complete
     dimensions or parts of them. Each dimension contributes two links if the axis covers a full ring. It contributes one

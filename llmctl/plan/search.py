@@ -76,7 +76,7 @@ def training_step(recipe: Recipe, stage: str) -> Step:
 def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
     """Return the analytic model's setup of a stage's training step.
 
-    Its parameters are counted from the stage's arrays.
+    The parameters are counted from the arrays of the stage.
     """
     # One device: the mesh is the unknown of the search, and every batch divides by 1.
     alone = _edited(recipe, step, {"data": 1}, {})

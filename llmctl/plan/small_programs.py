@@ -24,7 +24,7 @@ and collectives."""
 
 
 def described(cost: Cost) -> Estimate:
-    """Convert the `Cost` that a stage states for its program to an estimate."""
+    """Convert the `Cost` that a stage declares for its program to an estimate."""
     gathers = [Collective("all-gather", g.sent, g.axes, 1, 0, g.payload) for g in cost.gathers]
     types = dict(cost.flops_by_type)
     return cost.temporaries, Counts(sum(types.values()), cost.moved, gathers, types)

@@ -37,7 +37,7 @@ class Collective:
     "data,fsdp" names two axes, "?" means no axis of the mesh, and "slices" means between TPU slices.
     """
     count: float
-    """Number of runs per step."""
+    """Number of times that the collectives run per step."""
     overlapped: float
     """Number of these runs that overlap with computation: they start and end in separate instructions with matrix
     products between them."""
@@ -93,7 +93,7 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
 }  # fmt: skip
 """Custom calls that are not kernels."""
 APART = ("async-start", "call-start")
-"""Opcodes that start an asynchronous computation. What call-start starts runs on other cores of the chip."""
+"""Opcodes that start an asynchronous computation. The computation of call-start runs on other cores of the chip."""
 SLICES = "slices"
 """Name of the network between TPU slices, used instead of a mesh axis."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -123,7 +123,8 @@ class _Tally:
     def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
         """Add the counts of `times` runs of `other`.
 
-        If `bytes_too` is false, its HBM bytes are omitted. The caller counts them for the fusion as a whole.
+        If `bytes_too` is false, the HBM bytes of `other` are omitted, because the caller counts them for the fusion as
+        a whole.
         """
         for mine, theirs in ((self.flops, other.flops), (self.kernels, other.kernels)):
             for key, value in theirs.items():
@@ -138,7 +139,9 @@ class _Tally:
 
 
 class _Counter:
-    """Count computations. Each result is cached, because several instructions may call the same computation."""
+    """Count the work of computations. Each result is cached, because several instructions may call the same
+    computation.
+    """
 
     def __init__(self, module: Module, mesh: Mapping[str, int]) -> None:
         self.module, self.mesh = module, mesh
@@ -186,7 +189,10 @@ class _Counter:
         return tally
 
     def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
-        """Return the counts of one run of the collective `i`. `hidden` says whether it overlaps with computation."""
+        """Return the counts of one run of the collective `i`, of kind `kind`.
+
+        `hidden` tells whether the collective overlaps with computation.
+        """
         group = replica_groups.group_of(i, math.prod(self.mesh.values()))
         if len(group) < 2:
             return _Tally()

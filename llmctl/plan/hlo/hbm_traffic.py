@@ -44,7 +44,7 @@ def _hbm(arrays: list[Array]) -> float:
 
 
 def _bytes_if_hbm(place: Array, moved: list[Array]) -> float:
-    """Return the bytes of the arrays `moved` if the array `place`, which holds them, is in HBM, otherwise 0."""
+    """Return the bytes of the arrays `moved` if the array `container`, which holds them, is in HBM; otherwise 0."""
     return sum(a.bytes for a in moved) if place.space == 0 else 0.0
 
 
@@ -73,7 +73,7 @@ def _fusion(module: Module, where: Computation, i: Instruction) -> float:
 
 
 def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction) -> float:
-    """Return how many bytes of one of its parameters a fusion reads."""
+    """Return the number of bytes that a fusion reads from one of its parameters."""
     total = 0.0
     for user in inner.users[parameter.name]:
         if user.opcode in _SAME:
@@ -92,7 +92,10 @@ def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction)
 
 
 def _result_bytes(inner: Computation, i: Instruction) -> float:
-    """Return how many bytes of its results a fusion writes. If it updates an array in place, only the update counts."""
+    """Return the number of bytes of results that a fusion writes.
+
+    If the fusion updates an array in place, only the update counts.
+    """
     parts = [inner.by_name[o] for o in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
     if len(parts) != len(i.arrays):
         return _hbm(i.arrays)
