@@ -1,6 +1,6 @@
 """Build the command line, with one command per stage and one per file in `llmctl/cli/commands`.
 
-Exceptions end the process with exit codes.
+If a command raises an exception, the process ends with the exit code for it.
 """
 
 from __future__ import annotations

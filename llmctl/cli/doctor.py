@@ -41,7 +41,7 @@ LOW_DISK, LOW_MEMORY = 2e9, 2e9
 
 
 def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
-    """Return the report of `llmctl doctor` as a dictionary.
+    """Examine this machine, and return the report of `llmctl doctor` as a dictionary.
 
     Args:
       platforms: platforms that a recipe's stages require.

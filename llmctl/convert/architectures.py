@@ -1,4 +1,8 @@
-"""Find what converts a model to the Hugging Face format: the Bridge of its family, and the Bridge's Head."""
+"""Find what converts a model to the Hugging Face format: the Bridge and the Head of its family.
+
+A Bridge maps the config and the tensor names of a family to those of a Hugging Face model. A Head does this for one
+kind of output head.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +44,7 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
 
     Raises:
         RequestError: If the model has bottleneck adapters or a trained prompt, or the family has no Hugging Face
-            counterpart, or the counterpart has no such head.
-
+            counterpart, or the counterpart has no class for the model's head.
     """
     if model.prompt_tokens:
         raise RequestError(
@@ -66,7 +69,7 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
 
 
 def check(model: ModelConfig) -> tuple[Bridge, Head]:
-    """Return the Bridge and the Head of a model whose outputs the head's class can express.
+    """Check that a class of the Hugging Face format can express a model, and return the model's Bridge and Head.
 
     Raises:
         RequestError: If there is no such class, or if it lacks one of the model's settings.
@@ -82,9 +85,9 @@ def check(model: ModelConfig) -> tuple[Bridge, Head]:
 
 
 def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
-    """Return a line if a model cannot be exported; an empty string if it can, or if `before` could not either.
+    """Return a warning if a model cannot be exported; an empty string if it can, or if `before` could not either.
 
-    Stages print it before their work, which export would otherwise refuse after hours.
+    Stages print the warning before they start, because export would refuse the model only after hours of work.
 
     Example:
         >>> notice(ModelConfig(preset="modern-tiny"))[:56]

@@ -214,7 +214,10 @@ def _rows(
 
 
 def _with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the config and the parameters for `rows` rows of the embedding table; rows for added tokens are zeros."""
+    """Extend the embedding table by rows of zeros to `rows` rows, and return the changed (config, parameters).
+
+    The new rows belong to tokens that the export adds.
+    """
     flat = weights.flatten(params)
     table_VD = weights.dense(flat["embed/tokens"], flat["embed/tokens"].dtype)
     flat["embed/tokens"] = jnp.pad(table_VD, ((0, rows - len(table_VD)), (0, 0)))

@@ -1,4 +1,4 @@
-"""Write an artifact's weights to a GGUF file, with llama.cpp's tensor names and the precision of the file."""
+"""Write an artifact to a GGUF file, with llama.cpp's tensor names and the weights rounded to the type of the file."""
 
 from __future__ import annotations
 

@@ -36,13 +36,13 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 REFERENCE = "reference.safetensors"
-"""Name of a file beside the model with {input_ids, logits}. The imported model must reproduce these logits."""
+"""Name of a file beside the model that contains {input_ids, logits}. The imported model must reproduce these logits."""
 
 ADVICE = (
     "llmctl reads all texts in its way from here on, so compare `llmctl eval` on your examples with the figures that "
     "you know; --tokenizer names another tokenizer, and finetuning adapts the model to these tokens"
 )
-"""Advice if transformers with the original files tokenizes texts differently from the imported tokenizer."""
+"""Advice that is printed if the imported tokenizer and transformers tokenize texts differently."""
 
 
 def run(
@@ -205,7 +205,7 @@ def adapter(
 
 
 def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> name_map.Place:
-    """Return a function that reads a parameter onto the devices of a mesh, sharded by the sharding rules.
+    """Return a function that reads a parameter and places it on the devices of a mesh, sharded by the sharding rules.
 
     The shard of each device is read separately. If `mesh` is None, the default mesh is used.
     """

@@ -71,10 +71,10 @@ def difference(ours: Any, theirs: Any) -> tuple[float, float]:
 
 
 def prove(what: str, ours: Any, theirs: Any) -> float:
-    """Return the largest absolute difference between two outputs, after a check that it is within the tolerance.
+    """Check that two outputs are equal within the tolerance, and return their largest absolute difference.
 
     Raises:
-        WorkError: If it exceeds the tolerance.
+        WorkError: If the difference exceeds the tolerance.
     """
     delta, most = difference(ours, theirs)
     if not delta <= most:

@@ -1,7 +1,8 @@
-"""Save an artifact's parameters one at a time. Only one is in memory, and a killed process loses at most one.
+"""Save the parameters of an import one at a time, so that an interrupted import can resume.
 
-The parameters are written to a folder beside the artifact's path, together with the key of the import. If the same
-import is started again, it resumes from this folder. An import with another key deletes the folder and starts again.
+Only one parameter is in memory, and a killed process loses at most one. The parameters are written to a folder beside
+the artifact's path, together with the key of the import. If the same import is started again, it resumes from this
+folder. An import with another key deletes the folder and starts again.
 """
 
 from __future__ import annotations

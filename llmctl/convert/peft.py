@@ -62,7 +62,8 @@ def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
 
 
 def load(base: Artifact, folder: Path) -> dict[str, Any]:
-    """Load an adapter: wrap the matrices of the base in it, and replace the modules that were trained in full.
+    """Load an adapter: wrap the base's matrices in low-rank pairs or factors, and replace modules that were trained in
+    full.
 
     Returns:
         The parameters of the base with the adapter.

@@ -22,7 +22,7 @@ KINDS = ("scaled",)
 
 
 class Factors(NamedTuple):
-    """Store the factors of one layer's matrix in llmctl's layout: [I, 1] for inputs or [1, O] for outputs."""
+    """Store the factors of one layer's matrix: an array [I, 1] for side "inputs", or [1, O] for side "outputs"."""
 
     factor: np.ndarray
     side: str

@@ -45,7 +45,7 @@ SLOW = re.compile(r"\)[*+{]|(?:[*+}?].*){5}", re.DOTALL)
 
 
 class Pair(NamedTuple):
-    """Store the low-rank adapter of one layer's matrix in llmctl's layout."""
+    """Store the low-rank adapter of one layer's matrix: matrices [I, R] and [R, O], their scale, and DoRA's magnitude."""
 
     a_IR: np.ndarray
     b_RO: np.ndarray
@@ -117,7 +117,7 @@ def _number(config: Mapping[str, Any], key: str, least: float = -FLOAT32_MAX) ->
     """Return a number of the config.
 
     Raises:
-        RequestError: If it is none, or it is out of range.
+        RequestError: If the value is not a number, or is out of range.
     """
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= FLOAT32_MAX:

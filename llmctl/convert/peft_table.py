@@ -26,7 +26,7 @@ NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B
 
 
 class Table(NamedTuple):
-    """Describe where the token embeddings are, here and in the model in the Hugging Face format."""
+    """Locate the token embeddings in llmctl's parameter tree and in the Hugging Face format."""
 
     path: str
     """Path of the weight in llmctl's parameter tree."""
@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
 
 def of(cfg: ModelConfig, joints: Mapping[str, Joint]) -> Table:
-    """Return the description of a model's token table. `joints` are the model's tensors in the Hugging Face format."""
+    """Return the Table of a model. `joints` are the model's tensors in the Hugging Face format."""
     name, slot = next((n, j.slots[0]) for n, j in joints.items() if weights.parse(j.slots[0].path).place == "embedding")
     output = architectures.of(cfg)[1].names.get("lm_head/kernel", "") if cfg.tied and cfg.head_kind.vocabulary else ""
     return Table(slot.path, name.removesuffix(".weight"), output.removesuffix(".weight"))

@@ -51,8 +51,8 @@ def bring(
         The folder `work`, or None if `source` contains no tokenizer.
 
     Raises:
-        RequestError: If the tokenizer is damaged, if it does not fit the model's embedding table, or if the file of its
-            added tokens is missing. If a file is a link to a file outside its folder.
+        RequestError: If the tokenizer is damaged, if it does not fit the model's embedding table, if the file of its
+            added tokens is missing, or if a file is a link out of its folder.
     """
     folder = source if source.is_dir() else source.parent
     for name in (*BESIDE, SentencePieces.file):
@@ -159,7 +159,7 @@ def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
     """Check that the model's embedding table has a row for every token, and only few rows more.
 
     Raises:
-        RequestError: If it has fewer rows than tokens, or many more.
+        RequestError: If the table has fewer rows than tokens, or many more.
     """
     if not LEAST * model.vocab_size <= words.vocab_size <= model.vocab_size:
         raise RequestError(

@@ -11,9 +11,9 @@ import numpy as np
 from llmctl.evaluate import report
 
 MOST = 8
-"""Number of artifacts in the picture; further ones are left out."""
+"""Maximum number of artifacts in the plot; further ones are omitted."""
 NAMED = 12
-"""Number of classes up to which names and counts are written into the matrix."""
+"""Maximum number of classes whose names and counts are written into the confusion matrix."""
 
 
 def classes(results: Sequence[report.Result], path: Path) -> bool:

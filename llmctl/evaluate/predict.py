@@ -1,4 +1,6 @@
-"""Predict new rows with artifacts. Batches have rows of similar length, padded to few lengths, each with one program.
+"""Predict new rows with artifacts.
+
+A batch has rows of similar length, which are padded to one of a few lengths. Each length has one compiled program.
 
 Shapes: B rows per batch, T tokens per row.
 """

@@ -1,4 +1,4 @@
-"""Generate answers to prompts with parameters that change, as validation and evaluation need it.
+"""Generate answers to prompts in validation and evaluation, with parameters that change between calls.
 
 Prompts are sorted by length and padded to few lengths. The programs are compiled once and run on one device.
 """
@@ -24,7 +24,7 @@ from llmctl.model.generate.decode import Decoder
 
 
 class Writer:
-    """Write the likeliest answer to each prompt, greedily or by beam search.
+    """Generate the most likely answer to each prompt, greedily or by beam search.
 
     A prompt that leaves no room for the answer is truncated: a decoder reads its end, an encoder its beginning, as in
     training.
@@ -41,14 +41,14 @@ class Writer:
         dtype: Any,
         ends: Sequence[int] = (),
     ) -> None:
-        """Prepare a writer.
+        """Create a Writer for one model and its tokenizer.
 
         Args:
             model: Config of the model.
             tokenizer: Tokenizer of the model.
             settings: Length of the answers, and number of beams.
             seq_len: Maximum number of tokens per prompt.
-            batch_size: Prompts per batch.
+            batch_size: Number of prompts per batch.
             dtype: Compute dtype.
             ends: Tokens that end an answer; the tokenizer's end-of-sequence token if empty.
 

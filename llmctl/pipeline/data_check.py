@@ -62,9 +62,9 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
 
 
 def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
-    """Return whether a task of the stage reads labels, and whether one reads conversations.
+    """Return (whether a task of the stage reads labels, whether one reads conversations).
 
-    The first is False and the second None if the stage's tasks are unknown.
+    If the stage's tasks are unknown, the result is (False, None).
     """
     from llmctl.evaluate.tasks.registry import TASKS
 

@@ -102,14 +102,14 @@ def single(
     recipe: str | Path | None = None,
     sets: Iterable[str] = (),
 ) -> Recipe:
-    """Return a recipe of one stage, as for `llmctl prune --from A --out B --sparsity 0.5`.
+    """Return a recipe of one stage, for a stage's command such as `llmctl prune --from A --out B --sparsity 0.5`.
 
     Args:
       kind: kind of the stage.
       flags: nested settings from the command line, including `from`.
       out: folder of the stage's artifact. The folder that contains it is the folder of the run.
       recipe: a TOML recipe whose shared settings and stage of this kind are used. If several stages have this kind,
-        `flags` selects one by its name.
+          `flags` selects one by its name.
       sets: assignments inside the stage, such as `train.steps=10`.
 
     Raises:
@@ -194,7 +194,7 @@ def _check_name(name: Any, where: str) -> None:
 
 
 def _settings_of(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:
-    """Return those of the shared settings that the config class `cls` has, and add their paths to `used`."""
+    """Return the shared settings that the config class `cls` defines, and add their paths to `used`."""
     out: dict[str, Any] = {}
     for key, value in shared.items():
         if key not in overrides.shareable(cls):
@@ -251,7 +251,7 @@ def _holds(values: Any, path: str) -> bool:
 
 
 def _linked(config: StageConfig, before: list[Step], out: Path, where: str, beside: Path | None = None) -> Step:
-    """Return the Step of a config: find its parent and the other artifacts that the stage reads.
+    """Find the artifacts that a stage reads, its parent and others, and return the Step of the stage.
 
     Args:
       config: config of the stage. Each artifact in it is the name of an earlier stage, or a folder.

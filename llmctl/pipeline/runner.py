@@ -214,7 +214,7 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
 def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
     """Create the stage's temporary folder, and return whether it is new.
 
-    An existing folder of another key is removed first. With `alone` (a single stage command), an artifact at the
+    If a folder with another key exists, it is removed first. With `alone` (a single stage command), an artifact at the
     output folder may be replaced only if a stage of the same kind wrote it.
     """
     artifact.check_place(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)

@@ -47,7 +47,8 @@ def why(step: Step, key: str, due: set[str]) -> str:
 def is_done(step: Step, key: str) -> bool:
     """Return whether the stage's artifact has this key and is intact.
 
-    This is asked again before a stage runs, because another process may have written the artifact in the meantime.
+    The runner calls this function again before a stage runs, because another process may have written the artifact in
+    the meantime.
     """
     return key_at(step.out) == key and not _damage(step.out, artifact.read_manifest(step.out))
 
@@ -55,7 +56,7 @@ def is_done(step: Step, key: str) -> bool:
 def remark(step: Step) -> str:
     """Return a remark in parentheses on an artifact that is up to date; empty if there is nothing to remark.
 
-    The remark says that metrics or lineage differ from their checksums, or that an earlier llmctl wrote the artifact.
+    A remark is made if metrics or lineage differ from their checksums, or if an earlier llmctl wrote the artifact.
     """
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:

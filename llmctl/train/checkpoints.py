@@ -29,7 +29,7 @@ ARRAYS, META = "arrays", "meta"
 class Checkpoints:
     """Save and restore the checkpoints of one stage in `folder`.
 
-    It is a context manager, which waits for unfinished saves at its end. If the disk is full, a save raises WorkError
+    It is a context manager: at its end, it waits for unfinished saves. If the disk is full, a save raises WorkError
     with the name of the newest intact checkpoint.
     """
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the fields of `llmctl.train.job.Job` that select the best parameters by the task's metric, by name."""
+    """Return the fields of a Job that make it keep the parameters with the best value of the task's metric."""
     return {"metric": task.best(labels), "keep_best": True}
 
 

@@ -164,8 +164,8 @@ class _Loop:
         """Return a checkpoint's `meta`, corrected if the best parameters that `meta` names are missing.
 
         They are missing if the run was killed while it wrote them. If the best step is the checkpoint's own step, its
-        parameters are saved again. Otherwise `meta` forgets the best metric, because the resumed run may not reach the
-        same value again: rounding differs on another mesh.
+        parameters are saved again. Otherwise the best metric is removed from `meta`, because the resumed run may not
+        reach the same value again: rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps_best or best is None or self.checkpoints.has_best(best):
@@ -177,7 +177,10 @@ class _Loop:
         return {**meta, "best": None, "best_step": None, "bad": 0}
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-        """Return the state and `meta` after the last step, or after the step at which training stopped early."""
+        """Run the remaining steps, and return the state and `meta` after the last one.
+
+        The last step may be earlier than planned (early stopping).
+        """
         train, done = self.train, meta["step"]
         self.skips = int(state["skips"])
         timer, compiled, alone = throughput.Timer(), False, processes.count() == 1

@@ -135,8 +135,7 @@ def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientT
     """Build Adam's scaling of updates for a job in which some arrays start later (`starts`, as in Job).
 
     The moments of such an array are zero until it starts. Its bias correction therefore counts updates from its start.
-    Counted from the first step, the correction would make its first updates up to (1 - beta1) / sqrt(1 - beta2) times
-    too large.
+    If it counted from the first step, the first updates would be up to (1 - beta1) / sqrt(1 - beta2) times too large.
     """
     b1, b2, eps = config.beta1, config.beta2, config.epsilon
     inner = optax.scale_by_adam(b1, b2, eps)

@@ -62,7 +62,8 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
-    """Return the learner that `build` makes from an artifact, with abstract arrays. JAX traces `build` only.
+    """Return the learner that `build` makes from an artifact, with abstract arrays. `build` is only traced, so that
+    nothing is computed.
 
     learner = abstractly(mesh, lambda b: make_learner(config, b, labels, mesh), base)
     """

@@ -24,7 +24,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Compute the budget: how many triplets all matrices together may keep at each step."""
+    """Compute the budget: the number of triplets (see the module) that all matrices together may keep at a step."""
 
     first: int
     """Number of triplets at the start."""
@@ -38,7 +38,7 @@ class Budget:
     """Number of steps between removals."""
 
     def at(self, step: Any) -> jax.Array:
-        """Return the number of triplets at a step, int32 scalar. It decreases by a cubic schedule."""
+        """Return the number of triplets at a step, int32 scalar. The number decreases by a cubic schedule."""
         rest = 1 - (step - self.start) / max(self.settled - self.start, 1)
         falling = jnp.floor((self.first - self.last) * jnp.clip(rest, 0.0, 1.0) ** 3 + self.last)
         return jnp.where(step <= self.start, self.first, falling).astype(jnp.int32)
@@ -48,7 +48,7 @@ class Budget:
 class Allocator:
     """Set the singular values of the least important triplets to zero while `Svd` adapters are trained.
 
-    The methods `memory` and `after_step` are fields of a Job.
+    The methods `memory` and `after_step` are used as fields of a Job.
     """
 
     shapes: Mapping[str, tuple[int, ...]]

@@ -44,7 +44,9 @@ MEANINGS = {
 with the name."""
 _explained: set[str] = set()
 UNSHOWN = frozenset({"step_seconds"})
-"""Metrics that are written to the log but not shown in the progress line, because another metric there implies them."""
+"""Metrics that are written to the log but not shown in the progress line, because another metric in the line implies
+them.
+"""
 
 
 class Reporter:
@@ -53,7 +55,7 @@ class Reporter:
     A Reporter is a context manager.
 
     A resumed run passes its first step as `start`. Lines of later steps are removed, because the resumed run writes
-    them again. So the log contains every step once.
+    them again. The log therefore contains every step once.
 
     On a terminal a bar shows step, metrics, elapsed and remaining time. Otherwise a plain line is printed at most every
     `every` seconds, and at the last step. Both are written to stderr, because stdout is for results.
@@ -65,7 +67,7 @@ class Reporter:
       tensorboard: whether to write events to `<work_dir>/tensorboard` too.
       start: step from which the run resumes; 0 starts a new log.
       lasting: folder for files that remain after `work_dir` is removed: TensorBoard events in `tensorboard/<title>`,
-        W&B's files in `wandb`. By default they are in `work_dir`, the events in `tensorboard`.
+          W&B's files in `wandb`. By default they are in `work_dir`, the events in `tensorboard`.
       wandb: W&B project to log to (extra `wandb`); empty disables W&B. A resumed run continues the same W&B run.
       writes: whether this process writes and prints; by default only process 0 does.
       every: seconds between plain lines.

@@ -1,12 +1,12 @@
 """Build the training step of a job: a function from a training state to the next one, compiled once.
 
 The state is a dictionary: "params" (trained arrays by name), "optimizer", "step", "skipped" (consecutive bad steps) and
-"skips" (all bad steps). It contains "ema" if weights are averaged, "usual" if outliers are skipped, and "memory" if the
-job has one. Arrays that are not trained are not in the state. All randomness is derived from (seed, step).
+"skips" (all bad steps). It contains "ema" if weights are averaged, "usual" (running mean and variance of loss and
+gradient norm) if outliers are skipped, and "memory" if the job has one. Arrays that are not trained are not in the
+state. All randomness is derived from (seed, step).
 
-    runs = program(job, train, optim, mesh, seed)
-    state = runs.begin(runs.named)
-    state, metrics = runs.step(state, (runs.fixed, job.constants), batch)
+    runs = program(job, train, optim, mesh, seed) state = runs.begin(runs.named) state, metrics = runs.step(state,
+    (runs.fixed, job.constants), batch)
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Program:
     step: Any
     """Compiled function (state, (fixed, constants), batch) -> (state, metrics)."""
     begin: Any
-    """Compiled function from the trained arrays, which are donated, to the first state."""
+    """Compiled function (trained arrays) -> first state. The arrays are donated."""
     named: Params
     """Trained arrays by name, in float32. The parent may store bfloat16, in which small updates would round to zero."""
     fixed: Params
@@ -248,7 +248,7 @@ def _microbatches(a: jax.Array, pieces: int) -> jax.Array:
 
 
 def clip(grads: Params, norm: Any, limit: float) -> Params:
-    """Return the gradients scaled so that their global norm is at most `limit`; if it is 0, return them unchanged."""
+    """Return the gradients scaled so that their global norm is at most `limit`; if `limit` is 0, return them unchanged."""
     if not limit:
         return grads
     factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))

@@ -1,4 +1,4 @@
-"""Give a parent the head of a task: keep the parent's head if it fits, or begin a new one, and say so."""
+"""Prepare a parent for a task: keep its head if it fits, otherwise create a new head and print a message."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def notice(config: Any, base: Artifact, labels: list[str]) -> str:
 
 
 def prompt_hint(model: ModelConfig) -> str:
-    """Return a message if the vector of a text is that of a trained prompt's first position, otherwise ""."""
+    """Return a message if texts are pooled at the first vector of a trained prompt, otherwise ""."""
     kind = HEAD_KINDS[model.head]
     if not model.prompt_tokens or kind.vocabulary or kind.per_token or model.pooling != "first":
         return ""
@@ -55,9 +55,9 @@ def prompt_hint(model: ModelConfig) -> str:
 def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
     """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
-    The message is returned if the first token is pooled by default, but was not trained as a summary of the text. A
-    BERT of this project's size was pretrained only on masked tokens. It then classified 67% of the examples correctly
-    by its first token, and 78% by the mean. A next-sentence objective trains the first token and its pooler.
+    The message is returned if the first token is pooled by default, but was not trained as a summary of the text.
+    Measured with a small BERT that was pretrained only on masked tokens: it classified 67% of the examples correctly
+    with its first token, and 78% with the mean. A next-sentence objective trains the first token and its pooler.
     """
     kind = HEAD_KINDS[model.head]
     if kind.vocabulary or kind.per_token or model.pooling != "first" or config.pooling or base.model.head == model.head:
@@ -68,9 +68,9 @@ def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
 
 
 def with_head(config: Any, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the parent's config and parameters with the task's head.
+    """Return (config, parameters) of the parent with a head for the task.
 
-    A head that does not fit is replaced by a new one.
+    If the parent's head does not fit, a new head replaces it.
     """
     cfg, params, task = base.model, dict(base.params), TASKS[config.task]
     if HEAD_KINDS[task.head_for(cfg)].vocabulary:

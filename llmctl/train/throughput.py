@@ -74,8 +74,8 @@ def peak(devices: list[Device], cache: Path) -> float | None:
     """Return the peak performance of all `devices` together, in operations per second; None if the chip is unknown.
 
     For accelerators it is the bfloat16 figure of the hardware table. CPU devices share the cores of the machine, so
-    their number does not matter. Their performance is measured once with a float32 matrix product. The figure is stored
-    in the file `cache`.
+    their number does not matter. The CPU's performance is measured once with a float32 matrix product. The figure is
+    stored in the file `cache`.
     """
     if devices[0].platform != "cpu":
         one = hardware.of_kind(devices[0].device_kind)
@@ -107,7 +107,7 @@ def measure(side: int) -> float:
 def memory(devices: list[Device]) -> dict[str, float]:
     """Return {"memory_gib": peak memory in GiB}; empty if the devices report no memory.
 
-    It is the largest peak among this process's devices. On a CPU it is the peak of the process.
+    The peak is the largest among this process's devices. On a CPU it is the peak of the process.
     """
     stats = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]

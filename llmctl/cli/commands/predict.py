@@ -95,7 +95,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _readable(task: Any, where: str, row: Any) -> Any:
-    """Return the row if the task can read it, otherwise a RequestError that says what is missing."""
+    """Return the row if the task can read it, otherwise a RequestError that names what is missing."""
     if isinstance(row, RequestError):
         return row
     missing = [c for c in task.asks if not row.get(c)]

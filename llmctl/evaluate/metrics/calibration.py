@@ -17,21 +17,22 @@ import numpy as np
 BINS = 15
 """Number of intervals of the confidence, as in Guo et al. (2017)."""
 COLDEST, HOTTEST = 0.05, 20.0
-"""Least and largest temperature that is searched."""
+"""Lowest and highest temperature that is searched."""
 STEPS = 60
-"""Halvings of the interval of log temperatures; the result is exact to float64."""
+"""Number of bisections of the interval of log temperatures; the result is exact to float64."""
 
 
 def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
-    """Return the expected calibration error (Guo et al., 2017, arXiv:1706.04599), the log loss, and the parts of both.
+    """Return the expected calibration error (Guo et al., 2017, arXiv:1706.04599), the log loss, and a reliability
+    table.
 
-    The confidence of a prediction is the probability of the predicted class. Predictions are grouped into intervals of
-    equal width. The error is the mean difference between accuracy and confidence, weighted by
-    the number of predictions.
+    The confidence of a prediction is the probability of the predicted class. Predictions are grouped by confidence into
+    intervals of equal width. The error is the mean absolute difference between accuracy and confidence over the
+    intervals, weighted by the number of predictions.
 
     Args:
-        p_NC: Probabilities of the classes.
-        label_N: True classes.
+        p_NC: Probabilities of the classes [N, C].
+        label_N: True classes [N].
 
     Returns:
         `ece`; `log_loss`, the mean negative log-probability of the true class in nats; and `reliability`, per interval
@@ -54,7 +55,7 @@ def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
 
 
 def softmax(logits_NC: np.ndarray) -> np.ndarray:
-    """Return probabilities, float64 [N, C]."""
+    """Return the softmax probabilities of logits, float64 [N, C]."""
     exp_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(-1, keepdims=True))
     return exp_NC / exp_NC.sum(-1, keepdims=True)
 

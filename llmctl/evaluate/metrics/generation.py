@@ -17,9 +17,10 @@ ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
 class Words:
-    """Split a text into lowercase words of any script for ROUGE, as rouge-score splits text in ASCII.
+    """Split texts into lowercase words of any script, for ROUGE.
 
-    The tokenizer of rouge-score keeps only Latin letters without accents. A character of Chinese or Japanese is a word.
+    Each Chinese or Japanese character is one word. The class replaces the tokenizer of rouge-score, which keeps only
+    Latin letters without accents. On ASCII text both give the same words.
     """
 
     def __init__(self, characters: bool = False) -> None:
@@ -39,14 +40,14 @@ def check() -> None:
     """Check that the packages sacrebleu and rouge-score are installed.
 
     Raises:
-        RequestError: If one of them is not.
+        RequestError: If one of them is not installed.
     """
     if any(importlib.util.find_spec(name) is None for name in ("sacrebleu", "rouge_score")):
         raise RequestError("task seq2seq: its metrics need sacrebleu and rouge-score: pip install 'llmctl[seq2seq]'")
 
 
 def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> dict[str, float]:
-    """Return all metrics by name.
+    """Compute BLEU, chrF, ROUGE and exact match of generated texts, and return them by name.
 
     Args:
         references: True text of each example.
@@ -66,7 +67,10 @@ def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str
 
 
 def signature(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> str:
-    """Return how BLEU, chrF and ROUGE were computed; for BLEU and chrF in the form that publications quote."""
+    """Describe how BLEU, chrF and ROUGE were computed.
+
+    For BLEU and chrF this is the signature of sacrebleu, which publications quote.
+    """
     found = []
     for name, metric in zip(("BLEU", "chrF"), _corpus(tokenizer), strict=True):
         metric.corpus_score(predictions[:1], [references[:1]])  # the signature is complete after a computation

@@ -15,7 +15,7 @@ def scores(label_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
     Returns:
         rmse: Root mean squared error in the label's unit.
         mae: Mean absolute error in the label's unit.
-        pearson, spearman: Correlations of true and predicted values; 0 if either are constant.
+        pearson, spearman: Correlations of true and predicted values; 0 if either is constant.
         baseline_rmse: Root mean squared error of the best constant prediction.
         examples: Number of examples N.
     """

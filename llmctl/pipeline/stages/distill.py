@@ -1,6 +1,6 @@
 """Define the stage `distill`, which trains a student on a teacher's outputs (Hinton et al., 2015, arXiv:1503.02531).
 
-It supports every kind of head.
+The stage supports every kind of task head.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def left_out(params: dict[str, Any], parameters: int) -> list[str]:
     """Return one line per kind of matrix that stays unquantized.
 
-    The line says which fraction of the weights these matrices have, and which setting quantizes them too.
+    The line has the fraction of the weights that are in these matrices, and the setting that quantizes them too.
     """
     from llmctl.model import weights
 

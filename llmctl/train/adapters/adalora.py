@@ -32,11 +32,11 @@ class AdaLora(Method):
     adapts = True
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check that Method.check passes, and that no setting contradicts AdaLoRA's choice of ranks.
+        """Check the config as Method.check does, and that no setting contradicts AdaLoRA's choice of ranks.
 
         Raises:
-          RequestError: a setting fixes ranks or scales of single matrices, a setting freezes layers, or
-            Method.check fails.
+          RequestError: a setting fixes ranks or scales of single matrices, a setting freezes layers, or Method.check
+              fails.
         """
         of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
         given = config.lora.model_fields_set & of_lora
@@ -109,7 +109,7 @@ class AdaLora(Method):
         return {"memory": ranks.memory, "after_step": ranks.after_step, "penalty": penalty, "best_from": settled}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """Return the parameters with each `Svd` adapter replaced by a low-rank pair of the ranks that remain."""
+        """Return the parameters with each `Svd` adapter replaced by a low-rank pair that has only the remaining ranks."""
         from llmctl.model import weights
 
         return weights.updated(

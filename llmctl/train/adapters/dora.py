@@ -1,4 +1,4 @@
-"""Train the magnitude of each matrix, and its direction by a low-rank adapter.
+"""Train each matrix as a magnitude times a direction, which a low-rank adapter changes.
 
 (DoRA; Liu et al., 2024, arXiv:2402.09353)
 

@@ -23,13 +23,13 @@ SCALE = {"sequential": 1.0, "parallel": 4.0}
 
 
 class Houlsby(Method):
-    """Train bottleneck adapters and the task's head; in the sequential form also the layers' norms, as its paper."""
+    """Train bottleneck adapters and the task's head; in the sequential form also the layers' norms, as in its paper."""
 
     name = "houlsby"
     settings = ("houlsby",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check that Method.check passes, and that new adapters of a pruned parent are trained in every layer.
+        """Check the config as Method.check does, and that new adapters of a pruned parent are trained in every layer.
 
         Adapters that are not trained stay zero. Later stages would hold these zeros as part of the pruning mask.
 

@@ -1,4 +1,4 @@
-"""Train factors of the keys, the values, and the inner activations of the feed-forward layers.
+"""Train factors that multiply keys, values, and inner activations of feed-forward layers.
 
 (IA)^3 (Liu et al., 2022, arXiv:2205.05638). The matrices may be quantized.
 """
@@ -21,7 +21,7 @@ SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
 
 
 class Ia3(Method):
-    """Train factors of activations, and the task's head."""
+    """Train factors that multiply activations, and the task's head."""
 
     name = "ia3"
     settings = ("merge",)

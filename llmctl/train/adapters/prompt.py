@@ -1,8 +1,8 @@
 """Train vectors that the model reads before every text (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
 The vectors are rows of a table `embed/prompt` beside the frozen token table, which may be quantized. Their token ids
-follow the vocabulary, and the tokenizer of the artifact begins every text with them. Whatever reads texts therefore
-reads the prompt. The output projection has no row for them, so they are never predicted.
+follow the vocabulary, and the tokenizer of the artifact begins every text with them. Every command that reads texts
+therefore reads the prompt. The output projection has no row for the prompt, so the model never predicts it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class Prompt(Method):
-    """Prompt vectors and the task's head."""
+    """Train prompt vectors and the task's head."""
 
     name = "prompt"
     settings = ("prompt",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Raise RequestError if a setting is about layers, or if the prompt leaves no room for texts.
+        """Check the config as Method.check does, and that the prompt leaves room for texts.
 
         Raises:
-          RequestError: as above, and in the cases of Method.check.
+          RequestError: a setting is about layers, the prompt leaves no room for texts, or Method.check fails.
         """
         super().check(config, base)
         given = [f"trained.{name}" for name in ("last_layers", "layer_decay", "unfreeze_every") if name in
@@ -63,7 +63,7 @@ class Prompt(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with the prompt's table, sharded over `mesh`."""
+        """Return the parameters with a table of prompt vectors, sharded over `mesh`."""
         import jax
         import jax.numpy as jnp
 
@@ -87,7 +87,7 @@ class Prompt(Method):
         return lambda name: weights.parse(name).prompt or weights.parse(name).task_head
 
     def tokenizer_dir(self, config: Any, model: ModelConfig, folder: Path, work: Path) -> Path:
-        """Return a copy of the tokenizer's folder, in `work`, that begins texts with the prompt."""
+        """Return the folder of a tokenizer that begins every text with the prompt: a changed copy in `work`."""
         import shutil
 
         from llmctl.config import containment
@@ -111,7 +111,7 @@ class Prompt(Method):
         """Check that rows begin with the prompt.
 
         Raises:
-          RequestError: they do not, because they are packed from texts without prompts.
+          RequestError: the rows do not, because they are packed from texts without prompts.
         """
         row = rows[0]
         if row.get("encoder_tokens", row["tokens"])[0] != model.vocab_size:

@@ -28,13 +28,13 @@ class Fgm(Adversary):
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """Return 2: the passes for clean and for perturbed rows."""
+        """Return 2, for one pass on clean rows and one on perturbed rows."""
         return 2.0
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
         """Return the weighted means of losses and gradients over clean and perturbed rows.
 
-        The sums are those of the clean rows.
+        The metric sums are those of the clean rows.
         """
         clean, gradients, rises = pull(begin)
         perturbed, steeper, _ = pull(search.ascend(begin, rises))
@@ -42,7 +42,9 @@ class Fgm(Adversary):
 
 
 def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any], sums: Any) -> tuple[Found, Any]:
-    """Return (1 - weight) * clean + weight * perturbed, for losses and for gradients. The result has the given sums."""
+    """Return (1 - weight) * clean + weight * perturbed, for losses and for gradients. The result has the metric sums
+    `sums`.
+    """
     import jax
 
     def mix(a: Any, b: Any) -> Any:

@@ -2,7 +2,7 @@
 
 An adversarial method needs the gradient of the loss with respect to the perturbation before it can compute the next
 loss. If an ordinary loss function computed these gradients, differentiating that function would repeat every pass.
-Therefore the forward rule of a custom derivative runs the passes. It keeps their gradients of the weights for the
+Therefore the forward rule of a custom derivative runs the passes. It stores the gradients of the weights for the
 backward rule, as `chunked_loss` does.
 """
 

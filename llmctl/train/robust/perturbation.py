@@ -92,7 +92,9 @@ class Search:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
-        """Return the search with a method's settings. Without a setting `step_size`, it is `epsilon`."""
+        """Return the search with a method's settings. If the method has no setting `step_size`, the step size is
+        `epsilon`.
+        """
         known = {k: options[k] for k in ("epsilon", "norm", "steps", "step_size", "start", "weight") if k in options}
         return cls(at.mask_BT1, at.size(params, known.get("norm", "l2")), **{"step_size": known["epsilon"], **known})
 

@@ -39,7 +39,7 @@ class Pgd(Adversary):
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
         """Return loss and gradients at the last perturbation, averaged with those of clean rows if `weight` is below 1.
 
-        The sums are those of the perturbed rows.
+        The metric sums are those of the perturbed rows.
         """
         import jax
         import jax.numpy as jnp

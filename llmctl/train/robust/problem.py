@@ -48,14 +48,16 @@ class Problem:
         return self.task.loss(self.model, params, x_BTD, batch, self.options)
 
     def divergence(self, one: States, other: States, batch: Batch) -> jax.Array:
-        """Return the symmetric divergence between the outputs of two passes, summed over what the loss sums over."""
+        """Return the symmetric divergence between the outputs of two passes, summed over the same tokens or examples as
+        the loss.
+        """
         return self.task.divergence((self.model, *one), (self.model, *other), batch, self.options.dtype)
 
     def check(self, setting: str) -> None:
         """Check that the task's outputs can be compared.
 
         Raises:
-          RequestError: the task has a loss of its own, or no divergence.
+          RequestError: the task computes its loss in another way, or defines no divergence.
         """
         own = type(self.task)
         compares = own.divergence is not Task.divergence or own.soft_score is not Task.soft_score

@@ -35,10 +35,11 @@ def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
 
 
 def r_drop(problem: Problem, alpha: float) -> Loss:
-    """Return the mean loss of two passes with different dropout, plus alpha times the divergence of their outputs.
+    """Return the loss function of R-Drop: the mean loss of two passes, plus alpha times their divergence.
 
-    (R-Drop; Liang et al., 2021, arXiv:2106.14448). The paper adds the losses of both passes, so its alpha is twice this
-    one.
+    The passes have different dropout. The divergence compares their outputs.
+
+    (Liang et al., 2021, arXiv:2106.14448). The paper adds the losses of both passes, so its alpha is twice this one.
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, **_: Any) -> tuple[jax.Array, Sums]:
@@ -51,7 +52,7 @@ def r_drop(problem: Problem, alpha: float) -> Loss:
 
 
 def toward_start(own: Loss, factor: float) -> Loss:
-    """Return the loss `own` plus factor / 2 times the squared distance between the weights and the parent's weights.
+    """Return the loss function `own` + factor / 2 * (squared distance between the weights and the parent's weights).
 
     The parent's weights are in the state's memory as "start".
 
@@ -68,7 +69,7 @@ def toward_start(own: Loss, factor: float) -> Loss:
 
 
 def from_parent(names: Collection[str], params: Params) -> list[str]:
-    """Return those of the names whose arrays come from the parent: all but adapters and the task's head."""
+    """Return the names, among `names`, of arrays that come from the parent: all but adapters and the task's head."""
     adapters = weights.adapter_names(params)
     return [name for name in names if name not in adapters and not weights.parse(name).task_head]
 

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 
 Kept = tuple[Callable[[Params], dict[str, Any]], Callable[[dict[str, Any], Params, jax.Array], dict[str, Any]]]
-"""Arrays that a job keeps between steps: function (trained arrays) -> the first arrays by name, and function (memory,
-trained arrays, step) -> the arrays after a step."""
+"""Two functions for arrays that a job keeps between steps: (trained arrays) -> initial arrays by name, and (memory,
+trained arrays, step) -> the arrays after a step.
+"""
 
 
 def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learner:

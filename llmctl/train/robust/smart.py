@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from llmctl.train.robust.problem import Problem
 
 EARLY, EARLY_DECAY = 0.1, 0.99
-"""Fraction of the steps, at the beginning, in which the average of the weights has a smaller decay, and that decay, as
-in the paper."""
+"""Fraction of first steps in which the moving average of the weights has a smaller decay, and this decay. Both are from
+the paper.
+"""
 
 
 class Smart(Adversary):
-    """Add two symmetric divergences to the loss: between clean and perturbed rows, and to averaged weights.
+    """Add two divergences of outputs to the loss: clean and perturbed rows, current and averaged weights.
 
     A divergence is the mean of the KL divergences in both directions, or for numbers the squared difference. The paper
     has the sum of both directions, so its factors of 1 correspond to 2 here.
@@ -61,9 +62,10 @@ class Smart(Adversary):
         return 2 + options["steps"] * 2 / 3 + bool(options["proximal"]) / 3
 
     def loss(self, config: Any, problem: Problem, own: Loss) -> Loss:
-        """Return the training loss as Adversary.loss does. It calls the task's loss in parts, and does not call `own`.
+        """Return the training loss as Adversary.loss does.
 
-        The outputs of clean rows are thereby computed once.
+        The loss is computed by the parts in `problem` instead of `own`, so that the outputs for clean rows are computed
+        once.
         """
         import jax
 
