@@ -1,1 +1,4 @@
-"""Read and write artifacts, the folders that stages exchange. Each is saved atomically and identified by a digest."""
+"""Read and write artifacts: folders with a model, which stages read and write.
+
+An artifact is saved atomically, and identified by a digest of its content.
+"""

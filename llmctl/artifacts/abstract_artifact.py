@@ -1,4 +1,4 @@
-"""Build the artifact that a stage would save, with array shapes in place of arrays."""
+"""Predict the artifact that a stage would save: its manifest, and the shapes of its arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmctl.model.config import ModelConfig
 Params = dict[str, Any]
 
 
-def left(
+def abstract_result(
     config: Any,
     params: Params,
     model: ModelConfig,
@@ -35,10 +35,10 @@ def left(
         config: Config of the stage.
         params: Abstract parameters with shardings.
         model: Config of the saved model.
-        base: Parent artifact. It provides `labels`, `task` and `pruned` where these are None.
-        labels: Class names.
-        task: Name of the task.
-        pruned: Whether the weights are pruned, so that later stages keep zeros.
+        base: Parent artifact, if there is one.
+        labels: Class names; None uses those of `base`.
+        task: Name of the task; None uses that of `base`.
+        pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -64,7 +64,7 @@ def left(
 
 
 def masters(params: Params) -> Params:
-    """Return the parameters with the dtypes that training saves: float32 in place of other floating-point types."""
+    """Return abstract parameters with the dtypes of a training stage's result: all floating-point types are float32."""
 
     def one(a: Any) -> Any:
         return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -72,6 +72,6 @@ def masters(params: Params) -> Params:
     return jax.tree.map(one, params)
 
 
-def on(there: Artifact, mesh: Mesh) -> Artifact:
-    """Return the artifact with the shardings that its arrays have on `mesh`."""
-    return Artifact(there.path, there.manifest, functional.laid_out(there.model, there.params, mesh))
+def with_shardings(found: Artifact, mesh: Mesh) -> Artifact:
+    """Return an abstract artifact with the shardings that its arrays have on `mesh`."""
+    return Artifact(found.path, found.manifest, functional.laid_out(found.model, found.params, mesh))

@@ -1,8 +1,8 @@
 """Read and write artifacts: folders with `manifest.json`, parameters in `params/` (Orbax) and a tokenizer.
 
 An artifact is written to a temporary folder, which is then renamed. An artifact is therefore never incomplete. The
-manifest lists every array. Parameters are therefore restored with explicit types and shardings onto any mesh. `load`
-compares the fields of the manifest, the tokenizer's files and the arrays with their digests.
+manifest lists the type and shape of every array, so arrays can be restored onto any mesh. `load` checks the digests of
+the manifest's fields, the tokenizer's files and the arrays.
 
 Example:
   >>> found = load(folder)
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import orbax_logging
 from llmctl.artifacts.atomic import size, writing
-from llmctl.artifacts.fingerprint import digest, take
+from llmctl.artifacts.fingerprint import digest, manifest_fields
 from llmctl.artifacts.manifest import (
     ADVICE,
     FORMAT,
@@ -54,9 +54,9 @@ FILES = {
 
 @dataclass(frozen=True)
 class Artifact:
-    """Store an artifact in memory: its folder, its manifest and its parameter tree.
+    """Store a loaded artifact: its folder, its manifest and its parameter tree.
 
-    `load` restores the arrays. `abstract` returns shapes, dtypes and shardings in their place.
+    `load` returns an artifact with arrays. `abstract` returns one with shapes, dtypes and shardings in their place.
     """
 
     path: Path
@@ -104,7 +104,7 @@ def load(path: Path, mesh: Mesh | None = None) -> Artifact:
 
     from llmctl.model import weights
 
-    orbax_logging.hush()
+    orbax_logging.silence_late_errors()
     there = abstract(path, mesh)
     if wrong := damaged_files(there.path, there.manifest, "content"):
         raise RequestError(f"{path}: damaged ({listed(wrong.values())}); {ADVICE}")
@@ -163,12 +163,12 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
 
 
 def _check_layers(path: Path, manifest: Manifest) -> None:
-    """Check that the model config has no more layers than the stored arrays.
+    """Check that the number of layers in the model config does not exceed that of the stored arrays.
 
-    Lists with one entry per layer are built only after this check.
+    Code that builds lists with one entry per layer runs only after this check.
 
     Raises:
-        RequestError: If it has more.
+        RequestError: If the number is larger.
     """
     shapes = [shape for record in manifest.weights.values() for _, shape in record["parts"].values()]
     layers, most = manifest.model.layers, max((shape[0] for shape in shapes if shape), default=0)
@@ -200,19 +200,19 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
         )
 
 
-def check_place(out: Path, *reads: Path, stage: str = "", replace: bool = False) -> None:
+def check_output(out: Path, *reads: Path, stage: str = "", replace: bool = False) -> None:
     """Check that an artifact may be written to `out`.
 
     Args:
         out: Output folder.
-        reads: Folders that the new artifact is made from.
+        reads: Input folders of the stage.
         stage: Kind of the stage that writes the artifact. It may replace an artifact of the same kind.
         replace: Whether to replace an artifact of any kind.
 
     Raises:
-        RequestError: If the path of `out` has a glob character, if `out` is or contains a folder of `reads`, or if
-            `out` exists and is neither empty nor an artifact. If `replace` is false, also if `out` is an artifact of
-            another kind of stage, or contains files that llmctl did not write.
+        RequestError: If the path of `out` has a character that globs interpret, if `out` is or contains a folder of
+            `reads`, or if `out` exists and is neither empty nor an artifact. If `replace` is false, also if `out` is an
+            artifact of another kind of stage, or contains files that llmctl did not write.
     """
     locks.check_path(out, str(out))
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
@@ -257,8 +257,8 @@ def save(
 
     Args:
         out: Output folder; an existing artifact is replaced.
-        params: Parameter tree; or, together with `written`, a flat mapping {path: weight} from which one weight at a
-            time is read.
+        params: Parameter tree. If `written` is given, a flat mapping {path: weight}, from which one weight at a time is
+            read.
         model: Model config; its shapes are those of the parameters.
         stage: Kind of the stage.
         key: Content key of the stage.
@@ -273,12 +273,13 @@ def save(
         log: Log file to copy.
         written: Folder that contains the arrays in Orbax format; it is moved to `params/`.
         pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
-            of zeros is high (`fingerprint.PRUNED`).
-        rounded: Whether the arrays are dequantized integers, of which a higher fraction is zero without pruning.
+            of zeros exceeds `fingerprint.PRUNED`.
+        rounded: Whether the arrays are dequantized integers, which contain more zeros even without pruning.
         allow_nonfinite: Whether to save arrays that contain NaN or infinity.
 
     Raises:
-        WorkError: If the disk is full, or if an array contains NaN or infinity. Nothing is then written to `out`.
+        WorkError: If the disk is full, or if an array contains NaN or infinity and `allow_nonfinite` is false. `out` is
+            then unchanged.
     """
     import orbax.checkpoint as ocp
 
@@ -289,7 +290,7 @@ def save(
     out = Path(out)
     flat = params if written else weights.flatten(dict(params))
     with writing(out) as draft:
-        measured = take(flat, rounded)
+        measured = manifest_fields(flat, rounded)
         if (bad := measured["nonfinite"]) and not allow_nonfinite:
             more = f" and {len(bad) - 1} more arrays" if len(bad) > 1 else ""
             raise WorkError(
@@ -329,12 +330,12 @@ def save(
                 containment.copy(tokenizer_dir, draft / "tokenizer")
             if log and log.exists():
                 shutil.copy(log, draft / "log.jsonl")
-        text = processes.tell(lambda: write_manifest(draft, manifest).model_dump_json())
+        text = processes.broadcast(lambda: write_manifest(draft, manifest).model_dump_json())
     return Manifest.model_validate_json(text)
 
 
 def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
-    """Return the manifest fields "seq_len" and "truncate": those of the stage's config, or else the parent's.
+    """Return the manifest fields "seq_len" and "truncate", from the stage's config or else from the parent.
 
     Args:
         config: Resolved config of the stage.
@@ -352,5 +353,5 @@ def versions() -> dict[str, str]:
 
 
 def _first(text: str) -> str:
-    """Return an error message on one line of at most 200 characters, without the details that TensorStore appends."""
+    """Shorten an error message to one line of at most 200 characters, without the details that TensorStore appends."""
     return " ".join(text.partition(". See full TensorStore details")[0].split())[:200]

@@ -1,4 +1,4 @@
-"""Write folders atomically, and detect errors of a full disk."""
+"""Write folders atomically, and recognize errors that a full disk causes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def check(out: Path, flag: str = "--out") -> None:
 
     Args:
         out: The path.
-        flag: Name of the flag, for the message.
+        flag: Flag of the command line that sets the path, for the error message.
 
     Raises:
         RequestError: If the path has no folder name (such as "." or "/"), is in a remote store, has a name that is
-            too long, or is a link that leads nowhere. If it is inside an artifact, because artifacts are replaced as a
-            whole.
+            too long, is a link to a missing file, or is inside another artifact. The last would be lost when that
+            artifact is replaced.
     """
     if out.name in ("", ".."):
         raise RequestError(f"{flag} {out}: say the folder's name, such as {out.resolve()}")
@@ -38,15 +38,15 @@ def check(out: Path, flag: str = "--out") -> None:
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
-"""Pattern of the message of NumPy's OSError when an array was written only in part, because the disk is full."""
+"""Pattern of the error message of NumPy if the disk is full, so that an array was written only in part."""
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `out` if the block succeeds and is deleted if the block raises an error.
+    """Yield a temporary folder, which is renamed to `out` at the end of the `with` statement.
 
-    With several processes, process 0 creates, renames and deletes the folder. All processes may use it inside the
-    block.
+    If the body raises an error, the temporary folder is deleted and `out` is unchanged. With several processes, process
+    0 creates, renames and deletes the folder. All processes may use it in the body.
 
     Raises:
         RequestError: If another process writes `out`.
@@ -55,10 +55,10 @@ def writing(out: Path) -> Iterator[Path]:
     out = Path(out)
     draft, old = locks.scratch(out, "draft"), locks.scratch(out, "old")
     if not processes.first():
-        processes.together("draft")
+        processes.barrier("draft")
         yield draft
-        processes.together("written")
-        processes.together("renamed")
+        processes.barrier("written")
+        processes.barrier("renamed")
         return
     with locks.claim(out):
         try:
@@ -68,14 +68,14 @@ def writing(out: Path) -> Iterator[Path]:
             for stale in (draft, old):
                 shutil.rmtree(stale, ignore_errors=True)
             draft.mkdir()
-            processes.together("draft")
+            processes.barrier("draft")
             yield draft
-            processes.together("written")
+            processes.barrier("written")
             if out.exists():
                 out.rename(old)
             draft.rename(out)
             shutil.rmtree(old, ignore_errors=True)
-            processes.together("renamed")
+            processes.barrier("renamed")
         except LlmctlError:
             raise
         except Exception as e:

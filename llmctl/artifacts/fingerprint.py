@@ -1,4 +1,4 @@
-"""Compute the digest, counts and dtypes of all weights for the manifest, in one pass over one weight at a time."""
+"""Compute the manifest fields that describe the weights, such as their digest, reading one weight at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 PRUNED = 0.01, 0.45
-"""Fractions of zeros above which imported matrices count as pruned: (for float matrices, for matrices of integers or of
-dequantized integers). Training almost never produces exact zeros. Rounding to 4 bits alone makes about a fifth of
-normally distributed weights zero."""
+"""Fractions of zeros above which imported matrices count as pruned: the first is for floating-point matrices, the
+second
+for integers and dequantized integers. Training almost never produces exact zeros. Rounding to 4 bits alone makes about
+a
+fifth of normally distributed weights zero."""
 
 
 def digest(flat: Mapping[str, Any]) -> str:
@@ -41,11 +43,11 @@ def _add(total: Any, name: str, w: Any) -> None:
 
 
 def type_bits(dtype: str) -> int:
-    """Return the number of bits per value of a dtype name: 4 for `int4`, 8 for `float8_e4m3fn` and `bool`."""
+    """Return the number of bits per value of the dtype called `dtype`: 4 for `int4`, 8 for `float8_e4m3fn`."""
     return int(found.group()) if (found := re.search(r"\d+", dtype)) else 8
 
 
-def take(flat: Mapping[str, Any], rounded: bool = False) -> dict[str, Any]:
+def manifest_fields(flat: Mapping[str, Any], rounded: bool = False) -> dict[str, Any]:
     """Compute the manifest fields that describe the weights, in one pass.
 
     Args:
@@ -54,8 +56,8 @@ def take(flat: Mapping[str, Any], rounded: bool = False) -> dict[str, Any]:
             rounding.
 
     Returns:
-        A dict with "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite". "pruned" is
-        estimated from the fraction of zeros. This estimate is used only for weights that were imported.
+        The fields "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite" of `Manifest`.
+        "pruned" is an estimate from the fraction of zeros, which is used only for imported weights.
     """
     import jax.numpy as jnp
 

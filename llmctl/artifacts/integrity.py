@@ -31,7 +31,8 @@ class Damage:
 def quick_check(path: Path, manifest: Manifest) -> Damage:
     """Return the differences between an artifact and its manifest, without reading the arrays.
 
-    Files and fields are compared by checksum. Of the arrays, only the total size on disk is compared.
+    Files and fields are compared with their checksums. The total size of the arrays on disk is compared, but not their
+    values.
     """
     content = damaged_files(path, manifest, "content")
     if manifest.weights and size(path / "params") != manifest.bytes:
@@ -40,10 +41,10 @@ def quick_check(path: Path, manifest: Manifest) -> Damage:
 
 
 def full_check(path: Path) -> Damage:
-    """Return the differences between an artifact and its manifest, including those of the arrays.
+    """Return the differences between an artifact and its manifest, including differences in the arrays.
 
-    The arrays are read once, sharded over the default mesh. They are not read if another difference can already change
-    predictions.
+    The arrays are read once, sharded over the default mesh. They are not read if the files and fields already have
+    differences that can change predictions.
 
     Raises:
         RequestError: If the manifest is missing, is damaged or has a later format.
@@ -59,7 +60,7 @@ def full_check(path: Path) -> Damage:
 
 
 def reason(e: LlmctlError, path: Path) -> str:
-    """Return the cause that an error message about the artifact `path` reports, without the path and the advice."""
+    """Return the message of an error about the artifact `path`, without the path and without the advice."""
     line = str(e).removeprefix(f"{path}: ").removeprefix(f"{path / NAME}: ")
     line = line.rpartition("; ")[0] or line
     return line[len("damaged (") : -1] if line.startswith("damaged (") else line

@@ -1,8 +1,9 @@
 """Read and write `manifest.json`: the metadata of an artifact, with checksums of its fields and files.
 
-The content digest covers everything that can change predictions: manifest fields, the digest of the arrays, and the
-tokenizer's files. It is compared at every read. The record digest covers the rest: metrics, parents, sizes, logs.
-`llmctl verify` compares both.
+There are two digests. The content digest covers everything that can change predictions: some manifest fields, the
+digest
+of the arrays, and the tokenizer's files. It is checked at every read. The record digest covers the rest: metrics,
+parents, sizes and logs. `llmctl verify` checks both.
 
 Example:
   >>> manifest = read_manifest(folder)
@@ -36,7 +37,7 @@ CONTENT = (
     *("family", "model", "labels", "task", "fitted", "pruned", "nonfinite", "digest", "tokenizer", "seq_len"),
     *("truncate", "weights"),
 )
-"""Fields that can change predictions, or the result of a later stage. The content digest covers them."""
+"""Manifest fields that can change predictions, or the result of a later stage. The content digest covers them."""
 TOKENIZER = "tokenizer"
 """Name of the tokenizer's folder. The content digest covers its files."""
 
@@ -68,12 +69,12 @@ class Digest(BaseModel):
 
     @classmethod
     def over(cls, values: dict[str, Any], files: dict[str, str]) -> Digest:
-        """Return the digest over JSON values and over file checksums, each given by name."""
+        """Compute the digest over the JSON values {name: value} and the checksums of files {path: checksum}."""
         named = {name: checksums.of_json(value) for name, value in values.items()}
         return cls(digest=checksums.of_json([named, files]), fields=named, files=files)
 
     @property
-    def holds(self) -> bool:
+    def is_consistent(self) -> bool:
         """Return True if the stored digest matches the stored checksums."""
         return self.digest == checksums.of_json([self.fields, self.files])
 
@@ -101,8 +102,8 @@ class Manifest(BaseModel):
     labels: list[str] = []
     """Class names, if the model has a classification head."""
     task: str = ""
-    """Task that the model was finetuned for, a name in `llmctl.evaluate.tasks.registry`. If empty, the task has the
-    name of the model's head."""
+    """Task that the model was finetuned for, a name in `llmctl.evaluate.tasks.registry`. If empty, the task is the one
+    with the name of the model's head."""
     fitted: dict[str, Any] = {}
     """Values that the task fitted on validation data, such as one threshold per class."""
     fitted_for: str = ""
@@ -158,7 +159,7 @@ class Manifest(BaseModel):
         return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
 
     def as_parent(self) -> Parent:
-        """Return the identity that child artifacts store as their parent."""
+        """Return the record of this artifact that later artifacts store as their parent."""
         return Parent(name=self.name, digest=self.digest, content=self.content)
 
 
@@ -185,12 +186,12 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and check the content digest of its fields.
 
     Raises:
-        RequestError: If there is no manifest, if it is damaged, or if its format is later than `FORMAT`. If a link in
+        RequestError: If there is no manifest, if it is damaged, if its format is later than `FORMAT`, or if a link in
             the folder leads outside it.
     """
     content = _raw(path)
     try:
-        if wrong := _fields(content, "content"):
+        if wrong := _field_differences(content, "content"):
             raise RequestError(f"{path}: damaged ({listed(wrong.values())}); {ADVICE}")
         return Manifest.model_validate(content)
     except (ValueError, KeyError, TypeError) as e:
@@ -198,11 +199,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def damaged_fields(path: Path, part: Part) -> dict[str, str]:
-    """Compare the fields of a manifest with their checksums.
+    """Find the fields of a manifest that differ from their checksums.
 
     Args:
         path: Folder of the artifact.
-        part: "content" compares the fields that can change predictions, "record" the others.
+        part: "content" for the fields that can change predictions, "record" for the others.
 
     Returns:
         {name of the field: message} for the fields that differ.
@@ -212,18 +213,18 @@ def damaged_fields(path: Path, part: Part) -> dict[str, str]:
     """
     content = _raw(path)
     try:
-        return _fields(content, part)
+        return _field_differences(content, part)
     except (ValueError, KeyError, TypeError) as e:
         raise _damaged(path, e) from e
 
 
 def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
-    """Compare the files of an artifact with their checksums, except for the arrays in `params/`.
+    """Find the files of an artifact, outside `params/`, that differ from their checksums.
 
     Args:
         path: Folder of the artifact.
         manifest: Manifest of the artifact.
-        part: "content" compares the tokenizer, "record" the files beside the manifest.
+        part: "content" for the tokenizer's files, "record" for the files beside the manifest.
 
     Returns:
         {relative path: message} for the files that differ.
@@ -232,7 +233,9 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
     if part == "content":
         inner = {n.partition("/")[2]: c for n, c in summed.content.files.items()} if summed else None
         wrong = {} if inner is None else checksums.differing(path / TOKENIZER, inner)
-        return {f"{TOKENIZER}/{n}": f"{TOKENIZER}/{n} {what}" for n, what in wrong.items()} or _other(path, manifest)
+        return {f"{TOKENIZER}/{n}": f"{TOKENIZER}/{n} {what}" for n, what in wrong.items()} or _tokenizer_difference(
+            path, manifest
+        )
     found = {}
     for name, checksum in summed.record.files.items() if summed else ():
         if not (path / name).is_file():
@@ -255,11 +258,11 @@ def _is_array(part: Any) -> bool:
     return isinstance(part[1], (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in part[1])
 
 
-def _other(path: Path, manifest: Manifest) -> dict[str, str]:
-    """Compare the digest in the tokenizer's descriptor with the tokenizer digest in the manifest.
+def _tokenizer_difference(path: Path, manifest: Manifest) -> dict[str, str]:
+    """Compare the digest that the tokenizer's folder declares with the tokenizer digest in the manifest.
 
     Returns:
-        {name of the tokenizer's folder: message} if they differ or the descriptor is damaged, else {}.
+        {name of the tokenizer's folder: message} if they differ or the folder's description is damaged, else {}.
     """
     from llmctl.data.tokenizers.base import DESCRIPTOR
 
@@ -291,10 +294,14 @@ def _raw(path: Path) -> dict[str, Any]:
     return content
 
 
-def _fields(content: dict[str, Any], part: Part) -> dict[str, str]:
-    """Compare the fields in manifest.json with their checksums, before defaults are added.
+def _field_differences(content: dict[str, Any], part: Part) -> dict[str, str]:
+    """Find the fields of manifest.json that differ from their checksums.
 
-    Fields that later versions add therefore do not change the result.
+    Fields that the file lacks are ignored, even if they have a default in this version.
+
+    Args:
+        content: Parsed manifest.json.
+        part: "content" or "record", as in `damaged_fields`.
 
     Returns:
         {name of the field: message} for the fields that differ.
@@ -314,7 +321,7 @@ def _fields(content: dict[str, Any], part: Part) -> dict[str, str]:
     if part == "content":
         known = own.fields.keys() | summed.record.fields.keys()
         wrong |= {n: f"the manifest's `{n}` was not saved with it" for n in CONTENT if n in content and n not in known}
-    return wrong or ({} if own.holds else {"checksums": _differs("checksums")})
+    return wrong or ({} if own.is_consistent else {"checksums": _differs("checksums")})
 
 
 def _differs(name: str) -> str:

@@ -1,8 +1,9 @@
-"""Silence log lines for reads and writes that fail after the first error was already reported.
+"""Discard log lines about reads and writes that fail after Orbax has already raised an error.
 
-If several arrays cannot be read or written, Orbax raises the first error and closes its event loop. TensorStore's other
-operations end later. They find no event loop or fail too, and each of them prints a traceback. The caller has already
-reported the error.
+If several arrays cannot be read or written, Orbax raises the first error and closes its event loop. The other
+operations
+of TensorStore end later. They also fail, or find no event loop, and each of them prints a traceback. These tracebacks
+add nothing to the first error.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import sys
 from typing import Any
 
 LATE = ("Event loop is closed", "Encountered error while reading array index")
-"""Beginnings of the messages of such late exceptions."""
+"""Beginnings of the log lines to discard."""
 
 
 @functools.cache
-def hush() -> None:
-    """Silence the log lines of late exceptions from now on. Repeated calls have no effect."""
+def silence_late_errors() -> None:
+    """Discard the log lines that begin with a string in `LATE`, from now on. Repeated calls have no effect."""
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     before = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""Define the workspace of a running stage: its output folder, its temporary folder, and other artifacts of the run."""
+"""Define the context of a running stage: its output folder, its temporary folder, and other artifacts that it reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Store the inputs of a stage's `run` besides its config: its folders, its key and other artifacts of the run.
+    """Store what a stage's function `run` needs besides its config: folders, key, and other artifacts of the recipe.
 
     Example:
       >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")
@@ -28,11 +28,11 @@ class Context:
     work: Path
     """Temporary folder of this stage (checkpoints, log). It is removed on success and kept after an interruption."""
     key: str
-    """Content key of the stage; equal keys mean equal results."""
+    """Key of the stage, a hash of everything that can change its result."""
     siblings: dict[str, Path] = field(default_factory=dict)
-    """Other artifacts of the run that the config refers to, by name, such as the teacher of `distill`."""
+    """Folders of other artifacts that the config refers to, by name, such as the teacher of `distill`."""
 
-    def leave(self, config: Any, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
+    def save(self, config: Any, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
         """Save the stage's result as the artifact `out`.
 
         Args:
@@ -43,5 +43,5 @@ class Context:
         """
         from llmctl.artifacts import artifact
 
-        said = {"stage": config.kind, "key": self.key, "config": keyed(config), "log": self.work / "log.jsonl"}
-        artifact.save(self.out, params, model, **said, **about, allow_nonfinite=config.allow_nonfinite)
+        fields = {"stage": config.kind, "key": self.key, "config": keyed(config), "log": self.work / "log.jsonl"}
+        artifact.save(self.out, params, model, **fields, **about, allow_nonfinite=config.allow_nonfinite)

@@ -149,12 +149,12 @@ def run(argv: list[str]) -> int:
         words = argv or _completion_words()
         chosen = next((word for word in words if not word.startswith("-")), "")
         code = app(chosen)(argv or ["--help"], prog_name="llmctl", standalone_mode=False) or 0
-        return processes.leave(code, "")
+        return processes.exit_together(code, "")
     except BaseException as e:
         code, line = error_result(e)
         if os.environ.get("LLMCTL_DEBUG") == "1":
             traceback.print_exc()
-        return processes.leave(code, " ".join(line.split()))
+        return processes.exit_together(code, " ".join(line.split()))
 
 
 def _completion_words() -> list[str]:
@@ -241,7 +241,7 @@ def _be_quiet() -> None:
     """Silence the logs and warnings of libraries, and handle SIGTERM like Ctrl-C."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    backend.hush()
+    backend.silence_libtpu()
     if os.environ.get("LLMCTL_DEBUG") != "1":
         warnings.simplefilter("ignore")
         for name in ("jax", "orbax", "grain"):

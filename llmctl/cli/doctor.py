@@ -51,7 +51,7 @@ def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
       RequestError: a required platform is missing.
     """
     problems: list[str] = []
-    used = backend.settle(platforms, problems.append)
+    used = backend.initialize(platforms, problems.append)
     import jax
 
     while not folder.exists():

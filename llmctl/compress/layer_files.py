@@ -55,7 +55,7 @@ class Saved:
         The arrays are sharded like those of `like`, the unchanged layer.
         """
         file = self._file(stack, index)
-        if not processes.tell(file.is_file):
+        if not processes.broadcast(file.is_file):
             return None
         try:
             found = _content(file)

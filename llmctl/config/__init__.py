@@ -1,1 +1,1 @@
-"""Define settings: frozen, strict configuration classes, sections that stages share, and error classes."""
+"""Define immutable settings classes with strict validation, settings that several stages share, and errors."""

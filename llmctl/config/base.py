@@ -1,8 +1,7 @@
-"""Define the base class of frozen, strict settings.
+"""Define `Config`, the base class of all settings, and read and validate settings from TOML.
 
-A setting's name, type, default and help text are defined once, in its class. TOML is validated into frozen models. An
-error message is one line. It names the file, the path of the key as for `--set`, the problem, and, for an unknown key,
-a known key with a similar spelling.
+A setting's name, type, default and help text are defined once, in its class. An error message is one line. It contains
+the file, the dotted path of the setting, and the problem. For an unknown setting, it suggests one with a similar name.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="Config")
 
 FLOAT32_MAX = 2.0**128 - 2.0**104
-"""Largest finite float32; compiled programs read settings as float32."""
+"""Largest finite float32. Larger settings are rejected, because compiled programs convert settings to float32."""
 
 
 class Config(BaseModel):
-    """Define the base class of all settings: frozen, and without unknown keys.
+    """Define the base class of all settings classes, which are pydantic models.
 
-    The docstrings of fields become the help texts of the command line.
+    Instances are immutable, and unknown keys are errors. The docstrings of fields become the help texts of the command
+    line.
     """
 
     model_config = ConfigDict(
@@ -45,14 +45,17 @@ class Config(BaseModel):
     )
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
-    """Fields that cannot change a stage's result, such as the mesh or logging; the stage's key omits them."""
+    """Names of fields that cannot change a stage's result, such as the mesh. They are not part of the stage's key,
+    which is a hash of all settings that can change the result."""
     added: ClassVar[frozenset[str]] = frozenset()
-    """Fields that were added after a release; a stage's key omits them while they have their default."""
+    """Names of fields that were added after a release. A stage's key does not include them while they have their
+    default, so that existing keys stay valid."""
     deciding: ClassVar[tuple[str, ...]] = ()
-    """Fields that determine the defaults of other fields, such as a preset (see `_filled`)."""
-    instead: ClassVar[dict[str, str]] = {}
-    """Pairs of fields that exclude each other, such as {"epochs": "steps"}. If the recipe sets one and the command line
-    sets the other, the command line wins."""
+    """Names of fields that determine the defaults of the other fields, such as a preset. If one of them is set, the
+    enclosing class's default for this section is ignored."""
+    exclusive: ClassVar[dict[str, str]] = {}
+    """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe sets one and the command
+    line sets the other, the value from the command line is used."""
     heading: ClassVar[str] = ""
     """Heading above the fields in a command's help. If empty, the fields are listed under the heading of the enclosing
     section."""
@@ -72,7 +75,7 @@ class Config(BaseModel):
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Return the content of a TOML file as a dict.
+    """Read a TOML file and return its content as a dict.
 
     Raises:
         RequestError: If the file is missing, unreadable, too large or not TOML. The message names the line.
@@ -94,7 +97,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) -> C:
-    """Validate `values` as an instance of `cls`.
+    """Validate settings, and return them as an instance of `cls`.
 
     Types are strict ("3" is no integer, and true is not 1). Unknown keys are errors.
 
@@ -105,7 +108,7 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
             such as `demo.toml: stage.2.train.steps (prune)` or `--train.steps`.
 
     Raises:
-        RequestError: If a value is invalid. The message is one line: the path, the expected value, a similar key.
+        RequestError: If a value is invalid or a key is unknown. The message is one line.
     """
     try:
         # The JSON mode is strict, but it accepts a list for a tuple and a string for a path.
@@ -120,7 +123,7 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
 
 
 def parse_value(text: str) -> Any:
-    """Parse `text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"). If it is no TOML value, return `text` itself."""
+    """Parse `text` as a TOML value (0.6, true, [1, 2], {a = 1}, "x"). If the syntax is invalid, return the text."""
     try:
         parsed = parse_toml(f"value = {text}")
     except ValueError:
@@ -128,13 +131,15 @@ def parse_value(text: str) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else text
 
 
-def spelled(value: Any) -> str:
+def format_toml(value: Any) -> str:
     """Format `value` (JSON data) as TOML on one line; `parse_value` reverses this."""
     if isinstance(value, dict):
-        pairs = (f"{k if k.replace('_', 'a').isalnum() else json.dumps(k)} = {spelled(v)}" for k, v in value.items())
+        pairs = (
+            f"{k if k.replace('_', 'a').isalnum() else json.dumps(k)} = {format_toml(v)}" for k, v in value.items()
+        )
         return f"{{ {', '.join(pairs)} }}" if value else "{}"
     if isinstance(value, list):
-        return f"[{', '.join(map(spelled, value))}]"
+        return f"[{', '.join(map(format_toml, value))}]"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -154,9 +159,9 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
     """Return the settings `below`, overridden by the settings `above`.
 
-    If a field of `cls` is a section and both have a table for it, the tables are merged key by key. Any other value of
-    `above` replaces that of `below`. A field of `above` also removes the fields of `below` that it excludes
-    (`Config.instead`).
+    If a field of `cls` is a section and both arguments have a table for it, the tables are merged key by key. Any other
+    value in `above` replaces the value in `below`. If two fields may not be set together (`Config.exclusive`), a field
+    in `above` also removes the other field from `below`.
     """
     void = excluded(above, cls)
     out = copy.deepcopy({key: value for key, value in below.items() if key not in void})
@@ -170,24 +175,25 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
 
 
 def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
-    """Return the fields of `cls` that may not be set together with the settings `given` (`Config.instead`).
+    """Return the fields of `cls` that may not be set together with the settings `given` (`Config.exclusive`).
 
-    With the pair {"epochs": "steps"}, a given `steps` excludes `epochs`. A given `epochs` excludes `steps` unless it is
-    0, which means that it is not set.
+    For the pair {"epochs": "steps"}: if `steps` is set, `epochs` is returned. If `epochs` is set, `steps` is returned,
+    unless `epochs` is 0, which means that it is not set.
     """
-    pairs = cls.instead.items()
+    pairs = cls.exclusive.items()
     return {other for name, other in pairs if given.get(name)} | {name for name, other in pairs if other in given}
 
 
 def field_names(cls: type[Config]) -> list[str]:
-    """Return the field names of `cls` as written in TOML, such as `from` for the attribute `parent`."""
+    """Return the names of the fields of `cls` in TOML. For example, the attribute `parent` is called `from` there."""
     return [f.alias or name for name, f in cls.model_fields.items()]
 
 
 def section(cls: type[Config], key: str) -> type[Config] | None:
-    """Return the settings class of the field `key` of `cls`, or None if the field is missing or is no section.
+    """Return the settings class that is the type of the field `key` of `cls`.
 
-    A field of type `Section | None` counts as a section.
+    Return None if there is no such field, or if its type is not a settings class. A type `Section | None` counts as
+    `Section`.
     """
     for name, field in cls.model_fields.items():
         if key in (name, field.alias):
@@ -212,10 +218,13 @@ def with_article(noun: str) -> str:
 
 
 def keyed(value: Any) -> Any:
-    """Return `value` (a Config, or a value inside one) as JSON data for a stage's key.
+    """Convert settings to the JSON data from which a stage's key (a hash) is computed.
 
-    Fields in `unkeyed` are omitted. A field in `added` is omitted while it has its default, so that a new setting does
-    not change existing keys.
+    Fields in `Config.unkeyed` are omitted. A field in `Config.added` is omitted while it has its default, so that a new
+    setting does not change existing keys.
+
+    Args:
+        value: A Config, or a value inside one.
     """
     if isinstance(value, Config):
         fields = type(value).model_fields
@@ -231,11 +240,11 @@ def keyed(value: Any) -> Any:
 
 
 def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values` with each partially given section completed by the default of the enclosing class.
+    """Complete sections of `values` that are only partly set, with the default that `cls` declares for the section.
 
-    With `train: TrainConfig = TrainConfig(steps=300)`, the number of steps is 300 even if only `train.batch_size = 8`
-    is given. If a section has `deciding` fields and none of them is given, only these are completed. If one of them is
-    given, nothing is completed, because it determines the defaults of the other fields.
+    If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and only `train.batch_size` is set, the number of
+    steps is 300. If the section's class has `deciding` fields and none of them is set, only these fields are completed.
+    If one of them is set, nothing is completed, because it determines the defaults of the other fields.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():
@@ -260,9 +269,11 @@ def _config_in(annotation: Any) -> type[Config] | None:
 
 
 def _class_at(cls: type[Config], path: tuple[Any, ...]) -> type[Config] | None:
-    """Return the settings class of the value at `path`, starting at `cls`, or None if the value is not a section.
+    """Return the settings class of the value at `path` inside `cls`, or None if the value is not a section.
 
-    Indices, and names of a union's branches, are skipped.
+    Args:
+        cls: Class of the outermost settings.
+        path: Location as in errors of pydantic: keys, list indices and names of union members. Only keys are used.
     """
     at: type[Config] | None = cls
     for part in path:

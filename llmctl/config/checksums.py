@@ -35,7 +35,7 @@ def of_file(path: Any) -> str:
 
 
 def of_folder(folder: Any) -> dict[str, str]:
-    """Return the SHA-256 of every file below a folder, by relative path. If the folder is missing, return {}."""
+    """Return the SHA-256 of every file below a folder, as {relative path: hex digits}; {} if there is no folder."""
     return {name: of_file(path) for name, path in _files(folder).items()}
 
 
@@ -58,7 +58,7 @@ def differing(folder: Any, expected: Mapping[str, str]) -> dict[str, str]:
 
 
 def _files(folder: Any) -> dict[str, Any]:
-    """Return the files below a folder by relative path, with slashes as separators.
+    """Return the files below a folder as {relative path with slashes: path}.
 
     Links to folders are not followed.
     """

@@ -49,7 +49,7 @@ def within(folder: P, name: str) -> P:
 
 
 def check(folder: Any) -> None:
-    """Check all files below a local folder as `within` does. Links to folders are rejected.
+    """Check that no link below a local folder leads outside it, and that all files are regular.
 
     Raises:
         RequestError: If a link leads outside the folder or to a folder, or if a file is a pipe, socket or device.
@@ -75,12 +75,10 @@ def copy(folder: Path, target: Path) -> None:
 
 
 def regular(path: P) -> P:
-    """Return `path` if it is a regular file or a folder, or if nothing exists there.
-
-    Pipes, sockets and devices are rejected, because reading them may never end.
+    """Check that `path` is a regular file or a folder, or that nothing exists there; return `path`.
 
     Raises:
-        RequestError: If it is a pipe, a socket or a device.
+        RequestError: If it is a pipe, a socket or a device, because reading these may never end.
     """
     if _is_local(path):
         try:
@@ -95,10 +93,10 @@ def regular(path: P) -> P:
 
 
 def own(path: P) -> P:
-    """Return `path`, at which llmctl writes its own temporary files or locks, if it is no link.
+    """Check that `path`, where llmctl is about to write a temporary file or a lock, is not a link; return `path`.
 
     Raises:
-        RequestError: If it is a link, because the files would be written elsewhere.
+        RequestError: If it is a link, because the file would be written elsewhere.
     """
     if _is_local(path) and Path(path).is_symlink():
         raise RequestError(f"{path}: is a link to {_target(path)}, and llmctl writes its own files there; remove it")
@@ -113,7 +111,7 @@ def _check(folder: Path, path: Path) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Return the folders that links in `folder` may point into: `folder` itself and its cache's `blobs`."""
+    """Return the folders that links in `folder` may point into: `folder` and, in Hugging Face's cache, `blobs`."""
     real = folder.resolve()
     roots = [real]
     for above in (real, *real.parents):
@@ -124,7 +122,7 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def _target(path: Any) -> Path:
-    """Return the target of a path after all links. If the links form a cycle, return the next link of the cycle."""
+    """Follow all links of a path, and return the target. If the links form a cycle, follow only the first link."""
     try:
         return Path(path).resolve(strict=False)
     except (OSError, RuntimeError):

@@ -18,23 +18,22 @@ LINE = 256 << 20
 """Maximum length of a line of a text file in bytes. A line is a document or a table row; the longest books have a
 few million bytes."""
 RATIO = 1000
-"""Maximum number of decompressed bytes per compressed byte. Text has about 3 to 10; gzip of equal bytes reaches
-1032, zstd more."""
+"""Maximum number of decompressed bytes per compressed byte. Text has about 3 to 10. A file of equal bytes has up to
+1032 with gzip, and more with zstd."""
 UNCHECKED = 64 << 20
-"""Size of decompressed data in bytes up to which `RATIO` is not enforced, because small files of equal lines are
-harmless."""
+"""Number of decompressed bytes up to which `RATIO` is not enforced, because small files of equal lines are harmless."""
 
 LAYERS = 100_000
-"""Maximum number of layers. Published models have up to a few hundred. Lists with one entry per layer are built from
-this number."""
+"""Maximum number of layers of a model, because some lists have one entry per layer. Published models have up to a few
+hundred."""
 LABELS = 1_000_000
 """Maximum number of classes that a config.json may declare without names. Published models have up to 22,000."""
 
 TEMPLATE = 1_000_000
 """Maximum length of a chat template in characters. Published templates have up to 60,000."""
 TEMPLATE_TEXT = 20_000_000
-"""Maximum size of a chat template's output, and of each value in it, in characters or items. Longer conversations
-exceed the context of every model."""
+"""Maximum size of the output of a chat template, and of each intermediate value, in characters or items. Longer
+conversations exceed the context of every model."""
 TEMPLATE_STEPS = 10_000_000
 """Maximum number of steps to render a chat template.
 
@@ -48,7 +47,7 @@ slow."""
 
 @functools.cache
 def memory() -> int:
-    """Return the memory that this process may use, in bytes: that of the machine, or of the container if it is less."""
+    """Return the number of bytes of memory that this process may use: the machine's, or the container's if smaller."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())

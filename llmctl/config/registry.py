@@ -32,10 +32,10 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
 
 @dataclass(frozen=True)
 class Choices:
-    """Compute the names that help and shell completion list for a setting.
+    """Compute the allowed values of a setting, which help and shell completion list.
 
-    This class is for settings whose names come from several registries, or from elsewhere. Otherwise a `Registry` lists
-    its own names.
+    This class is for settings whose values are names from several registries, or from elsewhere. If they are the names
+    of one `Registry`, use that registry instead.
     """
 
     names: Callable[[], list[str]]
@@ -96,7 +96,7 @@ class Registry(Generic[T]):
             raise RequestError(f"{self.kind} {name!r} of {package} cannot be loaded: {e}") from e
 
     def check(self, name: str) -> str:
-        """Return `name` if it is known. This is a validator for pydantic's `AfterValidator`.
+        """Check that `name` is known, and return it. Use this function with pydantic's `AfterValidator`.
 
         Raises:
             ValueError: If it is unknown. The one-line message suggests a similar name.

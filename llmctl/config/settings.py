@@ -20,11 +20,11 @@ class MeshConfig(Config):
     fsdp: int = Field(default=1, ge=-1)
     """Number of devices that shard one copy of the parameters; each reads different examples."""
     context: int = Field(default=1, ge=-1)
-    """Number of devices that shard each sequence and the parameters, with ring attention."""
+    """Number of devices that shard each sequence, which then uses ring attention. They also shard the parameters."""
     tensor: int = Field(default=1, ge=-1)
     """Number of devices that shard each layer's heads and neurons, and the vocabulary."""
     pipeline: int = Field(default=1, ge=-1)
-    """Number of pipeline stages, each with successive layers."""
+    """Number of pipeline stages; each contains consecutive layers."""
     dcn: int = Field(default=0, ge=0)
     """Number of slices (chips joined by a fast network) with a slower network between them. Only the data axis spans
     slices. 0 detects the number, 1 treats all devices as one slice."""
@@ -43,13 +43,14 @@ class OptimConfig(Config):
     """Peak learning rate. For Adafactor, it is relative to each weight's scale. For Lion, use a rate 3 to 10 times
     smaller than for AdamW."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
-    """Schedule after the warm-up: wsd is constant and decays at the end, rsqrt decays with the root of the step."""
+    """Learning-rate schedule after the warm-up. wsd is constant and decays at the end; rsqrt is proportional to
+    1 / sqrt(step)."""
     warmup: float = Field(default=0.05, ge=0)
     """Number of warm-up steps. A value below 1 is a fraction of all steps."""
     final: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end of cosine, linear and wsd, as a fraction of the peak."""
     decay: float = Field(default=0.2, ge=0)
-    """Number of steps of the final decay of wsd. A value below 1 is a fraction of all steps."""
+    """Number of steps at the end in which wsd decays. A value below 1 is a fraction of all steps."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the first moment, for AdamW and Lion."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -57,16 +58,16 @@ class OptimConfig(Config):
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of the momentum, for SGD and Muon."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """Constant added to the root of the second moment, for AdamW."""
+    """Constant added to the square root of the second moment, for AdamW."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay of matrices. Norms, biases and embeddings are not decayed."""
+    """Decoupled weight decay of matrices; it is not applied to norms, biases and embeddings."""
     clip: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights. If set, the averaged weights are validated and saved; 0 disables it."""
+    """Decay rate of a moving average of the weights, which is then validated and saved; 0 disables it."""
     spike: float = Field(default=0.0, ge=0)
-    """Number of standard deviations above the running mean. Steps whose gradient norm or loss is higher are skipped; 0
-    skips none."""
+    """Skip steps whose gradient norm or loss exceeds its running mean by more than this number of standard deviations;
+    0 skips none."""
 
 
 class TrainConfig(Config):
@@ -75,7 +76,7 @@ class TrainConfig(Config):
     heading: ClassVar[str] = "Training"
     common: ClassVar[tuple[str, ...] | None] = ("steps", "epochs", "batch_size", "seq_len")
     added: ClassVar[frozenset[str]] = frozenset({"epochs"})
-    instead: ClassVar[dict[str, str]] = {"epochs": "steps"}
+    exclusive: ClassVar[dict[str, str]] = {"epochs": "steps"}
     unkeyed: ClassVar[frozenset[str]] = frozenset(
         {"microbatches", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "profile"}
     )
@@ -96,7 +97,7 @@ class TrainConfig(Config):
     dtype: Dtype = "float32"
     """Dtype of the computation; master weights and optimizer state stay float32."""
     matmuls: dict[str, Literal["int8", "fp8"]] = {}
-    """Matrices to multiply in 8 bits, forward and backward, by name pattern, such as {"mlp/*" = "int8"}."""
+    """8-bit type of matrix products, forward and backward, by name pattern of matrices, such as {"mlp/*" = "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
     """Attention implementation: the platform's fused kernel if there is one (TPU, GPU), or always XLA's."""
     remat: Literal["none", "minimal", "qkv", "full", "offload"] = "minimal"

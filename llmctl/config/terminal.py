@@ -1,4 +1,4 @@
-"""Print text for people. Text from files and users is printed literally, without markup and control characters."""
+"""Print text to the terminal. Text from files and users is printed literally, without markup or control characters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def visible(text: str) -> str:
 
 
 def as_json(value: Any) -> str:
-    """Return JSON on one line without raw control characters. NaN and infinities, which JSON lacks, become null."""
+    """Format a value as JSON on one line, without raw control characters. NaN and infinity become null."""
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)
     return HIDDEN.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 

@@ -23,7 +23,7 @@ from llmctl.config.errors import RequestError
 DEPTH = 100
 """Maximum number of levels of nested lists and tables."""
 LARGEST = 2**128
-"""Exclusive bound of the absolute value of integers. Published files contain 10^30, which means "no limit"."""
+"""Integers must be smaller than this in absolute value. Published files contain 10^30, which means "no limit"."""
 
 _TOO_DEEP = f"nested deeper than {DEPTH} levels"
 _LONG_KEY = re.compile(rf"(?:[^\s.=]{{1,80}}[ \t]{{0,8}}\.[ \t]{{0,8}}){{{DEPTH}}}")
@@ -31,7 +31,7 @@ _HALF_PAIR = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. A byte order mark is skipped.
+    """Parse a JSON text and return its value. A byte order mark is skipped.
 
     Raises:
         ValueError: If the text is not UTF-8, is not JSON or is nested too deeply, if a number is too large, or if a
@@ -54,7 +54,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return the tables of a TOML text as a dict.
+    """Parse a TOML text and return it as a dict.
 
     Raises:
         ValueError: If the text is not TOML or is nested too deeply, or if a number is too large.
@@ -70,7 +70,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def check_unicode(text: str, where: str) -> str:
-    """Return `text` if it can be written as UTF-8.
+    """Check that `text` can be written as UTF-8, and return it.
 
     Python represents undecodable bytes of arguments and of standard input as lone surrogates, which UTF-8 cannot
     represent.

@@ -95,7 +95,7 @@ def run(
         'llama'
         >>> work.cleanup()
     """
-    artifact.check_place(out, source, stage="import", replace=replace)
+    artifact.check_output(out, source, stage="import", replace=replace)
     kind = lazy_tensors.dtype(dtype) if dtype else None
     is_gguf = source.suffix == ".gguf"
     _check_patterns(drop)
@@ -184,7 +184,7 @@ def adapter(
     Raises:
         RequestError: If the adapter is of an unsupported kind, or does not fit the base.
     """
-    artifact.check_place(out, source, base, stage="import", replace=replace)
+    artifact.check_output(out, source, base, stage="import", replace=replace)
     containment.check(source)
     found = artifact.load(base)
     params = peft.load(found, source)

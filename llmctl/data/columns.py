@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from llmctl.config.base import hint, spelled
+from llmctl.config.base import format_toml, hint
 from llmctl.config.errors import RequestError
 from llmctl.data import chats, multiple_choice
 from llmctl.data.config import CHAT_COLUMNS, COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
@@ -148,7 +148,7 @@ class View(Source):
         if late and (late := [c for c in _mapped({*self._source.columns, *raw}) if c in late]):
             raise RequestError(
                 f"{self.where(i)}: column {late[0]!r} is in none of the first rows; name the columns to read in "
-                f"data.columns, such as {spelled({c: c for c in (*self._map, late[0])})}"
+                f"data.columns, such as {format_toml({c: c for c in (*self._map, late[0])})}"
             )
         row = self._canonical(raw, i)
         return row, self._made(row, raw, i)

@@ -145,7 +145,7 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
     Raises:
         RequestError: If there is no text.
     """
-    with processes.in_turn():  # process 0 tokenizes and the others load the result
+    with processes.process_0_first():  # process 0 tokenizes and the others load the result
         # The others must not disagree with process 0, which has compared the same files just before.
         if (corpus := Corpus.load(folder, tokenizer.digest, digest, check=processes.first())) is None:
             tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)

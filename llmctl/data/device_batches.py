@@ -211,7 +211,7 @@ class DeviceBatches:
         """
         batch = {name: np.asarray(a)[None] for name, a in row.items()}
         if not self.reading_order:
-            batch = context_parallel.balanced(batch, self.mesh.shape["context"])
+            batch = context_parallel.to_zigzag(batch, self.mesh.shape["context"])
         shardings, types = self.shardings(batch), jax.dtypes.canonicalize_dtype
         return {
             name: jax.ShapeDtypeStruct((self.size, *a.shape[1:]), types(a.dtype), sharding=shardings[name])
@@ -228,7 +228,7 @@ class DeviceBatches:
         """Return the sharding of each array, by name: over rows, and over the sequence if the mesh shards it."""
         if self.reading_order or self.mesh.shape["context"] == 1:
             return {name: self.row_sharding(a.ndim) for name, a in batch.items()}
-        along = {name: a.ndim > 1 and context_parallel.runs_along(name) for name, a in batch.items()}
+        along = {name: a.ndim > 1 and context_parallel.has_sequence_axis(name) for name, a in batch.items()}
         return {
             name: meshes.sharding(["batch", "seq"] + [None] * (a.ndim - 2), self.mesh)
             if along[name]
@@ -239,7 +239,7 @@ class DeviceBatches:
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Copy a batch to the devices of all processes. Each process passes only its rows (`spans`)."""
         if not self.reading_order and self.mesh.shape["context"] > 1:
-            batch = context_parallel.balanced(batch, self.mesh.shape["context"])
+            batch = context_parallel.to_zigzag(batch, self.mesh.shape["context"])
         shardings = self.shardings(batch)
         if self.spans is None:
             return jax.device_put(batch, shardings)
@@ -272,7 +272,7 @@ def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) 
     found = {name: np.asarray(a) for name, a in batch.items()}
     layout = DeviceBatches(mesh, len(next(iter(found.values()))), reading_order)
     if not reading_order:
-        found = context_parallel.balanced(found, mesh.shape["context"])
+        found = context_parallel.to_zigzag(found, mesh.shape["context"])
     return {name: host_arrays.put(found[name], s) for name, s in layout.shardings(found).items()}
 
 

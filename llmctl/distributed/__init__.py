@@ -1,1 +1,1 @@
-"""Manage devices and processes: the mesh and its sharding rules, multi-process runs, and hardware figures."""
+"""Manage devices and processes: device meshes, sharding rules, runs with several processes, and hardware data."""

@@ -19,14 +19,17 @@ BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 TPU_FILES = ("accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*")
 """Glob patterns of TPU device files below /dev. Files below vfio may belong to other devices."""
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-"""Environment variables that describe a TPU to libtpu. Without them and without a TPU, libtpu queries a cloud
-metadata server and logs errors."""
+"""Environment variables to set on a machine without a TPU. If they are missing there, libtpu queries a cloud metadata
+server for the type of its TPU, and logs errors."""
 
 
-def hush(dev: Path = Path("/dev")) -> None:
-    """Silence libtpu on a machine without a TPU. Call this before JAX loads libtpu.
+def silence_libtpu(dev: Path = Path("/dev")) -> None:
+    """Prevent error logs of libtpu on a machine without a TPU. Call this before JAX loads libtpu.
 
-    libtpu still searches for TPUs, so that it finds any attached TPU.
+    libtpu still searches for TPUs itself, and finds one that this function did not see.
+
+    Args:
+        dev: Folder of the device files.
     """
     if not any(any(dev.glob(files)) for files in TPU_FILES):
         for name, value in NO_TPU.items():
@@ -54,12 +57,12 @@ def choose(platforms: Iterable[str]) -> str:
     return wanted
 
 
-def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: None) -> str:
+def initialize(platforms: Iterable[str], warn: Callable[[str], None] = lambda text: None) -> str:
     """Initialize the requested JAX backend, and check that its devices exist.
 
     Args:
         platforms: Platforms that the stages of a run request (cpu, gpu, tpu); an empty string requests none.
-        say: Function that is called with one line if the machine has an accelerator that JAX does not use.
+        warn: Function that is called with one line if the machine has an accelerator that JAX does not use.
 
     Returns:
         The platform in use.
@@ -80,12 +83,12 @@ def settle(platforms: Iterable[str], say: Callable[[str], None] = lambda text: N
         why = f", for JAX_PLATFORMS={forced} is set" if forced else ""
         raise RequestError(f"platform {wanted!r} is asked for and JAX finds only {found!r}{why}; try llmctl doctor")
     if not wanted and found == "cpu" and not forced:
-        for extra in sorted(plugged()):
-            say(f"this machine has a {extra} that JAX does not use: install llmctl[{extra}], or say platform = 'cpu'")
+        for extra in sorted(attached_accelerators()):
+            warn(f"this machine has a {extra} that JAX does not use: install llmctl[{extra}], or say platform = 'cpu'")
     return found
 
 
-def plugged() -> set[str]:
+def attached_accelerators() -> set[str]:
     """Return the accelerators of this machine, as names of pip extras (cuda, tpu).
 
     The function only looks for device files, so no driver is loaded.

@@ -1,8 +1,10 @@
 """Split sequences over devices so that causal attention takes equal work on each device (context parallelism).
 
 For n devices, a sequence is cut into 2n chunks, and device i gets chunks i and 2n - 1 - i ("zig-zag" order). Each
-device then has one early chunk, which attends to few keys, and one late chunk, which attends to many. Losses are sums
-over positions, and attention receives each token's position. It is therefore enough to permute rows once, on the host.
+device then has one early chunk, which attends to few keys, and one late chunk, which attends to many.
+
+The tokens of each row are permuted once, on the host. The model needs no other change, because losses are sums over
+tokens and attention receives the position of each token.
 """
 
 from __future__ import annotations
@@ -15,46 +17,54 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 
-ALONG = frozenset({"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"})
-"""Names of batch arrays [B, T] whose second axis is the sequence.
+SEQUENCE_ARRAYS = frozenset(
+    {"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"}
+)
+"""Names of batch arrays [B, T] whose second axis is the sequence, without prefixes.
 
-The prefix `encoder_` marks arrays of the encoder of an encoder-decoder model. The prefix `pair_` marks arrays of the
-second text of a pair.
+The prefix `encoder_` marks inputs of the encoder in an encoder-decoder model. The prefix `pair_` marks the second text
+of a pair.
 """
 _PREFIX = re.compile(r"^(pair_|choice\d+_)?(encoder_)?")
-PLACES = ("places", "start", "end")
+POSITION_ARRAYS = ("places", "start", "end")
 """Names of batch arrays whose values are positions in the sequence."""
 
 
-def runs_along(name: str) -> bool:
+def has_sequence_axis(name: str) -> bool:
     """Return True if the second axis of the batch array `name` is the sequence."""
-    return _PREFIX.sub("", name) in ALONG | {"order"}
+    return _PREFIX.sub("", name) in SEQUENCE_ARRAYS | {"order"}
 
 
 def order(length: int, devices: int) -> np.ndarray:
-    """Return the zig-zag permutation, int [length]: entry i is the text position of the token in array slot i.
+    """Return the zig-zag permutation of a sequence, int [length].
 
-    Each device gets an equal, contiguous part of the array.
+    Entry i is the text position of the token that is stored at index i. Each device gets an equal, contiguous part of
+    the permuted sequence.
     """
     chunks = np.arange(length).reshape(2 * devices, -1)
     early, late = chunks[:devices], chunks[devices:][::-1]
     return np.stack([early, late], axis=1).reshape(-1)
 
 
-def balanced(batch: Mapping[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
-    """Return a batch in zig-zag order, with the permutation as `order` and `encoder_order`, int32 [B, T].
+def to_zigzag(batch: Mapping[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
+    """Return a batch whose sequences are permuted to zig-zag order.
 
-    Sequences are first padded to a multiple of 2 * devices. The first token stays first. With one device, the batch is
-    returned unchanged.
+    The permutation is added as the arrays `order` and, for an encoder, `encoder_order`, int32 [B, T]. Sequences are
+    first padded to a multiple of 2 * devices. The first token stays first. With one device, the batch is returned
+    unchanged.
+
+    Args:
+        batch: Arrays of the batch by name, in text order.
+        devices: Number of devices along the context axis.
     """
     if devices == 1:
         return dict(batch)
-    out = {name: _permuted(np.asarray(a), devices) if runs_along(name) else a for name, a in batch.items()}
+    out = {name: _permuted(np.asarray(a), devices) if has_sequence_axis(name) else a for name, a in batch.items()}
     for prefix in ("", "encoder_"):
         if f"{prefix}tokens" in out:
             B, T = out[f"{prefix}tokens"].shape
             out[f"{prefix}order"] = np.tile(order(T, devices).astype(np.int32), (B, 1))
-    for name in PLACES:
+    for name in POSITION_ARRAYS:
         if name in out:
             slots_T = np.argsort(order(out["tokens"].shape[1], devices))
             out[name] = slots_T[out[name]].astype(np.int32)
@@ -81,10 +91,10 @@ def check(length: int, devices: int) -> None:
 
 
 def pairs(causal: bool, step: Any, device: Any, where: Any = np.where) -> list[tuple[Any, Any]]:
-    """Return the block products of one device at one step of ring attention, as pairs (query chunk, key chunk).
+    """Return the pairs (query chunk, key chunk) that one device multiplies at one step of ring attention.
 
     Each device has two chunks, 0 (early) and 1 (late). At step s, device i has the keys of device i - s. With a causal
-    mask, fully masked pairs of chunks are omitted:
+    mask, fully masked pairs are omitted:
     - At step 0, a device has its own keys and computes three products.
     - If the keys come from a device with a smaller index, both query chunks attend to key chunk 0 only.
     - If the keys come from a device with a larger index, only query chunk 1 attends, to both key chunks.
@@ -92,8 +102,8 @@ def pairs(causal: bool, step: Any, device: Any, where: Any = np.where) -> list[t
     Every device therefore computes two products at each later step.
 
     Args:
-        causal: Whether attention is causal. Otherwise a device has one chunk of queries and one of keys, with one
-            product.
+        causal: Whether attention is causal. Otherwise a device has one chunk of queries and one chunk of keys, and the
+            only pair is (0, 0).
         step: Ring step; may be a traced value if it is not 0.
         device: Index of the device on the context axis; may be a traced value.
         where: `np.where`, or `jnp.where` for traced values.

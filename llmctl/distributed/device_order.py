@@ -1,4 +1,7 @@
-"""Order devices in the mesh: neighbors share the fast network, and only the data axis spans slices."""
+"""Order the devices of a mesh: neighbors share the fast network, and only the data axis spans several slices.
+
+A slice is a group of chips that one fast network connects. A slower network connects the slices.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,7 @@ def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], s
         devices: Devices, as many as the product of `sizes`.
         axes: Names of the mesh axes, including "data".
         sizes: Number of devices per axis.
-        slices: Number of slices (chips joined by a fast network). 0 uses the number that the devices report; 1 treats
-            all devices as one slice.
+        slices: Number of slices. 0 uses the number that the devices report; 1 treats all devices as one slice.
 
     Returns:
         Object array [*sizes] of devices. Along the data axis, the devices of one slice are contiguous.
@@ -51,7 +53,7 @@ def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 
 def _groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """Return the devices of each slice. If the devices report no slices, each slice is made of consecutive processes.
+    """Return the devices of each slice. If devices do not report slices, consecutive processes form a slice.
 
     Raises:
         RequestError: If the devices report a number of slices other than `slices`, or cannot be divided by `slices`.

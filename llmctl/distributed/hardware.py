@@ -1,9 +1,10 @@
-"""List memory, FLOP/s and bandwidths of accelerators, from the manufacturers' data sheets.
+"""List the memory, FLOP/s and bandwidths of accelerators, from the manufacturers' data sheets.
 
 TPU figures come from the "Key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. TPU memory is
 the memory available to a program, as the out-of-memory message of libtpu 0.0.42 reports it. It is slightly less than in
 the data sheet. The data sheet's interconnect bandwidth counts both directions, so the outgoing bandwidth is half of it.
-The bandwidth between slices is the "DCN bandwidth per chip"; v5e's is derived from 6.4 Tbps per pod of 256.
+The bandwidth between slices is the "DCN bandwidth per chip" of the data sheet. For v5e, it is 6.4 Tbps per pod divided
+by 256 chips.
 
 GPU figures come from the data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. NVLink bandwidth is
 halved in the same way. Between nodes, each GPU has one InfiniBand port, as in DGX A100 (200 Gb/s) and in DGX H100 and
@@ -25,7 +26,7 @@ class Chip:
     hbm_bytes: int
     """Device memory available to a program, in bytes; 0 if unknown (a CPU)."""
     flops: dict[str, float]
-    """FLOP/s by operand type (bfloat16, float32, int8, …), without sparsity."""
+    """Peak FLOP/s by operand type (bfloat16, float32, int8, …), without sparsity."""
     hbm_bandwidth: float
     """Memory bandwidth in bytes per second."""
     ici_bandwidth: float
@@ -40,7 +41,8 @@ class Chip:
     def peak(self, dtype: str) -> float:
         """Return the peak FLOP/s for operands of type `dtype`.
 
-        If the type has no figure, return that of bfloat16, because TPUs multiply float32 operands in bfloat16.
+        If the data sheet does not list the type, return the value for bfloat16. TPUs, for example, multiply float32
+        operands in bfloat16.
         """
         return self.flops.get(dtype) or self.flops.get("bfloat16", 0.0)
 
@@ -85,7 +87,7 @@ CHIPS: tuple[Chip, ...] = (
         {"bfloat16": 312e12, "float32": 156e12, "int8": 624e12}, 2039e9, 300e9, 25e9,
     ),
 )  # fmt: skip
-"""All known accelerators. The first match of a device's kind is used, so more specific kinds come first."""
+"""All known accelerators. `of_kind` returns the first match, so more specific kinds come first."""
 
 CPU = Chip("cpu", (), 0, {}, 0.0, 0.0)
 
@@ -100,6 +102,6 @@ def chip(name: str) -> Chip:
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """Return the accelerator that matches JAX's `device_kind`, or None if it is unknown."""
+    """Return the accelerator that JAX reports as `device_kind`, or None if it is unknown."""
     kind = device_kind.lower()
     return next((c for c in CHIPS if any(k.lower() in kind for k in c.kinds)), None)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmctl.distributed import processes
 
 PIECE = 1 << 28
-"""Maximum size in bytes of each part when a sharded array is gathered part by part."""
+"""Approximate size in bytes of each part that `pieces` yields."""
 
 
 def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -24,16 +24,16 @@ def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def read(a: jax.Array) -> np.ndarray:
-    """Return the full array on every host. All processes must call this function."""
+    """Return the full array as a host array in every process. All processes must call this function."""
     found = list(pieces(a))
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def pieces(a: jax.Array) -> Iterator[np.ndarray]:
-    """Yield the full array on every host, as successive parts along its first axis.
+    """Yield the full array in every process, as successive host arrays along its first axis.
 
-    All processes must call this function. If this process can address the full array, there is one part. An array that
-    is sharded over processes is gathered in parts of about `PIECE` bytes, to limit memory.
+    All processes must call this function. If this process can address the full array, it is yielded at once. An array
+    that is sharded over processes is gathered in parts of about `PIECE` bytes, to limit memory.
     """
     if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
         yield np.asarray(a)
@@ -49,5 +49,5 @@ def pieces(a: jax.Array) -> Iterator[np.ndarray]:
 
 @cache
 def _gather(length: int, whole: NamedSharding) -> Any:
-    """Return a jitted function (array, first row) -> `length` rows of the array, replicated on all devices."""
+    """Return a jitted function (array, i) -> rows i to i + `length` - 1 of the array, with the sharding `whole`."""
     return jax.jit(partial(jax.lax.dynamic_slice_in_dim, slice_size=length), out_shardings=whole)

@@ -1,4 +1,4 @@
-"""Configure the C allocator of a CPU process to keep freed memory, in huge pages.
+"""Configure the C allocator of this process to keep freed memory and to use huge pages.
 
 A training step allocates and frees hundreds of megabytes of temporaries. By default, glibc returns freed memory to the
 kernel at once. The kernel clears every page when the next step touches it, which takes at least an eighth of the step's
@@ -24,7 +24,7 @@ HUGE = 2 << 20
 
 @functools.cache
 def keep() -> bool:
-    """Configure this process to keep freed memory. Repeated calls have no effect.
+    """Configure the C allocator of this process to keep freed memory. Repeated calls have no effect.
 
     The memory of the process then never falls below its peak. Half of the machine's memory is reserved as address
     space, but a page is allocated only when it is first written.

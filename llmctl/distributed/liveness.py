@@ -1,7 +1,9 @@
 """End all processes of a run together, report failures, and detect dead processes.
 
 Every process keeps a TCP connection to process 0, which forwards messages to the others. If a process dies, the kernel
-closes its connection. TCP keep-alive detects an unreachable host. A busy process is therefore never reported as dead.
+closes its connection. If a host becomes unreachable, TCP keep-alive closes the connection. The processes themselves
+send
+no heartbeats, so a busy process is never reported as dead.
 """
 
 from __future__ import annotations
@@ -32,63 +34,68 @@ class _Run:
 
     def __init__(self, index: int, count: int) -> None:
         self.index, self.count = index, count
-        self.links: dict[int, socket.socket] = {}
+        self.connections: dict[int, socket.socket] = {}
         self.ended: set[int] = set()
         """Indices of processes that sent their final message. If one of them closes its connection, it is not reported
         as dead."""
         self.failed = False
         self.ending = threading.Lock()
-        self.over = threading.Event()
+        self.all_succeeded = threading.Event()
         """Set when all processes have ended successfully."""
-        self.answered = threading.Event()
+        self.contacted = threading.Event()
         """Set when a message from process 0 has arrived, so process 0 is alive."""
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message to every connected process."""
         text = (json.dumps(message) + "\n").encode()
-        for link in list(self.links.values()):
+        for link in list(self.connections.values()):
             with contextlib.suppress(OSError):  # a lost process is detected by the reading thread
                 link.sendall(text)
 
-    def heard(self, who: int, message: dict[str, Any]) -> None:
-        """Handle the final message of process `who`.
+    def receive(self, sender: int, message: dict[str, Any]) -> None:
+        """Handle the final message of process `sender`, which contains its exit code.
 
-        An error code schedules the end of this process. A success is counted in process 0. The other processes receive
-        only the success of process 0, which means that all processes have succeeded.
+        If the code is an error, schedule the end of this process. If it is 0, process 0 counts the success. The other
+        processes receive code 0 only from process 0, which means that all processes have succeeded.
         """
-        self.answered.set()
-        self.ended.add(who)
+        self.contacted.set()
+        self.ended.add(sender)
         if message["code"]:
             self.failed = True
-            self.follow(message)
+            self.schedule_exit(message)
         elif self.index:
-            self.over.set()
+            self.all_succeeded.set()
         else:
             self.finish()
 
     def finish(self) -> None:
-        """Tell all processes that they may exit, if every process has ended successfully. Only process 0 calls this."""
+        """If every process has succeeded, tell all processes that they may exit. Only process 0 calls this."""
         if len(self.ended) == self.count and not self.failed:
             self.send({"from": 0, "code": 0})
-            self.over.set()
+            self.all_succeeded.set()
 
-    def lost(self, who: int) -> None:
-        """Handle a closed connection of process `who`: report the process as dead unless it sent its final message."""
-        if not (self.over.is_set() or who in self.ended):
-            self.follow({"from": who, "code": 1, "line": f"died or cannot be reached; {RESUME}", "dead": True})
+    def handle_disconnect(self, sender: int) -> None:
+        """Report process `sender` as dead if its connection closed before it sent its final message."""
+        if not (self.all_succeeded.is_set() or sender in self.ended):
+            self.schedule_exit(
+                {"from": sender, "code": 1, "line": f"died or cannot be reached; {RESUME}", "dead": True}
+            )
 
-    def follow(self, message: dict[str, Any]) -> None:
+    def schedule_exit(self, message: dict[str, Any]) -> None:
         """Schedule the end of this process, because another process has failed or died.
 
-        If the other process failed and sent a message, this process gets `GRACE` seconds to exit by itself. If it died,
+        If the other process failed, this process gets `GRACE` seconds to exit by itself. If the other process died,
         this process ends at once.
+
+        Args:
+            message: Final message of the other process: its index, exit code and error line, and "dead" if it died.
         """
         if self.index == 0:
             self.send(message)
         line = f"process {message['from']} of {self.count}: {message['line']}"
-        speaks = self.index == 0 or (message["from"] == 0 and "dead" in message)
+        prints = self.index == 0 or (message["from"] == 0 and "dead" in message)
         wait = 0.0 if "dead" in message else GRACE
-        timer = threading.Timer(wait, self.end, (message["code"], line if speaks else ""))
+        timer = threading.Timer(wait, self.end, (message["code"], line if prints else ""))
         timer.daemon = True
         timer.start()
 
@@ -108,9 +115,9 @@ class _Run:
         os._exit(code)  # skips libraries' exit handlers, which would wait for lost processes
 
     def wait_for_others(self) -> None:
-        """Wait until all connections are closed, but at most 2 * GRACE seconds, because another process may hang."""
-        until = time.monotonic() + 2 * GRACE
-        while self.links and time.monotonic() < until:
+        """Wait until all connections are closed, for at most 2 * GRACE seconds, because another process may hang."""
+        deadline = time.monotonic() + 2 * GRACE
+        while self.connections and time.monotonic() < deadline:
             time.sleep(0.02)
 
 
@@ -118,33 +125,34 @@ _run: _Run | None = None
 
 
 def silence() -> None:
-    """Redirect file descriptor 1 to the null device and keep `sys.stdout` on the original one.
+    """Discard what native libraries print to standard output, but not what Python prints.
 
-    Native libraries print to file descriptor 1 (Gloo logs its peers), which would corrupt JSON results.
+    File descriptor 1 is redirected to the null device, and `sys.stdout` gets a copy of the original descriptor. Gloo,
+    for example, logs its peers there, which would corrupt JSON results.
     """
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
-def bind(index: int, count: int, host: str, seconds: int, tell: Callable[[Any], Any]) -> None:
+def connect(index: int, count: int, host: str, seconds: int, broadcast: Callable[[Any], Any]) -> None:
     """Connect this process to process 0 on `host`, and start the thread that receives messages.
 
     Args:
         index: Index of this process.
         count: Number of processes.
         host: Host of process 0.
-        seconds: Time without a reply after which a host is considered dead.
-        tell: Function that broadcasts a value of process 0 to every process and returns it.
+        seconds: Number of seconds without a reply after which a host is considered dead.
+        broadcast: Function that every process calls, and that returns the argument of process 0 in all of them.
     """
     global _run
     _run = run = _Run(index, count)
     secret, server = secrets.token_hex(16), None
     if index == 0:
         server = socket.create_server(("", 0), backlog=count)
-    port, secret = tell([server.getsockname()[1] if server else 0, secret])
+    port, secret = broadcast([server.getsockname()[1] if server else 0, secret])
     if server:
         threading.Thread(target=_serve, args=(run, server, secret, seconds), daemon=True).start()
         return
@@ -156,7 +164,7 @@ def bind(index: int, count: int, host: str, seconds: int, tell: Callable[[Any], 
     link = socket.create_connection((host, port), timeout=seconds)
     link.settimeout(None)
     _keep_alive(link, seconds)
-    run.links[0] = link
+    run.connections[0] = link
     run.send({"from": index, "secret": secret})
     threading.Thread(target=_listen, args=(run, link), daemon=True).start()
 
@@ -171,22 +179,22 @@ def _keep_alive(link: socket.socket, seconds: int) -> None:
 def _listen(run: _Run, link: socket.socket) -> None:
     with contextlib.suppress(OSError):
         for line in link.makefile("rb"):
-            run.heard(0, json.loads(line))
-    run.lost(0)
+            run.receive(0, json.loads(line))
+    run.handle_disconnect(0)
 
 
 def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
     """Accept connections and receive messages in process 0, with one thread for all connections."""
-    chosen = selectors.DefaultSelector()
-    chosen.register(server, selectors.EVENT_READ)
+    selector = selectors.DefaultSelector()
+    selector.register(server, selectors.EVENT_READ)
     unread: dict[socket.socket, bytes] = {}
     names: dict[socket.socket, int] = {}
     while True:
-        for key, _ in chosen.select():
+        for key, _ in selector.select():
             if key.fileobj is server:
                 link, _ = server.accept()
                 _keep_alive(link, seconds)
-                chosen.register(link, selectors.EVENT_READ)
+                selector.register(link, selectors.EVENT_READ)
                 unread[link] = b""
                 continue
             link: Any = key.fileobj
@@ -197,21 +205,22 @@ def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
             *lines, unread[link] = (unread[link] + data).split(b"\n")
             for line in lines:
                 if link in names:
-                    run.heard(names[link], json.loads(line))
-                elif (who := _known(line, secret)) is not None:
-                    names[link], run.links[who] = who, link
+                    run.receive(names[link], json.loads(line))
+                elif (sender := _sender_of(line, secret)) is not None:
+                    names[link], run.connections[sender] = sender, link
             if not data:
-                chosen.unregister(link)
+                selector.unregister(link)
                 link.close()
                 if link in names:
-                    run.links.pop(names[link], None)
-                    run.lost(names[link])
+                    run.connections.pop(names[link], None)
+                    run.handle_disconnect(names[link])
 
 
-def _known(line: bytes, secret: str) -> int | None:
-    """Return the index of the process that sent the first message of a connection, or None if the secret is wrong.
+def _sender_of(line: bytes, secret: str) -> int | None:
+    """Return the index of the process that opened a connection, or None if its first message is invalid.
 
-    Network scanners also connect to the port. A connection is therefore ignored until it sends the secret.
+    A valid message contains the secret of the run. Other programs, such as network scanners, also connect to the port,
+    and are ignored.
     """
     with contextlib.suppress(ValueError, TypeError, KeyError):
         message = json.loads(line)
@@ -219,15 +228,15 @@ def _known(line: bytes, secret: str) -> int | None:
     return None
 
 
-def leave(code: int, line: str) -> None:
+def exit_together(code: int, line: str) -> None:
     """End this process together with the other processes of the run.
 
-    With code 0, return when all processes have ended successfully. With another code, or if another process fails, exit
-    this process instead of returning.
+    With code 0, return when all processes have succeeded. With another code, or if another process fails, exit this
+    process instead of returning.
 
     Args:
         code: Exit code of this process.
-        line: Error message for process 0 to print.
+        line: Error message that process 0 prints.
     """
     run = _run
     if run is None:
@@ -236,16 +245,16 @@ def leave(code: int, line: str) -> None:
         message = {"from": run.index, "code": code, "line": line}
         if run.index:
             # Process 0 prints the line and forwards the message to this process too. If process 0 is dead there is no
-            # reply, and `lost` reports its death instead.
+            # reply, and `handle_disconnect` reports its death instead.
             run.send(message)
-            run.answered.wait(GRACE)
+            run.contacted.wait(GRACE)
         run.end(code, "", None if run.index else message)
         threading.Event().wait()  # another thread calls os._exit
     if run.index:
         run.send({"from": run.index, "code": 0})
-        run.over.wait()
+        run.all_succeeded.wait()
     else:
         run.ended.add(0)
         run.finish()
-        run.over.wait()
+        run.all_succeeded.wait()
         run.wait_for_others()

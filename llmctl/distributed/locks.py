@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LONGEST = 200
-"""Maximum size of a folder's name in bytes. File systems allow 255, and names of temporary files are longer."""
+"""Maximum size of a folder's name in bytes. File systems allow 255, but the temporary files beside the folder have
+longer names."""
 
 ATTEMPTS = 100
 """Maximum number of attempts to create a lock file. An attempt fails if another process has just removed its folder."""
@@ -29,7 +30,11 @@ _claimed: set[Path] = set()
 
 
 def scratch(out: Path, what: str) -> Path:
-    """Return the path of a hidden temporary file or folder in the folder of `out`, such as `.out.llmctl-draft`.
+    """Return the path of a hidden temporary file or folder beside `out`.
+
+    Args:
+        out: Path of the output.
+        what: End of the name: the path for `out` and "draft" is `.out.llmctl-draft`.
 
     Raises:
         RequestError: If the path is a link.
@@ -39,6 +44,10 @@ def scratch(out: Path, what: str) -> Path:
 
 def check_name(name: str, where: str) -> None:
     """Check that `name` is valid as a folder name, before any work is done.
+
+    Args:
+        name: The name.
+        where: Beginning of the error message, such as the path.
 
     Raises:
         RequestError: If the name is too long, is not valid Unicode, or contains a NUL or a slash.
@@ -54,10 +63,14 @@ def check_name(name: str, where: str) -> None:
 
 
 def check_path(path: Path, where: str) -> None:
-    """Check that Orbax can write arrays below a folder. Orbax reads the path as a glob pattern.
+    """Check that Orbax can write arrays below a folder. Orbax interprets the path as a glob pattern.
+
+    Args:
+        path: The folder.
+        where: Beginning of the error message.
 
     Raises:
-        RequestError: If the absolute path has a character with a meaning in globs.
+        RequestError: If the absolute path contains one of the characters `[]*?` or a backslash.
     """
     if found := re.search(r"[\[\]*?\\]", str(path.absolute())):
         raise RequestError(
@@ -67,7 +80,7 @@ def check_path(path: Path, where: str) -> None:
 
 @contextlib.contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Lock `out` for writing by this process while the context lasts. A process may lock the same path several times.
+    """Lock `out` for writing while the context lasts. Nested locks of the same process are allowed.
 
     Raises:
         RequestError: If another process has locked it.

@@ -1,4 +1,4 @@
-"""Build the device mesh and map logical axes to mesh axes through one table of sharding rules.
+"""Build the device mesh, and shard arrays over it by one table of rules that maps logical axes to mesh axes.
 
 Example:
   >>> from llmctl.config.settings import MeshConfig
@@ -56,7 +56,7 @@ _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
 def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
-    """Build a mesh over all devices, with the axes `AXES` of type Auto.
+    """Build a device mesh with the axes `AXES`, which all have JAX's axis type Auto.
 
     On the CPU platform with default settings, the mesh has one device, because fake CPU devices only split the same
     cores. On CPUs, the process also keeps freed memory (`host_memory.keep`).
@@ -132,14 +132,14 @@ def splits_sequences() -> bool:
 
 
 def spec(names: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> PartitionSpec:
-    """Convert logical axis names to a PartitionSpec. No mesh axis is used twice.
+    """Convert logical axis names to a PartitionSpec by the sharding rules.
 
-    Mesh axes of size 1 and manual axes (inside `per_device`) are omitted.
+    A mesh axis shards at most one dimension. Mesh axes of size 1, and manual axes (inside `per_device`), are omitted.
 
     Args:
         names: One logical axis name per dimension; None for a replicated dimension.
         mesh: The device mesh.
-        shape: Shape of the array. If given, mesh axes that do not divide a dimension are omitted.
+        shape: Shape of the array. If given, a dimension that cannot be divided evenly over its mesh axes is replicated.
     """
     used = set(jax.sharding.get_abstract_mesh().manual_axes)
     entries: list[tuple[str, ...] | None] = []
@@ -163,9 +163,9 @@ def sharding(names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain the sharding of an activation by the logical axes `names`, and return it.
+    """Constrain the sharding of an activation to that of the logical axes `names`, and return the activation.
 
-    Without a current mesh, or on one device, return it unchanged.
+    Without a current mesh, or on one device, return the activation unchanged.
     """
     mesh = _current.get()
     if mesh is None or mesh.size == 1:
@@ -178,7 +178,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def per_device(
     fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, automatic: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """Return a function that runs `fn` on the local shards of every device with `shard_map`. Calls may be nested.
+    """Return a function that runs `fn` with `shard_map`: on every device, with the shards of that device.
+
+    Calls may be nested.
 
     Args:
         fn: Function of local shards.
@@ -205,5 +207,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Return the sharding of a batch array [B, ...], which splits the first axis."""
+    """Return the sharding of a batch array [B, ...] with `ndim` axes, which splits the first axis."""
     return sharding(["batch"] + [None] * (ndim - 1), mesh)

@@ -1,4 +1,4 @@
-"""Coordinate the processes of a run: connection, broadcasts of process 0's decisions, barriers and ordering.
+"""Coordinate the processes of a run: connect them, broadcast values of process 0, gather values, and synchronize.
 
 In a run with one process, this module does not import JAX, and all functions return at once.
 """
@@ -22,63 +22,63 @@ from llmctl.distributed import backend, liveness
 T = TypeVar("T")
 
 HEARTBEAT = "LLMCTL_HEARTBEAT"
-"""Environment variable with the seconds without a reply after which a host is considered dead."""
+"""Environment variable that overrides `SECONDS`."""
 SECONDS = 60
-"""Default time without a reply after which a host is considered dead, in seconds. `HEARTBEAT` overrides it."""
+"""Default number of seconds without a reply after which a host is considered dead."""
 FOREVER = 7 * 24 * 3600 * 1000
-"""Timeout in milliseconds for waits on other processes: one week. Dead processes are detected by
-`llmctl.distributed.liveness`."""
+"""Timeout for waits on other processes in milliseconds: one week. `llmctl.distributed.liveness` detects dead processes
+earlier."""
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """Store the index of this process and the number of processes."""
 
     index: int = 0
     count: int = 1
 
 
-_place = Place()
-_decisions = 0
+_this = ProcessInfo()
+_exchanges = 0
 
 
 def index() -> int:
     """Return the index of this process, from 0."""
-    return _place.index
+    return _this.index
 
 
 def count() -> int:
     """Return the number of processes."""
-    return _place.count
+    return _this.count
 
 
 def first() -> bool:
     """Return True if this is process 0, which prints messages and writes files for all processes."""
-    return _place.index == 0
+    return _this.index == 0
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Connect to the other processes of this run. Call this before any JAX backend starts.
 
-    Without arguments, the other processes are found if they were started by Slurm or on a TPU pod. A single process
-    does nothing.
+    Without arguments, the processes are detected if Slurm started them, or if they run on a TPU pod. If there is only
+    one process, this function does nothing.
 
     Args:
         coordinator: Address of process 0 as HOST:PORT.
-        num_processes: Number of processes; 1 disables the search for other processes.
+        num_processes: Number of processes; 1 disables the detection of other processes.
         process_id: Index of this process.
 
     Raises:
         RequestError: If only some arguments are given, if they contradict each other, or if a process is unreachable.
     """
-    global _place
-    if _place.count > 1:
+    global _this
+    if _this.count > 1:
         return
     if not coordinator and num_processes != 1 and process_id < 0 and not num_processes:
-        told = found()
+        arguments = cluster_arguments()
     else:
-        told = _arguments(coordinator, num_processes, process_id)
-    if not told:
+        arguments = _arguments(coordinator, num_processes, process_id)
+    if not arguments:
         return
     import jax
     from jax._src import distributed
@@ -88,20 +88,20 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     if "cpu" in (os.environ.get("JAX_PLATFORMS") or "cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # `llmctl.train.preemption` handles SIGTERM
-    # By default JAX aborts all processes with a stack trace when one dies. As "recoverable" they are left to
-    # `liveness`.
+    # By default, JAX aborts all processes with a stack trace when one dies. With "recoverability", JAX does not, and
+    # `liveness` ends them.
     jax.config.update("jax_enable_recoverability", True)
     try:
-        jax.distributed.initialize(**told, heartbeat_timeout_seconds=2 * seconds)
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=2 * seconds)
     except Exception as e:
-        where = told.get("coordinator_address", "the coordinator")
+        where = arguments.get("coordinator_address", "the coordinator")
         raise RequestError(
             f"--coordinator: the processes did not all come together at {where} ({' '.join(str(e).split())[:120]})"
         ) from None
     state = distributed.global_state
-    _place = Place(state.process_id, state.num_processes)
+    _this = ProcessInfo(state.process_id, state.num_processes)
     host = str(state.coordinator_address).rsplit(":", 1)[0]
-    liveness.bind(_place.index, _place.count, host, seconds, lambda value: tell(lambda: value))
+    liveness.connect(_this.index, _this.count, host, seconds, lambda value: broadcast(lambda: value))
 
 
 def _heartbeat() -> int:
@@ -112,7 +112,7 @@ def _heartbeat() -> int:
 
 
 def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any] | None:
-    """Convert the command line's flags to arguments of `jax.distributed.initialize`; return None for a single process.
+    """Convert flags to arguments of `jax.distributed.initialize`; return None if there is only one process.
 
     Raises:
         RequestError: If the flags are incomplete or contradict each other.
@@ -137,10 +137,10 @@ def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[st
     }
 
 
-def found() -> dict[str, Any] | None:
-    """Return arguments of `jax.distributed.initialize` from the environment of Slurm or a TPU pod.
+def cluster_arguments() -> dict[str, Any] | None:
+    """Return the arguments of `jax.distributed.initialize` for processes of Slurm or of a TPU pod.
 
-    If there is only one process, return None.
+    They are derived from environment variables and device files. If there is only one process, return None.
     """
     env = os.environ
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
@@ -164,95 +164,99 @@ def found() -> dict[str, Any] | None:
     return None
 
 
-def tell(decide: Callable[[], T]) -> T:
-    """Broadcast the result of `decide` in process 0 to all processes. All must call this in the same order.
+def broadcast(compute: Callable[[], T]) -> T:
+    """Call `compute` in process 0, and return its result in all processes.
 
-    If `decide` raises an error in process 0, the run ends for all processes.
+    All processes must call this function, in the same order. If `compute` raises an error, all processes end.
 
     Args:
-        decide: Function without arguments, called in process 0 only. Its result must be JSON data.
+        compute: Function without arguments. Its result must be JSON data.
 
     Returns:
         The result, equal in all processes.
     """
-    global _decisions
-    if _place.count == 1:
-        return decide()
-    _decisions += 1
-    key = f"llmctl/{_decisions}"
+    global _exchanges
+    if _this.count == 1:
+        return compute()
+    _exchanges += 1
+    key = f"llmctl/{_exchanges}"
     if first():
-        said = decide()
-        _client().key_value_set(key, json.dumps(said))
-        return said
+        result = compute()
+        _client().key_value_set(key, json.dumps(result))
+        return result
     return json.loads(_client().blocking_key_value_get(key, FOREVER))
 
 
-def together(name: str) -> None:
-    """Wait until every process has reached this barrier."""
-    global _decisions
-    if _place.count > 1:
-        _decisions += 1
-        _client().wait_at_barrier(f"llmctl/{_decisions}/{name}", FOREVER)
+def barrier(name: str) -> None:
+    """Wait until every process has called this function with the same `name`."""
+    global _exchanges
+    if _this.count > 1:
+        _exchanges += 1
+        _client().wait_at_barrier(f"llmctl/{_exchanges}/{name}", FOREVER)
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all processes, ordered by process index. All must call this in the same order.
+    """Return the values of all processes, ordered by process index. All processes must call this in the same order.
 
     Args:
         value: Value of this process, as JSON data.
     """
-    global _decisions
-    if _place.count == 1:
+    global _exchanges
+    if _this.count == 1:
         return [value]
-    _decisions += 1
-    client, folder = _client(), f"llmctl/{_decisions}/"
-    client.key_value_set(f"{folder}{_place.index}", json.dumps(value))
-    return [json.loads(client.blocking_key_value_get(f"{folder}{i}", FOREVER)) for i in range(_place.count)]
+    _exchanges += 1
+    client, folder = _client(), f"llmctl/{_exchanges}/"
+    client.key_value_set(f"{folder}{_this.index}", json.dumps(value))
+    return [json.loads(client.blocking_key_value_get(f"{folder}{i}", FOREVER)) for i in range(_this.count)]
 
 
 @contextlib.contextmanager
-def in_turn() -> Iterator[None]:
-    """Run the block of the context in process 0 first, and then in the other processes at the same time.
+def process_0_first() -> Iterator[None]:
+    """Run the body of the `with` statement in process 0 first, and then in the other processes at the same time.
 
-    The other processes can then read the files that process 0 wrote.
+    The other processes can then read files that process 0 wrote in the body.
     """
     if not first():
-        together("turn")
+        barrier("turn")
     yield
     if first():
-        together("turn")
+        barrier("turn")
 
 
 def check_same(value: Any, what: str) -> None:
     """Check that all processes have the same `value`, which must be JSON data.
 
+    Args:
+        value: Value of this process.
+        what: Name of the value, for the error message.
+
     Raises:
         RequestError: If the value differs from that of process 0.
     """
-    if _place.count == 1:
+    if _this.count == 1:
         return
     text = json.dumps(value, sort_keys=True)
-    if tell(lambda: hashlib.sha256(text.encode()).hexdigest()) != hashlib.sha256(text.encode()).hexdigest():
+    if broadcast(lambda: hashlib.sha256(text.encode()).hexdigest()) != hashlib.sha256(text.encode()).hexdigest():
         raise RequestError(f"process {index()} was given something else as {what} than process 0; start all alike")
 
 
 def check_shared(folder: Path) -> None:
-    """Check that all processes share the file system of `folder`: process 0 writes a file, and the others read it.
+    """Check that all processes see the same `folder`: process 0 writes a file there, and the others read it.
 
     Raises:
         RequestError: If the file is missing or differs.
     """
-    if _place.count == 1:
+    if _this.count == 1:
         return
     mark = folder / "shared"
-    said = tell(lambda: _write(mark, os.urandom(8).hex()))
+    result = broadcast(lambda: _write(mark, os.urandom(8).hex()))
     try:
         seen = mark.read_text()
     except OSError:
         seen = ""
-    if seen != said:
+    if seen != result:
         raise RequestError(f"{folder}: process {index()} does not see what process 0 writes there; use a shared folder")
-    together("seen")
+    barrier("seen")
 
 
 def _write(file: Path, text: str) -> str:
@@ -267,7 +271,7 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def leave(code: int, line: str) -> int:
+def exit_together(code: int, line: str) -> int:
     """End a command in every process, and return its exit code.
 
     If all processes succeed, they end together. If one fails, it ends the others, and this function does not return.
@@ -278,8 +282,8 @@ def leave(code: int, line: str) -> int:
     """
     if first() and line:
         sys.stderr.write(f"llmctl: {visible(line)}\n")
-    if _place.count > 1:
-        liveness.leave(code, line)
+    if _this.count > 1:
+        liveness.exit_together(code, line)
         import jax
 
         jax.distributed.shutdown()

@@ -41,4 +41,4 @@ def folder(path: Path | None) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="llmctl-") as temporary:
-        yield Path(processes.tell(lambda: temporary)) / "result"
+        yield Path(processes.broadcast(lambda: temporary)) / "result"

@@ -75,11 +75,11 @@ def run(
     hosts.join(**processes or {})
     # Compare all settings, not only keyed ones: a process that saves when others do not would wait for them for ever.
     hosts.check_same([[s.config.model_dump(mode="json") for s in recipe.steps], list(only)], "the recipe")
-    with hosts.in_turn():  # process 0 downloads; the others then find the files
+    with hosts.process_0_first():  # process 0 downloads; the others then find the files
         for step in recipe.steps:
             if not only or step.name in only:
                 fetch(step.config)
-    found = hosts.tell(lambda: [(t.key, t.why) for t in plan(recipe)])
+    found = hosts.broadcast(lambda: [(t.key, t.why) for t in plan(recipe)])
     tasks = [Task(step, key, why) for step, (key, why) in zip(recipe.steps, found, strict=True)]
     wanted = [t for t in tasks if not only or t.step.name in only]
     _inputs_are_there(tasks, wanted, bool(only))
@@ -87,18 +87,18 @@ def run(
     for task in due:
         _batches_fit(task.step)
     if due:
-        hosts.tell(lambda: data_check.check(recipe, [t.step.name for t in due]))
+        hosts.broadcast(lambda: data_check.check(recipe, [t.step.name for t in due]))
     with locks.lock(recipe.run / WORK / "run.lock", str(recipe.run), shared=recipe.alone, own_folder=True):
         hosts.check_shared(recipe.run / WORK)
         if due:
-            backend.settle((t.step.config.platform for t in due), say)
+            backend.initialize((t.step.config.platform for t in due), say)
         for i, task in enumerate(wanted, 1):
             name = task.step.name
             with locks.claim(task.step.out):
-                if hosts.tell(lambda task=task: not task.why or up_to_date.is_done(task.step, task.key)):
+                if hosts.broadcast(lambda task=task: not task.why or up_to_date.is_done(task.step, task.key)):
                     if hosts.first():  # left by a process that was killed after it wrote the artifact
                         shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)
-                    remark = hosts.tell(lambda task=task: up_to_date.remark(task.step))
+                    remark = hosts.broadcast(lambda task=task: up_to_date.remark(task.step))
                     say(f"[{i}/{len(wanted)}] {name}: up to date, skipped{remark}")
                     continue
                 source = f" from {out_name(task.step.parent)}" if task.step.parent else ""
@@ -192,7 +192,7 @@ def _batches_fit(step: Step) -> None:
 def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     step = task.step
     work = recipe.run / WORK / step.name
-    made = hosts.tell(lambda: _begin(step, work, task.key, say, recipe.alone))
+    made = hosts.broadcast(lambda: _begin(step, work, task.key, say, recipe.alone))
 
     def folder(of: str | Path) -> Path:
         return of if isinstance(of, Path) else recipe.run / of
@@ -205,7 +205,7 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
         if made and hosts.first():  # a wrong request leaves no scratch files
             shutil.rmtree(work, ignore_errors=True)
         raise
-    if not hosts.tell(lambda: up_to_date.key_at(step.out) == task.key):
+    if not hosts.broadcast(lambda: up_to_date.key_at(step.out) == task.key):
         raise WorkError(f"{step.name}: the stage ended without leaving its artifact in {step.out}")
     if hosts.first():
         shutil.rmtree(work)
@@ -217,7 +217,7 @@ def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: 
     If a folder with another key exists, it is removed first. With `alone` (a single stage command), an artifact at the
     output folder may be replaced only if a stage of the same kind wrote it.
     """
-    artifact.check_place(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
+    artifact.check_output(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"
     if work.exists() and (not note.exists() or note.read_text() != key):
         say(f"{step.name}: its settings changed since it was interrupted; {work} is discarded")

@@ -6,7 +6,7 @@ A stage is one module:
         kind: Literal["average"] = "average"
 
     def run(config: Config, parent: Path | None, ctx: Context) -> None:
-        ...  # write the artifact to ctx.out, as ctx.leave does
+        ...  # write the artifact to ctx.out, as ctx.save does
 
     def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
         ...  # optional: the programs that `llmctl plan` compiles, and the artifact of the stage

@@ -154,7 +154,7 @@ def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
             return artifact.abstract(named, mesh)
         if named not in made:
             raise RequestError(f"{step.name}: cannot be planned: the stage {named!r} exports no programs")
-        return abstract_artifact.on(made[named], mesh)
+        return abstract_artifact.with_shardings(made[named], mesh)
 
     base = None if step.parent is None else there(step.parent)
     others = {name: there(named) for name, named in step.others.items()}

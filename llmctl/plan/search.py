@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmctl.config.base import spelled
+from llmctl.config.base import format_toml
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.model.array_bytes import bytes_of
@@ -97,7 +97,9 @@ def _with_recipe_lines(step: Step, topology: Topology, one: Candidate) -> Candid
     named = {name: one.setup.mesh.get(name, config.mesh.dcn) for name in config.mesh.model_fields_set}
     mesh = one.axes | named
     return replace(
-        one, compiled=topology.platform != "cuda", recipe=(f"mesh = {spelled(mesh)}", f"train = {spelled(train)}")
+        one,
+        compiled=topology.platform != "cuda",
+        recipe=(f"mesh = {format_toml(mesh)}", f"train = {format_toml(train)}"),
     )
 
 

@@ -34,7 +34,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
-        orbax_logging.hush()
+        orbax_logging.silence_late_errors()
         self.folder, self.keep, self.say = folder.absolute(), keep, say
         self._latest = self._open(self.folder / "steps", keep)
         self._best = self._open(self.folder / "best", 1)
@@ -121,7 +121,7 @@ class Checkpoints:
             self.say(f"checkpoint of step {step} is damaged ({reasons[0]}); going on from one before")
             if processes.first():
                 self._set_aside(step)
-            processes.together("aside")
+            processes.barrier("aside")
             self._latest.reload()
         return None
 

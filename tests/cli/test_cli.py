@@ -262,7 +262,7 @@ def test_a_platform_that_is_not_there_is_refused(place, call):
 
 
 def test_a_platform_is_settled_before_jax_starts(tmp_path):
-    script = "from llmctl.distributed import backend; print(backend.settle(['tpu']))"
+    script = "from llmctl.distributed import backend; print(backend.initialize(['tpu']))"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "RequestError: platform 'tpu'" in done.stderr
@@ -284,10 +284,10 @@ def test_a_tpu_answers_for_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "a,b"})
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "0").touch()
-    backend.hush(tmp_path)
+    backend.silence_libtpu(tmp_path)
     assert os.environ == {"TPU_WORKER_HOSTNAMES": "a,b"}
     (tmp_path / "vfio" / "0").unlink()
-    backend.hush(tmp_path)
+    backend.silence_libtpu(tmp_path)
     assert os.environ == backend.NO_TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}
 
 

@@ -118,10 +118,10 @@ def test_a_link_that_leads_nowhere_is_no_place(refused, fake_stages, tmp_path, m
 
 def test_paths_that_orbax_reads_as_globs(tmp_path):
     """The checkpoint's files were not found and not merged, and the artifact was damaged."""
-    artifact.check_place(tmp_path / "a{1}")
+    artifact.check_output(tmp_path / "a{1}")
     for name in ("a[1]", "a*", "a?", "a\\b"):
         with pytest.raises(RequestError, match=r"its path has .*, with which arrays cannot be saved"):
-            artifact.check_place(tmp_path / name / "b")
+            artifact.check_output(tmp_path / name / "b")
 
 
 @pytest.mark.parametrize(

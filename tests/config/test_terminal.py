@@ -23,7 +23,7 @@ def test_every_way_to_print_shows_them(capsys, out):
     if out == "say":
         console.say(NASTY)
     elif out == "error":
-        processes.leave(2, NASTY)
+        processes.exit_together(2, NASTY)
     else:
         table = Table(NASTY, title=NASTY)
         table.add_row(NASTY)

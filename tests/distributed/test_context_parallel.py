@@ -17,7 +17,7 @@ def test_a_batch_moves_together_and_is_filled_up():
         "tokens": tokens, "segments": np.ones_like(tokens), "places": np.array([[0, 3, 6], [1, 2, 5]], np.int32),
         "encoder_tokens": tokens[:, :4], "label": np.array([1, 2]),
     }  # fmt: skip
-    out = context_parallel.balanced(batch, 2)
+    out = context_parallel.to_zigzag(batch, 2)
     assert out["tokens"][0].tolist() == [10, 11, 16, 0, 12, 13, 14, 15]
     assert out["segments"][0].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
     assert out["order"].tolist() == [context_parallel.order(8, 2).tolist()] * 2
@@ -26,7 +26,7 @@ def test_a_batch_moves_together_and_is_filled_up():
     for row in range(2):  # a position still refers to the same token
         assert out["tokens"][row][out["places"][row]].tolist() == tokens[row][batch["places"][row]].tolist()
     assert out["label"] is batch["label"]
-    assert context_parallel.balanced(batch, 1) == batch
+    assert context_parallel.to_zigzag(batch, 1) == batch
 
 
 @pytest.mark.parametrize("devices", [2, 3, 8])

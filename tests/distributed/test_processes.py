@@ -116,7 +116,7 @@ from llmctl.distributed import processes as hosts
 fate.GRACE = 0.2
 def work(*_, **__):
     hosts.join(*[kind(sys.argv[i]) for i, kind in ((2, str), (4, int), (6, int)) if len(sys.argv) > 1])
-    assert hosts.gather(hosts.index()) == list(range(hosts.count())) and hosts.tell(lambda: hosts.index()) == 0
+    assert hosts.gather(hosts.index()) == list(range(hosts.count())) and hosts.broadcast(lambda: hosts.index()) == 0
     BODY
     print(hosts.index(), "is done")
 cli.app = lambda chosen: work
@@ -244,7 +244,7 @@ def test_each_process_builds_its_own_rows_to_measure_and_hears_of_all(tmp_path):
 
 
 def test_an_error_in_one_process_ends_the_other(tmp_path):
-    waits = "if hosts.index() == 1: raise RequestError('no such file'); \n    hosts.together('never')"
+    waits = "if hosts.index() == 1: raise RequestError('no such file'); \n    hosts.barrier('never')"
     first, second = joined(waits, tmp_path)
     assert first == (2, "", "llmctl: process 1 of 2: no such file\n") and second == (2, "", "")
 
@@ -270,11 +270,11 @@ def test_strangers_do_not_deafen_the_first_process():
             stranger.sendall(said)
     with socket.create_connection(server.getsockname()) as link:
         link.sendall(b'{"secret": "secret", "from": 1}\n{"from": 1, "code": 0}\n')
-        assert run.over.wait(60) and run.ended == {0, 1}
+        assert run.all_succeeded.wait(60) and run.ended == {0, 1}
 
 
 def test_the_death_of_the_first_process_ends_the_other(tmp_path):
-    first, second = joined("hosts.index() or os.kill(os.getpid(), 9); hosts.together('never')", tmp_path)
+    first, second = joined("hosts.index() or os.kill(os.getpid(), 9); hosts.barrier('never')", tmp_path)
     assert first[0] == -9 and second[:2] == (1, "")
     assert "llmctl: process 0 of 2: died or cannot be reached; the same command finishes the work" in second[2]
 
@@ -291,9 +291,9 @@ def test_slurm_says_who_is_who(tmp_path):
 def test_a_pod_finds_itself_and_one_host_stays_alone(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one,two")
-    assert hosts.found() == {"cluster_detection_method": "gketpu"}
+    assert hosts.cluster_arguments() == {"cluster_detection_method": "gketpu"}
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one")
-    assert hosts.found() is None
+    assert hosts.cluster_arguments() is None
 
 
 @pytest.mark.parametrize("told", [("", 2, 0), ("here:1", 2, -1), ("here", 2, 0), ("here:1", 2, 2), ("here:1", 0, 0)])

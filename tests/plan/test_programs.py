@@ -155,7 +155,7 @@ def run(config, parent, ctx):
     from llmctl.distributed import mesh
 
     read = [artifact.load(path, mesh.make(config.mesh)) for path in ctx.siblings.values()]
-    ctx.leave(config, mean()([a.params for a in read]), read[0].model, parent=read[0].manifest)
+    ctx.save(config, mean()([a.params for a in read]), read[0].model, parent=read[0].manifest)
 
 
 def programs(config, base, others, mesh):
@@ -164,7 +164,7 @@ def programs(config, base, others, mesh):
 
     trees = [a.params for a in others.values()]
     found = Program("average", base.model, mesh, lambda: mean().trace(trees), parameters=trees, steps=1)
-    return [found], abstract_artifact.left(config, base.params, base.model, base=base)
+    return [found], abstract_artifact.abstract_result(config, base.params, base.model, base=base)
 '''
 
 

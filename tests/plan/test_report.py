@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmctl.cli import app
-from llmctl.config.base import parse_value, spelled
+from llmctl.config.base import format_toml, parse_value
 from llmctl.pipeline import console
 from llmctl.plan import report
 
@@ -31,7 +31,7 @@ def test_what_is_spelled_is_read_again():
         "of": ["a", True],
         "e": {},
     }
-    assert parse_value(spelled(value)) == value
+    assert parse_value(format_toml(value)) == value
 
 
 def test_a_loop_that_counts_once_is_named(small, capsys):

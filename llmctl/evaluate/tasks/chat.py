@@ -68,7 +68,7 @@ class Chat(Language):
         ends = sorted({*end_ids(folder, words), *Template(text, words).end_ids()})
         if text == words.chat_template and ends == end_ids(folder, words):
             return folder
-        with processes.in_turn():
+        with processes.process_0_first():
             if processes.first():
                 shutil.rmtree(work, ignore_errors=True)
                 containment.copy(folder, work)

@@ -95,7 +95,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     unseen = _rows(config, learns, text, "validation", tokens, cache, shuffle=False)
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
     origin = student or teacher
-    ctx.leave(
+    ctx.save(
         config,
         params,
         learns.model,
@@ -123,7 +123,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     rows = _rows(config, learns, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
     task, origin = teacher.manifest.task, student or teacher
-    left = abstract_artifact.left(
+    left = abstract_artifact.abstract_result(
         config, params, learns.model, base=origin, labels=labels, task=task, pruned=None if student else False
     )
     return [programs.train_step(config, learns, rows, mesh)], left

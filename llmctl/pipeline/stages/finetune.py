@@ -181,7 +181,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if config.calibrate:
         params, found = learner.calibrated(config, learns, params, held_out)
         metrics |= found
-    ctx.leave(
+    ctx.save(
         config,
         params,
         learns.model,
@@ -214,7 +214,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     merges = METHODS[config.method].merges(config)
     params = jax.eval_shape(weights.merge_adapters, learns.params) if merges else learns.params
     params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))
-    left = abstract_artifact.left(config, params, learns.model, base=base, labels=labels, task=config.task)
+    left = abstract_artifact.abstract_result(config, params, learns.model, base=base, labels=labels, task=config.task)
     return [programs.train_step(config, learns, rows, mesh)], left
 
 

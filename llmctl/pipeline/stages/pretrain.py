@@ -78,7 +78,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     for line in text.describe():
         console.say(f"{config.title}: {line}")
     words = ctx.work / "tokenizer"
-    with processes.in_turn():  # process 0 trains the tokenizer; the others read it
+    with processes.process_0_first():  # process 0 trains the tokenizer; the others read it
         done = ctx.work / "tokenizer.done"
         if done.exists() and done.read_text() == checksums.of_json(checksums.of_folder(words)):
             tokens = loading.load(words)
@@ -104,7 +104,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if not base and (line := architectures.notice(learns.model)):
         console.say(f"{config.title}: {line}")
     params, metrics, _ = learner.run(config, ctx, devices, learns, learn, unseen)
-    ctx.leave(
+    ctx.save(
         config,
         params,
         learns.model,
@@ -127,7 +127,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     text = made_up.MadeUp(config.data, columns, seq_len=config.train.seq_len)
     rows = _rows(config, learns.model, objective, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
-    left = abstract_artifact.left(config, params, learns.model, base=base)
+    left = abstract_artifact.abstract_result(config, params, learns.model, base=base)
     return [programs.train_step(config, learns, rows, mesh)], left
 
 

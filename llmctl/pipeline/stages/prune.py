@@ -163,7 +163,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             model, params, found = _structured(config, base, params, devices, saved, progress, reporter.say)
         else:
             model, params, found = _unstructured(config, base, params, devices, saved, progress)
-    ctx.leave(
+    ctx.save(
         config,
         params,
         model,
@@ -189,11 +189,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         prune.check(params, pattern, score.per)
         walk = _walk(config, base, mesh, bool(score.gradients)) if score.calibrated else None
         found = programs.zeros(base.model, params, config.method, pattern, mesh, walk)
-        return found, abstract_artifact.left(config, params, base.model, base=base, pruned=True)
+        return found, abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True)
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
     found = programs.cuts(base.model, params, target, mesh, _walk(config, base, mesh))
-    return found, abstract_artifact.left(config, small, target, base=base)
+    return found, abstract_artifact.abstract_result(config, small, target, base=base)
 
 
 def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:

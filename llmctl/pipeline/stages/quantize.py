@@ -101,7 +101,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     say(f"{len(errors)} weights to {config.scheme_name}; largest relative error {errors[worst]:.2%} ({worst})")
     for line in left_out(params, base.manifest.parameters):
         say(line)
-    ctx.leave(
+    ctx.save(
         config,
         params,
         base.model,
@@ -147,7 +147,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     params = programs.merged(base.model, base.params, mesh)
     held = [] if params is base.params else [base.params]
     found, small = programs.roundings(base.model, params, mesh, held, **_quantize_arguments(config))
-    return [found], abstract_artifact.left(config, small, base.model, base=base)
+    return [found], abstract_artifact.abstract_result(config, small, base.model, base=base)
 
 
 def _quantize_arguments(config: Config) -> dict[str, Any]:

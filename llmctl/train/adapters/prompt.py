@@ -98,7 +98,7 @@ class Prompt(Method):
         prefix = [*range(model.vocab_size, model.vocab_size + config.prompt.tokens)]
         if list(loading.load(folder).prefix) == prefix:
             return folder
-        with processes.in_turn():
+        with processes.process_0_first():
             if processes.first():
                 shutil.rmtree(work, ignore_errors=True)
                 containment.copy(folder, work)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.config.base import Config as Settings
-from llmctl.config.base import spelled
+from llmctl.config.base import format_toml
 from llmctl.train.robust.registry import ADVERSARIES
 
 Positive = Annotated[float, Field(gt=0)]
@@ -31,7 +31,7 @@ def _weights(value: Any) -> Any:
         isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in value.values()
     )
     if not numbers:
-        raise ValueError(f'must be "balanced" or a table of numbers above 0 by class, got {spelled(value)}')
+        raise ValueError(f'must be "balanced" or a table of numbers above 0 by class, got {format_toml(value)}')
     return {name: float(v) for name, v in value.items()}
 
 

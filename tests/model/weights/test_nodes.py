@@ -169,10 +169,10 @@ def test_a_node_that_does_not_say_that_it_is_integer(plain):
     """Its zeros are those of rounding, no line asks to quantize it, and it is not quantized twice."""
     stored = ternary(jnp.asarray(weights.flatten(plain)[PATH]))
     node = Bare(stored.packed, stored.scale, outputs=stored.outputs)
-    found = fingerprint.take({PATH: node})
+    found = fingerprint.manifest_fields({PATH: node})
     assert found["sparsity"] > 0.2 and not found["pruned"]
     pair = weights.LowRank(node, jnp.ones((2, 16, 1)), jnp.ones((2, 1, 24)), 1.0)
-    assert not fingerprint.take({PATH: pair})["pruned"]
+    assert not fingerprint.manifest_fields({PATH: pair})["pruned"]
     head = {"head": {"out": {"kernel": node}}, "embed": {"tokens": jnp.ones((8, 4), jnp.bfloat16)}}
     (line,) = quantize_stage.left_out(head, 64)
     assert line == "the embeddings (50.0% of the weights) stay bfloat16; embeddings = true quantizes them too"
