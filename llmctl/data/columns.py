@@ -7,16 +7,12 @@ from typing import Any
 
 from llmctl.config.base import format_toml, hint
 from llmctl.config.errors import RequestError
-from llmctl.data import chats, multiple_choice
+from llmctl.data import chats
+from llmctl.data.cells import CHATS, CellReader
 from llmctl.data.config import CHAT_COLUMNS, COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
 from llmctl.data.label_values import Labels, Unlabeled, canonical, plain
-from llmctl.data.row_templates import RowTemplates
 from llmctl.data.source import Row, Source, open_source
-
-CHATS = (
-    'chats, which task = "chat" reads; for another task write each exchange as two text columns, prompt and completion'
-)
-
+from llmctl.data.template_columns import TemplateColumns
 
 NO_CHATS = (
     'none of its columns holds conversations; name one in data.columns, such as { messages = "dialog" } (lists of '
@@ -86,31 +82,25 @@ class View(Source):
         # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
         self._map = {c: given[c] for c in COLUMNS if c in given and c not in hidden}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
-        self._templates = RowTemplates(cfg.template, cfg.words)
-        self._spelled = {canonical(name): name for name in cfg.words}
-        # Templates may read labels also for a task that does not.
-        self._readable = {c: t for c, t in given.items() if c not in CHAT_COLUMNS} if cfg.template else {}
+        self._cells = CellReader(self._map, self._clean)
+        asks = labels and "label" in self._map and "choices" not in self._map
+        self._template = TemplateColumns(cfg, given, asks)
         named = {c: n for c, n in self._source.names.items() if not classes or set(classes) & set(n)}
         self._names = {
             c: named[t]
-            for c, t in (self._map | self._readable).items()
+            for c, t in (self._map | self._template.readable).items()
             if t in named and not (numbers and c == "label")
         }
         self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names and c in self._map), ())
         """Declared class names of the labels by class number; empty if the data declares none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
-        made = cfg.template
         self.texts = (*self._joined, *self._texts)
         """Text columns. The text of the first one determines a row's split."""
-        # With words for the classes, a row is also a question whose choices are these words.
-        self._asks = bool(
-            labels and made and len(cfg.words) > 1 and "label" in self._map and "choices" not in self._map
-        )
-        made = [c for c in TEXT_COLUMNS if c in made and c not in self.texts]
-        self.columns = (*self._joined, *self._map, *made, *(("choices", "answer") if self._asks else ()))
+        made = self._template.columns(self.texts)
+        self.columns = (*self._joined, *self._map, *made)
         if len(self._source) and not (self.texts or "messages" in self._map):
             wrong = NO_CHATS if conversations else _without_text(self._source[0])
-            if made:
+            if cfg.template:
                 wrong = "data.template needs a text column whose text decides each row's split; " + wrong
             raise RequestError(f"{cfg.title}: {wrong} (columns: {', '.join(known)})")
         self._keep = {
@@ -128,7 +118,7 @@ class View(Source):
     def __getitem__(self, i: int) -> Row:
         raw = self._source[i]
         row = self._canonical(raw, i)
-        return row | self._made(row, raw, i)
+        return row | self._from_template(row, raw, i)
 
     def read(self, i: int) -> tuple[Row, Row] | None:
         """Return row i without the columns that templates make, and these columns.
@@ -151,7 +141,7 @@ class View(Source):
                 f"data.columns, such as {format_toml({c: c for c in (*self._map, late[0])})}"
             )
         row = self._canonical(raw, i)
-        return row, self._made(row, raw, i)
+        return row, self._from_template(row, raw, i)
 
     def _canonical(self, raw: Row, i: int) -> Row:
         row = {}
@@ -177,61 +167,33 @@ class View(Source):
                 raise RequestError(f"{self.where(i)}: column {self._map[ours]!r} holds {what}")
             row[ours] = self._clean(value)
         if "tokens" in row:
-            self._check_words(row, i)
+            row |= self._cells.words(row, self.where(i))
         if self._joined:
             row["text"] = " ".join(row["tokens"])
         if "answers" in row:
-            row["answers"] = self._answers(row, i)
+            row["answers"] = self._cells.answers(row, self.where(i))
         if "answer" in row and isinstance(
             row.get("choices"), (list, dict)
         ):  # other columns of that name are no questions
-            row |= self._question(row, i)
+            row |= self._cells.question(row, self.where(i))
         if "messages" in row:
-            row |= self._conversation(row, i)
+            row |= self._cells.conversation(row, self.where(i))
         return row
 
-    def _question(self, row: Row, i: int) -> Row:
-        if row["answer"] in (None, "") or row["answer"] != row["answer"]:  # NaN is how some files write an empty cell
-            raise Unlabeled(f"{self.where(i)}: the answer is empty (column {self._map['answer']!r})")
-        try:
-            choices, answer = multiple_choice.read(row["choices"], row["answer"])
-        except RequestError as e:
-            raise RequestError(f"{self.where(i)}: {e}") from None
-        return {"choices": tuple(map(self._clean, choices)), "answer": answer}
-
-    def _made(self, row: Row, raw: Row, i: int) -> Row:
-        """Return the columns that templates make, and the words of the classes as choices."""
+    def _from_template(self, row: Row, raw: Row, i: int) -> Row:
+        """Return the columns that templates make."""
         if not self._cfg.template:
             return {}
-        read: Row = {}
-        for ours, theirs in self._readable.items():
-            value = row.get(ours, raw.get(theirs))
-            if ours == "label" and not isinstance(value, list) and ("label" in self._templates.reads or self._asks):
-                value = self._class_name(ours, value, i) if ours in self._names and ours not in row else value
-                try:
-                    value = plain(self._checks.label(value) if self._checks else value)
-                except RequestError as e:
-                    raise type(e)(f"{self.where(i)}: {e}") from None
-                value = self._spelled.get(canonical(value), value)
-            read[ours] = value
-        made: Row = self._templates.render(row | read, raw, self.where(i))
-        if not self._asks:
-            return made
-        names = [*self._cfg.words]
-        if read["label"] not in names:
-            raise RequestError(f"{self.where(i)}: the label {read['label']!r} has no word in data.words")
-        return made | {"choices": tuple(self._cfg.words.values()), "answer": names.index(read["label"])}
 
-    def _conversation(self, row: Row, i: int) -> Row:
-        column = "messages"
-        try:
-            found: Row = {"messages": chats.read(row["messages"], self._clean)}
-            column = "tools"
-            return found | {"tools": chats.read_tools(row.get("tools"))}
-        except RequestError as e:
-            raise RequestError(f"{self.where(i)}: column {self._map[column]!r} {e}") from None
-        except RecursionError:
-            raise RequestError(f"{self.where(i)}: column {self._map[column]!r} is nested too deeply") from None
+        def label(value: Any) -> str:
+            if "label" in self._names and "label" not in row:
+                value = self._class_name("label", value, i)
+            try:
+                return plain(self._checks.label(value) if self._checks else value)
+            except RequestError as e:
+                raise type(e)(f"{self.where(i)}: {e}") from None
+
+        return self._template.made(row, raw, label, self.where(i))
 
     def written(self, row: Row) -> list[str]:
         """Return the texts by which rows are compared and split.
@@ -276,37 +238,6 @@ class View(Source):
         for old, new in self._cfg.replace.items():
             value = value.replace(old, new)
         return value
-
-    def _check_words(self, row: Row, i: int) -> None:
-        words, tags = row["tokens"], row.get("tags")
-        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-            raise RequestError(f"{self.where(i)}: column {self._map['tokens']!r} is no list of words")
-        row["tokens"] = [self._clean(w) for w in words]
-        if "tags" not in row:
-            return
-        if tags is None:
-            raise Unlabeled(f"{self.where(i)}: column {self._map['tags']!r} must hold one label a word (null)")
-        if not isinstance(tags, list) or len(tags) != len(words):
-            said = f"{len(tags)} for {len(words)} words" if isinstance(tags, list) else "no list"
-            raise RequestError(f"{self.where(i)}: column {self._map['tags']!r} must hold one label a word ({said})")
-
-    def _answers(self, row: Row, i: int) -> list[tuple[str, int]]:
-        """Return every accepted answer as (text, index of its first character in the context)."""
-        given: Any = row["answers"] or {"text": [], "answer_start": []}
-        try:
-            found = [(str(t), int(s)) for t, s in zip(given["text"], given["answer_start"], strict=True)]
-        except (KeyError, TypeError, ValueError):
-            raise RequestError(
-                f"{self.where(i)}: column {self._map['answers']!r} must read "
-                '{"text": [...], "answer_start": [...]}, as many of each'
-            ) from None
-        context = row.get("context", "")
-        for text, start in found:
-            if not text.strip() or start < 0 or context[start : start + len(text)] != text:
-                raise RequestError(
-                    f"{self.where(i)}: the answer {text!r} does not stand at character {start} of the context"
-                )
-        return found
 
 
 def _without_text(row: Row) -> str:
