@@ -19,6 +19,7 @@ from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.loading import Tokenizer
 from llmctl.evaluate.tasks.registry import of
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model.config import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
@@ -96,8 +97,8 @@ def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str,
 def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer: Tokenizer, labels: bool) -> Any:
     """Return the rows of the chosen examples. They have labels or targets, as in training, only if `labels` is true."""
     task, seq_len = of(base.manifest), sequence_length(config, base)
-    truncate = config.truncate or base.manifest.truncate or "tail"
+    settings = RowSettings(seq_len, truncate=config.truncate or base.manifest.truncate or "tail")
     if labels:
         task.check_label_type(config.data)
-        return task.rows(base.model, chosen, tokenizer, seq_len, shuffle=False, truncate=truncate)
-    return task.reading_rows(base.model, chosen, tokenizer, seq_len, truncate=truncate)
+        return task.rows(base.model, chosen, tokenizer, settings)
+    return task.reading_rows(base.model, chosen, tokenizer, settings)

@@ -18,6 +18,7 @@ from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.registry import TASKS, of
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import attention_kernels, flops
 from llmctl.model.config import ModelConfig
 from llmctl.model.program import Pass, Program
@@ -75,6 +76,6 @@ def _program(
 def _batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """Return an abstract batch of the task: shapes, dtypes and shardings of its arrays, by name."""
     text = made_up.MadeUp(data, task.columns, setup.seq_len)
-    row = task.rows(model, text.splits["train"], made_up.TOKENIZER, setup.seq_len, shuffle=False)[0]
+    row = task.rows(model, text.splits["train"], made_up.TOKENIZER, RowSettings(setup.seq_len))[0]
     row = {key: row[key] for key in task.reads or row if key in row}
     return setup.batches().abstract(row)

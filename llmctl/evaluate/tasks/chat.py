@@ -14,16 +14,15 @@ from llmctl.artifacts.artifact import Artifact
 from llmctl.config import containment
 from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
-from llmctl.data.config import Truncate
 from llmctl.data.examples.conversations import ConversationRows
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import processes
 from llmctl.evaluate.setup import Held, Measured, Setup
-from llmctl.evaluate.tasks.base import Corpora
 from llmctl.evaluate.tasks.language import Language, scored, timed
 from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.evaluate.tasks.settings import CHATML, ChatConfig
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate import chat_template
@@ -79,16 +78,7 @@ class Chat(Language):
         return work
 
     def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings
     ) -> ConversationRows:
         """Return one conversation per row.
 
@@ -96,14 +86,12 @@ class Chat(Language):
             RequestError: If the tokenizer has no chat template, or if the template rejects a conversation.
         """
         encode = Template(tokenizer.chat_template, tokenizer).conversation
-        return ConversationRows(examples, encode, tokenizer.pad_id, seq_len, seed=seed, shuffle=shuffle)
+        return ConversationRows(examples, encode, tokenizer.pad_id, settings.seq_len, **settings.order)
 
-    def reading_rows(
-        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
-    ) -> Any:
+    def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return rows for calibration: conversations as in training if the data has them, otherwise its texts."""
         task = self if "messages" in examples.columns else TASKS["causal"]
-        return task.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
+        return task.rows(model, examples, tokenizer, settings)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> metric sums over the assistant's tokens."""
@@ -113,7 +101,7 @@ class Chat(Language):
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure the perplexity of the assistant's tokens, which include the token that ends each answer."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
-        rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False)
+        rows = self.rows(artifact.model, held.examples, tokenizer, RowSettings(setup.seq_len))
         step, metrics = scored(self, artifact, rows, setup)
         metrics["perplexity"] = float(np.exp(min(metrics["nll"], 700.0)))
         left = f"{len(rows)} of {len(held.examples)} conversations"

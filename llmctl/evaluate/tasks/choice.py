@@ -17,14 +17,15 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data.config import Truncate
 from llmctl.data.examples.choices import ChoiceRows, prefix
-from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.setup import Batch
-from llmctl.evaluate.tasks.base import Corpora, Found, Network, Options, Scored, Task
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
+from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.evaluate.tasks.training import Network, Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Loss, Sums, class_sums, only, row_weight, soft_class_sums
@@ -51,19 +52,7 @@ class Choice(Task):
         """Return "accuracy"."""
         return "accuracy"
 
-    def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-        target_len: int = 0,
-    ) -> ChoiceRows:
+    def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> ChoiceRows:
         """Return rows of one question each, with all of its choices.
 
         Raises:
@@ -75,21 +64,15 @@ class Choice(Task):
                 f"and data.words (it has: {', '.join(examples.columns)})"
             )
         return ChoiceRows(
-            examples, tokenizer, seq_len, model.architecture,
-            truncate=truncate, target_len=target_len, seed=seed, shuffle=shuffle,
+            examples, tokenizer, settings.seq_len, model.architecture,
+            truncate=settings.truncate, target_len=settings.target_len, **settings.order,
         )  # fmt: skip
 
-    def reading_rows(
-        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
-    ) -> Any:
+    def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return rows for calibration, built as in training."""
-        return self.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
+        return self.rows(model, examples, tokenizer, settings)
 
-    def row_settings(self, text: Text) -> dict[str, Any]:
-        """Return {"target_len": maximum number of tokens per choice}."""
-        return {"target_len": text.target_len}
-
-    def woven(self, batch: Batch) -> Batch:
+    def model_inputs(self, batch: Batch) -> Batch:
         """Return the batch with the choices of each question as successive rows, [R, T]."""
         count = sum(name.endswith("segments") and "encoder" not in name for name in batch)
         return interleaved(batch, [prefix(k) for k in range(count)])
@@ -99,7 +82,7 @@ class Choice(Task):
         settings = Options(**options)
 
         def loss(params: functional.Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
-            batch = self.woven(batch)
+            batch = self.model_inputs(batch)
             x_RTD = functional.hidden(
                 cfg, params, batch, train=key is not None, rng=key, dtype=settings.dtype, remat=remat
             )
@@ -139,7 +122,7 @@ class Choice(Task):
 
         @jax.jit
         def scores(params: functional.Params, batch: Batch) -> jax.Array:
-            batch = self.woven(batch)
+            batch = self.model_inputs(batch)
             x_RTD = functional.hidden(model, params, batch, dtype=dtype)
             score_R = choice_scores(model, params, x_RTD, batch, dtype)
             tokens_R = batch["weights"].sum(-1) if model.head_kind.vocabulary else jnp.ones_like(score_R)

@@ -15,8 +15,11 @@ from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics import calibration, classification
 from llmctl.evaluate.setup import Batch, Setup, answers, label_map
-from llmctl.evaluate.tasks.base import KINDS, Found, Options, Scored, Task
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.predictions import named, short
+from llmctl.evaluate.tasks.rows import KINDS
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums

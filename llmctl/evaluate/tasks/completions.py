@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data.config import Truncate
 from llmctl.data.examples.labelled import CompletionRows, SequencePairRows
-from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate import perplexity
 from llmctl.evaluate.setup import Held, Measured, Setup
-from llmctl.evaluate.tasks.base import Corpora
 from llmctl.evaluate.tasks.language import Language, scored, timed
 from llmctl.evaluate.tasks.objectives import sliding
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model.config import ModelConfig
 
 
@@ -30,17 +26,7 @@ class Completions(Language):
     columns_read = columns
 
     def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-        target_len: int = 0,
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings
     ) -> CompletionRows | SequencePairRows:
         """Return rows of one prompt and its completion each.
 
@@ -48,25 +34,18 @@ class Completions(Language):
             model: Config of the model.
             examples: Examples with the columns "prompt" and "completion".
             tokenizer: Tokenizer of the model.
-            seq_len: Maximum number of tokens per row, or of the prompt if the model has an encoder.
-            seed: Seed of the shuffle.
-            shuffle: Whether to shuffle the rows in each epoch.
-            truncate: Not used.
-            corpus: Not used.
-            target_len: Maximum number of tokens per completion, for encoder-decoders only.
+            settings: Settings of the rows. If the model has an encoder, `seq_len` is that of the prompt.
 
         Raises:
             RequestError: If `target_len` is set for a decoder.
         """
         if model.architecture == "encoder_decoder":
-            return SequencePairRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=target_len)
-        if target_len:
+            return SequencePairRows(
+                examples, tokenizer, settings.seq_len, target_len=settings.target_len, **settings.order
+            )
+        if settings.target_len:
             raise RequestError("data.target_len is for encoder-decoders; a decoder reads both texts in one row")
-        return CompletionRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
-
-    def row_settings(self, text: Text) -> dict[str, Any]:
-        """Return {"target_len": maximum number of tokens per completion}."""
-        return {"target_len": text.target_len}
+        return CompletionRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure the perplexity of completions given their prompts.

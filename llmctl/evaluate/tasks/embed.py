@@ -26,8 +26,11 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Setup
-from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored, Task
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.predictions import short
+from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import NEARNESS, Sums, class_sums, number_sums, row_weight, soft_class_sums, soft_number_sums
@@ -51,32 +54,19 @@ class Embed(Task):
     averages = False  # vectors of different models have nothing in common
     reads = (*READ, *(f"pair_{name}" for name in READ))
 
-    def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-    ) -> TwoTextRows:
+    def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> TwoTextRows:
         """Return rows of two texts each, tokenized separately."""
-        return TwoTextRows(examples, tokenizer, seq_len, truncate=truncate, seed=seed, shuffle=shuffle)
+        return TwoTextRows(examples, tokenizer, settings.seq_len, truncate=settings.truncate, **settings.order)
 
-    def reading_rows(
-        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
-    ) -> Any:
+    def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return rows of one text each for calibration. Second texts are not used.
 
         In training, the network also reads the two texts of a pair separately.
         """
         alone = replace(examples, columns=tuple(c for c in examples.columns if c != "pair"))
-        return super().reading_rows(model, alone, tokenizer, seq_len, truncate=truncate)
+        return super().reading_rows(model, alone, tokenizer, settings)
 
-    def woven(self, batch: Batch) -> Batch:
+    def model_inputs(self, batch: Batch) -> Batch:
         """Return the batch with the two texts of each row as successive rows, [2B, T]."""
 
         def both(name: str) -> jax.Array:
@@ -133,7 +123,7 @@ class Embed(Task):
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            batch = self.woven(batch)
+            batch = self.model_inputs(batch)
             x_BTD = functional.hidden(model, params, batch, dtype=dtype)
             z_B2D = functional.outputs(model, params, x_BTD, batch, dtype).reshape(-1, 2, model.d_model)
             return z_B2D[:, 0], z_B2D[:, 1]

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.data.config import Truncate
 from llmctl.data.examples.labelled import SequencePairRows
 from llmctl.data.pretraining import baselines, objective_rows
 from llmctl.data.pretraining.lm_corpus import Text
@@ -22,8 +21,10 @@ from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.perplexity import row_nll
 from llmctl.evaluate.setup import Batch, Held, Measured, Setup, programs
-from llmctl.evaluate.tasks.base import Corpora, Network, Options, Task, completes
+from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.evaluate.tasks.training import Network, Options
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
@@ -42,11 +43,9 @@ class Language(Task):
     reads = ()
     answers = False
 
-    def reading_rows(
-        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
-    ) -> Any:
+    def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return rows for calibration: those of training, without shuffling."""
-        return self.rows(model, examples, tokenizer, seq_len, shuffle=False, truncate=truncate)
+        return self.rows(model, examples, tokenizer, settings)
 
     def loss(
         self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
@@ -199,25 +198,13 @@ class LanguageModel(Language):
 
     def among(self, model: ModelConfig, columns: Iterable[str]) -> Task:
         """Return the task that "lm" stands for, given a model and the column names of the data."""
-        if completes(model, columns):
+        if model.architecture != "encoder" and "completion" in columns:
             return TASKS["completions"]
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
 
-    def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-    ) -> Any:
+    def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return the rows of the task that `among` selects for the columns of the examples."""
-        task = self.among(model, examples.columns)
-        return task.rows(model, examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, truncate=truncate)
+        return self.among(model, examples.columns).rows(model, examples, tokenizer, settings)
 
     def stage_rows(
         self,
@@ -225,19 +212,13 @@ class LanguageModel(Language):
         text: Text,
         split: str,
         tokenizer: Tokenizer,
-        seq_len: int,
         cache: Path,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
+        settings: RowSettings,
         needed: int = 0,
     ) -> Any:
         """Return `stage_rows` of the task that `among` selects for the columns of the data."""
-        return self.among(model, text.columns).stage_rows(
-            model, text, split, tokenizer, seq_len, cache,
-            seed=seed, shuffle=shuffle, truncate=truncate, needed=needed,
-        )  # fmt: skip
+        task = self.among(model, text.columns)
+        return task.stage_rows(model, text, split, tokenizer, cache, settings, needed)
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure an artifact with the task that `among` selects for the columns of the data."""

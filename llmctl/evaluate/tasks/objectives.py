@@ -13,7 +13,6 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
 from llmctl.data.pretraining import objective_rows
 from llmctl.data.pretraining.lm_corpus import Text
@@ -22,8 +21,8 @@ from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate import perplexity as likelihood
 from llmctl.evaluate.setup import Held, Measured, Setup, programs
-from llmctl.evaluate.tasks.base import Corpora
 from llmctl.evaluate.tasks.language import Language, scored, timed
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model.config import ModelConfig
 
 
@@ -40,21 +39,10 @@ class TextObjective(Language):
         self.name, self.title, self.asked = name, title, asked  # type: ignore[misc]
         self.objective = objective_rows.Objective(name)
 
-    def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-    ) -> Any:
+    def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return the objective's rows of the examples' texts. Several texts in one row are separate segments."""
-        documents = corpus(tokenizer) if corpus else tokenize(examples.texts(), tokenizer)
-        return self.objective.rows(documents, tokenizer, seq_len, seed=seed, packing="segments", shuffle=shuffle)
+        documents = settings.corpus(tokenizer) if settings.corpus else tokenize(examples.texts(), tokenizer)
+        return self.objective.rows(documents, tokenizer, settings.seq_len, packing="segments", **settings.order)
 
     def stage_rows(
         self,
@@ -62,12 +50,8 @@ class TextObjective(Language):
         text: Text,
         split: str,
         tokenizer: Tokenizer,
-        seq_len: int,
         cache: Path,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
+        settings: RowSettings,
         needed: int = 0,
     ) -> Any:
         """Return the objective's rows of a split for a training stage.
@@ -76,8 +60,9 @@ class TextObjective(Language):
         """
         objective_rows.check(self.name, model.architecture, model.next_sentence)
         return text.rows(
-            split, tokenizer, seq_len, cache, seed=seed, shuffle=shuffle, needed=needed, objective=self.objective
-        )
+            split, tokenizer, settings.seq_len, cache,
+            seed=settings.seed, shuffle=settings.shuffle, needed=needed, objective=self.objective,
+        )  # fmt: skip
 
     def check_model(self, model: ModelConfig, where: str) -> None:
         """Check that the model has the language-model head and that the objective supports its architecture.
@@ -91,7 +76,8 @@ class TextObjective(Language):
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure loss and accuracy of the targets in all rows of the held-out texts."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
-        rows = self.rows(artifact.model, held.examples, tokenizer, setup.seq_len, shuffle=False, corpus=held.corpus)
+        settings = RowSettings(setup.seq_len, corpus=held.corpus)
+        rows = self.rows(artifact.model, held.examples, tokenizer, settings)
         step, metrics = scored(self, artifact, rows, setup, tuple(self.objective.sentinels(tokenizer)))
         protocol = f"{held.split} split, {len(held.examples)} examples in {len(rows)} rows of {setup.seq_len} tokens, "
         return timed(self, f"{protocol}{self.asked}, {setup.dtype}", metrics, artifact, rows, step, setup)

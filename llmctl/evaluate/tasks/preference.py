@@ -17,16 +17,16 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data.config import Truncate
 from llmctl.data.examples.preferences import REJECTED, PreferencePairRows, PreferenceRows
-from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.setup import Batch, Held, Setup
-from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.language import Language
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.evaluate.tasks.settings import PreferenceConfig
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Loss, Sums, row_weight
@@ -66,30 +66,18 @@ class Preference(Language):
         return settings.loss != "simpo"
 
     def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-        target_len: int = 0,
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings
     ) -> PreferenceRows | PreferencePairRows:
         """Return rows of one prompt each, with both completions."""
         if model.architecture == "encoder_decoder":
-            return PreferencePairRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle, target_len=target_len)
-        if target_len:
+            return PreferencePairRows(
+                examples, tokenizer, settings.seq_len, target_len=settings.target_len, **settings.order
+            )
+        if settings.target_len:
             raise RequestError("data.target_len is for encoder-decoders; a decoder reads both texts in one row")
-        return PreferenceRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+        return PreferenceRows(examples, tokenizer, settings.seq_len, **settings.order)
 
-    def row_settings(self, text: Text) -> dict[str, Any]:
-        """Return {"target_len": maximum number of tokens per completion}."""
-        return {"target_len": text.target_len}
-
-    def woven(self, batch: Batch) -> Batch:
+    def model_inputs(self, batch: Batch) -> Batch:
         """Return the batch with the chosen and the rejected completion of each prompt as successive rows, [2B, T]."""
         return interleaved(batch, ("", REJECTED))
 
@@ -104,7 +92,7 @@ class Preference(Language):
 
         def loss(params: functional.Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
             weight_B = row_weight(batch, batch["tokens"])
-            batch = self.woven(batch)
+            batch = self.model_inputs(batch)
             reference_2B: Any = 0.0
             if self.reads_adapters(chosen):
                 if not weights.adapted(params):
@@ -132,7 +120,7 @@ class Preference(Language):
 
         @jax.jit
         def score(params: functional.Params, batch: Batch) -> jax.Array:
-            batch = self.woven(batch)
+            batch = self.model_inputs(batch)
             x_2BTD = functional.hidden(model, params, batch, dtype=dtype)
             found_2B = log_likelihood(model, params, x_2BTD, batch, dtype)
             return jnp.stack([found_2B, batch["weights"].sum(-1)], axis=-1).reshape(-1, 2, 2)

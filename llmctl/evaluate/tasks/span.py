@@ -20,8 +20,11 @@ from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.metrics import squad
 from llmctl.evaluate.setup import READ, Batch, Held, Setup
-from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored, Task
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
+from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, only, row_weight, soft_class_sums
@@ -44,26 +47,15 @@ class Span(Task):
     reads = (*READ, "among", "first", "last")
     peft_type = "QUESTION_ANS"
 
-    def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-    ) -> AnswerRows:
+    def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> AnswerRows:
         """Return rows of one question and one window of its context each."""
-        return AnswerRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+        return AnswerRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def reading_rows(
-        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, truncate: Truncate = "tail"
+        self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings
     ) -> AnswerRows:
         """Return rows of questions and context windows for calibration; labels are not used."""
-        return self.rows(model, examples, tokenizer, seq_len, shuffle=False)
+        return self.rows(model, examples, tokenizer, settings)
 
     def best(self, labels: Sequence[str] = ()) -> str:
         """Return "accuracy": the mean of the accuracies of the answer's first and last token."""

@@ -19,9 +19,11 @@ from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.metrics import classification, entities, entity_counts
 from llmctl.evaluate.setup import Batch, Held, Setup, label_map
-from llmctl.evaluate.tasks.base import Corpora, Found, Options, Scored
 from llmctl.evaluate.tasks.classify import Classify
+from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.predictions import Outputs, named, new_examples, short
+from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, soft_class_sums
@@ -43,20 +45,9 @@ class Tokens(Classify):
     answers = False
     peft_type = "TOKEN_CLS"
 
-    def rows(
-        self,
-        model: ModelConfig,
-        examples: Examples,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        truncate: Truncate = "tail",
-        corpus: Corpora | None = None,
-    ) -> TagRows:
+    def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> TagRows:
         """Return rows of one text each, with a target label at the first token of each word."""
-        return TagRows(examples, tokenizer, seq_len, seed=seed, shuffle=shuffle)
+        return TagRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def best(self, labels: Sequence[str] = ()) -> str:
         """Return "entity_f1" if the labels are entity tags, else "accuracy"."""

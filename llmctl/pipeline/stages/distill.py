@@ -141,10 +141,10 @@ def _rows(
     needed: int = 0,
 ) -> Any:
     """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
-    return learns.task.stage_rows(
-        learns.model, text, split, tokens, config.train.seq_len, cache,
-        seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
-    )  # fmt: skip
+    from llmctl.evaluate.tasks.rows import RowSettings
+
+    settings = RowSettings(config.train.seq_len, shuffle, config.seed, config.truncate)
+    return learns.task.stage_rows(learns.model, text, split, tokens, cache, settings, needed)
 
 
 def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:

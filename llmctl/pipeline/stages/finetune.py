@@ -230,10 +230,10 @@ def _rows(
     needed: int = 0,
 ) -> Any:
     """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
-    return TASKS[config.task].stage_rows(
-        model, text, split, tokens, config.train.seq_len, cache,
-        seed=config.seed, shuffle=shuffle, truncate=config.truncate, needed=needed,
-    )  # fmt: skip
+    from llmctl.evaluate.tasks.rows import RowSettings
+
+    settings = RowSettings(config.train.seq_len, shuffle, config.seed, config.truncate)
+    return TASKS[config.task].stage_rows(model, text, split, tokens, cache, settings, needed)
 
 
 def _labels(config: Config, text: Text) -> list[str]:
@@ -258,7 +258,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
 
     import jax
 
-    from llmctl.evaluate.tasks.base import Options
+    from llmctl.evaluate.tasks.training import Options
     from llmctl.model import weights
     from llmctl.train import learner, loop, task_head
     from llmctl.train.adapters import selection

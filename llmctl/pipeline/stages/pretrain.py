@@ -151,10 +151,10 @@ def _rows(
     """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
     if objective.name == "completions":
         from llmctl.evaluate.tasks.registry import TASKS
+        from llmctl.evaluate.tasks.rows import RowSettings
 
-        return TASKS["completions"].stage_rows(
-            model, text, split, tokens, config.train.seq_len, cache, seed=config.seed, shuffle=shuffle, needed=needed
-        )
+        settings = RowSettings(config.train.seq_len, shuffle, config.seed)
+        return TASKS["completions"].stage_rows(model, text, split, tokens, cache, settings, needed)
     return text.rows(
         split, tokens, config.train.seq_len, cache,
         seed=config.seed, packing=config.packing, shuffle=shuffle, needed=needed, objective=objective,

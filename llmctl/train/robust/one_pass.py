@@ -39,12 +39,12 @@ def wrapped(own: Loss, method: Passes, options: dict[str, Any], problem: Problem
         def at(trained: Tree, offset_BTD: jax.Array, rest: Tree) -> Found:
             params, constants, more = trained
             batch, key = rest
-            where = perturbation.site(problem.model, problem.task.woven(batch))
+            where = perturbation.site(problem.model, problem.task.model_inputs(batch))
             return own(params, where.added(batch, offset_BTD), key, *constants, **more)
 
         def passes(pull: Pull, trained: Tree, rest: Tree) -> tuple[Found, Tree]:
             batch, key = rest
-            where = perturbation.site(problem.model, problem.task.woven(batch))
+            where = perturbation.site(problem.model, problem.task.model_inputs(batch))
             search = Search.of(options, where, trained[0])
             return method(search, search.begin(where, jax.random.fold_in(key, START)), pull)
 

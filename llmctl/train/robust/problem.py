@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 
 from llmctl.config.errors import RequestError
-from llmctl.evaluate.tasks.base import Options, Task
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums
@@ -34,7 +35,7 @@ class Problem:
 
     def batch(self, batch: Batch, key: jax.Array) -> Batch:
         """Return the batch that the network reads, after `prepare`."""
-        return self.task.woven(self.prepare(batch, key))
+        return self.task.model_inputs(self.prepare(batch, key))
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         """Return the hidden states [B, T, D] of a batch that `batch` returned, with dropout."""

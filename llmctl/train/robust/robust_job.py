@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.config.errors import RequestError
-from llmctl.evaluate.tasks.base import Options, Task
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model.config import ModelConfig
 from llmctl.model.transformer import Batch
 from llmctl.train.job import EXTRA, Job, Params, State, split
@@ -102,7 +103,7 @@ def _preparation(
         if weight_C is not None:
             batch = task.weighted(batch, weight_C)
         if alpha:
-            where = perturbation.site(model, task.woven(batch))
+            where = perturbation.site(model, task.model_inputs(batch))
             batch = where.added(batch, regularize.noise(alpha, where, key))
         return batch
 

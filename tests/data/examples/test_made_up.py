@@ -9,6 +9,7 @@ from llmctl.data.config import DataConfig
 from llmctl.data.examples import made_up
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model.config import ModelConfig
 
 SEQ_LEN = 32
@@ -49,7 +50,7 @@ def test_rows_have_the_form_of_the_data(name, tmp_path):
     model = ModelConfig(head="lm").model_copy(update={"head": TASKS[head].head})
 
     def forms(text, cache):
-        rows = TASKS[head].stage_rows(model, text, "train", made_up.TOKENIZER, SEQ_LEN, cache, shuffle=False)
+        rows = TASKS[head].stage_rows(model, text, "train", made_up.TOKENIZER, cache, RowSettings(SEQ_LEN))
         return {key: (a.shape, a.dtype) for key, a in rows[0].items()}
 
     made = made_up.MadeUp(cfg, TASKS[head].columns, SEQ_LEN)

@@ -16,6 +16,7 @@ from llmctl.data.pretraining.packing import PackedRows
 from llmctl.data.splits import load
 from llmctl.data.tokenizers import loading
 from llmctl.evaluate.tasks.registry import default
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model.config import ModelConfig
 
 WORDS = TokenizerConfig(vocab_size=300)
@@ -188,7 +189,7 @@ def test_epochs_that_do_not_suffice_are_said_at_once(data, tmp_path):
     columns = {"text": "review", "label": "stars"}
     text = Text(data.model_copy(update={"epochs": 2.0, "columns": columns}))
     most, model = 2 * len(text.splits["train"]), ModelConfig(head="classify", labels=2)
-    given = (model, text, "train", words, 32, tmp_path)
-    assert 2 * len(default(model).stage_rows(*given, shuffle=True, needed=most)) == most
+    given = (model, text, "train", words, tmp_path, RowSettings(32, shuffle=True))
+    assert 2 * len(default(model).stage_rows(*given, needed=most)) == most
     with pytest.raises(RequestError, match=rf"{most + 1} rows are to be read and the sources' epochs hold {most}:"):
-        default(model).stage_rows(*given, shuffle=True, needed=most + 1)
+        default(model).stage_rows(*given, needed=most + 1)

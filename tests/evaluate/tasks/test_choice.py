@@ -17,6 +17,7 @@ from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.setup import Held, Setup
 from llmctl.evaluate.tasks.choice import TASK
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
@@ -42,7 +43,7 @@ def examples(tmp_path_factory):
 
 
 def batch_of(model, examples):
-    rows = TASK.rows(model, examples, ByteTokenizer.new(), 24, shuffle=False)
+    rows = TASK.rows(model, examples, ByteTokenizer.new(), RowSettings(24))
     return {k: jnp.asarray(a) for k, a in rows.batch(np.arange(4)).items()}
 
 
@@ -91,13 +92,13 @@ def test_every_choice_reads_the_same_prompt_and_none_is_cut(tmp_path):
     file.write_text(json.dumps({"prompt": "abcdefghij", "choices": ["1", "12345"], "answer": 0}))
     examples = splits.load(DataConfig(source="jsonl", path=str(file), validation=0, test=0))["train"]
     words = ByteTokenizer.new()
-    row = TASK.rows(MODELS["decoder"], examples, words, 10, shuffle=False)[0]
+    row = TASK.rows(MODELS["decoder"], examples, words, RowSettings(10))[0]
     read = [words.decode(row[p + "tokens"][: int(row[p + "weights"].argmax()) + 1].tolist()) for p in ("", "choice1_")]
     assert read[0] == read[1] != "" and row["choice1_weights"].sum() == 5
     with pytest.raises(RequestError, match="the longest choice has 5 tokens, and a row has room for"):
-        TASK.rows(MODELS["decoder"], examples, words, 4, shuffle=False)
+        TASK.rows(MODELS["decoder"], examples, words, RowSettings(4))
     with pytest.raises(RequestError, match="the longest choice has 5 tokens"):
-        TASK.rows(MODELS["encoder_decoder"], examples, words, 10, shuffle=False, target_len=5)
+        TASK.rows(MODELS["encoder_decoder"], examples, words, RowSettings(10, target_len=5))
 
 
 def test_a_teacher_equal_to_the_student_diverges_by_nothing(examples):

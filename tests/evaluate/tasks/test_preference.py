@@ -10,11 +10,12 @@ from llmctl.data import splits
 from llmctl.data.config import DataConfig
 from llmctl.data.examples.preferences import PreferenceRows
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
-from llmctl.evaluate.tasks.base import Options
 from llmctl.evaluate.tasks.likelihoods import log_likelihood
 from llmctl.evaluate.tasks.preference import TASK, pair_loss
 from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.evaluate.tasks.settings import PreferenceConfig
+from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
@@ -51,7 +52,7 @@ def adapted(model, b_scale=0.3):
 
 
 def batch_of(model, examples):
-    rows = TASK.rows(model, examples, ByteTokenizer.new(), 24, shuffle=False)
+    rows = TASK.rows(model, examples, ByteTokenizer.new(), RowSettings(24))
     return {k: jnp.asarray(a) for k, a in rows.batch(np.arange(4)).items()}
 
 

@@ -16,6 +16,7 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data import splits
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.tokenizers import loading
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import eval as evaluation
@@ -137,7 +138,7 @@ def test_a_model_from_scratch_learns_pairs_of_texts_with_their_own_lengths(pairs
     pretrain.run(config, None, Context(tmp_path / "out", tmp_path / "work", "key"))
     made = artifact.load(tmp_path / "out")
     tokens = loading.load(made.tokenizer_dir)
-    rows = TASKS["completions"].stage_rows(made.model, Text(config.data), "train", tokens, 24, tmp_path, shuffle=False)
+    rows = TASKS["completions"].stage_rows(made.model, Text(config.data), "train", tokens, tmp_path, RowSettings(24))
     batch = rows.batch(np.arange(2))
     assert batch["encoder_tokens"].shape == (2, 24) and batch["tokens"].shape == (2, 6)
     assert "padding" not in made.manifest.metrics and made.manifest.metrics["steps"] == 2

@@ -19,6 +19,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import report
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline import runner
@@ -131,7 +132,7 @@ def test_wrong_predictions_are_written_and_calibration_scales_the_head(run_folde
 
     big = artifact.load(run_folder / "big")
     rows = TASKS["classify"].rows(
-        big.model, splits.examples(data, "test"), loading.load(big.tokenizer_dir), 32, shuffle=False
+        big.model, splits.examples(data, "test"), loading.load(big.tokenizer_dir), RowSettings(32)
     )
     setup = Setup(meshes.make(MeshConfig()), 32, 32, 16, "tail", "float32")
     head = big.params["head"]

@@ -13,7 +13,7 @@ from llmctl.train.robust.settings import AdversarialConfig
 
 V, D, C = 11, 3, 4
 MODEL = SimpleNamespace(encoder_layers=0, d_model=D)
-PROBLEM = SimpleNamespace(model=MODEL, task=SimpleNamespace(woven=lambda batch: batch))
+PROBLEM = SimpleNamespace(model=MODEL, task=SimpleNamespace(model_inputs=lambda batch: batch))
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, V, (5, 6))
 MASK = (np.arange(6) < np.array([6, 4, 1, 3, 5])[:, None]).astype(np.float64)

@@ -1,0 +1,96 @@
+"""Define how a task is measured on held-out examples.
+
+Shapes: B rows per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.base import with_article
+from llmctl.config.errors import RequestError
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, programs
+from llmctl.evaluate.tasks.rows import RowMethods, RowSettings
+from llmctl.model.config import ModelConfig
+
+Found = Iterable[tuple[Batch, Any]]
+"""Batches on the host with the model's outputs for them. Each row occurs exactly once; padding rows are removed."""
+Scored = (
+    tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
+)
+"""Metrics by name; (true labels, predictions) of all examples, or None if the task returns none; and, if the task has
+any, the records of predictions.jsonl."""
+
+
+class EvaluationMethods(RowMethods):
+    """Define the methods of a task that `eval` calls."""
+
+    def check_model(self, model: ModelConfig, where: str) -> None:
+        """Check that the task supports a model.
+
+        Raises:
+            RequestError: If the model has another head, or an architecture that the task does not support.
+        """
+        if model.head != (needed := self.head_for(model)):
+            raise RequestError(f"{where}: task {self.name!r} needs the head {needed!r}, this model has {model.head!r}")
+        if model.architecture not in self.architectures:
+            raise RequestError(
+                f"{where}: eval has no task for {with_article(model.architecture)} with the head {model.head!r}"
+            )
+
+    def check_examples(self, artifact: Artifact, examples: Examples) -> None:
+        """Check that held-out examples match the artifact.
+
+        Raises:
+            RequestError: If the data lacks a column, or has labels that are not the model's.
+        """
+
+    def scorer(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled function (params, batch) -> outputs that `eval` runs and times."""
+        raise NotImplementedError
+
+    def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
+        """Measure an artifact on held-out examples. Each row is used exactly once.
+
+        Raises:
+            RequestError: If `check_examples` rejects the data.
+        """
+        self.check_examples(artifact, held.examples)
+        tokenizer = tokenizers.load(artifact.tokenizer_dir)
+        settings = RowSettings(setup.seq_len, truncate=setup.truncate, corpus=held.corpus)
+        rows = self.rows(artifact.model, held.examples, tokenizer, settings)
+        step = self.scorer(artifact.model, setup.dtype)
+        found = answers(step, artifact.params, rows, setup, self.reads)
+        metrics, predictions, *written = self.metrics(artifact, held.examples, rows, found)
+        single, batched = programs(step, artifact.params, first(rows, setup, self.reads), setup.mesh)
+        units = {"examples_per_second": setup.batch_size}
+        protocol = self.protocol(artifact, held, setup, rows, metrics)
+        return Measured(
+            self.title, protocol, metrics, single, batched, units, predictions, written[0] if written else None
+        )
+
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+        """Compute metrics from the model's outputs.
+
+        Args:
+            artifact: The evaluated artifact.
+            examples: Held-out examples.
+            rows: Rows of the examples.
+            found: Host batches with the model's outputs.
+
+        Returns:
+            Metrics by name, and (truth, predictions) of all examples, or None if the task has none.
+        """
+        raise NotImplementedError
+
+    def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
+        """Return a description of the measurement: split, number of examples, truncation and dtype.
+
+        Metrics are comparable only if their descriptions are equal.
+        """
+        cut = f"{KEPT[setup.truncate]} {setup.seq_len} tokens"
+        return f"{held.split} split, {len(held.examples)} examples, {cut}, {setup.dtype}"

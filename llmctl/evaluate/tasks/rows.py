@@ -1,0 +1,143 @@
+"""Build the rows that a task is trained, evaluated and calibrated on, from examples of the data.
+
+Example:
+    >>> RowSettings(128, truncate="head_tail", seed=1)
+    RowSettings(seq_len=128, shuffle=False, seed=1, truncate='head_tail', target_len=0, corpus=None)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.data.config import DataConfig, Truncate
+from llmctl.data.corpus import Corpus
+from llmctl.data.examples.labelled import ClassificationRows
+from llmctl.data.pretraining.lm_corpus import Text, check_epochs
+from llmctl.data.splits import Examples
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate.tasks.record import TaskRecord
+from llmctl.model.config import ModelConfig
+from llmctl.model.head_kinds import HEAD_KINDS
+
+KINDS = {"class": "classes", "number": "numbers", "set": "sets of classes"}
+"""Words for the labels in error messages, by `data.label_type`."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Configure the rows of a task. A task ignores the settings that do not apply to it."""
+
+    seq_len: int
+    """Maximum number of tokens per row."""
+    shuffle: bool = False
+    """Whether to shuffle the rows in each epoch."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    truncate: Truncate = "tail"
+    """Truncation mode, which selects the part of a long text that is kept."""
+    target_len: int = 0
+    """Maximum number of tokens per completion, for encoder-decoders only. 0 uses `seq_len`."""
+    corpus: Callable[[Tokenizer], Corpus] | None = None
+    """Function from a tokenizer to the cached tokens of the examples' texts. If it is None, the texts are tokenized."""
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """Return the keyword arguments of row classes that decide the order of rows."""
+        return {"seed": self.seed, "shuffle": self.shuffle}
+
+
+class RowMethods(TaskRecord):
+    """Define the methods of a task that check data and build rows."""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Return True if the task's rows have labels. Language-modelling tasks have none."""
+        return not HEAD_KINDS[self.head].vocabulary
+
+    def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:
+        """Check the data of a training stage.
+
+        Raises:
+            RequestError: If the label type is wrong, or if there are fewer than two classes.
+        """
+        self.check_label_type(data)
+        if self.classes and len(labels) < 2:
+            raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
+
+    def check_label_type(self, data: DataConfig) -> None:
+        """Check that `data.label_type` is the type that the task needs.
+
+        Raises:
+            RequestError: If the label type differs.
+        """
+        if self.label_type and data.label_type != self.label_type:
+            kind = KINDS[self.label_type]
+            raise RequestError(f'task {self.name}: labels are {kind}; set data.label_type = "{self.label_type}"')
+
+    def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
+        """Return tokenized rows with labels, for training and evaluation.
+
+        Args:
+            model: Config of the model.
+            examples: Examples with the task's columns.
+            tokenizer: Tokenizer of the model.
+            settings: Settings of the rows.
+
+        Raises:
+            RequestError: If the data lacks a column.
+        """
+        return ClassificationRows(
+            examples,
+            tokenizer,
+            settings.seq_len,
+            truncate=settings.truncate,
+            corpus=settings.corpus(tokenizer) if settings.corpus else None,
+            **settings.order,
+        )
+
+    def stage_rows(
+        self,
+        model: ModelConfig,
+        text: Text,
+        split: str,
+        tokenizer: Tokenizer,
+        cache: Path,
+        settings: RowSettings,
+        needed: int = 0,
+    ) -> Any:
+        """Return the rows of a split of the data, and check that there are enough for a stage that reads `needed` rows.
+
+        Args:
+            model: Config of the model.
+            text: Text of the stage.
+            split: train, validation or test.
+            tokenizer: Tokenizer of the model.
+            cache: Folder that caches tokenized raw text.
+            settings: Settings of the rows. `target_len` is that of the data.
+            needed: Number of rows that will be read.
+
+        Raises:
+            RequestError: If `rows` raises it, or if `needed` exceeds the number of rows times the allowed epochs
+                (`data.epochs`).
+        """
+        rows = self.rows(model, text.splits[split], tokenizer, replace(settings, target_len=text.target_len))
+        if text.epochs:
+            check_epochs(needed, round(text.epochs * len(rows)))
+        return rows
+
+    def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
+        """Return rows without labels for calibration: one text, or one pair of texts, per row."""
+        return ClassificationRows(
+            unlabelled(examples), tokenizer, settings.seq_len, truncate=settings.truncate, shuffle=False
+        )
+
+
+def unlabelled(examples: Examples) -> Examples:
+    """Return the examples. If they have no labels, return them with all labels set to 0."""
+    return examples if examples.labels is not None else replace(examples, labels=np.zeros(len(examples), np.int32))
