@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from etils import epath
+from pydantic import BaseModel, Field
 
 from llmctl.config.containment import within
 from llmctl.config.errors import RequestError
@@ -25,6 +26,29 @@ KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (JsonTokenizer, sentence
 """Tokenizer classes by the kind in a descriptor. Folders without a descriptor are searched for model files in this
 order."""
 BOS = {"auto": None, "yes": True, "no": False}
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Template(BaseModel, extra="forbid"):
+    """Hold the fields of `TextTemplate` in a descriptor."""
+
+    begin: tuple[TokenId, ...]
+    end: tuple[TokenId, ...]
+    between: tuple[TokenId, ...]
+
+
+class _Descriptor(BaseModel, extra="allow"):
+    """Check the types in a descriptor (`DESCRIPTOR`)."""
+
+    kind: str
+    file: str
+    digest: str
+    bos: bool = True
+    special: dict[str, str] | None = None
+    template: _Template | None = None
+    prefix: tuple[TokenId, ...] = ()
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
@@ -62,11 +86,13 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
     described: dict = {}
     if (path / DESCRIPTOR).is_file():
         try:
-            described = parse_json(within(path, DESCRIPTOR).read_bytes())
-            kind, file, digest = described["kind"], within(path, described["file"]), described["digest"]
-        except (ValueError, KeyError, TypeError):
+            content = within(path, DESCRIPTOR).read_bytes()
+            parse_json(content)
+            described = _Descriptor.model_validate_json(content, strict=True).model_dump(exclude_unset=True)
+        except (ValueError, TypeError):
             raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
-        if not isinstance(kind, str) or kind not in KINDS:
+        kind, file, digest = described["kind"], within(path, described["file"]), described["digest"]
+        if kind not in KINDS:
             raise RequestError(
                 f"{path}: tokenizer of unknown kind {kind!r} (known: {', '.join(KINDS)}); a newer llmctl?"
             )
@@ -90,15 +116,9 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
         tokenizer = KINDS[kind].open(file.read_bytes(), described | told, file.parent)
     except ValueError as error:
         raise RequestError(f"{file}: not a usable tokenizer ({error})") from None
-    if add_bos is None and (recorded := described.get("template")):
-        try:
-            tokenizer.own_template = TextTemplate(**{k: tuple(map(int, v)) for k, v in recorded.items()})
-        except (AttributeError, TypeError, ValueError):
-            raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
-    try:
-        tokenizer.prefix = tuple(map(int, described.get("prefix", ())))
-    except (TypeError, ValueError):
-        raise RequestError(f"{path / DESCRIPTOR}: damaged tokenizer descriptor") from None
+    if add_bos is None and (template := described.get("template")):
+        tokenizer.own_template = TextTemplate(**template)
+    tokenizer.prefix = described.get("prefix", ())
     tokenizer.chat_template = chat_template(file.parent)
     if add_bos and not tokenizer.add_bos:
         raise RequestError(f"{file}: has no begin-of-sequence token to begin with; tokenizer.bos must be auto or no")

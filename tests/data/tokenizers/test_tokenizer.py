@@ -84,6 +84,23 @@ def test_what_cannot_be_loaded(trained, tmp_path):
         loading.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *({"bos": v} for v in ("yes", 2, None)),
+        *({"kind": 1}, {"file": ["tokenizer.model"]}, {"digest": None}, {"special": {"bos": 1}}),
+        *({"prefix": v} for v in (1, ["1"], [1.5], [-1], [2**31])),
+        *({"template": v} for v in ([], {"begin": []}, {"begin": [True], "end": [], "between": []})),
+    ],
+)
+def test_a_descriptor_with_values_of_other_types_is_refused(trained, tmp_path, edit):
+    trained.save(tmp_path)
+    descriptor = tmp_path / "llmctl_tokenizer.json"
+    descriptor.write_text(json.dumps(json.loads(descriptor.read_text()) | edit))
+    with pytest.raises(RequestError, match=r"damaged tokenizer descriptor"):
+        loading.load(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_a_vocabulary_beyond_the_corpus(kind):
     with pytest.raises(RequestError, match=r"vocab_size = 4096 is larger .* the largest possible is (\d+)") as caught:
