@@ -74,9 +74,9 @@ def app(chosen: str = "") -> typer.Typer:
     kinds = registry.stages()
     for name in sorted([*registry.commands(), *kinds], key=_rank):
         if name == chosen:
-            goes_on = name in kinds or name in RESUMABLE
+            resumable = name in kinds or name in RESUMABLE
             function, cls = _function(name, name in kinds)
-            made.command(name, cls=cls, short_help=registry.summary(name))(_interruptible(function, goes_on))
+            made.command(name, cls=cls, short_help=registry.summary(name))(_interruptible(function, resumable))
         else:
             made.command(name, short_help=registry.summary(name))(lambda: None)
     return made
@@ -95,7 +95,7 @@ def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
     return getattr(importlib.import_module(registry.module(name)), registry.symbol(name)), None
 
 
-def _interruptible(command: Callable[..., Any], goes_on: bool) -> Callable[..., Any]:
+def _interruptible(command: Callable[..., Any], resumable: bool) -> Callable[..., Any]:
     """Return a function that runs the command, and raises `Interrupted` if SIGTERM or Ctrl-C arrives.
 
     A KeyboardInterrupt alone would not suffice. Typer turns it into another exit code. Orbax and SentencePiece turn it
@@ -103,7 +103,7 @@ def _interruptible(command: Callable[..., Any], goes_on: bool) -> Callable[..., 
     """
 
     @functools.wraps(command)
-    def stoppable(*args: Any, **kwargs: Any) -> Any:
+    def run_command(*args: Any, **kwargs: Any) -> Any:
         _check_numbers(kwargs)
         try:
             return command(*args, **kwargs)
@@ -112,10 +112,10 @@ def _interruptible(command: Callable[..., Any], goes_on: bool) -> Callable[..., 
         except BaseException as e:
             if not isinstance(e, KeyboardInterrupt) and not _stop_requested.is_set():
                 raise
-            more = "; the same command finishes it" if goes_on else ""
+            more = "; the same command finishes it" if resumable else ""
             raise Interrupted(f"interrupted{more}") from None
 
-    return stoppable
+    return run_command
 
 
 def _check_numbers(options: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     def look(
         layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
     ) -> tuple[Any, Stats, Any]:
-        """Run one batch through the unchanged layer, and return (output, updated statistics, result of `_influence`)."""
+        """Run one batch through the unchanged layer, and return (output, updated statistics, `_influence` sums)."""
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))

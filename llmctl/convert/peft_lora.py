@@ -45,7 +45,7 @@ SLOW = re.compile(r"\)[*+{]|(?:[*+}?].*){5}", re.DOTALL)
 
 
 class Pair(NamedTuple):
-    """Store the low-rank adapter of one layer's matrix: matrices [I, R] and [R, O], their scale, and DoRA's magnitude."""
+    """Store the low-rank adapter of one layer's matrix: two matrices, their scale, and DoRA's magnitude."""
 
     a_IR: np.ndarray
     b_RO: np.ndarray

@@ -73,14 +73,14 @@ class Writer:
         self._search: BeamSearch | None = None
 
     def __call__(
-        self, params: functional.Params, prompts: Sequence[str], heed: Callable[[], None] = lambda: None
+        self, params: functional.Params, prompts: Sequence[str], check_stop: Callable[[], None] = lambda: None
     ) -> list[str]:
         """Return the answer to each prompt.
 
         Args:
             params: Parameters of the model.
             prompts: Texts.
-            heed: Function that is called before each batch; it may raise an exception to stop.
+            check_stop: Function that is called before each batch; it may raise an exception to stop.
 
         Raises:
             RequestError: If a prompt is empty and the tokenizer has no token to begin with, or if the parameters are
@@ -92,7 +92,7 @@ class Writer:
         with meshes.use(meshes.make(MeshConfig(data=1), [device])):
             decoder = self._with(jax.tree.map(lambda a: _on(device, a), params))
             for first in range(0, len(order), self.batch_size):
-                heed()
+                check_stop()
                 batch = [rows[i] for i in order[first : first + self.batch_size]]
                 # The last batch repeats a row, so that it runs in the same programs.
                 last = batch[-1]

@@ -32,12 +32,12 @@ WORK = ".work"
 
 
 @dataclass(frozen=True)
-class Task:
+class StageStatus:
     """Store a stage with its key and the reason why it has to run."""
 
     step: Step
     key: str
-    why: str
+    reason: str
     """Reason why the stage has to run, as a text for the user; empty if its artifact is up to date."""
 
 
@@ -79,35 +79,37 @@ def run(
         for step in recipe.steps:
             if not only or step.name in only:
                 fetch(step.config)
-    found = hosts.broadcast(lambda: [(t.key, t.why) for t in plan(recipe)])
-    tasks = [Task(step, key, why) for step, (key, why) in zip(recipe.steps, found, strict=True)]
-    wanted = [t for t in tasks if not only or t.step.name in only]
-    _inputs_are_there(tasks, wanted, bool(only))
-    due = [t for t in wanted if t.why]
-    for task in due:
-        _batches_fit(task.step)
+    found = hosts.broadcast(lambda: [(t.key, t.reason) for t in plan(recipe)])
+    statuses = [StageStatus(step, key, reason) for step, (key, reason) in zip(recipe.steps, found, strict=True)]
+    chosen = [t for t in statuses if not only or t.step.name in only]
+    _check_inputs(statuses, chosen, bool(only))
+    due = [t for t in chosen if t.reason]
+    for status in due:
+        _check_batch_memory(status.step)
     if due:
         hosts.broadcast(lambda: data_check.check(recipe, [t.step.name for t in due]))
     with locks.lock(recipe.run / WORK / "run.lock", str(recipe.run), shared=recipe.alone, own_folder=True):
         hosts.check_shared(recipe.run / WORK)
         if due:
             backend.initialize((t.step.config.platform for t in due), say)
-        for i, task in enumerate(wanted, 1):
-            name = task.step.name
-            with locks.claim(task.step.out):
-                if hosts.broadcast(lambda task=task: not task.why or up_to_date.is_done(task.step, task.key)):
+        for i, status in enumerate(chosen, 1):
+            name = status.step.name
+            with locks.claim(status.step.out):
+                if hosts.broadcast(
+                    lambda status=status: not status.reason or up_to_date.is_done(status.step, status.key)
+                ):
                     if hosts.first():  # left by a process that was killed after it wrote the artifact
                         shutil.rmtree(recipe.run / WORK / name, ignore_errors=True)
-                    remark = hosts.broadcast(lambda task=task: up_to_date.remark(task.step))
-                    say(f"[{i}/{len(wanted)}] {name}: up to date, skipped{remark}")
+                    remark = hosts.broadcast(lambda status=status: up_to_date.remark(status.step))
+                    say(f"[{i}/{len(chosen)}] {name}: up to date, skipped{remark}")
                     continue
-                source = f" from {out_name(task.step.parent)}" if task.step.parent else ""
-                say(f"[{i}/{len(wanted)}] {name}{source}: {task.why}")
-                _do(recipe, task, say)
+                source = f" from {out_name(status.step.parent)}" if status.step.parent else ""
+                say(f"[{i}/{len(chosen)}] {name}{source}: {status.reason}")
+                _run_stage(recipe, status, say)
     return [t.step.name for t in due]
 
 
-def plan(recipe: Recipe) -> list[Task]:
+def plan(recipe: Recipe) -> list[StageStatus]:
     """Return every stage with its key and the reason why it has to run. Nothing is run.
 
     The keys are computed from the recipe and the files on disk.
@@ -116,14 +118,14 @@ def plan(recipe: Recipe) -> list[Task]:
       RequestError: an input file or a parent's folder is missing or damaged.
     """
     keys: dict[str, str] = {}
-    tasks: list[Task] = []
+    statuses: list[StageStatus] = []
     for step in recipe.steps:
         parent = _key_of(step.parent, keys) if step.parent else None
         others = [[n, _key_of(a, keys)] for n, a in step.others.items()]
         keys[step.name] = key(step.config, parent, others)
-        due = {t.step.name for t in tasks if t.why}
-        tasks.append(Task(step, keys[step.name], up_to_date.why(step, keys[step.name], due)))
-    return tasks
+        due = {t.step.name for t in statuses if t.reason}
+        statuses.append(StageStatus(step, keys[step.name], up_to_date.why(step, keys[step.name], due)))
+    return statuses
 
 
 def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
@@ -177,7 +179,7 @@ def fetch(config: Any) -> None:
             SOURCES[section.source].fetch(section)
 
 
-def _batches_fit(step: Step) -> None:
+def _check_batch_memory(step: Step) -> None:
     """Check that one batch fits in the memory of all processes, with 4 bytes per token, target and weight.
 
     Raises:
@@ -189,10 +191,10 @@ def _batches_fit(step: Step) -> None:
         limits.check_memory(12 * rows * length // hosts.count(), what, "lower batch_size or seq_len")
 
 
-def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
-    step = task.step
+def _run_stage(recipe: Recipe, status: StageStatus, say: Callable[[str], None]) -> None:
+    step = status.step
     work = recipe.run / WORK / step.name
-    made = hosts.broadcast(lambda: _begin(step, work, task.key, say, recipe.alone))
+    made = hosts.broadcast(lambda: _create_work_folder(step, work, status.key, say, recipe.alone))
 
     def folder(of: str | Path) -> Path:
         return of if isinstance(of, Path) else recipe.run / of
@@ -200,18 +202,18 @@ def _do(recipe: Recipe, task: Task, say: Callable[[str], None]) -> None:
     siblings = {name: folder(of) for name, of in step.others.items()}
     parent = folder(step.parent) if step.parent else None
     try:
-        stage.load(step.config.kind).run(step.config, parent, Context(step.out, work, task.key, siblings))
+        stage.load(step.config.kind).run(step.config, parent, Context(step.out, work, status.key, siblings))
     except RequestError:
         if made and hosts.first():  # a wrong request leaves no scratch files
             shutil.rmtree(work, ignore_errors=True)
         raise
-    if not hosts.broadcast(lambda: up_to_date.key_at(step.out) == task.key):
+    if not hosts.broadcast(lambda: up_to_date.key_at(step.out) == status.key):
         raise WorkError(f"{step.name}: the stage ended without leaving its artifact in {step.out}")
     if hosts.first():
         shutil.rmtree(work)
 
 
-def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
+def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
     """Create the stage's temporary folder, and return whether it is new.
 
     If a folder with another key exists, it is removed first. With `alone` (a single stage command), an artifact at the
@@ -232,22 +234,21 @@ def _begin(step: Step, work: Path, key: str, say: Callable[[str], None], alone: 
     return made
 
 
-def _inputs_are_there(tasks: list[Task], wanted: list[Task], some: bool) -> None:
-    """Check that the inputs of the stages to run are up to date, if the user chose them (`some`, by `--only`).
+def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: bool) -> None:
+    """Check that the inputs of the stages to run are up to date, if the user chose them (`only`).
 
     Raises:
       RequestError: an input is not up to date, and its stage is not among the stages to run.
     """
-    by_name = {t.step.name: t for t in tasks}
-    coming = {t.step.name for t in wanted}
-    for task in wanted if some else ():
-        for needed in (task.step.parent, *task.step.others.values()):
-            if not isinstance(needed, str) or needed in coming:
+    by_name = {t.step.name: t for t in statuses}
+    selected = {t.step.name for t in chosen}
+    for status in chosen if only else ():
+        for needed in (status.step.parent, *status.step.others.values()):
+            if not isinstance(needed, str) or needed in selected:
                 continue
-            if by_name[needed].why:
-                raise RequestError(
-                    f"{task.step.name}: needs {needed}, which is not up to date ({by_name[needed].why}); run it as well"
-                )
+            if reason := by_name[needed].reason:
+                name = status.step.name
+                raise RequestError(f"{name}: needs {needed}, which is not up to date ({reason}); run it as well")
 
 
 def _key_of(of: str | Path, keys: dict[str, str]) -> str:

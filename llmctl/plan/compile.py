@@ -26,10 +26,10 @@ class Compiled:
     """Bytes of arrays that exist only while the program runs."""
     peak: int
     """Bytes in use at the peak, as the compiler reports them."""
-    wants: int
+    required: int
     """Bytes that the program needs, if the compiler rejected it for lack of device memory; 0 if it compiled."""
     seconds: float
-    says: dict[str, float]
+    reported_costs: dict[str, float]
     """Cost figures that the compiler itself reports, only for display. They count a loop's body once and omit custom
     kernels.
     """
@@ -62,10 +62,10 @@ def compiled(program: Program) -> Compiled:
     except RequestError:
         raise
     except Exception as e:  # XLA raises the same type for all errors
-        wants = wanted(str(e))
-        if not wants:
+        required = required_bytes(str(e))
+        if not required:
             raise WorkError(f"plan: {program.title} does not compile: {e}") from e
-        return Compiled("", 0, 0, 0, 0, wants, time.monotonic() - began, {})
+        return Compiled("", 0, 0, 0, 0, required, time.monotonic() - began, {})
     costs = found.cost_analysis() or {}
     memory = found.memory_analysis()
     return Compiled(
@@ -90,7 +90,7 @@ REFUSALS = (
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def wanted(message: str) -> int:
+def required_bytes(message: str) -> int:
     """Return the required bytes that the compiler's out-of-memory message reports; 0 for other messages."""
     for pattern in REFUSALS:
         if found := re.search(pattern, message):

@@ -87,7 +87,7 @@ def programs_of(
     for name in chosen:
         if name not in names:
             raise RequestError(f"--stage {name}: no such stage{hint(name, names)}; there are {', '.join(names)}")
-    wants = _request(generate) if generate else None
+    request = _request(generate) if generate else None
     made: dict[str, Artifact] = {}
     built: list[tuple[str, Program]] = []
     last = max((names.index(name) for name in chosen), default=len(names) - 1)
@@ -102,13 +102,13 @@ def programs_of(
             built += [(step.name, program) for program in found]
         if wanted and not found:
             say(f"{step.name}: nothing to compile; the stage {step.config.kind!r} exports no programs")
-    if wants:
-        built += _generation(made, wants, devices, platform)
+    if request:
+        built += _generation(made, request, devices, platform)
     return built
 
 
 def _generation(
-    made: dict[str, Artifact], wants: Request, devices: list[Any], platform: str
+    made: dict[str, Artifact], request: Request, devices: list[Any], platform: str
 ) -> list[tuple[str, Program]]:
     """Return the programs of `generate` with the last language model."""
     writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary}
@@ -117,7 +117,7 @@ def _generation(
     name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
     there = writers[name]
     try:
-        found = generation(there.model, there.params, wants, mesh, platform)
+        found = generation(there.model, there.params, request, mesh, platform)
     except ValueError as e:
         raise RequestError(f"--generate: {there.path}: {e}") from None
     return [(f"generate by {name}", program) for program in found]
@@ -183,12 +183,12 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
         found |= {"compiled": False, "checked": modelled.CHECKED, "compile_seconds": 0.0, "compiler": {}}
         return found | _memory(program, topology, temporaries) | _work(program, topology, counts, axes, tokens)
     done = compiling.compiled(program)
-    found |= {"compiled": bool(done.text), "compile_seconds": done.seconds, "compiler": done.says}
+    found |= {"compiled": bool(done.text), "compile_seconds": done.seconds, "compiler": done.reported_costs}
     counts = hlo.count(done.text, axes) if done.text else hlo.Counts(0.0, 0.0)
     return found | _memory(program, topology, done) | _work(program, topology, counts, axes, tokens)
 
 
-def _memory(program: Program, topology: Topology, beside: compiling.Compiled | float) -> Found:
+def _memory(program: Program, topology: Topology, result: compiling.Compiled | float) -> Found:
     """Return the bytes of memory on one device, by class (parameters, optimizer, …).
 
     The bytes of arguments and of other arrays in memory are computed from shapes and shardings. The compiler or the
@@ -198,13 +198,13 @@ def _memory(program: Program, topology: Topology, beside: compiling.Compiled | f
     """
     held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
     arrays, refused = sum(held.values()), False
-    if isinstance(beside, compiling.Compiled):
-        refused = bool(beside.wants)
-        summed = beside.arguments + beside.outputs + beside.temporaries
-        peak = min(beside.peak or summed, summed) if topology.platform == "tpu" else summed
-        total = max(arrays, bytes_of(program.beside) + (beside.wants or peak))
+    if isinstance(result, compiling.Compiled):
+        refused = bool(result.required)
+        summed = result.arguments + result.outputs + result.temporaries
+        peak = min(result.peak or summed, summed) if topology.platform == "tpu" else summed
+        total = max(arrays, bytes_of(program.beside) + (result.required or peak))
     else:
-        total = arrays + int(beside)
+        total = arrays + int(result)
     held |= {"temporaries": total - arrays, "total": total, "capacity": topology.chip.hbm_bytes}
     return {"hbm_bytes": held, "fits": not refused and (not held["capacity"] or total <= held["capacity"])}
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmctl.config.settings import TrainConfig
 
 
-def chooses(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
+def selection_fields(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
     """Return the fields of a Job that make it keep the parameters with the best value of the task's metric."""
     return {"metric": task.best(labels), "keep_best": True}
 
@@ -54,11 +54,11 @@ class Learner:
     """Settings that only the learner's task reads: the section of the stage's config that `Task.section` names."""
     labels: Sequence[str] = ()
     """Names of the classes."""
-    how: dict[str, Any] = field(default_factory=dict)
+    job_fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the `llmctl.train.job.Job` that the stage sets, by name."""
-    during: Callable[[int], dict[str, Any]] = lambda _: {}
+    step_fields: Callable[[int], dict[str, Any]] = lambda _: {}
     """Function that returns fields of the `llmctl.train.job.Job` that depend on the number of training steps."""
-    changed: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
+    adapt_job: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
     """Function (job, number of steps) -> the job to run. It may, for example, replace the loss. By default it is the
     same job."""
 
@@ -98,10 +98,10 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
         flops=(3 + learner.task.extra_passes(learner.settings)) * flops.of_rows(model, row_shapes(rows)) + beside,
         rows=rows,
         validate=validate,
-        **learner.how,
-        **learner.during(steps),
+        **learner.job_fields,
+        **learner.step_fields(steps),
     )
-    return learner.changed(made, steps)
+    return learner.adapt_job(made, steps)
 
 
 def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:

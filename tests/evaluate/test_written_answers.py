@@ -55,13 +55,13 @@ def test_answers_are_those_of_each_prompt_alone(model, params):
 def test_a_request_to_stop_is_heeded_before_each_batch(model, params):
     heard: list[int] = []
 
-    def heed():
+    def check_stop():
         heard.append(1)
         if len(heard) == 2:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        writer(model)(params[0], PROMPTS, heed)
+        writer(model)(params[0], PROMPTS, check_stop)
 
 
 def test_programs_are_compiled_once(model, params):

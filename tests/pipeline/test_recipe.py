@@ -424,5 +424,5 @@ def test_a_batch_that_no_memory_holds_is_refused_before_work(monkeypatch, train)
     monkeypatch.setattr(runner.limits, "memory", lambda: 2**33)
     config = stage.load("pretrain").Config(name="base", train=train)
     with pytest.raises(RequestError, match=r"base: a batch of .* tokens would take .* lower batch_size or seq_len"):
-        runner._batches_fit(recipe.Step(config, Path("base"), None))
-    runner._batches_fit(recipe.Step(stage.load("pretrain").Config(), Path("base"), None))
+        runner._check_batch_memory(recipe.Step(config, Path("base"), None))
+    runner._check_batch_memory(recipe.Step(stage.load("pretrain").Config(), Path("base"), None))

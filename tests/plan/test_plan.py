@@ -100,12 +100,12 @@ def test_what_does_not_lower_for_a_gpu_is_an_error():
 def test_the_compilers_refusals_are_read():
     """Both ways in which libtpu says so."""
     assert (
-        compiling.wanted("Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by")
+        compiling.required_bytes("Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by")
         == 21.5 * 2**30
     )
     words = "The total memory required for HLO temporaries (3.00G) exceeds available HBM (2.00G)"
-    assert compiling.wanted(words) == 3 * 2**30
-    assert compiling.wanted("something else") == 0
+    assert compiling.required_bytes(words) == 3 * 2**30
+    assert compiling.required_bytes("something else") == 0
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ class SequenceToSequence(Completions):
         how = {"seq_len": train.seq_len, "batch_size": size, "dtype": train.dtype, "ends": ends}
         write = Writer(model, tokenizer, settings, **how)
 
-        def measure(params: functional.Params, heed: Callable[[], None]) -> dict[str, float]:
-            return generation.scores(references, write(params, prompts, heed), settings.bleu_tokenizer)
+        def measure(params: functional.Params, check_stop: Callable[[], None]) -> dict[str, float]:
+            return generation.scores(references, write(params, prompts, check_stop), settings.bleu_tokenizer)
 
         return measure
 

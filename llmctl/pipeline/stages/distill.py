@@ -185,10 +185,10 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
         loss,
         beside=teacher.model,
         labels=teacher.manifest.labels,
-        how={
+        job_fields={
             "constants": (teacher.params,),
             **({"holds_zeros": student.zeros.__contains__} if student else {}),
-            **learner.chooses(task, teacher.manifest.labels),
+            **learner.selection_fields(task, teacher.manifest.labels),
         },
     )
 

@@ -77,7 +77,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return (the programs that score each artifact, None). None stands for the artifact, because eval writes no model."""
+    """Return (programs that score each artifact, None). None means that eval writes no model."""
     from llmctl.evaluate import programs
 
     chosen = others or ({base.path.name: base} if base else {})

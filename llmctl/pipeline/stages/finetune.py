@@ -277,20 +277,20 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
     if config.calibrate and not (task.calibrates and all(map(weights.is_plain, params["head"]["out"].values()))):
         raise RequestError("calibrate: needs task = 'classify' and a head of plain arrays; leave it out")
-    how = {
+    fields = {
         **selection.job_fields(config, method, model, params),
         "holds_zeros": base.zeros.__contains__,
-        **learner.chooses(task, labels),
+        **learner.selection_fields(task, labels),
     }
     if task.reads_adapters(settings):
-        beside = {n for n in weights.arrays(params) if how["trains"](n)} - weights.adapter_names(params)
+        beside = {n for n in weights.arrays(params) if fields["trains"](n)} - weights.adapter_names(params)
         if beside:
             raise RequestError(
                 f"{task.section}: compares with the model without adapters, so nothing else may be trained, here "
                 f"{min(beside)}; use method = 'lora', 'dora', 'adalora' or 'ia3', without lora.modules_to_save"
             )
     made = learner.Learner(
-        model, params, task, config.dropout, temperature=config.temperature, settings=settings, labels=labels, how=how,
-        during=partial(selection.during, config, method, model, params),
+        model, params, task, config.dropout, temperature=config.temperature, settings=settings, labels=labels,
+        job_fields=fields, step_fields=partial(selection.during, config, method, model, params),
     )  # fmt: skip
     return robust_job.attached(config, made, counts)

@@ -73,7 +73,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     devices = mesh.make(config.mesh)
     base = artifact.load(parent, devices) if parent else None
-    objective = aim(config, base, devices)
+    objective = training_objective(config, base, devices)
     text = Text(config.data, labels=False)
     for line in text.describe():
         console.say(f"{config.title}: {line}")
@@ -120,7 +120,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.data.examples import made_up
     from llmctl.train import programs
 
-    objective = aim(config, base, mesh)
+    objective = training_objective(config, base, mesh)
     vocab_size = _vocabulary(config, objective)
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b, vocab_size, mesh), base)
     columns = ("prompt", "completion") if objective.name == "completions" else ()
@@ -169,13 +169,15 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
     if base:
         model, params = base.model, base.params
     else:
-        answers = config.model.next_sentence and aim(config, None, mesh).name == "next_sentence"
+        answers = config.model.next_sentence and training_objective(config, None, mesh).name == "next_sentence"
         model = config.model.model_copy(update={"vocab_size": vocab_size, "next_sentence": answers})
         params = loop.initialize(model, config.seed, mesh)
-    return learner.Learner(model, params, default(model), how={"holds_zeros": base.zeros.__contains__} if base else {})
+    return learner.Learner(
+        model, params, default(model), job_fields={"holds_zeros": base.zeros.__contains__} if base else {}
+    )
 
 
-def aim(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
+def training_objective(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
     """Return the training objective with its settings, as chosen by the config or by the model's architecture.
 
     Raises:

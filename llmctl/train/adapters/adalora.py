@@ -109,7 +109,7 @@ class AdaLora(Method):
         return {"memory": ranks.memory, "after_step": ranks.after_step, "penalty": penalty, "best_from": settled}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """Return the parameters with each `Svd` adapter replaced by a low-rank pair that has only the remaining ranks."""
+        """Return the parameters with each `Svd` adapter replaced by a low-rank pair of the remaining ranks."""
         from llmctl.model import weights
 
         return weights.updated(

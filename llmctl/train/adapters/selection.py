@@ -1,6 +1,6 @@
 """Select the arrays that a finetuning stage trains, the learning rate of each, and the step at which it starts.
 
-    how = selection.job_fields(config, METHODS[config.method], model, params)
+    fields = selection.job_fields(config, METHODS[config.method], model, params)
 
 Each array has a level, which counts from the output to the input:
 

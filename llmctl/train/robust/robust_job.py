@@ -74,9 +74,9 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
         raise RequestError(f"{' and '.join(compares)} both compare outputs: leave one of them out")
     for setting in compares:
         problem.check(setting)
-        if learner.loss or learner.how.get("extra"):
+        if learner.loss or learner.job_fields.get("extra"):
             raise RequestError(f"{setting}: not for method {config.method!r}, which has a loss of its own")
-    return dataclasses.replace(learner, changed=partial(_changed, config, problem))
+    return dataclasses.replace(learner, adapt_job=partial(_changed, config, problem))
 
 
 def check_classes(asks: Any, task: Task) -> None:

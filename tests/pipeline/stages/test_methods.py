@@ -131,7 +131,7 @@ def test_classes_are_counted_and_sampled_from_the_training_split(artifacts, revi
     labels = rows.batch(np.arange(len(rows)))["label"]
     share = np.mean(labels)
     assert 0.6 < share < 0.75
-    batch = made.changed.args[1].prepare({"label": labels}, jax.random.key(0))
+    batch = made.adapt_job.args[1].prepare({"label": labels}, jax.random.key(0))
     np.testing.assert_allclose(batch["row_weight"], np.where(labels, 0.5 / share, 0.5 / (1 - share)), rtol=1e-5)
     with pytest.raises(Begins) as caught:
         go(config(reviews, regularize=RegularizeConfig(balance=True)), artifacts / "lm", tmp_path / "b")

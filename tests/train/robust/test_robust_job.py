@@ -78,7 +78,7 @@ def job_of(cfg, task="classify", dropout=0.1, params=None, method="full", rows=N
     train = TrainConfig(steps=20, seq_len=T, batch_size=B)
     config = finetune.Config.model_validate({"train": train, "method": method, **sections})
     trains = METHODS[method].trains(config, cfg, params)
-    made = learner.Learner(cfg, params, TASKS[task], dropout, labels=["a", "b", "c"], how={"trains": trains})
+    made = learner.Learner(cfg, params, TASKS[task], dropout, labels=["a", "b", "c"], job_fields={"trains": trains})
     made = robust_job.attached(config, made)
     return learner.job(config, made, rows or Rows(batch_of(cfg)), lambda params: {"accuracy": 0.0}, 20)
 
