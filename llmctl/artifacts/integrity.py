@@ -7,12 +7,13 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.artifacts import artifact
+from llmctl.artifacts import adapters, artifact
 from llmctl.artifacts.atomic import size
-from llmctl.artifacts.manifest import NAME, Manifest, damaged_fields, damaged_files, read_manifest
+from llmctl.artifacts.manifest import NAME, Manifest, damaged_fields, damaged_files, listed, read_manifest
 from llmctl.config.errors import LlmctlError, RequestError
 
 OLDER = "saved by an earlier llmctl, so only its arrays and its tokenizer are checked"
@@ -28,32 +29,54 @@ class Damage:
     """Differences in metrics, parents, sizes and logs, which cannot change predictions."""
 
 
-def quick_check(path: Path, manifest: Manifest) -> Damage:
+def quick_check(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Damage:
     """Return the differences between an artifact and its manifest, without reading the arrays.
 
     Files and fields are compared with their checksums. The total size of the arrays on disk is compared, but not their
-    values.
+    values. The base of an adapter is checked as well.
+
+    Args:
+        path: Folder of the artifact.
+        manifest: Manifest of the artifact.
+        bases: Folders of bases, as in `llmctl.artifacts.artifact.load`.
     """
     content = damaged_files(path, manifest, "content")
     if manifest.weights and size(path / "params") != manifest.bytes:
         content["params"] = "params has another size on disk than was saved"
+    if manifest.base:
+        content |= _base_damage(path, manifest, bases)
     return Damage(content, damaged_fields(path, "record") | damaged_files(path, manifest, "record"))
 
 
-def full_check(path: Path) -> Damage:
+def _base_damage(path: Path, manifest: Manifest, bases: Sequence[Path]) -> dict[str, str]:
+    """Return {"base": message} if the base of an adapter is missing or damaged, else {}."""
+    try:
+        folder = adapters.find_base(path, manifest, bases)
+        found = quick_check(folder, read_manifest(folder), [b for b in bases if Path(b) != folder])
+    except RequestError as e:
+        return {"base": str(e).removeprefix(f"{path}: ")}
+    wrong = listed(found.content.values())
+    return {"base": f"its base {folder} is damaged: {wrong}"} if wrong else {}
+
+
+def full_check(path: Path, bases: Sequence[Path] = ()) -> Damage:
     """Return the differences between an artifact and its manifest, including differences in the arrays.
 
     The arrays are read once, sharded over the default mesh. They are not read if the files and fields already have
-    differences that can change predictions.
+    differences that can change predictions. The base of an adapter is read as well.
+
+    Args:
+        path: Folder of the artifact.
+        bases: Folders of bases, as in `llmctl.artifacts.artifact.load`.
 
     Raises:
         RequestError: If the manifest is missing, is damaged or has a later format.
     """
     manifest = read_manifest(path)
-    found = quick_check(path, manifest)
+    found = quick_check(path, manifest, bases)
     if manifest.weights and not found.content:
         try:
-            artifact.load(path)
+            artifact.load(path, bases=bases)
         except RequestError as e:
             found.content["params"] = reason(e, path)
     return found

@@ -21,7 +21,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from llmctl.artifacts.fingerprint import type_bits
 from llmctl.config import checksums, containment
@@ -30,12 +37,14 @@ from llmctl.config.text_input import parse_json
 from llmctl.model.config import ModelConfig
 
 FORMAT = 1
-"""Version of the folder layout. Artifacts of a later version are rejected."""
+"""Version of the folder layout of artifacts that contain all of their arrays. It is part of every stage's key."""
+ADAPTER_FORMAT = 2
+"""Version of the folder layout of adapters. Artifacts of a later version are rejected."""
 
 NAME = "manifest.json"
 CONTENT = (
     *("family", "model", "labels", "task", "fitted", "pruned", "nonfinite", "digest", "tokenizer", "seq_len"),
-    *("truncate", "weights"),
+    *("truncate", "weights", "base"),
 )
 """Manifest fields that can change predictions, or the result of a later stage. The content digest covers them."""
 TOKENIZER = "tokenizer"
@@ -56,6 +65,22 @@ class Parent(BaseModel):
     digest: str
     content: str = ""
     """Content digest; empty if an older llmctl saved the parent."""
+
+    def is_of(self, manifest: Manifest) -> bool:
+        """Return True if this is the identity of the artifact with that manifest."""
+        return manifest.content == self.content if self.content else manifest.digest == self.digest
+
+
+class Base(Parent):
+    """Store the identity of an adapter's base, and the names of the arrays that the adapter itself contains.
+
+    All other arrays of the model are those of the base.
+    """
+
+    stored: list[str]
+    """Names of the arrays in the adapter's folder, such as `decoder/blocks/attn/q/kernel:a`."""
+    stored_digest: str
+    """SHA-256 over the names, dtypes, shapes and values of the stored arrays."""
 
 
 class Digest(BaseModel):
@@ -121,7 +146,7 @@ class Manifest(BaseModel):
     bits: float
     """Stored bits per parameter, including scales."""
     digest: str
-    """SHA-256 over the names, dtypes, shapes and values of all arrays."""
+    """SHA-256 over the names, dtypes, shapes and values of all arrays of the model, those of its base included."""
     parent: Parent | None = None
     tokenizer: str = ""
     """Digest of the tokenizer."""
@@ -134,6 +159,8 @@ class Manifest(BaseModel):
     """Truncation of long texts in training; empty if unknown."""
     weights: dict[str, dict[str, Any]] = {}
     """Node type, dtypes and shapes of each weight by path, as returned by `llmctl.model.weights.describe`."""
+    base: Base | None = None
+    """Base of an adapter, which contains only a part of the arrays; None if the artifact contains all of them."""
     versions: dict[str, str] = {}
     checksums: Checksums | None = None
     """Checksums of the fields above and of the artifact's files; None if an older llmctl saved the artifact."""
@@ -146,6 +173,11 @@ class Manifest(BaseModel):
             if not isinstance(parts, dict) or not all(_is_array(part) for part in parts.values()):
                 raise ValueError(f"the parts of {name} are not described by dtype and shape")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_base(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `base` if it is None, so that the digests of artifacts that are no adapters stay as before."""
+        return {name: value for name, value in fields(self).items() if name != "base" or value is not None}
 
     @property
     def content(self) -> str:
@@ -174,7 +206,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     values = json.loads(manifest.model_dump_json(exclude={"checksums"}))
     words = {name: value for name, value in values.items() if name not in CONTENT}
     summed = Checksums(
-        content=Digest.over({name: values[name] for name in CONTENT}, _content_files(folder)),
+        content=Digest.over({name: values[name] for name in CONTENT if name in values}, _content_files(folder)),
         record=Digest.over(words, _record_files(folder)),
     )
     whole = manifest.model_copy(update={"checksums": summed})
@@ -186,7 +218,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and check the content digest of its fields.
 
     Raises:
-        RequestError: If there is no manifest, if it is damaged, if its format is later than `FORMAT`, or if a link in
+        RequestError: If there is no manifest, if it is damaged, if its format is later than `ADAPTER_FORMAT`, or if a link in
             the folder leads outside it.
     """
     content = _raw(path)
@@ -287,9 +319,9 @@ def _raw(path: Path) -> dict[str, Any]:
         version = content["format"]
     except (ValueError, KeyError, TypeError) as e:
         raise _damaged(path, e) from e
-    if isinstance(version, int) and version > FORMAT:
+    if isinstance(version, int) and version > ADAPTER_FORMAT:
         raise RequestError(
-            f"{path}: artifact format {version} is later than this llmctl reads ({FORMAT}); upgrade llmctl"
+            f"{path}: artifact format {version} is later than this llmctl reads ({ADAPTER_FORMAT}); upgrade llmctl"
         )
     return content
 

@@ -10,17 +10,18 @@ from llmctl.config.errors import RequestError
 from llmctl.pipeline.recipe import MANIFEST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Entry = dict[str, Any]
 
 
-def run(path: Path, say: Callable[[str], None]) -> list[Entry]:
+def run(path: Path, say: Callable[[str], None], bases: Sequence[Path] = ()) -> list[Entry]:
     """Compare the artifact, the run or the prepared data at a path with its checksums.
 
     Args:
       path: an artifact, the folder of a run, or prepared data.
       say: function that prints one line per artifact before it is read.
+      bases: folders of the bases of adapters that are not beside their adapter.
 
     Returns:
       One record per artifact or prepared data: {"path", "kind", "state", "digest", "content", "differences", "notes"}.
@@ -32,7 +33,7 @@ def run(path: Path, say: Callable[[str], None]) -> list[Entry]:
     from llmctl.data.pretraining.prepared import DESCRIPTION
 
     if (path / MANIFEST).exists():
-        return [_artifact(path, say)]
+        return [_artifact(path, say, bases)]
     if (path / DESCRIPTION).exists():
         return [_prepared(path, say)]
     inside = sorted(p.parent for p in path.glob(f"[!.]*/{MANIFEST}"))
@@ -40,18 +41,18 @@ def run(path: Path, say: Callable[[str], None]) -> list[Entry]:
         raise RequestError(
             f"{path}: neither an artifact, nor a run, nor prepared data: there is no {MANIFEST} or {DESCRIPTION}"
         )
-    found = [_artifact(folder, say) for folder in inside]
+    found = [_artifact(folder, say, bases) for folder in inside]
     _compare_parents(found)
     return found
 
 
-def _artifact(path: Path, say: Callable[[str], None]) -> Entry:
+def _artifact(path: Path, say: Callable[[str], None], bases: Sequence[Path]) -> Entry:
     say(f"reading {path}")
     entry: Entry = {"path": str(path), "kind": "artifact", "state": "intact", "digest": "", "content": ""}
     entry |= {"differences": [], "notes": []}
     try:
         manifest = artifact.read_manifest(path)
-        found = integrity.full_check(path)
+        found = integrity.full_check(path, bases)
     except RequestError as e:
         return entry | {"state": "damaged", "differences": [integrity.reason(e, path)]}
     entry |= {"digest": manifest.digest, "content": manifest.content}

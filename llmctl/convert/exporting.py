@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def run(
     dtype: str = "",
     kind: str = "f16",
     shard_bytes: int = folders.SHARD_BYTES,
+    bases: Sequence[Path] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the artifact `source` to `out`, and verify that the written model gives the same outputs.
@@ -60,6 +61,7 @@ def run(
             their scales.
         kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
         shard_bytes: Maximum size of a weight file in bytes.
+        bases: Folders of the bases of adapters that are not beside their adapter.
         say: Function that is called with one line of text per message to the user.
 
     Returns:
@@ -81,7 +83,7 @@ def run(
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
     atomic.check(out)
-    found = artifact.load(source)
+    found = artifact.load(source, bases=bases)
     if to != "peft":
         found = dataclasses.replace(found, params=weights.merge_bias_adapters(found.params))
     if to != "peft" and found.manifest.pruned and weights.adapted(found.params):

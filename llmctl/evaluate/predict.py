@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from llmctl.artifacts import artifact
+from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
 from llmctl.config.limits import check_memory
 from llmctl.config.settings import MeshConfig
@@ -34,11 +35,11 @@ SHORTEST = 16
 class Predictor:
     """Predict rows with one artifact: its parameters, its task and its compiled function."""
 
-    def __init__(self, path: Path, batch_size: int = 32, seq_len: int = 0, dtype: str = "float32"):
+    def __init__(self, source: Path | Artifact, batch_size: int = 32, seq_len: int = 0, dtype: str = "float32"):
         """Load the artifact onto all devices.
 
         Args:
-            path: Folder of the artifact.
+            source: Folder of the artifact, or the artifact if it is already on all devices.
             batch_size: Number of rows per batch, which is rounded up to a multiple of the number of devices.
             seq_len: Maximum number of tokens per row. 0 uses the value of training. If that is unknown, as for imports,
                 0 uses 512, or the model's maximum if it is less.
@@ -49,7 +50,8 @@ class Predictor:
                 model's maximum sequence length.
         """
         self.mesh = meshes.make(MeshConfig())
-        found = artifact.load(path, self.mesh)
+        found = source if isinstance(source, Artifact) else artifact.load(source, self.mesh)
+        path = found.path
         self.manifest, self._params, self.task = found.manifest, found.params, of(found.manifest)
         if found.model.head_kind.vocabulary:
             raise RequestError(f"{path}: is a language model, which `llmctl generate` runs; predict needs a task head")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def results(
     work: Path,
     say: Callable[[str], None],
     keep: Callable[[dict[str, Any]], None] = lambda record: None,
+    bases: Sequence[Path] = (),
 ) -> list[Result]:
     """Measure artifacts on held-out examples, and time them if `config.speed` is set.
 
@@ -43,6 +44,7 @@ def results(
         work: Folder for tokenized examples.
         say: Function that is called with one line of text per result.
         keep: Function that is called with the record of every example (`Measured.written`).
+        bases: Folders of the bases of adapters that are not beside their adapter.
 
     Returns:
         One result per artifact and task (see `llmctl.evaluate.report`).
@@ -63,8 +65,8 @@ def results(
     held = Held(examples, config.split, work)
     out: list[Result] = []
     programs: dict[str, Measured] = {}
-    for name, path in chosen.items():
-        there = artifact.load(path, mesh)
+    loaded = artifact.load_each([*chosen.values()], mesh, bases=bases)
+    for name, there in zip(chosen, loaded, strict=True):
         for task in asked[name]:
             measured = task.evaluate(there, held, setups[name])
             out.append(_result(name, manifests[name], measured))

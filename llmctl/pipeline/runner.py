@@ -120,8 +120,9 @@ def plan(recipe: Recipe) -> list[StageStatus]:
     keys: dict[str, str] = {}
     statuses: list[StageStatus] = []
     for step in recipe.steps:
-        parent = _key_of(step.parent, keys) if step.parent else None
-        others = [[n, _key_of(a, keys)] for n, a in step.others.items()]
+        bases = step.config.bases
+        parent = _key_of(step.parent, keys, bases) if step.parent else None
+        others = [[n, _key_of(a, keys, bases)] for n, a in step.others.items()]
         keys[step.name] = key(step.config, parent, others)
         due = {t.step.name for t in statuses if t.reason}
         statuses.append(StageStatus(step, keys[step.name], up_to_date.why(step, keys[step.name], due)))
@@ -251,11 +252,11 @@ def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: 
                 raise RequestError(f"{name}: needs {needed}, which is not up to date ({reason}); run it as well")
 
 
-def _key_of(of: str | Path, keys: dict[str, str]) -> str:
+def _key_of(of: str | Path, keys: dict[str, str], bases: Sequence[Path]) -> str:
     if isinstance(of, str):
         return keys[of]
     manifest = artifact.read_manifest(of)
-    if wrong := integrity.quick_check(of, manifest).content:
+    if wrong := integrity.quick_check(of, manifest, bases).content:
         raise RequestError(f"{of}: damaged ({listed(wrong.values())}); {ADVICE}")
     return f"{manifest.key}:{manifest.content or manifest.digest}"
 

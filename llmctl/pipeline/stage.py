@@ -18,6 +18,7 @@ without `programs` compiles nothing in a plan. Its arrays then have the shapes o
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field
@@ -43,8 +44,10 @@ class StageConfig(Config):
     """Define the settings that every stage has."""
 
     heading: ClassVar[str] = "What it does"
-    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "mesh", "platform", "allow_nonfinite", "replace"})
-    unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent"})
+    unkeyed: ClassVar[frozenset[str]] = frozenset(
+        {"name", "parent", "base", "mesh", "platform", "allow_nonfinite", "replace"}
+    )
+    unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent", "base"})
     """Fields that a recipe cannot set among its shared settings, because each stage needs its own value."""
     starts: ClassVar[bool] = False
     """Whether the stage has no parent unless `from` is given, as in pretrain."""
@@ -60,6 +63,8 @@ class StageConfig(Config):
     """Name of the artifact and of its folder in the run; the kind by default."""
     parent: str = Field(default="", alias="from")
     """Artifact to start from: the name of an earlier stage, or a folder. Default: the previous stage."""
+    base: str = ""
+    """Base of the adapter to start from, if it is not beside the adapter: a folder. Its digest is compared."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of all random numbers."""
     platform: Literal["", "cpu", "gpu", "tpu"] = ""
@@ -75,6 +80,11 @@ class StageConfig(Config):
     def title(self) -> str:
         """Return the name of this stage for messages: its name, or its kind if the name is empty."""
         return self.name or self.kind
+
+    @property
+    def bases(self) -> tuple[Path, ...]:
+        """Return the folders in which to look for the base of an adapter, besides the folders beside the adapter."""
+        return (Path(self.base),) if self.base else ()
 
 
 def required(config: StageConfig, parent: T | None) -> T:

@@ -31,7 +31,7 @@ def why(step: Step, key: str, due: set[str]) -> str:
         manifest = artifact.read_manifest(step.out)
     except LlmctlError as e:
         return f"the artifact that is there cannot be read ({integrity.reason(e, step.out)})"
-    if wrong := _damage(step.out, manifest):
+    if wrong := _damage(step, manifest):
         return f"the artifact that is there is damaged ({wrong})"
     if manifest.key == key:
         return ""
@@ -50,7 +50,7 @@ def is_done(step: Step, key: str) -> bool:
     The runner calls this function again before a stage runs, because another process may have written the artifact in
     the meantime.
     """
-    return key_at(step.out) == key and not _damage(step.out, artifact.read_manifest(step.out))
+    return key_at(step.out) == key and not _damage(step, artifact.read_manifest(step.out))
 
 
 def remark(step: Step) -> str:
@@ -61,7 +61,7 @@ def remark(step: Step) -> str:
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:
         return f" ({integrity.OLDER})"
-    wrong = integrity.quick_check(step.out, manifest).record
+    wrong = integrity.quick_check(step.out, manifest, _bases(step)).record
     return f" ({listed(wrong.values())}; its weights are whole)" if wrong else ""
 
 
@@ -73,13 +73,19 @@ def key_at(folder: Path) -> str:
         return ""
 
 
-def _damage(folder: Path, manifest: Manifest) -> str:
+def _bases(step: Step) -> tuple[Path, ...]:
+    """Return the folders outside the run that may be the base of the stage's artifact, if it is an adapter."""
+    return (step.parent, *step.config.bases) if isinstance(step.parent, Path) else ()
+
+
+def _damage(step: Step, manifest: Manifest) -> str:
     """Return why an artifact must be created again, as a clause for messages; empty if a quick check finds no damage.
 
-    Arrays are checked later, by `load`. If only the metrics or the lineage of a model differ, the artifact is kept, and
-    `remark` reports the difference. A report of `eval` contains only metrics, so it is created again.
+    Arrays are checked later, by `load`. An adapter must be created again if its base is gone or was replaced. If only
+    the metrics or the lineage of a model differ, the artifact is kept, and `remark` reports the difference. A report of
+    `eval` contains only metrics, so it is created again.
     """
-    found = integrity.quick_check(folder, manifest)
+    found = integrity.quick_check(step.out, manifest, _bases(step))
     again = not manifest.weights or "key" in found.record
     return listed((found.content | (found.record if again else {})).values())
 

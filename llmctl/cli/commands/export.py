@@ -9,6 +9,9 @@ import typer
 def export(
     source: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact to export.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the exported files.")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+    ] = None,
     to: Annotated[
         str, typer.Option(help="Format: hf, compressed-tensors (quantized), peft (low-rank adapters), gguf.")
     ] = "hf",
@@ -20,12 +23,15 @@ def export(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Export an artifact for other libraries, read it back and check that its outputs are the same."""
-    from llmctl.artifacts import atomic
+    from llmctl.artifacts import adapters, atomic
     from llmctl.convert import exporting
     from llmctl.pipeline import console
 
     atomic.check(out)
-    made = exporting.run(source, out, to=to, dtype=dtype, kind=kind, shard_bytes=int(shard_size * 1e9), say=console.say)
+    bases = [base] if base else []
+    adapters.check_bases([source], bases)
+    size = int(shard_size * 1e9)
+    made = exporting.run(source, out, to=to, dtype=dtype, kind=kind, shard_bytes=size, bases=bases, say=console.say)
     if json:
         console.result(made)
     else:

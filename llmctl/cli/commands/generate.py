@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 def generate(
     artifact_dir: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact of a language model.")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue (repeatable).")] = None,
     file: Annotated[
         Path | None,
@@ -72,6 +75,7 @@ def generate(
         )
     texts = None if chat else _texts(prompt or [], file)
 
+    from llmctl.artifacts import adapters
     from llmctl.artifacts.artifact import load, read_manifest
     from llmctl.data.tokenizers import loading as tokenizers
     from llmctl.model.generate.beam import Beams, BeamSearch
@@ -84,6 +88,8 @@ def generate(
         width = Beams(beams, length_penalty, early_stopping)
     except ValueError as e:
         raise RequestError(str(e)) from None
+    bases = [base] if base else []
+    adapters.check_bases([artifact_dir], bases)
     model = read_manifest(artifact_dir).model
     if not model.head_kind.vocabulary:
         raise RequestError(
@@ -101,7 +107,7 @@ def generate(
         raise RequestError(
             f"--chat: {artifact_dir} is {with_article(model.architecture)}, and a conversation needs a decoder"
         )
-    loaded = load(artifact_dir)
+    loaded = load(artifact_dir, bases=bases)
     words = tokenizers.load(loaded.tokenizer_dir)
     if model.architecture == "encoder":
         _fill(loaded, Filler(model, loaded.params, words, dtype), texts or _stdin(), top_k or 5, json)

@@ -23,6 +23,9 @@ def predict(
         list[Path],
         typer.Argument(metavar="ARTIFACT...", help="Finetuned artifacts; the answers of several are averaged."),
     ],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Rows to predict (.jsonl, .csv, .tsv, .txt); standard input by default.")
     ] = None,
@@ -62,13 +65,20 @@ def predict(
     if out and out.exists():
         raise RequestError(f"--out {out}: exists already; name a new file")
 
+    from llmctl.artifacts import adapters, artifact
+    from llmctl.config.settings import MeshConfig
+    from llmctl.distributed import mesh as meshes
     from llmctl.evaluate.predict import Ensemble, Predictor
+
+    bases = [base] if base else []
+    adapters.check_bases(artifacts, bases)
 
     with contextlib.ExitStack() as closing:
         stream, title = row_stream.standard_input(), "stdin"
         if file:
             stream, title = closing.enter_context(_opened(file)), str(file)
-        models = Ensemble([Predictor(path, batch_size, seq_len, dtype) for path in artifacts])
+        loaded = artifact.load_each(artifacts, meshes.make(MeshConfig()), bases=bases)
+        models = Ensemble([Predictor(found, batch_size, seq_len, dtype) for found in loaded])
         read = row_stream.rows(stream, title, kind, names)
         write = _writer(closing.enter_context(_output(out)), to)
         begun, count, bad = time.monotonic(), 0, 0

@@ -10,11 +10,14 @@ def verify(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH…", help="Artifact, folder of a run, or folder of prepared data.")
     ],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare artifacts, whole runs or prepared data with the checksums that were saved with them.
 
-    All weights and shards are read. The exit code is 2 if anything differs.
+    All weights and shards are read, also those of an adapter's base. The exit code is 2 if anything differs.
     """
     from rich.table import Table
 
@@ -22,7 +25,7 @@ def verify(
     from llmctl.config.errors import RequestError
     from llmctl.pipeline import console
 
-    found = [entry for path in paths for entry in verification.run(path, console.say)]
+    found = [entry for path in paths for entry in verification.run(path, console.say, [base] if base else [])]
     damaged = [entry["path"] for entry in found if entry["state"] == "damaged"]
     if json:
         console.result({"checked": found, "damaged": damaged})

@@ -57,7 +57,7 @@ class Adapter(Node):
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
         """Return the node that has the given settings and parts; the inverse of `settings` and `parts`."""
-        inner = {k.removeprefix("base").removeprefix("."): a for k, a in parts.items() if _is_base(k)}
+        inner = {base_part(k): a for k, a in parts.items() if _is_base(k)}
         own = {k: a for k, a in parts.items() if not _is_base(k)}
         return super().restore(settings, {"base": assemble(settings["base"], inner), **own})
 
@@ -99,6 +99,15 @@ class Adapter(Node):
 
 def _base_part(part: str) -> str:
     return f"base.{part}" if part else "base"
+
+
+def base_part(part: str) -> str:
+    """Return the name that a part of an adapter's base has without the adapter.
+
+    >>> base_part("base"), base_part("base.scale"), base_part("a")
+    ('', 'scale', 'a')
+    """
+    return "" if part == "base" else part.removeprefix("base.")
 
 
 def _is_base(part: str) -> bool:

@@ -76,8 +76,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.train import learner
 
     devices = mesh.make(config.mesh)
-    teacher = artifact.load(next(iter(ctx.siblings.values())), devices)
-    student = artifact.load(parent, devices) if parent and config.model is None else None
+    # Loaded apart, even if one is the other's base, because the student's arrays are donated to the training state.
+    teacher = artifact.load(next(iter(ctx.siblings.values())), devices, bases=config.bases)
+    student = artifact.load(parent, devices, bases=config.bases) if parent and config.model is None else None
     learns = make_learner(config, teacher, student, devices)
     tokens = loading.load(teacher.tokenizer_dir)
     text = Text(config.data, learns.task.reads_labels, learns.task.reads_conversations)

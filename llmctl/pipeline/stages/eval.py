@@ -33,7 +33,7 @@ class Config(MeasureConfig, StageConfig):
     common: ClassVar[tuple[str, ...] | None] = ("of", "split", "examples", "batch_size", "speed", "plot")
     produces: ClassVar[bool] = False
     # Speed depends on mesh and platform.
-    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "allow_nonfinite", "replace"})
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "base", "allow_nonfinite", "replace"})
     artifact_fields: ClassVar[tuple[str, ...]] = ("of",)
 
     kind: Literal["eval"] = "eval"
@@ -72,7 +72,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         examples = examples.sample(config.examples)
     with mesh.use(mesh.make(config.mesh)) as devices:
         kept: list[dict[str, Any]] = []
-        results = runner.results(config, chosen, examples, devices, ctx.work / "corpus", console.say, kept.append)
+        results = runner.results(
+            config, chosen, examples, devices, ctx.work / "corpus", console.say, kept.append, config.bases
+        )
     write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]), kept)
 
 

@@ -41,11 +41,11 @@ WRITTEN = ("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "exact_match")
 class Config(StageConfig):
     """Train a model on a task's examples, and keep the parameters with the best validation metric."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "pooling")
+    common: ClassVar[tuple[str, ...] | None] = ("task", "method", "merge", "store")
     added: ClassVar[frozenset[str]] = frozenset(
         {
             "adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "prompt",
-            "regularize", "trained",
+            "regularize", "store", "trained",
         }
     )  # fmt: skip
 
@@ -77,6 +77,9 @@ class Config(StageConfig):
     """Settings of method prompt."""
     merge: bool = True
     """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
+    store: Literal["model", "adapter"] = "model"
+    """Arrays of the artifact. model: all of them. adapter: those that were trained. An adapter needs its base, the
+    artifact that the training started from, which later commands find beside it or by --base. Nothing is merged."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of first layers to freeze, together with the embeddings."""
     trained: TrainedConfig = TrainedConfig()
@@ -114,6 +117,10 @@ class Config(StageConfig):
     def _belongs(self) -> Config:
         if error := stray(self.method, self.model_fields_set):
             raise ValueError(error)
+        if self.store == "adapter" and METHODS[self.method].changes_base:
+            raise ValueError(f"store: method {self.method!r} trains the base itself, so there is no adapter to store")
+        if self.store == "adapter" and "merge" in self.model_fields_set and self.merge:
+            raise ValueError("store = 'adapter' and merge = true exclude each other: leave one of them out")
         for section, task in (("chat", "chat"), ("generation", "seq2seq"), ("preference", "preference")):
             if section in self.model_fields_set and self.task != task:
                 raise ValueError(f"{section}: not for task {self.task!r}, say task = {task!r}")
@@ -148,7 +155,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.train.robust.robust_job import check_classes
 
     devices = mesh.make(config.mesh)
-    base = artifact.load(required(config, parent), devices)
+    base = artifact.load(required(config, parent), devices, bases=config.bases)
     task = TASKS[config.task]
     own = getattr(config, task.section) if task.section else None
     tokenizer_dir = task.tokenizer_dir(base.tokenizer_dir, own, ctx.work / "tokenizer")
@@ -191,7 +198,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         fitted=learner.fitted(config, learns, params, held_out),
         metrics=metrics,
         tokenizer_dir=tokenizer_dir,
+        base=base.params if config.store == "adapter" else None,
     )
+    if config.store == "adapter" and ctx.out.resolve().parent != base.path.resolve().parent:
+        console.say(f"{config.title}: its base is not beside it, so commands that read it need --base {base.path}")
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:

@@ -72,7 +72,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.train import learner
 
     devices = mesh.make(config.mesh)
-    base = artifact.load(parent, devices) if parent else None
+    base = artifact.load(parent, devices, bases=config.bases) if parent else None
     objective = training_objective(config, base, devices)
     text = Text(config.data, labels=False)
     for line in text.describe():

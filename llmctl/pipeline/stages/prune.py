@@ -147,7 +147,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.train import run_log
 
     devices = mesh.make(config.mesh)
-    base = artifact.load(required(config, parent), devices)
+    base = artifact.load(required(config, parent), devices, bases=config.bases)
     walks = (bool(config.layers) + bool(config.heads or config.ffn)) if config.method == STRUCTURED else 1
     total = walks * (base.model.layers + base.model.encoder_layers)
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):

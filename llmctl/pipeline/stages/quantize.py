@@ -88,7 +88,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
 
-    base = artifact.load(required(config, parent), mesh.make(config.mesh))
+    base = artifact.load(required(config, parent), mesh.make(config.mesh), bases=config.bases)
 
     def say(text: str) -> None:
         console.say(f"{config.title}: {text}")

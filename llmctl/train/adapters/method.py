@@ -72,7 +72,7 @@ class Method:
 
     def merges(self, config: Any) -> bool:
         """Return whether adapters are merged into their matrices after training."""
-        return self.adapts and config.merge
+        return self.adapts and config.merge and config.store == "model"
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
         """Return the model's config with the layers that the method adds. By default it adds none.

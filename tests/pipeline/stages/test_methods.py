@@ -163,3 +163,38 @@ def test_optimizer_bytes_are_those_of_what_is_trained(artifacts, reviews):
         state = jax.tree.leaves(programs[0].optimizer)
         assert sum(a.size * a.dtype.itemsize for a in state) == size + 5 * 4, method
         assert not weights.adapted(left.params), method
+
+
+@pytest.mark.parametrize(
+    ("method", "parent"), [("bitfit", "encoder"), pytest.param("lora", "lm", marks=pytest.mark.slow)]
+)
+def test_an_adapter_is_stored_apart_and_answers_as_the_whole(method, parent, artifacts, reviews, tmp_path, capsys):
+    """The biases that training changed and the head; or the pairs alone."""
+    train = TRAIN.model_copy(update={"steps": 2, "eval_every": 0})
+    common = {"method": method, "train": train}
+    common |= {"lora": LORA, "task": "lm"} if method == "lora" else {}
+    out = artifacts / f"stored_{method}"
+    ctx = Context(out, tmp_path / "work", "key", {})
+    ctx.work.mkdir()
+    finetune.run(config(reviews, **common, store="adapter"), artifacts / parent, ctx)
+    assert "--base" not in capsys.readouterr().err
+    made = artifact.load(out)
+    merge = {"merge": False} if method == "lora" else {}
+    whole = go(config(reviews, **common, **merge), artifacts / parent, tmp_path / "whole")
+    assert made.manifest.digest == whole.manifest.digest and made.manifest.metrics == whole.manifest.metrics
+    stored = {*made.manifest.base.stored}
+    if method == "lora":
+        assert stored == weights.adapter_names(whole.params)
+    else:
+        assert "head/out/kernel" in stored and all(weights.parse(n).bias or weights.parse(n).task_head for n in stored)
+    assert made.manifest.bytes < whole.manifest.bytes / 3 and "base" not in whole.manifest.model_dump()
+    for name, a in weights.arrays(whole.params).items():
+        assert np.array_equal(weights.arrays(made.params)[name], a), name
+
+
+def test_what_has_no_adapter_is_refused(reviews):
+    with pytest.raises(ValueError, match="store: method 'full' trains the base itself"):
+        config(reviews, store="adapter")
+    with pytest.raises(ValueError, match="store = 'adapter' and merge = true exclude each other"):
+        config(reviews, method="lora", store="adapter", merge=True)
+    assert not METHODS["lora"].merges(config(reviews, method="lora", store="adapter"))

@@ -1,0 +1,172 @@
+"""Compose the parameters of an adapter: an artifact that contains only the arrays that differ from its base's.
+
+An adapter's manifest describes the complete model and has the digest of the base (`manifest.Base`). The base is another
+artifact. Its path is not stored, because nothing in an artifact is followed out of it: the base is one of the folders
+that the user names, or a folder beside the adapter.
+
+Example:
+  >>> adapter = read_manifest(runs / "tuned")
+  >>> find_base(runs / "tuned", adapter).name, adapter.base.stored[0]
+  ('pretrain', 'decoder/blocks/attn/q/kernel:a')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmctl.artifacts.manifest import ADVICE, NAME, Base, Manifest, read_manifest
+from llmctl.config.errors import RequestError
+
+
+def find_base(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Path:
+    """Return the folder of an adapter's base.
+
+    Args:
+        path: Folder of the adapter.
+        manifest: Manifest of the adapter.
+        bases: Folders that the user named. If there are none, the folders beside the adapter are searched.
+
+    Raises:
+        RequestError: If no folder has the base's digest.
+    """
+    base = manifest.base
+    assert base is not None
+    named = {Path(folder): read_manifest(folder) for folder in bases}
+    for folder, found in named.items():
+        if base.is_of(found):
+            return folder
+    for folder, found in _beside(path).items():
+        if base.is_of(found) and (not named or found.base):  # the named folder may be the base of this base
+            return folder
+    wanted = f"{base.name} (digest {(base.content or base.digest)[:12]})"
+    for folder, found in named.items():
+        digest = (found.content or found.digest)[:12]
+        raise RequestError(f"{path}: its base is {wanted}, and --base {folder} has the digest {digest}")
+    raise RequestError(f"{path}: its base {wanted} is not beside it; --base names its folder")
+
+
+def check_bases(paths: Sequence[Path], bases: Sequence[Path]) -> None:
+    """Check that at least one of the artifacts `paths` is an adapter, if the user named bases.
+
+    Raises:
+        RequestError: If none is.
+    """
+    if bases and not any(read_manifest(path).base for path in paths):
+        raise RequestError(f"--base {bases[0]}: {', '.join(map(str, paths))} is no adapter, which alone has a base")
+
+
+def _beside(path: Path) -> dict[Path, Manifest]:
+    """Return the readable artifacts in the folder that contains `path`, with their manifests."""
+    found: dict[Path, Manifest] = {}
+    for parent in dict.fromkeys((path.absolute().parent, path.resolve().parent)):
+        for file in sorted(parent.glob(f"[!.]*/{NAME}")):
+            try:
+                found[file.parent] = read_manifest(file.parent)
+            except (RequestError, OSError):  # a damaged artifact is nobody's base
+                continue
+    return found
+
+
+def stored_arrays(base: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the arrays of a model that its base does not have: {path: {part: array}}.
+
+    Args:
+        base: Parameters of the base. Those of its arrays that training replaced may be deleted.
+        flat: Weights of the model by path.
+    """
+    import numpy as np
+
+    from llmctl.model import weights
+
+    theirs = weights.flatten(base)
+
+    def is_theirs(a: Any, b: Any) -> bool:
+        if a is b:
+            return True
+        if b is None or b.is_deleted() or (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        return bool(np.asarray(_equal(a, b)))
+
+    out: dict[str, dict[str, Any]] = {}
+    for path, w in flat.items():
+        inner = weights.parts(theirs[path]) if path in theirs else {}
+        own = {part: a for part, a in weights.parts(w).items() if not is_theirs(a, _twin(inner, part))}
+        if own:
+            out[path] = own
+    return out
+
+
+def _equal(a: Any, b: Any) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.array_equal(a, b)
+
+
+def _twin(parts: Mapping[str, Any], part: str) -> Any:
+    """Return the array of a base's weight that is the part `part` of the adapted weight, or None."""
+    from llmctl.model import weights
+
+    return parts.get(part, parts.get(weights.base_part(part)))
+
+
+def names(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return arrays of {path: {part: array}} by name, sorted."""
+    from llmctl.model import weights
+
+    return dict(sorted((weights.join(path, part), a) for path, parts in stored.items() for part, a in parts.items()))
+
+
+def selected(arrays: Mapping[str, Mapping[str, Any]], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return those of the arrays {path: {part: array}} that have one of the names `stored`."""
+    from llmctl.model import weights
+
+    chosen, out = {*stored}, {}
+    for path, parts in arrays.items():
+        if own := {part: a for part, a in parts.items() if weights.join(path, part) in chosen}:
+            out[path] = own
+    return out
+
+
+def composed(
+    manifest: Manifest, target: dict[str, Any], stored: Mapping[str, Any], base: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the parameters of an adapter's model. Arrays of the base are not copied if their sharding is the same.
+
+    Args:
+        manifest: Manifest of the adapter.
+        target: Parameters with shapes, dtypes and shardings in place of arrays.
+        stored: Arrays of the adapter by name.
+        base: Parameters of the base.
+
+    Raises:
+        RequestError: If the base lacks an array, or has it in another shape or dtype.
+    """
+    import jax
+
+    from llmctl.model import weights
+
+    theirs, out = weights.flatten(base), {}
+    for path, w in weights.flatten(target).items():
+        inner, arrays = weights.parts(theirs[path]) if path in theirs else {}, {}
+        for part, wanted in weights.parts(w).items():
+            name = weights.join(path, part)
+            a = stored[name] if name in stored else _twin(inner, part)
+            if a is None or (a.shape, a.dtype) != (wanted.shape, wanted.dtype):
+                raise RequestError(f"{manifest.name}: damaged (neither it nor its base has the array {name}); {ADVICE}")
+            same = a.sharding.is_equivalent_to(wanted.sharding, a.ndim)
+            arrays[part] = a if same else jax.device_put(a, wanted.sharding)
+        out[path] = weights.assemble(manifest.weights[path], arrays)
+    return weights.unflatten(out)
+
+
+def base_record(base: Manifest, stored: Mapping[str, Any], digest: str) -> Base:
+    """Return the record of a base for an adapter's manifest.
+
+    Args:
+        base: Manifest of the base.
+        stored: Arrays of the adapter by name.
+        digest: Digest of these arrays.
+    """
+    return Base(**base.as_parent().model_dump(), stored=sorted(stored), stored_digest=digest)

@@ -1,0 +1,217 @@
+"""Save artifacts atomically, and check that an artifact may be written to a folder.
+
+Example:
+  >>> check_output(folder, stage="pretrain")
+  >>> save(folder, params, model, stage="pretrain", key="3f2a", config={}).stage
+  'pretrain'
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmctl.artifacts import adapters
+from llmctl.artifacts.atomic import size, writing
+from llmctl.artifacts.fingerprint import digest, manifest_fields
+from llmctl.artifacts.manifest import ADAPTER_FORMAT, FORMAT, Manifest, read_manifest, write_manifest
+from llmctl.config import containment
+from llmctl.config.errors import RequestError, WorkError
+from llmctl.distributed import locks
+from llmctl.model.config import ModelConfig
+
+FILES = {
+    *("manifest.json", "params", "tokenizer", "log.jsonl"),
+    *("results.json", "table.md", "tradeoff.png", "predictions.jsonl"),
+}
+"""Names of the files and folders that stages write into an artifact's folder."""
+
+
+def check_output(out: Path, *reads: Path, stage: str = "", replace: bool = False) -> None:
+    """Check that an artifact may be written to `out`.
+
+    Args:
+        out: Output folder.
+        reads: Input folders of the stage.
+        stage: Kind of the stage that writes the artifact. It may replace an artifact of the same kind.
+        replace: Whether to replace an artifact of any kind.
+
+    Raises:
+        RequestError: If the path of `out` has a character that globs interpret, if `out` is or contains a folder of
+            `reads`, or if `out` exists and is neither empty nor an artifact. If `replace` is false, also if `out` is an
+            artifact of another kind of stage, or contains files that llmctl did not write.
+    """
+    locks.check_path(out, str(out))
+    if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
+        raise RequestError(f"{out}: would replace what it is made of; choose another folder")
+    if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: is there already and is not an artifact; move it away, or choose another folder")
+    if stage and not replace and (out / "manifest.json").exists():
+        made = read_manifest(out)
+        if made.stage != stage:
+            raise RequestError(
+                f"{out}: is an artifact of {made.stage!r}; --replace replaces it, or choose another folder"
+            )
+        own = FILES | {Path(name).parts[0] for name in (made.checksums.record.files if made.checksums else ())}
+        if added := sorted(p.name for p in out.iterdir() if p.name not in own):
+            raise RequestError(
+                f"{out}: holds {added[0]!r}, which llmctl did not write and would delete; move it away, or --replace"
+            )
+
+
+def save(
+    out: Path,
+    params: Mapping[str, Any],
+    model: ModelConfig,
+    *,
+    stage: str,
+    key: str,
+    config: dict[str, Any],
+    name: str = "",
+    parent: Manifest | None = None,
+    labels: list[str] | None = None,
+    task: str | None = None,
+    fitted: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    tokenizer_dir: Path | None = None,
+    log: Path | None = None,
+    written: Path | None = None,
+    pruned: bool | None = None,
+    rounded: bool = False,
+    base: Mapping[str, Any] | None = None,
+    allow_nonfinite: bool = False,
+) -> Manifest:
+    """Save an artifact to `out` atomically, and return its manifest.
+
+    Args:
+        out: Output folder; an existing artifact is replaced.
+        params: Parameter tree. If `written` is given, a flat mapping {path: weight}, from which one weight at a time is
+            read.
+        model: Model config; its shapes are those of the parameters.
+        stage: Kind of the stage.
+        key: Content key of the stage.
+        config: Resolved config of the stage.
+        name: Name of the artifact; by default the folder's name.
+        parent: Manifest of the artifact that the stage started from.
+        labels: Class names.
+        task: Name of the task; by default the parent's, if it has the same head.
+        fitted: Values that the task fitted on validation data; by default the parent's, if it has the same head.
+        metrics: Measured metrics.
+        tokenizer_dir: Tokenizer folder to copy.
+        log: Log file to copy.
+        written: Folder that contains the arrays in Orbax format; it is moved to `params/`.
+        pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
+            of zeros exceeds `fingerprint.PRUNED`.
+        rounded: Whether the arrays are dequantized integers, which contain more zeros even without pruning.
+        base: Parameters of the parent, if they are not to be saved again. The new artifact is then an adapter, whose
+            base is the parent.
+        allow_nonfinite: Whether to save arrays that contain NaN or infinity.
+
+    Raises:
+        WorkError: If the disk is full, or if an array contains NaN or infinity and `allow_nonfinite` is false. `out` is
+            then unchanged.
+        RequestError: If `base` is given and has all arrays.
+    """
+    from llmctl.data.tokenizers import loading as tokenizers
+    from llmctl.distributed import processes
+    from llmctl.model import weights
+
+    out = Path(out)
+    flat = params if written else weights.flatten(dict(params))
+    with writing(out) as draft:
+        measured = manifest_fields(flat, rounded)
+        if (bad := measured["nonfinite"]) and not allow_nonfinite:
+            more = f" and {len(bad) - 1} more arrays" if len(bad) > 1 else ""
+            raise WorkError(
+                f"{out}: {bad[0]}{more} would hold NaN or infinity; --allow-nonfinite saves it all the same"
+            )
+        if written:
+            shutil.move(written, draft / "params")
+        else:
+            stored = _new_arrays(out, flat, base)
+            _write_arrays(draft / "params", stored)
+            if base and parent:
+                named = adapters.names(stored)
+                measured["base"] = adapters.base_record(parent, named, digest(named))
+        like = parent if parent and parent.model.head == model.head else None
+        measured["pruned"] = (parent.pruned if parent else measured["pruned"]) if pruned is None else pruned
+        manifest = Manifest(
+            format=ADAPTER_FORMAT if base else FORMAT,
+            name=name or out.name,
+            stage=stage,
+            key=key,
+            family=model.family,
+            model=model.model_copy(update={"preset": ""}),
+            labels=labels or [],
+            task=(like.task if like else "") if task is None else task,
+            fitted=(like.fitted if like else {}) if fitted is None else fitted,
+            fitted_for=(like.fitted_for or like.name) if like and like.fitted and fitted is None else "",
+            bytes=size(draft / "params"),
+            parent=parent.as_parent() if parent else None,
+            tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
+            config=config,
+            metrics=metrics or {},
+            versions=versions(),
+            **text_settings(config, parent),
+            **measured,
+        )
+        if processes.first():
+            if tokenizer_dir:
+                containment.copy(tokenizer_dir, draft / "tokenizer")
+            if log and log.exists():
+                shutil.copy(log, draft / "log.jsonl")
+        text = processes.broadcast(lambda: write_manifest(draft, manifest).model_dump_json())
+    return Manifest.model_validate_json(text)
+
+
+def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return the arrays to write, {path: {part: array}}: all of them, or those that the base does not have.
+
+    Raises:
+        RequestError: If the base has all arrays.
+    """
+    from llmctl.model import weights
+
+    if base is None:
+        return {path: weights.parts(w) for path, w in flat.items()}
+    stored = adapters.stored_arrays(dict(base), flat)
+    if not stored:
+        raise RequestError(f"{out}: nothing was trained, so there is no adapter to save")
+    return stored
+
+
+def _write_arrays(folder: Path, arrays: Mapping[str, dict[str, Any]]) -> None:
+    """Write the arrays of weights to a new folder in Orbax format."""
+    import orbax.checkpoint as ocp
+
+    from llmctl.model import weights
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), weights.unflatten({path: plain(parts) for path, parts in arrays.items()}))
+        checkpointer.wait_until_finished()
+
+
+def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
+    """Return the manifest fields "seq_len" and "truncate", from the stage's config or else from the parent.
+
+    Args:
+        config: Resolved config of the stage.
+        parent: Manifest of the artifact that the stage starts from.
+    """
+    return {
+        "seq_len": config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),
+        "truncate": config.get("truncate") or (parent.truncate if parent else ""),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that determine an artifact's content, by package name."""
+    return {p: metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "qwix")}
+
+
+def plain(parts: dict[str, Any]) -> Any:
+    """Return the parts of a weight as Orbax stores them: a plain array has no name."""
+    return parts.get("", parts)

@@ -1,0 +1,165 @@
+"""Adapters: what is stored, what is shared, where the base is looked for, and what is refused."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmctl.artifacts import artifact, integrity
+from llmctl.artifacts.adapters import find_base
+from llmctl.cli import app
+from llmctl.compress.quantize import quantize
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.model import functional, weights
+from llmctl.model.array_bytes import bytes_of
+from llmctl.model.config import ModelConfig
+
+SIZES = {"vocab_size": 259, "d_model": 32, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16, "d_ff": 64}
+MODEL = ModelConfig(**SIZES, max_seq_len=32)
+TARGETS = ("decoder/blocks/attn/q/kernel", "decoder/blocks/mlp/down/kernel")
+
+
+def pairs(params, seed, rank=2):
+    """The parameters with low-rank pairs on two matrices."""
+    rng, flat = np.random.default_rng(seed), weights.flatten(params)
+    for path in TARGETS:
+        *lead, inputs, outputs = flat[path].shape
+        a, b = (jnp.asarray(rng.normal(size=(*lead, *s)), jnp.float32) for s in ((inputs, rank), (rank, outputs)))
+        flat[path] = weights.LowRank(flat[path], a, b, 0.5)
+    return weights.unflatten(flat)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run: `base`, the same in int8 as `integers`, and adapters `one` and `two` of each (`int_one`, `int_two`)."""
+    folder = tmp_path_factory.mktemp("adapters")
+    ByteTokenizer.new().save(folder / "words")
+    flat, rng = weights.flatten(functional.abstract(MODEL)), np.random.default_rng(0)
+    params = weights.unflatten({n: jnp.asarray(rng.normal(size=a.shape) * 0.1, a.dtype) for n, a in flat.items()})
+    common = {"key": "k", "tokenizer_dir": folder / "words", "config": {"train": {"seq_len": 16}}}
+    base = artifact.save(folder / "base", params, MODEL, stage="pretrain", **common)
+    small = quantize(params, scheme="int8", group=0, embeddings=False, head=False, activations="")[0]
+    integers = artifact.save(folder / "integers", small, MODEL, stage="quantize", parent=base, **common)
+    for prefix, tree, parent in (("", params, base), ("int_", small, integers)):
+        for seed, name in enumerate(("one", "two")):
+            about = {"stage": "finetune", "parent": parent, "base": tree, **common}
+            artifact.save(folder / f"{prefix}{name}", pairs(tree, seed), MODEL, **about)
+    artifact.save(folder / "whole", pairs(params, 0), MODEL, stage="finetune", parent=base, **common)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "int_"])
+def test_an_adapter_stores_only_what_its_base_lacks_and_loads_as_the_whole(run, prefix):
+    made = artifact.load(run / f"{prefix}one")
+    base = artifact.load(run / ("integers" if prefix else "base"))
+    assert made.manifest.base.stored == sorted(f"{path}:{part}" for path in TARGETS for part in "ab")
+    assert made.manifest.format == 2 and base.manifest.format == 1
+    assert made.manifest.bytes < base.manifest.bytes / 4
+    expected = weights.arrays(pairs(base.params, 0))
+    found = weights.arrays(made.params)
+    assert found.keys() == expected.keys()
+    for name, a in expected.items():
+        assert found[name].dtype == a.dtype and np.array_equal(found[name], a), name
+    if not prefix:
+        whole = artifact.load(run / "whole")
+        same = ("digest", "parameters", "weights", "bits", "weight_bytes", "sparsity")
+        assert [getattr(whole.manifest, n) for n in same] == [getattr(made.manifest, n) for n in same]
+        assert whole.manifest.content != made.manifest.content and whole.manifest.base is None
+
+
+@pytest.mark.parametrize("prefix", ["", "int_"])
+def test_several_adapters_share_the_arrays_of_one_base(run, prefix):
+    """On live arrays: the bytes of a base and two adapters are those of one base and two adapters."""
+    names = ["integers" if prefix else "base", f"{prefix}one", f"{prefix}two"]
+    for order in (names, names[::-1], names[1:]):
+        found = list(artifact.load_each([run / name for name in order]))
+        live = {id(a): a for made in found for a in weights.arrays(made.params).values()}
+        buffers = {a.unsafe_buffer_pointer(): a for a in live.values()}
+        base, pair = artifact.load(run / names[0]), 2 * sum(map(sum, ((32, 32), (64, 32)))) * 2 * 4
+        assert bytes_of([*buffers.values()], whole=True) == bytes_of(base.params, whole=True) + 2 * pair
+        assert [made.path.name for made in found] == order
+
+
+def test_the_base_is_found_beside_the_adapter_or_named(run, tmp_path):
+    shutil.copytree(run / "one", tmp_path / "here" / "one")
+    with pytest.raises(RequestError, match=r"one: its base base \(digest \w{12}\) is not beside it; --base names its"):
+        artifact.load(tmp_path / "here" / "one")
+    line = r"its base is base \(digest \w{12}\), and --base .*has the digest \w{12}$"
+    for wrong in ("integers", "whole"):
+        with pytest.raises(RequestError, match=line):
+            artifact.load(tmp_path / "here" / "one", bases=[run / wrong])
+    found = artifact.load(tmp_path / "here" / "one", bases=[run / "base"])
+    assert found.manifest.content == artifact.read_manifest(run / "one").content
+    shutil.copytree(run / "base", tmp_path / "here" / "renamed")
+    assert find_base(tmp_path / "here" / "one", found.manifest).name == "renamed"
+    with pytest.raises(RequestError, match=line):  # although the right one is beside it
+        artifact.load(tmp_path / "here" / "one", bases=[run / "integers"])
+
+
+def test_an_adapter_of_an_adapter_needs_both_bases(run, tmp_path):
+    one = artifact.load(run / "one")
+    tree = weights.updated(one.params, {"decoder/norm/scale": one.params["decoder"]["norm"]["scale"] + 1})
+    about = {"stage": "finetune", "key": "k", "config": {}, "parent": one.manifest, "base": one.params}
+    artifact.save(run / "second", tree, MODEL, **about)
+    made = artifact.load(run / "second")
+    assert made.manifest.base.stored == ["decoder/norm/scale"] and made.manifest.base.name == "one"
+    assert weights.adapted(made.params).keys() == {*TARGETS}
+    for name in ("one", "second"):
+        shutil.copytree(run / name, tmp_path / name)
+    assert np.array_equal(
+        artifact.load(tmp_path / "second", bases=[run / "base"]).params["decoder"]["norm"]["scale"],
+        tree["decoder"]["norm"]["scale"],
+    )
+    shutil.rmtree(run / "second")
+
+
+def test_damage_of_base_and_adapter_is_found(run, tmp_path):
+    for name in ("base", "one"):
+        shutil.copytree(run / name, tmp_path / name)
+    folder, manifest = tmp_path / "one", artifact.read_manifest(run / "one")
+    assert integrity.full_check(folder) == integrity.Damage({}, {})
+    content = json.loads((folder / "manifest.json").read_text())
+    for edit in ({"stored": []}, {"content": "0" * 64}, {"name": "x"}):
+        (folder / "manifest.json").write_text(json.dumps(content | {"base": content["base"] | edit}))
+        with pytest.raises(RequestError, match="the manifest's `base` does not match what was saved"):
+            artifact.load(folder)
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in content.items() if k != "base"}))
+    with pytest.raises(RequestError, match="the manifest's `base` does not match"):
+        artifact.read_manifest(folder)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    for block in (p for p in (tmp_path / "base" / "params").rglob("*") if p.is_file() and p.stat().st_size > 10_000):
+        data = block.read_bytes()
+        block.write_bytes(data[: len(data) // 2] + b"damage" + data[len(data) // 2 :])
+    assert "its base" in integrity.quick_check(folder, manifest).content["base"]
+    with pytest.raises(RequestError, match=r"base: damaged \(params"):
+        artifact.load(folder)
+    shutil.rmtree(tmp_path / "base")
+    assert integrity.quick_check(folder, manifest).content["base"].startswith("its base base (digest")
+
+
+def test_commands_check_the_base(run, tmp_path, capsys):
+    shutil.copytree(run / "one", tmp_path / "one")
+
+    def call(*argv):
+        code = app.run([*map(str, argv)])
+        out, err = capsys.readouterr()
+        return code, out, err.strip()
+
+    for argv in (
+        ["verify", tmp_path / "one"],
+        ["generate", tmp_path / "one", "--prompt", "a"],
+        ["export", tmp_path / "one", "--to", "peft", "--out", tmp_path / "peft"],
+        ["quantize", tmp_path / "one", "--out", tmp_path / "small"],
+        ["generate", tmp_path / "one", "--base", run / "integers", "--prompt", "a"],
+    ):
+        code, _, err = call(*argv)
+        assert code == 2 and ("its base" in err or "damaged" in err), (argv, err)
+        assert len(err.splitlines()) == 1 or argv[0] == "verify"
+    assert call("verify", tmp_path / "one", "--base", run / "base", "--json")[0] == 0
+    code, out, _ = call("show", tmp_path / "one", "--json")
+    assert code == 0 and json.loads(out)["base"]["name"] == "base"
+    assert call("generate", run / "base", "--base", run / "one", "--prompt", "a")[0] == 2
+    assert not (tmp_path / "peft").exists() and not (tmp_path / "small").exists()
