@@ -218,8 +218,8 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and check the content digest of its fields.
 
     Raises:
-        RequestError: If there is no manifest, if it is damaged, if its format is later than `ADAPTER_FORMAT`, or if a link in
-            the folder leads outside it.
+        RequestError: If there is no manifest, if it is damaged, if its format is later than `ADAPTER_FORMAT`, or if a
+            link in the folder leads outside it.
     """
     content = _raw(path)
     try:
