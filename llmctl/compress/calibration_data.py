@@ -14,7 +14,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data import columns as mapping
 from llmctl.data import splits
 from llmctl.data.device_batches import DeviceBatches
-from llmctl.data.examples import made_up
+from llmctl.data.examples import synthetic
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.loading import Tokenizer
@@ -44,7 +44,7 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
     if labels and base.manifest.labels and list(chosen.classes) != base.manifest.labels:
         raise RequestError(f"data: classes {list(chosen.classes)} are not those of {base.path}, {base.manifest.labels}")
     rows = _rows(config, base, chosen, tokenizers.load(base.tokenizer_dir), labels)
-    batches = DeviceBatches.covering(mesh, config.batch_size, len(rows))
+    batches = DeviceBatches.for_one_pass(mesh, config.batch_size, len(rows))
 
     def place(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         filler = batch["row_weight"][:, None] == 0  # rows that only fill the last batch
@@ -63,10 +63,10 @@ def abstract(
     Each example is assumed to give one row. Arguments and errors are the same as for `load`. The data is not read.
     """
     task, seq_len = of(base.manifest), sequence_length(config, base)
-    batches = DeviceBatches.covering(mesh, config.batch_size, config.examples)
+    batches = DeviceBatches.for_one_pass(mesh, config.batch_size, config.examples)
     columns = task.columns if labels else task.columns_read
-    examples = made_up.examples(config.data, columns, seq_len, base.manifest.labels)
-    row = _rows(config, base, examples, made_up.TOKENIZER, labels)[0]
+    examples = synthetic.examples(config.data, columns, seq_len, base.manifest.labels)
+    row = _rows(config, base, examples, synthetic.TOKENIZER, labels)[0]
     return batches.abstract(_read(base.model, row, labels)), -(-config.examples // batches.size)
 
 

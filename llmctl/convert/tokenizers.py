@@ -171,7 +171,7 @@ def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
 def _find(source: Path) -> tokenizers.Tokenizer | None:
     if source.is_file():
         return tokenizers.load(source)
-    names = [n for kind in tokenizers.KINDS.values() for n in (kind.file, *kind.foreign)]
+    names = [n for kind in tokenizers.KINDS.values() for n in (kind.file, *kind.other_files)]
     if any((source / n).is_file() for n in (tokenizers.DESCRIPTOR, *names)):
         return tokenizers.load(source)
     try:

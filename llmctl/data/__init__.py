@@ -1,1 +1,1 @@
-"""Read data: sources, tokenizers, example rows, pretraining rows, and batches on devices."""
+"""Read training and evaluation data: open sources, tokenize text, build rows, and copy batches to devices."""

@@ -1,4 +1,4 @@
-"""Read the cells of canonical columns that hold more than one text: words and tags, answers, choices, conversations."""
+"""Check and convert cells that contain more than one text: words and tags, answers, choices, and conversations."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from llmctl.data.source import Row
 CHATS = (
     'chats, which task = "chat" reads; for another task write each exchange as two text columns, prompt and completion'
 )
-"""Description of a cell with a conversation, for errors."""
+"""Description of a cell that contains a conversation, for error messages."""
 
 
 class CellReader:
-    """Read cells of the columns of one source. Each method returns the values that replace those of the row."""
+    """Check and convert cells of one source.
+
+    Each method gets a row {canonical column: cell} and the row's location for error messages. It returns the converted
+    values.
+    """
 
     def __init__(self, names: Mapping[str, str], clean: Callable[[str], str]) -> None:
         """Store the column names of the source.
 
         Args:
-            names: Column of the source by canonical column.
-            clean: Function that replaces text, as the settings of the source say.
+            names: Column name in the source by canonical column name.
+            clean: Function that is applied to every text, such as the replacements of `data.replace`.
         """
         self._names, self._clean = names, clean
 
     def words(self, row: Row, where: str) -> Row:
-        """Return {"tokens": list of words}, and check that there is one tag per word.
+        """Return {"tokens": list of words}, after checking that there is one tag per word.
 
         Raises:
             Unlabeled: If the row has no tags.
-            RequestError: If the words are no list of texts, or the tags are not one per word.
+            RequestError: If the words are no list of texts, or if the number of tags differs from that of words.
         """
         words, tags = row["tokens"], row.get("tags")
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
@@ -49,7 +53,7 @@ class CellReader:
         return cleaned
 
     def answers(self, row: Row, where: str) -> list[tuple[str, int]]:
-        """Return every accepted answer as (text, index of its first character in the context).
+        """Return the accepted answers as pairs (text, index of its first character in the context).
 
         Raises:
             RequestError: If the cell has another format, or if an answer is not in the context at its index.
@@ -69,7 +73,7 @@ class CellReader:
         return answers
 
     def question(self, row: Row, where: str) -> Row:
-        """Return {"choices": texts, "answer": index of the right choice}.
+        """Return {"choices": texts, "answer": index of the correct choice}.
 
         Raises:
             Unlabeled: If the answer is empty.

@@ -1,9 +1,9 @@
-"""Read conversations of a data set as messages in OpenAI's format, from that format or from ShareGPT's.
+"""Convert conversations in OpenAI's or ShareGPT's format to messages in OpenAI's format.
 
 Example:
     >>> read([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}])
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
-    >>> opening(_)
+    >>> first_user_message(_)
     'Hi'
 """
 
@@ -21,17 +21,16 @@ from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
 
 Message = dict[str, Any]
-"""Message: "role" (system, user, assistant or tool), "content" (text), and further keys for the chat template."""
+"""Message with the keys "role" (system, user, assistant or tool), "content" (text), and others for chat templates."""
 
 NAMES = ("messages", "conversations")
-"""Column names by which a column of conversations is recognized."""
+"""Names of columns that contain conversations."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool"}  # fmt: skip
-"""Role in llmctl's chat templates, by the role in OpenAI's format."""
+"""Role in chat templates, by the role in OpenAI's format."""
 SENDERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
            "function_call": "assistant", "function": "tool", "tool": "tool", "observation": "tool"}  # fmt: skip
-"""Role in llmctl's chat templates, by the sender in ShareGPT's format. The text of a `function_call` is a tool call as
-JSON."""
+"""Role in chat templates, by the sender in ShareGPT's format. The sender `function_call` writes a tool call as JSON."""
 
 
 def is_chat(value: Any) -> bool:
@@ -45,16 +44,16 @@ def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
     """Convert a conversation to messages in OpenAI's format, as chat templates read them.
 
     Keys without a value are dropped. If a message has several text parts, they are joined. The arguments of tool calls,
-    which data sets often store as text, become JSON data. A key "weight" of OpenAI's format is 0 if the message is
-    context only; the weight 1 is the default, and is dropped.
+    which data sets often store as text, become JSON data. A message with "weight" 0 does not count in the loss. The
+    default weight 1 is dropped.
 
     Args:
-        value: Value of a cell.
+        value: Conversation in a cell of the data, in OpenAI's or ShareGPT's format.
         clean: Function that is applied to every text of a message.
 
     Raises:
         RequestError: If the value is no conversation, a role is unknown, a message is empty, a weight is neither 0 nor
-            1, or no message is the assistant's.
+            1, or the assistant has no message.
     """
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
@@ -68,7 +67,7 @@ def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
 
 
 def read_tools(value: Any) -> list[Any] | None:
-    """Return the tool descriptions of a cell as a list of JSON objects; None if the cell has none.
+    """Return the tool descriptions in a cell as a list of JSON objects; None if the cell is empty.
 
     Args:
         value: Value of a cell: the list, or the list as JSON text.
@@ -85,16 +84,16 @@ def read_tools(value: Any) -> list[Any] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RequestError("must hold a list of tools, each a JSON object")
-    return [_kept(tool, f"tool {number}") for number, tool in enumerate(value, 1)]
+    return [_without_nulls(tool, f"tool {number}") for number, tool in enumerate(value, 1)]
 
 
-def opening(messages: list[Message]) -> str:
-    """Return the user's first message, or the first message if there is none. Its hash selects the split."""
+def first_user_message(messages: list[Message]) -> str:
+    """Return the text whose hash selects the split: the user's first message, or the first message if there is none."""
     said = [m["content"] for m in messages if m["role"] == "user"] or [messages[0]["content"]]
     return said[0]
 
 
-def written(messages: list[Message], tools: list[Any] | None) -> str:
+def as_json_text(messages: list[Message], tools: list[Any] | None) -> str:
     """Return the conversation and its tools as one JSON text. Equal texts mean duplicate conversations."""
     return json.dumps([messages, tools], ensure_ascii=False, sort_keys=True)
 
@@ -110,22 +109,22 @@ def _message(given: dict[str, Any], where: str, clean: Callable[[str], str]) -> 
     said = said.strip().lower()
     content = _text(given.get(text), where)
     rest = {} if shared else {k: v for k, v in given.items() if k not in (name, text)}
-    more = _kept(rest, where)
+    more = _without_nulls(rest, where)
     if said == "function_call":
         content, more = "", {"tool_calls": [_written_call(content, where)]}
     if "tool_calls" in more:
-        more = {**more, "tool_calls": _calls(more["tool_calls"], where)}
+        more = {**more, "tool_calls": _tool_calls(more["tool_calls"], where)}
         if not more["tool_calls"]:
             del more["tool_calls"]
     if "weight" in more:
-        more = {k: v for k, v in more.items() if k != "weight" or not _weighs(v, where)}
+        more = {k: v for k, v in more.items() if k != "weight" or not _counts_in_loss(v, where)}
     out = {"role": roles[said], "content": content, **more}
     if out["role"] in ("user", "assistant") and not content.strip() and "tool_calls" not in out:
         raise RequestError(f"{where} ({out['role']}) is empty")
     return _mapped(out, clean)
 
 
-def _weighs(weight: Any, where: str) -> bool:
+def _counts_in_loss(weight: Any, where: str) -> bool:
     """Return whether a message with this weight counts in the loss."""
     if weight not in (0, 1):
         raise RequestError(f"{where} has the weight {weight!r}; it must be 0 (context only) or 1")
@@ -146,8 +145,8 @@ def _text(content: Any, where: str) -> str:
     return "".join(str(t) for t in texts)
 
 
-def _calls(calls: Any, where: str) -> list[Any]:
-    """Return a message's tool calls, with the arguments of each call as JSON data."""
+def _tool_calls(calls: Any, where: str) -> list[Any]:
+    """Return the tool calls of a message, with their arguments as JSON data instead of text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RequestError(f"{where}: tool_calls must be a list of objects")
     return [{**c, "function": _call(c["function"])} if isinstance(c.get("function"), dict) else c for c in calls]
@@ -173,24 +172,24 @@ def _written_call(text: str, where: str) -> dict[str, Any]:
     return {"type": "function", "function": found}
 
 
-def _kept(value: Any, where: str) -> Any:
-    """Return JSON data without the keys whose value is null. Columnar files add such keys.
+def _without_nulls(value: Any, where: str) -> Any:
+    """Remove keys whose value is null, because columnar files add such keys.
 
-    Dates, times and decimal numbers of columnar files become text, because templates and JSON do not know them.
+    Dates, times and decimal numbers become text, because JSON and templates do not support these types.
 
     Args:
         value: Value of a message or a tool.
         where: Beginning of an error message.
 
     Raises:
-        RequestError: If a value is neither JSON data nor such a scalar.
+        RequestError: If a value is of another type that JSON does not support.
     """
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, dict):
-        return {k: _kept(v, f"{where}: {k}") for k, v in value.items() if v is not None}
+        return {k: _without_nulls(v, f"{where}: {k}") for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
-        return [_kept(v, where) for v in value]
+        return [_without_nulls(v, where) for v in value]
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, (datetime.timedelta, decimal.Decimal, uuid.UUID)):

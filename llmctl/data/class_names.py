@@ -21,12 +21,15 @@ Names = Mapping[str, tuple[str, ...]]
 
 
 def of_features(features: Any) -> dict[str, tuple[str, ...]]:
-    """Return the class names that the features of a Hugging Face data set declare, by column.
+    """Return {column: class names} for the columns of class numbers in a Hugging Face data set.
 
-    The columns contain class numbers, or lists of class numbers.
+    Columns of lists of class numbers are included.
+
+    Args:
+        features: Value of the key "features" in dataset_info.json.
 
     Raises:
-        ValueError or TypeError: If these are no features.
+        ValueError or TypeError: If `features` has another format.
     """
     found = {column: _names(feature) for column, feature in dict(features or {}).items()}
     return {column: names for column, names in found.items() if names}
@@ -46,9 +49,9 @@ def _names(feature: Any) -> tuple[str, ...]:
 
 
 def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Return the class names that the metadata of an Arrow schema declares, by column.
+    """Return {column: class names} as the metadata of an Arrow schema declares them.
 
-    The result is empty if the metadata is unreadable or declares none.
+    The result is empty if the metadata is unreadable or declares no class names.
     """
     try:
         return of_features(parse_json((metadata or {})[b"huggingface"])["info"]["features"])
@@ -57,9 +60,13 @@ def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ..
 
 
 def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Return the class names that the features of a TFDS data set declare, by column.
+    """Return {column: class names} for the columns of class numbers in a TFDS data set.
 
-    The columns contain class numbers, or lists of class numbers. Nested features are columns such as `about/label`.
+    Columns of lists of class numbers are included. Nested features are columns such as `about/label`.
+
+    Args:
+        features: Features of the data set, `builder.info.features`.
+        prefix: Prefix of the column names.
     """
     import tensorflow_datasets
 
@@ -75,9 +82,13 @@ def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
 
 
 def numbers_hint(classes: Sequence[str], names: Sequence[str]) -> str:
-    """Return advice for an error message if an artifact's class names are numbers, but the data declares names.
+    """Return advice for an error message if a model's classes are numbers, but the data declares names for them.
 
     Otherwise return an empty string.
+
+    Args:
+        classes: Class names of the data.
+        names: Class names of the model.
 
     Example:
 

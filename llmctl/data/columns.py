@@ -23,12 +23,12 @@ NO_CHATS = (
 class View(Source):
     """Wrap a source to use canonical column names, filter rows and replace text.
 
-    `read` returns None for filtered rows. If `tokens` (a list of words) is mapped but no text column, `text` contains
-    the words joined by spaces. Class numbers are replaced by the names that the data declares, unless `data.classes`
-    contains none of these names.
+    `read` returns None for rows that the filter removes. If the data has the column `tokens` (a list of words) but no
+    column `text`, `text` contains the words joined by spaces. Class numbers are replaced by the names that the data
+    declares, unless `data.classes` contains none of these names.
 
-    Of conversations only the columns `messages` and `tools` are mapped, and each row has its messages in the format of
-    `llmctl.data.chats`. Otherwise these two columns are not mapped.
+    For tasks with conversations, only the columns `messages` and `tools` are mapped, and messages are converted to the
+    format of `llmctl.data.chats`. For other tasks, these two columns are not mapped.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class View(Source):
             numbers: Whether labels are numbers, which have no class names.
             labels: Whether to map label columns. Pretraining does not read them.
             conversations: Whether the rows are conversations.
-            checks: Reader of label cells, for templates that read labels; None reads them as they are.
+            checks: Converts label cells that templates read; None does not convert them.
 
         Raises:
             RequestError: If the source lacks a column, or has no text column.
@@ -69,8 +69,8 @@ class View(Source):
                     f"data.columns: unknown column {ours!r}{hint(ours, list(COLUMNS))} (ours: {', '.join(COLUMNS)})"
                 )
         hidden = set(COLUMNS) - CHAT_COLUMNS if conversations else CHAT_COLUMNS | (set() if labels else LABEL_COLUMNS)
-        self._late = set() if cfg.columns else set(COLUMNS) - set(known) - hidden
-        given = cfg.columns or {c: c for c in _mapped(known)}
+        self._absent = set() if cfg.columns else set(COLUMNS) - set(known) - hidden
+        given = cfg.columns or {c: c for c in _default_columns(known)}
         if conversations:
             if cfg.template:
                 raise RequestError(
@@ -83,8 +83,8 @@ class View(Source):
         self._map = {c: given[c] for c in COLUMNS if c in given and c not in hidden}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
         self._cells = CellReader(self._map, self._clean)
-        asks = labels and "label" in self._map and "choices" not in self._map
-        self._template = TemplateColumns(cfg, given, asks)
+        labeled = labels and "label" in self._map and "choices" not in self._map
+        self._template = TemplateColumns(cfg, given, labeled)
         named = {c: n for c, n in self._source.names.items() if not classes or set(classes) & set(n)}
         self._names = {
             c: named[t]
@@ -92,7 +92,7 @@ class View(Source):
             if t in named and not (numbers and c == "label")
         }
         self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names and c in self._map), ())
-        """Declared class names of the labels by class number; empty if the data declares none."""
+        """Class names that the data declares for its labels, in the order of class numbers; empty if there are none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         self.texts = (*self._joined, *self._texts)
         """Text columns. The text of the first one determines a row's split."""
@@ -108,8 +108,8 @@ class View(Source):
             for column, value in cfg.filter.items()
         }
 
-    def named(self, ours: str) -> str:
-        """Return the name that the canonical column `ours` has in the source."""
+    def source_name(self, ours: str) -> str:
+        """Return the source's name for the canonical column `ours`."""
         return self._map.get(ours, ours)
 
     def __len__(self) -> int:
@@ -121,12 +121,17 @@ class View(Source):
         return row | self._from_template(row, raw, i)
 
     def read(self, i: int) -> tuple[Row, Row] | None:
-        """Return row i without the columns that templates make, and these columns.
+        """Return row i as two dicts: the columns from the source, and the columns that templates make.
 
-        Rows are compared and split without them, so that stages with and without templates hold out the same texts.
+        Deduplication and splitting use only the first dict. Stages with and without templates therefore hold out the
+        same texts.
 
         Returns:
-            (columns of the source, columns of templates); None if the filter removes the row.
+            The two dicts {canonical column: value}, or None if the filter removes the row.
+
+        Raises:
+            RequestError: If the row lacks a column, or if a value has the wrong type.
+            Unlabeled: If a label is missing.
         """
         raw = self._source[i]
         for column, allowed in self._keep.items():
@@ -134,8 +139,8 @@ class View(Source):
                 raise RequestError(f"{self.where(i)}: no column {column!r} to filter by (columns: {', '.join(raw)})")
             if not self._allows(column, raw[column], allowed):
                 return None
-        late = self._late & raw.keys()
-        if late and (late := [c for c in _mapped({*self._source.columns, *raw}) if c in late]):
+        late = self._absent & raw.keys()
+        if late and (late := [c for c in _default_columns({*self._source.columns, *raw}) if c in late]):
             raise RequestError(
                 f"{self.where(i)}: column {late[0]!r} is in none of the first rows; name the columns to read in "
                 f"data.columns, such as {format_toml({c: c for c in (*self._map, late[0])})}"
@@ -181,7 +186,7 @@ class View(Source):
         return row
 
     def _from_template(self, row: Row, raw: Row, i: int) -> Row:
-        """Return the columns that templates make."""
+"""Return the columns that templates make from row i, which is given as canonical columns and as `raw` columns."""
         if not self._cfg.template:
             return {}
 
@@ -193,22 +198,28 @@ class View(Source):
             except RequestError as e:
                 raise type(e)(f"{self.where(i)}: {e}") from None
 
-        return self._template.made(row, raw, label, self.where(i))
+        return self._template.render(row, raw, label, self.where(i))
 
-    def written(self, row: Row) -> list[str]:
-        """Return the texts by which rows are compared and split.
+    def compared_texts(self, row: Row) -> list[str]:
+        """Return the texts of a row that deduplication and splitting use.
 
         The hash of the first text selects the row's split. Rows whose texts are all equal are duplicates.
         """
         if "messages" in row:
-            return [chats.opening(row["messages"]), chats.written(row["messages"], row["tools"])]
+            return [chats.first_user_message(row["messages"]), chats.as_json_text(row["messages"], row["tools"])]
         choices = row["choices"] if "answer" in row and isinstance(row.get("choices"), tuple) else ()
         return [*(row[c] for c in self.texts), *choices]
 
     def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
-        """Return True if a value is in the list of a filter. Two texts are equal only if their spelling is equal."""
+        """Return True if the filter of a column allows a value. Texts match only if their spelling is equal.
+
+        Args:
+            column: Column of the source.
+            value: Value of the row.
+            allowed: Allowed values as pairs (text of the value, whether the config specifies it as a string).
+        """
         names = self._source.names.get(column, ())
-        # A value that is one of the names means the name, even if another class has it as its number.
+        # If a value in the filter is a class name, it means that class, even if it is also the number of another class.
         if plain(_name(names, value)) in {v for v, _ in allowed}:
             return True
         text = plain(value)
@@ -241,7 +252,7 @@ class View(Source):
 
 
 def _without_text(row: Row) -> str:
-    """Return advice for an error about data without a text column. It names candidates from the first row."""
+    """Return advice for an error about data without a text column, with the name of a candidate column in `row`."""
     if found := next((column for column, value in row.items() if chats.is_chat(value)), None):
         return f"column {found!r} holds {CHATS}"
     if text := next((column for column, value in row.items() if isinstance(value, str)), None):
@@ -250,14 +261,14 @@ def _without_text(row: Row) -> str:
 
 
 def _conversations(source: Source) -> list[str]:
-    """Return the column of conversations, by its name or by the first row's value; empty if there is none."""
+    """Return [name of the column of conversations], found by its name or by its value in the first row; else []."""
     named = [c for c in chats.NAMES if c in source.columns]
     held = [c for c, value in source[0].items() if chats.is_chat(value)] if len(source) and not named else []
     return (named or held)[:1]
 
 
 def views(cfg: DataConfig, labels: bool = True, conversations: bool = False) -> list[View]:
-    """Open every source of a data config.
+    """Open every source of a data config, and map its columns.
 
     Args:
         cfg: Settings of the data.
@@ -275,7 +286,7 @@ def views(cfg: DataConfig, labels: bool = True, conversations: bool = False) -> 
 
 
 def holds_conversations(cfg: DataConfig) -> bool:
-    """Return whether every source has a column of conversations.
+    """Return True if every source has a column of conversations.
 
     Raises:
         RequestError: If a source cannot be opened.
@@ -283,8 +294,8 @@ def holds_conversations(cfg: DataConfig) -> bool:
     return all(part.columns.get("messages") or _conversations(open_source(part)) for part in cfg.sources())
 
 
-def _mapped(known: Collection[str]) -> list[str]:
-    """Return the canonical columns to read from a source with the columns `known`, if `data.columns` is empty."""
+def _default_columns(known: Collection[str]) -> list[str]:
+    """Return the canonical columns to read if `data.columns` is empty, for a source that has the columns `known`."""
     partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
     return [c for c in COLUMNS if c in known and c not in partial]
 
@@ -299,6 +310,6 @@ def _name(names: Sequence[str], value: Any) -> Any:
 
 
 def _other_source(cfg: SourceConfig) -> str:
-    """Return a hint if a file that is read as text has the name of another kind of data; else an empty string."""
+    """Return a hint if the suffix of a file that is read as text is .csv, .jsonl or .parquet; else an empty string."""
     kinds = [kind for kind in ("csv", "jsonl", "parquet") if f".{kind}" in cfg.path]
     return f'; set data.source = "{kinds[0]}" to read its columns' if kinds and cfg.source == "text" else ""

@@ -1,4 +1,4 @@
-"""Define the settings of data: sources, columns, splits and tokenizers."""
+"""Define the settings for data: sources, columns, splits and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from llmctl.data.sources import SOURCES
 
 Split = Literal["train", "validation", "test"]
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
-"""Splits that are never used for training."""
+"""Names of the splits that are not used for training."""
 Packing = Literal["segments", "concat", "fit"]
 """Name of a method of packing documents into rows; `llmctl.data.pretraining.packing` describes the methods."""
 Truncate = Literal["tail", "head_tail"]
 """Truncation of long texts: "tail" cuts the end, "head_tail" cuts the middle."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
-"""Canonical columns that contain text. The first one that a row has determines the row's split, so that a context
-and all of its questions are in the same split."""
+"""Canonical columns that contain text. The text of the first one in this order determines the row's split, so that all
+questions about a context are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "choices", "answer", "messages", "tools")
 """All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
 CHAT_COLUMNS = {"messages", "tools"}
@@ -27,8 +27,9 @@ CHAT_COLUMNS = {"messages", "tools"}
 LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 """Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
-"""Groups of columns that are used without a mapping only if the source has all columns of the group. A single one may
-have another meaning there."""
+"""Groups of canonical columns. If `data.columns` is empty, the columns of a group are read only if the source has all
+of
+them, because a single one may have another meaning in the source."""
 
 Scalar = str | bool | int | float
 
@@ -41,8 +42,8 @@ class SourceConfig(Config):
     added: ClassVar[frozenset[str]] = frozenset({"template", "words"})
 
     source: Annotated[str, AfterValidator(SOURCES.check), SOURCES] = "text"
-    """Kind of data: files (text, jsonl and csv also as .gz or .zst), a TFDS data set, a saved Hugging Face data set,
-    or prepared data (tokenized by `llmctl prepare`)."""
+    """Kind of data: files (text, jsonl and csv may be compressed as .gz or .zst), a TFDS data set, a saved Hugging Face
+    data set, or prepared data (tokenized by `llmctl prepare`)."""
     path: str = ""
     """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. For the
     sources hf and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
@@ -65,10 +66,10 @@ class SourceConfig(Config):
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     template: dict[str, str] = {}
-    """Text columns to make from each row, such as {prompt = "{{ text }} It was", completion = " {{ words[label] }}"}.
-    Each is a jinja2 template. It reads the canonical columns, `row` (all columns of the source) and `words`."""
+    """Jinja2 templates of text columns to make from each row, such as {prompt = "{{ text }} It was", completion = " {{
+    words[label] }}"}. Templates can read the canonical columns, `row` (all columns of the source) and `words`."""
     words: dict[str, str] = {}
-    """Words for the classes in templates (verbalizers), by class name, such as {pos = "great", neg = "bad"}."""
+    """Word for each class in templates (verbalizer), by class name, such as {pos = "great", neg = "bad"}."""
     replace: dict[str, str] = {}
     """Replacements {substring: new text} in every text column, applied in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
@@ -77,7 +78,7 @@ class SourceConfig(Config):
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     """Character between fields (source csv)."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source in the training rows of a mixture, relative to the other weights."""
+    """Relative weight of this source in a mixture: its number of training rows is proportional to it."""
     epochs: float = Field(default=0.0, ge=0)
     """Maximum number of training epochs of this source; 0 means no limit."""
 
@@ -90,11 +91,11 @@ class SourceConfig(Config):
 
     @property
     def title(self) -> str:
-        """Return the name of the source for messages."""
+        """Return the name of the source for error messages and logs."""
         return self.path or self.name or self.source
 
     def inputs(self) -> list[str]:
-        """Return the paths of the input files; their content is part of a stage's key.
+        """Return the paths of the input files, whose content is hashed into the key of a stage.
 
         Raises:
             RequestError: If a path matches no file.
@@ -132,8 +133,8 @@ class DataConfig(SourceConfig):
     label_separator: str = ""
     """Separator of the labels of a set in one string, such as ","; empty accepts only lists."""
     unlabeled: Literal["refuse", "drop"] = "refuse"
-    """Treatment of rows without a label (an empty cell, null, NaN, or class -1 that data.classes does not list):
-    refuse the data, or drop these rows."""
+    """What to do if a row has no label (an empty cell, null, NaN, or class -1 if data.classes does not list it): refuse
+    the data, or drop the row."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, le=1)
@@ -152,7 +153,7 @@ class DataConfig(SourceConfig):
     target_len: int = Field(default=0, ge=0)
     """Maximum number of tokens per completion, including the end token, for encoder-decoders. 0 uses train.seq_len."""
     examples_per_class: int = Field(default=0, ge=0)
-    """Number of training examples per class (few-shot); 0 uses all. The other splits stay whole."""
+    """Number of training examples per class (few-shot); 0 uses all. Other splits are not reduced."""
     examples_seed: int = Field(default=0, ge=0)
     """Seed that chooses the examples of `examples_per_class`."""
     dedup: bool = True
@@ -186,7 +187,10 @@ class DataConfig(SourceConfig):
         return list(self.mixture) or [self]
 
     def held_out(self) -> dict[Split, SourceConfig]:
-        """Return the source of each held-out split that has its own files, or its own split of the data set."""
+        """Return the source of each held-out split that is not a fraction of the main data.
+
+        Such a split has its own files (`test_path`) or is a split of the data set (`test_split`).
+        """
         found: dict[Split, SourceConfig] = {}
         settings = {name: getattr(self, name) for name in SourceConfig.model_fields}
         for split in HELD_OUT:
@@ -218,8 +222,8 @@ class TokenizerConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ("kind", "path", "vocab_size")
 
     kind: Literal["unigram", "bpe", "bytes"] = "unigram"
-    """Algorithm of a trained tokenizer (SentencePiece, arXiv:1808.06226, with byte fallback); bytes needs no
-    training."""
+    """Algorithm of the tokenizer to train: unigram or bpe (SentencePiece, arXiv:1808.06226, with byte fallback); bytes
+    needs no training."""
     path: str = ""
     """Tokenizer to load, in place of training one: tokenizer.json, a SentencePiece model, or a folder with one."""
     vocab_size: int = Field(default=4096, ge=264, lt=2**31)
@@ -236,7 +240,7 @@ class TokenizerConfig(Config):
     file for a loaded one."""
 
     def inputs(self) -> list[str]:
-        """Return the paths of the files of a loaded tokenizer; their content is part of a stage's key.
+        """Return the paths of the tokenizer's files, whose content is hashed into the key of a stage.
 
         Raises:
             RequestError: If the path matches no file.

@@ -26,7 +26,7 @@ CHUNK = 1024
 
 
 class Tokens(Protocol):
-    """Define the interface of the token ids of all documents, concatenated: an object that is indexed like an array."""
+    """Define the interface of concatenated token ids, which are indexed like an array but may be stored in files."""
 
     def __getitem__(self, at_N: np.ndarray, /) -> np.ndarray:
         """Return the token ids at the positions `at_N`, integers [N]."""
@@ -34,7 +34,7 @@ class Tokens(Protocol):
 
 
 class Documents(Protocol):
-    """Define the interface of tokenized documents, however they are stored. Packing needs only these members."""
+    """Define the interface of tokenized documents, which may be in memory or in files."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -73,7 +73,7 @@ class Corpus:
     def save(self, folder: Path, tokenizer: str, texts: str) -> None:
         """Save the arrays and a description to a folder.
 
-        The description is written last, by a rename. `load` therefore ignores an interrupted save.
+        The description is written last and atomically, so that `load` ignores an incomplete save.
 
         Args:
             folder: Output folder.
@@ -91,13 +91,13 @@ class Corpus:
 
     @staticmethod
     def load(folder: Path, tokenizer: str, texts: str, check: bool = True) -> Corpus | None:
-        """Load a memory-mapped corpus if it was made from these texts with this tokenizer.
+        """Load a saved corpus, with memory-mapped arrays, if its digests match.
 
         Args:
             folder: Folder of the corpus.
             tokenizer: Digest of the tokenizer.
             texts: Digest of the texts.
-            check: Whether to compare the checksums of the files, which reads them once.
+            check: Whether to compare the files with their checksums, for which they are read completely.
 
         Returns:
             The corpus, or None if it is missing or damaged, or if its digests differ.
@@ -134,19 +134,19 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
 
 
 def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer) -> Corpus:
-    """Return `tokenize(texts)`, from the cache in `folder` if the digests of texts and tokenizer match.
+    """Tokenize texts, or load the result of an earlier call from the cache in `folder`.
 
     Args:
         folder: Cache folder.
         texts: Texts of the documents.
-        digest: Digest of the texts.
+        digest: Digest of the texts. The cache is used only if it has this digest and that of the tokenizer.
         tokenizer: Tokenizer of the model.
 
     Raises:
         RequestError: If there is no text.
     """
     with processes.process_0_first():  # process 0 tokenizes and the others load the result
-        # The others must not disagree with process 0, which has compared the same files just before.
+        # Other processes do not compare the checksums, because process 0 has just done so.
         if (corpus := Corpus.load(folder, tokenizer.digest, digest, check=processes.first())) is None:
             tokenize(texts, tokenizer).save(folder, tokenizer.digest, digest)
             corpus = Corpus.load(folder, tokenizer.digest, digest, check=False)

@@ -1,7 +1,8 @@
-"""Scan rows for deduplication and splitting. Ranges of rows are scanned independently, in any process.
+"""Hash the texts of rows, for deduplication and splitting.
 
-The text of a row is hashed to a number in [0, 1), which determines the row's split. The number depends on the text
-only, not on its position, the filters or other texts.
+The text of a row is hashed to a number in [0, 1), which determines the row's split. This number depends only on the
+text, not on the position of the row, the filters or other rows. Ranges of rows can therefore be scanned in different
+processes.
 """
 
 from __future__ import annotations
@@ -28,26 +29,28 @@ _TAG = re.compile(r"<[^<>]{1,80}>")
 _NOT_CONTENT = bytes(set(range(128)) - set((string.ascii_letters + string.digits).encode()))
 
 
-def normal(text: str) -> str:
+def normalize(text: str) -> str:
     """Normalize a text for the comparison of duplicates: NFKC, case folding, and one space per run of white space."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def fraction(text: str) -> float:
-    """Hash a text to [0, 1) with SHA-256 over its letters and digits; tags, punctuation, case and space are ignored.
+    """Hash a text to a number in [0, 1), which determines its split.
 
-    The hash ignores more than `normal` does, so that light cleaning (`replace`) does not move a text to another split.
+    The number is the SHA-256 of the letters and digits of the text. Tags, punctuation, case and white space are
+    ignored,
+    so that light cleaning (`data.replace`) does not move a text to another split.
     """
-    bare = normal(_TAG.sub(" ", text) if "<" in text else text).encode()
+    bare = normalize(_TAG.sub(" ", text) if "<" in text else text).encode()
     content = bare.translate(None, _NOT_CONTENT) or bare
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Store the scan result of a range of R rows.
+    """Store the result of `scan` for R rows.
 
-    `state` has one entry per row. The other fields have one entry per kept row.
+    `state` has one entry per row. The other arrays have one entry per row with the state KEPT.
     """
 
     state: np.ndarray
@@ -61,18 +64,18 @@ class Scan:
     chars: np.ndarray
     """Number of characters of the first text of each row, int64."""
     labels: list[Label]
-    """Label of each kept row as it is in the data; empty if rows have no labels."""
+    """Label of each kept row, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """Location of the first row in which each word label occurs, for error messages; empty if words have no labels."""
+    """{label of a word: location of the first row that has it}, for error messages; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
-    """Scan the rows first..last - 1 of a source.
+    """Read the rows first..last - 1 of a source, hash their texts, and check their labels.
 
     Raises:
         RequestError: If a row cannot be read, or if its label is missing, invalid or not among the classes.
     """
-    of_rows, of_words = (Labels(cfg, view.named(ours)) for ours in ("label", "tags"))
+    of_rows, of_words = (Labels(cfg, view.source_name(ours)) for ours in ("label", "tags"))
     state = np.full(last - first, KEPT, np.uint8)
     fractions, keys, digests, chars, labels = [], [], [], [], []
     tags: dict[str, str] = {}
@@ -88,7 +91,7 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
             state[i - first] = FILTERED
             continue
         row, made = found
-        values = view.written(row)
+        values = view.compared_texts(row)
         if not any(v.strip() for v in values):
             state[i - first] = BLANK
             continue
@@ -104,7 +107,7 @@ def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
         tags |= {tag: view.where(i) for tag in set(words) - tags.keys()}
         # Pairs and prompts are split by their first text, so all answers to a question are in one split.
         fractions.append(fraction(values[0] if values[0].strip() else "\0".join(values)))
-        keys.append(_digest(map(normal, values)))
+        keys.append(_digest(map(normalize, values)))
         digests.append(_digest([*values, *(text for text in made.values() if isinstance(text, str))]))
         chars.append(len(values[0]))
     # S16 compares all 16 bytes: NumPy strips trailing zero bytes and pads with zeros again, which restores the value.

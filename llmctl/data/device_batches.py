@@ -1,7 +1,7 @@
-"""Build batches of rows on the devices, in background threads ahead of the training step.
+"""Build batches of rows and copy them to the devices, in background threads ahead of the training step.
 
-Step k uses rows [k * B, (k + 1) * B). The only state is the number of the next step. A resumed run therefore reads the
-same global batches, on any number of processes. Each process builds only the rows of its own devices.
+Step k uses rows [k * B, (k + 1) * B), so the only state is the number of the next step. A resumed run therefore reads
+the same global batches, on any number of processes. Each process builds only the rows of its own devices.
 
     batches = DeviceBatches(mesh, 32)
     with batches.training(rows, start=100, stop=200) as steps:
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Rows(Protocol):
-    """Define the type of rows with random access; `batch` builds many rows at once."""
+    """Define the interface of training or evaluation rows with random access."""
 
     def __len__(self) -> int: ...
 
@@ -45,7 +45,7 @@ def training_rows(train: TrainConfig) -> int:
 
 
 def with_steps(train: TrainConfig, rows: int) -> TrainConfig:
-    """Return the settings with `steps` computed from `train.epochs` and the number of rows; at least one step.
+    """Return the settings with `steps` computed from `train.epochs`, for an epoch of `rows` rows; at least one step.
 
     >>> with_steps(TrainConfig(epochs=3, batch_size=32), rows=1000).steps
     94
@@ -67,9 +67,10 @@ def row_shapes(rows: Any) -> dict[str, tuple[int, ...]]:
 
 
 class Prefetch(Iterator[tuple[int, T]], Generic[T]):
-    """Iterate over (step, batch) while threads build batches ahead. Close it, or use it as a context manager.
+    """Iterate over pairs (step, batch), and build the next batches in background threads.
 
-    If building a batch fails, `next` raises the error at the step of that batch.
+    The iterator must be closed, or used as a context manager. If building a batch fails, `next` raises the error at the
+    step of that batch.
     """
 
     def __init__(self, build: Callable[[int], T], start: int, stop: int, threads: int, buffer: int):
@@ -108,7 +109,7 @@ class Prefetch(Iterator[tuple[int, T]], Generic[T]):
 
 
 class _Steps(Generic[T]):
-    """Provide batches by step number, so that several of Grain's threads can build batches at once."""
+    """Give random access to batches by step number, so that several threads of Grain can build batches at once."""
 
     def __init__(self, build: Callable[[int], T], steps: int):
         self._build, self._steps = build, steps
@@ -132,20 +133,20 @@ def prefetch(
     threads: int = 2,
     buffer: int = 4,
 ) -> Prefetch[Any]:
-    """Iterate over batches [batch_size, ...], without end if `stop` is not given.
+    """Iterate over batches [batch_size, ...], which background threads build ahead; without end if `stop` is None.
 
     Args:
         rows: Random-access rows.
         batch_size: Rows per global batch, over all processes.
         start: First step. A resumed run passes the step after its last one.
         stop: Step before which the iteration ends.
-        place: Function that is called with each batch in a background thread, to copy it to the devices. Its result
-            replaces the batch.
+        place: Function that background threads apply to each batch, such as one that copies it to the devices. Its
+            result replaces the batch.
         spans: Parts [first, last) of the global batch that this process builds, ascending (`local_spans`). A batch then
             contains only those rows, concatenated. None builds all rows.
-        once: Whether to read every row of the first epoch exactly once. Batches then have `row_weight` float32 [B], 1
-            for real rows. The last batch is filled with copies of the last row, whose `row_weight` (and `weights`) are
-            0.
+        once: Whether to read every row of the first epoch exactly once. Batches then also have the array `row_weight`,
+            float32 [B], which is 1. The last batch is filled with copies of the last row, which have `row_weight` and
+            `weights` 0.
         threads: Number of background threads.
         buffer: Maximum number of batches to build ahead.
     """
@@ -153,7 +154,7 @@ def prefetch(
 
     def build(step: int) -> Any:
         index_B = step * batch_size + local_L
-        batch = _filled(rows, index_B) if once else rows.batch(index_B)
+        batch = _with_row_weights(rows, index_B) if once else rows.batch(index_B)
         return batch if place is None else place(batch)
 
     end = -(-len(rows) // batch_size) if once else 2**62 // batch_size
@@ -162,10 +163,10 @@ def prefetch(
     return Prefetch(build, start, end, threads, buffer)
 
 
-def _filled(rows: Rows, index_B: np.ndarray) -> Batch:
-    """Return a batch of rows of the first epoch, with `row_weight` float32 [B] added.
+def _with_row_weights(rows: Rows, index_B: np.ndarray) -> Batch:
+    """Return the batch of rows `index_B` of the first epoch, with the additional array `row_weight`, float32 [B].
 
-    Indices beyond the epoch give copies of the last row, whose `row_weight` and `weights` are 0.
+    For indices beyond the epoch, the batch contains copies of the last row, whose `row_weight` and `weights` are 0.
     """
     batch = rows.batch(np.minimum(index_B, len(rows) - 1))
     batch["row_weight"] = (index_B < len(rows)).astype(np.float32)
@@ -177,9 +178,9 @@ def _filled(rows: Rows, index_B: np.ndarray) -> Batch:
 class DeviceBatches:
     """Build batches of `size` rows, sharded over `mesh`.
 
-    If the mesh axis `context` shards sequences, the tokens of a row are permuted to balance attention. With
-    `reading_order`, tokens keep their text order and only rows are sharded. Batches in reading order are replicated if
-    the number of row shards does not divide `size`.
+    If the mesh axis `context` shards sequences, the tokens of each row are permuted so that every device does the same
+    work in attention. If `reading_order` is true, tokens keep their text order and only rows are sharded. Such batches
+    are replicated if they cannot be divided evenly over the devices.
     """
 
     def __init__(self, mesh: Mesh, size: int, reading_order: bool = False) -> None:
@@ -188,24 +189,28 @@ class DeviceBatches:
         """Parts [first, last) of a batch that this process builds; None builds all of it."""
 
     @classmethod
-    def covering(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
-        """Return the batches for one pass over `rows` rows.
+    def for_one_pass(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
+        """Return an object that builds batches for one pass over `rows` rows.
 
-        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the row shards of the mesh.
+        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the number of devices that rows
+        are sharded over.
         """
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         return cls(mesh, -(-min(size, rows) // ways) * ways)
 
     def training(self, rows: Rows, start: int, stop: int, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
-        """Iterate over the batches of steps [start, stop), copied to the devices (by `place` if given)."""
+        """Iterate over the batches of the steps [start, stop), copied to the devices by `place` or `self.place`."""
         return prefetch(rows, self.size, start, stop, place or self.place, spans=self.spans)
 
     def once(self, rows: Rows, limit: int | None = None, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
-        """Iterate over every row once, for at most `limit` batches, with `row_weight` as in `prefetch`."""
+        """Iterate over batches that contain every row once, but at most `limit` batches.
+
+        Batches have the array `row_weight`, which marks the rows that fill the last batch (see `prefetch`).
+        """
         return prefetch(rows, self.size, stop=limit, place=place or self.place, spans=self.spans, once=True)
 
     def abstract(self, row: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes, dtypes and shardings of a batch of rows like `row`.
+        """Return the shapes, dtypes and shardings of a batch whose rows have the shapes of `row`.
 
         The devices of the mesh need not exist.
         """
@@ -219,13 +224,13 @@ class DeviceBatches:
         }
 
     def row_sharding(self, ndim: int) -> NamedSharding:
-        """Return the sharding of a batch array [B, ...] whose rows are sharded and whose tokens are in text order."""
+        """Return the sharding of a batch array [B, ...] with `ndim` axes, of which only the first is sharded."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         replicated = self.reading_order and self.size % ways != 0
         return meshes.replicated(self.mesh) if replicated else meshes.batch_sharding(self.mesh, ndim)
 
     def shardings(self, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
-        """Return the sharding of each array, by name: over rows, and over the sequence if the mesh shards it."""
+        """Return the sharding of each array in a batch: over rows and, if the mesh shards sequences, over tokens."""
         if self.reading_order or self.mesh.shape["context"] == 1:
             return {name: self.row_sharding(a.ndim) for name, a in batch.items()}
         along = {name: a.ndim > 1 and context_parallel.has_sequence_axis(name) for name, a in batch.items()}
@@ -243,10 +248,10 @@ class DeviceBatches:
         shardings = self.shardings(batch)
         if self.spans is None:
             return jax.device_put(batch, shardings)
-        return {name: self._assembled(a, shardings[name], self.spans) for name, a in batch.items()}
+        return {name: self._global_array(a, shardings[name], self.spans) for name, a in batch.items()}
 
-    def _assembled(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        """Return the global array of all processes. This process provides its `rows`."""
+    def _global_array(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
+        """Return the global array whose rows `spans` are the `rows` of this process; other processes add their own."""
         begins = np.cumsum([0, *(last - first for first, last in spans)])
 
         def part(index: Any) -> np.ndarray:
@@ -257,7 +262,7 @@ class DeviceBatches:
 
         return jax.make_array_from_callback((self.size, *rows.shape[1:]), sharding, part)
 
-    def gathered(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    def gather(self, batch: dict[str, np.ndarray], placed: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         """Return the global batch, with the rows of all processes, as host arrays in every process.
 
         Args:
@@ -277,7 +282,7 @@ def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) 
 
 
 def local_spans(sharding: Any, batch_size: int) -> list[tuple[int, int]]:
-    """Return the parts [first, last) of the batch axis that a sharding assigns to this process's devices."""
+    """Return the parts [first, last) of the batch axis that a sharding assigns to the devices of this process."""
     index = sharding.addressable_devices_indices_map((batch_size,)).values()
     found = sorted({s.indices(batch_size)[:2] for (s,) in index})
     merged: list[tuple[int, int]] = []

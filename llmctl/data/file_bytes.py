@@ -17,7 +17,7 @@ from llmctl.data.paths import is_local
 def lines(path: epath.Path) -> list[tuple[int, str]]:
     """Return the lines of a UTF-8 text file as (line number from 1, text).
 
-    Only LF or CRLF ends a line: U+2028, U+0085 and form feeds are part of the text. A byte order mark is skipped.
+    Only LF or CRLF ends a line. U+2028, U+0085 and form feeds are part of the text. A byte order mark is skipped.
 
     Raises:
         RequestError: If the file is not UTF-8 text.
@@ -60,8 +60,13 @@ def buffer(path: epath.Path) -> bytes | bytearray | mmap.mmap:
 def line_offsets(data: bytes | bytearray | mmap.mmap, path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the lines of a text that are not blank.
 
+    Args:
+        data: Bytes of the text.
+        path: Path of the file, for the error message.
+
     Returns:
-        Byte offsets of their starts, byte offsets of their ends, and line numbers from 1, int64 [N] each.
+        For each of these N lines, the byte offset of its start and of its end, and its line number from 1, int64 [N]
+        each.
 
     Raises:
         RequestError: If a line is longer than `limits.LINE`.
@@ -79,7 +84,12 @@ def line_offsets(data: bytes | bytearray | mmap.mmap, path: epath.Path) -> tuple
 
 
 def _check_length(path: epath.Path, number: int, size: int) -> None:
-    """Check the length of a line, in bytes or characters.
+    """Check the length of a line.
+
+    Args:
+        path: Path of the file, for the error message.
+        number: Line number, for the error message.
+        size: Length of the line in bytes or characters.
 
     Raises:
         RequestError: If it exceeds `limits.LINE`.

@@ -1,7 +1,7 @@
-"""Read label cells: detect missing labels, and map different spellings of a class to one name.
+"""Read labels: detect missing ones, and map different spellings of a class to one name.
 
-A class is a text, an integer, a boolean or an integral float. Files store one class in several ways, such as `1`,
-`1.0`, "1" and "1.0", or `true` and "True". Each of these groups is one class.
+A class is a text, an integer, a boolean or an integral float. Files may store the same class in several ways, such as
+`1`, `1.0`, "1" and "1.0", or `true` and "True".
 
 Example:
     >>> one_spelling(["pos", "neg"]), one_spelling(["0.0", "1.0", "1"])
@@ -42,7 +42,7 @@ class Unlabeled(RequestError):
 
 
 def plain(value: Any) -> str:
-    """Convert a label to text, so that text, integers, booleans and floats of equal value give equal text."""
+    """Convert a label to text. Equal values give equal text: 1, 1.0 and "1" give "1"; True and "true" give "true"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (float, decimal.Decimal)) and math.isfinite(value) and value == int(value):
@@ -62,15 +62,15 @@ def canonical(label: str) -> str:
 
 
 def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, str]:
-    """Map every label to the name of its class.
+    """Choose one spelling per class, and return {label as spelled in the data: class name}.
+
+    A label gets the name in `known` that has the same canonical spelling. If there is none, the label keeps its
+    spelling. But if at least one class has several spellings, all labels without a name in `known` get their canonical
+    spelling.
 
     Args:
         found: Labels as spelled in the data.
-        known: Class names in the config or the data. A label gets the name with the same canonical spelling.
-
-    Returns:
-        The class of each label. A label without a matching name keeps its spelling. If at least one class has several
-        spellings, all labels without a name get their canonical spelling.
+        known: Class names that the config or the data declares.
     """
     names = list(known)
     count = Counter(map(canonical, names))
@@ -83,6 +83,10 @@ def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, s
 
 def check_kinds(title: str, classes: Collection[str]) -> None:
     """Check that the classes do not include both booleans (true, false) and numbers (1, 0).
+
+    Args:
+        title: Name of the data, for the error message.
+        classes: Classes in the data.
 
     Raises:
         RequestError: If they include both. It is then unknown whether true and 1 are the same class.
@@ -116,16 +120,16 @@ def no_class_error(label: str, where: str) -> RequestError:
     )
 
 
-def known_as(label: str, names: Collection[str]) -> str | None:
-    """Return the name in `names` of the class that `label` spells, or None."""
+def matching_name(label: str, names: Collection[str]) -> str | None:
+    """Return the element of `names` with the same canonical spelling as `label`, or None."""
     name = one_spelling([label], names)[label]
     return name if name in names else None
 
 
 class Labels:
-    """Read the label cells of a data config.
+    """Convert the cells of a label column to labels, by the settings of a data config.
 
-    Error messages do not contain the location of the row, which the caller adds.
+    Error messages do not contain the location of the row. The caller adds it.
     """
 
     def __init__(self, cfg: DataConfig, column: str):
@@ -150,11 +154,11 @@ class Labels:
         return self._set(value) if self._cfg.label_type == "set" else self.of_class(value)
 
     def of_class(self, value: Any) -> str:
-        """Return the class name of a value. If `data.classes` lists the class, use its spelling there.
+        """Convert a value to a class name. If `data.classes` lists the class, return the spelling in that list.
 
         Raises:
             Unlabeled: If the value means "no label".
-            RequestError: If the value is no class, or is not listed.
+            RequestError: If the value is no class, or if `data.classes` does not list it.
         """
         value = _scalar(value)
         if _is_empty(value):
@@ -166,7 +170,7 @@ class Labels:
         if not label.isascii():
             check_unicode(label, f"label {_short(label)} in {self._in}")
         if label not in self._known:
-            self._known[label] = known_as(label, listed)
+            self._known[label] = matching_name(label, listed)
         name = self._known[label]
         if name is None and self._cfg.unlabeled == "drop" and canonical(label) in NO_CLASS:
             raise Unlabeled(f"label {label!r} stands for no label")

@@ -1,4 +1,4 @@
-"""Read the choices of a multiple-choice question and the index of the right one.
+"""Read the choices and the answer of a multiple-choice question, in the formats of common data sets.
 
 Example:
     >>> read(["red", "blue"], "blue")
@@ -15,11 +15,11 @@ from llmctl.config.errors import RequestError
 
 
 def read(choices: Any, answer: Any) -> tuple[tuple[str, ...], int]:
-    """Return the choices, and the index of the right one.
+    """Return the texts of the choices, and the index of the correct one.
 
     Args:
         choices: List of texts, or {"text": texts, "label": names of the choices}.
-        answer: Index from 0, the text of a choice, or its name. Without names, the letters A, B, … are names.
+        answer: Index of the correct choice from 0, its text, or its name. Default names are the letters A, B, ….
 
     Raises:
         RequestError: If there are fewer than two different choices, or the answer is not one of them.

@@ -1,4 +1,4 @@
-"""Measure the fraction of padding in training rows, and report it if it is large."""
+"""Measure the fraction of padding in training rows, and write a log line if the fraction is large."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 
 SAMPLE = 256
-"""Maximum number of rows of the first epoch that are measured, evenly spaced."""
-MUCH = 0.25
-"""Fraction of padding above which a report is printed."""
+"""Maximum number of rows to measure. They are evenly spaced over the first epoch."""
+REPORTED_FRACTION = 0.25
+"""Fraction of padding above which a log line is written."""
 
 
 def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
-    """Count the tokens of a sample of rows, without padding.
+    """Count the tokens of up to `SAMPLE` rows, without padding.
 
     Returns:
-        {name of a segment array: (number of tokens of each row [N], row length)}. Rows of an encoder-decoder or of
-        pairs have two segment arrays.
+        {name of a segment array: (number of tokens in each sampled row [N], row length)}. Rows for an encoder-decoder,
+        and rows of text pairs, have two segment arrays.
     """
-    last = min(len(rows), getattr(rows, "total", None) or len(rows))  # a part of an epoch may be all that there is
+    last = min(len(rows), getattr(rows, "total", None) or len(rows))  # `total` may be less than an epoch
     some = np.unique(np.linspace(0, last - 1, min(SAMPLE, last)).astype(np.int64))
     batch = rows.batch(some)
     return {
@@ -30,17 +30,17 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def describe(rows: Any) -> list[str]:
-    """Return log lines: a report with advice if more than a quarter of the positions is padding, otherwise none.
+    """Return a log line with advice if more than a quarter of the positions is padding, in a list; otherwise [].
 
-    The report is omitted if a shorter `seq_len` would cut more than 5 % of the rows. It gives the 95th percentile and
-    the maximum of the sampled lengths, over both sides of an encoder-decoder or a pair.
+    The log line contains the 95th percentile and the maximum of the row lengths. There is none if a shorter `seq_len`
+    would cut more than 5 % of the rows.
     """
     found = list(lengths(rows).values())
     if not found:
         return []
     filled, positions = (sum(int(np.sum(n)) for n, _ in found), sum(len(n) * width for n, width in found))
     share, longest = 1 - filled / positions, max(int(n.max()) for n, _ in found)
-    if share <= MUCH:
+    if share <= REPORTED_FRACTION:
         return []
     usual = max(int(np.ceil(np.percentile(n, 95))) for n, _ in found)
     room = max(width for _, width in found)

@@ -56,7 +56,7 @@ def files_below(spec: str) -> list[epath.Path]:
 
 
 def folder(spec: str) -> epath.Path:
-    """Convert `spec` to the path of a file or folder, which may be inside a package. The path may be missing.
+    """Convert `spec` to a path, which may be inside a package. The file or folder need not exist.
 
     Raises:
         RequestError: If the package is not installed, or if the remote store cannot be read.
@@ -72,7 +72,10 @@ def is_local(path: epath.Path) -> bool:
 
 
 def keep_open(files: int) -> None:
-    """Raise this process's limit of open files by `files`, up to the system's limit. Shells often allow only 1024."""
+    """Raise the limit of open files of this process by `files`, because shells often allow only 1024.
+
+    The limit is not raised beyond the maximum of the system.
+    """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -97,7 +100,9 @@ def _glob(path: epath.Path) -> Iterable[epath.Path]:
 
 
 def _remote(spec: str) -> epath.Path:
-    """Convert `gs://…` to a path, and check that the store is readable. Packages of remote stores are optional."""
+    """Convert a URL such as `gs://…` to a path, and check that the remote store can be read.
+
+    It cannot be read, for example, if the optional package for this store is not installed."""
     try:
         path = epath.Path(spec)
         path.exists()

@@ -1,6 +1,6 @@
-"""Read rows one by one from a stream of unknown length (a file or standard input): JSON lines, CSV, or text.
+"""Read rows one by one from a file or from standard input: JSON lines, CSV, or text.
 
-If a row cannot be read, the stream has an error in its place, and reading continues.
+If a row cannot be read, an error is yielded in place of the row, and reading continues.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from llmctl.data.source import Row
 FORMATS = ("jsonl", "csv", "tsv", "text")
 LONGEST = 1 << 24
 """Maximum line length in bytes. A longer line is skipped and reported as an error."""
-PATIENCE = 0.2
-"""Seconds to wait for another row of a slow stream before the rows read so far are processed."""
+MAX_WAIT = 0.2
+"""Maximum time to wait for another row in seconds, before the rows read so far are processed."""
 
 Read = tuple[str, Row | RequestError]
-"""Pair of a row's location and either the row or the error that prevented reading it."""
+"""Pair (location of a row, the row or the error that occurred when it was read)."""
 
 
 def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> Iterator[Read]:
-    """Yield the rows of a stream with canonical columns.
+    """Yield the rows of a stream, with canonical column names.
 
     Args:
         stream: Bytes in UTF-8; a byte order mark is skipped.
-        name: Name of the stream in locations.
+        name: Name of the stream, with which the locations of rows begin.
         kind: A format of `FORMATS`. If empty, the format is JSON lines if the first line begins with a brace, else
             text.
-        columns: Map of canonical names to the stream's column names, if these differ.
+        columns: Column names in the stream, by canonical name; only those that differ.
 
     Example:
         >>> import io
@@ -64,7 +64,7 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
 
 
 def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
-    """Yield the rows in lists of `size`, or shorter lists if the stream pauses. A thread reads up to two lists ahead.
+    """Yield lists of `size` rows, or shorter lists if the stream pauses. A thread reads up to two lists ahead.
 
     Raises:
         RequestError: If reading the stream raises it.
@@ -89,7 +89,7 @@ def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
                 window.append(found)
                 if len(window) == size:
                     break
-                found = waiting.get(timeout=PATIENCE)
+                found = waiting.get(timeout=MAX_WAIT)
         except queue.Empty:
             found = None
         if window:
@@ -101,10 +101,10 @@ def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
 
 
 def standard_input() -> IO[bytes]:
-    """Return standard input as a separate stream.
+    """Return standard input as a new stream, which is independent of `sys.stdin`.
 
-    At exit, a thread may still wait for a line of standard input. Python closes `sys.stdin` at exit, and would abort if
-    a thread uses it.
+    When the process exits, a thread may still wait for a line. Python closes `sys.stdin` at exit, and would abort if a
+    thread uses it.
     """
     try:
         return open(sys.stdin.fileno(), "rb", closefd=False)
@@ -203,7 +203,13 @@ def _table(
 
 
 def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row | RequestError:
-    """Return the canonical columns that the row contains, or an error if a value has the wrong type."""
+    """Return the canonical columns of a row, or an error if a value has the wrong type.
+
+    Args:
+        row: Columns of the stream.
+        columns: Column names in the stream, by canonical name.
+        where: Location of the row, for the error message.
+    """
     out: Row = {}
     for ours in (*TEXT_COLUMNS, "tokens"):
         theirs = columns.get(ours, ours)

@@ -1,6 +1,7 @@
-"""Make text columns from rows with templates, so that a set of labelled texts also trains a generator.
+"""Make text columns from the other columns of a row, by templates.
 
-Templates come with recipes, which may be a stranger's, so they run in the sandbox of `llmctl.data.template_sandbox`.
+With a template, labeled texts can be turned into prompts and completions, for example. Templates are part of recipes,
+which other people may have written. They therefore run in the sandbox of `llmctl.data.template_sandbox`.
 
 Example:
     >>> templates = RowTemplates({"prompt": "{{ text }} It was", "completion": " {{ words[label] }}"}, {"pos": "great"})
@@ -23,14 +24,14 @@ class RowTemplates:
         """Compile the templates.
 
         Args:
-            templates: Source of a jinja2 template by canonical column.
-            words: Words for the classes, by class name.
+            templates: Text of a jinja2 template for each column to make, by canonical column name.
+            words: Word for each class, by class name, which templates can read.
 
         Raises:
             RequestError: If a template is no valid jinja2 template.
         """
         self.words, self._compiled = dict(words), {}
-        self.reads: set[str] = set()
+        self.variables: set[str] = set()
         """Names of the variables that the templates read."""
         if not templates:  # jinja2 is imported only if there is a template
             return
@@ -42,17 +43,17 @@ class RowTemplates:
         for column, text in templates.items():
             try:
                 self._compiled[column] = self._sandbox.from_string(text)
-                self.reads |= meta.find_undeclared_variables(self._sandbox.parse(text))
+                self.variables |= meta.find_undeclared_variables(self._sandbox.parse(text))
             except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as e:
                 raise RequestError(f"data.template.{column}: no valid template ({type(e).__name__}: {e})") from None
 
     def render(self, columns: Mapping[str, Any], row: Mapping[str, Any], where: str) -> dict[str, str]:
-        """Return the text of each made column.
+        """Return the texts of the columns that the templates make, by canonical column name.
 
         Args:
             columns: Values of the canonical columns.
             row: All columns of the source.
-            where: Location of the row, for errors.
+            where: Location of the row, for error messages.
 
         Raises:
             RequestError: If a template fails, for example because it reads a column that the row lacks.

@@ -1,7 +1,7 @@
-"""Compute permutations that depend only on (seed, epoch), on every machine and with every NumPy version.
+"""Compute pseudo-random permutations that are the same on every machine and with every NumPy version.
 
-NumPy guarantees stable bit generators, but not a stable `Generator.permutation`. A resumed run may use another version.
-The permutation is therefore an argsort of hashed indices.
+A resumed run may use another version of NumPy, whose `Generator.permutation` may give another result. Permutations are
+therefore an argsort of hashed indices.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def hashed(n: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Hash every integer below n, or every element of the array n, to uint64.
+    """Hash every integer below n, or every element of the array n, to a uint64.
 
-    Hashes for different (seed, epoch) are independent.
+    Hashes for different pairs (seed, epoch) are independent.
     """
     i = np.arange(n, dtype=np.uint64) if isinstance(n, int) else n.astype(np.uint64)
     with np.errstate(over="ignore"):
@@ -39,7 +39,10 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Epochs:
-    """Map endless row numbers to indices below `count`; each epoch contains every index once, shuffled or in order."""
+    """Map row numbers, which are unbounded, to example indices below `count`.
+
+    Every `count` successive row numbers (an epoch) contain each index once, shuffled or in order.
+    """
 
     def __init__(self, count: int, seed: int, shuffle: bool):
         self._count, self._seed, self._shuffle = count, seed, shuffle
@@ -47,7 +50,7 @@ class Epochs:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, rows_B: np.ndarray) -> np.ndarray:
-        """Return the indices of the rows with the numbers `rows_B` (any >= 0), int64 [B]."""
+        """Return the indices of the examples for the row numbers `rows_B` (any >= 0), int64 [B]."""
         if not self._shuffle:
             return rows_B % self._count
         epoch_B = rows_B // self._count
@@ -67,10 +70,10 @@ class Epochs:
 
 
 class Balanced:
-    """Map endless row numbers to indices of examples, so that every class is equally frequent.
+    """Map row numbers, which are unbounded, to example indices, so that every class is equally frequent.
 
-    Rows k * C to k * C + C - 1 contain each of the C classes once. Each class has epochs of its own, so the examples of
-    a rare class are repeated more often.
+    Rows k * C to k * C + C - 1 contain each of the C classes once. Examples of a rare class are therefore repeated more
+    often.
 
     Example:
       >>> index_B = Balanced(np.array([0, 0, 0, 1]), seed=0)(np.arange(6))
@@ -83,7 +86,7 @@ class Balanced:
         self._members = [(index_n, Epochs(len(index_n), seed + c, True)) for c, index_n in enumerate(members)]
 
     def __call__(self, rows_B: np.ndarray) -> np.ndarray:
-        """Return the indices of the examples in the rows with the numbers `rows_B` (any >= 0)."""
+        """Return the indices of the examples for the row numbers `rows_B` (any >= 0), int64 [B]."""
         class_B, number_B = rows_B % len(self._members), rows_B // len(self._members)
         found_B = np.empty_like(rows_B)
         for c, (index_n, epochs) in enumerate(self._members):

@@ -1,7 +1,7 @@
 """Define the base classes of data sources, and open sources.
 
-A source is a sequence of dicts {column: value}, so Grain can read it directly. It also returns the location of each row
-in its file, for error messages.
+A source is a sequence of rows, which are dicts {column: value}. It also returns the location of each row in its file,
+for error messages.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class Source:
     """Represent a dataset with random access to its rows.
 
     A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the columns that rows may have.
-    Rows of JSON lines may have different columns. In this case `columns` lists those of the first rows, and `has`
-    searches all rows.
+    If rows may have different columns, as in JSON lines, `columns` lists those of the first rows, and `has` searches
+    all
+    rows.
 
     Example:
       >>> source = Table("quotes.txt", ("text",), [("To be",), ("or not to be",)], lines=[1, 3])
@@ -39,7 +40,7 @@ class Source:
 
     columns: tuple[str, ...] = ()
     names: Names = {}
-    """Class names by class number, for each column of class numbers whose names the data declares."""
+    """{column of class numbers: class names in the order of the numbers}, if the data declares names."""
 
     def has(self, column: str) -> bool:
         """Return True if at least one row may have the column."""
@@ -147,10 +148,10 @@ class Groups(Source):
 
 
 def arrow_rows(damaged: str, batch: Any) -> list[Row]:
-    """Return the rows of an Arrow table or batch, after checking it: wrong offsets would read other memory.
+    """Check an Arrow table or batch, and return its rows. Without the check, wrong offsets would read other memory.
 
     Args:
-        damaged: The beginning of the error message.
+        damaged: Beginning of the error message.
         batch: The table or batch.
 
     Raises:
@@ -166,7 +167,7 @@ def arrow_rows(damaged: str, batch: Any) -> list[Row]:
 
 
 def _distinct(file: object, columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns as a tuple.
+    """Check that column names are distinct, and return them as a tuple.
 
     Raises:
         RequestError: If two columns have the same name, because a row would contain only the last one.
@@ -182,7 +183,9 @@ def _named(cfg: SourceConfig) -> list[epath.Path]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Define one kind of data source, as an entry of `SOURCES`.
+    """Define one kind of data source: how to open it, which files it reads, and how to download it.
+
+    The registry `SOURCES` contains such objects.
 
     Example:
       >>> letters = Reader(lambda cfg: Table("letters", ("text",), [(c,) for c in cfg.name], [1] * len(cfg.name)))
@@ -193,13 +196,14 @@ class Reader:
     open: Callable[[SourceConfig], Source]
     """Function that opens the data and returns its rows; it raises RequestError if the data is missing or damaged."""
     inputs: Callable[[SourceConfig], list[epath.Path]] = _named
-    """Function that returns the files whose content is part of a stage's key; by default those that `path` matches."""
+    """Function that returns the input files, whose content is hashed into the key of a stage; by default the files that
+    `path` matches."""
     fetch: Callable[[SourceConfig], None] = lambda cfg: None
     """Function that downloads missing data, if the config allows it."""
 
 
 def of_files(read: Callable[[epath.Path, SourceConfig], Source]) -> Reader:
-    """Return the definition of a source that reads all files that `path` matches, in sorted order.
+    """Return a `Reader` that reads all files that the setting `path` matches, in sorted order.
 
     Args:
         read: Function that opens one file.

@@ -1,7 +1,8 @@
-"""Read the rows of a data config, remove duplicates, and split them by their text.
+"""Read the rows that a data config describes, remove duplicates, and split them into train, validation and test.
 
-The split of a text depends on the text only, not on its position, the filters or other texts. A classifier's test texts
-are therefore in no stage's training data, for any filters of the stages.
+The split of a row depends only on its text, not on its position, the filters or other rows. If a text is in the test
+split of one stage, it is therefore not in the training data of another stage, even if the stages have different
+filters.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, UNLABELED, Scan, sca
 from llmctl.data.source import Chain, Row, Source
 
 Range = tuple[int, int, int]
-"""(index of the source, first row, last row + 1) of a range of rows."""
+"""Range of rows: (index of the source, first row, last row + 1)."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Give access to the rows of one split. A row is a dict of text columns and, if the data is labeled, `label`.
+    """Give access to the N rows of one split. A row is a dict {canonical column: value}, which is read at each access.
 
-    Rows also have `tokens`, `tags` (lists of text) and `answers` if the data has them. Conversations have `messages`
-    and `tools` instead (`llmctl.data.chats`). An answer is a pair (text, index
-    of its first character). `label` is the class index (int), the number (float), or the set of classes as C zeros and
-    ones. Rows are read at each access. Arrays are [N], with one entry per row.
+    A row has the text columns of the data and, if the data is labeled, `label`: the class index (int), the number
+    (float), or the set of classes as C zeros and ones. It has `tokens` and `tags` (lists of text) and `answers` if the
+    data has them. An answer is a pair (text, index of its first character). Conversations have only `messages` and
+    `tools` (see `llmctl.data.chats`).
+
+    The array fields have the shape [N], with one entry per row.
     """
 
     source: Source
@@ -49,9 +52,9 @@ class Examples:
     labels: np.ndarray | None
     """Class indices (int32 [N]), numbers (float32 [N]), or sets of classes, 0 or 1 per class (uint8 [N, C])."""
     part: np.ndarray
-    """Index of each row's source in a mixture."""
+    """Index of each row's source in the mixture."""
     classes: tuple[str, ...]
-    """Class names in the order of class indices, of texts or of words. Empty if labels are numbers or missing."""
+    """Names of the classes of texts, or of words, in the order of class indices. Empty if there are no classes."""
     class_of: Mapping[str, str] = field(default_factory=dict)
     """Map from each label as spelled in the data to its class name."""
 
@@ -74,18 +77,18 @@ class Examples:
         return (self[i] for i in range(len(self)))
 
     def take(self, which: np.ndarray) -> Examples:
-        """Return the rows with the indices `which`, in this order."""
+        """Return a subset of the rows: those with the indices `which`, in this order."""
         arrays = ("index", "fraction", "digests", "chars", "labels", "part")
         held = {name: getattr(self, name) for name in arrays}
         return dataclasses.replace(self, **{k: None if v is None else v[which] for k, v in held.items()})
 
-    def few(self, per_class: int, seed: int) -> Examples:
-        """Return `per_class` rows of each class, in their order.
+    def few_shot(self, per_class: int, seed: int) -> Examples:
+        """Return a subset with `per_class` rows of each class.
 
-        The choice depends on the texts and the seed, not on the order of the rows.
+        The rows stay in order. Which rows are chosen depends only on the texts and the seed.
 
         Raises:
-            RequestError: If rows have no single class each, or a class has fewer rows.
+            RequestError: If the labels are not classes, or if a class has fewer rows.
         """
         if self.labels is None or not self.classes or self.labels.ndim > 1:
             raise RequestError("data.examples_per_class: needs data with one class per row")
@@ -101,14 +104,14 @@ class Examples:
         return self.take(np.sort(np.concatenate(chosen)))
 
     def sample(self, n: int) -> Examples:
-        """Return at most n rows, selected by their hash.
+        """Return a subset of at most n rows, which are selected by the hash of their texts.
 
-        The sample is the same in every run, and is representative even if the file is sorted.
+        The subset is the same in every run, and is representative even if the file is sorted.
         """
         return self if n >= len(self) else self.take(np.sort(np.argsort(self.fraction, kind="stable")[:n]))
 
-    def within(self, chars: int) -> Examples:
-        """Return a sample with at most `chars` characters in total, but at least one row."""
+    def sample_chars(self, chars: int) -> Examples:
+        """Return a subset as in `sample`, of at most `chars` characters in total but at least one row."""
         order = np.argsort(self.fraction, kind="stable")
         n = int(np.searchsorted(np.cumsum(self.chars[order]), chars, "right"))
         return self.sample(max(n, 1))
@@ -137,18 +140,18 @@ class Examples:
 
 @dataclass(frozen=True)
 class Splits:
-    """Store the train, validation and test splits of a data config, such as `splits["train"]`."""
+    """Store the train, validation and test splits of the data. `splits["train"]` returns the examples of a split."""
 
     config: DataConfig
     examples: dict[str, Examples]
     rows: int
-    """Number of rows in the files, before any is removed."""
+    """Number of rows in the files."""
     filtered: int
     """Number of rows that the filter removed."""
     blank: int
     """Number of rows without text, which are removed."""
     duplicates: int
-    """Number of removed duplicates: rows with the text of an earlier row, or of a row in a held-out split's files."""
+    """Number of rows that are removed because an earlier row, or a row of a held-out file, has the same text."""
     unlabeled: int = 0
     """Number of rows without a label, which are removed if `data.unlabeled` is "drop"."""
 
@@ -168,7 +171,7 @@ class Splits:
         }
 
     def describe(self) -> str:
-        """Return one line about the rows: how many are in each split, and how many are left out, by reason.
+        """Return a log line with the number of rows in each split, and the number of removed rows by reason.
 
         Example:
           >>> empty = Examples(Chain([]), (), *[np.zeros(0)] * 4, None, np.zeros(0), ())
@@ -200,7 +203,7 @@ class Splits:
 
 
 def examples(cfg: DataConfig, split: Split, labels: bool = True, conversations: bool = False) -> Examples:
-    """Load the examples of one split, with or without labels. `load` returns all three splits for the same cost.
+    """Load the examples of one split. If several splits are needed, `load` returns all of them for the same cost.
 
     Raises:
         RequestError: If `load` raises it, or if the split is empty.
@@ -215,17 +218,18 @@ def load(
     labels: bool = True,
     conversations: bool = False,
 ) -> Splits:
-    """Read every row once: filter rows, map labels, remove blanks and duplicates, and split.
+    """Read all rows of the data, filter them, map labels to classes, remove blank rows and duplicates, and split them.
 
     Args:
         cfg: Settings of the data.
-        scans: Function that scans ranges of rows (source, first, last + 1) in order, for example in several processes.
+        scans: Function that calls `dedup.scan` for ranges of rows and returns the results in order, for example in
+            several processes. By default, this process scans all ranges.
         labels: Whether to read labels. If false, rows have no label columns.
         conversations: Whether the rows are conversations, which have only the columns messages and tools.
 
     Raises:
-        RequestError: If files or columns are missing, if rows cannot be read, if labels are not among the classes, or
-            if there is no text.
+        RequestError: If files or columns are missing, if rows cannot be read, if `data.classes` lacks a label, or if
+            there is no text.
     """
     views = columns.views(cfg, labels=labels, conversations=conversations)
     if any(v.columns != views[0].columns for v in views):
@@ -278,11 +282,11 @@ def load(
     own = {name: len(cfg.parts()) + k for k, name in enumerate(cfg.held_out())}
     key_N = np.concatenate([f.key for f in found])
     held_N = np.where(everything.part < len(cfg.parts()), 0, everything.part)
-    if cfg.dedup:  # of duplicates the first row stays, those of the files of a held-out split before all others
+    if cfg.dedup:  # the first of several duplicates stays; rows of held-out files come first
         order_N = np.argsort(-held_N, kind="stable")
         first = np.unique(key_N[order_N], return_index=True)[1]
         everything = everything.take(np.sort(order_N[first]))
-    elif own:  # fractions hold equal texts together, files do not
+    elif own:  # equal texts get the same split by their hash, but not if a split has its own files
         everything = everything.take(np.flatnonzero((held_N > 0) | ~np.isin(key_N, key_N[held_N > 0])))
     f_N, kinds = everything.fraction, get_args(Split)
     test, validation = (0.0 if name in own else getattr(cfg, name) for name in ("test", "validation"))
@@ -292,14 +296,21 @@ def load(
         of_N[everything.part == part] = kinds.index(name)
     split = {name: everything.take(np.flatnonzero(of_N == k)) for k, name in enumerate(kinds)}
     if cfg.examples_per_class:
-        split["train"] = split["train"].few(cfg.examples_per_class, cfg.examples_seed)
+        split["train"] = split["train"].few_shot(cfg.examples_per_class, cfg.examples_seed)
     return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything), unlabeled)
 
 
 def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return (class names, class name of each label that was found).
+    """Return the class names, and the map {label as spelled in the data: class name}.
 
-    Classes are in the order of `data.classes`, or of the names that the data declares, or sorted.
+    Classes are in the order of `data.classes`. If it is empty, they are in the order in which the data declares them,
+    or
+    else sorted.
+
+    Args:
+        cfg: Settings of the data.
+        found: Labels as spelled in the data.
+        names: Class names that the data declares.
     """
     class_of = label_values.one_spelling(sorted(found), cfg.classes or names)
     found = set(class_of.values())
@@ -322,9 +333,12 @@ def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[
 
 
 def _indices(classes: tuple[str, ...], labels: list[str], sizes: list[int]) -> np.ndarray:
-    """Return the class index of each label, int32 [N].
+    """Return the class index of each label, int32 [N]; or, for sets of labels, zeros and ones, uint8 [N, C].
 
-    If `sizes` is given, return sets of labels as zeros and ones, uint8 [N, C].
+    Args:
+        classes: Class names.
+        labels: Class name of each row; for sets, the names of all rows concatenated.
+        sizes: Number of labels per row; empty if rows have one label each.
     """
     number = {c: k for k, c in enumerate(classes)}
     found = np.array([number[c] for c in labels], np.int32)

@@ -1,7 +1,7 @@
-"""Make columns from a source's rows: texts from templates, and questions from the words of the classes.
+"""Make additional columns from the rows of a source: texts from templates, and multiple-choice questions.
 
-With words for the classes (`data.words`), a labelled row is also a multiple-choice question. Its choices are the words,
-and its answer is the word of the row's class.
+If `data.words` has a word for each class, a labeled row also becomes a multiple-choice question. Its choices are these
+words, and the correct choice is the word of the row's class.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from llmctl.data.source import Row
 
 
 class TemplateColumns:
-    """Make the columns of `data.template`."""
+    """Make the columns that `data.template` and `data.words` define for one source."""
 
-    def __init__(self, cfg: SourceConfig, given: Mapping[str, str], asks: bool) -> None:
+    def __init__(self, cfg: SourceConfig, given: Mapping[str, str], labeled: bool) -> None:
         """Compile the templates.
 
         Args:
             cfg: Settings of the source.
-            given: Column of the source by canonical column.
-            asks: Whether rows have a label and no choices, so that the words of the classes make a question.
+            given: Column name in the source by canonical column name.
+            labeled: Whether rows have a label and no choices, so that they can become multiple-choice questions.
 
         Raises:
             RequestError: If a template is no valid jinja2 template.
@@ -33,24 +33,24 @@ class TemplateColumns:
         self._words, self._templates = cfg.words, RowTemplates(cfg.template, cfg.words)
         self._made = cfg.template
         self._class_of = {canonical(name): name for name in cfg.words}
-        self._asks = bool(asks and cfg.template and len(cfg.words) > 1)
-        # Templates may read labels also for a task that does not.
+        self._is_choice = bool(labeled and cfg.template and len(cfg.words) > 1)
+        # Templates may read the label even if the task does not.
         self.readable = {c: t for c, t in given.items() if c not in CHAT_COLUMNS} if cfg.template else {}
-        """Columns that templates may read, by canonical column."""
+        """{canonical column name: column name in the source} of the columns that templates may read."""
 
     def columns(self, texts: Collection[str]) -> tuple[str, ...]:
-        """Return the names of the columns that are made, without the text columns that the source has."""
+        """Return the names of the columns to make, except the text columns `texts` that the source already has."""
         made = [c for c in TEXT_COLUMNS if c in self._made and c not in texts]
-        return (*made, *(("choices", "answer") if self._asks else ()))
+        return (*made, *(("choices", "answer") if self._is_choice else ()))
 
-    def made(self, row: Row, raw: Row, label: Callable[[Any], str], where: str) -> Row:
-        """Return the columns that templates make, and the words of the classes as choices.
+    def render(self, row: Row, raw: Row, label: Callable[[Any], str], where: str) -> Row:
+        """Return the values of the columns to make for one row.
 
         Args:
             row: Canonical columns of the row.
             raw: All columns of the source.
-            label: Function from a label of the row to its class name.
-            where: Location of the row, for errors.
+            label: Function from the label in a cell to the class name.
+            where: Location of the row, for error messages.
 
         Raises:
             RequestError: If a template fails, or if the label has no word.
@@ -58,12 +58,16 @@ class TemplateColumns:
         values: Row = {}
         for ours, theirs in self.readable.items():
             value = row.get(ours, raw.get(theirs))
-            if ours == "label" and not isinstance(value, list) and ("label" in self._templates.reads or self._asks):
+            if (
+                ours == "label"
+                and not isinstance(value, list)
+                and ("label" in self._templates.variables or self._is_choice)
+            ):
                 value = label(value)
                 value = self._class_of.get(canonical(value), value)
             values[ours] = value
         made: Row = self._templates.render(row | values, raw, where)
-        if not self._asks:
+        if not self._is_choice:
             return made
         names = [*self._words]
         if values["label"] not in names:

@@ -1,4 +1,5 @@
-"""Write the splits of a data config as JSON lines, as stages read them: filtered and without duplicates."""
+"""Write the train, validation and test splits as JSON lines: the rows that stages read, filtered and without
+duplicates."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def write(cfg: DataConfig, folder: Path) -> tuple[dict[str, tuple[Path, int]], s
     To read the same splits again, set `data.path = "train.jsonl"`, `data.validation_path` and `data.test_path`.
 
     Returns:
-        (file, number of rows) for each split, and the splits. A split without rows has an empty file.
+        {split: (file, number of rows)}, and the splits. A split without rows has an empty file.
 
     Raises:
         RequestError: If the data is invalid, or if the folder contains files.
@@ -48,7 +49,7 @@ def write(cfg: DataConfig, folder: Path) -> tuple[dict[str, tuple[Path, int]], s
 
 
 def _plain(row: Row, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Convert a row to the format of a source: class names as labels, and answers in SQuAD's format."""
+    """Convert a row of `Examples` to the format of data files: class names as labels, and answers in SQuAD's format."""
     out = dict(row)
     label = out.get("label")
     if isinstance(label, list):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import DataConfig
-from llmctl.data.examples import made_up
+from llmctl.data.examples import synthetic
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import runner
 from llmctl.evaluate.settings import MeasureConfig
@@ -75,7 +75,7 @@ def _program(
 
 def _batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """Return an abstract batch of the task: shapes, dtypes and shardings of its arrays, by name."""
-    text = made_up.MadeUp(data, task.columns, setup.seq_len)
-    row = task.rows(model, text.splits["train"], made_up.TOKENIZER, RowSettings(setup.seq_len))[0]
+    text = synthetic.SyntheticText(data, task.columns, setup.seq_len)
+    row = task.rows(model, text.splits["train"], synthetic.TOKENIZER, RowSettings(setup.seq_len))[0]
     row = {key: row[key] for key in task.reads or row if key in row}
     return setup.batches().abstract(row)

@@ -149,7 +149,7 @@ def answers(
     with batches.once(rows, place=place) as steps:
         for _, (batch, placed) in steps:
             found = step(params, {k: a for k, a in placed.items() if read(k) and k != "row_weight"})
-            batch = batches.gathered(batch, placed)
+            batch = batches.gather(batch, placed)
             real = batch["row_weight"] > 0
             yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: host_arrays.read(a)[r], found)
 

@@ -153,7 +153,7 @@ def run(
     """
     settings, about = with_length(config, rows)
     note = learner.task.validation_note(learner.model, unseen)
-    about = [*getattr(rows, "remarks", ()), *padding.describe(rows), *about, *filter(None, [note])]
+    about = [*getattr(rows, "log_lines", ()), *padding.describe(rows), *about, *filter(None, [note])]
     judge = learner.task.loss_of(
         learner.training_model,
         dtype=jnp.dtype(settings.dtype),

@@ -37,7 +37,7 @@ class Validation:
         further: Further | None = None,
     ) -> None:
         self.rows, self.limit, self.mesh, self.further = rows, batches, mesh, further
-        self.batches = DeviceBatches.covering(mesh, batch_size, len(rows))
+        self.batches = DeviceBatches.for_one_pass(mesh, batch_size, len(rows))
         self._sums = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def __call__(self, params: dict[str, Any]) -> dict[str, float]:

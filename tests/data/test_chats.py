@@ -67,7 +67,7 @@ def test_scalars_of_columnar_files_become_text():
         **HI[1], "at": "2024-07-26T01:02:00", "cost": ["1.50"], "about": {"day": "2024-07-26"}
     }  # fmt: skip
     tools = chats.read_tools([{"name": "f", "since": day}])
-    assert json.loads(chats.written(found, tools))[1] == [{"name": "f", "since": "2024-07-26T01:02:00"}]
+    assert json.loads(chats.as_json_text(found, tools))[1] == [{"name": "f", "since": "2024-07-26T01:02:00"}]
     with pytest.raises(RequestError, match=r"^message 2: about: image holds bytes, which is no JSON data$"):
         chats.read([HI[0], {**HI[1], "about": {"image": b"a"}}])
 

@@ -7,7 +7,7 @@ import pytest
 from llmctl.config.errors import RequestError
 from llmctl.data import splits
 from llmctl.data.config import DataConfig
-from llmctl.data.examples.made_up import MadeUp
+from llmctl.data.examples.synthetic import SyntheticText
 from llmctl.evaluate.tasks.registry import TASKS
 
 TEMPLATE = {"prompt": "{{ text }}\nIt was", "completion": " {{ words[label] }}"}
@@ -107,4 +107,4 @@ def test_only_text_columns_are_made():
 
 def test_lm_reads_completions_that_templates_make():
     cfg = DataConfig(source="jsonl", path="x.jsonl", template=TEMPLATE, words=WORDS)
-    assert {"prompt", "completion"} <= set(MadeUp(cfg, TASKS["lm"].columns, 16).columns)
+    assert {"prompt", "completion"} <= set(SyntheticText(cfg, TASKS["lm"].columns, 16).columns)

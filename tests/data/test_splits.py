@@ -47,7 +47,7 @@ def test_splits_have_their_sizes_and_share_no_text(reviews):
     assert sum(sizes.values()) == 600
     assert 90 < sizes["validation"] < 150
     assert 90 < sizes["test"] < 150
-    texts = [{dedup.normal(t) for t in e.texts()} for e in found.examples.values()]
+    texts = [{dedup.normalize(t) for t in e.texts()} for e in found.examples.values()]
     assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
 
 
@@ -92,7 +92,7 @@ def test_duplicates_are_dropped_before_splitting(tmp_path, sentences):
     assert sum(map(len, kept.examples.values())) == 100
     # Duplicates that are kept are all in one split.
     for examples in kept.examples.values():
-        texts = [dedup.normal(t) for t in examples.texts()]
+        texts = [dedup.normalize(t) for t in examples.texts()]
         assert all(texts.count(t) == 2 for t in texts)
 
 

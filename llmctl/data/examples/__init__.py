@@ -1,1 +1,1 @@
-"""Build rows of labeled examples, with one file per kind of task."""
+"""Build rows from labeled examples. Each module is for one type of task."""

@@ -19,18 +19,21 @@ NOTHING = np.zeros(0, np.int32)
 
 
 def prefix(k: int) -> str:
-    """Return the prefix of the arrays of choice k; those of the first choice have none."""
+    """Return the prefix of the names of arrays that belong to choice k; it is empty for the first choice."""
     return f"choice{k}_" if k else ""
 
 
 class ChoiceRows(ExampleRows):
-    """Build one row per question. It has the model inputs of the prompt with each choice.
+    """Build one row per multiple-choice question, with the model inputs for the prompt with each of the choices.
 
-    The inputs depend on the architecture. Decoders read the prompt and the choice, as in `CompletionRows`, without
-    `eos`. Encoder-decoders read the prompt with the encoder. Encoders read prompt and choice as a pair of texts.
+    The inputs depend on the architecture. Decoders read the prompt and a choice as one text, as in `CompletionRows`,
+    but
+    without `eos`. Encoder-decoders read the prompt with the encoder, and a choice with the decoder. Encoders read the
+    prompt and a choice as a pair of texts.
 
-    A row also has `label`, the index of the correct choice, and `choices`, the number of choices, int32 [B] each. A
-    question with fewer than K choices is filled up with empty ones, whose tokens have weight 0.
+    A batch also has `label`, the index of the correct choice, and `choices`, the number of choices, int32 [B] each. If
+    a
+    question has fewer than K choices, empty choices are added, whose tokens have weight 0.
     """
 
     def __init__(
@@ -45,15 +48,15 @@ class ChoiceRows(ExampleRows):
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """Tokenize prompts and choices.
+        """Tokenize all prompts and choices.
 
         Args:
             examples: Examples with prompts, choices and answers.
             tokenizer: Tokenizer of the model.
             seq_len: Number of tokens per row, T.
             architecture: Architecture of the model: decoder, encoder or encoder_decoder.
-            truncate: Which part of a long prompt to cut, for an encoder.
-            target_len: Number of tokens per choice, for an encoder-decoder; 0 uses `seq_len`.
+            truncate: Which part of a long prompt to cut; used only for encoders.
+            target_len: Number of decoder tokens per choice in an encoder-decoder; 0 uses `seq_len`.
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle in every epoch.
 
@@ -64,7 +67,7 @@ class ChoiceRows(ExampleRows):
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len, self._architecture = tokenizer, seq_len, architecture
         self._truncate: Truncate = truncate
-        self._written = target_len or seq_len
+        self._decoder_len = target_len or seq_len
         self._prompts = tokenize(examples.texts("prompt"), tokenizer)
         rows = [examples.source[int(i)] for i in examples.index]
         wrong = next((i for i, row in enumerate(rows) if not isinstance(row["choices"], tuple)), None)
@@ -75,12 +78,12 @@ class ChoiceRows(ExampleRows):
         self._first_N = np.cumsum(self._count_N) - self._count_N
         self._choices = tokenize((choice for row in rows for choice in row["choices"]), tokenizer)
         self.answers_N = np.array([row["answer"] for row in rows], np.int32)
-        """Index of the right choice of each example."""
+        """Index of the correct choice of each example, int32 [N]."""
         if architecture == "decoder" and not tokenizer.add_bos:
             bare = next((i for i in range(len(examples)) if not len(self._prompts[i])), None)
             if bare is not None:  # its first token would follow nothing, so it could not be scored
                 raise RequestError(f"{examples.source.where(int(examples.index[bare]))}: the prompt is empty")
-        room = self._written - 1 if architecture == "encoder_decoder" else seq_len - tokenizer.add_bos
+        room = self._decoder_len - 1 if architecture == "encoder_decoder" else seq_len - tokenizer.add_bos
         if (
             architecture != "encoder"
             and (longest := max(len(self._choices[k]) for k in range(len(self._choices)))) > room
@@ -89,12 +92,12 @@ class ChoiceRows(ExampleRows):
                 f"the longest choice has {longest:,} tokens, and a row has room for {room:,}; raise train.seq_len or "
                 "data.target_len (in eval seq_len), or leave such questions out with data.filter"
             )
-        self.most = int(self._count_N.max(initial=2))
-        """Largest number of choices per question, K."""
+        self.max_choices = int(self._count_N.max(initial=2))
+        """Largest number of choices of any question, K; at least 2."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         batch = {"label": self.answers_N[example_B], "choices": self._count_N[example_B]}
-        for k in range(self.most):
+        for k in range(self.max_choices):
             pairs = [(self._prompt(i), self._choice(i, k)) for i in map(int, example_B)]
             batch |= {prefix(k) + name: a for name, a in self._rows(pairs).items()}
         return batch
@@ -103,7 +106,11 @@ class ChoiceRows(ExampleRows):
         return self._choices[int(self._first_N[i]) + k] if k < self._count_N[i] else NOTHING
 
     def _prompt(self, i: int) -> np.ndarray:
-        """Return the prompt of a question. For decoders, a long one is cut so that all choices read the same prompt."""
+        """Return the token ids of the prompt of question i.
+
+        For decoders, a long prompt is cut so that it fits with the longest choice. All choices then have the same
+        prompt.
+        """
         prompt = self._prompts[i]
         if self._architecture != "decoder":
             return prompt
@@ -113,9 +120,9 @@ class ChoiceRows(ExampleRows):
 
     def _rows(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
         if self._architecture == "decoder":
-            return completion_batch(pairs, self._tokenizer, self._seq_len, ends=False)
+            return completion_batch(pairs, self._tokenizer, self._seq_len, predict_eos=False)
         if self._architecture == "encoder_decoder":
-            return sequence_batch(pairs, self._tokenizer, self._seq_len, self._written, ends=False)
+            return sequence_batch(pairs, self._tokenizer, self._seq_len, self._decoder_len, predict_eos=False)
         rows, types_BT = [], np.zeros((len(pairs), self._seq_len), np.int32)
         for b, (prompt, choice) in enumerate(pairs):
             row, types = templated(self._tokenizer.template, prompt, choice, self._seq_len, self._truncate)

@@ -17,17 +17,19 @@ from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 
 Encode = Callable[[list[Message], list[Any] | None], tuple[list[int], np.ndarray, int]]
-"""Function (messages, tools) -> (token ids [N], mask [N] of the assistant's tokens, number of answers that it could not
-locate among the tokens)."""
+"""Function (messages, tools) -> (token ids [N], mask bool [N] of the tokens that the assistant writes, number of the
+assistant's answers whose tokens could not be found)."""
 
 
 class ConversationRows(ExampleRows):
     """Build language-model rows of conversations: tokens, targets, weights, segments and positions [B, T].
 
-    Messages after the assistant's last message are omitted. An exchange is a message of the user with all messages
-    before the user's next one. If a conversation is too long, its first exchanges are removed. System messages at the
-    beginning stay. If the last exchange alone is too long, its end is cut. If no token of the assistant is left, the
-    conversation is dropped. So is a conversation whose answers all have the weight 0.
+    Messages after the assistant's last message are omitted. If a conversation is too long, its first exchanges are
+    removed; an exchange is a user's message with all messages up to the next one. System messages at the beginning
+    stay.
+    If the last exchange alone is too long, its end is cut.
+
+    A conversation is dropped if no token of the assistant is left, or if all answers have the weight 0.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class ConversationRows(ExampleRows):
             shuffle: Whether to shuffle in every epoch.
 
         Raises:
-            RequestError: If the template refuses a conversation, or no conversation has an answer within `seq_len`.
+            RequestError: If the template rejects a conversation, or if all conversations are dropped.
         """
         if "messages" not in examples.columns:
             raise RequestError("the data holds no conversations; map a column of messages in data.columns")
@@ -61,7 +63,7 @@ class ConversationRows(ExampleRows):
         for i in range(len(examples)):
             row = examples[i]
             try:
-                found = self._fitted(row["messages"], row.get("tools"))
+                found = self._truncated(row["messages"], row.get("tools"))
             except RequestError as e:
                 raise RequestError(f"{examples.source.where(int(examples.index[i]))}: {e}") from None
             if found is None:
@@ -85,14 +87,14 @@ class ConversationRows(ExampleRows):
         super().__init__(len(ids), seed, shuffle)
 
     @property
-    def remarks(self) -> list[str]:
-        """Return log lines about conversations that are cut, dropped, or partly without loss; empty if none is."""
-        told = {
+    def log_lines(self) -> list[str]:
+        """Return log lines with the numbers of conversations that were cut or dropped, and of answers without loss."""
+        reasons = {
             "lose their first exchanges": self.shortened,
             "lose the end of the last answer": self.cut,
             "have no answer within the length and are dropped": self.dropped,
         }
-        found = [f"{count:,} {what}" for what, count in told.items() if count]
+        found = [f"{count:,} {what}" for what, count in reasons.items() if count]
         lines = [f"conversations longer than {self._seq_len} tokens: {', '.join(found)}"] if found else []
         if self.unweighted:
             lines.append(f"{self.unweighted:,} conversations whose answers all have the weight 0 are dropped")
@@ -103,9 +105,13 @@ class ConversationRows(ExampleRows):
             )
         return lines
 
-    def _fitted(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[int], np.ndarray] | None:
-        """Return (token ids [N], mask [N] of the assistant's tokens) of a conversation; None if all are masked out."""
-        room = self._seq_len + 1  # the model reads all tokens but the last
+    def _truncated(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[int], np.ndarray] | None:
+        """Shorten a conversation to the row length, and encode it.
+
+        Returns:
+            Token ids [N] and the mask [N] of the assistant's tokens; None if the mask has no true entry.
+        """
+        room = self._seq_len + 1  # the last token is only a target, not an input
         messages = messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1]
         ids, counted_N, missed = self._encode(messages, tools)
         if len(ids) > room:

@@ -1,4 +1,4 @@
-"""Build rows for extractive question answering with SQuAD's format (Rajpurkar et al., 2016, arXiv:1606.05250).
+"""Build rows for extractive question answering from data in SQuAD's format (Rajpurkar et al., 2016, arXiv:1606.05250).
 
 Shapes: B rows, T tokens per row, N tokens of a context.
 """
@@ -18,9 +18,10 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Window(NamedTuple):
-    """Describe a question with a window of context tokens first..last - 1.
+    """Describe one row: a question, and the window first..last - 1 of the context's tokens.
 
-    `start` and `end` are the answer's token positions in the row, or (0, 0) if the window does not contain the answer.
+    `start` and `end` are the positions of the answer's first and last token in the row. Both are 0 if the window does
+    not contain the answer.
     """
 
     example: int
@@ -34,13 +35,13 @@ class AnswerRows(ExampleRows):
     """Build rows for extractive question answering. Each row has a question and one window of its context.
 
     A row is the pair of question and context in the tokenizer's template. A long context is split into windows that
-    overlap by half. The question is cut to half a row. A batch has these int32 arrays:
+    overlap by half. A question longer than half a row is cut. A batch has these int32 arrays:
     - tokens, segments, positions [B, T]
-    - types [B, T]: 1 from the context on
-    - among [B, T]: 1 at candidates for start and end, which are the first token and the context's tokens
-    - first, last [B, T]: the context's characters [first, last) of each token
-    - start, end [B]: first and last token of the first accepted answer; both are 0 if there is no answer, or if the
-      window does not contain all of it
+    - types [B, T]: 0 for tokens before the context, 1 from the context on
+    - among [B, T]: 1 for the possible values of start and end, which are the first token and the context's tokens
+    - first, last [B, T]: range [first, last) of the context's characters that each token covers
+    - start, end [B]: positions of the first and the last token of the first accepted answer; both are 0 if there is no
+      answer, or if the window does not contain all of it
     - example [B]: index of the example
     """
 
@@ -70,9 +71,11 @@ class AnswerRows(ExampleRows):
         super().__init__(len(self._windows), seed, shuffle)
 
     def _cut(self, room: int, answer: tuple[str, int] | None) -> list[Window]:
-        """Return the windows of the example that was added last.
+        """Split the context of the example that was added last into windows.
 
-        Question and context together get `room` tokens per row.
+        Args:
+            room: Number of tokens per row for the question and the context together.
+            answer: First accepted answer as (text, index of its first character); None if there is no answer.
         """
         example, spans_N2 = len(self._questions) - 1, self._contexts[-1][1]
         begin = len(self._template.begin) + len(self._questions[-1]) + len(self._template.between)
@@ -108,7 +111,15 @@ class AnswerRows(ExampleRows):
 
 
 def token_span(spans_N2: np.ndarray, first: int, last: int) -> tuple[int, int] | None:
-    """Return (first, last) token that overlap the characters first..last - 1, or None if no token does."""
+    """Return the indices of the first and the last token that overlap the characters first..last - 1.
+
+    Return None if no token does.
+
+    Args:
+        spans_N2: Character range [first, last) of each token.
+        first: Index of the first character.
+        last: Index after the last character.
+    """
     shows_N = (spans_N2[:, 0] < last) & (spans_N2[:, 1] > first) & (spans_N2[:, 1] > spans_N2[:, 0])
     at = np.flatnonzero(shows_N)
     return (int(at[0]), int(at[-1])) if len(at) else None

@@ -19,12 +19,12 @@ from llmctl.data.tokenizers.base import TextTemplate, Tokenizer
 
 
 class ExampleRows:
-    """Define the base class of rows with one example each; `rows[i]` exists for any i >= 0.
+    """Define the base class of rows that contain one example each. `rows[i]` exists for any i >= 0.
 
-    A subclass defines `_build`, which returns the batch of given example indices [B].
+    A subclass defines `_build`, which returns the batch for an array of example indices [B].
 
     Args:
-        count: Number of examples, which is one epoch.
+        count: Number of examples, which is the number of rows per epoch.
         seed: Seed of the shuffle.
         shuffle: Whether to shuffle in every epoch; otherwise the order is that of the examples.
     """
@@ -55,12 +55,14 @@ class ClassificationRows(ExampleRows):
     A batch has int32 tokens, segments and positions [B, T], and label: int32 class [B], float32 number [B], or uint8
     set of classes [B, C].
 
-    A row is the text in the tokenizer's template, and padding. The default template is `bos` (if the tokenizer adds
-    it), the text and `eos`. A long text keeps its first tokens (`tail`), or its first and last halves (`head_tail`).
-    The template's tokens are never cut.
+    A row is the text in the tokenizer's template, followed by padding. The default template is `bos` (if the tokenizer
+    adds it), the text and `eos`. If the text is too long, its end (`tail`) or its middle (`head_tail`) is cut. The
+    special tokens of the template are never cut.
 
-    If the data has a column "pair", the row continues with that text and another `eos`, and has types [B, T], which are
-    1 there. If both texts together are too long, the longer one is cut first, then both equally.
+    If the data has a column "pair", the row continues with that text and another `eos`. The batch then also has types
+    [B, T], which are 1 for this second part. If both texts together are too long, the longer one is cut first, then
+    both
+    equally.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class ClassificationRows(ExampleRows):
             truncate: Which part of a long text to cut.
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle in every epoch.
-            corpus: Tokenized texts (`corpus.cached`), in the order of `examples`.
+            corpus: Tokenized texts from `corpus.cached`, in the order of `examples`; None tokenizes them.
 
         Raises:
             RequestError: If the examples have no text or no label.
@@ -119,10 +121,10 @@ class ClassificationRows(ExampleRows):
 
 
 class CompletionRows(ExampleRows):
-    """Build language-model rows of prompt and completion, with loss only on the completion and its `eos`.
+    """Build decoder rows of a prompt and its completion, with loss only on the completion and its `eos`.
 
     Prompt and completion are tokenized separately, as in generation. If a row is too long, the beginning of the prompt
-    is cut first (`bos` stays), then the end of the completion.
+    is cut first, but not `bos`. If this is not enough, the end of the completion is cut.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
@@ -142,7 +144,7 @@ class CompletionRows(ExampleRows):
 
 
 def completion_batch(
-    pairs: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, seq_len: int, ends: bool = True
+    pairs: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, seq_len: int, predict_eos: bool = True
 ) -> Batch:
     """Build decoder rows [B, T] of tokenized prompts and completions; see `CompletionRows`.
 
@@ -150,15 +152,15 @@ def completion_batch(
         pairs: Token ids of a prompt and its completion, per row.
         tokenizer: Tokenizer of the model.
         seq_len: Number of tokens per row, T.
-        ends: Whether a completion continues with `eos`, which is then predicted too.
+        predict_eos: Whether to add `eos` to each completion, as a target.
     """
     shape = (len(pairs), seq_len)
     tokens_BT, targets_BT = (np.full(shape, tokenizer.pad_id, np.int32) for _ in range(2))
     segments_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     bos = tokenizer.begin
     for b, (prompt, completion) in enumerate(pairs):
-        # The model reads all tokens but the last, so a row holds one token more than its inputs.
-        completion = np.append(completion, tokenizer.eos_id) if ends else completion
+        # The last token is only a target, so a row contains `seq_len` + 1 tokens.
+        completion = np.append(completion, tokenizer.eos_id) if predict_eos else completion
         completion = completion[: seq_len - len(bos)]
         room = seq_len + 1 - len(bos) - len(completion)
         prompt = np.concatenate([bos, prompt[max(len(prompt) - room, 0) :]]).astype(np.int32)
@@ -173,11 +175,10 @@ def completion_batch(
 
 
 class SequencePairRows(ExampleRows):
-    """Build encoder-decoder rows: prompts for the encoder, completions and their `eos` for the decoder.
+    """Build encoder-decoder rows: the encoder reads the prompt, and the decoder predicts the completion and `eos`.
 
-    The encoder reads a prompt like a document in pretraining: `bos` if the tokenizer adds it, the tokens, `eos`. The
-    decoder begins with the padding token, as in pretraining. If a prompt or completion is too long, its end is cut, but
-    its `eos` stays.
+    The encoder reads `bos` (if the tokenizer adds it), the prompt and `eos`, as for documents in pretraining. The first
+    input of the decoder is the padding token. If a prompt or completion is too long, its end is cut, but not its `eos`.
     """
 
     def __init__(
@@ -189,8 +190,8 @@ class SequencePairRows(ExampleRows):
         seed: int = 0,
         shuffle: bool = True,
         target_len: int = 0,
-        whole: bool = False,
-        ends: bool = True,
+        full_completions: bool = False,
+        predict_eos: bool = True,
         column: str = "completion",
     ):
         """Tokenize prompts and completions.
@@ -202,34 +203,41 @@ class SequencePairRows(ExampleRows):
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle in every epoch.
             target_len: Maximum number of tokens per completion; 0 uses `seq_len`.
-            whole: Whether to never cut completions. The longest one then determines the decoder's length.
-            ends: Whether to also predict the `eos` after a completion.
-            column: Column of the completions.
+            full_completions: Whether to keep all completions complete. The longest one then determines the decoder's
+                length.
+            predict_eos: Whether the loss includes the `eos` after a completion.
+            column: Column that contains the completions.
 
         Raises:
             RequestError: If the examples have no prompt or no completion.
         """
         super().__init__(len(examples), seed, shuffle)
-        self._tokenizer, self._seq_len, self._ends = tokenizer, seq_len, ends
+        self._tokenizer, self._seq_len, self._predict_eos = tokenizer, seq_len, predict_eos
         self._prompts = tokenize(examples.texts("prompt"), tokenizer)
         self._completions = tokenize(examples.texts(column), tokenizer)
         self._template = tokenizer.template
         self._room = seq_len - len(self._template.row([]))
         count = range(len(examples))
-        self.written = (
-            max((len(self._completions[i]) for i in count), default=0) + 1 if whole else target_len or seq_len
+        self.decoder_len = (
+            max((len(self._completions[i]) for i in count), default=0) + 1
+            if full_completions
+            else target_len or seq_len
         )
         """Number of tokens per decoder row."""
         self.cut = sum(len(self._prompts[i]) > self._room for i in count)
-        """Number of prompts that are too long, so that their ends are cut."""
+        """Number of prompts whose ends are cut, because they are too long."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         pairs = [(self._prompts[i], self._completions[i]) for i in map(int, example_B)]
-        return sequence_batch(pairs, self._tokenizer, self._seq_len, self.written, self._ends)
+        return sequence_batch(pairs, self._tokenizer, self._seq_len, self.decoder_len, self._predict_eos)
 
 
 def sequence_batch(
-    pairs: list[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, seq_len: int, written: int, ends: bool = True
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    decoder_len: int,
+    predict_eos: bool = True,
 ) -> Batch:
     """Build encoder-decoder rows of tokenized prompts and completions; see `SequencePairRows`.
 
@@ -237,18 +245,18 @@ def sequence_batch(
         pairs: Token ids of a prompt and its completion, per row.
         tokenizer: Tokenizer of the model.
         seq_len: Number of tokens per row of the encoder.
-        written: Number of tokens per row of the decoder.
-        ends: Whether the `eos` after a completion is predicted too.
+        decoder_len: Number of tokens per row of the decoder.
+        predict_eos: Whether the loss includes the `eos` after a completion.
     """
     pad, template = tokenizer.pad_id, tokenizer.template
     room = seq_len - len(template.row([]))
     read = [template.row(prompt[:room]) for prompt, _ in pairs]
-    told = [np.append(completion[: written - 1], tokenizer.eos_id).astype(np.int32) for _, completion in pairs]
-    batch = padded(told, written, pad)
+    told = [np.append(completion[: decoder_len - 1], tokenizer.eos_id).astype(np.int32) for _, completion in pairs]
+    batch = padded(told, decoder_len, pad)
     targets_BT, segments_BT = batch["tokens"], batch["segments"]
     before_BT = np.pad(targets_BT, ((0, 0), (1, 0)), constant_values=pad)[:, :-1]
-    counted_B1 = segments_BT.sum(1, keepdims=True) - (not ends)
-    weights_BT = (np.arange(written) < counted_B1).astype(np.float32)
+    counted_B1 = segments_BT.sum(1, keepdims=True) - (not predict_eos)
+    weights_BT = (np.arange(decoder_len) < counted_B1).astype(np.float32)
     batch |= {"tokens": np.where(segments_BT, before_BT, pad), "targets": targets_BT, "weights": weights_BT}
     return batch | padded(read, seq_len, pad, "encoder_")
 
@@ -256,7 +264,14 @@ def sequence_batch(
 def templated(
     template: TextTemplate, text_N: np.ndarray, pair_N: np.ndarray | None, seq_len: int, truncate: Truncate = "tail"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Insert a text, or a pair of texts, into a template, with at most `seq_len` tokens.
+    """Insert a text, or a pair of texts, into a template, and cut the texts so that the result fits `seq_len` tokens.
+
+    Args:
+        template: Special tokens around and between the texts.
+        text_N: Token ids of the text.
+        pair_N: Token ids of the second text, or None.
+        seq_len: Maximum number of tokens.
+        truncate: Which part of a long text to cut.
 
     Returns:
         Token ids and types, int32 [N] each; types are 1 from the first token of `pair_N` on.
@@ -281,12 +296,12 @@ def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
 
 
 def padded(rows: list[np.ndarray], width: int, pad: int, prefix: str = "") -> Batch:
-    """Pad one text per row to tokens, segments and positions, int32 [B, width].
+    """Pad texts on the right, and return the arrays tokens, segments and positions, int32 [B, width].
 
     Args:
         rows: Token ids of each text.
         width: Number of tokens per row.
-        pad: Padding token.
+        pad: Id of the padding token.
         prefix: Prefix of the array names in the result.
     """
     tokens_BT = np.full((len(rows), width), pad, np.int32)

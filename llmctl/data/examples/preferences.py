@@ -18,9 +18,9 @@ REJECTED = "pair_"
 
 
 class PreferenceRows(ExampleRows):
-    """Build decoder rows of prompt and completion, as `CompletionRows` does, for both completions of each example.
+    """Build decoder rows, as `CompletionRows` does, for the chosen and the rejected completion of each example.
 
-    If the prompt with the longer completion is too long, the beginning of the prompt is cut, equally in both rows.
+    If the prompt with the longer completion is too long, the beginning of the prompt is cut equally in both rows.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
@@ -48,7 +48,7 @@ class PreferenceRows(ExampleRows):
 
 
 class PreferencePairRows(ExampleRows):
-    """Build encoder-decoder rows, as `SequencePairRows` does, for both completions of each example."""
+    """Build encoder-decoder rows, as `SequencePairRows` does, for the chosen and the rejected completion."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Build rows of two texts that belong together or have a similarity score, for training embeddings.
+"""Build rows of two texts that have the same meaning or a similarity score, for training text embeddings.
 
 Shapes: B rows, T tokens per row.
 """
@@ -17,11 +17,12 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class TwoTextRows(ExampleRows):
-    """Build rows of two separate texts.
+    """Build rows of two texts, which the model reads separately.
 
-    A batch has tokens, segments, positions, pair_tokens, pair_segments and pair_positions, int32 [B, T]. Each text is
-    `bos` (if the tokenizer adds it), the text, `eos` and padding. Long texts are cut as in `ClassificationRows`. If the
-    labels are numbers, `label` [B] (float32) is the similarity score.
+    A batch has tokens, segments and positions for the first text, and pair_tokens, pair_segments and pair_positions for
+    the second one, int32 [B, T]. Each text is `bos` (if the tokenizer adds it), the text, `eos` and padding. Long texts
+    are cut as in `ClassificationRows`. If the labels are numbers, the batch also has the similarity score `label`,
+    float32 [B].
     """
 
     def __init__(

@@ -20,13 +20,13 @@ from llmctl.data.tokenizers.base import Tokenizer
 class TagRows(ExampleRows):
     """Build rows of labeled words.
 
-    A batch has tokens, segments, positions and targets, int32 [B, T], and weights, float32 [B, T]. A row is the words,
-    joined by spaces, in the tokenizer's template, and padding. The label of a word is the target at its first token,
-    with weight 1. All other positions have weight 0. If a row is too long, its end is cut.
+    A batch has tokens, segments, positions and targets, int32 [B, T], and weights, float32 [B, T]. The words of an
+    example are joined by spaces, inserted into the tokenizer's template, and padded. The label of a word is the target
+    at its first token, with weight 1. All other positions have weight 0. If a row is too long, its end is cut.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
-        """Tokenize the words and find their first tokens.
+        """Tokenize the words, and find the first token of each word.
 
         Raises:
             RequestError: If the examples have no tokens or no tags.
@@ -58,7 +58,7 @@ class TagRows(ExampleRows):
         return len(self._seen[i])
 
     def seen_of(self, i: int) -> np.ndarray:
-        """Return whether each word of example i is in its row, bool [W]."""
+        """Return whether each word of example i is in its row, and not removed by truncation, bool [W]."""
         return self._seen[i]
 
     def _build(self, example_B: np.ndarray) -> Batch:

@@ -1,1 +1,1 @@
-"""Build rows for self-supervised training: objectives, packing, mixtures and prepared corpora."""
+"""Build rows for self-supervised training: pack documents, apply objectives, mix sources, and prepare corpora."""

@@ -1,4 +1,4 @@
-"""Compute scores of constant predictions, which do not use the context; a trained model must exceed them."""
+"""Compute the scores of predictions that do not use the context. A trained model should have better scores."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ CHUNK = 256
 """Number of rows that are built at a time."""
 
 
-def guesses(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, float]:
+def constant_scores(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, float]:
     """Return the scores of the best constant predictions on the first `limit` rows, fitted on these rows.
 
     Args:
         rows: Training rows, as `llmctl.data.device_batches.Rows`.
         limit: Maximum number of rows to read.
         sentinels: Sentinel ids of span corruption; empty for other objectives. The order of sentinels in the targets is
-            known without the text. The baseline therefore counts all sentinels as one token. Its prediction may depend
-            on the type of the previous target (none, a sentinel or a word).
+            fixed. All sentinels therefore count as one token, and the predictions may depend on the type of the
+            previous
+            target (none, a sentinel or a word).
 
     Returns:
         baseline_accuracy: Accuracy if the most frequent target is always predicted.
-        baseline_loss: Nats per target if target frequencies are predicted.
-        baseline_next_sentence_accuracy: Accuracy if one label is always predicted; only if rows have pairs.
+        baseline_loss: Cross-entropy in nats per target if the predicted distribution is the frequency of each target.
+        baseline_next_sentence_accuracy: Accuracy if the most frequent next-sentence label is always predicted; only for
+            rows with such labels.
     """
     found, labels = collections.Counter[tuple[int, int]](), np.zeros(2, np.int64)
     last = min(limit, len(rows))

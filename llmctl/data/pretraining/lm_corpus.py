@@ -1,4 +1,4 @@
-"""Build the language-model rows of a split from a data config with raw or prepared data, from one or more sources."""
+"""Build language-model rows for a split of the data, from raw text or from prepared (already tokenized) data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Text:
-    """Give access to the text of a data config. Raw text is read at first use; prepared text is already tokenized."""
+    """Give access to the text that a data config describes: raw text, which is read at first use, or prepared text.
+
+    Prepared text was tokenized by `llmctl prepare`.
+    """
 
     def __init__(self, cfg: DataConfig, labels: bool = True, conversations: bool = False):
         """Open prepared sources and check their settings.
@@ -33,8 +36,8 @@ class Text:
             conversations: Whether the rows are conversations.
 
         Raises:
-            RequestError: If prepared and raw sources are mixed, or if prepared ones are missing, have different
-                tokenizers, or were prepared with other settings.
+            RequestError: If prepared and raw sources are mixed, or if prepared data is missing, has different
+                tokenizers, or was prepared with other settings.
         """
         self._cfg, self._labels, self._conversations = cfg, labels, conversations
         kinds = {part.source == "prepared" for part in cfg.parts()}
@@ -62,7 +65,7 @@ class Text:
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     def describe(self) -> list[str]:
-        """Return log lines about the rows and their splits: one for raw text, none for prepared text."""
+        """Return [log line with the numbers of rows per split] for raw text, and [] for prepared text."""
         return [] if self._prepared else [self.splits.describe()]
 
     @property
@@ -72,31 +75,29 @@ class Text:
 
     @property
     def epochs(self) -> float:
-        """Return the maximum number of epochs; 0 means no limit.
-
-        For a mixture, return the smallest limit of its sources.
-        """
+        """Return the maximum number of epochs, which is the smallest limit of all sources; 0 means no limit."""
         return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
 
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:
-        """Return the tokenizer: for prepared text, the one it was prepared with; for raw text, load or train one.
+        """Return the tokenizer of the prepared text. For raw text, load or train a tokenizer as `cfg` defines.
 
         Raises:
-            RequestError: If `loading.obtain` raises it, or if `cfg.path` is not the tokenizer of the prepared text.
+            RequestError: If `loading.load_or_train` raises it, or if `cfg.path` is not the tokenizer of the prepared
+                text.
         """
         if not self._prepared:
-            found = self.splits["train"].within(cfg.sample)
+            found = self.splits["train"].sample_chars(cfg.sample)
             columns = ("text",) if "text" in found.columns else tuple(c for c in TEXT_COLUMNS if c in found.columns)
-            return tokenizers.obtain(itertools.chain.from_iterable(map(found.texts, columns)), cfg)
+            return tokenizers.load_or_train(itertools.chain.from_iterable(map(found.texts, columns)), cfg)
         where, found = self._prepared[0]
         prepared.check_words(where, found)
         own = tokenizers.load(where / "tokenizer", tokenizers.BOS[cfg.bos])
         if cfg.path:
-            prepared.check(found, tokenizers.obtain((), cfg), str(where))
+            prepared.check(found, tokenizers.load_or_train((), cfg), str(where))
         return own
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return (weight, epochs, tokenized documents) of every source that has text in the split.
+        """Return (weight, maximum epochs, tokenized documents) of every source that has text in the split.
 
         Args:
             split: train, validation or test.
@@ -120,7 +121,7 @@ class Text:
             inner = said.splits.get(split, [])
             whole = sum(i.weight for i in inner)
             for i in inner:
-                # Several prepared mixtures: each keeps its inner shares, scaled to its own share.
+                # A prepared folder may itself contain a mixture: its weights are scaled to the weight of this source.
                 weight = part.weight * i.weight / whole if several else i.weight
                 found.append((weight, part.epochs or i.epochs, prepared.Shards(where, i, said.dtype)))
         if not found:
@@ -149,9 +150,9 @@ class Text:
             cache: Folder that caches tokenized raw text.
             seed: Seed of the shuffle.
             packing: Method of packing documents into rows.
-            shuffle: If true, rows are shuffled and mixed by the sources' weights. If false, every document is read
-                once, in order.
-            needed: Number of rows that will be read, to detect too few epochs before training.
+            shuffle: If true, rows are shuffled and mixed by the weights of the sources. If false, every document is
+                read once, in order.
+            needed: Number of rows that training will read. The sources' epochs must have so many rows.
             objective: Training objective; causal language modeling by default.
 
         Raises:
@@ -176,10 +177,14 @@ class Text:
 
 
 def check_epochs(needed: int, total: int) -> None:
-    """Check before training that the sources' epochs have enough rows.
+    """Check that the data has enough rows for training, if the epochs of its sources are limited.
+
+    Args:
+        needed: Number of rows that training will read.
+        total: Number of rows in the allowed epochs of all sources.
 
     Raises:
-        RequestError: If `needed` exceeds `total`, the number of rows in these epochs.
+        RequestError: If `needed` exceeds `total`.
     """
     if needed > total:
         raise RequestError(

@@ -22,12 +22,15 @@ one row."""
 
 @dataclass(frozen=True)
 class Phase:
-    """Describe consecutive blocks of a mixture that all have the same number of rows from each source."""
+    """Describe a phase of a mixture: consecutive blocks with the same number of rows from each source.
+
+    A new phase begins when a source is exhausted.
+    """
 
     start: int
     """Index of the first row."""
     blocks: float
-    """Number of blocks in this phase; infinite if no source is exhausted after it."""
+    """Number of blocks in this phase; infinite if no source is exhausted at its end."""
     counts: np.ndarray
     """Number of rows of each source per block, int64 [S]."""
     done: np.ndarray
@@ -35,10 +38,12 @@ class Phase:
 
 
 class MixedRows:
-    """Mix rows of S sources, shuffled within blocks. Row i depends only on the sources, the weights, the seed and i.
+    """Mix rows of S sources in proportion to their weights.
+
+    Rows are shuffled within blocks. Row i depends only on the sources, the weights, the epochs, the seed and i.
 
     A source is exhausted after its epochs. The other sources then provide its share of the rows. `total` is the number
-    of rows until all sources are exhausted, and later rows raise RequestError. If the epochs of a source are unlimited,
+    of rows until all sources are exhausted; later rows raise RequestError. If the epochs of a source are unlimited,
     `total` is None.
 
     Args:
@@ -66,14 +71,14 @@ class MixedRows:
         self.total = None if np.isinf(end) else int(end)
         self._starts = np.array([p.start for p in self._phases])
         self.tokens = sum(s.tokens for s in sources)
-        """Number of tokens of all sources together, in one epoch of each."""
+        """Number of tokens in one epoch of every source."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
-        """Fraction of positions that are padding, averaged by the weights."""
+        """Fraction of positions that are padding, averaged over the sources by their weights."""
         self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
-        """Fraction of rows with a labeled next-sentence pair, averaged by the weights."""
+        """Fraction of rows with a next-sentence label, averaged over the sources by their weights."""
 
     def __len__(self) -> int:
-        """Return the number of rows of all sources, in one epoch of each."""
+        """Return the number of rows in one epoch of every source."""
         return sum(map(len, self._sources))
 
     def __getitem__(self, i: int) -> Batch:
@@ -83,14 +88,14 @@ class MixedRows:
 
     def batch(self, rows_B: np.ndarray) -> Batch:
         """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, ...]."""
-        source_B, index_B = self.places(rows_B)
+        source_B, index_B = self.locate(rows_B)
         order_B = np.argsort(source_B, kind="stable")
         parts = [self._sources[s].batch(index_B[source_B == s]) for s in np.unique(source_B)]
         back_B = np.argsort(order_B)
         return {name: np.concatenate([part[name] for part in parts])[back_B] for name in parts[0]}
 
-    def places(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (index of each row's source, index of the row in that source), int64 [B] each."""
+    def locate(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return, for each row number, the index of its source and the row number in that source, int64 [B] each."""
         if self.total is not None and rows_B.max() >= self.total:
             raise RequestError(f"the sources' epochs are used up after {self.total} rows; more epochs, or fewer steps")
         phase_B = np.searchsorted(self._starts, rows_B, "right") - 1
@@ -101,7 +106,7 @@ class MixedRows:
             here_B = (phase_B == phase) & (block_B == block)
             counts, done = self._phases[phase].counts, self._phases[phase].done
             members = np.repeat(np.arange(len(counts)), counts)
-            # identifies the block over all phases, as the epoch of the permutation
+            # The index of the block's first row is unique over all phases. It serves as the epoch of the permutation.
             first = int(self._starts[phase] + block * counts.sum())
             members = members[permutation(len(members), self._seed, first)]
             # Index of each slot among the slots of its source.
@@ -115,7 +120,12 @@ class MixedRows:
 
 
 def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
-    """Return the phases of a mixture. Source s is exhausted after `limits[s]` rows; infinity means no limit."""
+    """Compute the phases of a mixture.
+
+    Args:
+        weights: Relative weight of each source, float [S].
+        limits: Number of rows after which each source is exhausted, float [S]; infinity means no limit.
+    """
     found: list[Phase] = []
     start, done = 0, np.zeros(len(weights), np.int64)
     while (done < limits).any():
@@ -124,7 +134,7 @@ def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
         whole = float(np.min(np.floor(left[counts > 0] / counts[counts > 0])))
         if whole >= 1:
             blocks = whole
-        else:  # a source ends inside this block, so a shorter block holds the remaining rows
+        else:  # a source ends inside this block, so the remaining rows form a shorter block
             counts, blocks = np.minimum(counts, left).astype(np.int64), 1
         found.append(Phase(start, blocks, counts, done))
         if np.isinf(blocks):
@@ -134,7 +144,7 @@ def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
 
 
 def shares(weights: np.ndarray) -> np.ndarray:
-    """Return the number of rows that each source has in a block, int64 [S], by the largest-remainder method.
+    """Return the number of rows of each source in a block, int64 [S], by the largest-remainder method.
 
     Every source with a positive weight has at least one row.
     """

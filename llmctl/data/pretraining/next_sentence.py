@@ -13,41 +13,41 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.data.corpus import Documents
-from llmctl.data.pretraining.objectives import masked, places, uniform
+from llmctl.data.pretraining.objectives import masked, positions_of, uniform
 from llmctl.data.pretraining.packing import Batch, Packed
 from llmctl.data.shuffle import Epochs
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 GROUP = 8
-"""Number of passages per group. A group fills 2 * GROUP rows, and pairs across documents are formed within it."""
-FEWEST = 0.05
-"""Minimum fraction of rows with a labeled pair, because fewer would hardly train the next-sentence head."""
-LEAST = 3
-"""Minimum number of document tokens before and after a cut, because a space at the end is no sentence."""
+"""Number of passages per group. A group fills 2 * GROUP rows, and false pairs combine passages of the same group."""
+MIN_LABELED = 0.05
+"""Minimum fraction of rows with a next-sentence label. With fewer, the next-sentence head would hardly learn."""
+MIN_TOKENS = 3
+"""Minimum number of document tokens before and after a sentence boundary, because a few tokens are no sentence."""
 IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
-"""Values of `next_label`, as in BERT."""
+"""Values of `next_label`: 0 and 1 as in BERT, and -1 for a row without a label."""
 
 
 class PairRows:
-    """Build masked rows `bos A eos B eos` for next-sentence prediction. Rows are endless; `len(rows)` is one epoch.
+    """Build rows `bos A eos B eos` with masked tokens, for next-sentence prediction.
 
-    B follows A in exactly half of the labeled rows of a group of 2 * GROUP rows. A read that ends inside a group is not
-    exactly balanced, because true pairs come first in a block of four. A ends at the end of a sentence. B begins at the
-    start of a sentence, in A's document (next_label 0) or in another one (next_label 1). A and B take up to half a row
-    each, for both labels, so lengths do not reveal the label.
+    A passage is a part of a document. It is divided at a sentence boundary into A and B. A row contains A and B of the
+    same passage (next_label 0), or A of one passage and B of a passage of another document (next_label 1). A and B have
+    up to half a row each, for both labels, so that lengths do not reveal the label.
 
-    A block of four rows combines two passages from different documents: each A with its own B, then each A with the
-    other B. The masks of A and of B are the same in both of their rows. Every passage is thus labeled true and false
-    equally often within four rows. Features of A alone or B alone then cancel in a step's gradient. Without this, a
-    small network fits such random correlations for thousands of steps before it compares the passages.
+    Four rows combine two passages of different documents: each A with its own B, then each A with the other B. The
+    masks
+    of A, and those of B, are the same in both rows. Every passage therefore has both labels equally often within four
+    rows, so that features of A alone or B alone cancel in the gradient of a step. Otherwise, a small network fits such
+    random correlations for thousands of steps before it compares the passages.
 
-    Passages are processed in groups of `GROUP`. Within a group, passages with a sentence boundary nearby are paired
-    across documents. Labels are therefore balanced in every group. A passage without a partner fills two rows `bos A
-    eos B eos` with next_label -1. If there is no sentence boundary nearby, these rows are `bos A eos`. Such rows have
-    masks but no label.
+    Passages are processed in groups of `GROUP`, and passages of a group are paired with each other. Exactly half of the
+    labeled rows of each group (2 * GROUP rows) have next_label 0. If a passage has no partner, it has two rows `bos A
+    eos B eos` with next_label -1 (no label). If it has no sentence boundary, these rows are `bos A eos`.
 
-    A document of n tokens has about n / T passages per epoch, one for each of its parts. Each passage has two rows. The
-    exact cut is sampled again in every epoch.
+    A document of n tokens has about n / T passages per epoch. Each passage has two rows. The exact position of a
+    passage
+    is sampled again in every epoch. Rows are endless, and `len(rows)` is the number of rows per epoch.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PairRows:
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """Count the passages of the corpus.
+        """Compute the number of passages in each document.
 
         Args:
             corpus: Tokenized documents.
@@ -93,10 +93,7 @@ class PairRows:
 
     @cached_property
     def labelled(self) -> float:
-        """Return the fraction of rows with a labeled pair, estimated on up to 512 passages.
-
-        Half of these pairs are true.
-        """
+        """Return the fraction of rows with a next-sentence label, estimated on up to 512 passages."""
         groups = np.unique(np.linspace(0, (len(self) - 1) // (2 * GROUP), 64).astype(np.int64))
         place_N = (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
         doc_N, _, length_N2 = self._passages(place_N)
@@ -165,13 +162,20 @@ class PairRows:
             "weights": weights_BT,
             "segments": segments_BT,
             "positions": (at * segments_BT).astype(np.int32),
-            "places": places(weights_BT > 0, self._rate),
+            "places": positions_of(weights_BT > 0, self._rate),
             "types": ((at > a_B1 + 1) * segments_BT).astype(np.int32),
             "next_label": label_B.astype(np.int32),
         }
 
     def _masked(self, number_N: np.ndarray, doc_N: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> Batch:
-        """Mask passages as separate rows [N, T]. The random choices depend only on the passage number and the seed."""
+        """Apply masked language modeling to texts of N rows [N, T].
+
+        Args:
+            number_N: Row numbers, on which the random choices depend.
+            doc_N: Document of each text.
+            start_N: Offset of the text in its document, in tokens.
+            length_N: Number of tokens of the text.
+        """
         at = np.arange(self.seq_len)
         inside_NT = at < length_N[:, None]
         tokens_NT = np.full(inside_NT.shape, self._words.pad_id, np.int32)
@@ -183,14 +187,15 @@ class PairRows:
         return masked(packed, self._words, rate=self._rate, whole_words=self._whole_words, seed=self._seed)
 
     def _passages(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the passages with the numbers `place_N`.
+        """Compute the positions of the passages with the numbers `place_N`.
 
-        If there is no sentence boundary nearby, B is empty. Without `shuffle`, every epoch has the shuffled order of
-        the first epoch. With the order of the documents, consecutive passages would come from one document and could
-        not be paired.
+        If a passage has no sentence boundary, B is empty. If `shuffle` is false, every epoch has the same order as the
+        first one, which is shuffled. In the order of the documents, consecutive passages would come from one document,
+        and could not be paired.
 
         Returns:
-            Document [N], starts of A and B [N, 2], lengths of A and B [N, 2].
+            Document of each passage [N], and in tokens the offsets of A and B in the document [N, 2] and their lengths
+            [N, 2].
         """
         if not self._shuffle:
             place_N = place_N % self._count
@@ -208,9 +213,12 @@ class PairRows:
         return doc_N, np.stack([start_N, cut_N], 1), np.stack([end_N - start_N, second_N], 1)
 
     def _boundary(self, doc_N: np.ndarray, near_N: np.ndarray) -> np.ndarray:
-        """Return the sentence start nearest to the token `near_N`, int64 [N]; -1 if there is none within half a row.
+        """Return the token index of the sentence start that is nearest to the token `near_N` in document `doc_N`.
 
         The first sentence of a document is excluded.
+
+        Returns:
+            Indices int64 [N]; -1 if there is no sentence start within half a row.
         """
         at_NW = near_N[:, None] + np.arange(-(self.seq_len // 2) - 1, self.seq_len // 2 + 1)
         length_N1 = self._length_D[doc_N][:, None]
@@ -218,7 +226,7 @@ class PairRows:
         tokens_NW = np.full(at_NW.shape, self._words.pad_id, np.int64)
         tokens_NW[real_NW] = self._corpus.tokens[(self._start_D[doc_N][:, None] + at_NW)[real_NW]]
         begins_NW = self._words.begins_sentence(tokens_NW[:, :-1], tokens_NW[:, 1:])
-        begins_NW &= (at_NW[:, 1:] >= LEAST) & (at_NW[:, 1:] <= length_N1 - LEAST)
+        begins_NW &= (at_NW[:, 1:] >= MIN_TOKENS) & (at_NW[:, 1:] <= length_N1 - MIN_TOKENS)
         distance_NW = np.where(begins_NW, np.abs(at_NW[:, 1:] - near_N[:, None]), np.iinfo(np.int64).max)
         best_N = distance_NW.argmin(1)
         found_N = np.take_along_axis(at_NW[:, 1:], best_N[:, None], 1)[:, 0]
@@ -226,23 +234,30 @@ class PairRows:
 
 
 def check(labelled: float) -> None:
-    """Check that enough rows have a labeled pair to train the next-sentence head.
+    """Check that enough rows have a next-sentence label.
+
+    Args:
+        labelled: Fraction of rows with a label.
 
     Raises:
-        RequestError: If the fraction is below `FEWEST`.
+        RequestError: If the fraction is below `MIN_LABELED`.
     """
-    if labelled < FEWEST:
+    if labelled < MIN_LABELED:
         raise RequestError(
-            f"next-sentence pairs: {labelled:.1%} of the rows have one, and {FEWEST:.0%} at least are needed: too few "
-            "documents have two sentences; use objective = 'masked', or longer documents (data.documents)"
+            f"next-sentence pairs: {labelled:.1%} of the rows have one, and {MIN_LABELED:.0%} at least are needed: too "
+            "few documents have two sentences; use objective = 'masked', or longer documents (data.documents)"
         )
 
 
 def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
-    """Return the index of each passage's partner in its group, int [N]; -1 if it has none.
+    """Pair the passages of each group. Partners come from different documents, and both have a nonempty B.
 
-    Partners come from different documents, and both have a B. Each passage gets the next free partner, in order. N must
-    be a multiple of GROUP.
+    Args:
+        doc_N: Document of each passage; N is a multiple of GROUP.
+        pair_N: Whether B of each passage is nonempty.
+
+    Returns:
+        Index of each passage's partner, int [N]; -1 if it has none.
     """
     partner_N = np.full(len(doc_N), -1)
     for start in range(0, len(doc_N), GROUP):
@@ -257,10 +272,11 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
 
 
 def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (passage of A, passage of B, next_label) of every row, int [2N] each, in blocks of four rows per group.
+    """Return (passage of A, passage of B, next_label) of every row, int [2N] each.
 
-    A block of partners a and b has two true pairs, (a, a) and (b, b), then two false ones, (a, b) and (b, a). After
-    these blocks, passages without a partner follow, two per block: (c, c), (d, d), and both again, unlabeled.
+    For partners a and b, there are two rows with label 0, (a, a) and (b, b), then two rows with label 1, (a, b) and
+    (b, a). After all partners of a group, the passages without a partner follow without a label, two at a time: (c, c),
+    (d, d), (c, c), (d, d).
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

@@ -18,18 +18,18 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 ObjectiveName = Literal["causal", "masked", "next_sentence", "spans", "prefix", "completions"]
-LEARNS: dict[str, tuple[ObjectiveName, ...]] = {
+OBJECTIVES: dict[str, tuple[ObjectiveName, ...]] = {
     "decoder": ("causal", "completions"),
     "encoder": ("masked", "next_sentence"),
     "encoder_decoder": ("spans", "prefix", "completions"),
 }
-"""Objectives of each architecture. The first is the default, except for encoders with a next-sentence head: their
-default is next_sentence. The rows of "completions" are built by `llmctl.evaluate.tasks.completions`."""
+"""Objectives of each architecture. The first one is the default. Encoders with a next-sentence head are an exception:
+their default is next_sentence. `llmctl.evaluate.tasks.completions` builds the rows for "completions"."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Define the self-supervised objective of pretraining rows.
+    """Configure a self-supervised objective, and build rows for it.
 
     Example:
       >>> from llmctl.data.corpus import tokenize
@@ -43,11 +43,11 @@ class Objective:
 
     name: ObjectiveName = "causal"
     rate: float = 0.15
-    """Fraction of tokens to predict, for masked, next_sentence and spans."""
+    """Fraction of tokens to predict, for the objectives masked, next_sentence and spans."""
     span: float = 3.0
-    """Mean span length in tokens, for spans."""
+    """Mean span length in tokens, for the objective spans."""
     whole_words: bool = False
-    """Whether to mask whole words in place of single tokens, for masked and next_sentence."""
+    """Whether to mask all tokens of a word or none, for the objectives masked and next_sentence."""
 
     def sentinels(self, tokenizer: Tokenizer) -> Sequence[int]:
         """Return the ids of the sentinels that appear in the targets; empty for objectives without sentinels."""
@@ -56,19 +56,19 @@ class Objective:
     def rows(
         self, documents: Documents, tokenizer: Tokenizer, seq_len: int, *, seed: int, packing: Packing, shuffle: bool
     ) -> PackedRows | PairRows:
-        """Build endless rows of `seq_len` tokens. For an encoder-decoder, this is the encoder's length.
+        """Build endless rows of `seq_len` tokens from documents.
 
-        Args:
-            documents: Tokenized documents.
-            tokenizer: Tokenizer of the model.
-            seq_len: Number of tokens per row.
-            seed: Seed of the shuffle and of the objective's random choices.
-            packing: Method of packing documents into rows.
-            shuffle: Whether to shuffle in every epoch.
+                Args:
+                    documents: Tokenized documents.
+                    tokenizer: Tokenizer of the model.
+                    seq_len: Number of tokens per row; for an encoder-decoder, the number of encoder tokens.
+                    seed: Seed of the shuffle and of the objective's random choices.
+                    packing: Method of packing documents into rows.
+                    shuffle: Whether to shuffle in every epoch.
 
-        Raises:
-            RequestError: If the tokenizer lacks special tokens, if it begins texts with a trained prompt, or if there
-                are too few documents.
+                Raises:
+        RequestError: If the tokenizer lacks special tokens, if it adds a trained prompt (prompt tuning) to texts, or
+                        if there are too few documents.
         """
         if tokenizer.prefix:
             raise RequestError(
@@ -103,8 +103,8 @@ class Objective:
 
 
 def default(architecture: str, next_sentence: bool) -> ObjectiveName:
-    """Return the default objective of a model."""
-    return "next_sentence" if next_sentence else LEARNS[architecture][0]
+    """Return the default objective of a model with this architecture, with or without a next-sentence head."""
+    return "next_sentence" if next_sentence else OBJECTIVES[architecture][0]
 
 
 def check(name: str, architecture: str, next_sentence: bool) -> None:
@@ -113,8 +113,8 @@ def check(name: str, architecture: str, next_sentence: bool) -> None:
     Raises:
         RequestError: If the objective is for another architecture, or needs a next-sentence head.
     """
-    if name not in LEARNS[architecture]:
-        known = ", ".join(n for n in LEARNS[architecture] if n != "next_sentence" or next_sentence)
+    if name not in OBJECTIVES[architecture]:
+        known = ", ".join(n for n in OBJECTIVES[architecture] if n != "next_sentence" or next_sentence)
         raise RequestError(f"objective {name!r} is not for a model with architecture {architecture!r}: {known}")
     if name == "next_sentence" and not next_sentence:
         raise RequestError("objective 'next_sentence' needs model.next_sentence (the bert family has it)")

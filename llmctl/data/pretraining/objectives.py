@@ -1,7 +1,8 @@
-"""Define pretraining objectives: each function builds inputs and targets from rows of packed tokens.
+"""Define pretraining objectives: functions that build inputs and targets from rows of packed tokens.
 
-The random choices depend only on the row's number and the seed. A row is therefore the same in every process and at
-every read. Rows of another epoch have other numbers, so their choices are sampled again.
+The random choices depend only on the number of the row and the seed. A row is therefore the same in every process and
+at
+every read. In another epoch, the same documents are in rows with other numbers, so the choices differ.
 
 Shapes: B rows, T tokens per row, P predicted positions per row, V vocabulary.
 """
@@ -15,22 +16,26 @@ from llmctl.data.shuffle import hashed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 _STREAM = 2**32
-"""Offset of the stream numbers in `hashed`, which makes random numbers of objectives independent of the shuffle."""
+"""Offset of stream numbers in calls of `hashed`, so that random numbers of objectives are independent of the
+shuffle."""
 
 
-def draws(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """Return random numbers, uint64 [B, width]; each depends only on (row, column, seed, stream)."""
+def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
+    """Return random 64-bit integers, uint64 [B, width]. Each depends only on its row number, column, seed and stream.
+
+    Different numbers `stream` give independent results.
+    """
     numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
     return hashed(numbers_BT.ravel(), seed, _STREAM + stream).reshape(numbers_BT.shape)
 
 
 def uniform(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """Return uniform random numbers in [0, 1), float64 [B, width]; the arguments are those of `draws`."""
-    return (draws(rows_B, width, seed, stream) >> np.uint64(11)) * 2.0**-53
+    """Return uniform random numbers in [0, 1), float64 [B, width]; the arguments are those of `random_bits`."""
+    return (random_bits(rows_B, width, seed, stream) >> np.uint64(11)) * 2.0**-53
 
 
-def eights(n: float) -> int:
-    """Round `n` up to a multiple of 8, to get static sizes that can be split into chunks."""
+def round_up_to_8(n: float) -> int:
+    """Round `n` up to a multiple of 8, so that arrays of this size can be split into chunks."""
     return -(-int(np.ceil(n)) // 8) * 8
 
 
@@ -43,15 +48,15 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
     Args:
         packed: Packed rows; special tokens are never chosen.
         words: Vocabulary of the tokenizer, with a mask token.
-        rate: Fraction of the row's ordinary tokens, rounded; at least one token.
-        whole_words: Whether to choose all tokens of a word or none. The fraction is then an upper bound, which is
-            nearly reached.
+        rate: Fraction of the row's ordinary tokens to choose; at least one token is chosen.
+        whole_words: Whether to choose all tokens of a word or none. `rate` is then an upper bound, which is nearly
+            reached.
         seed: Seed of the random choices.
 
     Returns:
-        int32 tokens, targets, segments, positions and float32 weights (1 at chosen positions) [B, T], and places int32
-        [B, P]. `places` has the positions of the chosen tokens, ascending, filled up with positions of weight 0. P is
-        `rate` * T rounded up to a multiple of 8.
+        The arrays tokens, targets, segments and positions, int32 [B, T], weights, float32 [B, T] (1 at chosen
+        positions), and places, int32 [B, P]. `places` contains the positions of the chosen tokens, ascending, and then
+        positions with weight 0. P is `rate` * T rounded up to a multiple of 8.
     """
     tokens_BT, T = packed.tokens, packed.tokens.shape[1]
     ordinary_BT = (packed.segments > 0) & ~words.special[tokens_BT]
@@ -65,7 +70,7 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
         chosen_BT = rank_BT < wanted_B[:, None]
     kind_BT = uniform(packed.rows, T, seed, 1)
     ids = words.ordinary
-    random_BT = ids[draws(packed.rows, T, seed, 2) % np.uint64(len(ids))]
+    random_BT = ids[random_bits(packed.rows, T, seed, 2) % np.uint64(len(ids))]
     replaced_BT = np.where(kind_BT < 0.8, words.mask_id, np.where(kind_BT < 0.9, random_BT, tokens_BT))
     return {
         "tokens": np.where(chosen_BT, replaced_BT, tokens_BT).astype(np.int32),
@@ -73,24 +78,33 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
         "weights": chosen_BT.astype(np.float32),
         "segments": packed.segments,
         "positions": packed.positions,
-        "places": places(chosen_BT, rate),
+        "places": positions_of(chosen_BT, rate),
     }
 
 
-def places(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
-    """Return the positions of true entries in each row, int32 [B, P], ascending; rows are filled up with false entries.
+def positions_of(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
+    """Return the positions of true entries in each row, ascending, and then positions of false entries, int32 [B, P].
 
     P is `rate` * T rounded up to a multiple of 8.
     """
     T = chosen_BT.shape[1]
-    most = min(T, eights(np.rint(rate * T)))
+    most = min(T, round_up_to_8(np.rint(rate * T)))
     return np.sort(np.argsort(~chosen_BT, axis=1, kind="stable")[:, :most], axis=1).astype(np.int32)
 
 
 def _whole_words(
     packed: Packed, words: Vocabulary, ordinary_BT: np.ndarray, wanted_B: np.ndarray, chance_BT: np.ndarray
 ) -> np.ndarray:
-    """Choose words in random order until `wanted_B` tokens are reached. A word that does not fit is skipped.
+    """Choose whole words in random order, as long as a row has at most `wanted_B` chosen tokens.
+
+    A word that would exceed this number is skipped.
+
+    Args:
+        packed: Packed rows.
+        words: Vocabulary of the tokenizer.
+        ordinary_BT: Whether each token may be chosen.
+        wanted_B: Number of tokens to choose in each row.
+        chance_BT: Random numbers that define the order.
 
     Returns:
         Mask of the chosen tokens, bool [B, T].
@@ -104,7 +118,7 @@ def _whole_words(
     length_BT = np.bincount(word_BT[ordinary_BT], minlength=B * T)[word_BT]
     chance_BT = np.take_along_axis(chance_BT, first_BT, axis=1)
     chosen_BT = np.zeros_like(ordinary_BT)
-    for _ in range(4):  # after each round the remaining room is smaller than a word that was skipped
+    for _ in range(4):  # later rounds choose shorter words for the tokens that skipped words left
         room_B1 = wanted_B[:, None] - chosen_BT.sum(1, keepdims=True)
         open_BT = ordinary_BT & ~chosen_BT & (length_BT <= room_B1)
         order_BT = np.argsort(np.where(open_BT, chance_BT, 2.0), axis=1, kind="stable")

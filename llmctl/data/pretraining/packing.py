@@ -1,9 +1,10 @@
 """Pack documents of any length into rows of T tokens, without attention or loss across documents.
 
-A line is the concatenation of all pieces (documents or parts of them) of an epoch, each at a known offset. Row r is the
-range [r * T, (r + 1) * T) of the line. Building a row takes a binary search and a gather, for any size of the corpus. A
-row depends only on the corpus, the settings and its number. It is therefore the same after a resume and for any number
-of hosts.
+All pieces (documents or parts of documents) of an epoch are concatenated to one line of tokens, in which the offset of
+each piece is known. Row r is the range [r * T, (r + 1) * T) of the line. To build a row, the pieces are found by a
+binary
+search, so the time hardly depends on the size of the corpus. A row depends only on the corpus, the settings and the row
+number. It is therefore the same after a resume and for any number of hosts.
 
 Shapes: P pieces, B rows, T tokens per row, D documents.
 """
@@ -32,15 +33,15 @@ class Packed:
     rows: np.ndarray
     """Row numbers, int64 [B]. Random choices of an objective depend only on these and the seed."""
     tokens: np.ndarray
-    """Token ids, int32 [B, T]; `pad_id` if the segment is 0."""
+    """Token ids, int32 [B, T]; `pad_id` at padding."""
     next: np.ndarray
-    """Next token of the same document, int32 [B, T], also at the end of a row; `pad_id` if there is none."""
+    """Next token of the same document, int32 [B, T], even if it is in the next row; `pad_id` if there is none."""
     follows: np.ndarray
     """Whether the document has a next token, bool [B, T]."""
     segments: np.ndarray
     """Segment ids, int32 [B, T]: 0 for padding, 1 and up for documents."""
     positions: np.ndarray
-    """Positions, int32 [B, T], from 0 in every segment."""
+    """Index of each token in its segment, int32 [B, T]."""
 
 
 def causal(packed: Packed) -> Batch:
@@ -59,13 +60,13 @@ def causal(packed: Packed) -> Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Describe the line of an epoch as P pieces of documents (arrays [P]). Positions outside all pieces are padding."""
+    """Describe the line of an epoch: P pieces of documents. Offsets outside all pieces are padding. Arrays are [P]."""
 
     start: np.ndarray
-    """Offset of the piece on the line, ascending."""
+    """Offset of each piece in the line in tokens, ascending."""
     doc: np.ndarray
     first: np.ndarray
-    """Offset of the piece in its document."""
+    """Offset of each piece in its document in tokens."""
     length: np.ndarray
 
 
@@ -73,12 +74,12 @@ class PackedRows:
     """Build endless rows of packed documents: `rows[i]` exists for any i >= 0, and `len(rows)` is one epoch.
 
     A document is `bos` (if the tokenizer adds it), its tokens, and `eos`. With `shuffle=False`, documents stay in
-    order, and the last row is padded, not dropped. Validation then sees every token exactly once.
+    order, and the last row is padded, not dropped. Validation then reads every token exactly once.
 
     Packing methods:
     - segments: an epoch's shuffled documents form one stream, which is cut every T tokens. If the end of a row cuts a
       document, the next row continues it as a new segment. The last, incomplete row is dropped.
-    - concat: the same stream, but each row is one segment, so attention and loss cross documents.
+    - concat: the same stream, but each row is one segment, so attention and loss extend across documents.
     - fit: documents (cut at T tokens) are placed uncut into the row that they fit best (best fit, longest first). Rows
       are padded, and shuffled in each epoch.
 
@@ -89,7 +90,7 @@ class PackedRows:
         seed: Seed of the shuffle.
         packing: Packing method.
         shuffle: Whether to shuffle in every epoch.
-        objective: Function that builds a batch from packed rows.
+        objective: Function that builds a batch from packed rows, such as `causal`.
 
     Raises:
         RequestError: If the corpus has fewer tokens than one row.
@@ -144,7 +145,7 @@ class PackedRows:
         return self._objective(self.packed(rows_B))
 
     def packed(self, rows_B: np.ndarray) -> Packed:
-        """Return the rows with the numbers `rows_B` before the objective is applied."""
+        """Return the rows with the numbers `rows_B` (any >= 0) before the objective is applied."""
         epoch_B = rows_B // self._rows
         parts = [(epoch_B == e, *self._epoch(int(e))) for e in np.unique(epoch_B)]
         packed = [self._cut(layout, order, rows_B[here]) for here, layout, order in parts]
@@ -190,12 +191,12 @@ class PackedRows:
         )
 
     def _tokens(self, doc: np.ndarray, offset: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """Return tokens of documents with bos and eos, or padding if `where` is false.
+        """Return token ids by document and offset, with the shape of the arguments.
 
         Args:
-            doc: Document index of each token.
-            offset: Offset of each token in its document, including bos.
-            where: Whether there is a token. All three arguments have the same shape, which may be any.
+            doc: Index of the document.
+            offset: Offset in the document, including `bos` and `eos`.
+            where: Whether there is a token; otherwise the result is the padding token.
         """
         bos = self._tokenizer.add_bos
         out = np.full(doc.shape, self._tokenizer.pad_id, np.int32)
@@ -208,10 +209,7 @@ class PackedRows:
         return out
 
     def _epoch(self, epoch: int) -> tuple[Layout, np.ndarray | None]:
-        """Return the layout of an epoch and the order of its rows.
-
-        The order is None if documents are shuffled, not rows.
-        """
+        """Return the layout of an epoch, and the permutation of its rows; None if documents are shuffled instead."""
         key = epoch if self.shuffle else 0
         with self._lock:  # several threads read rows; one of them computes the layout
             if key not in self._epochs:
@@ -232,7 +230,11 @@ class PackedRows:
 def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
     """Pack documents into rows by best fit: longest first, each into the fullest row that has enough space.
 
-    Before that, documents are cut every `seq_len` tokens.
+    Longer documents are first cut into pieces of `seq_len` tokens.
+
+    Args:
+        length_D: Number of tokens of each document.
+        seq_len: Number of tokens per row.
 
     Returns:
         The layout, in which row r is the range [r * seq_len, (r + 1) * seq_len), and the number of rows.
@@ -243,7 +245,7 @@ def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
     length_P = np.minimum(seq_len, length_D[doc_P] - first_P)
     start_P = np.zeros(len(doc_P), np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    rooms = 0  # bit k is set if some row has room for exactly k more tokens
+    rooms = 0  # bit k is set if some row has space for exactly k more tokens
     rows = 0
     for p in np.argsort(-length_P, kind="stable"):
         length = int(length_P[p])

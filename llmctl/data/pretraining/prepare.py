@@ -1,8 +1,8 @@
-"""Tokenize a corpus once, in parallel processes, into shards that training can read.
+"""Tokenize a corpus once, in parallel processes, and save it as shards that training can read.
 
-The documents of each split and source are divided into shards by their index only. Each shard is written by one of the
-processes. The result is therefore the same for any number of workers. An interrupted preparation continues with the
-missing shards.
+The documents of each split and source are divided into shards by their index only, and one process writes each shard.
+The result is therefore the same for any number of processes. If a preparation is interrupted, the next one writes only
+the missing shards.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import locks
 
 Progress = Callable[[int, int], None]
-"""Callback (number of documents done, total number of documents)."""
+"""Function that is called with (number of documents done, total number of documents)."""
 
 MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
 """Maximum number of shards per source and split, and minimum number of documents per shard except the last."""
@@ -57,7 +57,7 @@ MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """Describe a shard that is to be written."""
+    """Describe a shard before it is written: its name and its documents."""
 
     name: str
     """File name of the shard without suffix."""
@@ -65,8 +65,8 @@ class PlannedShard:
     """Row numbers of the documents in the source."""
 
 
-class Note(BaseModel):
-    """Record that a shard was written, so that an interrupted preparation can continue after it."""
+class ShardRecord(BaseModel):
+    """Describe a shard that was written. Its file tells a later preparation not to write the shard again."""
 
     shard: Shard
     lengths: str
@@ -81,9 +81,9 @@ def prepare(
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Tokenize a corpus into the folder `out`, and return its description.
+    """Tokenize a corpus, write it to the folder `out`, and return the description of the folder.
 
-    `llmctl.data.pretraining.prepared` documents the files. They are written to a hidden folder beside `out`, which is
+    `llmctl.data.pretraining.prepared` describes the files. They are written to a hidden folder beside `out`, which is
     renamed when it is complete.
 
     Args:
@@ -96,7 +96,7 @@ def prepare(
 
     Raises:
         RequestError: If the data or the tokenizer is invalid, or if `out` contains other files.
-        Interrupted: After Ctrl-C. The same call continues the work.
+        Interrupted: After Ctrl-C. A later call with the same arguments continues the work.
     """
     if any(part.source == "prepared" for part in data.parts()):
         raise RequestError("the data is prepared already")
@@ -167,7 +167,18 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 
 
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
-    """Create the work folder and its tokenizer, or keep them if an earlier call had the same settings."""
+    """Create the work folder and a tokenizer in it, unless an earlier call with the same settings has done so.
+
+    Args:
+        work: Work folder.
+        key: Hash of everything that determines the result.
+        cfg: Settings of the tokenizer.
+        text: Splits of the raw text, from which a tokenizer may be trained.
+        say: Function that is called with one-line messages.
+
+    Returns:
+        The tokenizer.
+    """
     containment.check(work)
     note = work / "key"
     said = f"{key} {checksums.of_json(checksums.of_folder(work / 'tokenizer'))}"
@@ -175,7 +186,7 @@ def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say:
         say(f"{work}: left by other settings, discarded")
         shutil.rmtree(work)
     if not work.exists():
-        words = tokenizers.obtain(text["train"].within(cfg.sample).texts(), cfg)
+        words = tokenizers.load_or_train(text["train"].sample_chars(cfg.sample).texts(), cfg)
         words.save(work / "tokenizer")
         # written last, so its presence marks a complete tokenizer
         note.write_text(f"{key} {checksums.of_json(checksums.of_folder(work / 'tokenizer'))}")
@@ -203,13 +214,13 @@ def _part(work: Path, data: DataConfig, p: int, split: str, planned_shards: list
         np.concatenate([np.load(_lengths(work, planned), allow_pickle=False) for planned in planned_shards]),
     )
     source = data.sources()[p]
-    shards = [Note.model_validate_json(_note(work, planned).read_text()).shard for planned in planned_shards]
+    shards = [ShardRecord.model_validate_json(_note(work, planned).read_text()).shard for planned in planned_shards]
     about = {"title": source.title, "weight": source.weight, "epochs": source.epochs, "shards": shards}
     return Part(lengths=lengths, lengths_sha256=checksums.of_file(work / lengths), **about)
 
 
 def _write(work: Path, planned_shards: list[PlannedShard], pool: Pool, progress: Progress) -> None:
-    """Write those of the shards that are missing."""
+    """Write the shards that are missing in the folder `work`."""
     missing = [planned for planned in planned_shards if not _is_written(work, planned)]
     total = sum(len(planned.index) for planned in planned_shards)
     done = total - sum(len(planned.index) for planned in missing)
@@ -219,9 +230,9 @@ def _write(work: Path, planned_shards: list[PlannedShard], pool: Pool, progress:
 
 
 def _is_written(work: Path, planned: PlannedShard) -> bool:
-    """Return whether a shard and its lengths were written by an earlier call and still have their checksums."""
+    """Return True if an earlier call wrote a shard and its document lengths, and both match their checksums."""
     try:
-        note = Note.model_validate_json(_note(work, planned).read_text())
+        note = ShardRecord.model_validate_json(_note(work, planned).read_text())
         sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, planned))
     except (OSError, ValueError):
         return False
@@ -237,11 +248,11 @@ def _lengths(work: Path, planned: PlannedShard) -> Path:
 
 
 Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
-"""Function (function of a worker and an item, items) -> the results in the order of the items."""
+"""Function (f, items) that calls f(worker, item) for all items in parallel, and yields the results in order."""
 
 
 class Worker:
-    """Hold what one worker process needs: the opened sources and the tokenizer."""
+    """Store the opened sources and the tokenizer of one worker process."""
 
     def __init__(self, data: DataConfig, work: Path):
         self.data, self.work = data, work
@@ -268,7 +279,7 @@ def _scan(worker: Worker, rows: splits.Range) -> Scan:
 
 
 def _shard(worker: Worker, planned: PlannedShard) -> int:
-    """Write one shard, its lengths and then its record, and return the number of documents.
+    """Write one shard, its document lengths and its `ShardRecord`, and return the number of documents.
 
     The record is written last, so that its presence marks a complete shard.
     """
@@ -293,7 +304,9 @@ def _shard(worker: Worker, planned: PlannedShard) -> int:
         sha256=hashlib.sha256(content).hexdigest(),
     )
     draft = _note(worker.work, planned).with_suffix(".tmp")
-    draft.write_text(Note(shard=shard, lengths=checksums.of_file(_lengths(worker.work, planned))).model_dump_json())
+    draft.write_text(
+        ShardRecord(shard=shard, lengths=checksums.of_file(_lengths(worker.work, planned))).model_dump_json()
+    )
     draft.rename(_note(worker.work, planned))
     return len(lengths)
 
@@ -304,7 +317,7 @@ def _dtype(tokenizer: Tokenizer) -> Dtype:
 
 @contextlib.contextmanager
 def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
-    """Yield a Pool of `workers` processes. With one worker, items are processed in this process."""
+    """Yield a `Pool` of `workers` processes, which end with the context. One worker uses this process."""
     if workers == 1:
         worker = Worker(data, work)
         yield lambda function, tasks: (function(worker, task) for task in tasks)
@@ -334,7 +347,10 @@ def _start(data: DataConfig, work: Path) -> None:
 
 
 def _follow_parent() -> None:
-    """Exit this process when its parent ends. After a kill of the parent, its workers would otherwise wait forever."""
+    """Exit this worker process when its parent process ends.
+
+    If the parent is killed, its workers would otherwise wait forever.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -2,7 +2,8 @@
 
 The folder contains:
 
-prepared.json     description: tokenizer digest, splits, sources, shards with counts; checksums of all files and itself
+prepared.json     description: tokenizer digest, splits, sources, shards with counts; checksums of all files and of
+itself
 tokenizer/        the tokenizer
 *.arrayrecord     one record per document: its token ids as little-endian integers
 *.lengths.npy     number of tokens of each document
@@ -48,7 +49,7 @@ class Shard(BaseModel):
 
 
 class Part(BaseModel):
-    """Describe the documents of one source in one split, in order."""
+    """Describe the documents of one source in one split: their shards, in order, and their lengths."""
 
     title: str
     weight: float = Field(gt=0, allow_inf_nan=False)
@@ -65,13 +66,13 @@ class Prepared(BaseModel):
 
     format: int
     key: str
-    """SHA-256 of all inputs that determine the content."""
+    """SHA-256 of everything that determines the content: data, settings and tokenizer."""
     tokenizer: str
     """Digest of the tokenizer."""
     dtype: Dtype
     """NumPy dtype of the token ids in a record."""
     data: dict[str, Any]
-    """Data config of the preparation."""
+    """Data config with which the data was prepared, as JSON data."""
     splits: dict[str, list[Part]]
     words: dict[str, str] | None = None
     """Checksums of the tokenizer's files; None if an older llmctl prepared the data."""
@@ -87,13 +88,13 @@ class Prepared(BaseModel):
         return sum(s.tokens for part in self.splits[split] for s in part.shards)
 
     def text(self) -> str:
-        """Return the text of `prepared.json`, with the digest of its fields."""
+        """Return the content of `prepared.json`, including the digest of the other fields."""
         values = self.model_dump(mode="json", exclude={"digest"})
         return json.dumps(values | {"digest": checksums.of_json(values)}, indent=1) + "\n"
 
 
 def read(path: str) -> tuple[epath.Path, Prepared]:
-    """Return the folder and the description of prepared data.
+    """Read the description of prepared data at `path`, and return its folder and the description.
 
     Raises:
         RequestError: If there is no prepared data, if it is damaged, or if its format is later than `FORMAT`.
@@ -232,7 +233,13 @@ def _wrong_lengths(where: epath.Path, part: Part) -> str:
 
 
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
-    """Check that settings that only `llmctl prepare` applies have the values of the preparation.
+    """Check the settings that only `llmctl prepare` applies: they must be the same as in the preparation.
+
+    Args:
+        found: Description of the prepared data.
+        part: Settings of the source.
+        cfg: Settings of the data.
+        path: Folder of the prepared data, for the error message.
 
     Raises:
         RequestError: If a setting differs, because it would have no effect.

@@ -1,7 +1,8 @@
-"""Define objectives of encoder-decoders: the encoder reads an incomplete document, and the decoder predicts the rest.
+"""Define pretraining objectives for encoder-decoders: the encoder reads a part of a document, the decoder predicts the
+rest.
 
-Documents that share a row are separated in both stacks: a decoder segment attends only to the encoder segment with the
-same number. A decoder segment begins with the padding token, as in T5 (Raffel et al., 2019, arXiv:1910.10683).
+A row may contain several documents, as segments. A decoder segment attends only to the encoder segment with the same
+number. It begins with the padding token, as in T5 (Raffel et al., 2019, arXiv:1910.10683).
 
 Shapes: B rows, S encoder tokens, T decoder tokens, n tokens of a document.
 """
@@ -14,16 +15,24 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmctl.config.errors import RequestError
-from llmctl.data.pretraining.objectives import draws, eights, uniform
+from llmctl.data.pretraining.objectives import random_bits, round_up_to_8, uniform
 from llmctl.data.pretraining.packing import Batch, Packed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 
 def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
-    """Return (raw tokens per row, decoder tokens, sentinels) for rows of about `encoder` encoder tokens.
+    """Compute row sizes for span corruption, so that the encoder reads about `encoder` tokens per row.
 
-    Corruption drops k = rate * n of n tokens in s = k / span spans, and replaces each span by a sentinel. The encoder
+    Of n tokens, k = rate * n are dropped in s = k / span spans, and each span is replaced by a sentinel. The encoder
     therefore reads n - k + s tokens.
+
+    Args:
+        encoder: Encoder length in tokens.
+        rate: Fraction of tokens to drop.
+        span: Mean span length in tokens.
+
+    Returns:
+        Number of tokens per row before corruption, number of decoder tokens, and number of sentinels.
     """
     raw = encoder
     while True:
@@ -33,11 +42,11 @@ def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
         raw += 1
     k, s = _counts(raw, rate, span)
     # With several documents per row, each has an end of sequence and its own rounding, hence the margins.
-    return raw, eights(k + s + 5), s + 4
+    return raw, round_up_to_8(k + s + 5), s + 4
 
 
 def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int]:
-    """Return (number of tokens to drop out of n, number of spans). The rounding offset `up` is in [0, 1)."""
+    """Return (number of tokens to drop from n tokens, number of spans), both rounded as floor(x + `up`)."""
     k = min(int(rate * n + up), n - 1)
     return (0, 0) if k < 1 else (k, min(max(1, round(k / span)), n - k + 1))
 
@@ -45,9 +54,9 @@ def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int
 def choose_spans(
     n: int, rate: float, span: float, up: float, gaps: np.ndarray, cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample the tokens to drop out of n tokens, in spans.
+    """Sample the spans to drop from n tokens.
 
-    Spans are separated by kept tokens. All positions of the spans are equally likely, and so are all divisions of the
+    Spans are separated by kept tokens. All placements of the spans are equally likely, and so are all divisions of the
     dropped tokens into spans.
 
     Args:
@@ -55,8 +64,8 @@ def choose_spans(
         rate: Fraction of tokens to drop.
         span: Mean span length in tokens.
         up: Rounding offset in [0, 1); unbiased if sampled uniformly.
-        gaps: n random numbers; the smallest ones select the gaps.
-        cuts: n random numbers; the smallest ones select the boundaries between spans in the dropped tokens.
+        gaps: Random numbers [n], from which the positions of the spans are chosen.
+        cuts: Random numbers [n], from which the lengths of the spans are chosen.
 
     Returns:
         Two masks, bool [n]: dropped tokens, and first tokens of spans.
@@ -91,7 +100,7 @@ def corrupted(
     predicted.
 
     Args:
-        packed: Packed rows, best of `sizes(encoder, rate, span)[0]` tokens.
+        packed: Packed rows. The best length is `sizes(encoder, rate, span)[0]` tokens.
         words: Vocabulary of the tokenizer, with sentinels.
         encoder: Encoder length S in tokens.
         decoder: Decoder length T in tokens.
@@ -100,15 +109,15 @@ def corrupted(
         seed: Seed of the random choices.
 
     Returns:
-        int32 encoder_tokens, encoder_segments, encoder_positions [B, S]; int32 tokens, targets, segments, positions and
-        float32 weights [B, T].
+        The arrays encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]; tokens, targets, segments and
+        positions, int32 [B, T]; and weights, float32 [B, T].
 
     Raises:
         RequestError: If the tokenizer has too few sentinels.
     """
     width = packed.tokens.shape[1]
     up_BL = uniform(packed.rows, width, seed, 3)
-    gaps_BL, cuts_BL = draws(packed.rows, width, seed, 4), draws(packed.rows, width, seed, 5)
+    gaps_BL, cuts_BL = random_bits(packed.rows, width, seed, 4), random_bits(packed.rows, width, seed, 5)
     sentinels = np.array(words.tokenizer.sentinel_ids, np.int32)
     out = _Rows(len(packed.rows), encoder, decoder, words.pad_id)
     bos, eos = words.tokenizer.bos_id, words.tokenizer.eos_id
@@ -144,8 +153,11 @@ def corrupted(
 def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
     """Apply prefix language modeling (Raffel et al., 2019, arXiv:1910.10683).
 
-    The encoder reads the beginning of each document, and the decoder predicts the rest. The split point is sampled
-    uniformly. The encoder and decoder rows have the width T of the packed rows.
+    The encoder reads the beginning of each document, and the decoder predicts the rest. The position at which a
+    document is divided is sampled uniformly. Encoder and decoder rows have as many tokens as the packed rows.
+
+        Returns:
+            The arrays of `corrupted`, with S = T.
     """
     width = packed.tokens.shape[1]
     where_BT = uniform(packed.rows, width, seed, 6)
@@ -169,7 +181,7 @@ def _documents(packed: Packed) -> Iterator[tuple[int, int, int, int]]:
 
 
 class _Rows:
-    """Build encoder-decoder rows by appending documents from the left."""
+    """Build encoder rows and decoder rows, to which documents are appended one by one."""
 
     def __init__(self, B: int, S: int, T: int, pad: int):
         self.pad = pad

@@ -14,9 +14,9 @@ from llmctl.data.source import Source, Table, of_files
 
 
 def table(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Return the rows of a delimited text file with a header line.
+    """Read a delimited text file with a header line.
 
-    Fields may be quoted and contain line breaks (RFC 4180).
+    Quoted fields may contain line breaks (RFC 4180).
 
     Raises:
         RequestError: If the file is not valid CSV, or if a row has too few or too many fields.
@@ -49,9 +49,9 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
 
 
 def _filled(path: epath.Path, columns: list[str], rows: list[tuple[str, ...]]) -> list[int]:
-    """Return the indices of the columns to keep. Columns without a name and without values are dropped.
+    """Return the indices of the columns to keep: all except those without a name and without values.
 
-    Spreadsheets add such columns. The first column may lack a name, as in tables with row numbers.
+    Spreadsheets add such empty columns. The first column may lack a name, as in tables with row numbers.
 
     Raises:
         RequestError: If another column has values but no name.
@@ -70,7 +70,7 @@ SOURCE = of_files(table)
 
 
 def other(columns: list[str]) -> str:
-    """Return a hint if the header has one field with another delimiter in it; else an empty string.
+    """Return a hint if the header has only one field, and this field contains another delimiter; else an empty string.
 
     Example:
         >>> other(["text;label"]), other(["text", "label"])

@@ -75,7 +75,7 @@ def _arrow(path: epath.Path, names: class_names.Names | None) -> Source:
 
     Args:
         path: Path of the file.
-        names: Class names by column; None reads them from the stream's schema.
+        names: Class names by column; None reads them from the schema of the stream.
     """
     import pyarrow as pa
 

@@ -13,14 +13,17 @@ from llmctl.data.file_bytes import buffer, line_offsets
 from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
-"""Limits (rows, bytes) of the first rows, whose keys define `columns`. A later row with another canonical column
-raises an error."""
+"""Maximum number of rows, and maximum number of bytes, at the beginning of a file whose keys define `columns`. If a
+later
+row has another canonical column, it raises an error."""
 
 
 class JsonLines(Source):
-    """Read JSON lines: one object per line. Line offsets are found at construction; rows are parsed at access.
+    """Read a file of JSON lines: one object per line.
 
-    `columns` contains the keys of the first rows: at most `ROWS` rows, within the first `BYTES` bytes.
+    Line offsets are found at construction, and rows are parsed at access. `columns` contains the keys of the first
+    rows:
+    at most `ROWS` rows, within the first `BYTES` bytes.
     """
 
     def __init__(self, path: epath.Path):
@@ -64,7 +67,7 @@ class JsonLines(Source):
 
 
 class _Twice(dict[str, Any]):
-    """Mark an object with a repeated key, of which Python's parser would keep only the last value."""
+    """Mark a JSON object that contains a key twice, of which Python's parser would keep only the last value."""
 
     name = ""
 

@@ -15,7 +15,7 @@ from llmctl.data.source import Groups, Row, Source, arrow_rows, of_files
 
 
 def parquet(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Return the rows of an Apache Parquet file, with their class names if the schema declares them.
+    """Open an Apache Parquet file, with class names if the schema declares them.
 
     Raises:
         RequestError: If the file is damaged or has another format, or if a row group exceeds the memory.

@@ -1,4 +1,4 @@
-"""Define the source of data that `llmctl prepare` tokenized (`data.source = "prepared"`), which has no rows of text."""
+"""Define the source for data that `llmctl prepare` tokenized (`data.source = "prepared"`). It has no rows of text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refuse(cfg: SourceConfig) -> Source:
 
 
 def listed(cfg: SourceConfig) -> list[epath.Path]:
-    """Return the path of prepared.json, which contains the checksums of the shards."""
+    """Return [path of prepared.json]. This file contains the checksums of all others."""
     return resolve(f"{cfg.path.rstrip('/')}/prepared.json")
 
 

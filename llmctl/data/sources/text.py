@@ -12,7 +12,7 @@ from llmctl.data.source import Row, Source, Table, of_files
 
 
 class TextFile(Source):
-    """Read a text file as a single document. The file is read at each access."""
+    """Give access to a text file as a single document. The file is read at each access."""
 
     columns = ("text",)
 
@@ -32,9 +32,9 @@ class TextFile(Source):
 
 
 def text(path: epath.Path, cfg: SourceConfig) -> Source:
-    """Return the documents of a plain UTF-8 text file (column `text`).
+    """Open a plain UTF-8 text file as documents in the column `text`.
 
-    The file, each line, or each paragraph is one document, as `cfg.documents` defines.
+    Depending on `cfg.documents`, a document is the file, a line or a paragraph.
     """
     if cfg.documents == "file":
         return TextFile(path)

@@ -1,4 +1,4 @@
-"""Read TFDS datasets stored as ArrayRecord (`data.source = "tfds"`), by random access and without TensorFlow."""
+"""Read TFDS datasets that are stored as ArrayRecord (`data.source = "tfds"`), without TensorFlow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TFDS_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\
 
 
 class Tfds(Source):
-    """Read the rows of a TFDS split.
+    """Give random access to the rows of a TFDS split.
 
     Nested features become columns such as `translation/en`. Sequences become lists.
     """
@@ -104,10 +104,10 @@ def _first(error: Exception) -> str:
 
 
 def _check_classes(where: epath.Path) -> None:
-    """Check that features.json names classes of TFDS alone, because TFDS imports the module of any class it names.
+    """Check that features.json contains only names of TFDS classes, because TFDS imports the module of every class.
 
     Raises:
-        RequestError: If it names another class, or is damaged.
+        RequestError: If the file contains the name of another class, or is damaged.
     """
     file = where / "features.json"
     if not file.exists():
@@ -179,7 +179,7 @@ def _tfds_root(cfg: SourceConfig) -> epath.Path:
 
 
 def _versions(cfg: SourceConfig) -> list[epath.Path]:
-    """Return the folders `name[/config]/version` with a prepared dataset that matches `cfg.name`."""
+    """Return the folders `name[/config]/version` that contain a dataset and match `cfg.name`."""
     named = TFDS_NAME.fullmatch(cfg.name)
     if not named:
         raise RequestError(f"data.name = {cfg.name!r} should read name, name/config or name/config:1.2.3")

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
-"""Name of the file with the tokenizer's kind, digest and options. It is in the folder of the model file."""
+"""Name of the file that describes a saved tokenizer: its kind, digest and options. It is beside the model file."""
 
 
 SENTINEL = "<extra_id_{}>"
@@ -26,14 +26,14 @@ MASK = "<mask>"
 """Spelling of the mask token in user input, independent of the tokenizer's own spelling."""
 
 
-SPOILED = "\ufdd0"
-"""Character that is inserted into a special token's spelling to mark it as text. It is a Unicode noncharacter, so no
-text contains it."""
+ESCAPE = "\ufdd0"
+"""Character that is inserted into the spelling of a special token so that it is encoded as text. It is a Unicode
+noncharacter, so no text contains it."""
 
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Define the special tokens around a complete text, as the post-processor of a tokenizer.json adds them.
+    """Store the special tokens that are added around a text or a pair of texts, as by a Hugging Face post-processor.
 
     Example:
       >>> template = TextTemplate((1,), (2,), (2, 2))
@@ -47,15 +47,16 @@ class TextTemplate:
     """Tokens between the two texts of a pair."""
 
     def row(self, text: Sequence[int] | np.ndarray, pair: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Return the token ids of a text, or of a pair of texts, int32 [N]."""
+        """Add the special tokens to the token ids of a text, or of a pair of texts; return int32 [N]."""
         second = () if pair is None else (self.between, pair)
         return np.concatenate([np.asarray(part, np.int32) for part in (self.begin, text, *second, self.end)])
 
 
 class Tokenizer(ABC):
-    """Convert text to token ids and back. Text is never encoded as special tokens, and special tokens decode to "".
+    """Convert text to token ids and back.
 
-    A subclass sets the attributes below and defines `encode`, `encode_batch`, `offsets` and `decode`.
+    `encode` never returns special tokens, even if the text contains their spelling. Special tokens decode to "". A
+    subclass sets the attributes below and defines `encode`, `encode_batch`, `offsets` and `decode`.
 
     Example:
       >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -67,7 +68,7 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     file: ClassVar[str]
     """Name of the model file in a tokenizer folder."""
-    foreign: ClassVar[tuple[str, ...]] = ()
+    other_files: ClassVar[tuple[str, ...]] = ()
     """Other names that the model file may have in folders that llmctl did not write."""
     vocab_size: int
     pad_id: int
@@ -80,31 +81,32 @@ class Tokenizer(ABC):
     add_bos: bool
     """Whether documents and prompts begin with `bos_id`."""
     model: bytes
-    """Content of the model file."""
+    """Content of the file that defines the tokenizer (the model file)."""
     chat_template: str | None = None
     """Text of the Jinja template that renders conversations; None if the tokenizer has none."""
     own_template: TextTemplate | None = None
-    """Template of an imported tokenizer, with which the model was trained; None uses llmctl's own template."""
+    """Template that an imported tokenizer declares; None uses the default of `template`."""
 
     prefix: tuple[int, ...] = ()
-    """Token ids of a trained prompt before every text. They follow the vocabulary of the model."""
+    """Token ids of a trained prompt (prompt tuning) that is put before every text. The ids are those after the
+    vocabulary."""
 
     @classmethod
-    def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> Self:
+    def open(cls, model: bytes, saved_options: dict[str, Any], folder: epath.Path) -> Self:
         """Build the tokenizer from the content of a model file.
 
         Args:
             model: Content of the file.
-            described: Saved `options`; empty for tokenizers that llmctl did not write.
+            saved_options: Saved `options`; empty for tokenizers that llmctl did not write.
             folder: Folder of the model file, which may contain configuration files.
 
         Raises:
-            ValueError: If the files are invalid. The message is a few words, which the caller completes.
+            ValueError: If the files are invalid. The caller adds the path to the message.
         """
-        return cls(model, described.get("bos", True))  # pyright: ignore[reportCallIssue]
+        return cls(model, saved_options.get("bos", True))  # pyright: ignore[reportCallIssue]
 
     def options(self) -> dict[str, Any]:
-        """Return the options that are saved beside the model file, because the model file does not contain them."""
+        """Return the options to save in the descriptor, because the model file does not contain them."""
         return {"bos": self.add_bos}
 
     @abstractmethod
@@ -113,23 +115,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of every text, as `encode` does, computed on all cores."""
+        """Return the token ids of several texts, as `encode` does, but computed on all cores."""
 
     @abstractmethod
     def offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Return (token ids, character ranges [first, last) of the tokens) of every text.
+        """Return, for every text, its token ids and the range [first, last) of characters that each token covers.
 
-        A token without characters has the range (n, n).
+        A token without characters has an empty range (n, n).
         """
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the token ids and the character spans of every text; the ids equal those of `encode`.
+        """Return, for every text, its token ids and the span of characters that each token covers.
 
-        A span covers a token's characters without surrounding white space, so it is empty for a token of white space.
-        If one character takes several tokens, all of them have the same span.
+        Spans do not include surrounding white space, so that of a white-space token is empty. If one character takes
+        several tokens, all of them have the same span.
 
         Returns:
-            For each text, ids int32 [N] and spans [first, last) int32 [N, 2].
+            For each text, token ids int32 [N] as `encode` returns them, and spans [first, last) int32 [N, 2].
         """
         out = []
         for text, (ids, found) in zip(texts, self.offsets(texts), strict=True):
@@ -143,16 +145,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids. Special tokens and ids outside the vocabulary are skipped."""
+        """Convert token ids to text. Special tokens and ids outside the vocabulary are skipped."""
 
     def pieces(self) -> list[str]:
-        """Return the text of every token by id; "" for special tokens. A leading space marks the start of a word."""
+        """Return the text of every token, in the order of ids; "" for special tokens.
+
+        A token at the start of a word begins with a space.
+        """
         return [self.decode([i]) for i in range(self.vocab_size)]
 
     def encode_masked(self, text: str) -> list[int]:
-        """Return the token ids of a text in which the text `MASK` becomes the mask token.
+        """Return the token ids of a text in which each `<mask>` becomes the mask token.
 
-        A space before the mask is part of the masked word.
+        A space before `<mask>` is part of the masked word.
 
         Raises:
             ValueError: If the tokenizer has no mask token.
@@ -168,21 +173,22 @@ class Tokenizer(ABC):
         return {}
 
     @property
-    def spelled(self) -> dict[str, str]:
-        """Return the spelling of each special token, by the variable of chat templates ("bos_token", …)."""
+    def special_spellings(self) -> dict[str, str]:
+        """Return {variable of chat templates, such as "bos_token": spelling of this special token}."""
         names = {i: text for text, i in self.special_ids.items()}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         return {name: names[i] for name, i in ids.items() if i in names}
 
-    def encode_spelled(self, text: str) -> list[int]:
-        """Return the token ids of a chat template's output, in which spellings of special tokens become special tokens.
+    def encode_with_special(self, text: str) -> list[int]:
+        """Return the token ids of a text in which spellings of special tokens become special tokens.
 
-        A spelling that contains `SPOILED` is encoded as text, without that character.
+        This is for the output of chat templates. A spelling that contains `ESCAPE` is encoded as text, without that
+        character.
         """
         special = self.special_ids
         out: list[int] = []
         for i, part in enumerate(self.split_special(text)):
-            out += [special[part]] if i % 2 else self.encode(part.replace(SPOILED, "")) if part else []
+            out += [special[part]] if i % 2 else self.encode(part.replace(ESCAPE, "")) if part else []
         return out
 
     def split_special(self, text: str) -> list[str]:
@@ -193,8 +199,8 @@ class Tokenizer(ABC):
         special = sorted(self.special_ids, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
 
-    def spelled_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return (token ids as of `encode_spelled`, range [first, last) of each token's characters in `text`)."""
+    def offsets_with_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of `encode_with_special`, and the range [first, last) of each token's characters."""
         special = self.special_ids
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -204,8 +210,8 @@ class Tokenizer(ABC):
                 ids.append(special[part])
                 spans.append((at, at + len(part)))
             elif part:
-                place = [*(at + n for n, c in enumerate(part) if c != SPOILED), at + len(part)]
-                own, found = self.offsets([part.replace(SPOILED, "")])[0]
+                place = [*(at + n for n, c in enumerate(part) if c != ESCAPE), at + len(part)]
+                own, found = self.offsets([part.replace(ESCAPE, "")])[0]
                 ids += own
                 spans += [(place[a], place[b - 1] + 1 if a < b else place[a]) for a, b in found]
             at += len(part)
@@ -213,18 +219,21 @@ class Tokenizer(ABC):
 
     @property
     def template(self) -> TextTemplate:
-        """Return the special tokens around complete texts: by default `bos` if `add_bos` is set, and `eos`."""
+        """Return the special tokens to add around texts. The default is `bos` if `add_bos` is set, the text, and `eos`.
+
+        A trained prompt (`prefix`) comes first.
+        """
         end = (self.eos_id,)
         found = self.own_template or TextTemplate((self.bos_id,) * self.add_bos, end, end)
         return replace(found, begin=(*self.prefix, *found.begin)) if self.prefix else found
 
     @property
     def begin(self) -> tuple[int, ...]:
-        """Return the token ids before a document or a prompt: the prefix, and `bos_id` if `add_bos` is set."""
+        """Return the token ids to put before a document or a prompt: `prefix`, and `bos_id` if `add_bos` is set."""
         return (*self.prefix, *(self.bos_id,) * self.add_bos)
 
     def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, which begin with `begin`."""
+        """Return the token ids of a prompt for generation: `begin` and those of the text."""
         return [*self.begin, *self.encode(text)]
 
     @property
@@ -236,7 +245,7 @@ class Tokenizer(ABC):
         """Write the model file and its descriptor into the folder `path`."""
         path.mkdir(parents=True, exist_ok=True)
         (path / self.file).write_bytes(self.model)
-        described = {"kind": self.kind, "file": self.file, "digest": self.digest, **self.options()}
-        described |= {"template": asdict(self.own_template)} if self.own_template else {}
-        described |= {"prefix": list(self.prefix)} if self.prefix else {}
-        (path / DESCRIPTOR).write_text(json.dumps(described, indent=2) + "\n")
+        saved_options = {"kind": self.kind, "file": self.file, "digest": self.digest, **self.options()}
+        saved_options |= {"template": asdict(self.own_template)} if self.own_template else {}
+        saved_options |= {"prefix": list(self.prefix)} if self.prefix else {}
+        (path / DESCRIPTOR).write_text(json.dumps(saved_options, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Tokenize text as bytes: no training is needed and no text is unknown, but sequences are long."""
+"""Tokenize text as UTF-8 bytes. This needs no training and can encode every text, but sequences are long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmctl.config.text_input import parse_json
 from llmctl.data.tokenizers.base import Tokenizer
 
 FIRST = 5
-"""Id of byte 0. The ids below are pad, unk, bos, eos and mask."""
+"""Id of byte 0. Lower ids are the tokens pad, unk, bos, eos and mask."""
 SPELLINGS = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}
 """Spellings of the special tokens in chat templates."""
 
@@ -45,7 +45,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def new(cls, sentinels: int = 0, add_bos: bool = True) -> ByteTokenizer:
-        """Build a byte tokenizer with `sentinels` sentinels."""
+        """Build a byte tokenizer. `sentinels` is the number of sentinel tokens."""
         return cls((json.dumps({"sentinels": sentinels}) + "\n").encode(), add_bos)
 
     @property

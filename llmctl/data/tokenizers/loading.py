@@ -20,7 +20,7 @@ from llmctl.data.tokenizers.base import DESCRIPTOR, TextTemplate, Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 
-__all__ = ["Tokenizer", "chat_template", "load", "obtain", "train"]
+__all__ = ["Tokenizer", "chat_template", "load", "load_or_train", "train"]
 
 KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (JsonTokenizer, sentencepieces.SentencePieces, ByteTokenizer)}
 """Tokenizer classes by the kind in a descriptor. Folders without a descriptor are searched for model files in this
@@ -62,7 +62,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     return sentencepieces.train(texts, cfg)
 
 
-def obtain(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
+def load_or_train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     """Load the tokenizer at `cfg.path`, or train one on `texts` if no path is set.
 
     Raises:
@@ -76,11 +76,11 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
 
     Args:
         path: An artifact's tokenizer folder, a folder with `tokenizer.json` or `tokenizer.model`, or such a file.
-        add_bos: Whether texts begin with bos. It overrides the descriptor, tokenizer_config.json and the model file.
+        add_bos: Whether texts begin with `bos`; None uses the descriptor, tokenizer_config.json or the model file.
 
     Raises:
-        RequestError: If there is no tokenizer, if its kind is unknown, or if a file is damaged or outside the folder.
-            If `add_bos` is true but there is no begin-of-sequence token.
+        RequestError: If there is no tokenizer, if its kind is unknown, if a file is damaged or outside the folder, or
+            if `add_bos` is true but there is no beginning-of-sequence token.
     """
     path = epath.Path(path)
     described: dict = {}
@@ -99,7 +99,7 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             raise RequestError(f"{file}: the tokenizer is damaged (its digest differs from the descriptor's)")
     else:
-        places = [(k, path / name) for k, c in KINDS.items() for name in (c.file, *c.foreign)]
+        places = [(k, path / name) for k, c in KINDS.items() for name in (c.file, *c.other_files)]
         found = [(k, place) for k, place in places if place.is_file()]
         if path.is_file():
             found = [("json" if path.read_bytes()[:1] == b"{" else "sentencepiece", path)]

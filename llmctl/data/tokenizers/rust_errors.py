@@ -1,7 +1,7 @@
-"""Convert failures of the Rust library `tokenizers` to errors.
+"""Convert errors of the Rust library `tokenizers` to RequestError.
 
-A panic of the library raises a BaseException that does not derive from Exception, and writes a report to standard
-error. Other failures raise plain Exceptions.
+If the library panics, it raises a BaseException that does not derive from Exception, and prints a report to standard
+error. Other errors are of the class Exception.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of a library error, at most 200 characters. Raise other errors again."""
+    """Return the first line of a library error, at most 200 characters. If the error is another one, raise it again."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
@@ -27,7 +27,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
     """Call a library function on texts, and return its result.
 
     Raises:
-        RequestError: If the function fails. The cause is then the tokenizer's file, because all texts are valid input.
+        RequestError: If the function fails. All texts are valid input, so the cause is the tokenizer's file.
     """
     try:
         return function(*args, **options)
@@ -36,7 +36,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 
 @contextlib.contextmanager
-def unreported() -> Iterator[None]:
+def silenced_stderr() -> Iterator[None]:
     """Discard output to standard error (file descriptor 2) inside the context, including that of native code."""
     try:
         saved = os.dup(2)

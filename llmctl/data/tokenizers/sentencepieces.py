@@ -1,4 +1,4 @@
-"""Train and load SentencePiece tokenizers with byte fallback: unigram and BPE.
+"""Train and load SentencePiece tokenizers, unigram and BPE, with byte fallback.
 
 (Kudo and Richardson, 2018, arXiv:1808.06226)
 """
@@ -21,15 +21,15 @@ from llmctl.data.tokenizers.base import MASK, SENTINEL, Tokenizer
 
 SPACE = "▁"
 """Spelling of a space in pieces."""
-STANDS_IN = "\ue000"
-"""Private-use character that no vocabulary contains, so it is encoded as bytes. It replaces the mask while a text
-with masks is encoded."""
+MASK_PLACEHOLDER = "\ue000"
+"""Character that replaces `<mask>` while a text is encoded. It is a private-use character that no vocabulary contains,
+so that its bytes can be found among the tokens."""
 THREADS = 4
-"""Number of training threads. Sums over threads have a fixed order, so a fixed number gives the same model on every
+"""Number of training threads. It is fixed, so that sums over threads, and therefore the model, are the same on every
 machine."""
 SENTENCE = 2000
-"""Maximum length of a training sentence in characters. The trainer drops longer sentences, so texts are cut at
-spaces."""
+"""Maximum length of a training text in characters. Longer texts are cut at spaces, because the trainer would drop
+them."""
 NORMALIZE = {"identity": "identity", "nfkc": "nmt_nfkc", "nfkc_lowercase": "nmt_nfkc_cf"}
 
 
@@ -38,7 +38,7 @@ class SentencePieces(Tokenizer):
 
     kind: ClassVar[str] = "sentencepiece"
     file: ClassVar[str] = "tokenizer.model"
-    foreign: ClassVar[tuple[str, ...]] = ("spiece.model", "sentencepiece.bpe.model")
+    other_files: ClassVar[tuple[str, ...]] = ("spiece.model", "sentencepiece.bpe.model")
 
     def __init__(self, model: bytes, add_bos: bool = True):
         """Parse a serialized SentencePiece model.
@@ -101,8 +101,8 @@ class SentencePieces(Tokenizer):
         if self.mask_id is None:
             raise ValueError("the tokenizer has no mask token")
         # The whole text is encoded at once, because the model would put a space before each separate part.
-        ids = self.encode(text.replace(MASK, STANDS_IN))
-        mark = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in STANDS_IN.encode()]
+        ids = self.encode(text.replace(MASK, MASK_PLACEHOLDER))
+        mark = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in MASK_PLACEHOLDER.encode()]
         space, out, at = self._sp.piece_to_id("▁"), [], 0
         while at < len(ids):
             if ids[at : at + len(mark)] == mark:
@@ -128,10 +128,9 @@ class SentencePieces(Tokenizer):
 
 
 def _spans(text: str, found: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return (token ids, character ranges [first, last) of the tokens).
+    """Convert the library's result for a text to (token ids, range [first, last) of each token's characters).
 
-    The library counts UTF-8 bytes. If a character takes several pieces, the library assigns the character to the last
-    one.
+    The library counts UTF-8 bytes. If a character takes several tokens, the library assigns it to the last one.
     """
     # number of characters before each byte offset
     char_at = np.cumsum([0, *((byte & 0xC0) != 0x80 for byte in text.encode())])
@@ -192,7 +191,10 @@ def _error_message(error: str, cfg: TokenizerConfig) -> str:
 
 
 def _sample(texts: list[str], budget: int) -> list[str]:
-    """Return texts in a fixed pseudo-random order, up to `budget` characters. Only the last text is cut."""
+    """Return a pseudo-random sample of texts with `budget` characters in total. Only the last text is cut.
+
+    The sample is the same in every run.
+    """
     if sum(map(len, texts)) <= budget:
         return [t for t in texts if t.strip()]
     order = permutation(len(texts), 0, 0)

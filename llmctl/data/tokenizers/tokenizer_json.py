@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from llmctl.config.containment import within
 from llmctl.config.text_input import parse_json
 from llmctl.data.tokenizers import rust_errors
-from llmctl.data.tokenizers.base import MASK, SENTINEL, SPOILED, Tokenizer
+from llmctl.data.tokenizers.base import ESCAPE, MASK, SENTINEL, Tokenizer
 
 SPELLINGS = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
@@ -21,11 +21,12 @@ SPELLINGS = {
     "mask": ("<mask>", "[MASK]"),
 }
 """Common spellings of special tokens, for folders that do not specify them."""
-GROWTH = 1000
-"""Most characters that replacements make of one. Published tokenizers replace a space by one character."""
-FOREIGN = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",),
+MAX_GROWTH = 1000
+"""Maximum number of characters into which replacements may convert one character. Published tokenizers replace a space
+by one character."""
+HF_KEYS = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",),
            "unk": ("unk_token",), "mask": ("mask_token",)}  # fmt: skip
-"""Keys of special tokens in tokenizer_config.json and special_tokens_map.json, by llmctl's names."""
+"""Keys for each special token in tokenizer_config.json and special_tokens_map.json; earlier keys take precedence."""
 
 
 class JsonTokenizer(Tokenizer):
@@ -43,13 +44,14 @@ class JsonTokenizer(Tokenizer):
         Args:
             model: Content of the file.
             add_bos: Whether texts begin with `bos_id`; by default as the file's post-processor does.
-            special: Spellings of bos, eos, pad, unk and mask. For missing ones, common spellings are tried.
+            special: Spelling of each special token, by the names bos, eos, pad, unk and mask. If one is missing, common
+                spellings are searched for.
 
         Raises:
             ValueError: If the file is invalid, or has no known end-of-sequence token.
         """
         try:
-            with rust_errors.unreported():
+            with rust_errors.silenced_stderr():
                 self._backend = Backend.from_buffer(model)
                 for part in (self._backend.normalizer, self._backend.decoder):
                     _check_growth(part)
@@ -85,22 +87,22 @@ class JsonTokenizer(Tokenizer):
         self.add_bos = ids["bos"] is not None and (own[:1] == [self.bos_id] if add_bos is None else add_bos)
 
     @classmethod
-    def open(cls, model: bytes, described: dict[str, Any], folder: epath.Path) -> JsonTokenizer:
-        """Build the tokenizer, with special tokens from its descriptor or from the configuration files beside it."""
-        special = described.get("special") or _foreign(folder)
+    def open(cls, model: bytes, saved_options: dict[str, Any], folder: epath.Path) -> JsonTokenizer:
+        """Build the tokenizer. The special tokens come from `saved_options`, or else from files in `folder`."""
+        special = saved_options.get("special") or _hf_spellings(folder)
         if not isinstance(special, dict) or not all(isinstance(text, str) for text in special.values()):
             raise ValueError("its special tokens are no texts")
-        return cls(model, described.get("bos"), special)
+        return cls(model, saved_options.get("bos"), special)
 
     def options(self) -> dict[str, Any]:
         """Return the saved options, including the spellings of special tokens."""
         return super().options() | {"special": self.special}
 
     def _find(self, name: str) -> int | None:
-        """Return the id of a special token, and store its spelling in `special`.
+        """Return the id of the special token `name`, or None; store its spelling in `special`.
 
         Raises:
-            ValueError: If `special` has a spelling that is not in the vocabulary.
+            ValueError: If `special` already has a spelling that is not in the vocabulary.
         """
         spellings = (self.special[name],) if name in self.special else SPELLINGS[name]
         for spelling in spellings:
@@ -123,20 +125,20 @@ class JsonTokenizer(Tokenizer):
             self._special_ids = {token.content: i for i, token in added if token.special or i in self._hidden}
         return self._special_ids
 
-    def encode_spelled(self, text: str) -> list[int]:
-        if SPOILED in text:
-            return super().encode_spelled(text)
+    def encode_with_special(self, text: str) -> list[int]:
+        if ESCAPE in text:
+            return super().encode_with_special(text)
         # The text is encoded at once, because the backend may put a space before each separate part.
         return self._encode_special(text).ids
 
-    def spelled_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        if SPOILED in text:
-            return super().spelled_offsets(text)
+    def offsets_with_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if ESCAPE in text:
+            return super().offsets_with_special(text)
         found = self._encode_special(text)
         return found.ids, found.offsets
 
     def _encode_special(self, text: str) -> Any:
-        """Encode a text in which spelled-out special tokens become special tokens, for this call only."""
+        """Encode a text in which spellings of special tokens become special tokens. Other calls are not affected."""
         self._backend.encode_special_tokens = False
         try:
             return rust_errors.call(self._backend.encode, text, add_special_tokens=False)
@@ -176,11 +178,12 @@ class JsonTokenizer(Tokenizer):
 
 
 def _check_growth(part: Any) -> None:
-    """Check how much longer the replacements of a normalizer or decoder can make a text. Each replaces in the last's
-    result, so twenty of them could fill any memory.
+    """Check that the replacements of a normalizer or decoder cannot make a text too long.
+
+    Each replacement is applied to the result of the previous one, so that twenty of them could fill any memory.
 
     Raises:
-        ValueError: If it is more than `GROWTH` times.
+        ValueError: If they can make a text more than `MAX_GROWTH` times as long.
     """
     growth, waiting = 1.0, [parse_json(part.__getstate__())] if part is not None else []
     while waiting:
@@ -189,12 +192,12 @@ def _check_growth(part: Any) -> None:
         if isinstance(item, dict) and item.get("type") == "Replace":
             found = item["pattern"].get("String")  # a regular expression may match nothing, between any two characters
             growth *= max(1.0, len(item["content"]) / len(found) if found else 1 + len(item["content"]))
-            if growth > GROWTH:
-                raise ValueError(f"its replacements make a text more than {GROWTH:,} times as long")
+            if growth > MAX_GROWTH:
+                raise ValueError(f"its replacements make a text more than {MAX_GROWTH:,} times as long")
 
 
-def _foreign(folder: epath.Path) -> dict[str, str]:
-    """Return the spellings of special tokens from the configuration files of a Hugging Face folder.
+def _hf_spellings(folder: epath.Path) -> dict[str, str]:
+    """Read the spellings of special tokens from the configuration files of a Hugging Face folder.
 
     Raises:
         ValueError: If a file is damaged.
@@ -207,7 +210,7 @@ def _foreign(folder: epath.Path) -> dict[str, str]:
             except (OSError, ValueError, TypeError):
                 raise ValueError(f"{name} beside it is damaged") from None
     special = {}
-    for name, keys in FOREIGN.items():
+    for name, keys in HF_KEYS.items():
         values = [said[key] for key in keys if said.get(key)]
         if values:
             spelling = values[0].get("content") if isinstance(values[0], dict) else values[0]

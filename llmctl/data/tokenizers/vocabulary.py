@@ -1,6 +1,6 @@
-"""Compute token properties that objectives need: special tokens, word boundaries and sentence ends.
+"""Compute properties of tokens that pretraining objectives need: special tokens, word boundaries and sentence ends.
 
-Shapes: V vocabulary.
+Shapes: V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Vocabulary:
 
     @cached_property
     def special(self) -> np.ndarray:
-        """Return a mask bool [V] of special tokens, which are never masked and never part of a span."""
+        """Return a mask bool [V] of special tokens, which objectives never mask and never put into a span."""
         t = self.tokenizer
         marks = [t.pad_id, t.bos_id, t.eos_id, *t.sentinel_ids]
         special_V = np.zeros(t.vocab_size, bool)
@@ -63,7 +63,7 @@ class Vocabulary:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that begin a word: they begin with a space or punctuation."""
+        """Return a mask bool [V] of tokens that begin a word, because they begin with a space or punctuation."""
         return np.array([not p or not _of_word(p[0]) for p in self._pieces])
 
     @cached_property
@@ -110,11 +110,18 @@ class Vocabulary:
         return ends, np.array([p[:1] == " " and (not text or _in(text[0], "\u0e01", "\u0e5b")) for p, text in thai])
 
     def begins_sentence(self, last: np.ndarray, this: np.ndarray) -> np.ndarray:
-        """Return whether a sentence begins with token `this` if token `last` precedes it; bool, elementwise.
+        """Return True for each position at which a sentence begins with token `this` after token `last`.
 
-        White space must follow a full stop, exclamation mark or question mark. After an exclamation mark or question
-        mark, a Chinese or Japanese character also begins a sentence. Thai has a space between sentences and none inside
-        words.
+        After a full stop, exclamation mark or question mark, a sentence begins with white space. After an exclamation
+        mark or question mark, it may also begin with a Chinese or Japanese character. In Thai, a space separates
+        sentences.
+
+        Args:
+            last: Token ids, of any shape.
+            this: Ids of the tokens that follow, of the same shape.
+
+        Returns:
+            Booleans of the same shape.
         """
         thai_ends, thai_begins = self._thai
         found = self.stops[last] & self.spaced[this] | self.hard_stops[last]

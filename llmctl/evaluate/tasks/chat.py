@@ -62,7 +62,7 @@ class Chat(Language):
         text = settings.source() or (chat_template.chatml(words) if settings.template else words.chat_template)
         if text is None:
             raise RequestError(f'{folder}: has no chat template; say chat.template = "chatml", or name a file with one')
-        if settings.template == CHATML and "eos_token" in text and "eos_token" not in words.spelled:
+        if settings.template == CHATML and "eos_token" in text and "eos_token" not in words.special_spellings:
             raise RequestError(f"{folder}: has no end token that a template can name; name a file in chat.template")
         ends = sorted({*end_ids(folder, words), *Template(text, words).end_ids()})
         if text == words.chat_template and ends == end_ids(folder, words):

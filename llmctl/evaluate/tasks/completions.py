@@ -62,11 +62,13 @@ class Completions(Language):
             documents, given = held.pairs(tokenizer)
             return sliding(self, artifact, held, setup, tokenizer, texts, documents, given)
         most = artifact.model.max_seq_len
-        rows = SequencePairRows(held.examples, tokenizer, setup.seq_len, shuffle=False, whole=True, ends=False)
-        if rows.written > most:
+        rows = SequencePairRows(
+            held.examples, tokenizer, setup.seq_len, shuffle=False, full_completions=True, predict_eos=False
+        )
+        if rows.decoder_len > most:
             raise RequestError(
-                f"{artifact.path}: the longest completion and its end have {rows.written} tokens, its longest sequence "
-                f"{most}; leave such pairs out with data.filter, or shorten them"
+                f"{artifact.path}: the longest completion and its end have {rows.decoder_len} tokens, its longest "
+                f"sequence {most}; leave such pairs out with data.filter, or shorten them"
             )
         step, metrics = scored(self, artifact, rows, setup)
         count = perplexity.count(texts, metrics["predicted_tokens"])

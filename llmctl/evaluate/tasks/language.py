@@ -171,7 +171,9 @@ def scored(
     metrics: dict[str, Any] = {k: float(v) for k, v in chunked_loss.means(total).items()}
     # The fraction of correct tokens is not a classifier's accuracy, which has its own column.
     metrics |= {"token_accuracy": metrics.pop("accuracy"), "nll": metrics.pop("loss")}
-    return step, metrics | baselines.guesses(rows, len(rows), sentinels) | {"predicted_tokens": int(total["weight"])}
+    return step, metrics | baselines.constant_scores(rows, len(rows), sentinels) | {
+        "predicted_tokens": int(total["weight"])
+    }
 
 
 def timed(

@@ -20,7 +20,7 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.config.text_input import check_unicode
-from llmctl.data.tokenizers.base import SPOILED, Tokenizer
+from llmctl.data.tokenizers.base import ESCAPE, Tokenizer
 from llmctl.model.generate import generation_block
 
 Message = dict[str, Any]
@@ -149,7 +149,7 @@ class Template:
             RequestError: If `render` raises it, or if the rendered text is empty.
         """
         text = self.render(self._harmless(list(messages)))
-        ids = self.tokenizer.encode_spelled(check_unicode(text, "the text of the chat template"))
+        ids = self.tokenizer.encode_with_special(check_unicode(text, "the text of the chat template"))
         if not ids:
             raise RequestError("the chat template gives no text for these messages")
         return [*self.tokenizer.prefix, *ids]
@@ -173,7 +173,7 @@ class Template:
             text, spans, missed = self._answers(self._harmless(list(messages)), self._harmless(tools))
         finally:
             self._day = None
-        ids, places = self.tokenizer.spelled_offsets(check_unicode(text, "the text of the chat template"))
+        ids, places = self.tokenizer.offsets_with_special(check_unicode(text, "the text of the chat template"))
         first_N, last_N = np.array(places, np.int64).reshape(-1, 2).T
         counted_N = np.zeros(len(ids), bool)
         for first, last in spans:
@@ -254,7 +254,7 @@ class Template:
     def _rendered(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool) -> str:
         given = {"messages": list(messages), "add_generation_prompt": prompt, "tools": tools, "documents": None}
         try:
-            return self._sandbox.render(self._compiled, given | self.tokenizer.spelled)
+            return self._sandbox.render(self._compiled, given | self.tokenizer.special_spellings)
         except RequestError:
             raise
         except Exception as e:  # a template is third-party code and may raise anything
@@ -269,7 +269,7 @@ class Template:
             said = said.replace(generation_block.BEGIN, "\ufffd").replace(generation_block.END, "\ufffd")
             # Vocabularies have hundreds of special tokens, and most texts have none of their first characters.
             for spelling in own if any(first in said for first in firsts) else ():
-                said = said.replace(spelling, spelling[:1] + SPOILED + spelling[1:])
+                said = said.replace(spelling, spelling[:1] + ESCAPE + spelling[1:])
             return said
 
         def inner(value: Any) -> Any:

@@ -113,15 +113,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return (the training step of student and teacher as a program, the student's artifact)."""
     from llmctl.artifacts import abstract_artifact
-    from llmctl.data.examples import made_up
+    from llmctl.data.examples import synthetic
     from llmctl.train import programs
 
     teacher = next(iter(others.values()))
     student = base if config.model is None else None
     learns = programs.abstractly(mesh, lambda s: make_learner(config, teacher, s, mesh), student)
     labels = teacher.manifest.labels
-    text = made_up.MadeUp(config.data, learns.task.columns, config.train.seq_len, labels)
-    rows = _rows(config, learns, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    text = synthetic.SyntheticText(config.data, learns.task.columns, config.train.seq_len, labels)
+    rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
     task, origin = teacher.manifest.task, student or teacher
     left = abstract_artifact.abstract_result(

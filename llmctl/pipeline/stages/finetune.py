@@ -209,7 +209,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     import jax
 
     from llmctl.artifacts import abstract_artifact
-    from llmctl.data.examples import made_up
+    from llmctl.data.examples import synthetic
     from llmctl.model import functional, weights
     from llmctl.train import programs
 
@@ -217,10 +217,10 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     seq_len = config.train.seq_len
     weighed = [*config.regularize.class_weights] if isinstance(config.regularize.class_weights, dict) else []
     names = base.manifest.labels if set(weighed) <= set(base.manifest.labels) else [*weighed, "other"]
-    text = made_up.MadeUp(config.data, TASKS[config.task].columns, seq_len, names)
+    text = synthetic.SyntheticText(config.data, TASKS[config.task].columns, seq_len, names)
     labels = _labels(config, text)
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b or base, labels, mesh), base)
-    rows = _rows(config, learns.model, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    rows = _rows(config, learns.model, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     merges = METHODS[config.method].merges(config)
     params = jax.eval_shape(weights.merge_adapters, learns.params) if merges else learns.params
     params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))

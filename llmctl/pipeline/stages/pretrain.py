@@ -98,7 +98,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         console.say(f"{config.title}: {learn.labelled:.0%} of the rows have a next-sentence pair, half of them true")
     blind: dict[str, float] = {}
     if objective.name not in ("causal", "completions"):
-        blind = baselines.guesses(unseen, validation_rows(config.train), objective.sentinels(tokens))
+        blind = baselines.constant_scores(unseen, validation_rows(config.train), objective.sentinels(tokens))
         console.say(f"{config.title}: baseline that ignores the context: {baselines.describe(blind)}")
     learns = make_learner(config, base, tokens.vocab_size, devices)
     if not base and (line := architectures.notice(learns.model)):
@@ -117,15 +117,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return (the training step as a program, the artifact of the language model)."""
     from llmctl.artifacts import abstract_artifact
-    from llmctl.data.examples import made_up
+    from llmctl.data.examples import synthetic
     from llmctl.train import programs
 
     objective = training_objective(config, base, mesh)
     vocab_size = _vocabulary(config, objective)
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b, vocab_size, mesh), base)
     columns = ("prompt", "completion") if objective.name == "completions" else ()
-    text = made_up.MadeUp(config.data, columns, seq_len=config.train.seq_len)
-    rows = _rows(config, learns.model, objective, text, "train", made_up.TOKENIZER, Path(), shuffle=False)
+    text = synthetic.SyntheticText(config.data, columns, seq_len=config.train.seq_len)
+    rows = _rows(config, learns.model, objective, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
     left = abstract_artifact.abstract_result(config, params, learns.model, base=base)
     return [programs.train_step(config, learns, rows, mesh)], left
@@ -205,7 +205,7 @@ def _vocabulary(config: Config, objective: Objective) -> int:
     given = with_sentinels(config.tokenizer, objective, config.train.seq_len)
     if given.path:
         try:
-            return loading.obtain((), given).vocab_size
+            return loading.load_or_train((), given).vocab_size
         except RequestError:
             return config.model.vocab_size
     return ByteTokenizer.new(given.sentinels).vocab_size if given.kind == "bytes" else given.vocab_size

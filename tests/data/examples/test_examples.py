@@ -109,10 +109,12 @@ def test_sequence_pairs_golden(train, letters):
     }
     assert {name: values.tolist() for name, values in batch.items()} == expected
     assert batch["weights"].dtype == np.float32 and batch["tokens"].dtype == np.int32
-    rows = SequencePairRows(train(given), letters(add_bos=True), 6, shuffle=False, whole=True, ends=False)
+    rows = SequencePairRows(
+        train(given), letters(add_bos=True), 6, shuffle=False, full_completions=True, predict_eos=False
+    )
     whole = rows.batch(np.arange(2))
     assert whole["targets"].tolist() == [[7, 8, EOS, 0, 0, 0, 0, 0], [11, 12, 13, 14, 15, 16, 17, EOS]]
-    assert whole["weights"].sum(1).tolist() == [2, 7] and (rows.written, rows.cut) == (8, 1)
+    assert whole["weights"].sum(1).tolist() == [2, 7] and (rows.decoder_len, rows.cut) == (8, 1)
 
 
 def test_pairs_golden(train, letters):

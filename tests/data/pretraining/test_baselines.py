@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmctl.data.pretraining.baselines import describe, guesses
+from llmctl.data.pretraining.baselines import constant_scores, describe
 
 
 class Rows:
@@ -20,12 +20,12 @@ class Rows:
 
 
 def test_the_best_constant_answers():
-    found = guesses(Rows(), 100)
+    found = constant_scores(Rows(), 100)
     assert found["baseline_accuracy"] == 6 / 8
     assert found["baseline_loss"] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
     assert found["baseline_next_sentence_accuracy"] == pytest.approx(2 / 3)
     assert describe(found) == "accuracy 75.00%, loss 0.5623, next sentence 66.67%"
-    assert guesses(Rows(), 1)["baseline_accuracy"] == 1
+    assert constant_scores(Rows(), 1)["baseline_accuracy"] == 1
 
 
 class Spans:
@@ -43,9 +43,9 @@ class Spans:
 
 def test_whoever_knows_the_form_of_spans_need_not_read_to_score():
     """First: always a sentinel. After a sentinel: 7, 7 and 8. After a word: 8, a sentinel, and twice the end."""
-    found = guesses(Spans(), 100, sentinels=[90, 91])
+    found = constant_scores(Spans(), 100, sentinels=[90, 91])
     assert found["baseline_accuracy"] == pytest.approx((2 + 2 + 2) / 9)
     after_sentinel = 2 * np.log(2 / 3) + np.log(1 / 3)
     after_word = 2 * np.log(1 / 2) + 2 * np.log(1 / 4)
     assert found["baseline_loss"] == pytest.approx(-(after_sentinel + after_word) / 9)
-    assert guesses(Spans(), 100)["baseline_loss"] > found["baseline_loss"]
+    assert constant_scores(Spans(), 100)["baseline_loss"] > found["baseline_loss"]

@@ -9,7 +9,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.corpus import tokenize
 from llmctl.data.pretraining import next_sentence, span_corruption
 from llmctl.data.pretraining.objective_rows import Objective, check, default
-from llmctl.data.pretraining.objectives import eights, masked
+from llmctl.data.pretraining.objectives import masked, round_up_to_8
 from llmctl.data.pretraining.packing import Packed
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.data.tokenizers.vocabulary import Vocabulary
@@ -60,7 +60,7 @@ def test_masking_chooses_exactly_the_fraction_and_never_special_tokens(words):
 
 def test_places_hold_every_masked_token_in_a_static_number(words):
     batch = rows_of("masked", words).batch(np.arange(20))
-    assert batch["places"].shape == (20, eights(round(0.15 * 64))) == (20, 16)
+    assert batch["places"].shape == (20, round_up_to_8(round(0.15 * 64))) == (20, 16)
     for row in range(20):
         places = batch["places"][row]
         assert len(set(places)) == 16 and (np.diff(places) > 0).all()

@@ -58,7 +58,7 @@ def test_saving_and_loading(trained, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "tokenizer.model").write_bytes(trained.model)
-    given = loading.obtain([], TokenizerConfig(path=str(foreign), bos="no"))
+    given = loading.load_or_train([], TokenizerConfig(path=str(foreign), bos="no"))
     assert given.digest == trained.digest
     assert not given.add_bos
     assert loading.load(foreign / "tokenizer.model").add_bos
@@ -143,7 +143,7 @@ def test_a_corpus_is_flat_and_kept(trained, sentences, tmp_path):
 
 
 def test_bytes_are_exact(tmp_path):
-    made = loading.obtain([], TokenizerConfig(kind="bytes", sentinels=2))
+    made = loading.load_or_train([], TokenizerConfig(kind="bytes", sentinels=2))
     assert (made.vocab_size, made.sentinel_ids, made.mask_id, made.add_bos) == (263, (261, 262), 4, True)
     assert made.encode("aé") == [5 + 97, 5 + 0xC3, 5 + 0xA9]
     for text in ("naïve 漢字 🙂", "", "<mask>\n"):
@@ -193,7 +193,7 @@ def test_tokenizer_json(published, tmp_path_factory):
     again = loading.load(kept)
     assert (again.digest, again.bos_id, again.eos_id, again.add_bos) == (made.digest, 0, 1, True)
     assert again.prompt("the") == made.prompt("the")
-    given = loading.obtain([], TokenizerConfig(path=str(published / "tokenizer.json"), bos="no"))
+    given = loading.load_or_train([], TokenizerConfig(path=str(published / "tokenizer.json"), bos="no"))
     assert given.prompt("the") == made.encode("the")
 
 

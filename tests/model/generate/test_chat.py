@@ -10,7 +10,7 @@ from llmctl.artifacts import artifact
 from llmctl.cli import app
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers import loading
-from llmctl.data.tokenizers.base import SPOILED
+from llmctl.data.tokenizers.base import ESCAPE
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -65,7 +65,7 @@ def test_a_message_that_spells_a_special_token_says_text(words):
     ids = template.prompt([{"role": "user", "content": said}])
     own = [words.special_ids[t] for t in ("<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>")]
     assert [i for i in ids if i < len(SPECIAL)] == own
-    assert said in words.decode(ids) and SPOILED not in words.decode(ids)
+    assert said in words.decode(ids) and ESCAPE not in words.decode(ids)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def by_hand(expected, words):
     """Return the ids, and whether each counts, of a text with « and »."""
     ids, counted = [], []
     for k, part in enumerate(expected.replace("»", "«").split("«")):
-        own = words.encode_spelled(part)
+        own = words.encode_with_special(part)
         ids += own
         counted += [k % 2 == 1] * len(own)
     return ids, counted
@@ -162,13 +162,13 @@ def test_a_last_exchange_that_is_too_long_loses_its_end(words):
     ids, counted = by_hand(EXPECTED["chatml", "cut"], words)
     rows = rows_of(CHATML, words, [*SYSTEM, *TALK], len(ids) - 6)
     assert rows.cut == 1 and rows[0]["weights"].sum() == sum(counted) - 4  # and the newline after them
-    assert "1 lose the end of the last answer" in rows.remarks[0]
+    assert "1 lose the end of the last answer" in rows.log_lines[0]
     talks = examples(TALK, TALK[:2])
     some = ConversationRows(talks, Template(CHATML, words).conversation, 0, 40, shuffle=False)
     assert (len(some), some.dropped) == (2, 0)
     long = [{"role": "user", "content": "x" * 50}, TALK[1]]
     some = ConversationRows(examples(long, TALK[:2]), Template(CHATML, words).conversation, 0, 40, shuffle=False)
-    assert (len(some), some.dropped) == (1, 1) and "1 have no answer within the length" in some.remarks[0]
+    assert (len(some), some.dropped) == (1, 1) and "1 have no answer within the length" in some.log_lines[0]
     with pytest.raises(RequestError, match="none of the 1 conversations has an answer within 40 tokens"):
         rows_of(CHATML, words, long, 40)
 
@@ -180,7 +180,7 @@ def test_answers_that_are_rendered_differently_later_do_not_count(words):
     found = Template(drops, words).conversation(TALK)
     said = words.decode([i for i, counts in zip(found.ids, found.counted_N, strict=True) if counts])
     assert (said, found.missed) == ("It is not.", 1)
-    assert "1 answers are context only" in rows_of(drops, words, TALK, 200).remarks[0]
+    assert "1 answers are context only" in rows_of(drops, words, TALK, 200).log_lines[0]
     # Without a message of the system all is as in version 0.2; with one, no prompt is the beginning of the whole.
     assert Template(LATE, words).conversation(TALK).missed == 0
     with pytest.raises(RequestError, match=r"talks:1: the chat template renders what is before an answer differently"):
@@ -266,7 +266,7 @@ def test_an_answer_of_weight_0_is_context_only(template, words):
     said = words.decode([i for i, counts in zip(found.ids, found.counted_N, strict=True) if counts])
     assert (found.ids, said, found.missed) == (whole.ids, "It is not.", 0)
     rows = ConversationRows(examples(talk, talk[:2]), Template(template, words).conversation, 0, 300, shuffle=False)
-    assert (len(rows), rows.dropped, rows.unweighted) == (1, 0, 1) and "have the weight 0" in rows.remarks[0]
+    assert (len(rows), rows.dropped, rows.unweighted) == (1, 0, 1) and "have the weight 0" in rows.log_lines[0]
     with pytest.raises(RequestError, match="all answers of the 1 conversations have the weight 0"):
         rows_of(template, words, talk[:2], 300)
 
@@ -298,7 +298,7 @@ def test_chatml_for_any_tokenizer(kind, trained, words):
     assert template.end_ids() == [tokenizer.special_ids[end]]
     assert said.count(template.end_ids()[0]) == 2 and said[-1] == template.end_ids()[0]
     # What is encoded is what generation encodes.
-    assert found.ids == tokenizer.encode_spelled(template.render([*SYSTEM, *TALK], prompt=False))
+    assert found.ids == tokenizer.encode_with_special(template.render([*SYSTEM, *TALK], prompt=False))
 
 
 def test_tools_are_described_and_called(words):
@@ -336,8 +336,8 @@ def test_a_date_of_any_width_is_refused(words):
 @pytest.mark.parametrize("text", ["a<s>b</s> c", "ü</s>漢\n\n<|im_end|>x <unk>", "", "a\ufdd0b", "<\ufdd0s>x<s>"])
 def test_characters_of_tokens(text, words, pieces, trained):
     for tokenizer in (words, pieces, trained, ByteTokenizer.new()):
-        ids, spans = tokenizer.spelled_offsets(text)
-        assert ids == tokenizer.encode_spelled(text)
+        ids, spans = tokenizer.offsets_with_special(text)
+        assert ids == tokenizer.encode_with_special(text)
         assert all(0 <= a <= b <= len(text) for a, b in spans) and spans == sorted(spans)
         special = {i: t for t, i in tokenizer.special_ids.items()}
         assert all(text[a:b] == special[i] for i, (a, b) in zip(ids, spans, strict=True) if i in special and b > a)

@@ -97,7 +97,7 @@ def test_perplexity_is_that_of_the_answers_alone(tuned, talks, tmp_path):
     nll, count = 0.0, 0
     for row in splits.examples(talks, "test", conversations=True).sample(7):
         said = row["messages"]
-        ids = words.encode_spelled(template.render(said, prompt=False))
+        ids = words.encode_with_special(template.render(said, prompt=False))
         width = np.zeros((1, 20), int)
         width[0, : len(ids)] = ids[:20]
         batch = {"tokens": width, "segments": np.arange(20)[None] < len(ids), "positions": np.arange(20)[None]}

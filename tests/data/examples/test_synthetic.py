@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.data.config import DataConfig
-from llmctl.data.examples import made_up
+from llmctl.data.examples import synthetic
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.rows import RowSettings
@@ -50,17 +50,17 @@ def test_rows_have_the_form_of_the_data(name, tmp_path):
     model = ModelConfig(head="lm").model_copy(update={"head": TASKS[head].head})
 
     def forms(text, cache):
-        rows = TASKS[head].stage_rows(model, text, "train", made_up.TOKENIZER, cache, RowSettings(SEQ_LEN))
+        rows = TASKS[head].stage_rows(model, text, "train", synthetic.TOKENIZER, cache, RowSettings(SEQ_LEN))
         return {key: (a.shape, a.dtype) for key, a in rows[0].items()}
 
-    made = made_up.MadeUp(cfg, TASKS[head].columns, SEQ_LEN)
+    made = synthetic.SyntheticText(cfg, TASKS[head].columns, SEQ_LEN)
     told = Text(cfg, conversations=TASKS[head].reads_conversations)
     assert forms(made, Path("no such folder")) == forms(told, tmp_path)
 
 
 def test_classes_are_those_of_the_data_then_of_the_parent():
     plain, told = DataConfig(), DataConfig(classes=["a", "b", "c"])
-    assert made_up.MadeUp(plain, ("text", "label")).classes == ("no", "yes")
-    assert made_up.MadeUp(plain, ("text", "label"), classes=["x", "y"]).classes == ("x", "y")
-    assert made_up.MadeUp(told, ("tokens", "tags"), classes=["x", "y"]).classes == ("a", "b", "c")
-    assert made_up.MadeUp(told, ("text", "pair")).classes == ()
+    assert synthetic.SyntheticText(plain, ("text", "label")).classes == ("no", "yes")
+    assert synthetic.SyntheticText(plain, ("text", "label"), classes=["x", "y"]).classes == ("x", "y")
+    assert synthetic.SyntheticText(told, ("tokens", "tags"), classes=["x", "y"]).classes == ("a", "b", "c")
+    assert synthetic.SyntheticText(told, ("text", "pair")).classes == ()

@@ -1,4 +1,4 @@
-"""Generate synthetic examples in place of a stage's data, to build rows with the correct shapes and dtypes."""
+"""Generate synthetic examples, to get the shapes and dtypes of a stage's rows without reading its data."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer.new(sentinels=1000)
-"""Tokenizer of synthetic examples. It can replace any tokenizer, because row shapes do not depend on the vocabulary."""
+"""Tokenizer for synthetic examples. It can replace any tokenizer, because row shapes do not depend on the
+vocabulary."""
 TOKENIZER.chat_template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
 TEXT = "Once there was a text. It had some sentences! "
 COPIES = 4
 
 
-class MadeUp(Text):
-    """Generate synthetic text with the columns that a data config maps.
+class SyntheticText(Text):
+    """Generate a few synthetic examples with the columns that a data config maps.
 
-    text = MadeUp(config.data, ("text", "label"), seq_len=128)
+    text = SyntheticText(config.data, ("text", "label"), seq_len=128)
     rows = stage_rows(model, text, "train", TOKENIZER, 128, Path(), shuffle=False)
     """
 
@@ -37,7 +38,7 @@ class MadeUp(Text):
         """Generate a few examples.
 
         Args:
-            cfg: Settings of the data, which is not read.
+            cfg: Settings of the data. The data itself is not read.
             columns: Columns that the task reads, in addition to those that `cfg` maps.
             seq_len: Minimum document length in tokens.
             classes: Class names, if `cfg` has none; two by default.
@@ -62,7 +63,7 @@ class MadeUp(Text):
 
     @property
     def epochs(self) -> float:
-        """Return 0, which means no limit of epochs."""
+        """Return 0: the number of epochs is not limited."""
         return 0.0
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
@@ -71,7 +72,7 @@ class MadeUp(Text):
 
 
 def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Sequence[str] = ()) -> Examples:
-    """Generate synthetic examples with the given columns. `MadeUp` describes the arguments."""
+    """Generate synthetic examples with the given columns. `SyntheticText` describes the arguments."""
     made = [c for part in cfg.parts() for c in part.template]
     asked = [*(c for c in cfg.columns if c != "label"), *made, *(c for c in columns if c != "label"), "text"]
     names = tuple(dict.fromkeys(asked))
