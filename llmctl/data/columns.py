@@ -186,7 +186,7 @@ class View(Source):
         return row
 
     def _from_template(self, row: Row, raw: Row, i: int) -> Row:
-"""Return the columns that templates make from row i, which is given as canonical columns and as `raw` columns."""
+        """Return the columns that templates make from row i: `row` has its canonical columns, `raw` all columns."""
         if not self._cfg.template:
             return {}
 
