@@ -51,6 +51,11 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
             "the model has a trained prompt, which no other format holds; use it with llmctl, or finetune its parent "
             "with method = 'lora'"
         )
+    if model.prefix_tokens:
+        raise RequestError(
+            "the model has a trained prefix of keys and values, which this format cannot hold; use it with llmctl, or "
+            "finetune its parent with method = 'lora'"
+        )
     if model.adapter_size:
         raise RequestError(
             "the model has bottleneck adapters, which no other format holds and which cannot be merged; use it with "

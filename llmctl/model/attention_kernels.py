@@ -2,7 +2,7 @@
 
 (Dao et al., 2022, arXiv:2205.14135)
 
-If no kernel applies, `llmctl.model.attention` computes the softmax in plain XLA. The kernel is selected at tracing
+If no kernel applies, `llmctl.model.attention_xla` computes the softmax in plain XLA. The kernel is selected at tracing
 time, from the platform of the mesh and the shapes. `describe` reports the kernel and the reason.
 
 In these kernels, padding (segment 0) attends to padding; in plain XLA it attends to nothing. The outputs of padding are
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.distributed import mesh as meshes
-from llmctl.model import attention, relative_bias, ring_attention
+from llmctl.model import attention_xla, relative_bias, ring_attention
 from llmctl.model.attention import Shared
 from llmctl.model.config import ModelConfig
 
@@ -98,7 +98,7 @@ def attend(
             return splash(q_BTHK, k_BSGK, v_BSGK, segments_BT, local, cfg, causal=causal)
         if kernel == "cudnn":
             return cudnn(q_BTHK, k_BSGK, v_BSGK, mask_BTS, cfg)
-    return attention.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, None if cross else shared.bias_HTS, cfg)
+    return attention_xla.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, None if cross else shared.bias_HTS, cfg)
 
 
 def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
@@ -109,6 +109,8 @@ def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
         return Choice("ring", "keys and values travel around the devices that share a sequence")
     if wanted == "xla":
         return Choice("xla", "as asked for")
+    if cfg.prefix_tokens:
+        return Choice("xla", "trained keys and values before every text")
     if cfg.positions == "relative":
         return Choice("xla", "a learned position bias")
     if platform == "tpu" or wanted == "interpret":
@@ -231,7 +233,7 @@ def _splash(
 
 
 def cudnn(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask_BTS: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Compute self-attention with cuDNN's fused kernel; the arguments are those of `attention.attend`.
+    """Compute self-attention with cuDNN's fused kernel; the arguments are those of `attention_xla.attend`.
 
     Returns:
         Outputs [B, T, H, K].

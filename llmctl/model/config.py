@@ -32,7 +32,7 @@ class ModelConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ("preset",)
     unkeyed: ClassVar[frozenset[str]] = frozenset({"preset"})
     added: ClassVar[frozenset[str]] = frozenset(
-        {"head_activation", "adapter_size", "adapter_form", "adapter_scale", "prompt_tokens"}
+        {"head_activation", "adapter_size", "adapter_form", "adapter_scale", "prompt_tokens", "prefix_tokens"}
     )
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
@@ -134,6 +134,9 @@ class ModelConfig(Config):
 
     prompt_tokens: int = Field(default=0, ge=0)
     """Rows of the table of trained prompt vectors. Their token ids follow the vocabulary and are never predicted."""
+    prefix_tokens: int = Field(default=0, ge=0)
+    """Trained keys and values before every text, per layer of the stack that reads the tokens. Positions of texts start
+    after them."""
     adapter_size: int = Field(default=0, ge=0)
     """Width of the bottleneck adapters of each layer; 0 means none."""
     adapter_form: Literal["sequential", "parallel"] = "sequential"
@@ -189,6 +192,11 @@ class ModelConfig(Config):
     def head_kind(self) -> HeadKind:
         """Return the structure of the head's outputs, such as whether there is one output per token."""
         return HEAD_KINDS[self.head]
+
+    def of_stack(self, stack: str) -> ModelConfig:
+        """Return the config of the layers of a stack. The encoder of an encoder-decoder has no trained prefix."""
+        bare = self.prefix_tokens and self.encoder_layers and stack == "encoder"
+        return self.model_copy(update={"prefix_tokens": 0}) if bare else self
 
     def has_adapter(self, part: str) -> bool:
         """Return True if the sublayer `part` ("attn", "cross" or "mlp") of each layer has a bottleneck adapter."""

@@ -20,13 +20,13 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
     """
     D = cfg.d_model
     embed = (cfg.vocab_size + cfg.token_types + cfg.prompt_tokens) * D
-    embed += (cfg.max_seq_len + cfg.position_offset) * D if cfg.positions == "learned" else 0
+    embed += (cfg.max_seq_len + cfg.prefix_tokens + cfg.position_offset) * D if cfg.positions == "learned" else 0
     embed += _norm(cfg, D) if cfg.embed_norm else 0
     encoder = (cfg.encoder_layers or cfg.layers) if cfg.architecture != "decoder" else 0
     decoder = cfg.layers if cfg.architecture != "encoder" else 0
     out = {
         "embed": embed,
-        "encoder": _stack(cfg, encoder),
+        "encoder": _stack(cfg.of_stack("encoder"), encoder),
         "decoder": _stack(cfg, decoder, cross=cfg.encoder_layers > 0),
         "head": _head(cfg),
     }
@@ -51,6 +51,7 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
     causal = cfg.architecture != "encoder"
     local = sum(hf_config.local_layers(cfg, cfg.layers))
     pairs = length * (local * _seen(length, cfg.window, causal) + (cfg.layers - local) * _seen(length, 0, causal))
+    pairs += length * cfg.layers * cfg.prefix_tokens
     total += 2.0 * length * cfg.layers * _matrices(cfg)
     if cfg.encoder_layers:
         pairs += cfg.layers * length * source + cfg.encoder_layers * source * _seen(source, 0, causal=False)
@@ -118,11 +119,12 @@ def _stack(cfg: ModelConfig, layers: int, *, cross: bool = False) -> int:
     D, K = cfg.d_model, cfg.head_dim
     attention = (cfg.heads + 2 * cfg.kv_heads) * K if cfg.qkv_bias else 0
     attention += (D if cfg.out_bias else 0) + (2 * _norm(cfg, K) if cfg.qk_norm else 0)
+    prefix = 2 * cfg.prefix_tokens * cfg.kv_heads * K
     mlp = D + cfg.d_ff * (2 if cfg.gated else 1) if cfg.mlp_bias else 0
     sublayers = len(_sublayers(cross))
     mlp += _adapters(cfg, *_sublayers(cross)) * (D + cfg.adapter_size)
     norms = sublayers * _norm(cfg, D) * (2 if cfg.norm_position == "sandwich" else 1)
-    layer = _matrices(cfg, cross=cross) + (sublayers - 1) * attention + mlp + norms
+    layer = _matrices(cfg, cross=cross) + (sublayers - 1) * attention + prefix + mlp + norms
     beside = cfg.relative_buckets * cfg.heads if cfg.positions == "relative" else 0
     return layers * layer + beside + (0 if cfg.norm_position == "post" else _norm(cfg, D))
 

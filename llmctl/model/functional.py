@@ -158,9 +158,15 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
     """Check that the mesh fits the model.
 
     Raises:
-        RequestError: If the tensor axis does not divide the number of heads, or the pipeline axis that of layers.
+        RequestError: If the tensor axis does not divide the number of heads, or the pipeline axis that of layers, or
+            if the context axis splits the texts of a model with a trained prefix.
     """
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
+    if cfg.prefix_tokens and mesh.shape["context"] > 1:
+        raise RequestError(
+            f"mesh.context = {mesh.shape['context']}: devices that share a text do not exchange the trained prefix of "
+            "the model; use mesh.context = 1"
+        )
     for stack in stacks(cfg):
         if depth(cfg, stack) % pipeline:
             raise RequestError(
@@ -278,7 +284,7 @@ def block(
         The state after the layer, and the captured inputs [N, I] by path ("attn/q", "mlp/down", …).
     """
     layers = depth(cfg, stack)
-    module = Block(cfg, dtype, layers, crosses(cfg, stack))
+    module = Block(cfg.of_stack(stack), dtype, layers, crosses(cfg, stack))
     local = local_layers(cfg, layers)[index]
     (x, _), state = apply(module, {"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else [])
     tapped = weights.flatten(state.get("taps", {}))
@@ -297,7 +303,7 @@ def cached_block(
         The state after the layer, and the new cache.
     """
     layers = depth(cfg, stack)
-    module = Block(cfg, dtype, layers, crosses(cfg, stack))
+    module = Block(cfg.of_stack(stack), dtype, layers, crosses(cfg, stack))
     variables = {"params": layer, "cache": cache}
     (x, _), state = apply(
         module, variables, carry.x_BTD, carry.shared, local_layers(cfg, layers)[index], mutable=["cache"]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
     """Return the shape of a layer's cached keys or values: [B, G, S, K], without B and G if they are 1.
 
-    The products of `attention.attend` read this layout, so that XLA can update the cache in place. If the program
+    The products of `attention_xla.attend` read this layout, so that XLA can update the cache in place. If the program
     dropped an axis of size 1 between the update and the product, XLA's CPU backend would fuse the update and the
     product separately. It would then copy the cache at every step.
     """

@@ -210,7 +210,7 @@ class Embed(nn.Module):
         x = x if offset_BTD is None else x + offset_BTD.astype(self.dtype)
         x = x * jnp.asarray(cfg.embed_scale or cfg.d_model**0.5, self.dtype)
         if cfg.positions == "learned":
-            rows = cfg.max_seq_len + cfg.position_offset
+            rows = cfg.max_seq_len + cfg.prefix_tokens + cfg.position_offset
             x = x + table("positions", rows, None)(positions_BT + cfg.position_offset)
         if cfg.positions == "sinusoidal":
             x = x + positions.sinusoids(positions_BT, cfg.d_model).astype(self.dtype)

@@ -40,14 +40,23 @@ def add(
 ) -> Shared:
     """Return the shared inputs of a stack's layers, with the relative position bias [H, T, S] added.
 
+    If the model has a trained prefix, its bias [H, T, P] is added too. The P keys are at the positions before the text.
+
     For ring attention, which has no mask, the bias table [U, H] is added instead. Ring attention then computes the bias
     block by block.
     """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)
+
+    def bias(distance_TS: jax.Array) -> jax.Array:
+        return jnp.transpose(table_UH.astype(jnp.float32)[bucket_of(cfg, not causal, distance_TS)], (2, 0, 1))
+
     distance_TS = distances(shared.mask_BTS, slot, order_BT)
-    bias_TSH = table_UH.astype(jnp.float32)[bucket_of(cfg, not causal, distance_TS)]
-    return shared._replace(bias_HTS=jnp.transpose(bias_TSH, (2, 0, 1)))
+    shared = shared._replace(bias_HTS=bias(distance_TS))
+    if not cfg.prefix_tokens:
+        return shared
+    # The first key of the text is in column 0, and the prefix is before it.
+    return shared._replace(bias_HTP=bias(distance_TS[:, :1] + jnp.arange(-cfg.prefix_tokens, 0)))
 
 
 def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:

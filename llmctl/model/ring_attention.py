@@ -23,14 +23,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llmctl.distributed import context_parallel
 from llmctl.distributed import mesh as meshes
-from llmctl.model import attention
+from llmctl.model import attention_xla
 from llmctl.model.config import ModelConfig
 
 AXIS = "context"
 
 
 class Plan(NamedTuple):
-    """Store the static settings of ring attention."""
+    """Store the static settings of ring attention_xla."""
 
     mesh: Mesh
     causal: bool
@@ -104,7 +104,7 @@ def _forward(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> A
     numbers = PartitionSpec(*specs[0][:3])
     run = meshes.per_device(partial(_forward_here, plan), plan.mesh, specs, (specs[0], numbers))
     kept = (q, k, v, *run(q, k, v, about, table_UH))
-    q, k, v, y, top_BTH = (checkpoint_name(a, attention.KEPT) for a in kept)
+    q, k, v, y, top_BTH = (checkpoint_name(a, attention_xla.KEPT) for a in kept)
     return y, (q, k, v, about, table_UH, y, top_BTH)
 
 
@@ -129,12 +129,12 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
     here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     N = here.q.shape[-2]
     numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
-    seen = attention.Sums(jnp.zeros(here.q.shape, jnp.float32), numbers + attention.MASKED, numbers)
+    seen = attention_xla.Sums(jnp.zeros(here.q.shape, jnp.float32), numbers + attention_xla.MASKED, numbers)
 
-    def visit(seen: attention.Sums, block: Block, step: Any) -> attention.Sums:
+    def visit(seen: attention_xla.Sums, block: Block, step: Any) -> attention_xla.Sums:
         for a, b in here.pairs(step):
-            new = attention.sums(plan.softcap, *here.operands(a, b, block), *here.visible(a, b, block, step))
-            seen = jax.tree.map(partial(_put, a), seen, _merge(jax.tree.map(partial(_at, a), seen), new))
+            new = attention_xla.sums(plan.softcap, *here.operands(a, b, block), *here.visible(a, b, block, step))
+            seen = jax.tree.map(partial(_put, a), seen, attention_xla.merge(jax.tree.map(partial(_at, a), seen), new))
         return seen
 
     def ring_step(carry: Any, step: jax.Array) -> tuple[Any, None]:
@@ -160,13 +160,13 @@ def _backward_here(
     P, N = here.q.shape[0], here.q.shape[-2]
     d_y_PBGNK = _fold(d_y, P, here.q.shape[2])
     rows = (*here.q.shape[:3], N // here.length, here.length, 1)
-    top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, attention.share_of(d_y, y)))
+    top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, attention_xla.share_of(d_y, y)))
 
     def visit(d_q: jax.Array, d_table: Any, d_kv: Any, block: Block, step: Any) -> Any:
         for a, b in here.pairs(step):
             seen = (_at(a, top), 1.0, _at(a, share))
             visible = here.visible(a, b, block, step)
-            *new, d_scores = attention.pull(
+            *new, d_scores = attention_xla.pull(
                 plan.softcap, *here.operands(a, b, block), *visible, seen, _at(a, d_y_PBGNK), wide=True
             )
             d_q = _put(a, d_q, _at(a, d_q) + new[0])
@@ -263,16 +263,6 @@ class _Here:
 def _block(plan: Plan, k: jax.Array, v: jax.Array, segments_Bs: jax.Array) -> Block:
     P, G = 2 if plan.causal else 1, k.shape[2]
     return Block(_fold(k, P, G), _fold(v, P, G), _chunks(segments_Bs, P))
-
-
-def _merge(old: attention.Sums, new: attention.Sums) -> attention.Sums:
-    top = jnp.maximum(old.top, new.top)
-    values, total = jnp.zeros(()), jnp.zeros(())
-    for part in (old, new):
-        scale = jnp.exp(part.top - top)
-        values += part.values * scale.reshape(*part.values.shape[:-1], 1)
-        total += part.total * scale
-    return attention.Sums(values, top, total)
 
 
 def _at(chunk: Any, a: jax.Array) -> jax.Array:

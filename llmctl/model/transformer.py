@@ -18,7 +18,8 @@ from flax.core.scope import Scope
 from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
 from llmctl.model import attention_kernels, layer_states, pipeline_parallel, quantized_matmul, relative_bias, weights
-from llmctl.model.attention import KEPT, PROJECTED, Attention, Shared, local_layers, share, visible
+from llmctl.model.attention import PROJECTED, Attention, Shared, local_layers, share, visible
+from llmctl.model.attention_xla import KEPT
 from llmctl.model.bottleneck import Bottleneck
 from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Embed, FeedForward, LMHead, Norm, dropout
@@ -207,7 +208,8 @@ class Transformer(nn.Module):
         self.embed = Embed(cfg, self.dtype)
         common = {"dtype": self.dtype, "remat": self.remat, "train": self.train}
         if cfg.architecture != "decoder":
-            self.encoder = Stack(cfg, cfg.encoder_layers or cfg.layers, causal=False, **common)
+            own = cfg.of_stack("encoder")
+            self.encoder = Stack(own, cfg.encoder_layers or cfg.layers, causal=False, **common)
         if cfg.architecture != "encoder":
             self.decoder = Stack(cfg, cfg.layers, causal=True, cross=cfg.encoder_layers > 0, **common)
 
@@ -232,10 +234,11 @@ class Transformer(nn.Module):
         With a cache, `cached_segments` [B, S] and `slot` in the batch define the tokens' cache slots.
         """
         stack = self._last()
-        offset_BTD = batch.get("embedding_offset")
-        x = self.embed(batch["tokens"], batch["positions"], batch.get("types"), offset_BTD, self.train)
+        offset_BTD, prefix = batch.get("embedding_offset"), self.config.prefix_tokens
+        positions_BT = batch["positions"] + prefix if prefix else batch["positions"]
+        x = self.embed(batch["tokens"], positions_BT, batch.get("types"), offset_BTD, self.train)
         shared = stack.share(
-            batch["segments"], batch["positions"], batch.get("cached_segments"), batch.get("slot"), batch.get("order")
+            batch["segments"], positions_BT, batch.get("cached_segments"), batch.get("slot"), batch.get("order")
         )
         if not self.config.encoder_layers:
             return x, shared

@@ -109,7 +109,8 @@ def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
             found.append(Feed(f"{block}/mlp/up", (f"{block}/mlp/down",), linear))
         else:  # attention averages values, which is linear
             repeat = cfg.heads // cfg.kv_heads
-            found.append(Feed(f"{block}/{part}/v", (f"{block}/{part}/o",), True, repeat))
+            alone = part != "attn" or not cfg.of_stack(stack).prefix_tokens  # trained values are averaged as well
+            found.append(Feed(f"{block}/{part}/v", (f"{block}/{part}/o",), alone, repeat))
         if adapter and not beside:  # the residual stream gets its input as well
             found.append(Feed(_output(cfg, block, part), (f"{adapter}/reduce",), False))
         if adapter:  # only relu lets a positive factor pass
@@ -167,7 +168,9 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
     for part in ("attn", "cross") if crosses(cfg, stack) else ("attn",):
         tables = ("relative_bias/table",) if part == "attn" and cfg.positions == "relative" else ()
         heads = Units(f"{part}/heads", (f"{part}/q",), (f"{part}/o",), cfg.heads, cfg.head_dim, tables)
-        found += [heads, Units(f"{part}/groups", (f"{part}/k", f"{part}/v"), (), cfg.kv_heads, cfg.head_dim)]
+        prefix = ("attn/prefix",) if part == "attn" and cfg.of_stack(stack).prefix_tokens else ()
+        writers = (f"{part}/k", f"{part}/v", *prefix)
+        found += [heads, Units(f"{part}/groups", writers, (), cfg.kv_heads, cfg.head_dim)]
     neurons = ("mlp/gate", "mlp/up") if cfg.gated else ("mlp/up",)
     return [*found, Units("mlp/neurons", neurons, ("mlp/down",), cfg.d_ff, 1)]
 

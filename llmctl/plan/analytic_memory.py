@@ -162,7 +162,7 @@ def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
     rows = (
         model.token_types
         + model.prompt_tokens
-        + (model.max_seq_len + model.position_offset) * (model.positions == "learned")
+        + (model.max_seq_len + model.prefix_tokens + model.position_offset) * (model.positions == "learned")
     )
     pooled = model.pools
     squares = pooled + (model.head_kind.vocabulary and model.head_transform)

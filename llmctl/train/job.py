@@ -70,6 +70,9 @@ class Job:
     include them."""
     result: Callable[[Params, Params], Params] = lambda params, extra: params
     """Function (params, extra) -> the parameters that are validated and returned. By default these are `params`."""
+    trains_result: bool = False
+    """Whether the loss reads the parameters that `result` returns, so that extra parameters are trained through it. The
+    loss then does not receive the argument `extra`."""
     after_step: Callable[[State, jax.Array], State] | None = None
     """Function (state, step) -> state that is applied after the optimizer, as part of the compiled step. Examples are a
     pruning schedule and a rank budget. `state` contains "params" (by name, extra parameters as "extra/NAME"),

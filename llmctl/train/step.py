@@ -219,6 +219,8 @@ def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums
         arrays = named | rest
         params = jax.tree.unflatten(structure, [arrays[name] for name in order])
         extra: dict[str, Any] = {"extra": {name: named[EXTRA + name] for name in job.extra}} if job.extra else {}
+        if job.trains_result:
+            params = job.result(params, extra.pop("extra", {}))
         extra |= {"memory": memory} if job.reads_memory else {}
         with quantized_matmul.use(rules) if rules else contextlib.nullcontext():
             total, sums = job.loss(params, batch, key, *constants, **extra)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.model.attention import attend
+from llmctl.model.attention_xla import attend
 from llmctl.model.config import ModelConfig
 
 B, T, S, H, G, K = 2, 5, 7, 4, 2, 3

@@ -11,7 +11,8 @@ from llmctl.config.settings import MeshConfig
 from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
 from llmctl.model import attention_kernels, functional
-from llmctl.model.attention import attend, share
+from llmctl.model.attention import share
+from llmctl.model.attention_xla import attend
 from llmctl.model.config import ModelConfig
 
 SIZES = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "d_ff": 32, "vocab_size": 64}

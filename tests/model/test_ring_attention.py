@@ -11,7 +11,8 @@ from llmctl.config.settings import MeshConfig
 from llmctl.distributed import context_parallel
 from llmctl.distributed import mesh as meshes
 from llmctl.model import ring_attention
-from llmctl.model.attention import attend, distances, share, visible
+from llmctl.model.attention import distances, share, visible
+from llmctl.model.attention_xla import attend
 from llmctl.model.config import ModelConfig
 from llmctl.model.relative_bias import bucket_of
 

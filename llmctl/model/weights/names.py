@@ -87,6 +87,11 @@ class Name(NamedTuple):
         return self.path == f"{EMBED}/prompt"
 
     @property
+    def prefix(self) -> bool:
+        """Return True for the trained keys and values before every text."""
+        return self.stacked and self.module == "attn/prefix"
+
+    @property
     def task_head(self) -> bool:
         """Return True for all parameters of a task head. The language-model head is not a task head."""
         return self.path.startswith(f"{HEAD}/")

@@ -20,7 +20,14 @@ from llmctl.evaluate.tasks.registry import TASKS, finetuned
 from llmctl.evaluate.tasks.settings import ChatConfig, GenerationConfig, PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
 from llmctl.train.adapters.registry import METHODS, stray
-from llmctl.train.adapters.settings import AdaLoraConfig, HoulsbyConfig, LoraConfig, PromptConfig, TrainedConfig
+from llmctl.train.adapters.settings import (
+    AdaLoraConfig,
+    HoulsbyConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    TrainedConfig,
+)
 from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ class Config(StageConfig):
     added: ClassVar[frozenset[str]] = frozenset(
         {
             "adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "prompt",
-            "regularize", "store", "trained",
+            "prefix", "regularize", "store", "trained",
         }
     )  # fmt: skip
 
@@ -65,8 +72,9 @@ class Config(StageConfig):
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
-    share a budget of ranks. houlsby: bottleneck adapters in the layers. prompt: vectors before every text. ia3: factors
-    of keys, values and inner activations. bitfit: biases. head: nothing else."""
+    share a budget of ranks. houlsby: bottleneck adapters in the layers. prompt: vectors before every text. prefix: keys
+    and values before every text in each layer. ia3: factors of keys, values and inner activations. bitfit: biases.
+    head: nothing else."""
     lora: LoraConfig = LoraConfig()
     """Settings of the methods lora, dora and adalora."""
     adalora: AdaLoraConfig = AdaLoraConfig()
@@ -75,6 +83,8 @@ class Config(StageConfig):
     """Settings of method houlsby."""
     prompt: PromptConfig = PromptConfig()
     """Settings of method prompt."""
+    prefix: PrefixConfig = PrefixConfig()
+    """Settings of method prefix."""
     merge: bool = True
     """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
     store: Literal["model", "adapter"] = "model"

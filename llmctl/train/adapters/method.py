@@ -115,6 +115,10 @@ class Method:
         adapters = weights.adapter_names(params)
         return lambda name: name in adapters or weights.parse(name).task_head
 
+    def trains_extra(self, config: Any) -> bool:
+        """Return whether the method trains arrays that are not in the model: `Job.extra` in the result of `during`."""
+        return False
+
     def rate(self, config: Any, name: str) -> float:
         """Return the factor on the learning rate of a trained array, by default 1."""
         return 1.0

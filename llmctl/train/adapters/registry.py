@@ -21,6 +21,7 @@ METHODS: Registry[Method] = Registry(
         "adalora": "llmctl.train.adapters.adalora:METHOD",
         "houlsby": "llmctl.train.adapters.houlsby:METHOD",
         "prompt": "llmctl.train.adapters.prompt:METHOD",
+        "prefix": "llmctl.train.adapters.prefix:METHOD",
         "ia3": "llmctl.train.adapters.ia3:METHOD",
         "bitfit": "llmctl.train.adapters.bitfit:METHOD",
         "head": "llmctl.train.adapters.head:METHOD",

@@ -61,7 +61,7 @@ def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) 
             factor = factor * (settings.layer_decay ** levels.get(name, LEVEL_0)).astype("float32")
         return factor * settings.head_rate if weights.parse(name).task_head else factor
 
-    if not any(trains(name) for name in levels):
+    if not any(trains(name) for name in levels) and not method.trains_extra(config):
         raise RequestError("trained: nothing is left to train; leave out trained.last_layers or trained.patterns")
     return {"trains": trains, "rate": rate, "frozen_layers": config.freeze_layers}
 

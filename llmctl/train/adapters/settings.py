@@ -89,6 +89,20 @@ class PromptConfig(Settings):
     """Start of the vectors: embeddings of tokens sampled from the vocabulary, or uniform in [-0.5, 0.5]."""
 
 
+class PrefixConfig(Settings):
+    """Set the number and the start of trained keys and values (method prefix)."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+
+    tokens: int = Field(default=20, ge=1)
+    """Number of trained keys and values before every text, per layer. Texts begin at this position."""
+    projection: int = Field(default=0, ge=0)
+    """Inner width of a two-layer network that computes all keys and values from trained vectors during training. The
+    artifact holds its outputs only. 0 trains the keys and values themselves."""
+    deviation: float = Field(default=0.02, gt=0)
+    """Standard deviation of new keys and values. PEFT's is 1. It has no effect with a projection."""
+
+
 class TrainedConfig(Settings):
     """Set which parameters are trained, how fast, and from which step."""
 

@@ -35,6 +35,8 @@ VARIANTS = {
     "original": {"encoder_layers": 2, "kv_heads": 4, "tied": False},
     "t5-v1.1": {"preset": "t5-v1.1-tiny", "encoder_layers": 2},
     "relative": {"positions": "relative"},
+    "prefix": WINDOW | {"prefix_tokens": 3, "positions": "learned"},
+    "t5-prefix": {"preset": "t5-v1.1-tiny", "encoder_layers": 2, "prefix_tokens": 3},
 }
 """What a tiny model of a family needs (windows that roll within 64 tokens), and what no family has."""
 PROMPTS = [[2, 5, 9], [2, 7, 7, 7, 30, 41, 1, 8, 19], [3]]

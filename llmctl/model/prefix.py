@@ -1,0 +1,41 @@
+"""Define the trained prefix: keys and values that every text attends to before its own (prefix tuning).
+
+(Li and Liang, 2021, arXiv:2101.00190). Each layer of the stack that reads the tokens has P of each, for self-attention.
+Every token sees all of them, also in layers with a sliding window. The keys have no rotary positions and no norm. The
+text begins at position P. This is the form of the library PEFT.
+
+Shapes: B batch, P trained keys, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.config import ModelConfig
+
+DEVIATION = 0.02
+"""Standard deviation of new keys and values."""
+
+
+class Prefix(nn.Module):
+    """Hold the trained keys and values of one layer, [P, G * K] each."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Return the keys and the values for a batch of `rows` rows, each [B, P, G, K]."""
+        cfg = self.config
+        P, G, K = cfg.prefix_tokens, cfg.kv_heads, cfg.head_dim
+
+        def part(name: str) -> jax.Array:
+            init = nn.with_logical_partitioning(nn.initializers.normal(DEVIATION), (None, "kv_heads"))
+            w = self.param(name, init, (P, G * K), unbox=True)
+            return jnp.broadcast_to(w.astype(self.dtype).reshape(P, G, K), (rows, P, G, K))
+
+        return part("k"), part("v")

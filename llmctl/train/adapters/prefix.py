@@ -1,0 +1,185 @@
+"""Train keys and values that every text attends to before its own (prefix tuning; Li and Liang, 2021).
+
+(arXiv:2101.00190)
+
+The vectors are `attn/prefix/k` and `attn/prefix/v` of every layer in the stack that reads the tokens: all layers of a
+decoder or an encoder, and the decoder's of an encoder-decoder. They are part of the network: ModelConfig has their
+number. The other parameters are frozen, and may be quantized.
+
+With `prefix.projection`, a network of two layers computes all vectors from trained embeddings, which trains more
+steadily. It exists in training only, as extra parameters of the job (`Job.extra`).
+
+Shapes: P vectors per layer, L layers, W = G * K width of all key heads, H inner width of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config.errors import RequestError
+from llmctl.train.adapters.method import Method, Params
+
+if TYPE_CHECKING:
+    import jax
+
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.config import ModelConfig
+
+PROJECTION = 2
+"""Number that is folded into the stage's key to get the random key of the projection."""
+
+
+class Prefix(Method):
+    """Train the prefix and the task's head."""
+
+    name = "prefix"
+    settings = ("prefix",)
+
+    def check(self, config: Any, base: Artifact) -> None:
+        """Check that no layer is frozen, that texts still fit, and that a projection starts from a new prefix.
+
+        Raises:
+          RequestError: as above, and in the cases of Method.check.
+        """
+        super().check(config, base)
+        settings, model, trained = config.prefix, base.model, config.trained
+        given = [f"trained.{name}" for name in ("last_layers", "unfreeze_every") if getattr(trained, name)]
+        if config.freeze_layers:
+            given.append("freeze_layers")
+        if given:
+            raise RequestError(f"{given[0]}: not for method 'prefix', whose vectors in frozen layers would stay random")
+        if settings.projection and settings.deviation != type(settings)().deviation:
+            raise RequestError("prefix.deviation: has no effect with prefix.projection; leave out one of the two")
+        if settings.projection and model.prefix_tokens:
+            raise RequestError(
+                f"prefix.projection: {base.path} has a trained prefix, from which a projection cannot start; leave "
+                "prefix.projection out"
+            )
+        room = self.network(config, model).max_seq_len
+        if config.train.seq_len > room:
+            raise RequestError(
+                f"prefix.tokens = {settings.tokens:,}: leaves {max(room, 0):,} of the {model.max_seq_len:,} positions "
+                f"of {base.path} for texts, and train.seq_len = {config.train.seq_len:,}"
+            )
+
+    def network(self, config: Any, model: ModelConfig) -> ModelConfig:
+        """Return the config of the network with the prefix. A prefix of the parent is trained further.
+
+        The prefix takes the first positions, so texts have fewer, except with relative positions.
+
+        Raises:
+          RequestError: the parent's prefix has another length.
+        """
+        tokens = config.prefix.tokens
+        if model.prefix_tokens == tokens:
+            return model
+        if model.prefix_tokens:
+            raise RequestError(
+                f"prefix.tokens = {tokens:,}: the parent has a trained prefix of {model.prefix_tokens:,} tokens, which "
+                "these settings must repeat"
+            )
+        unbounded = model.positions in ("relative", "none")
+        room = model.max_seq_len - (0 if unbounded else tokens)
+        return model.model_copy(update={"prefix_tokens": tokens, "max_seq_len": room})
+
+    def attach(
+        self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
+    ) -> Params:
+        """Return the parameters with a new prefix if the parent has none, sharded over `mesh`."""
+        import jax
+
+        from llmctl.model import functional, weights
+
+        shapes = weights.flatten(functional.abstract(model))
+        missing = sorted(shapes.keys() - weights.flatten(params).keys())
+        if not missing:
+            return params
+        layout = weights.flatten(functional.shardings(model, functional.abstract(model), mesh))
+
+        def fresh(key: jax.Array) -> dict[str, Any]:
+            keys = jax.random.split(key, len(missing))
+            return {
+                path: config.prefix.deviation * jax.random.normal(k, shapes[path].shape)
+                for path, k in zip(missing, keys, strict=True)
+            }
+
+        new = jax.jit(fresh, out_shardings={path: layout[path] for path in missing})(key)
+        return weights.updated(params, new)
+
+    def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
+        """Return a function from an array's name to whether it is trained: the prefix and the task's head.
+
+        With a projection, the prefix is computed, so its network is trained instead.
+        """
+        from llmctl.model import weights
+
+        own = not config.prefix.projection
+        return lambda name: (own and weights.parse(name).prefix) or weights.parse(name).task_head
+
+    def trains_extra(self, config: Any) -> bool:
+        """Return whether a projection is trained."""
+        return config.prefix.projection > 0
+
+    def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
+        """Return the fields of a Job that train the projection, if there is one."""
+        if not config.prefix.projection:
+            return {}
+        return {"extra": projection(config, params), "result": projected, "trains_result": True}
+
+
+def projection(config: Any, params: Params) -> dict[str, jax.Array]:
+    """Return the initial parameters of the projection, replicated, by name. They are abstract if `params` is.
+
+    `embedding` [P, W] is normally distributed. `first` [W, H] and `last` [H, 2 * L * W] and their biases are uniform,
+    as the linear layers of torch.
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    k_LPW, _ = vectors(params).values()
+    (L, P, W), H = k_LPW.shape, config.prefix.projection
+    key = jax.random.fold_in(jax.random.key(config.seed), PROJECTION)
+
+    def fresh() -> dict[str, jax.Array]:
+        first, last, *keys = jax.random.split(key, 5)
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], inputs: int) -> jax.Array:
+            return jax.random.uniform(key, shape, minval=-(inputs**-0.5), maxval=inputs**-0.5)
+
+        return {
+            "embedding": jax.random.normal(keys[0], (P, W)),
+            "first": uniform(first, (W, H), W),
+            "first_bias": uniform(keys[1], (H,), W),
+            "last": uniform(last, (H, 2 * L * W), H),
+            "last_bias": uniform(keys[2], (2 * L * W,), H),
+        }
+
+    replicated = NamedSharding(k_LPW.sharding.mesh, PartitionSpec())
+    if isinstance(k_LPW, jax.ShapeDtypeStruct):
+        return jax.tree.map(lambda a: a.update(sharding=replicated), jax.eval_shape(fresh))
+    return jax.jit(fresh, out_shardings=replicated)()
+
+
+def projected(params: Params, extra: Params) -> Params:
+    """Return the parameters with the prefix that the projection computes."""
+    import jax.numpy as jnp
+
+    from llmctl.model import weights
+
+    found = vectors(params)
+    L, P, W = next(iter(found.values())).shape
+    inner_PH = jnp.tanh(extra["embedding"] @ extra["first"] + extra["first_bias"])
+    out_PLSW = (inner_PH @ extra["last"] + extra["last_bias"]).reshape(P, L, 2, W)
+    both = {path: out_PLSW[:, :, i].swapaxes(0, 1) for i, path in enumerate(found)}
+    return weights.updated(params, both)
+
+
+def vectors(params: Params) -> dict[str, jax.Array]:
+    """Return the keys and the values [L, P, W] of the prefix, by path and in this order."""
+    from llmctl.model import weights
+
+    return {path: w for path, w in sorted(weights.flatten(params).items()) if weights.parse(path).prefix}
+
+
+METHOD = Prefix()
