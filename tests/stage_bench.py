@@ -8,7 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from stage_pairs import ADAPTER, MORE, PROMPT, QUANTIZE, SIZES, State, after, task
+from stage_pairs import ADAPTER, MORE, PREFIX, PROMPT, QUANTIZE, SIZES, State, after, task
 
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.artifact import Artifact
@@ -131,6 +131,8 @@ class Bench:
                 how = {"method": "houlsby", "houlsby": finetune.HoulsbyConfig(size=ADAPTER)}
             if operation == "prompt":
                 how = {"method": "prompt", "prompt": finetune.PromptConfig(tokens=PROMPT)}
+            if operation == "prefix":
+                how = {"method": "prefix", "prefix": finetune.PrefixConfig(tokens=PREFIX)}
             module, config = finetune, finetune.Config(task=task(operation, parent.state), **how, **learns)
         ctx.work.mkdir(parents=True)
         module.run(config, parent.path, ctx)
@@ -170,8 +172,8 @@ def state(found: Artifact, base: Path | None) -> State:
     return State(
         model.family, model.head, model.architecture, model.layers, model.heads, model.kv_heads, model.d_ff,
         "".join(kinds), pairs, artifact.read_manifest(base).model.head if pairs and base else "",
-        adapter=model.adapter_size, prompt=model.prompt_tokens, pruned=found.manifest.pruned,
-        sparsity=zeros.sparsity(found.params),
+        adapter=model.adapter_size, prompt=model.prompt_tokens, prefix=model.prefix_tokens,
+        pruned=found.manifest.pruned, sparsity=zeros.sparsity(found.params),
     )  # fmt: skip
 
 

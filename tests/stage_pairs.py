@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-FINETUNE = ("finetune", "LoRA merged", "LoRA apart", "houlsby", "prompt")
+FINETUNE = ("finetune", "LoRA merged", "LoRA apart", "houlsby", "prompt", "prefix")
 SCORES = ("magnitude", "wanda 2:4")
 PRUNE = (*SCORES, "structured", "depth")
 QUANTIZE = ("int8", "int4", "W8A8")
 OPERATIONS = ("pretrain", *FINETUNE, *PRUNE, "distill", *QUANTIZE, "export and import")
-ADAPTER, PROMPT = 8, 3
+ADAPTER, PROMPT, PREFIX = 8, 3, 2
 FAMILIES = ("llama", "bert", "t5")
 
 SIZES = {"d_model": 16, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 4, "d_ff": 16, "max_seq_len": 32}
@@ -41,6 +41,8 @@ class State:
     """Width of the bottleneck adapters."""
     prompt: int = 0
     """Length of the trained prompt."""
+    prefix: int = 0
+    """Number of trained keys and values before every text."""
     pruned: bool = False
     sparsity: float = 0.0
     """Share of zeros in the layers' matrices."""
@@ -65,6 +67,7 @@ def after(operation: str, s: State) -> State:
             new = replace(new, architecture="encoder")
         new = replace(new, adapter=ADAPTER) if operation == "houlsby" else new
         new = replace(new, prompt=PROMPT) if operation == "prompt" else new
+        new = replace(new, prefix=PREFIX) if operation == "prefix" else new
         return replace(new, pairs=True, base_head=s.head) if operation == "LoRA apart" else new
     if operation == "export and import":  # pairs travel as an adapter; everything else as dense weights
         return s if s.pairs else replace(s, integers="", imported=True)
@@ -122,6 +125,8 @@ RULES = (
     Rule("one layer", ("depth",), lambda s: s.layers == 1, "nothing would be removed", ""),
     Rule("a trained prompt", ("export and import",), lambda s: s.prompt > 0, "has a trained prompt",
          "no other format holds it"),
+    Rule("a trained prefix", ("export and import",), lambda s: s.prefix > 0, "has a trained prefix",
+         "no other format holds it"),
     Rule("bottleneck adapters", ("export and import",), lambda s: s.adapter > 0, "has bottleneck adapters",
          "no other format holds them"),
     Rule("a T5 with a task's head", ("export and import",), lambda s: s.family == "t5" and s.head != "lm",
@@ -146,7 +151,7 @@ def refusal(operation: str, s: State) -> Rule | None:
 
 GROUPS = {
     "pretrain": ("pretrain",), "finetune": ("finetune",), "LoRA": ("LoRA merged",), "unmerged LoRA": ("LoRA apart",),
-    "bottleneck adapters": ("houlsby",), "prompt tuning": ("prompt",),
+    "bottleneck adapters": ("houlsby",), "prompt tuning": ("prompt",), "prefix tuning": ("prefix",),
     "prune by score": SCORES, "prune parts": ("structured", "depth"), "distill": ("distill",),
     "quantize": QUANTIZE, "export, import": ("export and import",),
 }  # fmt: skip

@@ -43,8 +43,8 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
     """Return the Bridge and the Head that convert a model to the Hugging Face format.
 
     Raises:
-        RequestError: If the model has bottleneck adapters or a trained prompt, or the family has no Hugging Face
-            counterpart, or the counterpart has no class for the model's head.
+        RequestError: If the model has bottleneck adapters, a trained prompt or a trained prefix, or the family has no
+            Hugging Face counterpart, or the counterpart has no class for the model's head.
     """
     if model.prompt_tokens:
         raise RequestError(

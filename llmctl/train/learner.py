@@ -56,8 +56,9 @@ class Learner:
     """Names of the classes."""
     job_fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the `llmctl.train.job.Job` that the stage sets, by name."""
-    step_fields: Callable[[int], dict[str, Any]] = lambda _: {}
-    """Function that returns fields of the `llmctl.train.job.Job` that depend on the number of training steps."""
+    step_fields: Callable[[dict[str, Any], int], dict[str, Any]] = lambda params, steps: {}
+    """Function (initial parameters, number of training steps) -> fields of the `llmctl.train.job.Job` that depend on
+    them, by name."""
     adapt_job: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
     """Function (job, number of steps) -> the job to run. It may, for example, replace the loss. By default it is the
     same job."""
@@ -99,7 +100,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
         rows=rows,
         validate=validate,
         **learner.job_fields,
-        **learner.step_fields(steps),
+        **learner.step_fields(learner.params, steps),
     )
     return learner.adapt_job(made, steps)
 

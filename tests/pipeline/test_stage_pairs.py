@@ -18,7 +18,7 @@ REPRESENTATIVE = (
         *("depth", "int4", "LoRA apart", "export and import"),
     ),
     ("llama", "export and import", "magnitude", "int8", "export and import"),
-    ("llama", "export and import", "W8A8", "magnitude", "houlsby", "prompt", "depth"),
+    ("llama", "export and import", "W8A8", "magnitude", "houlsby", "prompt", "prefix", "depth"),
 )
 """Chains that are done, in which every operation is the first of a pair and the second of one."""
 CHAINS, LONG = 200, 4

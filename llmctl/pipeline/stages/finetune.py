@@ -311,6 +311,6 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
             )
     made = learner.Learner(
         model, params, task, config.dropout, temperature=config.temperature, settings=settings, labels=labels,
-        job_fields=fields, step_fields=partial(selection.during, config, method, model, params),
+        job_fields=fields, step_fields=partial(selection.during, config, method, model),
     )  # fmt: skip
     return robust_job.attached(config, made, counts)

@@ -56,6 +56,7 @@ MOVED = {
     "head": lambda name: False,
     "bitfit": lambda name: name.bias,
     "prompt": lambda name: False,
+    "prefix": lambda name: False,
     "houlsby": lambda name: name.stacked and name.norm,
     "ia3": lambda name: (
         name.module in ("attn/k", "attn/v", "mlp/down") and name.leaf == "kernel"
@@ -77,6 +78,7 @@ def test_every_method_is_a_whole_stage(method, artifacts, reviews, tmp_path):
     sections = {"lora": LORA} if method in ("lora", "dora", "adalora") else {}
     sections |= {"houlsby": {"size": 4}} if method == "houlsby" else {}
     sections |= {"prompt": {"tokens": 3}} if method == "prompt" else {}
+    sections |= {"prefix": {"tokens": 3, "projection": 4}} if method == "prefix" else {}
     train = TRAIN.model_copy(update={"steps": 6, "eval_every": 0})
     made = go(config(reviews, method=method, train=train, pooling="mean", **sections), artifacts / "encoder", tmp_path)
     assert made.manifest.metrics["validation_accuracy"] > 0 and not weights.adapted(made.params)
@@ -85,8 +87,9 @@ def test_every_method_is_a_whole_stage(method, artifacts, reviews, tmp_path):
     moved = {n for n in shared if not np.array_equal(before[n], after[n])}
     assert moved == {n for n in shared if MOVED[method](weights.parse(n))}
     new = {n for n in after.keys() - before.keys() if not n.startswith("head/")}
-    assert new == {n for n in after if weights.parse(n).bottleneck or weights.parse(n).prompt}
-    assert bool(new) is (method in ("houlsby", "prompt")) and all(np.asarray(after[n]).any() for n in new)
+    parsed = {n: weights.parse(n) for n in after}
+    assert new == {n for n, name in parsed.items() if name.bottleneck or name.prompt or name.prefix}
+    assert bool(new) is (method in ("houlsby", "prompt", "prefix")) and all(np.asarray(after[n]).any() for n in new)
 
 
 @pytest.mark.slow

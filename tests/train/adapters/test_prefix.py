@@ -99,6 +99,10 @@ def test_the_projection_is_that_of_peft_and_trains_alone():
     fields = selection.job_fields(config, METHOD, wide, params)
     assert not any(fields["trains"](n) for n in weights.arrays(params))
     fields = selection.during(config, METHOD, wide, params, 10)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params)
+    abstract = prefix.projection(config, shapes)  # for `plan`
+    assert {n: a.shape for n, a in abstract.items()} == {n: a.shape for n, a in extra.items()}
+    assert all(a.sharding.is_fully_replicated for a in abstract.values())
     assert fields["trains_result"] and fields["extra"].keys() == extra.keys()
 
 
