@@ -155,7 +155,8 @@ def projection(config: Any, params: Params) -> dict[str, jax.Array]:
             "last_bias": uniform(keys[2], (2 * L * W,), H),
         }
 
-    replicated = NamedSharding(k_LPW.sharding.mesh, PartitionSpec())
+    placed: Any = k_LPW.sharding
+    replicated = NamedSharding(placed.mesh, PartitionSpec())
     if isinstance(k_LPW, jax.ShapeDtypeStruct):
         return jax.tree.map(lambda a: a.update(sharding=replicated), jax.eval_shape(fresh))
     return jax.jit(fresh, out_shardings=replicated)()
