@@ -27,6 +27,7 @@ def abstract_result(
     base: Artifact | None = None,
     labels: list[str] | None = None,
     task: str | None = None,
+    generation: dict[str, Any] | None = None,
     pruned: bool | None = None,
 ) -> Artifact:
     """Return the artifact that a stage would save, with abstract arrays and without digests.
@@ -38,6 +39,7 @@ def abstract_result(
         base: Parent artifact, if there is one.
         labels: Class names; None uses those of `base`.
         task: Name of the task; None uses that of `base`.
+        generation: Settings of generated answers; None uses those of `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
     """
     before = base.manifest if base else None
@@ -51,6 +53,7 @@ def abstract_result(
         model=model,
         labels=(before.labels if before else []) if labels is None else labels,
         task=(before.task if before else "") if task is None else task,
+        generation=artifact.generation_settings(before) if generation is None else generation,
         parameters=parameters,
         bytes=bytes_of(params, whole=True),
         sparsity=0.0,

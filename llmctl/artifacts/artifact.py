@@ -32,7 +32,7 @@ from llmctl.artifacts.manifest import (
     read_manifest,
     write_manifest,
 )
-from llmctl.artifacts.saving import check_output, plain, save, text_settings, versions
+from llmctl.artifacts.saving import check_output, generation_settings, plain, save, text_settings, versions
 from llmctl.config import limits
 from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
@@ -47,6 +47,7 @@ __all__ = [
     "Parent",
     "abstract",
     "check_output",
+    "generation_settings",
     "load",
     "load_each",
     "read_manifest",

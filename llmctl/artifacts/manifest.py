@@ -44,7 +44,7 @@ ADAPTER_FORMAT = 2
 NAME = "manifest.json"
 CONTENT = (
     *("family", "model", "labels", "task", "fitted", "pruned", "nonfinite", "digest", "tokenizer", "seq_len"),
-    *("truncate", "weights", "base"),
+    *("truncate", "generation", "weights", "base"),
 )
 """Manifest fields that can change predictions, or the result of a later stage. The content digest covers them."""
 TOKENIZER = "tokenizer"
@@ -157,6 +157,8 @@ class Manifest(BaseModel):
     """Sequence length in training, in tokens; 0 if unknown."""
     truncate: Literal["", "tail", "head_tail"] = ""
     """Truncation of long texts in training; empty if unknown."""
+    generation: dict[str, Any] = {}
+    """Settings of generated answers that the model was finetuned with; empty if its task generates none."""
     weights: dict[str, dict[str, Any]] = {}
     """Node type, dtypes and shapes of each weight by path, as returned by `llmctl.model.weights.describe`."""
     base: Base | None = None

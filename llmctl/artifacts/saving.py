@@ -75,6 +75,7 @@ def save(
     labels: list[str] | None = None,
     task: str | None = None,
     fitted: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     tokenizer_dir: Path | None = None,
     log: Path | None = None,
@@ -99,6 +100,7 @@ def save(
         labels: Class names.
         task: Name of the task; by default the parent's, if it has the same head.
         fitted: Values that the task fitted on validation data; by default the parent's, if it has the same head.
+        generation: Settings of generated answers; by default the parent's, if it has the same head.
         metrics: Measured metrics.
         tokenizer_dir: Tokenizer folder to copy.
         log: Log file to copy.
@@ -149,6 +151,7 @@ def save(
             task=(like.task if like else "") if task is None else task,
             fitted=(like.fitted if like else {}) if fitted is None else fitted,
             fitted_for=(like.fitted_for or like.name) if like and like.fitted and fitted is None else "",
+            generation=generation_settings(like) if generation is None else generation,
             bytes=size(draft / "params"),
             parent=parent.as_parent() if parent else None,
             tokenizer=tokenizers.load(tokenizer_dir).digest if tokenizer_dir else "",
@@ -205,6 +208,16 @@ def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[st
         "seq_len": config.get("train", {}).get("seq_len") or (parent.seq_len if parent else 0),
         "truncate": config.get("truncate") or (parent.truncate if parent else ""),
     }
+
+
+def generation_settings(manifest: Manifest | None) -> dict[str, Any]:
+    """Return the settings of generated answers that an artifact was finetuned with; {} if there are none.
+
+    An older llmctl recorded them only in the config of the finetuning stage.
+    """
+    if manifest is None:
+        return {}
+    return manifest.generation or manifest.config.get("generation", {})
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from llmctl.model.program import Pass, Program
 def scoring(
     config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh
 ) -> list[Program]:
-    """Return the programs that evaluate one artifact, one per task. A program scores one batch.
+    """Return the programs that evaluate one artifact: per task, one that scores a batch, and those of its answers.
 
     If speed is measured, the parameters of all artifacts are in memory at the same time.
 
@@ -39,14 +39,19 @@ def scoring(
         mesh: The device mesh.
     """
     tasks = [TASKS[task] for task in config.tasks] or [of(chosen[name].manifest)]
-    return [_program(config, data, name, chosen, mesh, task) for task in tasks]
+    setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
+    programs = []
+    for task in tasks:
+        programs.append(_program(config, data, name, chosen, setup, task))
+        sizes = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}
+        programs += task.generation_programs(chosen[name].model, chosen[name].params, setup.generation, mesh, **sizes)
+    return programs
 
 
 def _program(
-    config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh, task: Task
+    config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], setup: Setup, task: Task
 ) -> Program:
-    model, params = chosen[name].model, chosen[name].params
-    setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
+    model, params, mesh = chosen[name].model, chosen[name].params, setup.mesh
     task.check_model(model, name)
     step, batch = task.scorer(model, setup.dtype), _batch(data, task, model, setup)
     tokens = sum(a.size for key, a in batch.items() if key in ("tokens", "encoder_tokens"))

@@ -58,7 +58,7 @@ def results(
         for task in asked[name]:
             task.check_model(manifest.model, str(chosen[name]))
             check_metrics(config.metrics, task, str(chosen[name]))
-    if _set(config) and not any(task.section == "generation" for tasks in asked.values() for task in tasks):
+    if _set(config) and not any(task.generates for tasks in asked.values() for task in tasks):
         given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}))
         raise RequestError(f"generation: not for task {given}; only task seq2seq generates answers")
     setups = {name: setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
@@ -159,7 +159,7 @@ def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> 
 def _generation(config: MeasureConfig, manifest: Manifest) -> GenerationConfig:
     """Return the settings of generated answers: those that the evaluation sets, and the others of training."""
     fields = GenerationConfig.model_fields
-    trained = {k: v for k, v in manifest.config.get("generation", {}).items() if k in fields}
+    trained = {k: v for k, v in artifact.generation_settings(manifest).items() if k in fields}
     return GenerationConfig(**{**trained, **{k: getattr(config.generation, k) for k in _set(config)}})
 
 

@@ -58,15 +58,7 @@ class Writer:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.batch_size, self.dtype, self.ends = batch_size, dtype, list(ends) or [tokenizer.eos_id]
         self.encoded = model.architecture == "encoder_decoder"
-        self.max_new = settings.max_new or min(64, model.max_seq_len // 2)
-        """Maximum number of tokens per answer."""
-        if self.max_new >= model.max_seq_len:
-            raise RequestError(
-                f"generation.max_new: {settings.max_new} new tokens leave no room within the model's longest sequence "
-                f"({model.max_seq_len})"
-            )
-        self.room = min(seq_len, model.max_seq_len - (0 if self.encoded else self.max_new))
-        """Maximum number of tokens of a prompt."""
+        self.room, self.max_new = lengths(model, settings, seq_len)
         self.cut = 0
         """Number of prompts of the last call that were truncated."""
         self._decoder: Decoder | None = None
@@ -134,6 +126,26 @@ class Writer:
         if not all(row.prompt_ids for row in rows):
             raise RequestError("a prompt is empty, and this tokenizer has no token to begin with; drop such rows")
         return rows
+
+
+def lengths(model: ModelConfig, settings: GenerationConfig, seq_len: int) -> tuple[int, int]:
+    """Return the maximum number of tokens of a prompt, and of an answer.
+
+    Args:
+        model: Config of the model.
+        settings: Length of the answers.
+        seq_len: Maximum number of tokens per prompt.
+
+    Raises:
+        RequestError: If the answers leave no room for a prompt within the model's maximum sequence length.
+    """
+    max_new = settings.max_new or min(64, model.max_seq_len // 2)
+    if max_new >= model.max_seq_len:
+        raise RequestError(
+            f"generation.max_new: {settings.max_new} new tokens leave no room within the model's longest sequence "
+            f"({model.max_seq_len})"
+        )
+    return min(seq_len, model.max_seq_len - (max_new if model.architecture == "decoder" else 0)), max_new
 
 
 def _on(device: Any, a: jax.Array) -> jax.Array:

@@ -61,6 +61,21 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
     )
 
 
+def beside(step: Program, program: Program) -> Program:
+    """Return a program that runs in validation while the arrays of a training step stay in memory.
+
+    Args:
+        step: The training step.
+        program: The program of validation.
+    """
+    return replace(
+        program,
+        parameters=[program.parameters, step.parameters],
+        optimizer=step.optimizer,
+        beside=[step.parameters, step.optimizer],
+    )
+
+
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
     """Return the learner that `build` makes from an artifact, with abstract arrays. `build` is only traced, so that
     nothing is computed.

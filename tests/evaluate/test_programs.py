@@ -14,7 +14,7 @@ from llmctl.model.config import ModelConfig
 def test_every_task_of_an_artifact_has_a_program():
     sizes = {"d_model": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "max_seq_len": 32}
     cfg = ModelConfig(preset="bert-tiny", vocab_size=300, **sizes)
-    manifest = SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={})
+    manifest = SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={})
     chosen = {"a": SimpleNamespace(model=cfg, params=functional.abstract(cfg), manifest=manifest)}
     config = MeasureConfig(tasks=["masked", "next_sentence"], batch_size=2)
     found = programs.scoring(config, DataConfig(), "a", chosen, meshes.make(MeshConfig()))  # pyright: ignore[reportArgumentType]

@@ -9,19 +9,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from jax.sharding import Mesh
+
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.settings import TrainConfig
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
-from llmctl.evaluate.metrics import generation
+from llmctl.evaluate.metrics import generation as answer_metrics
 from llmctl.evaluate.setup import Held, Measured, Setup
 from llmctl.evaluate.tasks.completions import Completions
 from llmctl.evaluate.tasks.settings import GenerationConfig
-from llmctl.evaluate.written_answers import Writer
+from llmctl.evaluate.written_answers import Writer, lengths
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.continuations import end_ids
+from llmctl.model.generate.programs import Request, generation
+from llmctl.model.program import Program
 
 
 class SequenceToSequence(Completions):
@@ -30,6 +34,7 @@ class SequenceToSequence(Completions):
     name = "seq2seq"
     title = "sequence to sequence"
     section = "generation"
+    generates = True
     answers = True
 
     def validator(
@@ -48,7 +53,7 @@ class SequenceToSequence(Completions):
         """
         if not settings.examples:
             return None
-        generation.check()
+        answer_metrics.check()
         some = text.splits["validation"].sample(settings.examples)
         prompts, references = list(some.texts("prompt")), list(some.texts("completion"))
         size = min(train.batch_size, len(prompts))
@@ -56,9 +61,29 @@ class SequenceToSequence(Completions):
         write = Writer(model, tokenizer, settings, **how)
 
         def measure(params: functional.Params, check_stop: Callable[[], None]) -> dict[str, float]:
-            return generation.scores(references, write(params, prompts, check_stop), settings.bleu_tokenizer)
+            return answer_metrics.scores(references, write(params, prompts, check_stop), settings.bleu_tokenizer)
 
         return measure
+
+    def generation_programs(
+        self,
+        model: ModelConfig,
+        params: functional.Params,
+        settings: GenerationConfig,
+        mesh: Mesh,
+        *,
+        seq_len: int,
+        batch_size: int,
+        dtype: str,
+    ) -> list[Program]:
+        """Return the programs of greedy answers, for prompts and answers of maximum length; see Task.
+
+        The beams of a beam search are counted as rows.
+        """
+        room, max_new = lengths(model, settings, seq_len)
+        request = Request(batch_size * settings.beams, room, max_new)
+        programs = generation(model, params, request, mesh, dtype=dtype)
+        return [dataclasses.replace(program, title=f"answers: {program.title}") for program in programs]
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure perplexity of the completions, and the answers to all prompts.
@@ -67,7 +92,7 @@ class SequenceToSequence(Completions):
             RequestError: If the packages of the metrics are missing, a completion is longer than the model's longest
                 sequence, or the answers leave no room for a prompt.
         """
-        generation.check()
+        answer_metrics.check()
         settings, words = setup.generation, tokenizers.load(artifact.tokenizer_dir)
         prompts, references = (list(held.examples.texts(column)) for column in ("prompt", "completion"))
         size = min(setup.batch_size, len(prompts))
@@ -79,12 +104,12 @@ class SequenceToSequence(Completions):
         search = f"{settings.beams} beams" if settings.beams > 1 else "greedy"
         protocol = f"{found.protocol}; answers of at most {write.max_new} tokens, {search}, to prompts of at most "
         protocol += f"{write.room} tokens ({write.cut} cut), "
-        protocol += generation.signature(references, predictions, settings.bleu_tokenizer)
+        protocol += answer_metrics.signature(references, predictions, settings.bleu_tokenizer)
         rows = zip(prompts, references, predictions, strict=True)
         return dataclasses.replace(
             found,
             protocol=protocol,
-            metrics=generation.scores(references, predictions, settings.bleu_tokenizer) | found.metrics,
+            metrics=answer_metrics.scores(references, predictions, settings.bleu_tokenizer) | found.metrics,
             answers=(references, predictions),
             written=[{"prompt": p, "reference": r, "prediction": w} for p, r, w in rows],
         )

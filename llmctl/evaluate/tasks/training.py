@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llmctl.config.settings import TrainConfig
 from llmctl.data.pretraining.lm_corpus import Text
@@ -21,6 +22,7 @@ from llmctl.evaluate.tasks.record import TaskRecord
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import NEARNESS, Loss, Sums
+from llmctl.model.program import Program
 
 if TYPE_CHECKING:
     from llmctl.data.device_batches import Rows
@@ -224,6 +226,30 @@ class TrainingMethods(TaskRecord):
             RequestError: If the metrics cannot be computed.
         """
         return None
+
+    def generation_programs(
+        self,
+        model: ModelConfig,
+        params: functional.Params,
+        settings: Any,
+        mesh: Mesh,
+        *,
+        seq_len: int,
+        batch_size: int,
+        dtype: str,
+    ) -> list[Program]:
+        """Return the programs that generate answers in validation and evaluation; [] if the task generates none.
+
+        Args:
+            model: Config of the model.
+            params: Abstract parameters of the model.
+            settings: Settings of generated answers.
+            mesh: The device mesh.
+            seq_len: Maximum number of tokens per prompt.
+            batch_size: Number of prompts per batch.
+            dtype: Dtype of the computation.
+        """
+        return []
 
     def calibrated(
         self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup

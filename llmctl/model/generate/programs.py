@@ -33,7 +33,12 @@ class Request(NamedTuple):
 
 
 def generation(
-    model: ModelConfig, weights: functional.Params, wants: Request, mesh: Mesh, platform: str = ""
+    model: ModelConfig,
+    weights: functional.Params,
+    wants: Request,
+    mesh: Mesh,
+    platform: str = "",
+    dtype: str = DTYPE,
 ) -> list[Program]:
     """Return the programs of the prefill and of one decoding step.
 
@@ -43,6 +48,7 @@ def generation(
         wants: Sizes of the batch.
         mesh: Device mesh; its devices may represent those of another platform.
         platform: Platform that will run the programs; by default that of the devices.
+        dtype: Dtype of the computation and of the cache.
 
     Raises:
         ValueError: If the model does not generate text, or if prompt and new tokens exceed its maximum sequence length.
@@ -56,7 +62,7 @@ def generation(
     made: list[Decoder] = []
 
     def served(params: functional.Params) -> Any:
-        made.append(Decoder(model, params, DTYPE, platform=platform))
+        made.append(Decoder(model, params, dtype, platform=platform))
         return made[0].weights
 
     with meshes.use(one):
@@ -82,7 +88,7 @@ def generation(
     source, begins = (wants.prompt, 1) if reads else (0, wants.prompt)
     ends_at = begins + wants.new
     common: dict[str, Any] = {
-        "model": model, "mesh": mesh, "rows": wants.rows, "dtype": DTYPE, "parameters": params,
+        "model": model, "mesh": mesh, "rows": wants.rows, "dtype": dtype, "parameters": params,
         "cache": state["cache"],
     }  # fmt: skip
     read = {name: part for name, part in params[0].items() if name != "embed" or model.tied}
@@ -91,6 +97,7 @@ def generation(
         alone = {"architecture": "encoder", "layers": 0, "vocab_size": 0}
         work = Pass(model.model_copy(update=alone), replicated=True)
     last = flops.row(model, ends_at, source, 1) - flops.row(model, ends_at - 1, source, 0)
+    token = _one_token(model, wants.rows, slots, last, [read, params[1], state["cache"]], dtype)
     return [
         Program(
             "prefill", trace=prefill, flops=wants.rows * flops.row(model, begins, source, 1),
@@ -98,13 +105,12 @@ def generation(
         ),
         Program(
             "decoding step", trace=decode, flops=wants.rows * last, tokens=wants.rows, seq_len=ends_at,
-            steps=wants.new - 1, work=_one_token(model, wants.rows, slots, last, [read, params[1], state["cache"]]),
-            **common,
+            steps=wants.new - 1, work=token, **common,
         ),
     ]  # fmt: skip
 
 
-def _one_token(model: ModelConfig, rows: int, slots: int, flops_per_row: float, read: Any) -> Cost:
+def _one_token(model: ModelConfig, rows: int, slots: int, flops_per_row: float, read: Any, dtype: str) -> Cost:
     """Return the cost of one decoding step on one device.
 
     Args:
@@ -113,7 +119,8 @@ def _one_token(model: ModelConfig, rows: int, slots: int, flops_per_row: float, 
         slots: Number of cache slots.
         flops_per_row: FLOPs per row of the step.
         read: Tree of the weights, keys and values that the step reads.
+        dtype: Dtype of the computation.
     """
     per_row = 2 * 4 * (model.vocab_size + model.heads * slots) + 4 * (2 * model.d_model + 2 * model.d_ff)
     between = float(rows * per_row)
-    return Cost(between, bytes_of(read) + 2 * between, {DTYPE: rows * flops_per_row})
+    return Cost(between, bytes_of(read) + 2 * between, {dtype: rows * flops_per_row})

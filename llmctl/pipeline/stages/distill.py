@@ -104,6 +104,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         labels=teacher.manifest.labels,
         task=teacher.manifest.task,
         fitted=learner.fitted(config, learns, params, held_out),
+        generation=artifact.generation_settings(teacher.manifest),
         pruned=None if student else False,
         metrics=metrics | {"teacher": teacher.manifest.digest},
         tokenizer_dir=teacher.tokenizer_dir,
@@ -112,7 +113,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return (the training step of student and teacher as a program, the student's artifact)."""
-    from llmctl.artifacts import abstract_artifact
+    from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
     from llmctl.train import programs
 
@@ -125,8 +126,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     params = abstract_artifact.masters(learns.params)
     task, origin = teacher.manifest.task, student or teacher
     left = abstract_artifact.abstract_result(
-        config, params, learns.model, base=origin, labels=labels, task=task, pruned=None if student else False
-    )
+        config, params, learns.model, base=origin, labels=labels, task=task,
+        generation=artifact.generation_settings(teacher.manifest), pruned=None if student else False,
+    )  # fmt: skip
     return [programs.train_step(config, learns, rows, mesh)], left
 
 

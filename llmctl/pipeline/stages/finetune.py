@@ -206,6 +206,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         labels=labels,
         task=config.task,
         fitted=learner.fitted(config, learns, params, held_out),
+        generation=_generation(config),
         metrics=metrics,
         tokenizer_dir=tokenizer_dir,
         base=base.params if config.store == "adapter" else None,
@@ -234,8 +235,15 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     merges = METHODS[config.method].merges(config)
     params = jax.eval_shape(weights.merge_adapters, learns.params) if merges else learns.params
     params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))
-    left = abstract_artifact.abstract_result(config, params, learns.model, base=base, labels=labels, task=config.task)
-    return [programs.train_step(config, learns, rows, mesh)], left
+    left = abstract_artifact.abstract_result(
+        config, params, learns.model, base=base, labels=labels, task=config.task, generation=_generation(config)
+    )
+    step = programs.train_step(config, learns, rows, mesh)
+    generating = []
+    if size := min(config.train.batch_size, config.generation.examples):
+        sizes = {"seq_len": config.train.seq_len, "batch_size": size, "dtype": config.train.dtype}
+        generating = learns.task.generation_programs(learns.model, learns.params, config.generation, mesh, **sizes)
+    return [step, *(programs.beside(step, program) for program in generating)], left
 
 
 def _rows(
@@ -259,6 +267,11 @@ def _rows(
 def _labels(config: Config, text: Text) -> list[str]:
     """Return the names of the classes; empty if the task has no classes."""
     return list(text.classes) if TASKS[config.task].classes else []
+
+
+def _generation(config: Config) -> dict[str, Any]:
+    """Return the settings of generated answers; empty if the task generates none."""
+    return config.generation.model_dump() if TASKS[config.task].generates else {}
 
 
 def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, counts: Sequence[int] = ()) -> Learner:

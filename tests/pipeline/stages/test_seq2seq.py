@@ -9,11 +9,14 @@ import pytest
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
 from llmctl.cli import app
-from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate import runner
 from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.model import functional
+from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import eval as evaluation
 from llmctl.pipeline.stages import finetune
@@ -90,6 +93,35 @@ def test_scores_are_those_of_the_packages_on_the_written_answers(tuned, pairs, t
     assert metrics["exact_match"] > 0.8 and metrics["perplexity"] < 1.5
     assert "BLEU nrefs:1|case:mixed|eff:no|tok:13a" in result["protocol"] and "greedy" in result["protocol"]
     assert artifact.read_manifest(ctx.out).checksums.record.files.keys() >= {"predictions.jsonl"}
+
+
+def test_later_stages_keep_the_settings_of_generated_answers(tuned, tmp_path):
+    found = artifact.load(tuned)
+    saved = {"stage": "prune", "key": "k", "config": {}}
+    heir = artifact.save(tmp_path / "pruned", found.params, found.model, parent=found.manifest, **saved)
+    settings = [runner.setup(evaluation.Config(), None, tuned, m).generation for m in (found.manifest, heir)]  # pyright: ignore[reportArgumentType]
+    assert settings == [GenerationConfig(max_new=12, examples=20)] * 2
+    # An older llmctl recorded them in the config of the stage only.
+    old = found.manifest.model_copy(update={"generation": {}})
+    assert GenerationConfig(**artifact.generation_settings(old)) == settings[0]
+    other = found.model.model_copy(update={"head": "embed"})
+    assert artifact.save(tmp_path / "embed", found.params, other, parent=found.manifest, **saved).generation == {}
+
+
+def test_plan_has_the_programs_of_generated_answers(base, pairs):
+    mesh = meshes.make(MeshConfig())
+    about, train = artifact.abstract(base, mesh), TrainConfig(steps=2, batch_size=16, seq_len=28)
+    config = finetune.Config(data=pairs, task="seq2seq", train=train, generation=GenerationConfig(max_new=12, beams=2))
+    (step, prefill, decode), left = finetune.programs(config, about, {}, mesh)
+    assert left and left.manifest.generation["max_new"] == 12
+    assert [p.title for p in (prefill, decode)] == ["answers: prefill", "answers: decoding step"]
+    assert (prefill.rows, prefill.seq_len, decode.steps) == (32, 28, 11)  # two beams per prompt
+    assert bytes_of(prefill.beside) == bytes_of([step.parameters, step.optimizer]) > 0
+    none = config.model_copy(update={"generation": GenerationConfig(examples=0)})
+    assert len(finetune.programs(none, about, {}, mesh)[0]) == 1
+    measured = evaluation.Config(data=pairs, batch_size=4)
+    found = evaluation.programs(measured, None, {"tuned": left}, mesh)[0]
+    assert [(p.title, p.rows) for p in found[1:]] == [("answers: prefill", 8), ("answers: decoding step", 8)]
 
 
 @pytest.mark.parametrize(
