@@ -134,7 +134,7 @@ class Bench:
             if operation == "prefix":
                 how = {"method": "prefix", "prefix": finetune.PrefixConfig(tokens=PREFIX)}
             module, config = finetune, finetune.Config(task=task(operation, parent.state), **how, **learns)
-        ctx.work.mkdir(parents=True)
+        ctx.work.mkdir(parents=True, exist_ok=True)  # a refused operation is tried again in other chains
         module.run(config, parent.path, ctx)
 
     def carry(self, parent: Made, out: Path) -> str:
@@ -163,15 +163,15 @@ def state(found: Artifact, base: Path | None) -> State:
     """Return the state that an artifact's arrays and manifest show."""
     model, nodes = found.model, [m.node for m in weights.matrices(found.params, "block")]
     pairs = any(n.has_adapter for n in nodes)
-    kinds = set()
+    kinds, grouped = set(), ""
     for node in (weights.as_node(n.bare()) for n in nodes):
         if (q := node.integers()) is not None:
-            grouped = "/" if q.array.scale.shape[-2] > 1 else ""
-            kinds.add(f"{q.array.qvalue.dtype}{grouped}{'*' if q.activations else ''}")
+            grouped = "/" if q.array.scale.shape[-2] > 1 else grouped  # a cut can leave one group of a matrix
+            kinds.add((str(q.array.qvalue.dtype), "*" if q.activations else ""))
     assert len(kinds) <= 1, kinds
     return State(
         model.family, model.head, model.architecture, model.layers, model.heads, model.kv_heads, model.d_ff,
-        "".join(kinds), pairs, artifact.read_manifest(base).model.head if pairs and base else "",
+        "".join(f"{dtype}{grouped}{activations}" for dtype, activations in kinds), pairs, artifact.read_manifest(base).model.head if pairs and base else "",
         adapter=model.adapter_size, prompt=model.prompt_tokens, prefix=model.prefix_tokens,
         pruned=found.manifest.pruned, sparsity=zeros.sparsity(found.params),
     )  # fmt: skip
