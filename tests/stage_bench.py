@@ -169,9 +169,10 @@ def state(found: Artifact, base: Path | None) -> State:
             grouped = "/" if q.array.scale.shape[-2] > 1 else grouped  # a cut can leave one group of a matrix
             kinds.add((str(q.array.qvalue.dtype), "*" if q.activations else ""))
     assert len(kinds) <= 1, kinds
+    integers = "".join(f"{dtype}{grouped}{activations}" for dtype, activations in kinds)
     return State(
         model.family, model.head, model.architecture, model.layers, model.heads, model.kv_heads, model.d_ff,
-        "".join(f"{dtype}{grouped}{activations}" for dtype, activations in kinds), pairs, artifact.read_manifest(base).model.head if pairs and base else "",
+        integers, pairs, artifact.read_manifest(base).model.head if pairs and base else "",
         adapter=model.adapter_size, prompt=model.prompt_tokens, prefix=model.prefix_tokens,
         pruned=found.manifest.pruned, sparsity=zeros.sparsity(found.params),
     )  # fmt: skip
