@@ -179,7 +179,7 @@ class _Walk:
 
         `carries` are the hidden states of the batches. They are replaced by those at the end of the stack.
         """
-        look, advance = passes(self.cfg, stack, self.dtype)
+        observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])
         fresh: Stats | None = None
         for i in range(functional.depth(self.cfg, stack)):
@@ -190,7 +190,7 @@ class _Walk:
                     fresh = empty(self.cfg, stack, layer, carries[0], self.collect, self.dtype)
                 stats, influence = fresh, jnp.zeros(2)
                 for n, batch in enumerate(self.batches):
-                    out, stats, more = look(layer, index, carries[n], batch, stats)
+                    out, stats, more = observe(layer, index, carries[n], batch, stats)
                     influence += more
                     if self.change is None:
                         carries[n] = out
@@ -216,13 +216,13 @@ class _Walk:
 
         `x_BTDs` are the final hidden states of the batches.
         """
-        look, compare = head_passes(self.cfg, self.dtype)
+        observe, compare = head_passes(self.cfg, self.dtype)
         layer = {name: params[name] for name in ("lm_head", "head") if name in params}
         done = self._saved(HEAD, 0, layer)
         if done is None:
             stats = empty_of_head(self.cfg, params, x_BTDs[0], self.batches[0], self.collect, self.dtype)
             for x_BTD, batch in zip(x_BTDs, self.batches, strict=True):
-                stats = look(params, x_BTD, batch, stats)
+                stats = observe(params, x_BTD, batch, stats)
             visit = Visit(HEAD, 0, layer, stats)
             new = self._changed(visit)
             report = LayerReport(HEAD, 0, 0.0, 0.0, stats if self.keep else {}, visit.notes)

@@ -35,7 +35,7 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
         return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
 
     @jax.jit
-    def look(
+    def observe(
         layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
     ) -> tuple[Any, Stats, Any]:
         """Run one batch through the unchanged layer, and return (output, updated statistics, `_influence` sums)."""
@@ -52,17 +52,17 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
         before, _ = functional.block(cfg, stack, old, carry, index, dtype=dtype)
         after, _ = functional.block(cfg, stack, new, carry, index, dtype=dtype)
         mask = real(batch, "")
-        strayed = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
-        return after, jnp.stack(strayed)
+        norms = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
+        return after, jnp.stack(norms)
 
-    return look, advance
+    return observe, advance
 
 
 def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any) -> Stats:
     """Return the initial statistics of one layer, before any tokens are added."""
     run = partial(functional.block, cfg, stack, taps=True, dtype=dtype)
     _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
-    return _wanted(taps, collect)
+    return _selected(taps, collect)
 
 
 def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
@@ -72,7 +72,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
     """
 
     @jax.jit
-    def look(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
+    def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
         """Return the statistics, to which the final hidden states of one batch were added."""
         taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
@@ -104,7 +104,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
             total += jnp.stack([_square_norm(after - before, real), _square_norm(before, real)])
         return total
 
-    return look, compare
+    return observe, compare
 
 
 def empty_of_head(
@@ -112,10 +112,10 @@ def empty_of_head(
 ) -> Stats:
     """Return the initial statistics of the output head, before any tokens are added."""
     taps = jax.eval_shape(partial(functional.head_taps, cfg, dtype=dtype), params, x_BTD, batch)
-    return _wanted(taps, collect)
+    return _selected(taps, collect)
 
 
-def _wanted(taps: dict[str, Any], collect: Collect) -> Stats:
+def _selected(taps: dict[str, Any], collect: Collect) -> Stats:
     found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
     return {path: stat for path, stat in found.items() if stat is not None}
 

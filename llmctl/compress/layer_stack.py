@@ -49,7 +49,7 @@ class LayerStack:
         changed = {path for path in new if not _same_type(old[path], new[path])}
         if self._changed is None:
             self._changed = changed
-            self._made = {path: _room(self._depth, new[path], old[path]) for path in changed}
+            self._made = {path: _zeros_for(self._depth, new[path], old[path]) for path in changed}
             self._puts = [putter({p: w for p, w in old.items() if p not in changed}), putter(self._made)]
         if changed != self._changed:
             raise ValueError(f"layers change different weights: {sorted(changed ^ self._changed)}")
@@ -120,7 +120,7 @@ def _same_type(stacked: Any, layer: Any) -> bool:
     return all((a.shape[1:], a.dtype) == (b.shape, b.dtype) for a, b in pairs)
 
 
-def _room(depth: int, layer: Any, old: Any) -> Any:
+def _zeros_for(depth: int, layer: Any, old: Any) -> Any:
     """Return zero arrays for a weight of `depth` layers, stacked on a new first axis."""
 
     def one(a: jax.Array) -> jax.Array:

@@ -104,7 +104,7 @@ class Walk:
         found = [program(title, look, (layer, index, carry, batch, stats))]
         if changes:
             found.append(program("pass through a changed layer", advance, (layer, layer, index, carry, batch)))
-            found.append(_putting(found[0], params, held, stack, layer, index))
+            found.append(_layer_write(found[0], params, held, stack, layer, index))
         return found
 
     def sums(self, params: Tree, method: str) -> Tree:
@@ -112,7 +112,7 @@ class Walk:
         inner = {m.path: m.weight for m in weights.matrices(params, "block")}
         names = SCORES[method].gradients
         return {
-            path: {name: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_lies(w)) for name in names}
+            path: {name: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for name in names}
             for path, w in inner.items()
         }
 
@@ -122,7 +122,7 @@ class Walk:
         held = [] if params is self.parent else [self.parent]
         size, seq_len = batch["tokens"].shape
         matrices = {m.path: m.weight for m in weights.matrices(params, "block")}
-        inner = {p: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_lies(w)) for p, w in matrices.items()}
+        inner = {p: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for p, w in matrices.items()}
         copied = {p: w for p, w in matrices.items() if not weights.is_plain(w) or w.dtype != jnp.float32}
         copies = {p: inner[p] for p in copied}
 
@@ -138,14 +138,14 @@ class Walk:
         )  # fmt: skip
 
 
-def _lies(w: Tree) -> Any:
+def _sharding_of(w: Tree) -> Any:
     return jax.tree.leaves(w)[0].sharding
 
 
-def zeros(
+def pruning(
     model: ModelConfig, params: Tree, method: str, pattern: Pattern, mesh: Mesh, walk: Walk | None
 ) -> list[Program]:
-    """Return the programs of unstructured pruning.
+    """Return the programs of unstructured or N:M pruning.
 
     One program prunes the largest matrix, and represents those of all matrices. If the score reads data, the programs
     of the calibration walk come first.
@@ -165,7 +165,7 @@ def zeros(
     w, name = largest.weight, largest.module
     stats = found[0].cache[name] if found and score.statistics else None
     sums = walk.sums(params, method) if walk and score.gradients else {}
-    own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_lies(w)) for moment in score.gradients}
+    own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for moment in score.gradients}
     held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, pruned matrices are separate
     batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
     found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
@@ -174,12 +174,12 @@ def zeros(
     found.append(Program(
         f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method, pattern=pattern),
         steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own],
-        beside=[held, batch, others, sums], work=_sorting(w, method, pattern),
+        beside=[held, batch, others, sums], work=_mask_cost(w, method, pattern),
     ))  # fmt: skip
     return found
 
 
-def cuts(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
+def structured_pruning(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
     """Return the programs of structured pruning to the config `target`.
 
     If layers are removed, the programs of the walk that selects layers are included. If heads or neurons are removed,
@@ -195,7 +195,7 @@ def cuts(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk
     return found
 
 
-def roundings(
+def quantization(
     model: ModelConfig,
     params: Tree,
     mesh: Mesh,
@@ -258,7 +258,7 @@ def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
     return functional.laid_out(model, out, mesh)
 
 
-def _putting(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:
+def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:
     """Return the program that writes one changed layer into the stacked parameters, in place."""
     blocks = params[stack]["blocks"]
     rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}
@@ -274,13 +274,13 @@ def _layer_of(params: Tree, stack: str) -> Tree:
 
     def one(a: Any) -> Any:
         spec = a.sharding.spec
-        lies = a.sharding.update(spec=type(spec)(*spec[1:]))
-        return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=lies)
+        sharding = a.sharding.update(spec=type(spec)(*spec[1:]))
+        return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding)
 
     return jax.tree.map(one, params[stack]["blocks"])
 
 
-def _sorting(w: Tree, method: str, pattern: Pattern) -> Cost:
+def _mask_cost(w: Tree, method: str, pattern: Pattern) -> Cost:
     """Return the cost of computing a mask from a matrix's scores, which sorts the scores twice.
 
     Each sort also moves the positions of the scores. If the scores of a whole matrix compete, every device gathers and

@@ -63,10 +63,10 @@ class Predictor:
         self._size = -(-batch_size // self.mesh.size) * self.mesh.size
         check_memory(self._size * self._seq_len * ROW, f"--batch-size {batch_size}: its rows", "take a smaller one")
         self._tokenizer = tokenizers.load(found.tokenizer_dir)
-        self._step = self.task.believer(found.model, dtype)
+        self._step = self.task.prediction_step(found.model, dtype)
 
-    def beliefs(self, rows: Sequence[Row]) -> list[Any]:
-        """Return the belief for each row: its prediction before formatting, such as class probabilities or a number.
+    def predictions(self, rows: Sequence[Row]) -> list[Any]:
+        """Return the prediction for each row before formatting, such as class probabilities or a number.
 
         The order is that of `rows`. Rows with a second text and rows without one run in separate batches. The
         prediction of a row therefore does not depend on the other rows.
@@ -79,8 +79,10 @@ class Predictor:
             chosen = [rows[i] for i in index]
             made = self.task.new_rows(chosen, self._tokenizer, self._seq_len, self.manifest.labels, truncate)
             with meshes.use(self.mesh):
-                for i, belief in zip(index, self.task.beliefs(len(chosen), made, self._outputs(made)), strict=True):
-                    found[i] = belief
+                for i, prediction in zip(
+                    index, self.task.predictions(len(chosen), made, self._outputs(made)), strict=True
+                ):
+                    found[i] = prediction
         return found
 
     def _outputs(self, rows: Any) -> Iterator[tuple[np.ndarray, dict[str, Any], Any]]:
@@ -129,19 +131,19 @@ class Ensemble:
         self._order = [[m.manifest.labels.index(name) for name in names] for m in members]
 
     def answers(self, rows: Sequence[Row], every: bool = False) -> list[dict[str, Any]]:
-        """Return the prediction of each row as JSON data.
+        """Return the answer to each row: its prediction as JSON data.
 
         If `every` is true, include the probability of every class.
         """
         if not rows:
             return []
-        found = [m.beliefs(rows) for m in self.members]
+        found = [m.predictions(rows) for m in self.members]
         if len(found) > 1:
             found = [
                 [b[..., order] if order else b for b in own] for own, order in zip(found, self._order, strict=True)
             ]
-        beliefs = found[0] if len(found) == 1 else [np.mean(one, axis=0) for one in zip(*found, strict=True)]
-        return [self.task.answer(row, b, self.manifest, every) for row, b in zip(rows, beliefs, strict=True)]
+        predictions = found[0] if len(found) == 1 else [np.mean(one, axis=0) for one in zip(*found, strict=True)]
+        return [self.task.answer(row, b, self.manifest, every) for row, b in zip(rows, predictions, strict=True)]
 
 
 def padded_length(length: int, longest: int) -> int:

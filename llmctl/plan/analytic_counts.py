@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llmctl.distributed.mesh import AXES
 from llmctl.model import flops as cost
-from llmctl.plan.analytic_memory import AGAIN, Setup, entries, scores, widths
+from llmctl.plan.analytic_memory import REPEATS_PRODUCTS, Setup, entries, scores, widths
 from llmctl.plan.hlo.counts import Collective, Counts
 
 BLOCK = 512
@@ -19,7 +19,7 @@ BLOCK = 512
 def counts(setup: Setup) -> Counts:
     """Return the operations, memory traffic and collectives of a step on one device, summed over microbatches."""
     model, trains = setup.model, bool(setup.optimizer)
-    again = trains and setup.remat != "none"
+    recomputes = trains and setup.remat != "none"
     tokens = setup.tokens * setup.accumulate
     tensor = setup.size("tensor")
     own = entries(model, setup.mesh)
@@ -28,31 +28,32 @@ def counts(setup: Setup) -> Counts:
     layers = 2 * tokens * whole
     last = layers * model.d_model * model.d_ff / cost._matrices(model)  # its output is not needed again
     queries = 2 * tokens * setup.depth * model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0
-    flops = passes * layers + (layers - last - queries if again and setup.remat in AGAIN else 0.0)
+    flops = passes * layers + (layers - last - queries if recomputes and setup.remat in REPEATS_PRODUCTS else 0.0)
     if setup.trained < 1:  # a frozen matrix needs no gradient
         flops -= (1 - setup.trained) * layers
     types = {dtype: share * flops for dtype, share in setup.eight.items()}
     if model.head_kind.vocabulary:
-        predicted = setup.last * setup.accumulate * setup.predicted
+        predicted = setup.last_tokens * setup.accumulate * setup.predicted
         flops += passes * 2 * predicted * model.d_model * model.vocab_size / tensor
-    attention = _attention(setup, trains, again)
+    attention = _attention(setup, trains, recomputes)
     flops += setup.beside / setup.size(*AXES) + (0.0 if setup.fused else attention)
     types[setup.dtype] = flops - sum(types.values())
     kernels = {"attention": setup.depth * setup.accumulate} if setup.fused else {}
     return Counts(
         flops=flops,
-        bytes=_traffic(setup, own.total, whole, passes + again),
-        collectives=_collectives(setup, whole, trains, again),
+        bytes=_traffic(setup, own.total, whole, passes + recomputes),
+        collectives=_collectives(setup, whole, trains, recomputes),
         flops_by_type=types,
         kernels=kernels,
         kernel_flops=attention if setup.fused else 0.0,
     )
 
 
-def _attention(setup: Setup, trains: bool, again: bool) -> float:
+def _attention(setup: Setup, trains: bool, recomputes: bool) -> float:
     """Return the operations of attention on one device per step.
 
-    The forward pass has 2 matrix products. The backward pass has 7 in the kernels, and 5 in plain attention.
+    If `trains` is true, the backward pass is included, with recomputation if `recomputes` is true. The forward pass has
+    2 matrix products. The backward pass has 7 in the kernels, and 5 in plain attention.
     """
     model = setup.model
     T = setup.seq_len
@@ -67,7 +68,7 @@ def _attention(setup: Setup, trains: bool, again: bool) -> float:
     else:
         share = 1.0
     # "minimal" keeps the results of the plain form. Recomputed scores are also those of the backward pass.
-    repeated = again * (2 if setup.fused else 0 if setup.remat == "minimal" else 1)
+    repeated = recomputes * (2 if setup.fused else 0 if setup.remat == "minimal" else 1)
     products = 2 + (7 if setup.fused else 5) * trains + repeated
     tokens = setup.tokens * setup.accumulate
     width = model.heads * model.head_dim / setup.size("tensor")
@@ -81,10 +82,10 @@ def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
     scores of plain attention are written and read twice in a forward pass, and four times in a backward pass.
     """
     D, F, heads = widths(setup)
-    weights = passes * setup.accumulate * setup.item * whole * 2
-    a_token = setup.item * (10 * D + 6 * F + 3 * heads) * setup.depth * passes
+    weights = passes * setup.accumulate * setup.item_bytes * whole * 2
+    a_token = setup.item_bytes * (10 * D + 6 * F + 3 * heads) * setup.depth * passes
     projection = setup.model.vocab_size * setup.model.d_model / setup.size("tensor")
-    head = 3 * setup.accumulate * (setup.item + 4) * projection if setup.model.head_kind.vocabulary else 0.0
+    head = 3 * setup.accumulate * (setup.item_bytes + 4) * projection if setup.model.head_kind.vocabulary else 0.0
     state = 32.0 * own * setup.trained if setup.optimizer else 0.0
     if setup.accumulate > 1:  # gradients are added to those of earlier microbatches: two read, one written
         state += 12.0 * own * setup.trained * setup.accumulate
@@ -92,8 +93,8 @@ def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
     return weights + a_token * setup.tokens * setup.accumulate + head + state + 4 * passes * seen
 
 
-def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[Collective]:
-    model, item = setup.model, setup.item
+def _collectives(setup: Setup, whole: float, trains: bool, recomputes: bool) -> list[Collective]:
+    model, item = setup.model, setup.item_bytes
     D, _, heads = widths(setup)
     found: list[Collective] = []
 
@@ -128,13 +129,13 @@ def _collectives(setup: Setup, whole: float, trains: bool, again: bool) -> list[
     else:
         add("all-gather", shards, passes * item * D * table, passes, 0.0)
     # After attention and after the feed-forward layer, forward and backward; recomputation repeats only the first.
-    halves = 2 * (1 + trains) + (again and setup.remat in AGAIN)
+    halves = 2 * (1 + trains) + (recomputes and setup.remat in REPEATS_PRODUCTS)
     stream = item * D * setup.tokens
     add("all-reduce", ("tensor",), halves * pieces * layers * stream, halves * pieces * layers, 0.0)
     # Keys and values pass around the ring once per pass, plus one unused block that a recomputation leaves out. The
     # backward pass also sends their float32 gradients.
     ring = setup.size("context")
-    sends = (ring * (1 + 3 * trains) + (ring - 1) * (again and setup.remat in AGAIN)) * pieces * layers
+    sends = (ring * (1 + 3 * trains) + (ring - 1) * (recomputes and setup.remat in REPEATS_PRODUCTS)) * pieces * layers
     keys = heads - model.heads * model.head_dim / setup.size("tensor")
     add("collective-permute", ("context",), sends * item * keys * setup.tokens, sends, 0.9)
     return found

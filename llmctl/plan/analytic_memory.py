@@ -22,7 +22,7 @@ ITEM = {"float32": 4, "bfloat16": 2}
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "lion": 1.0, "adafactor": 0.0, "muon": 1.0}
 """Number of float32 arrays that each optimizer stores per matrix of a layer. Muon uses AdamW for the other
 parameters."""
-AGAIN = ("full", "qkv")
+REPEATS_PRODUCTS = ("full", "qkv")
 """Values of `remat` with which the backward pass repeats matrix products of the forward pass."""
 
 
@@ -87,8 +87,8 @@ class Setup:
         return math.prod(self.mesh.get(axis, 1) for axis in axes)
 
     @property
-    def item(self) -> int:
-        """Return the bytes per element of an activation."""
+    def item_bytes(self) -> int:
+        """Return the number of bytes per element of an activation."""
         return ITEM[self.dtype]
 
     @property
@@ -97,7 +97,7 @@ class Setup:
         return self.rows / self.accumulate / self.size("data", "fsdp")
 
     @property
-    def last(self) -> float:
+    def last_tokens(self) -> float:
         """Return the number of tokens per device and microbatch in the last stack (the decoder, if there is one)."""
         return self.own_rows * (self.written or self.seq_len) / self.size("context")
 
@@ -106,7 +106,7 @@ class Setup:
         """Return the number of tokens per device and microbatch that a layer reads, averaged over all layers."""
         first, layers = self.model.encoder_layers, self.model.layers
         read = self.own_rows * self.seq_len / self.size("context")
-        return (first * read + layers * self.last) / (first + layers) if self.written else read
+        return (first * read + layers * self.last_tokens) / (first + layers) if self.written else read
 
     @property
     def depth(self) -> float:
@@ -223,7 +223,7 @@ def widths(setup: Setup) -> tuple[float, float, float]:
 def saved(setup: Setup) -> float:
     """Return the bytes of one layer's activations that the forward pass keeps for the backward pass, per device."""
     D, F, heads = widths(setup)
-    ffs, item = (2 if setup.model.gated else 1), setup.item
+    ffs, item = (2 if setup.model.gated else 1), setup.item_bytes
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
     if setup.remat in ("full", "offload"):  # the layer's input; offload moves the rest to the host
         numbers = item * D
@@ -262,16 +262,16 @@ def training(setup: Setup, own: Entries) -> float:
     """Return the bytes of temporaries of a training step on one device."""
     D, F, heads = widths(setup)
     queries = setup.model.heads * setup.model.head_dim / setup.size("tensor")
-    unit = setup.item * setup.tokens
+    unit = setup.item_bytes * setup.tokens
     kept = setup.depth * saved(setup)
-    copies = setup.item * own.layers if setup.item < 4 else 0.0  # of the matrices, in the compute type
+    copies = setup.item_bytes * own.layers if setup.item_bytes < 4 else 0.0  # of the matrices, in the compute type
     projection = (
         setup.model.vocab_size * setup.model.d_model / setup.size("tensor") if setup.model.head_kind.vocabulary else 0
     )
     gradients = 4.0 * setup.trained * (own.layers + own.table + own.head)
     sums = gradients if setup.accumulate > 1 else 0.0  # of earlier microbatches
     # The loss gathers the projection, and its gradient is in float32.
-    loss = projection * (setup.item + 4.0) + 3 * unit * D + 2 * logits(setup)
+    loss = projection * (setup.item_bytes + 4.0) + 3 * unit * D + 2 * logits(setup)
     # The backward pass of one layer holds five residual streams and four feed-forward activations ("minimal": without
     # the saved ones), queries, keys and values, and the result of attention.
     layer = 5 * D + 4 * F + heads + queries if setup.remat != "minimal" else 4 * D + 2 * F + queries
@@ -288,15 +288,17 @@ def gathered(setup: Setup, own: Entries) -> float:
     ways = setup.size("fsdp", "context")
     if ways == 1:
         return 0.0
-    if setup.remat in AGAIN:
+    if setup.remat in REPEATS_PRODUCTS:
         kept = setup.model.d_model * widths(setup)[2] if setup.remat == "qkv" else 0.0  # their matrices are not needed
-        return setup.item * (own.layers * ways / setup.depth - kept)
-    return setup.item * setup.model.d_model * setup.model.d_ff / setup.size("tensor")
+        return setup.item_bytes * (own.layers * ways / setup.depth - kept)
+    return setup.item_bytes * setup.model.d_model * setup.model.d_ff / setup.size("tensor")
 
 
 def forward(setup: Setup, own: Entries) -> float:
     """Return the bytes of temporaries of a forward pass: one layer, the logits, and keys and values for the cache."""
-    projection = setup.item * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
+    projection = (
+        setup.item_bytes * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
+    )
     written = _cache(setup) if setup.seq_len > 1 else 0.0
     return layer(setup) + logits(setup) + projection + written
 
@@ -309,7 +311,7 @@ def logits(setup: Setup) -> float:
     if not setup.model.head_kind.vocabulary:
         return 0.0
     a_token = 4.0 * setup.model.vocab_size / setup.size("tensor")
-    return max(setup.own_rows * a_token, min(setup.last * setup.predicted * a_token, CHUNK_BYTES))
+    return max(setup.own_rows * a_token, min(setup.last_tokens * setup.predicted * a_token, CHUNK_BYTES))
 
 
 def layer(setup: Setup, times: int = 1) -> float:
@@ -322,15 +324,15 @@ def layer(setup: Setup, times: int = 1) -> float:
     - the largest matrix, if it is gathered
     """
     D, F, _ = widths(setup)
-    unit = setup.item * setup.tokens
-    matrix = setup.item * D * F if setup.size("fsdp", "context") > 1 else 0.0
+    unit = setup.item_bytes * setup.tokens
+    matrix = setup.item_bytes * D * F if setup.size("fsdp", "context") > 1 else 0.0
     return times * max(scores(setup) * 2 / 3, 2 * F * unit) + 2 * D * unit + matrix
 
 
 def _cache(setup: Setup) -> float:
     if not setup.cached:
         return 0.0
-    a_token = flops.kv_cache(setup.model, setup.item)
+    a_token = flops.kv_cache(setup.model, setup.item_bytes)
     return setup.rows * setup.cached * a_token / setup.size("data", "fsdp", "tensor")
 
 

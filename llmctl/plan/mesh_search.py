@@ -73,7 +73,7 @@ def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
         yield from ((first, *rest) for rest in _splits(number // first, parts - 1))
 
 
-def pieces(setup: Setup) -> Iterable[int]:
+def microbatch_counts(setup: Setup) -> Iterable[int]:
     """Yield the possible numbers of microbatches: the powers of two that divide the rows of each mesh shard."""
     rows = setup.rows // setup.size("data", "fsdp")
     return (n for n in range(1, rows + 1) if rows % n == 0 and n & (n - 1) == 0)
@@ -92,7 +92,7 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
         if topology.platform == "tpu" and on_mesh.size("data") % topology.slices:
             continue  # the data axis spans the slices
         for remat in REMATS:
-            for accumulate in pieces(on_mesh):
+            for accumulate in microbatch_counts(on_mesh):
                 one = modelled(replace(on_mesh, remat=remat, accumulate=accumulate), topology)
                 if not topology.chip.hbm_bytes or one.memory <= MARGIN * topology.chip.hbm_bytes:
                     found.append(one)

@@ -55,9 +55,9 @@ class Roofline:
         """
         return model_flops / (self.seconds * topology.devices * topology.chip.peak(dtype))
 
-    def chip_hours(self, tokens: float, tokens_a_step: float, topology: Topology) -> float:
+    def chip_hours(self, tokens: float, tokens_per_step: float, topology: Topology) -> float:
         """Return the number of chip-hours that training on `tokens` tokens takes."""
-        return self.seconds * math.ceil(tokens / tokens_a_step) * topology.chips / 3600
+        return self.seconds * math.ceil(tokens / tokens_per_step) * topology.chips / 3600
 
 
 def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: str = "bfloat16") -> Roofline | None:

@@ -53,7 +53,7 @@ def layers(program: Program, work: Pass) -> Estimate:
     stack |= {"heads": crossed * model.heads, "kv_heads": crossed * model.kv_heads}
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     setup = Setup(model.model_copy(update=stack), axes, program.rows, program.seq_len, dtype, fused=False)
-    unit, found = setup.item * setup.tokens, analytic_counts.counts(setup)
+    unit, found = setup.item_bytes * setup.tokens, analytic_counts.counts(setup)
     taps = unit * sum(_kept(statistics, setup).values())
     products = sum(2 * setup.tokens * a.size for a in jax.tree.leaves(statistics) if a.ndim == 3)  # second moments
     types = {**found.flops_by_type}

@@ -56,15 +56,15 @@ def save(tmp_path_factory):
 def test_answers_equal_those_of_each_row_alone_at_full_length(save, task):
     rows = ROWS.get(task) or [{"text": t} for t in TEXTS]
     model = Predictor(save(task), batch_size=8)
-    together = model.beliefs(rows)
+    together = model.predictions(rows)
     found = artifact.load(save(task))
-    step = of(found.manifest).believer(found.model, "float32")
-    for row, belief in zip(rows, together, strict=True):
+    step = of(found.manifest).prediction_step(found.model, "float32")
+    for row, prediction in zip(rows, together, strict=True):
         made = model.task.new_rows([row], model._tokenizer, 48, found.manifest.labels, "tail")
         batch = made.batch(np.arange(len(made)))
         outputs = jax.tree.map(np.asarray, step(found.params, {k: batch[k] for k in model.task.reads if k in batch}))
-        (alone,) = model.task.beliefs(1, made, [(np.arange(len(made)), batch, outputs)])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), belief, alone)
+        (alone,) = model.task.predictions(1, made, [(np.arange(len(made)), batch, outputs)])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), prediction, alone)
     answers = Ensemble([model]).answers(rows, every=True)
     json.dumps(answers, allow_nan=False)
     said = answers[1]
@@ -97,9 +97,9 @@ def test_an_ensemble_averages_probabilities_by_class_name(save):
 def test_a_row_does_not_depend_on_whether_others_have_a_second_text(save):
     model = Predictor(save("classify"))
     rows = [{"text": "a"}, {"text": "a", "pair": "b"}, {"text": "c d"}, {"text": "a", "pair": ""}]
-    together = model.beliefs(rows)
-    for row, belief in zip(rows, together, strict=True):
-        np.testing.assert_allclose(model.beliefs([row])[0], belief, atol=1e-6)
+    together = model.predictions(rows)
+    for row, prediction in zip(rows, together, strict=True):
+        np.testing.assert_allclose(model.predictions([row])[0], prediction, atol=1e-6)
     assert abs(together[0] - together[1]).max() > 1e-4
 
 

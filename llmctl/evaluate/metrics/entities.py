@@ -83,21 +83,21 @@ def entities(tags: Sequence[str]) -> set[Entity]:
     return found
 
 
-def scores(truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dict[str, Any]:
+def scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Compute precision, recall and F1 of entities, pooled over all texts and per type.
 
     An entity is correct if its type and both boundaries match.
 
     Args:
         truth: True tags of each word, per text.
-        said: Predicted tags of each word, per text.
+        predicted: Predicted tags of each word, per text.
 
     Returns:
         A dict with "entity_precision", "entity_recall" and "entity_f1"; "entities", the number of true entities; and
         "per_entity", the precision, recall and F1 of each type.
     """
     right, there, named = Counter(), Counter(), Counter()
-    for true_tags, said_tags in zip(truth, said, strict=True):
+    for true_tags, said_tags in zip(truth, predicted, strict=True):
         a, b = entities(true_tags), entities(said_tags)
         for counter, some in ((there, a), (named, b), (right, a & b)):
             counter.update(kind for kind, _, _ in some)

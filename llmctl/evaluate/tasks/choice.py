@@ -78,7 +78,7 @@ class Choice(Task):
         return interleaved(batch, [prefix(k) for k in range(count)])
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return the cross-entropy of the choices, as a loss function; see Task."""
+        """Return a loss function as `Task.loss_of` does: the cross-entropy over the choices of each question."""
         settings = Options(**options)
 
         def loss(params: functional.Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
@@ -87,13 +87,13 @@ class Choice(Task):
                 cfg, params, batch, train=key is not None, rng=key, dtype=settings.dtype, remat=remat
             )
 
-            def of(score_R: jax.Array) -> tuple[jax.Array, Sums]:
+            def compute(score_R: jax.Array) -> tuple[jax.Array, Sums]:
                 smoothing, z = settings.label_smoothing, settings.z_loss
                 label_B, allowed_BK = batch["label"], allowed(batch, score_R)
                 score_BK = score_R.reshape(allowed_BK.shape)
                 return class_sums(score_BK, label_B, row_weight(batch, label_B), smoothing, z, allowed_BK)
 
-            return loss_of_scores(cfg, params, x_RTD, batch, settings.dtype, of)
+            return loss_of_scores(cfg, params, x_RTD, batch, settings.dtype, compute)
 
         return loss
 
@@ -107,17 +107,17 @@ class Choice(Task):
         taught_R = choice_scores(*teacher, batch, dtype)
         label_B, allowed_BK = batch["label"], allowed(batch, taught_R)
 
-        def of(score_R: jax.Array) -> tuple[jax.Array, Sums]:
+        def compute(score_R: jax.Array) -> tuple[jax.Array, Sums]:
             taught_BK, score_BK = taught_R.reshape(allowed_BK.shape), score_R.reshape(allowed_BK.shape)
             weight_B = row_weight(batch, label_B)
             return soft_class_sums(taught_BK, score_BK, label_B, weight_B, temperature, hard, allowed_BK)
 
-        return loss_of_scores(*student, batch, dtype, of)
+        return loss_of_scores(*student, batch, dtype, compute)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return a compiled function (params, batch) -> float32 [B, K, 2].
 
-        Its result is the score of each choice, and its number of tokens.
+        The result has, for each choice, its score and its number of tokens.
         """
 
         @jax.jit
@@ -133,9 +133,9 @@ class Choice(Task):
         return scores
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the accuracy of the highest scores, and that of guessing.
+        """Return the accuracy of selecting the choice with the highest score, and the accuracy of random guessing.
 
-        For a language model, return a second accuracy, whose scores are the mean log-likelihoods per token.
+        For a language model, also return the accuracy with the mean log-likelihood per token as the score.
         """
         pairs = [(batch["label"], batch["choices"], outputs) for batch, outputs in found]
         label_N, count_N, scores_NK2 = (np.concatenate(part) for part in zip(*pairs, strict=True))
@@ -159,16 +159,19 @@ def loss_of_scores(
     x_RTD: jax.Array,
     batch: Batch,
     dtype: Any,
-    of: Callable[[jax.Array], tuple[jax.Array, Sums]],
+    compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss and the metric sums that `of` computes from the scores [R]. Gradients need no stored logits."""
+    """Return the loss and the metric sums that `compute` returns for the scores [R].
+
+    Gradients need no stored logits.
+    """
     if cfg.head_kind.vocabulary:
-        return loss_of_rows(cfg, params, x_RTD, batch, dtype, of)
-    return of(choice_scores(cfg, params, x_RTD, batch, dtype))
+        return loss_of_rows(cfg, params, x_RTD, batch, dtype, compute)
+    return compute(choice_scores(cfg, params, x_RTD, batch, dtype))
 
 
 def allowed(batch: Batch, score_R: jax.Array) -> jax.Array:
-    """Return [B, K]: 1 for a choice of the question, 0 for a row that only fills the array."""
+    """Return a mask [B, K]: 1 for a choice of the question, 0 for a row that only fills the array."""
     count_B = batch["choices"]
     return (jnp.arange(score_R.shape[0] // count_B.shape[0]) < count_B[:, None]).astype(jnp.int32)
 

@@ -92,7 +92,7 @@ class Classify(Task):
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
         """Return the metrics, the true and predicted class names, and a record of each wrong prediction.
 
-        The metrics are those of the confusion matrix and of the calibration of the probabilities.
+        The metrics describe the confusion matrix and the calibration of the probabilities.
         """
         names = artifact.manifest.labels
         truth_of = label_map(examples.classes, names, str(artifact.path))
@@ -107,9 +107,10 @@ class Classify(Task):
     def calibrated(
         self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup
     ) -> tuple[functional.Params, dict[str, Any]]:
-        """Divide the logits by the temperature that suits `rows` best, by scaling the head's matrix and bias.
+        """Scale the head's matrix and bias, so that the logits are divided by a temperature fitted on `rows`.
 
-        Predictions stay, and exported models have the same probabilities.
+        The temperature minimizes the log loss. Predicted classes do not change, and exported models have the same
+        probabilities.
 
         Returns:
             The parameters, and the metrics "temperature" and "ece" (before and after).
@@ -122,15 +123,15 @@ class Classify(Task):
         before, after = (calibration.scores(calibration.softmax(logits_NC / t), label_N) for t in (1.0, divisor))
         return scaled, {"temperature": divisor, "ece_uncalibrated": before["ece"], "ece": after["ece"]}
 
-    def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
+    def prediction(self, y: jax.Array, batch: Batch) -> jax.Array:
         """Return class probabilities [B, C] in float32 from logits."""
         return jax.nn.softmax(y.astype(jnp.float32), axis=-1)
 
-    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+    def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
         """Return the most likely class and its probability; if `every` is true, also the probability of every class."""
-        best = int(belief.argmax())
-        found: dict[str, Any] = {"label": manifest.labels[best], "probability": short(belief[best])}
-        return found | ({"probabilities": named(manifest.labels, belief)} if every else {})
+        best = int(prediction.argmax())
+        found: dict[str, Any] = {"label": manifest.labels[best], "probability": short(prediction[best])}
+        return found | ({"probabilities": named(manifest.labels, prediction)} if every else {})
 
 
 def wrong_cases(

@@ -77,7 +77,7 @@ class Embed(Task):
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
         """Return the summed loss and the metric sums, from unit vectors [2B, D] of texts and second texts in turn."""
-        near = nearness(y, batch)
+        near = similarities(y, batch)
         weight_B = row_weight(batch, near)
         if "label" in batch:
             return number_sums(near, batch["label"], weight_B)
@@ -92,7 +92,7 @@ class Embed(Task):
         If the data has pairs, the loss is (1 - hard) * KL divergence of similarities + hard * contrastive loss. If the
         data has scores, both terms are squared errors.
         """
-        taught, near = nearness(teacher, batch), nearness(y, batch)
+        taught, near = similarities(teacher, batch), similarities(y, batch)
         weight_B = row_weight(batch, near)
         if "label" in batch:
             return soft_number_sums(taught, near, batch["label"], weight_B, hard)
@@ -105,9 +105,9 @@ class Embed(Task):
         """Return rows of one text each for new rows of the user; a second text is ignored."""
         return super().new_rows([{"text": row["text"]} for row in rows], tokenizer, seq_len, labels, truncate)
 
-    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+    def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
         """Return {"embedding": unit vector as a list of D numbers}."""
-        return {"embedding": [short(x) for x in belief]}
+        return {"embedding": [short(x) for x in prediction]}
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
         """Check that the data has the column "pair".
@@ -151,11 +151,11 @@ class Embed(Task):
         return text + f"cosine to {metrics['candidates']} candidates, {setup.dtype}"
 
 
-def nearness(z_ND: jax.Array, batch: Batch) -> jax.Array:
+def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
     """Return the cosine similarities [B, B] of every text with every second text of the batch.
 
-    With scores in the batch, return only the cosine [B] of the two texts of each row. The second texts are those of all
-    devices, so that each text is compared with the whole batch (arXiv:1807.03748, arXiv:1705.00652).
+    If the batch has scores, return only the cosine [B] between the two texts of each row. The second texts are those of
+    all devices, so that each text is compared with the whole batch (arXiv:1807.03748, arXiv:1705.00652).
 
     Args:
         z_ND: Unit vectors [2B, D] of texts and second texts in turn.
@@ -175,9 +175,9 @@ def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> n
     Candidates with the same similarity are ranked before the own candidate.
 
     Args:
-        text_ND: Unit vectors of the texts.
-        candidate_MD: Unit vectors of the candidates.
-        own_N: Index of each text's own candidate.
+        text_ND: Unit vectors of the texts [N, D].
+        candidate_MD: Unit vectors of the candidates [M, D].
+        own_N: Index of each text's own candidate [N].
     """
     out = []
     for a in range(0, len(text_ND), CHUNK):

@@ -198,15 +198,15 @@ class LanguageModel(Language):
     name = "lm"
     title = "language model"
 
-    def among(self, model: ModelConfig, columns: Iterable[str]) -> Task:
+    def select_task(self, model: ModelConfig, columns: Iterable[str]) -> Task:
         """Return the task that "lm" stands for, given a model and the column names of the data."""
         if model.architecture != "encoder" and "completion" in columns:
             return TASKS["completions"]
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Return the rows of the task that `among` selects for the columns of the examples."""
-        return self.among(model, examples.columns).rows(model, examples, tokenizer, settings)
+        """Return the rows of the task that `select_task` selects for the columns of the examples."""
+        return self.select_task(model, examples.columns).rows(model, examples, tokenizer, settings)
 
     def stage_rows(
         self,
@@ -218,13 +218,13 @@ class LanguageModel(Language):
         settings: RowSettings,
         needed: int = 0,
     ) -> Any:
-        """Return `stage_rows` of the task that `among` selects for the columns of the data."""
-        task = self.among(model, text.columns)
+        """Return `stage_rows` of the task that `select_task` selects for the columns of the data."""
+        task = self.select_task(model, text.columns)
         return task.stage_rows(model, text, split, tokenizer, cache, settings, needed)
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure an artifact with the task that `among` selects for the columns of the data."""
-        return self.among(artifact.model, held.examples.columns).evaluate(artifact, held, setup)
+        """Measure an artifact with the task that `select_task` selects for the columns of the data."""
+        return self.select_task(artifact.model, held.examples.columns).evaluate(artifact, held, setup)
 
 
 TASK = LanguageModel()

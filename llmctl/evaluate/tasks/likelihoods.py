@@ -52,9 +52,9 @@ def loss_of_rows(
     x_RTD: jax.Array,
     batch: Batch,
     dtype: Any,
-    of: Callable[[jax.Array], tuple[jax.Array, Sums]],
+    compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss that `of` computes from the rows' log-likelihoods, and its metric sums.
+    """Return the loss that `compute` returns from the rows' log-likelihoods, and its metric sums.
 
     The gradient is that of a cross-entropy whose tokens are weighted by the derivative of the loss with respect to
     their row's log-likelihood. Logits can therefore be computed in chunks, as in other losses. This takes one more
@@ -66,10 +66,10 @@ def loss_of_rows(
         x_RTD: Hidden states.
         batch: Rows with `targets` and `weights` [R, T].
         dtype: Dtype of the computation.
-        of: Function from log-likelihoods [R] to (loss, metric sums).
+        compute: Function from log-likelihoods [R] to (loss, metric sums).
     """
     found_R = log_likelihood(cfg, *jax.lax.stop_gradient((params, x_RTD)), batch, dtype)
-    (total, sums), slope_R = jax.value_and_grad(of, has_aux=True)(found_R)
+    (total, sums), slope_R = jax.value_and_grad(compute, has_aux=True)(found_R)
     x_RPD, targets_RP, weights_RP = predicted(batch, x_RTD)
     weighed, _ = chunked_loss.cross_entropy(
         project(cfg, dtype), functional.head_params(cfg, params), x_RPD, targets_RP, -slope_R[:, None] * weights_RP,

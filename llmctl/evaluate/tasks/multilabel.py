@@ -88,18 +88,18 @@ class MultiLabel(Classify):
         truth_NC, p_NC = map(np.concatenate, zip(*((b["label"], probabilities(y)) for b, y in found), strict=True))
         return {"thresholds": dict(zip(rows.classes, thresholds(truth_NC, p_NC), strict=True))}
 
-    def belief(self, y: jax.Array, batch: Batch) -> jax.Array:
+    def prediction(self, y: jax.Array, batch: Batch) -> jax.Array:
         """Return the probability of each class, [B, C] in float32, from logits."""
         return jax.nn.sigmoid(y.astype(jnp.float32))
 
-    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the classes whose probability reaches their threshold, with their probabilities.
+    def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the classes whose probability reaches the threshold of the class, with the probabilities.
 
         If `every` is true, return the probabilities of all classes.
         """
         chosen = manifest.fitted.get("thresholds", {})
-        given = named(manifest.labels, belief)
-        labels = [n for n, p in zip(manifest.labels, belief, strict=True) if p >= chosen.get(n, EVEN)]
+        given = named(manifest.labels, prediction)
+        labels = [n for n, p in zip(manifest.labels, prediction, strict=True) if p >= chosen.get(n, EVEN)]
         return {"labels": labels, "probabilities": given if every else {n: given[n] for n in labels}}
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:

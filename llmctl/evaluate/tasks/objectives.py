@@ -40,7 +40,9 @@ class TextObjective(Language):
         self.objective = objective_rows.Objective(name)
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Return the objective's rows of the examples' texts. Several texts in one row are separate segments."""
+        """Build rows for the objective from the texts of the examples. Several texts in one row are separate
+        segments.
+        """
         documents = settings.corpus(tokenizer) if settings.corpus else tokenize(examples.texts(), tokenizer)
         return self.objective.rows(documents, tokenizer, settings.seq_len, packing="segments", **settings.order)
 
@@ -54,7 +56,7 @@ class TextObjective(Language):
         settings: RowSettings,
         needed: int = 0,
     ) -> Any:
-        """Return the objective's rows of a split for a training stage.
+        """Build rows for the objective from a split of a training stage's data.
 
         The texts may have been tokenized before (`llmctl prepare`). Several corpora are mixed by weight.
         """

@@ -1,7 +1,7 @@
 """Predict new rows: build model inputs without labels, and format the outputs.
 
-A *belief* is the model's output for one row: class probabilities, a number or a vector. If the task allows it, the
-beliefs of several artifacts are averaged. An *answer* is a belief as JSON data.
+A *prediction* is the model's output for one row: class probabilities, a number or a vector. An *answer* is a prediction
+as JSON data. If the task allows it, the predictions of several artifacts are averaged.
 
 Shapes: B rows, T tokens per row, N new rows, C classes, W words.
 """
@@ -55,34 +55,34 @@ class Predicts:
         columns = ("text", "pair") if "pair" in rows[0] else ("text",)
         return ClassificationRows(new_examples(rows, columns), tokenizer, seq_len, truncate=truncate, shuffle=False)
 
-    def believer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> beliefs of the rows, arrays [B, ...]."""
+    def prediction_step(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled function (params, batch) -> predictions for the rows, arrays [B, ...]."""
 
         @jax.jit
         def run(params: functional.Params, batch: Batch) -> Any:
             x_BTD = functional.hidden(model, params, batch, dtype=dtype)
-            return self.belief(functional.outputs(model, params, x_BTD, batch, dtype), batch)
+            return self.prediction(functional.outputs(model, params, x_BTD, batch, dtype), batch)
 
         return run
 
-    def belief(self, y: jax.Array, batch: Batch) -> Any:
-        """Convert the outputs of the task head to beliefs. By default, return the outputs."""
+    def prediction(self, y: jax.Array, batch: Batch) -> Any:
+        """Convert outputs of the task head [B, ...] to predictions. By default, return the outputs."""
         return y
 
-    def beliefs(self, count: int, rows: Any, outputs: Outputs) -> list[Any]:
-        """Return the belief for each of `count` new rows, in the order of the rows."""
+    def predictions(self, count: int, rows: Any, outputs: Outputs) -> list[Any]:
+        """Return the prediction for each of `count` new rows, in the order of the rows."""
         found: list[Any] = [None] * count
         for index_B, _, outputs_B in outputs:
             for i, one in zip(index_B, outputs_B, strict=True):
                 found[i] = one
         return found
 
-    def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Format the belief for one row as JSON data.
+    def answer(self, row: Row, prediction: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Format the prediction for one row as JSON data.
 
         Args:
             row: The new row.
-            belief: The model's output for it, such as class probabilities.
+            prediction: The model's output for it, such as class probabilities.
             manifest: The artifact's manifest, which has the class names.
             every: Whether to include the probability of every class.
         """

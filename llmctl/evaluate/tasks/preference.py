@@ -107,11 +107,11 @@ class Preference(Language):
             )
             tokens_2B = jnp.maximum(batch["weights"].sum(-1), 1)
 
-            def of(policy_2B: jax.Array) -> tuple[jax.Array, Sums]:
+            def compute(policy_2B: jax.Array) -> tuple[jax.Array, Sums]:
                 gained_2B = policy_2B - reference_2B
                 return pair_loss(gained_2B, tokens_2B, weight_B, chosen, settings.label_smoothing)
 
-            return loss_of_rows(cfg, params, x_2BTD, batch, settings.dtype, of)
+            return loss_of_rows(cfg, params, x_2BTD, batch, settings.dtype, compute)
 
         return loss
 

@@ -75,9 +75,9 @@ class Regress(Task):
         """Return the fields of config.json for one output without a class name, with the problem type "regression"."""
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": self.problem_type}
 
-    def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
+    def answer(self, row: Row, prediction: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
         """Return {"value": predicted number}."""
-        return {"value": short(belief)}
+        return {"value": short(prediction)}
 
 
 TASK = Regress()

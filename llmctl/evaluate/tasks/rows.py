@@ -115,7 +115,7 @@ class RowMethods(TaskRecord):
 
         Args:
             model: Config of the model.
-            text: Text of the stage.
+            text: The stage's data.
             split: train, validation or test.
             tokenizer: Tokenizer of the model.
             cache: Folder that caches tokenized raw text.

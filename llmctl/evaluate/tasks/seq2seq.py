@@ -46,7 +46,10 @@ class SequenceToSequence(Completions):
         train: TrainConfig,
         ends: Sequence[int],
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
-        """Return the metrics of answers to at most `generation.examples` validation prompts; see Task.
+        """Return a function that computes the metrics of generated answers to validation prompts, as in
+        `Task.validator`.
+
+        At most `generation.examples` prompts are used.
 
         Raises:
             RequestError: If the packages of the metrics are missing, or the answers leave no room for a prompt.

@@ -51,7 +51,7 @@ class ChatConfig(Config):
         The content of the file is a part of the stage's key.
 
         Raises:
-            RequestError: If it does not exist.
+            RequestError: If the file does not exist.
         """
         if self.template in ("", CHATML):
             return []
@@ -63,7 +63,7 @@ class ChatConfig(Config):
         """Return the text of the template's file, or None if no file is named.
 
         Raises:
-            RequestError: If it does not exist, or is not UTF-8 text.
+            RequestError: If the file does not exist, or is not UTF-8 text.
         """
         for file in self.inputs():
             try:

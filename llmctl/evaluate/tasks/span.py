@@ -95,20 +95,20 @@ class Span(Task):
         """Return rows of one question and one window of its context each, for new rows of the user."""
         return AnswerRows(new_examples(rows, ("context", "question")), tokenizer, seq_len, shuffle=False)
 
-    def belief(self, y: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+    def prediction(self, y: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
         """Return the best span of each row, as `best_span` does."""
         return best_span(y, batch)
 
-    def beliefs(self, count: int, rows: AnswerRows, outputs: Outputs) -> list[Any]:
+    def predictions(self, count: int, rows: AnswerRows, outputs: Outputs) -> list[Any]:
         """Return the best span over all windows for each of `count` questions.
 
-        A belief is (score, score of no answer, (first character, last character + 1)).
+        A prediction is (score, score of no answer, (first character, last character + 1)).
         """
         return list(zip(*over_windows(count, ((batch, spans) for _, batch, spans in outputs)), strict=True))
 
-    def answer(self, row: Row, belief: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
+    def answer(self, row: Row, prediction: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
         """Return the text of the best span, its character positions, and its score minus the score of no answer."""
-        score, none, (begin, end) = belief
+        score, none, (begin, end) = prediction
         text = row["context"][begin:end]
         return {"answer": text, "start": int(begin), "end": int(end), "over_no_answer": short(score - none)}
 

@@ -82,7 +82,7 @@ class Tokens(Classify):
         filled = [{"tokens": w, "tags": [labels[0]] * len(w)} for w in words]
         return TagRows(new_examples(filled, ("tokens", "tags"), tuple(labels)), tokenizer, seq_len, shuffle=False)
 
-    def beliefs(self, count: int, rows: TagRows, outputs: Outputs) -> list[Any]:
+    def predictions(self, count: int, rows: TagRows, outputs: Outputs) -> list[Any]:
         """Return the class probabilities [W, C] of each row's words; NaN for words beyond the sequence length."""
         found: list[Any] = [None] * count
         for index_B, batch, p_BTC in outputs:
@@ -91,23 +91,23 @@ class Tokens(Classify):
                 found[i][rows.seen_of(i)] = p_TC[weight_T > 0]
         return found
 
-    def answer(self, row: Row, belief: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+    def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
         """Return the words, and the most likely label of each with its probability.
 
         Labels and probabilities are null for words beyond the sequence length. If `every` is true, the probabilities of
         all classes are included.
         """
         names = manifest.labels
-        read_W = np.asarray(np.isfinite(belief).all(-1))
-        best_W = np.where(read_W, np.nan_to_num(belief).argmax(-1), 0)
+        read_W = np.asarray(np.isfinite(prediction).all(-1))
+        best_W = np.where(read_W, np.nan_to_num(prediction).argmax(-1), 0)
         tags = [names[k] if read else None for k, read in zip(best_W, read_W, strict=True)]
-        p_W = belief[np.arange(len(best_W)), best_W]
+        p_W = prediction[np.arange(len(best_W)), best_W]
         found: dict[str, Any] = {
             "tokens": row.get("tokens") or row["text"].split(),
             "tags": tags,
             "tag_probabilities": [short(p) if read else None for p, read in zip(p_W, read_W, strict=True)],
         }
-        every_W = [named(names, p_C) if read else None for p_C, read in zip(belief, read_W, strict=True)]
+        every_W = [named(names, p_C) if read else None for p_C, read in zip(prediction, read_W, strict=True)]
         return found | ({"probabilities": every_W} if every else {})
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:

@@ -1,4 +1,4 @@
-"""Define how a task is trained: losses, distillation losses, and what a finetuning stage asks of it.
+"""Define how a task is trained: losses, distillation losses, and the methods that a finetuning stage calls.
 
 Shapes: B rows, T tokens per row, D model width, C classes.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llmctl.data.device_batches import Rows
 
 Network = tuple[ModelConfig, functional.Params, jax.Array]
-"""One network of a loss that compares two: (config, parameters, hidden states [B, T, D])."""
+"""One of the two networks that a loss compares: (config, parameters, hidden states [B, T, D])."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class TrainingMethods(TaskRecord):
 
         Args:
             model: Config of the model.
-            text: Text of the stage.
+            text: The stage's data.
             tokenizer: Tokenizer of the model.
             settings: The task's own settings (`section`).
             train: Settings of training.
@@ -254,9 +254,9 @@ class TrainingMethods(TaskRecord):
     def calibrated(
         self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup
     ) -> tuple[functional.Params, dict[str, Any]]:
-        """Return parameters whose probabilities are calibrated on `rows`, and metrics about it.
+        """Return parameters whose probabilities are calibrated on `rows`, and metrics of the calibration.
 
-        Only tasks with `calibrates` define it.
+        Only tasks whose `calibrates` is true define this method.
         """
         raise NotImplementedError
 

@@ -188,11 +188,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         score = SCORES[config.method]
         prune.check(params, pattern, score.per)
         walk = _walk(config, base, mesh, bool(score.gradients)) if score.calibrated else None
-        found = programs.zeros(base.model, params, config.method, pattern, mesh, walk)
+        found = programs.pruning(base.model, params, config.method, pattern, mesh, walk)
         return found, abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True)
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
-    found = programs.cuts(base.model, params, target, mesh, _walk(config, base, mesh))
+    found = programs.structured_pruning(base.model, params, target, mesh, _walk(config, base, mesh))
     return found, abstract_artifact.abstract_result(config, small, target, base=base)
 
 
@@ -261,11 +261,11 @@ def _structured(
         say(line)
     batches = calibration_data.load(config, base, devices)
     found: dict[str, Any] = {}
-    how = {"progress": progress, "dtype": config.dtype}
+    arguments = {"progress": progress, "dtype": config.dtype}
     if structured.fewer_layers(model, target):
-        model, params, found["layers_kept"] = structured.prune_layers(model, params, batches, target, **how)
+        model, params, found["layers_kept"] = structured.prune_layers(model, params, batches, target, **arguments)
     if structured.narrower(model, target):
-        model, params, reports = structured.prune_widths(model, params, batches, target, **how, saved=saved)
+        model, params, reports = structured.prune_widths(model, params, batches, target, **arguments, saved=saved)
         found["layer_error"] = _errors(reports)
     return model, params, found
 
@@ -297,14 +297,14 @@ def _unstructured(
         raise RequestError(
             f"{base.path}: its matrices are {before:.1%} zeros already; sparsity {pattern.sparsity} changes nothing"
         )
-    how: dict[str, Any] = {"method": config.method, "pattern": pattern}
+    arguments: dict[str, Any] = {"method": config.method, "pattern": pattern}
     if not score.calibrated:
-        params = prune.prune_uncalibrated(params, **how, seed=config.seed)
+        params = prune.prune_uncalibrated(params, **arguments, seed=config.seed)
         return base.model, params, {"block_sparsity": prune.sparsity(params)}
 
     def change(visit: Visit) -> dict[str, Any]:
         at = (config.seed, visit.stack, visit.index)
-        return prune.prune_layer(visit.layer, visit.stats, visit.gradients, **how, at=at)
+        return prune.prune_layer(visit.layer, visit.stats, visit.gradients, **arguments, at=at)
 
     batches = calibration_data.load(config, base, devices, labels=bool(score.gradients))
     sums = None

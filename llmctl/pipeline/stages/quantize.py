@@ -146,7 +146,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)
     held = [] if params is base.params else [base.params]
-    found, small = programs.roundings(base.model, params, mesh, held, **_quantize_arguments(config))
+    found, small = programs.quantization(base.model, params, mesh, held, **_quantize_arguments(config))
     return [found], abstract_artifact.abstract_result(config, small, base.model, base=base)
 
 

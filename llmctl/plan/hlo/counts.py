@@ -92,7 +92,7 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
     "ZeroCrop", "GatherScatterIndicesBitpacked",
 }  # fmt: skip
 """Custom calls that are not kernels."""
-APART = ("async-start", "call-start")
+ASYNC_STARTS = ("async-start", "call-start")
 """Opcodes that start an asynchronous computation. The computation of call-start runs on other cores of the chip."""
 SLICES = "slices"
 """Name of the network between TPU slices, used instead of a mesh axis."""
@@ -147,48 +147,48 @@ class _Counter:
         self.module, self.mesh = module, mesh
         self.done: dict[str, _Tally] = {}
 
-    def of(self, where: Computation) -> _Tally:
+    def of(self, computation: Computation) -> _Tally:
         """Return the counts of one run of a computation."""
-        if where.name not in self.done:
-            tally, apart = _Tally(), [self.instruction(where, i) for i in where.instructions]
-            for n, i in enumerate(where.instructions):
-                if i.opcode in APART and _hides(where, n, apart):
-                    apart[n].hide()
-                tally.add(apart[n])
+        if computation.name not in self.done:
+            tally, tallies = _Tally(), [self.instruction(computation, i) for i in computation.instructions]
+            for n, i in enumerate(computation.instructions):
+                if i.opcode in ASYNC_STARTS and _hides(computation, n, tallies):
+                    tallies[n].hide()
+                tally.add(tallies[n])
                 if kind := _kind(i):
-                    tally.add(self.collective(where, i, kind, _hides(where, n, apart)))
+                    tally.add(self.collective(computation, i, kind, _hides(computation, n, tallies)))
                 elif kind := _between_slices(i):
-                    size, done = replica_groups.slices_of(i), _received(where, i)
-                    hidden = any(other.work for other in apart[n + 1 : done])
-                    tally.add(_summed(kind, SLICES, size, sum(a.bytes for a in where.inputs(i)), hidden))
-            self.done[where.name] = tally
-        return self.done[where.name]
+                    size, done = replica_groups.slices_of(i), _received(computation, i)
+                    hidden = any(other.work for other in tallies[n + 1 : done])
+                    tally.add(_summed(kind, SLICES, size, sum(a.bytes for a in computation.inputs(i)), hidden))
+            self.done[computation.name] = tally
+        return self.done[computation.name]
 
-    def instruction(self, where: Computation, i: Instruction) -> _Tally:
+    def instruction(self, computation: Computation, i: Instruction) -> _Tally:
         """Return the counts of one run of `i`. Collectives are omitted, because `collective` counts them."""
-        tally = _Tally(bytes=hbm_traffic.of(self.module, where, i))
-        flops, dtype = operations.matrix(where, i)
+        tally = _Tally(bytes=hbm_traffic.of(self.module, computation, i))
+        flops, dtype = operations.matrix(computation, i)
         if flops:
             tally.flops[dtype] = flops
         if i.opcode == "while":
-            turns = trip_counts.trips(self.module, where, i)
-            tally.add(self.of(self.module.computations[i.called["body"][0]]), 1 if turns is None else turns)
-            tally.unknown |= {i.name} if turns is None else set()
+            iterations = trip_counts.trips(self.module, computation, i)
+            tally.add(self.of(self.module.computations[i.called["body"][0]]), 1 if iterations is None else iterations)
+            tally.unknown |= {i.name} if iterations is None else set()
         elif i.opcode == "conditional":
             branches = [self.of(self.module.computations[b]) for b in _branches(i)]
             tally.add(max(branches, key=lambda b: (b.work, b.bytes)))
         elif i.opcode == "fusion":
             tally.add(self.of(self.module.computations[i.called["calls"][0]]), bytes_too=False)
-        elif i.opcode in ("call", *APART):  # asynchronous work is counted at its start
+        elif i.opcode in ("call", *ASYNC_STARTS):  # asynchronous work is counted at its start
             inner = i.called.get("calls") or i.called["to_apply"]
             tally.add(self.of(self.module.computations[inner[0]]), bytes_too=i.opcode == "call")
         elif i.opcode == "custom-call" and i.target not in HOUSEKEEPING and not flops:
             name = i.name.split(".")[0] if i.target == "tpu_custom_call" else i.target
             tally.kernels[name] = 1.0
-            tally.kernel_flops = operations.attention(where, i)
+            tally.kernel_flops = operations.attention(computation, i)
         return tally
 
-    def collective(self, where: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
+    def collective(self, computation: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
         """Return the counts of one run of the collective `i`, of kind `kind`.
 
         `hidden` tells whether the collective overlaps with computation.
@@ -196,22 +196,22 @@ class _Counter:
         group = replica_groups.group_of(i, math.prod(self.mesh.values()))
         if len(group) < 2:
             return _Tally()
-        kind = "reduce-scatter" if kind == "all-reduce" and _scatters(where, i) else kind
-        given = sum(a.bytes for a in where.inputs(i))
-        return _summed(kind, replica_groups.axis_of(group, self.mesh), len(group), given, hidden)
+        kind = "reduce-scatter" if kind == "all-reduce" and _scatters(computation, i) else kind
+        input_bytes = sum(a.bytes for a in computation.inputs(i))
+        return _summed(kind, replica_groups.axis_of(group, self.mesh), len(group), input_bytes, hidden)
 
 
-def _summed(kind: str, axis: str, n: int, given: float, hidden: bool) -> _Tally:
+def _summed(kind: str, axis: str, n: int, input_bytes: float, hidden: bool) -> _Tally:
     """Return the counts of one run of a collective.
 
     Args:
       kind: kind of the collective, as in `Collective`.
       axis: mesh axis.
       n: number of devices of a group.
-      given: bytes of each device's input.
+      input_bytes: bytes of each device's input.
       hidden: whether the collective overlaps with computation.
     """
-    payload = given * n if kind == "all-gather" else given
+    payload = input_bytes * n if kind == "all-gather" else input_bytes
     sent = payload * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
     sums = {
         "bytes": sent,
@@ -250,29 +250,33 @@ def _between_slices(i: Instruction) -> str:
     return {"one-to-one": "collective-permute"}.get(kind, kind)
 
 
-def _received(where: Computation, sent: Instruction) -> int:
+def _received(computation: Computation, sent: Instruction) -> int:
     """Return the index of the instruction that waits for the reply to `sent`. If none waits, return that of `sent`."""
     meeting = sent.attributes.partition('_xla_host_transfer_rendezvous="')[2].partition('"')[0]
-    names = [i.name for i in where.instructions if i.opcode == "recv" and f'rendezvous="{meeting}"' in i.attributes]
-    ends = (n for n, i in enumerate(where.instructions) if i.opcode == "recv-done" and set(names) & set(i.operands))
-    return next(ends, where.instructions.index(sent))
+    names = [
+        i.name for i in computation.instructions if i.opcode == "recv" and f'rendezvous="{meeting}"' in i.attributes
+    ]
+    ends = (
+        n for n, i in enumerate(computation.instructions) if i.opcode == "recv-done" and set(names) & set(i.operands)
+    )
+    return next(ends, computation.instructions.index(sent))
 
 
-def _scatters(where: Computation, i: Instruction) -> bool:
+def _scatters(computation: Computation, i: Instruction) -> bool:
     """Return whether an all-reduce is a fused reduce-scatter: every instruction that reads its result slices it."""
-    users = where.users[i.name]
+    users = computation.users[i.name]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
 
-def _hides(where: Computation, n: int, apart: list[_Tally]) -> bool:
+def _hides(computation: Computation, n: int, tallies: list[_Tally]) -> bool:
     """Return whether matrix products run between the start and the end of collective `n`."""
-    start = where.instructions[n]
-    if any(i.target == "AsyncCollectiveStart" for i in where.instructions):
+    start = computation.instructions[n]
+    if any(i.target == "AsyncCollectiveStart" for i in computation.instructions):
         return True  # the fusions of this computation also contain other work
     if not start.opcode.endswith("-start"):
         return False
     work = 0.0
-    for i, tally in zip(where.instructions[n + 1 :], apart[n + 1 :], strict=True):
+    for i, tally in zip(computation.instructions[n + 1 :], tallies[n + 1 :], strict=True):
         if i.opcode.endswith("-done") and start.name in i.operands:
             return work > 0
         work += tally.work

@@ -17,43 +17,43 @@ SLICES = {"dynamic-slice", "slice", "gather"}
 _SAME = {"bitcast", "reshape", "get-tuple-element", "copy", "convert"}
 
 
-def of(module: Module, where: Computation, i: Instruction) -> float:
+def of(module: Module, computation: Computation, i: Instruction) -> float:
     """Return the bytes that one run of `i` reads and writes in HBM."""
     if i.opcode in FREE or i.opcode.endswith("-done") or i.target in FREE_CALLS:
         return 0.0
     if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.endswith("-start"):
-        return _start_bytes(where, i)
+        return _start_bytes(computation, i)
     if i.opcode in ("send", "recv"):  # the sent array is also among the results
         return _hbm(i.arrays[:1])
     if i.opcode in SLICES:
-        source = where.operand(i, 0).arrays[0]
+        source = computation.operand(i, 0).arrays[0]
         return _hbm(i.arrays) + _bytes_if_hbm(source, i.arrays)
     if i.opcode == "dynamic-update-slice":
-        update = where.operand(i, 1).arrays[0]
+        update = computation.operand(i, 1).arrays[0]
         return update.hbm + _bytes_if_hbm(i.arrays[0], [update])
     if i.opcode == "scatter":
-        updates = where.inputs(i)[len(i.arrays) :]
+        updates = computation.inputs(i)[len(i.arrays) :]
         return _hbm(updates) + 2 * _bytes_if_hbm(i.arrays[0], updates[1:])
     if i.opcode == "fusion":
-        return _fusion(module, where, i)
-    return _hbm(i.arrays) + _hbm(where.inputs(i))
+        return _fusion(module, computation, i)
+    return _hbm(i.arrays) + _hbm(computation.inputs(i))
 
 
 def _hbm(arrays: list[Array]) -> float:
     return sum(a.hbm for a in arrays)
 
 
-def _bytes_if_hbm(place: Array, moved: list[Array]) -> float:
+def _bytes_if_hbm(container: Array, moved: list[Array]) -> float:
     """Return the bytes of the arrays `moved` if the array `container`, which holds them, is in HBM; otherwise 0."""
-    return sum(a.bytes for a in moved) if place.space == 0 else 0.0
+    return sum(a.bytes for a in moved) if container.space == 0 else 0.0
 
 
-def _start_bytes(where: Computation, i: Instruction) -> float:
+def _start_bytes(computation: Computation, i: Instruction) -> float:
     """Return the HBM bytes that an asynchronous operation reads and writes. They are counted at its start instruction.
 
     The result of the start instruction contains the operands, the outputs and flags, in this order.
     """
-    inputs = where.inputs(i)
+    inputs = computation.inputs(i)
     outputs = i.arrays[len(inputs) :] or i.arrays
     if i.opcode == "slice-start":
         return _bytes_if_hbm(inputs[0], outputs[:1]) + _hbm(outputs[:1])
@@ -63,11 +63,11 @@ def _start_bytes(where: Computation, i: Instruction) -> float:
     return _hbm(inputs) + _hbm([a for a in outputs if a.size > 1])
 
 
-def _fusion(module: Module, where: Computation, i: Instruction) -> float:
+def _fusion(module: Module, computation: Computation, i: Instruction) -> float:
     inner = module.computations[i.called["calls"][0]]
     read = 0.0
     for name, parameter in zip(i.operands, inner.parameters, strict=False):
-        given = where.by_name[name].arrays
+        given = computation.by_name[name].arrays
         read += min(_hbm(given), _parameter_bytes(module, inner, parameter)) if _hbm(given) else 0.0
     return read + _result_bytes(inner, i)
 

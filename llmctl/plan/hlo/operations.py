@@ -15,35 +15,35 @@ TYPES = {
 """Names of dtypes in JAX, by their names in HLO. All float8 types are named "float8"."""
 
 
-def matrix(where: Computation, i: Instruction) -> tuple[float, str]:
+def matrix(computation: Computation, i: Instruction) -> tuple[float, str]:
     """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product; else (0, "")."""
     if i.opcode == "dot":
         contracted = i.numbers("lhs_contracting_dims")
-        left = where.operand(i, 0).arrays[0]
-        return 2.0 * i.arrays[0].size * math.prod(left.dims[d] for d in contracted), _dtype(where, i)
+        left = computation.operand(i, 0).arrays[0]
+        return 2.0 * i.arrays[0].size * math.prod(left.dims[d] for d in contracted), _dtype(computation, i)
     if i.opcode == "convolution":
-        return _convolution(where, i), _dtype(where, i)
+        return _convolution(computation, i), _dtype(computation, i)
     if i.opcode == "custom-call" and re.search(r"\$(gemm|matmul|lt\$matmul)", i.target):
         config = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', i.attributes)
-        left = where.operand(i, 0).arrays[0]
+        left = computation.operand(i, 0).arrays[0]
         if config:
             contracted = [int(d) for d in json.loads(config[1])]
-            return 2.0 * i.arrays[0].size * math.prod(left.dims[d] for d in contracted), _dtype(where, i)
+            return 2.0 * i.arrays[0].size * math.prod(left.dims[d] for d in contracted), _dtype(computation, i)
     return 0.0, ""
 
 
-def _dtype(where: Computation, i: Instruction) -> str:
+def _dtype(computation: Computation, i: Instruction) -> str:
     """Return the wider dtype of the two operands. It determines the speed of the product."""
-    wider = max((where.operand(i, n).arrays[0] for n in (0, 1)), key=lambda a: a.bytes / max(a.size, 1))
+    wider = max((computation.operand(i, n).arrays[0] for n in (0, 1)), key=lambda a: a.bytes / max(a.size, 1))
     return "float8" if wider.dtype.startswith("f8") else TYPES.get(wider.dtype, wider.dtype)
 
 
-def _convolution(where: Computation, i: Instruction) -> float:
+def _convolution(computation: Computation, i: Instruction) -> float:
     """Return the FLOPs of a convolution, without products with padding.
 
     TPU programs express matrix products as convolutions.
     """
-    left, right, out = (*(where.operand(i, n).arrays[0] for n in (0, 1)), i.arrays[0])
+    left, right, out = (*(computation.operand(i, n).arrays[0] for n in (0, 1)), i.arrays[0])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     if not labels:
         return 0.0
@@ -65,14 +65,23 @@ def _window(i: Instruction, spatial: int) -> list[dict[str, int]]:
         return fields[key].split("x") if key in fields else [default] * spatial
 
     found = []
-    for stride, pad, apart, within in zip(
+    for stride, pad, input_dilation, kernel_dilation in zip(
         values("stride", "1"), values("pad", "0_0"), values("lhs_dilate", "1"), values("rhs_dilate", "1"), strict=True
     ):
-        found.append({"stride": int(stride), "low": int(pad.split("_")[0]), "apart": int(apart), "within": int(within)})
+        found.append(
+            {
+                "stride": int(stride),
+                "padding": int(pad.split("_")[0]),
+                "input_dilation": int(input_dilation),
+                "kernel_dilation": int(kernel_dilation),
+            }
+        )
     return found
 
 
-def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, apart: int, within: int) -> int:
+def _taps(
+    size: int, kernel: int, out: int, *, stride: int, padding: int, input_dilation: int, kernel_dilation: int
+) -> int:
     """Return how many multiply-adds one dimension of a convolution needs, without those that read padding.
 
     These are the pairs of an output position and a kernel position whose product reads an element of the input.
@@ -82,15 +91,15 @@ def _taps(size: int, kernel: int, out: int, *, stride: int, low: int, apart: int
       kernel: length of the kernel.
       out: length of the output.
       stride: step between outputs.
-      low: padding before the input.
-      apart: dilation of the input.
-      within: dilation of the kernel.
+      padding: padding before the input.
+      input_dilation: dilation of the input.
+      kernel_dilation: dilation of the kernel.
     """
-    last = (size - 1) * apart
-    if kernel == 1 and low == 0 and apart == 1:
+    last = (size - 1) * input_dilation
+    if kernel == 1 and padding == 0 and input_dilation == 1:
         return out
     return sum(
-        0 <= (at := o * stride + k * within - low) <= last and at % apart == 0
+        0 <= (at := o * stride + k * kernel_dilation - padding) <= last and at % input_dilation == 0
         for o in range(out)
         for k in range(kernel)
     )
@@ -104,7 +113,7 @@ of the probabilities, and two more. The kernel for queries computes one fewer.
 """
 
 
-def attention(where: Computation, i: Instruction) -> float:
+def attention(computation: Computation, i: Instruction) -> float:
     """Return the FLOPs of a splash attention kernel from its shapes. Only blocks inside the mask run.
 
     Queries are [B, H, T, K] and keys [B, G, S, K]; B is absent if it is 1. If the kernel skips blocks, its block table
@@ -113,7 +122,7 @@ def attention(where: Computation, i: Instruction) -> float:
     products = next((n for part, n in PRODUCTS.items() if f"_{part}_" in i.name), 0)
     if "splash" not in i.name or not products:
         return 0.0
-    inputs = where.inputs(i)
+    inputs = computation.inputs(i)
     heads = [a for a in inputs if len(a.dims) in (3, 4) and a.dtype in ("bf16", "f32", "f16")]
     if len(heads) < 2:
         return 0.0

@@ -68,37 +68,37 @@ def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine,
     return (left, right, direction) if left and right and direction in ("LT", "LE", "GT", "GE", "NE") else None
 
 
-def _affine(module: Module, where: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
+def _affine(module: Module, computation: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
     """Return the value of `i` as an affine function of the loop's state, or None if it is not affine.
 
-    `given` has the values of the parameters of `where`, if the loop's body or condition calls `where`. Otherwise it is
-    empty.
+    `given` has the values of the parameters of `computation`, if the loop's body or condition calls it. Otherwise
+    `given` is empty.
     """
     if i.opcode == "constant":
         return ({}, int(i.inside)) if re.fullmatch(r"-?\d+", i.inside.strip()) else None
     if i.opcode == "parameter" and given:
         return given[int(i.inside)]
     if i.opcode in _SAME and i.operands:
-        return _affine(module, where, where.operand(i, 0), given)
+        return _affine(module, computation, computation.operand(i, 0), given)
     if i.opcode == "get-tuple-element":
-        source, index = where.operand(i, 0), i.numbers("index")[0]
+        source, index = computation.operand(i, 0), i.numbers("index")[0]
         if source.opcode == "parameter" and not given:
             return {index: 1}, 0
         if source.opcode == "fusion":
             inner = module.computations[source.called["calls"][0]]
             if inner.root.opcode != "tuple":
                 return None
-            passed = [_affine(module, where, where.by_name[o], given) for o in source.operands]
+            passed = [_affine(module, computation, computation.by_name[o], given) for o in source.operands]
             return _affine(module, inner, inner.operand(inner.root, index), passed)
         if source.opcode == "tuple":
-            return _affine(module, where, where.operand(source, index), given)
+            return _affine(module, computation, computation.operand(source, index), given)
         return None
     if i.opcode == "fusion":
         inner = module.computations[i.called["calls"][0]]
-        passed = [_affine(module, where, where.by_name[o], given) for o in i.operands]
+        passed = [_affine(module, computation, computation.by_name[o], given) for o in i.operands]
         return _affine(module, inner, inner.root, passed)
     if i.opcode in ("add", "subtract"):
-        left, right = (_affine(module, where, where.operand(i, n), given) for n in (0, 1))
+        left, right = (_affine(module, computation, computation.operand(i, n), given) for n in (0, 1))
         return _add(left, right, 1 if i.opcode == "add" else -1) if left and right else None
     return None
 

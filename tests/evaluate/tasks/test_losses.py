@@ -8,7 +8,7 @@ import pytest
 from llmctl.config.settings import MeshConfig
 from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate.tasks.embed import nearness
+from llmctl.evaluate.tasks.embed import similarities
 from llmctl.evaluate.tasks.registry import TASKS, default
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -155,5 +155,5 @@ def test_a_softened_teacher_by_hand():
     got, _ = TASKS["tokens"].soft_score(jnp.asarray(teacher), jnp.asarray(y), batch, 2.0, 0.25)
     assert got == pytest.approx(want, rel=1e-5)
     z = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
-    np.testing.assert_allclose(nearness(z, {}), [[0.0, 0.8], [0.8, 0.96]], atol=1e-6)
-    np.testing.assert_allclose(nearness(z, {"label": z}), [0.0, 0.96], atol=1e-6)
+    np.testing.assert_allclose(similarities(z, {}), [[0.0, 0.8], [0.8, 0.96]], atol=1e-6)
+    np.testing.assert_allclose(similarities(z, {"label": z}), [0.0, 0.96], atol=1e-6)
