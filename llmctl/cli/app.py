@@ -98,8 +98,8 @@ def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
 def _interruptible(command: Callable[..., Any], resumable: bool) -> Callable[..., Any]:
     """Return a function that runs the command, and raises `Interrupted` if SIGTERM or Ctrl-C arrives.
 
-    A KeyboardInterrupt alone would not suffice. Typer turns it into another exit code. Orbax and SentencePiece turn it
-    into other errors, which would be reported as damaged files.
+    A KeyboardInterrupt would not suffice. Typer converts it to another exit code. Orbax and SentencePiece convert it to
+    other errors, which would be reported as damaged files.
     """
 
     @functools.wraps(command)
@@ -215,8 +215,8 @@ def _near(e: Any) -> str:
     if not getattr(e, "ctx", None):
         return ""
     if not wrong:
-        said = str(getattr(e, "message", ""))
-        lost = said.startswith("No such command") and "Did you mean" not in said
+        message = str(getattr(e, "message", ""))
+        lost = message.startswith("No such command") and "Did you mean" not in message
         return " `llmctl --help` lists the commands." if lost else ""
     params = e.ctx.command.params
     flags = {o: o for p in params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}

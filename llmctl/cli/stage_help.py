@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
 
 FILES = "Artifacts and recipe"
-"""Heading of the flags that every stage's command has and that are no fields of its config: inputs, outputs and
-printing."""
+"""Heading of the flags for inputs, outputs and printing. Every stage's command has these flags; they are not fields of
+its config.
+"""
 WHERE = "Where it runs"
 """Heading of the flags for devices and processes. `MeshConfig` has the same heading."""
 ALL = "--help-all"
@@ -104,7 +105,7 @@ def help_all(ctx: typer.Context, value: bool) -> None:
 
 
 def _heading(cls: Any, path: tuple[str, ...]) -> str:
-    """Return the help heading of a field: that of the innermost section around the field that defines a heading."""
+    """Return the help heading of a field, from the innermost section around it that defines a heading."""
     if path == ("platform",):  # a setting of the stage that belongs to the mesh
         return WHERE
     found = cls.heading
@@ -117,7 +118,7 @@ def _heading(cls: Any, path: tuple[str, ...]) -> str:
 def _is_common(cls: Any, path: tuple[str, ...]) -> bool:
     """Return whether the flag of a field is common.
 
-    It is common if the field's class lists it in `common`, or if `common` is None.
+    A flag is common if the field's class lists it in `common`, or if `common` is None.
     """
     for part in path[:-1]:
         cls = section(cls, part)

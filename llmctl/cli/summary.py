@@ -115,8 +115,8 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
 def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
     """Return whether a report measured the weights of this artifact.
 
-    Their content digests are compared. If an earlier llmctl wrote the report or the artifact without a content digest,
-    the digests of the arrays are compared instead.
+    The content digests of report and artifact are compared. If an earlier llmctl wrote the report or the artifact
+    without a content digest, the digests of the arrays are compared instead.
     """
     if report.get("content") and manifest.content:
         return report["content"] == manifest.content

@@ -84,7 +84,8 @@ class LayerReport:
     output head."""
     error: float
     """Relative output error: ||changed output - unchanged output|| / ||unchanged output - input|| on the same inputs.
-    It is 1 if the layer is removed. For the output head the denominator is ||unchanged output||."""
+    The error is 1 if the layer is removed. For the output head the denominator is ||unchanged output||.
+    """
     stats: Stats
     """Statistics of the layer. Empty unless `walk` was called with `keep`, and for a layer that was read from disk."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -177,7 +178,7 @@ class _Walk:
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
-        `carries` are the hidden states of the batches. They are replaced by those at the end of the stack.
+        `carries` are the hidden states of the batches. The method replaces them by the hidden states after the stack.
         """
         observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])

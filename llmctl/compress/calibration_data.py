@@ -95,7 +95,10 @@ def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str,
 
 
 def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer: Tokenizer, labels: bool) -> Any:
-    """Return the rows of the chosen examples. They have labels or targets, as in training, only if `labels` is true."""
+    """Return the rows of the chosen examples.
+
+    The rows have labels or targets, as in training, only if `labels` is true.
+    """
     task, seq_len = of(base.manifest), sequence_length(config, base)
     settings = RowSettings(seq_len, truncate=config.truncate or base.manifest.truncate or "tail")
     if labels:

@@ -2,8 +2,8 @@
 
 One backward pass per batch covers the whole model and recomputes activations (`remat = "full"`). Besides the
 parameters, three kinds of arrays are in memory: one gradient per matrix, one float32 array per matrix and requested
-sum, and a float32 copy of every matrix with another dtype. A backward pass per layer would need only one layer's sums,
-but as many backward passes as there are layers.
+sum, and a float32 copy of every matrix with another dtype. The alternative, a separate backward pass for each layer,
+would store the sums of only one layer at a time, but repeat the backward pass for every layer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Save finished layers of a calibration walk to disk, so that an interrupted walk can resume.
 
 Each layer is one file with the changed layer and its report. The file is written under another name and then renamed.
-It does not contain the batches' residual streams, because they can be recomputed from the changed layers. They have
-examples x tokens x width elements, and would be written again for every layer. For a model of 7B and 128 sequences of
-2,048 tokens in float32 these are 4.3 GB per layer. The layer itself has 0.4 to 0.8 GB.
+The file does not contain the batches' residual streams, because they can be recomputed from the changed layers. A
+residual stream has examples x tokens x width elements, and would be written again for every layer. For a model of 7B
+and 128 sequences of 2,048 tokens in float32, this would be 4.3 GB per layer. The layer itself has 0.4 to 0.8 GB.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ class LayerStack:
         self._done: set[int] = set()
 
     def __getitem__(self, index: int) -> Layer:
-        """Return the parameters of a layer that has not been replaced yet. For a replaced layer the result is
-        undefined.
+        """Return the parameters of a layer that has not been replaced yet.
+
+        For a replaced layer the result is undefined.
         """
         return jax.tree.map(lambda a: a[index], self._old)
 

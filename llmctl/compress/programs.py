@@ -1,8 +1,8 @@
 """Describe the compiled programs of pruning and quantization, so that `llmctl plan` can estimate them.
 
-They are the steps of the calibration walk, and the change of one weight. During the walk, the arguments of the program,
-all parameters and the residual stream of every batch are in memory. Changed layers replace the unchanged ones in the
-parameters.
+The programs are the steps of the calibration walk, and the change of one weight. During the walk, the arguments of the
+program, all parameters and the residual stream of every batch are in memory. Changed layers replace the unchanged ones
+in the parameters.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def pruning(
 ) -> list[Program]:
     """Return the programs of unstructured or N:M pruning.
 
-    One program prunes the largest matrix, and represents those of all matrices. If the score reads data, the programs
-    of the calibration walk come first.
+    One program prunes the largest matrix. It represents the programs of all matrices. If the score reads data, the
+    programs of the calibration walk come first.
 
     Args:
       model: config of the model.
@@ -284,7 +284,7 @@ def _mask_cost(w: Tree, method: str, pattern: Pattern) -> Cost:
     """Return the cost of computing a mask from a matrix's scores, which sorts the scores twice.
 
     Each sort also moves the positions of the scores. If the scores of a whole matrix compete, every device gathers and
-    sorts all of them. The traffic of both sorts is counted as one pass over the bytes that they read and write.
+    sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write.
     """
     leaf = jax.tree.leaves(w)[0]
     everywhere = SCORES[method].per == "matrix" and not pattern.of

@@ -145,7 +145,7 @@ def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern,
 
 
 def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
-    """Return the random key of one matrix. It does not depend on the order in which matrices are pruned."""
+    """Return the random key of one matrix. The key does not depend on the order in which matrices are pruned."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"{stack}/{index}/{name}".encode()))
 
 

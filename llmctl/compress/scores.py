@@ -106,7 +106,7 @@ def ria(weights_IO, statistics, gradients, key):
 def taylor(weights_IO, statistics, gradients, key):
     """Return the sum over batches of |w g| as the scores [I, O].
 
-    It is the first-order change of the loss if the weight is removed (Molchanov et al., 2019, arXiv:1906.10771).
+    The score is the first-order change of the loss if the weight is removed (Molchanov et al., 2019, arXiv:1906.10771).
     """
     return abs(weights_IO) * gradients["absolute"]
 

@@ -45,8 +45,8 @@ def target(
       multiple: divisor of the number of kept neurons.
 
     Raises:
-      RequestError: a requested number is impossible, or a fraction removes nothing. The latter is an error even if the
-          other numbers remove something.
+      RequestError: a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing is
+          an error even if the other numbers remove something.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}

@@ -79,9 +79,15 @@ matrix."""
 
 
 def moments(path: str, inputs: int) -> Statistic:
-    """Return empty Moments for every matrix."""
+    """Select empty Moments as the statistic of every matrix.
+
+    This is a `Collect` function.
+    """
     return Moments.start(inputs)
 
 
 def nothing(path: str, inputs: int) -> None:
-    """Return None for every matrix. Without statistics, the walk measures only the block influence."""
+    """Select no statistic for any matrix.
+
+    This is a `Collect` function; the walk then measures only the block influence.
+    """

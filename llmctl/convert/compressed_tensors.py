@@ -29,7 +29,7 @@ WORD = 32
 def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
     """Convert quantized linear layers to integer tensors.
 
-    Embeddings have no representation in the format. They are dequantized and stay dense.
+    The format has no quantized embeddings, so embeddings are dequantized.
 
     Args:
         cfg: Config of the model.
@@ -187,8 +187,8 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         stem = re.sub(r"_(packed|scale|shape)$", "", name)
         scale = tensors.get(f"{stem}_scale")
         if name.endswith("_packed") and scale:
-            said = tensors.get(f"{stem}_shape")
-            outputs, inputs = map(int, said.read()) if said and said.shape == (2,) else (0, 0)
+            stored_shape = tensors.get(f"{stem}_shape")
+            outputs, inputs = map(int, stored_shape.read()) if stored_shape and stored_shape.shape == (2,) else (0, 0)
             if t.shape != (outputs, packed_length(inputs, width)):
                 raise RequestError(f"{where}: {name} contradicts {stem}_shape")
             out[stem] = _dense(

@@ -123,7 +123,7 @@ def _folder(
     architectures.of(cfg)  # a model without a counterpart is refused before its tokenizer is written
     kind = lazy_tensors.dtype(dtype) if dtype else None
     written = tokenizer_export.export_tokenizer(found.tokenizer_dir, draft, cfg, found.manifest.seq_len)
-    for line in written.said if written else ("has no tokenizer; the folder has none",):
+    for line in written.differences if written else ("has no tokenizer; the folder has none",):
         say(f"{found.path}: {line}")
     if written and written.rows:
         cfg, params = _with_rows(cfg, params, written.rows)
@@ -184,7 +184,9 @@ def _prove(
 def _rows(
     found: artifact.Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
 ) -> tuple[text_proof.Rows, int, str]:
-    """Return the test texts as token ids, their maximum length T, and "from text, " if a tokenizer was written.
+    """Return (token ids of the test texts, their maximum length T, a part of a message).
+
+    The part is "from text, " if a tokenizer was written, otherwise "".
 
     Args:
         found: The artifact.

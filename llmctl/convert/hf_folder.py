@@ -165,10 +165,10 @@ def _model(where: Path, fields: Fields) -> ModelConfig:
 
 
 def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tuple[str, Head]:
-    said = config.get("architectures") or [bridge.heads["lm"].architecture]
-    if not isinstance(said, list) or len(said) != 1 or not isinstance(said[0], str):
-        raise RequestError(f"{where}: architectures = {said!r} names no single class")
-    name = bridge.renamed.get(said[0], said[0])
+    declared = config.get("architectures") or [bridge.heads["lm"].architecture]
+    if not isinstance(declared, list) or len(declared) != 1 or not isinstance(declared[0], str):
+        raise RequestError(f"{where}: architectures = {declared!r} names no single class")
+    name = bridge.renamed.get(declared[0], declared[0])
     found = [(k, h) for k, h in bridge.heads.items() if h.architecture == name]
     if not found:
         known = sorted({h.architecture for h in bridge.heads.values()})
@@ -233,7 +233,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
     """Return the tensors that must equal another stored tensor: {name: name of the other tensor}.
 
-    These are the copies that the family declares (`Bridge.copies`), and a tied output table.
+    The tensors are the copies that the family declares (`Bridge.copies`), and a tied output table.
     """
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}
     if model.tied and model.head_kind.vocabulary and table.get("lm_head/kernel") in tensors:

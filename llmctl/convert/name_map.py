@@ -252,9 +252,9 @@ def _slice(w: Any, layer: int, dtype: np.dtype) -> np.ndarray:
 
 
 def host(a: jax.Array, layer: int = -1) -> np.ndarray:
-    """Return a stacked array's layer with the index `layer`, or the complete array if `layer` is -1, on the host.
+    """Copy one layer of a stacked array to the host, or the complete array if `layer` is -1.
 
-    On a CPU, this is a view. From other devices, only the layer is transferred.
+    On a CPU, the result is a view. From other devices, only the layer is transferred.
     """
     if len(a.devices()) == 1 and next(iter(a.devices())).platform == "cpu":
         whole = np.asarray(a)

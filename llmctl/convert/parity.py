@@ -38,7 +38,7 @@ def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
 def answers(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     """Return a model's outputs in float32, flattened to one vector per row, [B, ...]. Outputs at padding are 0.
 
-    They are the logits of a language model, the outputs of a task head, or both, one after the other.
+    The outputs are the logits of a language model, the outputs of a task head, or both concatenated.
     """
     return _answers(cfg.model_dump_json(), params, batch)
 

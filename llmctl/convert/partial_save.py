@@ -29,7 +29,8 @@ from llmctl.model import weights
 def opened(out: Path, key: str) -> Iterator[Stream]:
     """Yield a `Stream`, to which the parameters of the artifact `out` are written.
 
-    The folder is deleted at the end, also after an exception. It remains only if the process is killed or interrupted.
+    The Stream's folder is deleted at the end, also after an exception. The folder remains only if the process is killed
+    or interrupted.
 
     Args:
         out: Folder of the future artifact.
@@ -61,12 +62,12 @@ class Stream:
                 deleted.
         """
         self.folder = locks.scratch(out, "import")
-        self._arrays, self._log, said = (self.folder / name for name in ("arrays", "written", "key"))
+        self._arrays, self._log, key_file = (self.folder / name for name in ("arrays", "written", "key"))
         taken = self._arrays.exists() and not (self._arrays / "state").exists()  # killed while it became an artifact
-        if taken or not said.is_file() or said.read_text() != key:
+        if taken or not key_file.is_file() or key_file.read_text() != key:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            said.write_text(key)
+            key_file.write_text(key)
         containment.check(self.folder)
         lines = self._log.read_text().splitlines() if self._log.is_file() else []
         self.before = dict(line.split("\t") for line in lines if line.count("\t") == 1)

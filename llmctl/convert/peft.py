@@ -62,8 +62,9 @@ def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
 
 
 def load(base: Artifact, folder: Path) -> dict[str, Any]:
-    """Load an adapter: wrap the base's matrices in low-rank pairs or factors, and replace modules that were trained in
-    full.
+    """Load an adapter onto a base.
+
+    Matrices of the base are wrapped in low-rank pairs or factors. Modules that were trained in full are replaced.
 
     Returns:
         The parameters of the base with the adapter.
@@ -234,9 +235,9 @@ def _layer(w: Any, layer: int) -> Any:
 
 
 def base_of(found: Artifact) -> dict[str, Any]:
-    """Return the parameters of an artifact without adapters, and without the weights that were trained in full.
+    """Return an artifact's parameters without adapters, with zeros for weights that were trained in full.
 
-    These weights are zeros. A comparison therefore detects a trained head that the adapter's files lack.
+    Because of the zeros, a comparison detects a trained head that the adapter's files lack.
     """
     base = weights.flatten(weights.without_adapters(found.params))
     base |= {path: jnp.zeros(base[path].shape, jnp.float32) for path in full_paths(found)}

@@ -36,7 +36,7 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Factors]:
-    """Return the factors of each slot of a module. Slots of a fused matrix have the same factors of inputs.
+    """Return the factors of each slot of a module. Slots of a fused matrix share the factors of inputs.
 
     Raises:
         RequestError: If the factors do not fit the base's matrix.

@@ -126,8 +126,8 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
         made = Backend.from_file(str(folder / "tokenizer.json"))
         made.no_padding()
         made.enable_truncation(T)
-        said = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-        made.encode_special_tokens = bool(said.get("split_special_tokens", False))
+        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        made.encode_special_tokens = bool(settings.get("split_special_tokens", False))
         rows = [made.encode(text).ids for text in TEXTS]
     if not pools_last(cfg):
         return rows
@@ -161,7 +161,7 @@ def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str
 def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None) -> np.ndarray:
     """Return the outputs of the model in `folder` for rows of token ids, computed by transformers.
 
-    The layout is that of `parity.answers`.
+    The layout is the same as in `parity.answers`.
 
     Rows of a classifier are padded as the written tokenizer pads them. Other rows run one by one. If `adapter` is
     given, PEFT loads it onto the model.
@@ -224,11 +224,11 @@ def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folde
 
 def _pooled(x_TD: np.ndarray, folder: Path) -> np.ndarray:
     """Return the pooled and normalized vector [D], as the sentence-transformers files specify."""
-    said = json.loads((folder / "1_Pooling" / "config.json").read_text("utf-8"))
-    if said.get("pooling_mode_cls_token"):
+    settings = json.loads((folder / "1_Pooling" / "config.json").read_text("utf-8"))
+    if settings.get("pooling_mode_cls_token"):
         y_D = x_TD[0]
     else:
-        y_D = x_TD[-1] if said.get("pooling_mode_lasttoken") else x_TD.mean(0)
+        y_D = x_TD[-1] if settings.get("pooling_mode_lasttoken") else x_TD.mean(0)
     return y_D / max(float(np.linalg.norm(y_D)), 1e-12)
 
 

@@ -35,7 +35,7 @@ class Written:
     """Ids of special tokens, by the keys of config.json."""
     rows: int
     """Number of rows that the embedding table needs for added tokens; 0 if no row has to be added."""
-    said: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
     """Differences between the tokenization in llmctl and in other programs, one line each."""
 
 
@@ -63,7 +63,7 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copy(folder / name, out / name)
-    special, said = _special(words), []
+    special, differences = _special(words), []
     config: dict[str, Any] = read_json(out / "tokenizer_config.json")
     if not config:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{k}_token": v for k, v in special.items()}}
@@ -72,7 +72,7 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
     if isinstance(words, SentencePieces):
         made = sentencepiece_json.convert(words)
     if made is None:
-        said.append("transformers has no form of this tokenizer that splits text as llmctl does")
+        differences.append("transformers has no form of this tokenizer that splits text as llmctl does")
     ids: dict[str, Any] = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
     rows = 0
     if made is not None:
@@ -94,14 +94,16 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
             config["pad_token"], ids["pad_token_id"], changed = pad, made.token_to_id(pad), changed or fresh
             if fresh and ids["pad_token_id"] >= model.vocab_size:
                 rows = ids["pad_token_id"] + 1
-                said.append(f"has no padding token but its end token; {pad} is added in row {rows - 1:,} of the table")
+                differences.append(
+                    f"has no padding token but its end token; {pad} is added in row {rows - 1:,} of the table"
+                )
             _rename_pad(out / "special_tokens_map.json", pad)
         if changed:
             (out / JsonTokenizer.file).write_text(made.to_str(), encoding="utf-8")
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     if len(every := ids_of(read_json(out / GENERATION).get("eos_token_id"))) > 1:
         ids["eos_token_id"] = every
-    return Written(ids, rows, tuple(said))
+    return Written(ids, rows, tuple(differences))
 
 
 PAD = "<|pad|>"
@@ -133,5 +135,5 @@ def _padding(
 
 def _rename_pad(file: Path, pad: str) -> None:
     """Set the padding token in a special_tokens_map.json, if the file exists."""
-    if said := read_json(file):
-        file.write_text(json.dumps(said | {"pad_token": pad}, indent=2) + "\n")
+    if stored := read_json(file):
+        file.write_text(json.dumps(stored | {"pad_token": pad}, indent=2) + "\n")

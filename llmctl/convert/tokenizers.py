@@ -77,7 +77,7 @@ def bring(
         if (folder / name).is_file():
             shutil.copy(folder / name, work / name)
     ends = [config.get("eos_token_id"), read_json((of or folder) / GENERATION).get("eos_token_id")]
-    if odd := [i for said in ends for i in ids_of(said) if i >= 2**31]:
+    if odd := [i for end in ends for i in ids_of(end) if i >= 2**31]:
         raise RequestError(f"{of or folder}: eos_token_id {odd[0]} is no token")
     tokenizers.chat_template(folder)
     _write_ends(work, found, ends)
@@ -128,31 +128,31 @@ def _recorded(
 
 def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
     """Return the special tokens that transformers adds around a text, according to the files in a folder."""
-    said = read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     ids: dict[str, int | None] = {"bos": words.bos_id, "eos": words.eos_id}
     if isinstance(words, JsonTokenizer):
-        return post_processor.read(words.backend, said, ids)
+        return post_processor.read(words.backend, settings, ids)
     if not isinstance(words, SentencePieces):  # bytes, which llmctl alone reads
         return words.template
-    if str(said.get("tokenizer_class", "")).startswith("T5") or (folder / "spiece.model").is_file():
+    if str(settings.get("tokenizer_class", "")).startswith("T5") or (folder / "spiece.model").is_file():
         return TextTemplate((), (words.eos_id,), (words.eos_id,))  # T5's class appends the end token by itself
     begin = (words.bos_id,) * words.add_bos
-    end = (words.eos_id,) * bool(said.get("add_eos_token", False))
+    end = (words.eos_id,) * bool(settings.get("add_eos_token", False))
     return TextTemplate(begin, end, (*end, *begin))
 
 
-def _write_ends(folder: Path, words: tokenizers.Tokenizer, said: Iterable[Any]) -> None:
-    """Add end tokens from other files, `said`, to the generation_config.json in a tokenizer's folder."""
+def _write_ends(folder: Path, words: tokenizers.Tokenizer, end_ids: Iterable[Any]) -> None:
+    """Add the end tokens `end_ids`, from other files, to the generation_config.json in a tokenizer's folder."""
     content = read_json(folder / GENERATION)
     own = ids_of(content.get("eos_token_id"))
-    every = list(dict.fromkeys([*(own or [words.eos_id]), *(i for ids in said for i in ids_of(ids))]))
+    every = list(dict.fromkeys([*(own or [words.eos_id]), *(i for ids in end_ids for i in ids_of(ids))]))
     if set(every) - set(own) - {words.eos_id}:
         (folder / GENERATION).write_text(json.dumps(content | {"eos_token_id": every}, indent=2) + "\n")
 
 
-def ids_of(said: Any) -> list[int]:
+def ids_of(value: Any) -> list[int]:
     """Return the token ids in a JSON field as a list. The field may contain one id, a list of ids, or null."""
-    return [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 
 
 def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
@@ -200,14 +200,14 @@ def _from_vocabulary(folder: Path) -> bytes | None:
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    said = read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     if (folder / "vocab.txt").is_file():
         vocab = {token: i for i, token in enumerate(_lines(folder / "vocab.txt"))}
-        made = Tokenizer(models.WordPiece(vocab, unk_token=str(said.get("unk_token", "[UNK]"))))
-        lower = bool(said.get("do_lower_case", True))
+        made = Tokenizer(models.WordPiece(vocab, unk_token=str(settings.get("unk_token", "[UNK]"))))
+        lower = bool(settings.get("do_lower_case", True))
         made.normalizer = normalizers.BertNormalizer(  # pyright: ignore[reportAttributeAccessIssue]
-            handle_chinese_chars=bool(said.get("tokenize_chinese_chars", True)),
-            strip_accents=said.get("strip_accents"),
+            handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
+            strip_accents=settings.get("strip_accents"),
             lowercase=lower,
         )
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
@@ -225,7 +225,7 @@ def _from_vocabulary(folder: Path) -> bytes | None:
             made = Tokenizer(models.BPE(vocab, merges))
         except Exception as e:  # the library raises bare Exception
             raise RequestError(f"{folder}: vocab.json and merges.txt do not fit ({e})") from None
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=bool(said.get("add_prefix_space", False)))
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
         made.pre_tokenizer = byte_level  # pyright: ignore[reportAttributeAccessIssue]
         made.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
         special = [t for t in ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>") if t in vocab]

@@ -78,7 +78,7 @@ def headline(result: Result) -> str:
     The 95 % interval and the baseline of a metric follow it, if they are known.
     """
     found = {k: v for k, v in result["metrics"].items() if v is not None}
-    said = []
+    parts = []
     for m in columns(found, "file"):
         if m.aspect != "quality":
             continue
@@ -88,8 +88,8 @@ def headline(result: Result) -> str:
             part += f" (95 % interval {low} to {high})"
         if m.baseline in found:
             part += f" (baseline that ignores the input: {m.text(found[m.baseline])})"
-        said.append(part)
-    return f"{result['task']}: {', '.join(said)}"
+        parts.append(part)
+    return f"{result['task']}: {', '.join(parts)}"
 
 
 def protocols(results: Sequence[Result]) -> list[str]:

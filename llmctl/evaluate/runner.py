@@ -1,4 +1,4 @@
-"""Evaluate artifacts: compute the metrics of one after the other, then time all of them in alternation."""
+"""Evaluate artifacts: compute the metrics of each artifact, then time all artifacts in alternation."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
     """Return the tasks that determine the columns of a stage's data.
 
-    These are the tasks in the stage's config. If it has none, they are the tasks of the artifacts that the config
-    names, such as the teacher of `distill`. If it names no artifact either, it is the parent's task.
+    The stage's config may set tasks. If it sets none, the tasks of the artifacts that the config names are returned,
+    such as the task of the teacher in `distill`. If the config names no artifact either, the parent's task is returned.
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def assign_to(doc: dict[str, Any], text: str) -> None:
     """Apply an assignment to the tables of a recipe, in place.
 
-    A path that starts with `stage` changes one stage. Any other path changes the shared settings. It also changes the
-    stages whose tables override this shared setting.
+    A path that starts with `stage` changes one stage. Any other path changes a shared setting, and also the same
+    setting in stages whose tables override it.
 
     Raises:
       RequestError: the assignment is malformed, or no stage has this index or name.

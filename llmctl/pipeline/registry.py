@@ -38,7 +38,7 @@ def module(name: str) -> str:
 def symbol(name: str) -> str:
     """Return the name that the command's file and function have.
 
-    It is the command's name, with an underscore appended if the name is a Python keyword.
+    This is the command's name, with an underscore appended if the name is a Python keyword.
     """
     return name if (COMMANDS / f"{name}.py").exists() else f"{name}_"
 

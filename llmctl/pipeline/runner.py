@@ -49,8 +49,8 @@ def run(
 ) -> list[str]:
     """Run the stages whose artifacts are not up to date.
 
-    If there are several processes, process 0 decides which stages are due, and holds the locks. All processes run the
-    stages.
+    If there are several processes, process 0 decides which stages have to run, and holds the locks. All processes run
+    the stages.
 
     Args:
       recipe: the validated recipe.
@@ -267,7 +267,7 @@ _seen: dict[tuple[str, int, int], str] = {}
 def _content(path: str) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits.
 
-    It is computed once per process, because several stages may read the same file.
+    The hash is computed once per process, because several stages may read the same file.
     """
     file: Any = Path(path)
     if "://" in path:

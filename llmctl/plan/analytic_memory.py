@@ -213,7 +213,7 @@ def _factored(setup: Setup, own: Entries) -> float:
 def widths(setup: Setup) -> tuple[float, float, float]:
     """Return three widths, in elements per token on one device.
 
-    They are the widths of the residual stream, of one feed-forward activation, and of q, k and v together.
+    They are, in this order: the residual stream; one feed-forward activation; q, k and v together.
     """
     model, tensor = setup.model, setup.size("tensor")
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
@@ -317,7 +317,7 @@ def logits(setup: Setup) -> float:
 def layer(setup: Setup, times: int = 1) -> float:
     """Return the bytes of temporaries of a layer's forward pass, with `times` copies of its activations.
 
-    They are the sum of three parts:
+    The bytes are the sum of three parts:
 
     - two feed-forward activations, or the scores and probabilities of plain attention if these are larger
     - two residual streams

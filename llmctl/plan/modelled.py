@@ -58,7 +58,10 @@ def setup_of(program: Program, work: Pass) -> Setup:
 
 
 def on(setup: Setup, topology: Topology) -> Setup:
-    """Return the setup with `fused` set: whether `llmctl.model.attention_kernels` would use a kernel on these chips."""
+    """Return the setup for these chips, with its field `fused` set.
+
+    The field tells whether `llmctl.model.attention_kernels` uses a kernel on the chips.
+    """
     model, kernel = setup.model, False
     if topology.platform == "tpu":
         kernel = not setup.seq_len % attention_kernels.LANES

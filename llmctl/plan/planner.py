@@ -78,7 +78,7 @@ def programs_of(
     Args:
       recipe, chosen, generate, say: as for `plans`.
       devices: the devices of the mesh.
-      platform: the platform to plan for, if it differs from that of `devices`.
+      platform: the platform to plan for, if it is not the platform of `devices`.
 
     Raises:
       RequestError: as `plans`.

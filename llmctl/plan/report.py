@@ -139,8 +139,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             ("MFU", f"{found['mfu']:.1%}", "at most"),
             ("tokens/s", f"{found['tokens_per_second']:,.0f}", "at most"),
         ]
-    if (said := found["compiler"].get("optimal_seconds")) and said > 0:
-        rows.append(("compiler's own time", duration(said), "loop bodies counted once; not to be relied on"))
+    if (estimated := found["compiler"].get("optimal_seconds")) and estimated > 0:
+        rows.append(("compiler's own time", duration(estimated), "loop bodies counted once; not to be relied on"))
     if found["chip_hours"] is not None:
         rows.append(("chip-hours", f"{found['chip_hours']:,.3g}", f"at least, for {found['token_budget']:,} tokens"))
     if found["compile_seconds"]:

@@ -167,8 +167,11 @@ def table(found: Sequence[Candidate], topology: Topology) -> Table:
 
 
 def lines(found: Sequence[Candidate]) -> Text:
-    """Return the TOML lines of each candidate as text to copy. They replace the stage's `mesh` and `train`."""
+    """Return the TOML lines of each candidate as text to copy.
+
+    The lines replace the stage's settings `mesh` and `train`.
+    """
     from rich.text import Text
 
-    said = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))
-    return Text("\n".join(said), no_wrap=True, overflow="ignore")
+    texts = (f"# {n}: in place of the stage's mesh and train\n" + "\n".join(c.recipe) for n, c in enumerate(found, 1))
+    return Text("\n".join(texts), no_wrap=True, overflow="ignore")

@@ -1,6 +1,6 @@
 """Estimate programs that are smaller than a pass through a model, such as one layer of the calibration walk.
 
-These estimates are used for chips whose compiler is not used. `tests/plan/test_small_programs.py` compares each of them
+The estimates are for chips whose compiler is not available. `tests/plan/test_small_programs.py` compares each of them
 with the program that XLA compiled.
 """
 
@@ -33,7 +33,7 @@ def described(cost: Cost) -> Estimate:
 def least(program: Program) -> Estimate:
     """Return a lower bound of a program's memory and work.
 
-    The memory is that of the results alone. The traffic is one read of the arguments and one write of the results.
+    The memory is the size of the results. The traffic is one read of the arguments and one write of the results.
     """
     flops = program.flops / program.mesh.size
     into = bytes_of([program.parameters, program.optimizer, program.batch, program.cache]) - bytes_of(program.beside)
@@ -44,8 +44,8 @@ def least(program: Program) -> Estimate:
 def layers(program: Program, work: Pass) -> Estimate:
     """Return the estimate of a program that runs one batch through a few layers, with plain attention.
 
-    The layers are those of the last stack. The inputs of all matrices with a statistic stay in memory until they are
-    added to the statistic.
+    The layers belong to the last stack. The inputs of all matrices with a statistic stay in memory until they are added
+    to the statistic.
     """
     model, dtype, statistics = program.model, program.dtype, work.statistics
     crossed = 2 if model.encoder_layers else 1  # cross-attention is as wide as self-attention

@@ -28,7 +28,9 @@ GPUS = ("a100", "h100", "h200")
 NODE = 8
 """Number of GPUs that share an NVLink switch (a node). More GPUs are several nodes, connected by a network."""
 MOST = {"tpu": 2**15, "cuda": 2**12, "cpu": 2**12}
-"""Maximum number of devices in a plan, by platform. It is limited because JAX creates an object for each device."""
+"""Maximum number of devices in a plan, by platform. The number is limited because JAX creates an object for each
+device.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Save checkpoints of a stage in the background, restore the newest intact one, and keep the best parameters.
 
-Each checkpoint stores checksums of its arrays. They are compared after a restore, because TensorStore does not store
-checksums of large arrays.
+Each checkpoint stores checksums of its arrays. The checksums are compared after a restore, because TensorStore does not
+store checksums of large arrays.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """Move a damaged checkpoint to the folder `damaged`.
 
-        It is not deleted, because the damage may be the machine's fault.
+        The checkpoint is not deleted, because the machine may have caused the damage.
         """
         aside = self.folder / "damaged" / str(step)
         shutil.rmtree(aside, ignore_errors=True)

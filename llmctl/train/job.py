@@ -41,7 +41,7 @@ class Job:
     the metric sum "weight". If the job has extra parameters, the loss also receives them as the keyword argument
     `extra`."""
     rows: Any
-    """Training rows. They have random access by row number."""
+    """Training rows, with random access by row number."""
     validate: Callable[[Params], dict[str, float]]
     """Function (parameters) -> metrics on the validation data, by name."""
     constants: tuple[Any, ...] = ()
@@ -57,17 +57,19 @@ class Job:
     """Function from the name of a trained array to the factor on its learning rate. The factor is a number or, for an
     array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
     starts: Callable[[str], Any] = lambda _: 0
-    """Function from the name of a trained array to the number of updates after which its training starts. It is a
-    number, or one number per layer as in `rate`. Until then its gradient, its optimizer state and the array itself do
-    not change. `NEVER` freezes the array in all steps."""
+    """Function from the name of a trained array to the number of updates after which its training starts. The result is
+    a number, or one number per layer as in `rate`. Until then its gradient, its optimizer state and the array itself do
+    not change. `NEVER` freezes the array in all steps.
+    """
     frozen_layers: int = 0
     """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False
-    """Function from the name of an array to whether its zeros stay zero. They do in pruned matrices."""
+    """Function from the name of an array to whether its zeros stay zero, as in pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Trained arrays that are not part of the model, by name: projections for the distillation of hidden states, or
-    prompt vectors. They keep their sharding and are trained in float32. Optimizer state, moving average and checkpoints
-    include them."""
+    prompt vectors. These arrays keep their sharding and are trained in float32. Optimizer state, moving average and
+    checkpoints include them.
+    """
     result: Callable[[Params, Params], Params] = lambda params, extra: params
     """Function (params, extra) -> the parameters that are validated and returned. By default these are `params`."""
     trains_result: bool = False
@@ -83,8 +85,9 @@ class Job:
     """Function that returns the initial entry "memory" of the training state, from the trained arrays by name. The
     entry is a tree of arrays, which `after_step` reads and updates. None means no such entry."""
     reads_memory: bool = False
-    """Whether the loss reads the entry "memory" of the training state. It then receives it as the keyword argument
-    `memory`."""
+    """Whether the loss reads the entry "memory" of the training state. If true, the loss receives the entry as the
+    keyword argument `memory`.
+    """
     penalty: Callable[[Params], jax.Array] | None = None
     """Function from the parameters to a scalar, which every step adds to the mean loss before it is differentiated. The
     logged loss does not include it."""

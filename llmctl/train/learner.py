@@ -60,8 +60,9 @@ class Learner:
     """Function (initial parameters, number of training steps) -> fields of the `llmctl.train.job.Job` that depend on
     them, by name."""
     adapt_job: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
-    """Function (job, number of steps) -> the job to run. It may, for example, replace the loss. By default it is the
-    same job."""
+    """Function (job, number of steps) -> the job to run. The function may, for example, replace the loss. By default it
+    returns the same job.
+    """
 
     @property
     def training_model(self) -> ModelConfig:

@@ -163,9 +163,9 @@ class _Loop:
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
         """Return a checkpoint's `meta`, corrected if the best parameters that `meta` names are missing.
 
-        They are missing if the run was killed while it wrote them. If the best step is the checkpoint's own step, its
-        parameters are saved again. Otherwise the best metric is removed from `meta`, because the resumed run may not
-        reach the same value again: rounding differs on another mesh.
+        Parameters are missing if the run was killed while it wrote them. If the best step is the checkpoint's own step,
+        its parameters are saved again. Otherwise the best metric is removed from `meta`, because the resumed run may
+        not reach the same value again: rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps_best or best is None or self.checkpoints.has_best(best):

@@ -1,11 +1,11 @@
 """Build optimizers and schedules (optax) for a flat dictionary of arrays by name.
 
 Matrices of the layers are stacked: [layers, inputs, outputs]. Some operations need a whole matrix: Muon's
-orthogonalization, and Adafactor's factors and root mean squares. They run on each layer separately, so a scanned model
-trains like an unrolled one.
+orthogonalization, and Adafactor's factors and root mean squares. These operations run on each layer separately, so a
+scanned model trains like an unrolled one.
 
-    optimizer = build(OptimConfig(name="lion"), steps=1000, names=named)
-    updates, state = optimizer.update(gradients, optimizer.init(named), named)
+    optimizer = build(OptimConfig(name="lion"), steps=1000, names=named) updates, state = optimizer.update(gradients,
+    optimizer.init(named), named)
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ def build(
 def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientTransformation:
     """Build Adam's scaling of updates for a job in which some arrays start later (`starts`, as in Job).
 
-    The moments of such an array are zero until it starts. Its bias correction therefore counts updates from its start.
-    If it counted from the first step, the first updates would be up to (1 - beta1) / sqrt(1 - beta2) times too large.
+    The moments of such an array are zero until it starts. The bias correction of the array therefore counts updates
+    from that start. If it counted from the first step, the first updates would be up to (1 - beta1) / sqrt(1 - beta2)
+    times too large.
     """
     b1, b2, eps = config.beta1, config.beta2, config.epsilon
     inner = optax.scale_by_adam(b1, b2, eps)

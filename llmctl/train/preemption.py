@@ -20,8 +20,9 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps after which the result of an exchange of stop requests is read. It has arrived by then, so that
-reading does not wait."""
+"""Number of steps after which the result of an exchange of stop requests is read. The result has arrived by then, so
+that reading does not wait.
+"""
 
 
 class StopRequested(Interrupted):
@@ -44,14 +45,15 @@ class Stop:
     def requested(self, now: bool = False) -> bool:
         """Return whether any process received a stop request. All processes must call this method after each step.
 
-        In a run of several processes, the result is that of `LAG` calls ago. If `now` is true, it is the current one.
+        In a run of several processes, the result is the state of `LAG` calls ago. If `now` is true, it is the current
+        state.
         """
         if processes.count() == 1:
             self.agreed = self.signalled.is_set()
         elif not self.agreed:
             mine = np.array([self.signalled.is_set()])
-            said = jax.make_array_from_callback((self._size,), self._every, lambda _: mine)
-            self._answers.append(self._any(said))
+            requests_of_all = jax.make_array_from_callback((self._size,), self._every, lambda _: mine)
+            self._answers.append(self._any(requests_of_all))
             while self._answers and (now or len(self._answers) > LAG):
                 self.agreed |= bool(self._answers.popleft())
         return self.agreed

@@ -77,8 +77,9 @@ def beside(step: Program, program: Program) -> Program:
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
-    """Return the learner that `build` makes from an artifact, with abstract arrays. `build` is only traced, so that
-    nothing is computed.
+    """Return the learner that `build` makes from an artifact, with abstract arrays.
+
+    `build` is only traced, so that nothing is computed.
 
     learner = abstractly(mesh, lambda b: make_learner(config, b, labels, mesh), base)
     """

@@ -1,9 +1,9 @@
 """Build the training step of a job: a function from a training state to the next one, compiled once.
 
 The state is a dictionary: "params" (trained arrays by name), "optimizer", "step", "skipped" (consecutive bad steps) and
-"skips" (all bad steps). It contains "ema" if weights are averaged, "usual" (running mean and variance of loss and
-gradient norm) if outliers are skipped, and "memory" if the job has one. Arrays that are not trained are not in the
-state. All randomness is derived from (seed, step).
+"skips" (all bad steps). The state also contains "ema" if weights are averaged, "usual" (running mean and variance of
+loss and gradient norm) if outliers are skipped, and "memory" if the job has one. Arrays that are not trained are not in
+the state. All randomness is derived from (seed, step).
 
     runs = program(job, train, optim, mesh, seed) state = runs.begin(runs.named) state, metrics = runs.step(state,
     (runs.fixed, job.constants), batch)
@@ -111,7 +111,7 @@ class Program:
 
 
 def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.sharding.Mesh, seed: int) -> Program:
-    """Return the compiled functions of a job. They are traced and compiled at their first call.
+    """Return the compiled functions of a job. Each function is traced and compiled at its first call.
 
     The arrays of the job may be abstract, and the devices of the mesh need not be attached.
     """
@@ -292,8 +292,8 @@ def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Para
 def average(old: Params, new: Params, step: Any, decay: float) -> Params:
     """Return the exponential moving average of the weights after `step` + 1 updates.
 
-    The decay at update n is min(decay, (1 + n) / (10 + n)). It is small at first, so that initial weights have little
-    influence in a short run.
+    The decay at update n is min(decay, (1 + n) / (10 + n)). The decay is small at first, so that initial weights have
+    little influence in a short run.
     """
     n = step.astype(jnp.float32) + 1
     share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))

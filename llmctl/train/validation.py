@@ -23,8 +23,8 @@ class Validation:
 
     Each metric is a weighted mean over the rows. The computation is compiled once.
 
-    The function `further` returns more metrics by name. Its arguments are the parameters, and a function that it calls
-    often. The latter raises `preemption.StopRequested` if the run has to stop.
+    The function `further` returns more metrics by name. Its arguments are the parameters and a function `check_stop`,
+    which `further` calls often. `check_stop` raises `preemption.StopRequested` if the run has to stop.
     """
 
     def __init__(

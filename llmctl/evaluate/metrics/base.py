@@ -111,7 +111,7 @@ METRICS: Registry[Metric] = Registry("metric", {m.name: m for m in _OWN})
 def find(name: str) -> Metric | None:
     """Return the record of a metric, or None if it has none.
 
-    `validation_` may precede the name. The returned title then begins with "val.".
+    The name may have the prefix `validation_`. The title of the returned record then begins with "val.".
     """
     if name in METRICS:
         return METRICS[name]

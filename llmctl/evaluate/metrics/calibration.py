@@ -23,12 +23,11 @@ STEPS = 60
 
 
 def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
-    """Return the expected calibration error (Guo et al., 2017, arXiv:1706.04599), the log loss, and a reliability
-    table.
+    """Return the expected calibration error, the log loss, and a reliability table.
 
     The confidence of a prediction is the probability of the predicted class. Predictions are grouped by confidence into
     intervals of equal width. The error is the mean absolute difference between accuracy and confidence over the
-    intervals, weighted by the number of predictions.
+    intervals, weighted by the number of predictions (Guo et al., 2017, arXiv:1706.04599).
 
     Args:
         p_NC: Probabilities of the classes [N, C].
@@ -64,7 +63,7 @@ def temperature(logits_NC: np.ndarray, label_N: np.ndarray) -> float:
     """Return the divisor of the logits that minimizes the log loss (Guo et al., 2017, arXiv:1706.04599).
 
     The loss is convex in the inverse temperature, so the sign of its derivative is bisected between COLDEST and
-    HOTTEST. If the minimum is not between them, which is so if no prediction is wrong, the result is 1.
+    HOTTEST. If the minimum is outside this interval, the result is 1. This happens if no prediction is wrong.
     """
     logits_NC = logits_NC.astype(np.float64)
     of_label_N = np.take_along_axis(logits_NC, label_N[:, None], -1)[:, 0]

@@ -97,8 +97,8 @@ def scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -
         "per_entity", the precision, recall and F1 of each type.
     """
     right, there, named = Counter(), Counter(), Counter()
-    for true_tags, said_tags in zip(truth, predicted, strict=True):
-        a, b = entities(true_tags), entities(said_tags)
+    for true_tags, predicted_tags in zip(truth, predicted, strict=True):
+        a, b = entities(true_tags), entities(predicted_tags)
         for counter, some in ((there, a), (named, b), (right, a & b)):
             counter.update(kind for kind, _, _ in some)
     whole = _f1(right.total(), named.total(), there.total())

@@ -15,26 +15,26 @@ import numpy as np
 def sums(
     mark_C2: np.ndarray,
     truth_BT: jax.Array,
-    said_BT: jax.Array,
+    predicted_BT: jax.Array,
     weight_BT: jax.Array,
-    place_BT: jax.Array | None = None,
+    position_BT: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Return two sums over the texts. The first sum divided by the second is the entity F1.
 
     Args:
         mark_C2: Result of `entities.marks`: letter and type of each label.
         truth_BT: True labels, read only at the first token of each word.
-        said_BT: Predicted labels, read only at the first token of each word.
+        predicted_BT: Predicted labels, read only at the first token of each word.
         weight_BT: Weights, which are positive only at the first token of each word.
-        place_BT: Positions of the tokens in the text, if they differ from the array order.
+        position_BT: Positions of the tokens in the text, if they differ from the array order.
 
     Returns:
         {"entity_f1": twice the number of correct entities, "entity_weight": true plus predicted entities}.
     """
     word_BT = weight_BT > 0
     T = word_BT.shape[1]
-    place_BT = jnp.arange(T) if place_BT is None else place_BT
-    order_BW = jnp.argsort(jnp.where(word_BT, place_BT, T), axis=1)  # words first, in text order
+    position_BT = jnp.arange(T) if position_BT is None else position_BT
+    order_BW = jnp.argsort(jnp.where(word_BT, position_BT, T), axis=1)  # words first, in text order
     real_BW = jnp.take_along_axis(word_BT, order_BW, axis=1)
 
     def found(label_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -50,7 +50,7 @@ def sums(
         next_BW = jnp.pad(jax.lax.cummin(stop_BW, axis=1, reverse=True), ((0, 0), (0, 1)), constant_values=W)[:, 1:]
         return begins_BW, kind_BW, next_BW
 
-    there, named = found(truth_BT), found(said_BT)
+    there, named = found(truth_BT), found(predicted_BT)
     right_BW = there[0] & named[0] & (there[1] == named[1]) & (there[2] == named[2])
     right, both = jnp.sum(right_BW, dtype=jnp.float32), jnp.sum(there[0], dtype=jnp.float32) + jnp.sum(named[0])
     return {"entity_f1": 2 * right, "entity_weight": both}

@@ -19,21 +19,21 @@ def normal(answer: str) -> str:
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_DROPPED)).split())
 
 
-def exact(said: str, truth: Sequence[str]) -> float:
-    """Return 1.0 if the answer `said` equals an accepted answer after normalization, else 0.0.
+def exact(predicted: str, truth: Sequence[str]) -> float:
+    """Return 1.0 if the answer `predicted` equals an accepted answer after normalization, else 0.0.
 
     If `truth` is empty, only the empty answer is correct.
     """
-    return float(any(normal(said) == normal(t) for t in truth or [""]))
+    return float(any(normal(predicted) == normal(t) for t in truth or [""]))
 
 
-def f1(said: str, truth: Sequence[str]) -> float:
-    """Return the largest word F1 of the answer `said` with an accepted answer, after normalization.
+def f1(predicted: str, truth: Sequence[str]) -> float:
+    """Return the largest word F1 of the answer `predicted` with an accepted answer, after normalization.
 
     If `truth` is empty, only the empty answer is accepted. If one of two compared answers has no words, their F1 is 1
     if both have none, else 0.
     """
-    return max(_overlap(normal(said).split(), normal(t).split()) for t in truth or [""])
+    return max(_overlap(normal(predicted).split(), normal(t).split()) for t in truth or [""])
 
 
 def _overlap(a: list[str], b: list[str]) -> float:

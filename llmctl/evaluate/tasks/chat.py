@@ -53,7 +53,7 @@ class Chat(Language):
     def tokenizer_dir(self, folder: Path, settings: ChatConfig, work: Path) -> Path:
         """Return the folder of the finetuned model's tokenizer.
 
-        It contains the chat template and the tokens that end an answer.
+        The folder contains the chat template and the tokens that end an answer.
 
         Raises:
             RequestError: If there is no chat template, or if it is damaged.
@@ -73,8 +73,8 @@ class Chat(Language):
                 containment.copy(folder, work)
                 (work / "chat_template.jinja").write_text(text, encoding="utf-8")
                 file = work / GENERATION
-                said = parse_json(file.read_bytes()) if file.is_file() else {}
-                file.write_text(json.dumps({**said, "eos_token_id": ends}, indent=1) + "\n", encoding="utf-8")
+                stored = parse_json(file.read_bytes()) if file.is_file() else {}
+                file.write_text(json.dumps({**stored, "eos_token_id": ends}, indent=1) + "\n", encoding="utf-8")
         return work
 
     def rows(

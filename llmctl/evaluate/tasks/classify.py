@@ -145,9 +145,9 @@ def wrong_cases(
         row: Row = examples.source[number]
         best = int(p_NC[i].argmax())
         texts = {column: row[column] for column in ("text", "pair") if column in row}
-        said = {"label": names[int(label_N[i])], "prediction": names[best]}
+        classes_of_row = {"label": names[int(label_N[i])], "prediction": names[best]}
         sure = {"probability": short(p_NC[i, best]), "label_probability": short(p_NC[i, label_N[i]])}
-        records.append({"row": examples.source.where(number), **texts, **said, **sure})
+        records.append({"row": examples.source.where(number), **texts, **classes_of_row, **sure})
     return records
 
 

@@ -34,7 +34,7 @@ class Completions(Language):
             model: Config of the model.
             examples: Examples with the columns "prompt" and "completion".
             tokenizer: Tokenizer of the model.
-            settings: Settings of the rows. If the model has an encoder, `seq_len` is that of the prompt.
+            settings: Settings of the rows. If the model has an encoder, `seq_len` is the length of the prompt.
 
         Raises:
             RequestError: If `target_len` is set for a decoder.

@@ -1,7 +1,7 @@
 """Train text embeddings, from text pairs or from similarity scores.
 
-With text pairs, the vector of each text is trained to be nearest to that of its own second text. With scores, the
-cosine of two vectors is trained to equal the score of their texts.
+With text pairs, training moves the vector of each text nearest to the vector of its own second text. With scores,
+training makes the cosine of two vectors equal to the score of their texts.
 
 Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
 """
@@ -76,7 +76,10 @@ class Embed(Task):
         return batch | {name: both(name) for name in ("tokens", "segments", "positions", "order") if name in batch}
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed loss and the metric sums, from unit vectors [2B, D] of texts and second texts in turn."""
+        """Return the summed loss and the metric sums from unit vectors [2B, D].
+
+        Texts and second texts alternate.
+        """
         near = similarities(y, batch)
         weight_B = row_weight(batch, near)
         if "label" in batch:
@@ -154,11 +157,11 @@ class Embed(Task):
 def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
     """Return the cosine similarities [B, B] of every text with every second text of the batch.
 
-    If the batch has scores, return only the cosine [B] between the two texts of each row. The second texts are those of
-    all devices, so that each text is compared with the whole batch (arXiv:1807.03748, arXiv:1705.00652).
+    If the batch has scores, return only the cosine [B] between the two texts of each row. Second texts from all devices
+    are used, so that each text is compared with the whole batch (arXiv:1807.03748, arXiv:1705.00652).
 
     Args:
-        z_ND: Unit vectors [2B, D] of texts and second texts in turn.
+        z_ND: Unit vectors [2B, D]; texts and second texts alternate.
         batch: The batch.
     """
     # not z_ND[::2]: XLA's partitioner makes wrong programs of the gradient of such a slice

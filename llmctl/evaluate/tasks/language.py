@@ -44,7 +44,7 @@ class Language(Task):
     answers = False
 
     def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Return rows for calibration: those of training, without shuffling."""
+        """Return rows for calibration: the same as in training, without shuffling."""
         return self.rows(model, examples, tokenizer, settings)
 
     def loss(
@@ -151,7 +151,7 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
 def scored(
     task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
 ) -> tuple[Any, dict[str, Any]]:
-    """Score all rows, and return the compiled function that did so and the metrics.
+    """Score all rows with a compiled function, and return (this function, metrics).
 
     The metrics include those of a baseline that ignores the context.
 
@@ -205,7 +205,7 @@ class LanguageModel(Language):
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Return the rows of the task that `select_task` selects for the columns of the examples."""
+        """Return rows from the task that `select_task` selects for the columns of the examples."""
         return self.select_task(model, examples.columns).rows(model, examples, tokenizer, settings)
 
     def stage_rows(
@@ -218,7 +218,7 @@ class LanguageModel(Language):
         settings: RowSettings,
         needed: int = 0,
     ) -> Any:
-        """Return `stage_rows` of the task that `select_task` selects for the columns of the data."""
+        """Return the rows of a training stage, from the task that `select_task` selects for the columns of the data."""
         task = self.select_task(model, text.columns)
         return task.stage_rows(model, text, split, tokenizer, cache, settings, needed)
 

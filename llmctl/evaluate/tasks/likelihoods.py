@@ -57,7 +57,7 @@ def loss_of_rows(
     """Return the loss that `compute` returns from the rows' log-likelihoods, and its metric sums.
 
     The gradient is that of a cross-entropy whose tokens are weighted by the derivative of the loss with respect to
-    their row's log-likelihood. Logits can therefore be computed in chunks, as in other losses. This takes one more
+    their row's log-likelihood. Logits can therefore be computed in chunks, as in other losses. The cost is one more
     output projection.
 
     Args:

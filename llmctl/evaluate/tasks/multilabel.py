@@ -60,10 +60,10 @@ class MultiLabel(Classify):
         nll, loss = (
             jnp.sum(jnp.mean(jax.nn.softplus(y) - aim_BC * y, axis=-1) * weight_B) for aim_BC in (truth_BC, target_BC)
         )
-        said_BC = (y > 0).astype(jnp.float32)
-        hit_C = weight_B @ (truth_BC * said_BC)
-        both_C = weight_B @ (truth_BC + said_BC)
-        exact_B = jnp.all(truth_BC == said_BC, axis=-1)
+        predicted_BC = (y > 0).astype(jnp.float32)
+        hit_C = weight_B @ (truth_BC * predicted_BC)
+        both_C = weight_B @ (truth_BC + predicted_BC)
+        exact_B = jnp.all(truth_BC == predicted_BC, axis=-1)
         sums = {"loss": nll, "exact_match": jnp.sum(exact_B * weight_B), "weight": jnp.sum(weight_B)}
         sums |= {"micro_f1": 2 * jnp.sum(hit_C), "micro_weight": jnp.sum(both_C)}
         return loss, sums | {"macro_f1": 2 * hit_C, "macro_weight": both_C}
@@ -77,8 +77,8 @@ class MultiLabel(Classify):
         the output of the model.
         """
         nll, sums = self.score(y, batch, Options())
-        taught_BC2, said_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))
-        kl_BC = chunked_loss.divergence(taught_BC2, said_BC2, temperature)
+        taught_BC2, predicted_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))
+        kl_BC = chunked_loss.divergence(taught_BC2, predicted_BC2, temperature)
         kl = jnp.sum(jnp.mean(kl_BC, axis=-1) * row_weight(batch, y))
         return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
 
@@ -114,12 +114,12 @@ class MultiLabel(Classify):
         truth_NC[:, label_map(examples.classes, names, str(artifact.path))] = given_NC > 0
         chosen = artifact.manifest.fitted.get("thresholds", {})
         threshold_C = np.array([chosen.get(name, EVEN) for name in names])
-        said_NC = p_NC >= threshold_C
-        scored = scores(truth_NC, said_NC, names)
+        predicted_NC = p_NC >= threshold_C
+        scored = scores(truth_NC, predicted_NC, names)
         for name, threshold in zip(names, threshold_C, strict=True):
             scored["per_class"][name]["threshold"] = float(threshold)
-        truth, said = ([tuple(np.array(names)[row]) for row in sets_NC] for sets_NC in (truth_NC, said_NC))
-        return scored, (truth, said)
+        truth, predicted = ([tuple(np.array(names)[row]) for row in sets_NC] for sets_NC in (truth_NC, predicted_NC))
+        return scored, (truth, predicted)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
         """Return a description of the measurement, which includes where the thresholds were fitted."""
@@ -178,7 +178,7 @@ def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
     return found
 
 
-def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def scores(truth_NC: np.ndarray, predicted_NC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Return micro and macro F1, the subset accuracy, 95 % intervals, and the metrics of each class.
 
     The interval of micro F1 uses the delta method for a ratio of sums over independent rows. If all rows have the same
@@ -187,13 +187,13 @@ def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> d
 
     Args:
         truth_NC: True classes, bool [N, C].
-        said_NC: Predicted classes, bool [N, C].
+        predicted_NC: Predicted classes, bool [N, C].
         names: Class names.
     """
-    hit_NC, both_NC = truth_NC & said_NC, truth_NC.astype(np.int64) + said_NC
-    hit_C, support_C, said_C, both_C = (a.sum(0) for a in (hit_NC, truth_NC, said_NC, both_NC))
+    hit_NC, both_NC = truth_NC & predicted_NC, truth_NC.astype(np.int64) + predicted_NC
+    hit_C, support_C, predicted_C, both_C = (a.sum(0) for a in (hit_NC, truth_NC, predicted_NC, both_NC))
     f1_C = 2 * hit_C / np.maximum(both_C, 1)
-    total, exact = max(both_C.sum(), 1), int((truth_NC == said_NC).all(1).sum())
+    total, exact = max(both_C.sum(), 1), int((truth_NC == predicted_NC).all(1).sum())
     micro = float(2 * hit_C.sum() / total)
     half = Z_95 * float(np.sqrt(np.square(2 * hit_NC.sum(1) - micro * both_NC.sum(1)).sum())) / total
     low, high = wilson_interval(exact, len(truth_NC))
@@ -207,7 +207,7 @@ def scores(truth_NC: np.ndarray, said_NC: np.ndarray, names: Sequence[str]) -> d
         "examples": len(truth_NC),
         "per_class": {
             name: {
-                "precision": float(hit_C[c] / max(said_C[c], 1)),
+                "precision": float(hit_C[c] / max(predicted_C[c], 1)),
                 "recall": float(hit_C[c] / max(support_C[c], 1)),
                 "f1": float(f1_C[c]),
                 "support": int(support_C[c]),

@@ -40,8 +40,9 @@ class TextObjective(Language):
         self.objective = objective_rows.Objective(name)
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Build rows for the objective from the texts of the examples. Several texts in one row are separate
-        segments.
+        """Build rows for the objective from the texts of the examples.
+
+        Several texts in one row are separate segments.
         """
         documents = settings.corpus(tokenizer) if settings.corpus else tokenize(examples.texts(), tokenizer)
         return self.objective.rows(documents, tokenizer, settings.seq_len, packing="segments", **settings.order)

@@ -82,10 +82,10 @@ class Preference(Language):
         return interleaved(batch, ("", REJECTED))
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return the loss function, as described in Task. It gives one loss per pair.
+        """Return a loss function as `Task.loss_of` does, with one loss per pair.
 
-        Its sums also have "accuracy", the fraction of pairs in the right order, and "margin", the mean difference of
-        rewards in nats.
+        The metric sums also have "accuracy", the fraction of pairs in the right order, and "margin", the mean
+        difference of rewards in nats.
         """
         settings = Options(**options)
         chosen: PreferenceConfig = settings.settings or PreferenceConfig()

@@ -46,10 +46,9 @@ class SequenceToSequence(Completions):
         train: TrainConfig,
         ends: Sequence[int],
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
-        """Return a function that computes the metrics of generated answers to validation prompts, as in
-        `Task.validator`.
+        """Return a function that computes metrics of generated answers, as described in `Task.validator`.
 
-        At most `generation.examples` prompts are used.
+        The answers are to at most `generation.examples` validation prompts.
 
         Raises:
             RequestError: If the packages of the metrics are missing, or the answers leave no room for a prompt.

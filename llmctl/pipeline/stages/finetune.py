@@ -257,7 +257,7 @@ def _rows(
     shuffle: bool,
     needed: int = 0,
 ) -> Any:
-    """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
+    """Return the training or validation rows of `split`. The tokens are stored in the folder `cache`."""
     from llmctl.evaluate.tasks.rows import RowSettings
 
     settings = RowSettings(config.train.seq_len, shuffle, config.seed, config.truncate)

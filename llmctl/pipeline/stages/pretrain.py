@@ -148,7 +148,7 @@ def _rows(
     shuffle: bool,
     needed: int = 0,
 ) -> Any:
-    """Return the training or validation rows of `split`. Their tokens are stored in the folder `cache`."""
+    """Return the training or validation rows of `split`. The tokens are stored in the folder `cache`."""
     if objective.name == "completions":
         from llmctl.evaluate.tasks.registry import TASKS
         from llmctl.evaluate.tasks.rows import RowSettings
@@ -198,7 +198,7 @@ def training_objective(config: Config, base: Artifact | None, mesh: Mesh) -> Obj
 
 
 def _vocabulary(config: Config, objective: Objective) -> int:
-    """Return the vocabulary size of the tokenizer. It is an estimate if the tokenizer does not exist yet."""
+    """Return the vocabulary size of the tokenizer. The size is an estimate if the tokenizer does not exist yet."""
     from llmctl.data.tokenizers import loading
     from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 

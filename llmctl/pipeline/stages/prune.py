@@ -197,7 +197,10 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-    """Return the calibration walk for `programs`. Its batches have the shapes of the real ones, but generated texts."""
+    """Return the calibration walk for `programs`.
+
+    The batches have the shapes of real batches, but no data.
+    """
     from llmctl.compress import calibration_data
     from llmctl.compress.programs import Walk
     from llmctl.evaluate.tasks.registry import of
@@ -227,15 +230,15 @@ def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) 
 def sizes(config: Config, before: ModelConfig, after: ModelConfig) -> str:
     """Return one line about structured pruning: the settings, and each size before and after."""
     fields = {"layers": "layers", "heads": "heads", "ffn": "d_ff"}
-    said = []
+    parts = []
     for part, field in fields.items():
         asked, old, new = getattr(config, part), getattr(before, field), getattr(after, field)
         if asked:
             line = f"{'remove' if asked < 1 else 'keep'}_{part} = {asked:g}: {part} {old} → {new}"
             if part == "layers" and before.encoder_layers:
                 line += f", encoder {before.encoder_layers} → {after.encoder_layers}"
-            said.append(line)
-    return "; ".join(said)
+            parts.append(line)
+    return "; ".join(parts)
 
 
 def _structured(

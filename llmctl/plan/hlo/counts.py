@@ -139,8 +139,9 @@ class _Tally:
 
 
 class _Counter:
-    """Count the work of computations. Each result is cached, because several instructions may call the same
-    computation.
+    """Count the work of computations.
+
+    Each result is cached, because several instructions may call the same computation.
     """
 
     def __init__(self, module: Module, mesh: Mapping[str, int]) -> None:
@@ -251,7 +252,10 @@ def _between_slices(i: Instruction) -> str:
 
 
 def _received(computation: Computation, sent: Instruction) -> int:
-    """Return the index of the instruction that waits for the reply to `sent`. If none waits, return that of `sent`."""
+    """Return the index of the instruction that waits for the reply to `sent`.
+
+    If none waits, return the index of `sent`.
+    """
     meeting = sent.attributes.partition('_xla_host_transfer_rendezvous="')[2].partition('"')[0]
     names = [
         i.name for i in computation.instructions if i.opcode == "recv" and f'rendezvous="{meeting}"' in i.attributes

@@ -49,7 +49,9 @@ def _bytes_if_hbm(container: Array, moved: list[Array]) -> float:
 
 
 def _start_bytes(computation: Computation, i: Instruction) -> float:
-    """Return the HBM bytes that an asynchronous operation reads and writes. They are counted at its start instruction.
+    """Return the HBM bytes that an asynchronous operation reads and writes.
+
+    The bytes are counted at the start instruction.
 
     The result of the start instruction contains the operands, the outputs and flags, in this order.
     """

@@ -33,7 +33,7 @@ def matrix(computation: Computation, i: Instruction) -> tuple[float, str]:
 
 
 def _dtype(computation: Computation, i: Instruction) -> str:
-    """Return the wider dtype of the two operands. It determines the speed of the product."""
+    """Return the wider dtype of the two operands. This dtype determines the speed of the product."""
     wider = max((computation.operand(i, n).arrays[0] for n in (0, 1)), key=lambda a: a.bytes / max(a.size, 1))
     return "float8" if wider.dtype.startswith("f8") else TYPES.get(wider.dtype, wider.dtype)
 
@@ -84,7 +84,8 @@ def _taps(
 ) -> int:
     """Return how many multiply-adds one dimension of a convolution needs, without those that read padding.
 
-    These are the pairs of an output position and a kernel position whose product reads an element of the input.
+    A multiply-add is counted for each pair of an output position and a kernel position that reads an element of the
+    input.
 
     Args:
       size: length of the input.
@@ -108,8 +109,9 @@ def _taps(
 PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 """Number of matrix products [T, S, K] in each kernel of splash attention.
 
-The forward kernel computes scores and outputs. The kernel for keys and values computes the scores again, the gradient
-of the probabilities, and two more. The kernel for queries computes one fewer.
+The forward kernel (fwd) computes scores and outputs. The kernel dkv computes the scores again, and the gradients of the
+probabilities, the keys and the values. The kernel dq computes the scores again, and the gradients of the probabilities
+and the queries.
 """
 
 

@@ -95,7 +95,7 @@ class Houlsby(Method):
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a function from an array's name to whether it is trained.
 
-        It is True for adapters, the task's head and, in the sequential form, the layers' norms.
+        Trained are adapters, the task's head and, in the sequential form, the layers' norms.
         """
         from llmctl.model import weights
 

@@ -125,8 +125,8 @@ class Lora(Method):
     def rate(self, config: Any, name: str) -> float:
         """Return the factor on an array's learning rate.
 
-        It is `lora.plus_ratio` for the second matrices b (LoRA+), otherwise 1. For the token table it is 1, because
-        there `a` starts with zeros instead of b.
+        The factor is `lora.plus_ratio` for the second matrices b (LoRA+), otherwise 1. For the token table the factor
+        is 1, because there `a` starts with zeros instead of b.
         """
         from llmctl.model import weights
 

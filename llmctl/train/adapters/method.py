@@ -1,6 +1,7 @@
 """Define the interface of finetuning methods: added parameters, trained parameters, and rejected models.
 
-A new method is a subclass whose instance is registered in `llmctl.train.adapters.registry`. It overrides methods:
+A new method is a subclass whose instance is registered in `llmctl.train.adapters.registry`. The subclass overrides
+methods:
 
     class Norms(Method):
         name = "norms"
@@ -33,7 +34,7 @@ Params = dict[str, Any]
 class Method:
     """Define a finetuning method. By default it trains the task's head, and freezes all parameters of the parent.
 
-    The argument `config` of every method is the stage's config. It has the sections that `settings` names.
+    The argument `config` of every method is the stage's config. The config has the sections that `settings` names.
 
     Example:
       >>> from llmctl.train.adapters.registry import METHODS

@@ -1,13 +1,13 @@
-"""Train keys and values that every text attends to before its own (prefix tuning; Li and Liang, 2021).
+"""Train keys and values in front of those of every text (prefix tuning).
 
-(arXiv:2101.00190)
+(Li and Liang, 2021, arXiv:2101.00190)
 
 The vectors are `attn/prefix/k` and `attn/prefix/v` of every layer in the stack that reads the tokens: all layers of a
-decoder or an encoder, and the decoder's of an encoder-decoder. They are part of the network: ModelConfig has their
-number. The other parameters are frozen, and may be quantized.
+decoder or an encoder, and the decoder layers of an encoder-decoder. The vectors are part of the network: ModelConfig
+has their number. The other parameters are frozen, and may be quantized.
 
-With `prefix.projection`, a network of two layers computes all vectors from trained embeddings, which trains more
-steadily. It exists in training only, as extra parameters of the job (`Job.extra`).
+With `prefix.projection`, a network of two layers computes all vectors from trained embeddings, which makes training
+more stable. This network exists in training only, as extra parameters of the job (`Job.extra`).
 
 Shapes: P vectors per layer, L layers, W = G * K width of all key heads, H inner width of the network.
 """
@@ -40,7 +40,7 @@ class Prefix(Method):
         """Check that no layer is frozen, that texts still fit, and that a projection starts from a new prefix.
 
         Raises:
-          RequestError: as above, and in the cases of Method.check.
+          RequestError: one of these conditions is not met, or Method.check fails.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
@@ -110,7 +110,7 @@ class Prefix(Method):
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a function from an array's name to whether it is trained: the prefix and the task's head.
 
-        With a projection, the prefix is computed, so its network is trained instead.
+        With a projection, the network that computes the prefix is trained instead.
         """
         from llmctl.model import weights
 
@@ -129,7 +129,9 @@ class Prefix(Method):
 
 
 def projection(config: Any, params: Params) -> dict[str, jax.Array]:
-    """Return the initial parameters of the projection, replicated, by name. They are abstract if `params` is.
+    """Return the initial parameters of the projection, replicated, by name.
+
+    The arrays are abstract if those of `params` are.
 
     `embedding` [P, W] is normally distributed. `first` [W, H] and `last` [H, 2 * L * W] and their biases are uniform,
     as the linear layers of torch.

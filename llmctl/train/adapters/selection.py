@@ -30,7 +30,7 @@ LEVEL_0 = np.asarray(0)
 def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) -> dict[str, Any]:
     """Return the fields `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`, by name.
 
-    They follow from the section `trained` and from the finetuning method with its settings.
+    The fields follow from the section `trained` and from the finetuning method with its settings.
 
     Args:
       config: config of the stage.

@@ -1,16 +1,14 @@
 """Define the interface of adversarial methods: their settings, their loss, and its cost.
 
 A new method is a subclass whose instance is registered in `llmctl.train.robust.registry`. Most methods override
-`passes`. It calls the function `pull` as often as the method needs. Each call runs one forward and backward pass with
-a given perturbation:
+`passes`. A method calls the function `pull` as often as it needs. Each call runs one forward and backward pass with a
+given perturbation:
 
     class Noise(Adversary):
-        name = "noise"
-        reads = {"start": 1.0}
+        name = "noise" reads = {"start": 1.0}
 
         def passes(self, search, begin, pull):
-            found, gradients, _ = pull(begin)
-            return found, gradients
+            found, gradients, _ = pull(begin) return found, gradients
 
     METHOD = Noise()
 
@@ -75,7 +73,8 @@ class Adversary:
 
         Args:
           search: computes the next perturbation from the gradient of the last one.
-          begin: perturbation [B, T, D] before the first step. It is zero if the method has no setting `start`.
+          begin: perturbation [B, T, D] before the first step. The perturbation is zero if the method has no setting
+              `start`.
           pull: function from a perturbation to ((sum of losses, sums), gradients, gradient of the perturbation).
         """
         raise NotImplementedError

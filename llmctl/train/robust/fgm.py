@@ -42,8 +42,9 @@ class Fgm(Adversary):
 
 
 def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any], sums: Any) -> tuple[Found, Any]:
-    """Return (1 - weight) * clean + weight * perturbed, for losses and for gradients. The result has the metric sums
-    `sums`.
+    """Return (1 - weight) * clean + weight * perturbed, for losses and for gradients.
+
+    The result has the metric sums `sums`.
     """
     import jax
 

@@ -63,7 +63,7 @@ def with_gradients(
 
     Args:
       loss: (trained, perturbation, rest) -> (sum of losses, sums).
-      passes: (pull, trained, rest) -> ((sum of losses, sums), gradients). It calls `pull`.
+      passes: (pull, trained, rest) -> ((sum of losses, sums), gradients). The function calls `pull`.
       trained: arrays that may be differentiated. Gradients are computed only of those that the caller differentiates.
       rest: other arguments of the loss, which have no gradients.
     """

@@ -26,7 +26,7 @@ class Site(NamedTuple):
     """Describe the embeddings that are perturbed: the encoder's if the model has one, otherwise the decoder's."""
 
     name: str
-    """Key under which the batch holds the perturbation."""
+    """Key of the perturbation in the batch."""
     mask_BT1: jax.Array
     """1 at tokens, 0 at padding."""
     tokens_BT: jax.Array
@@ -48,13 +48,13 @@ class Site(NamedTuple):
         return meshes.constrain(offset_BTD, "batch", "seq", "act_embed")
 
     def added(self, batch: Batch, offset_BTD: jax.Array) -> Batch:
-        """Return the batch with the perturbation added to the one that it holds, if any."""
+        """Return the batch with the perturbation added to any perturbation that it already has."""
         return batch | {self.name: batch[self.name] + offset_BTD if self.name in batch else offset_BTD}
 
     def size(self, params: Params, norm: str) -> jax.Array:
         """Return the size of each row's token embeddings, [B, 1, 1].
 
-        It is their Euclidean norm for "l2", and the root mean square of their entries for "linf".
+        The size is the Euclidean norm of the embeddings for "l2", and the root mean square of their entries for "linf".
         """
         table = jax.tree.map(jax.lax.stop_gradient, params["embed"]["tokens"])
         x_BTD = weights.take(table, self.tokens_BT, jnp.float32, ("vocab_in", "embed_in")) * self.mask_BT1
@@ -92,8 +92,9 @@ class Search:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
-        """Return the search with a method's settings. If the method has no setting `step_size`, the step size is
-        `epsilon`.
+        """Return the search with a method's settings.
+
+        If the method has no setting `step_size`, the step size is `epsilon`.
         """
         known = {k: options[k] for k in ("epsilon", "norm", "steps", "step_size", "start", "weight") if k in options}
         return cls(at.mask_BT1, at.size(params, known.get("norm", "l2")), **{"step_size": known["epsilon"], **known})

@@ -38,7 +38,7 @@ class Problem:
         return self.task.model_inputs(self.prepare(batch, key))
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        """Return the hidden states [B, T, D] of a batch that `batch` returned, with dropout."""
+        """Run the network with dropout on a result of `Problem.batch`, and return the hidden states [B, T, D]."""
         return functional.hidden(
             self.model, params, batch, train=True, rng=key, dtype=self.options.dtype, remat=self.remat
         )
@@ -49,8 +49,9 @@ class Problem:
         return self.task.loss(self.model, params, x_BTD, batch, self.options)
 
     def divergence(self, one: States, other: States, batch: Batch) -> jax.Array:
-        """Return the symmetric divergence between the outputs of two passes, summed over the same tokens or examples as
-        the loss.
+        """Return the symmetric divergence between the outputs of two passes.
+
+        The divergence is summed over the same tokens or examples as the loss.
         """
         return self.task.divergence((self.model, *one), (self.model, *other), batch, self.options.dtype)
 

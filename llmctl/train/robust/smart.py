@@ -56,7 +56,8 @@ class Smart(Adversary):
     def cost(self, config: Any) -> float:
         """Return the cost as Adversary.cost does.
 
-        It is 2 for the passes of clean and of perturbed rows, 2/3 per search step, and 1/3 for the averaged weights.
+        The cost is 2 for the passes of clean and of perturbed rows, 2/3 per search step, and 1/3 for the averaged
+        weights.
         """
         options = self.options(config)
         return 2 + options["steps"] * 2 / 3 + bool(options["proximal"]) / 3
