@@ -11,7 +11,8 @@ memory. The unchanged weights are freed when all layers of the stack are finishe
 
 Example:
     def change(visit: Visit) -> Layer:
-        return prune_layer(visit.layer, visit.stats, method="wanda", pattern=pattern)
+        layer, visit.notes["matrices"] = prune_layer(visit.layer, visit.stats, method=method)
+        return layer
 
     params, reports = walk(cfg, params, batches, moments, change, saved=Saved(ctx.work / "layers"))
 

@@ -6,6 +6,7 @@ The module does not import JAX, so that settings can be checked early.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmctl.config.errors import RequestError
 
@@ -21,6 +22,16 @@ class Pattern:
     sparsity: float
     keep: int = 0
     of: int = 0
+
+    def count(self, inputs: int, outputs: int, per: Literal["matrix", "output"]) -> int:
+        """Return the number of zeros in a matrix [I, O]: the rounded share of the matrix, or of each output's inputs.
+
+        >>> Pattern(0.3).count(5, 3, "matrix"), Pattern(0.3).count(5, 3, "output")
+        (4, 6)
+        """
+        if self.of:
+            return inputs // self.of * (self.of - self.keep) * outputs
+        return round(self.sparsity * inputs) * outputs if per == "output" else round(self.sparsity * inputs * outputs)
 
     @staticmethod
     def parse(text: str, sparsity: float) -> Pattern:

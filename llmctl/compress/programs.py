@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl.compress import gradients, prune, structured
+from llmctl.compress import gradients, prune, repair, sparsegpt, structured
 from llmctl.compress import quantize as rounding
 from llmctl.compress.layer_passes import empty, passes
 from llmctl.compress.layer_stack import putter
-from llmctl.compress.pattern import Pattern
-from llmctl.compress.scores import SCORES
-from llmctl.compress.statistics import Collect, moments, nothing
+from llmctl.compress.sparse_method import SparseMethod
+from llmctl.compress.statistics import Collect, nothing
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.base import Task
 from llmctl.model import flops as cost
@@ -107,18 +106,18 @@ class Walk:
             found.append(_layer_write(found[0], params, held, stack, layer, index))
         return found
 
-    def sums(self, params: Tree, method: str) -> Tree:
+    def sums(self, params: Tree, method: SparseMethod) -> Tree:
         """Return the abstract arrays of the gradient sums that a score reads, by matrix path and name of the sum."""
         inner = {m.path: m.weight for m in weights.matrices(params, "block")}
-        names = SCORES[method].gradients
+        names = method.gradients
         return {
             path: {name: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for name in names}
             for path, w in inner.items()
         }
 
-    def gradients(self, model: ModelConfig, params: Tree, method: str) -> Program:
+    def gradients(self, model: ModelConfig, params: Tree, method: SparseMethod) -> Program:
         """Return the program that `llmctl.compress.gradients.accumulate` runs per batch."""
-        batch, sums, names = dict(self.batch), self.sums(params, method), SCORES[method].gradients
+        batch, sums, names = dict(self.batch), self.sums(params, method), method.gradients
         held = [] if params is self.parent else [self.parent]
         size, seq_len = batch["tokens"].shape
         matrices = {m.path: m.weight for m in weights.matrices(params, "block")}
@@ -142,40 +141,54 @@ def _sharding_of(w: Tree) -> Any:
     return jax.tree.leaves(w)[0].sharding
 
 
-def pruning(
-    model: ModelConfig, params: Tree, method: str, pattern: Pattern, mesh: Mesh, walk: Walk | None
-) -> list[Program]:
-    """Return the programs of unstructured or N:M pruning.
+def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, walk: Walk | None) -> list[Program]:
+    """Return the programs that set single weights to zero.
 
-    One program prunes the largest matrix. It represents the programs of all matrices. If the score reads data, the
+    One program prunes the largest matrix. It represents the programs of all matrices. If the method reads data, the
     programs of the calibration walk come first.
 
     Args:
       model: config of the model.
       params: abstract parameters of the model.
-      method: name of a score in `llmctl.compress.scores.SCORES`.
-      pattern: sparsity pattern.
+      method: the method.
       mesh: the devices.
-      walk: the calibration walk; None for a score that reads no data.
+      walk: the calibration walk; None for a method that reads no data.
     """
-    score = SCORES[method]
-    found = walk.programs(model, params, moments if score.statistics else nothing, changes=True) if walk else []
+    found = walk.programs(model, params, prune.collector(method), changes=True) if walk else []
     layer = _layer_of(params, functional.stacks(model)[-1])
     largest = max(weights.layer_matrices(layer), key=lambda m: math.prod(m.weight.shape))
     w, name = largest.weight, largest.module
-    stats = found[0].cache[name] if found and score.statistics else None
-    sums = walk.sums(params, method) if walk and score.gradients else {}
-    own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for moment in score.gradients}
+    stats = found[0].cache[name] if found and (method.moments or method.hessian) else None
+    sums = walk.sums(params, method) if walk and method.gradients else {}
+    own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for moment in method.gradients}
     held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, pruned matrices are separate
     batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
     found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
-    found += [walk.gradients(model, params, method)] if walk and score.gradients else []
+    found += [walk.gradients(model, params, method)] if walk and method.gradients else []
     others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
-    found.append(Program(
-        f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method, pattern=pattern),
+
+    pattern = method.pattern
+    common = Program(
+        f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method.name, pattern=pattern),
         steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own],
-        beside=[held, batch, others, sums], work=_mask_cost(w, method, pattern),
-    ))  # fmt: skip
+        beside=[held, batch, others, sums], work=_mask_cost(w, method),
+    )  # fmt: skip
+    if not method.hessian:
+        return [*found, common]
+    # Every device computes these in full.
+    full = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=meshes.replicated(mesh))
+    gram_II = stats.products.update(shape=stats.products.shape[1:])
+    if method.score is None:
+        common = replace(
+            common, trace=lambda: sparsegpt.prune.trace(full, gram_II, 0, method.damping, pattern=pattern),
+            parameters=[held, full], work=_sparsegpt_cost(w),
+        )  # fmt: skip
+    found.append(common)
+    if method.repair:
+        found.append(replace(
+            common, title=f"repair of {name}", trace=lambda: repair.repair.trace(full, full, gram_II),
+            parameters=[held, full, full], work=_repair_cost(w),
+        ))  # fmt: skip
     return found
 
 
@@ -280,14 +293,38 @@ def _layer_of(params: Tree, stack: str) -> Tree:
     return jax.tree.map(one, params[stack]["blocks"])
 
 
-def _mask_cost(w: Tree, method: str, pattern: Pattern) -> Cost:
+def _sparsegpt_cost(w: Tree) -> Cost:
+    """Return the cost of SparseGPT for one matrix.
+
+    The products are those that spread the errors of each block over all inputs. The factor's triangular solve and the
+    Cholesky decomposition are calls of a library. In memory are the Hessian in four forms and the matrix in six.
+    """
+    inputs, outputs = w.shape
+    blocks = -(-inputs // sparsegpt.BLOCK)
+    entries, square = inputs * outputs, inputs * inputs
+    moved = 4.0 * (12 * square + entries * (4 * blocks + 4 * min(sparsegpt.BLOCK, inputs)))
+    return Cost(4.0 * (4 * square + 6 * entries), moved, {"float32": 2.0 * square * outputs})
+
+
+def _repair_cost(w: Tree) -> Cost:
+    """Return the cost of the repair of one matrix.
+
+    Each step multiplies the Gram matrix with a matrix, as do the first residual and the two errors at the end.
+    """
+    inputs, outputs = w.shape
+    entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 3
+    moved = 4.0 * products * (square + 8 * entries)
+    return Cost(4.0 * 5 * entries, moved, {"float32": 2.0 * square * outputs * products})
+
+
+def _mask_cost(w: Tree, method: SparseMethod) -> Cost:
     """Return the cost of computing a mask from a matrix's scores, which sorts the scores twice.
 
     Each sort also moves the positions of the scores. If the scores of a whole matrix compete, every device gathers and
     sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write.
     """
     leaf = jax.tree.leaves(w)[0]
-    everywhere = SCORES[method].per == "matrix" and not pattern.of
+    everywhere = method.per == "matrix" and not method.pattern.of
     own = math.prod(leaf.sharding.shard_shape(leaf.shape))
     entries, payload = (leaf.size, 4.0 * leaf.size) if everywhere else (own, 0.0)
     sent = payload * (1 - own / leaf.size)

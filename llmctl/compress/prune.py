@@ -1,7 +1,8 @@
-"""Prune matrices in unstructured or N:M patterns: set the weights with the lowest scores to zero.
+"""Prune matrices in unstructured or N:M patterns: set the weights with the lowest scores to zero, or run SparseGPT.
 
 The zeros themselves are the mask, and nothing else is stored. A stage that trains a sparse artifact keeps `w == 0`.
-Scores are in `llmctl.compress.scores`, patterns in `llmctl.compress.pattern`.
+Scores are in `llmctl.compress.scores`, patterns in `llmctl.compress.pattern`. A `SparseMethod`
+names what is used.
 
 Shapes: I inputs, O outputs of one layer's matrix.
 """
@@ -18,25 +19,33 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from llmctl.compress import sparsegpt
 from llmctl.compress.pattern import Pattern
+from llmctl.compress.repair import repair
 from llmctl.compress.scores import SCORES
-from llmctl.compress.statistics import Moments
+from llmctl.compress.sparse_method import SparseMethod
+from llmctl.compress.statistics import Collect, Moments, grams, moments, nothing
 from llmctl.config.errors import RequestError
+from llmctl.distributed import mesh
 from llmctl.model import weights
 from llmctl.model.weights import Matrix, Weight
 
 Sums = Mapping[str, jax.Array]
 
 
-def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]) -> jax.Array:
+def mask(
+    score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"], count: jax.Array | int | None = None
+) -> jax.Array:
     """Return a mask [I, O] that is True for every weight to keep.
 
-    Exactly round(sparsity * size) weights of each group are pruned. If scores are equal, the first is pruned first.
+    If scores are equal, the first is pruned first.
 
     Args:
       score_IO: scores; the lowest are pruned.
       pattern: sparsity pattern.
       per: group within which scores compete in an unstructured pattern: the whole matrix, or each output's inputs.
+      count: number of weights to prune in an unstructured pattern; that of the pattern by default. If outputs cannot
+        all prune the same number, the first ones prune one more.
 
     Raises:
       RequestError: the M of an N:M pattern does not divide the inputs.
@@ -47,13 +56,14 @@ def mask(score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"]
             raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide {inputs} inputs")
         score_GMO = score_IO.reshape(inputs // pattern.of, pattern.of, outputs)
         return _keep_highest(score_GMO, pattern.keep, axis=1).reshape(inputs, outputs)
+    count = pattern.count(inputs, outputs, per) if count is None else count
     if per == "output":
-        return _keep_highest(score_IO, inputs - round(pattern.sparsity * inputs), axis=0)
-    size = inputs * outputs
-    return _keep_highest(score_IO.reshape(-1), size - round(pattern.sparsity * size), axis=0).reshape(inputs, outputs)
+        each, more = count // outputs, count % outputs
+        return _keep_highest(score_IO, inputs - each - (jnp.arange(outputs) < more), axis=0)
+    return _keep_highest(score_IO.reshape(-1), inputs * outputs - count, axis=0).reshape(inputs, outputs)
 
 
-def _keep_highest(score: jax.Array, keep: int, axis: int) -> jax.Array:
+def _keep_highest(score: jax.Array, keep: jax.Array | int, axis: int) -> jax.Array:
     """Return a boolean mask of the shape of `score`, True at the `keep` highest scores along `axis`.
 
     The mask is computed from ranks, so that equal scores do not change the number of kept weights.
@@ -77,6 +87,7 @@ def prune(
     statistics: Moments | None = None,
     gradients: Sums | None = None,
     key: jax.Array | None = None,
+    count: jax.Array | int | None = None,
     *,
     method: str,
     pattern: Pattern,
@@ -90,6 +101,7 @@ def prune(
       statistics: moments of the matrix's inputs, if the score needs them.
       gradients: sums of the loss's gradient, if the score needs them.
       key: random key of this matrix; a fixed one by default.
+      count: number of zeros of an unstructured pattern; that of the pattern by default.
       method: name of the score in `SCORES`.
       pattern: sparsity pattern.
     """
@@ -98,36 +110,90 @@ def prune(
         weights_IO, statistics, gradients or {}, jax.random.key(0) if key is None else key
     )
     score_IO = jnp.where(weights_IO == 0, -jnp.inf, score_IO)  # scores may be negative, or 0 for inputs that are 0
-    return apply(w, mask(score_IO, pattern, chosen.per))
+    return apply(w, mask(score_IO, pattern, chosen.per, count))
 
 
 def prune_layer(
     layer: dict[str, Any],
-    statistics: Mapping[str, Moments] | None = None,
+    statistics: Mapping[str, Any] | None = None,
     gradients: Mapping[str, Sums] | None = None,
     *,
-    method: str,
-    pattern: Pattern,
+    method: SparseMethod,
     at: tuple[int, str, int] = (0, "", 0),
-) -> dict[str, Any]:
-    """Return one layer with every matrix pruned ({"attn": {"q": {"kernel": ...}}, ...}).
-
-    Biases and norms do not change.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Prune every matrix of one layer ({"attn": {"q": {"kernel": ...}}, ...}). Biases and norms do not change.
 
     Args:
       layer: parameters of the layer.
-      statistics: moments of each matrix's inputs by its path ("attn/q"), if the score needs them.
-      gradients: sums of the loss's gradient by the same paths, if the score needs them.
-      method: name of the score in `SCORES`.
-      pattern: sparsity pattern.
+      statistics: Gram matrix or moments of each matrix's inputs by its path ("attn/q"), if the method needs them.
+      gradients: sums of the loss's gradient by the same paths, if the method needs them.
+      method: the method.
       at: (seed, stack, index of the layer), from which the random key of every matrix is derived.
+
+    Returns:
+      The pruned layer, and JSON data about each matrix by its path: `shape`, `zeros` (their number), `error` (the
+      relative error of its outputs, if there is a Gram matrix), `error_before_repair`, and `fallback` (what was used
+      instead, if the method could not be used as asked).
     """
+    notes: dict[str, Any] = {}
 
     def change(m: Matrix) -> Weight:
-        known = (statistics or {}).get(m.module), (gradients or {}).get(m.module)
-        return prune(m.weight, *known, _key(*at, m.module), method=method, pattern=pattern)
+        known, own = (statistics or {}).get(m.module), (gradients or {}).get(m.module)
+        count = None if method.pattern.of else method.pattern.count(*m.weight.shape, method.per)
+        if method.hessian:
+            new, found = _by_hessian(m.weight, known, own, _key(*at, m.module), count, method)
+        else:
+            new = prune(m.weight, known, own, _key(*at, m.module), count, method=method.name, pattern=method.pattern)
+            found = {}
+        zeros = weights.as_node(new).values() == 0
+        notes[m.module] = {"shape": list(m.weight.shape), "zeros": int(zeros.sum()), **found}
+        return new
 
-    return weights.map_layer(layer, change)
+    return weights.map_layer(layer, change), notes
+
+
+def _by_hessian(
+    w: jax.Array, statistics: Any, gradients: Sums | None, key: jax.Array, count: int | None, method: SparseMethod
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Return a matrix pruned by a method that reads its Gram matrix, and the entries of its record.
+
+    Every device of the mesh computes the whole matrix, so the result does not depend on the mesh.
+    """
+    whole, gram_II = (_replicated(a) for a in (w, statistics.products[0]))
+    found: dict[str, Any] = {}
+    if method.score is None:
+        new, attempts = sparsegpt.prune(whole, gram_II, count or 0, method.damping, pattern=method.pattern)
+        if int(attempts):
+            found["fallback"] = sparsegpt.fallback(int(attempts), method.damping)
+    else:
+        new = prune(w, statistics, gradients, key, count, method=method.name, pattern=method.pattern)
+        new = _replicated(new)
+    if method.repair:
+        found["error_before_repair"] = _error(gram_II, whole, new)
+        new = repair(whole, new, gram_II)
+    return new, found | {"error": _error(gram_II, whole, new)}
+
+
+def _replicated(a: jax.Array) -> jax.Array:
+    current = mesh.current()
+    return a if current is None else jax.device_put(a, mesh.replicated(current))
+
+
+def _error(gram_II: jax.Array, before: jax.Array, after: jax.Array) -> float:
+    return round(float(output_error(gram_II, before, after)), 6)
+
+
+@jax.jit
+def output_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array) -> jax.Array:
+    """Return ||X after - X before|| / ||X before|| in the Frobenius norm, from the Gram matrix of the inputs X."""
+    before_IO = before_IO.astype(jnp.float32)
+    lost_IO = after_IO.astype(jnp.float32) - before_IO
+
+    def square(w_IO: jax.Array) -> jax.Array:
+        return jnp.maximum(jnp.sum(w_IO * jnp.matmul(gram_II, w_IO, precision=jax.lax.Precision.HIGHEST)), 0.0)
+
+    whole = square(before_IO)
+    return jnp.sqrt(square(lost_IO) / jnp.where(whole > 0, whole, 1.0))
 
 
 def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern, seed: int = 0) -> dict[str, Any]:
@@ -149,14 +215,25 @@ def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"{stack}/{index}/{name}".encode()))
 
 
-def check(params: dict[str, Any], pattern: Pattern, per: Literal["matrix", "output"] = "matrix") -> None:
-    """Check that a pattern fits the matrices of the blocks.
+def collector(method: SparseMethod) -> Collect:
+    """Return the function that selects the statistics that the method needs."""
+    return grams if method.hessian else moments if method.moments else nothing
+
+
+def check(params: dict[str, Any], method: SparseMethod) -> None:
+    """Check that a method fits the matrices of the blocks.
 
     Raises:
-      RequestError: an N:M pattern does not divide the inputs of a matrix, or the sparsity would prune no weight at all.
+      RequestError: an N:M pattern does not divide the inputs of a matrix, the sparsity would prune no weight at all, or
+        the method gives other values to kept weights and a matrix is quantized.
     """
-    largest = 1
+    largest, pattern, per = 1, method.pattern, method.per
     for m in weights.matrices(params, "block"):
+        if method.hessian and not weights.is_plain(m.weight):
+            raise RequestError(
+                f"{m.path} is quantized, and {method.title} gives other values to the weights that it keeps; prune it "
+                "by a score such as wanda, or prune the artifact that was quantized"
+            )
         inputs = m.weight.shape[m.inputs]
         largest = max(largest, inputs if per == "output" else math.prod(m.weight.shape[-2:]))
         if pattern.of and inputs % pattern.of:

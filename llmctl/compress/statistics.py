@@ -46,28 +46,36 @@ class Moments:
         return Moments(self.squares + jnp.sum(jnp.square(x_NI), axis=0), self.count + jnp.sum(real_N))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["products"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["products", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class Gram:
-    """Sum the Gram matrices X^T X [H, K, K] of a matrix's inputs, in H blocks of K inputs.
+    """Sum the Gram matrices X^T X [H, K, K] of a matrix's inputs, in H blocks of K inputs, and count the tokens.
 
     With a single block of all inputs, the Gram matrix is the Hessian of the layer's squared error. With one block per
     head, it serves to score the heads for pruning.
     """
 
     products: jax.Array
+    count: jax.Array
 
     @staticmethod
     def start(inputs: int, blocks: int = 1) -> Gram:
         """Return the statistic before any tokens are added."""
         width = inputs // blocks
-        return Gram(jnp.zeros((blocks, width, width), jnp.float32))
+        return Gram(jnp.zeros((blocks, width, width), jnp.float32), jnp.zeros((), jnp.float32))
 
     def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Gram:
         """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
         x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
         x_NHK = x_NI.reshape(x_NI.shape[0], self.products.shape[0], -1)
-        return Gram(self.products + jnp.einsum("nhk,nhl->hkl", x_NHK, x_NHK))
+        # An inverse needs more than the products in bfloat16 or TF32 that TPUs and GPUs compute by default.
+        products = jnp.einsum("nhk,nhl->hkl", x_NHK, x_NHK, precision=jax.lax.Precision.HIGHEST)
+        return Gram(self.products + products, self.count + jnp.sum(real_N))
+
+    @property
+    def squares(self) -> jax.Array:
+        """Return the sums of the squares [I], as `Moments` has them."""
+        return jnp.diagonal(self.products, axis1=1, axis2=2).reshape(-1)
 
 
 Stats = dict[str, Any]
@@ -84,6 +92,11 @@ def moments(path: str, inputs: int) -> Statistic:
     This is a `Collect` function.
     """
     return Moments.start(inputs)
+
+
+def grams(path: str, inputs: int) -> Statistic:
+    """Return an empty Gram matrix of all inputs for every matrix."""
+    return Gram.start(inputs)
 
 
 def nothing(path: str, inputs: int) -> None:

@@ -55,12 +55,23 @@ def layers(program: Program, work: Pass) -> Estimate:
     setup = Setup(model.model_copy(update=stack), axes, program.rows, program.seq_len, dtype, fused=False)
     unit, found = setup.item_bytes * setup.tokens, analytic_counts.counts(setup)
     taps = unit * sum(_kept(statistics, setup).values())
-    products = sum(2 * setup.tokens * a.size for a in jax.tree.leaves(statistics) if a.ndim == 3)  # second moments
+    products = 2 * setup.tokens * sum(_products(statistics, setup).values())
     types = {**found.flops_by_type}
     types["float32"] = types.get("float32", 0.0) + products
     counts = replace(found, flops=found.flops + products, bytes=found.bytes + taps, flops_by_type=types)
     temporaries = analytic_memory.layer(setup, work.layers) + taps + unit * model.d_model + bytes_of(statistics)
     return temporaries, counts
+
+
+def _products(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
+    """Return the elements of each Gram matrix that one device computes, by (block, inner) as in `_kept`."""
+    found = {}
+    for path, statistic in dict(statistics).items():
+        block, name = path.split("/")
+        inner, first = name in ("o", "down"), jax.tree.leaves(statistic)[0]
+        if first.ndim == 3:
+            found[block, inner] = first.size / (setup.size("tensor") if inner else 1)
+    return found
 
 
 def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:

@@ -15,6 +15,7 @@ from llmctl.compress.pattern import Pattern
 from llmctl.compress.prune import prune_layer
 from llmctl.compress.quantize import quantize
 from llmctl.compress.schemes import SCHEMES
+from llmctl.compress.sparse_method import SparseMethod
 from llmctl.compress.statistics import Gram, Moments, moments, nothing
 from llmctl.config.errors import RequestError
 from llmctl.model import functional, task_head
@@ -96,8 +97,8 @@ def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
         most = max(most, sum(a.nbytes for a in jax.live_arrays()) - before)
 
     def prune_one(visit):
-        pattern = Pattern(0.5)
-        return prune_layer(visit.layer, method="magnitude", pattern=pattern) if visit.index == 3 else visit.layer
+        method = SparseMethod("magnitude", Pattern(0.5))
+        return prune_layer(visit.layer, method=method)[0] if visit.index == 3 else visit.layer
 
     changed, reports = walk(deep, params, batches, nothing, prune_one, progress=progress)
     assert all(a.is_deleted() for a in blocks)
@@ -194,7 +195,7 @@ def test_a_killed_walk_goes_on_at_its_layer(tiny, make_rows, tmp_path, stack):
         if kill and (visit.stack, visit.index) == (stack, 1):
             raise Killed
         visited.append((visit.stack, visit.index))
-        pruned = prune_layer(visit.layer, visit.stats, method="wanda", pattern=Pattern(0.5))
+        pruned = prune_layer(visit.layer, visit.stats, method=SparseMethod("wanda", Pattern(0.5)))[0]
         return rounded(replace(visit, layer=pruned))
 
     def run(kill=False, saved=None):

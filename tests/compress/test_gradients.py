@@ -13,6 +13,7 @@ from llmctl.compress.programs import Walk
 from llmctl.compress.prune import prune
 from llmctl.compress.quantize import quantize
 from llmctl.compress.scores import SCORES
+from llmctl.compress.sparse_method import SparseMethod
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
@@ -100,7 +101,8 @@ def test_the_plan_counts_the_copies_of_other_types(dtype, copies, tiny, targets)
 
     params = functional.laid_out(tiny, jax.tree.map(like, functional.abstract(tiny)), devices)
     batch = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=None) for k, a in targets[0].items()}
-    found = Walk(batch, 1, "float32", default(tiny), devices, params).gradients(tiny, params, "taylor")
+    method = SparseMethod("taylor", Pattern(0.5))
+    found = Walk(batch, 1, "float32", default(tiny), devices, params).gradients(tiny, params, method)
     matrices = bytes_of({m.path: m.weight for m in weights.matrices(params, "block")})
     assert bytes_of(found.parameters) == bytes_of(params) + copies * matrices
     assert bytes_of(found.beside) == (matrices if copies else 0)

@@ -10,6 +10,7 @@ from llmctl.compress.calibrate import walk
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.prune import apply, check, mask, prune, prune_layer, prune_uncalibrated, sparsity
 from llmctl.compress.scores import SCORES, Score
+from llmctl.compress.sparse_method import SparseMethod
 from llmctl.compress.statistics import Moments, moments
 from llmctl.config.errors import RequestError
 from llmctl.model.weights import LowRank, Quantized, dense, flatten
@@ -125,7 +126,7 @@ def test_the_walk_prunes_every_matrix_of_every_layer(tiny, params, batches):
     pattern = Pattern.parse("2:4", 0.5)
 
     def change(visit):
-        return prune_layer(visit.layer, visit.stats, method="wanda", pattern=pattern)
+        return prune_layer(visit.layer, visit.stats, method=SparseMethod("wanda", pattern))[0]
 
     before = flatten(jax.tree.map(np.array, params))
     pruned, reports = walk(tiny, params, batches, moments, change)
@@ -161,7 +162,7 @@ def test_bad_patterns(text, fraction, message):
 def test_what_does_not_divide_is_named():
     params = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 6, 4))}}}}}
     with pytest.raises(RequestError, match=r"2:4 does not divide the 6 inputs of decoder/blocks/attn/q/kernel"):
-        check(params, Pattern.parse("2:4", 0.5))
+        check(params, SparseMethod("magnitude", Pattern.parse("2:4", 0.5)))
 
 
 def test_low_rank_updates_are_refused():
@@ -171,9 +172,9 @@ def test_low_rank_updates_are_refused():
 
 def test_a_sparsity_that_rounds_to_no_weight():
     params = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 4))}}}}}
-    check(params, Pattern(1 / 32))
-    check(params, Pattern(1 / 8), "output")
+    check(params, SparseMethod("magnitude", Pattern(1 / 32)))
+    check(params, SparseMethod("wanda", Pattern(1 / 8)))
     with pytest.raises(RequestError, match=r"sparsity 1e-09 rounds to no weight of 32; say at least 0.031"):
-        check(params, Pattern(1e-9))
+        check(params, SparseMethod("sparsegpt", Pattern(1e-9)))
     with pytest.raises(RequestError, match=r"rounds to no weight of 8; say at least 0.12"):
-        check(params, Pattern(1 / 32), "output")
+        check(params, SparseMethod("wanda", Pattern(1 / 32)))

@@ -35,7 +35,7 @@ batch_size = 8
 kind = "quantize"
 """
 H100 = topologies.find("h100:4")
-METHODS = {"wanda": "", "magnitude": "", "structured": "layers = 0.5\nheads = 0.5"}
+METHODS = {"wanda": "", "sparsegpt": "repair = true", "magnitude": "", "structured": "layers = 0.5\nheads = 0.5"}
 
 
 @pytest.fixture(scope="module", params=METHODS)

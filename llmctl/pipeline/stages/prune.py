@@ -14,6 +14,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
 from llmctl.compress.settings import CalibrationConfig
+from llmctl.compress.sparse_method import DAMPING, SPARSEGPT, SparseMethod
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 STRUCTURED = "structured"
-"""Name of the method that removes heads, neurons and layers. Every other method is the name of a pruning score."""
+"""Name of the method that removes heads, neurons and layers. Every other method sets single weights to zero."""
 PARTS = ("heads", "ffn", "layers")
 """Fields that set how much structured pruning removes. Each field X has the longer forms keep_X and remove_X."""
 
@@ -48,23 +49,26 @@ def _method(name: str) -> str:
 
 
 def _methods() -> list[str]:
-    return [STRUCTURED, *SCORES]
+    return [STRUCTURED, SPARSEGPT, *SCORES]
 
 
 class Config(CalibrationConfig, StageConfig):
-    """Prune a model: remove heads, neurons and layers, or set weights to zero by a score (magnitude, wanda, …)."""
+    """Prune a model: remove heads, neurons and layers, or set weights to zero (magnitude, wanda, sparsegpt, …)."""
 
-    added: ClassVar[frozenset[str]] = frozenset({f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")} | {"damping", "repair"}
+    )
     common: ClassVar[tuple[str, ...] | None] = (
         *("method", "keep_layers", "remove_layers", "keep_heads", "remove_heads", "keep_ffn", "remove_ffn"),
-        *("sparsity", "pattern", "examples"),
+        *("sparsity", "pattern", "repair", "examples"),
     )
 
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
-    """Method. structured: remove heads, neurons and layers. The others are scores that select single weights to set to
-    zero: magnitude (absolute value), wanda (times the norm of the inputs), ria (share of its input's and its output's
-    weights, times the root of that norm), taylor and fisher (by the loss's gradient), random."""
+    """Method. structured: remove heads, neurons and layers. The others set single weights to zero. sparsegpt: choose
+    zeros by the Hessian, and let the kept weights compensate for them. The rest are scores, which leave kept weights
+    unchanged: magnitude (absolute value), wanda (times the norm of the inputs), ria (share of the weights of its input
+    and output, times the root of that norm), taylor and fisher (by the loss's gradient), random."""
     heads: float = Field(default=0.0, ge=0)
     """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
@@ -89,9 +93,15 @@ class Config(CalibrationConfig, StageConfig):
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Structured: fraction of the layers to remove."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Scores: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
+    """Zeros: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
     pattern: str = "unstructured"
-    """Scores: unstructured, or N:M (such as 2:4) to keep N of every M inputs, which implies the sparsity."""
+    """Zeros: unstructured, or N:M (such as 2:4) to keep N of every M inputs, which implies the sparsity."""
+    damping: float = Field(default=DAMPING, gt=0, le=1)
+    """SparseGPT: fraction of the Hessian's mean diagonal entry that is added to its diagonal. A Hessian that has no
+    inverse gets ten times as much, and is reported."""
+
+    repair: bool = False
+    """Zeros: choose the kept weights anew by least squares on the calibration data, after any method."""
 
     @model_validator(mode="before")
     @classmethod
@@ -119,10 +129,13 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="after")
     def _belongs(self) -> Config:
         structured = {"heads", "heads_by", "ffn", "multiple", "layers"}
-        other = {"sparsity", "pattern"} if self.method == STRUCTURED else structured
+        other = {"sparsity", "pattern", "damping", "repair"} if self.method == STRUCTURED else structured
+        if self.method != SPARSEGPT:
+            other = other | {"damping"}
         stray = sorted(self.model_fields_set & other)
         if stray:
             instead = "another one, such as 'magnitude'" if self.method == STRUCTURED else repr(STRUCTURED)
+            instead = repr(SPARSEGPT) if stray == ["damping"] else instead
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to {instead}")
         if self.method == STRUCTURED and not (self.heads or self.ffn or self.layers):
             raise ValueError(
@@ -136,6 +149,11 @@ class Config(CalibrationConfig, StageConfig):
         if "sparsity" in self.model_fields_set and abs(self.sparsity - own) > 1e-9:
             raise ValueError(f"sparsity {self.sparsity} contradicts pattern {self.pattern}, which has {own:g}")
         return self
+
+    @property
+    def zeros(self) -> SparseMethod:
+        """Return the method that sets single weights to zero."""
+        return SparseMethod(self.method, Pattern.parse(self.pattern, self.sparsity), self.damping, self.repair)
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -162,7 +180,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         if config.method == STRUCTURED:
             model, params, found = _structured(config, base, params, devices, saved, progress, reporter.say)
         else:
-            model, params, found = _unstructured(config, base, params, devices, saved, progress)
+            model, params, found = _unstructured(config, base, params, devices, saved, progress, reporter.say)
     ctx.save(
         config,
         params,
@@ -184,11 +202,10 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)
     if config.method != STRUCTURED:
-        pattern = Pattern.parse(config.pattern, config.sparsity)
-        score = SCORES[config.method]
-        prune.check(params, pattern, score.per)
-        walk = _walk(config, base, mesh, bool(score.gradients)) if score.calibrated else None
-        found = programs.pruning(base.model, params, config.method, pattern, mesh, walk)
+        method = config.zeros
+        prune.check(params, method)
+        walk = _walk(config, base, mesh, bool(method.gradients)) if method.calibrated else None
+        found = programs.pruning(base.model, params, method, mesh, walk)
         return found, abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True)
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
@@ -280,45 +297,52 @@ def _unstructured(
     devices: Any,
     saved: Saved,
     progress: Callable[[LayerReport], None],
+    say: Callable[[str], None],
 ) -> Pruned:
-    """Set weights to zero by a score, and return the config, the parameters and the metrics.
+    """Set weights to zero, and return the config, the parameters and the metrics.
 
-    A score that needs calibration data prunes layer by layer and saves finished layers.
+    A method that needs calibration data prunes layer by layer and saves finished layers.
 
     Raises:
-      RequestError: the pattern does not fit the matrices, or the model already has this sparsity.
+      RequestError: the method does not fit the matrices, or the model already has this sparsity.
     """
-    from llmctl.compress import calibration_data, gradients, prune
+    from llmctl.compress import calibration_data, gradients, prune, prune_report
     from llmctl.compress.calibrate import Visit, walk
-    from llmctl.compress.statistics import moments, nothing
     from llmctl.evaluate.tasks.registry import of
 
-    score, pattern = SCORES[config.method], Pattern.parse(config.pattern, config.sparsity)
-    prune.check(params, pattern, score.per)
+    method = config.zeros
+    pattern = method.pattern
+    prune.check(params, method)
     before = prune.sparsity(params)
     if not pattern.of and before >= pattern.sparsity:
         raise RequestError(
             f"{base.path}: its matrices are {before:.1%} zeros already; sparsity {pattern.sparsity} changes nothing"
         )
-    arguments: dict[str, Any] = {"method": config.method, "pattern": pattern}
-    if not score.calibrated:
-        params = prune.prune_uncalibrated(params, **arguments, seed=config.seed)
+    if not method.calibrated:
+        params = prune.prune_uncalibrated(params, method=method.name, pattern=pattern, seed=config.seed)
         return base.model, params, {"block_sparsity": prune.sparsity(params)}
 
     def change(visit: Visit) -> dict[str, Any]:
         at = (config.seed, visit.stack, visit.index)
-        return prune.prune_layer(visit.layer, visit.stats, visit.gradients, **arguments, at=at)
+        layer, visit.notes["matrices"] = prune.prune_layer(
+            visit.layer, visit.stats, visit.gradients, method=method, at=at
+        )
+        return layer
 
-    batches = calibration_data.load(config, base, devices, labels=bool(score.gradients))
+    batches = calibration_data.load(config, base, devices, labels=bool(method.gradients))
     sums = None
-    if score.gradients:
+    if method.gradients:
         task = of(base.manifest)
-        sums = gradients.accumulate(task, base.model, params, batches, score.gradients, config.dtype)
+        sums = gradients.accumulate(task, base.model, params, batches, method.gradients, config.dtype)
     params, reports = walk(
-        base.model, params, batches, moments if score.statistics else nothing, change,
+        base.model, params, batches, prune.collector(method), change,
         gradients=sums, progress=progress, saved=saved, dtype=config.dtype,
     )  # fmt: skip
-    return base.model, params, {"layer_error": _errors(reports), "block_sparsity": prune.sparsity(params)}
+    layers = prune_report.records(reports)
+    for line in prune_report.fallbacks(layers):
+        say(line)
+    found = {"layer_error": _errors(reports), "block_sparsity": prune.sparsity(params), "pruned_layers": layers}
+    return base.model, params, found
 
 
 def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:

@@ -47,7 +47,9 @@ def test_every_stage(name, reviews, tmp_path):
     def go(stage, parent, **settings):
         ctx = Context(tmp_path / stage / "out", tmp_path / stage / "work", "key", settings.pop("siblings", {}))
         ctx.work.mkdir(parents=True)
-        module = {"lora": finetune, "wanda": prune, "structured": prune, "distill": distill}.get(stage, quantize)
+        module = {"lora": finetune, "wanda": prune, "sparsegpt": prune, "structured": prune, "distill": distill}.get(
+            stage, quantize
+        )
         module.run(module.Config(**settings), parent, ctx)
         return ctx.out
 
@@ -63,6 +65,10 @@ def test_every_stage(name, reviews, tmp_path):
     assert result["task"] == "classification" and result["metrics"]["examples"] > 10
     zeros = go("wanda", tmp_path / "base", method="wanda", data=reviews, examples=16)
     assert artifact.read_manifest(zeros).sparsity > 0.2
+    solved = go(
+        "sparsegpt", tmp_path / "base", method="sparsegpt", pattern="2:4", repair=True, data=reviews, examples=16
+    )
+    assert artifact.read_manifest(solved).metrics["block_sparsity"] == 0.5
     small = go("structured", tmp_path / "base", heads=0.5, ffn=0.25, data=reviews, examples=16)
     cut = artifact.read_manifest(small).model
     assert (cut.heads, cut.d_ff) == (2, 18)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
-from llmctl.compress import prune
+from llmctl.compress import prune, sparsegpt
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
@@ -45,6 +45,7 @@ def test_structured_pruning_of_a_classifier(artifacts, tmp_path, reviews):
 @pytest.mark.parametrize(("settings", "share"), [
     ({"method": "wanda", "sparsity": 0.25}, 0.25), ({"method": "wanda", "pattern": "2:4"}, 0.5),
     ({"method": "magnitude", "sparsity": 0.75}, 0.75), ({"method": "magnitude", "pattern": "1:8"}, 0.875),
+    ({"method": "sparsegpt", "sparsity": 0.25}, 0.25), ({"method": "sparsegpt", "pattern": "2:4"}, 0.5),
 ])  # fmt: skip
 def test_zeros_are_counted(artifacts, tmp_path, reviews, settings, share):
     made = run(artifacts, tmp_path, "lm", data=reviews, examples=40, **settings)
@@ -52,13 +53,56 @@ def test_zeros_are_counted(artifacts, tmp_path, reviews, settings, share):
     assert made.manifest.parameters == artifact.read_manifest(artifacts / "lm").parameters
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
-def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews, axes):
-    settings = {"method": "wanda", "data": reviews, "examples": 40}
+@pytest.mark.parametrize(("method", "axes"), [
+    ("wanda", {"data": 2, "fsdp": 2, "tensor": 2}), ("wanda", {"data": 2, "context": 2, "tensor": 2}),
+    ("sparsegpt", {"data": 2, "fsdp": 2, "tensor": 2}),
+], ids=str)  # fmt: skip
+def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews, method, axes):
+    settings = {"method": method, "repair": method == "sparsegpt", "data": reviews, "examples": 40}
     one = run(artifacts, tmp_path / "one", "lm", **settings)
     many = run(artifacts, tmp_path / "many", "lm", **settings, mesh=MeshConfig(**axes))
     for a, b in zip(*(weights.flatten(m.params).values() for m in (one, many)), strict=True):
         np.testing.assert_array_equal(np.asarray(a) != 0, np.asarray(b) != 0)
+
+
+def test_sparsegpt_has_less_error_than_wanda_and_refuses_integers(artifacts, tmp_path, reviews):
+    """The error of every matrix is recorded; integers cannot store the changed weights."""
+    common = {"data": reviews, "examples": 40, "pattern": "2:4"}
+    wanda = run(artifacts, tmp_path / "wanda", "classifier", method="wanda", **common).manifest.metrics
+    solved = run(artifacts, tmp_path / "solved", "classifier", method="sparsegpt", **common).manifest.metrics
+    layer = solved["pruned_layers"][0]
+    assert layer["stack"] == "decoder" and layer["layer"] == 0 and layer["sparsity"] == 0.5
+    assert layer["error"] == solved["layer_error"]["decoder"][0] < wanda["layer_error"]["decoder"][0]
+    found = layer["matrices"]["mlp/down"]
+    assert found["shape"] == [24, 16] and found["zeros"] == 192 and 0 < found["error"] < 1 and "fallback" not in found
+    quantize.run(quantize.Config(), artifacts / "lm", Context(tmp_path / "int8", tmp_path, "key"))
+    for settings, name in (
+        ({"method": "sparsegpt"}, "method 'sparsegpt'"),
+        ({"method": "ria", "repair": True}, "repair"),
+    ):
+        with pytest.raises(RequestError, match=rf"attn/k/kernel is quantized, and {name} gives other values"):
+            run(tmp_path, tmp_path, "int8", data=reviews, examples=20, **settings)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_repair_lowers_the_error_of_every_matrix(artifacts, tmp_path, reviews, method):
+    common = {"data": reviews, "examples": 40, "method": method}
+    plain = run(artifacts, tmp_path / "plain", "lm", **common)
+    made = run(artifacts, tmp_path / "made", "lm", **common, repair=True)
+    assert made.manifest.sparsity == plain.manifest.sparsity == 0.5
+    for layer in made.manifest.metrics["pruned_layers"]:
+        for found in layer["matrices"].values():
+            assert found["error"] < found["error_before_repair"]
+    first, repaired = (weights.layer_of(a.params["decoder"]["blocks"]["attn"]["q"]["kernel"], 0) for a in (plain, made))
+    np.testing.assert_array_equal(np.asarray(first) == 0, np.asarray(repaired) == 0)
+    assert not np.array_equal(first, repaired)
+
+
+def test_a_fallback_is_named(artifacts, tmp_path, reviews, monkeypatch, capsys):
+    monkeypatch.setattr(sparsegpt, "fallback", lambda attempts, damping: f"damping {10 * damping:g}")
+    made = run(artifacts, tmp_path, "lm", method="sparsegpt", data=reviews, examples=20, damping=0.02)
+    assert made.manifest.metrics["pruned_layers"][2]["matrices"]["mlp/up"]["fallback"] == "damping 0.2"
+    assert "decoder layer 2, mlp/up: fell back to damping 0.2" in capsys.readouterr().err
 
 
 def test_integers_stay_integers(artifacts, tmp_path, reviews):
@@ -89,6 +133,9 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"heads": 0.5, "sparsity": 0.5}, "sparsity: not for method 'structured'"),
     ({"method": "wanda", "ffn": 0.5}, "ffn: not for method 'wanda'"),
+    ({"method": "wanda", "damping": 0.1}, "damping: not for method 'wanda'; set method to 'sparsegpt'"),
+    ({"method": "sparsegpt", "damping": 0.0}, "greater than 0"),
+    ({"layers": 2, "repair": True}, "repair: not for method 'structured'; set method to another one"),
     ({}, "at least one of heads, ffn and layers"),
     ({"method": "wanda", "sparsity": 1.5}, "less than 1"),
     ({"method": "magnitude", "pattern": "4:2"}, "N < M"),
@@ -168,9 +215,10 @@ def test_gradients_need_the_labels_of_the_artifact(artifacts, tmp_path, reviews)
         run(artifacts, tmp_path, "classifier", data=other, examples=20, method="taylor")
 
 
-def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monkeypatch):
+@pytest.mark.parametrize(("method", "repair"), [("wanda", False), ("sparsegpt", True)])
+def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monkeypatch, method, repair):
     """Of three layers the first is done when the stage is killed; run again, it prunes the others to the same bits."""
-    settings = {"method": "wanda", "data": reviews, "examples": 20}
+    settings = {"method": method, "repair": repair, "data": reviews, "examples": 20}
     whole = run(artifacts, tmp_path / "whole", "lm", **settings)
     prune_layer, pruned = prune.prune_layer, []
 

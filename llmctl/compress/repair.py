@@ -1,0 +1,70 @@
+"""Repair a pruned matrix: choose the kept weights anew, so that the error of the outputs becomes minimal.
+
+For every output, the kept weights are the least-squares solution on the calibration inputs X. A few steps of the
+preconditioned conjugate-gradient method approximate it, for all outputs at once (ALPS: Meng et al., 2024,
+arXiv:2406.07831). They read X only through its Gram matrix X^T X. Any mask can be repaired.
+
+Shapes: I inputs and O outputs of the matrix.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+STEPS = 16
+"""Number of conjugate-gradient steps."""
+
+
+@partial(jax.jit, static_argnames=("steps",))
+def repair(original_IO: jax.Array, pruned_IO: jax.Array, gram_II: jax.Array, *, steps: int = STEPS) -> jax.Array:
+    """Return the pruned matrix with other values of the weights that are not zero.
+
+    The error of no output grows: an output whose error would grow by rounding keeps its values.
+
+    Args:
+      original_IO: the matrix before pruning, whose outputs are the target.
+      pruned_IO: the pruned matrix, from which the steps start.
+      gram_II: Gram matrix of the inputs, float32.
+      steps: number of conjugate-gradient steps.
+    """
+    dtype = pruned_IO.dtype
+    original_IO, start_IO = original_IO.astype(jnp.float32), pruned_IO.astype(jnp.float32)
+    kept_IO = start_IO != 0
+    diagonal_I = jnp.diagonal(gram_II)
+    scale_I1 = jnp.where(diagonal_I > 0, 1.0 / jnp.where(diagonal_I > 0, diagonal_I, 1.0), 0.0)[:, None]
+
+    def times_gram(w_IO: jax.Array) -> jax.Array:
+        return jnp.matmul(gram_II, w_IO, precision=jax.lax.Precision.HIGHEST)
+
+    def step(_: int, state: State) -> State:
+        w_IO, residual_IO, direction_IO, size_O = state
+        product_IO = jnp.where(kept_IO, times_gram(direction_IO), 0.0)
+        length_O = _ratio(size_O, jnp.sum(direction_IO * product_IO, axis=0))
+        residual_IO -= length_O * product_IO
+        scaled_IO = scale_I1 * residual_IO
+        new_O = jnp.sum(residual_IO * scaled_IO, axis=0)
+        return w_IO + length_O * direction_IO, residual_IO, scaled_IO + _ratio(new_O, size_O) * direction_IO, new_O
+
+    residual_IO = jnp.where(kept_IO, times_gram(original_IO - start_IO), 0.0)
+    scaled_IO = scale_I1 * residual_IO
+    state = start_IO, residual_IO, scaled_IO, jnp.sum(residual_IO * scaled_IO, axis=0)
+    repaired_IO = jax.lax.fori_loop(0, steps, step, state)[0].astype(dtype).astype(jnp.float32)
+
+    def error(w_IO: jax.Array) -> jax.Array:
+        lost_IO = w_IO - original_IO
+        return jnp.sum(lost_IO * times_gram(lost_IO), axis=0)
+
+    better_O = error(repaired_IO) < error(start_IO)  # false for NaN
+    return jnp.where(better_O, repaired_IO, start_IO).astype(dtype)
+
+
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Weights, residuals and directions [I, O], and the squared size of the residuals [O]."""
+
+
+def _ratio(numerator_O: jax.Array, denominator_O: jax.Array) -> jax.Array:
+    """Return the quotients; 0 where an output has converged."""
+    return jnp.where(denominator_O > 0, numerator_O / jnp.where(denominator_O > 0, denominator_O, 1.0), 0.0)

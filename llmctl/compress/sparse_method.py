@@ -1,0 +1,69 @@
+"""Describe how single weights are pruned: by a score or by SparseGPT, in a pattern, with or without repair.
+
+The module does not import JAX, so that settings can be checked early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmctl.compress.pattern import Pattern
+from llmctl.compress.scores import SCORES, Score
+
+SPARSEGPT = "sparsegpt"
+"""Name of the method that solves for zeros and weights together (`llmctl.compress.sparsegpt`)."""
+DAMPING = 0.01
+"""Fraction of the mean diagonal entry that is added to SparseGPT's Hessian, as in its paper."""
+
+
+@dataclass(frozen=True)
+class SparseMethod:
+    """Describe a method that sets single weights to zero.
+
+    >>> SparseMethod("wanda", Pattern.parse("2:4", 0.5)).hessian, SparseMethod("sparsegpt", Pattern(0.5)).hessian
+    (False, True)
+    """
+
+    name: str
+    """Name of a score in `SCORES`, or SPARSEGPT."""
+    pattern: Pattern
+    damping: float = DAMPING
+    """Damping of SparseGPT's Hessian, as a fraction of the mean diagonal entry."""
+    repair: bool = False
+    """Whether the kept weights get other values that minimize the error of the outputs (`llmctl.compress.repair`)."""
+
+    @property
+    def score(self) -> Score | None:
+        """Return the score that selects the zeros; None for SparseGPT."""
+        return None if self.name == SPARSEGPT else SCORES[self.name]
+
+    @property
+    def per(self) -> Literal["matrix", "output"]:
+        """Return the group of weights whose number of zeros an unstructured pattern fixes."""
+        return self.score.per if self.score else "matrix"
+
+    @property
+    def gradients(self) -> tuple[Literal["sum", "absolute", "square"], ...]:
+        """Return the names of the gradient sums that the score needs."""
+        return self.score.gradients if self.score else ()
+
+    @property
+    def hessian(self) -> bool:
+        """Return whether the method reads each matrix's Gram matrix, and changes the kept weights by it."""
+        return self.name == SPARSEGPT or self.repair
+
+    @property
+    def moments(self) -> bool:
+        """Return whether the method needs the moments of each matrix's inputs. A Gram matrix contains them."""
+        return bool(self.score and self.score.statistics)
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether the method reads calibration data."""
+        return self.hessian or self.moments or bool(self.gradients)
+
+    @property
+    def title(self) -> str:
+        """Return the setting that gives other values to kept weights, for messages."""
+        return f"method {self.name!r}" if self.name == SPARSEGPT else "repair"
