@@ -38,7 +38,11 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     def observe(
         layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
     ) -> tuple[Any, Stats, Any]:
-        """Run one batch through the unchanged layer, and return (output, updated statistics, `_influence` sums)."""
+        """Run one batch through the unchanged layer.
+
+        Returns:
+          (output, updated statistics, sums for the block influence as returned by `_influence`).
+        """
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
@@ -98,7 +102,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
         if "head" in old or not cfg.head_kind.vocabulary:
             before, after = (functional.outputs(cfg, params, x_BTD, batch, dtype) for params in (old, new))
             real = real_BT.any(axis=1)
-            if before.ndim == 3:  # an answer per token
+            if before.ndim == 3:  # one output per token
                 real = real_BT.reshape(-1)
             before, after = (a.reshape(len(real), -1) for a in (before, after))
             total += jnp.stack([_square_norm(after - before, real), _square_norm(before, real)])

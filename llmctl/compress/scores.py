@@ -90,8 +90,8 @@ def wanda(weights_IO, statistics, gradients, key):
 def ria(weights_IO, statistics, gradients, key):
     """Return relative importance times sqrt(||X_i||_2) as the scores [I, O] (Zhang et al., 2024, ICLR).
 
-    The relative importance of a weight is |w| / sum(|w| of its input) + |w| / sum(|w| of its output). An input or an
-    output whose other weights are small therefore does not lose all its weights.
+    The relative importance of a weight is |w| / sum(|w| of its input) + |w| / sum(|w| of its output). An input or
+    output that has only small weights therefore keeps some of them.
     """
     from jax import numpy as jnp
 

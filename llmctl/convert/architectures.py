@@ -35,7 +35,7 @@ def formats(name: str) -> list[str]:
     bridge: Bridge | None = getattr(family(name), "BRIDGE", None)
     if bridge is None:
         return []
-    packed = [] if bridge.in_out else ["compressed-tensors"]  # it holds linear layers alone
+    packed = [] if bridge.in_out else ["compressed-tensors"]  # it stores only linear layers
     return ["hf", *packed, "peft", *(["gguf"] if bridge.model_type in TO_GGUF else [])]
 
 

@@ -97,7 +97,7 @@ def write(found: Artifact, file: Path, kind: str) -> str:
 
 def _refuse(cfg: ModelConfig, architecture: str) -> None:
     every = {"gemma2": 2, "gemma3": 6}.get(architecture)
-    # llama.cpp runs Mistral without its window, which `write` says.
+    # llama.cpp runs Mistral without its sliding window; `write` reports this.
     odd = every is None or bool(cfg.window_layers) or cfg.window_every != every
     if cfg.window and odd and cfg.family != "mistral":
         raise RequestError("GGUF has no place for this pattern of windows; nothing was written")

@@ -142,7 +142,7 @@ def _sentencepiece(tokens: list[str], scores: list[float] | None, kinds: list[in
     return model.SerializeToString()
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------------------------------
 
 
 def write(writer: Any, folder: Path, rows: int) -> str:

@@ -219,7 +219,7 @@ def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, conf
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
     if model.head_kind.vocabulary and table_out and table_out in tensors:
         update["tied"] = model.tied and _same(tensors[table_out], tensors.get(table_in))
-    elif model.head_kind.vocabulary and model.family == "t5":  # transformers 5 ties unless stored apart
+    elif model.head_kind.vocabulary and model.family == "t5":  # transformers 5 ties the tables unless both are stored
         update["tied"] = True
     if model.head_kind.bare and model.pooler:
         update["pooler"] = table["head/pooler/kernel"] in tensors
@@ -267,7 +267,7 @@ def load(
     return name_map.read(found.model, found.wanted, found.tensors, place, dtype=dtype, wrote=wrote)
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------------------------------
 
 
 def config_of(

@@ -63,7 +63,7 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Pair]:
-    """Return the low-rank matrices of each slot of a module. Slots of a fused matrix share the matrix of inputs.
+    """Return the low-rank matrices of each slot of a module. Slots of a fused matrix share the first matrix [I, R].
 
     Raises:
         RequestError: If the tensors do not fit the base's matrix.

@@ -235,7 +235,7 @@ def _pooled(x_TD: np.ndarray, folder: Path) -> np.ndarray:
 @contextlib.contextmanager
 def _quietly() -> Iterator[Any]:
     """Import transformers without progress bars and warnings, and yield the module."""
-    # compressed-tensors has bars that no switch turns off. Log handlers keep this stream, so it is never closed.
+    # Progress bars of compressed-tensors cannot be disabled. Log handlers keep this stream, so it is never closed.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         import transformers as hf

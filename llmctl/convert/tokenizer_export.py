@@ -81,7 +81,7 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
         changed = not isinstance(words, JsonTokenizer)
         if post_processor.read(made, config, {"bos": words.bos_id, "eos": words.eos_id}) != wanted:
             post_processor.put(made, wanted)
-            # With these two keys transformers would replace the post-processor; some classes bring their own.
+            # With these two keys transformers would replace the post-processor; some classes have one of their own.
             config = {k: v for k, v in config.items() if k not in ("add_bos_token", "add_eos_token")}
             config["tokenizer_class"], changed = "PreTrainedTokenizerFast", True
         if reads_texts(model):

@@ -132,7 +132,7 @@ def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
     ids: dict[str, int | None] = {"bos": words.bos_id, "eos": words.eos_id}
     if isinstance(words, JsonTokenizer):
         return post_processor.read(words.backend, settings, ids)
-    if not isinstance(words, SentencePieces):  # bytes, which llmctl alone reads
+    if not isinstance(words, SentencePieces):  # only llmctl reads byte tokenizers
         return words.template
     if str(settings.get("tokenizer_class", "")).startswith("T5") or (folder / "spiece.model").is_file():
         return TextTemplate((), (words.eos_id,), (words.eos_id,))  # T5's class appends the end token by itself

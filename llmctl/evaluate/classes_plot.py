@@ -19,8 +19,8 @@ NAMED = 12
 def classes(results: Sequence[report.Result], path: Path) -> bool:
     """Write a PNG with a row of two plots per classifier.
 
-    The left plot is the confusion matrix, with shares of each true class. The right one shows the accuracy of the
-    predictions in each interval of confidence. Calibrated probabilities lie on its diagonal.
+    The left plot is the confusion matrix, normalized per true class. The right plot shows the accuracy of the
+    predictions in each interval of confidence. Calibrated probabilities are on the diagonal.
 
     Returns:
         True if the PNG was written; False if no result is of a classifier.

@@ -56,7 +56,7 @@ def plans(
     """
     built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say)
     out: list[Found] = []
-    for name, program in built:  # refuse before compiling
+    for name, program in built:  # all programs are built, so wrong settings are refused before compiling
         doing = "lowering" if topology.platform == "cuda" else "compiling"
         say(f"{name}: {doing} the {program.title} for {topology.name}")
         out.append({"stage": name, **one(program, topology, tokens)})
@@ -73,7 +73,7 @@ def programs_of(
 ) -> list[tuple[str, Program]]:
     """Return the programs of the chosen stages, each with its stage's name. Nothing is compiled.
 
-    For other stages, only the artifact that they would write is built, so their mesh need not fit.
+    For other stages, only the artifact that they would write is built, so their meshes may have another size.
 
     Args:
       recipe, chosen, generate, say: as for `plans`.

@@ -81,7 +81,7 @@ class Allocator:
         now = {n: jnp.abs(params[n] * gradients[n]) for n in memory["sensitivity"]}
         mean = {n: averaged(self.sensitivity, a, now[n]) for n, a in memory["sensitivity"].items()}
         apart = {n: averaged(self.uncertainty, a, jnp.abs(now[n] - mean[n])) for n, a in memory["uncertainty"].items()}
-        settles = (step >= budget.settled) & ~memory["settled"]  # a skipped step settles later
+        settles = (step >= budget.settled) & ~memory["settled"]  # if this step is skipped, a later one settles
         removes = (step > budget.start) & (step % budget.interval == 0) & measures | settles
         chosen = self.choose({n: mean[n] * apart[n] for n in mean}, budget.at(step))
         kept = {path: jnp.where(removes, chosen[path], old) for path, old in memory["kept"].items()}

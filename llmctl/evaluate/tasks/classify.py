@@ -63,7 +63,7 @@ class Classify(Task):
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
         """Return the batch with each row weighted by its class.
 
-        A mean is then divided by the sum of these weights, as in torch's `CrossEntropyLoss`.
+        A mean over the batch is then divided by the sum of these weights, as in torch's `CrossEntropyLoss`.
         """
         label_B = batch["label"]
         return batch | {"row_weight": row_weight(batch, label_B) * weight_C[label_B]}

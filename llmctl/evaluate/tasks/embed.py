@@ -164,7 +164,7 @@ def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
         z_ND: Unit vectors [2B, D]; texts and second texts alternate.
         batch: The batch.
     """
-    # not z_ND[::2]: XLA's partitioner makes wrong programs of the gradient of such a slice
+    # not z_ND[::2]: XLA's partitioner compiles the gradient of such a slice wrongly
     text_BD, pair_BD = (z_ND.reshape(-1, 2, z_ND.shape[-1])[:, k] for k in (0, 1))
     if "label" in batch:
         return jnp.sum(text_BD * pair_BD, axis=-1)

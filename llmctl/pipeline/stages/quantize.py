@@ -97,7 +97,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         merged(base, say, requantizes=True),
         **_quantize_arguments(config),
     )
-    worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN is the largest
+    worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN sorts as the largest
     say(f"{len(errors)} weights to {config.scheme_name}; largest relative error {errors[worst]:.2%} ({worst})")
     for line in left_out(params, base.manifest.parameters):
         say(line)

@@ -157,7 +157,7 @@ def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, A
 
 
 def _check_modules(config: Any, levels: dict[str, Any]) -> None:
-    """Check that no module that the section `lora` names is frozen as a whole.
+    """Check that no module listed in the section `lora` is completely frozen.
 
     Raises:
       RequestError: `freeze_layers` or `trained.last_layers` freezes all parameters of a module.

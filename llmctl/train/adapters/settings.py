@@ -100,7 +100,7 @@ class PrefixConfig(Settings):
     """Inner width of a two-layer network that computes all keys and values from trained vectors during training. The
     artifact holds its outputs only. 0 trains the keys and values themselves."""
     deviation: float = Field(default=0.02, gt=0)
-    """Standard deviation of new keys and values. PEFT's is 1. It has no effect with a projection."""
+    """Standard deviation of new keys and values; PEFT uses 1. It has no effect with a projection."""
 
 
 class TrainedConfig(Settings):

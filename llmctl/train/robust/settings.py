@@ -96,7 +96,8 @@ class RegularizeConfig(Settings):
     usual. 0 disables it."""
     l2_start: float = Field(default=0.0, ge=0)
     """Factor of half the squared distance between the weights and the parent's weights (L2-SP), without the task's
-    head. Set optim.weight_decay = 0 with it, which would pull the same weights to zero. 0 disables it."""
+    head. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
+    """
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
     """Weight of the examples of each class in the loss, such as {"rare" = 5.0}. Other classes have weight 1. balanced:
     weights inversely proportional to the number of training examples of the class."""
