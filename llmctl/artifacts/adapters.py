@@ -5,9 +5,8 @@ artifact. Its path is not stored, because nothing in an artifact is followed out
 that the user names, or a folder beside the adapter.
 
 Example:
-  >>> adapter = read_manifest(runs / "tuned")
-  >>> find_base(runs / "tuned", adapter).name, adapter.base.stored[0]
-  ('pretrain', 'decoder/blocks/attn/q/kernel:a')
+  >>> selected({"head/out/kernel": {"": 1}, "embed/tokens": {"base": 2, "a": 3}}, ["embed/tokens:a"])
+  {'embed/tokens': {'a': 3}}
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Adapters: what is stored, what is shared, where the base is looked for, and what is refused."""
 
+import io
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.decoders import Decoders
 
 SIZES = {"vocab_size": 259, "d_model": 32, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16, "d_ff": 64}
 MODEL = ModelConfig(**SIZES, max_seq_len=32)
@@ -38,7 +42,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     ByteTokenizer.new().save(folder / "words")
     flat, rng = weights.flatten(functional.abstract(MODEL)), np.random.default_rng(0)
-    params = weights.unflatten({n: jnp.asarray(rng.normal(size=a.shape) * 0.1, a.dtype) for n, a in flat.items()})
+    params = weights.unflatten({n: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype) for n, a in flat.items()})
     common = {"key": "k", "tokenizer_dir": folder / "words", "config": {"train": {"seq_len": 16}}}
     base = artifact.save(folder / "base", params, MODEL, stage="pretrain", **common)
     small = quantize(params, scheme="int8", group=0, embeddings=False, head=False, activations="")[0]
@@ -163,3 +167,54 @@ def test_commands_check_the_base(run, tmp_path, capsys):
     assert code == 0 and json.loads(out)["base"]["name"] == "base"
     assert call("generate", run / "base", "--base", run / "one", "--prompt", "a")[0] == 2
     assert not (tmp_path / "peft").exists() and not (tmp_path / "small").exists()
+
+
+def served(params, decoders, names):
+    """The arrays in memory of several decoders, each buffer once."""
+    held = [decoders._held[name][2] for name in names]
+    return {a.unsafe_buffer_pointer(): a for a in jax.tree.leaves((params, held))}.values()
+
+
+@pytest.mark.parametrize("prefix", ["", "int_"])
+def test_decoders_of_adapters_share_the_converted_base(run, prefix):
+    """In the form of decoding steps too; and the tokens are those of merged adapters."""
+    names = ["integers" if prefix else "base", f"{prefix}one", f"{prefix}two"]
+    found = {made.path.name: made for made in artifact.load_each([run / name for name in names])}
+    decoders = Decoders({name: (made.model, made.params) for name, made in found.items()})
+    pair = 2 * sum(map(sum, ((32, 32), (64, 32)))) * 2 * 4
+    alone = bytes_of([*served((), decoders, names[:1])])
+    assert bytes_of([*served((), decoders, names)]) == alone + 2 * pair
+    tokens = {name: next(decoders.use(name).generate([[5, 6, 7]], max_new=1)).tolist() for name in (*names, names[0])}
+    merged = {name: Decoder(made.model, weights.merge_adapters(made.params)) for name, made in found.items()}
+    assert tokens == {name: next(d.generate([[5, 6, 7]], max_new=1)).tolist() for name, d in merged.items()}
+    assert len({str(t) for t in tokens.values()}) > 1
+
+
+def test_generate_answers_with_every_adapter_or_the_selected_one(run, capsys, monkeypatch):
+    def call(*argv):
+        code = app.run(["generate", *map(str, argv), "--max-new", "3"])
+        out, err = capsys.readouterr()
+        return code, out, err.strip()
+
+    both = ["--adapter", run / "one", "--adapter", run / "two"]
+    code, out, _ = call(run / "base", *both, "--prompt", "ab", "--prompt", "cd", "--json")
+    results = json.loads(out)["results"]
+    assert code == 0 and [(r["adapter"], r["prompt"]) for r in results] == [
+        (name, prompt) for name in ("one", "two") for prompt in ("ab", "cd")
+    ]
+    assert [a["artifact"] for a in json.loads(out)["adapters"]] == ["one", "two"]
+    texts = {r["adapter"]: r["text"] for r in results if r["prompt"] == "ab"}
+    code, out, _ = call(run / "two", "--prompt", "ab", "--json")
+    assert json.loads(out)["results"][0]["text"] == texts["two"] and "adapter" not in json.loads(out)["results"][0]
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n/adapter two\nab\n/adapter three\n/adapter base\nab\n"))
+    code, out, err = call(run / "base", *both, "--json")
+    results = json.loads(out)["results"]
+    assert [r["adapter"] for r in results] == ["one", "two", "base"] and results[1]["text"] == texts["two"]
+    assert "/adapter three: no such adapter; there are base, one, two" in err
+    for argv, line in (
+        ([run / "integers", "--adapter", run / "one"], "one: its base is base (digest"),
+        ([run / "base", "--adapter", run / "whole"], "is no adapter"),
+        ([run / "base", "--adapter", run / "one", "--base", run / "base"], "leave out one of the two"),
+    ):
+        code, out, err = call(*argv, "--prompt", "ab")
+        assert code == 2 and line in err and len(err.splitlines()) == 1 and not out, err

@@ -2,27 +2,27 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
-from llmctl.config.terminal import visible
 from llmctl.config.text_input import check_unicode, parse_json
-from llmctl.pipeline import console
-
-if TYPE_CHECKING:
-    from llmctl.artifacts.artifact import Artifact
-    from llmctl.model.generate.decode import Decoder
-    from llmctl.model.generate.fill_mask import Filler
-    from llmctl.model.generate.sampling import Sampling
 
 
 def generate(
     artifact_dir: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact of a language model.")],
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Adapter of ARTIFACT (repeatable). Several answer each prompt in turn; the line /adapter NAME of "
+            "standard input selects one.",
+        ),
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
     ] = None,
@@ -76,11 +76,10 @@ def generate(
     texts = None if chat else _texts(prompt or [], file)
 
     from llmctl.artifacts import adapters
-    from llmctl.artifacts.artifact import load, read_manifest
-    from llmctl.data.tokenizers import loading as tokenizers
-    from llmctl.model.generate.beam import Beams, BeamSearch
-    from llmctl.model.generate.decode import Decoder
-    from llmctl.model.generate.fill_mask import Filler
+    from llmctl.artifacts.manifest import read_manifest
+    from llmctl.cli import generation
+    from llmctl.model.generate.beam import Beams
+    from llmctl.model.generate.chat import read_messages
     from llmctl.model.generate.sampling import Sampling
 
     try:
@@ -88,15 +87,22 @@ def generate(
         width = Beams(beams, length_penalty, early_stopping)
     except ValueError as e:
         raise RequestError(str(e)) from None
-    bases = [base] if base else []
-    adapters.check_bases([artifact_dir], bases)
-    model = read_manifest(artifact_dir).model
-    if not model.head_kind.vocabulary:
-        raise RequestError(
-            f"{artifact_dir}: is {with_article(model.architecture)} with the head {model.head!r}; it cannot generate"
-        )
+    if base and adapter:
+        raise RequestError(f"--base {base}: with --adapter, {artifact_dir} is the base; leave out one of the two")
+    bases = [artifact_dir] if adapter else [base] if base else []
+    adapters.check_bases(adapter or [artifact_dir], bases)
+    manifests = {path: read_manifest(path) for path in (artifact_dir, *(adapter or ()))}
+    for path, manifest in manifests.items():
+        if not manifest.model.head_kind.vocabulary:
+            kind = with_article(manifest.model.architecture)
+            raise RequestError(f"{path}: is {kind} with the head {manifest.model.head!r}; it cannot generate")
+        if path != artifact_dir and not manifest.base:
+            raise RequestError(f"--adapter {path}: is no adapter; name it in the place of {artifact_dir}")
+    model = manifests[artifact_dir].model
     if beams == 1 and width != Beams(1):
         raise RequestError("--length-penalty and --early-stopping are for a search; say --beams, 2 or more")
+    if model.architecture == "encoder" and len(adapter or ()) > 1:
+        raise RequestError(f"--adapter: {artifact_dir} fills masks, which one adapter does; name one")
     if model.architecture == "encoder" and (rules != Sampling(top_k=top_k) or stop):
         raise RequestError(f"{artifact_dir}: fills masks, and neither draws nor stops; of the rules it takes --top-k")
     if beams > 1 and (rules != Sampling() or chat or model.architecture == "encoder"):
@@ -107,120 +113,17 @@ def generate(
         raise RequestError(
             f"--chat: {artifact_dir} is {with_article(model.architecture)}, and a conversation needs a decoder"
         )
-    loaded = load(artifact_dir, bases=bases)
-    words = tokenizers.load(loaded.tokenizer_dir)
+    voices = generation.load_voices(artifact_dir, adapter or [], bases, dtype)
     if model.architecture == "encoder":
-        _fill(loaded, Filler(model, loaded.params, words, dtype), texts or _stdin(), top_k or 5, json)
+        generation.fill(voices, texts or _stdin(), top_k or 5, json)
         return
-    decoder = Decoder(model, loaded.params, dtype, start=words.pad_id)
     common: dict[str, Any] = {"max_new": max_new, "sampling": rules, "seed": seed, "stops": stop or ()}
     if chat:
-        _chat(loaded, decoder, file, system, json, **common)
+        turns = [read_messages(file)] if file else ([{"role": "user", "content": line}] for line in _stdin())
+        generation.chat(voices, turns, system, json, **common)
         return
-    search = BeamSearch(decoder, width) if beams > 1 else None
     batches = _batches(texts, batch_size) if texts else ([line] for line in _stdin())
-    _continue(loaded, decoder, batches, texts is None, json, search=search, **common)
-
-
-def _continue(
-    loaded: "Artifact",
-    decoder: "Decoder",
-    batches: Iterable[list[str]],
-    interactive: bool,
-    json: bool,
-    *,
-    search: Any,
-    max_new: int,
-    sampling: "Sampling",
-    seed: int,
-    stops: Iterable[str],
-) -> None:
-    """Print prompts with their continuations. A single continuation is printed while it is generated."""
-    from llmctl.data.tokenizers import loading as tokenizers
-    from llmctl.model.generate.continuations import Speed, begin, continue_rows, end_ids, search_rows
-
-    words, encoded = tokenizers.load(loaded.tokenizer_dir), decoder.model.architecture == "encoder_decoder"
-    ends = end_ids(loaded.tokenizer_dir, words)
-    speed, done = Speed(), []
-    for batch in batches:
-        live = len(batch) == 1 and not json
-        if live and not interactive and not encoded:
-            _write(batch[0])
-        rows = begin(words, batch, list(stops), encoded=encoded)
-        if search:
-            search_rows(search, words, rows, max_new, ends=ends, speed=speed)
-            if live:
-                _write(rows[0].text)
-        else:
-            for new in continue_rows(
-                decoder, words, rows, max_new, sampling=sampling, seed=seed, first=len(done), ends=ends, speed=speed
-            ):
-                if live:
-                    _write(new[0])
-        if live:
-            _write("\n")
-        elif not json:
-            _write("".join(f"{'' if encoded else r.prompt}{r.text}\n" for r in rows))
-        done += [
-            {"prompt": r.prompt, "text": r.text, "tokens": len(r.ids), "ended": r.ended}
-            | ({"score": r.score} if search else {})
-            for r in rows
-        ]
-    _report(loaded, json, {"results": done}, speed)
-
-
-def _chat(loaded: "Artifact", decoder: "Decoder", file: Path | None, system: str, json: bool, **options: Any) -> None:
-    """Answer the messages of a file, or every line of standard input. Print answers while they are generated."""
-    from llmctl.data.tokenizers import loading as tokenizers
-    from llmctl.model.generate import chat
-    from llmctl.model.generate.chat_template import Template
-    from llmctl.model.generate.continuations import end_ids
-
-    words = tokenizers.load(loaded.tokenizer_dir)
-    template = Template(words.chat_template, words)
-    talk = chat.Conversation(template, decoder, end_ids(loaded.tokenizer_dir, words))
-    talk.messages += [{"role": "system", "content": system}] if system else []
-    turns = [chat.read_messages(file)] if file else ([{"role": "user", "content": line}] for line in _stdin())
-    for turn in turns:
-        talk.messages += turn
-        for new in talk.answer(**options):
-            if not json:
-                _write(new)
-        if not json:
-            _write("\n")
-    _report(loaded, json, {"messages": talk.messages}, talk.speed)
-
-
-def _fill(loaded: "Artifact", filler: "Filler", texts: Iterable[str], k: int, json: bool) -> None:
-    """Print every text with its masks replaced by the most likely tokens.
-
-    With `json`, print the `k` most likely tokens per mask.
-    """
-    done = []
-    for text in texts:
-        for filled in filler.fill([text], k):
-            masks = [[{"token": token, "probability": p} for token, p in mask] for mask in filled.masks]
-            done.append({"prompt": filled.prompt, "text": filled.text, "masks": masks})
-            if not json:
-                _write(filled.text + "\n")
-                console.say("\n".join("  " + ", ".join(f"{t} {p:.0%}" for t, p in mask) for mask in filled.masks))
-    if json:
-        console.result({"artifact": loaded.manifest.name, "digest": loaded.manifest.digest, "results": done})
-
-
-def _report(loaded: "Artifact", json: bool, result: dict[str, Any], speed: Any) -> None:
-    rate = speed.tokens_per_second
-    if json:
-        named = {"artifact": loaded.manifest.name, "digest": loaded.manifest.digest}
-        console.result({**named, **result, "tokens_per_second": rate})
-    else:
-        console.say(f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else ""))
-
-
-def _write(text: str) -> None:
-    """Write generated text to stdout. If stdout is a terminal, control characters are replaced."""
-    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    generation.continue_texts(voices, batches, texts is None, json, width=width, **common)
 
 
 def _stdin() -> Iterator[str]:

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.config import limits
-from llmctl.distributed import mesh as meshes
-from llmctl.model import functional, weights
+from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.padded_prompts import (
     NOTHING,
@@ -35,11 +34,10 @@ from llmctl.model.generate.padded_prompts import (
     round_up,
 )
 from llmctl.model.generate.sampling import Sampling, choose, row_keys
+from llmctl.model.generate.served import Served, Shared, served
 from llmctl.model.kv_cache import cache_shape
 
 State = dict[str, Any]
-Served = tuple[functional.Params, list[functional.Params]]
-"""Parameters in the form of a decoding step: all except the decoder's blocks, and one tree per decoder layer."""
 
 
 class Decoder:
@@ -68,7 +66,7 @@ class Decoder:
 
         Args:
             model: Config of the model.
-            params: Parameters of the model.
+            params: Parameters of the model. If empty, call `hold` before decoding.
             dtype: Dtype of the computation and of the cache.
             start: First token of the decoder of an encoder-decoder.
             platform: Platform that will run the programs. If empty, the platform of the current mesh or device.
@@ -82,16 +80,19 @@ class Decoder:
             )
         self._given, self._platform, self.dtype, self.start = model, platform, dtype, start
         self.model, self.weights = model, ({}, [])
-        self.hold(params)
+        if params:
+            self.hold(params)
         self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
 
-    def hold(self, params: functional.Params) -> None:
-        """Replace the parameters by others of the same shapes. The compiled programs are used again."""
-        self.model, params = served(self._given, params, self._platform)
-        rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
-        layers = [functional.layer_params(params, "decoder", i) for i in range(self.model.layers)]
-        self.weights: Served = rest, layers
+    def hold(self, params: functional.Params, shared: Shared | None = None) -> None:
+        """Replace the parameters by others of the same shapes. The compiled programs are used again.
+
+        Args:
+            params: Parameters of the model.
+            shared: Converted arrays of other models, as in `llmctl.model.generate.served.served`.
+        """
+        self.model, self.weights = served(self._given, params, self._platform, shared)
 
     def release(self) -> None:
         """Drop the parameters, so that training may use their memory until the next `hold`."""
@@ -332,25 +333,3 @@ def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
     """Return a key-value cache of zeros: for every decoder layer, `slots` slots for each of B rows."""
     shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
     return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]
-
-
-def served(model: ModelConfig, params: functional.Params, platform: str = "") -> tuple[ModelConfig, functional.Params]:
-    """Convert a model to the form that decoding steps read fastest.
-
-    Low-rank updates are merged. On a CPU, weight-only quantized matrices become dense, because the CPU would convert
-    their integers again for every token. Matrices with quantized activations stay, because dense ones would compute
-    another function. On a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU backend reads it up to
-    twice as fast as the transpose of [V, D].
-
-    Returns:
-        The config and the parameters of the converted model, which computes the same function.
-    """
-    mesh = meshes.current()
-    on_cpu = (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"
-
-    params = jax.tree.map(lambda w: weights.as_node(w).for_decoding(on_cpu), params, is_leaf=weights.is_weight)
-    table = params["embed"]["tokens"]
-    if not model.tied or not on_cpu or not weights.is_plain(table):
-        return model, params
-    untied = {**params, "lm_head": {**params.get("lm_head", {}), "kernel": table.T}}
-    return model.model_copy(update={"tied": False}), untied

@@ -1,0 +1,204 @@
+"""Print the answers of a language model, or of several adapters over one base, for `llmctl generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmctl.artifacts import artifact
+from llmctl.config.terminal import visible
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.model.generate import chat as chats
+from llmctl.model.generate.beam import Beams, BeamSearch
+from llmctl.model.generate.chat_template import Template
+from llmctl.model.generate.continuations import Speed, begin, continue_rows, end_ids, search_rows
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.decoders import Decoders
+from llmctl.model.generate.fill_mask import Filler
+from llmctl.pipeline import console
+
+SELECT = "/adapter"
+"""First word of a line of standard input that selects an adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """Store one of the models that answer: its name, its artifact without arrays, and its tokenizer."""
+
+    name: str
+    artifact: artifact.Artifact
+    words: Any
+    """Tokenizer."""
+    ends: Sequence[int]
+    """Token ids that end an answer."""
+
+
+class Voices:
+    """Store the models that answer: those that the user named, the one that is selected, and their decoders."""
+
+    def __init__(self, found: Sequence[Voice], decoders: Decoders | None, filler: Filler | None) -> None:
+        """Store the models. If there are several, the first is the base of the others, and the second is selected."""
+        self.by_name = {voice.name: voice for voice in found}
+        self.answering = found[1:] or found
+        self.selected = self.answering[0]
+        self._decoders, self.filler = decoders, filler
+
+    def decoder(self, voice: Voice) -> Decoder:
+        """Return the decoder with the parameters of a voice."""
+        assert self._decoders is not None
+        return self._decoders.use(voice.name)
+
+    def select(self, line: str) -> bool:
+        """Return whether the line is the command that selects a voice by its name, and obey it."""
+        command, _, name = line.strip().partition(" ")
+        if command != SELECT or len(self.by_name) == 1:
+            return False
+        if found := self.by_name.get(name.strip()):
+            self.selected = found
+        else:
+            console.say(f"{SELECT} {name.strip()}: no such adapter; there are {', '.join(self.by_name)}")
+        return True
+
+
+def load_voices(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dtype: str) -> Voices:
+    """Load a model, or a base with adapters that share its arrays.
+
+    Args:
+        base: Folder of the artifact, or of the base of the adapters.
+        adapters: Folders of adapters.
+        bases: Folders of bases, as in `artifact.load`.
+        dtype: Dtype of the computation.
+    """
+    paths = [base, *adapters] if len(adapters) > 1 else adapters or [base]
+    short = [path.resolve().name for path in paths]
+    names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+    loaded = dict(zip(names, artifact.load_each(paths, bases=bases), strict=True))
+    found = []
+    for name, there in loaded.items():
+        words = tokenizers.load(there.tokenizer_dir)
+        found.append(Voice(name, dataclasses.replace(there, params={}), words, end_ids(there.tokenizer_dir, words)))
+    first = loaded[names[0]]
+    if first.model.architecture == "encoder":
+        return Voices(found, None, Filler(first.model, first.params, found[0].words, dtype))
+    models = {name: (there.model, there.params) for name, there in loaded.items()}
+    return Voices(found, Decoders(models, dtype, start=found[0].words.pad_id), None)
+
+
+def continue_texts(
+    voices: Voices,
+    batches: Iterable[list[str]],
+    interactive: bool,
+    json: bool,
+    *,
+    width: Beams,
+    max_new: int,
+    sampling: Any,
+    seed: int,
+    stops: Iterable[str],
+) -> None:
+    """Print prompts with their continuations. A single continuation is printed while it is generated.
+
+    If the prompts are typed (`interactive`), the selected adapter answers, otherwise every adapter does.
+    """
+    speed, done, first = Speed(), [], 0
+    searches: dict[int, BeamSearch] = {}
+    for batch in batches:
+        if interactive and voices.select(batch[0]):
+            continue
+        chosen = [voices.selected] if interactive else voices.answering
+        for voice in chosen:
+            decoder, words = voices.decoder(voice), voice.words
+            encoded, live = decoder.model.architecture == "encoder_decoder", len(batch) == 1 and not json
+            label = f"[{voice.name}] " if len(chosen) > 1 else ""
+            if live:
+                _write(label + ("" if interactive or encoded else batch[0]))
+            rows = begin(words, batch, list(stops), encoded=encoded)
+            if width.width > 1:
+                search = searches.setdefault(id(decoder), BeamSearch(decoder, width))
+                search_rows(search, words, rows, max_new, ends=voice.ends, speed=speed)
+                if live:
+                    _write(rows[0].text)
+            else:
+                options: dict[str, Any] = {"sampling": sampling, "seed": seed, "first": first}
+                for new in continue_rows(decoder, words, rows, max_new, ends=voice.ends, speed=speed, **options):
+                    if live:
+                        _write(new[0])
+            if live:
+                _write("\n")
+            elif not json:
+                _write("".join(f"{label}{'' if encoded else r.prompt}{r.text}\n" for r in rows))
+            done += [
+                {"prompt": r.prompt, "text": r.text, "tokens": len(r.ids), "ended": r.ended}
+                | ({"score": r.score} if width.width > 1 else {})
+                | ({"adapter": voice.name} if len(voices.by_name) > 1 else {})
+                for r in rows
+            ]
+        first += len(batch)
+    _report(voices, json, {"results": done}, speed)
+
+
+def chat(voices: Voices, turns: Iterable[list[dict[str, Any]]], system: str, json: bool, **options: Any) -> None:
+    """Answer the messages of each turn, and print answers while they are generated. The selected adapter answers."""
+    talks: dict[str, chats.Conversation] = {}
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    speed = Speed()
+    for turn in turns:
+        if len(turn) == 1 and voices.select(str(turn[0]["content"])):
+            continue
+        voice = voices.selected
+        decoder = voices.decoder(voice)
+        if voice.name not in talks:
+            template = Template(voice.words.chat_template, voice.words)
+            talks[voice.name] = chats.Conversation(template, decoder, voice.ends)
+            talks[voice.name].messages, talks[voice.name].speed = messages, speed
+        messages += turn
+        for new in talks[voice.name].answer(**options):
+            if not json:
+                _write(new)
+        if not json:
+            _write("\n")
+    _report(voices, json, {"messages": messages}, speed)
+
+
+def fill(voices: Voices, texts: Iterable[str], k: int, json: bool) -> None:
+    """Print every text with its masks replaced by the most likely tokens.
+
+    With `json`, print the `k` most likely tokens per mask.
+    """
+    assert voices.filler is not None
+    done = []
+    for text in texts:
+        for filled in voices.filler.fill([text], k):
+            masks = [[{"token": token, "probability": p} for token, p in mask] for mask in filled.masks]
+            done.append({"prompt": filled.prompt, "text": filled.text, "masks": masks})
+            if not json:
+                _write(filled.text + "\n")
+                console.say("\n".join("  " + ", ".join(f"{t} {p:.0%}" for t, p in mask) for mask in filled.masks))
+    if json:
+        console.result({**_identity(voices), "results": done})
+
+
+def _identity(voices: Voices) -> dict[str, Any]:
+    """Return the name and the digest of the model that the user named, and those of its adapters."""
+    identities = [
+        {"artifact": voice.artifact.manifest.name, "digest": voice.artifact.manifest.digest}
+        for voice in voices.by_name.values()
+    ]
+    return identities[0] | ({"adapters": identities[1:]} if len(identities) > 1 else {})
+
+
+def _report(voices: Voices, json: bool, result: dict[str, Any], speed: Speed) -> None:
+    rate = speed.tokens_per_second
+    if json:
+        console.result({**_identity(voices), **result, "tokens_per_second": rate})
+    else:
+        console.say(f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else ""))
+
+
+def _write(text: str) -> None:
+    """Write generated text to stdout. If stdout is a terminal, control characters are replaced."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()

@@ -1,0 +1,56 @@
+"""Decode with several models that have arrays in common, such as a base and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.served import Served, Shared
+
+
+class Decoders:
+    """Store one decoder per model config, and the parameters of each model by name.
+
+    Models with the same config use the same compiled programs. Arrays that models have in common are stored once. If
+    there are several models, adapters are therefore not merged.
+
+    Example:
+        >>> import jax
+        >>> cfg = ModelConfig(preset="llama-tiny", layers=1, vocab_size=16)
+        >>> params = functional.init(cfg, jax.random.key(0))
+        >>> decoders = Decoders({"one": (cfg, params), "two": (cfg, params)})
+        >>> decoders.use("one") is decoders.use("two")
+        True
+    """
+
+    def __init__(
+        self, models: Mapping[str, tuple[ModelConfig, functional.Params]], dtype: Any = jnp.float32, start: int = 0
+    ) -> None:
+        """Convert the parameters of the models.
+
+        Args:
+            models: Config and parameters of each model, by name.
+            dtype: Dtype of the computation and of the caches.
+            start: First token of the decoder of an encoder-decoder.
+
+        Raises:
+            ValueError: If a model does not generate text.
+        """
+        self._held: dict[str, tuple[Decoder, ModelConfig, Served]] = {}
+        shared = Shared() if len(models) > 1 else None
+        by_config: dict[str, Decoder] = {}
+        for name, (model, params) in models.items():
+            decoder = by_config.setdefault(model.model_dump_json(), Decoder(model, {}, dtype, start))
+            decoder.hold(params, shared)
+            self._held[name] = decoder, decoder.model, decoder.weights
+
+    def use(self, name: str) -> Decoder:
+        """Return the decoder of a model, with the parameters of this model."""
+        decoder, model, held = self._held[name]
+        decoder.model, decoder.weights = model, held
+        return decoder

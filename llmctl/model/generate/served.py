@@ -1,0 +1,83 @@
+"""Convert parameters to the form that decoding steps read fastest.
+
+Models that have arrays in common, such as adapters over one base, also have the converted arrays in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+
+Served = tuple[functional.Params, list[functional.Params]]
+"""Parameters in the form of a decoding step: all except the decoder's blocks, and one tree per decoder layer."""
+
+
+class Shared:
+    """Store converted arrays by the arrays that they were computed from, so that each is computed and stored once.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> shared, a = Shared(), jnp.ones((2, 3))
+        >>> shared.get("transposed", [a], lambda: a.T) is shared.get("transposed", [a], lambda: a.T)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
+
+    def get(self, purpose: str, arrays: Iterable[Any], make: Callable[[], Any]) -> Any:
+        """Return the stored result for these arrays, or call `make` and store its result."""
+        kept = [*arrays]  # stored with the result, because an id is unique only while its array exists
+        key = (purpose, *map(id, kept))
+        if key not in self._made:
+            self._made[key] = (kept, make())
+        return self._made[key][1]
+
+
+def served(
+    model: ModelConfig, params: functional.Params, platform: str = "", shared: Shared | None = None
+) -> tuple[ModelConfig, Served]:
+    """Convert a model to the form that decoding steps read fastest.
+
+    Low-rank updates are merged. On a CPU, weight-only quantized matrices become dense, because the CPU would convert
+    their integers again for every token. Matrices with quantized activations stay, because dense ones would compute
+    another function. On a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU backend reads it up to
+    twice as fast as the transpose of [V, D]. Stacked layers [L, ...] are split.
+
+    Args:
+        model: Config of the model.
+        params: Parameters of the model.
+        platform: Platform that will run the programs. If empty, the platform of the current mesh or device.
+        shared: Converted arrays of other models. If given, low-rank updates are not merged, because a merged matrix is
+            no longer that of the base.
+
+    Returns:
+        The config and the parameters of the converted model, which computes the same function.
+    """
+    mesh = meshes.current()
+    on_cpu = (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"
+    made = shared or Shared()
+
+    def converted(w: Any) -> Any:
+        node = weights.as_node(w)
+        if shared and isinstance(w, weights.Adapter):
+            return dataclasses.replace(w, base=converted(w.base))
+        return made.get("weight", node.parts().values(), lambda: node.for_decoding(on_cpu))
+
+    params = jax.tree.map(converted, params, is_leaf=weights.is_weight)
+    table = params["embed"]["tokens"]
+    if model.tied and on_cpu and weights.is_plain(table):
+        kernel = made.get("transposed", [table], lambda: table.T)
+        params = {**params, "lm_head": {**params.get("lm_head", {}), "kernel": kernel}}
+        model = model.model_copy(update={"tied": False})
+    rest = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k != "blocks"}}
+    blocks, depth = params["decoder"]["blocks"], range(model.layers)
+    layers = [jax.tree.map(lambda a, i=i: made.get(f"layer {i}", [a], lambda: a[i]), blocks) for i in depth]
+    return model, (rest, layers)
