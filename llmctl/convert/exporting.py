@@ -20,6 +20,7 @@ from llmctl.convert import (
     gguf,
     gguf_export,
     lazy_tensors,
+    merging,
     name_map,
     parity,
     peft,
@@ -34,7 +35,7 @@ from llmctl.evaluate.tasks import registry
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
-FORMATS = ("hf", "compressed-tensors", "peft", "gguf")
+FORMATS = ("hf", "compressed-tensors", "peft", "gguf", "artifact")
 
 SENTENCE = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 
@@ -48,6 +49,7 @@ def run(
     kind: str = "f16",
     shard_bytes: int = folders.SHARD_BYTES,
     bases: Sequence[Path] = (),
+    merge: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the artifact `source` to `out`, and verify that the written model gives the same outputs.
@@ -55,13 +57,15 @@ def run(
     Args:
         source: Folder of an artifact.
         out: A new folder, or a new file for GGUF. It appears only after everything is written and verified.
-        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact), "peft" (an adapter) or
-            "gguf".
+        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact), "peft" (an adapter),
+            "gguf", or "artifact" (an adapter with its base, for llmctl).
         dtype: Dtype of the written weights. If empty, weights keep their dtype; quantized weights get the dtype of
             their scales.
         kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
         shard_bytes: Maximum size of a weight file in bytes.
         bases: Folders of the bases of adapters that are not beside their adapter.
+        merge: Whether to merge adapters into the matrices of an artifact. Other formats than "peft" and "artifact"
+            always merge them.
         say: Function that is called with one line of text per message to the user.
 
     Returns:
@@ -76,7 +80,9 @@ def run(
     """
     if to not in FORMATS:
         raise RequestError(f"--to {to}: not a known format; known: {', '.join(FORMATS)}")
-    if dtype and to in ("peft", "gguf"):
+    if merge and to in ("peft", "compressed-tensors"):
+        raise RequestError(f"--merge has no meaning for --to {to}; it belongs to --to artifact")
+    if dtype and to in ("peft", "gguf", "artifact"):
         raise RequestError(f"--dtype has no meaning for --to {to}{'; --type says it' if to == 'gguf' else ''}")
     if kind != "f16" and to != "gguf":
         raise RequestError(f"--type {kind} is for --to gguf; --dtype says the type of the weights")
@@ -84,9 +90,9 @@ def run(
         raise RequestError(f"{out}: exists already; name a new {'file' if to == 'gguf' else 'folder'}")
     atomic.check(out)
     found = artifact.load(source, bases=bases)
-    if to != "peft":
+    if to not in ("peft", "artifact"):
         found = dataclasses.replace(found, params=weights.merge_bias_adapters(found.params))
-    if to != "peft" and found.manifest.pruned and weights.adapted(found.params):
+    if to not in ("peft", "artifact") and found.manifest.pruned and weights.adapted(found.params):
         say(
             f"{found.path}: its low-rank pairs are merged, which fills the {found.manifest.sparsity:.1%} zeros of its "
             "pruned base; --to peft keeps the pairs apart"
@@ -96,6 +102,8 @@ def run(
             delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, OUR_READER
         elif to == "peft":
             delta, theirs, proof = _adapter(found, draft, say)
+        elif to == "artifact":
+            delta, theirs, proof = merging.write(found, draft, merge, out.name), None, OUR_READER
         else:
             delta, theirs, proof = _folder(found, draft, to, dtype, shard_bytes, say)
         files = sorted(p for p in draft.rglob("*") if p.is_file())

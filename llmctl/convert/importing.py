@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 import tempfile
@@ -22,6 +23,7 @@ from llmctl.config.terminal import terminal
 from llmctl.convert import (
     gguf,
     lazy_tensors,
+    merging,
     name_map,
     parity,
     partial_save,
@@ -174,9 +176,25 @@ def _report(out: Path, manifest: artifact.Manifest, source: Path, delta: float |
 
 
 def adapter(
-    source: Path, base: Path, out: Path, *, allow_nonfinite: bool = False, replace: bool = False
+    source: Path,
+    base: Path,
+    out: Path,
+    *,
+    store: str = "model",
+    merge: bool = False,
+    allow_nonfinite: bool = False,
+    replace: bool = False,
 ) -> dict[str, Any]:
-    """Create the artifact `out` from a base and an adapter in PEFT's format. The adapter is not merged.
+    """Create the artifact `out` from a base and an adapter in PEFT's format.
+
+    Args:
+        source: Folder of the adapter.
+        base: Folder of the base, an artifact.
+        out: Folder of the new artifact.
+        store: "model" (all arrays) or "adapter" (only those that the base does not have).
+        merge: Whether to merge the adapter into the matrices of the base.
+        allow_nonfinite: Whether to import weights that contain NaN or infinity.
+        replace: Whether to replace any artifact at `out`; if false, only an imported one is replaced.
 
     Returns:
         The same report as `run`.
@@ -184,21 +202,29 @@ def adapter(
     Raises:
         RequestError: If the adapter is of an unsupported kind, or does not fit the base.
     """
+    if store not in ("model", "adapter"):
+        raise RequestError(f"--store {store}: must be model or adapter")
+    if merge and store == "adapter":
+        raise RequestError("--merge and --store adapter exclude each other: leave out one of the two")
     artifact.check_output(out, source, base, stage="import", replace=replace)
     containment.check(source)
     found = artifact.load(base)
     params = peft.load(found, source)
+    full = peft.replaced(found, params)
+    if merge:
+        params = merging.merged(dataclasses.replace(found, params=params))
     tree = jax.device_put(params, functional.shardings(found.model, params, meshes.make(MeshConfig())))
     manifest = artifact.save(
         out,
         tree,
         found.model,
         stage="import",
-        key=hashlib.sha256(f"{_key(source, '')}:{found.manifest.key}".encode()).hexdigest(),
-        config={"source": str(source), peft.FULL: peft.replaced(found, params)},
+        key=hashlib.sha256(f"{_key(source, '')}:{found.manifest.key}{':merged' * merge}".encode()).hexdigest(),
+        config={"source": str(source), peft.FULL: full},
         parent=found.manifest,
         labels=found.manifest.labels,
         tokenizer_dir=found.tokenizer_dir if found.tokenizer_dir.is_dir() else None,
+        base=found.params if store == "adapter" else None,
         allow_nonfinite=allow_nonfinite,
     )
     return _report(out, manifest, source, None)

@@ -255,9 +255,9 @@ def full_paths(found: Artifact) -> set[str]:
         RequestError: If an older import differs from its base, and has no head that could be the difference.
     """
     flat, parent, config = weights.flatten(found.params), found.manifest.parent, found.manifest.config
+    if FULL in config:
+        return {*config[FULL]}
     if found.manifest.stage == "import" and parent is not None:
-        if FULL in config:
-            return {*config[FULL]}
         if fingerprint.digest(weights.flatten(weights.without_adapters(found.params))) == parent.digest:
             return set()
         heads = {ours for ours in architectures.of(found.model)[1].names if ours in flat}

@@ -172,7 +172,7 @@ def test_what_is_not_plain_lora_is_refused(adapter, saved, call, tmp_path):
     (adapter / peft.CONFIG).write_text(json.dumps(said))
     assert "--base" in call("import", adapter, "--out", tmp_path / "a")[2]
     code, _, err = call("import", adapter, "--base", saved, "--out", tmp_path / "a", "--dtype", "bfloat16")
-    assert code == 2 and "--base alone has a meaning" in err
+    assert code == 2 and "only --base, --store and --merge have a meaning" in err
     stored = safetensors.read_file(adapter / peft.WEIGHTS)
     strays = {k: of_array(np.array(t.read())) for k, t in stored.items()} | {
         "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": of_array(np.zeros((3, 64), np.float32))

@@ -13,13 +13,19 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
     ] = None,
     to: Annotated[
-        str, typer.Option(help="Format: hf, compressed-tensors (quantized), peft (low-rank adapters), gguf.")
+        str,
+        typer.Option(
+            help="Format: hf, compressed-tensors (quantized), peft (adapters), gguf, artifact (adapter and base)."
+        ),
     ] = "hf",
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: float32, bfloat16 or float16; unchanged by default.")
     ] = "",
     kind: Annotated[str, typer.Option("--type", help="GGUF type: f32, f16, q8_0, q4_0 or q4_1.")] = "f16",
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Maximum size of a weight file in GB.")] = 5.0,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="With --to artifact: merge the adapter into the matrices of its base.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Export an artifact for other libraries, read it back and check that its outputs are the same."""
@@ -30,8 +36,8 @@ def export(
     atomic.check(out)
     bases = [base] if base else []
     adapters.check_bases([source], bases)
-    size = int(shard_size * 1e9)
-    made = exporting.run(source, out, to=to, dtype=dtype, kind=kind, shard_bytes=size, bases=bases, say=console.say)
+    common = {"dtype": dtype, "kind": kind, "shard_bytes": int(shard_size * 1e9), "bases": bases, "merge": merge}
+    made = exporting.run(source, out, to=to, say=console.say, **common)
     if json:
         console.result(made)
     else:

@@ -15,6 +15,12 @@ def import_(
         str, typer.Option(help="Type of the weights: float32, bfloat16 or float16; as stored by default.")
     ] = "",
     base: Annotated[Path | None, typer.Option(metavar="DIR", help="Artifact that an adapter belongs to.")] = None,
+    store: Annotated[
+        str, typer.Option(help="With an adapter: arrays of the artifact, model (all) or adapter (not those of --base).")
+    ] = "model",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="With an adapter: merge it into the matrices of --base.")
+    ] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder or file of another tokenizer.")] = None,
     reference: Annotated[
         Path | None,
@@ -43,10 +49,13 @@ def import_(
         if base is None:
             raise RequestError(f"{source}: is an adapter; --base names the artifact that it belongs to")
         if dtype or tokenizer or reference or ignore or drop:
-            raise RequestError(f"{source}: is an adapter, for which --base alone has a meaning")
-        made = importing.adapter(source, base, out, allow_nonfinite=allow_nonfinite, replace=replace)
-    elif base is not None:
-        raise RequestError(f"{source}: is not an adapter, so --base has no meaning")
+            raise RequestError(f"{source}: is an adapter, for which only --base, --store and --merge have a meaning")
+        made = importing.adapter(
+            source, base, out, store=store, merge=merge, allow_nonfinite=allow_nonfinite, replace=replace
+        )
+    elif base is not None or merge or store != "model":
+        flag = "--base" if base is not None else "--merge" if merge else "--store"
+        raise RequestError(f"{source}: is not an adapter, so {flag} has no meaning")
     else:
         made = importing.run(
             source,

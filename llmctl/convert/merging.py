@@ -1,0 +1,87 @@
+"""Merge the adapters of an artifact into their base, or write an adapter with its base as one artifact."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
+from llmctl.convert import parity
+from llmctl.model import weights
+
+STAGE = "export"
+"""Kind of stage in the manifest of an artifact that `write` wrote."""
+
+
+def merged(found: artifact.Artifact) -> dict[str, Any]:
+    """Return the parameters with all adapters merged into their matrices, which computes the same function.
+
+    An adapter that only replaces arrays of its base (head, biases) has nothing to merge, and its parameters are
+    returned unchanged.
+
+    Raises:
+        RequestError: If the artifact has no adapter, if an adapter cannot be merged, or if merging would undo the
+            base's quantization or pruning.
+    """
+    cfg, pairs = found.model, {path: weights.as_node(w) for path, w in weights.adapted(found.params).items()}
+    if any(w.is_integer for w in pairs.values()):
+        raise RequestError(
+            f"{found.path}: its base has integers, and merging would undo the quantization; leave out --merge, or "
+            "export --to hf, which writes floats"
+        )
+    if found.manifest.pruned and not all(w.keeps_zeros for w in pairs.values()):
+        raise RequestError(
+            f"{found.path}: its base is pruned to {found.manifest.sparsity:.0%} zeros, which merging would fill; leave "
+            "out --merge"
+        )
+    if pairs:
+        return jax.jit(weights.merge_adapters)(found.params)
+    parts = {"bottleneck adapters": cfg.adapter_size, "a trained prompt": cfg.prompt_tokens}
+    if kind := next((name for name, size in parts.items() if size), ""):
+        raise RequestError(f"{found.path}: has {kind}, which no matrix of its base can express; leave out --merge")
+    if not found.manifest.base:
+        raise RequestError(f"{found.path}: has no adapter to merge; leave out --merge")
+    return found.params
+
+
+def write(found: artifact.Artifact, out: Path, merge: bool, name: str) -> float:
+    """Write an artifact that contains all of its arrays, read it back, and compare the outputs.
+
+    Args:
+        found: The artifact, usually an adapter.
+        out: Folder to write to.
+        merge: Whether to merge the adapters.
+        name: Name of the written artifact.
+
+    Returns:
+        The largest difference between the outputs of `found` and those of the written artifact.
+
+    Raises:
+        RequestError: If the adapters cannot be merged (`merged`).
+        WorkError: If the outputs differ.
+    """
+    params, about = (merged(found) if merge else found.params), found.manifest
+    artifact.save(
+        out,
+        params,
+        found.model,
+        stage=STAGE,
+        key=hashlib.sha256(f"{STAGE}:{merge}:{about.key}:{about.content or about.digest}".encode()).hexdigest(),
+        config={**about.config, "source": str(found.path), "merge": merge},
+        name=name,
+        parent=about,
+        labels=about.labels,
+        metrics={} if merge else about.metrics,
+        tokenizer_dir=found.tokenizer_dir if found.tokenizer_dir.is_dir() else None,
+        allow_nonfinite=bool(about.nonfinite),
+    )
+    cfg, batch = found.model, parity.probe(found.model)
+    back = artifact.load(out)
+    with jax.default_matmul_precision("highest"):
+        return parity.prove(
+            str(found.path), parity.answers(cfg, back.params, batch), parity.answers(cfg, found.params, batch)
+        )
