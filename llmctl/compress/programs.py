@@ -296,8 +296,8 @@ def _layer_of(params: Tree, stack: str) -> Tree:
 def _sparsegpt_cost(w: Tree) -> Cost:
     """Return the cost of SparseGPT for one matrix.
 
-    The products are those that spread the errors of each block over all inputs. The factor's triangular solve and the
-    Cholesky decomposition are calls of a library. In memory are the Hessian in four forms and the matrix in six.
+    The counted products spread the errors of each block over all inputs. The triangular solve and the Cholesky
+    decomposition are library calls. Memory holds four arrays of the Hessian's size and six of the matrix's size.
     """
     inputs, outputs = w.shape
     blocks = -(-inputs // sparsegpt.BLOCK)
@@ -307,9 +307,9 @@ def _sparsegpt_cost(w: Tree) -> Cost:
 
 
 def _repair_cost(w: Tree) -> Cost:
-    """Return the cost of the repair of one matrix.
+    """Return the cost of `repair` for one matrix.
 
-    Each step multiplies the Gram matrix with a matrix, as do the first residual and the two errors at the end.
+    The Gram matrix is multiplied with a matrix in each step, for the first residual, and for the two errors at the end.
     """
     inputs, outputs = w.shape
     entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 3

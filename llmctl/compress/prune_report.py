@@ -1,4 +1,4 @@
-"""Report what pruning did to each layer: zeros, errors of the outputs, and matrices whose method fell back."""
+"""Report what pruning did to each layer: zeros, errors of the outputs, and fallbacks of SparseGPT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def records(reports: Sequence[LayerReport]) -> list[dict[str, Any]]:
 
 
 def fallbacks(layers: Sequence[dict[str, Any]]) -> list[str]:
-    """Return one line per matrix whose method fell back: its path, and what was used instead."""
+    """Return one line per matrix that was pruned by a fallback: the path of the matrix, and the fallback."""
     return [
         f"{layer['stack']} layer {layer['layer']}, {path}: fell back to {found['fallback']}"
         for layer in layers

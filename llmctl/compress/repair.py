@@ -1,8 +1,8 @@
-"""Repair a pruned matrix: choose the kept weights anew, so that the error of the outputs becomes minimal.
+"""Repair a pruned matrix: recompute the kept weights, so that the error of the outputs becomes minimal.
 
 For every output, the kept weights are the least-squares solution on the calibration inputs X. A few steps of the
 preconditioned conjugate-gradient method approximate it, for all outputs at once (ALPS: Meng et al., 2024,
-arXiv:2406.07831). They read X only through its Gram matrix X^T X. Any mask can be repaired.
+arXiv:2406.07831). The steps read X only through its Gram matrix X^T X. Any mask can be repaired.
 
 Shapes: I inputs and O outputs of the matrix.
 """
@@ -20,9 +20,9 @@ STEPS = 16
 
 @partial(jax.jit, static_argnames=("steps",))
 def repair(original_IO: jax.Array, pruned_IO: jax.Array, gram_II: jax.Array, *, steps: int = STEPS) -> jax.Array:
-    """Return the pruned matrix with other values of the weights that are not zero.
+    """Return the pruned matrix with new values for its nonzero weights.
 
-    The error of no output grows: an output whose error would grow by rounding keeps its values.
+    The error of an output never increases: if rounding would increase it, the output keeps its weights.
 
     Args:
       original_IO: the matrix before pruning, whose outputs are the target.
@@ -66,5 +66,5 @@ State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _ratio(numerator_O: jax.Array, denominator_O: jax.Array) -> jax.Array:
-    """Return the quotients; 0 where an output has converged."""
+    """Return the quotients; 0 for outputs that have converged."""
     return jnp.where(denominator_O > 0, numerator_O / jnp.where(denominator_O > 0, denominator_O, 1.0), 0.0)

@@ -65,5 +65,5 @@ class SparseMethod:
 
     @property
     def title(self) -> str:
-        """Return the setting that gives other values to kept weights, for messages."""
+        """Return the name of the setting that changes the values of kept weights, for messages."""
         return f"method {self.name!r}" if self.name == SPARSEGPT else "repair"

@@ -172,7 +172,7 @@ def prune(
 
 
 def fallback(attempts: int, damping: float) -> str:
-    """Return what was used instead, in a few words, if `attempts` dampings failed; an empty text if none did."""
+    """Describe the fallback that is used if `attempts` dampings failed; an empty text if none failed."""
     if not attempts:
         return ""
     if attempts < ATTEMPTS:
@@ -181,9 +181,9 @@ def fallback(attempts: int, damping: float) -> str:
 
 
 def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array | int) -> jax.Array:
-    """Return the number of zeros of every block; the numbers add up to `count` if the matrix has no more zeros now.
+    """Return the number of zeros of every block. The sum is `count`, unless the matrix already has more zeros.
 
-    The zeros that are there stay. The others are distributed in proportion to the blocks' other weights.
+    Existing zeros stay. The other zeros are distributed in proportion to the blocks' other weights.
     """
     zeros = zero_IO.reshape(blocks, -1).sum(axis=1)
     others = real_I.reshape(blocks, -1).sum(axis=1) * zero_IO.shape[1] - zeros

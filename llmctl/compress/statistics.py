@@ -95,7 +95,10 @@ def moments(path: str, inputs: int) -> Statistic:
 
 
 def grams(path: str, inputs: int) -> Statistic:
-    """Return an empty Gram matrix of all inputs for every matrix."""
+    """Select an empty Gram matrix of all inputs as the statistic of every matrix.
+
+    This is a `Collect` function.
+    """
     return Gram.start(inputs)
 
 

@@ -64,7 +64,9 @@ class StageConfig(Config):
     parent: str = Field(default="", alias="from")
     """Artifact to start from: the name of an earlier stage, or a folder. Default: the previous stage."""
     base: str = ""
-    """Base of the adapter to start from, if it is not beside the adapter: a folder. Its digest is compared."""
+    """Folder of the base, if the artifact to start from is an adapter and its base is not beside it. Its digest is
+    checked.
+    """
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of all random numbers."""
     platform: Literal["", "cpu", "gpu", "tpu"] = ""

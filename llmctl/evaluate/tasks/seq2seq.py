@@ -78,7 +78,9 @@ class SequenceToSequence(Completions):
         batch_size: int,
         dtype: str,
     ) -> list[Program]:
-        """Return the programs of greedy answers, for prompts and answers of maximum length; see Task.
+        """Return the programs that generate greedy answers, as described in `Task.generation_programs`.
+
+        Prompts and answers have the maximum length.
 
         The beams of a beam search are counted as rows.
         """

@@ -93,15 +93,15 @@ class Config(CalibrationConfig, StageConfig):
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Structured: fraction of the layers to remove."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Zeros: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
+    """Single weights: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
     pattern: str = "unstructured"
-    """Zeros: unstructured, or N:M (such as 2:4) to keep N of every M inputs, which implies the sparsity."""
+    """Single weights: unstructured, or N:M (such as 2:4) to keep N of every M inputs, which implies the sparsity."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
     """SparseGPT: fraction of the Hessian's mean diagonal entry that is added to its diagonal. A Hessian that has no
     inverse gets ten times as much, and is reported."""
 
     repair: bool = False
-    """Zeros: choose the kept weights anew by least squares on the calibration data, after any method."""
+    """Single weights: recompute the kept weights by least squares on the calibration data, after any method."""
 
     @model_validator(mode="before")
     @classmethod
