@@ -170,6 +170,24 @@ def save(
     return Manifest.model_validate_json(text)
 
 
+def copy(source: Path, out: Path, **record: Any) -> Manifest:
+    """Copy the artifact at `source` to `out` atomically, with other values of record fields, and return its manifest.
+
+    Args:
+        source: Folder of the artifact.
+        out: Output folder; an existing artifact is replaced.
+        record: Manifest fields that cannot change predictions, such as the key, the config and the metrics.
+    """
+    from llmctl.distributed import processes
+
+    changed = read_manifest(source).model_copy(update={"name": out.name, **record})
+    with writing(out) as draft:
+        if processes.first():
+            shutil.copytree(source, draft, dirs_exist_ok=True)
+        text = processes.broadcast(lambda: write_manifest(draft, changed).model_dump_json())
+    return Manifest.model_validate_json(text)
+
+
 def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return the arrays to write, {path: {part: array}}: all of them, or those that the base does not have.
 

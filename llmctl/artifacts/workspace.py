@@ -31,6 +31,8 @@ class Context:
     """Key of the stage, a hash of everything that can change its result."""
     siblings: dict[str, Path] = field(default_factory=dict)
     """Folders of other artifacts that the config refers to, by name, such as the teacher of `distill`."""
+    logs: Path | None = None
+    """Folder for logs that remain after `work` is removed, such as TensorBoard's. By default the parent of `out`."""
 
     def save(self, config: Any, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
         """Save the stage's result as the artifact `out`.

@@ -27,11 +27,11 @@ def result(value: Any) -> None:
         sys.stdout.write(as_json(value) + "\n")
 
 
-def show(renderable: Any) -> None:
-    """Print a table or a text to stdout. If stdout is not a terminal, lines are not cut to a width."""
+def show(renderable: Any, *, stderr: bool = False) -> None:
+    """Print a table or a text to stdout or stderr. If that is not a terminal, lines are not cut to a width."""
     if processes.first():
-        screen = terminal()
-        (screen if screen.is_terminal else terminal(width=400)).print(renderable)
+        screen = terminal(stderr=stderr)
+        (screen if screen.is_terminal else terminal(stderr=stderr, width=400)).print(renderable)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def fit(
       WorkError: the run diverges or the disk is full. The same command continues from the last checkpoint.
     """
     _check_batch(train, mesh)
-    _is_minimized(train.best_by or job.metric)
+    is_minimized(train.best_by or job.metric)
     runs, given = program(job, train, optim_config, mesh, seed), split(job)[0]
     job = dataclasses.replace(
         job, params=jax.eval_shape(lambda: job.params), extra=jax.eval_shape(lambda: dict(job.extra))
@@ -100,7 +100,7 @@ def fit(
                 title,
                 train.tensorboard,
                 start=meta["step"],
-                lasting=ctx.out.parent,
+                lasting=ctx.logs or ctx.out.parent,
                 wandb=train.wandb,
             )
         )
@@ -155,7 +155,7 @@ class _Loop:
         self.job, self.train, self.step, self.fixed = job, train, step, fixed
         self.checkpoints, self.report, self.stop, self.mesh = checkpoints, report, stop, mesh
         self.metric = train.best_by or job.metric
-        self.less = _is_minimized(self.metric)
+        self.less = is_minimized(self.metric)
         self.keeps_best = job.keep_best or bool(train.best_by)
         self.skips = 0
         self.batches = DeviceBatches(mesh, train.batch_size)
@@ -303,7 +303,7 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
     functional.check_mesh(model, mesh)
 
 
-def _is_minimized(metric: str) -> bool:
+def is_minimized(metric: str) -> bool:
     """Return whether the lowest value of a metric is the best.
 
     Raises:

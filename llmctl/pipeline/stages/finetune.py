@@ -6,6 +6,8 @@ It trains all parameters, the layers above frozen ones, or adapters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.artifacts.manifest import Manifest
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers.loading import Tokenizer
     from llmctl.model.config import ModelConfig
@@ -52,7 +55,7 @@ class Config(StageConfig):
     added: ClassVar[frozenset[str]] = frozenset(
         {
             "adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "prompt",
-            "prefix", "regularize", "store", "trained",
+            "prefix", "regularize", "seeds", "store", "trained",
         }
     )  # fmt: skip
 
@@ -114,6 +117,9 @@ class Config(StageConfig):
     examples, so that probabilities match accuracy. The head's parameters are scaled; predictions stay."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
+    seeds: int = Field(default=1, ge=1)
+    """Number of seeds to train, from `seed` on. Mean and sample standard deviation of the validation metrics are
+    printed, and the seed with the best metric is kept."""
     adversarial: AdversarialConfig = AdversarialConfig()
     """Settings of adversarial training."""
     regularize: RegularizeConfig = RegularizeConfig()
@@ -138,6 +144,8 @@ class Config(StageConfig):
             raise ValueError(
                 f"train.best_by: {self.train.best_by} needs generated answers, and generation.examples is 0"
             )
+        if self.seed + self.seeds > 2**63:
+            raise ValueError(f"seeds: the last of {self.seeds} seeds from {self.seed} on is above 2 ** 63 - 1")
         if self.freeze_layers and self.trained.last_layers:
             raise ValueError("freeze_layers and trained.last_layers exclude each other: leave one of them out")
         if self.optim.spike and self.trained.unfreeze_every:
@@ -149,7 +157,27 @@ class Config(StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Finetune the parent and write the artifact to `ctx.out`."""
+    """Finetune the parent, with one seed or several, and write the artifact to `ctx.out`."""
+    from llmctl.pipeline import console
+    from llmctl.train import seeds
+
+    base = required(config, parent)
+    if config.seeds == 1:
+        _finetune(config, base, ctx)
+    else:
+        found = seeds.run(config, ctx, lambda own, at: _finetune(own, base, at), partial(_metric, config))
+        console.show(seeds.table(found), stderr=True)
+    if config.store == "adapter" and ctx.out.resolve().parent != base.resolve().parent:
+        console.say(f"{config.title}: its base is not beside it, so commands that read it need --base {base}")
+
+
+def _metric(config: Config, made: Manifest) -> str:
+    """Return the name of the metric that selects the best seed of the artifacts like `made`."""
+    return config.train.best_by or TASKS[config.task].best(made.labels)
+
+
+def _finetune(config: Config, parent: Path, ctx: Context) -> None:
+    """Finetune the parent with one seed, and write the artifact to `ctx.out`."""
     import jax
 
     from llmctl.artifacts import artifact
@@ -165,7 +193,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.train.robust.robust_job import check_classes
 
     devices = mesh.make(config.mesh)
-    base = artifact.load(required(config, parent), devices, bases=config.bases)
+    base = artifact.load(parent, devices, bases=config.bases)
     task = TASKS[config.task]
     own = getattr(config, task.section) if task.section else None
     tokenizer_dir = task.tokenizer_dir(base.tokenizer_dir, own, ctx.work / "tokenizer")
@@ -211,8 +239,6 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         tokenizer_dir=tokenizer_dir,
         base=base.params if config.store == "adapter" else None,
     )
-    if config.store == "adapter" and ctx.out.resolve().parent != base.path.resolve().parent:
-        console.say(f"{config.title}: its base is not beside it, so commands that read it need --base {base.path}")
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
@@ -243,7 +269,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     if size := min(config.train.batch_size, config.generation.examples):
         sizes = {"seq_len": config.train.seq_len, "batch_size": size, "dtype": config.train.dtype}
         generating = learns.task.generation_programs(learns.model, learns.params, config.generation, mesh, **sizes)
-    return [step, *(programs.beside(step, program) for program in generating)], left
+    found = [step, *(programs.beside(step, program) for program in generating)]
+    return [replace(program, steps=program.steps * config.seeds) for program in found], left
 
 
 def _rows(
@@ -287,8 +314,6 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     Raises:
       RequestError: the settings do not fit the parent or the mesh.
     """
-    from functools import partial
-
     import jax
 
     from llmctl.evaluate.tasks.training import Options

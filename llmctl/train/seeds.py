@@ -1,0 +1,141 @@
+"""Train a stage with several seeds, report the mean and deviation of its metrics, and keep the best result.
+
+Each seed is the stage itself with that seed, in a folder of its own. Its result is therefore bit-identical to that of
+the stage run alone. A finished seed is not trained again after an interruption, and the seed that was interrupted
+continues from its last checkpoint. Only the best result so far is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmctl.artifacts import saving
+from llmctl.artifacts.manifest import Manifest, read_manifest
+from llmctl.artifacts.workspace import Context
+from llmctl.config.base import keyed
+from llmctl.distributed import processes
+from llmctl.train.loop import is_minimized
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FINISHED = "seeds.json"
+"""File with the metrics of the finished seeds, by seed, in the stage's temporary folder."""
+PREFIX = "validation_"
+"""Beginning of the names of validation metrics."""
+
+Figures = dict[str, dict[str, Any]]
+"""Metrics of each finished seed, by seed (a str, as in JSON)."""
+
+
+def run(
+    config: Any, ctx: Context, once: Callable[[Any, Context], None], metric: Callable[[Manifest], str]
+) -> dict[str, Any]:
+    """Run a stage once per seed, and copy the result with the best validation metric to `ctx.out`.
+
+    Args:
+      config: config of the stage. The seeds are `config.seed` and the following ones, `config.seeds` in all.
+      ctx: folders of the stage.
+      once: function (config with one seed, its folders) that runs the stage and saves its artifact.
+      metric: function from the manifest of a result to the name of the metric that selects the best.
+
+    Returns:
+      The summary of the metrics, as `summary` returns it. The artifact has it as its metric "seeds".
+    """
+    found = processes.broadcast(lambda: _read(ctx.work / FINISHED))
+    by, finished = found["by"], found["metrics"]
+    for seed in range(config.seed, config.seed + config.seeds):
+        out, work = folder(ctx, seed), ctx.work / f"training-{seed}"
+        if str(seed) not in finished:
+            if not processes.broadcast((out / "manifest.json").exists):  # it exists after a kill before the next lines
+                processes.broadcast(lambda work=work: work.mkdir(exist_ok=True))
+                own = config.model_copy(update={"seed": seed, "seeds": 1, "name": f"{config.title}-seed-{seed}"})
+                once(own, Context(out, work, ctx.key, ctx.siblings, logs=ctx.out.parent))
+            manifest = read_manifest(out)
+            by, finished = by or metric(manifest), finished | {str(seed): manifest.metrics}
+        processes.broadcast(partial(_keep_best, ctx, by, finished))
+    best = best_of(finished, by)
+    made = summary(finished, by)
+    saving.copy(
+        folder(ctx, best), ctx.out, key=ctx.key, config=keyed(config), metrics={**finished[str(best)], "seeds": made}
+    )
+    return made
+
+
+def folder(ctx: Context, seed: int) -> Path:
+    """Return the folder of the result of a seed."""
+    return ctx.work / f"seed-{seed}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {"by": "", "metrics": {}}
+
+
+def _keep_best(ctx: Context, by: str, finished: Figures) -> None:
+    """Record the finished seeds, and remove all of their folders except the result of the best."""
+    draft = ctx.work / f"{FINISHED}.draft"
+    draft.write_text(json.dumps({"by": by, "metrics": finished}))
+    draft.replace(ctx.work / FINISHED)
+    for seed in map(int, finished):
+        shutil.rmtree(ctx.work / f"training-{seed}", ignore_errors=True)
+        if seed != best_of(finished, by):
+            shutil.rmtree(folder(ctx, seed), ignore_errors=True)
+
+
+def best_of(finished: Figures, by: str) -> int:
+    """Return the seed with the best validation metric `by`; of equal ones, the lowest seed.
+
+    >>> best_of({"4": {"validation_loss": 2.0}, "5": {"validation_loss": 1.0}, "6": {"validation_loss": 1.0}}, "loss")
+    5
+    """
+    sign = 1 if is_minimized(by) else -1
+
+    def rank(seed: int) -> tuple[bool, float, int]:
+        value = float(finished[str(seed)][PREFIX + by])
+        return (not math.isfinite(value), sign * value, seed)
+
+    return min(map(int, finished), key=rank)
+
+
+def summary(finished: Figures, by: str) -> dict[str, Any]:
+    """Return the mean, the sample standard deviation and the values of each validation metric.
+
+    >>> found = summary({"0": {"validation_loss": 1.0}, "1": {"validation_loss": 2.0}}, "loss")
+    >>> found["best"], found["by"], found["seeds"], found["metrics"]["validation_loss"]["values"]
+    (0, 'loss', [0, 1], [1.0, 2.0])
+    >>> found["metrics"]["validation_loss"]["mean"], round(found["metrics"]["validation_loss"]["deviation"], 4)
+    (1.5, 0.7071)
+    """
+    seeds = sorted(map(int, finished))
+    names = [n for n, v in finished[str(seeds[0])].items() if n.startswith(PREFIX) and isinstance(v, (int, float))]
+    values = {n: [float(finished[str(s)][n]) for s in seeds] for n in names}
+    return {
+        "best": best_of(finished, by),
+        "by": by,
+        "seeds": seeds,
+        "metrics": {
+            n: {"mean": float(np.mean(v)), "deviation": float(np.std(v, ddof=1)), "values": v}
+            for n, v in values.items()
+        },
+    }
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """Return a summary as a table, one row per metric."""
+    from rich.table import Table
+
+    made = Table(title=f"{len(found['seeds'])} seeds; the best by {found['by']} is seed {found['best']}")
+    for heading in ("metric", "mean ± deviation", *(f"seed {seed}" for seed in found["seeds"])):
+        made.add_column(heading, justify="left" if heading == "metric" else "right")
+    for name, one in found["metrics"].items():
+        each = (f"{value:.4g}" for value in one["values"])
+        made.add_row(name.removeprefix(PREFIX), f"{one['mean']:.4g} ± {one['deviation']:.2g}", *each)
+    return made
