@@ -108,13 +108,13 @@ def parsers(valid: Valid) -> dict[str, Parser]:
         "manifest with checksums": ("art", "manifest.json", text, _verified),
         "manifest shown": ("run", "pretrain/manifest.json", text, _shown),
         "results.json": ("run", "eval/results.json", text, _shown),
-        "config.json": ("hf", "config.json", text, hf_folder.look),
-        "config.json of BERT": ("embedder", "config.json", text, hf_folder.look),
-        "pooling": ("embedder", "1_Pooling/config.json", text, hf_folder.look),
+        "config.json": ("hf", "config.json", text, hf_folder.inspect),
+        "config.json of BERT": ("embedder", "config.json", text, hf_folder.inspect),
+        "pooling": ("embedder", "1_Pooling/config.json", text, hf_folder.inspect),
         "compressed-tensors": ("packed", "config.json", text, _weights),
         "packed tensors": ("packed", "model.safetensors", fuzz_inputs.safetensors, _weights),
         "safetensors": ("hf", "model.safetensors", fuzz_inputs.safetensors, _weights),
-        "index": ("shards", "model.safetensors.index.json", text, hf_folder.look),
+        "index": ("shards", "model.safetensors.index.json", text, hf_folder.inspect),
         "gguf": ("model.gguf", "", fuzz_inputs.head, _gguf),
         "gguf weights": ("model.gguf", "", fuzz_inputs.ends, _gguf),
         "adapter_config": ("peft", "adapter_config.json", text, lambda p: peft.load(base, p)),
@@ -199,13 +199,13 @@ def _shown(path: Path) -> None:
 
 
 def _weights(path: Path) -> None:
-    found = hf_folder.look(path)
+    found = hf_folder.inspect(path)
     for name in found.wanted:
         found.tensors[name].read()
 
 
 def _gguf(path: Path) -> None:
-    found = gguf.look(path)
+    found = gguf.inspect(path)
     for name in found.wanted:
         found.tensors[name].read()
     work = path.parent / "work"
@@ -230,7 +230,9 @@ def _brought(path: Path, base: Artifact) -> None:
     shutil.rmtree(work, ignore_errors=True)
     for more in ({}, {"head": "classify", "labels": 2}):
         found = brought._find(path)
-        if found and brought.bring(path, work, base.model.model_copy(update=more | {"vocab_size": found.vocab_size})):
+        if found and brought.import_tokenizer(
+            path, work, base.model.model_copy(update=more | {"vocab_size": found.vocab_size})
+        ):
             loading.load(work).encode(TEXT)
 
 

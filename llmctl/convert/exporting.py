@@ -149,7 +149,7 @@ def _folder(
         folders.save(draft, config, theirs, shard_bytes, wrote)
     if cfg.head_kind.bare:
         sentence_transformer(cfg, draft)
-    again = folders.look(draft)
+    again = folders.inspect(draft)
     if again.model != cfg.model_copy(update={"preset": ""}):
         odd = [k for k in type(cfg).model_fields if getattr(again.model, k) != getattr(cfg, k) and k not in FREE]
         if odd:
@@ -305,7 +305,7 @@ def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) 
 def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:
     if differs := gguf_export.write(found, file, kind):
         say(f"{found.path}: {differs}")
-    again = gguf.look(file)
+    again = gguf.inspect(file)
     back = name_map.read(again.model, again.wanted, again.tensors, placer(again.model))
     batch = parity.probe(found.model)
     return parity.prove(

@@ -71,7 +71,7 @@ def library() -> Any:
     return gguf
 
 
-def look(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
+def inspect(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
     """Describe the model in a GGUF file. Its tensors are dequantized when they are read.
 
     Args:

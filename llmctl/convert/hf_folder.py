@@ -73,7 +73,7 @@ def read_json(path: Path) -> Fields:
     return content
 
 
-def look(
+def inspect(
     folder: Path,
     ignore: tuple[str, ...] = (),
     drop: tuple[str, ...] = (),
@@ -103,7 +103,7 @@ def understand(
 ) -> Found:
     """Check that a config and its tensors fit together, and describe the model.
 
-    `look` and the GGUF reader call this function.
+    `inspect` and the GGUF reader call this function.
     """
     where = folder / CONFIG
     known = architectures.bridges()
@@ -253,10 +253,10 @@ def load(
     dtype: np.dtype | None = None,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Read the parameters of a model that `look` described, one at a time.
+    """Read the parameters of a model that `inspect` described, one at a time.
 
     Args:
-        found: Result of `look`.
+        found: Result of `inspect`.
         place: Function that reads a parameter and places it on devices.
         dtype: Dtype of the parameters; None keeps the stored dtype.
         wrote: Function that is called with the size in bytes of each part that was read.

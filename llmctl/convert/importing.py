@@ -103,7 +103,7 @@ def run(
     _check_patterns(drop)
     if is_gguf and ignore:
         raise RequestError(f"--ignore: {source} has no config.json with keys to ignore")
-    found = gguf.look(source, drop) if is_gguf else folders.look(source, ignore, drop, say)
+    found = gguf.inspect(source, drop) if is_gguf else folders.inspect(source, ignore, drop, say)
     reference = reference or ((source / REFERENCE) if (source / REFERENCE).is_file() else None)
     expected = {k: np.asarray(t.read()) for k, t in safetensors.read_file(reference).items()} if reference else None
     made_of = f"{_key(source, dtype)} {drop} {found.model.model_dump_json()}"
@@ -112,7 +112,9 @@ def run(
         words = work / "tokenizer"
         if is_gguf and not tokenizer:
             tokenizer = gguf.tokenizer(source, work / "found")
-        brought = tokenizers.bring(tokenizer or source, words, found.model, found.config, None if is_gguf else source)
+        brought = tokenizers.import_tokenizer(
+            tokenizer or source, words, found.model, found.config, None if is_gguf else source
+        )
         if brought is None and tokenizer:
             raise RequestError(f"--tokenizer {tokenizer}: no tokenizer there")
         if brought is None:

@@ -32,7 +32,7 @@ LEAST = 0.9
 rows than tokens only to reach a round number."""
 
 
-def bring(
+def import_tokenizer(
     source: Path, work: Path, model: ModelConfig, config: Mapping[str, Any] | None = None, of: Path | None = None
 ) -> Path | None:
     """Copy the tokenizer of an imported model into the folder `work`, in the form that an artifact contains.

@@ -152,7 +152,7 @@ def main() -> None:
     from llmctl.model import weights
 
     file = weights_file(args.gguf)
-    found = gguf.look(file)
+    found = gguf.inspect(file)
     params = folders.load(found, placer(found.model))
     with tempfile.TemporaryDirectory() as work:
         prompt = loading.load(gguf.tokenizer(file, Path(work) / "words")).prompt(TEXT)

@@ -222,7 +222,7 @@ def test_a_key_can_be_declared_irrelevant(copied, call, tmp_path):
 
 def test_the_rotary_base_may_stand_beside_its_scaling(copied):
     change(copied, rope_theta=5e5, rope_parameters={"rope_type": "linear", "factor": 2.0})
-    found = folders.look(copied).model
+    found = folders.inspect(copied).model
     assert (found.rope_theta, found.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 2.0})
 
 

@@ -64,7 +64,7 @@ STRING, ARRAY, UINT8 = 8, 9, 4
 def test_counts_of_a_gguf_file_end_with_the_file(tmp_path, tensors, pairs, rest):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + rest + bytes(64))
     with pytest.raises(RequestError, match=r"m\.gguf: not a readable GGUF file"):
-        gguf.look(tmp_path / "m.gguf")
+        gguf.inspect(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from llmctl.model.config import ModelConfig
 
 
 def test_on_a_mesh_every_device_reads_its_own_part(exported, params):
-    found = folders.look(exported)
+    found = folders.inspect(exported)
     read = []
     put = placer(found.model, MeshConfig(data=2, fsdp=2, tensor=2))
 

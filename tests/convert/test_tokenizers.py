@@ -55,25 +55,25 @@ def test_vocabularies_of_older_folders(tmp_path):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2028", "the", "cat", "##s", "sat", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n", "utf-8")
     cfg = ModelConfig(vocab_size=len(vocab))
-    out = tokenizers.bring(tmp_path, tmp_path / "out", cfg)
+    out = tokenizers.import_tokenizer(tmp_path, tmp_path / "out", cfg)
     words = loading.load(out)
     assert words.encode("The cats sat.") == [6, 7, 8, 9, 10]
     assert (words.bos_id, words.eos_id, words.mask_id) == (2, 3, 4)
     theirs = transformers.BertTokenizer({t: i for i, t in enumerate(vocab)})
     assert [*words.prompt("The cats sat."), words.eos_id] == theirs.encode("The cats sat.")
     with pytest.raises(RequestError, match="11 tokens and the model's table 99 rows"):
-        tokenizers.bring(tmp_path, tmp_path / "out", cfg.model_copy(update={"vocab_size": 99}))
+        tokenizers.import_tokenizer(tmp_path, tmp_path / "out", cfg.model_copy(update={"vocab_size": 99}))
     (tmp_path / "vocab.txt").unlink()
-    assert tokenizers.bring(tmp_path, tmp_path / "out", cfg) is None
+    assert tokenizers.import_tokenizer(tmp_path, tmp_path / "out", cfg) is None
     letters = {"<s>": 0, "</s>": 1, "c": 2, "a": 3, "t": 4, "ca": 5, "cat": 6, "Ġ": 7}
     (tmp_path / "vocab.json").write_text(json.dumps(letters))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nc a\nca t\n")
-    words = loading.load(tokenizers.bring(tmp_path, tmp_path / "bpe", ModelConfig(vocab_size=8)))
+    words = loading.load(tokenizers.import_tokenizer(tmp_path, tmp_path / "bpe", ModelConfig(vocab_size=8)))
     assert words.encode("cat cat") == [6, 7, 6]
     assert words.prompt("cat") == [0, 6]  # RoBERTa's; GPT-2 has no <s>
     (tmp_path / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    words = loading.load(tokenizers.bring(tmp_path, tmp_path / "gpt", ModelConfig(vocab_size=2)))
+    words = loading.load(tokenizers.import_tokenizer(tmp_path, tmp_path / "gpt", ModelConfig(vocab_size=2)))
     assert words.prompt("a") == [1]
 
 
@@ -91,7 +91,7 @@ def test_padding_and_truncation_of_a_file_are_no_part_of_its_template(tmp_path):
     assert made.padding and made.truncation  # the tokenizer itself is unchanged
     made.save(str(tmp_path / "tokenizer.json"))
     cfg = ModelConfig(vocab_size=5, family="bert", head="embed", next_sentence=False)
-    words = loading.load(tokenizers.bring(tmp_path, tmp_path / "out", cfg))
+    words = loading.load(tokenizers.import_tokenizer(tmp_path, tmp_path / "out", cfg))
     assert words.template.row(words.encode("a")).tolist() == [2, 4, 3]
 
 
@@ -100,9 +100,9 @@ def test_added_tokens_are_not_dropped(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(words.model)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<s>": 2, "<|im_start|>": 310}))
     with pytest.raises(RequestError, match=r"added tokens \(<\|im_start\|>\) are only read from a tokenizer.json"):
-        tokenizers.bring(tmp_path, tmp_path / "out", ModelConfig(vocab_size=311))
+        tokenizers.import_tokenizer(tmp_path, tmp_path / "out", ModelConfig(vocab_size=311))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<s>": 2}))
-    assert tokenizers.bring(tmp_path, tmp_path / "out", ModelConfig(vocab_size=311))
+    assert tokenizers.import_tokenizer(tmp_path, tmp_path / "out", ModelConfig(vocab_size=311))
 
 
 def test_settings_of_older_folders(tmp_path):
@@ -112,7 +112,9 @@ def test_settings_of_older_folders(tmp_path):
     found = {}
     for said in ({}, {"strip_accents": False}, {"tokenize_chinese_chars": False}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-        found[str(said)] = loading.load(tokenizers.bring(tmp_path, tmp_path / str(len(found)), cfg)).encode("É 中国")
+        found[str(said)] = loading.load(tokenizers.import_tokenizer(tmp_path, tmp_path / str(len(found)), cfg)).encode(
+            "É 中国"
+        )
         theirs = transformers.BertTokenizer({t: i for i, t in enumerate(vocab)}, **said)
         assert found[str(said)] == theirs.encode("É 中国", add_special_tokens=False)
     assert list(found.values()) == [[6, 8, 9], [5, 8, 9], [6, 7]]

@@ -163,7 +163,7 @@ def saved(tmp_path_factory):
     def make(name):
         path = tmp_path_factory.mktemp(name)
         reference(name).save_pretrained(path)
-        found = folders.look(path)
+        found = folders.inspect(path)
         return path, found, folders.load(found, lambda _, w: jnp.asarray(w.read(())))
 
     return make
@@ -270,7 +270,7 @@ def test_gemma3_classifiers_of_the_earlier_class_name_come_in(saved, tmp_path):
     assert config["architectures"] == ["Gemma3TextForSequenceClassification"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Gemma3ForSequenceClassification"]}))
     shutil.copy(path / "model.safetensors", tmp_path)
-    assert folders.look(tmp_path).model == found.model
+    assert folders.inspect(tmp_path).model == found.model
 
 
 @pytest.mark.parametrize("name", [*MODELS, *HEADS])
@@ -296,7 +296,7 @@ def test_goes_back_out_with_the_same_bytes_and_transformers_loads_it(name, saved
     for k in ("logits", "prediction_logits", "start_logits"):
         if k in a:
             torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-6)
-    second = folders.look(tmp_path)
+    second = folders.inspect(tmp_path)
     assert second.model == found.model
     assert second.labels == found.labels
 
@@ -309,7 +309,7 @@ def test_a_t5_encoder_alone_is_an_embedding_model(tmp_path):
         for path, p in theirs_.named_parameters():
             p.copy_(("norm" in path) + 0.3 * torch.randn(p.shape))
     theirs_.save_pretrained(tmp_path / "a")
-    found = folders.look(tmp_path / "a")
+    found = folders.inspect(tmp_path / "a")
     params = folders.load(found, lambda _, w: jnp.asarray(w.read(())))
     assert (found.model.architecture, found.model.head, found.model.layers) == ("encoder", "embed", 3)
     batch = [row("", [tokens(a, i)], 16) for i, (a, _) in enumerate(LENGTHS)]
@@ -328,7 +328,7 @@ def test_a_t5_encoder_alone_is_an_embedding_model(tmp_path):
             x_D, y_D = (m.eval()(ids).last_hidden_state[0].mean(0) for m in (theirs_, again))
         torch.testing.assert_close(x_D, y_D, rtol=0, atol=1e-6)
         np.testing.assert_allclose(ours[i], (x_D / x_D.norm()).numpy(), atol=1e-4)
-    assert folders.look(tmp_path / "b").model == found.model
+    assert folders.inspect(tmp_path / "b").model == found.model
 
     for head in ("classify", "regress", "span"):
         cfg = found.model.model_copy(update={"head": head, "labels": 2 if head == "classify" else 0})

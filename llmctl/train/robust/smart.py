@@ -25,7 +25,7 @@ the paper.
 
 
 class Smart(Adversary):
-    """Add two divergences of outputs to the loss: clean and perturbed rows, current and averaged weights.
+    """Add two output divergences to the loss: clean versus perturbed rows, and current versus averaged weights.
 
     A divergence is the mean of the KL divergences in both directions, or for numbers the squared difference. The paper
     has the sum of both directions, so its factors of 1 correspond to 2 here.

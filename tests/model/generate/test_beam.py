@@ -41,7 +41,7 @@ def pair(kind, tmp):
             p.copy_(0.4 * torch.randn(p.shape) + ("norm" in name))
         theirs.get_output_embeddings().weight[END] *= 2.0  # the end is likely at some places and unlikely at others
     theirs.save_pretrained(tmp / kind)
-    found = folders.look(tmp / kind)
+    found = folders.inspect(tmp / kind)
     return theirs, Decoder(found.model, folders.load(found, lambda _, w: jnp.asarray(w.read(()))))
 
 
