@@ -25,8 +25,8 @@ SELECT = "/adapter"
 
 
 @dataclasses.dataclass(frozen=True)
-class Voice:
-    """Store one of the models that answer: its name, its artifact without arrays, and its tokenizer."""
+class NamedModel:
+    """Store one model that generates answers: its name, its artifact without arrays, and its tokenizer."""
 
     name: str
     artifact: artifact.Artifact
@@ -36,23 +36,23 @@ class Voice:
     """Token ids that end an answer."""
 
 
-class Voices:
-    """Store the models that answer: those that the user named, the one that is selected, and their decoders."""
+class NamedModels:
+    """Store the models that generate answers, the selected one, and their decoders."""
 
-    def __init__(self, found: Sequence[Voice], decoders: Decoders | None, filler: Filler | None) -> None:
+    def __init__(self, found: Sequence[NamedModel], decoders: Decoders | None, filler: Filler | None) -> None:
         """Store the models. If there are several, the first is the base of the others, and the second is selected."""
-        self.by_name = {voice.name: voice for voice in found}
+        self.by_name = {named_model.name: named_model for named_model in found}
         self.answering = found[1:] or found
         self.selected = self.answering[0]
         self._decoders, self.filler = decoders, filler
 
-    def decoder(self, voice: Voice) -> Decoder:
-        """Return the decoder with the parameters of a voice."""
+    def decoder(self, named_model: NamedModel) -> Decoder:
+        """Return the decoder with the parameters of a model."""
         assert self._decoders is not None
-        return self._decoders.use(voice.name)
+        return self._decoders.use(named_model.name)
 
     def select(self, line: str) -> bool:
-        """Return whether the line is the command that selects a voice by its name, and obey it."""
+        """Select a model if the line is the command for this, and return whether it is."""
         command, _, name = line.strip().partition(" ")
         if command != SELECT or len(self.by_name) == 1:
             return False
@@ -63,7 +63,7 @@ class Voices:
         return True
 
 
-def load_voices(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dtype: str) -> Voices:
+def load_models(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dtype: str) -> NamedModels:
     """Load a model, or a base with adapters that share its arrays.
 
     Args:
@@ -79,16 +79,18 @@ def load_voices(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dty
     found = []
     for name, there in loaded.items():
         words = tokenizers.load(there.tokenizer_dir)
-        found.append(Voice(name, dataclasses.replace(there, params={}), words, end_ids(there.tokenizer_dir, words)))
+        found.append(
+            NamedModel(name, dataclasses.replace(there, params={}), words, end_ids(there.tokenizer_dir, words))
+        )
     first = loaded[names[0]]
     if first.model.architecture == "encoder":
-        return Voices(found, None, Filler(first.model, first.params, found[0].words, dtype))
+        return NamedModels(found, None, Filler(first.model, first.params, found[0].words, dtype))
     models = {name: (there.model, there.params) for name, there in loaded.items()}
-    return Voices(found, Decoders(models, dtype, start=found[0].words.pad_id), None)
+    return NamedModels(found, Decoders(models, dtype, start=found[0].words.pad_id), None)
 
 
 def continue_texts(
-    voices: Voices,
+    named_models: NamedModels,
     batches: Iterable[list[str]],
     interactive: bool,
     json: bool,
@@ -101,29 +103,29 @@ def continue_texts(
 ) -> None:
     """Print prompts with their continuations. A single continuation is printed while it is generated.
 
-    If the prompts are typed (`interactive`), the selected adapter answers, otherwise every adapter does.
+    If a person types the prompts (`interactive`), only the selected model continues them. Otherwise every adapter does.
     """
     speed, done, first = Speed(), [], 0
     searches: dict[int, BeamSearch] = {}
     for batch in batches:
-        if interactive and voices.select(batch[0]):
+        if interactive and named_models.select(batch[0]):
             continue
-        chosen = [voices.selected] if interactive else voices.answering
-        for voice in chosen:
-            decoder, words = voices.decoder(voice), voice.words
+        chosen = [named_models.selected] if interactive else named_models.answering
+        for named_model in chosen:
+            decoder, words = named_models.decoder(named_model), named_model.words
             encoded, live = decoder.model.architecture == "encoder_decoder", len(batch) == 1 and not json
-            label = f"[{voice.name}] " if len(chosen) > 1 else ""
+            label = f"[{named_model.name}] " if len(chosen) > 1 else ""
             if live:
                 _write(label + ("" if interactive or encoded else batch[0]))
             rows = begin(words, batch, list(stops), encoded=encoded)
             if width.width > 1:
                 search = searches.setdefault(id(decoder), BeamSearch(decoder, width))
-                search_rows(search, words, rows, max_new, ends=voice.ends, speed=speed)
+                search_rows(search, words, rows, max_new, ends=named_model.ends, speed=speed)
                 if live:
                     _write(rows[0].text)
             else:
                 options: dict[str, Any] = {"sampling": sampling, "seed": seed, "first": first}
-                for new in continue_rows(decoder, words, rows, max_new, ends=voice.ends, speed=speed, **options):
+                for new in continue_rows(decoder, words, rows, max_new, ends=named_model.ends, speed=speed, **options):
                     if live:
                         _write(new[0])
             if live:
@@ -133,67 +135,69 @@ def continue_texts(
             done += [
                 {"prompt": r.prompt, "text": r.text, "tokens": len(r.ids), "ended": r.ended}
                 | ({"score": r.score} if width.width > 1 else {})
-                | ({"adapter": voice.name} if len(voices.by_name) > 1 else {})
+                | ({"adapter": named_model.name} if len(named_models.by_name) > 1 else {})
                 for r in rows
             ]
         first += len(batch)
-    _report(voices, json, {"results": done}, speed)
+    _report(named_models, json, {"results": done}, speed)
 
 
-def chat(voices: Voices, turns: Iterable[list[dict[str, Any]]], system: str, json: bool, **options: Any) -> None:
-    """Answer the messages of each turn, and print answers while they are generated. The selected adapter answers."""
+def chat(
+    named_models: NamedModels, turns: Iterable[list[dict[str, Any]]], system: str, json: bool, **options: Any
+) -> None:
+    """Answer the messages of each turn with the selected model. Print answers while they are generated."""
     talks: dict[str, chats.Conversation] = {}
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     speed = Speed()
     for turn in turns:
-        if len(turn) == 1 and voices.select(str(turn[0]["content"])):
+        if len(turn) == 1 and named_models.select(str(turn[0]["content"])):
             continue
-        voice = voices.selected
-        decoder = voices.decoder(voice)
-        if voice.name not in talks:
-            template = Template(voice.words.chat_template, voice.words)
-            talks[voice.name] = chats.Conversation(template, decoder, voice.ends)
-            talks[voice.name].messages, talks[voice.name].speed = messages, speed
+        named_model = named_models.selected
+        decoder = named_models.decoder(named_model)
+        if named_model.name not in talks:
+            template = Template(named_model.words.chat_template, named_model.words)
+            talks[named_model.name] = chats.Conversation(template, decoder, named_model.ends)
+            talks[named_model.name].messages, talks[named_model.name].speed = messages, speed
         messages += turn
-        for new in talks[voice.name].answer(**options):
+        for new in talks[named_model.name].answer(**options):
             if not json:
                 _write(new)
         if not json:
             _write("\n")
-    _report(voices, json, {"messages": messages}, speed)
+    _report(named_models, json, {"messages": messages}, speed)
 
 
-def fill(voices: Voices, texts: Iterable[str], k: int, json: bool) -> None:
+def fill(named_models: NamedModels, texts: Iterable[str], k: int, json: bool) -> None:
     """Print every text with its masks replaced by the most likely tokens.
 
     With `json`, print the `k` most likely tokens per mask.
     """
-    assert voices.filler is not None
+    assert named_models.filler is not None
     done = []
     for text in texts:
-        for filled in voices.filler.fill([text], k):
+        for filled in named_models.filler.fill([text], k):
             masks = [[{"token": token, "probability": p} for token, p in mask] for mask in filled.masks]
             done.append({"prompt": filled.prompt, "text": filled.text, "masks": masks})
             if not json:
                 _write(filled.text + "\n")
                 console.say("\n".join("  " + ", ".join(f"{t} {p:.0%}" for t, p in mask) for mask in filled.masks))
     if json:
-        console.result({**_identity(voices), "results": done})
+        console.result({**_identity(named_models), "results": done})
 
 
-def _identity(voices: Voices) -> dict[str, Any]:
-    """Return the name and the digest of the model that the user named, and those of its adapters."""
+def _identity(named_models: NamedModels) -> dict[str, Any]:
+    """Return the name and the digest of the model, and the names and digests of its adapters."""
     identities = [
-        {"artifact": voice.artifact.manifest.name, "digest": voice.artifact.manifest.digest}
-        for voice in voices.by_name.values()
+        {"artifact": named_model.artifact.manifest.name, "digest": named_model.artifact.manifest.digest}
+        for named_model in named_models.by_name.values()
     ]
     return identities[0] | ({"adapters": identities[1:]} if len(identities) > 1 else {})
 
 
-def _report(voices: Voices, json: bool, result: dict[str, Any], speed: Speed) -> None:
+def _report(named_models: NamedModels, json: bool, result: dict[str, Any], speed: Speed) -> None:
     rate = speed.tokens_per_second
     if json:
-        console.result({**_identity(voices), **result, "tokens_per_second": rate})
+        console.result({**_identity(named_models), **result, "tokens_per_second": rate})
     else:
         console.say(f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else ""))
 

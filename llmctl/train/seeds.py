@@ -1,8 +1,8 @@
 """Train a stage with several seeds, report the mean and deviation of its metrics, and keep the best result.
 
-Each seed is the stage itself with that seed, in a folder of its own. Its result is therefore bit-identical to that of
-the stage run alone. A finished seed is not trained again after an interruption, and the seed that was interrupted
-continues from its last checkpoint. Only the best result so far is kept.
+The stage runs once per seed, each time in another folder. The result of a seed is therefore bit-identical to that of a
+stage with this seed alone. A finished seed is not trained again after an interruption, and the seed that was
+interrupted continues from its last checkpoint. Only the best result so far is kept.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run(
 
 
 def folder(ctx: Context, seed: int) -> Path:
-    """Return the folder of the result of a seed."""
+    """Return the folder that contains the result of a seed."""
     return ctx.work / f"seed-{seed}"
 
 
@@ -80,7 +80,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _keep_best(ctx: Context, by: str, finished: Figures) -> None:
-    """Record the finished seeds, and remove all of their folders except the result of the best."""
+    """Record the finished seeds, and remove the folders of all of them except the best."""
     draft = ctx.work / f"{FINISHED}.draft"
     draft.write_text(json.dumps({"by": by, "metrics": finished}))
     draft.replace(ctx.work / FINISHED)

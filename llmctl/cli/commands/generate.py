@@ -113,17 +113,17 @@ def generate(
         raise RequestError(
             f"--chat: {artifact_dir} is {with_article(model.architecture)}, and a conversation needs a decoder"
         )
-    voices = generation.load_voices(artifact_dir, adapter or [], bases, dtype)
+    named_models = generation.load_models(artifact_dir, adapter or [], bases, dtype)
     if model.architecture == "encoder":
-        generation.fill(voices, texts or _stdin(), top_k or 5, json)
+        generation.fill(named_models, texts or _stdin(), top_k or 5, json)
         return
     common: dict[str, Any] = {"max_new": max_new, "sampling": rules, "seed": seed, "stops": stop or ()}
     if chat:
         turns = [read_messages(file)] if file else ([{"role": "user", "content": line}] for line in _stdin())
-        generation.chat(voices, turns, system, json, **common)
+        generation.chat(named_models, turns, system, json, **common)
         return
     batches = _batches(texts, batch_size) if texts else ([line] for line in _stdin())
-    generation.continue_texts(voices, batches, texts is None, json, width=width, **common)
+    generation.continue_texts(named_models, batches, texts is None, json, width=width, **common)
 
 
 def _stdin() -> Iterator[str]:

@@ -92,8 +92,9 @@ class RegularizeConfig(Settings):
     r_drop: float = Field(default=0.0, ge=0)
     """Factor of the divergence between the outputs of two passes with different dropout (R-Drop). 0 disables it."""
     neftune: float = Field(default=0.0, ge=0)
-    """Alpha of uniform noise on token embeddings, of at most alpha / sqrt(tokens * width) per entry (NEFTune). 5 is
-    usual. 0 disables it."""
+    """Alpha of NEFTune: uniform noise of at most alpha / sqrt(tokens * width) is added to each entry of the token
+    embeddings. 5 is usual. 0 disables it.
+    """
     l2_start: float = Field(default=0.0, ge=0)
     """Factor of half the squared distance between the weights and the parent's weights (L2-SP), without the task's
     head. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
