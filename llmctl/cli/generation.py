@@ -52,7 +52,10 @@ class NamedModels:
         return self._decoders.use(named_model.name)
 
     def select(self, line: str) -> bool:
-        """Select a model if the line is the command for this, and return whether it is."""
+        """Select the model that a line such as "/adapter NAME" names.
+
+        Return whether the line is such a command. If no model has this name, print a message and keep the selection.
+        """
         command, _, name = line.strip().partition(" ")
         if command != SELECT or len(self.by_name) == 1:
             return False

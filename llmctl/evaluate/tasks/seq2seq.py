@@ -80,9 +80,7 @@ class SequenceToSequence(Completions):
     ) -> list[Program]:
         """Return the programs that generate greedy answers, as described in `Task.generation_programs`.
 
-        Prompts and answers have the maximum length.
-
-        The beams of a beam search are counted as rows.
+        Prompts and answers have the maximum length. The beams of a beam search are counted as rows.
         """
         room, max_new = lengths(model, settings, seq_len)
         request = Request(batch_size * settings.beams, room, max_new)

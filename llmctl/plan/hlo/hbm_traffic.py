@@ -51,9 +51,8 @@ def _bytes_if_hbm(container: Array, moved: list[Array]) -> float:
 def _start_bytes(computation: Computation, i: Instruction) -> float:
     """Return the HBM bytes that an asynchronous operation reads and writes.
 
-    The bytes are counted at the start instruction.
-
-    The result of the start instruction contains the operands, the outputs and flags, in this order.
+    The bytes are counted at the start instruction. The result of the start instruction contains the operands, the
+    outputs and flags, in this order.
     """
     inputs = computation.inputs(i)
     outputs = i.arrays[len(inputs) :] or i.arrays
