@@ -48,8 +48,8 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
     """
     if model.prompt_tokens:
         raise RequestError(
-            "the model has a trained prompt, which no other format holds; use it with llmctl, or finetune its parent "
-            "with method = 'lora'"
+            "the model has a trained prompt, which of the other formats only PEFT's holds (export --to peft); use it "
+            "with llmctl, or finetune its parent with method = 'lora'"
         )
     if model.prefix_tokens:
         raise RequestError(

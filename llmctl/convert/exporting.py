@@ -24,6 +24,7 @@ from llmctl.convert import (
     name_map,
     parity,
     peft,
+    peft_prompt,
     safetensors,
     text_proof,
     tokenizer_export,
@@ -31,6 +32,7 @@ from llmctl.convert import (
 )
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.importing import bar, placer
+from llmctl.data.tokenizers.prompt_prefix import with_prefix
 from llmctl.evaluate.tasks import registry
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
@@ -101,7 +103,7 @@ def run(
         if to == "gguf":
             delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, OUR_READER
         elif to == "peft":
-            delta, theirs, proof = _adapter(found, draft, say)
+            delta, theirs, proof = (_prompt if found.model.prompt_tokens else _adapter)(found, draft, say)
         elif to == "artifact":
             delta, theirs, proof = merging.write(found, draft, merge, out.name), None, OUR_READER
         else:
@@ -299,6 +301,36 @@ def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) 
         rows, T, begin = _rows(found, theirs, base, True, say)
         expected = np.asarray(parity.answers(cfg, found.params, text_proof.batch_of(cfg, rows, T)))
         got = text_proof.answers_there(theirs, base, rows, T, adapter=draft)
+    return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
+
+
+def _prompt(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
+    """Write a trained prompt, and compare the outputs of base and prompt, loaded by PEFT, with those of the artifact.
+
+    Returns:
+        The same as `_prove`.
+    """
+    delta = peft_prompt.export(found, draft)
+    if missing := text_proof.available(4 * found.manifest.parameters, "peft"):
+        return delta, None, f"{OUR_READER} ({missing})"
+    cfg, about = found.model, found.manifest
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
+        folder = Path(work) / "base"
+        folder.mkdir()
+        bare = dataclasses.replace(peft_prompt.without_prompt(found), path=Path(work) / "bare")
+        with_prefix(found.tokenizer_dir, bare.tokenizer_dir, ())
+        theirs, params = bare.model, bare.params
+        written = tokenizer_export.export_tokenizer(bare.tokenizer_dir, folder, theirs, about.seq_len)
+        if written and written.rows:
+            theirs, params = _with_rows(theirs, params, written.rows)
+        ids = written.ids if written else {}
+        config = folders.config_of(theirs, registry.of(about), about.labels, ids, "float32")
+        folders.save(folder, config, folders.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
+        rows, T, begin = _rows(bare, theirs, folder, True, say)
+        batch = parity.prompted(cfg, text_proof.batch_of(bare.model, rows, T))
+        expected = np.asarray(parity.answers(cfg, found.params, batch))
+        prompt = 0 if cfg.encoder_layers else cfg.prompt_tokens
+        got = text_proof.answers_there(theirs, folder, rows, T, adapter=draft, prompt=prompt)
     return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
 
 

@@ -28,11 +28,13 @@ from llmctl.convert import (
     parity,
     partial_save,
     peft,
+    peft_prompt,
     safetensors,
     text_proof,
     tokenizers,
 )
 from llmctl.convert import hf_folder as folders
+from llmctl.data.tokenizers.prompt_prefix import with_prefix
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
@@ -211,24 +213,33 @@ def adapter(
     artifact.check_output(out, source, base, stage="import", replace=replace)
     containment.check(source)
     found = artifact.load(base)
-    params = peft.load(found, source)
-    full = peft.replaced(found, params)
-    if merge:
-        params = merging.merged(dataclasses.replace(found, params=params))
-    tree = jax.device_put(params, functional.shardings(found.model, params, meshes.make(MeshConfig())))
-    manifest = artifact.save(
-        out,
-        tree,
-        found.model,
-        stage="import",
-        key=hashlib.sha256(f"{_key(source, '')}:{found.manifest.key}{':merged' * merge}".encode()).hexdigest(),
-        config={"source": str(source), peft.FULL: full},
-        parent=found.manifest,
-        labels=found.manifest.labels,
-        tokenizer_dir=found.tokenizer_dir if found.tokenizer_dir.is_dir() else None,
-        base=found.params if store == "adapter" else None,
-        allow_nonfinite=allow_nonfinite,
-    )
+    words = found.tokenizer_dir if found.tokenizer_dir.is_dir() else None
+    with contextlib.ExitStack() as closing:
+        if peft_prompt.is_prompt(source):
+            model, params = peft_prompt.load(found, source)
+            work = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="llmctl-")))
+            ids = range(model.vocab_size, model.vocab_size + model.prompt_tokens)
+            words, full = with_prefix(found.tokenizer_dir, work / "tokenizer", ids), []
+        else:
+            model, params = found.model, peft.load(found, source)
+            full = peft.replaced(found, params)
+        if merge:
+            manifest = found.manifest.model_copy(update={"model": model})
+            params = merging.merged(dataclasses.replace(found, manifest=manifest, params=params))
+        tree = jax.device_put(params, functional.shardings(model, params, meshes.make(MeshConfig())))
+        manifest = artifact.save(
+            out,
+            tree,
+            model,
+            stage="import",
+            key=hashlib.sha256(f"{_key(source, '')}:{found.manifest.key}{':merged' * merge}".encode()).hexdigest(),
+            config={"source": str(source), peft.FULL: full},
+            parent=found.manifest,
+            labels=found.manifest.labels,
+            tokenizer_dir=words,
+            base=found.params if store == "adapter" else None,
+            allow_nonfinite=allow_nonfinite,
+        )
     return _report(out, manifest, source, None)
 
 

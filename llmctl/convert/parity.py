@@ -35,6 +35,22 @@ def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
     return {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
 
 
+def prompted(cfg: ModelConfig, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return the batch with a model's trained prompt before each row that its embeddings read first."""
+    side, P = "encoder_" if cfg.encoder_layers else "", cfg.prompt_tokens
+    rows = len(batch[f"{side}tokens"])
+    before = {
+        "tokens": jnp.tile(cfg.vocab_size + jnp.arange(P), (rows, 1)),
+        "segments": batch[f"{side}segments"][:, :1].repeat(P, axis=1),
+        "positions": jnp.tile(jnp.arange(P), (rows, 1)),
+    }
+    after = {name: batch[f"{side}{name}"] for name in before}
+    after["positions"] = after["positions"] + P
+    return batch | {
+        f"{side}{name}": jnp.concatenate([before[name], after[name]], axis=1).astype(jnp.int32) for name in before
+    }
+
+
 def answers(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     """Return a model's outputs in float32, flattened to one vector per row, [B, ...]. Outputs at padding are 0.
 

@@ -106,7 +106,7 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
     if pair:
         found[table.path] = {-1: pair}
     left -= used
-    left -= _copy_full(base.model, stored, flat, left)
+    left -= copy_full(base.model, stored, flat, left)
     left -= _of_base(base, stored, left)
     if left:
         raise RequestError(f"{folder / WEIGHTS}: tensors that are not understood: {listed(sorted(left))}")
@@ -119,7 +119,7 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
     return weights.unflatten(flat)
 
 
-def _copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
+def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
     """Copy the modules that were trained in full into `flat`, and return the names of their tensors.
 
     Raises:

@@ -158,13 +158,15 @@ def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str
         return f"{source}: transformers cannot load its tokenizer ({type(e).__name__}); not compared"
 
 
-def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None) -> np.ndarray:
+def answers_there(
+    cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None, prompt: int = 0
+) -> np.ndarray:
     """Return the outputs of the model in `folder` for rows of token ids, computed by transformers.
 
     The layout is the same as in `parity.answers`.
 
     Rows of a classifier are padded as the written tokenizer pads them. Other rows run one by one. If `adapter` is
-    given, PEFT loads it onto the model.
+    given, PEFT loads it onto the model. If it is a prompt whose vectors have outputs too, `prompt` is their number.
 
     Raises:
         WorkError: If transformers cannot load the model, or finds that weights are missing.
@@ -200,10 +202,10 @@ def answers_there(cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: P
                 words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 given = words(list(TEXTS), truncation=True, max_length=T, padding=True, return_tensors="pt")
                 return model(**given).logits.float().numpy().reshape(len(rows), -1)
-            return np.stack([_one(cfg, model, torch, ids, T, folder) for ids in rows])
+            return np.stack([_one(cfg, model, torch, ids, T, folder, prompt) for ids in rows])
 
 
-def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folder: Path) -> np.ndarray:
+def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folder: Path, prompt: int) -> np.ndarray:
     given = {"input_ids": torch.tensor([ids])}
     if cfg.encoder_layers:
         given["decoder_input_ids"] = torch.tensor([_decoded(ids, T)])
@@ -216,7 +218,7 @@ def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folde
         found = torch.stack([out.start_logits[0], out.end_logits[0]], -1)
     else:
         found = out.prediction_logits[0] if cfg.next_sentence else out.logits[0]
-    flat = np.zeros((T, found.shape[-1]), np.float32)
+    flat = np.zeros((T + prompt, found.shape[-1]), np.float32)
     flat[: len(found)] = found.float().numpy()
     follows = out.seq_relationship_logits[0].float().numpy() if cfg.next_sentence else np.zeros(0, np.float32)
     return np.concatenate([flat.reshape(-1), follows])

@@ -7,7 +7,6 @@ therefore reads the prompt. The output projection has no row for the prompt, so 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,24 +87,9 @@ class Prompt(Method):
 
     def tokenizer_dir(self, config: Any, model: ModelConfig, folder: Path, work: Path) -> Path:
         """Return the folder of a tokenizer that begins every text with the prompt: a changed copy in `work`."""
-        import shutil
+        from llmctl.data.tokenizers.prompt_prefix import with_prefix
 
-        from llmctl.config import containment
-        from llmctl.data.tokenizers import loading
-        from llmctl.data.tokenizers.base import DESCRIPTOR
-        from llmctl.distributed import processes
-
-        prefix = [*range(model.vocab_size, model.vocab_size + config.prompt.tokens)]
-        if list(loading.load(folder).prefix) == prefix:
-            return folder
-        with processes.process_0_first():
-            if processes.first():
-                shutil.rmtree(work, ignore_errors=True)
-                containment.copy(folder, work)
-                described = json.loads((work / DESCRIPTOR).read_text(encoding="utf-8"))
-                text = json.dumps({**described, "prefix": prefix}, indent=2)
-                (work / DESCRIPTOR).write_text(f"{text}\n", encoding="utf-8")
-        return work
+        return with_prefix(folder, work, range(model.vocab_size, model.vocab_size + config.prompt.tokens))
 
     def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
         """Check that rows begin with the prompt.
