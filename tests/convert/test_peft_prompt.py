@@ -32,6 +32,7 @@ MODELS = {
     ),
     "t5": ({"family": "t5", "encoder_layers": 2}, "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
 }
+SLOW = ("gpt2", "t5")
 
 
 def of_peft(family, folder, ids):
@@ -61,7 +62,7 @@ def batch_of(ids, encoder):
     return {**side(ids[:, :5]), **{f"encoder_{k}": v for k, v in side(ids).items()}} if encoder else side(ids)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in MODELS])
 def test_logits_are_those_of_peft_and_the_files_go_back(family, save, wild, words, call, tmp_path):
     fields, _, _ = MODELS[family]
     cfg = ModelConfig.model_validate({"vocab_size": words.vocab_size, **SIZES, **fields})
