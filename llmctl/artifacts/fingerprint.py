@@ -9,10 +9,8 @@ from typing import Any
 
 PRUNED = 0.01, 0.45
 """Fractions of zeros above which imported matrices count as pruned: the first is for floating-point matrices, the
-second
-for integers and dequantized integers. Training almost never produces exact zeros. Rounding to 4 bits alone makes about
-a
-fifth of normally distributed weights zero."""
+second for integers and dequantized integers. Training almost never produces exact zeros. Rounding to 4 bits alone makes
+about a fifth of normally distributed weights zero."""
 
 
 def digest(flat: Mapping[str, Any]) -> str:

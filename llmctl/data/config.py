@@ -28,8 +28,7 @@ LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 """Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
 """Groups of canonical columns. If `data.columns` is empty, the columns of a group are read only if the source has all
-of
-them, because a single one may have another meaning in the source."""
+of them, because a single one may have another meaning in the source."""
 
 Scalar = str | bool | int | float
 
@@ -61,8 +60,7 @@ class SourceConfig(Config):
     and a worse completion), context and question. The others are label, tokens (a list of words), tags (one label per
     word) and answers (in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if there is no answer).
     Multiple choice has choices (a list of texts) and answer (the index, the text or the name of the right one).
-    Conversations have messages (also called
-    conversations) and tools."""
+    Conversations have messages (also called conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     template: dict[str, str] = {}
@@ -157,8 +155,8 @@ class DataConfig(SourceConfig):
     examples_seed: int = Field(default=0, ge=0)
     """Seed that chooses the examples of `examples_per_class`."""
     dedup: bool = True
-    """Drop repeated texts (up to case, Unicode form and white space) before splitting. Rows with the
-    text of a held-out file or split (test_path, test_split, …) are always dropped."""
+    """Drop repeated texts (up to case, Unicode form and white space) before splitting. Rows with the text of a held-out
+    file or split (test_path, test_split, …) are always dropped."""
 
     @model_validator(mode="after")
     def _fits(self) -> DataConfig:

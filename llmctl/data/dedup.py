@@ -38,8 +38,7 @@ def fraction(text: str) -> float:
     """Hash a text to a number in [0, 1), which determines its split.
 
     The number is the SHA-256 of the letters and digits of the text. Tags, punctuation, case and white space are
-    ignored,
-    so that light cleaning (`data.replace`) does not move a text to another split.
+    ignored, so that light cleaning (`data.replace`) does not move a text to another split.
     """
     bare = normalize(_TAG.sub(" ", text) if "<" in text else text).encode()
     content = bare.translate(None, _NOT_CONTENT) or bare

@@ -29,8 +29,7 @@ class Source:
 
     A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the columns that rows may have.
     If rows may have different columns, as in JSON lines, `columns` lists those of the first rows, and `has` searches
-    all
-    rows.
+    all rows.
 
     Example:
       >>> source = Table("quotes.txt", ("text",), [("To be",), ("or not to be",)], lines=[1, 3])

@@ -304,8 +304,7 @@ def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[
     """Return the class names, and the map {label as spelled in the data: class name}.
 
     Classes are in the order of `data.classes`. If it is empty, they are in the order in which the data declares them,
-    or
-    else sorted.
+    or else sorted.
 
     Args:
         cfg: Settings of the data.

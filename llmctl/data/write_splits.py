@@ -1,5 +1,4 @@
-"""Write the train, validation and test splits as JSON lines: the rows that stages read, filtered and without
-duplicates."""
+"""Write the train, validation and test splits as JSON lines, after filtering and deduplication."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Every process keeps a TCP connection to process 0, which forwards messages to the others. If a process dies, the kernel
 closes its connection. If a host becomes unreachable, TCP keep-alive closes the connection. The processes themselves
-send
-no heartbeats, so a busy process is never reported as dead.
+send no heartbeats, so a busy process is never reported as dead.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Writer:
                 else:
                     for _ in continue_rows(decoder, self.tokenizer, batch, self.max_new, ends=self.ends):
                         pass
-            decoder.release()
+            decoder.drop_params()
         return [row.text for row in rows]
 
     def _with(self, params: functional.Params) -> Decoder:
@@ -106,7 +106,7 @@ class Writer:
             if self.settings.beams > 1:
                 self._search = BeamSearch(self._decoder, Beams(self.settings.beams))
         else:
-            self._decoder.hold(params)
+            self._decoder.set_params(params)
         return self._decoder
 
     def _rows(self, prompts: Sequence[str]) -> list[Continuation]:

@@ -1,1 +1,1 @@
-"""Define the models: one Transformer for all families, with weights, losses and text generation."""
+"""Define one Transformer for all model families, with weights, losses and text generation."""

@@ -14,7 +14,7 @@ def bytes_of(tree: Any, whole: bool = False) -> int:
 
     Args:
         tree: Arrays or abstract arrays.
-        whole: Whether to count each array in full; by default only the shard of one device is counted.
+        whole: Whether to count all elements of each array. By default, only the shard of one device is counted.
     """
     total = 0
     for a in jax.tree.leaves(tree):

@@ -1,7 +1,7 @@
 """Compute attention: grouped-query self-attention and cross-attention.
 
-The softmax is in `attention_xla`. Features that only some runs need are in `attention_kernels`, `ring_attention`,
-`relative_bias`, `kv_cache` and `prefix`.
+The softmax is in `attention_xla`. Other modules contain features that only some runs need: `attention_kernels`,
+`ring_attention`, `relative_bias`, `kv_cache` and `prefix`.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width, D model width.
 """
@@ -29,18 +29,18 @@ PROJECTED = "projected"
 """Checkpoint name of projected queries, keys and values, for rematerialization policies."""
 
 Choose = Callable[..., jax.Array]
-"""Type of functions that select and run an attention kernel: (q, k, v, mask, shared, local, config, cross) -> outputs
-of attention [B, T, H, K]."""
+"""Function (q, k, v, mask, shared, local, config, cross) -> outputs of attention [B, T, H, K], which selects and runs
+an attention kernel."""
 
 
 class Shared(NamedTuple):
-    """Store the inputs that all layers of a stack share.
+    """Store the inputs of attention that all layers of a stack share, such as masks and rotary tables.
 
     The `local_*` fields are for layers with a sliding window. Fields that are not used are None.
     """
 
     mask_BTS: jax.Array | None
-    """Whether a query may attend to a key. None for ring attention, which derives its masks from the segments."""
+    """Whether a query may attend to a key; None for ring attention, which computes masks from the segments."""
     local_mask_BTS: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
@@ -51,19 +51,19 @@ class Shared(NamedTuple):
     memory_mask_BTS: jax.Array | None = None
     memory_segments_BS: jax.Array | None = None
     bias_table_UH: jax.Array | None = None
-    """Table of the relative position bias, only for ring attention, which computes the bias block by block."""
+    """Table of the relative position bias [U, H]; only for ring attention, which computes the bias block by block."""
     slot: jax.Array | int | None = None
-    """Cache slot of the first token; None without a cache."""
+    """Index of the key-value cache slot of the first token; None without a cache."""
     causal_BT: jax.Array | None = None
-    """Segment of each token if attention is causal. With a cache, this field and `mutual_BT` are None."""
+    """Segment of each token, if attention is causal and there is no cache."""
     mutual_BT: jax.Array | None = None
-    """Segment of each token if attention is bidirectional."""
+    """Segment of each token, if attention is bidirectional and there is no cache."""
     rows_B: jax.Array | None = None
-    """Index of each row in the full batch, of which these rows may be a part. Dropout masks depend on this index."""
+    """Index of each row in the full batch, if these rows are a part of it. Dropout masks depend on this index."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """Return the mask [B, T, S] of (query, key) pairs in the same segment. No query attends to padding (segment 0)."""
+    """Return the mask [B, T, S], which is true if query and key are in the same segment and the key is no padding."""
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 
@@ -71,9 +71,9 @@ def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.A
     """Return the position of each key minus the position of each query, int [T, S].
 
     Args:
-        mask_BTS: Mask, which is used only for its shape.
+        mask_BTS: Attention mask, of which only the shape is used.
         slot: Cache slot of the first query; None without a cache.
-        order_BT: Positions of the tokens, if they differ from the array order.
+        order_BT: Text position of each token, if tokens are permuted; None if they are in text order.
     """
     T, S = mask_BTS.shape[1:]
     if order_BT is not None:  # all rows have the same order
@@ -98,10 +98,9 @@ def share(
         segments_BT: Segment of each token; 0 is padding.
         positions_BT: Position of each token in its segment.
         causal: Whether tokens attend to earlier tokens only.
-        cached_BS: Segment of each cache slot; None without a cache. The T tokens use the slots from `slot` to `slot +
-            T`.
-        slot: Cache slot of the first token; None without a cache.
-        order_BT: Text position of each token, if rows are permuted for context parallelism.
+        cached_BS: Segment of each cache slot; None without a cache.
+        slot: Cache slot of the first token; the T tokens use T successive slots. None without a cache.
+        order_BT: Text position of each token, if tokens are permuted for context parallelism.
     """
     mask = local = None
     if order_BT is None or not meshes.splits_sequences():
@@ -125,7 +124,7 @@ def share(
 
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
-    """Return which layers have local attention, bool [L]."""
+    """Return whether each layer has local attention, bool [L]."""
     return jnp.asarray(hf_config.local_layers(cfg, layers) if cfg.window else [False] * layers)
 
 

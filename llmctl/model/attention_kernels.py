@@ -2,8 +2,8 @@
 
 (Dao et al., 2022, arXiv:2205.14135)
 
-If no kernel applies, `llmctl.model.attention_xla` computes the softmax in plain XLA. The kernel is selected at tracing
-time, from the platform of the mesh and the shapes. `describe` reports the kernel and the reason.
+If no kernel supports the computation, `llmctl.model.attention_xla` computes it in plain XLA. The kernel is selected at
+tracing time, from the platform of the mesh and the shapes. `describe` returns the name of the kernel and the reason.
 
 In these kernels, padding (segment 0) attends to padding; in plain XLA it attends to nothing. The outputs of padding are
 never used.
@@ -28,10 +28,10 @@ from llmctl.model.attention import Shared
 from llmctl.model.config import ModelConfig
 
 LANES = 128
-"""Granularity of splash attention in tokens; sequence lengths must be a multiple of it."""
+"""Block size of splash attention in tokens. Sequence lengths must be a multiple of it."""
 
 setting: ContextVar[str] = ContextVar("attention", default="auto")
-"""Kernel setting of the current context: a name that `use` accepts."""
+"""Kernel setting of the current context, which `use` sets."""
 
 
 class Choice(NamedTuple):
@@ -66,13 +66,13 @@ def attend(
     *,
     cross: bool,
 ) -> jax.Array:
-    """Compute attention by ring attention, by the platform's kernel if it applies, or else in plain XLA.
+    """Compute attention by ring attention, by a fused kernel of the platform, or else in plain XLA.
 
     Args:
         q_BTHK: Queries.
         k_BSGK: Keys.
         v_BSGK: Values.
-        mask_BTS: Whether a query may attend to a key; None under ring attention.
+        mask_BTS: Whether a query may attend to a key; None for ring attention.
         shared: Inputs that all layers share.
         local: Whether this layer has the sliding window, a bool scalar.
         cfg: Config of the model.
@@ -138,7 +138,7 @@ def _on_gpu(cfg: ModelConfig, length: int, dtype: Any, device: Any) -> Choice:
 
 
 def _has_cudnn() -> bool:
-    """Return True if a usable cuDNN is installed. The test traces cuDNN's attention without running it."""
+    """Return True if a usable cuDNN is installed, which is tested by tracing its attention."""
     q = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
     try:
         jax.eval_shape(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn"), q)

@@ -21,10 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from llmctl.model.config import ModelConfig
 
 KEPT = "attention"
-"""Checkpoint name of the arrays that the softmax saves for its backward pass. With a policy that saves them, the
-backward pass does not repeat the forward pass of the softmax."""
+"""Checkpoint name of the arrays that the softmax needs for its backward pass. If a rematerialization policy saves them,
+the backward pass does not repeat the forward pass of the softmax."""
 MASKED = -1e30
-"""Score of a masked pair. It is finite, so that a row without any visible key (padding) stays finite."""
+"""Score of a masked pair. It is finite, so that the output of a query without any visible key (padding) is finite."""
 
 
 def attend(
@@ -97,16 +97,16 @@ def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype
 
 
 def _transpose_product(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
-    """Return the transpose of p [B, G, N, S], multiplied by rows [B, G, N, K]: an array [B, G, S, K].
+    """Return transpose(p) @ rows, an array [B, G, S, K], for p [B, G, N, S] and rows [B, G, N, K].
 
-    The product is computed as transpose(transpose(rows) p), which is 1.4 to 2 times as fast on XLA's CPU backend. The
-    optimization barrier stops XLA from rewriting this product.
+    It is computed as transpose(transpose(rows) @ p), which is 1.4 to 2 times as fast on XLA's CPU backend. The
+    optimization barrier prevents XLA from changing this form.
     """
     return jax.lax.optimization_barrier(_product(rows, p, 2, 2, dtype)).swapaxes(2, 3)
 
 
 def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None) -> Any:
-    """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap (None without a cap)."""
+    """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap (or None without a cap)."""
     B, G, N, _ = q.shape
     T, S = mask_BTS.shape[1:]
     scores = _product(q, k, 3, 3, jnp.float32).reshape(B, G, N // T, T, S)
@@ -120,7 +120,7 @@ def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bia
 
 
 class Sums(NamedTuple):
-    """Store the softmax sums of queries over a block of keys; the sums of several blocks can be merged.
+    """Store partial sums of the softmax over a block of keys. The sums of several blocks can be merged.
 
     (Milakov and Gimelshein, 2018, arXiv:1805.02867)
     """
@@ -134,7 +134,7 @@ class Sums(NamedTuple):
 
 
 def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -> Sums:
-    """Compute the softmax sums over a block of keys, for scaled queries [B, G, N, K]."""
+    """Compute the softmax sums over a block of keys; the arguments are those of `block_gradients`."""
     scores, _ = _scores(softcap, q, k, mask_BTS, bias_HTS)
     top = jnp.max(scores, axis=-1, keepdims=True)
     p = jnp.exp(scores - top)
@@ -153,10 +153,10 @@ def merge(old: Sums, new: Sums) -> Sums:
     return Sums(values, top, total)
 
 
-def pull(
+def block_gradients(
     softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any, seen: Any, d_y: Any, wide: bool = False
 ) -> Any:
-    """Compute the gradients of attention for a block of keys.
+    """Compute the gradients of attention with respect to its inputs, for a block of keys.
 
     Args:
         softcap: Soft cap of the scores; 0 means none.
@@ -165,7 +165,7 @@ def pull(
         v: Values [B, G, S, K].
         mask_BTS: Whether a query may attend to a key.
         bias_HTS: Additive bias of the scores, or None.
-        seen: (top, total, share) over all keys; share is the sum over K of d_y * y.
+        seen: (`Sums.top` over all keys, `Sums.total` over all keys, result of `output_gradient_dot`).
         d_y: Gradient of the outputs [B, G, N, K].
         wide: Whether the gradients of q, k and v are float32. Otherwise they have the dtypes of q, k and v.
 
@@ -185,10 +185,10 @@ def pull(
     return _product(d_raw, k, 3, 2, kinds[0]), _transpose_product(d_raw, q, kinds[1]), d_v, d_scores
 
 
-def share_of(d_y: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the sum over K of d_y * y, float32 [..., N].
+def output_gradient_dot(d_y: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the dot product of each output y [..., N, K] with its gradient d_y, float32 [..., N].
 
-    The softmax gradient subtracts it from every score's gradient.
+    The gradient of the softmax subtracts this number from the gradients of all scores of the query.
     """
     return jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
@@ -207,8 +207,8 @@ def _forward(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: An
 
 def _backward(softcap: float, saved: Any, d_y: jax.Array) -> Any:
     q, k, v, mask_BTS, bias_HTS, y, top, total = saved
-    seen = (top, total, share_of(d_y, y).reshape(top.shape))
-    d_q, d_k, d_v, d_scores = pull(softcap, q, k, v, mask_BTS, bias_HTS, seen, d_y)
+    seen = (top, total, output_gradient_dot(d_y, y).reshape(top.shape))
+    d_q, d_k, d_v, d_scores = block_gradients(softcap, q, k, v, mask_BTS, bias_HTS, seen, d_y)
     d_bias = None if bias_HTS is None else jnp.sum(d_scores, axis=0).reshape(bias_HTS.shape).astype(bias_HTS.dtype)
     return d_q, d_k, d_v, None, d_bias
 

@@ -1,12 +1,13 @@
 """Initialize BERT-style encoders so that equal tokens attend to each other in the first layer.
 
-To decide whether one passage follows another, a network compares the words that both contain. With random queries and
-keys, attention is a uniform mean at first. The smallest BERTs do not learn to compare tokens within millions of tokens.
+To predict whether one passage follows another, a network must find words that both contain. With random queries and
+keys, attention is at first a uniform mean over all tokens. The smallest BERTs do not learn to find equal tokens within
+millions of training tokens.
 
-Here the first layer's keys equal its queries. Both are scaled up and ignore the segment type. Token embeddings are
-larger than position embeddings. Attention therefore finds equal tokens in both passages from the first step, and its
-output contains their segment type. Initialization with the structure of trained networks is called mimetic (Trockman
-and Kolter, 2023, arXiv:2305.09828).
+Here the keys of the first layer are initialized with its queries. Both are scaled up and do not depend on the segment
+type. Token embeddings are larger than position embeddings. From the first step, a token therefore attends to equal
+tokens in both passages, and the output contains their segment types. Initialization with the structure of trained
+networks is called mimetic (Trockman and Kolter, 2023, arXiv:2305.09828).
 
 Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width, U segment types minus one.
 """
@@ -21,8 +22,8 @@ import jax.numpy as jnp
 from llmctl.model.config import ModelConfig
 
 SHARES = {"tokens": 5.0, "positions": 0.25, "types": 3.5}
-"""Factors on the embeddings' initial standard deviation of 0.02. A norm follows their sum, so only the ratios
-matter."""
+"""Factors on the initial standard deviation (0.02) of the embeddings. A norm follows their sum, so only the ratios of
+these factors matter."""
 SHARPNESS = 2.5
 """Factor on the first layer's queries and keys. It gives equal tokens the largest scores among hundreds of others."""
 
@@ -30,15 +31,17 @@ SHARPNESS = 2.5
 def applies_to(cfg: ModelConfig) -> bool:
     """Return True if this initialization is used for new models with the config `cfg`.
 
-    These are encoders with learned positions, such as BERT and RoBERTa.
+    It is used for encoders with learned positions, such as BERT and RoBERTa.
     """
     return cfg.architecture == "encoder" and cfg.positions == "learned"
 
 
 def initialize(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Return new parameters with this initialization.
+    """Return the parameters with rescaled embeddings, and with new query and key kernels in the first layer.
 
-    Embeddings are rescaled, and the first layer gets new queries and keys.
+    Args:
+        cfg: Config of the model.
+        params: Randomly initialized parameters.
     """
     embed = {name: value * SHARES[name] if name in SHARES else value for name, value in params["embed"].items()}
     blocks = params["encoder"]["blocks"]
@@ -55,9 +58,9 @@ def initialize(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_type_response(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
-    """Return a kernel [D, I] whose products with LayerNorm outputs do not depend on the segment type.
+    """Change a kernel [D, I] so that its products with the outputs of a LayerNorm do not depend on the segment type.
 
-    The components of its columns along the differences between the centered type embeddings are removed.
+    The columns of the kernel are made orthogonal to the differences between the centered type embeddings.
     """
     if types_UD is None or len(types_UD) < 2:
         return kernel_DI

@@ -1,12 +1,13 @@
 """Compute losses over a vocabulary in chunks of the sequence, so that logits [B, T, V] are never stored.
 
-`chunked` sums a loss over chunks of the sequence. If a gradient is needed, it is computed chunk by chunk in the same
-pass. The output projection then takes three matrix products; rematerialization takes four.
+`chunked` sums a loss over chunks of the sequence. If a gradient is needed, it is computed in the same pass over the
+chunks. The output projection then takes three matrix products, instead of four with rematerialization.
 
 On a mesh, every device processes its own rows and tokens. Sums are reduced once, after the last chunk. The vocabulary
 stays sharded over the `tensor` axis: devices exchange a few numbers per token, never logits.
 
-Shapes: B batch, T sequence, c tokens per chunk, D model width, V vocabulary; b and t a device's share of B and T.
+Shapes: B batch, T sequence, c tokens per chunk, D model width, V vocabulary; b and t are the parts of B and T on one
+device.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _split(tree: Tree, chunk: int) -> Tree:
 
 
 def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tree]]:
-    """Return the floating-point leaves of a tree, and a function that returns the tree with new leaves in their place.
+    """Return the floating-point leaves of a tree, and a function that replaces these leaves.
 
     Only floating-point leaves have gradients.
     """
@@ -69,13 +70,13 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 
 
 def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, x_BTD: jax.Array, rest: Tree) -> Tree:
-    """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device's rows and tokens.
+    """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device with its own rows and tokens.
 
-    XLA shards only the vocabulary. Matrices of the head and their gradients are sent between devices in the dtype of
-    `x`.
+    XLA shards only the vocabulary. Matrices of the head, and their gradients, are sent between devices in the dtype of
+    `x_BTD`.
 
     Returns:
-        The first result of `fn`, summed over the devices, and its second result as [B, T, ...].
+        The first result of `fn`, summed over the devices, and its second result as global arrays [B, T, ...].
     """
     mesh = meshes.current()
     if mesh is None or mesh.size == 1:
@@ -107,7 +108,7 @@ def _chunk_of(x_btD: jax.Array, vocab: int) -> int:
 def chunked(
     fn: ChunkLoss, vocab: int, head: Tree, constants: Tree, x_BTD: jax.Array, aligned: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Sum the results of `fn` over chunks of the sequence, so that logits are never stored for all tokens.
+    """Sum a loss over chunks of the sequence, so that logits are never stored for all tokens.
 
     Args:
         fn: Function that computes the loss of one chunk.
@@ -115,7 +116,7 @@ def chunked(
         head: Parameters of the head.
         constants: Further arguments of `fn` that are not differentiated.
         x_BTD: Hidden states.
-        aligned: Tree of arrays [B, T, ...] with a value per token, such as targets and weights.
+        aligned: Tree of arrays [B, T, ...] with one value per token, such as targets and weights.
 
     Returns:
         (sum of losses, tree of sums). Only the sum of losses is differentiable, with respect to `head` and `x_BTD`.
@@ -185,9 +186,12 @@ chunked.defvjp(_forward, _backward)
 
 
 def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (log probability of the targets [...], log of the partition sum [...]) for logits [..., V].
+    """Return the log probability of each target, and the logarithm of the partition function, for logits [..., V].
 
-    The target is selected by comparison, not by a gather, so that a sharded vocabulary stays sharded.
+    The logit of the target is selected by comparison, not by a gather, so that a sharded vocabulary stays sharded.
+
+    Returns:
+        Two arrays [...], in nats.
     """
     partition = jax.nn.logsumexp(logits_V, axis=-1)
     hit = jnp.arange(logits_V.shape[-1]) == targets[..., None]
@@ -195,9 +199,9 @@ def target_log_probability(logits_V: jax.Array, targets: jax.Array) -> tuple[jax
 
 
 def hits(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return whether each target is the first maximum of its logits, bool [...].
+    """Return whether each target is the argmax of its logits [..., V], bool [...].
 
-    An argmax would gather a sharded vocabulary.
+    Unlike an argmax, the computation does not gather a sharded vocabulary.
     """
     places = jnp.arange(logits_V.shape[-1])
     top = jnp.max(logits_V, axis=-1, keepdims=True)
@@ -231,7 +235,8 @@ def cross_entropy(
         z_loss: Coefficient of log(Z)^2 per token (Chowdhery et al., 2022, arXiv:2204.02311).
 
     Returns:
-        The loss, and the sums {"nll", "correct", "weight"} over the batch. "nll" has neither smoothing nor z-loss.
+        The loss, and the sums {"nll", "correct", "weight"} over the batch. "nll" is the cross-entropy without label
+        smoothing and z-loss.
     """
 
     def fn(head: Tree, _: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
@@ -254,8 +259,8 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
     """Convert sums to metrics: divide each sum by the sum "weight".
 
     If there is a sum "PREFIX_weight", sums whose names begin with "PREFIX_" are divided by that sum instead. A sum and
-    its weight may be vectors, such as one element per class. The metric is then the mean over the elements with
-    positive weight.
+    its weight may be vectors, for example with one element per class. The metric is then the mean of their quotients,
+    over the elements with positive weight.
     """
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
 
@@ -270,7 +275,7 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:
-    """Return the negative log-likelihood of every target in nats, [B, T], for evaluation."""
+    """Return the negative log-likelihood of every target token in nats, [B, T]. The result is not differentiable."""
 
     def nll(head: Tree, _: Tree, x_btD: jax.Array, targets_bt: jax.Array) -> tuple[None, jax.Array]:
         def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
@@ -304,7 +309,7 @@ def symmetric_divergence(
 ) -> jax.Array:
     """Compute the weighted sum over tokens of (KL(p || q) + KL(q || p)) / 2 in nats, for two sets of hidden states.
 
-    Gradients flow into both.
+    The result is differentiable with respect to both.
 
     Args:
         project: Output projection.

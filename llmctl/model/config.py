@@ -45,7 +45,7 @@ class ModelConfig(Config):
     """Stacks of the model: decoder, encoder, or both."""
 
     vocab_size: int = Field(default=4096, ge=2)
-    """Number of rows of the embedding table; set by the tokenizer if a model is trained from scratch."""
+    """Number of rows of the embedding table. If a model is trained from scratch, the tokenizer determines it."""
     d_model: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     layers: int = Field(default=2, ge=1, le=LAYERS)
@@ -94,12 +94,12 @@ class ModelConfig(Config):
     window_every: int = Field(default=1, ge=1)
     """Period of the attention pattern: the last layer of each period is global; 1 makes every layer local."""
     window_layers: tuple[int, ...] = ()
-    """Indices of the local layers, if they do not follow window_every; indices beyond the last layer are ignored."""
+    """Indices of the local layers, in place of window_every; indices beyond the last layer are ignored."""
 
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
     """Type of position encoding."""
     position_offset: int = Field(default=0, ge=0)
-    """Number of rows of the learned position table before position 0."""
+    """Number of rows before position 0 in the table of learned positions."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_local_theta: float = Field(default=0.0, ge=0)
@@ -109,7 +109,7 @@ class ModelConfig(Config):
     relative_buckets: int = Field(default=32, ge=4)
     """Number of buckets of the relative position bias."""
     relative_max_distance: int = Field(default=128, ge=2)
-    """Distance from which all relative positions share one bucket."""
+    """Distance in tokens from which all relative positions share one bucket."""
 
     tied: bool = True
     """Use the embedding table as the output projection."""
@@ -126,19 +126,19 @@ class ModelConfig(Config):
     head_activation: Literal["", "silu", "gelu", "gelu_tanh", "relu"] = ""
     """Nonlinearity of head_transform; empty uses that of the feed-forward layer."""
     pooler: bool = False
-    """Apply a dense layer with tanh to the pooled token before classification."""
+    """Apply a dense layer with tanh to the pooled vector before classification."""
     next_sentence: bool = False
-    """Add a next-sentence head on the pooler to a language model: two classes (BERT)."""
+    """Add a next-sentence head to a language model: the pooler and two classes (BERT)."""
     head_bias: bool = True
     """Add a bias to the task head."""
 
     prompt_tokens: int = Field(default=0, ge=0)
-    """Rows of the table of trained prompt vectors. Their token ids follow the vocabulary and are never predicted."""
+    """Number of trained prompt vectors (prompt tuning). Their token ids are those after the vocabulary."""
     prefix_tokens: int = Field(default=0, ge=0)
-    """Trained keys and values before every text, per layer of the stack that reads the tokens. Positions of texts start
-    after them."""
+    """Number of trained keys and values before every text in each layer (prefix tuning), in the stack that reads the
+    tokens. Positions of texts start after them."""
     adapter_size: int = Field(default=0, ge=0)
-    """Width of the bottleneck adapters of each layer; 0 means none."""
+    """Width of the bottleneck adapters in each layer; 0 means no adapters."""
     adapter_form: Literal["sequential", "parallel"] = "sequential"
     """Position of the adapters: after each sublayer, or beside the feed-forward layer."""
     adapter_scale: float = Field(default=1.0, gt=0)
@@ -190,7 +190,7 @@ class ModelConfig(Config):
 
     @property
     def head_kind(self) -> HeadKind:
-        """Return the structure of the head's outputs, such as whether there is one output per token."""
+        """Return the output structure of the head, such as whether it has one output per token."""
         return HEAD_KINDS[self.head]
 
     def of_stack(self, stack: str) -> ModelConfig:
@@ -204,7 +204,7 @@ class ModelConfig(Config):
 
     @property
     def task_head(self) -> bool:
-        """Return True if the model has a task head; the next-sentence head of a language model counts as one."""
+        """Return True if the model has a task head. A next-sentence head is also a task head."""
         return not self.head_kind.vocabulary or self.next_sentence
 
     @property
@@ -213,13 +213,13 @@ class ModelConfig(Config):
         return self.pooler and self.task_head and not self.head_kind.per_token
 
     @property
-    def answer_width(self) -> int:
+    def head_width(self) -> int:
         """Return the number of logits per output of the task head; 0 if there is no task head or no projection."""
         return 0 if self.head_kind.bare or not self.task_head else self.head_kind.width or self.labels
 
 
 def families() -> list[str]:
-    """Return the names of all families, which are the modules in the folder `families`."""
+    """Return the names of all model families, which are the modules in the folder `families`."""
     folder = importlib.import_module(FAMILIES)
     return sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
 
@@ -235,7 +235,7 @@ def family(name: str) -> ModuleType:
 
 
 def defaults(preset: str, name: str) -> dict[str, Any]:
-    """Return the fields of ModelConfig that a preset sets. Without a preset, return those that the family `name` sets.
+    """Return the fields of ModelConfig that a preset sets or, if `preset` is empty, that the family `name` sets.
 
     Raises:
         ValueError: If the preset or the family is unknown, or if the preset is of another family than `name`.

@@ -1,10 +1,11 @@
-"""Look up embeddings in a table whose columns are sharded over devices with different tokens.
+"""Look up embeddings in a table whose columns are sharded over devices that also have different tokens.
 
-There are two methods. In the first, every device gathers the table. In the second, every device looks up its columns
-for all tokens. An all-to-all then gives each device all columns of its own tokens. The method that sends fewer bytes
-per device is used. Everything except indices is sent in the compute dtype. The local sums on each device are float32.
+There are two methods. In the first, every device gathers the table. In the second, every device looks up its own
+columns for the tokens of all devices, and an all-to-all then gives it all columns of its own tokens. The method that
+sends fewer bytes per device is used. Embeddings and gradients are sent in the compute dtype. Each device sums gradients
+in float32.
 
-Shapes: V rows of the table, D width, B x T tokens; n devices share the columns. On one device: N tokens [b, t], v rows,
+Shapes: V rows of the table, D width, B x T tokens; n devices shard the columns. On one device: N tokens [b, t], v rows,
 d columns.
 """
 
@@ -23,10 +24,10 @@ from llmctl.distributed import mesh as meshes
 
 
 def take(table_VD: jax.Array, ids_BT: jax.Array, rows: str | None, dtype: Any) -> jax.Array:
-    """Look up the rows of a table.
+    """Look up the embeddings of tokens in a table, which may be sharded.
 
     Args:
-        table_VD: Embedding table with the logical axes `rows` and embed_in.
+        table_VD: Embedding table. The logical axes of its rows and columns are `rows` and "embed_in".
         ids_BT: Token ids.
         rows: Logical axis of the table's rows.
         dtype: Dtype of the result.
@@ -46,36 +47,44 @@ class _Layout(NamedTuple):
     mesh: Mesh
     tokens: PartitionSpec
     table: PartitionSpec
-    shares: tuple[str, ...]
+    column_axes: tuple[str, ...]
     """Mesh axes that shard both the columns of the table and the tokens."""
-    copies: tuple[str, ...]
+    token_axes: tuple[str, ...]
     """Mesh axes that shard the tokens but not the table. The table's gradient is summed over them."""
-    rows: tuple[str, ...]
+    row_axes: tuple[str, ...]
     """Mesh axes that shard the rows of the table."""
-    exchanges: bool
-    """Whether each device looks up its columns for all tokens and an all-to-all follows. Otherwise every device gathers
-    the table. The method that sends fewer bytes, forward and backward, is used."""
+    exchange_columns: bool
+    """Whether to use the second method of the module docstring: each device looks up its columns for all tokens, and an
+    all-to-all follows."""
 
 
 def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:
-    """Return the sharding of a table and of the tokens, or None if the lookup needs no special communication.
+    """Return the sharding of a table and of the tokens, or None if a plain lookup is sufficient.
 
-    The result is None if there is no mesh, or if the columns are not sharded over devices with different tokens.
+    It is sufficient if there is no mesh, or if the columns are not sharded over devices with different tokens.
+
+    Args:
+        table: Shape of the table.
+        ids: Shape of the token ids.
+        rows: Logical axis of the table's rows.
+        dtype: Dtype of the embeddings.
     """
     mesh = meshes.current()
     if mesh is None:
         return None
     tokens, table_spec = meshes.spec(("batch", "seq"), mesh, ids), meshes.spec((rows, "embed_in"), mesh, table)
-    over, (split, shares) = meshes.axes_of(tokens), (tuple(meshes.axes_of(PartitionSpec(e))) for e in table_spec)
-    if not shares or not set(shares) <= set(over):
+    over, (split, column_axes) = meshes.axes_of(tokens), (tuple(meshes.axes_of(PartitionSpec(e))) for e in table_spec)
+    if not column_axes or not set(column_axes) <= set(over):
         return None
 
     def ways(axes: Sequence[str]) -> int:
         return math.prod(mesh.shape[a] for a in axes)
 
     N, V, row = math.prod(ids) // ways(over), table[0] // ways(split), table[1] * dtype.itemsize
-    exchanges = 2 * N * row + 4 * N * ways(shares) < 2 * V * row
-    return _Layout(mesh, tokens, table_spec, shares, tuple(a for a in over if a not in shares), split, exchanges)
+    exchange_columns = 2 * N * row + 4 * N * ways(column_axes) < 2 * V * row
+    return _Layout(
+        mesh, tokens, table_spec, column_axes, tuple(a for a in over if a not in column_axes), split, exchange_columns
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -86,11 +95,11 @@ def _take(table_VD: jax.Array, ids_BT: jax.Array, layout: _Layout, dtype: Any) -
 def _forward(table_VD: jax.Array, ids_BT: jax.Array, layout: _Layout, dtype: Any) -> Any:
     def here(table_vd: jax.Array, ids_bt: jax.Array) -> jax.Array:
         table_vd, ids_N = table_vd.astype(dtype), ids_bt.reshape(-1)
-        if layout.exchanges:
-            x_nNd = _rows_of(table_vd, jax.lax.all_gather(ids_N, layout.shares), layout)
-            x_ND = jax.lax.all_to_all(x_nNd, layout.shares, 0, 2, tiled=True)
+        if layout.exchange_columns:
+            x_nNd = _rows_of(table_vd, jax.lax.all_gather(ids_N, layout.column_axes), layout)
+            x_ND = jax.lax.all_to_all(x_nNd, layout.column_axes, 0, 2, tiled=True)
         else:
-            x_ND = _rows_of(jax.lax.all_gather(table_vd, layout.shares, axis=1, tiled=True), ids_N, layout)
+            x_ND = _rows_of(jax.lax.all_gather(table_vd, layout.column_axes, axis=1, tiled=True), ids_N, layout)
         return x_ND.reshape(*ids_bt.shape, -1)
 
     run = meshes.per_device(here, layout.mesh, (layout.table, layout.tokens), layout.tokens)
@@ -102,13 +111,13 @@ def _backward(layout: _Layout, dtype: Any, saved: tuple[jax.Array, jax.Array], d
 
     def here(table_vd: jax.Array, ids_bt: jax.Array, d_x_btD: jax.Array) -> jax.Array:
         ids_N, d_x_ND = ids_bt.reshape(-1), d_x_btD.reshape(-1, d_x_btD.shape[-1])
-        if layout.exchanges:
-            d_x_nNd = jax.lax.all_to_all(d_x_ND[None], layout.shares, 2, 0, tiled=True)
-            d_vd = _table_gradient(jax.lax.all_gather(ids_N, layout.shares), d_x_nNd, len(table_vd), layout)
+        if layout.exchange_columns:
+            d_x_nNd = jax.lax.all_to_all(d_x_ND[None], layout.column_axes, 2, 0, tiled=True)
+            d_vd = _table_gradient(jax.lax.all_gather(ids_N, layout.column_axes), d_x_nNd, len(table_vd), layout)
         else:
             d_vD = _table_gradient(ids_N, d_x_ND, len(table_vd), layout).astype(dtype)
-            d_vd = jax.lax.psum_scatter(d_vD, layout.shares, scatter_dimension=1, tiled=True)
-        d_vd = jax.lax.psum(d_vd.astype(dtype), layout.copies) if layout.copies else d_vd
+            d_vd = jax.lax.psum_scatter(d_vD, layout.column_axes, scatter_dimension=1, tiled=True)
+        d_vd = jax.lax.psum(d_vd.astype(dtype), layout.token_axes) if layout.token_axes else d_vd
         return d_vd.astype(table_vd.dtype)
 
     run = meshes.per_device(here, layout.mesh, (layout.table, layout.tokens, layout.tokens), layout.table)
@@ -119,24 +128,24 @@ _take.defvjp(_forward, _backward)
 
 
 def _rows_of(table_v: jax.Array, ids: jax.Array, layout: _Layout) -> jax.Array:
-    """Return the embeddings [..., columns] of the tokens `ids` [...] from a local table, which may lack rows."""
-    if not layout.rows:
+    """Return the embeddings [..., columns] of the tokens `ids` [...], from a table whose rows may be sharded."""
+    if not layout.row_axes:
         return jnp.take(table_v, ids, axis=0)
     at, here = _local_index(ids, len(table_v), layout)
-    return jax.lax.psum(jnp.where(here[..., None], jnp.take(table_v, at, axis=0), 0), layout.rows)
+    return jax.lax.psum(jnp.where(here[..., None], jnp.take(table_v, at, axis=0), 0), layout.row_axes)
 
 
 def _table_gradient(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) -> jax.Array:
-    """Return the gradient of the local rows, float32 [rows, columns], from the tokens' ids and their gradients."""
+    """Return the gradient of the local table, float32 [rows, columns], from token ids and gradients of embeddings."""
     d_x = d_x.astype(jnp.float32)
-    if layout.rows:
+    if layout.row_axes:
         ids, here = _local_index(ids, rows, layout)
         d_x = jnp.where(here[..., None], d_x, 0)
     return jnp.zeros((rows, d_x.shape[-1]), jnp.float32).at[ids].add(d_x)
 
 
 def _local_index(ids: jax.Array, rows: int, layout: _Layout) -> tuple[jax.Array, jax.Array]:
-    """Return the index of each id among the local rows, and whether its row is local. The index is 0 if it is not."""
-    at = ids - rows * jax.lax.axis_index(layout.rows)
+    """Return the index of each id among the `rows` local rows (0 if it is not local), and whether it is local."""
+    at = ids - rows * jax.lax.axis_index(layout.row_axes)
     here = (at >= 0) & (at < rows)
     return jnp.where(here, at, 0), here

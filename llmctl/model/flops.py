@@ -1,8 +1,8 @@
 """Compute a model's parameter count, FLOPs and cache size from its config, without arrays.
 
-FLOPs are those of matrix products, with two FLOPs per multiply-add. Norms, activations, softmax and recomputation are
-not counted (Chowdhery et al., 2022, arXiv:2204.02311, appendix B). In attention, only pairs inside the mask are
-counted.
+Only the FLOPs of matrix products are counted, two per multiply-add. Norms, activations, softmax and recomputation are
+not counted (Chowdhery et al., 2022, arXiv:2204.02311, appendix B). In attention, only pairs of tokens that the mask
+allows are counted.
 """
 
 from __future__ import annotations
@@ -40,21 +40,23 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
         cfg: Config of the model.
         length: Number of tokens in the row; for an encoder-decoder, number of decoder tokens.
         source: Number of encoder tokens of an encoder-decoder.
-        predicted: Number of tokens to which a language model applies its output projection; by default all.
+        predicted: Number of tokens to which a language model applies its output projection; None means all.
     """
     matrices = 0.0
     if cfg.head_kind.vocabulary:
         matrices = cfg.d_model * cfg.vocab_size + (cfg.d_model**2 if cfg.head_transform else 0)
     elif cfg.head_kind.per_token:
-        matrices = cfg.d_model * cfg.answer_width
+        matrices = cfg.d_model * cfg.head_width
     total = 2.0 * matrices * (length if predicted is None else predicted)
     causal = cfg.architecture != "encoder"
     local = sum(hf_config.local_layers(cfg, cfg.layers))
-    pairs = length * (local * _seen(length, cfg.window, causal) + (cfg.layers - local) * _seen(length, 0, causal))
+    pairs = length * (
+        local * _mean_keys(length, cfg.window, causal) + (cfg.layers - local) * _mean_keys(length, 0, causal)
+    )
     pairs += length * cfg.layers * cfg.prefix_tokens
     total += 2.0 * length * cfg.layers * _matrices(cfg)
     if cfg.encoder_layers:
-        pairs += cfg.layers * length * source + cfg.encoder_layers * source * _seen(source, 0, causal=False)
+        pairs += cfg.layers * length * source + cfg.encoder_layers * source * _mean_keys(source, 0, causal=False)
         total += 2.0 * source * cfg.encoder_layers * _matrices(cfg)
         # Cross-attention: queries and outputs of decoder tokens, keys and values of encoder tokens.
         width = 2 * cfg.d_model * cfg.head_dim
@@ -75,7 +77,11 @@ def flops(cfg: ModelConfig, length: int) -> float:
 def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
     """Return the FLOPs per token of a forward pass over rows whose arrays have the given shapes.
 
-    In an encoder-decoder, the FLOPs of a row are divided by the number of its encoder and decoder tokens.
+    In an encoder-decoder, encoder tokens and decoder tokens are counted as tokens.
+
+    Args:
+        cfg: Config of the model.
+        shapes: Shape of each array of a row, by name.
     """
     length = shapes["tokens"][-1]
     source = shapes.get("encoder_tokens", (0,))[-1]
@@ -83,7 +89,7 @@ def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
 
 
 def kv_cache(cfg: ModelConfig, itemsize: int = 2) -> int:
-    """Return the size of the keys and values that all layers cache per token, in bytes.
+    """Return the size of the key-value cache per token, over all layers, in bytes.
 
     Args:
         cfg: Config of the model.
@@ -104,7 +110,7 @@ def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
 
 
 def _sublayers(cross: bool) -> tuple[str, ...]:
-    """Return the names of a layer's sublayers. "cross" is among them only if the layer has cross-attention."""
+    """Return the names of the sublayers in a layer with or without cross-attention."""
     return ("attn", "cross", "mlp") if cross else ("attn", "mlp")
 
 
@@ -136,10 +142,10 @@ def _head(cfg: ModelConfig) -> int:
         total += D * D + D + _norm(cfg, D) + cfg.vocab_size if cfg.head_transform else 0
     if cfg.pools:
         total += D * D + D
-    return total + D * cfg.answer_width + (cfg.answer_width if cfg.head_bias else 0)
+    return total + D * cfg.head_width + (cfg.head_width if cfg.head_bias else 0)
 
 
-def _seen(length: int, window: int, causal: bool) -> float:
+def _mean_keys(length: int, window: int, causal: bool) -> float:
     """Return the mean number of keys to which a query attends.
 
     These are the keys fewer than `window` tokens away, or all keys if `window` is 0. Later keys are excluded if

@@ -1,6 +1,7 @@
-"""Multiply by an FSDP-sharded weight: gather the weight once per pass, and reduce-scatter its gradient.
+"""Multiply activations by a weight that is sharded by FSDP. The weight is gathered once per pass.
 
-By default, XLA gathers the weight again for recomputation and for the backward product.
+Its gradient is computed by a reduce-scatter. Without this module, XLA would gather the weight again for recomputation
+and for the product in the backward pass.
 
 Shapes: I inputs, O outputs.
 """
@@ -19,9 +20,9 @@ Axes = tuple[str, str]
 
 
 def splits(axes: Axes) -> bool:
-    """Return True if the mesh shards a weight with these logical axes by FSDP, without context parallelism.
+    """Return True if `matmul` applies to a weight with these logical axes.
 
-    `matmul` is then used for products with the weight.
+    This is the case if the current mesh shards the weight by FSDP, and does not use context parallelism.
     """
     mesh = meshes.current()
     if mesh is None or meshes.splits_sequences() or "embed" not in axes:

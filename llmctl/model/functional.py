@@ -1,8 +1,8 @@
-"""Define functions of a config and a plain parameter tree that run the model, without Flax modules.
+"""Run the model by functions of a config and a parameter tree, so that callers need no Flax modules.
 
-Only `llmctl/model` uses Flax modules. The parameter tree has `embed`, `encoder` and/or `decoder` (`blocks`, `norm`),
-`lm_head` (if untied or transformed) and `head` (task heads). The forward pass of training, `hidden` and `head_logits`,
-is defined in `llmctl.model.transformer`.
+The parameter tree is a nested dict. Its keys are `embed`, `encoder` and/or `decoder` (with `blocks` and `norm`),
+`lm_head` (if the output projection is untied or transformed) and `head` (for task heads). The functions of the training
+step, `hidden` and `head_logits`, are defined in `llmctl.model.transformer`.
 
 Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of a matrix.
 """
@@ -37,7 +37,7 @@ from llmctl.model.transformer import (
     hidden,
     product_rules,
 )
-from llmctl.model.wiring import crosses, stacks
+from llmctl.model.wiring import has_cross_attention, stacks
 
 __all__ = [
     "Carry",
@@ -69,14 +69,14 @@ __all__ = [
 
 
 class Carry(NamedTuple):
-    """Store the input of a layer: the residual stream, and the inputs that all layers share."""
+    """Store the inputs of a layer: the residual stream, and the inputs that all layers share."""
 
     x_BTD: jax.Array
     shared: Shared
 
 
 def example_batch(cfg: ModelConfig, batch: int = 1, length: int = 2) -> Batch:
-    """Return a batch of zeros for tracing: the int32 arrays [batch, length] that the model reads, by name."""
+    """Return a batch of zeros for tracing: {name: int32 array [batch, length]} with all arrays that the model reads."""
     zeros = jnp.zeros((batch, length), jnp.int32)
     names = ["tokens", "positions", "segments"]
     names += [f"encoder_{n}" for n in names] if cfg.encoder_layers else []
@@ -127,9 +127,10 @@ def _of_boxes(cfg: ModelConfig, part: Callable[[Any], Any]) -> Params:
 
 @functools.lru_cache(64)
 def _boxes(config: str) -> Params:
-    """Return abstract parameters with their logical axes, for a ModelConfig as JSON.
+    """Return abstract parameters with their logical axes. The result is cached, because many callers need it.
 
-    The result is cached, because many callers need it.
+    Args:
+        config: ModelConfig as JSON text, which can be a key of the cache.
     """
     cfg = ModelConfig.model_validate_json(config)
     return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
@@ -146,7 +147,7 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
 
 
 def laid_out(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """Return abstract parameters with their shardings.
+    """Return abstract parameters with their shardings on `mesh`.
 
     Raises:
         RequestError: If `shardings` raises it.
@@ -158,8 +159,8 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
     """Check that the mesh fits the model.
 
     Raises:
-        RequestError: If the tensor axis does not divide the number of heads, or the pipeline axis that of layers, or
-            if the context axis splits the texts of a model with a trained prefix.
+        RequestError: If the tensor axis does not divide the number of heads, if the pipeline axis does not divide the
+            number of layers, or if the context axis shards the texts of a model with a trained prefix.
     """
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
     if cfg.prefix_tokens and mesh.shape["context"] > 1:
@@ -188,13 +189,13 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the final hidden states and those of selected layers.
+    """Compute the final hidden states, and the outputs of selected layers.
 
     Args:
         cfg: Config of the model.
         params: Parameters of the model.
         batch: Batch as in `hidden`.
-        layers: Indices of layers of the last stack; 0 is the first layer.
+        layers: Indices of the selected layers in the last stack; 0 is the first layer.
         train: Whether dropout is applied.
         rng: Random key as in `hidden`.
         dtype: Dtype of the computation.
@@ -218,7 +219,7 @@ def lm_logits(cfg: ModelConfig, params: Params, x: jax.Array, dtype: Any = jnp.f
 
 
 def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
-    """Compute the outputs of the task head in float32.
+    """Compute the outputs of the task head in float32 from the final hidden states.
 
     Shapes: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D].
     """
@@ -237,13 +238,21 @@ def depth(cfg: ModelConfig, stack: str) -> int:
 def embed(
     cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32
 ) -> Carry:
-    """Return the input of the first block in the stack that reads `tokens`. `memory_BSD` is the encoder's output."""
+    """Return the inputs of the first layer in the stack that reads `tokens`.
+
+    Args:
+        cfg: Config of the model.
+        params: Parameters of the model.
+        batch: Batch as in `hidden`.
+        memory_BSD: Output of the encoder in an encoder-decoder.
+        dtype: Dtype of the computation.
+    """
     model, body = Transformer(cfg, dtype), body_params(params)
     return Carry(*apply(model, {"params": body}, batch, memory_BSD, method="start"))
 
 
 def embed_encoder(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.float32) -> Carry:
-    """Return the input of the first encoder block in an encoder-decoder."""
+    """Return the inputs of the first encoder layer in an encoder-decoder."""
     model, body = Transformer(cfg, dtype), body_params(params)
     return Carry(*apply(model, {"params": body}, batch, method="start_encoder"))
 
@@ -255,7 +264,7 @@ def encode(cfg: ModelConfig, params: Params, batch: Batch, dtype: Any = jnp.floa
 
 
 def layer_params(params: Params, stack: str, layer: int) -> Params:
-    """Return the parameters of the layer with the index `layer`, sliced from the stacked parameters of the stack."""
+    """Return the parameters of one layer: a slice of the stacked parameters."""
     return weights.layer_of(params[stack]["blocks"], layer)
 
 
@@ -275,16 +284,16 @@ def block(
         cfg: Config of the model.
         stack: Name of the stack, "encoder" or "decoder".
         layer: Parameters of the layer.
-        carry: State before the layer.
+        carry: Inputs of the layer.
         index: Index of the layer in the stack.
-        taps: Whether to capture the inputs of the layer's matrices.
+        taps: Whether to capture the inputs of the layer's matrices, for calibration.
         dtype: Dtype of the computation.
 
     Returns:
-        The state after the layer, and the captured inputs [N, I] by path ("attn/q", "mlp/down", …).
+        The inputs of the next layer, and {path of a matrix, such as "attn/q": captured input [N, I]}.
     """
     layers = depth(cfg, stack)
-    module = Block(cfg.of_stack(stack), dtype, layers, crosses(cfg, stack))
+    module = Block(cfg.of_stack(stack), dtype, layers, has_cross_attention(cfg, stack))
     local = local_layers(cfg, layers)[index]
     (x, _), state = apply(module, {"params": layer}, carry.x_BTD, carry.shared, local, mutable=["taps"] if taps else [])
     tapped = weights.flatten(state.get("taps", {}))
@@ -294,16 +303,26 @@ def block(
 def cached_block(
     cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int, cache: Params, dtype: Any = jnp.float32
 ) -> tuple[Carry, Params]:
-    """Apply one layer, and write its keys and values into `cache` ({"attn": {"past_k", "past_v"}}).
+    """Apply one layer with a key-value cache, to which the keys and values of the tokens are added.
 
     In an encoder-decoder, the keys and values of cross-attention are also cached (under "cross"), when they are first
-    computed. `carry` is the result of `embed` for a batch with `slot` and `cached_segments`.
+    computed.
+
+    Args:
+        cfg: Config of the model.
+        stack: Name of the stack, "encoder" or "decoder".
+        layer: Parameters of the layer.
+        carry: Inputs of the layer. For the first layer, they come from `embed` and a batch with `slot` and
+            `cached_segments`.
+        index: Index of the layer in the stack.
+        cache: Cache of this layer, {"attn": {"past_k", "past_v"}}.
+        dtype: Dtype of the computation.
 
     Returns:
-        The state after the layer, and the new cache.
+        The inputs of the next layer, and the new cache of this layer.
     """
     layers = depth(cfg, stack)
-    module = Block(cfg.of_stack(stack), dtype, layers, crosses(cfg, stack))
+    module = Block(cfg.of_stack(stack), dtype, layers, has_cross_attention(cfg, stack))
     variables = {"params": layer, "cache": cache}
     (x, _), state = apply(
         module, variables, carry.x_BTD, carry.shared, local_layers(cfg, layers)[index], mutable=["cache"]
@@ -312,7 +331,7 @@ def cached_block(
 
 
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
-    """Return the stack's final hidden states [B, T, D], from the output of its last layer."""
+    """Return the final hidden states of a stack [B, T, D], from the output `carry` of its last layer."""
     body = body_params(params)
     return apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
 
@@ -320,9 +339,9 @@ def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: An
 def head_taps(
     cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
-    """Return the inputs [N, I] of the output head's matrices, by path as in `wiring.matrices`.
+    """Return {path: input [N, I]} of each matrix of the output head, with paths as in `wiring.matrices`.
 
-    N is the number of tokens, or of sequences for a matrix after the pooling.
+    N is the number of tokens; for a matrix after the pooling, N is the number of sequences.
     """
     found: dict[str, jax.Array] = {}
     if cfg.head_kind.vocabulary:

@@ -1,6 +1,7 @@
-"""Define the output structure of each model head, by the name in `ModelConfig.head`. This module does not import JAX.
+"""Describe the outputs of each head of a model, by the head's name in `ModelConfig.head`.
 
-A task (`llmctl.evaluate.tasks`) names the head that it needs. Several tasks may share a head.
+Each task (`llmctl.evaluate.tasks`) needs one of these heads. Several tasks may use the same head. This module does not
+import JAX.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ class HeadKind:
     """
 
     vocabulary: bool = False
-    """Whether the outputs are logits over the vocabulary. Such a model has a task head only for next-sentence
-    prediction."""
+    """Whether the outputs are logits over the vocabulary. A model with this head can also have a next-sentence head."""
     per_token: bool = False
-    """Whether there is one output per token, without pooling."""
+    """Whether there is one output per token. Otherwise, the tokens of a sequence are pooled to one output."""
     bare: bool = False
     """Whether the output is the pooled vector at unit length, without a projection."""
     width: int = 0

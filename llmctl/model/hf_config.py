@@ -1,8 +1,8 @@
-"""Convert between a model family and Hugging Face: tensor names and the keys of config.json, without arrays.
+"""Convert tensor names and the keys of config.json between llmctl and Hugging Face. Arrays are not converted here.
 
-A name map is a table {parameter path: Hugging Face tensor name}. "{}" in a name is the layer index, because our arrays
-stack layers on axis 0. Our matrices are [in, out]. Those of Hugging Face are [out, in], unless the family declares
-otherwise. "name#i" is part i of a fused tensor (query, key and value), split along its outputs.
+A name map is a table {parameter path: Hugging Face tensor name}. "{}" in a name is replaced by the layer index, because
+llmctl stacks the arrays of all layers on axis 0. Matrices of llmctl are [in, out]. Those of Hugging Face are [out, in],
+unless the family declares otherwise. "name#i" is part i of a tensor that fuses query, key and value along its outputs.
 
 Example:
     >>> linear({"attn/q": "q_proj"})
@@ -29,7 +29,7 @@ class Head:
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that this class sets on import and requires on export."""
+    """Fields of ModelConfig that models with this class have: they are set on import and required on export."""
     prefix: str = ""
     """Prefix of the network's tensor names in this class, if it differs from the family's prefix."""
 
@@ -40,18 +40,18 @@ class Bridge:
 
     model_type: str
     prefix: str
-    """Prefix of the tensor names of the network without heads. Files of base models omit it."""
+    """Prefix of the tensor names of the network without heads. Files of models without a head omit the prefix."""
     names: Callable[[Any], Mapping[str, str]]
     """Function from a ModelConfig to the name map of the network."""
     heads: Mapping[str, Head]
     """Heads by name. "lm+next_sentence" is a language model that also has the next-sentence head."""
     from_config: Callable[[Keys], Fields]
-    """Function from the keys of a config.json to fields of ModelConfig beyond the family's flags. It reads every
-    relevant key."""
+    """Function from the keys of a config.json to the fields of ModelConfig that the family's flags do not set."""
     to_config: Callable[[Any], Fields]
-    """Function from a ModelConfig to config.json keys. It raises RequestError for unsupported fields."""
+    """Function from a ModelConfig to the keys of config.json. It raises RequestError if the format does not support a
+    field."""
     buffers: tuple[str, ...] = ()
-    """Regular expressions for the names of stored tensors that are not parameters. They are ignored."""
+    """Regular expressions for the names of tensors that are not parameters, and are ignored on import."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that some files contain in addition to an equal tensor: {name: name of the equal tensor}."""
     in_out: str = ""
@@ -60,18 +60,24 @@ class Bridge:
     """Outdated names of tensors or classes that are accepted on import: {outdated name: current name}."""
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
-        """Return the complete name map of a model with this head. If `bare` is true, omit the prefix."""
+        """Return the name map of a model with this head, for all parameters.
+
+        Args:
+            cfg: ModelConfig of the model.
+            head: Head of the model.
+            bare: Whether to omit the prefix of the network's tensor names.
+        """
         prefix = "" if bare else head.prefix or self.prefix
         return {ours: prefix + theirs for ours, theirs in self.names(cfg).items()} | dict(head.names)
 
 
 def blocks(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
-    """Return a name map with prefixes added: `ours` to each parameter path, and `theirs` to each Hugging Face name."""
+    """Add prefixes to a name map: `ours` to each parameter path, and `theirs` to each Hugging Face name."""
     return {f"{ours}/{k}": f"{theirs}.{v}" for k, v in table.items()}
 
 
 def linear(table: Mapping[str, str]) -> dict[str, str]:
-    """Return a name map with the kernel and the bias of each linear layer; `table` has only the layers' names."""
+    """Expand a map of the names of linear layers to a name map of their kernels and biases."""
     return {
         f"{ours}/{ours_leaf}": _part(theirs, theirs_leaf)
         for ours, theirs in table.items()
@@ -80,7 +86,7 @@ def linear(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def norm(table: Mapping[str, str]) -> dict[str, str]:
-    """Return a name map with the scale and the bias of each norm; `table` has only the norms' names."""
+    """Expand a map of the names of norms to a name map of their scales and biases."""
     return {
         f"{ours}/{ours_leaf}": f"{theirs}.{theirs_leaf}"
         for ours, theirs in table.items()
@@ -124,7 +130,11 @@ ACTIVATIONS = {
 
 
 class Keys:
-    """Read the keys of a config.json. A key that is neither read, required nor known to be irrelevant is an error."""
+    """Read the keys of a config.json, one by one, and collect problems.
+
+    Each method removes a key. `finish` raises an error if there are problems, or if keys are left that nothing has
+    read.
+    """
 
     def __init__(self, given: Mapping[str, Any], ignore: frozenset[str] = frozenset()):
         self.given = {k: v for k, v in given.items() if k not in IRRELEVANT | ignore}
@@ -144,49 +154,55 @@ class Keys:
             return 1
         return default
 
-    def absent(self, key: str, value: Any) -> None:
-        """Add the value that `transformers` uses for a missing key. A null key has another meaning and stays null."""
+    def set_default(self, key: str, value: Any) -> None:
+        """Set a key that is missing to `value`, the default of `transformers`. If the key is null, it stays null."""
         self.given.setdefault(key, value)
 
-    def must(self, key: str, *allowed: Any) -> None:
-        """Remove a key that may only be missing, null or one of `allowed`; record other values as unsupported."""
+    def check(self, key: str, *allowed: Any) -> None:
+        """Remove a key; record a problem unless it is missing, null or one of the `allowed` values."""
         value = self.given.pop(key, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{key} = {value!r} is not supported")
 
     def activation(self, key: str, default: str) -> str:
-        """Remove a key with an activation and return llmctl's name of it. An unknown one is recorded as a problem."""
+        """Remove a key that names an activation, and return llmctl's name of the activation.
+
+        An unknown activation is recorded as a problem.
+        """
         value = self.take(key, default)
         if value not in ACTIVATIONS:
             self.problems.append(f"{key} = {value!r} is not a known activation")
         return ACTIVATIONS.get(value, "silu")
 
     def drop(self, *keys: str) -> None:
-        """Ignore keys that are irrelevant for this family."""
+        """Remove keys that have no effect in this family."""
         for key in keys:
             self.given.pop(key, None)
 
     def finish(self, where: str) -> None:
         """Check that all keys were read without problems.
 
+        Args:
+            where: Location of the config, for the error message.
+
         Raises:
-            RequestError: If there are problems or unknown keys. The message lists up to eight.
+            RequestError: If there are problems or unknown keys. The message lists up to eight of them.
         """
         unknown = [f"{k} = {v!r} is not understood" for k, v in sorted(self.given.items()) if v is not None]
         if self.problems + unknown:
             raise RequestError(f"{where}: {'; '.join((self.problems + unknown)[:8])}")
 
 
-def take_rope(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
+def rope_from_keys(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
     """Convert the rotary keys of a config.json to fields of ModelConfig: the rotary bases and the scaling.
 
-    They are read from rope_theta and rope_scaling (older) or from rope_parameters (newer). If rope_parameters lacks the
+    Older files have the keys rope_theta and rope_scaling, newer ones rope_parameters. If rope_parameters lacks the
     base, rope_theta is used.
 
     Args:
         keys: The config.json to read.
         theta: Rotary base if no key defines it.
-        local: Whether local layers have a rotary base of their own, as in Gemma 3.
+        local: Whether local layers have a separate rotary base, as in Gemma 3.
     """
     theta = keys.take("rope_theta", theta)
     given = {"rope_theta": theta, **(keys.take("rope_scaling", None) or {})}
@@ -245,10 +261,10 @@ def _rope(keys: Keys, given: Mapping[str, Any], theta: float) -> Fields:
     return fields | {"rope_scaling": {"rope_type": kind, **scaling}}
 
 
-def give_rope(cfg: Any, local: bool = False) -> Fields:
-    """Convert the rotary settings of a ModelConfig to config keys; inverse of `take_rope`.
+def rope_to_keys(cfg: Any, local: bool = False) -> Fields:
+    """Convert the rotary settings of a ModelConfig to keys of config.json; inverse of `rope_from_keys`.
 
-    Both the older and the newer keys are written, so that every release of transformers finds one of them.
+    Both the older and the newer keys are returned, so that every release of transformers finds one of them.
     """
     scaling = dict(cfg.rope_scaling)
     old = {"rope_scaling": scaling} if scaling else {}
@@ -267,17 +283,17 @@ def give_rope(cfg: Any, local: bool = False) -> Fields:
     }
 
 
-def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields:
+def windows_from_keys(keys: Keys, layers: int, window: int, every: int = 1) -> Fields:
     """Return the fields of ModelConfig that define which layers have local attention.
 
-    They are read from the key `layer_types`. If it is missing, the last of every `every` layers is global, and the
-    others are local (all, if `every` is 1).
+    The key `layer_types` of config.json lists them. If it is missing, the last of every `every` layers is global, and
+    the others are local; if `every` is 1, all layers are local.
 
     Args:
         keys: The config.json to read.
         layers: Number of layers.
         window: Width of the attention window in tokens; 0 means that no layer is local.
-        every: Period of the family's attention pattern.
+        every: Period of the attention pattern in layers, if `layer_types` is missing.
 
     Raises:
         ValueError: If there are more layers than `LAYERS`.
@@ -308,7 +324,7 @@ def take_windows(keys: Keys, layers: int, window: int, every: int = 1) -> Fields
     }
 
 
-def give_windows(cfg: Any) -> list[str]:
+def windows_to_keys(cfg: Any) -> list[str]:
     """Return the value of the config key `layer_types`, with one entry per layer.
 
     An entry is "sliding_attention" for a layer with local attention, and "full_attention" for any other layer.
@@ -317,10 +333,10 @@ def give_windows(cfg: Any) -> list[str]:
 
 
 def local_layers(cfg: Any, layers: int) -> list[bool]:
-    """Return whether each layer of a stack has local attention.
+    """Return whether each layer of a stack has local attention, by the fields of ModelConfig.
 
-    If `window` is 0, no layer has. If `window_layers` is set, its layers have. Otherwise all layers have, except the
-    last of every `window_every` layers; if `window_every` is 1, there is no exception.
+    If `window` is 0, no layer is local. If `window_layers` is set, these layers are local. Otherwise, all layers are
+    local except the last of every `window_every` layers; if `window_every` is 1, all layers are local.
     """
     if not cfg.window:
         return [False] * layers
@@ -330,7 +346,12 @@ def local_layers(cfg: Any, layers: int) -> list[bool]:
 
 
 def refuse(cfg: Any, what: str, **needed: Any) -> None:
-    """Check that fields of the config have the values that a family requires.
+    """Check that fields of a ModelConfig have the values that a family requires.
+
+    Args:
+        cfg: The ModelConfig.
+        what: Name of the family, for the error message.
+        **needed: Required value of each field.
 
     Raises:
         RequestError: If a field has another value.

@@ -1,4 +1,4 @@
-"""Cache keys and values for decoding: the layout of the cache, and functions to read and write it.
+"""Read and write the key-value cache of a layer, and define its layout.
 
 Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
 """
@@ -13,17 +13,24 @@ import jax.numpy as jnp
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
-    """Return the shape of a layer's cached keys or values: [B, G, S, K], without B and G if they are 1.
+    """Return the shape of the cached keys or values of a layer: [B, G, S, K], without B and G if they are 1.
 
-    The products of `attention_xla.attend` read this layout, so that XLA can update the cache in place. If the program
-    dropped an axis of size 1 between the update and the product, XLA's CPU backend would fuse the update and the
-    product separately. It would then copy the cache at every step.
+    `attention_xla.attend` multiplies arrays in this layout, so that XLA can update the cache in place. Axes of size 1
+    are dropped in the cache itself. If the program dropped them after the update, XLA's CPU backend would copy the
+    cache at every step.
     """
     return (*(n for n in (B, G) if n > 1), S, K)
 
 
 def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> jax.Array:
-    """Write new keys or values [B, T, G, K] into a module's cache, starting at the slot `slot`.
+    """Write new keys or values [B, T, G, K] into the cache of a module, from slot `slot` on.
+
+    Args:
+        module: Attention module, whose collection "cache" is written.
+        name: "k" or "v".
+        new_BTGK: New keys or values.
+        slot: Index of the first slot to write.
+        dtype: Dtype of a new cache.
 
     Returns:
         All cached keys or values [B, S, G, K].
@@ -36,12 +43,12 @@ def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array 
 
 
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
-    """Store the keys or values of cross-attention in the cache. Later decoding steps read them from there."""
+    """Store the keys or values of cross-attention in the cache of a module, so that later steps can read them."""
     module.put_variable("cache", f"memory_{name}", _laid_out(x_BSGK))
 
 
 def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> jax.Array:
-    """Return the cached array `name` as [B, S, G, K]."""
+    """Return the array `name` of a module's cache, as [B, S, G, K]."""
     return module.get_variable("cache", name).reshape(B, G, -1, K).transpose(0, 2, 1, 3)
 
 

@@ -1,7 +1,7 @@
-"""Run a stack of layers and keep the outputs of some of them, for losses on hidden states (distillation, probes).
+"""Run a stack of layers and return the outputs of selected layers, for losses on hidden states (distillation, probes).
 
-The scan over layers carries a buffer with one slot per selected layer, and one slot that all other layers overwrite.
-Memory does not grow with the number of layers.
+The scan over layers carries a buffer with one slot per selected layer, and one more slot that all other layers
+overwrite. The memory therefore does not grow with the number of layers.
 
 Shapes: B batch, T sequence, D model width, L layers, n selected layers.
 """
@@ -21,13 +21,13 @@ from llmctl.model.attention import Shared
 
 Tree = Any
 Layer = Callable[..., jax.Array]
-"""Function (layer parameters, x [B, T, D], shared inputs, *per-layer inputs) -> x [B, T, D]."""
+"""Function (layer parameters, input [B, T, D], shared inputs, *per-layer inputs) -> output [B, T, D]."""
 
 
 def run(
     layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, shared: Shared, layers: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Run a stack of layers, and also return the outputs of selected layers.
+    """Run a stack of layers, and return the outputs of the last layer and of selected layers.
 
     Args:
         layer: The layer function.

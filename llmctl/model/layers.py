@@ -1,4 +1,4 @@
-"""Define layers of all families: dense, norm, feed-forward, rotary positions, dropout, embeddings, output head.
+"""Define the layers that all families use: dense, norm, feed-forward, rotary positions, dropout, embeddings, LM head.
 
 Shapes: B batch, T sequence, D model width, F feed-forward width, K head width, I inputs, O outputs, V vocabulary.
 """
@@ -28,9 +28,10 @@ ACTIVATIONS = {
 
 
 def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
-    """Return a weight of a module: a new array during initialization, otherwise the array or node in its parameters.
+    """Return a weight of a module: a new array during initialization, otherwise the stored array or weight node.
 
-    The shape of a node is its logical shape. Flax would compare the shape of its first part with `shape`.
+    Flax's own `param` cannot be used for weight nodes, because it would compare `shape` with the shape of their first
+    array.
 
     Raises:
         ScopeParamShapeError: If the weight has another shape than `shape`.
@@ -44,7 +45,7 @@ def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...],
 
 
 def tap(module: nn.Module, x: jax.Array) -> None:
-    """Store the input [N, I] of a matrix in the collection "taps", if a caller requests it for calibration."""
+    """Store the input of a matrix as [N, I] in the collection "taps", if calibration makes this collection mutable."""
     rows = x.reshape(-1, x.shape[-1])
     module.sow("taps", "x", rows, reduce_fn=lambda _, new: new, init_fn=lambda: cast(Any, None))
 
@@ -52,7 +53,7 @@ def tap(module: nn.Module, x: jax.Array) -> None:
 class Dense(nn.Module):
     """Apply a dense layer: x [..., I] @ kernel [I, O] + bias [O].
 
-    Calibration can capture its input (collection "taps").
+    Calibration can capture its input (see `tap`).
     """
 
     features: int
@@ -60,7 +61,7 @@ class Dense(nn.Module):
     bias: bool
     dtype: Any
     scale: float = 1.0
-    """Factor on the standard deviation (fan-in) of the initial kernel."""
+    """Factor on the standard deviation of the initial kernel, which is 1 / sqrt(I) by default."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -131,15 +132,15 @@ class FeedForward(nn.Module):
 
 
 def residual_scale(layers: int) -> float:
-    """Return the factor on the initial weights that write to the residual stream, for `layers` layers.
+    """Return the factor on the initial values of matrices whose output is added to the residual stream.
 
-    It keeps the variance of the stream independent of the number of layers (GPT-2; Radford et al., 2019).
+    It makes the variance of the residual stream independent of the number of layers (GPT-2; Radford et al., 2019).
     """
     return 1.0 / math.sqrt(2 * layers)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array) -> jax.Array:
-    """Return x [B, ...] after inverted dropout at `rate`; without a key, return x unchanged.
+    """Apply inverted dropout with the rate `rate` to x [B, ...]; without a key, return x unchanged.
 
     The mask of a row depends only on the key and the row's index in the full batch (`rows_B`). The masks are therefore
     the same if the batch is computed in parts.
@@ -152,9 +153,14 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows_B: jax.Array)
 
 
 def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Return the cosines and the sines of the rotary angles, each [B, T, K/2], with the config's `rope_scaling`.
+    """Return the cosines and the sines of the rotary angles, each [B, T, K/2].
 
-    (RoPE; Su et al., 2021, arXiv:2104.09864)
+    Angles are scaled as `cfg.rope_scaling` defines (RoPE; Su et al., 2021, arXiv:2104.09864).
+
+    Args:
+        positions_BT: Position of each token.
+        cfg: Config of the model.
+        theta: Base of the rotary frequencies.
     """
     half = cfg.head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -164,7 +170,7 @@ def rotary_table(positions_BT: jax.Array, cfg: ModelConfig, theta: float) -> tup
 
 
 def rotate(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Return heads [B, T, H, K], rotated by the angles of a rotary table.
+    """Rotate queries or keys [B, T, H, K] by the angles of a rotary table.
 
     Element i of a head is rotated together with element i + K/2 (the "rotate half" convention of Hugging Face weights).
     """
@@ -241,7 +247,7 @@ class LMHead(nn.Module):
         Args:
             x: Hidden states [..., D].
             table: Embedding table [V, D] of a tied model.
-            output: The same table, already transposed to [D, V].
+            output: The same table, if it is already transposed to [D, V].
         """
         cfg = self.config
         if cfg.head_transform:

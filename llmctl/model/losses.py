@@ -1,7 +1,7 @@
-"""Compute the sums for the losses of tasks: cross-entropy of classes, squared error of numbers, divergences.
+"""Compute losses of tasks, and sums for their metrics: cross-entropy, squared error and divergences.
 
-A metric is its sum divided by the sum of "weight" (`chunked_loss.means`). Means over batches, microbatches and devices
-are therefore exact.
+`chunked_loss.means` converts sums to metrics, by dividing them by the sum "weight". Because sums are added over
+batches, microbatches and devices before this division, the means are exact.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ Sums = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Sums]]
 """Function (params, batch, key=None) -> (sum of losses, sums by metric name and "weight").
 
-With a dropout key, it computes a training loss; without one, a validation loss.
+If it gets a dropout key, it computes the training loss; otherwise, the validation loss.
 """
 
-IMPOSSIBLE = -1e30
+EXCLUDED_LOGIT = -1e30
 """Logit of an excluded class. It is finite, so that the difference of two excluded classes' logits is defined."""
-NEARNESS = 0.05
-"""Divisor of cosine similarities, so that a softmax over them can assign a high probability to one class."""
+COSINE_TEMPERATURE = 0.05
+"""Default divisor of cosine similarities before a softmax. Without it, the softmax could not assign a high probability
+to one class, because cosines are at most 1."""
 
 
 def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
     """Return the weighted sum of squared errors, and the sums for metrics.
 
-    These are "loss" (squared errors), "error" (absolute errors) and "weight".
+    The sums are "loss" (squared errors), "error" (absolute errors) and "weight".
+
+    Args:
+        y_B: Predicted numbers.
+        label_B: True numbers.
+        weight_B: Weights of the examples.
     """
     off_B = y_B - label_B
     loss = jnp.sum(jnp.square(off_B) * weight_B)
@@ -38,10 +44,10 @@ def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tupl
 
 
 def row_weight(batch: Batch, label_B: jax.Array) -> jax.Array:
-    """Return the weight of each row, float32 [B]: 1 for an example, 0 for a padding row.
+    """Return the weight of each row, float32 [B]: 1 for an example, 0 for a row that only fills the batch.
 
-    The weights are the array "row_weight" of the batch. Without it, all rows count as examples. `label_B` is any array
-    with one element per row; only its length is used.
+    The result is the array "row_weight" of the batch; if there is none, all weights are 1. `label_B` is any array with
+    one element per row, of which only the length is used.
     """
     return batch["row_weight"] if "row_weight" in batch else jnp.ones(label_B.shape[:1], jnp.float32)
 
@@ -62,7 +68,7 @@ def class_sums(
         weight_B: Weights of the examples.
         smoothing: Weight of the uniform distribution in the targets. The returned sums do not use it.
         z: Coefficient of log(Z)^2 in the loss. The returned sums do not use it.
-        among: Which classes count, as 0 or 1, broadcast to the logits; None means all.
+        among: Whether each class is possible, as 0 or 1, broadcast to the logits; None means that all are.
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0
     logits_BC = only(logits_BC, among)
@@ -76,8 +82,8 @@ def class_sums(
 
 
 def only(logits_BC: jax.Array, among: jax.Array | None) -> jax.Array:
-    """Return the logits, with IMPOSSIBLE for classes at which `among` is 0; unchanged if `among` is None."""
-    return logits_BC if among is None else jnp.where(among > 0, logits_BC, IMPOSSIBLE)
+    """Replace the logits of classes for which `among` is 0 by EXCLUDED_LOGIT. If `among` is None, change nothing."""
+    return logits_BC if among is None else jnp.where(among > 0, logits_BC, EXCLUDED_LOGIT)
 
 
 def soft_class_sums(
@@ -89,10 +95,21 @@ def soft_class_sums(
     hard: float,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return the weighted sum of (1 - hard) * KL divergence + hard * cross-entropy, and sums for metrics.
+    """Return the distillation loss of classes: the weighted sum of (1 - hard) * KL divergence + hard * cross-entropy.
 
-    The KL divergence is that from the teacher (`chunked_loss.divergence`), at `temperature`. The sums are those of
-    `class_sums`, and "kl".
+    `chunked_loss.divergence` defines the KL divergence between teacher and student.
+
+    Args:
+        teacher_BC: Logits of the teacher.
+        logits_BC: Logits of the student.
+        label_B: True classes.
+        weight_B: Weights of the examples.
+        temperature: Temperature of the KL divergence.
+        hard: Weight of the cross-entropy.
+        among: As in `class_sums`.
+
+    Returns:
+        The loss, and the sums of `class_sums` and "kl".
     """
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
     kl = jnp.sum(chunked_loss.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
@@ -102,7 +119,9 @@ def soft_class_sums(
 def soft_number_sums(
     teacher_B: jax.Array, y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array, hard: float
 ) -> tuple[jax.Array, Sums]:
-    """Return the weighted sum of (1 - hard) * squared error to the teacher + hard * squared error to the labels.
+    """Return the distillation loss of numbers: (1 - hard) * error to the teacher + hard * error to the labels.
+
+    Errors are weighted sums of squared differences.
 
     Returns:
         The loss, and the sums of `number_sums` for the labels.

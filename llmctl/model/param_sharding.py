@@ -1,4 +1,4 @@
-"""Compute the sharding of a parameter tree: the logical axes of a weight apply to all of its arrays."""
+"""Compute the shardings of a parameter tree, in which a weight may consist of several arrays."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llmctl.model import weights
 def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the sharding of every array in `params`.
 
-    The arrays of a weight node have the logical axes of the weight. If an array does not have the full length of a
-    dimension (such as a scale with one row, or a rank), this dimension is replicated.
+    All arrays of a weight node have the logical axes of the weight. If an array is shorter than the weight along a
+    dimension (such as a scale with one row, or a low-rank factor), this dimension is replicated.
 
     Args:
         axes: Logical axes of each weight.

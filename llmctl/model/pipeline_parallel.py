@@ -1,12 +1,12 @@
-"""Run layers as a pipeline: successive devices have successive layers (stages), and microbatches pass all stages.
+"""Run layers as a pipeline: each device has a stage of consecutive layers, and microbatches pass through all stages.
 
 (GPipe; Huang et al., 2018, arXiv:1811.06965)
 
-The pipeline is one program. Its state has a stage axis, sharded over the mesh axis `pipeline`. At each tick, every
-stage runs its layers on a different microbatch and sends the result to the next stage. M microbatches pass P stages in
-M + P - 1 ticks, and each stage is idle for P - 1 of them (the bubble). Automatic differentiation runs the same schedule
-backwards. Only the residual stream (and an encoder's memory) is sent. Microbatch m consists of rows m, m + M, …, so
-that each device keeps its own rows.
+The pipeline is one compiled program. Its state has a stage axis, which is sharded over the mesh axis `pipeline`. In
+each iteration, every stage runs its layers on a different microbatch and sends the result to the next stage. M
+microbatches pass through P stages in M + P - 1 iterations, and each stage is idle in P - 1 of them (the bubble).
+Automatic differentiation runs the same schedule backwards. Only the residual stream and, in an encoder-decoder, the
+encoder's output are sent. Microbatch m consists of rows m, m + M, …, so that each device keeps its own rows.
 
 Shapes: B batch, M microbatches, b rows per microbatch, P stages, L layers, T sequence, D model width.
 """
@@ -28,19 +28,19 @@ from llmctl.model.attention import Shared
 
 Tree = Any
 Layer = Callable[..., jax.Array]
-"""Function (layer parameters, x [b, T, D], shared inputs, *per-layer inputs) -> x [b, T, D]."""
+"""Function (layer parameters, input [b, T, D], shared inputs, *per-layer inputs) -> output [b, T, D]."""
 
-A_STAGE = 4
-"""Default maximum number of microbatches per stage, for which the bubble is about one fifth."""
+PER_STAGE = 4
+"""Default maximum number of microbatches per stage. The bubble is then about one fifth of the time."""
 
 _wanted: ContextVar[int] = ContextVar("microbatches", default=0)
 
 
 @contextlib.contextmanager
 def use(microbatches: int) -> Iterator[None]:
-    """Set the maximum number of microbatches for computations traced in this context.
+    """Set the maximum number of microbatches for computations that are traced in this context.
 
-    0 means A_STAGE per pipeline stage.
+    0 means `PER_STAGE` microbatches per pipeline stage.
     """
     token = _wanted.set(microbatches)
     try:
@@ -58,16 +58,17 @@ def stages() -> int:
 def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
     """Return the largest number of microbatches that is at most `wanted` and divides the number of rows per device.
 
-    If `wanted` is 0, the maximum is A_STAGE per pipeline stage.
+    If `wanted` is 0, the maximum is `PER_STAGE` times the number of stages. `batch` is the number of rows over all
+    devices.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batch // ways if batch % ways == 0 else batch
-    most = wanted or A_STAGE * mesh.shape["pipeline"]
+    most = wanted or PER_STAGE * mesh.shape["pipeline"]
     return max(m for m in range(1, min(rows, most) + 1) if rows % m == 0)
 
 
 def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
-    """Return a list with one log line that describes the pipeline. Without a pipeline, the list is empty."""
+    """Return [log line that describes the pipeline], or [] if the mesh has no pipeline."""
     P = mesh.shape["pipeline"]
     if P == 1:
         return []
@@ -79,8 +80,8 @@ def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
 def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, shared: Shared) -> jax.Array:
     """Run the stack of layers as a pipeline on the current mesh.
 
-    `shard_map` makes the axes `pipeline` and `data` manual; XLA shards over the other axes. Gradients of a stage's
-    parameters therefore accumulate locally. They are summed over the replicas once, after the last tick.
+    `shard_map` makes the mesh axes `pipeline` and `data` manual; XLA shards over the other axes. Gradients of a stage's
+    parameters therefore accumulate locally. They are summed over the replicas once, after the last iteration.
 
     Args:
         layer: The layer function.
@@ -112,7 +113,17 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
 
 
 def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shared, whole: Tree) -> jax.Array:
-    """Run one stage's layers on all microbatches of its replica, and return the output of the last stage."""
+    """Run the layers of one stage on all microbatches of its replica, and return the output of the last stage.
+
+    Args:
+        layer: The layer function.
+        P: Number of stages.
+        M: Number of microbatches.
+        layers: Parameters and per-layer inputs of this stage.
+        moving: Arrays [M, b, ...] that pass through the stages.
+        still: Shared inputs that are the same for all microbatches.
+        whole: Shared inputs [M, b, ...] that every stage has for all microbatches.
+    """
     stage = jax.lax.axis_index("pipeline")
     entering = jax.tree.map(partial(_split, M, "seq"), moving)
     still = jax.tree.map(partial(_split, M, None), still)
@@ -139,7 +150,7 @@ def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shar
 
 
 def _split(M: int, along: str | None, a: jax.Array) -> jax.Array:
-    """Split rows into microbatches, [B, ...] -> [M, b, ...]; `along` is the logical axis after the rows."""
+    """Split rows into microbatches, [B, ...] -> [M, b, ...]; `along` is the logical axis of the second dimension."""
     a = a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
     return meshes.constrain(a, *[None, "batch", along, None][: a.ndim])
 
@@ -150,10 +161,7 @@ def _send_to_next(P: int, a: jax.Array) -> jax.Array:
 
 
 def spread(x_BTD: jax.Array) -> jax.Array:
-    """Return the pipeline's output with its rows sharded over the stages.
-
-    Each stage then computes a part of the output head.
-    """
+    """Shard the rows of the pipeline's output over the stages, so that each computes a part of the output head."""
     mesh = meshes.current()
     if stages() == 1 or mesh is None or len(x_BTD) % (mesh.size // mesh.shape["tensor"]):
         return x_BTD

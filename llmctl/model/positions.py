@@ -14,7 +14,9 @@ from llmctl.model.config import ModelConfig
 
 
 def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
-    """Scale rotary frequencies [K / 2] for longer contexts, by the method in the config: linear, llama3 or yarn.
+    """Scale rotary frequencies [K / 2] for longer contexts, by the method of `cfg.rope_scaling`.
+
+    The methods are linear, llama3 and yarn.
 
     (YaRN; Peng et al., 2023, arXiv:2309.00071)
 
@@ -43,7 +45,7 @@ def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array
 
     low = max(math.floor(dimension(float(scaling.get("beta_fast", 32)))), 0)
     high = min(math.ceil(dimension(float(scaling.get("beta_slow", 1)))), 2 * half - 1)
-    # As in transformers, a range that ends before it begins gives a descending ramp.
+    # As in transformers: if the range ends before it begins, the ramp is descending.
     ramp = jnp.clip((jnp.arange(half) - low) / ((high - low) or 0.001), 0.0, 1.0)
     magnitude = float(scaling.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0)
     return frequency / factor * ramp + frequency * (1 - ramp), magnitude

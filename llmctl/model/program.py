@@ -1,7 +1,7 @@
-"""Describe the compiled functions of a stage: their computation, and the arrays in memory while they run.
+"""Describe the compiled functions of a stage: what they compute, and which arrays are in memory while they run.
 
-A stage creates these records from its config and abstract arrays, with the same code as a run. `llmctl plan` compiles
-them for hardware that is not present. This module computes nothing.
+A stage creates these descriptions from its config and abstract arrays, with the same code as a run. `llmctl plan` uses
+them to compile the functions for hardware that is not present.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Pass:
-    """Describe a pass through the layers of a model, for the analytic cost model."""
+    """Describe a training step or a forward pass, for the analytic cost model."""
 
     model: ModelConfig | None = None
     """Config of the network, if it is not that of the program."""
@@ -36,13 +36,13 @@ class Pass:
     trained: float = 1.0
     """Fraction of the parameters that is trained."""
     beside: float = 0.0
-    """FLOPs of another model that runs in the same step (a teacher), summed over all devices."""
+    """FLOPs of another model in the same step, such as a teacher, summed over all devices."""
     predicted: float = 1.0
     """Fraction of the tokens to which the output projection is applied."""
     written: int = 0
     """Number of decoder tokens per sequence in an encoder-decoder; 0 means as many as encoder tokens."""
     cached: int = 0
-    """Number of tokens per sequence in the key-value cache."""
+    """Number of tokens per sequence in the key-value cache; 0 means that there is no cache."""
     eight: Mapping[str, float] = field(default_factory=dict)
     """Fraction of the layers' matrix products that are computed in 8 bits, by type: int8, float8."""
     statistics: Mapping[str, Tree] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class Gather(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimate the cost of a small program on one device, by arithmetic."""
+    """Store the cost of a small program on one device, which was computed by formulas."""
 
     temporaries: float
-    """Bytes of temporaries and results in memory, without the arguments."""
+    """Memory for temporaries and results in bytes, without the arguments."""
     moved: float
     """Bytes read from and written to device memory."""
     flops_by_type: Mapping[str, float] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Program:
     cache: Tree = ()
     """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Arrays of the four fields above that are in memory while the program runs, but are not arguments of it."""
+    """Those arrays of the four fields above that are in memory but are not arguments of the program."""
     work: Pass | Cost | None = None
-    """Input of the analytic model, for platforms whose compiler is not used (GPUs). If None, the analytic model uses
-    `flops`, and the size of arguments and results as memory traffic."""
+    """Input of the analytic cost model, which replaces compilation for GPUs. If None, the cost model uses `flops`, and
+    the size of arguments and results as memory traffic."""

@@ -1,9 +1,9 @@
 """Compute matrix products in 8 bits during training, forward and backward; master weights keep their dtype.
 
-qwix quantizes the operands at every step, with scales of their own rows or columns. Nothing is calibrated or stored.
-Activations have one scale per token, weights one per output. In the backward pass, the gradient has one scale per row
-of the result. If a scale varies along the contracted axis, it is multiplied into the gradient before rounding, as in
-qwix's own quantized training.
+The library qwix quantizes the operands at every step. Scales are computed from their current values: activations have
+one scale per token, and weights one per output. In the backward pass, the gradient has one scale per row of the result.
+If a scale varies along the contracted axis, it is multiplied into the gradient before rounding, as in qwix's own
+quantized training.
 
 int8 is used in both directions. fp8 is e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022,
 arXiv:2209.05433).
@@ -27,8 +27,7 @@ from llmctl.config.errors import RequestError
 from llmctl.model.weights.names import is_layer_matrix, is_stacked, module_path
 
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
-"""Dtypes by the name of the 8-bit type in settings: (dtype of the operands in the forward pass, dtype of the
-gradients)."""
+"""Dtypes of each 8-bit type, by its name in settings: (dtype of operands in the forward pass, dtype of gradients)."""
 
 rules_in_use: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
 
@@ -67,13 +66,13 @@ def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Return True if the pattern matches a complete path or its last parts: `mlp/*` matches the MLPs of every stack."""
+    """Return True if the pattern matches a path or its end: `mlp/*` matches the MLP matrices of every stack."""
     return is_stacked(path) and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*/{pattern}"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w_IO: jax.Array, kind: str) -> jax.Array:
-    """Return x [..., I] @ w [I, O], computed with operands of the 8-bit type `kind`, in the dtype of x."""
+    """Return x [..., I] @ w [I, O] in the dtype of x, computed with operands of the 8-bit type `kind`."""
     return _forward(x, w_IO, kind)[0]
 
 

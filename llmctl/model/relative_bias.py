@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 
 class RelativeBias(nn.Module):
-    """Define the bias table [U, H], which all layers of a stack share."""
+    """Return the table of relative position biases [U, H], a parameter that all layers of a stack share."""
 
     config: ModelConfig
 
@@ -38,12 +38,18 @@ def add(
     slot: jax.Array | int | None,
     order_BT: jax.Array | None,
 ) -> Shared:
-    """Return the shared inputs of a stack's layers, with the relative position bias [H, T, S] added.
+    """Add the relative position bias [H, T, S] to the inputs that all layers of a stack share.
 
-    If the model has a trained prefix, its bias [H, T, P] is added too. The P keys are at the positions before the text.
+    If the model has a trained prefix of P keys, also add its bias [H, T, P]. These keys have the positions before the
+    text. For ring attention, which computes the bias block by block, add the bias table [U, H] instead.
 
-    For ring attention, which has no mask, the bias table [U, H] is added instead. Ring attention then computes the bias
-    block by block.
+    Args:
+        shared: Shared inputs of the layers.
+        table_UH: Bias table.
+        cfg: Config of the model.
+        causal: Whether tokens attend to earlier tokens only.
+        slot: Cache slot of the first token; None without a cache.
+        order_BT: Text position of each token, if tokens are permuted.
     """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)
@@ -60,7 +66,7 @@ def add(
 
 
 def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:
-    """Return the bucket of each distance (key position minus query position), int32, by the settings of the config."""
+    """Return the bucket of each distance (key position minus query position), int32, for the settings in `cfg`."""
     return relative_bucket(distance, cfg.relative_buckets, cfg.relative_max_distance, bidirectional)
 
 

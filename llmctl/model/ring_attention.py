@@ -1,10 +1,11 @@
-"""Compute attention over sharded sequences: devices pass their keys and values around a ring.
+"""Compute attention over sequences that are sharded over devices. Keys and values are sent around a ring of devices.
 
 (Liu et al., 2023, arXiv:2310.01889)
 
-Rows are in the zig-zag order of `llmctl.distributed.context_parallel`. Causal attention then takes the same work on
-every device at every step. Fully masked blocks are not computed. Softmax sums are merged in float32 between steps. The
-backward pass sends keys and values around the ring again. Only q, k, v, the output and one number per row are saved.
+Tokens are in the zig-zag order of `llmctl.distributed.context_parallel`, so that causal attention takes the same work
+on every device at every step. Fully masked blocks are not computed. After each step, softmax sums are merged in
+float32. The backward pass sends keys and values around the ring again. For it, only q, k, v, the output and one number
+per query and head are saved.
 
 Shapes: B batch, T queries and S keys in total, t and s per device, P chunks per device (2 if causal, else 1), c = t /
 P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.
@@ -30,7 +31,7 @@ AXIS = "context"
 
 
 class Plan(NamedTuple):
-    """Store the static settings of ring attention_xla."""
+    """Store the settings of ring attention that are constants of the program."""
 
     mesh: Mesh
     causal: bool
@@ -41,7 +42,7 @@ class Plan(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Store the keys and values that a device currently has, [P, B, G, s / P, K], and their segments [P, B, s / P]."""
+    """Store the keys and values on a device at one step, [P, B, G, s / P, K], and their segments [P, B, s / P]."""
 
     k: jax.Array
     v: jax.Array
@@ -73,7 +74,7 @@ def attend(
         causal: Whether tokens attend to earlier tokens only.
         local: Whether this layer has the sliding window.
         table_UH: Table of T5's position bias, or None.
-        bucket: Function from distances to rows of `table_UH` (see `Plan.bucket`).
+        bucket: Function from distances (key minus query position) to rows of `table_UH`; None without a bias.
 
     Returns:
         Outputs [B, T, H, K].
@@ -91,10 +92,7 @@ def _attend(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> ja
 
 
 def _specs(plan: Plan) -> Any:
-    """Return the PartitionSpecs of the operands (q, k, v, (segments, segments of keys, local), table).
-
-    Rows, tokens and heads are sharded.
-    """
+    """Return the PartitionSpecs of the arguments: (q, k, v, (segments of queries, segments of keys, local), table)."""
     heads, rows = (meshes.spec(n, plan.mesh) for n in (("batch", "seq", "act_heads", None), ("batch", "seq")))
     return heads, heads, heads, (rows, rows, PartitionSpec()), meshes.spec((None, "act_heads"), plan.mesh)
 
@@ -111,8 +109,8 @@ def _forward(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> A
 def _backward(plan: Plan, saved: Any, d_y: jax.Array) -> Any:
     specs = _specs(plan)
     numbers = PartitionSpec(*specs[0][:3])
-    sharers = meshes.axes_of(specs[3][0])
-    here = partial(_backward_here, plan, sharers)
+    replica_axes = meshes.axes_of(specs[3][0])
+    here = partial(_backward_here, plan, replica_axes)
     run = meshes.per_device(here, plan.mesh, (*specs, specs[0], numbers, specs[0]), (*specs[:3], specs[4]))
     d_q, d_k, d_v, d_table = run(*saved, d_y)
     return d_q, d_k, d_v, None, d_table
@@ -125,8 +123,12 @@ _attend.defvjp(_forward, _backward)
 
 
 def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> Any:
-    """Return one device's output [B, t, H, K], and the logarithm of its softmax denominators [B, t, H]."""
-    here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
+    """Run the forward pass on one device.
+
+    Returns:
+        Outputs [B, t, H, K], and the logarithms of the softmax denominators [B, t, H].
+    """
+    here, block = _LocalQueries(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     N = here.q.shape[-2]
     numbers = jnp.zeros((*here.q.shape[:3], N // here.length, here.length, 1), jnp.float32)
     seen = attention_xla.Sums(jnp.zeros(here.q.shape, jnp.float32), numbers + attention_xla.MASKED, numbers)
@@ -139,34 +141,35 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
 
     def ring_step(carry: Any, step: jax.Array) -> tuple[Any, None]:
         seen, block = carry
-        further = here.send_on(block)  # independent of the products, so that XLA can overlap them
-        return (visit(seen, block, step), further), None
+        received = here.send_to_next(block)  # independent of the products, so that XLA can overlap them
+        return (visit(seen, block, step), received), None
 
-    further = here.send_on(block)
-    seen, _ = jax.lax.scan(ring_step, (visit(seen, block, 0), further), jnp.arange(1, here.devices))[0]
+    received = here.send_to_next(block)
+    seen, _ = jax.lax.scan(ring_step, (visit(seen, block, 0), received), jnp.arange(1, here.devices))[0]
     y = seen.values / seen.total.reshape(*here.q.shape[:-1], 1)
     denominator = seen.top + jnp.log(seen.total)
     return _unfold(y.astype(v.dtype), q.shape), _unfold(denominator.reshape(*y.shape[:-1], 1), q.shape)[..., 0]
 
 
 def _backward_here(
-    plan: Plan, sharers: list[str], q: Any, k: Any, v: Any, about: Any, table_UH: Any, y: Any, top: Any, d_y: Any
+    plan: Plan, replica_axes: list[str], q: Any, k: Any, v: Any, about: Any, table_UH: Any, y: Any, top: Any, d_y: Any
 ) -> Any:
-    """Return one device's gradients of q, k, v and the table of the position bias.
+    """Run the backward pass on one device, and return the gradients of q, k, v and the position bias table.
 
-    The gradient of the table is summed over the mesh axes `sharers`, along which devices have copies of the table.
+    The gradient of the table is summed over `replica_axes`, the mesh axes along which the table is replicated.
     """
-    here, block = _Here(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
+    here, block = _LocalQueries(plan, q, k, about, table_UH), _block(plan, k, v, about[1])
     P, N = here.q.shape[0], here.q.shape[-2]
     d_y_PBGNK = _fold(d_y, P, here.q.shape[2])
     rows = (*here.q.shape[:3], N // here.length, here.length, 1)
-    top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, attention_xla.share_of(d_y, y)))
+    dots = attention_xla.output_gradient_dot(d_y, y)
+    top, share = (_fold(a[..., None], P, here.q.shape[2]).reshape(rows) for a in (top, dots))
 
     def visit(d_q: jax.Array, d_table: Any, d_kv: Any, block: Block, step: Any) -> Any:
         for a, b in here.pairs(step):
             seen = (_at(a, top), 1.0, _at(a, share))
             visible = here.visible(a, b, block, step)
-            *new, d_scores = attention_xla.pull(
+            *new, d_scores = attention_xla.block_gradients(
                 plan.softcap, *here.operands(a, b, block), *visible, seen, _at(a, d_y_PBGNK), wide=True
             )
             d_q = _put(a, d_q, _at(a, d_q) + new[0])
@@ -178,26 +181,26 @@ def _backward_here(
 
     def ring_step(carry: Any, step: jax.Array) -> tuple[Any, None]:
         d_q, d_table, d_kv, block = carry
-        further = here.send_on(block)
+        received = here.send_to_next(block)
         d_q, d_table, d_kv = visit(d_q, d_table, d_kv, block, step)
-        return (d_q, d_table, here.send_on(d_kv), further), None
+        return (d_q, d_table, here.send_to_next(d_kv), received), None
 
     zero = jnp.zeros(here.q.shape, jnp.float32)
     d_kv = (jnp.zeros(block.k.shape, jnp.float32),) * 2
     d_table = None if table_UH is None else jnp.zeros(table_UH.shape, jnp.float32)
-    further = here.send_on(block)
+    received = here.send_to_next(block)
     d_q, d_table, d_kv = visit(zero, d_table, d_kv, block, 0)
-    start = (d_q, d_table, here.send_on(d_kv), further)
+    start = (d_q, d_table, here.send_to_next(d_kv), received)
     # After a full round, gradients are on the device of their keys.
     d_q, d_table, d_kv, _ = jax.lax.scan(ring_step, start, jnp.arange(1, here.devices))[0]
     if table_UH is not None:
-        d_table = jax.lax.psum(d_table, sharers).astype(table_UH.dtype)
+        d_table = jax.lax.psum(d_table, replica_axes).astype(table_UH.dtype)
     d_k, d_v = (_unfold(d, k.shape).astype(k.dtype) for d in d_kv)
     return _unfold(d_q, q.shape).astype(q.dtype), d_k, d_v, d_table
 
 
-class _Here:
-    """Store one device's queries, and compute the masks for the keys that arrive from other devices."""
+class _LocalQueries:
+    """Store the queries of one device, and compute masks and position biases for the keys that it receives."""
 
     def __init__(self, plan: Plan, q: jax.Array, k: jax.Array, about: Any, table_UH: jax.Array | None) -> None:
         self.plan, self.table_UH, self.local = plan, table_UH, about[2]
@@ -215,10 +218,10 @@ class _Here:
         return _at(a, self.q), _at(b, block.k), _at(b, block.v)
 
     def visible(self, a: Any, b: Any, block: Block, step: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Return the mask [B, c, s / P] and the position bias [H, c, s / P] of query chunk `a` and key chunk `b`.
+        """Return the mask [B, c, s / P] and the position bias [H, c, s / P] for query chunk `a` and key chunk `b`.
 
-        Without a bias table, the bias is None. The causal mask is applied only in the first step. In later steps,
-        `context_parallel.pairs` omits masked pairs.
+        Without a bias table, the bias is None. The causal mask is applied only in the first step, because
+        `context_parallel.pairs` omits masked pairs of chunks in later steps.
         """
         mine, theirs = _at(a, self.segments_PBc)[:, :, None], _at(b, block.segments)[:, None, :]
         mask = (mine == theirs) & (theirs > 0)
@@ -243,10 +246,10 @@ class _Here:
         return theirs[None, :] - mine[:, None]
 
     def _positions(self, device: Any, chunk: Any, length: int) -> jax.Array:
-        """Return the sequence positions of the tokens in one chunk of a device, int [length].
+        """Return the sequence positions of the tokens in chunk `chunk` of a device, int [length].
 
-        With causal masking, each device has two chunks: one early and one late in the sequence. Without causal masking,
-        both form one chunk.
+        If attention is causal, each device has two chunks: one early and one late in the sequence. Otherwise, both form
+        one chunk.
         """
         late = 2 * self.devices - 1 - device
         if self.chunks == 2:
@@ -254,7 +257,7 @@ class _Here:
         half = jnp.arange(length // 2)
         return jnp.concatenate([device * (length // 2) + half, late * (length // 2) + half])
 
-    def send_on(self, tree: Any) -> Any:
+    def send_to_next(self, tree: Any) -> Any:
         """Send a tree of arrays to the next device of the ring, and return the tree that the previous device sent."""
         ring = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, ring), tree)

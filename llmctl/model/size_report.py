@@ -1,4 +1,4 @@
-"""Report the size of a model before training, for `llmctl show --config`, as one JSON object."""
+"""Compute the sizes of a model from its config, which `llmctl show --config` prints as one JSON object."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def report(cfg: ModelConfig, seq_len: int = 0) -> dict[str, Any]:
-    """Return the parameter counts, bytes, FLOPs per token and cache size of a model.
+    """Return the parameter counts, bytes, FLOPs per token and cache size of a model, as JSON data.
 
     Args:
         cfg: Config of the model.

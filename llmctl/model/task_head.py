@@ -22,8 +22,7 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
         x_BTD: Hidden states.
         segments_BT: Segment of each token; 0 is padding.
         pooling: "last" (last real token), "mean" (over real tokens) or "first" (first token).
-        order_BT: Positions of the tokens, if they differ from the array order. The first token is at index 0 in every
-            order.
+        order_BT: Text position of each token, if tokens are permuted. The first token always has index 0.
     """
     real_BT = segments_BT > 0
     if pooling == "first":
@@ -41,8 +40,8 @@ class TaskHead(nn.Module):
 
     Shapes: classify [B, C], regress [B], tokens [B, T, C], span [B, T, 2], embed [B, D] with unit length.
 
-    A language model has a task head only if it is pretrained with next-sentence prediction, as BERT is. Its outputs are
-    [B, 2]. Class 0 means that the second passage follows the first.
+    A language model has a task head only for next-sentence prediction, as in BERT. The outputs of this head are [B, 2],
+    and class 0 means that the second passage follows the first.
     """
 
     config: ModelConfig
@@ -58,5 +57,5 @@ class TaskHead(nn.Module):
         if kind.bare:
             x = x.astype(jnp.float32)
             return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        y = Dense(cfg.answer_width, ("embed", "labels"), cfg.head_bias, self.dtype, name="out")(x).astype(jnp.float32)
+        y = Dense(cfg.head_width, ("embed", "labels"), cfg.head_bias, self.dtype, name="out")(x).astype(jnp.float32)
         return y[..., 0] if kind.scalar else y

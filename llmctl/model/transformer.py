@@ -1,4 +1,4 @@
-"""Define the Transformer of all families: embeddings, stacks of scanned blocks, and the forward pass of training.
+"""Define the Transformer for all families: embeddings, stacks of layers, and the forward pass of training.
 
 Shapes: B batch, T sequence, D model width, L layers, V vocabulary.
 """
@@ -50,13 +50,13 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
-        """Apply the layer, and return (output [B, T, D], None), as a scan requires.
+        """Apply the layer, and return (output [B, T, D], None), the form that a scan requires.
 
         Args:
             x_BTD: Input.
             shared: Inputs that all layers share.
             local: Whether this layer has the sliding window, a bool scalar.
-            key: Random key of the dropout; no dropout if None.
+            key: Random key for dropout; None disables dropout.
         """
         cfg, rows_B = self.config, cast(jax.Array, shared.rows_B)
         choose = attention_kernels.attend if _may_use_kernels() else None
@@ -92,16 +92,16 @@ class Block(nn.Module):
 
 
 def _may_use_kernels() -> bool:
-    """Return True if attention may use kernels other than plain XLA.
+    """Return True if attention may use fused kernels or ring attention.
 
-    On CPUs this is False, unless sequences are sharded or a test requests kernels.
+    On CPUs, it uses plain XLA only, unless sequences are sharded or a test requests kernels.
     """
     on_cpu = meshes.device().platform == "cpu"
     return not on_cpu or meshes.splits_sequences() or attention_kernels.setting.get() == "interpret"
 
 
 class Stack(nn.Module):
-    """Run L blocks as one scan, with parameters stacked on axis 0, so that compile time does not grow with L.
+    """Run L layers as one scan over parameters that are stacked on axis 0, so that compile time does not grow with L.
 
     On a mesh with a `pipeline` axis, each stage scans over its own layers (`llmctl.model.pipeline_parallel`).
     """
@@ -139,7 +139,7 @@ class Stack(nn.Module):
         slot: jax.Array | int | None = None,
         order_BT: jax.Array | None = None,
     ) -> Shared:
-        """Return the inputs that all layers share. `attention.share` describes the arguments."""
+        """Return the inputs that all layers of this stack share. `attention.share` describes the arguments."""
         cfg = self.config
         shared = share(
             cfg, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot, order_BT=order_BT
@@ -168,22 +168,19 @@ class Stack(nn.Module):
         return self.finish(x_BTD), states_nBTD
 
     def _own(self) -> tuple[jax.Array, jax.Array | None]:
-        """Return the inputs that differ by layer.
-
-        They are: whether the layer has local attention, bool [L], and dropout keys [L] (None without dropout).
-        """
+        """Return the per-layer inputs: whether a layer has local attention, bool [L], and dropout keys [L] or None."""
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
         keys_L = None if key is None else jax.random.split(key, self.layers)
         return local_layers(self.config, self.layers), keys_L
 
     def _as_function(self) -> Callable[..., jax.Array]:
-        """Return `_layer`, wrapped in rematerialization by the policy of the stack."""
+        """Return `_layer` as a function that applies the rematerialization policy of the stack."""
         if self.remat == "none":
             return self._layer
         return jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
 
     def _layer(self, params: Any, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: Any) -> jax.Array:
-        """Apply one layer of `blocks` with the given parameters."""
+        """Apply one layer with the given parameters."""
         at: Any = Scope({"params": params}, path=(*self.path, "blocks"))
         return Block(self.config, self.dtype, self.layers, self.cross, parent=at)(x_BTD, shared, local, key)[0]
 
@@ -229,9 +226,10 @@ class Transformer(nn.Module):
         return self.encoder if self.config.architecture == "encoder" else self.decoder
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
-        """Return the embeddings and the shared inputs of the stack that reads `tokens`.
+        """Return the embeddings, and the inputs that all layers share, for the stack that reads `tokens`.
 
-        With a cache, `cached_segments` [B, S] and `slot` in the batch define the tokens' cache slots.
+        If there is a key-value cache, `batch` contains `cached_segments` [B, S] and the slot of the first token,
+        `slot`.
         """
         stack = self._last()
         offset_BTD, prefix = batch.get("embedding_offset"), self.config.prefix_tokens
@@ -248,7 +246,7 @@ class Transformer(nn.Module):
         return x, shared._replace(memory_mask_BTS=visible(batch["segments"], batch["encoder_segments"]))
 
     def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
-        """Return the embeddings and the shared inputs of the encoder in an encoder-decoder."""
+        """Return the embeddings, and the inputs that all layers share, for the encoder in an encoder-decoder."""
         offset_BSD = batch.get("encoder_embedding_offset")
         x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, offset_BSD, self.train)
         order_BS = batch.get("encoder_order")
@@ -267,7 +265,7 @@ class Transformer(nn.Module):
 
 
 def apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> Any:
-    """Call `module.apply`. This wrapper declares a usable result type for type checkers."""
+    """Call `module.apply`. Type checkers get the result type Any, because Flax's own type is unusable here."""
     return module.apply(variables, *args, **options)
 
 
@@ -277,9 +275,9 @@ def body_params(params: Params) -> Params:
 
 
 def product_rules(train: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context that disables 8-bit products if `train` is false, and changes nothing if it is true.
+    """Return a context in which 8-bit products are disabled, unless `train` is true.
 
-    Validation and teachers therefore compute in their own dtype, even if training uses 8-bit products.
+    Validation and teachers therefore compute without 8-bit products, even if training uses them.
     """
     off = not train and bool(quantized_matmul.rules_in_use.get())
     return quantized_matmul.use({}) if off else contextlib.nullcontext()
@@ -317,9 +315,10 @@ def hidden(
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Params:
-    """Return the parameters that `head_logits` needs. A tied table is transposed here, once for many calls.
+    """Return the parameters that `head_logits` needs.
 
-    On XLA's CPU backend, the gradient of a table [D, V] takes less than half the time of the gradient of [V, D].
+    A tied embedding table is transposed to [D, V], because XLA's CPU backend computes the gradient of this form in less
+    than half the time.
     """
     head = {"lm_head": params.get("lm_head", {})}
     if not cfg.tied:

@@ -1,11 +1,11 @@
-"""Derive from a ModelConfig which module produces the inputs of each matrix. This module imports no JAX.
+"""Derive the connections between the matrices of a model from its ModelConfig: which module produces which input.
 
-Structured pruning needs the columns and rows that belong to a head or a neuron. Methods that move a scale from one
-matrix to the next, without changing the outputs, need the pairs of matrices (SmoothQuant, arXiv:2211.10438; AWQ,
-arXiv:2306.00978). Rotations need the matrices that write to and read from the residual stream (QuaRot,
-arXiv:2404.00456).
+Structured pruning needs the columns and rows of matrices that belong to a head or a neuron. SmoothQuant
+(arXiv:2211.10438) and AWQ (arXiv:2306.00978) move scales from a matrix to the module before it, without changing the
+outputs. Rotations need the matrices that write to and read from the residual stream (QuaRot, arXiv:2404.00456).
 
-Paths are those of the parameter tree without the leaf: "decoder/blocks/attn/q" means both its kernel and its bias.
+Paths are those of the parameter tree without the last key: "decoder/blocks/attn/q" means both the kernel and the bias.
+This module does not import JAX.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Feed:
     """Paths of the matrices whose input is the activation. They include the table `embed/tokens` if the output
     projection is tied."""
     foldable: bool
-    """Whether multiplying a channel of the activation by a positive factor can be compensated by dividing the readers'
-    rows for this channel. False if another module reads the activation, or if a nonlinearity before the readers changes
-    the factor."""
+    """Whether a scale can be moved between the producer and the readers: multiplying a channel of the activation by a
+    positive factor, and dividing the readers' rows for this channel by it, does not change the outputs. False if
+    another module reads the activation, or if a nonlinearity between producer and readers is not positively
+    homogeneous."""
     repeat: int = 1
-    """Number of heads that readers read per head of the producer. With grouped queries, several query heads share a
-    value head."""
+    """Number of heads in the readers' input per head of the producer. It is more than 1 for values in grouped-query
+    attention."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Units:
     width: int
     """Number of columns or rows per unit."""
     tables: tuple[str, ...] = ()
-    """Paths, relative to the stack, of parameters that its layers share and that have one element per unit on the last
-    axis."""
+    """Paths, relative to the stack, of parameters that all layers share, and whose last axis has one element per
+    unit."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def stacks(cfg: ModelConfig) -> list[str]:
     return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
 
 
-def crosses(cfg: ModelConfig, stack: str) -> bool:
+def has_cross_attention(cfg: ModelConfig, stack: str) -> bool:
     """Return True if the layers of a stack attend to the output of an encoder."""
     return stack == "decoder" and cfg.encoder_layers > 0
 
@@ -86,7 +87,7 @@ def feeds(cfg: ModelConfig) -> list[Feed]:
     found: list[Feed] = []
     for stack in stacks(cfg):
         found += _block_feeds(cfg, stack)
-    if cfg.encoder_layers:  # every decoder layer reads the encoder's output
+    if cfg.encoder_layers:  # cross-attention of every decoder layer reads the encoder's output
         memory = ("decoder/blocks/cross/k", "decoder/blocks/cross/v")
         found.append(Feed(_end(cfg, "encoder"), memory, cfg.norm_position != "post"))
     return found + _head_feeds(cfg)
@@ -94,7 +95,7 @@ def feeds(cfg: ModelConfig) -> list[Feed]:
 
 def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
     block, post = f"{stack}/blocks", cfg.norm_position == "post"
-    parts = ["attn", "cross", "mlp"] if crosses(cfg, stack) else ["attn", "mlp"]
+    parts = ["attn", "cross", "mlp"] if has_cross_attention(cfg, stack) else ["attn", "mlp"]
     found: list[Feed] = []
     for i, part in enumerate(parts):
         # A post-norm's output is also the residual stream, so no scale can be moved out of it.
@@ -111,15 +112,15 @@ def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
             repeat = cfg.heads // cfg.kv_heads
             alone = part != "attn" or not cfg.of_stack(stack).prefix_tokens  # trained values are averaged as well
             found.append(Feed(f"{block}/{part}/v", (f"{block}/{part}/o",), alone, repeat))
-        if adapter and not beside:  # the residual stream gets its input as well
+        if adapter and not beside:  # the adapter's input is also added to the residual stream
             found.append(Feed(_output(cfg, block, part), (f"{adapter}/reduce",), False))
-        if adapter:  # only relu lets a positive factor pass
+        if adapter:  # parallel adapters use relu, which is positively homogeneous; sequential ones use gelu
             found.append(Feed(f"{adapter}/reduce", (f"{adapter}/expand",), bool(beside)))
     return found
 
 
 def _output(cfg: ModelConfig, block: str, part: str) -> str:
-    """Return the path of the matrix or norm whose output a sublayer adds to the residual stream."""
+    """Return the path of the matrix or norm whose output the sublayer `part` adds to the residual stream."""
     last = f"{block}/{part}/{'down' if part == 'mlp' else 'o'}"
     return f"{block}/{part}_post_norm" if cfg.norm_position == "sandwich" else last
 
@@ -132,7 +133,7 @@ def _end(cfg: ModelConfig, stack: str) -> str:
 def _head_feeds(cfg: ModelConfig) -> list[Feed]:
     """Return the activations that matrices of the output heads read.
 
-    Pooling is linear, so a scale can be moved through it.
+    Scales can be moved through the pooling, because it is linear.
     """
     end, found, readers = _end(cfg, stacks(cfg)[-1]), [], []
     tied, alone = False, True
@@ -143,7 +144,7 @@ def _head_feeds(cfg: ModelConfig) -> list[Feed]:
             found.append(Feed("lm_head/norm", (output,), not cfg.tied))
         else:
             readers.append(output)
-            tied = cfg.tied  # the table's columns also are embeddings
+            tied = cfg.tied  # the tied table is also the input embedding
     bare = cfg.head_kind.bare
     if cfg.task_head:
         if cfg.pools:
@@ -152,7 +153,7 @@ def _head_feeds(cfg: ModelConfig) -> list[Feed]:
                 found.append(Feed("head/pooler", ("head/out",), False))  # tanh is between
         elif not bare:
             readers.append("head/out")
-        alone = not bare  # the answer is the pooled hidden state itself
+        alone = not bare  # the output of an embedding model is the pooled hidden state itself
     foldable = alone and not tied and cfg.norm_position != "post"
     return [*([Feed(end, tuple(readers), foldable)] if readers else []), *found]
 
@@ -165,7 +166,7 @@ def matrices(cfg: ModelConfig) -> list[str]:
 def units(cfg: ModelConfig, stack: str) -> list[Units]:
     """Return the heads and neurons of a layer of `stack`, which structured pruning can remove."""
     found: list[Units] = []
-    for part in ("attn", "cross") if crosses(cfg, stack) else ("attn",):
+    for part in ("attn", "cross") if has_cross_attention(cfg, stack) else ("attn",):
         tables = ("relative_bias/table",) if part == "attn" and cfg.positions == "relative" else ()
         heads = Units(f"{part}/heads", (f"{part}/q",), (f"{part}/o",), cfg.heads, cfg.head_dim, tables)
         prefix = ("attn/prefix",) if part == "attn" and cfg.of_stack(stack).prefix_tokens else ()
@@ -184,7 +185,7 @@ def residual(cfg: ModelConfig, stack: str) -> Residual:
     tables += ["embed/prompt"] if cfg.prompt_tokens else []
     writers = ["embed/norm"] if cfg.embed_norm else tables
     readers: list[str] = []
-    for part in ("attn", "cross", "mlp") if crosses(cfg, stack) else ("attn", "mlp"):
+    for part in ("attn", "cross", "mlp") if has_cross_attention(cfg, stack) else ("attn", "mlp"):
         norm = f"{block}/{part}_norm"
         if cfg.norm_position == "post":  # the sum is normalized, and the norm's output is the stream from there on
             inner = next(f.readers for f in _block_feeds(cfg, stack) if f.readers[0].startswith(f"{block}/{part}/"))

@@ -18,7 +18,7 @@ from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.model import flops
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import NEARNESS, Loss
+from llmctl.model.losses import COSINE_TEMPERATURE, Loss
 from llmctl.train import loop
 from llmctl.train.validation import Further, Validation
 
@@ -48,7 +48,7 @@ class Learner:
     """Loss function; None uses the loss of the task."""
     beside: ModelConfig | None = None
     """Config of another model, such as a teacher, whose forward pass runs in each step; None if there is none."""
-    temperature: float = NEARNESS
+    temperature: float = COSINE_TEMPERATURE
     """Temperature of embedding losses: similarities of embeddings are divided by it."""
     settings: Any = None
     """Settings that only the learner's task reads: the section of the stage's config that `Task.section` names."""

@@ -61,8 +61,7 @@ class ClassificationRows(ExampleRows):
 
     If the data has a column "pair", the row continues with that text and another `eos`. The batch then also has types
     [B, T], which are 1 for this second part. If both texts together are too long, the longer one is cut first, then
-    both
-    equally.
+    both equally.
     """
 
     def __init__(

@@ -20,8 +20,7 @@ def constant_scores(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dic
         limit: Maximum number of rows to read.
         sentinels: Sentinel ids of span corruption; empty for other objectives. The order of sentinels in the targets is
             fixed. All sentinels therefore count as one token, and the predictions may depend on the type of the
-            previous
-            target (none, a sentinel or a word).
+            previous target (none, a sentinel or a word).
 
     Returns:
         baseline_accuracy: Accuracy if the most frequent target is always predicted.

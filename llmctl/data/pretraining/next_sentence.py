@@ -36,18 +36,16 @@ class PairRows:
     up to half a row each, for both labels, so that lengths do not reveal the label.
 
     Four rows combine two passages of different documents: each A with its own B, then each A with the other B. The
-    masks
-    of A, and those of B, are the same in both rows. Every passage therefore has both labels equally often within four
-    rows, so that features of A alone or B alone cancel in the gradient of a step. Otherwise, a small network fits such
-    random correlations for thousands of steps before it compares the passages.
+    masks of A, and those of B, are the same in both rows. Every passage therefore has both labels equally often within
+    four rows, so that features of A alone or B alone cancel in the gradient of a step. Otherwise, a small network fits
+    such random correlations for thousands of steps before it compares the passages.
 
     Passages are processed in groups of `GROUP`, and passages of a group are paired with each other. Exactly half of the
     labeled rows of each group (2 * GROUP rows) have next_label 0. If a passage has no partner, it has two rows `bos A
     eos B eos` with next_label -1 (no label). If it has no sentence boundary, these rows are `bos A eos`.
 
     A document of n tokens has about n / T passages per epoch. Each passage has two rows. The exact position of a
-    passage
-    is sampled again in every epoch. Rows are endless, and `len(rows)` is the number of rows per epoch.
+    passage is sampled again in every epoch. Rows are endless, and `len(rows)` is the number of rows per epoch.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """Define pretraining objectives: functions that build inputs and targets from rows of packed tokens.
 
 The random choices depend only on the number of the row and the seed. A row is therefore the same in every process and
-at
-every read. In another epoch, the same documents are in rows with other numbers, so the choices differ.
+at every read. In another epoch, the same documents are in rows with other numbers, so the choices differ.
 
 Shapes: B rows, T tokens per row, P predicted positions per row, V vocabulary.
 """

@@ -2,9 +2,8 @@
 
 All pieces (documents or parts of documents) of an epoch are concatenated to one line of tokens, in which the offset of
 each piece is known. Row r is the range [r * T, (r + 1) * T) of the line. To build a row, the pieces are found by a
-binary
-search, so the time hardly depends on the size of the corpus. A row depends only on the corpus, the settings and the row
-number. It is therefore the same after a resume and for any number of hosts.
+binary search, so the time hardly depends on the size of the corpus. A row depends only on the corpus, the settings and
+the row number. It is therefore the same after a resume and for any number of hosts.
 
 Shapes: P pieces, B rows, T tokens per row, D documents.
 """

@@ -2,8 +2,7 @@
 
 The folder contains:
 
-prepared.json     description: tokenizer digest, splits, sources, shards with counts; checksums of all files and of
-itself
+prepared.json     description: tokenizer digest, splits, sources, shards with counts; checksums of all files
 tokenizer/        the tokenizer
 *.arrayrecord     one record per document: its token ids as little-endian integers
 *.lengths.npy     number of tokens of each document

@@ -1,8 +1,7 @@
 """Register data sources by name.
 
 Each module of this folder defines the source with the module's name, in its variable `SOURCE`. Another package can add
-a
-source by the entry point `source.NAME` of the group `llmctl`, which refers to a `llmctl.data.source.Reader`.
+a source by the entry point `source.NAME` of the group `llmctl`, which refers to a `llmctl.data.source.Reader`.
 """
 
 from __future__ import annotations

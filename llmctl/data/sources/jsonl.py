@@ -14,8 +14,7 @@ from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
 """Maximum number of rows, and maximum number of bytes, at the beginning of a file whose keys define `columns`. If a
-later
-row has another canonical column, it raises an error."""
+later row has another canonical column, it raises an error."""
 
 
 class JsonLines(Source):

@@ -33,7 +33,15 @@ from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import NEARNESS, Sums, class_sums, number_sums, row_weight, soft_class_sums, soft_number_sums
+from llmctl.model.losses import (
+    COSINE_TEMPERATURE,
+    Sums,
+    class_sums,
+    number_sums,
+    row_weight,
+    soft_class_sums,
+    soft_number_sums,
+)
 
 CHUNK = 1024
 """Number of texts that are compared with all candidates at a time, to limit memory."""
@@ -100,7 +108,9 @@ class Embed(Task):
         if "label" in batch:
             return soft_number_sums(taught, near, batch["label"], weight_B, hard)
         own = jnp.arange(len(near))
-        return soft_class_sums(taught / NEARNESS, near / NEARNESS, own, weight_B, temperature, hard, weight_B)
+        return soft_class_sums(
+            taught / COSINE_TEMPERATURE, near / COSINE_TEMPERATURE, own, weight_B, temperature, hard, weight_B
+        )
 
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate

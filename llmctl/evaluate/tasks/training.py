@@ -21,7 +21,7 @@ from llmctl.evaluate.setup import Batch, Setup
 from llmctl.evaluate.tasks.record import TaskRecord
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import NEARNESS, Loss, Sums
+from llmctl.model.losses import COSINE_TEMPERATURE, Loss, Sums
 from llmctl.model.program import Program
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Options:
     """Weight of the uniform distribution in the targets; the metrics do not use it."""
     z_loss: float = 0.0
     """Weight of log(Z)^2 in the loss; the metrics do not use it."""
-    temperature: float = NEARNESS
+    temperature: float = COSINE_TEMPERATURE
     """Divisor of the similarities of embeddings before the softmax."""
     labels: Sequence[str] = ()
     """Class names, for validation metrics that need them."""

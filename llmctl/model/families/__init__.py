@@ -1,6 +1,6 @@
-"""Define model families: flags and sizes for the shared blocks, and tensor names of Hugging Face checkpoints.
+"""Define model families: their settings for the Transformer, and the tensor names of their Hugging Face checkpoints.
 
-Each module of this folder is a family with the module's name. It defines:
+Each module of this folder defines the family with the module's name, by three variables:
 
 - `FLAGS`: fields of ModelConfig that all sizes of the family share.
 - `SIZES`: fields of ModelConfig for each named preset.

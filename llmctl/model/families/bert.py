@@ -36,9 +36,9 @@ NORMS = {"attn_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNor
 
 def from_config(keys: Keys) -> Fields:
     """Convert a BERT config.json to fields of ModelConfig."""
-    keys.must("position_embedding_type", "absolute")
-    keys.must("is_decoder", False)
-    keys.must("add_cross_attention", False)
+    keys.check("position_embedding_type", "absolute")
+    keys.check("is_decoder", False)
+    keys.check("add_cross_attention", False)
     d_model, heads = keys.take("hidden_size"), keys.take("num_attention_heads")
     return {
         "vocab_size": keys.take("vocab_size"),
@@ -61,11 +61,11 @@ def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a BERT config.json; inverse of `from_config`."""
     if cfg.head == "lm" and cfg.head_activation not in ("", cfg.activation):
         hf_config.refuse(cfg, "BERT", head_activation="")
-    return give(cfg)
+    return shared_to_keys(cfg)
 
 
-def give(cfg: Any) -> Fields:
-    """Convert a ModelConfig to the config keys that BERT and RoBERTa share."""
+def shared_to_keys(cfg: Any) -> Fields:
+    """Convert a ModelConfig to those keys of config.json that BERT and RoBERTa share."""
     free = ("max_seq_len", "norm_eps", "activation", "token_types", "vocab_size", "head_transform", "pooler")
     needed = {k: v for k, v in FLAGS.items() if k not in (*free, "next_sentence", "pooling")}
     hf_config.refuse(

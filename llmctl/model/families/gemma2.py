@@ -37,20 +37,20 @@ NORMS = {
 }
 
 
-def take(keys: Keys, every: int) -> Fields:
-    """Convert the config keys that Gemma 2 and 3 share to fields of ModelConfig.
+def shared_from_keys(keys: Keys, every: int) -> Fields:
+    """Convert those keys of config.json that Gemma 2 and 3 share to fields of ModelConfig.
 
     Args:
         keys: The config.json to read.
         every: Period of the attention pattern: the last of every `every` layers is global, the others are local.
     """
-    keys.must("use_bidirectional_attention", False)
+    keys.check("use_bidirectional_attention", False)
     keys.drop("hidden_act")  # early configs have this key, but the model ignores it
-    sizes = llama.take_sizes(keys)
+    sizes = llama.sizes_from_keys(keys)
     bias = keys.take("attention_bias", False)
     return {
         **sizes,
-        **hf_config.take_windows(keys, sizes["layers"], keys.take("sliding_window", 4096), every),
+        **hf_config.windows_from_keys(keys, sizes["layers"], keys.take("sliding_window", 4096), every),
         "activation": keys.activation("hidden_activation", "gelu_pytorch_tanh"),
         "qkv_bias": bias,
         "out_bias": bias,
@@ -61,26 +61,26 @@ def take(keys: Keys, every: int) -> Fields:
     }
 
 
-def give(cfg: Any) -> Fields:
-    """Convert a ModelConfig to the config keys that Gemma 2 and 3 share; inverse of `take`."""
+def shared_to_keys(cfg: Any) -> Fields:
+    """Convert a ModelConfig to those keys of config.json that Gemma 2 and 3 share; inverse of `shared_from_keys`."""
     scalar = (cfg.attn_scale or cfg.head_dim**-0.5) ** -2
     if abs(scalar - round(scalar)) > 1e-6 * scalar:
         raise RequestError(f"Gemma models have no attn_scale = {cfg.attn_scale}: its square is not one over an integer")
     return {
-        **llama.give_sizes(cfg),
+        **llama.sizes_to_keys(cfg),
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": cfg.qkv_bias,
         "query_pre_attn_scalar": round(scalar),
         "attn_logit_softcapping": cfg.attn_softcap or None,
         "final_logit_softcapping": cfg.final_softcap or None,
         "sliding_window": cfg.window or cfg.max_seq_len,
-        "layer_types": hf_config.give_windows(cfg),
+        "layer_types": hf_config.windows_to_keys(cfg),
         "tie_word_embeddings": cfg.tied,
     }
 
 
-def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
-    """Check that a model of the Gemma 2 or 3 family can express a config.
+def check_like_gemma(cfg: Any, name: str, **differs: Any) -> None:
+    """Check that a model config can be exported as Gemma 2 or Gemma 3.
 
     Args:
         cfg: The ModelConfig to export.
@@ -92,20 +92,20 @@ def relative_of_gemma(cfg: Any, name: str, **differs: Any) -> None:
     """
     free = dict.fromkeys(("attn_scale", "attn_softcap", "final_softcap", "window", "qkv_bias"))
     flags = {k: FLAGS[k] for k in ("norm_position", "norm_plus_one", "activation", "embed_scale")}
-    llama.relative_of_llama(cfg, name, **(flags | free | {"out_bias": cfg.qkv_bias} | differs))
+    llama.check_like_llama(cfg, name, **(flags | free | {"out_bias": cfg.qkv_bias} | differs))
 
 
 def from_config(keys: Keys) -> Fields:
     """Convert a Gemma 2 config.json to fields of ModelConfig."""
-    keys.absent("attn_logit_softcapping", 50.0)
-    keys.absent("final_logit_softcapping", 30.0)
-    return {**hf_config.take_rope(keys), **take(keys, 2)}
+    keys.set_default("attn_logit_softcapping", 50.0)
+    keys.set_default("final_logit_softcapping", 30.0)
+    return {**hf_config.rope_from_keys(keys), **shared_from_keys(keys, 2)}
 
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Gemma 2 config.json; inverse of `from_config`."""
-    relative_of_gemma(cfg, "Gemma 2")
-    return {**hf_config.give_rope(cfg), **give(cfg)}
+    check_like_gemma(cfg, "Gemma 2")
+    return {**hf_config.rope_to_keys(cfg), **shared_to_keys(cfg)}
 
 
 def names_of(cfg: Any) -> Fields:

@@ -41,13 +41,13 @@ def from_config(keys: Keys) -> Fields:
     every = keys.take("sliding_window_pattern", None) or keys.take("_sliding_window_pattern", 6)
     keys.drop("_sliding_window_pattern")
     keys.drop("attn_logit_softcapping")  # transformers accepts this key but never applies it in Gemma 3
-    return {**hf_config.take_rope(keys, 1_000_000.0, local=True), **gemma2.take(keys, every)}
+    return {**hf_config.rope_from_keys(keys, 1_000_000.0, local=True), **gemma2.shared_from_keys(keys, every)}
 
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Gemma 3 config.json; inverse of `from_config`."""
-    gemma2.relative_of_gemma(cfg, "Gemma 3", qk_norm=True, rope_local_theta=None, attn_softcap=0.0)
-    return {**hf_config.give_rope(cfg, local=True), **gemma2.give(cfg)}
+    gemma2.check_like_gemma(cfg, "Gemma 3", qk_norm=True, rope_local_theta=None, attn_softcap=0.0)
+    return {**hf_config.rope_to_keys(cfg, local=True), **gemma2.shared_to_keys(cfg)}
 
 
 def names_of(cfg: Any) -> Fields:

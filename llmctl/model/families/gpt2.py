@@ -36,9 +36,9 @@ MATRICES = {
 
 def from_config(keys: Keys) -> Fields:
     """Convert a GPT-2 config.json to fields of ModelConfig."""
-    keys.must("scale_attn_weights", True)
-    keys.must("scale_attn_by_inverse_layer_idx", False)
-    keys.must("add_cross_attention", False)
+    keys.check("scale_attn_weights", True)
+    keys.check("scale_attn_by_inverse_layer_idx", False)
+    keys.check("add_cross_attention", False)
     d_model, heads = keys.take("n_embd"), keys.take("n_head")
     length = keys.take("n_positions", keys.take("n_ctx", 1024))
     keys.drop("n_ctx")

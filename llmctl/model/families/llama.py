@@ -77,7 +77,7 @@ NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 def body(norms: dict[str, str]) -> dict[str, str]:
-    """Return the map {parameter name: Hugging Face tensor name} of Llama and its derivatives.
+    """Return the map {parameter name: Hugging Face tensor name} for Llama and families derived from it.
 
     Args:
         norms: Map of the norms in one layer, {parameter name: Hugging Face name}.
@@ -90,17 +90,17 @@ def body(norms: dict[str, str]) -> dict[str, str]:
     }
 
 
-def heads(name: str, model: str = "", asked: str = "") -> dict[str, Head]:
-    """Return the heads of Llama and its derivatives, by the name of the head.
+def heads(name: str, model: str = "", qa_prefix: str = "") -> dict[str, Head]:
+    """Return the heads of Llama, or of a family derived from it, by the name of the head.
 
     Args:
         name: Prefix of the class names in `transformers`, such as "Llama".
         model: Class name of the base model; `name` + "Model" if empty.
-        asked: Prefix of the network's tensor names in the question-answering class; empty if `transformers` has no such
-            class.
+        qa_prefix: Prefix of the network's tensor names in the question-answering class; empty if `transformers` has no
+            such class.
     """
     outputs = hf_config.linear({"head/out": "qa_outputs"})
-    spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, asked)} if asked else {}
+    spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, qa_prefix)} if qa_prefix else {}
     score = {"head/out/kernel": "score.weight", "head/out/bias": "score.bias"}
     return {
         "lm": Head(f"{name}ForCausalLM", {"lm_head/kernel": "lm_head.weight"}),
@@ -115,8 +115,8 @@ def heads(name: str, model: str = "", asked: str = "") -> dict[str, Head]:
 BUFFERS = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"(model\.)?rotary_emb\.inv_freq")
 
 
-def take_sizes(keys: Keys) -> Fields:
-    """Convert the size keys that Llama and its derivatives share to fields of ModelConfig."""
+def sizes_from_keys(keys: Keys) -> Fields:
+    """Convert those keys of config.json that define sizes to fields of ModelConfig, for families derived from Llama."""
     d_model, heads = keys.take("hidden_size"), keys.take("num_attention_heads")
     return {
         "vocab_size": keys.take("vocab_size"),
@@ -131,8 +131,8 @@ def take_sizes(keys: Keys) -> Fields:
     }
 
 
-def give_sizes(cfg: Any) -> Fields:
-    """Convert the sizes of a ModelConfig to config keys; inverse of `take_sizes`."""
+def sizes_to_keys(cfg: Any) -> Fields:
+    """Convert the sizes in a ModelConfig to keys of config.json; inverse of `sizes_from_keys`."""
     return {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
@@ -147,8 +147,8 @@ def give_sizes(cfg: Any) -> Fields:
     }
 
 
-def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
-    """Check that a derivative of Llama can express a config.
+def check_like_llama(cfg: Any, name: str, **differs: Any) -> None:
+    """Check that a model config can be exported as Llama or as a family derived from it.
 
     Args:
         cfg: The ModelConfig to export.
@@ -171,12 +171,12 @@ def relative_of_llama(cfg: Any, name: str, **differs: Any) -> None:
 
 def from_config(keys: Keys) -> Fields:
     """Convert a Llama config.json to fields of ModelConfig."""
-    keys.must("rope_interleaved", False)
+    keys.check("rope_interleaved", False)
     keys.drop("is_llama_config")
     bias = keys.take("attention_bias", False)
     return {
-        **take_sizes(keys),
-        **hf_config.take_rope(keys),
+        **sizes_from_keys(keys),
+        **hf_config.rope_from_keys(keys),
         "activation": keys.activation("hidden_act", "silu"),
         "qkv_bias": bias,
         "out_bias": bias,
@@ -187,10 +187,10 @@ def from_config(keys: Keys) -> Fields:
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Llama config.json; inverse of `from_config`."""
-    relative_of_llama(cfg, "Llama", qkv_bias=None, out_bias=cfg.qkv_bias, mlp_bias=None)
+    check_like_llama(cfg, "Llama", qkv_bias=None, out_bias=cfg.qkv_bias, mlp_bias=None)
     return {
-        **give_sizes(cfg),
-        **hf_config.give_rope(cfg),
+        **sizes_to_keys(cfg),
+        **hf_config.rope_to_keys(cfg),
         "hidden_act": "silu",
         "attention_bias": cfg.qkv_bias,
         "mlp_bias": cfg.mlp_bias,
@@ -203,4 +203,4 @@ def names_of(cfg: Any) -> Fields:
     return body(NORMS)
 
 
-BRIDGE = Bridge("llama", "model.", names_of, heads("Llama", asked="transformer."), from_config, to_config, BUFFERS)
+BRIDGE = Bridge("llama", "model.", names_of, heads("Llama", qa_prefix="transformer."), from_config, to_config, BUFFERS)

@@ -24,12 +24,12 @@ SIZES: dict[str, Fields] = {
 
 def from_config(keys: Keys) -> Fields:
     """Convert a Mistral config.json to fields of ModelConfig."""
-    sizes = llama.take_sizes(keys)
-    keys.absent("sliding_window", 4096)
+    sizes = llama.sizes_from_keys(keys)
+    keys.set_default("sliding_window", 4096)
     return {
         **sizes,
-        **hf_config.take_rope(keys),
-        **hf_config.take_windows(keys, sizes["layers"], keys.take("sliding_window", 0)),
+        **hf_config.rope_from_keys(keys),
+        **hf_config.windows_from_keys(keys, sizes["layers"], keys.take("sliding_window", 0)),
         "activation": keys.activation("hidden_act", "silu"),
         "tied": keys.take("tie_word_embeddings", False),
     }
@@ -37,10 +37,10 @@ def from_config(keys: Keys) -> Fields:
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Mistral config.json; inverse of `from_config`."""
-    llama.relative_of_llama(cfg, "Mistral", window=None, window_every=1, window_layers=())
+    llama.check_like_llama(cfg, "Mistral", window=None, window_every=1, window_layers=())
     return {
-        **llama.give_sizes(cfg),
-        **hf_config.give_rope(cfg),
+        **llama.sizes_to_keys(cfg),
+        **hf_config.rope_to_keys(cfg),
         "hidden_act": "silu",
         "sliding_window": cfg.window or None,
         "tie_word_embeddings": cfg.tied,
@@ -52,5 +52,5 @@ def names_of(cfg: Any) -> Fields:
     return llama.body(llama.NORMS)
 
 
-HEADS = llama.heads("Mistral", asked="model.")
+HEADS = llama.heads("Mistral", qa_prefix="model.")
 BRIDGE = Bridge("mistral", "model.", names_of, HEADS, from_config, to_config, llama.BUFFERS)

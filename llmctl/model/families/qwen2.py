@@ -22,12 +22,12 @@ SIZES: dict[str, Fields] = {
 }  # fmt: skip
 
 
-def take(keys: Keys) -> Fields:
-    """Convert the config keys that Qwen2 and Qwen3 share to fields of ModelConfig."""
-    keys.must("use_mrope", False)
-    sizes = llama.take_sizes(keys)
-    keys.absent("sliding_window", 4096)
-    keys.absent("max_window_layers", 28)
+def shared_from_keys(keys: Keys) -> Fields:
+    """Convert those keys of config.json that Qwen2 and Qwen3 share to fields of ModelConfig."""
+    keys.check("use_mrope", False)
+    sizes = llama.sizes_from_keys(keys)
+    keys.set_default("sliding_window", 4096)
+    keys.set_default("max_window_layers", 28)
     window, first = keys.take("sliding_window", 0), keys.take("max_window_layers", 0)
     window = window if keys.take("use_sliding_window", False) else 0
     if window and "layer_types" not in keys.given:
@@ -36,37 +36,37 @@ def take(keys: Keys) -> Fields:
         ]
     return {
         **sizes,
-        **hf_config.take_rope(keys),
-        **hf_config.take_windows(keys, sizes["layers"], window),
+        **hf_config.rope_from_keys(keys),
+        **hf_config.windows_from_keys(keys, sizes["layers"], window),
         "activation": keys.activation("hidden_act", "silu"),
         "tied": keys.take("tie_word_embeddings", False),
     }
 
 
-def give(cfg: Any) -> Fields:
-    """Convert a ModelConfig to the config keys that Qwen2 and Qwen3 share; inverse of `take`."""
+def shared_to_keys(cfg: Any) -> Fields:
+    """Convert a ModelConfig to those keys of config.json that Qwen2 and Qwen3 share; inverse of `shared_from_keys`."""
     first = next((i for i, local in enumerate(hf_config.local_layers(cfg, cfg.layers)) if local), cfg.layers)
     return {
-        **llama.give_sizes(cfg),
-        **hf_config.give_rope(cfg),
+        **llama.sizes_to_keys(cfg),
+        **hf_config.rope_to_keys(cfg),
         "hidden_act": "silu",
         "use_sliding_window": cfg.window > 0,
         "sliding_window": cfg.window or None,
         "max_window_layers": first,
-        "layer_types": hf_config.give_windows(cfg),
+        "layer_types": hf_config.windows_to_keys(cfg),
         "tie_word_embeddings": cfg.tied,
     }
 
 
 def from_config(keys: Keys) -> Fields:
     """Convert a Qwen2 config.json to fields of ModelConfig."""
-    return take(keys)
+    return shared_from_keys(keys)
 
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Qwen2 config.json; inverse of `from_config`."""
-    llama.relative_of_llama(cfg, "Qwen2", qkv_bias=True, window=None)
-    fields = give(cfg)
+    llama.check_like_llama(cfg, "Qwen2", qkv_bias=True, window=None)
+    fields = shared_to_keys(cfg)
     if cfg.head_dim * cfg.heads == cfg.d_model:  # published configs omit the key, and transformers then computes it
         fields.pop("head_dim")
     return fields
@@ -77,5 +77,5 @@ def names_of(cfg: Any) -> Fields:
     return llama.body(llama.NORMS)
 
 
-HEADS = llama.heads("Qwen2", asked="transformer.")
+HEADS = llama.heads("Qwen2", qa_prefix="transformer.")
 BRIDGE = Bridge("qwen2", "model.", names_of, HEADS, from_config, to_config, llama.BUFFERS)

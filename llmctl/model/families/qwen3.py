@@ -26,13 +26,13 @@ NORMS = {**llama.NORMS, "attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_
 def from_config(keys: Keys) -> Fields:
     """Convert a Qwen3 config.json to fields of ModelConfig."""
     bias = keys.take("attention_bias", False)
-    return {**qwen2.take(keys), "qkv_bias": bias, "out_bias": bias}
+    return {**qwen2.shared_from_keys(keys), "qkv_bias": bias, "out_bias": bias}
 
 
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Qwen3 config.json; inverse of `from_config`."""
-    llama.relative_of_llama(cfg, "Qwen3", qk_norm=True, qkv_bias=None, out_bias=cfg.qkv_bias, window=None)
-    return {**qwen2.give(cfg), "attention_bias": cfg.qkv_bias}
+    llama.check_like_llama(cfg, "Qwen3", qk_norm=True, qkv_bias=None, out_bias=cfg.qkv_bias, window=None)
+    return {**qwen2.shared_to_keys(cfg), "attention_bias": cfg.qkv_bias}
 
 
 def names_of(cfg: Any) -> Fields:
@@ -40,5 +40,5 @@ def names_of(cfg: Any) -> Fields:
     return llama.body(NORMS)
 
 
-HEADS = llama.heads("Qwen3", asked="transformer.")
+HEADS = llama.heads("Qwen3", qa_prefix="transformer.")
 BRIDGE = Bridge("qwen3", "model.", names_of, HEADS, from_config, to_config, llama.BUFFERS)

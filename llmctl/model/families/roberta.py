@@ -26,7 +26,7 @@ SIZES: dict[str, Fields] = {
 def from_config(keys: Keys) -> Fields:
     """Convert a RoBERTa config.json to fields of ModelConfig.
 
-    Position ids start after the padding token's id, so the table has `pad_token_id + 1` rows before position 0.
+    The first position has the id `pad_token_id + 1`, so the table has as many rows before position 0.
     """
     offset = keys.all.get("pad_token_id", 1) + 1
     fields = bert.from_config(keys)
@@ -44,7 +44,7 @@ def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a RoBERTa config.json; inverse of `from_config`."""
     if cfg.head == "lm" and (cfg.head_activation or cfg.activation) != "gelu":
         hf_config.refuse(cfg, "RoBERTa", head_activation="gelu")
-    return {**bert.give(cfg), "pad_token_id": cfg.position_offset - 1}
+    return {**bert.shared_to_keys(cfg), "pad_token_id": cfg.position_offset - 1}
 
 
 MASKED = {

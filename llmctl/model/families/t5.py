@@ -40,8 +40,8 @@ SIZES: dict[str, Fields] = {
 def from_config(keys: Keys) -> Fields:
     """Convert a T5 config.json to fields of ModelConfig."""
     alone = keys.all.get("architectures") in ([ENCODER], [TAGGER])
-    keys.must("is_encoder_decoder", *((True, False) if alone else (True,)))  # encoder-only files have either value
-    keys.must("is_decoder", False)
+    keys.check("is_encoder_decoder", *((True, False) if alone else (True,)))  # encoder-only files have either value
+    keys.check("is_decoder", False)
     kind = keys.take("feed_forward_proj", "relu")
     gate, _, activation = kind.rpartition("-")
     if gate not in ("", "gated"):

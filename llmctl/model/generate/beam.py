@@ -1,10 +1,10 @@
 """Search for the most probable answers by beam search, in one compiled program.
 
 Each prompt has W live beams, which can be continued, and up to W finished answers. A step ranks the continuations of
-all live beams together. Continuations with an end token compete for the finished slots by score. The score is the sum
-of log probabilities divided by length ** penalty (Wu et al., 2016, arXiv:1609.08144, section 7). The best of the other
-continuations become the live beams. Key-value caches are reordered by a gather, as the beams are. The prompt's part of
-the cache is equal for all beams and is not gathered.
+all live beams together. A continuation with an end token replaces the worst finished answer if its score is better. The
+score is the sum of log probabilities divided by length ** penalty (Wu et al., 2016, arXiv:1609.08144, section 7). The
+best of the other continuations become the new live beams, and the key-value cache is reordered accordingly. The part of
+the cache that belongs to the prompt is equal for all beams, and is not reordered.
 
 Shapes: B prompts, W beams, C candidates per prompt, N maximum new tokens, D model width, V vocabulary, E end tokens.
 """
@@ -26,9 +26,9 @@ from llmctl.model.generate.padded_prompts import NOTHING, Prompts, padded_ends
 from llmctl.model.kv_cache import cache_shape
 
 STOPS = ("no", "yes", "never")
-STRONGEST = 6
-"""Maximum length penalty: a million tokens to this power is within the range of float32."""
-WORST = -jnp.inf
+MAX_LENGTH_PENALTY = 6
+"""Maximum length penalty: (a million tokens) ** 6 is within the range of float32."""
+NO_SCORE = -jnp.inf
 """Score of a slot without an answer."""
 
 
@@ -38,9 +38,9 @@ class Beams:
 
     width: int
     length_penalty: float = 1.0
-    """Exponent of the length by which sums of log probabilities are divided; larger values favor longer answers."""
+    """Scores are divided by length ** length_penalty; larger values favor longer answers."""
     early_stopping: str = "no"
-    """Rule that stops the search for a prompt, once it has W finished answers.
+    """Rule for stopping the search for a prompt that has W finished answers.
 
     "yes": stop immediately. "no": stop if the score of the best live beam at its current length is no better than the
     score of the worst finished answer. "never": stop only if no live beam can reach a better score at any length.
@@ -49,12 +49,12 @@ class Beams:
     def __post_init__(self) -> None:
         if self.width < 1 or self.early_stopping not in STOPS:
             raise ValueError(f"beams must be at least 1, and early stopping one of {', '.join(STOPS)}")
-        if not abs(self.length_penalty) <= STRONGEST:
-            raise ValueError(f"length_penalty must be from -{STRONGEST} to {STRONGEST}")
+        if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
+            raise ValueError(f"length_penalty must be from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}")
 
 
 class Search(NamedTuple):
-    """Store the state of a beam search after `made` tokens."""
+    """Store the state of a beam search after `made` generated tokens."""
 
     made: jax.Array
     live_BW: jax.Array
@@ -62,19 +62,19 @@ class Search(NamedTuple):
     live_BWN: jax.Array
     """Tokens of the live beams; NOTHING at positions that are not generated yet."""
     done_BW: jax.Array
-    """Scores of the finished answers, best first; WORST in slots without an answer."""
+    """Scores of the finished answers, best first; NO_SCORE in slots without an answer."""
     done_BWN: jax.Array
     open_B: jax.Array
     """Whether a better answer to the prompt is still possible."""
     parent_BW: jax.Array
-    """For each live beam, the index of the previous step's beam that it continues."""
+    """For each live beam, the index of the beam that it continues, among those of the previous step."""
 
 
 class BeamSearch:
     """Run beam search on a Decoder, with one compiled program per shape.
 
     Args:
-        decoder: The model that generates.
+        decoder: Decoder that runs the model.
         beams: Settings of the search.
     """
 
@@ -97,7 +97,7 @@ class BeamSearch:
             after it. If fewer than W answers were found, the remaining scores are -inf.
 
         Raises:
-            ValueError: If `Decoder.generate` raises it.
+            ValueError: If a prompt is empty, or too long together with `max_new`.
             RequestError: If there are more candidates than tokens in the vocabulary.
         """
         decoder = self.decoder
@@ -126,9 +126,9 @@ class BeamSearch:
         empty_BWN = jnp.full((B, W, slots - T), NOTHING, jnp.int32)
         begun = Search(
             jnp.int32(0),
-            jnp.full((B, W), WORST).at[:, 0].set(0.0),  # all beams equal the prompt at first, so only one may count
+            jnp.full((B, W), NO_SCORE).at[:, 0].set(0.0),  # all beams equal the prompt at first, so only one may count
             empty_BWN,
-            jnp.full((B, W), WORST),
+            jnp.full((B, W), NO_SCORE),
             empty_BWN,
             jnp.ones(B, bool),
             jnp.zeros((B, W), jnp.int32),
@@ -148,7 +148,7 @@ class BeamSearch:
 
     def _goes_on(self, search: Search, max_new: jax.Array) -> jax.Array:
         open_ = (search.made < max_new) & jnp.any(search.open_B)
-        return open_ & jnp.any(search.done_BW == WORST) if self.beams.early_stopping == "yes" else open_
+        return open_ & jnp.any(search.done_BW == NO_SCORE) if self.beams.early_stopping == "yes" else open_
 
     def _extend(
         self,
@@ -182,14 +182,14 @@ class BeamSearch:
         # Only the W best candidates may finish, and none may after a prompt's search has stopped.
         taken_BC = ends_BC & (jnp.arange(candidates) < W) & search.open_B[:, None]
         if self.beams.early_stopping == "yes":
-            taken_BC &= ~jnp.all(search.done_BW > WORST, axis=1, keepdims=True)
+            taken_BC &= ~jnp.all(search.done_BW > NO_SCORE, axis=1, keepdims=True)
         length = (made + 1).astype(jnp.float32)
-        score_BC = jnp.where(taken_BC, sum_BC / length**penalty, WORST)
+        score_BC = jnp.where(taken_BC, sum_BC / length**penalty, NO_SCORE)
         done_BW, best_BW = jax.lax.top_k(jnp.concatenate([search.done_BW, score_BC], axis=1), W)
         done_BWN = jnp.concatenate([search.done_BWN, answer_BCN], axis=1)
         done_BWN = jnp.take_along_axis(done_BWN, best_BW[..., None], axis=1)
 
-        live_BW, best_BW = jax.lax.top_k(jnp.where(ends_BC, WORST, sum_BC), W)
+        live_BW, best_BW = jax.lax.top_k(jnp.where(ends_BC, NO_SCORE, sum_BC), W)
         # A positive penalty favours long answers most, so "never" takes the full length as the upper bound.
         longest = max_new if self.beams.early_stopping == "never" and penalty > 0 else length
         hope_B = live_BW[:, 0] / longest**penalty
@@ -205,7 +205,7 @@ class BeamSearch:
 
 
 def _repeated(state: State, B: int, W: int) -> State:
-    """Repeat the state of `Decoder.read` for B prompts W times per prompt, once per beam."""
+    """Repeat the state of each prompt W times, once per beam. The state comes from `Decoder.read` for B prompts."""
 
     def cached(a: jax.Array) -> jax.Array:
         rows = jnp.repeat(a.reshape(B, -1, *a.shape[-2:]), W, axis=0)  # merge axes of size 1; see `cache_shape`

@@ -1,7 +1,7 @@
 """Generate the assistant's answers in a conversation.
 
-The template renders the complete conversation for every answer, because earlier messages may render differently from
-the cached tokens. The longest common prefix with the cached tokens is not computed again (`generate/chat_cache.py`).
+The template renders the complete conversation for every answer, because a template may change earlier messages when
+later ones follow. Tokens at the beginning that equal the cached ones are not computed again (`generate/chat_cache.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_messages(file: Path) -> list[Message]:
 
 
 class Conversation:
-    """Store a conversation with a model: the messages so far, and the session that generates answers."""
+    """Store a conversation with a model: the messages so far, the chat template and the generation session."""
 
     def __init__(self, template: Template, decoder: Decoder, end_ids: Sequence[int]) -> None:
         self.template, self.session, self.end_ids = template, Session(decoder), end_ids
@@ -52,13 +52,13 @@ class Conversation:
     def answer(
         self, max_new: int, *, sampling: Sampling | None = None, seed: int = 0, stops: Sequence[str] = ()
     ) -> Iterator[str]:
-        """Generate the assistant's answer in pieces of text, and append it to the messages at the end.
+        """Generate the assistant's answer, yield it in pieces, and then append it to the messages.
 
         Args:
             max_new: Maximum number of new tokens.
             sampling: Sampling rules; greedy if None.
             seed: Seed of the sampling.
-            stops: Strings that end the answer; they are not part of it.
+            stops: Stop strings, which end the answer and are not part of it.
 
         Yields:
             The next piece of text.

@@ -1,7 +1,7 @@
 """Cache the keys and values of one conversation, so that only new tokens of a longer prompt are computed.
 
-Tokens fill the cache from slot 0 without gaps. A new prompt is compared with the cached tokens one by one. All tokens
-after the first difference are computed again, so the answer equals that of a run without the cache.
+Tokens fill the cache from slot 0 without gaps. A new prompt is compared with the cached tokens. All tokens from the
+first difference on are computed again, so the answer is the same as without a cache.
 
 Shapes: T new tokens with padding, S cache slots, V vocabulary, E end tokens. The batch size is 1.
 """
@@ -22,9 +22,9 @@ from llmctl.model.generate.sampling import Sampling, row_keys
 
 
 class Session:
-    """Generate with a Decoder, and keep its key-value cache between calls.
+    """Generate text with a Decoder for one prompt at a time, and keep the key-value cache between calls.
 
-    `generate` has the interface of `Decoder.generate`, for one prompt.
+    `generate` has the same arguments as `Decoder.generate`.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -37,7 +37,7 @@ class Session:
             raise ValueError("an encoder-decoder holds no conversations")
         self.decoder = decoder
         self.read = 0
-        """Number of prompt tokens computed so far."""
+        """Number of prompt tokens that were computed so far, not counting those found in the cache."""
         self._ids: list[int] = []
         self._cache: list[Any] = []
         self._extend = jax.jit(self._read_and_select, static_argnames="rules", donate_argnames="cache")
@@ -59,7 +59,7 @@ class Session:
         chunk: int = 16,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
-        """Continue one prompt. Yields and errors are those of `Decoder.generate`."""
+        """Continue one prompt, and yield the new tokens in chunks. See `Decoder.generate` for arguments and errors."""
         (prompt,) = prompts
         self.decoder.check([prompt], max_new)
         rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, 1, first)
@@ -86,10 +86,10 @@ class Session:
             left -= out_1N.shape[1]
 
     def _take_cache(self, slots: int) -> list[Any]:
-        """Return the cache, enlarged to at least `slots` slots if necessary, and forget it in this object.
+        """Return the cache, enlarged to at least `slots` slots if necessary, and remove it from this object.
 
-        The caller donates the cache to a program, so that this object may no longer use it. If the cache grows, its
-        size doubles, so that few sizes are compiled.
+        The caller donates the cache to a compiled function, so this object must not use it any more. The size is always
+        doubled, so that functions are compiled for few sizes.
         """
         cfg, cache = self.model, self._cache
         held = cache[0]["attn"]["past_k"].shape[-2] if cache else 0
@@ -115,7 +115,19 @@ class Session:
         ends_E: jax.Array,
         rules: Sampling,
     ) -> State:
-        """Process `new` tokens after the `kept` cached ones, select the next token, and return the state."""
+        """Run the model on the new tokens of the prompt, select the next token, and return the decoding state.
+
+        Args:
+            served: Parameters in the form of `Decoder.weights`.
+            cache: Key-value cache, of which the first `kept` slots are valid.
+            tokens_1T: New tokens, padded on the right.
+            kept: Number of cached tokens.
+            new: Number of new tokens.
+            seen_1V: Whether each token of the vocabulary occurs in the prompt.
+            keys_B: Random key.
+            ends_E: End tokens.
+            rules: Sampling rules.
+        """
         at_1T = jnp.arange(tokens_1T.shape[1])[None]
         segments_1S = (jnp.arange(cache[0]["attn"]["past_k"].shape[-2])[None] < kept + new).astype(jnp.int32)
         batch = {

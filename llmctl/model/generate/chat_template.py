@@ -1,11 +1,11 @@
 """Render conversations with a tokenizer's chat template, encode them, and find the tokens that the assistant writes.
 
-A template is a program that comes with an artifact. It runs in a sandbox without side effects and with a limit of steps
-(`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, whatever its spelling.
+A template is a program that comes with a model. It runs in a sandbox without side effects and with a limit of steps
+(`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, even if it spells one.
 
-Training needs to know which tokens are the assistant's. A template may mark them with `{% generation %}`. Otherwise a
-conversation is rendered up to each answer, as for generation, and up to its end. If both are the beginning of the whole
-conversation, the text between them is the answer with the token that ends it.
+Training needs to know which tokens are the assistant's. A template may mark them with `{% generation %}`. Otherwise,
+the conversation is rendered twice for each answer: up to the beginning of the answer, as for generation, and up to its
+end. If the complete conversation begins with both texts, their difference is the answer with its end token.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from llmctl.data.tokenizers.base import ESCAPE, Tokenizer
 from llmctl.model.generate import generation_block
 
 Message = dict[str, Any]
-"""A chat message: {"role": "system", "user", "assistant" or "tool", "content": text}, and further keys that a template
-reads."""
+"""Chat message {"role": "system", "user", "assistant" or "tool", "content": text}, with further keys for templates."""
 
 DAY = datetime.datetime(2024, 7, 26)
 """Date that templates get in training and evaluation, so that results do not depend on the day."""
@@ -64,19 +63,19 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-"""Template of the ChatML format. It marks the text that the assistant writes."""
+"""Chat template of the ChatML format, with the assistant's text in `{% generation %}` blocks."""
 
 
 class Marked(NamedTuple):
-    """Store an encoded conversation: its tokens, and which of them the assistant writes."""
+    """Store the tokens of a conversation, and which of them the assistant writes."""
 
     ids: list[int]
     """Token ids [N]."""
     counted_N: np.ndarray
     """Whether the assistant writes the token, bool [N]."""
     missed: int
-    """Number of answers without counted tokens, because the template renders them differently when later messages
-    follow."""
+    """Number of answers whose tokens could not be found, because the template renders them differently when later
+    messages follow."""
 
 
 class Template:
@@ -110,8 +109,8 @@ class Template:
         if text is None:
             raise RequestError("the tokenizer has no chat template, so the model knows no conversations")
         self.tokenizer = tokenizer
-        self.marks = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
-        """Whether the template marks the assistant's text."""
+        self.marks_answers = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
+        """Whether the template marks the assistant's text by `{% generation %}`."""
         self._day: datetime.datetime | None = None
         self._sandbox = Sandbox(
             trim_blocks=True,
@@ -135,7 +134,7 @@ class Template:
             prompt: Whether to end with the start of the assistant's answer.
 
         Raises:
-            RequestError: If the template refuses the messages (for example roles that do not alternate), fails, or
+            RequestError: If the template rejects the messages (for example because roles do not alternate), fails, or
                 exceeds the limits of `template_sandbox`.
         """
         return generation_block.spans(self._rendered(messages, tools, prompt))[0]
@@ -148,29 +147,27 @@ class Template:
         Raises:
             RequestError: If `render` raises it, or if the rendered text is empty.
         """
-        text = self.render(self._harmless(list(messages)))
+        text = self.render(self._escaped(list(messages)))
         ids = self.tokenizer.encode_with_special(check_unicode(text, "the text of the chat template"))
         if not ids:
             raise RequestError("the chat template gives no text for these messages")
         return [*self.tokenizer.prefix, *ids]
 
     def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
-        """Return the token ids of a whole conversation, and which of them the assistant writes.
+        """Return the token ids of a complete conversation, and which of them the assistant writes.
 
-        The assistant writes a token if any of its characters belongs to an answer, and also the token that ends an
-        answer. It writes neither the white space after that token nor the header before the answer. A message with the
-        key "weight" and the value 0 is context only. If a template marks
-        answers without their end tokens, the special token right after an answer ends it. The template gets the date
-        `DAY`.
+        The assistant writes all tokens that contain a character of an answer, and the token that ends the answer. It
+        does not write the header before the answer, or white space after the end token. Answers with "weight" 0 are
+        excluded. If the template marks answers without their end tokens, the special token right after an answer counts
+        as its end token. The template gets the date `DAY`.
 
         Raises:
-            RequestError: If `render` raises it. If the answers cannot be found, because the template neither marks them
-                nor renders the conversation before an answer as it does for generation. If a message has the weight 0,
-                and the template does not mark one text per answer.
+            RequestError: If `render` raises it, if the answers cannot be found in the rendered text, or if a message
+                has the weight 0 and the template does not mark exactly one text per answer.
         """
         self._day = DAY
         try:
-            text, spans, missed = self._answers(self._harmless(list(messages)), self._harmless(tools))
+            text, spans, missed = self._answers(self._escaped(list(messages)), self._escaped(tools))
         finally:
             self._day = None
         ids, places = self.tokenizer.offsets_with_special(check_unicode(text, "the text of the chat template"))
@@ -183,7 +180,7 @@ class Template:
         return Marked([*prefix, *ids], np.concatenate([np.zeros(len(prefix), bool), counted_N]), missed)
 
     def end_ids(self) -> list[int]:
-        """Return the special token that ends the assistant's answers, in a list.
+        """Return [id of the special token that ends the assistant's answers].
 
         The list is empty if answers do not end with a special token, or if the template fails.
         """
@@ -201,11 +198,15 @@ class Template:
         return []
 
     def _answers(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]], int]:
-        """Return a conversation's text, the character ranges of its answers, and the number of answers without one."""
+        """Render a conversation, and find the assistant's answers in the text.
+
+        Returns:
+            The text, the ranges [first, last) of characters of the answers, and the number of answers not found.
+        """
         text, spans = generation_block.spans(self._rendered(messages, tools, False))
         places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         counts = [messages[i].get("weight") != 0 for i in places]
-        if self.marks:
+        if self.marks_answers:
             spans = self._with_ends(text, spans)
             if not all(counts):
                 if len(spans) != len(places):
@@ -220,7 +221,7 @@ class Template:
             before = self.render(messages[:i], tools) if i else ""
             after = text if i == len(messages) - 1 else self.render(messages[: i + 1], tools, False)
             if i and len(before) < len(after) and text.startswith(after) and after.startswith(before):
-                spans.append((len(before), len(before) + self._ending(after[len(before) :])))
+                spans.append((len(before), len(before) + self._answer_length(after[len(before) :])))
                 learned += spans[-1:] * count
         if places and not spans:
             raise RequestError(
@@ -230,24 +231,25 @@ class Template:
         return text, learned, sum(counts) - len(learned)
 
     def _with_ends(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return marked ranges without the white space after their end token, and with an end token right after them.
+        """Correct ranges that the template marks, so that each ends with the end token of the answer.
 
-        The special token right after the last range ends every answer, unless that range has an end token already.
+        White space after an end token is removed from the range. If the last range has no end token, the special token
+        right after it is the end token, and is added to every range that it follows.
         """
-        spans = [(first, first + self._ending(text[first:last])) for first, last in spans]
-        if not spans or self._ends(text[slice(*spans[-1])]):
+        spans = [(first, first + self._answer_length(text[first:last])) for first, last in spans]
+        if not spans or self._ends_with_special(text[slice(*spans[-1])]):
             return spans
         after = self.tokenizer.split_special(text[spans[-1][1] :])
         end = after[1] if len(after) > 1 and not after[0] else ""
         return [(first, last + len(end) * text.startswith(end, last)) for first, last in spans]
 
-    def _ends(self, answer: str) -> bool:
-        """Return whether a special token is the end of a text."""
+    def _ends_with_special(self, answer: str) -> bool:
+        """Return True if a text ends with a special token."""
         parts = self.tokenizer.split_special(answer)
         return len(parts) > 1 and not parts[-1]
 
-    def _ending(self, answer: str) -> int:
-        """Return the number of characters of an answer, without the white space after its last special token."""
+    def _answer_length(self, answer: str) -> int:
+        """Return the length of an answer in characters, without white space after a special token at its end."""
         parts = self.tokenizer.split_special(answer)
         return len(answer) - (len(parts[-1]) if len(parts) > 1 and not parts[-1].strip() else 0)
 
@@ -260,8 +262,11 @@ class Template:
         except Exception as e:  # a template is third-party code and may raise anything
             raise RequestError(f"the chat template fails on these messages ({type(e).__name__}: {e})") from None
 
-    def _harmless(self, value: Any) -> Any:
-        """Return a copy of JSON data in which spellings of special tokens, and the marks of answers, are altered."""
+    def _escaped(self, value: Any) -> Any:
+        """Return a copy of JSON data in which no text contains a special token or a mark of `generation_block`.
+
+        `ESCAPE` is inserted into spellings of special tokens, and marks are replaced by U+FFFD.
+        """
         own = self.tokenizer.special_ids
         firsts = {spelling[:1] for spelling in own}
 
@@ -290,7 +295,7 @@ class Template:
 def chatml(tokenizer: Tokenizer) -> str:
     """Return the ChatML template for a tokenizer.
 
-    If the tokenizer lacks the token `<|im_end|>`, its end-of-sequence token ends each turn.
+    If the tokenizer has no token `<|im_end|>`, each turn ends with the end-of-sequence token.
     """
     return CHATML if END in tokenizer.special_ids else CHATML.replace(f"'{END}'", "eos_token")
 

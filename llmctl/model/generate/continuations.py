@@ -19,9 +19,9 @@ from llmctl.model.generate.padded_prompts import NOTHING
 from llmctl.model.generate.sampling import Sampling
 
 GENERATION = "generation_config.json"
-"""File in a tokenizer folder with the tokens that end an answer, if there are more than the tokenizer's own."""
+"""Name of the file in a tokenizer folder that lists further tokens that end an answer."""
 INCOMPLETE = "\ufffd"
-"""Character that results from decoding an incomplete UTF-8 sequence."""
+"""Character to which an incomplete UTF-8 sequence is decoded."""
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Continuation:
     stops: Sequence[str] = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    """Generated text that can no longer change. An incomplete character, or a suffix that may begin a stop string, is
-    left out until later tokens decide it."""
+    """Generated text that later tokens cannot change. An incomplete character at the end, or the possible beginning of
+    a stop string, is not included."""
     source_ids: list[int] = field(default_factory=list)
     """Token ids of the prompt for the encoder of an encoder-decoder."""
     score: float | None = None
@@ -44,7 +44,7 @@ class Continuation:
     """Reason for the end: "end" (an end token), "stop" (a stop string) or "length"; empty while the row is active."""
 
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
-        """Append new tokens, except NOTHING, and return the text that was added to `text`."""
+        """Append new tokens, except NOTHING, and return the text that this adds to `self.text`."""
         if self.ended:
             return ""
         self.ids += [i for i in ids if i != NOTHING]
@@ -55,30 +55,35 @@ class Continuation:
         found = [at for stop in self.stops if (at := whole.find(stop)) >= 0]
         if found:
             self.ended, whole = "stop", whole[: min(found)]
-        return self._settle(whole if self.ended else whole[: len(whole) - self._doubtful(whole)])
+        return self._set_text(whole if self.ended else whole[: len(whole) - self._unfinished_length(whole)])
 
     def finish(self, decode: Callable[[Sequence[int]], str]) -> str:
-        """End the row at the maximum number of tokens, and return the rest of the text; "" if the row has ended."""
+        """End the continuation at the maximum number of tokens, and return the rest of its text.
+
+        If it has already ended, return an empty string.
+        """
         if self.ended:
             return ""
         self.ended = "length"
-        return self._settle(decode([*self.prompt_ids, *self.ids])[len(decode(self.prompt_ids)) :])
+        return self._set_text(decode([*self.prompt_ids, *self.ids])[len(decode(self.prompt_ids)) :])
 
-    def _settle(self, text: str) -> str:
+    def _set_text(self, text: str) -> str:
         new, self.text = text[len(self.text) :], text
         return new
 
-    def _doubtful(self, text: str) -> int:
-        """Return the length of the suffix of `text` that may still change or begin a stop string."""
+    def _unfinished_length(self, text: str) -> int:
+        """Return the number of characters at the end of `text` that may still change or may begin a stop string."""
         unfinished = len(text) - len(text.rstrip(INCOMPLETE))
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return max([unfinished, *begun])
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids that end an answer.
+    """Return the token ids that end an answer: the tokenizer's end token, and those in generation_config.json.
 
-    These are the tokenizer's end token and those of a generation_config.json in the same folder.
+    Args:
+        folder: Folder of the tokenizer, which may contain generation_config.json.
+        tokenizer: The tokenizer.
 
     Raises:
         RequestError: If generation_config.json is damaged, or contains an id of more than 31 bits.
@@ -117,8 +122,7 @@ def begin(
         tokenizer: Tokenizer of the model.
         prompts: Texts to continue.
         stops: Strings that end a continuation; empty strings are ignored.
-        encoded: True for an encoder-decoder. Its encoder reads each prompt with the special tokens that the tokenizer
-            adds.
+        encoded: Whether an encoder reads the prompts, with the special tokens that the tokenizer adds to texts.
 
     Raises:
         RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token.
@@ -147,9 +151,9 @@ def continue_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
-    """Continue a batch of rows in place. After every chunk of tokens, yield the new text of each row.
+    """Generate text for a batch of rows, update the rows, and yield the new text of each row after every chunk.
 
-    Text that later tokens may still change is yielded later (`Continuation.text`).
+    Text that later tokens may change is yielded later (see `Continuation.text`).
 
     Args:
         decoder: Decoder, or Session for a single row.
@@ -158,7 +162,7 @@ def continue_rows(
         max_new: Maximum number of new tokens.
         sampling: Sampling rules; greedy if None.
         seed: Seed of the sampling.
-        first: Index of the first row among all rows of a run, which share the seed.
+        first: Index of the first row among all rows with the same seed.
         chunk: Number of tokens between two yields.
         speed: Counter to update.
         ends: Tokens that end a row; the tokenizer's end-of-sequence token if empty.
@@ -201,9 +205,9 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Set the text and the score of every row to those of the best answer that beam search finds.
+    """Run beam search for a batch of rows, and set the text and the score of each row to those of the best answer.
 
-    A stop string then cuts the text.
+    If the text contains a stop string, it is cut there.
 
     Raises:
         RequestError: If a prompt is too long for a continuation.

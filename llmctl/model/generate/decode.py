@@ -1,13 +1,13 @@
-"""Generate text with a key-value cache: one compiled prefill and one compiled loop, both with the code of the layers.
+"""Generate text with a key-value cache, by two compiled programs: the prefill and the decoding loop.
 
-An encoder-decoder computes the prompt once, in its encoder. Its decoder starts from a single token.
+In an encoder-decoder, the encoder reads the prompt once, and the decoder starts from a single token.
 
-Prompts of unequal length are padded on the left. All rows then write the same cache slot, and a step costs one in-place
-update. Padding is masked, and positions count from each prompt's first token. A row's result therefore does not depend
-on the other rows.
+Prompts of unequal length are padded on the left. All rows then write to the same cache slot, by one in-place update per
+step. Padding is masked, and positions count from the first token of each prompt. The result of a row therefore does not
+depend on the other rows.
 
-Layers are unrolled, and their parameters are split once. A scan would copy every layer's weights from the stack at each
-step. Such copies are expensive, because the speed of a one-token step is limited by reading the weights.
+Layers are unrolled, and their parameters are split once. A scan would copy the weights of every layer from the stacked
+parameters at each step. Such copies are expensive, because the time of a step is mostly that of reading the weights.
 
 Shapes: B rows, T prompt slots, S cache slots, G key/value heads, K head width, V vocabulary, E end tokens.
 """
@@ -43,7 +43,7 @@ State = dict[str, Any]
 class Decoder:
     """Generate text with a language model.
 
-    Invariant: greedy tokens equal those of repeated full forward passes over the prompt and its continuation.
+    Greedy tokens are the same as those of repeated full forward passes over the prompt and its continuation.
 
     Example:
         >>> from llmctl.model import functional
@@ -68,8 +68,9 @@ class Decoder:
             model: Config of the model.
             params: Parameters of the model. If empty, call `hold` before decoding.
             dtype: Dtype of the computation and of the cache.
-            start: First token of the decoder of an encoder-decoder.
-            platform: Platform that will run the programs. If empty, the platform of the current mesh or device.
+            start: First input token of the decoder in an encoder-decoder.
+            platform: Platform that will run the programs. If empty, it is that of the current mesh or of the default
+                device.
 
         Raises:
             ValueError: If the model does not generate text.
@@ -81,12 +82,12 @@ class Decoder:
         self._given, self._platform, self.dtype, self.start = model, platform, dtype, start
         self.model, self.weights = model, ({}, [])
         if params:
-            self.hold(params)
+            self.set_params(params)
         self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")
 
-    def hold(self, params: functional.Params, shared: Shared | None = None) -> None:
-        """Replace the parameters by others of the same shapes. The compiled programs are used again.
+    def set_params(self, params: functional.Params, shared: Shared | None = None) -> None:
+        """Replace the parameters by others of the same shapes, without compiling the programs again.
 
         Args:
             params: Parameters of the model.
@@ -94,8 +95,8 @@ class Decoder:
         """
         self.model, self.weights = served(self._given, params, self._platform, shared)
 
-    def release(self) -> None:
-        """Drop the parameters, so that training may use their memory until the next `hold`."""
+    def drop_params(self) -> None:
+        """Delete the references to the parameters, so that their memory is free until the next `set_params`."""
         self.weights = {}, []
 
     def generate(
@@ -120,7 +121,7 @@ class Decoder:
             seed: Seed of the sampling.
             first: Index of the first prompt among all prompts that share the seed.
             chunk: Number of tokens per yield, after a first yield of one token.
-            stopped_B: bool [B]. The caller may set an element between two chunks to end that row.
+            stopped_B: Array bool [B], in which the caller may set an element between two chunks to end that row.
 
         Yields:
             New tokens int32 [B, n]. The generator stops when all rows have ended or after `max_new` tokens. It may be
@@ -149,10 +150,19 @@ class Decoder:
         chunk: int,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[tuple[State, np.ndarray]]:
-        """Yield (state, tokens [B, n]) from the state that `first` returned, in the chunks of `generate`.
+        """Continue the decoding from a state, and yield (state, new tokens [B, n]) after every chunk.
 
-        Each state is valid until the next one is requested, because it is then donated. The last chunk has full length,
-        even if it exceeds `max_new`.
+        A state is valid only until the next one is requested, because it is then donated. The last chunk has full
+        length, even if it exceeds `max_new`. The first token is that of the given state.
+
+        Args:
+            state: Result of `first`.
+            max_new: Maximum number of new tokens per row.
+            keys_B: One random key per row.
+            ends_E: End tokens.
+            rules: Sampling rules.
+            chunk: Number of tokens per chunk, after a first chunk of one token.
+            stopped_B: As in `generate`.
         """
         yield state, np.asarray(state["token"])[:, None]
         for _ in range(1, max_new, chunk):
@@ -164,7 +174,7 @@ class Decoder:
             yield state, np.asarray(out_BN)
 
     def inputs(self, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Prompts, int]:
-        """Return the padded inputs of `read`, and the number of cache slots.
+        """Pad prompts to the inputs of `read`, and return them with the number of cache slots.
 
         Raises:
             ValueError: If `check` raises it.
@@ -176,9 +186,9 @@ class Decoder:
         return Prompts(tokens_BT, segments_BT, source), round_up(tokens_BT.shape[1] + max_new)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new: int) -> None:
-        """Check that each prompt has tokens, and fits the maximum sequence length together with `max_new` tokens.
+        """Check that each prompt has tokens and, with `max_new` more tokens, fits the maximum sequence length.
 
-        In an encoder-decoder, prompt and new tokens must each fit the maximum sequence length.
+        In an encoder-decoder, the prompt and the new tokens must fit the maximum sequence length separately.
 
         Raises:
             ValueError: If a prompt is empty or too long.
@@ -190,7 +200,13 @@ class Decoder:
             raise ValueError(f"prompt ({longest}) and continuation ({max_new}) exceed {self.model.max_seq_len} tokens")
 
     def run(self, served: Served, batch: dict[str, Any], cache: list[Any], last: jax.Array | int = -1) -> Any:
-        """Run the decoder layers on `batch`.
+        """Run the decoder layers on a batch of tokens, with a key-value cache.
+
+        Args:
+            served: Parameters in the form of `Decoder.weights`.
+            batch: Arrays of the batch, with `slot` and `cached_segments` for the cache.
+            cache: Key-value cache of each layer.
+            last: Index of the token whose hidden state is returned.
 
         Returns:
             The hidden state [B, D] of the token at index `last`, and the cache with the new keys and values.
@@ -223,8 +239,8 @@ class Decoder:
     def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
         """Run the model on left-padded prompts, and write their keys and values into a cache of `slots` slots.
 
-        Call this within a traced function. Parameters are arguments, so that they do not become constants of the
-        program.
+        Call this method in a traced function, with the parameters as an argument. They would otherwise become constants
+        of the program.
 
         Returns:
             The hidden state [B, D] of the last token of each prompt, and the state from which `advance` continues.
@@ -249,7 +265,7 @@ class Decoder:
         return x_BD, state
 
     def advance(self, served: Served, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
-        """Run the decoder on one token per row, with the cache.
+        """Run the decoder on one token per row, with the key-value cache in the state.
 
         Returns:
             The hidden state [B, D] of the token, and the new state.
@@ -281,7 +297,7 @@ class Decoder:
         slots: int,
         rules: Sampling,
     ) -> State:
-        """Run the model on prompts in the form of `inputs`, select the first new tokens, and return the state."""
+        """Run the model on prompts that `inputs` returned, select the first new token of each, and return the state."""
         B = len(prompts.tokens_BT)
         x_BD, state = self.read(served, prompts, slots)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
@@ -319,7 +335,7 @@ class Decoder:
 
 
 def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
-    """Check that a key-value cache fits into this machine's memory, with two bytes per element.
+    """Check that a key-value cache with two bytes per element fits into the memory of this machine.
 
     Raises:
         RequestError: If it does not fit.
@@ -330,6 +346,6 @@ def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
 
 
 def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
-    """Return a key-value cache of zeros: for every decoder layer, `slots` slots for each of B rows."""
+    """Return a key-value cache of zeros for each decoder layer, with `slots` slots for each of B rows."""
     shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
     return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]

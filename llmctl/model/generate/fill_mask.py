@@ -29,11 +29,11 @@ class Filled:
     text: str
     """Text with the most probable token at every mask. Each mask is predicted independently of the others."""
     masks: list[list[tuple[str, float]]]
-    """Most probable tokens with their probabilities, for every mask."""
+    """For every mask, the most probable tokens as pairs (text, probability), best first."""
 
 
 class Filler:
-    """Fill masks with an encoder and a tokenizer, with one compiled program per length."""
+    """Predict masked tokens with an encoder. One program is compiled per sequence length."""
 
     def __init__(self, model: ModelConfig, params: Any, tokenizer: Tokenizer, dtype: Any = jnp.float32):
         """Compile the prediction function.

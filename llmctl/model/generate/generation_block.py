@@ -1,7 +1,7 @@
 """Define the block `{% generation %}` of chat templates, which marks the assistant's tokens.
 
-The text of a block is rendered between two characters that stand for nothing else. Training reads which tokens are
-between them, and every rendering removes them.
+The text of a block is rendered between two marks, which are characters that no other text contains. `spans` finds and
+removes the marks.
 
 Example:
     >>> spans(f"ab{BEGIN}cd{END}e")
@@ -17,11 +17,11 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 BEGIN, END = "\ufdd1", "\ufdd2"
-"""Characters around the text of a block. They are Unicode noncharacters, and are removed from messages."""
+"""Marks before and after the text of a block. They are Unicode noncharacters, and are removed from messages."""
 
 
 class GenerationBlock(Extension):
-    """Render the content of `{% generation %} ... {% endgeneration %}` between two marks, as a Jinja extension."""
+    """Extend Jinja by the block `{% generation %} ... {% endgeneration %}`, whose content is rendered between marks."""
 
     tags = {"generation"}
 
@@ -34,7 +34,7 @@ class GenerationBlock(Extension):
 
 
 def spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """Return a rendered text without marks, and the ranges [first, last) of characters inside blocks."""
+    """Remove the marks from a rendered text; return the text, and the ranges [first, last) of characters in blocks."""
     text, found, first = "", [], 0
     for part in re.split(f"([{BEGIN}{END}])", marked):
         if part == BEGIN:

@@ -32,17 +32,19 @@ class Prompts(NamedTuple):
 
 
 def padded_ends(ends: Sequence[int]) -> np.ndarray:
-    """Return end tokens int32 [E], padded with NOTHING to at least 8 entries.
+    """Return the end tokens as int32 [E], padded with NOTHING to at least 8 entries.
 
-    The padding avoids a compilation for every number of end tokens. Only rows that have already ended generate NOTHING.
+    The padding avoids a compilation for every number of end tokens. It has no effect, because only rows that have
+    already ended generate NOTHING.
     """
     return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and segments, int32 [B, T], of prompts that are padded on the left.
+    """Pad prompts on the left, and return their tokens and segments, int32 [B, T] each.
 
-    T is the length of the longest prompt, rounded up to a multiple of `multiple`. Segments are 1, and 0 at padding.
+    T is the length of the longest prompt, rounded up to a multiple of `multiple`. Segments are 0 at padding and 1
+    elsewhere.
     """
     T = round_up(max(map(len, prompts)), multiple)
     tokens_BT = np.zeros((len(prompts), T), np.int32)
@@ -54,7 +56,7 @@ def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tupl
 
 
 def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Return encoder_tokens, encoder_segments and encoder_positions of prompts, int32 [B, S], padded on the right."""
+    """Pad prompts on the right, and return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]."""
     S = round_up(max(map(len, prompts)))
     tokens_BS = np.zeros((len(prompts), S), np.int32)
     segments_BS = np.zeros_like(tokens_BS)

@@ -25,7 +25,7 @@ DTYPE = "float32"
 
 
 class Request(NamedTuple):
-    """Store the sizes of a generation: prompts per batch, tokens per prompt, and new tokens per prompt."""
+    """Store the sizes of a batch: number of prompts, tokens per prompt, and new tokens per prompt."""
 
     rows: int
     prompt: int
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 def generation(
     model: ModelConfig,
     weights: functional.Params,
-    wants: Request,
+    request: Request,
     mesh: Mesh,
     platform: str = "",
     dtype: str = DTYPE,
@@ -45,8 +45,8 @@ def generation(
     Args:
         model: Config of the model.
         weights: Abstract parameters of the model.
-        wants: Sizes of the batch.
-        mesh: Device mesh; its devices may represent those of another platform.
+        request: Sizes of the batch.
+        mesh: Device mesh. Its devices may be placeholders for those of another platform.
         platform: Platform that will run the programs; by default that of the devices.
         dtype: Dtype of the computation and of the cache.
 
@@ -68,9 +68,9 @@ def generation(
     with meshes.use(one):
         params = on_all(jax.eval_shape(served, weights))
     decoder, rules = made[0], Sampling()
-    inputs, slots = decoder.inputs([[0] * wants.prompt] * wants.rows, wants.new)
+    inputs, slots = decoder.inputs([[0] * request.prompt] * request.rows, request.new)
     inputs, ends = on_all(inputs), on_all(padded_ends(()))
-    keys = on_all(jax.eval_shape(lambda: row_keys(0, wants.rows)))
+    keys = on_all(jax.eval_shape(lambda: row_keys(0, request.rows)))
     first = jax.jit(decoder.first, static_argnames=("slots", "rules"))
     step = jax.jit(decoder.one, static_argnames="rules", donate_argnums=1)
 
@@ -85,10 +85,10 @@ def generation(
     with meshes.use(one):
         state = on_all(prefill().out_info)
     reads = model.encoder_layers > 0
-    source, begins = (wants.prompt, 1) if reads else (0, wants.prompt)
-    ends_at = begins + wants.new
+    source, begins = (request.prompt, 1) if reads else (0, request.prompt)
+    ends_at = begins + request.new
     common: dict[str, Any] = {
-        "model": model, "mesh": mesh, "rows": wants.rows, "dtype": dtype, "parameters": params,
+        "model": model, "mesh": mesh, "rows": request.rows, "dtype": dtype, "parameters": params,
         "cache": state["cache"],
     }  # fmt: skip
     read = {name: part for name, part in params[0].items() if name != "embed" or model.tied}
@@ -97,15 +97,15 @@ def generation(
         alone = {"architecture": "encoder", "layers": 0, "vocab_size": 0}
         work = Pass(model.model_copy(update=alone), replicated=True)
     last = flops.row(model, ends_at, source, 1) - flops.row(model, ends_at - 1, source, 0)
-    token = _one_token(model, wants.rows, slots, last, [read, params[1], state["cache"]], dtype)
+    token = _one_token(model, request.rows, slots, last, [read, params[1], state["cache"]], dtype)
     return [
         Program(
-            "prefill", trace=prefill, flops=wants.rows * flops.row(model, begins, source, 1),
-            tokens=wants.rows * wants.prompt, seq_len=wants.prompt, batch=inputs, work=work, **common,
+            "prefill", trace=prefill, flops=request.rows * flops.row(model, begins, source, 1),
+            tokens=request.rows * request.prompt, seq_len=request.prompt, batch=inputs, work=work, **common,
         ),
         Program(
-            "decoding step", trace=decode, flops=wants.rows * last, tokens=wants.rows, seq_len=ends_at,
-            steps=wants.new - 1, work=token, **common,
+            "decoding step", trace=decode, flops=request.rows * last, tokens=request.rows, seq_len=ends_at,
+            steps=request.new - 1, work=token, **common,
         ),
     ]  # fmt: skip
 
@@ -118,7 +118,7 @@ def _one_token(model: ModelConfig, rows: int, slots: int, flops_per_row: float, 
         rows: Number of rows.
         slots: Number of cache slots.
         flops_per_row: FLOPs per row of the step.
-        read: Tree of the weights, keys and values that the step reads.
+        read: Abstract weights, keys and values that the step reads.
         dtype: Dtype of the computation.
     """
     per_row = 2 * 4 * (model.vocab_size + model.heads * slots) + 4 * (2 * model.d_model + 2 * model.d_ff)

@@ -1,4 +1,4 @@
-"""Sample the next token from logits, greedily or from a truncated distribution.
+"""Select the next token from logits: the most probable one, or a sample from a truncated distribution.
 
 The rules apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Each row has its own random key,
 which depends only on the seed, the row's index and the step. The tokens of a row are therefore the same in every batch.
@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from llmctl.config.base import FLOAT32_MAX
 
 EXCLUDED = -jnp.inf
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 """Smallest allowed temperature above 0, because division by less can exceed the range of float32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Configure the sampling of tokens; the default is greedy.
+    """Configure how the next token is selected. By default, it is the most probable one.
 
     Example:
         >>> import jax.numpy as jnp
         >>> rules = Sampling(temperature=0.8, top_k=2)
-        >>> narrow(jnp.array([[1.0, 3.0, 2.0]]), rules).tolist()
+        >>> truncate_logits(jnp.array([[1.0, 3.0, 2.0]]), rules).tolist()
         [[-inf, 3.0, 2.0]]
     """
 
@@ -36,11 +36,13 @@ class Sampling:
     top_k: int = 0
     """Number of most probable tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Total probability of the most probable tokens to keep (Holtzman et al., 2019, arXiv:1904.09751)."""
+    """Keep the fewest most probable tokens with at least this total probability (Holtzman et al., 2019,
+    arXiv:1904.09751)."""
     min_p: float = 0.0
-    """Smallest probability to keep, as a fraction of the highest one (Nguyen et al., 2024, arXiv:2407.01082)."""
+    """Keep tokens whose probability is at least this fraction of the highest one (Nguyen et al., 2024,
+    arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Penalty on tokens that already occurred; it divides positive logits and multiplies negative ones.
+    """Penalty on tokens that already occurred: positive logits are divided by it, negative ones multiplied.
 
     (Keskar et al., 2019, arXiv:1909.05858)
     """
@@ -50,19 +52,19 @@ class Sampling:
             raise ValueError("temperature and top_k must not be negative, top_p in (0, 1] and min_p in [0, 1]")
         if not 0 < self.repetition_penalty <= FLOAT32_MAX:
             raise ValueError("repetition_penalty must be positive and finite in float32")
-        if self.temperature and not COLDEST <= self.temperature <= FLOAT32_MAX:
-            raise ValueError(f"temperature must be 0, or at least {COLDEST:g} and finite in float32")
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature <= FLOAT32_MAX:
+            raise ValueError(f"temperature must be 0, or at least {MIN_TEMPERATURE:g} and finite in float32")
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """Return the logits with the repetition penalty applied to the tokens in `seen_BV`."""
+    """Apply the repetition penalty to the logits of tokens for which `seen_BV` is true."""
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
-def narrow(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
-    """Return the logits with -inf for tokens that top-k, top-p or min-p exclude.
+def truncate_logits(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
+    """Replace the logits of tokens that top-k, top-p or min-p exclude by -inf.
 
-    Tokens whose probability equals that of the least probable kept token are kept too.
+    If several tokens have the same probability as the last one that is kept, all of them are kept.
     """
     if rules.top_k and rules.top_k < logits_BV.shape[-1]:
         limit_B1 = jax.lax.top_k(logits_BV, rules.top_k)[0][:, -1:]
@@ -85,7 +87,7 @@ def narrow(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
 def choose(
     logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, step: jax.Array | int, rules: Sampling
 ) -> jax.Array:
-    """Sample the next token of each row.
+    """Select the next token of each row.
 
     Args:
         logits_BV: Logits.
@@ -101,11 +103,11 @@ def choose(
         logits_BV = penalize(logits_BV, seen_BV, rules.repetition_penalty)
     if rules.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = narrow(logits_BV / rules.temperature, rules)
+    logits_BV = truncate_logits(logits_BV / rules.temperature, rules)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
 def row_keys(seed: int, rows: int, first: int = 0) -> jax.Array:
-    """Return one random key per row, derived from the seed and the row's index, which starts at `first`."""
+    """Return one random key per row, derived from the seed and the index of the row; the first index is `first`."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(rows))

@@ -12,11 +12,11 @@ and nodes:
     >>> as_node(pair).has_adapter, as_node(w).has_adapter, is_plain(as_node(pair).merged())
     (True, False, True)
 
-Only plain arrays call `fsdp_matmul`, `quantized_matmul` and `embedding_lookup`. Other products of the package multiply
-activations with activations (attention, similarities), or weights with statistics (scores of heads).
+Only products of plain arrays use `fsdp_matmul`, `quantized_matmul` and `embedding_lookup`. Products without weights,
+such as those in attention, are not defined in this package.
 
-`tree` multiplies weights and names their arrays, `names` parses the names, `base` defines nodes, and `matrices` finds
-the matrices that compression works on.
+`tree` has the functions for weights and parameter trees, `names` parses the names of arrays, `base` defines nodes, and
+`matrices` finds the matrices that compression works on.
 """
 
 from __future__ import annotations

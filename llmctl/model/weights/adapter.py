@@ -1,4 +1,4 @@
-"""Wrap a weight in an adapter: small trained arrays and a frozen base, which can be merged after training."""
+"""Define adapters: weights that consist of a frozen base weight and small trained arrays, which can be merged later."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updat
 
 @dataclass(frozen=True)
 class Adapter(Node):
-    """Define the base class of adapters: nodes that wrap another weight.
+    """Define the base class of adapters: weight nodes that wrap another weight, the base.
 
-    A subclass adds fields, lists those that are trained in `adapter_parts`, and defines `dense`.
+    A subclass adds array fields, lists the trained ones in `adapter_parts`, and defines `dense`.
     """
 
     adapter_parts: ClassVar[tuple[str, ...]] = ()
@@ -36,17 +36,20 @@ class Adapter(Node):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of the part with the base's values, or None if there is none (`Node.values_part`)."""
+        """Return the name of the part that `Node.values_part` of the base names, or None if there is none."""
         part = as_node(self.base).values_part
         return None if part is None else _base_part(part)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the merged weight as a plain array, or this node if decoding keeps the base as integers."""
+        """Return the merged weight as a plain array. If decoding keeps the base as integers, return this node."""
         base = as_node(self.base)
         return self if base.is_integer and base.for_decoding(on_cpu) is base else self.dense()
 
     def parts(self) -> dict[str, Any]:
-        """Return the arrays of base and adapter by name: `base.PART` for the base, or `base` if it is a plain array."""
+        """Return the arrays of the base and the adapter by name.
+
+        The names of the base's arrays begin with `base.`; if the base is a plain array, its name is `base`.
+        """
         inner = {_base_part(k): a for k, a in as_node(self.base).parts().items()}
         return inner | {k: a for k, a in super().parts().items() if k != "base"}
 
@@ -70,18 +73,18 @@ class Adapter(Node):
         return self.base
 
     def merged(self) -> jax.Array:
-        """Return the base with the adapter applied, as a dense array in the base's dtype.
+        """Return the base with the adapter applied, as a dense array in the dtype of the base.
 
-        For integers with float32 scales, the dtype is float32.
+        If the base is quantized, this is the dtype of its scales.
         """
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return the node with a base whose activations are not quantized."""
+        """Return this node with a base that does not quantize activations."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
-        """Raise an error, because the adapter would fill pruned elements again.
+        """Raise an error, because elements that are pruned in the base would not be zero in the weight.
 
         Raises:
             RequestError: Always. Adapters must be merged before pruning.
@@ -115,7 +118,7 @@ def _is_base(part: str) -> bool:
 
 
 def adapted(params: Params) -> dict[str, Any]:
-    """Return the weights that have an adapter, by path."""
+    """Return {path: weight} for all weights that have an adapter."""
     return {path: w for path, w in flatten(params).items() if as_node(w).has_adapter}
 
 
@@ -125,19 +128,19 @@ def adapter_names(params: Params) -> frozenset[str]:
 
 
 def merge_adapters(params: Params) -> Params:
-    """Return the parameters with every adapter merged into its base, in the base's dtype.
+    """Return the parameter tree with every adapter merged into its base.
 
-    A merged weight is a plain array; if its base is quantized, the dtype is that of the base's scales. Biases that an
-    adapter scales are multiplied by its factor.
+    A merged weight is a plain array in the dtype of the base or, if the base is quantized, of its scales. If an adapter
+    also scales the bias of the layer, the bias is multiplied by its factor.
     """
     settled = merge_bias_adapters(params)
     return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))
 
 
 def merge_bias_adapters(params: Params) -> Params:
-    """Return the parameters with an adapter merged if it also scales the layer's bias; other adapters are kept.
+    """Return the parameter tree with those adapters merged that also scale the bias of their layer.
 
-    After this, the product of a layer does not depend on the adapter of another weight.
+    Other adapters are kept. A bias then no longer depends on the adapter of another weight.
     """
     flat = flatten(params)
     changes: dict[str, Any] = {}

@@ -20,9 +20,9 @@ With the entry point `"weight.ternary" = "my_package:Ternary"`, llmctl can run, 
 node. By default, all methods use `dense`. A subclass overrides methods for which that is slow or impossible. A node
 around another weight derives from `llmctl.model.weights.adapter.Adapter`.
 
-Limits: every part must have as many axes as the weight, and must begin with the weight's leading axes (layers). Scans
-over layers and sharding rules need these axes. If a part does not have the full length of a dimension, it is replicated
-along this dimension.
+Limits: every part must have as many axes as the weight, and must begin with the leading axes (layers) of the weight,
+because scans over layers and sharding rules need these axes. If a part is shorter than the weight along a dimension, it
+is replicated along this dimension.
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -46,21 +46,20 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Product:
-    """Store options of a matrix product that its caller chooses. A node may ignore them."""
+    """Store options that the caller of a matrix product chooses. A node may ignore them."""
 
     fold: bool = True
     """Whether to merge the leading axes of x into one before the product, which is much faster on XLA's CPU backend
-    (see recipes/bench). If devices shard more than the first leading axis, the merged axis has no equivalent sharding,
-    and XLA would gather."""
+    (see recipes/bench). It must be false if devices shard several leading axes, because XLA would then gather x."""
     kind: str = ""
     """8-bit type of the product in training, a name in `quantized_matmul.TYPES`; empty means none. Only plain arrays
     use it."""
     axes: tuple[str, str] | None = None
-    """Logical axes of the matrix. For a plain array under FSDP, they determine how it is gathered."""
+    """Logical axes of the matrix. If it is a plain array that FSDP shards, they determine how it is gathered."""
 
 
 def setting(*, default: Any = MISSING) -> Any:
-    """Declare a dataclass field of a node that is no array. The manifest stores its value."""
+    """Declare a dataclass field of a node that is not an array. Its value is stored in the manifest."""
     return field(default=default, metadata={"static": True})
 
 
@@ -81,7 +80,7 @@ class Node(abc.ABC):
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that are trained in an adapter method; the other parts are frozen."""
     keeps_zeros: ClassVar[bool] = False
-    """For adapters: whether the merged weight is zero wherever the base is zero."""
+    """Whether the merged weight of an adapter is zero wherever the base is zero."""
 
     @property
     @abc.abstractmethod
@@ -91,7 +90,7 @@ class Node(abc.ABC):
     @property
     @abc.abstractmethod
     def dtype(self) -> Any:
-        """Return the dtype of the weight as a plain array."""
+        """Return the dtype that the weight has as a plain array."""
 
     @property
     def ndim(self) -> int:
@@ -104,16 +103,16 @@ class Node(abc.ABC):
 
     # --- products ----------------------------------------------------------------------------------------------------
 
-    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+    def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
         """Return x [..., I] times the weight [I, O] in `dtype`, an array [..., O]."""
         x = x.astype(dtype)
-        x_NI = x.reshape(-1, x.shape[-1]) if how.fold else x
-        return self.multiply(x_NI, dtype, how).reshape(*x.shape[:-1], self.shape[-1])
+        x_NI = x.reshape(-1, x.shape[-1]) if options.fold else x
+        return self.multiply(x_NI, dtype, options).reshape(*x.shape[:-1], self.shape[-1])
 
-    def multiply(self, x_NI: jax.Array, dtype: Any, how: Product) -> jax.Array:
+    def multiply(self, x_NI: jax.Array, dtype: Any, options: Product) -> jax.Array:
         """Return x_NI times the weight in `dtype`, an array [N, O]. `matmul` calls this method.
 
-        `x_NI` has the dtype `dtype`. It has the shape [N, I] if `how.fold` is true, otherwise [..., I].
+        `x_NI` has the dtype `dtype`. It has the shape [N, I] if `options.fold` is true, otherwise [..., I].
         """
         return jnp.matmul(x_NI, self.dense(dtype))
 
@@ -134,11 +133,14 @@ class Node(abc.ABC):
         return jnp.take(self.dense(dtype), ids, axis=0)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the same weight in the form that decoding steps read fastest."""
+        """Return the same weight in the form that is fastest for decoding."""
         return self
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
-        """Return the bias of this matrix's layer in `dtype`. It is the stored bias `b`, which an adapter may scale."""
+        """Return the bias of the layer that this matrix belongs to, in `dtype`.
+
+        It is the stored bias `b`, unless an adapter scales it.
+        """
         return b.astype(dtype)
 
     # --- storage -----------------------------------------------------------------------------------------------------
@@ -170,14 +172,14 @@ class Node(abc.ABC):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of the part that has the logical shape and is zero wherever the weight is zero.
+        """Return the name of a part that has the logical shape, and is zero exactly where the weight is zero.
 
         Return None if there is no such part.
         """
         return None
 
     def values(self) -> Any:
-        """Return an array of the logical shape that is zero wherever the stored weight is zero."""
+        """Return an array of the logical shape that is zero exactly where the stored weight is zero."""
         return self.dense() if self.values_part is None else self.parts()[self.values_part]
 
     @property
@@ -211,7 +213,7 @@ class Node(abc.ABC):
         return None
 
     def with_activations(self, kind: str) -> Any:
-        """Return the weight with activations quantized to `kind` (int8) in products, with one scale per token.
+        """Return the same weight, but with products that quantize activations to `kind` (int8), one scale per token.
 
         Raises:
             RequestError: If this kind of weight does not support it.
@@ -219,10 +221,7 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the weight without quantization of the activations in products.
-
-        An export as a dense weight needs this form.
-        """
+        """Return the same weight, but with products that do not quantize activations, as for a dense export."""
         return self
 
     def masked(self, mask: jax.Array) -> Any:
@@ -242,7 +241,7 @@ class Node(abc.ABC):
 
         Raises:
             RequestError: If an element of a part belongs to several channels, such as the scale of a group. The caller
-                puts the weight's path before the message.
+                adds the path of the weight to the message.
         """
         return jax.tree.map(lambda a: take_along(a, index_LN, axis, self.shape[axis]), self)
 

@@ -1,4 +1,4 @@
-"""Decompose a weight into magnitude and direction, with a low-rank update of the direction (DoRA, arXiv:2402.09353).
+"""Define DoRA: a weight as magnitude and direction, with a low-rank update of the direction (arXiv:2402.09353).
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -18,9 +18,10 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class Dora(LowRank):
-    """Store magnitude * V / ||V|| with V = base + scale * a @ b; the norm of each output is over its inputs.
+    """Store the weight magnitude * V / ||V|| with V = base + scale * a @ b.
 
-    The backward pass treats the norm as a constant, as in section 4.3 of the paper, which saves memory.
+    ||V|| is the norm of each column of V (an output). The backward pass treats it as a constant, as in section 4.3 of
+    the paper, which saves memory.
     """
 
     kind: ClassVar[str] = "dora"
@@ -30,7 +31,7 @@ class Dora(LowRank):
 
     @classmethod
     def around(cls, base: Any, a: jax.Array, b: jax.Array, scale: float) -> Self:
-        """Return an adapter of `base` with the arrays `a` and `b`. While b is zero, the weight equals `base`."""
+        """Return an adapter of `base` with the arrays `a` and `b`. If b is zero, the weight equals `base`."""
         return cls(base, a, b, scale, _norm(as_node(base).dense()))
 
     def factor(self) -> jax.Array:
@@ -41,9 +42,9 @@ class Dora(LowRank):
         """Return the weight as a plain array of its logical shape."""
         return (super().dense() * self.factor()).astype(dtype)
 
-    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O]. V is computed only for its norm."""
-        return super().matmul(x, dtype, how) * self.factor()[..., 0, :].astype(dtype)
+    def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
+        """Return x [..., I] times the weight in `dtype`, an array [..., O]. V is computed only for the norm ||V||."""
+        return super().matmul(x, dtype, options) * self.factor()[..., 0, :].astype(dtype)
 
     take = Adapter.take
 

@@ -1,4 +1,4 @@
-"""Add a low-rank update to a weight (LoRA, arXiv:2106.09685), which may be quantized (QLoRA, arXiv:2305.14314).
+"""Define LoRA: a weight with a low-rank update (arXiv:2106.09685). The base may be quantized (QLoRA, arXiv:2305.14314).
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -31,9 +31,9 @@ class LowRank(Adapter):
         delta = self.scale * jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32))
         return (as_node(self.base).dense() + delta).astype(dtype)
 
-    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The dense update is never computed."""
-        x, plain = x.astype(dtype), Product(fold=how.fold)
+    def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
+        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The product a @ b is not computed."""
+        x, plain = x.astype(dtype), Product(fold=options.fold)
         low = as_node(self.b).matmul(as_node(self.a).matmul(x, dtype, plain), dtype, plain)
         return as_node(self.base).matmul(x, dtype, plain) + jnp.asarray(self.scale, dtype) * low
 

@@ -1,7 +1,6 @@
-"""Find the matrices of a model, which pruning, quantization and adapters process layer by layer.
+"""Find the matrices of a model, which pruning, quantization and adapters process.
 
-Norms, biases and position tables are excluded. Matrices of layers are stacked, [L, I, O]. Only `per_layer` splits the
-leading axes.
+Norms, biases and position tables are not included. The matrices of all layers of a stack are one array [L, I, O].
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ class Matrix:
     """Describe one matrix of a model. A stacked matrix includes all layers of its stack."""
 
     path: str
-    """Path of the weight, such as `decoder/blocks/attn/q/kernel`; relative to the layer for a matrix of one layer."""
+    """Path of the weight, such as `decoder/blocks/attn/q/kernel`. For a matrix of a single layer, the path is relative
+    to the layer."""
     weight: Any
     """Plain array or node, [..., I, O]; a token table is [V, D]."""
     place: Place
     """Location: `block`, `head` or `embedding`. A tied table counts as an embedding."""
     stack: str
-    """`encoder` or `decoder`; empty outside stacks, and for a matrix of one layer."""
+    """Name of the stack, `encoder` or `decoder`. Empty outside stacks, and for a matrix of a single layer."""
     module: str
-    """Path of the module within the layer, such as `attn/q`. Calibration stores the matrix's inputs under this name."""
+    """Path of the module within the layer, such as `attn/q`. Calibration uses it as the name of the matrix's inputs."""
 
     @property
     def node(self) -> Node:
@@ -51,7 +51,7 @@ class Matrix:
 
 
 def matrices(params: Params, *places: Place) -> Iterator[Matrix]:
-    """Yield the matrices of a model at the locations `places` (all if none is given), sorted by path.
+    """Yield the matrices of a model, sorted by path. If `places` are given, yield only those at these locations.
 
     >>> tree = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones((2, 8))}}}}}
     >>> [(m.stack, m.module, m.place, m.weight.shape) for m in matrices(tree)]
@@ -76,7 +76,7 @@ def map_layer(layer: Params, change: Callable[[Matrix], Any]) -> Params:
 
 
 def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a stacked weight [..., I, O] whose matrices [I, O] are replaced by the results of `change`."""
+    """Apply `change` to every matrix [I, O] of a stacked weight [..., I, O], and stack the results."""
     if as_node(w).ndim == 2:
         return change(w)
     changed = [per_layer(layer_of(w, i), change) for i in range(w.shape[0])]
@@ -91,8 +91,8 @@ def layer_of(tree: Any, index: int) -> Any:
 def zero_names(params: Params) -> frozenset[str]:
     """Return the names of the arrays whose zeros are the pruning mask, if the model was pruned.
 
-    These are the floating-point arrays of layers' matrices. Adapters are excluded, because their zeros come from
-    initialization.
+    These are the floating-point arrays of the matrices in layers. Adapter arrays are excluded, because their zeros come
+    from initialization.
     """
     found = ((m.path, m.node, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, node, part in found if part is not None and not node.is_integer)

@@ -1,7 +1,8 @@
-"""Parse parameter names: detect matrices, parameters of layers, and parts of nodes.
+"""Parse parameter names, to detect matrices, parameters of layers, and parts of weight nodes.
 
-A path is the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`. A name is a path and,
-for a weight node, one of its parts, such as `decoder/blocks/attn/q/kernel:a`. Only this module compares such strings.
+A path consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`. A name is the
+path of a plain array or, for a weight node, the path and the name of one of its arrays, such as
+`decoder/blocks/attn/q/kernel:a`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Place = Literal["block", "head", "embedding"]
 BLOCKS, KERNEL, BIAS, EMBED, HEAD = "blocks", "kernel", "bias", "embed", "head"
 RELATIVE = "relative_bias"
 VECTORS = ("factor", "magnitude", "e")
-"""Parts of adapters that are one vector per matrix."""
+"""Names of those arrays of adapters that are one vector per matrix."""
 
 
 class Name(NamedTuple):
@@ -30,7 +31,7 @@ class Name(NamedTuple):
     leaf: str
     """Last key of the path: `kernel`, `bias`, `scale`, …"""
     part: str
-    """Part of a node; empty for a plain array."""
+    """Name of the array within a weight node; empty for a plain array."""
 
     @property
     def stacked(self) -> bool:
@@ -51,7 +52,7 @@ class Name(NamedTuple):
 
     @property
     def vector(self) -> bool:
-        """Return True for a part of an adapter that is a vector per matrix: factors, magnitudes, singular values."""
+        """Return True for an adapter array that is one vector per matrix: factors, magnitudes or singular values."""
         return self.part in VECTORS
 
     @property
@@ -78,12 +79,12 @@ class Name(NamedTuple):
 
     @property
     def below(self) -> bool:
-        """Return True for a parameter of the embeddings, or of the relative position bias that all layers read."""
+        """Return True for parameters that all layers depend on: embeddings, and the relative position bias."""
         return self.embeds or RELATIVE in self.path.split("/")
 
     @property
     def prompt(self) -> bool:
-        """True for the table of trained prompt vectors."""
+        """Return True for the table of trained prompt vectors (prompt tuning)."""
         return self.path == f"{EMBED}/prompt"
 
     @property
@@ -120,7 +121,7 @@ def join(path: str, part: str) -> str:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return True if a pattern of file names (`*`, `?`, `[…]`) matches a part of the name.
+    """Return True if a glob pattern (`*`, `?`, `[…]`) matches some part of the name.
 
     >>> matches("decoder/blocks/attn_norm/scale", "norm"), matches("decoder/blocks/mlp/up/kernel", "attn/*/kernel")
     (True, False)
@@ -129,7 +130,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def is_kernel(path: str) -> bool:
-    """Return True for a matrix [.., in, out] of a layer or an output head. `path` may be relative to a layer."""
+    """Return True for a matrix [..., in, out] of a layer or an output head. `path` may be relative to a layer."""
     return parse(path).leaf == KERNEL
 
 

@@ -17,7 +17,7 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 
 @node_type
 class Quantized(Node):
-    """Store a weight as symmetric integers with scales.
+    """Store a weight as symmetric integers with scales: integer * scale is the value.
 
     If `activations` is "int8", products also quantize the activations, with one scale per token (W8A8).
     """
@@ -36,7 +36,7 @@ class Quantized(Node):
         """Return the weight as a plain array of its logical shape."""
         return qwix.dequantize(self.array).astype(dtype)
 
-    def multiply(self, x_NI: jax.Array, dtype: Any, how: Product) -> jax.Array:
+    def multiply(self, x_NI: jax.Array, dtype: Any, options: Product) -> jax.Array:
         """Return x [N, I] times the weight in `dtype`, an array [N, O]."""
         if self.activations:
             # One scale per token; grouped weights need the same groups on the activation.
@@ -62,10 +62,10 @@ class Quantized(Node):
         ).astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return a plain array on CPUs, which would otherwise convert the integers again for every token.
+        """Return a plain array on CPUs, because a CPU would convert the integers again for every token.
 
-        On other platforms, and if the node quantizes activations, return the node. With quantized activations, a plain
-        array would compute another function.
+        On other platforms, return the node. Also return the node if it quantizes activations, because a plain array
+        would compute another function.
         """
         return self.dense() if on_cpu and not self.activations else self
 
@@ -84,11 +84,11 @@ class Quantized(Node):
         return self
 
     def with_activations(self, kind: str) -> Quantized:
-        """Return the weight with activations quantized to `kind` (int8) in products, with one scale per token."""
+        """Return the same weight, but with products that quantize activations to `kind` (int8), one scale per token."""
         return replace(self, activations=kind)
 
     def without_activations(self) -> Quantized:
-        """Return the weight without quantization of the activations in products."""
+        """Return the same weight, but with products that do not quantize activations."""
         return replace(self, activations="")
 
     def masked(self, mask: jax.Array) -> Quantized:

@@ -1,7 +1,7 @@
-"""Record a weight's type in the manifest, and rebuild the weight from the record and its arrays.
+"""Convert the type of a weight to a JSON record for the manifest, and rebuild a weight from its record and arrays.
 
-The record of a plain array is {"parts": {name: [dtype, shape]}}. For a node, it also has "node", the name in the
-registry, and the node's settings.
+The record of a plain array is {"parts": {name: [dtype, shape]}}. For a weight node, it also contains "node", the name
+of its class in the registry, and the settings of the node.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def describe(w: Any) -> dict[str, Any]:
 
 
 def typed(w: Any) -> dict[str, Any]:
-    """Return the record of a weight without the key "parts": the node's name and settings, or {} for a plain array."""
+    """Return the record of a weight without "parts": the name and settings of its node, or {} for a plain array."""
     return {} if is_plain(w) else {"node": w.kind, **w.settings()}
 
 

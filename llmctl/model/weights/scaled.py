@@ -1,4 +1,6 @@
-"""Multiply the inputs or outputs of a weight by trained factors ((IA)^3; Liu et al., 2022, arXiv:2205.05638).
+"""Define (IA)^3: a weight whose inputs or outputs are multiplied by trained factors.
+
+(Liu et al., 2022, arXiv:2205.05638)
 
 Shapes: I inputs, O outputs.
 """
@@ -29,7 +31,7 @@ class Scaled(Adapter):
 
     factor: jax.Array
     side: str = setting()
-    """Axis that the factor multiplies: `inputs` or `outputs`."""
+    """Whether the factor multiplies `inputs` or `outputs`."""
 
     scales_bias = property(lambda self: self.side == "outputs")
 
@@ -37,12 +39,12 @@ class Scaled(Adapter):
         """Return the weight as a plain array of its logical shape."""
         return (as_node(self.base).dense() * self.factor.astype(jnp.float32)).astype(dtype)
 
-    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+    def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
         """Return x [..., I] times the weight in `dtype`, an array [..., O].
 
         The factor is applied to activations, not to the weight.
         """
-        base, plain = as_node(self.base), Product(fold=how.fold)
+        base, plain = as_node(self.base), Product(fold=options.fold)
         factor = self.factor.astype(dtype).reshape(-1)
         if self.side == "inputs":
             return base.matmul(x.astype(dtype) * factor, dtype, plain)

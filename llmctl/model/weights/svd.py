@@ -1,4 +1,4 @@
-"""Add an update in the form of a singular value decomposition to a weight (AdaLoRA, arXiv:2303.10512).
+"""Define AdaLoRA: a weight with an update in the form of a singular value decomposition (arXiv:2303.10512).
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -35,15 +35,15 @@ class Svd(Adapter):
         """Return the weight as a plain array of its logical shape."""
         return self.as_low_rank().dense(dtype)
 
-    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The dense update is never computed."""
-        return self.as_low_rank().matmul(x, dtype, how)
+    def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
+        """Return x [..., I] times the weight in `dtype`, an array [..., O], without computing a @ diag(e) @ b."""
+        return self.as_low_rank().matmul(x, dtype, options)
 
     def truncated(self) -> Any:
-        """Return the equal weight as a `LowRank` node, without ranks whose singular value is zero.
+        """Return an equal weight as a `LowRank` node that has only the ranks with nonzero singular values.
 
-        If all singular values are zero, return the base. Layers of a stack may have different numbers of nonzero
-        singular values. All are padded with zeros to the largest number. The numbers are computed on the host.
+        If all singular values are zero, return the base. If layers of a stack have different numbers of nonzero
+        singular values, the others are padded with zeros to the largest number. The numbers are computed on the host.
         """
         import numpy as np
 
@@ -60,7 +60,7 @@ class Svd(Adapter):
 
 
 def orthogonality(w: Svd) -> jax.Array:
-    """Return the sum over layers of ||a^T a - I|| + ||b b^T - I|| (Frobenius norms), a scalar."""
+    """Return the orthogonality loss: the sum over layers of ||a^T a - I|| + ||b b^T - I|| (Frobenius norms)."""
     one = jnp.eye(w.a.shape[-1])
 
     def norm(gram: jax.Array) -> jax.Array:

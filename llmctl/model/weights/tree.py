@@ -1,7 +1,7 @@
-"""Process the parameter tree: nested dictionaries of weights. All functions accept plain arrays and nodes.
+"""Multiply weights, and process parameter trees, which are nested dictionaries of weights.
 
-The model uses the tree. Optimizers, checkpoints and artifacts use flat dictionaries of arrays by name
-(`llmctl.model.weights.names`). If all weights are plain arrays, a training step calls no other module of this package.
+All functions accept plain arrays and weight nodes. The model uses the nested tree. Optimizers, checkpoints and
+artifacts use flat dictionaries of arrays by name (`llmctl.model.weights.names`).
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -28,7 +28,7 @@ N = TypeVar("N", bound=Node)
 
 @dataclass(frozen=True)
 class Plain(Node):
-    """Wrap a plain or abstract array, so that it has the methods of nodes. Parameter trees contain the array itself."""
+    """Wrap a plain or abstract array, to give it the methods of nodes. Parameter trees contain the array itself."""
 
     kind: ClassVar[str] = ""
 
@@ -42,17 +42,17 @@ class Plain(Node):
         """Return the array in `dtype`."""
         return self.array.astype(dtype)
 
-    def matmul(self, x: jax.Array, dtype: Any, how: Product) -> jax.Array:
+    def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
         """Return x [..., I] times the array in `dtype`, an array [..., O].
 
-        Under FSDP, the array is gathered once per pass. The product is computed in 8 bits if `how.kind` is set.
+        Under FSDP, the array is gathered once per pass. The product is computed in 8 bits if `options.kind` is set.
         """
-        if how.axes and not how.kind and meshes.size() > 1 and fsdp_matmul.splits(how.axes):
-            return cast(jax.Array, fsdp_matmul.matmul(x, self.array, how.axes, dtype))
+        if options.axes and not options.kind and meshes.size() > 1 and fsdp_matmul.splits(options.axes):
+            return cast(jax.Array, fsdp_matmul.matmul(x, self.array, options.axes, dtype))
         x = x.astype(dtype)
-        x_NI = x.reshape(-1, x.shape[-1]) if how.fold else x
+        x_NI = x.reshape(-1, x.shape[-1]) if options.fold else x
         w_IO = self.array.astype(dtype)
-        y_NO = quantized_matmul.matmul(x_NI, w_IO, how.kind) if how.kind else jnp.matmul(x_NI, w_IO)
+        y_NO = quantized_matmul.matmul(x_NI, w_IO, options.kind) if options.kind else jnp.matmul(x_NI, w_IO)
         return cast(jax.Array, y_NO).reshape(*x.shape[:-1], self.shape[-1])
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
@@ -204,5 +204,5 @@ def count(params: Params) -> int:
 
 
 def of_type(params: Params, kind: type[N]) -> dict[str, N]:
-    """Return the nodes of the class `kind` by path, for formats that store only this class (such as PEFT's LoRA)."""
+    """Return {path: node} for all weight nodes of the class `kind`."""
     return {path: w for path, w in flatten(params).items() if isinstance(w, kind)}

@@ -12,7 +12,7 @@ from llmctl.evaluate.tasks.embed import similarities
 from llmctl.evaluate.tasks.registry import TASKS, default
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import NEARNESS
+from llmctl.model.losses import COSINE_TEMPERATURE
 
 SIZES = {"d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 8, "vocab_size": 11}
 B, T = 8, 6
@@ -89,14 +89,14 @@ def test_embeddings_are_told_from_all_others_of_the_batch():
         one = {k: jnp.asarray(batch[prefix + k]) for k in ("tokens", "segments", "positions")}
         z.append(np.asarray(answers(cfg, params, one), np.float64))
     near = z[0] @ z[1].T
-    for temperature in (NEARNESS, 0.5):
+    for temperature in (COSINE_TEMPERATURE, 0.5):
         total, sums = loss_of(cfg, temperature=temperature)(params, batch)
         assert total == pytest.approx(-np.diag(log_softmax(near / temperature)).sum(), rel=1e-4)
         assert sums["accuracy"] == (near.argmax(1) == np.arange(B)).sum()
     # rows that only fill are nobody's neighbours
     real = (np.arange(B) < 5).astype(np.float32)
     total, sums = loss_of(cfg)(params, batch | {"row_weight": real})
-    assert total == pytest.approx(-np.diag(log_softmax(near[:5, :5] / NEARNESS)).sum(), rel=1e-4)
+    assert total == pytest.approx(-np.diag(log_softmax(near[:5, :5] / COSINE_TEMPERATURE)).sum(), rel=1e-4)
     assert sums["weight"] == 5
     scored = batch_of("embed", scored=True)
     total, _ = loss_of(cfg)(params, scored)

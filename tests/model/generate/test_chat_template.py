@@ -227,7 +227,7 @@ def test_masks_are_those_of_transformers(name, content, words, pieces):
         expected = theirs.apply_chat_template(talk, return_assistant_tokens_mask=True, return_dict=True)
         template = Template(MARKED[name], tokenizer)
         found = template.conversation(talk)
-        assert template.marks and found.ids == list(expected["input_ids"])
+        assert template.marks_answers and found.ids == list(expected["input_ids"])
         assert found.counted_N.astype(int).tolist() == list(expected["assistant_masks"])
         # The same tokens are found without marks.
         bare = Template(TEMPLATES[name], tokenizer).conversation(talk)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.model.generate.sampling import Sampling, choose, narrow, penalize, row_keys
+from llmctl.model.generate.sampling import Sampling, choose, penalize, row_keys, truncate_logits
 
 P = np.array([[0.5, 0.05, 0.3, 0.15]])
 LOGITS = jnp.log(P)
 
 
 def kept(**rules):
-    return np.flatnonzero(np.isfinite(np.asarray(narrow(LOGITS, Sampling(**rules))[0]))).tolist()
+    return np.flatnonzero(np.isfinite(np.asarray(truncate_logits(LOGITS, Sampling(**rules))[0]))).tolist()
 
 
 def test_rules_keep_what_they_say():
