@@ -67,7 +67,7 @@ def abstract_result(
 
 
 def masters(params: Params) -> Params:
-    """Return abstract parameters with the dtypes of a training stage's result: all floating-point types are float32."""
+    """Return abstract parameters with the dtypes that training saves: float32 for all floating-point arrays."""
 
     def one(a: Any) -> Any:
         return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a

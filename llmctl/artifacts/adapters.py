@@ -1,8 +1,8 @@
-"""Compose the parameters of an adapter: an artifact that contains only the arrays that differ from its base's.
+"""Combine an adapter with its base. An adapter is an artifact that has only those arrays that another one lacks.
 
-An adapter's manifest describes the complete model and has the digest of the base (`manifest.Base`). The base is another
-artifact. Its path is not stored, because nothing in an artifact is followed out of it: the base is one of the folders
-that the user names, or a folder beside the adapter.
+The other artifact is called the base. The manifest of an adapter describes the complete model, and contains the digest
+of the base (`manifest.Base`) but not its path, because artifacts do not refer to files outside their folders. The base
+is one of the folders that the user names, or a folder beside the adapter.
 
 Example:
   >>> selected({"head/out/kernel": {"": 1}, "embed/tokens": {"base": 2, "a": 3}}, ["embed/tokens:a"])
@@ -20,7 +20,7 @@ from llmctl.config.errors import RequestError
 
 
 def find_base(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Path:
-    """Return the folder of an adapter's base.
+    """Find the base of an adapter, and return its folder.
 
     Args:
         path: Folder of the adapter.
@@ -47,10 +47,10 @@ def find_base(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Pat
 
 
 def check_bases(paths: Sequence[Path], bases: Sequence[Path]) -> None:
-    """Check that at least one of the artifacts `paths` is an adapter, if the user named bases.
+    """Check that at least one of the artifacts `paths` is an adapter if the user named base folders.
 
     Raises:
-        RequestError: If none is.
+        RequestError: If `bases` is not empty and no artifact is an adapter.
     """
     if bases and not any(read_manifest(path).base for path in paths):
         raise RequestError(f"--base {bases[0]}: {', '.join(map(str, paths))} is no adapter, which alone has a base")
@@ -72,7 +72,7 @@ def stored_arrays(base: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, di
     """Return the arrays of a model that its base does not have: {path: {part: array}}.
 
     Args:
-        base: Parameters of the base. Those of its arrays that training replaced may be deleted.
+        base: Parameters of the base. Arrays that training replaced may already be deleted.
         flat: Weights of the model by path.
     """
     import numpy as np
@@ -104,21 +104,21 @@ def _equal(a: Any, b: Any) -> Any:
 
 
 def _twin(parts: Mapping[str, Any], part: str) -> Any:
-    """Return the array of a base's weight that is the part `part` of the adapted weight, or None."""
+    """Return the array in a weight of the base that corresponds to `part` of the adapted weight, or None."""
     from llmctl.model import weights
 
     return parts.get(part, parts.get(weights.base_part(part)))
 
 
 def names(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return arrays of {path: {part: array}} by name, sorted."""
+    """Convert arrays {path: {part: array}} to {name: array}, sorted by name."""
     from llmctl.model import weights
 
     return dict(sorted((weights.join(path, part), a) for path, parts in stored.items() for part, a in parts.items()))
 
 
 def selected(arrays: Mapping[str, Mapping[str, Any]], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return those of the arrays {path: {part: array}} that have one of the names `stored`."""
+    """Return the subset of the arrays {path: {part: array}} that have the names `stored`."""
     from llmctl.model import weights
 
     chosen, out = {*stored}, {}
@@ -131,16 +131,18 @@ def selected(arrays: Mapping[str, Mapping[str, Any]], stored: Sequence[str]) -> 
 def composed(
     manifest: Manifest, target: dict[str, Any], stored: Mapping[str, Any], base: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the parameters of an adapter's model. Arrays of the base are not copied if their sharding is the same.
+    """Combine the arrays of an adapter and its base to the parameters of the model.
+
+    Arrays of the base are not copied if their sharding is the same.
 
     Args:
         manifest: Manifest of the adapter.
-        target: Parameters with shapes, dtypes and shardings in place of arrays.
+        target: Abstract parameters of the model, with shardings.
         stored: Arrays of the adapter by name.
         base: Parameters of the base.
 
     Raises:
-        RequestError: If the base lacks an array, or has it in another shape or dtype.
+        RequestError: If the base lacks an array, or if an array of the base has another shape or dtype.
     """
     import jax
 
@@ -161,7 +163,7 @@ def composed(
 
 
 def base_record(base: Manifest, stored: Mapping[str, Any], digest: str) -> Base:
-    """Return the record of a base for an adapter's manifest.
+    """Return the description of the base that an adapter's manifest contains.
 
     Args:
         base: Manifest of the base.

@@ -2,8 +2,9 @@
 
 An artifact is written to a temporary folder, which is then renamed. An artifact is therefore never incomplete. The
 manifest lists the type and shape of every array, so arrays can be restored onto any mesh. `load` checks the digests of
-the manifest's fields, the tokenizer's files and the arrays. An adapter contains only the arrays that its base does not
-have (`llmctl.artifacts.adapters`); `load` reads both.
+the manifest's fields, the tokenizer's files and the arrays. An adapter is an artifact that contains only the arrays
+that its base, another artifact, lacks
+(`llmctl.artifacts.adapters`); `load` reads both.
 
 Example:
   >>> found = load(folder)

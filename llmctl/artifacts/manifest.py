@@ -145,7 +145,8 @@ class Manifest(BaseModel):
     bits: float
     """Stored bits per parameter, including scales."""
     digest: str
-    """SHA-256 over the names, dtypes, shapes and values of all arrays of the model, those of its base included."""
+    """SHA-256 over the names, dtypes, shapes and values of all arrays of the model. For an adapter, the arrays of its
+    base are included."""
     parent: Parent | None = None
     tokenizer: str = ""
     """Digest of the tokenizer."""

@@ -100,7 +100,7 @@ def save(
         labels: Class names.
         task: Name of the task; by default the parent's, if it has the same head.
         fitted: Values that the task fitted on validation data; by default the parent's, if it has the same head.
-        generation: Settings of generated answers; by default the parent's, if it has the same head.
+        generation: Settings for generating answers; by default the parent's, if it has the same head.
         metrics: Measured metrics.
         tokenizer_dir: Tokenizer folder to copy.
         log: Log file to copy.
@@ -108,14 +108,14 @@ def save(
         pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
             of zeros exceeds `fingerprint.PRUNED`.
         rounded: Whether the arrays are dequantized integers, which contain more zeros even without pruning.
-        base: Parameters of the parent, if they are not to be saved again. The new artifact is then an adapter, whose
-            base is the parent.
+        base: Parameters of the parent. If given, only arrays that the parent lacks are saved: the new artifact is an
+            adapter, whose base is the parent.
         allow_nonfinite: Whether to save arrays that contain NaN or infinity.
 
     Raises:
         WorkError: If the disk is full, or if an array contains NaN or infinity and `allow_nonfinite` is false. `out` is
             then unchanged.
-        RequestError: If `base` is given and has all arrays.
+        RequestError: If `base` is given and contains all arrays.
     """
     from llmctl.data.tokenizers import loading as tokenizers
     from llmctl.distributed import processes
@@ -189,7 +189,7 @@ def copy(source: Path, out: Path, **record: Any) -> Manifest:
 
 
 def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return the arrays to write, {path: {part: array}}: all of them, or those that the base does not have.
+    """Return the arrays to write, {path: {part: array}}: all arrays or, for an adapter, those that the base lacks.
 
     Raises:
         RequestError: If the base has all arrays.
@@ -229,9 +229,9 @@ def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[st
 
 
 def generation_settings(manifest: Manifest | None) -> dict[str, Any]:
-    """Return the settings of generated answers that an artifact was finetuned with; {} if there are none.
+    """Return the settings for generating answers with which an artifact was finetuned; {} if there are none.
 
-    An older llmctl recorded them only in the config of the finetuning stage.
+    In artifacts of an older llmctl, they are only in the config of the finetuning stage.
     """
     if manifest is None:
         return {}
@@ -244,5 +244,5 @@ def versions() -> dict[str, str]:
 
 
 def plain(parts: dict[str, Any]) -> Any:
-    """Return the parts of a weight as Orbax stores them: a plain array has no name."""
+    """Return the arrays of a weight in the structure that Orbax stores: a dict by name, or the array if it is plain."""
     return parts.get("", parts)

@@ -34,7 +34,7 @@ Scalar = str | bool | int | float
 
 
 class SourceConfig(Config):
-    """Configure one source of rows, and the mapping of its columns."""
+    """Configure one data source: its location, its columns, and how its rows are filtered and changed."""
 
     heading: ClassVar[str] = "Data"
     common: ClassVar[tuple[str, ...] | None] = ("source", "path", "columns")
@@ -199,7 +199,7 @@ class DataConfig(SourceConfig):
         return found
 
     def sources(self) -> list[SourceConfig]:
-        """Return all sources: those of `parts`, then those of `held_out`."""
+        """Return all sources: `parts`, followed by the sources in `held_out`."""
         return [*self.parts(), *self.held_out().values()]
 
     def inputs(self) -> list[str]:

@@ -57,11 +57,11 @@ class Scan:
     fraction: np.ndarray
     """Hash of each text in [0, 1), float64, which determines the row's split."""
     key: np.ndarray
-    """First 16 bytes of the SHA-256 of the normalized texts of each row. Rows with equal keys are duplicates."""
+    """Hash of each row's normalized texts: the first 16 bytes of SHA-256. Rows with equal keys are duplicates."""
     digest: np.ndarray
-    """First 16 bytes of the SHA-256 of the exact texts of each row."""
+    """Hash of each row's exact texts: the first 16 bytes of SHA-256."""
     chars: np.ndarray
-    """Number of characters of the first text of each row, int64."""
+    """Length of each row's first text in characters, int64."""
     labels: list[Label]
     """Label of each kept row, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]

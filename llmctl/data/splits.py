@@ -46,7 +46,7 @@ class Examples:
     fraction: np.ndarray
     """Hash of each text in [0, 1), float64, which determines the row's split."""
     digests: np.ndarray
-    """First 16 bytes of the SHA-256 of each row's exact text."""
+    """Hash of each row's exact texts: the first 16 bytes of SHA-256."""
     chars: np.ndarray
     """Length of each row's first text in characters."""
     labels: np.ndarray | None
@@ -56,7 +56,7 @@ class Examples:
     classes: tuple[str, ...]
     """Names of the classes of texts, or of words, in the order of class indices. Empty if there are no classes."""
     class_of: Mapping[str, str] = field(default_factory=dict)
-    """Map from each label as spelled in the data to its class name."""
+    """{label as spelled in the data: class name}."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -206,7 +206,7 @@ def examples(cfg: DataConfig, split: Split, labels: bool = True, conversations: 
     """Load the examples of one split. If several splits are needed, `load` returns all of them for the same cost.
 
     Raises:
-        RequestError: If `load` raises it, or if the split is empty.
+        RequestError: If the data is missing or invalid (see `load`), or if the split is empty.
     """
     return load(cfg, labels=labels, conversations=conversations)[split]
 

@@ -321,7 +321,10 @@ class _BoundedFormatter(SandboxedFormatter):
 
 
 def _inside(node: nodes.Node) -> Iterable[nodes.Node]:
-    """Yield a node and its descendants, without the bodies of loops, macros and blocks, which count their own nodes."""
+    """Yield a node and its descendants, without the bodies of inner loops, macros and blocks.
+
+    These bodies are instrumented separately, and count their own nodes.
+    """
     yield node
     for child in () if isinstance(node, BODIES) else node.iter_child_nodes():
         yield from _inside(child)

@@ -34,7 +34,7 @@ class Chip:
     dcn_bandwidth: float = 0.0
     """Outgoing bandwidth to other slices or nodes, in bytes per second."""
     dimensions: int = 0
-    """Number of dimensions of the torus of links; 0 if a switch connects all devices."""
+    """Number of dimensions of the torus network (2 or 3); 0 if a switch connects all devices."""
     devices: int = 1
     """Number of JAX devices per physical chip."""
 

@@ -46,7 +46,7 @@ class Shared(NamedTuple):
     local_rotary: tuple[jax.Array, jax.Array] | None = None
     bias_HTS: jax.Array | None = None
     bias_HTP: jax.Array | None = None
-    """Bias of the scores of the P keys of a trained prefix."""
+    """Additive bias of the attention scores for the P keys of a trained prefix (prefix tuning); None without one."""
     memory_BSD: jax.Array | None = None
     memory_mask_BTS: jax.Array | None = None
     memory_segments_BS: jax.Array | None = None
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         return out(y)
 
     def _with_prefix(self, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, shared: Shared) -> jax.Array:
-        """Attend to the trained prefix and to the text. Every token sees the whole prefix, also in local layers."""
+        """Compute attention to the trained prefix and to the text. All tokens attend to the complete prefix."""
         cfg = self.config
         own_k, own_v = Prefix(cfg, self.dtype, name="prefix")(len(q))
         before_BTP = jnp.ones((*mask_BTS.shape[:2], cfg.prefix_tokens), bool)

@@ -1,4 +1,4 @@
-"""Compute the softmax of attention in plain XLA.
+"""Compute attention in plain XLA, without fused kernels.
 
 The backward pass recomputes the scores from queries and keys. This costs less memory traffic than saving the
 probabilities of every layer (FlashAttention; Dao et al., 2022, arXiv:2205.14135). Only q, k, v, the output and two
@@ -61,7 +61,7 @@ def attend(
 
 
 class Keys(NamedTuple):
-    """Store a block of keys with their values, and what queries see of them."""
+    """Store a block of keys with their values, mask and bias."""
 
     k_BSGK: jax.Array
     v_BSGK: jax.Array
@@ -70,9 +70,13 @@ class Keys(NamedTuple):
 
 
 def attend_to_parts(q_BTHK: jax.Array, parts: Sequence[Keys], cfg: ModelConfig) -> jax.Array:
-    """Compute attention to several blocks of keys, without joining them. The result [B, T, H, K] is that of `attend`.
+    """Compute attention to several blocks of keys, without concatenating them.
 
-    The sums of the blocks are merged. The backward pass stores all scores, so this is for decoding only.
+    The softmax sums of the blocks are merged. The backward pass would store all scores, so this function is used only
+    for decoding.
+
+    Returns:
+        Outputs [B, T, H, K], equal to those of `attend` for the concatenated blocks.
     """
     B, T, H, K = q_BTHK.shape
     G = parts[0].k_BSGK.shape[2]
@@ -143,7 +147,7 @@ def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -
 
 
 def merge(old: Sums, new: Sums) -> Sums:
-    """Return the sums over the keys of two blocks."""
+    """Merge the softmax sums of two blocks of keys."""
     top = jnp.maximum(old.top, new.top)
     values, total = jnp.zeros(()), jnp.zeros(())
     for part in (old, new):

@@ -194,7 +194,7 @@ class ModelConfig(Config):
         return HEAD_KINDS[self.head]
 
     def of_stack(self, stack: str) -> ModelConfig:
-        """Return the config of the layers of a stack. The encoder of an encoder-decoder has no trained prefix."""
+        """Return the config for the layers of a stack: in an encoder-decoder, the encoder has no trained prefix."""
         bare = self.prefix_tokens and self.encoder_layers and stack == "encoder"
         return self.model_copy(update={"prefix_tokens": 0}) if bare else self
 

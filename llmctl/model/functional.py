@@ -150,7 +150,7 @@ def laid_out(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Return abstract parameters with their shardings on `mesh`.
 
     Raises:
-        RequestError: If `shardings` raises it.
+        RequestError: If the mesh does not fit the model.
     """
     return jax.tree.map(lambda a, s: a.update(sharding=s), params, shardings(cfg, params, mesh))
 

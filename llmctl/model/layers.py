@@ -134,7 +134,8 @@ class FeedForward(nn.Module):
 def residual_scale(layers: int) -> float:
     """Return the factor on the initial values of matrices whose output is added to the residual stream.
 
-    It makes the variance of the residual stream independent of the number of layers (GPT-2; Radford et al., 2019).
+    With this factor, the variance of the residual stream does not depend on `layers`, the number of layers (GPT-2;
+    Radford et al., 2019).
     """
     return 1.0 / math.sqrt(2 * layers)
 

@@ -1,8 +1,9 @@
-"""Define the trained prefix: keys and values that every text attends to before its own (prefix tuning).
+"""Define the trained prefix of prefix tuning: additional keys and values, to which all tokens attend.
 
-(Li and Liang, 2021, arXiv:2101.00190). Each layer of the stack that reads the tokens has P of each, for self-attention.
-Every token sees all of them, also in layers with a sliding window. The keys have no rotary positions and no norm. The
-text begins at position P. This is the form of the library PEFT.
+(Li and Liang, 2021, arXiv:2101.00190). Each layer of the stack that reads the tokens has P trained keys and values for
+self-attention. Every token attends to all of them, even in layers with a sliding window. The trained keys have no
+rotary positions and no norm. The positions of the text begin at P. The library PEFT implements prefix tuning in the
+same way.
 
 Shapes: B batch, P trained keys, G key/value heads, K head width.
 """
@@ -18,18 +19,18 @@ import jax.numpy as jnp
 from llmctl.model.config import ModelConfig
 
 DEVIATION = 0.02
-"""Standard deviation of new keys and values."""
+"""Standard deviation of randomly initialized keys and values."""
 
 
 class Prefix(nn.Module):
-    """Hold the trained keys and values of one layer, [P, G * K] each."""
+    """Store the trained keys and values of one layer, [P, G * K] each."""
 
     config: ModelConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, rows: int) -> tuple[jax.Array, jax.Array]:
-        """Return the keys and the values for a batch of `rows` rows, each [B, P, G, K]."""
+        """Return the trained keys and values, repeated for a batch of `rows` rows, [B, P, G, K] each."""
         cfg = self.config
         P, G, K = cfg.prefix_tokens, cfg.kv_heads, cfg.head_dim
 

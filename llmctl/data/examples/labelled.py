@@ -287,7 +287,7 @@ def templated(
 
 
 def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
-    """Truncate the token ids of a text to at most `room` tokens."""
+    """Truncate a text to at most `room` tokens. `truncate` selects the part to cut, as in `ClassificationRows`."""
     if len(text_N) <= room:
         return text_N
     head = room if truncate == "tail" else room - room // 2

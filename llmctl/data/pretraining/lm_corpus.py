@@ -82,8 +82,8 @@ class Text:
         """Return the tokenizer of the prepared text. For raw text, load or train a tokenizer as `cfg` defines.
 
         Raises:
-            RequestError: If `loading.load_or_train` raises it, or if `cfg.path` is not the tokenizer of the prepared
-                text.
+            RequestError: If the tokenizer cannot be loaded or trained, or if `cfg.path` is not the tokenizer of the
+                prepared text.
         """
         if not self._prepared:
             found = self.splits["train"].sample_chars(cfg.sample)
@@ -156,8 +156,8 @@ class Text:
             objective: Training objective; causal language modeling by default.
 
         Raises:
-            RequestError: If `documents` raises it, if there are too few tokens for a row, or too few epochs for
-                `needed` rows.
+            RequestError: If the split is empty, if prepared text has another tokenizer, if there are too few tokens for
+                a row, or if there are too few epochs for `needed` rows.
         """
         found = self.documents(split, tokenizer, cache)
 

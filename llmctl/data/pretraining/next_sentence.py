@@ -31,9 +31,9 @@ IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
 class PairRows:
     """Build rows `bos A eos B eos` with masked tokens, for next-sentence prediction.
 
-    A passage is a part of a document. It is divided at a sentence boundary into A and B. A row contains A and B of the
-    same passage (next_label 0), or A of one passage and B of a passage of another document (next_label 1). A and B have
-    up to half a row each, for both labels, so that lengths do not reveal the label.
+    A passage is a part of a document. It is divided at a sentence boundary into A and B. A row contains A and B from
+    the same passage (next_label 0), or from passages of different documents (next_label 1). A and B have up to half a
+    row each, for both labels, so that lengths do not reveal the label.
 
     Four rows combine two passages of different documents: each A with its own B, then each A with the other B. The
     masks of A, and those of B, are the same in both rows. Every passage therefore has both labels equally often within

@@ -167,7 +167,7 @@ def tfds_files(cfg: SourceConfig) -> list[epath.Path]:
     """Return all files of the dataset, or an empty list if the dataset is not downloaded yet.
 
     Raises:
-        RequestError: If `tfds_folder` raises it.
+        RequestError: If several configs of the dataset match `cfg.name`.
     """
     if cfg.download and not _versions(cfg):
         return []

@@ -242,7 +242,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.model).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the model file and its descriptor into the folder `path`."""
+        """Write the tokenizer into the folder `path`: the model file, and a JSON file that describes it."""
         path.mkdir(parents=True, exist_ok=True)
         (path / self.file).write_bytes(self.model)
         saved_options = {"kind": self.kind, "file": self.file, "digest": self.digest, **self.options()}

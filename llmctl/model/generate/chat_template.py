@@ -145,7 +145,7 @@ class Template:
         Only the template can produce special tokens. If a message spells one, it is encoded as text.
 
         Raises:
-            RequestError: If `render` raises it, or if the rendered text is empty.
+            RequestError: If the template fails or rejects the messages, or if the rendered text is empty.
         """
         text = self.render(self._escaped(list(messages)))
         ids = self.tokenizer.encode_with_special(check_unicode(text, "the text of the chat template"))
@@ -162,8 +162,8 @@ class Template:
         as its end token. The template gets the date `DAY`.
 
         Raises:
-            RequestError: If `render` raises it, if the answers cannot be found in the rendered text, or if a message
-                has the weight 0 and the template does not mark exactly one text per answer.
+            RequestError: If the template fails or rejects the messages, if the answers cannot be found in the text, or
+                if a message has the weight 0 and the template does not mark exactly one text per answer.
         """
         self._day = DAY
         try:

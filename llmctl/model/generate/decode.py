@@ -174,10 +174,10 @@ class Decoder:
             yield state, np.asarray(out_BN)
 
     def inputs(self, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Prompts, int]:
-        """Pad prompts to the inputs of `read`, and return them with the number of cache slots.
+        """Pad prompts, and return them as arguments for `read`: the padded prompts, and the number of cache slots.
 
         Raises:
-            ValueError: If `check` raises it.
+            ValueError: If a prompt is empty, or too long together with `max_new` tokens.
         """
         self.check(prompts, max_new)
         reads = self.model.encoder_layers > 0

@@ -165,7 +165,7 @@ class Node(abc.ABC):
         return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
 
     def count(self) -> int:
-        """Return the number of elements of the logical shape. An adapter also counts the parameters that it adds."""
+        """Return the number of parameters: elements of the logical shape and, for an adapter, those that it adds."""
         return math.prod(self.shape)
 
     # --- what training and compression ask ---------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Dora(LowRank):
         return (super().dense() * self.factor()).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O]. V is computed only for the norm ||V||."""
+        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The sum V is computed only for its norm."""
         return super().matmul(x, dtype, options) * self.factor()[..., 0, :].astype(dtype)
 
     take = Adapter.take

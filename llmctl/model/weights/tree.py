@@ -199,7 +199,7 @@ def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
 
 
 def count(params: Params) -> int:
-    """Return the number of parameters: those of the logical shapes, plus those of adapters."""
+    """Return the number of parameters: elements of the weights by their logical shapes, plus parameters of adapters."""
     return sum(as_node(w).count() for w in flatten(params).values())
 
 
