@@ -143,7 +143,7 @@ class Manifest(BaseModel):
     nonfinite: list[str] = []
     """Names of arrays that contain NaN or infinity, which are saved only with `allow_nonfinite`."""
     bits: float
-    """Stored bits per parameter, including scales."""
+    """Average number of stored bits per parameter, including the scales of quantized weights."""
     digest: str
     """SHA-256 over the names, dtypes, shapes and values of all arrays of the model. For an adapter, the arrays of its
     base are included."""
@@ -156,7 +156,7 @@ class Manifest(BaseModel):
     seq_len: int = 0
     """Sequence length in training, in tokens; 0 if unknown."""
     truncate: Literal["", "tail", "head_tail"] = ""
-    """Truncation of long texts in training; empty if unknown."""
+    """Part of long texts that training cuts (see `data.config.Truncate`); empty if unknown."""
     generation: dict[str, Any] = {}
     """Settings of generated answers that the model was finetuned with; empty if its task generates none."""
     weights: dict[str, dict[str, Any]] = {}

@@ -23,7 +23,7 @@ from llmctl.data.label_values import Label, Labels, Unlabeled, plain
 
 KEPT, FILTERED, BLANK, UNLABELED = 0, 1, 2, 3
 RANGE = 8192
-"""Number of rows that are scanned together."""
+"""Number of rows per call of `scan`."""
 
 _TAG = re.compile(r"<[^<>]{1,80}>")
 _NOT_CONTENT = bytes(set(range(128)) - set((string.ascii_letters + string.digits).encode()))

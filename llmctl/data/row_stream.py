@@ -24,7 +24,7 @@ FORMATS = ("jsonl", "csv", "tsv", "text")
 LONGEST = 1 << 24
 """Maximum line length in bytes. A longer line is skipped and reported as an error."""
 MAX_WAIT = 0.2
-"""Maximum time to wait for another row in seconds, before the rows read so far are processed."""
+"""Maximum time in seconds to wait for another row, before the rows read so far are yielded."""
 
 Read = tuple[str, Row | RequestError]
 """Pair (location of a row, the row or the error that occurred when it was read)."""

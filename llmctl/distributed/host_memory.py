@@ -15,9 +15,9 @@ import platform
 import sys
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-"""Parameters of glibc's mallopt (malloc.h)."""
+"""Numbers of the parameters of mallopt in glibc (malloc.h)."""
 HUGEPAGE = 14
-"""MADV_HUGEPAGE of Linux's madvise."""
+"""Value of MADV_HUGEPAGE, with which madvise on Linux requests huge pages."""
 HUGE = 2 << 20
 """Size of a huge page in bytes."""
 

@@ -40,9 +40,9 @@ class _Run:
         self.failed = False
         self.ending = threading.Lock()
         self.all_succeeded = threading.Event()
-        """Set when all processes have ended successfully."""
+        """Event that is set when all processes have ended successfully."""
         self.contacted = threading.Event()
-        """Set when a message from process 0 has arrived, so process 0 is alive."""
+        """Event that is set when a message from another process has arrived."""
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message to every connected process."""

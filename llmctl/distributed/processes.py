@@ -22,9 +22,9 @@ from llmctl.distributed import backend, liveness
 T = TypeVar("T")
 
 HEARTBEAT = "LLMCTL_HEARTBEAT"
-"""Environment variable that overrides `SECONDS`."""
+"""Environment variable for the number of seconds without a reply after which a host is considered dead."""
 SECONDS = 60
-"""Default number of seconds without a reply after which a host is considered dead."""
+"""Default of the environment variable `HEARTBEAT`."""
 FOREVER = 7 * 24 * 3600 * 1000
 """Timeout for waits on other processes in milliseconds: one week. `llmctl.distributed.liveness` detects dead processes
 earlier."""

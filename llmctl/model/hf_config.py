@@ -115,7 +115,8 @@ IRRELEVANT = frozenset({
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "transformers.js_config",
 })  # fmt: skip
-"""Keys that affect neither the network's function nor its shapes. Labels are read elsewhere."""
+"""Keys of config.json that are ignored, because they affect neither the outputs nor the shapes of the network. Class
+names are also ignored, because other code reads them."""
 
 ACTIVATIONS = {
     "silu": "silu",

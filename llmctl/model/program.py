@@ -16,7 +16,7 @@ from llmctl.config.settings import OptimConfig
 from llmctl.model.config import ModelConfig
 
 Tree = Any
-"""Tree of abstract arrays with shardings."""
+"""Tree of abstract arrays: shapes, dtypes and shardings."""
 
 
 @dataclass(frozen=True)

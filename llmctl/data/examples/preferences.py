@@ -27,7 +27,7 @@ class PreferenceRows(ExampleRows):
         """Tokenize prompts and completions.
 
         Raises:
-          RequestError: the examples have no column prompt, chosen or rejected.
+            RequestError: If the examples have no column prompt, chosen or rejected.
         """
         super().__init__(len(examples), seed, shuffle)
         self._tokenizer, self._seq_len = tokenizer, seq_len
@@ -63,7 +63,7 @@ class PreferencePairRows(ExampleRows):
         """Tokenize prompts and completions.
 
         Raises:
-          RequestError: the examples have no column prompt, chosen or rejected.
+            RequestError: If the examples have no column prompt, chosen or rejected.
         """
         super().__init__(len(examples), seed, shuffle)
         self._chosen, self._rejected = (

@@ -15,8 +15,7 @@ from llmctl.data.shuffle import hashed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 _STREAM = 2**32
-"""Offset of stream numbers in calls of `hashed`, so that random numbers of objectives are independent of the
-shuffle."""
+"""Number that is added to `stream`, so that random numbers of objectives are independent of those of the shuffle."""
 
 
 def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class PlannedShard:
     name: str
     """File name of the shard without suffix."""
     index: np.ndarray
-    """Row numbers of the documents in the source."""
+    """Row numbers, in the source, of the documents that the shard contains."""
 
 
 class ShardRecord(BaseModel):
@@ -335,7 +335,7 @@ def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
 
 
 _worker: Any = None
-"""Worker of this process, or None in the main process."""
+"""`Worker` of this process; None in the main process."""
 
 
 def _start(data: DataConfig, work: Path) -> None:

@@ -11,7 +11,7 @@ from llmctl.data.source import Reader, Source
 
 
 def refuse(cfg: SourceConfig) -> Source:
-    """Reject prepared data where text is needed.
+    """Raise an error, because prepared data has no rows of text.
 
     Raises:
         RequestError: Always.

@@ -20,7 +20,7 @@ from llmctl.data.shuffle import permutation
 from llmctl.data.tokenizers.base import MASK, SENTINEL, Tokenizer
 
 SPACE = "▁"
-"""Spelling of a space in pieces."""
+"""Character by which SentencePiece represents a space in tokens."""
 MASK_PLACEHOLDER = "\ue000"
 """Character that replaces `<mask>` while a text is encoded. It is a private-use character that no vocabulary contains,
 so that its bytes can be found among the tokens."""

@@ -138,7 +138,7 @@ def names_of(cfg: Any) -> Fields:
 
 
 ENCODER, TAGGER = "T5EncoderModel", "T5ForTokenClassification"
-"""Names of the encoder-only classes of `transformers`."""
+"""Names of the classes in `transformers` for T5 encoders without a decoder."""
 BOTH: Fields = {"architecture": "encoder_decoder"}
 ALONE: Fields = {"architecture": "encoder", "pooler": False}
 

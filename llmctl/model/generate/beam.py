@@ -27,9 +27,10 @@ from llmctl.model.kv_cache import cache_shape
 
 STOPS = ("no", "yes", "never")
 MAX_LENGTH_PENALTY = 6
-"""Maximum length penalty: (a million tokens) ** 6 is within the range of float32."""
+"""Maximum absolute value of the length penalty, so that length ** penalty is finite in float32 up to a million
+tokens."""
 NO_SCORE = -jnp.inf
-"""Score of a slot without an answer."""
+"""Score of a slot for a finished answer that is still empty."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 NOTHING = -1
-"""Token id in the output at positions after the end of a row."""
+"""Token id that generation returns at positions after the end of a row."""
 
 ROUND = 64
 """Multiple to which the numbers of prompt slots and cache slots are rounded up, so that few lengths are compiled."""

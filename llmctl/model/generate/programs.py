@@ -21,7 +21,7 @@ from llmctl.model.generate.sampling import Sampling, row_keys
 from llmctl.model.program import Cost, Pass, Program
 
 DTYPE = "float32"
-"""Default of the setting `dtype` of `llmctl generate`."""
+"""Default dtype of the computation in `llmctl generate`."""
 
 
 class Request(NamedTuple):

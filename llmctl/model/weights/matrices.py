@@ -26,7 +26,7 @@ class Matrix:
     """Path of the weight, such as `decoder/blocks/attn/q/kernel`. For a matrix of a single layer, the path is relative
     to the layer."""
     weight: Any
-    """Plain array or node, [..., I, O]; a token table is [V, D]."""
+    """The weight, a plain array or a node, of shape [..., I, O]; a token table has the shape [V, D]."""
     place: Place
     """Location: `block`, `head` or `embedding`. A tied table counts as an embedding."""
     stack: str
