@@ -46,7 +46,7 @@ class Decoders:
         by_config: dict[str, Decoder] = {}
         for name, (model, params) in models.items():
             decoder = by_config.setdefault(model.model_dump_json(), Decoder(model, {}, dtype, start))
-            decoder.hold(params, shared)
+            decoder.set_params(params, shared)
             self._held[name] = decoder, decoder.model, decoder.weights
 
     def use(self, name: str) -> Decoder:
