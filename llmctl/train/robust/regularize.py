@@ -1,4 +1,4 @@
-"""Regularize finetuning: noise on embeddings, R-Drop, distance from the parent's weights (L2-SP), class weights.
+"""Regularize finetuning: noise on embeddings, R-Drop, the parent's weights (L2-SP, Mixout), class weights.
 
 Shapes: B rows, T tokens per row, D model width, C classes.
 """
@@ -24,6 +24,10 @@ from llmctl.train.robust.problem import Problem
 
 NOISE = 0x0E
 """Number that is folded into the dropout key to get the random key of the noise."""
+
+
+MIXED = 0x31
+"""Number that is folded into the dropout key to get the random key of Mixout."""
 
 
 def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
@@ -64,6 +68,27 @@ def toward_start(own: Loss, factor: float) -> Loss:
         now = weights.arrays(params)
         apart = [jnp.sum(jnp.square(now[name] - start)) for name, start in memory["start"].items()]
         return total + sums["weight"] * (factor / 2) * sum(apart[1:], apart[0]), sums
+
+    return loss
+
+
+def mixout(own: Loss, rate: float) -> Loss:
+    """Return the loss function `own` of weights that are partly replaced by the parent's weights.
+
+    Each weight is replaced with probability `rate`. The others are w0 + (w - w0) / (1 - rate), for the weight w and the
+    parent's weight w0. The expected value is therefore w. With w0 = 0 this is dropout of the weights. The parent's
+    weights are in the state's memory as "start".
+
+    (Lee et al., 2020, arXiv:1909.11299)
+    """
+
+    def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any, **more: Any) -> Any:
+        mixed, now = jax.random.fold_in(key, MIXED), weights.arrays(params)
+        for i, (name, start) in enumerate(sorted(memory["start"].items())):
+            keep = jax.random.bernoulli(jax.random.fold_in(mixed, i), 1 - rate, start.shape)
+            # In this form a weight that did not move stays exactly, zeros of a pruned matrix among them.
+            now[name] = start + jnp.where(keep, (now[name] - start) / (1 - rate), 0)
+        return own(weights.rebuild(params, now), batch, key, *constants, memory=memory, **more)
 
     return loss
 

@@ -7,7 +7,8 @@ The loss is built in this order:
 1. The batch gets noise on embeddings, and class weights.
 2. The task's loss is computed, or the loss of two passes (R-Drop).
 3. The adversarial method wraps this loss.
-4. The distance from the parent's weights is added.
+4. The parent's weights are mixed into those that this loss reads (Mixout).
+5. The distance from the parent's weights is added.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.training import Options
 from llmctl.model.config import ModelConfig
 from llmctl.model.transformer import Batch
+from llmctl.train.adapters.registry import METHODS
 from llmctl.train.job import EXTRA, Job, Params, State, split
 from llmctl.train.robust import perturbation, regularize
 from llmctl.train.robust.problem import Problem
@@ -126,12 +128,19 @@ def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
         loss, factor = method.loss(config.adversarial, problem, loss), factor * method.cost(config.adversarial)
         if begins := method.memory(config.adversarial):
             kept.append((begins, partial(method.remember, config.adversarial, steps)))
-    if asks.l2_start:
+    if asks.mixout and not METHODS[config.method].changes_base:
+        raise RequestError(
+            f"regularize.mixout: mixes the parent's weights into those that are trained, and method {config.method!r} "
+            "freezes its matrices; use method = 'full', or dropout"
+        )
+    if asks.l2_start or asks.mixout:
         trained = [name for name in split(job)[0] if not name.startswith(EXTRA)]
         names = regularize.from_parent(trained, job.params)
         if not names:
-            raise RequestError(f"regularize.l2_start: method {config.method!r} trains no weights of the parent")
-        loss = regularize.toward_start(loss, asks.l2_start)
+            setting = "l2_start" if asks.l2_start else "mixout"
+            raise RequestError(f"regularize.{setting}: method {config.method!r} trains no weights of the parent")
+        loss = regularize.mixout(loss, asks.mixout) if asks.mixout else loss
+        loss = regularize.toward_start(loss, asks.l2_start) if asks.l2_start else loss
         kept.append(
             (
                 lambda named: {"start": {name: jnp.copy(named[name]) for name in names}},

@@ -88,6 +88,7 @@ class RegularizeConfig(Settings):
     """Set the regularization of finetuning, and the weights of classes."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
+    added: ClassVar[frozenset[str]] = frozenset({"mixout"})
 
     r_drop: float = Field(default=0.0, ge=0)
     """Factor of the divergence between the outputs of two passes with different dropout (R-Drop). 0 disables it."""
@@ -99,6 +100,10 @@ class RegularizeConfig(Settings):
     """Factor of half the squared distance between the weights and the parent's weights (L2-SP), without the task's
     head. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
     """
+    mixout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which each weight is replaced by the parent's weight in a training step (Mixout), without the
+    task's head. 0.1 to 0.9 are usual, in place of dropout. Only for methods that train the parent's weights. 0 disables
+    it."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
     """Weight of the examples of each class in the loss, such as {"rare" = 5.0}. Other classes have weight 1. balanced:
     weights inversely proportional to the number of training examples of the class."""

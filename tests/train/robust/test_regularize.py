@@ -116,6 +116,30 @@ def test_the_distance_from_the_start_has_the_gradient_factor_times_the_differenc
     assert regularize.from_parent(names, params) == ["decoder/w"]
 
 
+def test_mixout_is_that_of_the_paper():
+    """The paper's form is ((1 - m) w + m w0 - p w0) / (1 - p), for a mask m that is 1 with probability p."""
+    rng, p = np.random.default_rng(0), 0.3
+    w, w0 = rng.normal(size=(2, 50, 40)).astype(np.float32)
+    w0[:, :10] = w[:, :10] = 0  # pruned
+    w[:, 10:20] = w0[:, 10:20]  # frozen so far
+    cotangent = rng.normal(size=w.shape).astype(np.float32)
+
+    def own(params, batch, key, *, memory):
+        assert key is KEY
+        return jnp.sum(params["decoder"]["w"] * cotangent), params
+
+    params = {"decoder": {"w": jnp.asarray(w)}, "head": {"w": jnp.ones(2)}}
+    loss = jax.value_and_grad(regularize.mixout(own, p), has_aux=True)
+    (_, read), gradients = loss(params, {}, KEY, memory={"start": {"decoder/w": jnp.asarray(w0)}})
+    got = np.asarray(read["decoder"]["w"])
+    m = (np.asarray(gradients["decoder"]["w"]) == 0).astype(np.float32)
+    assert abs(m.mean() - p) < 3 * np.sqrt(p * (1 - p) / m.size)
+    np.testing.assert_allclose(got, ((1 - m) * w + m * w0 - p * w0) / (1 - p), atol=1e-5)
+    np.testing.assert_allclose(gradients["decoder"]["w"], (1 - m) * cotangent / (1 - p), rtol=1e-6)
+    np.testing.assert_array_equal(got[:, :20], w[:, :20])  # exactly
+    np.testing.assert_array_equal(read["head"]["w"], 1)
+
+
 def test_weights_of_classes_are_those_of_a_weighted_mean():
     task, options = TASKS["classify"], Options()
     y = jnp.log(jnp.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]]))

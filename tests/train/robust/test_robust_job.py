@@ -24,7 +24,7 @@ SIZES = {"vocab_size": 32, "d_model": 16, "layers": 2, "heads": 2, "kv_heads": 2
 HEAD = {"head": "classify", "labels": 3, "next_sentence": False, "head_transform": False}
 KEY = jax.random.key(1)
 B, T = 4, 6
-REGULAR = {"r_drop": 1.0, "neftune": 5.0, "l2_start": 0.1}
+REGULAR = {"r_drop": 1.0, "neftune": 5.0, "l2_start": 0.1, "mixout": 0.5}
 CASES = [
     ("bert", "classify", {"adversarial": {"method": "fgm"}}),
     ("bert", "classify", {"adversarial": {"method": "smart"}}),
@@ -184,13 +184,13 @@ def test_a_method_with_a_memory_of_its_own_keeps_it():
 
 
 def fit(folder, steps=4, search=None, **mesh):
-    """Train with SMART and L2-SP; return the arrays by name."""
+    """Train with SMART, L2-SP and Mixout; return the arrays by name."""
     cfg, devices = model("bert"), meshes.make(MeshConfig(**mesh))
     train = TrainConfig(steps=steps, seq_len=T, batch_size=8, checkpoint_every=2, log_every=4, tensorboard=False)
     job = job_of(
         cfg, dropout=0.0, params=loop.initialize(cfg, 0, devices), rows=Rows(batch_of(cfg)),
         adversarial={"method": "smart", "epsilon": 1.0, "step_size": 1.0} | (search or {}),
-        regularize={"l2_start": 0.1},
+        regularize={"l2_start": 0.1, "mixout": 0.3},
     )  # fmt: skip
     optim = OptimConfig(name="sgd", learning_rate=0.1, schedule="constant", warmup=0)
     params = loop.fit(job, train, optim, devices, Context(folder / "out", folder, "key"), 0, "toy")[0]
@@ -225,6 +225,11 @@ def test_eight_devices_compute_the_same(tmp_path):
         ("tokens", {"regularize": {"balance": True}}, "balance: not for task 'tokens', whose rows have no single"),
         ("classify", {"regularize": {"balance": True, "class_weights": "balanced"}}, "correct the same"),
         ("classify", {"regularize": {"l2_start": 1.0}, "method": "head"}, "'head' trains no weights of the parent"),
+        (
+            "classify",
+            {"regularize": {"mixout": 0.5}, "method": "bitfit"},
+            "mixout: mixes the parent's weights",
+        ),
         ("classify", {"regularize": {"class_weights": {"d": 1.0}}}, "no class 'd'"),
     ],
     ids=str,
@@ -237,6 +242,6 @@ def test_what_would_do_nothing_is_refused(task, changes, error):
 def test_a_plain_stage_has_the_loss_of_its_task_and_a_robust_one_counts_its_passes():
     cfg = model("bert")
     plain = job_of(cfg)
-    assert plain.loss.__qualname__ == "Task.loss_of.<locals>.loss" and not plain.reads_memory
+    assert plain.loss.__qualname__ == "TrainingMethods.loss_of.<locals>.loss" and not plain.reads_memory
     freelb = job_of(cfg, adversarial={"method": "freelb", "steps": 4}, regularize={"r_drop": 1.0})
     assert freelb.flops == 8 * plain.flops
