@@ -64,8 +64,8 @@ class SourceConfig(Config):
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     template: dict[str, str] = {}
-    """Jinja2 templates of text columns to make from each row, such as {prompt = "{{ text }} It was", completion = " {{
-    words[label] }}"}. Templates can read the canonical columns, `row` (all columns of the source) and `words`."""
+    """Text columns to make from each row, each with its jinja2 template, such as {completion = " {{ words[label] }}"}.
+    Templates can read the canonical columns, `row` (all columns of the source) and `words`."""
     words: dict[str, str] = {}
     """Word for each class in templates (verbalizer), by class name, such as {pos = "great", neg = "bad"}."""
     replace: dict[str, str] = {}

@@ -26,7 +26,7 @@ class Pass:
     model: ModelConfig | None = None
     """Config of the network, if it is not that of the program."""
     layers: int = 0
-    """Number of layers of the last stack that run, without embeddings and head; 0 means the complete model."""
+    """Number of layers to run, in the last stack only and without embeddings and head; 0 means the complete model."""
     optim: OptimConfig | None = None
     """Optimizer of a training step; None means that the pass is a forward pass only."""
     attention: str = "auto"
