@@ -9,7 +9,16 @@ from llmctl.config.base import format_toml, hint
 from llmctl.config.errors import RequestError
 from llmctl.data import chats
 from llmctl.data.cells import CHATS, CellReader
-from llmctl.data.config import CHAT_COLUMNS, COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TOGETHER, DataConfig, SourceConfig
+from llmctl.data.config import (
+    CHAT_COLUMNS,
+    COLUMNS,
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    TOGETHER,
+    DataConfig,
+    SourceConfig,
+    sentence_pair,
+)
 from llmctl.data.label_values import Labels, Unlabeled, canonical, plain
 from llmctl.data.source import Row, Source, open_source
 from llmctl.data.template_columns import TemplateColumns
@@ -71,6 +80,8 @@ class View(Source):
         hidden = set(COLUMNS) - CHAT_COLUMNS if conversations else CHAT_COLUMNS | (set() if labels else LABEL_COLUMNS)
         self._absent = set() if cfg.columns else set(COLUMNS) - set(known) - hidden
         given = cfg.columns or {c: c for c in _default_columns(known)}
+        if not cfg.columns and not {*given} & {*TEXT_COLUMNS, "tokens"}:
+            given |= sentence_pair(known)
         if conversations:
             if cfg.template:
                 raise RequestError(

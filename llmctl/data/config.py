@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -29,6 +30,25 @@ LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
 """Groups of canonical columns. If `data.columns` is empty, the columns of a group are read only if the source has all
 of them, because a single one may have another meaning in the source."""
+
+SENTENCE_PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b")),
+    *(("question", "sentence"), ("sentence_A", "sentence_B")),
+)
+"""Names of the two text columns in well-known data sets of sentence pairs: entailment, paraphrase, similarity."""
+
+
+def sentence_pair(known: Collection[str]) -> dict[str, str]:
+    """Return the columns of a data set of sentence pairs that are read as `text` and `pair`; empty if there are none.
+
+    >>> sentence_pair(["premise", "hypothesis", "label"])
+    {'text': 'premise', 'pair': 'hypothesis'}
+    >>> sentence_pair(["text", "premise", "hypothesis"])
+    {}
+    """
+    found = next((names for names in SENTENCE_PAIRS if {*names} <= {*known}), ())
+    return {} if "text" in known else dict(zip(("text", "pair"), found, strict=False))
+
 
 Scalar = str | bool | int | float
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
-from llmctl.data.config import COLUMNS, TEXT_COLUMNS
+from llmctl.data.config import COLUMNS, TEXT_COLUMNS, sentence_pair
 from llmctl.data.source import Row
 
 FORMATS = ("jsonl", "csv", "tsv", "text")
@@ -60,7 +60,14 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
     read = _table(lines, name, "," if kind == "csv" else "\t", columns) if table else _each(lines, kind)
     for number, row in read:
         where = f"{name}:{number}"
-        yield where, (_canonical(row, columns, where) if isinstance(row, dict) else RequestError(f"{where}: {row}"))
+        yield (
+            where,
+            (
+                _canonical(row, columns or sentence_pair(row), where)
+                if isinstance(row, dict)
+                else RequestError(f"{where}: {row}")
+            ),
+        )
 
 
 def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
@@ -179,7 +186,8 @@ def _table(
         raise RequestError(f"the header is not CSV ({e})") from None
     if twice := [name for name in header if header.count(name) > 1]:
         raise RequestError(f"two columns are named {twice[0]!r}")
-    if header and not any(columns.get(ours, ours) in header for ours in TEXT_COLUMNS):
+    readable = columns or sentence_pair(header)
+    if header and not any(readable.get(ours, ours) in header for ours in TEXT_COLUMNS):
         raise RequestError(
             f"{name}: none of its columns is a text column; set --column, such as text={header[0]} "
             f"(columns: {', '.join(header)})"

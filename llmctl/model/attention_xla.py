@@ -83,12 +83,16 @@ def attend_to_parts(q_BTHK: jax.Array, parts: Sequence[Keys], cfg: ModelConfig) 
     q_BGNK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
     q_BGNK = q_BGNK * jnp.asarray(cfg.attn_scale or K**-0.5, q_BTHK.dtype)
     found = [
-        sums(cfg.attn_softcap, q_BGNK, *(a.transpose(0, 2, 1, 3) for a in part[:2]), part.mask_BTS, part.bias_HTS)
+        sums(cfg.attn_softcap, q_BGNK, _by_head(part.k_BSGK), _by_head(part.v_BSGK), part.mask_BTS, part.bias_HTS)
         for part in parts
     ]
     whole = functools.reduce(merge, found)
     y_BGNK = (whole.values / whole.total.reshape(B, G, -1, 1)).astype(q_BTHK.dtype)
     return y_BGNK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _by_head(a_BSGK: jax.Array) -> jax.Array:
+    return a_BSGK.transpose(0, 2, 1, 3)
 
 
 def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from tokenizers import models, processors
 from llmctl.config.errors import RequestError
 from llmctl.convert import post_processor, sentencepiece_json, tokenizer_export, tokenizers
 from llmctl.data.config import TokenizerConfig
+from llmctl.data.examples.labelled import templated
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.base import TextTemplate
 from llmctl.model.config import ModelConfig
@@ -61,6 +62,9 @@ def test_vocabularies_of_older_folders(tmp_path):
     assert (words.bos_id, words.eos_id, words.mask_id) == (2, 3, 4)
     theirs = transformers.BertTokenizer({t: i for i, t in enumerate(vocab)})
     assert [*words.prompt("The cats sat."), words.eos_id] == theirs.encode("The cats sat.")
+    row, types = templated(words.template, *(np.array(words.encode(t)) for t in ("The cats", "sat.")), seq_len=16)
+    pair = theirs("The cats", "sat.")
+    assert (row.tolist(), types.tolist()) == (pair["input_ids"], pair["token_type_ids"])
     with pytest.raises(RequestError, match="11 tokens and the model's table 99 rows"):
         tokenizers.import_tokenizer(tmp_path, tmp_path / "out", cfg.model_copy(update={"vocab_size": 99}))
     (tmp_path / "vocab.txt").unlink()

@@ -10,7 +10,7 @@ import pytest
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.data import dedup, splits, write_splits
-from llmctl.data.config import DataConfig, SourceConfig
+from llmctl.data.config import SENTENCE_PAIRS, DataConfig, SourceConfig
 from llmctl.data.sources import jsonl
 
 FILM = int.from_bytes(hashlib.sha256(b"thefilmwasgreat").digest()[:6], "big") / 2**48
@@ -115,6 +115,18 @@ def given(tmp_path, rows, **kw):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return splits.load(DataConfig(source="jsonl", path=str(path), **{"validation": 0, "test": 0} | kw))
+
+
+@pytest.mark.parametrize("names", SENTENCE_PAIRS, ids="-".join)
+def test_sentence_pairs_of_well_known_data_are_found(names, tmp_path):
+    rows = [dict(zip((*names, "label"), (f"a{i}", f"b{i}", i % 2), strict=True)) for i in range(3)]
+    found = given(tmp_path, rows)["train"]
+    assert found.columns == ("text", "pair", "label")
+    assert list(found) == [{"text": f"a{i}", "pair": f"b{i}", "label": i % 2} for i in range(3)]
+    own = given(tmp_path, [row | {"text": "t"} for row in rows])["train"]
+    assert own.columns[0] == "text" and own[0]["text"] == "t" and "pair" not in own.columns
+    swapped = given(tmp_path, rows, columns={"text": names[1], "label": "label"})["train"]
+    assert swapped.columns == ("text", "label") and swapped[0]["text"] == "b0"
 
 
 def test_columns_may_be_absent_from_the_first_row(tmp_path):
