@@ -60,14 +60,10 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
     read = _table(lines, name, "," if kind == "csv" else "\t", columns) if table else _each(lines, kind)
     for number, row in read:
         where = f"{name}:{number}"
-        yield (
-            where,
-            (
-                _canonical(row, columns or sentence_pair(row), where)
-                if isinstance(row, dict)
-                else RequestError(f"{where}: {row}")
-            ),
-        )
+        if isinstance(row, dict):
+            yield where, _canonical(row, columns or sentence_pair(row), where)
+        else:
+            yield where, RequestError(f"{where}: {row}")
 
 
 def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
