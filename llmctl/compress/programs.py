@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl.compress import gradients, prune, repair, sparsegpt, structured
+from llmctl.compress import gradients, structured
 from llmctl.compress import quantize as rounding
 from llmctl.compress.layer_passes import empty, passes
 from llmctl.compress.layer_stack import putter
@@ -29,7 +29,7 @@ from llmctl.model import flops as cost
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
-from llmctl.model.program import Cost, Gather, Pass, Program, Tree
+from llmctl.model.program import Cost, Pass, Program, Tree
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Walk:
             )
             start = partial(functional.embed, model, dtype=dtype)
             carry = jax.tree.map(over_rows, jax.eval_shape(start, params, batch, memory))
-            layer = _layer_of(params, stack)
+            layer = layer_of(params, stack)
             fresh = empty(model, stack, layer, carry, collect, dtype)
         stats = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), fresh)
         look, advance = passes(model, stack, dtype)
@@ -111,7 +111,7 @@ class Walk:
         inner = {m.path: m.weight for m in weights.matrices(params, "block")}
         names = method.gradients
         return {
-            path: {name: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for name in names}
+            path: {name: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=sharding_of(w)) for name in names}
             for path, w in inner.items()
         }
 
@@ -121,7 +121,7 @@ class Walk:
         held = [] if params is self.parent else [self.parent]
         size, seq_len = batch["tokens"].shape
         matrices = {m.path: m.weight for m in weights.matrices(params, "block")}
-        inner = {p: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for p, w in matrices.items()}
+        inner = {p: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=sharding_of(w)) for p, w in matrices.items()}
         copied = {p: w for p, w in matrices.items() if not weights.is_plain(w) or w.dtype != jnp.float32}
         copies = {p: inner[p] for p in copied}
 
@@ -137,59 +137,9 @@ class Walk:
         )  # fmt: skip
 
 
-def _sharding_of(w: Tree) -> Any:
+def sharding_of(w: Tree) -> Any:
+    """Return the sharding of a weight's first array."""
     return jax.tree.leaves(w)[0].sharding
-
-
-def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, walk: Walk | None) -> list[Program]:
-    """Return the programs that set single weights to zero.
-
-    One program prunes the largest matrix. It represents the programs of all matrices. If the method reads data, the
-    programs of the calibration walk come first.
-
-    Args:
-      model: config of the model.
-      params: abstract parameters of the model.
-      method: the method.
-      mesh: the devices.
-      walk: the calibration walk; None for a method that reads no data.
-    """
-    found = walk.programs(model, params, prune.collector(method), changes=True) if walk else []
-    layer = _layer_of(params, functional.stacks(model)[-1])
-    largest = max(weights.layer_matrices(layer), key=lambda m: math.prod(m.weight.shape))
-    w, name = largest.weight, largest.module
-    stats = found[0].cache[name] if found and (method.moments or method.hessian) else None
-    sums = walk.sums(params, method) if walk and method.gradients else {}
-    own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=_sharding_of(w)) for moment in method.gradients}
-    held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, pruned matrices are separate
-    batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
-    found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
-    found += [walk.gradients(model, params, method)] if walk and method.gradients else []
-    others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
-
-    pattern = method.pattern
-    common = Program(
-        f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method.name, pattern=pattern),
-        steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own],
-        beside=[held, batch, others, sums], work=_mask_cost(w, method),
-    )  # fmt: skip
-    if not method.hessian:
-        return [*found, common]
-    # Every device computes these in full.
-    full = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=meshes.replicated(mesh))
-    gram_II = stats.products.update(shape=stats.products.shape[1:])
-    if method.score is None:
-        common = replace(
-            common, trace=lambda: sparsegpt.prune.trace(full, gram_II, 0, method.damping, pattern=pattern),
-            parameters=[held, full], work=_sparsegpt_cost(w),
-        )  # fmt: skip
-    found.append(common)
-    if method.repair:
-        found.append(replace(
-            common, title=f"repair of {name}", trace=lambda: repair.repair.trace(full, full, gram_II),
-            parameters=[held, full, full], work=_repair_cost(w),
-        ))  # fmt: skip
-    return found
 
 
 def structured_pruning(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
@@ -282,7 +232,7 @@ def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tre
     )  # fmt: skip
 
 
-def _layer_of(params: Tree, stack: str) -> Tree:
+def layer_of(params: Tree, stack: str) -> Tree:
     """Return the abstract arrays of one layer of a stack."""
 
     def one(a: Any) -> Any:
@@ -291,42 +241,3 @@ def _layer_of(params: Tree, stack: str) -> Tree:
         return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding)
 
     return jax.tree.map(one, params[stack]["blocks"])
-
-
-def _sparsegpt_cost(w: Tree) -> Cost:
-    """Return the cost of SparseGPT for one matrix.
-
-    The counted products spread the errors of each block over all inputs. The triangular solve and the Cholesky
-    decomposition are library calls. Memory holds four arrays of the Hessian's size and six of the matrix's size.
-    """
-    inputs, outputs = w.shape
-    blocks = -(-inputs // sparsegpt.BLOCK)
-    entries, square = inputs * outputs, inputs * inputs
-    moved = 4.0 * (12 * square + entries * (4 * blocks + 4 * min(sparsegpt.BLOCK, inputs)))
-    return Cost(4.0 * (4 * square + 6 * entries), moved, {"float32": 2.0 * square * outputs})
-
-
-def _repair_cost(w: Tree) -> Cost:
-    """Return the cost of `repair` for one matrix.
-
-    The Gram matrix is multiplied with a matrix in each step, for the first residual, and for the two errors at the end.
-    """
-    inputs, outputs = w.shape
-    entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 3
-    moved = 4.0 * products * (square + 8 * entries)
-    return Cost(4.0 * 5 * entries, moved, {"float32": 2.0 * square * outputs * products})
-
-
-def _mask_cost(w: Tree, method: SparseMethod) -> Cost:
-    """Return the cost of computing a mask from a matrix's scores, which sorts the scores twice.
-
-    Each sort also moves the positions of the scores. If the scores of a whole matrix compete, every device gathers and
-    sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write.
-    """
-    leaf = jax.tree.leaves(w)[0]
-    everywhere = method.per == "matrix" and not method.pattern.of
-    own = math.prod(leaf.sharding.shard_shape(leaf.shape))
-    entries, payload = (leaf.size, 4.0 * leaf.size) if everywhere else (own, 0.0)
-    sent = payload * (1 - own / leaf.size)
-    gathers = (Gather(",".join(meshes.axes_of(leaf.sharding.spec)), sent, payload),) if sent else ()
-    return Cost(16.0 * entries + bytes_of(w), 14 * 4.0 * entries, gathers=gathers)

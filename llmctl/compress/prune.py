@@ -120,6 +120,7 @@ def prune_layer(
     *,
     method: SparseMethod,
     at: tuple[int, str, int] = (0, "", 0),
+    counts: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Prune every matrix of one layer ({"attn": {"q": {"kernel": ...}}, ...}). Biases and norms do not change.
 
@@ -129,6 +130,7 @@ def prune_layer(
       gradients: sums of the loss's gradient by the same paths, if the method needs them.
       method: the method.
       at: (seed, stack, index of the layer), from which the random key of every matrix is derived.
+      counts: number of zeros of each matrix by its path, in an unstructured pattern; those of the pattern by default.
 
     Returns:
       The pruned layer, and JSON data about each matrix by its path: `shape`, `zeros` (their number), `error` (the
@@ -139,7 +141,10 @@ def prune_layer(
 
     def change(m: Matrix) -> Weight:
         known, own = (statistics or {}).get(m.module), (gradients or {}).get(m.module)
-        count = None if method.pattern.of else method.pattern.count(*m.weight.shape, method.per)
+        if counts is None:
+            count = None if method.pattern.of else method.pattern.count(*m.weight.shape, method.per)
+        else:
+            count = counts[m.module]
         if method.hessian:
             new, found = _by_hessian(m.weight, known, own, _key(*at, m.module), count, method)
         else:

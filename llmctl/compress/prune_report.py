@@ -6,10 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from llmctl.compress.calibrate import LayerReport
+from llmctl.model import weights
+
+Record = dict[str, Any]
 
 
-def records(reports: Sequence[LayerReport]) -> list[dict[str, Any]]:
+def records(reports: Sequence[LayerReport]) -> list[Record]:
     """Return one record per pruned layer as JSON data.
 
     Returns:
@@ -17,19 +24,27 @@ def records(reports: Sequence[LayerReport]) -> list[dict[str, Any]]:
       matrices. `error` is the relative error of the layer's output, on inputs from the pruned layers before it.
       `matrices` has the record of each matrix by its path, as `llmctl.compress.prune.prune_layer` returns it.
     """
-    return [
-        {
-            "stack": report.stack,
-            "layer": report.layer,
-            "sparsity": _sparsity(report.notes["matrices"]),
-            "error": round(report.error, 6),
-            "matrices": report.notes["matrices"],
-        }
-        for report in reports
-    ]
+    return [_record(r.stack, r.layer, r.notes["matrices"], {"error": round(r.error, 6)}) for r in reports]
 
 
-def fallbacks(layers: Sequence[dict[str, Any]]) -> list[str]:
+def counted(params: dict[str, Any]) -> list[Record]:
+    """Return the records of layers that were pruned without data, which have no errors."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for m in weights.matrices(params, "block"):
+        zeros = np.asarray((m.node.values() == 0).sum(axis=(1, 2)))
+        for i, count in enumerate(zeros):
+            found.setdefault((m.stack, i), {})[m.module] = {"shape": list(m.weight.shape[1:]), "zeros": int(count)}
+    return [_record(stack, layer, matrices, {}) for (stack, layer), matrices in found.items()]
+
+
+def errors(layers: Sequence[Record]) -> dict[str, list[float]]:
+    """Return the relative output errors of the layers by stack; an empty dictionary if no error was measured."""
+    measured = [layer for layer in layers if "error" in layer]
+    stacks = dict.fromkeys(layer["stack"] for layer in measured)
+    return {stack: [layer["error"] for layer in measured if layer["stack"] == stack] for stack in stacks}
+
+
+def fallbacks(layers: Sequence[Record]) -> list[str]:
     """Return one line per matrix that was pruned by a fallback: the path of the matrix, and the fallback."""
     return [
         f"{layer['stack']} layer {layer['layer']}, {path}: fell back to {found['fallback']}"
@@ -39,6 +54,36 @@ def fallbacks(layers: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _sparsity(matrices: dict[str, dict[str, Any]]) -> float:
-    sizes = {path: math.prod(found["shape"]) for path, found in matrices.items()}
-    return round(sum(found["zeros"] for found in matrices.values()) / max(sum(sizes.values()), 1), 6)
+def table(layers: Sequence[Record]) -> Table:
+    """Return a table with one row per layer.
+
+    The errors of matrices are means over the layer's matrices, before and after the repair. A column without values is
+    left out.
+    """
+    columns = {
+        "layer": [f"{layer['stack']} {layer['layer']}" for layer in layers],
+        "sparsity": [f"{layer['sparsity']:.2%}" for layer in layers],
+        "output error": [f"{layer['error']:.4f}" if "error" in layer else "" for layer in layers],
+        "matrices' error": [_mean(layer, "error") for layer in layers],
+        "before repair": [_mean(layer, "error_before_repair") for layer in layers],
+        "fell back": [", ".join(p for p, m in layer["matrices"].items() if "fallback" in m) for layer in layers],
+    }
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
+    out = Table(title="pruned layers", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for title in shown:
+        out.add_column(title, justify="left" if title in ("layer", "fell back") else "right")
+    for row in zip(*shown.values(), strict=True):
+        out.add_row(*row)
+    return out
+
+
+def _record(stack: str, layer: int, matrices: dict[str, Any], measured: dict[str, float]) -> Record:
+    entries = sum(math.prod(found["shape"]) for found in matrices.values())
+    zeros = sum(found["zeros"] for found in matrices.values())
+    sparsity = round(zeros / max(entries, 1), 6)
+    return {"stack": stack, "layer": layer, "sparsity": sparsity, **measured, "matrices": matrices}
+
+
+def _mean(layer: Record, name: str) -> str:
+    values = [found[name] for found in layer["matrices"].values() if name in found]
+    return f"{sum(values) / len(values):.4f}" if values else ""

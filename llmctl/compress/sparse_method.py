@@ -17,6 +17,26 @@ DAMPING = 0.01
 """Fraction of the mean diagonal entry that is added to SparseGPT's Hessian, as in its paper."""
 
 
+ALLOCATIONS = ("uniform", "owl", "sensitivity")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Describe how the zeros of an unstructured pattern are distributed over layers (`llmctl.compress.allocation`)."""
+
+    name: str = "uniform"
+    """Name in `ALLOCATIONS`."""
+    spread: float = 0.08
+    """Half the difference between the highest and the lowest sparsity of a layer (OWL's lambda)."""
+    outlier: float = 5.0
+    """Score from which a weight is an outlier, as a multiple of the layer's mean score (OWL's M)."""
+
+    @property
+    def uniform(self) -> bool:
+        """Return whether all layers have the same sparsity."""
+        return self.name == "uniform"
+
+
 @dataclass(frozen=True)
 class SparseMethod:
     """Describe a method that sets single weights to zero.
@@ -32,6 +52,11 @@ class SparseMethod:
     """Damping of SparseGPT's Hessian, as a fraction of the mean diagonal entry."""
     repair: bool = False
     """Whether the kept weights get other values that minimize the error of the outputs (`llmctl.compress.repair`)."""
+    allocation: Allocation = Allocation()
+
+    def score_only(self, sparsity: float) -> SparseMethod:
+        """Return the method's score alone, unstructured and without repair; Wanda's score for SparseGPT."""
+        return SparseMethod("wanda" if self.name == SPARSEGPT else self.name, Pattern(sparsity))
 
     @property
     def score(self) -> Score | None:
@@ -61,7 +86,7 @@ class SparseMethod:
     @property
     def calibrated(self) -> bool:
         """Return whether the method reads calibration data."""
-        return self.hessian or self.moments or bool(self.gradients)
+        return self.hessian or self.moments or bool(self.gradients) or not self.allocation.uniform
 
     @property
     def title(self) -> str:

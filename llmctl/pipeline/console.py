@@ -21,6 +21,13 @@ def say(text: str) -> None:
         terminal(stderr=True).print(text, soft_wrap=True)
 
 
+def note(renderable: Any) -> None:
+    """Print a table to stderr. If stderr is not a terminal, lines are not cut to a width."""
+    if processes.first():
+        screen = terminal(stderr=True)
+        (screen if screen.is_terminal else terminal(stderr=True, width=400)).print(renderable)
+
+
 def result(value: Any) -> None:
     """Print one JSON object to stdout. Numbers that JSON lacks (NaN, infinities) become null."""
     if processes.first():

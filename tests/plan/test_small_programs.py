@@ -35,7 +35,12 @@ batch_size = 8
 kind = "quantize"
 """
 H100 = topologies.find("h100:4")
-METHODS = {"wanda": "", "sparsegpt": "repair = true", "magnitude": "", "structured": "layers = 0.5\nheads = 0.5"}
+METHODS = {
+    "wanda": "",
+    "sparsegpt": 'repair = true\nallocation = "sensitivity"',
+    "magnitude": "",
+    "structured": "layers = 0.5\nheads = 0.5",
+}
 
 
 @pytest.fixture(scope="module", params=METHODS)

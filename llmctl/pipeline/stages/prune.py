@@ -14,7 +14,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
 from llmctl.compress.settings import CalibrationConfig
-from llmctl.compress.sparse_method import DAMPING, SPARSEGPT, SparseMethod
+from llmctl.compress.sparse_method import DAMPING, SPARSEGPT, Allocation, SparseMethod
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
@@ -56,7 +56,8 @@ class Config(CalibrationConfig, StageConfig):
     """Prune a model: remove heads, neurons and layers, or set weights to zero (magnitude, wanda, sparsegpt, …)."""
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")} | {"damping", "repair"}
+        {f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")}
+        | {"damping", "repair", "allocation", "spread", "outlier"}
     )
     common: ClassVar[tuple[str, ...] | None] = (
         *("method", "keep_layers", "remove_layers", "keep_heads", "remove_heads", "keep_ffn", "remove_ffn"),
@@ -102,6 +103,13 @@ class Config(CalibrationConfig, StageConfig):
 
     repair: bool = False
     """Single weights: recompute the kept weights by least squares on the calibration data, after any method."""
+    allocation: Literal["uniform", "owl", "sensitivity"] = "uniform"
+    """Single weights, unstructured: sparsity of the layers. uniform: the same; owl: lower for layers with more outliers;
+    sensitivity: lower for layers whose pruning changes the final hidden states more, by a scan. The total is exact."""
+    spread: float = Field(default=0.08, gt=0, lt=0.5)
+    """owl and sensitivity: half the difference between the highest and the lowest sparsity of a layer."""
+    outlier: float = Field(default=5.0, gt=0)
+    """owl: score from which a weight is an outlier, as a multiple of the layer's mean score by wanda."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,7 +137,8 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="after")
     def _belongs(self) -> Config:
         structured = {"heads", "heads_by", "ffn", "multiple", "layers"}
-        other = {"sparsity", "pattern", "damping", "repair"} if self.method == STRUCTURED else structured
+        zeros = {"sparsity", "pattern", "damping", "repair", "allocation", "spread", "outlier"}
+        other = zeros if self.method == STRUCTURED else structured
         if self.method != SPARSEGPT:
             other = other | {"damping"}
         stray = sorted(self.model_fields_set & other)
@@ -148,25 +157,47 @@ class Config(CalibrationConfig, StageConfig):
             raise ValueError(str(e)) from None
         if "sparsity" in self.model_fields_set and abs(self.sparsity - own) > 1e-9:
             raise ValueError(f"sparsity {self.sparsity} contradicts pattern {self.pattern}, which has {own:g}")
+        self._check_allocation(own)
         return self
+
+    def _check_allocation(self, sparsity: float) -> None:
+        """Raise a ValueError if the allocation does not fit the other settings."""
+        stray = {"uniform": {"outlier", "spread"}, "sensitivity": {"outlier"}, "owl": set[str]()}[self.allocation]
+        if stray := sorted(self.model_fields_set & stray):
+            raise ValueError(f"{', '.join(stray)}: not for allocation {self.allocation!r}; set allocation to 'owl'")
+        if self.allocation == "uniform":
+            return
+        if self.pattern != "unstructured":
+            raise ValueError(
+                f"allocation {self.allocation!r} is for unstructured pruning; pattern {self.pattern} has one sparsity"
+            )
+        room = min(sparsity, 1 - sparsity)
+        if self.spread >= room:
+            raise ValueError(f"spread {self.spread:g} is too large for sparsity {sparsity:g}; say less than {room:g}")
 
     @property
     def zeros(self) -> SparseMethod:
         """Return the method that sets single weights to zero."""
-        return SparseMethod(self.method, Pattern.parse(self.pattern, self.sparsity), self.damping, self.repair)
+        allocation = Allocation(self.allocation, self.spread, self.outlier)
+        pattern = Pattern.parse(self.pattern, self.sparsity)
+        return SparseMethod(self.method, pattern, self.damping, self.repair, allocation)
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Prune the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
+    from llmctl.compress import prune, prune_report, sparse_walk
     from llmctl.compress.layer_files import Saved
     from llmctl.compress.lowrank import merged
     from llmctl.distributed import mesh
+    from llmctl.pipeline import console
     from llmctl.train import run_log
 
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices, bases=config.bases)
-    walks = (bool(config.layers) + bool(config.heads or config.ffn)) if config.method == STRUCTURED else 1
+    walks = 1 + (config.allocation != "uniform")
+    if config.method == STRUCTURED:
+        walks = bool(config.layers) + bool(config.heads or config.ffn)
     total = walks * (base.model.layers + base.model.encoder_layers)
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
         done = 0
@@ -180,7 +211,16 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         if config.method == STRUCTURED:
             model, params, found = _structured(config, base, params, devices, saved, progress, reporter.say)
         else:
-            model, params, found = _unstructured(config, base, params, devices, saved, progress, reporter.say)
+            params, layers = sparse_walk.prune_weights(
+                config, base, params, config.zeros, devices, seed=config.seed, saved=saved, progress=progress
+            )
+            model, found = base.model, {"block_sparsity": prune.sparsity(params), "pruned_layers": layers}
+            if errors := prune_report.errors(layers):
+                found["layer_error"] = errors
+            for line in prune_report.fallbacks(layers):
+                reporter.say(line)
+    if layers := found.get("pruned_layers"):
+        console.note(prune_report.table(layers))
     ctx.save(
         config,
         params,
@@ -196,7 +236,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return (programs of the calibration walk and of pruning the largest matrix, the pruned artifact)."""
     from llmctl.artifacts import abstract_artifact
-    from llmctl.compress import programs, prune
+    from llmctl.compress import programs, prune, pruning_programs
     from llmctl.model import functional
 
     base = required(config, base)
@@ -205,7 +245,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         method = config.zeros
         prune.check(params, method)
         walk = _walk(config, base, mesh, bool(method.gradients)) if method.calibrated else None
-        found = programs.pruning(base.model, params, method, mesh, walk)
+        found = pruning_programs.pruning(base.model, params, method, mesh, walk)
         return found, abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True)
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
@@ -288,61 +328,6 @@ def _structured(
         model, params, reports = structured.prune_widths(model, params, batches, target, **arguments, saved=saved)
         found["layer_error"] = _errors(reports)
     return model, params, found
-
-
-def _unstructured(
-    config: Config,
-    base: Artifact,
-    params: dict[str, Any],
-    devices: Any,
-    saved: Saved,
-    progress: Callable[[LayerReport], None],
-    say: Callable[[str], None],
-) -> Pruned:
-    """Set weights to zero, and return the config, the parameters and the metrics.
-
-    A method that needs calibration data prunes layer by layer and saves finished layers.
-
-    Raises:
-      RequestError: the method does not fit the matrices, or the model already has this sparsity.
-    """
-    from llmctl.compress import calibration_data, gradients, prune, prune_report
-    from llmctl.compress.calibrate import Visit, walk
-    from llmctl.evaluate.tasks.registry import of
-
-    method = config.zeros
-    pattern = method.pattern
-    prune.check(params, method)
-    before = prune.sparsity(params)
-    if not pattern.of and before >= pattern.sparsity:
-        raise RequestError(
-            f"{base.path}: its matrices are {before:.1%} zeros already; sparsity {pattern.sparsity} changes nothing"
-        )
-    if not method.calibrated:
-        params = prune.prune_uncalibrated(params, method=method.name, pattern=pattern, seed=config.seed)
-        return base.model, params, {"block_sparsity": prune.sparsity(params)}
-
-    def change(visit: Visit) -> dict[str, Any]:
-        at = (config.seed, visit.stack, visit.index)
-        layer, visit.notes["matrices"] = prune.prune_layer(
-            visit.layer, visit.stats, visit.gradients, method=method, at=at
-        )
-        return layer
-
-    batches = calibration_data.load(config, base, devices, labels=bool(method.gradients))
-    sums = None
-    if method.gradients:
-        task = of(base.manifest)
-        sums = gradients.accumulate(task, base.model, params, batches, method.gradients, config.dtype)
-    params, reports = walk(
-        base.model, params, batches, prune.collector(method), change,
-        gradients=sums, progress=progress, saved=saved, dtype=config.dtype,
-    )  # fmt: skip
-    layers = prune_report.records(reports)
-    for line in prune_report.fallbacks(layers):
-        say(line)
-    found = {"layer_error": _errors(reports), "block_sparsity": prune.sparsity(params), "pruned_layers": layers}
-    return base.model, params, found
 
 
 def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:

@@ -98,6 +98,19 @@ def test_repair_lowers_the_error_of_every_matrix(artifacts, tmp_path, reviews, m
     assert not np.array_equal(first, repaired)
 
 
+@pytest.mark.parametrize(("parent", "method", "allocation"), [
+    ("encoder", "wanda", "owl"), ("lm", "taylor", "sensitivity"),
+])  # fmt: skip
+def test_allocations_keep_the_total(artifacts, tmp_path, reviews, parent, method, allocation):
+    """Layers differ by no more than twice the spread, and the zeros of all are those that were asked for."""
+    settings = {"data": reviews, "examples": 20, "sparsity": 0.4, "method": method, "allocation": allocation}
+    made = run(artifacts, tmp_path, parent, **settings, spread=0.1)
+    shares = [layer["sparsity"] for layer in made.manifest.metrics["pruned_layers"]]
+    assert 0.01 < max(shares) - min(shares) < 0.2 + 1e-3
+    assert made.manifest.metrics["block_sparsity"] == pytest.approx(0.4, abs=1 / (3 * 16 * 24))
+    assert (made.path / "log.jsonl").read_text().count("\n") == 3 + 3  # a line per layer of each walk
+
+
 def test_a_fallback_is_named(artifacts, tmp_path, reviews, monkeypatch, capsys):
     solve = sparsegpt.prune
     monkeypatch.setattr(sparsegpt, "prune", lambda *args, **settings: solve(*args, **settings)._replace(attempts=1))
@@ -136,6 +149,11 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"method": "wanda", "ffn": 0.5}, "ffn: not for method 'wanda'"),
     ({"method": "wanda", "damping": 0.1}, "damping: not for method 'wanda'; set method to 'sparsegpt'"),
     ({"method": "sparsegpt", "damping": 0.0}, "greater than 0"),
+    ({"method": "wanda", "allocation": "owl", "pattern": "2:4"}, "'owl' is for unstructured pruning; pattern 2:4"),
+    ({"method": "wanda", "allocation": "owl", "sparsity": 0.05}, "spread 0.08 is too large for sparsity 0.05"),
+    ({"method": "wanda", "spread": 0.1}, "spread: not for allocation 'uniform'; set allocation to 'owl'"),
+    ({"method": "wanda", "allocation": "sensitivity", "outlier": 3.0}, "outlier: not for allocation 'sensitivity'"),
+    ({"layers": 2, "allocation": "owl"}, "allocation: not for method 'structured'"),
     ({"layers": 2, "repair": True}, "repair: not for method 'structured'; set method to another one"),
     ({}, "at least one of heads, ffn and layers"),
     ({"method": "wanda", "sparsity": 1.5}, "less than 1"),

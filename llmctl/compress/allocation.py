@@ -1,0 +1,254 @@
+"""Distribute the zeros of an unstructured pattern over layers, by outliers (OWL) or by a scan of sensitivity.
+
+Score, pattern and allocation are independent. An allocation gives each layer a sparsity; all matrices of a layer have
+the same one. The numbers of zeros add up to exactly the sparsity of the whole model.
+
+Shapes: I inputs and O outputs of a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.compress import prune
+from llmctl.compress.calibrate import LayerReport, walk
+from llmctl.compress.gradients import Gradients, of_layer
+from llmctl.compress.sparse_method import SparseMethod
+from llmctl.compress.statistics import moments
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+
+LayerAt = tuple[str, int]
+"""Stack and index of a layer."""
+Counts = dict[LayerAt, dict[str, int]]
+"""Number of zeros of each matrix, by layer and by the matrix's path within the layer ("attn/q")."""
+
+
+def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
+    """Return the sparsity of each layer: the more outliers, the fewer zeros (Yin et al., 2023, arXiv:2310.05175).
+
+    The share of kept weights is linear in the outlier ratio. The highest and the lowest differ by 2 * `spread`.
+
+    >>> owl(np.array([0.0, 1.0, 3.0]), np.ones(3), 0.5, 0.15).round(3).tolist()
+    [0.633, 0.533, 0.333]
+
+    Args:
+      outliers: outlier ratio of each layer (`outlier_ratios`).
+      sizes: number of weights of each layer.
+      sparsity: sparsity of all layers together.
+      spread: half the difference between the highest and the lowest sparsity.
+    """
+    width = float(np.ptp(outliers))
+    kept = 2 * spread * (outliers - outliers.min()) / width if width > 0 else np.zeros(len(outliers))
+    return sparsity - (kept - np.average(kept, weights=sizes))
+
+
+def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
+    """Return the sparsity of each layer that minimizes the sum of the layers' errors.
+
+    Errors are interpolated linearly between three sparsities. If the first half of the range costs more than the second
+    one, both have the mean cost. The halves are then filled with zeros in the order of their cost per zero.
+
+    >>> by_sensitivity(np.array([[0.0, 1.0, 3.0], [0.0, 0.1, 0.3]]), np.ones(2), 0.5, 0.1).round(3).tolist()
+    [0.4, 0.6]
+
+    Args:
+      errors: error [layers, 3] if only this layer is pruned, to sparsity - spread, sparsity, and sparsity + spread.
+      sizes, sparsity, spread: as for `owl`.
+    """
+    costs = np.diff(errors, axis=1)
+    concave = costs[:, 0] > costs[:, 1]
+    costs[concave] = costs[concave].mean(axis=1, keepdims=True)
+    order = np.argsort((costs / sizes[:, None]).reshape(-1), kind="stable")
+    budget, zeros = spread * sizes.sum(), np.zeros(len(sizes))
+    for half in order:  # a layer's first half precedes its second one: it costs no more
+        taken = min(budget, spread * sizes[half // 2])
+        zeros[half // 2] += taken
+        budget -= taken
+    return sparsity - spread + zeros / sizes
+
+
+def whole_counts(targets: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
+    """Return integers near `targets` that lie between `least` and `most` and add up to `total`.
+
+    >>> whole_counts(np.array([1.5, 1.5, 4.0]), np.array([0, 3, 0]), np.array([9, 9, 9]), 8).tolist()
+    [2, 3, 3]
+    """
+    targets = np.clip(targets, least, most).astype(float)
+    missing = total - targets.sum()
+    room = most - targets if missing > 0 else targets - least
+    targets += missing * room / max(room.sum(), 1e-30)
+    counts = np.floor(targets + 1e-9).astype(np.int64)
+    for i in np.argsort(counts - targets, kind="stable")[: total - counts.sum()]:
+        counts[i] += 1
+    return counts
+
+
+def sizes_of(params: dict[str, Any], layers: Sequence[LayerAt]) -> np.ndarray:
+    """Return the number of weights in the matrices of each layer."""
+    one = {stack: 0 for stack, _ in layers}
+    for m in weights.matrices(params, "block"):
+        one[m.stack] += math.prod(m.weight.shape[1:])
+    return np.array([one[stack] for stack, _ in layers])
+
+
+def counts(params: dict[str, Any], layers: Sequence[LayerAt], sparsities: np.ndarray, sparsity: float) -> Counts:
+    """Return the number of zeros of every matrix. They add up to round(sparsity * number of weights).
+
+    Zeros that are there stay, so a matrix gets at least as many.
+
+    Args:
+      params: parameters of the model.
+      layers: the layers.
+      sparsities: sparsity of each layer.
+      sparsity: sparsity of all layers together.
+    """
+    own = dict(zip(layers, sparsities.tolist(), strict=True))
+    places, targets, least, most = [], [], [], []
+    for m in weights.matrices(params, "block"):
+        size = math.prod(m.weight.shape[1:])
+        zeros = np.asarray(jnp.sum(m.node.values() == 0, axis=(1, 2)))
+        for i, there in enumerate(zeros):
+            places.append(((m.stack, i), m.module))
+            targets.append(own[m.stack, i] * size)
+            least.append(int(there))
+            most.append(size)
+    total = max(round(sparsity * sum(most)), sum(least))
+    whole = whole_counts(np.array(targets), np.array(least), np.array(most), total)
+    found: Counts = {at: {} for at in layers}
+    for (at, module), count in zip(places, whole, strict=True):
+        found[at][module] = int(count)
+    return found
+
+
+def outlier_ratios(
+    params: dict[str, Any], layers: Sequence[LayerAt], stats: Mapping[LayerAt, Mapping[str, Any]], threshold: float
+) -> np.ndarray:
+    """Return the fraction of outliers of each layer: weights whose Wanda score exceeds `threshold` times the mean.
+
+    Args:
+      params: parameters of the model.
+      layers: the layers.
+      stats: moments of the inputs of each matrix, by layer and path of the matrix.
+      threshold: the factor M of OWL.
+    """
+    ratios = []
+    for stack, i in layers:
+        layer = weights.layer_of(params[stack]["blocks"], i)
+        ratios.append(float(_outliers(layer, dict(stats[stack, i]), threshold)))
+    return np.array(ratios)
+
+
+@jax.jit
+def _outliers(layer: dict[str, Any], stats: dict[str, Any], threshold: jax.Array | float) -> jax.Array:
+    scores = [
+        jnp.abs(weights.dense(m.weight)) * jnp.sqrt(stats[m.module].squares)[:, None]
+        for m in weights.layer_matrices(layer)
+    ]
+    size = sum(s.size for s in scores)
+    mean = sum(jnp.sum(s) for s in scores) / size
+    return sum(jnp.sum(s > threshold * mean) for s in scores) / size
+
+
+def scan(
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    batch: dict[str, Any],
+    layers: Sequence[LayerAt],
+    prune_one: Callable[[LayerAt, float], dict[str, Any]],
+    sparsities: Sequence[float],
+    dtype: Any = jnp.float32,
+) -> np.ndarray:
+    """Return the errors [layers, sparsities] of the final hidden states if only one layer is pruned.
+
+    An error is the squared norm of the change relative to that of the states, over the tokens without padding.
+
+    Args:
+      cfg: config of the model.
+      params: parameters of the model, which do not change.
+      batch: calibration batch.
+      layers: the layers.
+      prune_one: function that returns a layer pruned to a sparsity.
+      sparsities: the sparsities.
+      dtype: dtype of the computation.
+    """
+    states_of, error_of = scan_programs(cfg, dtype)
+    states_BTD = states_of(params, batch)
+    errors = np.zeros((len(layers), len(sparsities)))
+    for n, (stack, i) in enumerate(layers):
+        for k, sparsity in enumerate(sparsities):
+            new = prune_one((stack, i), sparsity)
+            errors[n, k] = float(error_of[stack](params, new, jnp.int32(i), batch, states_BTD))
+    return errors
+
+
+def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the compiled functions of `scan`: final hidden states, and the error by the changed layer's stack."""
+
+    def error(
+        params: dict[str, Any], layer: dict[str, Any], index: jax.Array, batch: dict[str, Any], states_BTD: jax.Array,
+        stack: str,
+    ) -> jax.Array:  # fmt: skip
+        blocks = jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), params[stack]["blocks"], layer
+        )
+        changed = {**params, stack: {**params[stack], "blocks": blocks}}
+        lost_BTD = functional.hidden(cfg, changed, batch, dtype=dtype).astype(jnp.float32) - states_BTD
+        real_BT1 = (jnp.asarray(batch["segments"]) > 0)[..., None]
+        return jnp.sum(jnp.square(lost_BTD) * real_BT1) / jnp.sum(jnp.square(states_BTD) * real_BT1)
+
+    states = jax.jit(lambda params, batch: functional.hidden(cfg, params, batch, dtype=dtype).astype(jnp.float32))
+    return states, {stack: jax.jit(partial(error, stack=stack)) for stack in functional.stacks(cfg)}
+
+
+def allocate(
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    batches: Sequence[dict[str, Any]],
+    method: SparseMethod,
+    *,
+    gradients: Gradients | None = None,
+    seed: int = 0,
+    progress: Callable[[LayerReport], None] | None = None,
+    dtype: Any = jnp.float32,
+) -> Counts:
+    """Return the number of zeros of every matrix, by the allocation of `method`. The parameters do not change.
+
+    A calibration walk measures the inputs of all matrices in the unpruned model. The scan prunes by the score alone,
+    without repair, and by Wanda's score instead of SparseGPT. It reads the first batch.
+
+    Args:
+      cfg: config of the model.
+      params: parameters of the model.
+      batches: calibration batches.
+      method: the method, whose allocation is not uniform.
+      gradients: sums of the loss's gradients, if the score needs them.
+      seed: seed of the random keys, as for `prune_layer`.
+      progress: function that is called with each report of the walk.
+      dtype: dtype of the computation.
+    """
+    chosen, sparsity = method.allocation, method.pattern.sparsity
+    _, reports = walk(cfg, params, batches, moments, keep=True, progress=progress, dtype=dtype)
+    stats = {(r.stack, r.layer): r.stats for r in reports}
+    layers = list(stats)
+    sizes = sizes_of(params, layers)
+    if chosen.name == "owl":
+        sparsities = owl(outlier_ratios(params, layers, stats, chosen.outlier), sizes, sparsity, chosen.spread)
+    else:
+
+        def prune_one(at: LayerAt, sparsity: float) -> dict[str, Any]:
+            layer = weights.layer_of(params[at[0]]["blocks"], at[1])
+            sums = of_layer(gradients or {}, *at)
+            return prune.prune_layer(layer, stats[at], sums, method=method.score_only(sparsity), at=(seed, *at))[0]
+
+        scanned = (sparsity - chosen.spread, sparsity, sparsity + chosen.spread)
+        errors = scan(cfg, params, batches[0], layers, prune_one, scanned, dtype)
+        sparsities = by_sensitivity(errors, sizes, sparsity, chosen.spread)
+    return counts(params, layers, sparsities, sparsity)

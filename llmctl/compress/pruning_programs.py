@@ -1,0 +1,139 @@
+"""Describe the programs that set single weights to zero: those of the method, and those of the allocation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llmctl.compress import allocation, prune, repair, sparsegpt
+from llmctl.compress.programs import Walk, layer_of, sharding_of
+from llmctl.compress.sparse_method import SparseMethod
+from llmctl.compress.statistics import moments
+from llmctl.distributed import mesh as meshes
+from llmctl.model import flops as cost
+from llmctl.model import functional, weights
+from llmctl.model.array_bytes import bytes_of
+from llmctl.model.config import ModelConfig
+from llmctl.model.program import Cost, Gather, Pass, Program, Tree
+
+
+def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, walk: Walk | None) -> list[Program]:
+    """Return the programs that set single weights to zero.
+
+    One program prunes the largest matrix. It represents the programs of all matrices. If the method reads data, the
+    programs of the calibration walk come first.
+
+    Args:
+      model: config of the model.
+      params: abstract parameters of the model.
+      method: the method.
+      mesh: the devices.
+      walk: the calibration walk; None for a method that reads no data.
+    """
+    found = walk.programs(model, params, prune.collector(method), changes=True) if walk else []
+    layer = layer_of(params, functional.stacks(model)[-1])
+    largest = max(weights.layer_matrices(layer), key=lambda m: math.prod(m.weight.shape))
+    w, name = largest.weight, largest.module
+    stats = found[0].cache[name] if found and (method.moments or method.hessian) else None
+    sums = walk.sums(params, method) if walk and method.gradients else {}
+    own = {moment: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=sharding_of(w)) for moment in method.gradients}
+    held = [one.parameters for one in found[:1]] or [params, params]  # without a walk, pruned matrices are separate
+    batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
+    found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
+    found += [walk.gradients(model, params, method)] if walk and method.gradients else []
+    found += _allocation(model, params, method, walk) if walk and not method.allocation.uniform else []
+    others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
+    pattern = method.pattern
+    common = Program(
+        f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method.name, pattern=pattern),
+        steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own],
+        beside=[held, batch, others, sums], work=_mask_cost(w, method),
+    )  # fmt: skip
+    if not method.hessian:
+        return [*found, common]
+    # Every device computes these in full.
+    full = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=meshes.replicated(mesh))
+    gram_II = stats.products.update(shape=stats.products.shape[1:])
+    if method.score is None:
+        common = replace(
+            common, trace=lambda: sparsegpt.prune.trace(full, gram_II, 0, method.damping, pattern=pattern),
+            parameters=[held, full], work=_sparsegpt_cost(w),
+        )  # fmt: skip
+    found.append(common)
+    if method.repair:
+        found.append(replace(
+            common, title=f"repair of {name}", trace=lambda: repair.repair.trace(full, full, gram_II),
+            parameters=[held, full, full], work=_repair_cost(w),
+        ))  # fmt: skip
+    return found
+
+
+def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Walk) -> list[Program]:
+    """Return the programs that measure the unpruned layers, and for a scan the one that runs a pruned layer."""
+    found = walk.programs(model, params, moments, changes=False)
+    if method.allocation.name != "sensitivity":
+        return found
+    batch, mesh, stack = dict(walk.batch), walk.mesh, functional.stacks(model)[-1]
+    size, seq_len = batch["tokens"].shape
+    layer, index = layer_of(params, stack), jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+
+    def trace() -> Any:
+        with meshes.use(mesh):
+            states_of, error_of = allocation.scan_programs(model, jnp.dtype(walk.dtype))
+            states = jax.eval_shape(states_of, params, batch)
+            states = states.update(sharding=meshes.batch_sharding(mesh, states.ndim))
+            return error_of[stack].trace(params, layer, index, batch, states)
+
+    held = [] if params is walk.parent else [walk.parent]
+    depth = sum(functional.depth(model, stack) for stack in functional.stacks(model))
+    found.append(Program(
+        "scan of a pruned layer", model, mesh, trace, flops=cost.row(model, seq_len) * size, tokens=size * seq_len,
+        rows=size, seq_len=seq_len, dtype=walk.dtype, steps=3 * depth, parameters=[params, held, layer],
+        batch=[batch] * walk.batches, beside=[held, [batch] * (walk.batches - 1)],
+        work=Pass(attention="xla", predicted=0.0),
+    ))  # fmt: skip
+    return found
+
+
+def _sparsegpt_cost(w: Tree) -> Cost:
+    """Return the cost of SparseGPT for one matrix.
+
+    The counted products spread the errors of each block over all inputs. The triangular solve and the Cholesky
+    decomposition are library calls. Memory holds four arrays of the Hessian's size and six of the matrix's size.
+    """
+    inputs, outputs = w.shape
+    blocks = -(-inputs // sparsegpt.BLOCK)
+    entries, square = inputs * outputs, inputs * inputs
+    moved = 4.0 * (12 * square + entries * (4 * blocks + 4 * min(sparsegpt.BLOCK, inputs)))
+    return Cost(4.0 * (4 * square + 6 * entries), moved, {"float32": 2.0 * square * outputs})
+
+
+def _repair_cost(w: Tree) -> Cost:
+    """Return the cost of `repair` for one matrix.
+
+    The Gram matrix is multiplied with a matrix in each step, for the first residual, and for the two errors at the end.
+    """
+    inputs, outputs = w.shape
+    entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 3
+    moved = 4.0 * products * (square + 8 * entries)
+    return Cost(4.0 * 5 * entries, moved, {"float32": 2.0 * square * outputs * products})
+
+
+def _mask_cost(w: Tree, method: SparseMethod) -> Cost:
+    """Return the cost of computing a mask from a matrix's scores, which sorts the scores twice.
+
+    Each sort also moves the positions of the scores. If the scores of a whole matrix compete, every device gathers and
+    sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write.
+    """
+    leaf = jax.tree.leaves(w)[0]
+    everywhere = method.per == "matrix" and not method.pattern.of
+    own = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    entries, payload = (leaf.size, 4.0 * leaf.size) if everywhere else (own, 0.0)
+    sent = payload * (1 - own / leaf.size)
+    gathers = (Gather(",".join(meshes.axes_of(leaf.sharding.spec)), sent, payload),) if sent else ()
+    return Cost(16.0 * entries + bytes_of(w), 14 * 4.0 * entries, gathers=gathers)

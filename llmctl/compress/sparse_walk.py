@@ -1,0 +1,84 @@
+"""Set single weights of an artifact's model to zero, in a calibration walk if the method reads data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.compress import allocation, calibration_data, gradients, prune, prune_report
+from llmctl.compress.calibrate import LayerReport, Visit, walk
+from llmctl.compress.layer_files import Saved
+from llmctl.compress.settings import CalibrationConfig
+from llmctl.compress.sparse_method import SparseMethod
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.registry import of
+
+Params = dict[str, Any]
+
+
+def prune_weights(
+    config: CalibrationConfig,
+    base: Artifact,
+    params: Params,
+    method: SparseMethod,
+    mesh: Mesh,
+    *,
+    seed: int,
+    saved: Saved,
+    progress: Callable[[LayerReport], None],
+) -> tuple[Params, list[dict[str, Any]]]:
+    """Return the pruned parameters and the records of all layers (`llmctl.compress.prune_report.records`).
+
+    A method that needs calibration data prunes layer by layer and saves finished layers.
+
+    Args:
+      config: calibration settings.
+      base: the artifact.
+      params: parameters of the artifact, with merged adapters. Those of the blocks are donated.
+      method: the method.
+      mesh: the devices.
+      seed: seed of the random keys.
+      saved: folder of finished layers.
+      progress: function that is called with the report of each layer of each walk.
+
+    Raises:
+      RequestError: the method does not fit the matrices, the model already has this sparsity, or the calibration data
+        cannot be read.
+    """
+    pattern = method.pattern
+    prune.check(params, method)
+    before = prune.sparsity(params)
+    if not pattern.of and before >= pattern.sparsity:
+        raise RequestError(
+            f"{base.path}: its matrices are {before:.1%} zeros already; sparsity {pattern.sparsity} changes nothing"
+        )
+    if not method.calibrated:
+        params = prune.prune_uncalibrated(params, method=method.name, pattern=pattern, seed=seed)
+        return params, prune_report.counted(params)
+    model, dtype = base.model, config.dtype
+    batches = calibration_data.load(config, base, mesh, labels=bool(method.gradients))
+    sums = None
+    if method.gradients:
+        sums = gradients.accumulate(of(base.manifest), model, params, batches, method.gradients, dtype)
+    counts: allocation.Counts | None = None
+    if not method.allocation.uniform:
+        counts = allocation.allocate(
+            model, params, batches, method, gradients=sums, seed=seed, progress=progress, dtype=dtype
+        )
+
+    def change(visit: Visit) -> Params:
+        at = (seed, visit.stack, visit.index)
+        own = counts[visit.stack, visit.index] if counts else None
+        layer, visit.notes["matrices"] = prune.prune_layer(
+            visit.layer, visit.stats, visit.gradients, method=method, at=at, counts=own
+        )
+        return layer
+
+    params, reports = walk(
+        model, params, batches, prune.collector(method), change,
+        gradients=sums, progress=progress, saved=saved, dtype=dtype,
+    )  # fmt: skip
+    return params, prune_report.records(reports)

