@@ -104,8 +104,8 @@ class Config(CalibrationConfig, StageConfig):
     repair: bool = False
     """Single weights: recompute the kept weights by least squares on the calibration data, after any method."""
     allocation: Literal["uniform", "owl", "sensitivity"] = "uniform"
-    """Single weights, unstructured: sparsity of the layers. uniform: the same; owl: lower for layers with more outliers;
-    sensitivity: lower for layers whose pruning changes the final hidden states more, by a scan. The total is exact."""
+    """Single weights, unstructured: sparsity of the layers. uniform: the same; owl: lower for layers with more
+    outliers; sensitivity: lower for layers whose pruning changes the final hidden states more. The total is exact."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
     """owl and sensitivity: half the difference between the highest and the lowest sparsity of a layer."""
     outlier: float = Field(default=5.0, gt=0)
