@@ -201,3 +201,43 @@ def test_what_has_no_adapter_is_refused(reviews):
     with pytest.raises(ValueError, match="store = 'adapter' and merge = true exclude each other"):
         config(reviews, method="lora", store="adapter", merge=True)
     assert not METHODS["lora"].merges(config(reviews, method="lora", store="adapter"))
+
+
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_integers_stay_integers_in_memory_through_training(scheme, artifacts, reviews, tmp_path, monkeypatch):
+    """QLoRA on live arrays, between steps: one copy of the integers, no float of their shape, two moments per pair."""
+    base = artifact.load(artifacts / "lm")
+    group = 8 if scheme == "int4" else 0
+    integers = quantize(base.params, scheme=scheme, group=group, embeddings=False, head=False, activations="")[0]
+    folder = artifacts / scheme
+    about = {"stage": "quantize", "key": scheme, "config": base.manifest.config, "parent": base.manifest}
+    artifact.save(folder, integers, base.model, tokenizer_dir=base.tokenizer_dir, **about)
+    shapes = {w.shape for w in weights.of_type(integers, weights.Quantized).values()}
+    matrices = sum(w.size for n, w in weights.arrays(integers).items() if n.endswith(":qvalue"))
+    before, seen = {id(a): a for a in jax.live_arrays()}, []
+
+    def validate(self, done, state, meta):
+        live = {a.unsafe_buffer_pointer(): a for a in jax.live_arrays() if id(a) not in before and a.shape in shapes}
+        assert not [a for a in live.values() if jax.numpy.issubdtype(a.dtype, jax.numpy.floating)]
+        whole = [a for a in live.values() if str(a.dtype) == scheme]
+        moments = [a for n, a in jax.tree.leaves_with_path(state["optimizer"]) if a.ndim]
+        trained = sum(a.size for a in state["params"].values())
+        assert sum(a.size * a.dtype.itemsize for a in moments) == 2 * 4 * trained
+        seen.append((done, sum(a.size for a in whole), trained))
+        return meta
+
+    monkeypatch.setattr("llmctl.train.loop._Loop.validate", validate)
+    train = TRAIN.model_copy(update={"steps": 3, "eval_every": 1})
+    ctx = Context(artifacts / f"{scheme}_pairs", tmp_path / "work", "key", {})
+    ctx.work.mkdir()
+    settings = config(reviews, task="lm", method="lora", lora=LORA, train=train, store="adapter")
+    finetune.run(settings, folder, ctx)
+    D, F, Q, KV, L = (base.model.d_model, base.model.d_ff, 32, 16, base.model.layers)
+    assert [s[1:] for s in seen] == [(matrices, 2 * L * ((D + Q) + (D + KV) + (F + D)))] * len(seen)
+    assert {done for done, *_ in seen} >= {1, 2}
+    made = artifact.load(ctx.out)
+    assert made.manifest.base.name == scheme and made.manifest.bytes < artifact.read_manifest(folder).bytes
+    after = weights.arrays(made.params)
+    for name, a in weights.arrays(integers).items():
+        twin = after.get(name, after.get(name.replace(":", ":base.")))
+        assert twin is not None and np.array_equal(twin, a), name
