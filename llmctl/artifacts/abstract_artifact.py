@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def abstract_result(
     task: str | None = None,
     generation: dict[str, Any] | None = None,
     pruned: bool | None = None,
+    stored: Callable[[str], bool] = lambda _: True,
 ) -> Artifact:
     """Return the artifact that a stage would save, with abstract arrays and without digests.
 
@@ -41,6 +43,7 @@ def abstract_result(
         task: Name of the task; None uses that of `base`.
         generation: Settings of generated answers; None uses those of `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
+        stored: Function from the name of an array to whether the artifact contains it. An adapter has not all arrays.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -55,7 +58,7 @@ def abstract_result(
         task=(before.task if before else "") if task is None else task,
         generation=artifact.generation_settings(before) if generation is None else generation,
         parameters=parameters,
-        bytes=bytes_of(params, whole=True),
+        bytes=bytes_of([a for name, a in weights.arrays(params).items() if stored(name)], whole=True),
         sparsity=0.0,
         pruned=(before is not None and before.pruned) if pruned is None else pruned,
         bits=8 * bytes_of(params, whole=True) / parameters,

@@ -41,6 +41,7 @@ def merged(found: artifact.Artifact) -> dict[str, Any]:
     if pairs:
         return jax.jit(weights.merge_adapters)(found.params)
     parts = {"bottleneck adapters": cfg.adapter_size, "a trained prompt": cfg.prompt_tokens}
+    parts |= {"a trained prefix": cfg.prefix_tokens}
     if kind := next((name for name, size in parts.items() if size), ""):
         raise RequestError(f"{found.path}: has {kind}, which no matrix of its base can express; leave out --merge")
     if not found.manifest.base:

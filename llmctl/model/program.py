@@ -115,6 +115,8 @@ class Program:
     """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
     """Those arrays of the four fields above that are in memory but are not arguments of the program."""
+    artifact_bytes: int = 0
+    """Size of the arrays of the artifact that the stage writes, in bytes; 0 if it writes none."""
     work: Pass | Cost | None = None
     """Input of the analytic cost model, which replaces compilation for GPUs. If None, the cost model uses `flops`, and
     the size of arguments and results as memory traffic."""

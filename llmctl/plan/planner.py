@@ -99,7 +99,8 @@ def programs_of(
         if left:
             made[step.name] = left
         if wanted:
-            built += [(step.name, program) for program in found]
+            size = left.manifest.bytes if left else 0
+            built += [(step.name, dataclasses.replace(program, artifact_bytes=size)) for program in found]
         if wanted and not found:
             say(f"{step.name}: nothing to compile; the stage {step.config.kind!r} exports no programs")
     if request:
@@ -176,6 +177,7 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
         "seq_len": program.seq_len,
         "tokens_per_step": program.tokens,
         "flops_per_step": program.flops,
+        "artifact_bytes": program.artifact_bytes,
     }
     if topology.platform == "cuda":
         modelled.lower(program, "cuda")

@@ -141,6 +141,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
     if (estimated := found["compiler"].get("optimal_seconds")) and estimated > 0:
         rows.append(("compiler's own time", duration(estimated), "loop bodies counted once; not to be relied on"))
+    if found.get("artifact_bytes"):
+        rows.append(("artifact", size(found["artifact_bytes"]), "its arrays on disk, before compression"))
     if found["chip_hours"] is not None:
         rows.append(("chip-hours", f"{found['chip_hours']:,.3g}", f"at least, for {found['token_budget']:,} tokens"))
     if found["compile_seconds"]:

@@ -51,7 +51,7 @@ kind = "quantize"
 name = "qlora"
 kind = "finetune"
 method = "lora"
-merge = false
+store = "adapter"
 train = { steps = 10, batch_size = 8, seq_len = 16 }
 
 [[stage]]
@@ -157,6 +157,8 @@ def test_integers_are_held_as_integers(found):
     pairs = 8 * (4 * (32 + 16) + 3 * (32 + 32))  # rank 8: a over the inputs' axis, b over the outputs'
     assert found["qlora", "train step"]["hbm_bytes"]["parameters"] == quantized + 4 * pairs
     assert found["qlora", "train step"]["hbm_bytes"]["optimizer"] == 2 * 4 * (pairs + 64) + 5 * 4
+    # The adapter alone is written, in full: the pairs of one layer (4 of width 64 x 32, 3 of 64 x 64), and the head.
+    assert found["qlora", "train step"]["artifact_bytes"] == 4 * (8 * (4 * (64 + 32) + 3 * (64 + 64)) + 2 * 64)
 
 
 def test_generation_is_whole_on_every_device(found):

@@ -261,9 +261,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     merges = METHODS[config.method].merges(config)
     params = jax.eval_shape(weights.merge_adapters, learns.params) if merges else learns.params
     params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))
-    left = abstract_artifact.abstract_result(
-        config, params, learns.model, base=base, labels=labels, task=config.task, generation=_generation(config)
-    )
+    about = {"base": base, "labels": labels, "task": config.task, "generation": _generation(config)}
+    if config.store == "adapter":
+        theirs, trains = weights.arrays(base.params), learns.job_fields["trains"]
+        about["stored"] = lambda name: trains(name) or (name not in theirs and ":base" not in name)
+    left = abstract_artifact.abstract_result(config, params, learns.model, **about)
     step = programs.train_step(config, learns, rows, mesh)
     generating = []
     if size := min(config.train.batch_size, config.generation.examples):

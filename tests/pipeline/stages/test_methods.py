@@ -166,6 +166,9 @@ def test_optimizer_bytes_are_those_of_what_is_trained(artifacts, reviews):
         state = jax.tree.leaves(programs[0].optimizer)
         assert sum(a.size * a.dtype.itemsize for a in state) == size + 5 * 4, method
         assert not weights.adapted(left.params), method
+        if method in ("lora", "prompt"):  # the planned adapter has what is trained, in float32, without moments
+            _, left = finetune.programs(config(reviews, method=method, store="adapter", **more), base, {}, mesh)
+            assert left.manifest.bytes == size // 2, method
 
 
 @pytest.mark.parametrize(
