@@ -20,6 +20,9 @@ from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.decoders import Decoders
+from llmctl.pipeline import up_to_date
+from llmctl.pipeline.recipe import Step
+from llmctl.pipeline.stages import finetune
 
 SIZES = {"vocab_size": 259, "d_model": 32, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16, "d_ff": 64}
 MODEL = ModelConfig(**SIZES, max_seq_len=32)
@@ -142,6 +145,19 @@ def test_damage_of_base_and_adapter_is_found(run, tmp_path):
         artifact.load(folder)
     shutil.rmtree(tmp_path / "base")
     assert integrity.quick_check(folder, manifest).content["base"].startswith("its base base (digest")
+
+
+def test_an_adapter_is_up_to_date_only_with_its_base(run, tmp_path):
+    for name in ("base", "one"):
+        shutil.copytree(run / name, tmp_path / name)
+    config = finetune.Config(name="one", method="lora", store="adapter")
+    step = Step(config, tmp_path / "one", "base")
+    assert up_to_date.why(step, "k", set()) == "" and up_to_date.is_done(step, "k")
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(run / "whole", tmp_path / "base")  # another artifact of the same name
+    assert "its base base (digest" in up_to_date.why(step, "k", set()) and not up_to_date.is_done(step, "k")
+    outside = Step(config, tmp_path / "one", run / "base")
+    assert up_to_date.is_done(outside, "k")
 
 
 def test_commands_check_the_base(run, tmp_path, capsys):
