@@ -5,7 +5,6 @@ Models that have arrays in common, such as adapters over one base, also have the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,8 +66,8 @@ def served(
 
     def converted(w: Any) -> Any:
         node = weights.as_node(w)
-        if shared and isinstance(w, weights.Adapter):
-            return dataclasses.replace(w, base=converted(w.base))
+        if shared and node.has_adapter:
+            return node.with_base(converted(node.bare()))
         return made.get("weight", node.parts().values(), lambda: node.for_decoding(on_cpu))
 
     params = jax.tree.map(converted, params, is_leaf=weights.is_weight)

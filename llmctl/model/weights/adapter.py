@@ -72,6 +72,10 @@ class Adapter(Node):
         """Return the base without the adapter."""
         return self.base
 
+    def with_base(self, base: Any) -> Self:
+        """Return the same adapter over another weight of the same shape."""
+        return replace(self, base=base)
+
     def merged(self) -> jax.Array:
         """Return the base with the adapter applied, as a dense array in the dtype of the base.
 

@@ -201,6 +201,14 @@ class Node(abc.ABC):
         """Return the weight without its adapter."""
         return self
 
+    def with_base(self, base: Any) -> Any:
+        """Return the adapter of this weight over another weight of the same shape.
+
+        Raises:
+            TypeError: If this weight has no adapter.
+        """
+        raise TypeError(f"{type(self).__name__} has no adapter")
+
     def merged(self) -> Any:
         """Return the weight with its adapter merged, in the dtype of its base.
 
