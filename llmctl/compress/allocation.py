@@ -79,7 +79,7 @@ def whole_counts(targets: np.ndarray, least: np.ndarray, most: np.ndarray, total
     """Return integers near `targets` that lie between `least` and `most` and add up to `total`.
 
     >>> whole_counts(np.array([1.5, 1.5, 4.0]), np.array([0, 3, 0]), np.array([9, 9, 9]), 8).tolist()
-    [2, 3, 3]
+    [1, 3, 4]
     """
     targets = np.clip(targets, least, most).astype(float)
     missing = total - targets.sum()
