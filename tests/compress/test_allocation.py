@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.compress import allocation
+from llmctl.compress import allocation, prune_report
+from llmctl.compress.calibrate import walk
 from llmctl.compress.pattern import Pattern
-from llmctl.compress.prune import prune
+from llmctl.compress.prune import collector, prune, prune_layer, sparsity
 from llmctl.compress.sparse_method import Allocation, SparseMethod
 from llmctl.compress.statistics import Moments
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 from llmctl.model.weights import matrices, updated
 
 
@@ -82,3 +85,25 @@ def test_a_count_is_met_exactly(method):
     for count in (0, 5, 50, 111):
         got = prune(w, stats, count=count, method=method, pattern=Pattern(0.5))
         assert int(jnp.sum(got == 0)) == count
+
+
+def test_sparsegpt_with_repair_and_owl_of_an_encoder_decoder(tiny, make_rows):
+    """Both stacks get their own numbers of zeros, and cross-attention reads the encoder's inputs."""
+    change = {"architecture": "encoder_decoder", "encoder_layers": 2, "layers": 1, "positions": "relative"}
+    cfg = ModelConfig.model_validate({**tiny.model_dump(), **change})
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(1))
+    batches = [make_rows(cfg, 0)]
+    method = SparseMethod("sparsegpt", Pattern(0.5), repair=True, allocation=Allocation("owl", 0.1, 2.0))
+    counts = allocation.allocate(cfg, params, batches, method)
+
+    def prune_one(visit):
+        own = counts[visit.stack, visit.index]
+        layer, visit.notes["matrices"] = prune_layer(visit.layer, visit.stats, method=method, counts=own)
+        return layer
+
+    pruned, reports = walk(cfg, params, batches, collector(method), prune_one)
+    layers = prune_report.records(reports)
+    assert [(r["stack"], r["layer"]) for r in layers] == [("encoder", 0), ("encoder", 1), ("decoder", 0)]
+    assert {(r["stack"], r["layer"]): {p: m["zeros"] for p, m in r["matrices"].items()} for r in layers} == counts
+    assert sparsity(pruned) == pytest.approx(0.5, abs=1e-4) and "cross/k" in layers[2]["matrices"]
+    assert all(m["error"] <= m["error_before_repair"] for r in layers for m in r["matrices"].values())
