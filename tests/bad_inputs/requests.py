@@ -281,6 +281,10 @@ def flags() -> Iterator[Case]:
         ["--keep-layers", "5"],
         ["--heads", "2"],
         ["--method", "wanda"],
+        ["--method", "sparsegpt", "--damping", "0"],
+        ["--method", "wanda", "--allocation", "owl", "--pattern", "2:4"],
+        ["--method", "wanda", "--allocation", "sensitivity", "--spread", "0.5"],
+        ["--keep-ffn", "2", "--repair"],
     ):
         yield Case(f"prune {' '.join(words)}", ["prune", "IN/art", "--out", "OUT", *words], ("art",))
     for words in (
