@@ -17,15 +17,14 @@ DAMPING = 0.01
 """Fraction of the mean diagonal entry that is added to SparseGPT's Hessian, as in its paper."""
 
 
-ALLOCATIONS = ("uniform", "owl", "sensitivity")
+AllocationName = Literal["uniform", "owl", "sensitivity"]
 
 
 @dataclass(frozen=True)
 class Allocation:
     """Describe how the zeros of an unstructured pattern are distributed over layers (`llmctl.compress.allocation`)."""
 
-    name: str = "uniform"
-    """Name in `ALLOCATIONS`."""
+    name: AllocationName = "uniform"
     spread: float = 0.08
     """Half the difference between the highest and the lowest sparsity of a layer (OWL's lambda)."""
     outlier: float = 5.0

@@ -14,7 +14,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
 from llmctl.compress.settings import CalibrationConfig
-from llmctl.compress.sparse_method import DAMPING, SPARSEGPT, Allocation, SparseMethod
+from llmctl.compress.sparse_method import DAMPING, SPARSEGPT, Allocation, AllocationName, SparseMethod
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
@@ -103,7 +103,7 @@ class Config(CalibrationConfig, StageConfig):
 
     repair: bool = False
     """Single weights: recompute the kept weights by least squares on the calibration data, after any method."""
-    allocation: Literal["uniform", "owl", "sensitivity"] = "uniform"
+    allocation: AllocationName = "uniform"
     """Single weights, unstructured: sparsity of the layers. uniform: the same; owl: lower for layers with more
     outliers; sensitivity: lower for layers whose pruning changes the final hidden states more. The total is exact."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
