@@ -163,11 +163,11 @@ def composed(
 
 
 def base_record(base: Manifest, stored: Mapping[str, Any], digest: str) -> Base:
-    """Return the description of the base that an adapter's manifest contains.
+    """Return the field `base` for the manifest of a new adapter.
 
     Args:
         base: Manifest of the base.
-        stored: Arrays of the adapter by name.
-        digest: Digest of these arrays.
+        stored: Arrays that the adapter's own folder contains, by name.
+        digest: Digest of the arrays in `stored`.
     """
     return Base(**base.as_parent().model_dump(), stored=sorted(stored), stored_digest=digest)

@@ -50,7 +50,7 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
     out, untouched = dict(dense), []
     schemes: set[tuple[int, int, str]] = set()
     bare = cfg.head_kind.bare
-    wanted = name_map.joints(cfg, bridge, head, bare)
+    wanted = name_map.tensor_layouts(cfg, bridge, head, bare)
     # transformers constructs these layers although nothing is stored for them: a tied output layer, an unused pooler.
     built = [
         theirs.removesuffix(".weight")

@@ -36,7 +36,7 @@ class Found:
 
     model: ModelConfig
     tensors: Tensors
-    wanted: dict[str, name_map.Joint]
+    wanted: dict[str, name_map.TensorLayout]
     labels: list[str]
     task: str
     """Name of the task that the model was trained for, according to config.json."""
@@ -139,7 +139,7 @@ def understand(
     bare = bool(prefix) and not any(n.startswith(prefix) for n in tensors)
     table = bridge.table(model, head, bare)
     model = _as_stored(model, table, tensors, config)
-    wanted = name_map.joints(model, bridge, head, bare)
+    wanted = name_map.tensor_layouts(model, bridge, head, bare)
     copies = _copies(bridge, table, tensors, model)
     _check_copies(folder, copies, tensors)
     name_map.check(str(folder), wanted, tensors, (*bridge.buffers, *map(_exactly, copies)))
@@ -305,7 +305,7 @@ def config_of(
 def tensors_of(model: ModelConfig, params: dict[str, Any], dtype: np.dtype | None = None) -> dict[str, Tensor]:
     """Return the tensors of a model by their Hugging Face names. A tensor is copied to the host when it is read."""
     bridge, head = architectures.of(model)
-    return name_map.write(params, name_map.joints(model, bridge, head, bare=model.head_kind.bare), dtype)
+    return name_map.write(params, name_map.tensor_layouts(model, bridge, head, bare=model.head_kind.bare), dtype)
 
 
 def save(

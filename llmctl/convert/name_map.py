@@ -6,7 +6,7 @@ format differs.
 Example:
     >>> from llmctl.convert import architectures
     >>> cfg = ModelConfig(preset="llama-tiny")
-    >>> query = joints(cfg, *architectures.of(cfg))["model.layers.0.self_attn.q_proj.weight"].slots[0]
+    >>> query = tensor_layouts(cfg, *architectures.of(cfg))["model.layers.0.self_attn.q_proj.weight"].slots[0]
     >>> query.path, query.layer, query.shape, query.transposed
     ('decoder/blocks/attn/q/kernel', 0, (128, 128), True)
 """
@@ -61,7 +61,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Joint:
+class TensorLayout:
     """Describe one tensor of the Hugging Face format: slots concatenated along the last axis of llmctl's layout."""
 
     slots: tuple[Slot, ...]
@@ -74,7 +74,7 @@ class Joint:
         return ours[::-1] if first.transposed else ours
 
 
-def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, Joint]:
+def tensor_layouts(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> dict[str, TensorLayout]:
     """Return all tensors that a model with this config has in the Hugging Face format, by name.
 
     Args:
@@ -108,13 +108,13 @@ def joints(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = False) -> 
         for _, slot in sorted(found, key=lambda f: f[0]):
             slots.append(Slot(slot.path, slot.layer, slot.shape, first, slot.transposed))
             first += slot.shape[-1]
-        out[name] = Joint(tuple(slots))
+        out[name] = TensorLayout(tuple(slots))
     return out
 
 
 def read(
     cfg: ModelConfig,
-    wanted: Mapping[str, Joint],
+    wanted: Mapping[str, TensorLayout],
     tensors: Tensors,
     place: Place,
     *,
@@ -127,12 +127,12 @@ def read(
 
     Args:
         cfg: Config of the model.
-        wanted: Result of `joints` for this config.
-        tensors: Tensors that passed `check`.
+        wanted: Tensors of the format by name, as `tensor_layouts` returns them for this config.
+        tensors: Tensors of the model's files, which `check` has accepted.
         place: Function that reads a parameter and puts it on its devices.
         dtype: Dtype of all parameters. If None, each parameter keeps the dtype of its tensors. If these differ between
             layers, it gets their `common` dtype.
-        wrote: Function that is called with the size in bytes of every slice that was read.
+        wrote: Function that is called after every slice of a tensor that was read, with the slice's size in bytes.
 
     Returns:
         The parameter tree of the arrays that `place` returned.
@@ -146,7 +146,7 @@ def read(
     return weights.unflatten(flat)
 
 
-def _pieces(wanted: Mapping[str, Joint]) -> dict[str, list[tuple[Slot, str]]]:
+def _pieces(wanted: Mapping[str, TensorLayout]) -> dict[str, list[tuple[Slot, str]]]:
     """Return the slots of every parameter with the names of their tensors: {parameter path: [(slot, tensor name)]}."""
     found: dict[str, list[tuple[Slot, str]]] = {}
     for name, joint in wanted.items():
@@ -155,7 +155,7 @@ def _pieces(wanted: Mapping[str, Joint]) -> dict[str, list[tuple[Slot, str]]]:
     return found
 
 
-def mixed(wanted: Mapping[str, Joint], tensors: Tensors) -> str:
+def mixed(wanted: Mapping[str, TensorLayout], tensors: Tensors) -> str:
     """Describe the parameters whose layers are stored in different dtypes; return "" if there are none."""
     odd: dict[tuple[str, ...], int] = {}
     for slots in _pieces(wanted).values():
@@ -196,7 +196,7 @@ def _part(
     return out
 
 
-def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:
+def check(where: str, wanted: Mapping[str, TensorLayout], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:
     """Check that the tensors are exactly the wanted ones.
 
     Other tensors are allowed only if a pattern in `ignored` matches their name.
@@ -224,14 +224,16 @@ def check(where: str, wanted: Mapping[str, Joint], tensors: Tensors, ignored: tu
         raise RequestError(f"{where}: {'; '.join(problems)}")
 
 
-def write(params: dict[str, Any], wanted: Mapping[str, Joint], dtype: np.dtype | None = None) -> dict[str, Tensor]:
+def write(
+    params: dict[str, Any], wanted: Mapping[str, TensorLayout], dtype: np.dtype | None = None
+) -> dict[str, Tensor]:
     """Return llmctl's parameters as tensors of the Hugging Face format, by name.
 
     A tensor is copied to the host when it is read. Weight nodes, such as quantized weights, become dense arrays.
     """
     flat = weights.flatten(params)
 
-    def tensor(joint: Joint) -> Tensor:
+    def tensor(joint: TensorLayout) -> Tensor:
         kind = dtype or common(np.dtype(flat[s.path].dtype) for s in joint.slots)
 
         def fetch() -> np.ndarray:

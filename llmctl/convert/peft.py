@@ -38,10 +38,10 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def _joints(cfg: ModelConfig) -> dict[str, name_map.Joint]:
+def _joints(cfg: ModelConfig) -> dict[str, name_map.TensorLayout]:
     """Return the model's tensors in the Hugging Face format, by name."""
     bridge, head = architectures.of(cfg)
-    return name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare)
+    return name_map.tensor_layouts(cfg, bridge, head, bare=cfg.head_kind.bare)
 
 
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
@@ -125,14 +125,14 @@ def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, An
     Raises:
         RequestError: If a tensor does not fit the base.
     """
-    joints = _joints(cfg)
-    table = peft_table.of(cfg, joints)
-    used = {name for name in joints if name in left}
+    tensor_layouts = _joints(cfg)
+    table = peft_table.of(cfg, tensor_layouts)
+    used = {name for name in tensor_layouts if name in left}
     for name in used:
         array = np.asarray(stored[PREFIX + name].read())
-        if array.shape != joints[name].shape:
-            raise RequestError(f"{name} is {list(array.shape)}, the base's {list(joints[name].shape)}")
-        for slot in joints[name].slots:
+        if array.shape != tensor_layouts[name].shape:
+            raise RequestError(f"{name} is {list(array.shape)}, the base's {list(tensor_layouts[name].shape)}")
+        for slot in tensor_layouts[name].slots:
             old, ours = flat[slot.path], array.T if slot.transposed else array
             if not weights.is_plain(old):
                 raise RequestError(f"{name}: is trained in full, and the base's {slot.path} is no plain array")
@@ -180,8 +180,8 @@ def export(found: Artifact, folder: Path) -> float:
         raise RequestError(f"{found.path}: has no low-rank pairs; finetune with method = 'lora' and merge = false")
     form = _format_of(found.path, {w.kind for w in adapters.values()})
     modules = {m: s for m, s in _modules(cfg).items() if s.path in adapters}
-    joints, full = _joints(cfg), full_paths(found)
-    table = peft_table.of(cfg, joints)
+    tensor_layouts, full = _joints(cfg), full_paths(found)
+    table = peft_table.of(cfg, tensor_layouts)
     if cfg.encoder_layers and table.path in {*adapters, *full}:
         raise RequestError(f"{found.path}: its token table is three modules there; merge the pairs and export --to hf")
     if homeless := sorted(adapters.keys() - {s.path for s in modules.values()} - {table.path}):
@@ -195,7 +195,7 @@ def export(found: Artifact, folder: Path) -> float:
         for m, made in tensors.items()
         for suffix, a in made.items()
     }
-    whole = {n: j for n, j in joints.items() if {s.path for s in j.slots} <= full}
+    whole = {n: j for n, j in tensor_layouts.items() if {s.path for s in j.slots} <= full}
     if homeless := sorted(full - {s.path for j in whole.values() for s in j.slots}):
         raise RequestError(f"{listed(homeless)}: shares a tensor with others there; merge the pairs and export --to hf")
     arrays = name_map.write(found.params, whole, np.dtype(np.float32))

@@ -47,11 +47,11 @@ def without_prompt(found: Artifact) -> Artifact:
     return dataclasses.replace(found, manifest=manifest, params=weights.unflatten(flat))
 
 
-def _head(cfg: ModelConfig) -> dict[str, name_map.Joint]:
+def _head(cfg: ModelConfig) -> dict[str, name_map.TensorLayout]:
     """Return the tensors of the task head in the Hugging Face format, by name."""
     bridge, head = architectures.of(cfg)
-    joints = name_map.joints(cfg, bridge, head, bare=cfg.head_kind.bare)
-    return {name: j for name, j in joints.items() if all(weights.parse(s.path).task_head for s in j.slots)}
+    tensor_layouts = name_map.tensor_layouts(cfg, bridge, head, bare=cfg.head_kind.bare)
+    return {name: j for name, j in tensor_layouts.items() if all(weights.parse(s.path).task_head for s in j.slots)}
 
 
 def export(found: Artifact, folder: Path) -> float:

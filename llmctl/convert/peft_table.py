@@ -17,7 +17,7 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures, peft_lora
 from llmctl.convert.lazy_tensors import Tensor
-from llmctl.convert.name_map import Joint
+from llmctl.convert.name_map import TensorLayout
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
@@ -36,9 +36,11 @@ class Table(NamedTuple):
     """Name of the output projection in the Hugging Face format if it is the same weight; otherwise empty."""
 
 
-def of(cfg: ModelConfig, joints: Mapping[str, Joint]) -> Table:
-    """Return the Table of a model. `joints` are the model's tensors in the Hugging Face format."""
-    name, slot = next((n, j.slots[0]) for n, j in joints.items() if weights.parse(j.slots[0].path).place == "embedding")
+def of(cfg: ModelConfig, tensor_layouts: Mapping[str, TensorLayout]) -> Table:
+    """Return the Table of a model. `tensor_layouts` are the model's tensors in the Hugging Face format."""
+    name, slot = next(
+        (n, j.slots[0]) for n, j in tensor_layouts.items() if weights.parse(j.slots[0].path).place == "embedding"
+    )
     output = architectures.of(cfg)[1].names.get("lm_head/kernel", "") if cfg.tied and cfg.head_kind.vocabulary else ""
     return Table(slot.path, name.removesuffix(".weight"), output.removesuffix(".weight"))
 

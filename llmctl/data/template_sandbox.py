@@ -73,7 +73,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Add a filter to the environment. Its inputs and results count as steps, as those of Jinja's own filters."""
+        """Add a filter to the environment.
+
+        The characters that the filter reads and returns count towards the limit of steps, as for Jinja's own filters.
+        """
         self.filters[name] = self._counted(name, function, False)
 
     def from_string(self, source: Any, *rest: Any, **more: Any) -> Template:

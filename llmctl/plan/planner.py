@@ -194,9 +194,10 @@ def _memory(program: Program, topology: Topology, result: compiling.Compiled | f
     """Return the bytes of memory on one device, by class (parameters, optimizer, …).
 
     The bytes of arguments and of other arrays in memory are computed from shapes and shardings. The compiler or the
-    analytic model reports the rest. On TPUs the compiler's peak counts all kinds of memory, also on-chip memory. The
-    sum of arguments, results and temporaries counts only HBM, but overestimates the use at any one time. The smaller of
-    these two bounds is used.
+    analytic model reports the rest. For TPUs, there are two upper bounds of the total, and the smaller one is used:
+
+    - The compiler's peak counts all kinds of memory, also on-chip memory.
+    - The sum of arguments, results and temporaries counts only HBM, but as if all of them existed at the same time.
     """
     held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
     arrays, refused = sum(held.values()), False

@@ -42,7 +42,7 @@ def test_parts_of_fused_tensors_by_hand():
         norm="layer", activation="gelu_tanh", gated=False, positions="learned", qkv_bias=True, out_bias=True,
         mlp_bias=True,
     )  # fmt: skip
-    wanted = name_map.joints(cfg, *architectures.of(cfg))
+    wanted = name_map.tensor_layouts(cfg, *architectures.of(cfg))
     assert wanted["transformer.h.0.attn.c_attn.weight"].shape == (4, 12)  # [in, out], queries then keys then values
     rng = np.random.default_rng(0)
     arrays = {n: rng.normal(size=j.shape).astype(np.float32) for n, j in wanted.items()}
@@ -58,7 +58,7 @@ def test_parts_of_fused_tensors_by_hand():
 
 def test_everything_wrong_is_listed_at_once():
     cfg = ModelConfig(preset="llama-tiny", vocab_size=8, layers=1)
-    wanted = name_map.joints(cfg, *architectures.of(cfg))
+    wanted = name_map.tensor_layouts(cfg, *architectures.of(cfg))
     tensors = {n: of_array(np.zeros(j.shape, np.float32)) for n, j in wanted.items()}
     tensors["model.norm.weight"] = of_array(np.zeros(3, np.float32))
     del tensors["model.layers.0.mlp.up_proj.weight"]

@@ -147,12 +147,12 @@ def test_forward_gradients_counts_and_merging_are_those_of_peft(name, bases, cal
 def gradients(config, tree, full) -> Mapping[str, np.ndarray]:
     """Gradients by PEFT's names, from a tree whose adapters, and weights of `full`, hold gradients."""
     adapters, out = weights.adapted(tree), {}
-    joints = peft._joints(config)
-    table = peft_table.of(config, joints)
+    tensor_layouts = peft._joints(config)
+    table = peft_table.of(config, tensor_layouts)
     if table.path in adapters:
         tensors = peft.peft_lora.write(adapters[table.path])
         out |= {f"{peft.PREFIX}{table.module}.{peft_table.NAMES[k]}": a for k, a in tensors.items()}
-    whole = {n: j for n, j in joints.items() if j.slots[0].path in full}
+    whole = {n: j for n, j in tensor_layouts.items() if j.slots[0].path in full}
     out |= {peft.PREFIX + n: t.read() for n, t in name_map.write(tree, whole).items()}
     for module, slot in peft._modules(config).items():
         if slot.path not in adapters:

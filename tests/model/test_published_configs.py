@@ -143,7 +143,7 @@ def test_old_names_and_heads_that_the_config_does_not_mention(tmp_path):
     ours = {"d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 12}
     cfg = ModelConfig(preset="bert-tiny", vocab_size=11, max_seq_len=6, **ours)
     tensors = {}
-    for name, joint in name_map.joints(cfg, *architectures.of(cfg)).items():
+    for name, joint in name_map.tensor_layouts(cfg, *architectures.of(cfg)).items():
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         tensors[old] = of_array(np.zeros(joint.shape, np.float32))
     assert "bert.embeddings.LayerNorm.gamma" in tensors

@@ -99,10 +99,13 @@ class JsonTokenizer(Tokenizer):
         return super().options() | {"special": self.special}
 
     def _find(self, name: str) -> int | None:
-        """Return the id of the special token `name`, or None; store its spelling in `special`.
+        """Return the id of a special token, or None if the vocabulary has none. Store the token's text in `special`.
+
+        Args:
+            name: Kind of the token: "bos", "eos", "pad", "unk" or "mask".
 
         Raises:
-            ValueError: If `special` already has a spelling that is not in the vocabulary.
+            ValueError: If the caller gave a text for this token, and it is not in the vocabulary.
         """
         spellings = (self.special[name],) if name in self.special else SPELLINGS[name]
         for spelling in spellings:

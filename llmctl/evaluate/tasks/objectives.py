@@ -109,13 +109,13 @@ def sliding(
     """Measure a decoder's perplexity on documents with sliding windows.
 
     Args:
-        task: Task whose `scorer` is timed.
+        task: Task of the artifact. Its `scorer` is the program whose speed is measured.
         artifact: The decoder.
-        held: The held-out examples.
+        held: The split of the data, for the description of the measurement.
         setup: Context, stride, batch size and dtype.
         tokenizer: The artifact's tokenizer.
-        texts: Scored texts, whose words and bytes are counted.
-        documents: Token ids by document number.
+        texts: Scored texts. The numbers of their words and bytes give the perplexity per word and the bits per byte.
+        documents: Token ids of the scored texts.
         given: Number of tokens at the beginning of each document that are context only, such as a prompt; None means
             none.
 

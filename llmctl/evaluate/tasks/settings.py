@@ -48,7 +48,7 @@ class ChatConfig(Config):
     def inputs(self) -> list[str]:
         """Return the path of the template's file in a list, which is empty if no file is named.
 
-        The content of the file is a part of the stage's key.
+        The stage runs again if the content of one of these files changes.
 
         Raises:
             RequestError: If the file does not exist.

@@ -91,7 +91,7 @@ def body(norms: dict[str, str]) -> dict[str, str]:
 
 
 def heads(name: str, model: str = "", qa_prefix: str = "") -> dict[str, Head]:
-    """Return the heads of Llama, or of a family derived from it, by the name of the head.
+    """Return the task heads of Llama, or of a family derived from it, by the name of the head.
 
     Args:
         name: Prefix of the class names in `transformers`, such as "Llama".

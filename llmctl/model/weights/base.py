@@ -172,9 +172,10 @@ class Node(abc.ABC):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of a part that has the logical shape, and is zero exactly where the weight is zero.
+        """Return the name of the array of this node that shows which elements of the weight are zero.
 
-        Return None if there is no such part.
+        That array has the shape of the dense weight, for example the integers of a quantized weight. Return None if
+        the node has no such array.
         """
         return None
 

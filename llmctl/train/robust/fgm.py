@@ -42,9 +42,13 @@ class Fgm(Adversary):
 
 
 def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any], sums: Any) -> tuple[Found, Any]:
-    """Return (1 - weight) * clean + weight * perturbed, for losses and for gradients.
+    """Return ((loss, sums), gradients), where loss and gradients are (1 - weight) * clean + weight * perturbed.
 
-    The result has the metric sums `sums`.
+    Args:
+        weight: Weight of the perturbed batch, from 0 to 1.
+        clean: ((loss, metric sums), gradients) of the clean batch.
+        perturbed: ((loss, metric sums), gradients) of the perturbed batch.
+        sums: Metric sums of the result.
     """
     import jax
 
