@@ -260,9 +260,17 @@ def clip(grads: Params, norm: Any, limit: float) -> Params:
 def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
     """Return `new` with zeros at the zeros of `old`, in the arrays named in `held`.
 
-    Pruned weights therefore stay pruned.
+    Pruned weights therefore stay pruned. If a bottleneck adapter is zero in a whole layer, its zeros come from
+    initialization, because the layer was frozen. They are not held.
     """
-    return {name: jnp.where(old[name] == 0, 0, a) if name in held else a for name, a in new.items()}
+
+    def mask(name: str) -> jax.Array:
+        zero = old[name] == 0
+        if not weights.parse(name).bottleneck:
+            return zero
+        return zero & jnp.any(~zero, axis=tuple(range(1, zero.ndim)), keepdims=True)
+
+    return {name: jnp.where(mask(name), 0, a) if name in held else a for name, a in new.items()}
 
 
 def freeze_layers(updates: Params, layers: int) -> Params:

@@ -17,6 +17,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.model import flops, functional, weights, wiring
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import finetune
+from llmctl.train import step
 from llmctl.train.adapters.registry import METHODS
 
 SIZES = {"vocab_size": 32, "d_model": 16, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 4, "d_ff": 24,
@@ -138,6 +139,19 @@ def test_refusals():
         METHODS["houlsby"].network(finetune.Config(method="houlsby"), model("llama"))
     with pytest.raises(RequestError, match=r"the model has bottleneck adapters, which no other format holds"):
         architectures.of(cfg)
+
+
+def test_zeros_of_an_adapter_that_was_never_trained_are_no_mask():
+    """Of two layers, the first one was frozen, so that its adapter is still zero."""
+    tree = functional.abstract(model("llama", "parallel"))
+    adapter, matrix = (
+        next(n for n in weights.arrays(tree) if part in n and n.endswith("kernel"))
+        for part in ("mlp_adapter/expand", "mlp/down")
+    )
+    old = jnp.array([[[0.0, 0.0]], [[0.0, 2.0]]])
+    new = step.hold_zeros({adapter: old, matrix: old}, dict.fromkeys((adapter, matrix), old + 1), {adapter, matrix})
+    assert new[adapter].tolist() == [[[1.0, 1.0]], [[0.0, 3.0]]]
+    assert new[matrix].tolist() == [[[0.0, 0.0]], [[0.0, 3.0]]]
 
 
 @pytest.mark.parametrize("freezing", [{"freeze_layers": 1}, {"trained": {"last_layers": 1}}])
