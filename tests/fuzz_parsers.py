@@ -131,7 +131,7 @@ def parsers(valid: Valid) -> dict[str, Parser]:
         "merges.txt": ("old", "merges.txt", octets, lambda p: _brought(p, base)),
         "vocab.txt": ("older", "vocab.txt", octets, lambda p: _brought(p, base)),
         "older config": ("older", "tokenizer_config.json", text, lambda p: _brought(p, base)),
-        "messages": ("talk.json", "", text, chat.read_messages),
+        "messages": ("talk.json", "", text, chat.read_conversation),
         "prompts": ("prompts.jsonl", "", fuzz_inputs.lines, lambda p: generate._texts([], p)),
         "jsonl": ("rows.jsonl", "", fuzz_inputs.lines, _table),
         "csv": ("rows.csv", "", octets, _table),

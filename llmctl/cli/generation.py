@@ -146,9 +146,17 @@ def continue_texts(
 
 
 def chat(
-    named_models: NamedModels, turns: Iterable[list[dict[str, Any]]], system: str, json: bool, **options: Any
+    named_models: NamedModels,
+    turns: Iterable[list[dict[str, Any]]],
+    system: str,
+    json: bool,
+    tools: list[Any] | None = None,
+    **options: Any,
 ) -> None:
-    """Answer the messages of each turn with the selected model. Print answers while they are generated."""
+    """Answer the messages of each turn with the selected model, which may call `tools`.
+
+    Print answers while they are generated.
+    """
     talks: dict[str, chats.Conversation] = {}
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     speed = Speed()
@@ -161,6 +169,7 @@ def chat(
             template = Template(named_model.words.chat_template, named_model.words)
             talks[named_model.name] = chats.Conversation(template, decoder, named_model.ends)
             talks[named_model.name].messages, talks[named_model.name].speed = messages, speed
+            talks[named_model.name].tools = tools
         messages += turn
         for new in talks[named_model.name].answer(**options):
             if not json:

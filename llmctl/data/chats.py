@@ -40,7 +40,7 @@ def is_chat(value: Any) -> bool:
     return all({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys() for m in value)
 
 
-def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
+def read(value: Any, clean: Callable[[str], str] = str, *, answered: bool = True) -> list[Message]:
     """Convert a conversation to messages in OpenAI's format, as chat templates read them.
 
     Keys without a value are dropped. If a message has several text parts, they are joined. The arguments of tool calls,
@@ -50,10 +50,11 @@ def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
     Args:
         value: Conversation in a cell of the data, in OpenAI's or ShareGPT's format.
         clean: Function that is applied to every text of a message.
+        answered: Whether at least one message must be the assistant's, as in training.
 
     Raises:
         RequestError: If the value is no conversation, a role is unknown, a message is empty, a weight is neither 0 nor
-            1, or the assistant has no message.
+            1, or no message is the assistant's although `answered` is true.
     """
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__
@@ -61,7 +62,7 @@ def read(value: Any, clean: Callable[[str], str] = str) -> list[Message]:
     if not value:
         raise RequestError("holds a conversation without messages")
     found = [_message(m, f"message {number}", clean) for number, m in enumerate(value, 1)]
-    if all(m["role"] != "assistant" for m in found):
+    if answered and all(m["role"] != "assistant" for m in found):
         raise RequestError("holds a conversation in which the assistant says nothing, so there is nothing to learn")
     return found
 

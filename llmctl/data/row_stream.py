@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
+from llmctl.data.chats import NAMES
 from llmctl.data.config import COLUMNS, TEXT_COLUMNS, sentence_pair
 from llmctl.data.source import Row
 
@@ -215,7 +216,7 @@ def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row 
         where: Location of the row, for the error message.
     """
     out: Row = {}
-    for ours in (*TEXT_COLUMNS, "tokens"):
+    for ours in (*TEXT_COLUMNS, "tokens", "tools", *NAMES):
         theirs = columns.get(ours, ours)
         value = row.get(theirs)
         if value is None:
@@ -223,6 +224,9 @@ def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row 
                 return RequestError(
                     f"{where}: no column {theirs!r}{hint(theirs, list(row))} (columns: {', '.join(row)})"
                 )
+            continue
+        if ours in ("tools", *NAMES):  # read by the model that answers conversations
+            out.setdefault("tools" if ours == "tools" else "messages", value)
             continue
         if ours == "tokens":
             if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):

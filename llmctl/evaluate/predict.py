@@ -24,6 +24,8 @@ from llmctl.data.source import Row
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.distributed import host_arrays
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.predict_text import TextPredictor
+from llmctl.evaluate.setup import prediction_length
 from llmctl.evaluate.tasks.registry import of
 
 ROW = 16
@@ -41,8 +43,7 @@ class Predictor:
         Args:
             source: Folder of the artifact, or the artifact if it is already on all devices.
             batch_size: Number of rows per batch, which is rounded up to a multiple of the number of devices.
-            seq_len: Maximum number of tokens per row. 0 uses the value of training. If that is unknown, as for imports,
-                0 uses 512, or the model's maximum if it is less.
+            seq_len: Maximum number of tokens per row; 0 uses the value of training (see `prediction_length`).
             dtype: Dtype of the computation.
 
         Raises:
@@ -55,11 +56,7 @@ class Predictor:
         self.manifest, self._params, self.task = found.manifest, found.params, of(found.manifest)
         if found.model.head_kind.vocabulary:
             raise RequestError(f"{path}: is a language model, which `llmctl generate` runs; predict needs a task head")
-        self._seq_len = seq_len or self.manifest.seq_len or min(512, found.model.max_seq_len)
-        if self._seq_len > found.model.max_seq_len:
-            raise RequestError(
-                f"{path}: --seq-len {seq_len} is longer than its longest sequence ({found.model.max_seq_len})"
-            )
+        self._seq_len = prediction_length(self.manifest, seq_len, path)
         self._size = -(-batch_size // self.mesh.size) * self.mesh.size
         check_memory(self._size * self._seq_len * ROW, f"--batch-size {batch_size}: its rows", "take a smaller one")
         self._tokenizer = tokenizers.load(found.tokenizer_dir)
@@ -111,6 +108,11 @@ class Predictor:
 class Ensemble:
     """Average the predictions of several artifacts that have the same task."""
 
+    window = 32
+    """Number of batches per window. Rows are sorted by length within a window, to reduce padding."""
+    remarks: tuple[str, ...] = ()
+    """Log lines about the rows; there are none."""
+
     def __init__(self, members: Sequence[Predictor]):
         """Check that the predictions of the members can be averaged.
 
@@ -130,6 +132,21 @@ class Ensemble:
         names = self.manifest.labels
         self._order = [[m.manifest.labels.index(name) for name in names] for m in members]
 
+    def read(self, row: Row, where: str) -> Row:
+        """Return the row if it has the columns of the task.
+
+        Raises:
+            RequestError: If a column is missing, or has only white space.
+        """
+        asked = self.task.asks or (("tokens",) if "tokens" in row else ("text",))
+        for name in asked:
+            if name not in row:
+                said = name if self.task.asks else "tokens (a list of words) or text"
+                raise RequestError(f"{where}: no {said}; --column {name}=NAME names the column")
+            if not "".join(row[name]).strip():
+                raise RequestError(f"{where}: the column {name!r} is empty")
+        return row
+
     def answers(self, rows: Sequence[Row], every: bool = False) -> list[dict[str, Any]]:
         """Return the answer to each row: its prediction as JSON data.
 
@@ -144,6 +161,33 @@ class Ensemble:
             ]
         predictions = found[0] if len(found) == 1 else [np.mean(one, axis=0) for one in zip(*found, strict=True)]
         return [self.task.answer(row, b, self.manifest, every) for row, b in zip(rows, predictions, strict=True)]
+
+
+def predictor(
+    loaded: Sequence[Artifact], batch_size: int, seq_len: int, dtype: str, max_new: int = 0, beams: int = 0
+) -> Ensemble | TextPredictor:
+    """Return the predictor of artifacts: the average of task heads, or a language model that generates answers.
+
+    Args:
+        loaded: Artifacts on all devices.
+        batch_size: Number of rows per batch.
+        seq_len: Maximum number of tokens per row; 0 uses the value of training.
+        dtype: Dtype of the computation.
+        max_new: Maximum number of tokens per generated answer; 0 uses the setting of finetuning.
+        beams: Number of beams; 0 uses the setting of finetuning.
+
+    Raises:
+        RequestError: If an artifact cannot predict, if predictions of several cannot be averaged, or if settings of
+            generated answers are given for a task head.
+    """
+    writers = [found for found in loaded if found.model.head_kind.vocabulary]
+    if writers and len(loaded) > 1:
+        raise RequestError(f"{writers[0].path}: generated answers have no average; name one artifact")
+    if writers:
+        return TextPredictor(writers[0], batch_size, seq_len, dtype, max_new, beams)
+    if max_new or beams:
+        raise RequestError(f"{loaded[0].path}: generates no text; leave --max-new and --beams out")
+    return Ensemble([Predictor(found, batch_size, seq_len, dtype) for found in loaded])
 
 
 def padded_length(length: int, longest: int) -> int:

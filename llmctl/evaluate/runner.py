@@ -158,9 +158,8 @@ def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> 
 
 def _generation(config: MeasureConfig, manifest: Manifest) -> GenerationConfig:
     """Return the settings of generated answers: those that the evaluation sets, and the others of training."""
-    fields = GenerationConfig.model_fields
-    trained = {k: v for k, v in artifact.generation_settings(manifest).items() if k in fields}
-    return GenerationConfig(**{**trained, **{k: getattr(config.generation, k) for k in _set(config)}})
+    given = {name: getattr(config.generation, name) for name in _set(config)}
+    return GenerationConfig.of(artifact.generation_settings(manifest) | given)
 
 
 def _set(config: MeasureConfig) -> set[str]:

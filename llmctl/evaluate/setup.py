@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llmctl.artifacts.manifest import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data import device_batches
 from llmctl.data.class_names import numbers_hint
@@ -118,6 +119,24 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
             f"{numbers_hint(classes, names)}"
         )
     return np.array([names.index(known[c]) for c in classes])
+
+
+def prediction_length(manifest: Manifest, seq_len: int, path: Path) -> int:
+    """Return the maximum number of tokens per row in predictions of new rows.
+
+    Args:
+        manifest: Manifest of the artifact.
+        seq_len: Number that the user set. 0 uses the value of training. If that is unknown, as for imports, 0 uses 512,
+            or the model's maximum if it is less.
+        path: Folder of the artifact, for errors.
+
+    Raises:
+        RequestError: If `seq_len` exceeds the model's maximum sequence length.
+    """
+    longest = manifest.model.max_seq_len
+    if seq_len > longest:
+        raise RequestError(f"{path}: --seq-len {seq_len} is longer than its longest sequence ({longest})")
+    return seq_len or manifest.seq_len or min(512, longest)
 
 
 READ = ("tokens", "segments", "positions", "types")

@@ -60,7 +60,8 @@ class Writer:
         self.encoded = model.architecture == "encoder_decoder"
         self.room, self.max_new = lengths(model, settings, seq_len)
         self.cut = 0
-        """Number of prompts of the last call that were truncated."""
+        """Number of prompts that were truncated since the last call."""
+        self._device = jax.local_devices()[0]
         self._decoder: Decoder | None = None
         self._search: BeamSearch | None = None
 
@@ -78,11 +79,43 @@ class Writer:
             RequestError: If a prompt is empty and the tokenizer has no token to begin with, or if the parameters are
                 sharded over several processes.
         """
-        rows = self._rows(prompts)
+        self.cut = 0
+        rows = self.rows(prompts)
+        decoder = self.hold(params)
+        self.fill(rows, check_stop)
+        decoder.drop_params()
+        return [row.text for row in rows]
+
+    def hold(self, params: functional.Params) -> Decoder:
+        """Set the parameters for the next calls of `fill`, and return the decoder. Compiled programs are used again.
+
+        Raises:
+            RequestError: If the parameters are sharded over several processes.
+        """
+        with self._alone():
+            moved = jax.tree.map(lambda a: _on(self._device, a), params)
+            if self._decoder is None:
+                self._decoder = Decoder(self.model, moved, self.dtype, start=self.tokenizer.pad_id)
+                if self.settings.beams > 1:
+                    self._search = BeamSearch(self._decoder, Beams(self.settings.beams))
+            else:
+                self._decoder.set_params(moved)
+        return self._decoder
+
+    def fill(self, rows: Sequence[Continuation], check_stop: Callable[[], None] = lambda: None) -> None:
+        """Generate the answer to each row, with the parameters that `hold` set.
+
+        Args:
+            rows: Rows from `rows`; their answers are set.
+            check_stop: Function that is called before each batch; it may raise an exception to stop.
+
+        Raises:
+            ValueError: If `hold` was not called.
+        """
+        if self._decoder is None:
+            raise ValueError("hold the parameters first")
         order = np.argsort([len(r.source_ids or r.prompt_ids) for r in rows], kind="stable")
-        device = jax.local_devices()[0]
-        with meshes.use(meshes.make(MeshConfig(data=1), [device])):
-            decoder = self._with(jax.tree.map(lambda a: _on(device, a), params))
+        with self._alone():
             for first in range(0, len(order), self.batch_size):
                 check_stop()
                 batch = [rows[i] for i in order[first : first + self.batch_size]]
@@ -95,33 +128,31 @@ class Writer:
                 if self._search:
                     search_rows(self._search, self.tokenizer, batch, self.max_new, ends=self.ends)
                 else:
-                    for _ in continue_rows(decoder, self.tokenizer, batch, self.max_new, ends=self.ends):
+                    for _ in continue_rows(self._decoder, self.tokenizer, batch, self.max_new, ends=self.ends):
                         pass
-            decoder.drop_params()
-        return [row.text for row in rows]
 
-    def _with(self, params: functional.Params) -> Decoder:
-        if self._decoder is None:
-            self._decoder = Decoder(self.model, params, self.dtype, start=self.tokenizer.pad_id)
-            if self.settings.beams > 1:
-                self._search = BeamSearch(self._decoder, Beams(self.settings.beams))
-        else:
-            self._decoder.set_params(params)
-        return self._decoder
+    def _alone(self) -> Any:
+        """Return the context in which nothing is sharded."""
+        return meshes.use(meshes.make(MeshConfig(data=1), [self._device]))
 
-    def _rows(self, prompts: Sequence[str]) -> list[Continuation]:
+    def rows(self, prompts: Sequence[str]) -> list[Continuation]:
+        """Return one row per prompt, with the tokens that the model reads.
+
+        Raises:
+            RequestError: If a prompt is empty and the tokenizer has no token to begin with.
+        """
         words = self.tokenizer
         encoded = words.encode_batch(list(prompts))
         if self.encoded:
             room = self.room - len(words.template.row([]))
-            self.cut = sum(len(ids) > room for ids in encoded)
+            self.cut += sum(len(ids) > room for ids in encoded)
             return [
                 Continuation(p, [], source_ids=words.template.row(ids[:room]).tolist())
                 for p, ids in zip(prompts, encoded, strict=True)
             ]
         bos = list(words.begin)
         room = self.room - len(bos)
-        self.cut = sum(len(ids) > room for ids in encoded)
+        self.cut += sum(len(ids) > room for ids in encoded)
         rows = [Continuation(p, bos + ids[max(len(ids) - room, 0) :]) for p, ids in zip(prompts, encoded, strict=True)]
         if not all(row.prompt_ids for row in rows):
             raise RequestError("a prompt is empty, and this tokenizer has no token to begin with; drop such rows")

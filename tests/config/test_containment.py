@@ -106,7 +106,7 @@ def test_scratch_files_are_not_written_through_links(folder, tmp_path):
 
 def test_readers_refuse_what_never_ends():
     for read, refused in (
-        (chat.read_messages, Path("/dev/zero")),
+        (chat.read_conversation, Path("/dev/zero")),
         (hf_folder.read_json, Path("/dev/zero")),
         (safetensors.read_file, Path("/dev/zero")),
         (paths.resolve, "/dev/zero"),

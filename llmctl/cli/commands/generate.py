@@ -31,7 +31,7 @@ def generate(
         Path | None,
         typer.Option(
             help='File with one prompt per line (.jsonl: a text, or an object with "prompt"); with --chat, '
-            "a JSON list of messages."
+            "a JSON list of messages, or an object with messages and tools."
         ),
     ] = None,
     chat: Annotated[
@@ -79,7 +79,7 @@ def generate(
     from llmctl.artifacts.manifest import read_manifest
     from llmctl.cli import generation
     from llmctl.model.generate.beam import Beams
-    from llmctl.model.generate.chat import read_messages
+    from llmctl.model.generate.chat import read_conversation
     from llmctl.model.generate.sampling import Sampling
 
     try:
@@ -119,8 +119,11 @@ def generate(
         return
     common: dict[str, Any] = {"max_new": max_new, "sampling": rules, "seed": seed, "stops": stop or ()}
     if chat:
-        turns = [read_messages(file)] if file else ([{"role": "user", "content": line}] for line in _stdin())
-        generation.chat(named_models, turns, system, json, **common)
+        tools, turns = None, ([{"role": "user", "content": line}] for line in _stdin())
+        if file:
+            messages, tools = read_conversation(file)
+            turns = [messages]
+        generation.chat(named_models, turns, system, json, tools, **common)
         return
     batches = _batches(texts, batch_size) if texts else ([line] for line in _stdin())
     generation.continue_texts(named_models, batches, texts is None, json, width=width, **common)

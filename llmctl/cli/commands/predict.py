@@ -14,14 +14,11 @@ from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
 from llmctl.pipeline import console
 
-WINDOW = 32
-"""Number of batches per window. Rows are sorted by length within a window, to reduce padding."""
-
 
 def predict(
     artifacts: Annotated[
         list[Path],
-        typer.Argument(metavar="ARTIFACT...", help="Finetuned artifacts; the answers of several are averaged."),
+        typer.Argument(metavar="ARTIFACT...", help="Artifacts; the answers of several are averaged."),
     ],
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
@@ -39,25 +36,32 @@ def predict(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="New file for the answers; standard output by default.")
     ] = None,
-    to: Annotated[str, typer.Option(help="Format of the answers: jsonl or csv.")] = "jsonl",
+    to: Annotated[str, typer.Option(help="Format of the answers: jsonl, csv or text (an answer per line).")] = "jsonl",
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write the probability of every class.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="End at the first row that cannot be read.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 32,
     seq_len: Annotated[int, typer.Option(min=0, help="Tokens per row at most; 0 takes that of training, or 512.")] = 0,
+    max_new: Annotated[
+        int, typer.Option(min=0, help="Language models: tokens per answer at most; 0 takes that of finetuning, or 64.")
+    ] = 0,
+    beams: Annotated[
+        int, typer.Option(min=0, help="Language models: number of beams; 0 takes that of finetuning, or 1 (greedy).")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
 ) -> None:
-    """Predict labels, numbers, tags, answers or embeddings of new rows, in their order, one answer per row.
+    """Predict labels, numbers, tags, answers, texts or embeddings of new rows, in their order, one answer per row.
 
-    A row that cannot be read is reported on standard error, and its answer has the field "error".
+    A language model answers a prompt, or a conversation (messages, tools) with a chat template. A row that cannot be
+    read is reported on standard error, and its answer has the field "error".
     """
     from llmctl.data import row_stream
 
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
-    if to not in ("jsonl", "csv"):
-        raise RequestError(f"--to {to}: must be jsonl or csv")
+    if to not in ("jsonl", "csv", "text"):
+        raise RequestError(f"--to {to}: must be jsonl, csv or text")
     kind = kind or (row_stream.of_path(file) if file else "")
     if kind and kind not in row_stream.FORMATS:
         raise RequestError(f"--format {kind}: must be {', '.join(row_stream.FORMATS)}")
@@ -68,7 +72,7 @@ def predict(
     from llmctl.artifacts import adapters, artifact
     from llmctl.config.settings import MeshConfig
     from llmctl.distributed import mesh as meshes
-    from llmctl.evaluate.predict import Ensemble, Predictor
+    from llmctl.evaluate.predict import predictor
 
     bases = [base] if base else []
     adapters.check_bases(artifacts, bases)
@@ -77,22 +81,24 @@ def predict(
         stream, title = row_stream.standard_input(), "stdin"
         if file:
             stream, title = closing.enter_context(_opened(file)), str(file)
-        loaded = artifact.load_each(artifacts, meshes.make(MeshConfig()), bases=bases)
-        models = Ensemble([Predictor(found, batch_size, seq_len, dtype) for found in loaded])
+        loaded = list(artifact.load_each(artifacts, meshes.make(MeshConfig()), bases=bases))
+        model = predictor(loaded, batch_size, seq_len, dtype, max_new, beams)
         read = row_stream.rows(stream, title, kind, names)
-        write = _writer(closing.enter_context(_output(out)), to)
+        write = _writer(closing.enter_context(_output(out)), to, model.task.text_field)
         begun, count, bad = time.monotonic(), 0, 0
-        for window in row_stream.in_windows(read, WINDOW * batch_size):
-            found = [_readable(models.task, where, row) for where, row in window]
+        for window in row_stream.in_windows(read, model.window * batch_size):
+            found = [_read(model, where, row) for where, row in window]
             if strict and (wrong := next((r for r in found if isinstance(r, RequestError)), None)):
                 raise wrong
-            answers = iter(models.answers([r for r in found if not isinstance(r, RequestError)], probabilities))
+            answers = iter(model.answers([r for r in found if not isinstance(r, RequestError)], probabilities))
             for number, row in enumerate(found, count + 1):
                 if isinstance(row, RequestError):
                     console.say(str(row))
                     bad += 1
                 write({"row": number} | ({"error": str(row)} if isinstance(row, RequestError) else next(answers)))
             count += len(window)
+    for line in model.remarks:
+        console.say(line)
     rate = count / max(time.monotonic() - begun, 1e-9)
     console.say(f"{count:,} rows, {rate:,.0f} rows/s" + (f"; {bad:,} could not be read" if bad else ""))
 
@@ -104,15 +110,12 @@ def _pair(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def _readable(task: Any, where: str, row: Any) -> Any:
-    """Return the row if the task can read it, otherwise a RequestError that names what is missing."""
-    if isinstance(row, RequestError):
-        return row
-    missing = [c for c in task.asks if not row.get(c)]
-    if missing or not (task.asks or row.get("tokens") or row.get("text", "").strip()):
-        name = missing[0] if missing else "tokens (a list of words) or text"
-        return RequestError(f"{where}: no {name}; --column {missing[0] if missing else 'text'}=NAME names the column")
-    return row
+def _read(model: Any, where: str, row: Any) -> Any:
+    """Return the row as the model reads it, or a RequestError that tells why it cannot be read."""
+    try:
+        return row if isinstance(row, RequestError) else model.read(row, where)
+    except RequestError as e:
+        return e
 
 
 def _opened(file: Path) -> IO[bytes]:
@@ -142,10 +145,12 @@ def _output(out: Path | None) -> Iterator[IO[str]]:
             draft.unlink(missing_ok=True)
 
 
-def _writer(file: IO[str], to: str) -> Any:
+def _writer(file: IO[str], to: str, field: str) -> Any:
     """Return the function that writes an answer to `file`.
 
-    CSV has the columns of the first answer without an error, and a last column "error".
+    CSV has the columns of the first answer without an error, and a last column "error". Text has the field `field` in
+    one line per answer: line breaks in it become spaces, items of a list are separated by spaces, and the line of a row
+    with an error is empty.
     """
     from llmctl.config.terminal import as_json
 
@@ -156,6 +161,15 @@ def _writer(file: IO[str], to: str) -> Any:
             file.flush()
 
         return line
+    if to == "text":
+
+        def plain(answer: dict[str, Any]) -> None:
+            value = answer.get(field, "")
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            file.write(" ".join(text.splitlines()) + "\n")
+            file.flush()
+
+        return plain
     table = csv.writer(file, lineterminator="\n")
     header: list[str] = []
     waiting: list[dict[str, Any]] = []

@@ -59,6 +59,7 @@ class Embed(Task):
     columns = ("text", "pair")
     pooling = "mean"
     answers = False
+    text_field = "embedding"
     averages = False  # vectors of different models have nothing in common
     reads = (*READ, *(f"pair_{name}" for name in READ))
 

@@ -42,6 +42,8 @@ class Language(Task):
     columns_read = columns
     reads = ()
     answers = False
+    completes_prompts = True
+    text_field = "answer"
 
     def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return rows for calibration: the same as in training, without shuffling."""

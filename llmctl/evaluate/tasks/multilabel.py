@@ -47,6 +47,7 @@ class MultiLabel(Classify):
     title = "multi-label classification"
     calibrates = False
     label_type = "set"
+    text_field = "labels"
     problem_type = "multi_label_classification"
 
     def best(self, labels: Sequence[str] = ()) -> str:

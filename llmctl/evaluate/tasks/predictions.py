@@ -37,6 +37,8 @@ class Predicts:
 
     asks: ClassVar[tuple[str, ...]] = ("text",)
     """Canonical columns that a new row must have."""
+    text_field: ClassVar[str] = "label"
+    """Field of an answer that `predict --to text` writes."""
     averages: ClassVar[bool] = True
     """Whether outputs of several artifacts may be averaged."""
 

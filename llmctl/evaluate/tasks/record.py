@@ -32,6 +32,8 @@ class TaskRecord:
     """Whether labels are classes. The model then has one output per class, and the artifact stores the class names."""
     reads_conversations: ClassVar[bool] = False
     """Whether the task's rows are conversations, from the columns messages and tools."""
+    completes_prompts: ClassVar[bool] = False
+    """Whether `predict` generates an answer to each row."""
     generates: ClassVar[bool] = False
     """Whether validation and evaluation generate answers, with the settings of the section `generation`."""
     calibrates: ClassVar[bool] = False

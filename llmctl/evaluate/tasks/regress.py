@@ -30,6 +30,7 @@ class Regress(Task):
     head = "regress"
     title = "regression"
     label_type = "number"
+    text_field = "value"
     peft_type = "SEQ_CLS"
     problem_type = "regression"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -86,3 +87,8 @@ class GenerationConfig(Config):
     """Maximum number of examples per validation in training, chosen by their hash; 0 generates none."""
     bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = "13a"
     """Tokenizer of BLEU: 13a for languages with spaces, zh for Chinese, char for single characters."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> GenerationConfig:
+        """Return the settings that an artifact recorded. Unknown ones, of another llmctl, are ignored."""
+        return cls(**{name: value for name, value in settings.items() if name in cls.model_fields})

@@ -41,6 +41,7 @@ class Span(Task):
     title = "answers"
     columns = ("context", "question", "answers")
     asks = ("context", "question")
+    text_field = "answer"
     averages = False  # windows and scores belong to one tokenizer
     answers = False
     columns_read = columns

@@ -42,6 +42,7 @@ class Tokens(Classify):
     architectures = ("decoder", "encoder")
     columns = ("tokens", "tags")
     asks = ()
+    text_field = "tags"
     answers = False
     peft_type = "TOKEN_CLS"
 

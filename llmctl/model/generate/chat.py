@@ -13,6 +13,7 @@ from typing import Any
 from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
+from llmctl.data import chats
 from llmctl.model.generate.chat_cache import Session
 from llmctl.model.generate.chat_template import Message, Template
 from llmctl.model.generate.continuations import Continuation, Speed, continue_rows
@@ -20,8 +21,15 @@ from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.sampling import Sampling
 
 
-def read_messages(file: Path) -> list[Message]:
-    """Read the messages of a JSON file, which contains a list or an object with the list "messages".
+def read_conversation(file: Path) -> tuple[list[Message], list[Any] | None]:
+    """Read the messages and the tools of a JSON file, in the formats of training (see `llmctl.data.chats`).
+
+    Args:
+        file: File with a list of messages, or with an object that has the list "messages" (or "conversations") and may
+            have the list "tools".
+
+    Returns:
+        (messages, descriptions of the tools or None).
 
     Raises:
         RequestError: If the file is missing or has another format.
@@ -32,13 +40,16 @@ def read_messages(file: Path) -> list[Message]:
         raise RequestError(f"--file {file}: no such file") from None
     except (OSError, ValueError) as e:
         raise RequestError(f"--file {file}: not readable JSON ({e})") from None
-    found = content.get("messages") if isinstance(content, dict) else content
-    good = isinstance(found, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
-    )
-    if not good or not found:
+    named = content if isinstance(content, dict) else {"messages": content}
+    messages = next((named[name] for name in chats.NAMES if name in named), None)
+    if not isinstance(messages, list) or not messages:
         raise RequestError(f'--file {file}: must be a list of messages, each with a text "role" and "content"')
-    return found
+    try:
+        return chats.read(messages, answered=False), chats.read_tools(named.get("tools"))
+    except RequestError as e:
+        raise RequestError(f"--file {file}: {e}") from None
+    except RecursionError:
+        raise RequestError(f"--file {file}: is nested too deeply") from None
 
 
 class Conversation:
@@ -47,6 +58,8 @@ class Conversation:
     def __init__(self, template: Template, decoder: Decoder, end_ids: Sequence[int]) -> None:
         self.template, self.session, self.end_ids = template, Session(decoder), end_ids
         self.messages: list[Message] = []
+        self.tools: list[Any] | None = None
+        """Descriptions of the tools that the assistant may call."""
         self.speed = Speed()
 
     def answer(
@@ -67,7 +80,7 @@ class Conversation:
             RequestError: If the conversation is too long for another answer.
         """
         tokenizer = self.template.tokenizer
-        row = Continuation("", self.template.prompt(self.messages), [s for s in stops if s])
+        row = Continuation("", self.template.prompt(self.messages, self.tools), [s for s in stops if s])
         options: dict[str, Any] = {"sampling": sampling, "seed": seed, "speed": self.speed, "ends": self.end_ids}
         for new in continue_rows(self.session, tokenizer, [row], max_new, **options):
             yield new[0]

@@ -139,15 +139,19 @@ class Template:
         """
         return generation_block.spans(self._rendered(messages, tools, prompt))[0]
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """Return the token ids of the conversation, up to the start of the assistant's answer.
 
         Only the template can produce special tokens. If a message spells one, it is encoded as text.
 
+        Args:
+            messages: Messages so far.
+            tools: Descriptions of the tools that the assistant may call.
+
         Raises:
             RequestError: If the template fails or rejects the messages, or if the rendered text is empty.
         """
-        text = self.render(self._escaped(list(messages)))
+        text = self.render(self._escaped(list(messages)), self._escaped(tools))
         ids = self.tokenizer.encode_with_special(check_unicode(text, "the text of the chat template"))
         if not ids:
             raise RequestError("the chat template gives no text for these messages")

@@ -201,7 +201,7 @@ def test_lines_and_byte_order_marks_are_those_of_training_data(talker, tmp_path,
     assert app.run([*argv, str(file)]) == 2 and "line 7 has no prompt" in capsys.readouterr().err
     talk = tmp_path / "talk.json"
     talk.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"role": "user", "content": "hi"}]).encode())
-    assert chat.read_messages(talk) == [{"role": "user", "content": "hi"}]
+    assert chat.read_conversation(talk) == ([{"role": "user", "content": "hi"}], None)
 
 
 def test_a_generation_block_renders_what_is_inside(words):
