@@ -292,7 +292,11 @@ def signatures(stack: str, units: wiring.Units, params: dict) -> jax.Array:
     """Return everything that belongs to each unit, [layers, units, numbers]: its columns and its rows."""
     flat, parts = weights.flatten(params), []
     for names, axis in ((units.writers, -1), (units.readers, -2)):
-        for name in names:
-            a = jnp.moveaxis(weights.dense(flat[weights.kernel_of(f"{stack}/blocks/{name}")]), axis, 1)
+        modules = [f"{stack}/blocks/{name}" for name in names]
+        kernels = [path for path in map(weights.kernel_of, modules) if path in flat]
+        prefixes = [path for path in flat if weights.parse(path).prefix and path.rpartition("/")[0] in modules]
+        assert len(kernels) + bool(prefixes) == len(names)
+        for path in kernels + prefixes:
+            a = jnp.moveaxis(weights.dense(flat[path]), axis, 1)
             parts.append(a.reshape(a.shape[0], a.shape[1] // units.width, -1))
     return jnp.concatenate(parts, axis=-1)
