@@ -21,6 +21,7 @@ from llmctl.compress import gradients, structured
 from llmctl.compress import quantize as rounding
 from llmctl.compress.layer_passes import empty, passes
 from llmctl.compress.layer_stack import putter
+from llmctl.compress.schemes import inputs_per_scale
 from llmctl.compress.sparse_method import SparseMethod
 from llmctl.compress.statistics import Collect, nothing
 from llmctl.distributed import mesh as meshes
@@ -179,7 +180,7 @@ def quantization(
       scheme, group, activations: as for `llmctl.compress.quantize.quantize`.
       which: `embeddings` and `head`, as for `quantize`.
     """
-    flat = weights.flatten(params)
+    flat, group = weights.flatten(params), inputs_per_scale(scheme, group)
     chosen = dict(rounding.targets(flat, embeddings=which["embeddings"], head=which["head"]))
     for path, inputs in chosen.items():
         rounding.check(path, flat[path], inputs, group)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl.compress.schemes import SCHEMES
+from llmctl.compress.schemes import SCHEMES, inputs_per_scale
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.model.weights import Node, Weight, flatten, unflatten
@@ -33,7 +33,7 @@ def quantize(
     Args:
       params: the parameters.
       scheme: name of the scheme in `SCHEMES`.
-      group: inputs per scale; 0 means one scale per output channel.
+      group: inputs per scale; 0 means the scheme's own number, or else one scale per output channel.
       embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
       head: whether to quantize the output projection, pooler and task head.
       activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).
@@ -44,7 +44,7 @@ def quantize(
     Raises:
       RequestError: a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
     """
-    flat = flatten(params)
+    flat, group = flatten(params), inputs_per_scale(scheme, group)
     chosen = dict(targets(flat, embeddings=embeddings, head=head))
     for path, inputs in chosen.items():
         check(path, flat[path], inputs, group)

@@ -14,16 +14,17 @@ from llmctl.config.registry import Registry
 if TYPE_CHECKING:
     import jax
 
-    from llmctl.model.weights import Node, Quantized
+    from llmctl.model.weights import Node, NormalFloat, Quantized
 
 Scheme = Callable[["jax.Array", int, int], "Node"]
 """Function (weight, axis of its inputs, inputs per scale) -> a weight node, such as integers with scales.
 
 A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
-output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales.
+output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales. A function may
+have the attribute `group`: the inputs per scale in place of 0.
 """
 
-SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in ("int8", "int4")})
+SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in ("int8", "int4", "nf4")})
 
 
 def int8(w: jax.Array, inputs: int, group: int) -> Quantized:
@@ -40,6 +41,28 @@ def int4(w: jax.Array, inputs: int, group: int) -> Quantized:
     The error of an element is at most half its scale.
     """
     return nearest(w, "int4", inputs, group)
+
+
+def nf4(w: jax.Array, inputs: int, group: int) -> NormalFloat:
+    """Return the weight as 4-bit codes of quantiles of the normal distribution, with the scale max|w|.
+
+    (QLoRA; Dettmers et al., 2023, arXiv:2305.14314)
+    """
+    from llmctl.model.weights import NormalFloat
+
+    return NormalFloat.of(w, inputs, inputs_per_scale("nf4", group))
+
+
+nf4.group = 64  # type: ignore[attr-defined]
+
+
+def inputs_per_scale(name: str, group: int) -> int:
+    """Return the number of inputs per scale: `group`, or the scheme's own number if `group` is 0.
+
+    >>> inputs_per_scale("nf4", 0), inputs_per_scale("nf4", 32), inputs_per_scale("int4", 0)
+    (64, 32, 0)
+    """
+    return group or getattr(SCHEMES[name], "group", 0)
 
 
 def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> Quantized:

@@ -292,7 +292,7 @@ def flags() -> Iterator[Case]:
         ["--bits", "nan"],
         ["--group", "7"],
         ["--group", "-1"],
-        ["--scheme", "x"],
+        ["--format", "x"],
         ["--activations", "int4"],
     ):
         yield Case(f"quantize {' '.join(words)}", ["quantize", "IN/art", "--out", "OUT", *words], ("art",))

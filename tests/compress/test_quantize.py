@@ -26,7 +26,7 @@ def test_by_hand():
     np.testing.assert_array_equal(np.asarray(got.qvalue, np.int32), [[7, 7], [-3, 1], [0, 0]])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.names())
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("group", [0, 8])
 def test_error_is_at_most_half_a_scale(scheme, group):
     w = jax.random.normal(jax.random.key(0), (2, 32, 8))

@@ -52,6 +52,7 @@ from llmctl.model.weights.names import (
     module_path,
     parse,
 )
+from llmctl.model.weights.nf4 import NormalFloat
 from llmctl.model.weights.quantized import Quantized
 from llmctl.model.weights.records import KINDS, assemble, describe, parts
 from llmctl.model.weights.scaled import Scaled
@@ -82,6 +83,7 @@ __all__ = [
     "LowRank",
     "Matrix",
     "Node",
+    "NormalFloat",
     "Product",
     "Quantized",
     "Scaled",

@@ -16,6 +16,7 @@ KINDS: Registry[type[Node]] = Registry(
     "weight",
     {
         "quantized": "llmctl.model.weights.quantized:Quantized",
+        "nf4": "llmctl.model.weights.nf4:NormalFloat",
         "low_rank": "llmctl.model.weights.low_rank:LowRank",
         "scaled": "llmctl.model.weights.scaled:Scaled",
         "svd": "llmctl.model.weights.svd:Svd",

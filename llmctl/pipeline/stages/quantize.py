@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import Programs
 
 SHORT = {"int8": 8, "int4": 4}
-"""Schemes that the setting `bits` selects, and the number of bits that selects each."""
+"""Formats that the setting `bits` selects, and the number of bits that selects each."""
 
 
 def _scheme(name: str) -> str:
@@ -31,16 +31,18 @@ def _scheme(name: str) -> str:
 class Config(StageConfig):
     """Quantize the matrices, by default to int8, without data."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("bits", "scheme", "group", "embeddings", "head", "activations")
-    added: ClassVar[frozenset[str]] = frozenset({"scheme"})
+    common: ClassVar[tuple[str, ...] | None] = ("bits", "format", "group", "embeddings", "head", "activations")
+    added: ClassVar[frozenset[str]] = frozenset({"format"})
 
     kind: Literal["quantize"] = "quantize"
     bits: int = 8
-    """Bits per weight: 8 or 4, for the schemes int8 and int4."""
-    scheme: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
-    """Name of a quantization scheme, also of an installed package. If empty, `bits` selects the scheme."""
+    """Bits per weight: 8 or 4, for the formats int8 and int4."""
+    format: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
+    """Format of the weights. int8, int4: integers. nf4: 4-bit quantiles of the normal distribution, for unmerged LoRA
+    (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
     group: int = Field(default=0, ge=0)
-    """Number of inputs per scale, which must divide the inputs of every matrix; 0 means one scale per output."""
+    """Number of inputs per scale, which must divide the inputs of every matrix; 0 means one scale per output, and 64
+    inputs for nf4."""
     embeddings: bool = False
     """Also quantize the token embeddings, with one scale per token. Tied embeddings are the output projection too."""
     head: bool = False
@@ -51,15 +53,15 @@ class Config(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace `scheme` by `bits` if `bits` can select this scheme.
+        """Replace `format` by `bits` if `bits` can select this format.
 
         The stage's key is therefore the same for both forms.
         """
-        if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("scheme", "")))) is None:
+        if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("format", "")))) is None:
             return given
         if given.get("bits", bits) != bits:
-            raise ValueError(f"bits {given['bits']} contradicts scheme {given['scheme']}")
-        return {key: value for key, value in given.items() if key != "scheme"} | {"bits": bits}
+            raise ValueError(f"bits {given['bits']} contradicts format {given['format']}")
+        return {key: value for key, value in given.items() if key != "format"} | {"bits": bits}
 
     @field_validator("bits")
     @classmethod
@@ -70,14 +72,14 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _one_form(self) -> Config:
-        if self.scheme and "bits" in self.model_fields_set:
-            raise ValueError(f"bits {self.bits} has no meaning for scheme {self.scheme}")
+        if self.format and "bits" in self.model_fields_set:
+            raise ValueError(f"bits {self.bits} has no meaning for format {self.format}")
         return self
 
     @property
     def scheme_name(self) -> str:
         """Return the name of the scheme in `SCHEMES`."""
-        return self.scheme or f"int{self.bits}"
+        return self.format or f"int{self.bits}"
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:

@@ -58,7 +58,7 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
     train = (*train, "--task", "focal", "--method", "norms", "--adversarial.method", "noise")
     llmctl("finetune", "--from", artifacts / "lm", "--out", classifier, *data, *train)
     powers = package / "run" / "powers"
-    llmctl("quantize", "--from", classifier, "--out", powers, "--scheme", "powers")
+    llmctl("quantize", "--from", classifier, "--out", powers, "--format", "powers")
 
     capsys.readouterr()
     llmctl("eval", "--from", powers, *data, "--metrics", "kappa", "--no-speed", "--no-plot", "--json")
@@ -71,7 +71,7 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
         "prune", "--from", classifier, "--out", pruned, "--method", "movement", "--sparsity", 0.5, *data, *calibration
     )
     ternary = package / "run" / "ternary"
-    llmctl("quantize", "--from", classifier, "--out", ternary, "--scheme", "ternary")
+    llmctl("quantize", "--from", classifier, "--out", ternary, "--format", "ternary")
     shown = [json.loads((folder / "manifest.json").read_text()) for folder in (pruned, ternary, powers)]
     assert shown[0]["sparsity"] > 0.2 and shown[1]["bits"] < 32 and shown[2]["bits"] < 32
     assert {one["task"] for one in shown} == {"focal"}

@@ -168,21 +168,21 @@ def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scheme_and_its_short_form_have_one_key():
-    """`bits` and `scheme` write the same config, which is that of recipes before schemes had names."""
-    assert keyed(stage.Config(scheme="int4")) == keyed(stage.Config(bits=4))
-    assert keyed(stage.Config(scheme="int8")) == keyed(stage.Config())
+def test_a_format_and_its_short_form_have_one_key():
+    """`bits` and `format` write the same config, which is that of recipes before schemes had names."""
+    assert keyed(stage.Config(format="int4")) == keyed(stage.Config(bits=4))
+    assert keyed(stage.Config(format="int8")) == keyed(stage.Config())
     assert "scheme" not in keyed(stage.Config()) and stage.Config(bits=4).scheme_name == "int4"
-    with pytest.raises(ValidationError, match="bits 8 contradicts scheme int4"):
-        stage.Config(bits=8, scheme="int4")
+    with pytest.raises(ValidationError, match="bits 8 contradicts format int4"):
+        stage.Config(bits=8, format="int4")
     with pytest.raises(ValidationError, match="unknown scheme 'nt4', did you mean 'int4'"):
-        stage.Config(scheme="nt4")
+        stage.Config(format="nt4")
 
 
-def test_bits_beside_a_scheme_of_its_own_width_are_refused(monkeypatch):
-    """`bits = 4` with a package's scheme was read, kept in the key, and had no effect."""
+def test_bits_beside_a_format_of_its_own_width_are_refused(monkeypatch):
+    """`bits = 4` with a package's format was read, kept in the key, and had no effect."""
     monkeypatch.setattr(SCHEMES, "own", {**SCHEMES.own, "ternary": SCHEMES.own["int8"]})
     for bits in (4, 8):
-        with pytest.raises(ValidationError, match=f"bits {bits} has no meaning for scheme ternary"):
-            stage.Config(scheme="ternary", bits=bits)
-    assert stage.Config(scheme="ternary").scheme_name == "ternary"
+        with pytest.raises(ValidationError, match=f"bits {bits} has no meaning for format ternary"):
+            stage.Config(format="ternary", bits=bits)
+    assert stage.Config(format="ternary").scheme_name == "ternary"
