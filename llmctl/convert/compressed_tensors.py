@@ -71,6 +71,10 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
         schemes.add((bits, 0 if groups == 1 else inputs // groups, w.activations))
         del out[name]
         out |= _layer(module, w, slot, bits)
+    if not schemes and (kinds := {w.kind for w in map(weights.as_node, flat.values()) if w.is_integer}):
+        raise RequestError(
+            f"compressed-tensors does not hold {listed(sorted(kinds))} weights; export --to hf writes floats"
+        )
     if not schemes:
         raise RequestError("no linear layer is quantized; export --to hf writes it as it is")
     if len(schemes) > 1:
