@@ -56,7 +56,7 @@ class NormalFloat(Node):
 
         >>> node = NormalFloat.of(jnp.array([[2.0], [-0.1], [0.0], [1.1]]), axis=0, block=2)
         >>> (node.codes.astype(int) + OFFSET)[:, 0].tolist(), node.scale[:, 0].tolist(), node.dense()[2:, 0].tolist()
-        ([15, 7, 7, 15], [2.0, 1.100000023841858], [0.0, 1.100000023841858])
+        ([15, 6, 7, 15], [2.0, 1.100000023841858], [0.0, 1.100000023841858])
         """
         axis %= w.ndim
         shape = w.shape
