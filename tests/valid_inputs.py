@@ -64,10 +64,10 @@ class Valid:
 def write(place: Path) -> Valid:
     """Write the valid inputs into an empty folder; nothing is compiled but small sums.
 
-    art, classifier, masked: artifacts of a decoder, a classifier and an encoder; hf, shards, packed, embedder: model
-    folders; model.gguf; peft; words, pieces, bytes: tokenizers; old: tokenizers as vocab.json and merges.txt;
-    rows.*, hf_data, tfds: data; prepared; run: a run with an eval's results; r.toml, model.toml, talk.json,
-    prompts.jsonl.
+    art, classifier, masked: artifacts of a decoder, a classifier and an encoder; apart: an adapter of art; hf, shards,
+    packed, embedder: model folders; model.gguf; peft; words, pieces, bytes: tokenizers; old: tokenizers as vocab.json
+    and merges.txt; rows.*, hf_data, tfds: data; prepared; run: a run with an eval's results; r.toml, model.toml,
+    talk.json, prompts.jsonl.
     """
     texts(place)
     words = tokenizers(place)
@@ -134,7 +134,12 @@ def models_of(place: Path, words: JsonTokenizer) -> None:
     cfg = ModelConfig(family="llama", tied=False, head_bias=False, **sizes)
     params = parameters(cfg)
     about = {"key": "k", "config": {}, "tokenizer_dir": place / "words"}
-    artifact.save(place / "art", params, cfg, stage="pretrain", **about)
+    base = artifact.save(place / "art", params, cfg, stage="pretrain", **about)
+    flat, (L, I, O) = weights.flatten(params), params["decoder"]["blocks"]["attn"]["q"]["kernel"].shape
+    q = "decoder/blocks/attn/q/kernel"
+    flat[q] = weights.LowRank(flat[q], jnp.ones((L, I, 2)), jnp.ones((L, 2, O)), 0.01)
+    adapter = weights.unflatten(flat)
+    artifact.save(place / "apart", adapter, cfg, stage="finetune", parent=base, base=params, **about)
     classes = ModelConfig(family="llama", head="classify", labels=2, **sizes)
     artifact.save(place / "classifier", parameters(classes), classes, stage="finetune", labels=["neg", "pos"], **about)
     masked = ModelConfig(family="bert", **sizes)

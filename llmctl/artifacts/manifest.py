@@ -67,7 +67,7 @@ class Parent(BaseModel):
 
     def is_of(self, manifest: Manifest) -> bool:
         """Return True if this is the identity of the artifact with that manifest."""
-        return manifest.content == self.content if self.content else manifest.digest == self.digest
+        return manifest.content == self.content and (bool(self.content) or manifest.digest == self.digest)
 
 
 class Base(Parent):
@@ -227,7 +227,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         if wrong := _field_differences(content, "content"):
             raise RequestError(f"{path}: damaged ({listed(wrong.values())}); {ADVICE}")
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
+        if manifest.base and not manifest.checksums:  # chains of bases end, because a digest cannot contain itself
+            raise ValueError("an adapter without checksums")
+        return manifest
     except (ValueError, KeyError, TypeError) as e:
         raise _damaged(path, e) from e
 

@@ -136,6 +136,10 @@ def test_damage_of_base_and_adapter_is_found(run, tmp_path):
     (folder / "manifest.json").write_text(json.dumps({k: v for k, v in content.items() if k != "base"}))
     with pytest.raises(RequestError, match="the manifest's `base` does not match"):
         artifact.read_manifest(folder)
+    itself = content["base"] | {"content": "", "digest": content["digest"]}
+    (folder / "manifest.json").write_text(json.dumps(content | {"checksums": None, "base": itself}))
+    with pytest.raises(RequestError, match="an adapter without checksums"):
+        artifact.load(folder)
     (folder / "manifest.json").write_text(json.dumps(content))
     for block in (p for p in (tmp_path / "base" / "params").rglob("*") if p.is_file() and p.stat().st_size > 10_000):
         data = block.read_bytes()

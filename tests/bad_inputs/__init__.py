@@ -9,7 +9,7 @@ from bad_inputs.case import Case
 
 KINDS = (
     *(requests.recipes, requests.sets, requests.flags, requests.places),
-    *(models.manifests, models.descriptions, models.tensors, models.gguf, models.adapters),
+    *(models.manifests, models.descriptions, models.tensors, models.gguf, models.adapters, models.stored_adapters),
     *(texts.tokenizers, texts.templates, texts.talk),
     *(data.tables, data.archives, data.prepared, data.predictions, data.links),
 )

@@ -402,6 +402,7 @@ def adapters() -> Iterator[Case]:
         ("peft_type", ["LORA"]),
         ("peft_type", {}),
         ("peft_type", "PREFIX_TUNING"),
+        ("peft_type", "PROMPT_TUNING"),
         ("peft_type", None),
         ("use_dora", True),
         ("bias", "all"),
@@ -445,3 +446,44 @@ def adapters() -> Iterator[Case]:
     yield Case("adapter: base is missing", argv, ("peft",))
     yield Case("adapter: base is no artifact", ["import", "IN/peft", "--base", "IN/hf", "--out", "OUT"], ("peft", "hf"))
     yield Case("adapter: --dtype", [*argv, "--dtype", "float16"], ("peft", "art"))
+
+
+def stored_adapters() -> Iterator[Case]:
+    """Adapters that are artifacts of their own: without their base, with another, or damaged."""
+    generate = ["generate", "IN/apart", "--prompt", "a", "--max-new", "1"]
+    missing = {
+        "generate": generate,
+        "verify": ["verify", "IN/apart"],
+        "export": ["export", "IN/apart", "--to", "peft", "--out", "OUT"],
+        "merge": ["export", "IN/apart", "--to", "artifact", "--merge", "--out", "OUT"],
+        "quantize": ["quantize", "IN/apart", "--out", "OUT"],
+        "predict": ["predict", "IN/apart", "--file", "IN/apart/manifest.json"],
+    }
+    for name, argv in missing.items():
+        yield Case(f"apart: {name} without its base", argv, ("apart",))
+        wrong = [*argv, "--base", "IN/classifier"]
+        yield Case(f"apart: {name} on the wrong base", wrong, ("apart", "art", "classifier"))
+    for base, adapter in (("classifier", "apart"), ("art", "art"), ("art", "peft")):
+        several = ["generate", f"IN/{base}", "--adapter", f"IN/{adapter}", "--prompt", "a"]
+        yield Case(f"apart: --adapter {adapter} of {base}", several, ("apart", "art", "classifier", "peft"))
+    yield Case("apart: --base is no artifact", [*generate, "--base", "IN/peft"], ("apart", "art", "peft"))
+    yield Case("apart: --base of an artifact that is whole", ["generate", "IN/art", "--base", "IN/art"], ("art",))
+    yield Case("apart: merge of none", ["export", "IN/art", "--to", "artifact", "--merge", "--out", "OUT"], ("art",))
+    uses = ("apart", "art")
+    for name in uses:
+        yield Case(f"apart: arrays of {name} are damaged", generate, uses, lambda i, n=name: _halve(i / n / "params"))
+    for key, value in (("stored", []), ("stored", ["x"]), ("stored", None), ("content", ""), ("digest", 1)):
+        change = edit("apart/manifest.json", lambda m, k=key, v=value: m["base"].update({k: v}))
+        yield Case(f"apart: base.{key} = {shown(value)}", generate, uses, change)
+
+    def own_base(manifest: Any) -> None:
+        manifest["checksums"] = None
+        manifest["base"].update({"content": "", "digest": manifest["digest"]})
+
+    yield Case("apart: its own base", generate, uses, edit("apart/manifest.json", own_base))
+
+
+def _halve(folder: Path) -> None:
+    """Truncate every file in a folder."""
+    for file in (p for p in folder.rglob("*") if p.is_file()):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
