@@ -153,8 +153,8 @@ def _outliers(layer: dict[str, Any], stats: dict[str, Any], threshold: jax.Array
         for m in weights.layer_matrices(layer)
     ]
     size = sum(s.size for s in scores)
-    mean = sum(jnp.sum(s) for s in scores) / size
-    return sum(jnp.sum(s > threshold * mean) for s in scores) / size
+    mean = jnp.sum(jnp.stack([jnp.sum(s) for s in scores])) / size
+    return jnp.sum(jnp.stack([jnp.sum(s > threshold * mean) for s in scores])) / size
 
 
 def scan(

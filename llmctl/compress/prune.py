@@ -142,7 +142,8 @@ def prune_layer(
     def change(m: Matrix) -> Weight:
         known, own = (statistics or {}).get(m.module), (gradients or {}).get(m.module)
         if counts is None:
-            count = None if method.pattern.of else method.pattern.count(*m.weight.shape, method.per)
+            inputs, outputs = m.weight.shape
+            count = None if method.pattern.of else method.pattern.count(inputs, outputs, method.per)
         else:
             count = counts[m.module]
         if method.hessian:

@@ -54,7 +54,7 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
         steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own],
         beside=[held, batch, others, sums], work=_mask_cost(w, method),
     )  # fmt: skip
-    if not method.hessian:
+    if stats is None or not method.hessian:
         return [*found, common]
     # Every device computes these in full.
     full = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=meshes.replicated(mesh))
