@@ -4,13 +4,14 @@
 runs those whose name contains one of the words, or all.
 """
 
-from bad_inputs import data, models, requests, texts
+from bad_inputs import data, finetuning, models, requests, texts
 from bad_inputs.case import Case
 
 KINDS = (
     *(requests.recipes, requests.sets, requests.flags, requests.places),
     *(models.manifests, models.descriptions, models.tensors, models.gguf, models.adapters, models.stored_adapters),
     *(texts.tokenizers, texts.templates, texts.talk),
+    finetuning.rows,
     *(data.tables, data.archives, data.prepared, data.predictions, data.links),
 )
 

@@ -37,8 +37,11 @@ class Completions(Language):
             settings: Settings of the rows. If the model has an encoder, `seq_len` is the length of the prompt.
 
         Raises:
-            RequestError: If `target_len` is set for a decoder.
+            RequestError: If a completion is empty, or if `target_len` is set for a decoder.
         """
+        for i, text in enumerate(examples.texts("completion")):
+            if not text.strip():
+                raise RequestError(f"{examples.source.where(int(examples.index[i]))}: the completion is empty")
         if model.architecture == "encoder_decoder":
             return SequencePairRows(
                 examples, tokenizer, settings.seq_len, target_len=settings.target_len, **settings.order

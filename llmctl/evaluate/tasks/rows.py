@@ -70,6 +70,19 @@ class RowMethods(TaskRecord):
         if self.classes and len(labels) < 2:
             raise RequestError(f"classification needs two classes at least, the data has {len(labels)}")
 
+    def check_training(self, examples: Examples) -> None:
+        """Check that a task can learn from training examples.
+
+        Raises:
+            RequestError: If the labels of all examples are of one class.
+        """
+        labels = examples.labels
+        if not self.classes or labels is None or labels.ndim > 1:
+            return
+        if len(present := np.unique(labels)) == 1 and len(examples.classes) > 1:
+            name = examples.classes[int(present[0])]
+            raise RequestError(f"all training texts are of the class {name!r}; classification needs two at least")
+
     def check_label_type(self, data: DataConfig) -> None:
         """Check that `data.label_type` is the type that the task needs.
 

@@ -205,6 +205,7 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
     for line in text.describe():
         console.say(f"{config.title}: {line}")
     check_classes(config.regularize, task)
+    task.check_training(text.splits["train"])
     counts = class_counts(text.splits["train"]) if config.regularize.class_weights == "balanced" else []
     learns = make_learner(config, base, labels, devices, counts)
     for line in task_head.notices(config, base, labels, learns.model):
