@@ -181,7 +181,8 @@ class Attention(nn.Module):
             text = Keys(k, v, mask_BTS, shared.bias_HTS)
             return attend_to_parts(q, [Keys(own_k, own_v, before_BTP, shared.bias_HTP), text], cfg)
         k, v = jnp.concatenate([own_k, k], axis=1), jnp.concatenate([own_v, v], axis=1)
-        bias = None if shared.bias_HTP is None else jnp.concatenate([shared.bias_HTP, shared.bias_HTS], axis=2)
+        biases = [bias for bias in (shared.bias_HTP, shared.bias_HTS) if bias is not None]
+        bias = jnp.concatenate(biases, axis=2) if biases else None
         return attend(q, k, v, jnp.concatenate([before_BTP, mask_BTS], axis=2), bias, cfg)
 
     def _heads(self, name: str, x: jax.Array, heads: int, axis: str, scale: float = 1.0) -> jax.Array:
