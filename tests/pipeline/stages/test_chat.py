@@ -1,6 +1,7 @@
 """Conversations: finetuned with a template from a file, measured, and answered by `generate --chat` up to their end."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.settings import ChatConfig
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -181,7 +183,13 @@ def test_wrong_requests_are_refused_in_one_line(line, template, said, base, tmp_
 def test_what_is_not_for_conversations_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="chat: not for task 'lm'"):
         finetune.Config(task="lm", chat=ChatConfig(template="chatml"))
-    from llmctl.evaluate.tasks.registry import TASKS
-
     with pytest.raises(RequestError, match="task 'chat' needs a decoder, this model is an encoder_decoder"):
         TASKS["chat"].check_model(ModelConfig(preset="t5-tiny"), "x")
+
+
+def test_a_tokenizer_without_an_end_token_needs_a_template_file(monkeypatch, tmp_path):
+    words = SimpleNamespace(chat_template=None, special_ids={}, special_spellings={"bos_token": "<s>"})
+    monkeypatch.setattr(loading, "load", lambda folder: words)
+    with pytest.raises(RequestError, match=r"has no end token that a template can name; name a file in chat\.template"):
+        TASKS["chat"].tokenizer_dir(tmp_path, ChatConfig(template="chatml"), tmp_path / "work")
+    assert not list(tmp_path.iterdir())
