@@ -108,7 +108,7 @@ def load(
     Args:
         path: Folder of the artifact.
         mesh: Target mesh; by default the mesh of the default `MeshConfig`.
-        bases: Folders of the bases of adapters that are not beside their adapter.
+        bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         loaded: Bases on this mesh that were loaded before, by content digest. Bases that are loaded here are added.
 
     Raises:
@@ -166,7 +166,7 @@ def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequenc
         The artifacts, in the order of `paths`.
 
     Raises:
-        RequestError: As `load`.
+        RequestError: If `load` raises it.
     """
     manifests = [read_manifest(path) for path in paths]
     shared = {m.base.content or m.base.digest for m in manifests if m.base}

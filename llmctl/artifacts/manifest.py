@@ -63,7 +63,7 @@ class Parent(BaseModel):
     name: str
     digest: str
     content: str = ""
-    """Content digest; empty if an older llmctl saved the parent."""
+    """Content digest; empty if an earlier version of llmctl saved the parent."""
 
     def is_of(self, manifest: Manifest) -> bool:
         """Return True if this is the identity of the artifact with that manifest."""
@@ -165,7 +165,8 @@ class Manifest(BaseModel):
     """Base of an adapter, which contains only a part of the arrays; None if the artifact contains all of them."""
     versions: dict[str, str] = {}
     checksums: Checksums | None = None
-    """Checksums of the fields above and of the artifact's files; None if an older llmctl saved the artifact."""
+    """Checksums of the fields above and of the artifact's files. None if an earlier version of llmctl saved the
+    artifact."""
 
     @field_validator("weights")
     @classmethod
@@ -183,7 +184,8 @@ class Manifest(BaseModel):
 
     @property
     def content(self) -> str:
-        """Return the digest over everything that can change predictions; empty for artifacts of an older llmctl."""
+        """Return the digest over everything that can change predictions. It is empty for artifacts that an earlier
+        version of llmctl saved."""
         return self.checksums.content.digest if self.checksums else ""
 
     @property

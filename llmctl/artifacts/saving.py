@@ -231,7 +231,7 @@ def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[st
 def generation_settings(manifest: Manifest | None) -> dict[str, Any]:
     """Return the settings for generating answers with which an artifact was finetuned; {} if there are none.
 
-    In artifacts of an older llmctl, they are only in the config of the finetuning stage.
+    In artifacts that an earlier version of llmctl saved, they are only in the config of the finetuning stage.
     """
     if manifest is None:
         return {}

@@ -122,7 +122,7 @@ def _check_numbers(options: dict[str, Any]) -> None:
     """Check the range of numeric options: finite, float32 range for floats, and 64 bits for integers.
 
     Raises:
-      RequestError: an option is out of range.
+      RequestError: If an option is out of range.
     """
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -200,7 +200,7 @@ def _check_request(argv: list[str]) -> None:
     """Check that all arguments are UTF-8 text, and that the current folder exists.
 
     Raises:
-      RequestError: an argument is not UTF-8, or the current folder was deleted.
+      RequestError: If an argument is not UTF-8, or the current folder was deleted.
     """
     for n, word in enumerate(argv, 1):
         check_unicode(word, f"argument {n}")

@@ -48,7 +48,7 @@ def examine(platforms: list[str], folder: Path) -> dict[str, Any]:
       folder: folder for artifacts, whose disk is checked.
 
     Raises:
-      RequestError: a required platform is missing.
+      RequestError: If a required platform is missing.
     """
     problems: list[str] = []
     used = backend.initialize(platforms, problems.append)

@@ -33,7 +33,7 @@ def run(folder: Path) -> dict[str, Any]:
       Each model has the metrics of its manifest and of every report that measured it.
 
     Raises:
-      RequestError: the folder has no artifact, or an artifact is damaged.
+      RequestError: If the folder has no artifact, or an artifact is damaged.
     """
     # Names that begin with a dot are drafts of killed processes.
     there = [p for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
@@ -50,7 +50,7 @@ def one(folder: Path) -> dict[str, Any]:
     """Return one artifact as a dictionary: the entries that `run` returns, and the other fields of its manifest.
 
     Raises:
-      RequestError: the folder is not an artifact, or it is damaged.
+      RequestError: If the folder is not an artifact, or it is damaged.
     """
     manifest = artifact.read_manifest(folder)
     beside = [r for p in sorted(folder.parent.glob(f"*/{RESULTS}")) for r in results(p.parent)]
@@ -61,7 +61,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     """Return the results that `eval` wrote into its artifact; an empty list if there are none.
 
     Raises:
-      RequestError: the file is damaged.
+      RequestError: If the file is damaged.
     """
     file = folder / RESULTS
     if not file.exists():
@@ -115,8 +115,8 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
 def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
     """Return whether a report measured the weights of this artifact.
 
-    The content digests of report and artifact are compared. If an earlier llmctl wrote the report or the artifact
-    without a content digest, the digests of the arrays are compared instead.
+    The content digests of report and artifact are compared. If an earlier version of llmctl wrote the report or the
+    artifact without a content digest, the digests of the arrays are compared instead.
     """
     if report.get("content") and manifest.content:
         return report["content"] == manifest.content
@@ -181,7 +181,7 @@ def model(spec: str) -> ModelConfig:
     A file has it in the table `[model]`, otherwise in the first stage with a `model`, otherwise at the top level.
 
     Raises:
-      RequestError: the preset or file does not exist, or a setting in it is invalid.
+      RequestError: If the preset or file does not exist, or a setting in it is invalid.
     """
     if not spec.endswith(".toml"):
         return validate(ModelConfig, {"preset": spec}, lambda _: "--config")

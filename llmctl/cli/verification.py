@@ -21,14 +21,15 @@ def run(path: Path, say: Callable[[str], None], bases: Sequence[Path] = ()) -> l
     Args:
       path: an artifact, the folder of a run, or prepared data.
       say: function that prints one line per artifact before it is read.
-      bases: folders of the bases of adapters that are not beside their adapter.
+      bases: folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
 
     Returns:
       One record per artifact or prepared data: {"path", "kind", "state", "digest", "content", "differences", "notes"}.
-      The state is "intact", "damaged", or "unchecked in part" if an earlier llmctl saved it.
+      The state is "intact", "damaged" or "unchecked in part". It is "unchecked in part" if an earlier version of llmctl
+      saved the artifact.
 
     Raises:
-      RequestError: the path is none of these.
+      RequestError: If the path is none of these.
     """
     from llmctl.data.pretraining.prepared import DESCRIPTION
 

@@ -136,7 +136,7 @@ def walk(
       The (changed) parameters and a report per layer.
 
     Raises:
-      RequestError: the batches contain only padding.
+      RequestError: If the batches contain only padding.
     """
     if not any(bool((batch["segments"] > 0).any()) for batch in batches):
         raise RequestError("calibration has no tokens: the data yields no example")

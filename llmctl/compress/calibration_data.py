@@ -36,8 +36,8 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
       labels: whether batches contain labels or targets, as in training. Otherwise they contain only the model's inputs.
 
     Raises:
-      RequestError: the sequence length is unknown or too long, the split has no texts, or `labels` is true and the data
-        has no labels.
+      RequestError: If the sequence length is unknown or too long, the split has no texts, or `labels` is true and the
+        data has no labels.
     """
     talks = of(base.manifest).reads_conversations and (labels or mapping.holds_conversations(config.data))
     chosen = splits.examples(config.data, config.split, labels, talks).sample(config.examples)
@@ -74,7 +74,7 @@ def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
     """Return the number of tokens per sequence: the configured one, or the training length.
 
     Raises:
-      RequestError: the sequence length is unknown or too long.
+      RequestError: If the sequence length is unknown or too long.
     """
     seq_len = config.seq_len or base.manifest.seq_len
     if not seq_len:

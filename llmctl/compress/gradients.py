@@ -51,7 +51,7 @@ def accumulate(
       dtype: dtype of the computation.
 
     Raises:
-      RequestError: no batch has a label or target.
+      RequestError: If no batch has a label or target.
     """
     step = adder(task, cfg, sums, dtype)
     inner = {m.path: m.node.dense() for m in weights.matrices(params, "block")}

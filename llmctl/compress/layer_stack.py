@@ -41,8 +41,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: the layer has other parameters than the stack, or the types of other weights changed than in the
-              first replaced layer.
+          ValueError: If the layer has other parameters than the stack, or the types of other weights changed than in
+              the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
@@ -66,7 +66,7 @@ class LayerStack:
         """Return the stack in which all layers are replaced.
 
         Raises:
-          ValueError: some layers changed the types of weights, but other layers were not replaced.
+          ValueError: If some layers changed the types of weights, but other layers were not replaced.
         """
         if self._made and len(self._done) < self._depth:
             raise ValueError(f"{len(self._done)} of {self._depth} layers changed the type of {sorted(self._made)}")

@@ -24,7 +24,7 @@ def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = Fa
       requantizes: whether the stage quantizes the result. Only then may pairs be merged into quantized matrices.
 
     Raises:
-      RequestError: merging would turn integers into floats, or fill pruned zeros.
+      RequestError: If merging would turn integers into floats, or fill pruned zeros.
     """
     pairs = {path: weights.as_node(w) for path, w in weights.adapted(base.params).items()}
     if not pairs:

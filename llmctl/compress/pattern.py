@@ -40,7 +40,7 @@ class Pattern:
         An N:M pattern implies its sparsity, so the argument `sparsity` is not used.
 
         Raises:
-          RequestError: the text is neither of the two, or the sparsity is out of range.
+          RequestError: If the text is neither of the two, or the sparsity is out of range.
         """
         if text == "unstructured":
             if not 0 < sparsity < 1:

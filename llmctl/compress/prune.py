@@ -48,7 +48,7 @@ def mask(
         all prune the same number, the first ones prune one more.
 
     Raises:
-      RequestError: the M of an N:M pattern does not divide the inputs.
+      RequestError: If the M of an N:M pattern does not divide the inputs.
     """
     inputs, outputs = score_IO.shape
     if pattern.of:
@@ -230,8 +230,8 @@ def check(params: dict[str, Any], method: SparseMethod) -> None:
     """Check that a method fits the matrices of the blocks.
 
     Raises:
-      RequestError: an N:M pattern does not divide the inputs of a matrix, the sparsity would prune no weight at all, or
-        the method gives other values to kept weights and a matrix is quantized.
+      RequestError: If an N:M pattern does not divide the inputs of a matrix, the sparsity would prune no weight at all,
+        or the method gives other values to kept weights and a matrix is quantized.
     """
     largest, pattern, per = 1, method.pattern, method.per
     for m in weights.matrices(params, "block"):

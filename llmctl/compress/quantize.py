@@ -42,7 +42,7 @@ def quantize(
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
 
     Raises:
-      RequestError: a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
+      RequestError: If a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
     """
     flat, group = flatten(params), inputs_per_scale(scheme, group)
     chosen = dict(targets(flat, embeddings=embeddings, head=head))
@@ -69,7 +69,7 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
     """Check that the weight at `path` can be quantized with one scale per `group` inputs.
 
     Raises:
-      RequestError: the group does not divide the weight's inputs, or the weight is already quantized or low-rank.
+      RequestError: If the group does not divide the weight's inputs, or the weight is already quantized or low-rank.
     """
     node = weights.as_node(w)
     if node.has_adapter:

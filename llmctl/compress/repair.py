@@ -62,9 +62,10 @@ def repair(original_IO: jax.Array, pruned_IO: jax.Array, gram_II: jax.Array, *, 
 
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""Weights, residuals and directions [I, O], and the squared size of the residuals [O]."""
+"""Weights, residuals and search directions [I, O], and the squared norm of the preconditioned residuals [O]."""
 
 
 def _ratio(numerator_O: jax.Array, denominator_O: jax.Array) -> jax.Array:
-    """Return the quotients; 0 for outputs that have converged."""
+    """Return numerator / denominator of each output. If the denominator is 0, return 0, so that this output does not
+    change any more."""
     return jnp.where(denominator_O > 0, numerator_O / jnp.where(denominator_O > 0, denominator_O, 1.0), 0.0)

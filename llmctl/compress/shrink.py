@@ -45,8 +45,8 @@ def target(
       multiple: divisor of the number of kept neurons.
 
     Raises:
-      RequestError: a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing is
-          an error even if the other numbers remove something.
+      RequestError: If a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing
+          is an error even if the other numbers remove something.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def _keep(field: str, request: float, units: float, unit: int) -> int:
     """Return how many of `units` units to keep. A unit is `unit` heads, neurons or layers.
 
     Raises:
-      RequestError: the requested count is not a multiple of `unit`, or is too large.
+      RequestError: If the requested count is not a multiple of `unit`, or is too large.
     """
     if request < 1:
         return max(1, round(units * (1 - request)))
@@ -98,7 +98,7 @@ def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig
     """Check, before any computation, that `cut` can reduce the parameters to `target`.
 
     Raises:
-      RequestError: for the same reasons as `cut`.
+      RequestError: If `cut` would raise it.
     """
     kept: Kept = {}
     for stack in (name for name in ("encoder", "decoder") if name in params):
@@ -131,7 +131,7 @@ def cut(
     Biases and the relative position bias are reduced too.
 
     Raises:
-      RequestError: a weight is quantized in groups along a reduced axis, or has a low-rank update.
+      RequestError: If a weight is quantized in groups along a reduced axis, or has a low-rank update.
     """
     flat = flatten(params)
     for stack, choices in kept.items():

@@ -45,8 +45,8 @@ def prune_weights(
       progress: function that is called with the report of each layer of each walk.
 
     Raises:
-      RequestError: the method does not fit the matrices, the model already has this sparsity, or the calibration data
-        cannot be read.
+      RequestError: If the method does not fit the matrices, the model already has this sparsity, or the calibration
+        data cannot be read.
     """
     pattern = method.pattern
     prune.check(params, method)

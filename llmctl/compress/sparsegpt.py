@@ -104,7 +104,7 @@ def prune(
     """Return the matrix with `count` zeros (or the zeros of an N:M pattern), and changed values of the kept weights.
 
     Weights that are zero stay zero and count towards the sparsity. In an unstructured pattern, every block prunes the
-    same fraction of its other weights.
+    same fraction of its nonzero weights.
 
     Args:
       w_IO: the matrix.
@@ -181,9 +181,10 @@ def fallback(attempts: int, damping: float) -> str:
 
 
 def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array | int) -> jax.Array:
-    """Return the number of zeros of every block. The sum is `count`, unless the matrix already has more zeros.
+    """Return the number of zeros per block. The sum is `count`, or the number of existing zeros if that is larger.
 
-    Existing zeros stay. The other zeros are distributed in proportion to the blocks' other weights.
+    Existing zeros stay. Further zeros are distributed over the blocks in proportion to each block's number of nonzero
+    weights.
     """
     zeros = zero_IO.reshape(blocks, -1).sum(axis=1)
     others = real_I.reshape(blocks, -1).sum(axis=1) * zero_IO.shape[1] - zeros

@@ -65,7 +65,7 @@ def run(
             their scales.
         kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
         shard_bytes: Maximum size of a weight file in bytes.
-        bases: Folders of the bases of adapters that are not beside their adapter.
+        bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         merge: Whether to merge adapters into the matrices of an artifact. Other formats than "peft" and "artifact"
             always merge them.
         say: Function that is called with one line of text per message to the user.

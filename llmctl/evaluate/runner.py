@@ -44,7 +44,7 @@ def results(
         work: Folder for tokenized examples.
         say: Function that is called with one line of text per result.
         keep: Function that is called with the record of every example (`Measured.written`).
-        bases: Folders of the bases of adapters that are not beside their adapter.
+        bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
 
     Returns:
         One result per artifact and task (see `llmctl.evaluate.report`).

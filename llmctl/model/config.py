@@ -214,7 +214,8 @@ class ModelConfig(Config):
 
     @property
     def head_width(self) -> int:
-        """Return the number of logits per output of the task head; 0 if there is no task head or no projection."""
+        """Return the output width of the task head's projection, such as the number of classes. Return 0 if the model
+        has no task head, or if the task head has no projection."""
         return 0 if self.head_kind.bare or not self.task_head else self.head_kind.width or self.labels
 
 

@@ -95,7 +95,7 @@ def soft_class_sums(
     hard: float,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return the distillation loss of classes: the weighted sum of (1 - hard) * KL divergence + hard * cross-entropy.
+    """Return a classifier's distillation loss: the weighted sum of (1 - hard) * KL divergence + hard * cross-entropy.
 
     `chunked_loss.divergence` defines the KL divergence between teacher and student.
 
@@ -106,10 +106,11 @@ def soft_class_sums(
         weight_B: Weights of the examples.
         temperature: Temperature of the KL divergence.
         hard: Weight of the cross-entropy.
-        among: As in `class_sums`.
+        among: Whether each class is possible, as 0 or 1, broadcast to the logits; None means that all are.
 
     Returns:
-        The loss, and the sums of `class_sums` and "kl".
+        (loss, sums over the examples). The sums are "loss", "accuracy" and "weight", with the meaning that `class_sums`
+        defines, and "kl", the KL divergence.
     """
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
     kl = jnp.sum(chunked_loss.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
@@ -119,7 +120,7 @@ def soft_class_sums(
 def soft_number_sums(
     teacher_B: jax.Array, y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array, hard: float
 ) -> tuple[jax.Array, Sums]:
-    """Return the distillation loss of numbers: (1 - hard) * error to the teacher + hard * error to the labels.
+    """Return the distillation loss of a regression: (1 - hard) * error to the teacher + hard * error to the labels.
 
     Errors are weighted sums of squared differences.
 

@@ -93,18 +93,18 @@ class Program:
     trace: Callable[[], Any] = field(repr=False)
     """Function that traces the jitted function with abstract arguments; its result can be lowered for any platform."""
     flops: float = 0.0
-    """FLOPs of the model per run, over all devices, as counted by `llmctl.model.flops`."""
+    """FLOPs of the model per call of the program, over all devices, as counted by `llmctl.model.flops`."""
     tokens: int = 0
-    """Number of tokens that a run processes, over all devices."""
+    """Number of tokens that each call of the program processes, over all devices."""
     rows: int = 0
-    """Number of sequences per run."""
+    """Number of sequences per call of the program."""
     seq_len: int = 0
     dtype: str = "float32"
     """Dtype of the computation."""
     remat: str = "none"
     accumulate: int = 1
     steps: int = 0
-    """Number of runs in the stage; 0 if unknown."""
+    """Number of calls of the program in the stage; 0 if unknown."""
     parameters: Tree = ()
     """Weights in memory while the program runs."""
     optimizer: Tree = ()

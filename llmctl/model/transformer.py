@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         return self.encoder if self.config.architecture == "encoder" else self.decoder
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
-        """Return the embeddings, and the inputs that all layers share, for the stack that reads `tokens`.
+        """Return the embeddings of `batch["tokens"]`, and the inputs that all layers of the last stack share.
 
         If there is a key-value cache, `batch` contains `cached_segments` [B, S] and the slot of the first token,
         `slot`.
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
         return x, shared._replace(memory_mask_BTS=visible(batch["segments"], batch["encoder_segments"]))
 
     def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
-        """Return the embeddings, and the inputs that all layers share, for the encoder in an encoder-decoder."""
+        """Return the embeddings of `batch["encoder_tokens"]`, and the inputs that all layers of the encoder share."""
         offset_BSD = batch.get("encoder_embedding_offset")
         x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, offset_BSD, self.train)
         order_BS = batch.get("encoder_order")

@@ -164,7 +164,7 @@ def matrices(cfg: ModelConfig) -> list[str]:
 
 
 def units(cfg: ModelConfig, stack: str) -> list[Units]:
-    """Return the heads and neurons of a layer of `stack`, which structured pruning can remove."""
+    """Return the units that structured pruning can remove from each layer of `stack`: heads and neurons."""
     found: list[Units] = []
     for part in ("attn", "cross") if has_cross_attention(cfg, stack) else ("attn",):
         tables = ("relative_bias/table",) if part == "attn" and cfg.positions == "relative" else ()

@@ -33,7 +33,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
       missing: whether missing data is accepted, because `plan` and `doctor` need no data.
 
     Raises:
-      RequestError: the data lacks a column that a stage needs, or a label is not among the classes.
+      RequestError: If the data lacks a column that a stage needs, or a label is not among the classes.
     """
     wanted, seen = set(names), set()
     for step in recipe.steps:

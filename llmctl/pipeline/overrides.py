@@ -25,7 +25,7 @@ def assign_to(doc: dict[str, Any], text: str) -> None:
     setting in stages whose tables override it.
 
     Raises:
-      RequestError: the assignment is malformed, or no stage has this index or name.
+      RequestError: If the assignment is malformed, or no stage has this index or name.
     """
     path, value = _assignment(text)
     given = doc.get("stage", [])
@@ -56,7 +56,7 @@ def assign_in(values: dict[str, Any], text: str, cls: type[Config]) -> None:
     """Apply an assignment to the settings of one stage, in place.
 
     Raises:
-      RequestError: the assignment is malformed.
+      RequestError: If the assignment is malformed.
     """
     path, value = _assignment(text)
     _replace(values, path, value, cls)

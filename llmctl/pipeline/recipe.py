@@ -72,7 +72,7 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
         or `data.path=x.csv` (shared). Values are TOML; a value that is not valid TOML is a string.
 
     Raises:
-      RequestError: the file is missing, or a setting is invalid.
+      RequestError: If the file is missing, or a setting is invalid.
     """
     doc = read_toml(path)
     for text in sets:
@@ -113,7 +113,7 @@ def single(
       sets: assignments inside the stage, such as `train.steps=10`.
 
     Raises:
-      RequestError: the recipe or a setting is invalid.
+      RequestError: If the recipe or a setting is invalid.
     """
     cls = stage.load(kind).Config
     values: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
     """Return the `[[stage]]` tables and their names.
 
     Raises:
-      RequestError: a kind is unknown, or a name is invalid or not unique.
+      RequestError: If a kind is unknown, or a name is invalid or not unique.
     """
     tables = doc.get("stage")
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
@@ -173,7 +173,7 @@ def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) ->
     """Return, for each stage, the shared settings that its config class defines.
 
     Raises:
-      RequestError: no stage defines a shared setting.
+      RequestError: If no stage defines a shared setting.
     """
     shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
     used: set[str] = set()
@@ -186,7 +186,7 @@ def _check_name(name: Any, where: str) -> None:
     """Check that a name is valid as the name of a folder.
 
     Raises:
-      RequestError: the name is not valid.
+      RequestError: If the name is not valid.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"{where}: must be letters, digits, '.', '-', '_', got {name!r}")
@@ -215,7 +215,7 @@ def _check_all_used(
     """Check that each shared setting is used by at least one stage.
 
     Raises:
-      RequestError: no stage uses a shared setting.
+      RequestError: If no stage uses a shared setting.
     """
     for path in overrides.paths(shared):
         if path in used:
@@ -261,7 +261,7 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
       beside: folder in which artifacts may also be named without their path; None for no such folder.
 
     Raises:
-      RequestError: an artifact is missing, or the stage would replace an artifact that it reads.
+      RequestError: If an artifact is missing, or the stage would replace an artifact that it reads.
     """
     models = [s.name for s in before if s.config.produces]
     if config.parent:

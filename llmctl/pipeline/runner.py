@@ -62,8 +62,8 @@ def run(
       The names of the stages that ran.
 
     Raises:
-      RequestError: a name in `only` is unknown, an input is missing, or another process uses the same folder.
-      WorkError, Interrupted: as raised by a stage.
+      RequestError: If a name in `only` is unknown, an input is missing, or another process uses the same folder.
+      WorkError, Interrupted: If a stage raises it.
     """
     names = [s.name for s in recipe.steps]
     for name in only:
@@ -115,7 +115,7 @@ def plan(recipe: Recipe) -> list[StageStatus]:
     The keys are computed from the recipe and the files on disk.
 
     Raises:
-      RequestError: an input file or a parent's folder is missing or damaged.
+      RequestError: If an input file or a parent's folder is missing or damaged.
     """
     keys: dict[str, str] = {}
     statuses: list[StageStatus] = []
@@ -145,7 +145,7 @@ def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence
       others: [name, key] of each other artifact that the stage reads.
 
     Raises:
-      RequestError: an input file is missing.
+      RequestError: If an input file is missing.
     """
     settings = {k: v for k, v in keyed(config).items() if k not in config.artifact_fields}
     files = [_content(str(path)) for path in inputs(config)]
@@ -184,7 +184,7 @@ def _check_batch_memory(step: Step) -> None:
     """Check that one batch fits in the memory of all processes, with 4 bytes per token, target and weight.
 
     Raises:
-      RequestError: the batch does not fit.
+      RequestError: If the batch does not fit.
     """
     for section in sections(step.config):
         rows, length = getattr(section, "batch_size", 0), getattr(section, "seq_len", 0) or 1
@@ -239,7 +239,7 @@ def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: 
     """Check that the inputs of the stages to run are up to date, if the user chose them (`only`).
 
     Raises:
-      RequestError: an input is not up to date, and its stage is not among the stages to run.
+      RequestError: If an input is not up to date, and its stage is not among the stages to run.
     """
     by_name = {t.step.name: t for t in statuses}
     selected = {t.step.name for t in chosen}

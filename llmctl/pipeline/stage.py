@@ -93,7 +93,7 @@ def required(config: StageConfig, parent: T | None) -> T:
     """Return the parent of a stage that requires one.
 
     Raises:
-      RequestError: the stage has no parent.
+      RequestError: If the stage has no parent.
     """
     if parent is None:
         raise RequestError(f"{config.kind}: nothing to start from; name an artifact with `from` (--from)")

@@ -56,7 +56,8 @@ def is_done(step: Step, key: str) -> bool:
 def remark(step: Step) -> str:
     """Return a remark in parentheses on an artifact that is up to date; empty without a remark.
 
-    A remark is made if metrics or lineage differ from their checksums, or if an earlier llmctl wrote the artifact.
+    A remark is made if metrics or lineage differ from their checksums, or if an earlier version of llmctl wrote the
+    artifact.
     """
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:

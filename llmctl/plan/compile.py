@@ -54,7 +54,7 @@ def compiled(program: Program) -> Compiled:
     If the program exceeds the device memory, no error is raised, and the result contains the bytes that it needs.
 
     Raises:
-      WorkError: the compiler fails for another reason.
+      WorkError: If the compiler fails for another reason.
     """
     began = time.monotonic()
     try:

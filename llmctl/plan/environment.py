@@ -25,7 +25,7 @@ def prepare(topology: Topology) -> None:
     """Set the environment for the import of JAX, with the topology's number of CPU devices.
 
     Raises:
-      RequestError: the compiler for the topology is not installed.
+      RequestError: If the compiler for the topology is not installed.
     """
     if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise RequestError(

@@ -23,7 +23,7 @@ def lower(program: Program, platform: str) -> None:
     """Lower the program for `platform`, without devices of that platform.
 
     Raises:
-      WorkError: the program uses a feature that the platform lacks.
+      WorkError: If the program uses a feature that the platform lacks.
     """
     try:
         program.trace().lower(lowering_platforms=(platform,))

@@ -52,7 +52,7 @@ def plans(
       say: function that prints progress lines.
 
     Raises:
-      RequestError: a stage does not exist, or a mesh or a batch does not divide evenly.
+      RequestError: If a stage does not exist, or a mesh or a batch does not divide evenly.
     """
     built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say)
     out: list[Found] = []
@@ -81,7 +81,7 @@ def programs_of(
       platform: the platform to plan for, if it is not the platform of `devices`.
 
     Raises:
-      RequestError: as `plans`.
+      RequestError: If `plans` raises it.
     """
     names = [step.name for step in recipe.steps]
     for name in chosen:
@@ -128,7 +128,7 @@ def _request(text: str) -> Request:
     """Parse ROWSxPROMPTxNEW, and return the generation request.
 
     Raises:
-      RequestError: the text has another form.
+      RequestError: If the text has another form.
     """
     found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
     if not found:

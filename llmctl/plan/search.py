@@ -30,7 +30,7 @@ def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[C
     """Return the Pareto front of step time and memory of a training stage on `topology`, from compiled programs.
 
     Raises:
-      RequestError: the training stage does not exist, or no layout fits.
+      RequestError: If the training stage does not exist, or no layout fits.
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, topology)
@@ -46,7 +46,7 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
     """Return the first topology in `slices` on which a training stage fits, and its layout there.
 
     Raises:
-      RequestError: the training stage does not exist, or it fits on no slice.
+      RequestError: If the training stage does not exist, or it fits on no slice.
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, slices[0])
@@ -63,7 +63,7 @@ def training_step(recipe: Recipe, stage: str) -> Step:
     """Return the named training stage, or the first training stage if no name is given.
 
     Raises:
-      RequestError: the training stage does not exist.
+      RequestError: If the training stage does not exist.
     """
     found = {step.name: step for step in recipe.steps if hasattr(step.config, "optim")}
     if not found or (stage and stage not in found):

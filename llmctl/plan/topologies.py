@@ -100,7 +100,7 @@ def find(name: str) -> Topology:
     """Return the topology with this name: CHIP:SHAPE, SLICES*CHIP:SHAPE, or CHIP:NUMBER for GPUs and CPU devices.
 
     Raises:
-      RequestError: the name is unknown.
+      RequestError: If the name is unknown.
     """
     parts = re.fullmatch(r"(?:(\d+)\*)?([\w-]+):([\dx]+)", name.strip().lower())
     slices, chip, shape = int(parts[1] or 1) if parts else 1, parts[2] if parts else "", parts[3] if parts else ""
@@ -138,7 +138,7 @@ def smallest_first(chip: str) -> list[Topology]:
     """Return the topologies of a chip, smallest first: all single slices of a TPU, or 1 to 256 GPUs.
 
     Raises:
-      RequestError: the chip is unknown.
+      RequestError: If the chip is unknown.
     """
     if chip in SHAPES:
         return sorted((find(f"{chip}:{shape}") for shape in SHAPES[chip]), key=lambda t: t.chips)
@@ -151,7 +151,7 @@ def with_chips(chip: str, number: int) -> Topology:
     """Return the topology with exactly `number` chips.
 
     Raises:
-      RequestError: no slice has this number of chips; the message lists the existing numbers.
+      RequestError: If no slice has this number of chips; the message lists the existing numbers.
     """
     found = smallest_first(chip)
     if chip in GPUS:  # any number of complete nodes

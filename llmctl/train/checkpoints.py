@@ -160,7 +160,7 @@ class Checkpoints:
         """Restore and return the best parameters, which were saved at `step`, sharded as `abstract`.
 
         Raises:
-          WorkError: the parameters cannot be read.
+          WorkError: If the parameters cannot be read.
         """
         self._best.wait_until_finished()
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())

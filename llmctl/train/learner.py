@@ -113,7 +113,7 @@ def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
     no log lines.
 
     Raises:
-      RequestError: the data settings also limit the epochs, or the sources have fewer rows than the steps read.
+      RequestError: If the data settings also limit the epochs, or the sources have fewer rows than the steps read.
     """
     settings = with_steps(config.train, len(rows))
     if not config.train.epochs:
@@ -151,7 +151,7 @@ def run(
       (parameters, metrics by name, the Validation that computed the metrics).
 
     Raises:
-      Interrupted, WorkError: as `llmctl.train.loop.fit`.
+      Interrupted, WorkError: If `llmctl.train.loop.fit` raises it.
     """
     settings, about = with_length(config, rows)
     note = learner.task.validation_note(learner.model, unseen)

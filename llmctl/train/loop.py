@@ -74,8 +74,8 @@ def fit(
       (parameters, metrics by name). The parameters are the averaged ones if `optim.ema` is set.
 
     Raises:
-      Interrupted: SIGTERM or Ctrl-C arrived. A checkpoint was written, and the same command continues the run.
-      WorkError: the run diverges or the disk is full. The same command continues from the last checkpoint.
+      Interrupted: If SIGTERM or Ctrl-C arrived. A checkpoint was written, and the same command continues the run.
+      WorkError: If the run diverges or the disk is full. The same command continues from the last checkpoint.
     """
     _check_batch(train, mesh)
     is_minimized(train.best_by or job.metric)
@@ -264,7 +264,7 @@ class _Loop:
         """Validate the parameters, save them if they are the best so far, and return the updated `meta`.
 
         Raises:
-          RequestError: the validation does not compute the metric that selects the best parameters.
+          RequestError: If the validation does not compute the metric that selects the best parameters.
         """
         named = _evaluated(state)
         found = self.job.validate(joined(self.job, named | self.fixed))
@@ -292,7 +292,7 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
     """Check, before any computation, that the settings fit the model and the mesh.
 
     Raises:
-      RequestError: the sequence length, the batch size or the mesh does not fit.
+      RequestError: If the sequence length, the batch size or the mesh does not fit.
     """
     if train.seq_len > model.max_seq_len:
         raise RequestError(
@@ -307,7 +307,7 @@ def is_minimized(metric: str) -> bool:
     """Return whether the lowest value of a metric is the best.
 
     Raises:
-      RequestError: the metric is unknown, or has no direction of improvement.
+      RequestError: If the metric is unknown, or has no direction of improvement.
     """
     try:
         record = METRICS[METRICS.check(metric)]

@@ -79,7 +79,7 @@ def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
     SIGTERM and the first Ctrl-C request a checkpoint and a stop. A second Ctrl-C exits immediately.
 
     Raises:
-      Interrupted: at the end of the context, if a signal arrived after the last check.
+      Interrupted: If a signal arrived after the last check. It is raised at the end of the context.
     """
     stop = Stop(mesh)
 

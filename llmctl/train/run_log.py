@@ -75,7 +75,7 @@ class Reporter:
       clock: function that returns the time in seconds.
 
     Raises:
-      RequestError: W&B is requested and not installed.
+      RequestError: If W&B is requested and not installed.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class Validation:
         """Return the metrics of the parameters, by name, on at most the first `batches` batches of the rows.
 
         Raises:
-          preemption.StopRequested: a process of the run received a signal to stop.
+          preemption.StopRequested: If a process of the run received a signal to stop.
         """
         total: Any = None
         with meshes.use(self.mesh), self.batches.once(self.rows, self.limit) as steps:

@@ -10,7 +10,7 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact to export.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the exported files.")],
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not next to the adapter.")
     ] = None,
     to: Annotated[
         str,

@@ -24,7 +24,7 @@ def generate(
         ),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not next to the adapter.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue (repeatable).")] = None,
     file: Annotated[
@@ -133,7 +133,7 @@ def _stdin() -> Iterator[str]:
     """Yield the lines of standard input that are not blank. A byte order mark is skipped.
 
     Raises:
-      RequestError: a line is not UTF-8 text.
+      RequestError: If a line is not UTF-8 text.
     """
     lines = enumerate(sys.stdin, 1)
     number = 1
@@ -158,7 +158,7 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
     """Return the prompts of the flags and of the file; None if neither is given, so that standard input is read.
 
     Raises:
-      RequestError: the file cannot be read, or it has no prompt.
+      RequestError: If the file cannot be read, or it has no prompt.
     """
     if file is None:
         return prompts or None
@@ -182,7 +182,7 @@ def _prompt_of_line(file: Path, number: int, line: str) -> str:
     """Return the prompt in a line of JSON. The line is a string, or an object with the key "prompt".
 
     Raises:
-      RequestError: the line is not JSON, or it has no prompt.
+      RequestError: If the line is not JSON, or it has no prompt.
     """
     try:
         value = parse_json(line)

@@ -21,7 +21,7 @@ def predict(
         typer.Argument(metavar="ARTIFACT...", help="Artifacts; the answers of several are averaged."),
     ],
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not next to the adapter.")
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Rows to predict (.jsonl, .csv, .tsv, .txt); standard input by default.")

@@ -85,7 +85,7 @@ def _write_splits(recipe_file: Path | None, folder: Path, sets: list[str], name:
     """Write the data splits of one stage as JSON lines. If `name` is empty, this is the first stage with data.
 
     Raises:
-      RequestError: the stage has no data.
+      RequestError: If the stage has no data.
     """
     from rich.table import Table
 

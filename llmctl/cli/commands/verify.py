@@ -11,7 +11,7 @@ def verify(
         list[Path], typer.Argument(metavar="PATH…", help="Artifact, folder of a run, or folder of prepared data.")
     ],
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not beside the adapter.")
+        Path | None, typer.Option(metavar="DIR", help="Base of an adapter, if it is not next to the adapter.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -88,7 +88,8 @@ class ConversationRows(ExampleRows):
 
     @property
     def log_lines(self) -> list[str]:
-        """Return log lines with the numbers of conversations that were cut or dropped, and of answers without loss."""
+        """Return log lines with two kinds of counts: conversations that were truncated or dropped, and assistant
+        messages that do not count in the loss."""
         reasons = {
             "lose their first exchanges": self.shortened,
             "lose the end of the last answer": self.cut,

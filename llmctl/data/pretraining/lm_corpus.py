@@ -56,12 +56,12 @@ class Text:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the label values by class index; empty for prepared text."""
+        """Return the label values by class index; empty for prepared data."""
         return () if self._prepared else self.splits.classes
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the columns of the text; prepared text has only `text`."""
+        """Return the names of the text columns. Data from `llmctl prepare` has only the column `text`."""
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     def describe(self) -> list[str]:
@@ -152,7 +152,8 @@ class Text:
             packing: Method of packing documents into rows.
             shuffle: If true, rows are shuffled and mixed by the weights of the sources. If false, every document is
                 read once, in order.
-            needed: Number of rows that training will read. The sources' epochs must have so many rows.
+            needed: Number of rows that training will read. If the epochs of the sources are limited, they must have at
+            least this number of rows.
             objective: Training objective; causal language modeling by default.
 
         Raises:

@@ -56,7 +56,7 @@ class Part(BaseModel):
     lengths: str
     """Name of the file with the number of tokens of each document."""
     lengths_sha256: str = ""
-    """Checksum of the file `lengths`; empty if an older llmctl prepared the data."""
+    """Checksum of the file `lengths`; empty if an earlier version of llmctl prepared the data."""
     shards: list[Shard]
 
 
@@ -74,9 +74,9 @@ class Prepared(BaseModel):
     """Data config with which the data was prepared, as JSON data."""
     splits: dict[str, list[Part]]
     words: dict[str, str] | None = None
-    """Checksums of the tokenizer's files; None if an older llmctl prepared the data."""
+    """Checksums of the tokenizer's files; None if an earlier version of llmctl prepared the data."""
     digest: str = ""
-    """SHA-256 of all fields above; empty if an older llmctl prepared the data."""
+    """SHA-256 of all fields above; empty if an earlier version of llmctl prepared the data."""
 
     def documents(self, split: str) -> int:
         """Return the number of documents of a split."""

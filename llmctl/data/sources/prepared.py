@@ -14,7 +14,7 @@ def refuse(cfg: SourceConfig) -> Source:
     """Raise an error, because prepared data has no rows of text.
 
     Raises:
-        RequestError: Always.
+        RequestError: If this function is called.
     """
     raise RequestError(f"{cfg.path}: prepared data holds tokens, and this needs the text; name the raw source")
 

@@ -22,12 +22,12 @@ class PreferenceConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"
-    """Loss on log-likelihoods of chosen and rejected completions. dpo and ipo compare them with those of the model
-    without its adapters, so they need a method with adapters, such as lora. simpo compares means per token, without
-    another model."""
+    """Loss on log-likelihoods of chosen and rejected completions. dpo, ipo: compare them with the log-likelihoods of
+    the model without its adapters. They therefore need a method with adapters, such as lora. simpo: compare means per
+    token, without another model."""
     beta: float = Field(default=0.0, ge=0)
-    """Scale of the log-likelihoods in the loss. For dpo and ipo, a larger value keeps the model closer to its start. 0
-    uses 0.1 for dpo and ipo, and 2 for simpo."""
+    """Scale of the log-likelihoods in the loss. For dpo and ipo, a larger value keeps the model closer to its initial
+    parameters. 0 uses 0.1 for dpo and ipo, and 2 for simpo."""
     gap: float = Field(default=1.0, ge=0)
     """Target difference between the scaled mean log-likelihoods of chosen and rejected completions, for simpo."""
 
@@ -75,7 +75,7 @@ class ChatConfig(Config):
 
 
 class GenerationConfig(Config):
-    """Configure the answers that validation and evaluation generate (task seq2seq)."""
+    """Configure the answers that validation and evaluation generate, for task seq2seq."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 

@@ -91,7 +91,7 @@ class Adapter(Node):
         """Raise an error, because elements that are pruned in the base would not be zero in the weight.
 
         Raises:
-            RequestError: Always. Adapters must be merged before pruning.
+            RequestError: If this function is called, because adapters must be merged before pruning.
         """
         raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
 
@@ -99,7 +99,7 @@ class Adapter(Node):
         """Raise an error, because channels of an adapter cannot be selected.
 
         Raises:
-            RequestError: Always. Adapters must be merged before pruning.
+            RequestError: If this function is called, because adapters must be merged before pruning.
         """
         raise RequestError("has a low-rank update; merge it into its base before pruning")
 

@@ -23,14 +23,15 @@ class Matrix:
     """Describe one matrix of a model. A stacked matrix includes all layers of its stack."""
 
     path: str
-    """Path of the weight, such as `decoder/blocks/attn/q/kernel`. For a matrix of a single layer, the path is relative
-    to the layer."""
+    """Path of the weight, such as `decoder/blocks/attn/q/kernel`. For the matrices that `layer_matrices` yields, the
+    path is relative to the layer."""
     weight: Any
     """The weight, a plain array or a node, of shape [..., I, O]; a token table has the shape [V, D]."""
     place: Place
     """Location: `block`, `head` or `embedding`. A tied table counts as an embedding."""
     stack: str
-    """Name of the stack, `encoder` or `decoder`. Empty outside stacks, and for a matrix of a single layer."""
+    """Name of the stack, `encoder` or `decoder`. Empty if the matrix belongs to no stack, and for the matrices that
+    `layer_matrices` yields."""
     module: str
     """Path of the module within the layer, such as `attn/q`. Calibration uses it as the name of the matrix's inputs."""
 

@@ -48,7 +48,7 @@ class Config(StageConfig):
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The KL divergence from the teacher has the remaining weight."""
     truncate: Truncate = "tail"
-    """Truncation of long texts: cut the tail, or keep both ends (head_tail)."""
+    """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate of the student."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)
@@ -160,7 +160,7 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
       mesh: the devices.
 
     Raises:
-      RequestError: the student does not fit the teacher, or the settings do not fit the models or the mesh.
+      RequestError: If the student does not fit the teacher, or the settings do not fit the models or the mesh.
     """
     import jax.numpy as jnp
 
@@ -200,7 +200,7 @@ def _student_model(config: Config, teacher: Artifact, student: Artifact | None) 
     """Return the student's config. The student must have the teacher's tokenizer and outputs.
 
     Raises:
-      RequestError: the student does not fit the teacher.
+      RequestError: If the student does not fit the teacher.
     """
     like = teacher.model
     if student is None:

@@ -92,7 +92,7 @@ def _can_draw() -> None:
     """Check, before the evaluation, that matplotlib is installed.
 
     Raises:
-      RequestError: matplotlib is not installed.
+      RequestError: If matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("eval: the picture needs matplotlib: pip install 'llmctl[demo]', or say plot = false")

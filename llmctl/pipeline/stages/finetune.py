@@ -91,8 +91,9 @@ class Config(StageConfig):
     merge: bool = True
     """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
     store: Literal["model", "adapter"] = "model"
-    """Arrays of the artifact. model: all of them. adapter: those that were trained. An adapter needs its base, the
-    artifact that the training started from, which later commands find beside it or by --base. Nothing is merged."""
+    """Content of the artifact. model: all parameters. adapter: only the trained parameters, with adapters that are not
+    merged. Later commands then also need the base, the artifact from which training started. They search the folders
+    next to the adapter, or read the folder given by --base."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of first layers to freeze, together with the embeddings."""
     trained: TrainedConfig = TrainedConfig()
@@ -101,10 +102,10 @@ class Config(StageConfig):
     """Vector of a text to classify or embed: last token, mean, or first token. Default: the model's; the mean for
     embeddings and for encoder-decoders. After a short pretraining the mean is often better than the first token."""
     truncate: Truncate = "tail"
-    """Truncation of long texts: cut the tail, or keep both ends (head_tail)."""
+    """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     temperature: float = Field(default=0.05, gt=0)
-    """Task embed without scores: divisor of the similarities in the contrastive loss. The loss compares the pairs of a
-    batch, or of a microbatch if train.accumulate is above 1."""
+    """Task embed, if the data has no scores: divisor of the similarities in the contrastive loss. The loss compares the
+    pairs of a batch, or of a microbatch if train.accumulate is above 1."""
     chat: ChatConfig = ChatConfig()
     """Settings of task chat."""
     preference: PreferenceConfig = PreferenceConfig()
@@ -114,7 +115,8 @@ class Config(StageConfig):
     train.best_by = "bleu" keeps the parameters with the best BLEU."""
     calibrate: bool = False
     """Task classify: after training, divide the logits by the temperature with the least loss on the validation
-    examples, so that probabilities match accuracy. The head's parameters are scaled; predictions stay."""
+    examples, so that probabilities match accuracy. The head's parameters are scaled; predicted classes do not
+    change."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     seeds: int = Field(default=1, ge=1)
@@ -315,7 +317,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
       counts: training examples of each class, if they are counted.
 
     Raises:
-      RequestError: the settings do not fit the parent or the mesh.
+      RequestError: If the settings do not fit the parent or the mesh.
     """
     import jax
 

@@ -40,13 +40,13 @@ class Config(StageConfig):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
     """Sizes of the model. The vocabulary size is the tokenizer's. With `from`, the parent's sizes are used."""
     packing: Literal["segments", "concat", "fit"] = "segments"
-    """Packing of documents into rows. segments: fill rows, cut documents at row ends, and mask attention between
-    documents. concat: the same without the mask. fit: do not cut documents, and pad rows."""
+    """Packing of documents into rows. segments: fill rows, split documents at row ends, and mask attention between
+    documents. concat: the same without the mask. fit: do not split documents, and pad rows."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix", "completions"] = ""
-    """Training objective. causal: predict the next token. masked: predict masked tokens. next_sentence: the same, and
-    whether a passage follows another. spans: predict removed spans (encoder-decoder). prefix: predict the rest of a
-    text (encoder-decoder). completions: predict the completion of a prompt (columns prompt and completion). Default: by
-    the model's architecture."""
+    """Training objective. causal: predict the next token. masked: predict masked tokens. next_sentence: predict masked
+    tokens, and whether a passage follows another. spans: predict removed spans, for encoder-decoders. prefix: predict
+    the rest of a text, for encoder-decoders. completions: predict the completion of a prompt; the data has the columns
+    prompt and completion. Default: by the model's architecture."""
     rate: float = Field(default=0.15, gt=0, lt=1)
     """Objectives masked, next_sentence and spans: fraction of tokens to predict."""
     span: float = Field(default=3.0, ge=1)
@@ -181,7 +181,7 @@ def training_objective(config: Config, base: Artifact | None, mesh: Mesh) -> Obj
     """Return the training objective with its settings, as chosen by the config or by the model's architecture.
 
     Raises:
-      RequestError: the model or the mesh does not support the objective.
+      RequestError: If the model or the mesh does not support the objective.
     """
     from llmctl.data.pretraining import objective_rows
     from llmctl.train import loop

@@ -66,50 +66,55 @@ class Config(CalibrationConfig, StageConfig):
 
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
-    """Method. structured: remove heads, neurons and layers. The others set single weights to zero. sparsegpt: choose
-    zeros by the Hessian, and let the kept weights compensate for them. The rest are scores, which leave kept weights
-    unchanged: magnitude (absolute value), wanda (times the norm of the inputs), ria (share of the weights of its input
-    and output, times the root of that norm), taylor and fisher (by the loss's gradient), random."""
+    """Method. structured: remove heads, neurons and layers. All other methods set single weights to zero. sparsegpt:
+    choose zeros by the Hessian, and let the kept weights compensate for them. All others prune the lowest scores, and
+    leave kept weights unchanged. magnitude: absolute value. wanda: absolute value times the norm of the inputs. ria:
+    share of the weights of its input and output, times the root of that norm. taylor, fisher: scores from the loss's
+    gradient. random: random scores."""
     heads: float = Field(default=0.0, ge=0)
     """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
-    """Structured: number of query heads to keep per layer."""
+    """Method structured: number of query heads to keep per layer."""
     remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Structured: fraction of the query heads to remove per layer."""
+    """Method structured: fraction of the query heads to remove per layer."""
     heads_by: Literal["groups", "queries"] = "groups"
-    """Structured: remove key/value heads with all their query heads, or remove the same number of query heads from
-    each."""
+    """Method structured. groups: remove key/value heads with all their query heads. queries: remove the same number of
+    query heads from every key/value head."""
     ffn: float = Field(default=0.0, ge=0)
     """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)
-    """Structured: number of neurons to keep per feed-forward layer."""
+    """Method structured: number of neurons to keep per feed-forward layer."""
     remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Structured: fraction of the neurons to remove per feed-forward layer."""
+    """Method structured: fraction of the neurons to remove per feed-forward layer."""
     multiple: int = Field(default=1, ge=1)
-    """Structured: keep a number of neurons that is a multiple of this (128 suits TPUs)."""
+    """Method structured: keep a number of neurons that is a multiple of this value (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
     """Short form of keep_layers (a number from 1) and of remove_layers (a number below 1); 0 keeps all layers."""
     keep_layers: int = Field(default=0, ge=0, strict=True)
-    """Structured: number of layers to keep."""
+    """Method structured: number of layers to keep."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Structured: fraction of the layers to remove."""
+    """Method structured: fraction of the layers to remove."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Single weights: fraction of each matrix (wanda: of each output's inputs) to set to zero."""
+    """Methods for single weights: fraction of each matrix to set to zero. For wanda, it is a fraction of each output's
+    inputs."""
     pattern: str = "unstructured"
-    """Single weights: unstructured, or N:M (such as 2:4) to keep N of every M inputs, which implies the sparsity."""
+    """Methods for single weights: pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N
+    of every M inputs; N and M determine the sparsity."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
-    """SparseGPT: fraction of the Hessian's mean diagonal entry that is added to its diagonal. A Hessian that has no
-    inverse gets ten times as much, and is reported."""
+    """Method sparsegpt: fraction of the Hessian's mean diagonal entry to add to its diagonal. If a Hessian has no
+    inverse, the fraction is multiplied by 10, and the matrix is reported."""
 
     repair: bool = False
-    """Single weights: recompute the kept weights by least squares on the calibration data, after any method."""
+    """Methods for single weights: after pruning, recompute the kept weights by least squares on the calibration
+    data."""
     allocation: AllocationName = "uniform"
-    """Single weights, unstructured: sparsity of the layers. uniform: the same; owl: lower for layers with more
-    outliers; sensitivity: lower for layers whose pruning changes the final hidden states more. The total is exact."""
+    """Methods for single weights, with an unstructured pattern: sparsity of the layers. uniform: equal in all layers.
+    owl: lower for layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden
+    states more. The sparsity of the model is exact."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
-    """owl and sensitivity: half the difference between the highest and the lowest sparsity of a layer."""
+    """Allocations owl and sensitivity: half the difference between the highest and the lowest sparsity of a layer."""
     outlier: float = Field(default=5.0, gt=0)
-    """owl: score from which a weight is an outlier, as a multiple of the layer's mean score by wanda."""
+    """Allocation owl: score from which a weight is an outlier, as a multiple of the layer's mean score by wanda."""
 
     @model_validator(mode="before")
     @classmethod
@@ -270,7 +275,7 @@ def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) 
     """Return the model's config after structured pruning.
 
     Raises:
-      RequestError: the model cannot be pruned to these sizes, or the mesh cannot shard them.
+      RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard them.
     """
     from llmctl.compress import shrink
     from llmctl.model import functional

@@ -142,7 +142,7 @@ def parse(text: str) -> Module:
     """Return the computations and instructions in the text of a compiled module.
 
     Raises:
-      ValueError: the text has no ENTRY computation.
+      ValueError: If the text has no ENTRY computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None

@@ -35,7 +35,7 @@ class AdaLora(Method):
         """Check the config as Method.check does, and that no setting contradicts AdaLoRA's choice of ranks.
 
         Raises:
-          RequestError: a setting fixes ranks or scales of single matrices, a setting freezes layers, or Method.check
+          RequestError: If a setting fixes ranks or scales of single matrices, a setting freezes layers, or Method.check
               fails.
         """
         of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
@@ -79,7 +79,7 @@ class AdaLora(Method):
         """Return the fields of a Job that allocate the ranks, and that penalize non-orthogonal singular vectors.
 
         Raises:
-          RequestError: no step is left between `adalora.warmup` and `adalora.final`.
+          RequestError: If no step is left between `adalora.warmup` and `adalora.final`.
         """
         from llmctl.model import weights
         from llmctl.train import optim, rank_budget

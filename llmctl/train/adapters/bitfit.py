@@ -21,7 +21,7 @@ class BitFit(Method):
         """Return a function from an array's name to whether it is trained: True for biases and the task's head.
 
         Raises:
-          RequestError: the layers have no biases, as in Llama and T5.
+          RequestError: If the layers have no biases, as in Llama and T5.
         """
         from llmctl.model import weights
 

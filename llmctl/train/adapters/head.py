@@ -21,7 +21,7 @@ class Head(Method):
         """Return a function from an array's name to whether it belongs to the task's head.
 
         Raises:
-          RequestError: the task has no head of its own.
+          RequestError: If the task has no head of its own.
         """
         if "head" not in params:
             raise RequestError(

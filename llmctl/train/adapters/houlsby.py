@@ -34,7 +34,7 @@ class Houlsby(Method):
         Adapters that are not trained stay zero. Later stages would hold these zeros as part of the pruning mask.
 
         Raises:
-          RequestError: a setting freezes layers of a pruned parent without adapters, or Method.check fails.
+          RequestError: If a setting freezes layers of a pruned parent without adapters, or Method.check fails.
         """
         super().check(config, base)
         frozen = (
@@ -50,8 +50,8 @@ class Houlsby(Method):
         """Return the config of the network with adapters. If the parent has adapters, they are trained further.
 
         Raises:
-          RequestError: the parent's adapters have another size, form or scale, or `houlsby.size` exceeds the width of
-            the layers.
+          RequestError: If the parent's adapters have another size, form or scale, or `houlsby.size` exceeds the width
+            of the layers.
         """
         settings = config.houlsby
         if settings.size > model.d_model:

@@ -45,7 +45,7 @@ def attach(
       make: function from (weight, a, b, scale) to the adapter; None creates a `LowRank`.
 
     Raises:
-      RequestError: a target or a pattern names no matrix, a matrix already has a pair, or a rank does not fit
+      RequestError: If a target or a pattern names no matrix, a matrix already has a pair, or a rank does not fit
         (`check_rank`).
     """
     import jax
@@ -78,7 +78,7 @@ def check_rank(params: Params, lora: LoraConfig) -> None:
     """Check that the highest rank is possible: an update's rank cannot exceed the smaller side of its matrix.
 
     Raises:
-      RequestError: the rank is above the smaller side of every matrix.
+      RequestError: If the rank is above the smaller side of every matrix.
     """
     found = targets.selected(params, lora.targets)
     rank, sides = max(lora.rank, *lora.rank_pattern.values(), 1), [min(m.weight.shape[-2:]) for m in found]
@@ -105,7 +105,7 @@ class Lora(Method):
         The adapters, the task's head and the modules in `lora.modules_to_save` are trained.
 
         Raises:
-          RequestError: a module to save does not exist, has an adapter, or is quantized.
+          RequestError: If a module to save does not exist, has an adapter, or is quantized.
         """
         from llmctl.model import weights
 

@@ -76,10 +76,10 @@ class Method:
         return self.adapts and config.merge and config.store == "model"
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the model's config with the layers that the method adds. By default it adds none.
+        """Return the model's config with the layers that the method adds. The default adds no layers.
 
         Raises:
-          RequestError: the settings do not fit the model.
+          RequestError: If the settings do not fit the model.
         """
         return model
 
@@ -96,10 +96,11 @@ class Method:
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with the method's adapters, sharded over `mesh`. By default there are none.
+        """Return the parameters with the method's adapters, sharded over `mesh`. The default returns `params` without
+        adapters.
 
         Raises:
-          RequestError: the settings do not fit the model.
+          RequestError: If the settings do not fit the model.
         """
         return params
 
@@ -109,7 +110,7 @@ class Method:
         By default adapters and the task's head are trained.
 
         Raises:
-          RequestError: the model has no parameters that the method trains.
+          RequestError: If the model has no parameters that the method trains.
         """
         from llmctl.model import weights
 

@@ -40,7 +40,7 @@ class Prefix(Method):
         """Check that no layer is frozen, that texts still fit, and that a projection starts from a new prefix.
 
         Raises:
-          RequestError: one of these conditions is not met, or Method.check fails.
+          RequestError: If one of these conditions is not met, or Method.check fails.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
@@ -69,7 +69,7 @@ class Prefix(Method):
         The prefix takes the first positions, so texts have fewer, except with relative positions.
 
         Raises:
-          RequestError: the parent's prefix has another length.
+          RequestError: If the parent's prefix has another length.
         """
         tokens = config.prefix.tokens
         if model.prefix_tokens == tokens:

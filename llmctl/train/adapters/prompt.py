@@ -31,7 +31,7 @@ class Prompt(Method):
         """Check the config as Method.check does, and that the prompt leaves room for texts.
 
         Raises:
-          RequestError: a setting is about layers, the prompt leaves no room for texts, or Method.check fails.
+          RequestError: If a setting is about layers, the prompt leaves no room for texts, or Method.check fails.
         """
         super().check(config, base)
         given = [f"trained.{name}" for name in ("last_layers", "layer_decay", "unfreeze_every") if name in
@@ -49,7 +49,7 @@ class Prompt(Method):
         """Return the config of the network with the prompt. A prompt of the parent is trained further.
 
         Raises:
-          RequestError: the parent's prompt has another length.
+          RequestError: If the parent's prompt has another length.
         """
         tokens = config.prompt.tokens
         if model.prompt_tokens not in (0, tokens):
@@ -95,7 +95,7 @@ class Prompt(Method):
         """Check that rows begin with the prompt.
 
         Raises:
-          RequestError: the rows do not, because they are packed from texts without prompts.
+          RequestError: If the rows do not, because they are packed from texts without prompts.
         """
         row = rows[0]
         if row.get("encoder_tokens", row["tokens"])[0] != model.vocab_size:

@@ -39,7 +39,7 @@ def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) 
       params: parameters of the model, including the method's adapters. Abstract arrays suffice.
 
     Raises:
-      RequestError: a setting matches no parameter, or has no effect with this method and task.
+      RequestError: If a setting matches no parameter, or has no effect with this method and task.
     """
     settings, levels = config.trained, _levels(model, params)
     own = method.trains(config, model, params)
@@ -70,7 +70,7 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
     """Return the fields of a Job that depend on the number of `steps`: those of the method, and `starts`.
 
     Raises:
-      RequestError: `trained.unfreeze_every` leaves layers frozen to the end, or rounds to no step.
+      RequestError: If `trained.unfreeze_every` leaves layers frozen to the end, or rounds to no step.
     """
     from llmctl.train import optim
     from llmctl.train.job import NEVER
@@ -108,9 +108,11 @@ def _depth(model: ModelConfig) -> int:
 
 
 def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
-    """Return the level of each array, by name, in a shape that broadcasts with the array.
+    """Return the level of each array, by name: its distance in layers from the output.
 
-    The shape is [L, 1, ...] for an array of stacked layers, and [] for any other.
+    The level is 1 for the last layer of a stack, 2 for the layer before it, and so on. It is the number of layers plus
+    1 for embeddings, and 0 for heads and final norms. The shape broadcasts with the array: [L, 1, ...] for stacked
+    layers, and [] otherwise.
     """
     from llmctl.model import weights
 
@@ -130,7 +132,7 @@ def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, A
     `trained` has the levels of the arrays that the method trains, and `every` has those of all arrays.
 
     Raises:
-      RequestError: a setting matches no parameter, or has no effect.
+      RequestError: If a setting matches no parameter, or has no effect.
     """
     from llmctl.model import weights
 
@@ -160,7 +162,7 @@ def _check_modules(config: Any, levels: dict[str, Any]) -> None:
     """Check that no module listed in the section `lora` is completely frozen.
 
     Raises:
-      RequestError: `freeze_layers` or `trained.last_layers` freezes all parameters of a module.
+      RequestError: If `freeze_layers` or `trained.last_layers` freezes all parameters of a module.
     """
     from llmctl.model import weights
 

@@ -42,7 +42,7 @@ class LoraConfig(Settings):
 
 
 class AdaLoraConfig(Settings):
-    """Set the rank budget that all adapters share (method adalora). `lora` sets the mean rank at the end."""
+    """Set the rank budget that all adapters share, for method adalora. `lora` sets the mean rank at the end."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -64,33 +64,34 @@ class AdaLoraConfig(Settings):
 
 
 class HoulsbyConfig(Settings):
-    """Set size and form of the bottleneck adapters (method houlsby)."""
+    """Set size and form of the bottleneck adapters, for method houlsby."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     size: int = Field(default=64, ge=1)
     """Number of inner activations of each adapter: the width of the bottleneck."""
     form: Literal["sequential", "parallel"] = "sequential"
-    """Place of the adapters. sequential: after each sublayer (Houlsby et al.). parallel: beside the feed-forward layer
-    (He et al.)."""
+    """Position of the adapters. sequential: after each sublayer (Houlsby et al.). parallel: parallel to the
+    feed-forward layer (He et al.)."""
     scale: float = Field(default=0.0, ge=0)
     """Factor by which the adapters' output is multiplied. 0 means 1 for the sequential form and 4 for the parallel
     form."""
 
 
 class PromptConfig(Settings):
-    """Set the length and the start of a trained prompt."""
+    """Set the length and the initial values of a trained prompt, for method prompt."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     tokens: int = Field(default=20, ge=1)
     """Number of trained vectors before every text."""
     init: Literal["vocabulary", "uniform"] = "vocabulary"
-    """Start of the vectors: embeddings of tokens sampled from the vocabulary, or uniform in [-0.5, 0.5]."""
+    """Initial values of the vectors. vocabulary: embeddings of tokens sampled from the vocabulary. uniform: sampled
+    from [-0.5, 0.5]."""
 
 
 class PrefixConfig(Settings):
-    """Set the number and the start of trained keys and values (method prefix)."""
+    """Set the number and the initial values of trained keys and values, for method prefix."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -98,7 +99,7 @@ class PrefixConfig(Settings):
     """Number of trained keys and values before every text, per layer. Texts begin at this position."""
     projection: int = Field(default=0, ge=0)
     """Inner width of a two-layer network that computes all keys and values from trained vectors during training. The
-    artifact holds its outputs only. 0 trains the keys and values themselves."""
+    artifact contains only the outputs of the network. 0 trains the keys and values themselves."""
     deviation: float = Field(default=0.02, gt=0)
     """Standard deviation of new keys and values; PEFT uses 1. It has no effect with a projection."""
 
@@ -112,7 +113,7 @@ class TrainedConfig(Settings):
     """Number of last layers of each stack to train. Earlier layers and the embeddings are frozen. 0 trains all
     layers."""
     patterns: list[str] = []
-    """Patterns of the names of the parameters to train, such as norm or attn/*/bias (method full). A pattern matches
+    """Patterns of the names of the parameters to train, such as norm or attn/*/bias, for method full. A pattern matches
     any part of a name. The task's head is always trained. Empty trains all parameters."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor on the learning rate for each layer towards the input. The last layer's rate is multiplied by it once, the

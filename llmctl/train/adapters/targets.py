@@ -43,7 +43,7 @@ def wrap(
       table: whether the adapter supports the token embeddings, whose rows are looked up.
 
     Raises:
-      RequestError: a target names no matrix, the adapter does not support the matrix, or the matrix has an adapter.
+      RequestError: If a target names no matrix, the adapter does not support the matrix, or the matrix has an adapter.
     """
     import jax
 
@@ -90,7 +90,7 @@ def check_pattern(params: Params, targets: Sequence[str], pattern: Iterable[str]
     """Check that every key of a pattern names a matrix that gets an adapter.
 
     Raises:
-      RequestError: a key names a matrix that does not exist or gets no adapter.
+      RequestError: If a key names a matrix that does not exist or gets no adapter.
     """
     found = selected(params, targets)
     if missing := sorted({*pattern} - {m.name for m in found} - {m.module for m in found}):

@@ -5,10 +5,12 @@ A new method is a subclass whose instance is registered in `llmctl.train.robust.
 given perturbation:
 
     class Noise(Adversary):
-        name = "noise" reads = {"start": 1.0}
+        name = "noise"
+        reads = {"start": 1.0}
 
         def passes(self, search, begin, pull):
-            found, gradients, _ = pull(begin) return found, gradients
+            found, gradients, _ = pull(begin)
+            return found, gradients
 
     METHOD = Noise()
 
@@ -58,7 +60,7 @@ class Adversary:
         """Check the settings of the method.
 
         Raises:
-          ValueError: settings contradict one another.
+          ValueError: If settings contradict one another.
         """
         options = self.options(config)
         if options.get("start", 0.0) > options.get("epsilon", float("inf")):

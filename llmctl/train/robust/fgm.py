@@ -63,7 +63,7 @@ def check_share(config: Any) -> None:
     """Check that the weight of perturbed rows is at most 1.
 
     Raises:
-      ValueError: it is above 1.
+      ValueError: If it is above 1.
     """
     if config.weight is not None and config.weight > 1:
         raise ValueError(f"weight: {config.weight:g} is no share of the loss; method {config.method!r} takes up to 1")

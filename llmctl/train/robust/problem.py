@@ -59,7 +59,7 @@ class Problem:
         """Check that the task's outputs can be compared.
 
         Raises:
-          RequestError: the task computes its loss in another way, or defines no divergence.
+          RequestError: If the task computes its loss in another way, or defines no divergence.
         """
         own = type(self.task)
         compares = own.divergence is not Task.divergence or own.soft_score is not Task.soft_score

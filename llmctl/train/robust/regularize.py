@@ -114,7 +114,7 @@ def class_weights(given: Any, labels: Sequence[str], counts: Sequence[int]) -> n
     The mean weight of the examples is then 1. A class without examples has weight 1.
 
     Raises:
-      RequestError: a class is unknown.
+      RequestError: If a class is unknown.
 
     Example:
       >>> class_weights("balanced", ["no", "yes", "maybe"], [2, 1, 3]).tolist()

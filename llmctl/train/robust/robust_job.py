@@ -51,7 +51,7 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
       counts: number of training examples of each class, for `class_weights = "balanced"`. Empty means equal numbers.
 
     Raises:
-      RequestError: a setting does not suit the task or the model, or has no effect.
+      RequestError: If a setting does not suit the task or the model, or has no effect.
     """
     asks, named = config.regularize, config.adversarial.method
     if not named and asks == type(asks)():
@@ -85,7 +85,7 @@ def check_classes(asks: Any, task: Task) -> None:
     """Check that the task has classes if a setting needs them.
 
     Raises:
-      RequestError: `class_weights` or `balance` does not suit the task, or both would balance the classes.
+      RequestError: If `class_weights` or `balance` does not suit the task, or both would balance the classes.
     """
     single = task.classes and task.label_type == "class"
     if asks.class_weights and not single:

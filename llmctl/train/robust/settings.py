@@ -23,7 +23,7 @@ def _weights(value: Any) -> Any:
     """Return "balanced", or the class weights as a dictionary of floats.
 
     Raises:
-      ValueError: the value is neither "balanced" nor a table of positive numbers.
+      ValueError: If the value is neither "balanced" nor a table of positive numbers.
     """
     if value == "balanced":
         return value
@@ -51,24 +51,27 @@ class AdversarialConfig(Settings):
     epsilon: Positive | None = None
     """Maximum norm of a row's perturbation. Default: 0.02."""
     norm: Norm = ""
-    """Norm of a row's perturbation. l2: Euclidean norm of all its entries. linf: its largest entry. Default: l2; smart:
-    linf."""
+    """Norm of a row's perturbation. l2: Euclidean norm of all its entries. linf: its largest entry. Default: linf for
+    method smart, l2 for the others."""
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Number of steps in the search for a perturbation (pgd, freelb, smart). Default: 3; smart: 1."""
+    """Number of steps in the search for a perturbation, for methods pgd, freelb and smart. Default: 1 for smart, 3 for
+    the others."""
     step_size: Positive | None = None
-    """Norm of each step of the search (pgd, freelb, smart). Default: 0.01; smart:
-    0.02."""
+    """Norm of each step of the search, for methods pgd, freelb and smart. Default: 0.02 for smart, 0.01 for the
+    others."""
     start: Annotated[float, Field(ge=0)] | None = None
-    """Maximum norm of the random perturbation before the first step (pgd, freelb, smart). Default: 0.02 (pgd), 0.01
-    (freelb), 0.001 (smart), and at most epsilon."""
+    """Maximum norm of the random perturbation before the first step, for methods pgd, freelb and smart. Default: 0.02
+    for pgd, 0.01 for freelb and 0.001 for smart, but at most epsilon."""
     weight: Positive | None = None
-    """fgm, pgd: fraction of the loss that comes from perturbed rows; the rest comes from clean rows. Default: 0.5
-    (fgm), 1 (pgd). smart: factor of the divergence between the outputs of clean and perturbed rows. Default: 2."""
+    """For methods fgm and pgd: fraction of the loss that comes from perturbed rows; the rest comes from clean rows.
+    Default: 0.5 for fgm, 1 for pgd. For method smart: factor of the divergence between the outputs of clean and
+    perturbed rows. Default: 2."""
     proximal: Annotated[float, Field(ge=0)] | None = None
-    """Factor of the divergence between the outputs of the weights and of their moving average (smart). Default: 2."""
+    """Factor of the divergence between the outputs of the weights and of their moving average, for method smart.
+    Default: 2."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay of the moving average of the weights, at most 0.99 in the first tenth of the steps (smart). Default:
-    0.999."""
+    """Decay of the moving average of the weights, for method smart. In the first tenth of the steps, it is at most
+    0.99. Default: 0.999."""
 
     @model_validator(mode="after")
     def _is_read(self) -> AdversarialConfig:
