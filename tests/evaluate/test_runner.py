@@ -64,7 +64,7 @@ def test_no_artifact_is_loaded_before_all_can_be_measured(half, monkeypatch):
 def test_answers_are_generated_as_in_training_unless_the_user_says_otherwise(said, expected):
     trained = {"beams": 4, "max_new": 7, "a_setting_of_an_older_version": 1}
     model = ModelConfig(preset="llama-tiny")
-    manifest = SimpleNamespace(model=model, seq_len=8, truncate="", config={"generation": trained})
+    manifest = SimpleNamespace(model=model, seq_len=8, truncate="", config={"generation": trained}, generation={})
     config = MeasureConfig(**({"generation": said} if said else {}))
     found = runner.setup(config, None, Path("a"), manifest)  # pyright: ignore[reportArgumentType]
     assert found.generation == GenerationConfig(**expected)

@@ -136,7 +136,7 @@ def test_the_walk_holds_the_stream_of_every_batch(found):
     stream = 4 * 2 * 16 * 64 * 4
     assert 1 <= found["prune", "influence of a layer"]["hbm_bytes"]["batch"] / stream < 2
     stats = found["prune", "statistics of a layer"]["hbm_bytes"]["cache"]
-    assert stats == 4 * (4 * 16 * 16 + 128 + 1)  # a Gram matrix per head, squares per neuron, number of tokens
+    assert stats == 4 * (4 * 16 * 16 + 128 + 2)  # a Gram matrix per head, squares per neuron, each with its tokens
 
 
 def test_a_walk_puts_changed_layers_where_they_were(found):
