@@ -64,7 +64,7 @@ def after(operation: str, s: State) -> State:
     if operation in FINETUNE:
         new = replace(s, head=task(operation, s))
         if new.head == "classify" and s.architecture == "encoder_decoder":
-            new = replace(new, architecture="encoder")
+            new = replace(new, architecture="encoder", prefix=0)  # the prefix is one of the decoder
         new = replace(new, adapter=ADAPTER) if operation == "houlsby" else new
         new = replace(new, prompt=PROMPT) if operation == "prompt" else new
         new = replace(new, prefix=PREFIX) if operation == "prefix" else new

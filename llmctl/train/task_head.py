@@ -34,7 +34,8 @@ def notices(config: Any, base: Artifact, labels: list[str], model: ModelConfig) 
     """Return messages about a new head, its pooling, and exports; `model` is the config with that head."""
     exports = architectures.notice(model, base.model)
     pooling = prompt_hint(model) or pooling_hint(config, base, model)
-    return [line for line in (notice(config, base, labels), pooling, exports) if line]
+    lines = (notice(config, base, labels), prefix_notice(base.model, model), pooling, exports)
+    return [line for line in lines if line]
 
 
 def notice(config: Any, base: Artifact, labels: list[str]) -> str:
@@ -42,6 +43,13 @@ def notice(config: Any, base: Artifact, labels: list[str]) -> str:
     kind = base.model.head_kind
     why = "" if kind.vocabulary or kind.bare else _why_new(config, base, labels)
     return f"the task's head is new and begins untrained: {why}" if why else ""
+
+
+def prefix_notice(parent: ModelConfig, model: ModelConfig) -> str:
+    """Return a message if the model lacks the decoder that the parent's trained prefix belongs to, otherwise ""."""
+    if parent.architecture == model.architecture or not parent.prefix_tokens:
+        return ""
+    return "the task needs the encoder alone; the decoder is dropped, and its trained prefix with it"
 
 
 def prompt_hint(model: ModelConfig) -> str:
@@ -88,7 +96,7 @@ def with_head(config: Any, base: Artifact, labels: list[str], devices: Any) -> t
     head |= {"pooler": False, "head_bias": True} if per_token else {}  # no pooling; biases as in published models
     if cfg.architecture == "encoder_decoder":
         # The task generates no text, so only the encoder is kept, as an encoder of the same family.
-        head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0}
+        head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0, "prefix_tokens": 0}
         head |= {"pooling": config.pooling or "mean", "preset": ""}
         params.pop("decoder")
     new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
