@@ -1,8 +1,8 @@
-"""Combine an adapter with its base. An adapter is an artifact that has only those arrays that another one lacks.
+"""Combine an adapter with its base. An adapter is an artifact that has only those arrays that another artifact lacks.
 
-The other artifact is called the base. The manifest of an adapter describes the complete model, and contains the digest
-of the base (`manifest.Base`) but not its path, because artifacts do not refer to files outside their folders. The base
-is one of the folders that the user names, or a folder beside the adapter.
+The other artifact is called the base. The manifest of an adapter describes the complete model. It contains the digest
+of the base (`manifest.Base`), but not its path, because artifacts do not refer to files outside their folders. The base
+is one of the folders that the user names, or a folder next to the adapter.
 
 Example:
   >>> selected({"head/out/kernel": {"": 1}, "embed/tokens": {"base": 2, "a": 3}}, ["embed/tokens:a"])
@@ -25,7 +25,7 @@ def find_base(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Pat
     Args:
         path: Folder of the adapter.
         manifest: Manifest of the adapter.
-        bases: Folders that the user named. If there are none, the folders beside the adapter are searched.
+        bases: Folders that the user named. If there are none, the folders next to the adapter are searched.
 
     Raises:
         RequestError: If no folder has the base's digest.

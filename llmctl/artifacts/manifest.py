@@ -156,7 +156,7 @@ class Manifest(BaseModel):
     seq_len: int = 0
     """Sequence length in training, in tokens; 0 if unknown."""
     truncate: Literal["", "tail", "head_tail"] = ""
-    """Part of long texts that training cuts (see `data.config.Truncate`); empty if unknown."""
+    """Part of long texts that training removes (see `data.config.Truncate`); empty if unknown."""
     generation: dict[str, Any] = {}
     """Settings of generated answers that the model was finetuned with; empty if its task generates none."""
     weights: dict[str, dict[str, Any]] = {}
@@ -263,7 +263,7 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
     Args:
         path: Folder of the artifact.
         manifest: Manifest of the artifact.
-        part: "content" for the tokenizer's files, "record" for the files beside the manifest.
+        part: "content" for the tokenizer's files, "record" for the files next to the manifest.
 
     Returns:
         {relative path: message} for the files that differ.
@@ -372,7 +372,7 @@ def _content_files(folder: Path) -> dict[str, str]:
 
 
 def _record_files(folder: Path) -> dict[str, str]:
-    """Return the checksums of the files beside the manifest, by name: logs and evaluation results."""
+    """Return the checksums of the files next to the manifest, by name: logs and evaluation results."""
     there = sorted(p for p in folder.iterdir() if p.is_file() and p.name != NAME and not p.name.startswith("."))
     return {p.name: checksums.of_file(p) for p in there}
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Store what a stage's function `run` needs besides its config: folders, key, and other artifacts of the recipe.
+    """Store what a stage's function `run` needs in addition to its config: folders, key, and other artifacts of the
+    recipe.
 
     Example:
       >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")

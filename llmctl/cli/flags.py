@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Step
 
 CHOICES_WIDTH = 56
-"""Maximum number of characters of the choices beside a flag. Longer lists of choices are added to the flag's help."""
+"""Maximum number of characters of the choices after a flag. Longer lists of choices are added to the flag's help."""
 HIDDEN = ("kind",)
 """Fields without a flag, because the command sets them."""
 ARTIFACT = "artifact"

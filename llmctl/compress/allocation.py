@@ -1,7 +1,7 @@
 """Distribute the zeros of an unstructured pattern over layers, by outliers (OWL) or by a scan of sensitivity.
 
 Score, pattern and allocation are independent. An allocation gives each layer a sparsity; all matrices of a layer have
-the same one. The numbers of zeros add up to exactly the sparsity of the whole model.
+the same one. The numbers of zeros add up to exactly the sparsity of the complete model.
 
 Shapes: I inputs and O outputs of a matrix.
 """

@@ -2,8 +2,8 @@
 
 The walk first computes the embeddings of all batches. For each layer in turn, it adds the inputs of every matrix to the
 statistics of that matrix. Then a method may change the layer, and the batches pass through the changed layer. The
-inputs of later layers therefore include the errors of earlier changes. Besides the parameters, one layer's statistics
-and the residual stream of every batch are in memory. All layers of a stack run one compiled block.
+inputs of later layers therefore include the errors of earlier changes. In addition to the parameters, one layer's
+statistics and the residual stream of every batch are in memory. All layers of a stack run one compiled block.
 
 A method is a function that takes a `Visit` and returns the layer's parameters. A weight that keeps its type overwrites
 the unchanged one in place. Weights that change their type (dense to quantized) are stacked layer by layer in new
@@ -88,7 +88,7 @@ class LayerReport:
     The error is 1 if the layer is removed. For the output head the denominator is ||unchanged output||.
     """
     stats: Stats
-    """Statistics of the layer. Empty unless `walk` was called with `keep`, and for a layer that was read from disk."""
+    """Statistics of the layer. Empty if `walk` was called without `keep`, or if the layer was read from disk."""
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method recorded for the layer."""
 

@@ -1,9 +1,9 @@
 """Compute gradients of the task's loss with respect to the matrices, summed over the calibration batches.
 
-One backward pass per batch covers the whole model and recomputes activations (`remat = "full"`). Besides the
-parameters, three kinds of arrays are in memory: one gradient per matrix, one float32 array per matrix and requested
-sum, and a float32 copy of every matrix with another dtype. The alternative, a separate backward pass for each layer,
-would store the sums of only one layer at a time, but repeat the backward pass for every layer.
+One backward pass per batch covers the complete model and recomputes activations (`remat = "full"`). In addition to the
+parameters, three kinds of arrays are in memory. These are one gradient per matrix, one float32 array per matrix and
+requested sum, and a float32 copy of every matrix with another dtype. A separate backward pass per layer would store the
+sums of only one layer at a time, but repeat the backward pass for every layer.
 """
 
 from __future__ import annotations

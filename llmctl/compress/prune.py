@@ -43,7 +43,7 @@ def mask(
     Args:
       score_IO: scores; the lowest are pruned.
       pattern: sparsity pattern.
-      per: group within which scores compete in an unstructured pattern: the whole matrix, or each output's inputs.
+      per: group within which scores compete in an unstructured pattern: the complete matrix, or each output's inputs.
       count: number of weights to prune in an unstructured pattern; that of the pattern by default. If outputs cannot
         all prune the same number, the first ones prune one more.
 
@@ -163,7 +163,7 @@ def _by_hessian(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return a matrix pruned by a method that reads its Gram matrix, and the entries of its record.
 
-    Every device of the mesh computes the whole matrix, so the result does not depend on the mesh.
+    Every device of the mesh computes the complete matrix, so the result does not depend on the mesh.
     """
     whole, gram_II = (_replicated(a) for a in (w, statistics.products[0]))
     found: dict[str, Any] = {}

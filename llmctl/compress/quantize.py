@@ -86,7 +86,7 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
 
 
 def with_activations(node: Node, inputs: int, activations: str) -> Node:
-    """Return a weight node that also quantizes the inputs of its products, unless `activations` is empty.
+    """Return a weight node that also quantizes the inputs of its products if `activations` is not empty.
 
     An embedding table (`inputs` -1) is returned unchanged: its rows are looked up, and the product with a tied table
     uses unquantized activations.

@@ -40,7 +40,7 @@ class Score:
 
     calculate_scores: Calculate
     per: Literal["matrix", "output"] = "matrix"
-    """Group of weights within which scores compete in an unstructured pattern: the whole matrix, or each output's
+    """Group of weights within which scores compete in an unstructured pattern: the complete matrix, or each output's
     inputs."""
     statistics: bool = False
     """Whether the function needs the moments of each matrix's inputs."""

@@ -14,7 +14,7 @@ from llmctl.compress.scores import SCORES, Score
 SPARSEGPT = "sparsegpt"
 """Name of the method that solves for zeros and weights together (`llmctl.compress.sparsegpt`)."""
 DAMPING = 0.01
-"""Fraction of the mean diagonal entry that is added to SparseGPT's Hessian, as in its paper."""
+"""Fraction of the mean diagonal entry that is added to SparseGPT's Hessian. The value is from its paper."""
 
 
 AllocationName = Literal["uniform", "owl", "sensitivity"]

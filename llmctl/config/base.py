@@ -177,8 +177,8 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
 def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
     """Return the fields of `cls` that may not be set together with the settings `given` (`Config.exclusive`).
 
-    For the pair {"epochs": "steps"}: if `steps` is set, `epochs` is returned. If `epochs` is set, `steps` is returned,
-    unless `epochs` is 0, which means that it is not set.
+    For the pair {"epochs": "steps"}: if `steps` is set, `epochs` is returned. If `epochs` is set and is not 0, `steps`
+    is returned. The value 0 means that `epochs` is not set.
     """
     pairs = cls.exclusive.items()
     return {other for name, other in pairs if given.get(name)} | {name for name, other in pairs if other in given}

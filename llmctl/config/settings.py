@@ -102,8 +102,8 @@ class TrainConfig(Config):
     """Attention implementation: the platform's fused kernel if there is one (TPU, GPU), or always XLA's."""
     remat: Literal["none", "minimal", "qkv", "full", "offload"] = "minimal"
     """Activations to recompute in the backward pass. none: no activations. minimal: all except the outputs of matrix
-    products. offload: as minimal, and also attention; the products are kept in host memory. qkv: all except queries,
-    keys and values. full: all activations."""
+    products. offload: all except the outputs of matrix products and of attention; they are kept in host memory. qkv:
+    all except queries, keys and values. full: all activations."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates only at the end."""
     eval_batches: int = Field(default=32, ge=1)
@@ -127,7 +127,8 @@ class TrainConfig(Config):
     wandb: str = ""
     """Weights & Biases project for logging (extra `wandb`); empty disables it."""
     profile: str = ""
-    """Steps to profile, as first:last. The trace is written beside the TensorBoard events, for TensorBoard or XProf."""
+    """Steps to profile, as first:last. The trace is written next to the TensorBoard events, for TensorBoard or
+    XProf."""
 
     @field_validator("profile")
     @classmethod

@@ -110,8 +110,8 @@ def inspect(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
 def _biases(back: dict[str, Tensor]) -> dict[str, bool]:
     """Return the config keys for the biases of a Llama model, such as {"attention_bias": True}.
 
-    llama.cpp uses any biases that are in the file. transformers has biases on queries, keys, values and output
-    together, or on none of them, and likewise in the feed-forward layer. If a file has only some of them, the others
+    llama.cpp uses any biases that are in the file. transformers has biases either on all of queries, keys, values and
+    output, or on none of them. The same holds for the feed-forward layer. If a file has only some of them, the others
     are added to `back` as zeros.
     """
     ends = {

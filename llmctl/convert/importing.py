@@ -40,7 +40,7 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 REFERENCE = "reference.safetensors"
-"""Name of a file beside the model that contains {input_ids, logits}. The imported model must reproduce these logits."""
+"""Name of a file in the model's folder with {input_ids, logits}. The imported model must reproduce these logits."""
 
 ADVICE = (
     "llmctl reads all texts in its way from here on, so compare `llmctl eval` on your examples with the figures that "

@@ -150,7 +150,7 @@ def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, An
 def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> set[str]:
     """Return the names of tensors that are copies of the base's weights.
 
-    PEFT saves such copies beside the adapter of a token table.
+    PEFT saves such copies together with the adapter of a token table.
 
     Raises:
         RequestError: If a copy differs from the base's weight.
@@ -245,7 +245,7 @@ def base_of(found: Artifact) -> dict[str, Any]:
 
 
 def full_paths(found: Artifact) -> set[str]:
-    """Return the paths of the weights that were trained in full beside the adapters.
+    """Return the paths of the weights that were trained in full, in addition to the adapters.
 
     After finetuning, these are the task head and the modules in `lora.modules_to_save`. After an import, they are
     recorded in its config. Older imports have no record. If such an import differs from its base, these are the weights

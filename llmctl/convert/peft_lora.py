@@ -33,8 +33,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Config keys that may change the outputs, with the only supported value of each: the one that changes nothing.
 
 Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
-(layers_to_transform, layers_pattern, exclude_modules) are not checked, because the names of the stored tensors contain
-the selection. fan_in_fan_out is not checked either: it describes the layout of the base's matrix, and the layout of the
+(layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the stored tensors contain the
+selection. fan_in_fan_out is not checked either. It describes the layout of the base's matrix, and the layout of the
 pair does not depend on it.
 """
 KINDS = ("low_rank", "dora")

@@ -28,7 +28,7 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
 
     Args:
         made: Tokenizer of the tokenizer.json.
-        config: Content of the tokenizer_config.json beside it. If this has `add_bos_token` or `add_eos_token`,
+        config: Content of the tokenizer_config.json in the same folder. If this has `add_bos_token` or `add_eos_token`,
             transformers replaces the post-processor.
         special: Token ids of "bos" and "eos", or None.
     """

@@ -1,8 +1,8 @@
 """Convert SentencePiece models to tokenizer.json, and check that both tokenize equally.
 
 Many programs read only tokenizer.json. A converted tokenizer is used only if it tokenizes a set of sample texts as the
-SentencePiece model does. A SentencePiece model beside a tokenizer.json is also used only if both tokenize these texts
-identically.
+SentencePiece model does. If a folder has both a SentencePiece model and a tokenizer.json, the SentencePiece model is
+used only if both tokenize these texts identically.
 """
 
 from __future__ import annotations

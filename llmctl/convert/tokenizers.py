@@ -26,7 +26,7 @@ BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", GENERATION, "sentence_bert_config.json"),
 )
-"""Files beside a tokenizer that other programs read. They are copied unchanged."""
+"""Files in the folder of a tokenizer that only other programs read. They are copied unchanged."""
 LEAST = 0.9
 """Minimum number of tokens of a tokenizer, as a fraction of the rows of the model's embedding table. Tables have more
 rows than tokens only to reach a round number."""
@@ -89,7 +89,7 @@ def import_tokenizer(
 def unread_files(folder: Path) -> tuple[str, ...]:
     """Return the names of files in an artifact's tokenizer folder that no stage reads.
 
-    If the folder has a tokenizer.json, this is the SentencePiece model beside it.
+    If the folder has a tokenizer.json, this is the SentencePiece model in the folder.
     """
     return (SentencePieces.file,) if (folder / JsonTokenizer.file).is_file() else ()
 

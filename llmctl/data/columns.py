@@ -34,7 +34,7 @@ class View(Source):
 
     `read` returns None for rows that the filter removes. If the data has the column `tokens` (a list of words) but no
     column `text`, `text` contains the words joined by spaces. Class numbers are replaced by the names that the data
-    declares, unless `data.classes` contains none of these names.
+    declares, if `data.classes` is empty or contains at least one of these names.
 
     For tasks with conversations, only the columns `messages` and `tools` are mapped, and messages are converted to the
     format of `llmctl.data.chats`. For other tasks, these two columns are not mapped.

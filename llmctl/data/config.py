@@ -16,7 +16,7 @@ HELD_OUT: tuple[Split, ...] = ("validation", "test")
 Packing = Literal["segments", "concat", "fit"]
 """Name of a method of packing documents into rows; `llmctl.data.pretraining.packing` describes the methods."""
 Truncate = Literal["tail", "head_tail"]
-"""Truncation of long texts: "tail" cuts the end, "head_tail" cuts the middle."""
+"""Truncation of long texts: "tail" removes the end, "head_tail" removes the middle."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
 """Canonical columns that contain text. The text of the first one in this order determines the row's split, so that all
@@ -29,7 +29,7 @@ LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 """Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
 """Groups of canonical columns. If `data.columns` is empty, the columns of a group are read only if the source has all
-of them, because a single one may have another meaning in the source."""
+of them. A single one may have another meaning in the source."""
 
 SENTENCE_PAIRS = (
     *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b")),
@@ -61,8 +61,8 @@ class SourceConfig(Config):
     added: ClassVar[frozenset[str]] = frozenset({"template", "words"})
 
     source: Annotated[str, AfterValidator(SOURCES.check), SOURCES] = "text"
-    """Kind of data: files (text, jsonl and csv may be compressed as .gz or .zst), a TFDS data set, a saved Hugging Face
-    data set, or prepared data (tokenized by `llmctl prepare`)."""
+    """Kind of data: files, a TFDS data set, a saved Hugging Face data set, or prepared data (tokenized by `llmctl
+    prepare`). Files of the kinds text, jsonl and csv may be compressed as .gz or .zst."""
     path: str = ""
     """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. For the
     sources hf and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""

@@ -32,8 +32,8 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
 def describe(rows: Any) -> list[str]:
     """Return a log line with advice if more than a quarter of the positions is padding, in a list; otherwise [].
 
-    The log line contains the 95th percentile and the maximum of the row lengths. There is none if a shorter `seq_len`
-    would cut more than 5 % of the rows.
+    The log line contains the 95th percentile and the maximum of the row lengths. There is no log line if a shorter
+    `seq_len` would truncate more than 5 % of the rows.
     """
     found = list(lengths(rows).values())
     if not found:

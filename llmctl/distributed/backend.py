@@ -37,7 +37,7 @@ def silence_libtpu(dev: Path = Path("/dev")) -> None:
 
 
 def choose(platforms: Iterable[str]) -> str:
-    """Set JAX_PLATFORMS to the requested platform, unless JAX is already imported.
+    """Set JAX_PLATFORMS to the requested platform, if JAX is not imported yet.
 
     Args:
         platforms: Platforms that the stages of a run request; an empty string requests none.

@@ -1,4 +1,4 @@
-"""Prevent two llmctl processes from writing one folder, and name the temporary files beside it."""
+"""Prevent two llmctl processes from writing one folder, and name the temporary files next to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LONGEST = 200
-"""Maximum size of a folder's name in bytes. File systems allow 255, but the temporary files beside the folder have
+"""Maximum size of a folder's name in bytes. File systems allow 255, but the temporary files next to the folder have
 longer names."""
 
 ATTEMPTS = 100
@@ -30,7 +30,7 @@ _claimed: set[Path] = set()
 
 
 def scratch(out: Path, what: str) -> Path:
-    """Return the path of a hidden temporary file or folder beside `out`.
+    """Return the path of a hidden temporary file or folder next to `out`.
 
     Args:
         out: Path of the output.

@@ -140,7 +140,7 @@ class ModelConfig(Config):
     adapter_size: int = Field(default=0, ge=0)
     """Width of the bottleneck adapters in each layer; 0 means no adapters."""
     adapter_form: Literal["sequential", "parallel"] = "sequential"
-    """Position of the adapters: after each sublayer, or beside the feed-forward layer."""
+    """Position of the adapters. sequential: after each sublayer. parallel: parallel to the feed-forward layer."""
     adapter_scale: float = Field(default=1.0, gt=0)
     """Factor on the adapters' output before it is added."""
 

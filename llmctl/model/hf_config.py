@@ -2,7 +2,8 @@
 
 A name map is a table {parameter path: Hugging Face tensor name}. "{}" in a name is replaced by the layer index, because
 llmctl stacks the arrays of all layers on axis 0. Matrices of llmctl are [in, out]. Those of Hugging Face are [out, in],
-unless the family declares otherwise. "name#i" is part i of a tensor that fuses query, key and value along its outputs.
+if the family does not declare otherwise. "name#i" is part i of a tensor that fuses query, key and value along its
+outputs.
 
 Example:
     >>> linear({"attn/q": "q_proj"})
@@ -160,7 +161,7 @@ class Keys:
         self.given.setdefault(key, value)
 
     def check(self, key: str, *allowed: Any) -> None:
-        """Remove a key; record a problem unless it is missing, null or one of the `allowed` values."""
+        """Remove a key. If its value is neither null nor one of the `allowed` values, record a problem."""
         value = self.given.pop(key, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{key} = {value!r} is not supported")

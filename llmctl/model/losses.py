@@ -125,7 +125,7 @@ def soft_number_sums(
     Errors are weighted sums of squared differences.
 
     Returns:
-        The loss, and the sums of `number_sums` for the labels.
+        (loss, sums). The sums are those that `number_sums` returns for the labels.
     """
     taught, _ = number_sums(y_B, teacher_B, weight_B)
     loss, sums = number_sums(y_B, label_B, weight_B)

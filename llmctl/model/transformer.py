@@ -94,7 +94,7 @@ class Block(nn.Module):
 def _may_use_kernels() -> bool:
     """Return True if attention may use fused kernels or ring attention.
 
-    On CPUs, it uses plain XLA only, unless sequences are sharded or a test requests kernels.
+    On CPUs, it uses plain XLA only, if sequences are not sharded and no test requests kernels.
     """
     on_cpu = meshes.device().platform == "cpu"
     return not on_cpu or meshes.splits_sequences() or attention_kernels.setting.get() == "interpret"
@@ -275,7 +275,7 @@ def body_params(params: Params) -> Params:
 
 
 def product_rules(train: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which 8-bit products are disabled, unless `train` is true.
+    """Return a context. If `train` is false, 8-bit products are disabled in it.
 
     Validation and teachers therefore compute without 8-bit products, even if training uses them.
     """

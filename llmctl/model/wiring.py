@@ -30,9 +30,9 @@ class Feed:
     """Paths of the matrices whose input is the activation. They include the table `embed/tokens` if the output
     projection is tied."""
     foldable: bool
-    """Whether a scale can be moved between the producer and the readers: multiplying a channel of the activation by a
-    positive factor, and dividing the readers' rows for this channel by it, does not change the outputs. False if
-    another module reads the activation, or if a nonlinearity between producer and readers is not positively
+    """Whether a scale can be moved between the producer and the readers. If true, a channel of the activation can be
+    multiplied by a positive factor, and the readers' rows for this channel divided by it; the outputs do not change.
+    False if another module reads the activation, or if a nonlinearity between producer and readers is not positively
     homogeneous."""
     repeat: int = 1
     """Number of heads in the readers' input per head of the producer. It is more than 1 for values in grouped-query

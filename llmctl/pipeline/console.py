@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def note(renderable: Any) -> None:
-    """Print a table to stderr. If stderr is not a terminal, lines are not cut to a width."""
+    """Print a table to stderr. If stderr is not a terminal, lines are not truncated to a width."""
     if processes.first():
         screen = terminal(stderr=True)
         (screen if screen.is_terminal else terminal(stderr=True, width=400)).print(renderable)
@@ -35,7 +35,7 @@ def result(value: Any) -> None:
 
 
 def show(renderable: Any, *, stderr: bool = False) -> None:
-    """Print a table or a text to stdout or stderr. If that is not a terminal, lines are not cut to a width."""
+    """Print a table or a text to stdout or stderr. If that is not a terminal, lines are not truncated to a width."""
     if processes.first():
         screen = terminal(stderr=stderr)
         (screen if screen.is_terminal else terminal(stderr=stderr, width=400)).print(renderable)

@@ -50,7 +50,7 @@ class StageConfig(Config):
     unshared: ClassVar[frozenset[str]] = frozenset({"kind", "name", "parent", "base"})
     """Fields that a recipe cannot set among its shared settings, because each stage needs its own value."""
     starts: ClassVar[bool] = False
-    """Whether the stage has no parent unless `from` is given, as in pretrain."""
+    """Whether the stage has a parent only if `from` is given. This is true for pretrain."""
     produces: ClassVar[bool] = True
     """Whether the stage writes a model. The next stage then starts from it by default. `eval` writes no model."""
     artifact_fields: ClassVar[tuple[str, ...]] = ()
@@ -64,8 +64,8 @@ class StageConfig(Config):
     parent: str = Field(default="", alias="from")
     """Artifact to start from: the name of an earlier stage, or a folder. Default: the previous stage."""
     base: str = ""
-    """Folder of the base, if the artifact to start from is an adapter and its base is not beside it. Its digest is
-    checked.
+    """Folder of the base, if the artifact to start from is an adapter and its base is not next to it. The base's digest
+    is checked.
     """
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of all random numbers."""
@@ -85,7 +85,8 @@ class StageConfig(Config):
 
     @property
     def bases(self) -> tuple[Path, ...]:
-        """Return the folders in which to look for the base of an adapter, besides the folders beside the adapter."""
+        """Return the folders in which to look for the base of an adapter, in addition to the folders next to the
+        adapter."""
         return (Path(self.base),) if self.base else ()
 
 

@@ -1,6 +1,6 @@
 """Build optimizers and schedules (optax) for a flat dictionary of arrays by name.
 
-Matrices of the layers are stacked: [layers, inputs, outputs]. Some operations need a whole matrix: Muon's
+Matrices of the layers are stacked: [layers, inputs, outputs]. Some operations need a complete matrix: Muon's
 orthogonalization, and Adafactor's factors and root mean squares. These operations run on each layer separately, so a
 scanned model trains like an unrolled one.
 

@@ -1,9 +1,9 @@
 """Build the training step of a job: a function from a training state to the next one, compiled once.
 
 The state is a dictionary: "params" (trained arrays by name), "optimizer", "step", "skipped" (consecutive bad steps) and
-"skips" (all bad steps). The state also contains "ema" if weights are averaged, "usual" (running mean and variance of
-loss and gradient norm) if outliers are skipped, and "memory" if the job has one. Arrays that are not trained are not in
-the state. All randomness is derived from (seed, step).
+"skips" (all bad steps). If weights are averaged, the state also contains "ema". If outliers are skipped, it contains
+"usual": running mean and variance of loss and gradient norm. If the job has a memory, it contains "memory". Arrays that
+are not trained are not in the state. All randomness is derived from (seed, step).
 
     runs = program(job, train, optim, mesh, seed) state = runs.begin(runs.named) state, metrics = runs.step(state,
     (runs.fixed, job.constants), batch)
@@ -32,8 +32,8 @@ Fixed = tuple[Params, tuple[Any, ...]]
 """Inputs that no step changes: (arrays that are not trained, constants of the job)."""
 
 Inputs = tuple[Params, tuple[Any, ...], Any]
-"""Inputs of the loss besides trained arrays: (arrays that are not trained, constants of the job, the state's "memory"
-or None if the loss does not read it)."""
+"""Inputs of the loss in addition to the trained arrays: (arrays that are not trained, constants of the job, the state's
+"memory" or None if the loss does not read it)."""
 
 Memory = Callable[[Params], Any] | None
 """Function from the trained arrays to the initial "memory" of the training state; None if the state has none

@@ -64,7 +64,7 @@ def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
     """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
     The message is returned if the first token is pooled by default, but was not trained as a summary of the text. For
-    example, a small BERT that was pretrained only on masked tokens classified 67% of the examples correctly with its
+    example, a small BERT was pretrained only on masked tokens. It classified 67% of the examples correctly with its
     first token, and 78% with the mean. A next-sentence objective trains the first token and its pooler.
     """
     kind = HEAD_KINDS[model.head]

@@ -149,7 +149,7 @@ def _writer(file: IO[str], to: str, field: str) -> Any:
     """Return the function that writes an answer to `file`.
 
     CSV has the columns of the first answer without an error, and a last column "error". Text has the field `field` in
-    one line per answer: line breaks in it become spaces, items of a list are separated by spaces, and the line of a row
+    one line per answer. Line breaks in it become spaces, and items of a list are separated by spaces. The line of a row
     with an error is empty.
     """
     from llmctl.config.terminal import as_json

@@ -15,7 +15,7 @@ def verify(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare artifacts, whole runs or prepared data with the checksums that were saved with them.
+    """Compare artifacts, complete runs or prepared data with the checksums that were saved with them.
 
     All weights and shards are read, also those of an adapter's base. The exit code is 2 if anything differs.
     """

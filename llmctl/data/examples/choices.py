@@ -53,7 +53,7 @@ class ChoiceRows(ExampleRows):
             tokenizer: Tokenizer of the model.
             seq_len: Number of tokens per row, T.
             architecture: Architecture of the model: decoder, encoder or encoder_decoder.
-            truncate: Which part of a long prompt to cut; used only for encoders.
+            truncate: Part of a long prompt to remove; used only for encoders.
             target_len: Number of decoder tokens per choice in an encoder-decoder; 0 uses `seq_len`.
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle in every epoch.
@@ -106,8 +106,8 @@ class ChoiceRows(ExampleRows):
     def _prompt(self, i: int) -> np.ndarray:
         """Return the token ids of the prompt of question i.
 
-        For decoders, a long prompt is cut so that it fits with the longest choice. All choices then have the same
-        prompt.
+        For decoders, a long prompt is truncated at its beginning so that it fits with the longest choice. All choices
+        then have the same prompt.
         """
         prompt = self._prompts[i]
         if self._architecture != "decoder":

@@ -27,7 +27,7 @@ class ConversationRows(ExampleRows):
     Messages after the assistant's last message are omitted. If a conversation is too long, its first exchanges are
     removed; an exchange is a user's message with all messages up to the next one. System messages at the beginning
     stay.
-    If the last exchange alone is too long, its end is cut.
+    If the last exchange alone is too long, its end is truncated.
 
     A conversation is dropped if no token of the assistant is left, or if all answers have the weight 0.
     """

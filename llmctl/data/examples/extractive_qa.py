@@ -35,7 +35,7 @@ class AnswerRows(ExampleRows):
     """Build rows for extractive question answering. Each row has a question and one window of its context.
 
     A row is the pair of question and context in the tokenizer's template. A long context is split into windows that
-    overlap by half. A question longer than half a row is cut. A batch has these int32 arrays:
+    overlap by half. A question longer than half a row is truncated. A batch has these int32 arrays:
     - tokens, segments, positions [B, T]
     - types [B, T]: 0 for tokens before the context, 1 from the context on
     - among [B, T]: 1 for the possible values of start and end, which are the first token and the context's tokens

@@ -56,12 +56,12 @@ class ClassificationRows(ExampleRows):
     set of classes [B, C].
 
     A row is the text in the tokenizer's template, followed by padding. The default template is `bos` (if the tokenizer
-    adds it), the text and `eos`. If the text is too long, its end (`tail`) or its middle (`head_tail`) is cut. The
-    special tokens of the template are never cut.
+    adds it), the text and `eos`. If the text is too long, its end (`tail`) or its middle (`head_tail`) is removed. The
+    special tokens of the template are never removed.
 
     If the data has a column "pair", the row continues with that text and another `eos`. The batch then also has types
-    [B, T], which are 1 for this second part. If both texts together are too long, the longer one is cut first, then
-    both equally.
+    [B, T], which are 1 for this second part. If both texts together are too long, the longer one is truncated first,
+    then both equally.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class ClassificationRows(ExampleRows):
         shuffle: bool = True,
         corpus: Corpus | None = None,
     ):
-        """Tokenize the texts, unless `corpus` is given.
+        """Tokenize the texts, if `corpus` is not given.
 
         Args:
             examples: Labeled examples.
             tokenizer: Tokenizer of the model.
             seq_len: Number of tokens per row, T.
-            truncate: Which part of a long text to cut.
+            truncate: Part of a long text to remove.
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle in every epoch.
             corpus: Tokenized texts from `corpus.cached`, in the order of `examples`; None tokenizes them.
@@ -123,7 +123,7 @@ class CompletionRows(ExampleRows):
     """Build decoder rows of a prompt and its completion, with loss only on the completion and its `eos`.
 
     Prompt and completion are tokenized separately, as in generation. If a row is too long, the beginning of the prompt
-    is cut first, but not `bos`. If this is not enough, the end of the completion is cut.
+    is truncated first, but not `bos`. If this is not enough, the end of the completion is truncated.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
@@ -177,7 +177,8 @@ class SequencePairRows(ExampleRows):
     """Build encoder-decoder rows: the encoder reads the prompt, and the decoder predicts the completion and `eos`.
 
     The encoder reads `bos` (if the tokenizer adds it), the prompt and `eos`, as for documents in pretraining. The first
-    input of the decoder is the padding token. If a prompt or completion is too long, its end is cut, but not its `eos`.
+    input of the decoder is the padding token. If a prompt or completion is too long, its end is truncated, but not its
+    `eos`.
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class SequencePairRows(ExampleRows):
         )
         """Number of tokens per decoder row."""
         self.cut = sum(len(self._prompts[i]) > self._room for i in count)
-        """Number of prompts whose ends are cut, because they are too long."""
+        """Number of prompts that are truncated, because they are too long."""
 
     def _build(self, example_B: np.ndarray) -> Batch:
         pairs = [(self._prompts[i], self._completions[i]) for i in map(int, example_B)]
@@ -263,14 +264,15 @@ def sequence_batch(
 def templated(
     template: TextTemplate, text_N: np.ndarray, pair_N: np.ndarray | None, seq_len: int, truncate: Truncate = "tail"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Insert a text, or a pair of texts, into a template, and cut the texts so that the result fits `seq_len` tokens.
+    """Insert a text, or a pair of texts, into a template, and truncate the texts so that the result fits `seq_len`
+    tokens.
 
     Args:
         template: Special tokens around and between the texts.
         text_N: Token ids of the text.
         pair_N: Token ids of the second text, or None.
         seq_len: Maximum number of tokens.
-        truncate: Which part of a long text to cut.
+        truncate: Part of a long text to remove.
 
     Returns:
         Token ids and types, int32 [N] each; types are 1 from the first token of `pair_N` on.
@@ -287,7 +289,8 @@ def templated(
 
 
 def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
-    """Truncate a text to at most `room` tokens. `truncate` selects the part to cut, as in `ClassificationRows`."""
+    """Truncate a text to at most `room` tokens. `truncate` selects the part to remove: "tail" the end, "head_tail" the
+    middle."""
     if len(text_N) <= room:
         return text_N
     head = room if truncate == "tail" else room - room // 2

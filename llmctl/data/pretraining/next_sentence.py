@@ -37,7 +37,7 @@ class PairRows:
 
     Four rows combine two passages of different documents: each A with its own B, then each A with the other B. The
     masks of A, and those of B, are the same in both rows. Every passage therefore has both labels equally often within
-    four rows, so that features of A alone or B alone cancel in the gradient of a step. Otherwise, a small network fits
+    four rows. Features of A alone or B alone thus cancel in the gradient of a step. Otherwise, a small network fits
     such random correlations for thousands of steps before it compares the passages.
 
     Passages are processed in groups of `GROUP`, and passages of a group are paired with each other. Exactly half of the
@@ -65,9 +65,9 @@ class PairRows:
             corpus: Tokenized documents.
             words: Vocabulary of the tokenizer, with a mask token.
             seq_len: Number of tokens per row.
-            rate: Fraction of tokens to predict, as in `objectives.masked`.
-            whole_words: Whether to mask whole words, as in `objectives.masked`.
-            seed: Seed of the shuffle, cuts and masks.
+            rate: Fraction of tokens to predict (see `objectives.masked`).
+            whole_words: Whether to mask whole words (see `objectives.masked`).
+            seed: Seed of the shuffle, the splits of documents into passages, and the masks.
             shuffle: Whether to shuffle in every epoch.
 
         Raises:

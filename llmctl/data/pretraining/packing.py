@@ -1,7 +1,7 @@
 """Pack documents of any length into rows of T tokens, without attention or loss across documents.
 
-All pieces (documents or parts of documents) of an epoch are concatenated to one line of tokens, in which the offset of
-each piece is known. Row r is the range [r * T, (r + 1) * T) of the line. To build a row, the pieces are found by a
+All pieces (documents or parts of documents) of an epoch are concatenated to one sequence of tokens. The offset of each
+piece in it is known. Row r is the range [r * T, (r + 1) * T) of the line. To build a row, the pieces are found by a
 binary search, so the time hardly depends on the size of the corpus. A row depends only on the corpus, the settings and
 the row number. It is therefore the same after a resume and for any number of hosts.
 
@@ -76,11 +76,11 @@ class PackedRows:
     order, and the last row is padded, not dropped. Validation then reads every token exactly once.
 
     Packing methods:
-    - segments: an epoch's shuffled documents form one stream, which is cut every T tokens. If the end of a row cuts a
-      document, the next row continues it as a new segment. The last, incomplete row is dropped.
+    - segments: an epoch's shuffled documents form one stream, which is split every T tokens. If the end of a row splits
+      a document, the next row continues it as a new segment. The last, incomplete row is dropped.
     - concat: the same stream, but each row is one segment, so attention and loss extend across documents.
-    - fit: documents (cut at T tokens) are placed uncut into the row that they fit best (best fit, longest first). Rows
-      are padded, and shuffled in each epoch.
+    - fit: documents are split into pieces of at most T tokens. Each piece is placed into the row that it fits best
+      (best fit, longest first). Rows are padded, and shuffled in each epoch.
 
     Args:
         corpus: Tokenized documents.
@@ -229,7 +229,7 @@ class PackedRows:
 def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
     """Pack documents into rows by best fit: longest first, each into the fullest row that has enough space.
 
-    Longer documents are first cut into pieces of `seq_len` tokens.
+    Longer documents are first split into pieces of `seq_len` tokens.
 
     Args:
         length_D: Number of tokens of each document.

@@ -83,7 +83,7 @@ def prepare(
 ) -> Prepared:
     """Tokenize a corpus, write it to the folder `out`, and return the description of the folder.
 
-    `llmctl.data.pretraining.prepared` describes the files. They are written to a hidden folder beside `out`, which is
+    `llmctl.data.pretraining.prepared` describes the files. They are written to a hidden folder next to `out`, which is
     renamed when it is complete.
 
     Args:
@@ -167,7 +167,7 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 
 
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
-    """Create the work folder and a tokenizer in it, unless an earlier call with the same settings has done so.
+    """Create the work folder and a tokenizer in it, if no earlier call with the same settings has done so.
 
     Args:
         work: Work folder.

@@ -96,8 +96,8 @@ def corrupted(
     """Apply span corruption (Raffel et al., 2019, arXiv:1910.10683).
 
     The encoder reads a sentinel in place of each span. The decoder predicts each sentinel and its span, and then the
-    end-of-sequence token. Tokens beyond `encoder` or `decoder` are cut, and a span whose sentinel was cut is not
-    predicted.
+    end-of-sequence token. Tokens beyond `encoder` or `decoder` are truncated, and a span whose sentinel was truncated
+    is not predicted.
 
     Args:
         packed: Packed rows. The best length is `sizes(encoder, rate, span)[0]` tokens.

@@ -15,19 +15,20 @@ import numpy as np
 from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
-"""Name of the file that describes a saved tokenizer: its kind, digest and options. It is beside the model file."""
+"""Name of the file that describes a saved tokenizer: its kind, digest and options. It is in the folder of the model
+file."""
 
 
 SENTINEL = "<extra_id_{}>"
-"""Spelling of the sentinels of span corruption (Raffel et al., 2019, arXiv:1910.10683)."""
+"""Text of the sentinels of span corruption (Raffel et al., 2019, arXiv:1910.10683)."""
 
 
 MASK = "<mask>"
-"""Spelling of the mask token in user input, independent of the tokenizer's own spelling."""
+"""Text of the mask token in user input, independent of its text in the tokenizer."""
 
 
 ESCAPE = "\ufdd0"
-"""Character that is inserted into the spelling of a special token so that it is encoded as text. It is a Unicode
+"""Character to insert into the text of a special token so that it is encoded as ordinary text. It is a Unicode
 noncharacter, so no text contains it."""
 
 
@@ -55,7 +56,7 @@ class TextTemplate:
 class Tokenizer(ABC):
     """Convert text to token ids and back.
 
-    `encode` never returns special tokens, even if the text contains their spelling. Special tokens decode to "". A
+    `encode` never returns special tokens, even if the text contains the text of one. Special tokens decode to "". A
     subclass sets the attributes below and defines `encode`, `encode_batch`, `offsets` and `decode`.
 
     Example:
@@ -169,21 +170,21 @@ class Tokenizer(ABC):
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Return the id of every special token by its spelling."""
+        """Return the id of every special token, by the token's text."""
         return {}
 
     @property
     def special_spellings(self) -> dict[str, str]:
-        """Return {variable of chat templates, such as "bos_token": spelling of this special token}."""
+        """Return {variable of chat templates, such as "bos_token": text of this special token}."""
         names = {i: text for text, i in self.special_ids.items()}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         return {name: names[i] for name, i in ids.items() if i in names}
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Return the token ids of a text in which spellings of special tokens become special tokens.
+        """Return the token ids of a text, in which texts of special tokens become special tokens.
 
-        This is for the output of chat templates. A spelling that contains `ESCAPE` is encoded as text, without that
-        character.
+        This is for the output of chat templates. If the text of a special token contains `ESCAPE`, it is encoded as
+        ordinary text, without that character.
         """
         special = self.special_ids
         out: list[int] = []
@@ -192,9 +193,9 @@ class Tokenizer(ABC):
         return out
 
     def split_special(self, text: str) -> list[str]:
-        """Split a text at the spellings of special tokens.
+        """Split a text at the texts of special tokens.
 
-        Parts 1, 3, 5, … of the result are these spellings. Parts 0, 2, 4, … are the texts around them.
+        Parts 1, 3, 5, … of the result are texts of special tokens. Parts 0, 2, 4, … are the texts around them.
         """
         special = sorted(self.special_ids, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]

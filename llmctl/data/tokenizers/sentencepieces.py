@@ -28,7 +28,7 @@ THREADS = 4
 """Number of training threads. It is fixed, so that sums over threads, and therefore the model, are the same on every
 machine."""
 SENTENCE = 2000
-"""Maximum length of a training text in characters. Longer texts are cut at spaces, because the trainer would drop
+"""Maximum length of a training text in characters. Longer texts are split at spaces, because the trainer would drop
 them."""
 NORMALIZE = {"identity": "identity", "nfkc": "nmt_nfkc", "nfkc_lowercase": "nmt_nfkc_cf"}
 
@@ -71,7 +71,7 @@ class SentencePieces(Tokenizer):
         return None if i == self.unk_id else i
 
     def piece(self, i: int) -> str:
-        """Return the spelling of the token with id `i`."""
+        """Return the text of the token with id `i`."""
         return self._sp.id_to_piece(i)
 
     @property
@@ -191,7 +191,7 @@ def _error_message(error: str, cfg: TokenizerConfig) -> str:
 
 
 def _sample(texts: list[str], budget: int) -> list[str]:
-    """Return a pseudo-random sample of texts with `budget` characters in total. Only the last text is cut.
+    """Return a pseudo-random sample of texts with `budget` characters in total. Only the last text is truncated.
 
     The sample is the same in every run.
     """

@@ -20,7 +20,7 @@ SPELLINGS = {
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
 }
-"""Common spellings of special tokens, for folders that do not specify them."""
+"""Common texts of special tokens, for folders that do not specify them."""
 MAX_GROWTH = 1000
 """Maximum number of characters into which replacements may convert one character. Published tokenizers replace a space
 by one character."""
@@ -44,8 +44,8 @@ class JsonTokenizer(Tokenizer):
         Args:
             model: Content of the file.
             add_bos: Whether texts begin with `bos_id`; by default as the file's post-processor does.
-            special: Spelling of each special token, by the names bos, eos, pad, unk and mask. If one is missing, common
-                spellings are searched for.
+            special: Text of each special token, by the names bos, eos, pad, unk and mask. If one is missing, the
+                vocabulary is searched for common texts of this token.
 
         Raises:
             ValueError: If the file is invalid, or has no known end-of-sequence token.
@@ -95,7 +95,7 @@ class JsonTokenizer(Tokenizer):
         return cls(model, saved_options.get("bos"), special)
 
     def options(self) -> dict[str, Any]:
-        """Return the saved options, including the spellings of special tokens."""
+        """Return the saved options, including the texts of special tokens."""
         return super().options() | {"special": self.special}
 
     def _find(self, name: str) -> int | None:
@@ -141,7 +141,7 @@ class JsonTokenizer(Tokenizer):
         return found.ids, found.offsets
 
     def _encode_special(self, text: str) -> Any:
-        """Encode a text in which spellings of special tokens become special tokens. Other calls are not affected."""
+        """Encode a text, in which texts of special tokens become special tokens. Other calls are not affected."""
         self._backend.encode_special_tokens = False
         try:
             return rust_errors.call(self._backend.encode, text, add_special_tokens=False)
@@ -200,7 +200,7 @@ def _check_growth(part: Any) -> None:
 
 
 def _hf_spellings(folder: epath.Path) -> dict[str, str]:
-    """Read the spellings of special tokens from the configuration files of a Hugging Face folder.
+    """Read the texts of special tokens from the configuration files of a Hugging Face folder.
 
     Raises:
         ValueError: If a file is damaged.

@@ -13,7 +13,7 @@ Entity = tuple[str, int, int]
 
 
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
-"""Tag letters of the supported schemes, besides O: IOB2 and IOBES, BILOU, BMES, BMEWO."""
+"""Tag letters of the supported schemes, in addition to O: IOB2 and IOBES, BILOU, BMES, BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
 """Letter in "BIES" with the same meaning as a letter of another scheme: M (middle), L (last), U (unit), W (whole)."""
 UNTYPED = "entity"

@@ -1,7 +1,7 @@
 """Compute metrics of generated texts with the packages sacrebleu and rouge-score (extra `seq2seq`).
 
-BLEU (Papineni et al., 2002) and chrF (Popović, 2015) are scores of the whole set of texts, from 0 to 100. ROUGE (Lin,
-2004) is the mean F1 of the texts, from 0 to 1. Exact match is the fraction of texts that equal their reference.
+BLEU (Papineni et al., 2002) and chrF (Popović, 2015) are scores of the complete set of texts, from 0 to 100. ROUGE
+(Lin, 2004) is the mean F1 of the texts, from 0 to 1. Exact match is the fraction of texts that equal their reference.
 """
 
 from __future__ import annotations

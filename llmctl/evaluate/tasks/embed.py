@@ -169,7 +169,7 @@ def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
     """Return the cosine similarities [B, B] of every text with every second text of the batch.
 
     If the batch has scores, return only the cosine [B] between the two texts of each row. Second texts from all devices
-    are used, so that each text is compared with the whole batch (arXiv:1807.03748, arXiv:1705.00652).
+    are used, so that each text is compared with the complete batch (arXiv:1807.03748, arXiv:1705.00652).
 
     Args:
         z_ND: Unit vectors [2B, D]; texts and second texts alternate.

@@ -1,4 +1,4 @@
-"""Compute losses on the log-likelihoods of whole rows, such as several completions of one prompt.
+"""Compute losses on the log-likelihoods of complete rows, such as several completions of one prompt.
 
 Shapes: B examples, K rows per example, R = B * K rows, T tokens per row, D model width.
 """

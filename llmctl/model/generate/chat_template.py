@@ -81,7 +81,7 @@ class Marked(NamedTuple):
 class Template:
     """Render and encode conversations with a chat template, which is compiled once.
 
-    The output depends only on the messages, unless the template asks for the date.
+    The output depends only on the messages, if the template does not ask for the date.
 
     Example:
         >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -238,7 +238,7 @@ class Template:
         """Correct ranges that the template marks, so that each ends with the end token of the answer.
 
         White space after an end token is removed from the range. If the last range has no end token, the special token
-        right after it is the end token, and is added to every range that it follows.
+        right after it is the end token. It is added to every range that it follows.
         """
         spans = [(first, first + self._answer_length(text[first:last])) for first, last in spans]
         if not spans or self._ends_with_special(text[slice(*spans[-1])]):
@@ -269,7 +269,7 @@ class Template:
     def _escaped(self, value: Any) -> Any:
         """Return a copy of JSON data in which no text contains a special token or a mark of `generation_block`.
 
-        `ESCAPE` is inserted into spellings of special tokens, and marks are replaced by U+FFFD.
+        `ESCAPE` is inserted into texts of special tokens, and marks are replaced by U+FFFD.
         """
         own = self.tokenizer.special_ids
         firsts = {spelling[:1] for spelling in own}

@@ -1,4 +1,4 @@
-"""Generate continuations of text: streamed as they are generated, cut at stop strings, and timed."""
+"""Generate continuations of text: streamed as they are generated, truncated at stop strings, and timed."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def search_rows(
 ) -> None:
     """Run beam search for a batch of rows, and set the text and the score of each row to those of the best answer.
 
-    If the text contains a stop string, it is cut there.
+    If the text contains a stop string, it is truncated there.
 
     Raises:
         RequestError: If a prompt is too long for a continuation.

@@ -15,8 +15,8 @@ and nodes:
 Only products of plain arrays use `fsdp_matmul`, `quantized_matmul` and `embedding_lookup`. Products without weights,
 such as those in attention, are not defined in this package.
 
-`tree` has the functions for weights and parameter trees, `names` parses the names of arrays, `base` defines nodes, and
-`matrices` finds the matrices that compression works on.
+`tree` has the functions for weights and parameter trees, and `names` parses the names of arrays. `base` defines nodes.
+`matrices` finds the matrices to compress.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ With the entry point `"weight.ternary" = "my_package:Ternary"`, llmctl can run, 
 node. By default, all methods use `dense`. A subclass overrides methods for which that is slow or impossible. A node
 around another weight derives from `llmctl.model.weights.adapter.Adapter`.
 
-Limits: every part must have as many axes as the weight, and must begin with the leading axes (layers) of the weight,
-because scans over layers and sharding rules need these axes. If a part is shorter than the weight along a dimension, it
-is replicated along this dimension.
+Limits: every part must have as many axes as the weight, and must begin with its leading axes (layers). Scans over
+layers and sharding rules need these axes. If a part is shorter than the weight along a dimension, it is replicated
+along this dimension.
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -139,7 +139,7 @@ class Node(abc.ABC):
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
         """Return the bias of the layer that this matrix belongs to, in `dtype`.
 
-        It is the stored bias `b`, unless an adapter scales it.
+        It is the stored bias `b`, if no adapter scales it.
         """
         return b.astype(dtype)
 

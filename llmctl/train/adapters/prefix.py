@@ -2,9 +2,9 @@
 
 (Li and Liang, 2021, arXiv:2101.00190)
 
-The vectors are `attn/prefix/k` and `attn/prefix/v` of every layer in the stack that reads the tokens: all layers of a
-decoder or an encoder, and the decoder layers of an encoder-decoder. The vectors are part of the network: ModelConfig
-has their number. The other parameters are frozen, and may be quantized.
+The vectors are `attn/prefix/k` and `attn/prefix/v` of every layer in the last stack. This is the decoder of an
+encoder-decoder. The vectors are part of the network: ModelConfig has their number. The other parameters are frozen, and
+may be quantized.
 
 With `prefix.projection`, a network of two layers computes all vectors from trained embeddings, which makes training
 more stable. This network exists in training only, as extra parameters of the job (`Job.extra`).

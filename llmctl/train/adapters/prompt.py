@@ -1,7 +1,7 @@
 """Train vectors that the model reads before every text (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
-The vectors are rows of a table `embed/prompt` beside the frozen token table, which may be quantized. Their token ids
-follow the vocabulary, and the tokenizer of the artifact begins every text with them. Every command that reads texts
+The vectors are rows of a separate table `embed/prompt`. The token table is frozen, and may be quantized. Their token
+ids follow the vocabulary, and the tokenizer of the artifact begins every text with them. Every command that reads texts
 therefore reads the prompt. The output projection has no row for the prompt, so the model never predicts it.
 """
 
