@@ -84,7 +84,7 @@ class Artifact:
     def zeros(self) -> frozenset[str]:
         """Return the names of arrays whose zeros later training must keep.
 
-        If the model was pruned, these are the matrices of the layers. Otherwise there are none.
+        If the model was pruned, these are the matrices of the layers. Otherwise the set is empty.
         """
         from llmctl.model import weights
 
@@ -159,8 +159,8 @@ def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequenc
 
     Args:
         paths: Folders of the artifacts.
-        mesh: Target mesh, as in `load`.
-        bases: Folders of bases, as in `load`.
+        mesh: Target mesh; by default the mesh of the default `MeshConfig`.
+        bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
 
     Yields:
         The artifacts, in the order of `paths`.
@@ -207,7 +207,7 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
 
     Args:
         path: Folder of the artifact.
-        mesh: Target mesh, as in `load`.
+        mesh: Target mesh; by default the mesh of the default `MeshConfig`.
 
     Raises:
         RequestError: If `load` would raise it, or if the artifact has no parameters.

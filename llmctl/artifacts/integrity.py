@@ -38,7 +38,7 @@ def quick_check(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> D
     Args:
         path: Folder of the artifact.
         manifest: Manifest of the artifact.
-        bases: Folders of bases, as in `llmctl.artifacts.artifact.load`.
+        bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
     """
     content = damaged_files(path, manifest, "content")
     if manifest.weights and size(path / "params") != manifest.bytes:
@@ -67,7 +67,7 @@ def full_check(path: Path, bases: Sequence[Path] = ()) -> Damage:
 
     Args:
         path: Folder of the artifact.
-        bases: Folders of bases, as in `llmctl.artifacts.artifact.load`.
+        bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
 
     Raises:
         RequestError: If the manifest is missing, is damaged or has a later format.

@@ -141,7 +141,7 @@ class Manifest(BaseModel):
     """Whether the matrices were pruned. If so, their zeros are the pruning mask, and later stages keep them. Pruning
     sets this field and later stages inherit it. No stage infers it from the weights."""
     nonfinite: list[str] = []
-    """Names of arrays that contain NaN or infinity, which are saved only with `allow_nonfinite`."""
+    """Names of arrays that contain NaN or infinity. Such arrays are saved only with `allow_nonfinite`."""
     bits: float
     """Average number of stored bits per parameter, including the scales of quantized weights."""
     digest: str
@@ -340,7 +340,7 @@ def _field_differences(content: dict[str, Any], part: Part) -> dict[str, str]:
 
     Args:
         content: Parsed manifest.json.
-        part: "content" or "record", as in `damaged_fields`.
+        part: "content" for the fields that can change predictions, "record" for the others.
 
     Returns:
         {name of the field: message} for the fields that differ.

@@ -99,7 +99,7 @@ def _interruptible(command: Callable[..., Any], resumable: bool) -> Callable[...
     """Return a function that runs the command, and raises `Interrupted` if SIGTERM or Ctrl-C arrives.
 
     A KeyboardInterrupt would not suffice. Typer converts it to another exit code. Orbax and SentencePiece convert it to
-    other errors, which would be reported as damaged files.
+    other errors. These would be reported as damaged files.
     """
 
     @functools.wraps(command)

@@ -72,7 +72,7 @@ def load_models(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dty
     Args:
         base: Folder of the artifact, or of the base of the adapters.
         adapters: Folders of adapters.
-        bases: Folders of bases, as in `artifact.load`.
+        bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         dtype: Dtype of the computation.
     """
     paths = [base, *adapters] if len(adapters) > 1 else adapters or [base]
@@ -153,7 +153,7 @@ def chat(
     tools: list[Any] | None = None,
     **options: Any,
 ) -> None:
-    """Answer the messages of each turn with the selected model, which may call `tools`.
+    """Answer the messages of each turn with the selected model. The model may call `tools`.
 
     Print answers while they are generated.
     """

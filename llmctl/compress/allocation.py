@@ -61,7 +61,7 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
 
     Args:
       errors: error [layers, 3] if only this layer is pruned, to sparsity - spread, sparsity, and sparsity + spread.
-      sizes, sparsity, spread: as for `owl`.
+      sizes, sparsity, spread: see `owl`.
     """
     costs = np.diff(errors, axis=1)
     concave = costs[:, 0] > costs[:, 1]
@@ -172,7 +172,7 @@ def scan(
 
     Args:
       cfg: config of the model.
-      params: parameters of the model, which do not change.
+      params: parameters of the model. They do not change.
       batch: calibration batch.
       layers: the layers.
       prune_one: function that returns a layer pruned to a sparsity.
@@ -230,7 +230,7 @@ def allocate(
       batches: calibration batches.
       method: the method, whose allocation is not uniform.
       gradients: sums of the loss's gradients, if the score needs them.
-      seed: seed of the random keys, as for `prune_layer`.
+      seed: seed of the random keys (see `prune_layer`).
       progress: function that is called with each report of the walk.
       dtype: dtype of the computation.
     """

@@ -60,7 +60,7 @@ def abstract(
 ) -> tuple[dict[str, Any], int]:
     """Return (one calibration batch as abstract arrays, number of batches).
 
-    Each example is assumed to give one row. Arguments and errors are the same as for `load`. The data is not read.
+    Each example is assumed to give one row. `load` describes the arguments and the errors. The data is not read.
     """
     task, seq_len = of(base.manifest), sequence_length(config, base)
     batches = DeviceBatches.for_one_pass(mesh, config.batch_size, config.examples)

@@ -56,7 +56,7 @@ class Walk:
         Args:
           model: config of the model.
           params: abstract parameters of the model.
-          collect: function that selects the statistics, as for `walk`.
+          collect: function that selects the statistics (see `walk`).
           changes: whether the walk changes layers.
         """
         mesh, batch, dtype = self.mesh, dict(self.batch), jnp.dtype(self.dtype)
@@ -177,8 +177,8 @@ def quantization(
       params: abstract parameters of the model.
       mesh: the devices.
       held: further arrays that are in memory.
-      scheme, group, activations: as for `llmctl.compress.quantize.quantize`.
-      which: `embeddings` and `head`, as for `quantize`.
+      scheme, group, activations: see `llmctl.compress.quantize.quantize`.
+      which: `embeddings` and `head` (see `quantize`).
     """
     flat, group = weights.flatten(params), inputs_per_scale(scheme, group)
     chosen = dict(rounding.targets(flat, embeddings=which["embeddings"], head=which["head"]))

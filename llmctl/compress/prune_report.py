@@ -28,7 +28,7 @@ def records(reports: Sequence[LayerReport]) -> list[Record]:
 
 
 def counted(params: dict[str, Any]) -> list[Record]:
-    """Return the records of layers that were pruned without data, which have no errors."""
+    """Return the records of layers that were pruned without data. These records have no errors."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for m in weights.matrices(params, "block"):
         zeros = np.asarray((m.node.values() == 0).sum(axis=(1, 2)))

@@ -125,7 +125,7 @@ def _repair_cost(w: Tree) -> Cost:
 
 
 def _mask_cost(w: Tree, method: SparseMethod) -> Cost:
-    """Return the cost of computing a mask from a matrix's scores, which sorts the scores twice.
+    """Return the cost of computing a mask from a matrix's scores. The computation sorts the scores twice.
 
     Each sort also moves the positions of the scores. If the scores of a complete matrix compete, every device gathers
     and sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write.

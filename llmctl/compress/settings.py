@@ -1,4 +1,4 @@
-"""Define the settings of calibration, which select the examples that a compression method reads.
+"""Define the settings of calibration. They select the examples that a compression method reads.
 
 The module does not import JAX.
 """

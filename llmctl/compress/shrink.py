@@ -46,7 +46,7 @@ def target(
 
     Raises:
       RequestError: If a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing
-          is an error even if the other numbers remove something.
+        is an error even if the other numbers remove something.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}

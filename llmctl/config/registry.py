@@ -32,7 +32,7 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
 
 @dataclass(frozen=True)
 class Choices:
-    """Compute the allowed values of a setting, which help and shell completion list.
+    """Compute the allowed values of a setting, for help and shell completion.
 
     This class is for settings whose values are names from several registries, or from elsewhere. If they are the names
     of one `Registry`, use that registry instead.

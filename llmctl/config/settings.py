@@ -20,7 +20,8 @@ class MeshConfig(Config):
     fsdp: int = Field(default=1, ge=-1)
     """Number of devices that shard one copy of the parameters; each reads different examples."""
     context: int = Field(default=1, ge=-1)
-    """Number of devices that shard each sequence, which then uses ring attention. They also shard the parameters."""
+    """Number of devices that shard each sequence. If it is above 1, the model uses ring attention. They also shard the
+    parameters."""
     tensor: int = Field(default=1, ge=-1)
     """Number of devices that shard each layer's heads and neurons, and the vocabulary."""
     pipeline: int = Field(default=1, ge=-1)
@@ -64,7 +65,7 @@ class OptimConfig(Config):
     clip: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay rate of a moving average of the weights, which is then validated and saved; 0 disables it."""
+    """Decay rate of a moving average of the weights. The average is then validated and saved. 0 disables it."""
     spike: float = Field(default=0.0, ge=0)
     """Skip steps whose gradient norm or loss exceeds its running mean by more than this number of standard deviations;
     0 skips none."""
@@ -115,7 +116,7 @@ class TrainConfig(Config):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing: weight of the uniform distribution in the targets."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of log(Z)^2 per token in the loss, which limits the growth of logits. A usual value is 1e-4."""
+    """Weight of log(Z)^2 per token in the loss. This term limits the growth of logits. A usual value is 1e-4."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints of the training state."""
     keep: int = Field(default=2, ge=1)

@@ -156,7 +156,7 @@ def _to_gguf(name: str, table: Mapping[str, str]) -> str:
 
 
 def expected(found: Artifact, kind: str, batch: dict[str, jax.Array]) -> jax.Array:
-    """Return the outputs of an artifact whose weights are rounded as in a file of the type `kind`.
+    """Return the outputs of an artifact, with its weights rounded to the GGUF type `kind`.
 
     The written file must reproduce these outputs.
     """

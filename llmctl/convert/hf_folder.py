@@ -52,7 +52,8 @@ class Found:
 
     @property
     def rounded(self) -> bool:
-        """Return True if any tensor to read is stored as quantized integers, which are dequantized on reading."""
+        """Return True if any tensor to read is stored as quantized integers. Such tensors are dequantized on
+        reading."""
         return any(self.tensors[n].rounded for n in self.wanted)
 
 
@@ -147,7 +148,7 @@ def understand(
 
 
 def _current_name(bridge: Bridge, name: str) -> str:
-    """Return the current name of a tensor. If `name` is outdated, its ending is replaced as in `Bridge.renamed`."""
+    """Return the current name of a tensor. If `name` is outdated, `Bridge.renamed` determines its new ending."""
     return next((name.removesuffix(old) + new for old, new in bridge.renamed.items() if name.endswith(old)), name)
 
 

@@ -18,7 +18,7 @@ STAGE = "export"
 
 
 def merged(found: artifact.Artifact) -> dict[str, Any]:
-    """Return the parameters with all adapters merged into their matrices, which computes the same function.
+    """Return the parameters with all adapters merged into their matrices. The model then computes the same function.
 
     An adapter that only replaces arrays of its base (head, biases) has nothing to merge, and its parameters are
     returned unchanged.

@@ -163,7 +163,7 @@ def answers_there(
 ) -> np.ndarray:
     """Return the outputs of the model in `folder` for rows of token ids, computed by transformers.
 
-    The layout is the same as in `parity.answers`.
+    `parity.answers` describes the layout.
 
     Rows of a classifier are padded as the written tokenizer pads them. Other rows run one by one. If `adapter` is
     given, PEFT loads it onto the model. If it is a prompt whose vectors have outputs too, `prompt` is their number.

@@ -95,7 +95,8 @@ def unread_files(folder: Path) -> tuple[str, ...]:
 
 
 def reads_texts(model: ModelConfig) -> bool:
-    """Return True if the model reads complete texts, and False for a decoder language model, which continues them."""
+    """Return True if the model reads complete texts, and False if it is a decoder language model and continues
+    texts."""
     return not model.head_kind.vocabulary or model.architecture != "decoder"
 
 

@@ -54,7 +54,7 @@ class View(Source):
         Args:
             cfg: Settings of the source.
             classes: Label values that the data may have (`data.classes`); empty allows all.
-            numbers: Whether labels are numbers, which have no class names.
+            numbers: Whether labels are numbers. Numbers have no class names.
             labels: Whether to map label columns. Pretraining does not read them.
             conversations: Whether the rows are conversations.
             checks: Converts label cells that templates read; None does not convert them.

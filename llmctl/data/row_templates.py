@@ -25,7 +25,7 @@ class RowTemplates:
 
         Args:
             templates: Text of a jinja2 template for each column to make, by canonical column name.
-            words: Word for each class, by class name, which templates can read.
+            words: Word for each class, by class name. Templates can read these words.
 
         Raises:
             RequestError: If a template is no valid jinja2 template.

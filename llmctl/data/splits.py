@@ -103,14 +103,14 @@ class Examples:
         return self.take(np.sort(np.concatenate(chosen)))
 
     def sample(self, n: int) -> Examples:
-        """Return a subset of at most n rows, which are selected by the hash of their texts.
+        """Return a subset of at most n rows, selected by the hash of their texts.
 
         The subset is the same in every run, and is representative even if the file is sorted.
         """
         return self if n >= len(self) else self.take(np.sort(np.argsort(self.fraction, kind="stable")[:n]))
 
     def sample_chars(self, chars: int) -> Examples:
-        """Return a subset as in `sample`, of at most `chars` characters in total but at least one row."""
+        """Return a pseudo-random subset (see `sample`) of at most `chars` characters in total but at least one row."""
         order = np.argsort(self.fraction, kind="stable")
         n = int(np.searchsorted(np.cumsum(self.chars[order]), chars, "right"))
         return self.sample(max(n, 1))
@@ -148,7 +148,7 @@ class Splits:
     filtered: int
     """Number of rows that the filter removed."""
     blank: int
-    """Number of rows without text, which are removed."""
+    """Number of rows that are removed because they have no text."""
     duplicates: int
     """Number of rows that are removed because an earlier row, or a row of a held-out file, has the same text."""
     unlabeled: int = 0

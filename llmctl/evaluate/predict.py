@@ -111,7 +111,7 @@ class Ensemble:
     window = 32
     """Number of batches per window. Rows are sorted by length within a window, to reduce padding."""
     remarks: tuple[str, ...] = ()
-    """Log lines about the rows; there are none."""
+    """Log lines about the rows; an empty list."""
 
     def __init__(self, members: Sequence[Predictor]):
         """Check that the predictions of the members can be averaged.

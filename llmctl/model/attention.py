@@ -63,7 +63,7 @@ class Shared(NamedTuple):
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """Return the mask [B, T, S], which is true if query and key are in the same segment and the key is no padding."""
+    """Return the mask [B, T, S]. It is true if query and key are in the same segment and the key is no padding."""
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 

@@ -137,7 +137,7 @@ def _boxes(config: str) -> Params:
 
 
 def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """Return the sharding on `mesh` of every array in `params`, which may be abstract.
+    """Return the sharding on `mesh` of every array in `params`. The arrays may be abstract.
 
     Raises:
         RequestError: If `check_mesh` rejects the mesh, or if a mesh axis does not divide a dimension.
@@ -194,12 +194,12 @@ def hidden_states(
     Args:
         cfg: Config of the model.
         params: Parameters of the model.
-        batch: Batch as in `hidden`.
+        batch: Batch (see `hidden`).
         layers: Indices of the selected layers in the last stack; 0 is the first layer.
         train: Whether dropout is applied.
-        rng: Random key as in `hidden`.
+        rng: Random key (see `hidden`).
         dtype: Dtype of the computation.
-        remat: Rematerialization policy as in `hidden`.
+        remat: Rematerialization policy (see `hidden`).
 
     Returns:
         The result of `hidden` [B, T, D], and the outputs of the selected layers [n, B, T, D], before any final norm.
@@ -238,12 +238,12 @@ def depth(cfg: ModelConfig, stack: str) -> int:
 def embed(
     cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32
 ) -> Carry:
-    """Return the inputs of the first layer in the stack that reads `tokens`.
+    """Return the inputs of the first layer of the last stack.
 
     Args:
         cfg: Config of the model.
         params: Parameters of the model.
-        batch: Batch as in `hidden`.
+        batch: Batch (see `hidden`).
         memory_BSD: Output of the encoder in an encoder-decoder.
         dtype: Dtype of the computation.
     """
@@ -339,7 +339,7 @@ def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: An
 def head_taps(
     cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
-    """Return {path: input [N, I]} of each matrix of the output head, with paths as in `wiring.matrices`.
+    """Return {path: input [N, I]} of each matrix of the output head, with the paths that `wiring.matrices` returns.
 
     N is the number of tokens; for a matrix after the pooling, N is the number of sequences.
     """

@@ -30,7 +30,7 @@ class Pass:
     optim: OptimConfig | None = None
     """Optimizer of a training step; None means that the pass is a forward pass only."""
     attention: str = "auto"
-    """Attention implementation, as in `train.attention`: auto uses the platform's kernel."""
+    """Attention implementation (see `train.attention`); auto uses the platform's kernel."""
     replicated: bool = False
     """Whether every device computes the full program, without sharding."""
     trained: float = 1.0
@@ -63,7 +63,7 @@ class Gather(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Store the cost of a small program on one device, which was computed by formulas."""
+    """Store the cost of a small program on one device, as computed by formulas."""
 
     temporaries: float
     """Memory for temporaries and results in bytes, without the arguments."""

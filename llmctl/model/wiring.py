@@ -41,7 +41,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Units:
-    """Describe the heads or neurons of one sublayer, which structured pruning removes with their columns and rows."""
+    """Describe the heads or neurons of one sublayer. Structured pruning removes them with their columns and rows."""
 
     name: str
     """Kind of the units: "attn/heads" (query heads), "attn/groups" (key and value heads), "cross/heads", "cross/groups"

@@ -76,7 +76,7 @@ def programs_of(
     For other stages, only the artifact that they would write is built, so their meshes may have another size.
 
     Args:
-      recipe, chosen, generate, say: as for `plans`.
+      recipe, chosen, generate, say: see `plans`.
       devices: the devices of the mesh.
       platform: the platform to plan for, if it is not the platform of `devices`.
 
@@ -166,7 +166,7 @@ def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:
-    """Return the size, memory, work and time of one program as a dictionary, which `--json` prints."""
+    """Return the size, memory, work and time of one program as a dictionary, for `--json`."""
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     found: Found = {
         "program": program.title,

@@ -64,7 +64,7 @@ def layers(program: Program, work: Pass) -> Estimate:
 
 
 def _products(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
-    """Return the elements of each Gram matrix that one device computes, by (block, inner) as in `_kept`."""
+    """Return the elements of each Gram matrix that one device computes, by (block, inner) (see `_kept`)."""
     found = {}
     for path, statistic in dict(statistics).items():
         block, name = path.split("/")

@@ -58,13 +58,13 @@ class Job:
     array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
     starts: Callable[[str], Any] = lambda _: 0
     """Function from the name of a trained array to the number of updates after which its training starts. The result is
-    a number, or one number per layer as in `rate`. Until then its gradient, its optimizer state and the array itself do
+    a number, or one number per layer (see `rate`). Until then its gradient, its optimizer state and the array itself do
     not change. `NEVER` freezes the array in all steps.
     """
     frozen_layers: int = 0
     """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False
-    """Function from the name of an array to whether its zeros stay zero, as in pruned matrices."""
+    """Function from the name of an array to whether its zeros stay zero, such as those of pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Trained arrays that are not part of the model, by name: projections for the distillation of hidden states, or
     prompt vectors. These arrays keep their sharding and are trained in float32. Optimizer state, moving average and

@@ -87,7 +87,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
       config: the stage's config. Only the section `train` is read.
       learner: the model and its task.
       rows: training rows.
-      validate: function from parameters to metrics, as in Job.
+      validate: function from parameters to metrics (see `Job`).
       steps: number of training steps.
     """
     settings, model = config.train, learner.training_model

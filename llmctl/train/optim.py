@@ -81,7 +81,7 @@ def build(
 
     Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. The optimizer
     does not clip gradients. The caller clips them, because it also logs their norm. `starts` has, for each array that
-    is frozen at first, the number of updates after which it is trained, as in `llmctl.train.job.Job`. Until then the
+    is frozen at first, the number of updates after which it is trained (see `llmctl.train.job.Job`). Until then the
     caller sets its gradients and updates to zero.
 
     - adamw, and sgd with momentum.
@@ -132,7 +132,7 @@ def build(
 
 
 def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Build Adam's scaling of updates for a job in which some arrays start later (`starts`, as in Job).
+    """Build Adam's scaling of updates for a job in which some arrays start later (see `starts` in `Job`).
 
     The moments of such an array are zero until it starts. The bias correction of the array therefore counts updates
     from that start. If it counted from the first step, the first updates would be up to (1 - beta1) / sqrt(1 - beta2)

@@ -94,7 +94,7 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 
 
 def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any, flops: float) -> Pass:
-    """Return the training step as a `Pass`, which the analytic cost model reads. `flops` is per token."""
+    """Return the training step as a `Pass`, for the analytic cost model. `flops` is per token."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     row = row_shapes(rows)
     return Pass(

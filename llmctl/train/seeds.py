@@ -33,7 +33,7 @@ PREFIX = "validation_"
 """Beginning of the names of validation metrics."""
 
 Figures = dict[str, dict[str, Any]]
-"""Metrics of each finished seed, by seed (a str, as in JSON)."""
+"""Metrics of each finished seed, by seed (a str, because JSON has no other keys)."""
 
 
 def run(

@@ -75,7 +75,7 @@ class Text:
 
     @property
     def epochs(self) -> float:
-        """Return the maximum number of epochs, which is the smallest limit of all sources; 0 means no limit."""
+        """Return the maximum number of epochs: the smallest limit of all sources, or 0 if no source has a limit."""
         return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
 
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:

@@ -317,7 +317,7 @@ def _dtype(tokenizer: Tokenizer) -> Dtype:
 
 @contextlib.contextmanager
 def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
-    """Yield a `Pool` of `workers` processes, which end with the context. One worker uses this process."""
+    """Yield a `Pool` of `workers` processes. The processes end with the context. One worker uses this process."""
     if workers == 1:
         worker = Worker(data, work)
         yield lambda function, tasks: (function(worker, task) for task in tasks)

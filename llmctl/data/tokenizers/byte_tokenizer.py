@@ -17,7 +17,7 @@ SPELLINGS = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}
 """Texts of the special tokens in chat templates."""
 
 MOST_SENTINELS = 1000
-"""Maximum number of sentinels, as in the setting `tokenizer.sentinels`."""
+"""Maximum number of sentinels. It is also the maximum of the setting `tokenizer.sentinels`."""
 
 
 class ByteTokenizer(Tokenizer):

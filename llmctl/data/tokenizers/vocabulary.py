@@ -45,7 +45,8 @@ class Vocabulary:
 
     @cached_property
     def special(self) -> np.ndarray:
-        """Return a mask bool [V] of special tokens, which objectives never mask and never put into a span."""
+        """Return a mask bool [V] of special tokens. Objectives never mask these tokens, and never put them into a
+        span."""
         t = self.tokenizer
         marks = [t.pad_id, t.bos_id, t.eos_id, *t.sentinel_ids]
         special_V = np.zeros(t.vocab_size, bool)
@@ -96,7 +97,8 @@ class Vocabulary:
 
     @cached_property
     def _ideographs(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that begin with a Chinese or Japanese character, which no space precedes."""
+        """Return a mask bool [V] of tokens that begin with a Chinese or Japanese character. No space precedes such
+        tokens."""
         return np.array([_in(p[:1], "\u3040", "\u30ff") or _in(p[:1], "\u3400", "\u9fff") for p in self._pieces])
 
     @cached_property

@@ -64,8 +64,8 @@ def scores(confusion_CC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Compute accuracy, F1 and per-class metrics from a confusion matrix.
 
     Macro F1 is the unweighted mean over the classes that occur as a label or a prediction. Weighted F1 is the mean
-    weighted by support, which is the number of examples per class. Micro F1 pools the counts, and equals accuracy
-    because every example has one label.
+    weighted by support, the number of examples per class. Micro F1 pools the counts, and equals accuracy because every
+    example has one label.
 
     Args:
         confusion_CC: Counts [C, C], rows are true classes.

@@ -51,7 +51,7 @@ class MultiLabel(Classify):
     problem_type = "multi_label_classification"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "micro_f1", which validation computes at the threshold 0.5."""
+        """Return "micro_f1". Validation computes it at the threshold 0.5."""
         return "micro_f1"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
@@ -84,7 +84,8 @@ class MultiLabel(Classify):
         return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup) -> dict[str, Any]:
-        """Return {"thresholds": {class: probability threshold}}, which maximize the F1 of each class on the rows."""
+        """Return {"thresholds": {class: probability threshold}}. The thresholds maximize the F1 of each class on the
+        rows."""
         found = answers(self.scorer(model, setup.dtype), params, rows, setup, self.reads)
         truth_NC, p_NC = map(np.concatenate, zip(*((b["label"], probabilities(y)) for b, y in found), strict=True))
         return {"thresholds": dict(zip(rows.classes, thresholds(truth_NC, p_NC), strict=True))}
@@ -123,7 +124,7 @@ class MultiLabel(Classify):
         return scored, (truth, predicted)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return a description of the measurement, which includes where the thresholds were fitted."""
+        """Return a description of the measurement. It names the data on which the thresholds were fitted."""
         manifest = artifact.manifest
         chosen = "thresholds chosen on validation"
         if not manifest.fitted:

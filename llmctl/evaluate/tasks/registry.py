@@ -51,12 +51,12 @@ OF_LM = ("causal", "masked", "next_sentence", "spans", "prefix", "completions")
 
 
 def finetuned() -> list[str]:
-    """Return the names of the tasks that finetuning accepts, which excludes those of `OF_LM`."""
+    """Return the names of the tasks that finetuning accepts: all except those in `OF_LM`."""
     return [name for name in TASKS if name not in OF_LM]
 
 
 def default(model: ModelConfig) -> Task:
-    """Return the default task of a model, which has the name of the model's head."""
+    """Return the default task of a model. The task has the name of the model's head."""
     return TASKS[model.head]
 
 

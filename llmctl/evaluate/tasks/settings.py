@@ -47,7 +47,7 @@ class ChatConfig(Config):
     template. Empty uses the template of the tokenizer."""
 
     def inputs(self) -> list[str]:
-        """Return the path of the template's file in a list, which is empty if no file is named.
+        """Return [path of the template's file], or [] if the setting names no file.
 
         The stage runs again if the content of one of these files changes.
 

@@ -91,7 +91,7 @@ class Decoder:
 
         Args:
             params: Parameters of the model.
-            shared: Converted arrays of other models, as in `llmctl.model.generate.served.served`.
+            shared: Converted arrays of other models (see `llmctl.model.generate.served.served`).
         """
         self.model, self.weights = served(self._given, params, self._platform, shared)
 
@@ -162,7 +162,7 @@ class Decoder:
             ends_E: End tokens.
             rules: Sampling rules.
             chunk: Number of tokens per chunk, after a first chunk of one token.
-            stopped_B: As in `generate`.
+            stopped_B: Array bool [B] of rows to end (see `generate`).
         """
         yield state, np.asarray(state["token"])[:, None]
         for _ in range(1, max_new, chunk):

@@ -185,7 +185,7 @@ class Node(abc.ABC):
 
     @property
     def is_integer(self) -> bool:
-        """Return True if the weight is stored as integers, which training cannot change."""
+        """Return True if the weight is stored as integers. Training cannot change integers."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""Find the matrices of a model, which pruning, quantization and adapters process.
+"""Find the matrices of a model that pruning, quantization and adapters process.
 
 Norms, biases and position tables are not included. The matrices of all layers of a stack are one array [L, I, O].
 """

@@ -80,7 +80,7 @@ class Quantized(Node):
         return cls(array, settings["activations"])
 
     def integers(self) -> Quantized:
-        """Return this node, which export formats store as integers."""
+        """Return this node. Export formats store it as integers."""
         return self
 
     def with_activations(self, kind: str) -> Quantized:

@@ -81,15 +81,15 @@ class Plain(Node):
         return self.array
 
     def merged(self) -> Any:
-        """Return the array, which has no adapter to merge."""
+        """Return the array unchanged, because it has no adapter to merge."""
         return self.array
 
     def without_activations(self) -> Any:
-        """Return the array, which does not quantize activations."""
+        """Return the array unchanged, because its products do not quantize activations."""
         return self.array
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the array, which decoding reads directly."""
+        """Return the array unchanged, because decoding reads it directly."""
         return self.array
 
 

@@ -112,7 +112,7 @@ class _Tally:
 
     @property
     def work(self) -> float:
-        """Return the FLOPs of matrix products and kernels, which can overlap with a collective."""
+        """Return the FLOPs of matrix products and kernels. These operations can overlap with a collective."""
         return sum(self.flops.values()) + self.kernel_flops
 
     def hide(self) -> None:
@@ -206,7 +206,7 @@ def _summed(kind: str, axis: str, n: int, input_bytes: float, hidden: bool) -> _
     """Return the counts of one run of a collective.
 
     Args:
-      kind: kind of the collective, as in `Collective`.
+      kind: kind of the collective (see `Collective`).
       axis: mesh axis.
       n: number of devices of a group.
       input_bytes: bytes of each device's input.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Adversary:
-    """Define an adversarial method. By default its loss is the task's loss on perturbed rows, as `passes` computes it.
+    """Define an adversarial method. By default, `passes` computes the task's loss on perturbed rows.
 
     Example:
       >>> from llmctl.train.robust.registry import ADVERSARIES

@@ -152,7 +152,7 @@ def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
 
 
 def remembering(job: Job, kept: Sequence[Kept]) -> Job:
-    """Return the job with further entries in the state's "memory", which its loss then reads.
+    """Return the job with further entries in the state's "memory". The loss of the job reads these entries.
 
     Entries that the job had before do not change.
     """
