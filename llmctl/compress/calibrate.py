@@ -123,7 +123,7 @@ def walk(
       batches: inputs of the model: tokens, segments, positions [B, T], and encoder_* for an encoder-decoder. Padding
           (segment 0) is not counted.
       collect: function that selects the statistics of each matrix.
-      change: the method, which returns the changed layer; None only measures.
+      change: the method, a function that returns the changed layer; None only measures.
       gradients: gradients of the unchanged model, summed over batches (`gradients.accumulate`).
       head: whether to visit the output head too, after all layers.
       keep: whether to keep each layer's statistics in its report.

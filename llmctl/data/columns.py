@@ -222,7 +222,7 @@ class View(Source):
         return [*(row[c] for c in self.texts), *choices]
 
     def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
-        """Return True if the filter of a column allows a value. Texts match only if their spelling is equal.
+        """Return True if the filter of a column allows a value. Texts match only if all their characters are equal.
 
         Args:
             column: Column of the source.

@@ -273,7 +273,8 @@ class DeviceBatches:
 
 
 def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) -> dict[str, jax.Array]:
-    """Copy a host batch, which is equal in every process, to the devices. See `DeviceBatches` for `reading_order`."""
+    """Copy a host batch to the devices. The batch is equal in every process. See `DeviceBatches` for
+    `reading_order`."""
     found = {name: np.asarray(a) for name, a in batch.items()}
     layout = DeviceBatches(mesh, len(next(iter(found.values()))), reading_order)
     if not reading_order:

@@ -39,7 +39,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Epochs:
-    """Map row numbers, which are unbounded, to example indices below `count`.
+    """Map row numbers without an upper bound to example indices below `count`.
 
     Every `count` successive row numbers (an epoch) contain each index once, shuffled or in order.
     """
@@ -70,7 +70,7 @@ class Epochs:
 
 
 class Balanced:
-    """Map row numbers, which are unbounded, to example indices, so that every class is equally frequent.
+    """Map row numbers without an upper bound to example indices, so that every class is equally frequent.
 
     Rows k * C to k * C + C - 1 contain each of the C classes once. Examples of a rare class are therefore repeated more
     often.

@@ -52,7 +52,7 @@ class _Run:
                 link.sendall(text)
 
     def receive(self, sender: int, message: dict[str, Any]) -> None:
-        """Handle the final message of process `sender`, which contains its exit code.
+        """Handle the final message of process `sender`. The message contains the exit code of the process.
 
         If the code is an error, schedule the end of this process. If it is 0, process 0 counts the success. The other
         processes receive code 0 only from process 0, which means that all processes have succeeded.

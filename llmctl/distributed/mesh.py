@@ -56,7 +56,7 @@ _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
 def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
-    """Build a device mesh with the axes `AXES`, which all have JAX's axis type Auto.
+    """Build a device mesh with the axes `AXES`. All axes have JAX's axis type Auto.
 
     On the CPU platform with default settings, the mesh has one device, because fake CPU devices only split the same
     cores. On CPUs, the process also keeps freed memory (`host_memory.keep`).
@@ -207,5 +207,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Return the sharding of a batch array [B, ...] with `ndim` axes, which splits the first axis."""
+    """Return the sharding of a batch array [B, ...] with `ndim` axes. It splits the first axis."""
     return sharding(["batch"] + [None] * (ndim - 1), mesh)

@@ -42,7 +42,7 @@ class Predictor:
 
         Args:
             source: Folder of the artifact, or the artifact if it is already on all devices.
-            batch_size: Number of rows per batch, which is rounded up to a multiple of the number of devices.
+            batch_size: Number of rows per batch. It is rounded up to a multiple of the number of devices.
             seq_len: Maximum number of tokens per row; 0 uses the value of training (see `prediction_length`).
             dtype: Dtype of the computation.
 

@@ -28,7 +28,7 @@ from llmctl.model.generate.continuations import Continuation, end_ids
 class TextPredictor:
     """Answer rows with a decoder or an encoder-decoder, greedily or by beam search.
 
-    The length of answers and the number of beams are those of finetuning, unless they are given.
+    If the length of answers or the number of beams is not given, that of finetuning is used.
     """
 
     window = 4

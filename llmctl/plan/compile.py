@@ -19,7 +19,7 @@ class Compiled:
     text: str
     """Optimized HLO text; empty if the compiler ran out of device memory."""
     arguments: int
-    """Bytes of the arguments, which stay allocated while the program runs."""
+    """Bytes of the arguments. They stay allocated while the program runs."""
     outputs: int
     """Bytes of the outputs that are not aliased to an argument."""
     temporaries: int

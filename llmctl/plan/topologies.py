@@ -75,7 +75,7 @@ class Topology:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments for `jax.experimental.topologies.get_topology_desc`, which describe a TPU topology."""
+        """Return the arguments that describe a TPU topology for `jax.experimental.topologies.get_topology_desc`."""
         found: dict[str, Any] = {
             "platform": "tpu",
             "topology_name": f"{self.chip.name}:{'x'.join(map(str, self.shape))}",

@@ -83,14 +83,14 @@ class Job:
     dtypes. If a step is skipped, the result is discarded."""
     memory: Callable[[Params], Any] | None = None
     """Function that returns the initial entry "memory" of the training state, from the trained arrays by name. The
-    entry is a tree of arrays, which `after_step` reads and updates. None means no such entry."""
+    entry is a tree of arrays. `after_step` reads and updates it. None means no such entry."""
     reads_memory: bool = False
     """Whether the loss reads the entry "memory" of the training state. If true, the loss receives the entry as the
     keyword argument `memory`.
     """
     penalty: Callable[[Params], jax.Array] | None = None
-    """Function from the parameters to a scalar, which every step adds to the mean loss before it is differentiated. The
-    logged loss does not include it."""
+    """Function from the parameters to a scalar. Every step adds the scalar to the mean loss before the loss is
+    differentiated. The logged loss does not include it."""
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0

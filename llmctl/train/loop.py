@@ -66,7 +66,7 @@ def fit(
       optim_config: settings of the optimizer and its schedule.
       mesh: the devices.
       ctx: the stage's folders. Checkpoints and the log are written to `ctx.work`.
-      seed: seed of the dropout keys, which also depend on the step.
+      seed: seed of the dropout keys. The keys also depend on the step.
       title: the stage's name in the log.
       about: lines to print before training.
 

@@ -260,8 +260,8 @@ def clip(grads: Params, norm: Any, limit: float) -> Params:
 def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
     """Return `new` with zeros at the zeros of `old`, in the arrays named in `held`.
 
-    Pruned weights therefore stay pruned. If a bottleneck adapter is zero in a whole layer, its zeros come from
-    initialization, because the layer was frozen. They are not held.
+    Pruned weights therefore stay pruned. If all parameters of a bottleneck adapter are zero in a layer, its zeros come
+    from initialization, because the layer was frozen. They are not held.
     """
 
     def mask(name: str) -> jax.Array:

@@ -17,7 +17,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class TwoTextRows(ExampleRows):
-    """Build rows of two texts, which the model reads separately.
+    """Build rows of two texts. The model reads the texts separately.
 
     A batch has tokens, segments and positions for the first text, and pair_tokens, pair_segments and pair_positions for
     the second one, int32 [B, T]. Each text is `bos` (if the tokenizer adds it), the text, `eos` and padding. In a text

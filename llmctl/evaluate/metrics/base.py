@@ -53,7 +53,7 @@ class Metric:
     unless: str = ""
     """Name of another metric with the same value. A table that shows the other metric omits this one."""
     baseline: str = ""
-    """Name of the metric that stores this metric's value for a baseline, which ignores the input."""
+    """Name of the metric that stores this metric's value for a baseline. The baseline ignores the input."""
     compute: Callable[[Any, Any], float] | None = None
     """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
 

@@ -211,8 +211,8 @@ class TrainingMethods(TaskRecord):
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
         """Return a function that computes further validation metrics during training; None if there are none.
 
-        The function takes (parameters, check_stop). It must call `check_stop()` often, which raises an exception if
-        training must stop.
+        The function takes (parameters, check_stop). It must call `check_stop()` often. `check_stop` raises an exception
+        if training must stop.
 
         Args:
             model: Config of the model.

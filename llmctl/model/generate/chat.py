@@ -71,7 +71,7 @@ class Conversation:
             max_new: Maximum number of new tokens.
             sampling: Sampling rules; greedy if None.
             seed: Seed of the sampling.
-            stops: Stop strings, which end the answer and are not part of it.
+            stops: Strings that end the answer and are not part of it.
 
         Yields:
             The next piece of text.

@@ -79,7 +79,7 @@ class Marked(NamedTuple):
 
 
 class Template:
-    """Render and encode conversations with a chat template, which is compiled once.
+    """Render and encode conversations with a chat template. The template is compiled once.
 
     The output depends only on the messages, if the template does not ask for the date.
 

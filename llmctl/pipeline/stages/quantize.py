@@ -41,8 +41,8 @@ class Config(StageConfig):
     """Format of the weights. int8, int4: integers. nf4: 4-bit quantiles of the normal distribution, for unmerged LoRA
     (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
     group: int = Field(default=0, ge=0)
-    """Number of inputs per scale, which must divide the inputs of every matrix; 0 means one scale per output, and 64
-    inputs for nf4."""
+    """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output,
+    and 64 inputs for nf4."""
     embeddings: bool = False
     """Also quantize the token embeddings, with one scale per token. Tied embeddings are the output projection too."""
     head: bool = False

@@ -1,4 +1,4 @@
-"""Train each matrix as a magnitude times a direction, which a low-rank adapter changes.
+"""Train each matrix as a magnitude times a direction. A low-rank adapter changes the direction.
 
 (DoRA; Liu et al., 2024, arXiv:2402.09353)
 

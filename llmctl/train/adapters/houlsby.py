@@ -1,4 +1,4 @@
-"""Train bottleneck adapters in the layers of a frozen model, which may be quantized.
+"""Train bottleneck adapters in the layers of a frozen model. The model may be quantized.
 
 The adapters follow each sublayer (Houlsby et al., 2019, arXiv:1902.00751), or run in parallel to the feed-forward layer
 (He et al., 2022, arXiv:2110.04366). They are part of the network: ModelConfig has their size, and they cannot be

@@ -6,8 +6,8 @@ The vectors are `attn/prefix/k` and `attn/prefix/v` of every layer in the last s
 encoder-decoder. The vectors are part of the network: ModelConfig has their number. The other parameters are frozen, and
 may be quantized.
 
-With `prefix.projection`, a network of two layers computes all vectors from trained embeddings, which makes training
-more stable. This network exists in training only, as extra parameters of the job (`Job.extra`).
+With `prefix.projection`, a network of two layers computes all vectors from trained embeddings. This makes training more
+stable. This network exists in training only, as extra parameters of the job (`Job.extra`).
 
 Shapes: P vectors per layer, L layers, W = G * K width of all key heads, H inner width of the network.
 """

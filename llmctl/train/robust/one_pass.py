@@ -65,7 +65,7 @@ def with_gradients(
       loss: (trained, perturbation, rest) -> (sum of losses, sums).
       passes: (pull, trained, rest) -> ((sum of losses, sums), gradients). The function calls `pull`.
       trained: arrays that may be differentiated. Gradients are computed only of those that the caller differentiates.
-      rest: other arguments of the loss, which have no gradients.
+      rest: other arguments of the loss; they have no gradients.
     """
     leaves, structure = jax.tree.flatten(trained)
 

@@ -88,7 +88,7 @@ class Search:
     start: float = 0.0
     """Maximum norm of the random perturbation before the first step; 0 starts from zero."""
     weight: float = 1.0
-    """Setting `weight` of the method, which each method uses in its own way."""
+    """Setting `weight` of the method. Each method uses it in its own way."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
