@@ -1,8 +1,8 @@
 """Generate one answer per new row: the completion of its prompt, or the assistant's next message of its conversation.
 
 Example:
-    >>> model = TextPredictor(artifact.load(Path("runs/demo/pretrain")))  # doctest: +SKIP
-    >>> model.answers([model.read({"prompt": "This film"}, "row 1")])  # doctest: +SKIP
+    model = TextPredictor(artifact.load(Path("runs/demo/pretrain")))
+    model.answers([model.read({"prompt": "This film"}, "row 1")])
     [{'answer': ' is a joy.', 'ended': 'end'}]
 """
 
