@@ -30,10 +30,10 @@ Range = tuple[int, int, int]
 class Examples:
     """Give access to the N rows of one split. A row is a dict {canonical column: value}, which is read at each access.
 
-    A row has the text columns of the data and, if the data is labeled, `label`: the class index (int), the number
-    (float), or the set of classes as C zeros and ones. It has `tokens` and `tags` (lists of text) and `answers` if the
-    data has them. An answer is a pair (text, index of its first character). Conversations have only `messages` and
-    `tools` (see `llmctl.data.chats`).
+    A row has the text columns of the data. If the data is labeled, it also has `label`: the class index (int), the
+    number (float), or the set of classes as C zeros and ones. It has `tokens` and `tags` (lists of text) and `answers`
+    if the data has them. An answer is a pair (text, index of its first character). Conversations have only `messages`
+    and `tools` (see `llmctl.data.chats`).
 
     The array fields have the shape [N], with one entry per row.
     """

@@ -18,7 +18,7 @@ def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> di
     """Return the sharding of every array in `params`.
 
     All arrays of a weight node have the logical axes of the weight. If an array is shorter than the weight along a
-    dimension (such as a scale with one row, or a low-rank factor), this dimension is replicated.
+    dimension, this dimension is replicated. Examples are a scale with one row, and a low-rank factor.
 
     Args:
         axes: Logical axes of each weight.

@@ -1,7 +1,7 @@
 """Parse parameter names, to detect matrices, parameters of layers, and parts of weight nodes.
 
-A path consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`. A name is the
-path of a plain array or, for a weight node, the path and the name of one of its arrays, such as
+A path consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`. The name of a
+plain array is its path. The name of an array of a weight node is the node's path and the name in the node, such as
 `decoder/blocks/attn/q/kernel:a`.
 """
 

@@ -23,7 +23,7 @@ Tree = Any
 Found = tuple[jax.Array, Sums]
 """Result of a loss: (sum of losses, sums by metric name)."""
 Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
-"""Function that runs one forward and backward pass with a perturbation [B, T, D], and returns ((sum of losses, sums),
+"""Function that runs one forward and backward pass with a perturbation [B, T, D]. It returns ((sum of losses, sums),
 gradients of the trained arrays, gradient of the perturbation)."""
 Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
 """Function (search, initial perturbation, pull) -> ((sum of losses, sums), gradients), as `Adversary.passes`."""
